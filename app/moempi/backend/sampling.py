@@ -1,0 +1,51 @@
+"""Choosing a token from one row of logits, on the host.
+
+The rules apply in the order that transformers applies them: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.backend.protocol import Choice, FloatArray
+
+
+def pick_token(logits: FloatArray, choice: Choice) -> int:
+    """The next token from logits (V,): the largest when temperature is 0, else drawn with `choice.uniform`."""
+    sampling = choice.sampling
+    scores = logits
+    if sampling.repetition_penalty != 1.0:
+        scores = penalized(scores, choice.seen, penalty=sampling.repetition_penalty)
+    if sampling.temperature == 0.0:
+        return int(np.argmax(scores))
+    tokens, probabilities = _candidates(scores.astype(np.float64) / sampling.temperature, choice)
+    cumulative = np.cumsum(probabilities)
+    drawn = int(np.searchsorted(cumulative, choice.uniform * cumulative[-1], side="right"))
+    return int(tokens[min(drawn, len(tokens) - 1)])
+
+
+def penalized(logits: FloatArray, seen: npt.NDArray[np.integer], *, penalty: float) -> FloatArray:
+    """Logits with those of `seen` tokens divided by `penalty` where positive, multiplied where negative (CTRL 2019)."""
+    scores = logits.copy()
+    tokens = np.unique(seen)
+    scores[tokens] = np.where(scores[tokens] > 0, scores[tokens] / penalty, scores[tokens] * penalty)
+    return scores
+
+
+def _candidates(
+    scores: npt.NDArray[np.float64], choice: Choice
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """The tokens left by top-k, top-p and min-p, most likely first, and their probabilities (not normalized)."""
+    sampling = choice.sampling
+    tokens = np.argsort(-scores, kind="stable")
+    if sampling.top_k:
+        tokens = tokens[: sampling.top_k]
+    probabilities = np.exp(scores[tokens] - scores[tokens[0]])
+    probabilities /= probabilities.sum()
+    if sampling.top_p < 1.0:
+        before = np.cumsum(probabilities) - probabilities
+        kept = before < sampling.top_p
+        tokens, probabilities = tokens[kept], probabilities[kept]
+    if sampling.min_p > 0.0:
+        kept = probabilities >= sampling.min_p * probabilities[0]
+        tokens, probabilities = tokens[kept], probabilities[kept]
+    return tokens, probabilities

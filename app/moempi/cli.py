@@ -1,0 +1,178 @@
+"""The commands. Each imports what it needs: `moempi --help` is instant, and only what runs on ranks starts MPI."""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NoReturn
+
+from moempi import __version__
+from moempi.errors import MoempiError, UsageError
+from moempi.parallel.launch import GRACE_S, launched_first
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status (sysexits.h); prints one line on stderr when it fails."""
+    chosen = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = chosen.command
+    try:
+        return command(chosen)
+    except MoempiError as error:
+        return _fail(str(error), error.exit_code, debug=chosen.debug, once=isinstance(error, UsageError))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, debug=chosen.debug)
+    except Exception as error:
+        return _fail(f"{type(error).__name__}: {error}", MoempiError.exit_code, debug=chosen.debug)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Run a job on all ranks."""
+    from moempi.config.job import Job
+    from moempi.config.reading import read_toml
+    from moempi.engine.run import run_job
+    from moempi.parallel.world import World
+
+    world = World.start(debug=chosen.debug)
+    with world.guard():
+        job = world.together(lambda: read_toml(chosen.job, Job, overrides=chosen.set))
+        text = Path(chosen.job).read_text(encoding="utf-8")
+        return run_job(job, job_text=text, world=world, strict=chosen.strict, dry_run=chosen.dry_run)
+
+
+def convert(chosen: argparse.Namespace) -> int:
+    """Convert a checkpoint folder into one weight file."""
+    from moempi.storage.convert import convert as convert_checkpoint
+
+    convert_checkpoint(chosen.checkpoint, chosen.weights)
+    return 0
+
+
+def init(chosen: argparse.Namespace) -> int:
+    """Write random weights for an architecture."""
+    from moempi.config.architecture import Architecture
+    from moempi.config.reading import read_toml
+    from moempi.storage.initialize import initialize
+
+    initialize(read_toml(chosen.architecture, Architecture), chosen.weights, seed=chosen.seed)
+    return 0
+
+
+def inspect(chosen: argparse.Namespace) -> int:
+    """Print what a weight or results file holds."""
+    from moempi.observe.console import console
+    from moempi.storage.inspect import describe
+
+    console().print(describe(chosen.file))
+    return 0
+
+
+def show(chosen: argparse.Namespace) -> int:
+    """Print the first answers of a finished job."""
+    from moempi.config.job import Job
+    from moempi.config.reading import read_toml
+    from moempi.observe.report import Answer, print_answers
+    from moempi.storage.prompts import read_prompts
+    from moempi.storage.results import ResultFile
+
+    job = read_toml(chosen.job, Job, overrides=chosen.set)
+    prompts = read_prompts(job.input.prompts, sampling=job.sampling, strict=False)
+    with ResultFile(job.output.results) as results:
+        pairs = islice(zip(prompts, results.requests(), strict=True), chosen.first)
+        print_answers([Answer(prompt.text or prompt.id, record.text, record.reference) for prompt, record in pairs])
+    return 0
+
+
+def export(chosen: argparse.Namespace) -> int:
+    """Write a results file as JSON lines."""
+    from moempi.storage.export import export as export_results
+
+    export_results(chosen.results, chosen.lines)
+    return 0
+
+
+def check(chosen: argparse.Namespace) -> int:
+    """Measure the ranks' exchange."""
+    from moempi.observe.console import console
+    from moempi.parallel.check import check as check_ranks
+    from moempi.parallel.world import World
+
+    world = World.start(debug=chosen.debug)
+    with world.guard():
+        findings = check_ranks(world)
+        if findings is not None:
+            console().print(findings)
+    return 0
+
+
+def bench(chosen: argparse.Namespace) -> int:
+    """Run a benchmark."""
+    from moempi.bench import main as bench_main
+
+    return bench_main(chosen.name, chosen.arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line with the exit code of a usage error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_fail(f"{message}; see {self.prog} --help", UsageError.exit_code, once=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    everywhere = _Parser(add_help=False)
+    everywhere.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    parser = _Parser(prog="moempi", description="Mixture-of-Experts inference over MPI.")
+    parser.add_argument("--version", action="version", version=f"moempi {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        summary = (command.__doc__ or "").rstrip(".")
+        sub = commands.add_parser(command.__name__, help=summary, description=summary, parents=[everywhere])
+        sub.set_defaults(command=command)
+        return sub
+
+    _run_options(add(run))
+    sub = add(convert)
+    sub.add_argument("checkpoint", type=Path, metavar="HF_DIR", help="folder with config.json and *.safetensors")
+    sub.add_argument("weights", type=Path, metavar="OUT.h5")
+    sub = add(init)
+    sub.add_argument("architecture", type=Path, metavar="ARCH.toml")
+    sub.add_argument("weights", type=Path, metavar="OUT.h5")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the random weights (0)")
+    add(inspect).add_argument("file", type=Path, metavar="FILE.h5")
+    sub = add(export)
+    sub.add_argument("results", type=Path, metavar="RESULTS.h5")
+    sub.add_argument("lines", type=Path, metavar="OUT.jsonl")
+    sub = add(show)
+    _job_options(sub)
+    sub.add_argument("--first", type=int, default=10, metavar="N", help="how many answers (10)")
+    add(check)
+    sub = add(bench)
+    sub.add_argument("name", choices=["layer", "exchange"])
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, help="the benchmark's own arguments")
+    return parser
+
+
+def _job_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("job", type=Path, metavar="JOB.toml")
+    sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a job key")
+
+
+def _run_options(sub: argparse.ArgumentParser) -> None:
+    _job_options(sub)
+    sub.add_argument("--dry-run", action="store_true", help="print layout and memory, read no weights")
+    sub.add_argument("--strict", action="store_true", help="stop at the first bad prompt line instead of recording it")
+
+
+def _fail(text: str, code: int, *, debug: bool = False, once: bool = False) -> int:
+    if once and not launched_first(os.environ):
+        time.sleep(GRACE_S)  # leaving sooner, this process would have the launcher end the first one unheard
+        return code
+    if debug:
+        traceback.print_exc()
+    print(f"moempi: {' '.join(text.split())}", file=sys.stderr)
+    return code

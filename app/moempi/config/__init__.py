@@ -1,0 +1,1 @@
+"""What the user says: the job file and the model's architecture. Frozen, validated, pure."""

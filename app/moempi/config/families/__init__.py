@@ -1,0 +1,43 @@
+"""The model families whose checkpoints can be converted, one small table each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from moempi.config.architecture import Architecture
+from moempi.config.families._family import Family
+from moempi.config.families._reading import CheckpointConfig
+from moempi.config.families.qwen3_moe import QWEN3_MOE
+from moempi.errors import DataError
+
+FAMILIES = {family.model_type: family for family in (QWEN3_MOE,)}
+
+
+def family(model_type: object, *, where: str) -> Family:
+    """The family that a checkpoint's `model_type` names; DataError starting with `where` if it is not known."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise DataError(f"{where}: model_type {model_type!r} is not supported, only {known}")
+    return FAMILIES[model_type]
+
+
+def read_architecture(values: Mapping[str, Any], generation: Mapping[str, Any], *, where: str) -> Architecture:
+    """The architecture that a decoded config.json (and generation_config.json, or {}) describes.
+
+    Raises DataError, starting with `where`, for an unknown model type, a missing or impossible value, and an option
+    that would change the arithmetic and is not supported.
+    """
+    read = family(values.get("model_type"), where=where).architecture
+    unchecked = read(CheckpointConfig(values, generation, where=where))
+    try:
+        architecture = msgspec.convert(msgspec.to_builtins(unchecked), Architecture)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{where}: {error}") from error
+    problem = architecture.problem()
+    if problem:
+        raise DataError(f"{where}: {problem}")
+    return architecture
+
+
+__all__ = ["FAMILIES", "Family", "family", "read_architecture"]

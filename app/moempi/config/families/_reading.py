@@ -1,0 +1,151 @@
+"""Reading a checkpoint's config.json: every value is there and of its type, or the error says which is not."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moempi.errors import DataError
+
+MAX_LAYERS = 1000
+
+
+class CheckpointConfig:
+    """The content of config.json and of generation_config.json ({} if there is none), read by key.
+
+    A key may be given in several spellings; the ones present must agree. Nothing has a default: class defaults of
+    model libraries differ from what checkpoints hold. Every method raises DataError naming file and key.
+    """
+
+    def __init__(self, values: Mapping[str, Any], generation: Mapping[str, Any], *, where: str) -> None:
+        self.where = where
+        self._values = values
+        self._generation = generation
+
+    def integer(self, *spellings: str) -> int:
+        """The integer under any of `spellings`."""
+        value = self._required(spellings)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(f"{spellings[0]} is {value!r}, not an integer")
+        return value
+
+    def number(self, *spellings: str) -> float:
+        """The number under any of `spellings`."""
+        value = self._required(spellings)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.error(f"{spellings[0]} is {value!r}, not a number")
+        return float(value)
+
+    def flag(self, *spellings: str) -> bool:
+        """The truth value under any of `spellings`."""
+        value = self._required(spellings)
+        if not isinstance(value, bool):
+            raise self.error(f"{spellings[0]} is {value!r}, not true or false")
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether `key` is there and not null."""
+        return self._values.get(key) is not None
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """The list of integers under `key`; empty when null or absent."""
+        value = self._values.get(key)
+        return self._integers(key, [] if value is None else value)
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        """The token or tokens under `key`, of generation_config.json where it has them, as generation uses those."""
+        value = self._generation.get(key)
+        if value is None:
+            value = self._values.get(key)
+        if value is None:
+            return ()
+        return tuple(dict.fromkeys(self._integers(key, value if isinstance(value, list) else [value])))
+
+    def require(self, key: str, *supported: Any) -> None:
+        """Refuse the checkpoint unless `key` has one of the values `supported`."""
+        value = self._values.get(key)
+        if value not in supported:
+            known = " or ".join(repr(choice) for choice in supported)
+            raise self.error(f"{key} = {value!r} is not supported, only {known}")
+
+    def refuse(self, *keys: str) -> None:
+        """Refuse the checkpoint if one of `keys` is set to something other than null, false, 0 or empty."""
+        for key in keys:
+            if self._values.get(key):
+                raise self.error(f"{key} = {self._values[key]!r} is not supported")
+
+    def section(self, key: str) -> "CheckpointConfig | None":
+        """The object under `key`, None when null or absent."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(f"{key} is {value!r}, not an object")
+        return CheckpointConfig(value, {}, where=f"{self.where}: {key}")
+
+    def only(self, *known: str) -> None:
+        """Refuse the checkpoint if this object has keys beyond `known`."""
+        for key in self._values:
+            if key not in known and self.has(key):
+                raise self.error(f"{key} = {self._values[key]!r} is not supported")
+
+    def error(self, message: str) -> DataError:
+        """A DataError about this file."""
+        return DataError(f"{self.where}: {message}")
+
+    def _required(self, spellings: tuple[str, ...]) -> Any:
+        found = [self._values[key] for key in spellings if self.has(key)]
+        if not found:
+            raise self.error(f"{' or '.join(spellings)} is missing")
+        if any(value != found[0] for value in found):
+            raise self.error(f"{' and '.join(spellings)} differ")
+        return found[0]
+
+    def _integers(self, key: str, values: Any) -> tuple[int, ...]:
+        if not isinstance(values, list) or any(not isinstance(v, int) or isinstance(v, bool) for v in values):
+            raise self.error(f"{key} is {values!r}, not integers")
+        return tuple(values)
+
+
+def rope_theta(config: CheckpointConfig) -> float:
+    """Theta of a plain rotary embedding: `rope_theta` beside a null `rope_scaling`, or inside `rope_parameters`.
+
+    Raises DataError for every other kind of rotary embedding.
+    """
+    theta = [config.number("rope_theta")] if config.has("rope_theta") else []
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.section(key)
+        if rope is not None:
+            rope.only("rope_theta", "rope_type", "type")
+            for kind in ("rope_type", "type"):
+                rope.require(kind, "default", None)
+            theta += [rope.number("rope_theta")] if rope.has("rope_theta") else []
+    if not theta:
+        raise config.error("rope_theta is missing")
+    if any(value != theta[0] for value in theta):
+        raise config.error(f"rope_theta has several values: {theta}")
+    return theta[0]
+
+
+def num_layers(config: CheckpointConfig) -> int:
+    """The number of layers, refused beyond MAX_LAYERS before anything is counted out layer by layer."""
+    number = config.integer("num_hidden_layers")
+    if not 1 <= number <= MAX_LAYERS:
+        raise config.error(f"num_hidden_layers is {number}, not 1 to {MAX_LAYERS}")
+    return number
+
+
+def head_dim(config: CheckpointConfig) -> int:
+    """Size of a head: `head_dim`, else width / heads, which is how checkpoints without the key are built."""
+    if config.has("head_dim"):
+        return config.integer("head_dim")
+    return config.integer("hidden_size") // max(1, config.integer("num_attention_heads"))
+
+
+def dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
+    """The layers without experts: `mlp_only_layers`, and those that `decoder_sparse_step` skips."""
+    layers = range(num_layers(config))
+    step, listed = config.integer("decoder_sparse_step"), config.integers("mlp_only_layers")
+    if step < 1:
+        raise config.error(f"decoder_sparse_step is {step}, not a positive number")
+    if any(layer not in layers for layer in listed):
+        raise config.error(f"mlp_only_layers {list(listed)} names a layer that is not there")
+    return tuple(layer for layer in layers if layer in listed or (layer + 1) % step)

@@ -1,0 +1,82 @@
+"""The job file: what to run, on what, and how. Names and defaults are documented in jobs/README.md."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from moempi.config.architecture import Count, Index, Positive
+
+Fraction = Annotated[float, Meta(gt=0, le=1)]
+Size = Annotated[str, Meta(pattern=r"^(auto|[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B)$")]
+
+
+class ModelSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[model]`: the weight file."""
+
+    weights: str
+
+
+class InputSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[input]`: the prompts, a .jsonl or an .h5 file."""
+
+    prompts: str
+
+
+class OutputSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[output]`: the results file."""
+
+    results: str
+
+
+class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[run]`: how the ranks compute."""
+
+    backend: Literal["auto", "numpy", "cupy"] = "auto"
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    reproducible: bool = False
+    overlap: bool = True
+    micro_batches: Count = 2
+    max_sequences: Count = 32
+    batch_tokens: Count = 512
+    kv_memory: Size = "auto"
+    timeout_s: Positive = 300.0
+
+
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[sampling]`, and the keys that a prompt line may override."""
+
+    max_tokens: Count = 16
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    top_k: Index = 0
+    top_p: Fraction = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Positive = 1.0
+    seed: Index = 0
+    stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: Index = 0
+
+
+class ScoreSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[score]`: what the score task writes beside each token's log-probability."""
+
+    top_n: Index = 0
+
+
+class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[exchange]`: how rows travel between ranks."""
+
+    transport: Literal["auto", "alltoallv"] = "auto"
+
+
+class Job(Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole job file."""
+
+    model: ModelSection
+    input: InputSection
+    output: OutputSection
+    task: Literal["generate", "score"] = "generate"
+    run: RunSection = RunSection()
+    sampling: Sampling = Sampling()
+    score: ScoreSection = ScoreSection()
+    exchange: ExchangeSection = ExchangeSection()

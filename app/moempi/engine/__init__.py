@@ -1,0 +1,1 @@
+"""The run: requests become batches, lanes interleave, finished requests become records."""

@@ -1,0 +1,62 @@
+"""The end of a run: what each rank did, where the results come from, and the figures for a person."""
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import numpy as np
+
+from moempi import __version__
+from moempi.engine.lane import Lane
+from moempi.engine.ledger import Ledger
+from moempi.observe.report import Report
+from moempi.parallel.world import World
+from moempi.storage.records import RankRecord
+from moempi.storage.results import Provenance
+
+PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
+
+
+def rank_record(lanes: Sequence[Lane], ledger: Ledger, world: World, *, seconds: float) -> RankRecord:
+    """What this rank did in `seconds` of steps: it computed whenever it was not blocked."""
+    waits = {kind: sum(lane.exchange.waits[kind] for lane in lanes) for kind in ("exchange", "idle")}
+    return RankRecord(
+        rank=world.rank,
+        host=world.host,
+        expert_load=np.sum([lane.exchange.load for lane in lanes], axis=0),
+        seconds={"compute": seconds - sum(waits.values()), **waits},
+        steps=ledger.steps,
+        tokens=ledger.tokens,
+    )
+
+
+def provenance_of(job_text: str, world: World, *, weights: str, start: datetime) -> Provenance:
+    """Where the results come from; collective."""
+    return Provenance(
+        job=job_text,
+        versions={"moempi": __version__, **{package: version(package) for package in PACKAGES}},
+        world_size=world.size,
+        hosts=tuple(world.comm.allgather(world.host)),
+        weights=weights,
+        start=start,
+        end=datetime.now(UTC),
+    )
+
+
+def report_of(record: RankRecord, ledger: Ledger, world: World, *, results: str, moe_layers: Sequence[int]) -> Report:
+    """The figures of the whole run; collective."""
+    records = world.comm.allgather(record)
+    finishes = world.comm.allreduce(ledger.finishes)
+    exact, referenced = world.comm.allreduce(np.array([ledger.exact, ledger.referenced])).tolist()
+    load = np.sum([one.expert_load for one in records], axis=0)
+    return Report(
+        results=results,
+        tokens=sum(one.tokens for one in records),
+        wall_s=max(sum(one.seconds.values()) for one in records),
+        seconds={phase: [one.seconds[phase] for one in records] for phase in record.seconds},
+        expert_load=load[list(moe_layers)],
+        finishes=Counter(finishes),
+        exact=exact,
+        referenced=referenced,
+    )

@@ -1,0 +1,30 @@
+"""Interleaving: a few lanes take turns, so that one computes while the rows of another are on the network."""
+
+from collections.abc import Callable, Generator, Sequence
+
+from moempi.parallel.schedule import Point, schedule
+
+
+def interleave(
+    lanes: Sequence[Generator[Point, None, None]],
+    step: Sequence[Point],
+    *,
+    reached: Callable[[int, Point], None] = lambda lane, point: None,
+) -> None:
+    """Resume the lanes in the order of the schedule until each has returned.
+
+    `step` are the points of one step; `reached` hears of every point. Raises RuntimeError when a lane is at another
+    point than the schedule says: its ranks would no longer start their collectives in the same order.
+    """
+    running = dict(enumerate(lanes))
+    for lane, point in schedule(len(lanes), step):
+        if lane in running:
+            actual = next(running[lane], None)
+            if actual is None:
+                del running[lane]
+            elif actual != point:
+                raise RuntimeError(f"lane {lane} is at {actual}, the schedule says {point}")
+            else:
+                reached(lane, point)
+        if not running:
+            return

@@ -1,0 +1,45 @@
+"""The ledger: what a rank has done so far, in its part of the results and in numbers."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from moempi.engine.sequence import Sequence
+from moempi.storage.records import PartWriter, RequestRecord
+
+
+class Ledger:
+    """Writes each finished sequence to `part` at once. `show` hears the sums over all ranks after every step."""
+
+    def __init__(self, part: PartWriter, *, task: str, show: Callable[[int, int], None]) -> None:
+        self.steps = 0
+        self.tokens = 0
+        self.finishes: Counter[str] = Counter()
+        self.referenced = 0
+        self.exact = 0
+        self.show = show
+        self._part = part
+        self._task = task
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Finished requests, and tokens that came of them (scored or generated)."""
+        return self.finishes.total(), self.tokens
+
+    def end_step(self, finished: Iterable[Sequence]) -> None:
+        """Enter one step and the sequences that it finished."""
+        self.steps += 1
+        self.enter(finished)
+
+    def enter(self, finished: Iterable[Sequence]) -> None:
+        """Write finished sequences; raises StorageError when the disk does not take them."""
+        for sequence in finished:
+            record = sequence.record(task=self._task)
+            self._part.append(record)
+            self.tokens += len(record.score) + len(record.tokens)
+            self._count(record)
+
+    def _count(self, record: RequestRecord) -> None:
+        self.finishes[record.finish] += 1
+        if record.reference is not None:
+            self.referenced += 1
+            self.exact += record.text == record.reference

@@ -1,0 +1,42 @@
+"""The two kinds of feed-forward: dense, and a Mixture of Experts whose experts live on many ranks."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+from moempi.backend.protocol import Array, Backend, Expert
+from moempi.config.architecture import Router
+from moempi.parallel.exchange import Exchange, Route
+from moempi.parallel.schedule import Point
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """One SwiGLU network for every row."""
+
+    network: Expert
+
+    def forward(self, backend: Backend, x: Array, exchange: Exchange) -> Generator[Point, None, Array]:
+        """X (T, D) -> (T, D); no row travels, so it never yields."""
+        yield from ()
+        return backend.linear(backend.swiglu(backend.linear(x, self.network.gate_up)), self.network.down)
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """A router (D to E), and the experts that this rank hosts."""
+
+    layer: int
+    rule: Router
+    router: Array
+    experts: Sequence[Expert]
+
+    def forward(self, backend: Backend, x: Array, exchange: Exchange) -> Generator[Point, None, Array]:
+        """X (T, D) -> (T, D): every row to its K experts and back. Yields while rows are on the network."""
+        chosen, weights = backend.choose_experts(x, self.router, self.rule)
+        plan = yield from exchange.plan(Route(self.layer, chosen, weights))
+        outward = exchange.dispatch(x, plan)
+        yield Point(self.layer, "dispatch")
+        rows = backend.expert_mlp(exchange.arrived(outward, plan), self.experts, plan.expert_counts)
+        homeward = exchange.answer(rows, plan)
+        yield Point(self.layer, "combine")
+        return exchange.combined(homeward, plan)

@@ -1,0 +1,54 @@
+"""The key-value cache of a rank: pages of rows in every layer, and which slot holds which pages."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.backend.protocol import PAGE_ROWS, Backend, Cache, Segment
+from moempi.model.batch import Batch
+
+IntArray = npt.NDArray[np.integer]
+
+
+def pages_for(capacity: int) -> int:
+    """Pages that hold `capacity` positions."""
+    return -(-capacity // PAGE_ROWS)
+
+
+class KVCache:
+    """Pages shared by all slots. A slot holds its pages from its first step until it is freed.
+
+    Whoever schedules must not ask for more pages than there are; `pages_for` tells how many a slot takes.
+    """
+
+    def __init__(self, backend: Backend, *, layers: int, pages: int, kv_heads: int, head_dim: int) -> None:
+        self.layers: Sequence[Cache] = [backend.cache(pages, kv_heads, head_dim) for _ in range(layers)]
+        self._backend = backend
+        self._free = list(range(pages))
+        self._held: dict[int, IntArray] = {}
+
+    def segments(self, batch: Batch) -> tuple[Segment, ...]:
+        """Free what the batch frees, give new slots their pages, and say where each sequence's rows stand."""
+        for slot in batch.freed.tolist():
+            self._free = sorted([*self._free, *self._held.pop(slot).tolist()])
+        row, segments = 0, []
+        for slot, start, length, capacity in zip(
+            batch.slots.tolist(), batch.starts.tolist(), batch.lengths.tolist(), batch.capacities.tolist(), strict=True
+        ):
+            if slot not in self._held:
+                self._held[slot] = self._take(pages_for(capacity))
+            segments.append(Segment(row, length, start, self._held[slot]))
+            row += length
+        return tuple(segments)
+
+    def _take(self, count: int) -> IntArray:
+        """Pages that follow each other where there are such, else the lowest free ones; their rows are zero."""
+        free = self._free
+        runs = (first for first in range(len(free) - count + 1) if free[first + count - 1] - free[first] == count - 1)
+        first = next(runs, 0)
+        taken = np.array(free[first : first + count], np.int64)
+        self._free = free[:first] + free[first + count :]
+        for cache in self.layers:
+            self._backend.clear(cache, taken)
+        return taken

@@ -1,0 +1,83 @@
+"""`moempi check`: which MPI, which ranks where, and how fast rows travel between them."""
+
+import os
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from moempi.parallel.world import World
+
+SIZES_BYTES = (0, 256, 4096, 65536, 1048576)
+ROUNDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One Alltoallv of `num_bytes` from every rank to every rank: seconds of the slowest rank, best and median."""
+
+    num_bytes: int
+    best_s: float
+    median_s: float
+
+
+def check(world: World) -> RenderableType | None:
+    """Measure the exchange between the ranks; rank 0 gets all findings, the others None; collective, blocks."""
+    places = world.comm.gather((world.host, _cores()))
+    timings = [time_exchange(world.comm, num_bytes, rounds=ROUNDS) for num_bytes in SIZES_BYTES]
+    if places is None:
+        return None
+    lines = [
+        MPI.Get_library_version().splitlines()[0].rstrip("\0"),
+        f"{world.size} ranks on {world.num_nodes} nodes, thread level {MPI.Query_thread()} of {MPI.THREAD_MULTIPLE}",
+    ]
+    if not world.split_agrees:
+        lines.append("MPI finds other shared-memory groups than the host names: the launcher hides neighbours")
+    return Group(*lines, _rank_table(world.nodes, places), _exchange_table(timings, world.size))
+
+
+def time_exchange(comm: MPI.Intracomm, num_bytes: int, *, rounds: int) -> Timing:
+    """Time `rounds` blocking Alltoallv of `num_bytes` for each pair of ranks; collective, blocks."""
+    outward = np.zeros(comm.size * num_bytes, np.uint8)
+    inward = np.empty_like(outward)
+    counts = [num_bytes] * comm.size
+    taken = []
+    for _ in range(rounds + 2):  # the first two open the connections
+        comm.Barrier()
+        begin = MPI.Wtime()
+        comm.Alltoallv([outward, counts], [inward, counts])
+        taken.append(MPI.Wtime() - begin)
+    slowest = np.array(taken[2:])
+    comm.Allreduce(MPI.IN_PLACE, slowest, op=MPI.MAX)
+    return Timing(num_bytes, float(slowest.min()), statistics.median(slowest.tolist()))
+
+
+def _cores() -> str:
+    cores = sorted(os.sched_getaffinity(0))
+    runs: list[list[int]] = []
+    for core in cores:
+        if runs and core == runs[-1][-1] + 1:
+            runs[-1].append(core)
+        else:
+            runs.append([core])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _rank_table(nodes: tuple[int, ...], places: list[tuple[str, str]]) -> Table:
+    table = Table("rank", "node", "host", "cores")
+    for rank, (node, (host, cores)) in enumerate(zip(nodes, places, strict=True)):
+        table.add_row(str(rank), str(node), host, cores)
+    return table
+
+
+def _exchange_table(timings: list[Timing], size: int) -> Table:
+    table = Table("bytes per pair", "best us", "median us", "GB/s per rank", title="Alltoallv between all ranks")
+    for timing in timings:
+        rate = timing.num_bytes * size / timing.best_s / 1e9
+        table.add_row(
+            f"{timing.num_bytes:,}", f"{timing.best_s * 1e6:.1f}", f"{timing.median_s * 1e6:.1f}", f"{rate:.2f}"
+        )
+    return table

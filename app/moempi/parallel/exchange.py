@@ -1,0 +1,127 @@
+"""The exchange of one lane: rows to their experts and back, over a communicator of the lane's own."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from moempi.backend.protocol import Array, Backend
+from moempi.parallel.placement import Placement
+from moempi.parallel.route_plan import RoutePlan, expert_order
+from moempi.parallel.schedule import Point
+from moempi.parallel.transports.transfer import Transfer, Transport, Waits
+
+IntArray = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The router's choice for the rows of one layer: experts (T, K) and weights (T, K), on the backend's machine."""
+
+    layer: int
+    experts: Array
+    weights: Array
+
+
+class Exchange:
+    """Moves the rows of one lane among the ranks of `comm`; every method that starts something is collective.
+
+    With `overlap` off each transfer is complete before its start returns, and nothing else changes.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        placement: Placement,
+        backend: Backend,
+        *,
+        transport: Transport,
+        width: int,
+        num_layers: int,
+        overlap: bool = True,
+    ) -> None:
+        self.waits: Waits = {"exchange": 0.0, "idle": 0.0}
+        self.load = np.zeros((num_layers, len(placement.keys)), np.int64)
+        self._comm = comm
+        self._placement = placement
+        self._backend = backend
+        self._transport = transport
+        self._width = width
+        self._overlap = overlap
+        self._under_way: list[Transfer] = []
+        self._hosted = len(placement.hosted[comm.rank])
+
+    def plan(self, route: Route) -> Generator[Point, None, RoutePlan]:
+        """Group the choices by destination and tell every rank how many rows to expect. Yields while counts travel."""
+        order, places, counts = self._backend.group(route.experts, self._placement.keys)
+        self.load[route.layer] += counts[self._placement.keys]
+        counts_here = np.empty((self._comm.size, self._hosted), np.int64)
+        notice = self._begin(self._start_counts(counts, counts_here), counts, counts_here, waiting="idle")
+        yield Point(route.layer, "counts")
+        notice.finish()
+        by_expert, by_source = expert_order(counts_here)
+        before = np.concatenate([[0], np.cumsum(counts)])
+        return RoutePlan(
+            send_counts=np.diff(before[self._placement.bounds]),
+            recv_counts=counts_here.sum(axis=1),
+            expert_counts=counts_here.sum(axis=0),
+            source_rows=order // route.weights.shape[1],
+            places=places,
+            weights=route.weights,
+            by_expert=by_expert,
+            by_source=by_source,
+        )
+
+    def dispatch(self, x: Array, plan: RoutePlan) -> Transfer:
+        """Send each row of x to the experts that it chose."""
+        outgoing = self._backend.wire(int(plan.send_counts.sum()), self._width)
+        self._backend.pack(x, plan.source_rows, outgoing)
+        return self._start(outgoing, plan.send_counts, plan.recv_counts)
+
+    def arrived(self, transfer: Transfer, plan: RoutePlan) -> Array:
+        """Block until dispatched rows are here; the rows in expert order."""
+        return self._backend.unpack(transfer.finish(), plan.by_expert)
+
+    def answer(self, rows: Array, plan: RoutePlan) -> Transfer:
+        """Send the experts' rows, in expert order, back to their homes."""
+        outgoing = self._backend.wire(int(plan.recv_counts.sum()), self._width)
+        self._backend.pack(rows, plan.by_source, outgoing)
+        return self._start(outgoing, plan.recv_counts, plan.send_counts)
+
+    def combined(self, transfer: Transfer, plan: RoutePlan) -> Array:
+        """Block until the answers are here; their weighted sum for each token, in slot order."""
+        return self._backend.combine(transfer.finish(), plan.places, plan.weights)
+
+    def agree(self, amounts: Sequence[int]) -> Transfer:
+        """Add up amounts over the ranks; `finish` gives the array of their sums."""
+        own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)
+        return self._begin(self._comm.Iallreduce(own, sums), own, sums, waiting="idle")
+
+    def progress(self) -> None:
+        """Let MPI move the rows that are under way; does not block."""
+        self._under_way = [transfer for transfer in self._under_way if not transfer.finished]
+        for transfer in self._under_way:
+            transfer.progress()
+
+    def _start_counts(self, counts: IntArray, counts_here: IntArray) -> MPI.Request:
+        sizes = np.diff(self._placement.bounds)
+        return self._comm.Ialltoallv(
+            [counts.astype(np.int64, copy=False), sizes, MPI.INT64_T],
+            [counts_here, np.full(self._comm.size, self._hosted), MPI.INT64_T],
+        )
+
+    def _start(self, outgoing: Array, send_counts: IntArray, recv_counts: IntArray) -> Transfer:
+        incoming = self._backend.wire(int(recv_counts.sum()), self._width)
+        request = self._transport.start(outgoing, send_counts, incoming, recv_counts)
+        return self._begin(request, outgoing, incoming, waiting="exchange")
+
+    def _begin(self, request: Any, outgoing: Array, incoming: Array, *, waiting: str) -> Transfer:
+        transfer = Transfer(request, outgoing, incoming, self.waits, waiting)
+        if self._overlap:
+            self._under_way.append(transfer)
+        else:
+            transfer.finish()
+        return transfer

@@ -1,0 +1,63 @@
+"""A transfer under way, and what every transport offers."""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.integer]
+
+
+class Pending(Protocol):
+    """What of MPI's requests a transfer needs."""
+
+    def Test(self) -> bool:  # noqa: N802
+        """Make progress; whether it is complete."""
+
+    def Wait(self) -> Any:  # noqa: N802
+        """Block until complete."""
+
+
+Waits = dict[str, float]
+"""Seconds that the host was blocked, by what it waited for: "exchange" (rows) or "idle" (a slower rank)."""
+
+
+@dataclass(slots=True)
+class Transfer:
+    """Rows on the network. It keeps its buffers alive until `finish`, which adds its wait to `waits[waiting]`."""
+
+    request: Pending
+    outgoing: Any
+    incoming: Any
+    waits: Waits
+    waiting: str
+    finished: bool = field(default=False)
+
+    def progress(self) -> None:
+        """Let MPI move data; does not block."""
+        if not self.finished:
+            self.finished = self.request.Test()
+
+    def finish(self) -> Any:
+        """Block until the rows are here; the buffer that holds them."""
+        if not self.finished:
+            begin = perf_counter()
+            self.request.Wait()
+            self.waits[self.waiting] += perf_counter() - begin
+            self.finished = True
+        self.outgoing = None
+        return self.incoming
+
+
+class Transport(Protocol):
+    """A way for rows to travel. Starting a transfer is collective over the group, in the same order on all ranks."""
+
+    name: str
+
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Pending:
+        """Send rows of `outgoing`, ordered by destination, and receive into `incoming`, ordered by source.
+
+        Counts are in rows, one a rank. Does not block; both buffers stay untouched until the request is complete.
+        """

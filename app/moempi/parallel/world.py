@@ -1,0 +1,181 @@
+"""Who this process is among all processes of the job, and how they end together."""
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from mpi4py import MPI
+
+from moempi.errors import MoempiError, UsageError
+from moempi.parallel.launch import GRACE_S, launch_problem
+from moempi.parallel.watchdog import Watchdog
+
+T = TypeVar("T")
+
+# The time that a last line needs from this rank's pipe to the launcher before the launcher kills its readers.
+LINE_TRAVEL_S = 0.2
+FAREWELL_LOOKS = 10
+
+
+class AgreedExit(SystemExit):
+    """The exit that all ranks take together after `World.agree`: MPI is finalised as after a good run."""
+
+
+class World:
+    """All ranks of the job as seen from one: `comm` a communicator of our own, `nodes` the node index of every rank.
+
+    `local_rank` counts the ranks of this node below this one. `split_agrees` is false when MPI finds other
+    shared-memory groups than the host names say, as happens with some launchers.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, *, debug: bool = False) -> None:
+        self.comm = comm
+        self.rank = comm.rank
+        self.size = comm.size
+        self.host = MPI.Get_processor_name()
+        names = comm.allgather(_node_name(self.host))
+        order = {name: index for index, name in enumerate(dict.fromkeys(names))}
+        self.nodes = tuple(order[name] for name in names)
+        self.local_rank = self.nodes[: self.rank].count(self.nodes[self.rank])
+        self.split_agrees = _split_agrees(comm, self.nodes)
+        self._debug = debug
+        self._watchdog = Watchdog(self.abort, grace_s=0.0 if self.rank == 0 else GRACE_S)
+        self._ending = threading.Lock()
+        self._farewell = comm.Dup()
+
+    @classmethod
+    def start(cls, *, debug: bool = False) -> "World":
+        """Join the job's processes; collective.
+
+        Raises UsageError when the launcher started a different number of processes than MPI connected.
+        """
+        problem = launch_problem(os.environ, MPI.COMM_WORLD.size)
+        if problem is not None:
+            raise UsageError(problem)
+        return cls(MPI.COMM_WORLD.Dup(), debug=debug)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes that the ranks run on."""
+        return max(self.nodes) + 1
+
+    def agree(self, error: MoempiError | None) -> None:
+        """End the program on all ranks if any rank has an `error`, else return; collective, blocks.
+
+        The lowest failing rank prints its line; all ranks raise AgreedExit with its exit code.
+        """
+        first = self.comm.allreduce(self.rank if error is not None else self.size, op=MPI.MIN)
+        if first == self.size:
+            return
+        code = self.comm.bcast(error.exit_code if error is not None else 0, root=first)
+        if error is not None and self.rank == first:
+            self._say(error, str(error))
+        raise AgreedExit(code)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do `action` on every rank and return its value, or `agree` on the MoempiErrors it raised; collective."""
+        value: list[T] = []
+        refusal = None
+        try:
+            value.append(action())
+        except MoempiError as error:
+            refusal = error
+        self.agree(refusal)
+        return value[0]
+
+    def abort(self, error: BaseException) -> NoReturn:
+        """Print one line that names this rank and `error`, and end all ranks at once; safe from any thread."""
+        if not self._ending.acquire(blocking=False):
+            time.sleep(60)  # the other thread of this rank is ending the program
+        code = _exit_code(error)
+        if not self._is_told():
+            self._say(error, _cause(error))
+            self._farewell.isend(code, 0)
+            time.sleep(LINE_TRAVEL_S)
+        MPI.COMM_WORLD.Abort(code)
+        os._exit(code)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around everything between `start` and the end: whatever leaves the block on one rank ends all ranks.
+
+        An AgreedExit passes. SIGINT and SIGTERM end the program with one line, also inside a blocked MPI call.
+        Collective at the end of a good block: the ranks leave together.
+        """
+        self._watchdog.start()
+        try:
+            yield
+            self.comm.Barrier()
+        except AgreedExit:
+            raise
+        except BaseException as error:
+            self.abort(error)
+        finally:
+            self._watchdog.stop()
+
+    def watch(self, timeout_s: float) -> None:
+        """From now on, inside `guard`, a rank that does not call `alive` for `timeout_s` seconds ends all ranks."""
+        self._watchdog.limit(timeout_s)
+
+    def alive(self, where: str) -> None:
+        """Tell the watchdog that this rank has come to `where`, a short phrase for a person."""
+        self._watchdog.alive(where)
+
+    def _is_told(self) -> bool:
+        # A launcher that ends the job after another rank's Abort sends SIGTERM: not a second cause worth a line.
+        for _ in range(FAREWELL_LOOKS if self.rank == 0 else 0):
+            if self._farewell.Iprobe():
+                return True
+            time.sleep(0.005)  # a message arrives only inside MPI calls: look again
+        return False
+
+    def _say(self, error: BaseException, cause: str) -> None:
+        if self._debug:
+            traceback.print_exception(error)
+        place = f"rank {self.rank}: " if self.size > 1 else ""
+        # One write: lines of several ranks do not mix.
+        os.write(2, f"moempi: {place}{' '.join(cause.split())}\n".encode(errors="replace"))
+
+
+def _node_name(host: str) -> str:
+    slurm_name = os.environ.get("SLURMD_NODENAME")
+    if slurm_name:
+        return slurm_name
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{host} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _split_agrees(comm: MPI.Intracomm, nodes: tuple[int, ...]) -> bool:
+    shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    agrees = shared.size == nodes.count(nodes[comm.rank])
+    shared.Free()
+    return bool(comm.allreduce(agrees, op=MPI.LAND))
+
+
+def _cause(error: BaseException) -> str:
+    match error:
+        case MoempiError():
+            return str(error)
+        case KeyboardInterrupt():
+            return "interrupted"
+        case MemoryError():
+            return f"out of memory: {error}" if str(error) else "out of memory"
+        case SystemExit():
+            return f"left with exit status {error.code} in the middle of the run"
+    return f"{type(error).__name__}: {error}"
+
+
+def _exit_code(error: BaseException) -> int:
+    match error:
+        case MoempiError():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return 130
+        case SystemExit(code=int(code)) if code:
+            return code
+    return MoempiError.exit_code

@@ -1,0 +1,1 @@
+"""Arithmetic about runs before they run: pure, imports no MPI and no GPU."""

@@ -1,0 +1,184 @@
+"""A checkpoint folder as the hub has it: config.json, tokenizer.json and safetensors files, none of it trusted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from moempi.arrays import aligned_empty
+from moempi.errors import DataError, NoInputError
+from moempi.storage.hdf5 import Array
+
+# How each safetensors type is held in memory; bfloat16 as its bits.
+MEMORY_TYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_JSON_BYTES = 1 << 28
+HEADER_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointTensor:
+    """One tensor of a safetensors file: `dtype` as the format spells it, `offset` in bytes from the file's begin."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row (index of axis 0) in bytes."""
+        return prod(self.shape[1:]) * MEMORY_TYPES[self.dtype].itemsize
+
+    def read(self, start: int, stop: int) -> Array:
+        """Rows [start, stop): uint16 bits for BF16, else float16 or float32. DataError if the file ends before."""
+        rows = aligned_empty((stop - start, *self.shape[1:]), MEMORY_TYPES[self.dtype])
+        rest = rows.reshape(-1).view(np.uint8).data
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + start * self.row_bytes)
+                while rest:
+                    count = file.readinto(rest)
+                    if not count:
+                        raise DataError(f"{self.path}: {self.name}: the file ends before the tensor does")
+                    rest = rest[count:]
+        except OSError as error:
+            raise NoInputError(f"{self.path}: cannot be read: {error.strerror}") from error
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint folder holds; `tokenizer` is the text of tokenizer.json, "" if there is none."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    tokenizer: str
+    tensors: Mapping[str, CheckpointTensor]
+
+    @property
+    def config_path(self) -> Path:
+        """Where the configuration was read from, for messages."""
+        return self.folder / "config.json"
+
+
+class _HeaderEntry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read everything of a checkpoint folder but the tensors' values.
+
+    Raises NoInputError for files that are not there and DataError, naming file and tensor, for files that are not
+    what they should be: truncated, overlapping, of unknown types, named outside the folder, or listed differently.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NoInputError(f"{folder}: is not a folder with a checkpoint (config.json, *.safetensors)")
+    config = _read_object(folder / "config.json")
+    has_generation = (folder / "generation_config.json").exists()
+    return Checkpoint(
+        folder,
+        config,
+        _read_object(folder / "generation_config.json") if has_generation else {},
+        _read_tokenizer(folder / "tokenizer.json"),
+        _read_headers(folder),
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DataError(f"{path}: is larger than {MAX_JSON_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(_read_bytes(path), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON object: {error}") from error
+
+
+def _read_tokenizer(path: Path) -> str:
+    if not path.exists():
+        return ""
+    try:
+        text = _read_bytes(path).decode()
+        Tokenizer.from_str(text)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: {error}") from error
+    except Exception as error:  # the only class that `tokenizers` raises
+        raise DataError(f"{path}: not a tokenizer: {error}") from error
+    return text
+
+
+def _read_headers(folder: Path) -> dict[str, CheckpointTensor]:
+    index = folder / INDEX_FILE
+    if index.exists():
+        return _read_shards(folder, index)
+    if (folder / SINGLE_FILE).exists():
+        return {tensor.name: tensor for tensor in _read_header(folder / SINGLE_FILE)}
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise DataError(f"{folder}: holds pickled weights, which can run code; save them as safetensors first")
+    raise NoInputError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, CheckpointTensor]:
+    listed = _read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise DataError(f"{index}: weight_map is not an object of file names")
+    tensors: dict[str, CheckpointTensor] = {}
+    for file in sorted(set(listed.values())):
+        if Path(file).name != file or "\0" in file or not file.endswith(".safetensors"):
+            raise DataError(f"{index}: {file!r} is not the name of a safetensors file in this folder")
+        for tensor in _read_header(folder / file):
+            if listed.get(tensor.name) != file:
+                raise DataError(f"{folder / file}: {tensor.name}: {INDEX_FILE} does not say that it is here")
+            tensors[tensor.name] = tensor
+    for name, file in listed.items():
+        if name not in tensors:
+            raise DataError(f"{folder / file}: {name}: is missing, though {INDEX_FILE} says that it is here")
+    return tensors
+
+
+def _read_header(path: Path) -> list[CheckpointTensor]:
+    """The tensors of one file: the library validates the whole header, then offsets are read and checked again."""
+    try:
+        if not path.is_file():
+            raise NoInputError(f"{path}: is missing or not a regular file")
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+            header = msgspec.json.decode(file.read(length), type=dict[str, Any])
+        header.pop("__metadata__", None)
+        entries = msgspec.convert(header, dict[str, _HeaderEntry])
+    except OSError as error:
+        raise NoInputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: truncated, or not a safetensors file: {error}") from error
+    begin = HEADER_LENGTH_BYTES + length
+    return [_checked_tensor(path, name, entry, begin) for name, entry in entries.items()]
+
+
+def _checked_tensor(path: Path, name: str, entry: _HeaderEntry, begin: int) -> CheckpointTensor:
+    if entry.dtype not in MEMORY_TYPES:
+        raise DataError(f"{path}: {name}: type {entry.dtype} is not supported, only {', '.join(MEMORY_TYPES)}")
+    first, last = entry.data_offsets
+    num_bytes = prod(entry.shape) * MEMORY_TYPES[entry.dtype].itemsize
+    if min(entry.shape, default=0) < 0 or first < 0 or last - first != num_bytes or begin + last > path.stat().st_size:
+        raise DataError(f"{path}: {name}: its offsets {first} to {last} do not fit its shape {entry.shape} or the file")
+    return CheckpointTensor(path, name, entry.dtype, entry.shape, begin + first)

@@ -1,0 +1,264 @@
+"""The guard at every HDF5 file: what is read is what the format promises, and lies inside the file.
+
+HDF5 can point outside a file (external storage, external links, virtual datasets), promise petabytes in a few bytes
+(chunks, filters, fill values) and run code to read (filter plugins). A dataset is accepted only if hard links lead
+to it all the way and it is contiguous, unfiltered, inside the file, and of exactly the type and shape expected.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from h5py import h5a, h5d, h5g, h5l, h5o, h5p, h5s, h5t
+
+from moempi.arrays import aligned_empty
+from moempi.errors import DataError, NoInputError
+
+Array = npt.NDArray[Any]
+
+# The oldest file format whose metadata carries checksums: every HDF5 library since 1.10 reads it.
+WRITE_VERSION = ("v110", "v110")
+MAX_DEPTH = 16
+MAX_OBJECTS = 1_000_000
+MAX_ATTRIBUTE_BYTES = 1 << 16
+
+
+def _bfloat16() -> Any:
+    """The file type of bfloat16: 1 sign, 8 exponent and 7 mantissa bits; any HDF5 tool reads it as a number."""
+    kind = h5t.IEEE_F32LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)
+    kind.set_size(2)
+    kind.set_ebias(127)
+    kind.lock()
+    return kind
+
+
+FILE_TYPES = {
+    "bfloat16": _bfloat16(),
+    "float32": h5t.IEEE_F32LE,
+    "uint8": h5t.STD_U8LE,
+    "uint64": h5t.STD_U64LE,
+}
+MEMORY_TYPES = {"bfloat16": np.uint16, "float32": np.float32, "uint8": np.uint8, "uint64": np.uint64}
+
+
+@contextmanager
+def refusing(path: str | Path, what: str = "") -> Iterator[None]:
+    """Turn what h5py raises about a damaged file into DataError that names the file and `what` was being read."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise DataError(f"{path}: {f'{what}: ' if what else ''}damaged or not as written: {error}") from error
+
+
+def open_file(path: str | Path) -> Any:
+    """Open an HDF5 file for reading, without locks (the files are immutable); an h5py.File, to be closed.
+
+    Raises NoInputError when there is no such file or it may not be read, DataError when it is not HDF5.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise NoInputError(f"{path}: is not a regular file")
+        path.open("rb").close()
+    except OSError as error:
+        raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
+    with refusing(path):
+        return h5py.File(path, "r", locking=False)
+
+
+def walk(file: Any) -> Iterator[tuple[str, bool]]:
+    """Every object below the root, parents first, as (name, whether it is a group); names as in `layers/000/q`.
+
+    Raises DataError at a link that is not hard, a group met twice, an object that is neither group nor dataset, or a
+    tree beyond MAX_DEPTH levels or MAX_OBJECTS objects.
+    """
+    with refusing(file.filename):
+        root = file["/"].id
+        visited = {h5o.get_info(root).addr}
+        pending = [(root, "", 1)]
+        count = 0
+        while pending:
+            group, prefix, depth = pending.pop()
+            for name in sorted(group):
+                count += 1
+                path = prefix + _text(name, file.filename)
+                is_group = _is_group(group, name, f"{file.filename}: {path}")
+                yield path, is_group
+                if is_group:
+                    child = h5g.open(group, name)
+                    address = h5o.get_info(child).addr
+                    if address in visited or depth >= MAX_DEPTH or count > MAX_OBJECTS:
+                        raise DataError(f"{file.filename}: {path}: groups contain each other or are too many")
+                    visited.add(address)
+                    pending.append((child, f"{path}/", depth + 1))
+
+
+def open_dataset(file: Any, name: str) -> Any:
+    """The dataset `name`, reached through hard links only and read from this file only; an h5py.h5d.DatasetID.
+
+    Raises DataError for any other link on the way, and for storage that is not contiguous, has external files or
+    filters, is not as long as type and shape say, or reaches beyond the end of the file.
+    """
+    where = f"{file.filename}: {name}"
+    with refusing(file.filename, name):
+        group = file["/"].id
+        *parents, last = name.encode().split(b"/")
+        for part in parents:
+            _require_hard(group, part, where)
+            group = h5g.open(group, part)
+        _require_hard(group, last, where)
+        dataset = h5d.open(group, last)
+        problem = _storage_problem(dataset, Path(file.filename).stat().st_size)
+    if problem:
+        raise DataError(f"{where}: {problem}")
+    return dataset
+
+
+def checked_dataset(file: Any, name: str, *, dtype: str, shape: tuple[int, ...]) -> Any:
+    """The dataset `name` if it has exactly this type (a key of FILE_TYPES) and shape; an h5py.h5d.DatasetID.
+
+    Raises DataError otherwise, and for everything that `open_dataset` refuses.
+    """
+    dataset = open_dataset(file, name)
+    if not dataset.get_type().equal(FILE_TYPES[dtype]):
+        raise DataError(f"{file.filename}: {name}: its type is not {dtype}")
+    if tuple(dataset.shape) != shape:
+        raise DataError(f"{file.filename}: {name}: its shape is {tuple(dataset.shape)}, not {shape}")
+    return dataset
+
+
+def read_rows(dataset: Any, start: int, stop: int, *, dtype: str) -> Array:
+    """Rows [start, stop) of a checked dataset as they lie in the file, in new memory aligned to 64 bytes.
+
+    bfloat16 comes as uint16 bits.
+    """
+    shape = (stop - start, *dataset.shape[1:])
+    rows = aligned_empty(shape, MEMORY_TYPES[dtype])
+    if rows.size:
+        dataset.read(*_selection(dataset, start, shape), rows, mtype=FILE_TYPES[dtype])
+    return rows
+
+
+def read_vector(file: Any, name: str, *, dtype: str, limit: int) -> Array:
+    """A whole one-dimensional dataset of at most `limit` entries; DataError if it is anything else."""
+    with refusing(file.filename, name):
+        shape = tuple(open_dataset(file, name).shape)
+        if len(shape) != 1 or shape[0] > limit:
+            raise DataError(f"{file.filename}: {name}: its shape is {shape}, not one axis of at most {limit}")
+        return read_rows(checked_dataset(file, name, dtype=dtype, shape=shape), 0, shape[0], dtype=dtype)
+
+
+def read_attribute(file: Any, name: str, *, owner: Any = None) -> str | int | float | None:
+    """A scalar attribute of the root (or of the object `owner`): fixed-length text, integer or float; None if absent.
+
+    Raises DataError for variable-length text, for arrays and for more than MAX_ATTRIBUTE_BYTES bytes.
+    """
+    with refusing(file.filename, f"attribute {name}"):
+        holder = file["/"].id if owner is None else owner
+        if not h5a.exists(holder, name.encode()):
+            return None
+        attribute = h5a.open(holder, name.encode())
+        kind = attribute.get_type()
+        plain = isinstance(kind, (h5t.TypeIntegerID, h5t.TypeFloatID)) or _is_fixed_text(kind)
+        if not plain or attribute.get_space().get_simple_extent_npoints() != 1:
+            raise DataError(f"{file.filename}: attribute {name}: is not one number or fixed-length text")
+        if kind.get_size() > MAX_ATTRIBUTE_BYTES:
+            raise DataError(f"{file.filename}: attribute {name}: is longer than {MAX_ATTRIBUTE_BYTES} bytes")
+        value = np.empty(attribute.shape, attribute.dtype)
+        attribute.read(value)
+        entry = value.reshape(-1)[0].item()
+        return _text(entry, file.filename) if isinstance(entry, bytes) else entry
+
+
+def create_dataset(file: Any, name: str, *, dtype: str, shape: tuple[int, ...]) -> Any:
+    """Create the contiguous dataset `name` with its groups, its place in the file taken at once; a DatasetID."""
+    creation = h5p.create(h5p.DATASET_CREATE)
+    creation.set_layout(h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5d.FILL_TIME_NEVER)
+    creation.set_obj_track_times(False)
+    path, _, last = name.rpartition("/")
+    group = file.require_group(path or "/")
+    return h5d.create(group.id, last.encode(), FILE_TYPES[dtype], h5s.create_simple(shape), creation)
+
+
+def write_rows(dataset: Any, start: int, rows: Array, *, dtype: str) -> None:
+    """Write rows (bfloat16 as uint16 bits) at row `start` of a dataset made by `create_dataset`; OSError on failure."""
+    if rows.dtype != MEMORY_TYPES[dtype] or rows.shape[1:] != tuple(dataset.shape[1:]):
+        raise ValueError(f"{rows.dtype}{rows.shape} cannot be rows of a {dtype} dataset of shape {dataset.shape}")
+    if rows.size:
+        contiguous = np.ascontiguousarray(rows)
+        dataset.write(*_selection(dataset, start, rows.shape), contiguous, mtype=FILE_TYPES[dtype])
+
+
+def write_attribute(file: Any, name: str, value: str | int, *, owner: Any = None) -> None:
+    """Write a scalar attribute of the root (or of the object `owner`): text as fixed-length UTF-8, or an integer."""
+    holder = file["/"].id if owner is None else owner
+    if isinstance(value, int):
+        kind, stored = h5t.STD_I64LE, np.array(value, np.int64)
+    else:
+        encoded = value.encode()
+        kind = h5t.C_S1.copy()
+        kind.set_size(max(1, len(encoded)))
+        kind.set_cset(h5t.CSET_UTF8)
+        kind.set_strpad(h5t.STR_NULLPAD)
+        stored = np.array(encoded, f"S{max(1, len(encoded))}")
+    h5a.create(holder, name.encode(), kind, h5s.create(h5s.SCALAR)).write(stored, mtype=kind)
+
+
+def _selection(dataset: Any, start: int, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    space = dataset.get_space()
+    space.select_hyperslab((start, *(0 for _ in shape[1:])), shape)
+    return h5s.create_simple(shape), space
+
+
+def _is_group(group: Any, name: bytes, where: str) -> bool:
+    _require_hard(group, name, where)
+    kind = h5o.get_info(group, name).type
+    if kind not in (h5o.TYPE_GROUP, h5o.TYPE_DATASET):
+        raise DataError(f"{where}: is neither a group nor a dataset")
+    return bool(kind == h5o.TYPE_GROUP)
+
+
+def _require_hard(group: Any, name: bytes, where: str) -> None:
+    if not group.links.exists(name):
+        raise DataError(f"{where}: is missing")
+    if group.links.get_info(name).type != h5l.TYPE_HARD:
+        raise DataError(f"{where}: soft and external links are refused")
+
+
+def _storage_problem(dataset: Any, file_bytes: int) -> str | None:
+    """Why the bytes of a dataset cannot be trusted to be its own, or None."""
+    creation = dataset.get_create_plist()
+    if creation.get_layout() != h5d.CONTIGUOUS:
+        return "only contiguous storage is read (no chunks, compact or virtual datasets)"
+    if creation.get_external_count():
+        return "storage outside the file is refused"
+    if creation.get_nfilters():
+        return "filters are refused"
+    if dataset.get_space().get_simple_extent_type() != h5s.SIMPLE:
+        return "it is not a simple array"
+    expected = prod(dataset.shape) * dataset.get_type().get_size()
+    if dataset.get_storage_size() != expected:
+        return f"it holds {dataset.get_storage_size()} bytes, its shape needs {expected}"
+    offset = dataset.get_offset()
+    if expected and (offset is None or offset + expected > file_bytes):
+        return f"it reaches beyond the end of the file ({file_bytes} bytes): truncated?"
+    return None
+
+
+def _is_fixed_text(kind: Any) -> bool:
+    return isinstance(kind, h5t.TypeStringID) and not kind.is_variable_str()
+
+
+def _text(name: bytes, path: str) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: a name or text is not UTF-8: {name!r}") from error

@@ -1,0 +1,203 @@
+"""The prompts of a job: a JSONL file with one request a line, or token arrays in an HDF5 file."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import h5py
+import msgspec
+import numpy as np
+from msgspec import UNSET, Meta, UnsetType
+from numpy.typing import NDArray
+
+from moempi.config.job import Sampling
+from moempi.errors import DataError, NoInputError
+from moempi.storage.hdf5 import open_dataset, open_file, refusing, walk
+from moempi.storage.records import IntArray
+
+MAX_LINE_BYTES = 64 << 20
+MAX_TOKEN = 2**31 - 1
+
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UNKNOWN_FIELD = "Object contains unknown field `"
+
+Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
+Given = Annotated[str, Meta(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One request: its `index` among the file's requests, and either `text` or `tokens` (n,) int32, n > 0.
+
+    A non-empty `error` says why the line cannot be used; such a request has neither text nor tokens and is finished
+    at once, as an error.
+    """
+
+    index: int
+    id: str
+    text: str | None
+    tokens: IntArray | None
+    reference: str | None
+    sampling: Sampling
+    error: str = ""
+
+
+class _Request(msgspec.Struct, forbid_unknown_fields=True):
+    id: Given | None = None
+    prompt: str | None = None
+    tokens: Annotated[list[Token], Meta(min_length=1)] | None = None
+    reference: Given | None = None
+
+
+class _Named(msgspec.Struct):
+    id: Given | None = None
+
+
+_OVERRIDES = {field.name: field.type for field in msgspec.structs.fields(Sampling)}
+_LINE: type[Any] = msgspec.defstruct(
+    "_Line",
+    [(name, kind | UnsetType, UNSET) for name, kind in _OVERRIDES.items()],
+    bases=(_Request,),
+    forbid_unknown_fields=True,
+)
+_KEYS = tuple(field.name for field in msgspec.structs.fields(_LINE))
+_LINE_DECODER = msgspec.json.Decoder(_LINE)
+_NAME_DECODER = msgspec.json.Decoder(_Named)
+
+
+def read_prompts(path: str | Path, *, sampling: Sampling, strict: bool) -> list[Prompt]:
+    """Read all requests of a file in order; `sampling` holds what a line does not override.
+
+    A bad line, and a later line with an id used before, becomes a `Prompt` with an error naming file and line, and the
+    others go on; when `strict`, DataError is raised instead. Raises NoInputError when the file cannot be read,
+    DataError when an HDF5 file is not as documented in jobs/README.md.
+    """
+    prompts: list[Prompt] = []
+    first_use: dict[str, str] = {}
+    try:
+        with Path(path).open("rb") as file:
+            is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
+            file.seek(0)
+            for where, fallback, prompt in _read_rows(path, sampling) if is_hdf5 else _read_lines(file, path, sampling):
+                before = first_use.setdefault(prompt.id, where)
+                if before is not where and not prompt.error:
+                    prompt = _bad(
+                        prompt.index, fallback, sampling, f"{where}: id {prompt.id!r} was used before, at {before}"
+                    )
+                if prompt.error and strict:
+                    raise DataError(prompt.error)
+                prompts.append(prompt)
+    except OSError as error:
+        raise NoInputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return prompts
+
+
+def _read_lines(file: BinaryIO, path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
+    index = 0
+    for number, line in enumerate(_bounded_lines(file), start=1):
+        if number == 1:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        if not line.strip():
+            continue
+        where, fallback = f"{path}:{number}", f"line-{number}"
+        try:
+            prompt = _parse(line, index, fallback, sampling)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            prompt = _bad(index, _name(line) or fallback, sampling, f"{where}: {_explain(error)}")
+        yield where, fallback, prompt
+        index += 1
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line.removesuffix(b"\n")
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES + 1) or b"\n"
+
+
+def _parse(line: bytes, index: int, fallback: str, sampling: Sampling) -> Prompt:
+    if len(line) > MAX_LINE_BYTES:
+        raise msgspec.DecodeError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+    request = _LINE_DECODER.decode(line)
+    if (request.prompt is None) == (request.tokens is None):
+        raise msgspec.DecodeError("give either prompt or tokens")
+    given = {key: value for key in _OVERRIDES if (value := getattr(request, key)) is not UNSET}
+    return Prompt(
+        index=index,
+        id=request.id or fallback,
+        text=request.prompt,
+        tokens=None if request.tokens is None else np.array(request.tokens, np.int32),
+        reference=request.reference,
+        sampling=msgspec.structs.replace(sampling, **given) if given else sampling,
+    )
+
+
+def _read_rows(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
+    with open_file(path) as file, refusing(path):
+        values, offsets = _integers(file, "values"), _integers(file, "offsets").astype(np.int64)
+        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+            raise DataError(f"{path}: offsets: do not ascend from 0 to the {len(values)} entries of values")
+        ids = _ids(file, num_rows=len(offsets) - 1) if "id" in dict(walk(file)) else None
+    for index, (start, stop) in enumerate(pairwise(offsets)):
+        where, fallback = f"{path}: row {index}", f"row-{index}"
+        tokens, name = values[start:stop], fallback if ids is None else ids[index]
+        if not len(tokens):
+            prompt = _bad(index, name or fallback, sampling, f"{where}: has no tokens")
+        elif tokens.min() < 0 or tokens.max() > MAX_TOKEN:
+            prompt = _bad(index, name or fallback, sampling, f"{where}: holds a number that is no token id")
+        elif not name:
+            prompt = _bad(index, fallback, sampling, f"{where}: its id is empty or not UTF-8")
+        else:
+            prompt = Prompt(index, name, None, tokens.astype(np.int32), None, sampling)
+        yield where, fallback, prompt
+
+
+def _integers(file: Any, name: str) -> NDArray[Any]:
+    dataset = h5py.Dataset(open_dataset(file, name))
+    if dataset.dtype.kind not in "iu" or dataset.ndim != 1:
+        raise DataError(f"{file.filename}: {name}: is {dataset.dtype} {dataset.shape}, not integers on one axis")
+    return np.asarray(dataset[:])
+
+
+def _ids(file: Any, *, num_rows: int) -> list[str]:
+    dataset = h5py.Dataset(open_dataset(file, "id"))
+    if dataset.dtype.kind not in "iuS" or dataset.shape != (num_rows,):
+        found = f"{file.filename}: id: is {dataset.dtype} {dataset.shape}"
+        raise DataError(f"{found}, not ({num_rows},) integers or fixed-length strings")
+    return [_id_text(entry) for entry in dataset[:].tolist()]
+
+
+def _id_text(entry: int | bytes) -> str:
+    if isinstance(entry, int):
+        return str(entry)
+    try:
+        return entry.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _bad(index: int, name: str, sampling: Sampling, error: str) -> Prompt:
+    return Prompt(index=index, id=name, text=None, tokens=None, reference=None, sampling=sampling, error=error)
+
+
+def _name(line: bytes) -> str | None:
+    try:
+        return None if len(line) > MAX_LINE_BYTES else _NAME_DECODER.decode(line).id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    message, _, place = str(error).partition(" - at `$")
+    if message.startswith(_UNKNOWN_FIELD):
+        key = message.removeprefix(_UNKNOWN_FIELD).rstrip("`")
+        near = get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+        return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known keys are {', '.join(_KEYS)}")
+    key = place.rstrip("`").lstrip(".")
+    return f"{key}: {message}" if key else message

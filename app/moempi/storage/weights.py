@@ -1,0 +1,305 @@
+"""Weight files: one HDF5 file a model, self-contained, every block of rows under a checksum (weights/README.md)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+import msgspec
+import numpy as np
+import xxhash
+
+from moempi.arrays import aligned_empty
+from moempi.config.architecture import Architecture
+from moempi.config.tensors import Tensor, catalogue
+from moempi.errors import DataError
+from moempi.storage import hdf5
+from moempi.storage.files import atomic, reserve
+from moempi.storage.hdf5 import Array
+
+FORMAT = "moempi weights"
+VERSION = 1
+TEXTS = {"architecture": 1 << 20, "catalogue": 1 << 26, "tokenizer": 1 << 28}
+"""The UTF-8 texts of a file, and the most bytes that each may have."""
+
+MAX_BLOCKS = 1 << 24
+RESERVED_METADATA_BYTES = 1 << 20
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written so far, bytes in all) of the tensors."""
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor in the file's own catalogue; its checksums are entries `first_block` onwards of `checksums`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool
+    block_rows: int
+    first_block: int
+
+
+class WeightFile:
+    """The door to a weight file: what model it is, and any range of rows of any tensor, verified.
+
+    `architecture` is the model's, `tokenizer` the text of its tokenizer.json ("" if it has none), `fingerprint` the
+    digest (hex) of everything the file holds. Use as a context manager; threads must not share one.
+    """
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self.path = path
+        self._file = file
+        contents = _read_contents(file)
+        self.architecture = _decode_architecture(contents["architecture"], path)
+        self.fingerprint = _checked_fingerprint(file, contents)
+        self.tokenizer = _decode_text(contents["tokenizer"], path)
+        tensors = _checked_catalogue(self.architecture, contents["catalogue"], path)
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._checksums = _split_checksums(tensors, contents["checksums"].view(np.uint64), path)
+        self._datasets = _open_tensors(file, tensors)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a weight file and verify all of it but the tensors' rows, which are verified when read.
+
+        Raises NoInputError when it cannot be read, DataError when it is not a whole, undamaged weight file of a
+        version this program knows.
+        """
+        file = hdf5.open_file(path)
+        try:
+            with hdf5.refusing(path):
+                return cls(Path(path), file)
+        except BaseException:
+            file.close()
+            raise
+
+    def tensor(self, name: str) -> Tensor:
+        """Shape, type and blocks of the tensor `name`; KeyError if the model has none of that name."""
+        return self._tensors[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows [start, stop) of the tensor `name`: uint16 bits for bfloat16, else float32, aligned to 64 bytes.
+
+        Every block touched is read whole and compared with its checksum. Raises DataError naming file, tensor and
+        rows when one differs, IndexError for rows the tensor does not have. Blocks until read.
+        """
+        tensor = self._tensors[name]
+        rows, block = tensor.shape[0], tensor.block_rows
+        stop = rows if stop is None else stop
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"{name} has rows 0 to {rows}, not {start} to {stop}")
+        first = start // block * block
+        last = min(-(-stop // block) * block, rows) if stop > start else first
+        with hdf5.refusing(self.path, name):
+            read = hdf5.read_rows(self._datasets[name], first, last, dtype=tensor.dtype)
+        self._verify(tensor, first, read)
+        if (first, last) == (start, stop):
+            return read
+        wanted = aligned_empty((stop - start, *tensor.shape[1:]), read.dtype)
+        wanted[:] = read[start - first : stop - first]
+        return wanted
+
+    def close(self) -> None:
+        """Close the file; arrays that were read stay valid."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _verify(self, tensor: Tensor, first: int, rows: Array) -> None:
+        expected = self._checksums[tensor.name][first // tensor.block_rows :]
+        for index, start in enumerate(range(0, len(rows), tensor.block_rows)):
+            if xxhash.xxh3_64_intdigest(rows[start : start + tensor.block_rows].data) != expected[index]:
+                span = f"{first + start} to {first + min(start + tensor.block_rows, len(rows))}"
+                raise DataError(f"{self.path}: {tensor.name}: rows {span} are damaged, their checksum differs")
+
+
+def write_weights(
+    path: str | Path,
+    architecture: Architecture,
+    *,
+    tokenizer: str,
+    tensors: Iterable[tuple[Tensor, Iterable[Array]]],
+    progress: Progress | None = None,
+) -> str:
+    """Write a weight file atomically and return its fingerprint.
+
+    `tensors` gives the architecture's catalogue in its order, each tensor as pieces of consecutive rows (bfloat16 as
+    uint16 bits), so memory holds one piece at a time. Raises StorageError when the disk does not take it; whatever
+    `tensors` raises passes through and leaves nothing behind.
+    """
+    planned = catalogue(architecture)
+    with atomic(path) as temporary, h5py.File(temporary, "w", libver=hdf5.WRITE_VERSION) as file:
+        texts = {
+            "architecture": msgspec.json.encode(architecture),
+            "catalogue": _encode_catalogue(planned),
+            "tokenizer": tokenizer.encode(),
+        }
+        for name, text in texts.items():
+            dataset = hdf5.create_dataset(file, name, dtype="uint8", shape=(len(text),))
+            hdf5.write_rows(dataset, 0, np.frombuffer(text, np.uint8), dtype="uint8")
+        num_blocks = sum(tensor.num_blocks for tensor in planned)
+        checksums = hdf5.create_dataset(file, "checksums", dtype="uint64", shape=(num_blocks,))
+        datasets = {
+            tensor.name: hdf5.create_dataset(file, f"tensors/{tensor.name}", dtype=tensor.dtype, shape=tensor.shape)
+            for tensor in planned
+        }
+        file.flush()
+        reserve(temporary, file.id.get_filesize() + RESERVED_METADATA_BYTES)
+        digests = np.array(list(_write_tensors(planned, tensors, datasets, progress)), np.uint64)
+        hdf5.write_rows(checksums, 0, digests, dtype="uint64")
+        fingerprint = _fingerprint({**texts, "checksums": digests.tobytes()})
+        hdf5.write_attribute(file, "format", FORMAT)
+        hdf5.write_attribute(file, "version", VERSION)
+        hdf5.write_attribute(file, "fingerprint", fingerprint)
+    return fingerprint
+
+
+def _write_tensors(
+    planned: tuple[Tensor, ...],
+    tensors: Iterable[tuple[Tensor, Iterable[Array]]],
+    datasets: dict[str, Any],
+    progress: Progress | None,
+) -> Iterator[int]:
+    """Write every tensor and yield the checksums of its blocks."""
+    done, total = 0, sum(tensor.num_bytes for tensor in planned)
+    for expected, (tensor, pieces) in zip(planned, tensors, strict=True):
+        if tensor != expected:
+            raise ValueError(f"{tensor.name} was given where {expected.name} is due")
+        blocks = _BlockChecksums(tensor.block_rows)
+        row = 0
+        for piece in pieces:
+            hdf5.write_rows(datasets[tensor.name], row, piece, dtype=tensor.dtype)
+            yield from blocks.add(piece)
+            row += len(piece)
+            done += piece.nbytes
+            if progress:
+                progress(done, total)
+        if row != tensor.shape[0]:
+            raise ValueError(f"{tensor.name} has {tensor.shape[0]} rows, {row} were given")
+        yield from blocks.rest()
+
+
+class _BlockChecksums:
+    """The checksums of blocks of rows that arrive in pieces cut anywhere."""
+
+    def __init__(self, block_rows: int) -> None:
+        self._block_rows = block_rows
+        self._filled = 0
+        self._digest = xxhash.xxh3_64()
+
+    def add(self, rows: Array) -> Iterator[int]:
+        start = 0
+        while start < len(rows):
+            part = rows[start : start + self._block_rows - self._filled]
+            self._digest.update(np.ascontiguousarray(part).data)
+            self._filled += len(part)
+            start += len(part)
+            if self._filled == self._block_rows:
+                yield from self.rest()
+
+    def rest(self) -> Iterator[int]:
+        if self._filled:
+            yield self._digest.intdigest()
+            self._digest.reset()
+            self._filled = 0
+
+
+def _read_contents(file: Any) -> dict[str, Array]:
+    """The datasets beside the tensors, as bytes, once format and version are known to be ours."""
+    found = hdf5.read_attribute(file, "format")
+    if found != FORMAT:
+        raise DataError(f"{file.filename}: is not a moempi weight file (write one with `moempi convert` or `init`)")
+    version = hdf5.read_attribute(file, "version")
+    if version != VERSION:
+        raise DataError(f"{file.filename}: has format version {version}, this program reads {VERSION}: convert it anew")
+    texts = {name: hdf5.read_vector(file, name, dtype="uint8", limit=limit) for name, limit in TEXTS.items()}
+    checksums = hdf5.read_vector(file, "checksums", dtype="uint64", limit=MAX_BLOCKS)
+    return {**texts, "checksums": checksums.view(np.uint8)}
+
+
+def _decode_architecture(text: Array, path: Path) -> Architecture:
+    try:
+        architecture = msgspec.json.decode(text.data, type=Architecture)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: architecture: {error}") from error
+    problem = architecture.problem()
+    if problem:
+        raise DataError(f"{path}: architecture: {problem}")
+    return architecture
+
+
+def _decode_text(text: Array, path: Path) -> str:
+    try:
+        return text.tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: tokenizer: is not UTF-8 text") from error
+
+
+def _encode_catalogue(tensors: tuple[Tensor, ...]) -> bytes:
+    entries, first_block = [], 0
+    for tensor in tensors:
+        entries.append(
+            Entry(tensor.name, tensor.dtype, tensor.shape, tensor.transposed, tensor.block_rows, first_block)
+        )
+        first_block += tensor.num_blocks
+    return msgspec.json.encode(entries)
+
+
+def _checked_catalogue(architecture: Architecture, text: Array, path: Path) -> tuple[Tensor, ...]:
+    """The architecture's catalogue, if the file's own says the same."""
+    try:
+        entries = msgspec.json.decode(text.data, type=list[Entry])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: catalogue: {error}") from error
+    if architecture.num_layers > len(entries):
+        raise DataError(f"{path}: catalogue: has fewer tensors than the architecture has layers")
+    tensors = catalogue(architecture)
+    if _encode_catalogue(tensors) != text.tobytes():
+        raise DataError(f"{path}: catalogue: does not list the tensors of the architecture")
+    return tensors
+
+
+def _fingerprint(contents: dict[str, Any]) -> str:
+    digest = blake2b(f"{FORMAT} {VERSION}".encode(), digest_size=16)
+    for name in (*TEXTS, "checksums"):
+        digest.update(len(contents[name]).to_bytes(8, "little"))
+        digest.update(contents[name])
+    return digest.hexdigest()
+
+
+def _checked_fingerprint(file: Any, contents: dict[str, Array]) -> str:
+    fingerprint = _fingerprint(contents)
+    if hdf5.read_attribute(file, "fingerprint") != fingerprint:
+        raise DataError(f"{file.filename}: is damaged or was not written to its end, its fingerprint differs")
+    return fingerprint
+
+
+def _split_checksums(tensors: tuple[Tensor, ...], checksums: Array, path: Path) -> dict[str, list[int]]:
+    if len(checksums) != sum(tensor.num_blocks for tensor in tensors):
+        raise DataError(f"{path}: checksums: there are {len(checksums)}, not one a block")
+    ends = np.cumsum([tensor.num_blocks for tensor in tensors])
+    return {
+        tensor.name: checksums[end - tensor.num_blocks : end].tolist()
+        for tensor, end in zip(tensors, ends, strict=True)
+    }
+
+
+def _open_tensors(file: Any, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+    datasets = {f"tensors/{tensor.name}" for tensor in tensors} | {*TEXTS, "checksums"}
+    groups = {str(parent) for name in datasets for parent in PurePosixPath(name).parents}
+    for name, is_group in hdf5.walk(file):
+        if name not in (groups if is_group else datasets):
+            raise DataError(f"{file.filename}: {name}: does not belong to this architecture")
+    return {
+        tensor.name: hdf5.checked_dataset(file, f"tensors/{tensor.name}", dtype=tensor.dtype, shape=tensor.shape)
+        for tensor in tensors
+    }

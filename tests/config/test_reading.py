@@ -1,0 +1,140 @@
+"""Job files: defaults, overrides, and refusals that say what, where and the nearest right key."""
+
+import pytest
+
+from moempi.config.architecture import Architecture
+from moempi.config.job import Job
+from moempi.config.reading import convert, read_toml
+from moempi.errors import ConfigError, NoInputError, UsageError
+
+SMALLEST = """
+[model]
+weights = "a.h5"
+[input]
+prompts = "a.jsonl"
+[output]
+results = "out.h5"
+"""
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    def write(text):
+        path = tmp_path / "job.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_smallest_job_has_the_documented_defaults(job_file):
+    job = read_toml(job_file(SMALLEST), Job)
+    assert (job.task, job.model.weights, job.input.prompts, job.output.results) == (
+        "generate",
+        "a.h5",
+        "a.jsonl",
+        "out.h5",
+    )
+    assert (job.run.backend, job.run.precision, job.run.reproducible) == ("auto", "bfloat16", False)
+    assert (job.run.micro_batches, job.run.timeout_s) == (2, 300.0)
+    assert (job.sampling.max_tokens, job.sampling.temperature, job.sampling.top_k) == (16, 0.0, 0)
+    assert (job.sampling.top_p, job.sampling.seed, job.sampling.stop, job.sampling.ignore_eos) == (1.0, 0, (), False)
+    assert (job.score.top_n, job.exchange.transport) == (0, "auto")
+
+
+def test_the_shipped_job_reads():
+    assert read_toml("jobs/abacus.toml", Job).output.results == "results/abacus.h5"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run.micro_batches=4", 4),
+        ("run.micro_batches = 4", 4),
+        ("run.precision=float32", "float32"),
+        ('run.precision="float32"', "float32"),
+        ("run.timeout_s=1", 1.0),
+        ("run.reproducible=true", True),
+        ("run.kv_memory=1.5 GiB", "1.5 GiB"),
+    ],
+)
+def test_overrides_take_toml_values_and_bare_words(job_file, override, value):
+    job = read_toml(job_file(SMALLEST), Job, overrides=[override])
+    key = override.partition("=")[0].strip().removeprefix("run.")
+    assert getattr(job.run, key) == value
+
+
+def test_overrides_may_make_a_section_and_a_list(job_file):
+    job = read_toml(job_file(SMALLEST), Job, overrides=["score.top_n=3", 'sampling.stop=["a", "b"]', "task=score"])
+    assert (job.task, job.score.top_n, job.sampling.stop) == ("score", 3, ("a", "b"))
+
+
+@pytest.mark.parametrize("override", ["run.micro_batches", "=4", "run..x=4", "task.name=4", ".a=1"])
+def test_malformed_overrides_are_usage_errors(job_file, override):
+    with pytest.raises(UsageError, match="--set"):
+        read_toml(job_file("task = 'generate'" + SMALLEST), Job, overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[run]\nmicro_batch = 2", ["unknown key run.micro_batch", "run.micro_batches"]),
+        ("[sampling]\nqqqqqqqqqq = 2", ["unknown key sampling.qqqqqqqqqq", "known keys are max_tokens"]),
+        ("[samplings]\ntop_k = 2", ["unknown key samplings", "did you mean sampling?"]),
+        ("[run]\nmicro_batches = '2'", ["run.micro_batches", "int"]),
+        ("[run]\nmicro_batches = 0", ["run.micro_batches", ">= 1"]),
+        ("[run]\nmicro_batches = true", ["run.micro_batches"]),
+        ("[run]\nprecision = 'float16'", ["run.precision", "float16"]),
+        ("[run]\nkv_memory = '12 parsec'", ["run.kv_memory"]),
+        ("[sampling]\ntop_p = 0.0", ["sampling.top_p"]),
+        ("[sampling]\ntop_p = 1.5", ["sampling.top_p"]),
+        ("[sampling]\nstop = ['']", ["sampling.stop"]),
+        ("[sampling]\ntemperature = nan", ["sampling.temperature"]),
+        ("run = 3", ["run", "object"]),
+    ],
+)
+def test_refusals_name_file_key_and_remedy(job_file, text, words):
+    path = job_file(f"{text}\n{SMALLEST}")
+    with pytest.raises(ConfigError) as refusal:
+        read_toml(path, Job)
+    for word in [str(path), *words]:
+        assert word in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("section", ["model", "input", "output"])
+def test_a_missing_section_is_named(job_file, section):
+    lines = SMALLEST.strip().splitlines()
+    at = lines.index(f"[{section}]")
+    with pytest.raises(ConfigError, match=section):
+        read_toml(job_file("\n".join(lines[:at] + lines[at + 2 :])), Job)
+
+
+@pytest.mark.parametrize("text", ["task = ", "[a]\n[a]", "a = 1\na = 2"])
+def test_what_is_not_toml_is_refused(job_file, text):
+    with pytest.raises(ConfigError, match="not TOML"):
+        read_toml(job_file(text), Job)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    for name in ("none.toml", "bytes.toml", "."):
+        with pytest.raises(NoInputError, match="cannot be read"):
+            read_toml(tmp_path / name, Job)
+
+
+def test_an_architecture_says_what_makes_it_impossible():
+    tree = {
+        "family": "qwen3_moe",
+        "vocab_size": 64,
+        "width": 32,
+        "num_layers": 2,
+        "max_positions": 128,
+        "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8},
+        "experts": {"num": 4, "width": 16, "router": {"top_k": 2}},
+    }
+    architecture = convert(tree, Architecture, where="test")
+    assert architecture.problem() is None
+    assert architecture.moe_layers == (0, 1)
+    tree["experts"]["router"]["top_k"] = 5
+    assert "top_k" in (convert(tree, Architecture, where="test").problem() or "")

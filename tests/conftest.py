@@ -1,0 +1,132 @@
+"""Tests that run on ranks: `@pytest.mark.ranks(1, 3)` on a test that takes `comm` runs its body on every rank of worlds
+of 1 and of 3. All such tests of a file share one mpirun for each number of ranks. `mpirun(n, *command)` runs a program.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mpirun as launching
+
+# Set inside such a world: the folder where each rank writes what became of its tests.
+WORLD_VARIABLE = "MOEMPI_TEST_WORLD"
+WORLD_LIMIT_S = 120.0
+
+# (rank, outcome, text) of each test by its node id; beside it, how the world ended.
+World = tuple[dict[str, list[tuple[int, str, str]]], str]
+WORLDS = pytest.StashKey[dict[tuple[Path, int], World]]()
+
+
+@pytest.fixture
+def mpirun():
+    """`mpirun(n, *command, limit_s=60, NAME=value)` runs a command on n ranks; a limit passed is a failure."""
+    return launching.mpirun
+
+
+@pytest.fixture
+def comm():
+    """A communicator of all ranks of the test's world."""
+    from mpi4py import MPI
+
+    duplicate = MPI.COMM_WORLD.Dup()
+    yield duplicate
+    duplicate.Free()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("ranks")
+    if marker is not None:
+        metafunc.fixturenames.append("num_ranks")
+        metafunc.parametrize("num_ranks", marker.args, scope="module", ids=lambda num: f"{num}ranks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("ranks") or "mpirun" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.mpi)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Outside a world, a rank-wise test needs none of its fixtures: they are made on the ranks."""
+    if item.get_closest_marker("ranks") and WORLD_VARIABLE not in os.environ:
+        item.fixturenames[:] = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if pyfuncitem.get_closest_marker("ranks") is None or WORLD_VARIABLE in os.environ:
+        return None
+    judge(pyfuncitem)
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    folder = os.environ.get(WORLD_VARIABLE)
+    if folder and (call.when == "call" or not report.passed):
+        note(Path(folder), item.nodeid, report)
+    return report
+
+
+def note(folder: Path, nodeid: str, report: pytest.TestReport) -> None:
+    """Write what became of a test on this rank; after a failure the other ranks would wait for ever, so end them."""
+    from mpi4py import MPI
+
+    place = folder / f"{MPI.COMM_WORLD.rank}.jsonl"
+    with place.open("a") as file:
+        file.write(json.dumps({"test": nodeid, "outcome": report.outcome, "text": report.longreprtext}) + "\n")
+    if report.failed:
+        MPI.COMM_WORLD.Abort(1)
+
+
+def judge(item: pytest.Function) -> None:
+    """Pass, skip or fail as the ranks did."""
+    num_ranks = item.callspec.params["num_ranks"]
+    outcomes, ending = world_of(item, num_ranks)
+    found = outcomes.get(item.nodeid, [])
+    for rank, outcome, text in found:
+        if outcome == "failed":
+            pytest.fail(f"rank {rank} of {num_ranks}:\n{text}", pytrace=False)
+    if len(found) < num_ranks:
+        pytest.fail(f"ran on {len(found)} of {num_ranks} ranks: another test ended the world\n{ending}", pytrace=False)
+    if all(outcome == "skipped" for _, outcome, _ in found):
+        pytest.skip(found[0][2])
+
+
+def world_of(item: pytest.Function, num_ranks: int) -> World:
+    """Run all selected rank-wise tests of the item's file at once, the first time that one of them is due."""
+    worlds = item.config.stash.setdefault(WORLDS, {})
+    key = (item.path, num_ranks)
+    if key not in worlds:
+        names = [
+            other.nodeid
+            for other in item.session.items
+            if other.path == item.path and other.get_closest_marker("ranks") and params_of(other) == num_ranks
+        ]
+        worlds[key] = run_world(item.config, names, num_ranks)
+    return worlds[key]
+
+
+def params_of(item: pytest.Item) -> int:
+    return item.callspec.params["num_ranks"]
+
+
+def run_world(config: pytest.Config, names: list[str], num_ranks: int) -> World:
+    folder = config._tmp_path_factory.mktemp("world")
+    command = launching.python("-m", "pytest", "-q", "-p", "no:cacheprovider", *names)
+    try:
+        outcome = launching.mpirun(num_ranks, *command, limit_s=WORLD_LIMIT_S, **{WORLD_VARIABLE: str(folder)})
+        ending = outcome.out[-4000:] + outcome.err[-4000:]
+    except AssertionError as error:
+        ending = str(error)[-4000:]
+    outcomes: dict[str, list[tuple[int, str, str]]] = {}
+    for place in sorted(folder.glob("*.jsonl")):
+        for line in place.read_text().splitlines():
+            entry = json.loads(line)
+            outcomes.setdefault(entry["test"], []).append((int(place.stem), entry["outcome"], entry["text"]))
+    return outcomes, ending

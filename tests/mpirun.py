@@ -1,0 +1,88 @@
+"""Running programs under mpirun with a time limit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 60.0
+
+# The environment of jobs/env.sh for who calls pytest directly: quiet, oversubscribed, one thread a rank, also as root.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "self,sm",
+    "OMPI_MCA_osc": "^ucx",
+    "PMIX_MCA_plog": "^stdfd",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended: `lines` are those of `err` that moempi itself wrote."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("moempi: ")]
+
+
+def mpirun(num_ranks: int, *command: str | Path, limit_s: float = LIMIT_S, **environment: str) -> Outcome:
+    """Run `command` on `num_ranks` ranks and wait; past `limit_s` the whole process group is killed and it fails."""
+    launcher = Path(sys.executable).with_name("mpirun")
+    return execute(launcher, "-n", str(num_ranks), *command, limit_s=limit_s, **environment)
+
+
+def python(*arguments: str | Path) -> tuple[str | Path, ...]:
+    """The command that runs this interpreter; `python("-m", "moempi", ...)` is the program."""
+    return (sys.executable, *arguments)
+
+
+def execute(*command: str | Path, limit_s: float = LIMIT_S, **environment: str) -> Outcome:
+    """Run one command from the repository's root in a process group of its own."""
+    begin = time.monotonic()
+    process = start(*command, **environment)
+    try:
+        out, err = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        out, err = end(process)
+        raise AssertionError(f"no end within {limit_s} s\n{out}\n{err}") from None
+    return Outcome(process.returncode, out, err, time.monotonic() - begin)
+
+
+def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
+    """Start a command as `execute` does, without waiting; the caller ends it."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TTY_", "FORCE_COLOR"))}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=inherited | ENVIRONMENT | environment,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Kill what `start` started, mpirun first asked to end its ranks, and return what it wrote."""
+    process.terminate()
+    try:
+        return process.communicate(timeout=10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()

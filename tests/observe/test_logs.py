@@ -1,0 +1,40 @@
+"""Log files of the ranks."""
+
+import logging
+
+import pytest
+
+from moempi.errors import StorageError
+from moempi.observe.logs import log_to_files, logs_folder
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers_left():
+    yield
+    logger = logging.getLogger("moempi")
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def test_each_rank_writes_its_own_file_beside_the_results(tmp_path, capsys):
+    results = tmp_path / "folder" / "a.h5"
+    log_to_files(results, 3)
+    logging.getLogger("moempi.engine").warning("slow disk")
+    path = logs_folder(results) / "rank-00003.log"
+    assert path == tmp_path / "folder" / "a.h5.logs" / "rank-00003.log"
+    assert "WARNING moempi.engine: slow disk" in path.read_text()
+    assert capsys.readouterr().err == ""
+
+
+def test_rank_0_also_warns_on_stderr(tmp_path, capsys):
+    log_to_files(tmp_path / "a.h5", 0)
+    logging.getLogger("moempi").info("quiet")
+    logging.getLogger("moempi").warning("loud")
+    assert capsys.readouterr().err == "moempi: loud\n"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "a.h5.logs").write_text("a file")
+    with pytest.raises(StorageError, match=r"a\.h5\.logs"):
+        log_to_files(tmp_path / "a.h5", 0)

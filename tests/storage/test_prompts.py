@@ -1,0 +1,226 @@
+import json
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moempi.config.job import Sampling
+from moempi.errors import DataError, NoInputError
+from moempi.storage import prompts
+from moempi.storage.prompts import read_prompts
+
+SAMPLING = Sampling(max_tokens=7, stop=("x",))
+
+
+def write_lines(path, *lines):
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    return path
+
+
+def read(path, *, strict=False):
+    return read_prompts(path, sampling=SAMPLING, strict=strict)
+
+
+def test_lines_become_prompts_in_order(tmp_path):
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        {"id": "a", "prompt": "12+34=", "reference": "46"},
+        b"",
+        {"id": "../../x", "tokens": [0, 5, 2**31 - 1]},
+        {"prompt": "emoji \U0001f9ee nul \0"},
+    )
+    first, second, third = read(path, strict=True)
+    assert (first.index, first.id, first.text, first.tokens, first.reference) == (0, "a", "12+34=", None, "46")
+    assert first.sampling is SAMPLING
+    assert (second.index, second.id, second.text, second.reference) == (1, "../../x", None, None)
+    assert second.tokens.dtype == np.int32
+    assert second.tokens.tolist() == [0, 5, 2**31 - 1]
+    assert (third.index, third.id, third.text) == (2, "line-4", "emoji \U0001f9ee nul \0")
+    assert not any(prompt.error for prompt in (first, second, third))
+
+
+def test_a_line_overrides_sampling(tmp_path):
+    path = write_lines(
+        tmp_path / "p", {"prompt": "a", "temperature": 0.5, "stop": ["\n"], "seed": 3, "ignore_eos": True}
+    )
+    assert read(path)[0].sampling == Sampling(max_tokens=7, temperature=0.5, stop=("\n",), seed=3, ignore_eos=True)
+
+
+BAD_LINES = [
+    (b"not json", "JSON is malformed"),
+    (b'{"prompt": "a"} {"prompt": "b"}', "trailing"),
+    (b'{"id": "bad", "prompt": "a', ""),
+    (b'["a"]', "Expected `object`, got `array`"),
+    (b'{"id": "bad"}', "give either prompt or tokens"),
+    (b'{"id": "bad", "prompt": "a", "tokens": [1]}', "give either prompt or tokens"),
+    (b'{"id": "bad", "prompt": 3}', "prompt: Expected `str | null`, got `int`"),
+    (b'{"id": 3, "prompt": "a"}', "id: Expected"),
+    (b'{"id": "", "prompt": "a"}', "id: Expected `str` of length >= 1"),
+    (b'{"id": "bad", "prompt": "a", "reference": ""}', "reference: Expected `str` of length >= 1"),
+    (b'{"id": "bad", "tokens": []}', "tokens: Expected `array` of length >= 1"),
+    (b'{"id": "bad", "tokens": [1, -1]}', "tokens[1]: Expected `int` >= 0"),
+    (b'{"id": "bad", "tokens": [2147483648]}', "tokens[0]: Expected `int` <= 2147483647"),
+    (b'{"id": "bad", "tokens": [1.5]}', "tokens[0]: Expected `int`, got `float`"),
+    (b'{"id": "bad", "prompt": "a", "temprature": 1.0}', "unknown key temprature; did you mean temperature?"),
+    (b'{"id": "bad", "promt": "a"}', "unknown key promt; did you mean prompt?"),
+    (b'{"id": "bad", "prompt": "a", "zzzzzz": 1}', "unknown key zzzzzz; known keys are id, prompt, tokens"),
+    (b'{"id": "bad", "prompt": "a", "temperature": NaN}', "malformed"),
+    (b'{"id": "bad", "prompt": "a", "temperature": 1e999}', "out of range"),
+    (b'{"id": "bad", "prompt": "a", "temperature": -1}', "temperature: Expected `float` >= 0"),
+    (b'{"id": "bad", "prompt": "a", "top_p": 0}', "top_p: Expected `float` > 0"),
+    (b'{"id": "bad", "prompt": "a", "max_tokens": null}', "max_tokens: Expected `int`, got `null`"),
+    (b'{"id": "bad", "prompt": "\\ud800"}', ""),
+    (b'{"id": "bad", "prompt": "\xff"}', "not UTF-8"),
+    (b"[" * 100_000, ""),
+    (b'{"id": "bad", "prompt": ' + b'{"a":' * 100_000, ""),
+    (b'{"id": "bad", "prompt": "a", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "unknown key deep"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_becomes_an_error_and_the_others_go_on(tmp_path, line, message):
+    path = write_lines(tmp_path / "p.jsonl", b"", {"id": "a", "prompt": "b"}, line, {"id": "c", "prompt": "d"})
+    before, bad, after = read(path)
+    assert (before.id, after.id, after.index) == ("a", "c", 2)
+    assert bad.error.startswith(f"{path}:3: ")
+    assert message in bad.error
+    assert len(bad.error) < len(str(path)) + 400
+    assert (bad.index, bad.text, bad.tokens) == (1, None, None)
+    assert bad.id in ("bad", "line-3")
+    with pytest.raises(DataError, match=r"p\.jsonl:3: "):
+        read(path, strict=True)
+
+
+def test_a_bad_line_keeps_its_id_where_it_has_one(tmp_path):
+    path = write_lines(tmp_path / "p", {"id": "a", "prompt": 3}, {"id": "a", "prompt": "b"})
+    assert [(prompt.id, bool(prompt.error)) for prompt in read(path)] == [("a", True), ("line-2", True)]
+
+
+def test_the_later_of_two_equal_ids_is_bad(tmp_path):
+    path = write_lines(
+        tmp_path / "p", {"id": "a", "prompt": "1"}, {"id": "b", "prompt": "2"}, {"id": "a", "prompt": "3"}
+    )
+    found = read(path)
+    assert [prompt.id for prompt in found] == ["a", "b", "line-3"]
+    assert found[2].error == f"{path}:3: id 'a' was used before, at {path}:1"
+
+
+def test_a_huge_line_is_bad_and_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "MAX_LINE_BYTES", 100)
+    exact = b'{"prompt": "' + b"x" * 86 + b'"}'
+    assert len(exact) == 100
+    path = write_lines(
+        tmp_path / "p", exact, exact + b" ", b"y" * 1000, b"z" * 202, {"id": "last", "prompt": "a"}, b"w" * 500
+    )
+    found = read(path)
+    assert [bool(prompt.error) for prompt in found] == [False, True, True, True, False, True]
+    assert "longer than" in found[2].error
+    assert (found[4].id, found[5].id) == ("last", "line-6")
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "p"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n  \r\n{"prompt": "b"}\r\n')
+    assert [(prompt.text, prompt.id) for prompt in read(path, strict=True)] == [("a", "line-1"), ("b", "line-3")]
+
+
+def test_nothing_to_read(tmp_path):
+    (tmp_path / "empty").touch()
+    assert read(tmp_path / "empty") == []
+    for missing in (tmp_path / "missing", tmp_path):
+        with pytest.raises(NoInputError, match="cannot be read"):
+            read(missing)
+
+
+@given(line=st.binary(max_size=60))
+def test_any_bytes_make_a_prompt_or_an_error(tmp_path_factory, line):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n' + line)
+    assert read(path)[0].text == "a"
+
+
+@given(text=st.text(), name=st.text(min_size=1))
+def test_any_text_comes_back(tmp_path_factory, text, name):
+    path = write_lines(tmp_path_factory.getbasetemp() / "text.jsonl", {"id": name, "prompt": text})
+    found = read(path, strict=True)[0]
+    assert (found.id, found.text) == (name, text)
+
+
+def write_arrays(path, rows, *, ids=None, dtype=np.int32):
+    with h5py.File(path, "w") as file:
+        file["values"] = np.array([token for row in rows for token in row], dtype)
+        file["offsets"] = np.cumsum([0, *(len(row) for row in rows)])
+        if ids is not None:
+            file["id"] = ids
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16, np.uint32, np.uint64, ">i4"])
+def test_token_arrays(tmp_path, dtype):
+    found = read(write_arrays(tmp_path / "p.h5", [[1, 2], [300]], dtype=dtype), strict=True)
+    assert [prompt.tokens.tolist() for prompt in found] == [[1, 2], [300]]
+    assert [(prompt.id, prompt.index) for prompt in found] == [("row-0", 0), ("row-1", 1)]
+    assert all(prompt.tokens.dtype == np.int32 and prompt.sampling is SAMPLING for prompt in found)
+
+
+@pytest.mark.parametrize(("ids", "expected"), [([7, 8], ["7", "8"]), (np.array(["é".encode(), b"b"]), ["é", "b"])])
+def test_token_arrays_with_ids(tmp_path, ids, expected):
+    found = read(write_arrays(tmp_path / "p.h5", [[1], [2]], ids=ids))
+    assert [prompt.id for prompt in found] == expected
+
+
+def test_bad_rows_become_errors_and_the_others_go_on(tmp_path):
+    ids = np.array([b"a", b"empty", b"low", b"high", b"", b"\xff", b"a", b"z"])
+    path = write_arrays(tmp_path / "p.h5", [[1], [], [-1], [2**31], [1], [1], [1], [5]], ids=ids, dtype=np.int64)
+    found = read(path)
+    assert [bool(prompt.error) for prompt in found] == [False, *[True] * 6, False]
+    assert [prompt.id for prompt in found] == ["a", "empty", "low", "high", "row-4", "row-5", "row-6", "z"]
+    assert found[1].error == f"{path}: row 1: has no tokens"
+    with pytest.raises(DataError, match="row 1"):
+        read(path, strict=True)
+
+
+def test_token_arrays_may_be_empty(tmp_path):
+    assert read(write_arrays(tmp_path / "p.h5", [])) == []
+
+
+def rewrite(name, value):
+    def change(file):
+        del file[name]
+        if value is not None:
+            file[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rewrite("values", None),
+        rewrite("offsets", None),
+        rewrite("offsets", np.array([0, 2])),
+        rewrite("offsets", np.array([1, 2, 3])),
+        rewrite("offsets", np.array([0, 4, 3])),
+        rewrite("offsets", np.zeros(0, np.int64)),
+        rewrite("offsets", np.array([0.0, 2.0, 3.0])),
+        rewrite("values", np.zeros((3, 1), np.int32)),
+        rewrite("values", h5py.ExternalLink("elsewhere.h5", "/values")),
+        rewrite("id", ["a", "b"]),
+        rewrite("id", np.arange(3)),
+    ],
+)
+def test_arrays_that_are_not_as_documented_are_refused(tmp_path, change):
+    path = write_arrays(tmp_path / "p.h5", [[1, 2], [3]], ids=[1, 2])
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(DataError, match=str(path)):
+        read(path)
+
+
+def test_a_damaged_hdf5_file_is_refused(tmp_path):
+    path = write_arrays(tmp_path / "p.h5", [[1, 2], [3]])
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=str(path)):
+        read(path)

@@ -1,0 +1,242 @@
+import h5py
+import msgspec
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moempi.config.architecture import Architecture
+from moempi.config.tensors import catalogue
+from moempi.errors import DataError, NoInputError
+from moempi.storage.weights import WeightFile, write_weights
+from storage.models import SMALL, origin_values, pieces, write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.h5"
+    write_model(path)
+    return path
+
+
+@pytest.fixture
+def damage(model, tmp_path):
+    """Change a copy of the model with plain h5py, then try to open it."""
+
+    def change_and_open(change):
+        path = tmp_path / "changed.h5"
+        path.write_bytes(model.read_bytes())
+        with h5py.File(path, "r+") as file:
+            change(file)
+        WeightFile.open(path).close()
+
+    return change_and_open
+
+
+def test_everything_comes_back(model):
+    with WeightFile.open(model) as weights:
+        assert weights.architecture == SMALL
+        assert weights.tokenizer == '{"é": 1}'
+        assert weights.path == model
+        for tensor in catalogue(SMALL):
+            read = weights.read(tensor.name)
+            np.testing.assert_array_equal(read, origin_values(tensor), err_msg=tensor.name)
+            assert (read.dtype, read.ctypes.data % 64) == (np.uint16, 0)
+            assert weights.tensor(tensor.name) == tensor
+
+
+@settings(max_examples=60, deadline=None)
+@given(index=st.integers(0, len(catalogue(SMALL)) - 1), ends=st.tuples(st.integers(0, 150), st.integers(0, 150)))
+def test_any_range_of_rows(model, index, ends):
+    tensor = catalogue(SMALL)[index]
+    start, stop = sorted(min(end, tensor.shape[0]) for end in ends)
+    with WeightFile.open(model) as weights:
+        read = weights.read(tensor.name, start, stop)
+    np.testing.assert_array_equal(read, origin_values(tensor)[start:stop])
+    assert not read.size or read.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("rows", [(-1, 2), (2, 1), (0, 151)])
+def test_rows_outside_are_an_index_error(model, rows):
+    with WeightFile.open(model) as weights, pytest.raises(IndexError, match="embedding has rows 0 to 150"):
+        weights.read("embedding", *rows)
+
+
+def test_the_file_does_not_depend_on_how_it_was_cut_or_when(model, tmp_path):
+    for step in (1, 64, 1000):
+        write_model(tmp_path / "again.h5", step=step)
+        assert (tmp_path / "again.h5").read_bytes() == model.read_bytes()
+
+
+def test_fingerprint_tells_models_apart(tmp_path):
+    prints = {
+        write_model(tmp_path / "a.h5"),
+        write_model(tmp_path / "b.h5", tokenizer=""),
+        write_model(tmp_path / "c.h5", msgspec.structs.replace(SMALL, max_positions=33)),
+    }
+    with WeightFile.open(tmp_path / "b.h5") as weights:
+        assert weights.fingerprint in prints
+    assert len(prints) == 3
+
+
+def test_checksums_are_xxh3_of_blocks_as_documented(model):
+    with h5py.File(model) as file:
+        checksums = file["checksums"][:]
+        for entry in msgspec.json.decode(file["catalogue"][:].tobytes()):
+            bits = origin_values(next(t for t in catalogue(SMALL) if t.name == entry["name"]))
+            for block in range(-(-entry["shape"][0] // entry["block_rows"])):
+                rows = bits[block * entry["block_rows"] : (block + 1) * entry["block_rows"]]
+                assert xxhash.xxh3_64_intdigest(rows.tobytes()) == checksums[entry["first_block"] + block]
+
+
+def test_a_damaged_row_is_named_and_its_neighbours_are_not_touched(model, tmp_path):
+    path = tmp_path / "damaged.h5"
+    path.write_bytes(model.read_bytes())
+    with h5py.File(path) as file:
+        offset = file["tensors/layers/001/experts/down"].id.get_offset()
+    with path.open("r+b") as file:
+        file.seek(offset + 1 * 8 * 6 * 2 + 5)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 0x10]))
+    with WeightFile.open(path) as weights:
+        assert len(weights.read("layers/001/experts/down", 2, 3)) == 1
+        assert len(weights.read("layers/001/experts/up")) == 3
+        with pytest.raises(DataError, match=r"damaged\.h5: layers/001/experts/down: rows 1 to 2 are damaged"):
+            weights.read("layers/001/experts/down")
+
+
+def test_a_range_is_verified_beyond_its_own_rows(model, tmp_path):
+    path = tmp_path / "damaged.h5"
+    path.write_bytes(model.read_bytes())
+    with h5py.File(path, "r+") as file:
+        file["tensors/embedding"][130, 0] = 5.0
+    with WeightFile.open(path) as weights:
+        assert len(weights.read("embedding", 0, 128)) == 128
+        with pytest.raises(DataError, match="embedding: rows 128 to 150"):
+            weights.read("embedding", 140, 141)
+
+
+def test_missing_file_is_no_input(tmp_path):
+    with pytest.raises(NoInputError, match=r"nowhere\.h5"):
+        WeightFile.open(tmp_path / "nowhere.h5")
+
+
+def test_another_hdf5_file_is_refused(tmp_path):
+    h5py.File(tmp_path / "other.h5", "w").close()
+    with pytest.raises(DataError, match="is not a moempi weight file"):
+        WeightFile.open(tmp_path / "other.h5")
+
+
+def set_attribute(name, value):
+    def change(file):
+        file.attrs.modify(name, value)
+
+    return change
+
+
+def set_text(name, text):
+    def change(file):
+        del file[name]
+        file.create_dataset(name, data=np.frombuffer(text, np.uint8))
+
+    return change
+
+
+def remove(name):
+    def change(file):
+        del file[name]
+
+    return change
+
+
+def replace_dataset(name, values):
+    def change(file):
+        file.pop(name, None)
+        file[name] = values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_attribute("version", 2), "has format version 2, this program reads 1"),
+        (set_attribute("fingerprint", np.bytes_(b"0" * 32)), "fingerprint differs"),
+        (set_text("tokenizer", b"{}"), "fingerprint differs"),
+        (lambda file: file["checksums"].write_direct(np.zeros(len(file["checksums"]), np.uint64)), "fingerprint"),
+        (remove("catalogue"), "catalogue: is missing"),
+        (remove("tensors/layers/001/router"), "tensors/layers/001/router: is missing"),
+        (remove("tensors"), "is missing"),
+        (replace_dataset("tensors/norm", np.ones(9, np.float32)), "tensors/norm: its type is not bfloat16"),
+        (replace_dataset("tensors/layers/002/bias", np.ones(9)), "layers/002/bias: does not belong"),
+        (lambda file: file.create_group("tensors/layers/000/dense/gate2"), "gate2: does not belong"),
+    ],
+)
+def test_contents_that_do_not_agree_are_refused(damage, change, message):
+    with pytest.raises(DataError, match=message):
+        damage(change)
+
+
+def rewrite(architecture=SMALL, catalogue_of=SMALL):
+    """Write texts that do not fit the tensors, with a fingerprint that fits the texts."""
+    from moempi.storage import weights
+
+    texts = {
+        "architecture": architecture if isinstance(architecture, bytes) else msgspec.json.encode(architecture),
+        "catalogue": catalogue_of
+        if isinstance(catalogue_of, bytes)
+        else weights._encode_catalogue(catalogue(catalogue_of)),
+        "tokenizer": b"",
+    }
+
+    def change(file):
+        for name, text in texts.items():
+            set_text(name, text)(file)
+        print_of = weights._fingerprint(texts | {"checksums": file["checksums"][:].tobytes()})
+        file.attrs.modify("fingerprint", np.bytes_(print_of.encode()))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rewrite(b'{"family": 1}'), "architecture: "),
+        (rewrite(b"[" * 100_000), "architecture: "),
+        (rewrite(msgspec.structs.replace(SMALL, num_layers=2)), "catalogue: does not list"),
+        (rewrite(msgspec.structs.replace(SMALL, num_layers=10**15)), "catalogue: has fewer tensors than"),
+        (rewrite(msgspec.structs.replace(SMALL, dense_width=0)), "architecture: dense_width is 0"),
+        (rewrite(catalogue_of=b"{}"), "catalogue: "),
+        (rewrite(*2 * [msgspec.structs.replace(SMALL, vocab_size=2**50)]), "checksums: there are"),
+        (rewrite(*2 * [msgspec.structs.replace(SMALL, vocab_size=151)]), r"embedding: its shape is \(150, 8\), not"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(damage, change, message):
+    with pytest.raises(DataError, match=message):
+        damage(change)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([], "shorter"),
+        ([(t, pieces(t, 8)) for t in reversed(catalogue(SMALL))], "was given where embedding is due"),
+        ([(t, pieces(t, 8)[:-1]) for t in catalogue(SMALL)], "embedding has 150 rows, 144 were given"),
+    ],
+)
+def test_writing_other_tensors_is_a_mistake_and_leaves_nothing(tmp_path, tensors, message):
+    with pytest.raises(ValueError, match=message):
+        write_weights(tmp_path / "model.h5", SMALL, tokenizer="", tensors=tensors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_architectures_survive(tmp_path):
+    other = msgspec.structs.replace(SMALL, tied_embeddings=True, dense_layers=(), bos_token=0, eos_tokens=(1, 2))
+    write_model(tmp_path / "model.h5", other)
+    with WeightFile.open(tmp_path / "model.h5") as weights:
+        assert isinstance(weights.architecture, Architecture)
+        assert weights.architecture == other
+        with pytest.raises(KeyError):
+            weights.read("head")

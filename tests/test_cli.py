@@ -1,0 +1,108 @@
+"""The command line: exit codes and one line for every refusal."""
+
+import pytest
+
+import mpirun as launching
+from moempi import __version__, cli
+from moempi.errors import DataError
+
+
+def moempi(*arguments):
+    return launching.execute(*launching.python("-m", "moempi", *arguments))
+
+
+def test_help_and_version():
+    outcome = moempi("--help")
+    assert outcome.code == 0
+    for command in ("run", "convert", "init", "inspect", "export", "show", "check", "bench"):
+        assert f"\n    {command} " in outcome.out
+    assert moempi("--version").out.strip() == f"moempi {__version__}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["run"], ["convert", "one"], ["run", "job.toml", "--nonsense"]], ids=" ".join
+)
+def test_usage_errors_are_one_line_and_64(arguments, capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(arguments)
+    assert ending.value.code == 64
+    err = capsys.readouterr().err
+    assert err.startswith("moempi: ")
+    assert err.count("\n") == 1
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """`failing(error)` makes the command `inspect` raise it."""
+
+    def make(error):
+        def inspect(_chosen):
+            raise error
+
+        monkeypatch.setattr(cli, "inspect", inspect)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DataError("line 3\n is torn"), 65, "moempi: line 3 is torn\n"),
+        (ValueError("x < 0"), 70, "moempi: ValueError: x < 0\n"),
+        (KeyboardInterrupt(), 130, "moempi: interrupted\n"),
+    ],
+)
+def test_errors_are_one_line(error, code, line, capsys, failing):
+    failing(error)
+    assert cli.main(["inspect", "some.h5"]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_debug_prints_the_traceback(capsys, failing):
+    failing(ValueError("x < 0"))
+    assert cli.main(["inspect", "some.h5", "--debug"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_commands_without_ranks_start_no_mpi(tmp_path):
+    program = f"""
+import sys
+from moempi import cli
+assert cli.main(["inspect", {str(tmp_path / "none.h5")!r}]) == 66
+assert "mpi4py" not in sys.modules
+"""
+    assert launching.execute(*launching.python("-c", program)).code == 0
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        (None, 66, "cannot be read"),
+        ("task = ", 78, "not TOML"),
+        ("[model]\nweight = 'a.h5'", 78, "did you mean model.weights?"),
+    ],
+)
+def test_a_bad_job_is_one_line_from_all_ranks(text, code, words, tmp_path, mpirun):
+    job = tmp_path / "job.toml"
+    if text is not None:
+        job.write_text(text)
+    outcome = mpirun(2, *launching.python("-m", "moempi", "run", job))
+    assert outcome.code == code
+    assert len(outcome.lines) == 1
+    assert words in outcome.lines[0]
+    assert "Traceback" not in outcome.err
+
+
+def test_usage_errors_under_mpirun_are_one_line(mpirun):
+    outcome = mpirun(3, *launching.python("-m", "moempi", "run"))
+    assert outcome.code == 64
+    assert len(outcome.lines) == 1
+
+
+def test_check_prints_ranks_and_exchange(mpirun):
+    outcome = mpirun(2, *launching.python("-m", "moempi", "check"))
+    assert outcome.code == 0
+    assert "2 ranks on 1 nodes" in outcome.out
+    assert "1,048,576" in outcome.out
+    assert "\x1b[" not in outcome.out
