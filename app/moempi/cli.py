@@ -40,7 +40,7 @@ def run(chosen: argparse.Namespace) -> int:
     with world.guard():
         job = world.together(lambda: read_toml(chosen.job, Job, overrides=chosen.set))
         text = Path(chosen.job).read_text(encoding="utf-8")
-        return run_job(job, job_text=text, world=world, strict=chosen.strict, dry_run=chosen.dry_run)
+        return run_job(job, job_text=text, world=world, strict=chosen.strict)
 
 
 def convert(chosen: argparse.Namespace) -> int:

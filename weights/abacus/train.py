@@ -196,7 +196,7 @@ def make_batch(questions: Iterator[Question], tokenizer: Tokenizer) -> dict[str,
         used = 0
         while True:
             _, prompt, answer = next(questions)
-            tokens = tokenizer.encode(prompt + answer).ids + [EOS]
+            tokens = [*tokenizer.encode(prompt + answer).ids, EOS]
             end = used + len(tokens)
             if end > ROW_TOKENS:
                 break
@@ -287,7 +287,7 @@ def quick_accuracy(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer) -> dict[str
     """Exact answers by task, from one forward pass: greedy decoding is right when each next token is."""
     right: dict[str, list[bool]] = {task: [] for task in TASKS}
     sample = held_out_questions(400)
-    texts = [tokenizer.encode(prompt + answer).ids + [EOS] for _, prompt, answer in sample]
+    texts = [[*tokenizer.encode(prompt + answer).ids, EOS] for _, prompt, answer in sample]
     longest = max(map(len, texts))
     ids = torch.tensor([text + [PAD] * (longest - len(text)) for text in texts])
     best = model(input_ids=ids, use_cache=False).logits.argmax(-1)
@@ -363,7 +363,8 @@ def evaluate() -> None:
     """Measure the saved checkpoint on the held-out questions and keep the figures."""
     questions = held_out_questions(HELD_OUT_QUESTIONS)
     with safe_open(HERE / "model.safetensors", "pt") as tensors:
-        parameters = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+        names = tensors.keys()
+        parameters = sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     record(parameters=parameters,
            bytes=(HERE / "model.safetensors").stat().st_size,
            exact_answers_bfloat16=greedy_accuracy(questions, torch.bfloat16),

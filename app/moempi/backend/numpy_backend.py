@@ -1,9 +1,9 @@
 """The backend of machines without a GPU: NumPy, with float32 matrix products from its BLAS.
 
 Weights and the cache are widened to float32 in memory; with bfloat16 the rows between verbs are float32 arrays that
-hold bfloat16 values. A row's product depends on how many rows share the BLAS call, so `reproducible` makes every call
-with exactly BLOCK rows and attends in blocks of BLOCK positions and PAGE_ROWS keys: results are then the same bits
-for any batching, at about twice the time.
+hold bfloat16 values. A row's product depends on how many rows share the BLAS call, so `reproducible` multiplies in
+calls that are equal to those of BLOCK rows and attends in blocks of BLOCK positions and PAGE_ROWS keys: results are
+then the same bits for any batching.
 """
 
 import os
@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import aligned_empty, round_to_bfloat16, widen
+from moempi.backend.blocked_product import BLOCK, blocked_product
 from moempi.backend.protocol import (
-    PAGE_ROWS,
     Cache,
     Choice,
     Expert,
@@ -27,12 +27,12 @@ from moempi.backend.protocol import (
 )
 from moempi.backend.sampling import pick_token
 from moempi.config.architecture import Router
+from moempi.config.tensors import PAGE_ROWS
 
 Rows = npt.NDArray[np.float32]
 
-BLOCK = 8
 QUERY_ROWS = 128
-PIECE_FLOPS = 2e8
+PIECE_FLOPS = 4e8
 
 
 class NumpyBackend:
@@ -215,6 +215,10 @@ class NumpyBackend:
         rows = wire if index is None else wire[index]
         return widen(rows) if self.is_bfloat16 else rows
 
+    def join(self, parts: Sequence[Rows]) -> Rows:
+        """See `Backend.join`."""
+        return np.concatenate(parts)
+
     def combine(self, wire: npt.NDArray[Any], places: IntArray, weights: Rows) -> Rows:
         """See `Backend.combine`."""
         total = np.zeros((places.shape[0], wire.shape[1]), np.float32)
@@ -264,30 +268,16 @@ class NumpyBackend:
 
     def _product(self, x: Rows, matrix: Rows) -> Rows:
         num_rows = len(x)
+        most_rows = max(64, int(PIECE_FLOPS / (2 * matrix.shape[0] * matrix.shape[1])))
         if self.reproducible:
-            return _product_in_blocks(x, matrix)
-        flops_per_row = 2 * matrix.shape[0] * matrix.shape[1]
-        step = max(64, int(PIECE_FLOPS / flops_per_row))
-        if num_rows <= step:
-            product: Rows = np.matmul(x, matrix)
-            self.between()
-            return product
+            return blocked_product(x, matrix, most_rows=most_rows, between=self.between)
+        pieces = max(1, -(-num_rows // most_rows))
         product = np.empty((num_rows, matrix.shape[1]), np.float32)
-        for first in range(0, num_rows, step):
-            np.matmul(x[first : first + step], matrix, out=product[first : first + step])
+        for piece in range(pieces):
+            rows = slice(piece * num_rows // pieces, (piece + 1) * num_rows // pieces)
+            np.matmul(x[rows], matrix, out=product[rows])
             self.between()
         return product
-
-
-def _product_in_blocks(x: Rows, matrix: Rows) -> Rows:
-    """X times matrix with BLOCK rows to every BLAS call, the last block padded with zeros."""
-    blocks = -(-len(x) // BLOCK)
-    padded = x
-    if blocks * BLOCK != len(x):
-        padded = np.zeros((blocks * BLOCK, x.shape[1]), np.float32)
-        padded[: len(x)] = x
-    product: Rows = np.matmul(padded.reshape(blocks, BLOCK, x.shape[1]), matrix)
-    return product.reshape(blocks * BLOCK, matrix.shape[1])[: len(x)]
 
 
 def _attention(queries: Rows, keys: Rows, values: Rows, first: int) -> Rows:

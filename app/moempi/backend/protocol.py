@@ -68,8 +68,24 @@ class Picked:
     top_tokens: npt.NDArray[np.int32]
     top_logprobs: FloatArray
 
+    def take(self, index: IntArray | slice) -> "Picked":
+        """Some of the rows."""
+        return Picked(self.tokens[index], self.logprobs[index], self.top_tokens[index], self.top_logprobs[index])
 
-PAGE_ROWS = 64
+    def shortened(self, top: int) -> "Picked":
+        """The same with the `top` most likely tokens only."""
+        return Picked(self.tokens, self.logprobs, self.top_tokens[:, :top], self.top_logprobs[:, :top])
+
+    @staticmethod
+    def join(parts: "Sequence[Picked]") -> "Picked":
+        """The rows of all parts, one after another."""
+        return Picked(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.logprobs for part in parts]),
+            np.concatenate([part.top_tokens for part in parts]),
+            np.concatenate([part.top_logprobs for part in parts]),
+        )
+
 
 
 class Backend(Protocol):
@@ -147,6 +163,9 @@ class Backend(Protocol):
 
     def unpack(self, wire: Array, index: Array | None) -> Array:
         """Rows wire[index] (all when None) of a wire buffer."""
+
+    def join(self, parts: Sequence[Array]) -> Array:
+        """The rows of all parts, one after another, in memory of their own."""
 
     def combine(self, wire: Array, places: Array, weights: Array) -> Array:
         """Sum over k, in slot order in float32, of weights[t, k] * wire[places[t, k]] -> (T, D)."""

@@ -11,9 +11,10 @@ Size = Annotated[str, Meta(pattern=r"^(auto|[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B)$")
 
 
 class ModelSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[model]`: the weight file."""
+    """`[model]`: the weight file; `architecture` is what a dry run takes when that file is not there."""
 
     weights: str
+    architecture: str = ""
 
 
 class InputSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,7 +36,7 @@ class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     reproducible: bool = False
     overlap: bool = True
-    micro_batches: Count = 2
+    micro_batches: Count | Literal["auto"] = 2
     max_sequences: Count = 32
     batch_tokens: Count = 512
     kv_memory: Size = "auto"
@@ -69,6 +70,30 @@ class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
     transport: Literal["auto", "alltoallv"] = "auto"
 
 
+class ParallelSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[parallel]`: how ranks form stages, tensor groups and data parallel groups.
+
+    `stage_layers` and `stage_ranks` say how many layers and ranks each stage has; empty means balanced by cost, and
+    even. `experts_per_rank` is the most experts of a layer that a rank may host; 0 for any number.
+    """
+
+    stages: Count = 1
+    stage_layers: tuple[Count, ...] = ()
+    stage_ranks: tuple[Count, ...] = ()
+    tensor: Count = 1
+    experts_per_rank: Index = 0
+
+
+class TopologySection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[topology]`: what to assume of the machine instead of asking it.
+
+    `ranks_per_node` above 0 makes virtual nodes of as many ranks; `rank_memory` is the memory of a rank.
+    """
+
+    ranks_per_node: Index = 0
+    rank_memory: Size = "auto"
+
+
 class Job(Struct, frozen=True, forbid_unknown_fields=True):
     """A whole job file."""
 
@@ -80,3 +105,10 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
     sampling: Sampling = Sampling()
     score: ScoreSection = ScoreSection()
     exchange: ExchangeSection = ExchangeSection()
+    parallel: ParallelSection = ParallelSection()
+    topology: TopologySection = TopologySection()
+
+    @property
+    def lanes(self) -> int:
+        """Micro-batches in flight: `auto` fills the pipeline with a pair a stage."""
+        return 2 * self.parallel.stages if self.run.micro_batches == "auto" else self.run.micro_batches

@@ -12,6 +12,10 @@ from math import prod
 from moempi.config.architecture import Architecture
 
 BLOCK_ROWS = 64
+"""Rows of a tensor under one checksum, where nothing else divides it."""
+
+PAGE_ROWS = 64
+"""Positions in a page of the key-value cache."""
 
 
 class Share(Enum):
@@ -65,6 +69,19 @@ def catalogue(architecture: Architecture) -> tuple[Tensor, ...]:
     if not architecture.tied_embeddings:
         tensors.append(Tensor("head", (vocab, width)))
     return tuple(tensors)
+
+
+def stage_tensors(architecture: Architecture, layers: range) -> Iterator[Tensor]:
+    """The tensors that ranks of a stage hold: those of its layers, and what stands before and after all layers."""
+    is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
+    for tensor in catalogue(architecture):
+        group, _, rest = tensor.name.partition("/")
+        if rest:
+            if int(rest.partition("/")[0]) in layers:
+                yield tensor
+        elif is_last or (is_first and group == "embedding"):
+            if group != "embedding" or is_first or architecture.tied_embeddings:
+                yield tensor
 
 
 def layer_tensors(architecture: Architecture, layer: int) -> Iterator[Tensor]:

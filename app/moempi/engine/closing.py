@@ -11,6 +11,7 @@ from moempi import __version__
 from moempi.engine.lane import Lane
 from moempi.engine.ledger import Ledger
 from moempi.observe.report import Report
+from moempi.parallel.traffic import WAITS
 from moempi.parallel.world import World
 from moempi.storage.records import RankRecord
 from moempi.storage.results import Provenance
@@ -20,11 +21,11 @@ PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
 def rank_record(lanes: Sequence[Lane], ledger: Ledger, world: World, *, seconds: float) -> RankRecord:
     """What this rank did in `seconds` of steps: it computed whenever it was not blocked."""
-    waits = {kind: sum(lane.exchange.waits[kind] for lane in lanes) for kind in ("exchange", "idle")}
+    waits = {kind: sum(lane.network.traffic.waits[kind] for lane in lanes) for kind in WAITS}
     return RankRecord(
         rank=world.rank,
         host=world.host,
-        expert_load=np.sum([lane.exchange.load for lane in lanes], axis=0),
+        expert_load=np.sum([lane.network.exchange.load for lane in lanes], axis=0),
         seconds={"compute": seconds - sum(waits.values()), **waits},
         steps=ledger.steps,
         tokens=ledger.tokens,

@@ -9,15 +9,16 @@ def interleave(
     lanes: Sequence[Generator[Point, None, None]],
     step: Sequence[Point],
     *,
+    together: int,
     reached: Callable[[int, Point], None] = lambda lane, point: None,
 ) -> None:
     """Resume the lanes in the order of the schedule until each has returned.
 
-    `step` are the points of one step; `reached` hears of every point. Raises RuntimeError when a lane is at another
+    `step` are the points of one step, `together` how many lanes take it side by side; `reached` hears of every point. Raises RuntimeError when a lane is at another
     point than the schedule says: its ranks would no longer start their collectives in the same order.
     """
     running = dict(enumerate(lanes))
-    for lane, point in schedule(len(lanes), step):
+    for lane, point in schedule(len(lanes), step, together=together):
         if lane in running:
             actual = next(running[lane], None)
             if actual is None:

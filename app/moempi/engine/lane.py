@@ -1,40 +1,105 @@
-"""A lane: one micro-batch after another, each a step that all ranks take together."""
+"""A lane: one micro-batch after another, each a step that all ranks of a stage take together."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from moempi.backend.protocol import Array, Picked
 from moempi.engine.ledger import Ledger
-from moempi.engine.scheduler import Scheduler
+from moempi.engine.scheduler import Scheduler, Work
 from moempi.engine.tasks import Task
 from moempi.model.transformer import Transformer
-from moempi.parallel.exchange import Exchange
-from moempi.parallel.schedule import STEP_END, Point
+from moempi.parallel.batch import NONE, Batch
+from moempi.parallel.network import Network
+from moempi.parallel.row_split import RowSplit
+from moempi.parallel.schedule import AGREE, ROWS, TOKENS, Point
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What the steps of one lane need; its exchange is its own, the rest all lanes of the rank share."""
+    """What the steps of one lane need; its network is its own, the rest all lanes of the rank share."""
 
     index: int
     model: Transformer
-    exchange: Exchange
+    network: Network
     scheduler: Scheduler
     task: Task
     ledger: Ledger
 
     def serve(self) -> Generator[Point, None, None]:
-        """Take steps until no rank has work for this lane; collective over the lane's ranks.
+        """Take steps until no rank has work for this lane; collective over all ranks."""
+        return self._lead() if self.network.link.is_first else self._follow()
 
-        A rank without work takes every step with no rows.
-        """
+    def _lead(self) -> Generator[Point, None, None]:
+        """The first stage: decide each step, and take the answers. A rank without work takes every step with no rows."""
+        tensor = self.network.tensor
         while True:
-            sums = self.exchange.agree((self.scheduler.unfinished(self.index), *self.ledger.counts))
-            batch, work = self.scheduler.next_batch(self.index)
-            rows = yield from self.model.forward(batch, self.exchange)
-            self.task.accept(rows, work)
-            self.ledger.end_step(self.scheduler.retire(self.index))
-            yield STEP_END
+            sums = self.network.exchange.agree((self.scheduler.unfinished(self.index), *self.ledger.counts))
+            yield AGREE
             unfinished, *counts = sums.finish().tolist()
             self.ledger.show(*counts)
             if not unfinished:
+                self.network.link.stop()
                 return
+            work = self.scheduler.next_work(self.index)
+            batch = self._batch(work)
+            split = RowSplit((batch.num_rows,), tensor.size)
+            x = self.model.embed(batch.tokens[split.indices[tensor.part]])
+            x = yield from self.model.forward(batch, split, x, self.network)
+            self.task.accept(work, (yield from self._conclude(batch, split, x)))
+            self.ledger.end_step(self.scheduler.retire(self.index))
+
+    def _follow(self) -> Generator[Point, None, None]:
+        """A later stage: take each step as the stage before hands it on."""
+        link = self.network.link
+        arrival = link.expect()
+        while True:
+            yield ROWS
+            batch, split, x = link.receive(arrival)
+            if batch.stop:
+                link.stop()
+                return
+            arrival = link.expect()
+            x = yield from self.model.forward(batch, split, x, self.network)
+            yield from self._conclude(batch, split, x)
+            self.ledger.end_step(())
+
+    def _conclude(self, batch: Batch, split: RowSplit, x: Array) -> Generator[Point, None, Picked]:
+        """Hand the rows on, or answer what the batch asks; the first stage returns with the answers."""
+        link = self.network.link
+        if link.is_last:
+            picked = self._pick(batch, split, x)
+            if not link.is_first:
+                link.answer(batch, picked)
+            return picked
+        rows = yield from self.network.tensor.gather(x, split, layer=-1)
+        link.send(batch, rows)
+        if not link.is_first:
+            return NOTHING_PICKED
+        yield TOKENS
+        return link.answers()
+
+    def _pick(self, batch: Batch, split: RowSplit, x: Array) -> Picked:
+        """Answer for the wanted rows; each rank of a tensor group for those among its part."""
+        tensor = self.network.tensor
+        own = split.indices[tensor.part]
+        places = np.flatnonzero(np.isin(batch.wanted, own))
+        rows = x[np.searchsorted(own, batch.wanted[places])]
+        return tensor.assemble(self.task.pick(self.model, rows, [batch.asked[place] for place in places.tolist()]), places)
+
+    def _batch(self, work: Sequence[Work]) -> Batch:
+        wanted, asked = self.task.wants(work)
+        return Batch(
+            tokens=np.array([token for sequence, rows in work for token in sequence.next_tokens(rows)], np.int64),
+            slots=np.array([sequence.slot for sequence, _ in work], np.int64),
+            starts=np.array([sequence.computed for sequence, _ in work], np.int64),
+            lengths=np.array([rows for _, rows in work], np.int64),
+            capacities=np.array([sequence.capacity for sequence, _ in work], np.int64),
+            wanted=np.array(wanted, np.int64),
+            freed=np.array(self.scheduler.take_freed(), np.int64),
+            asked=asked,
+        )
+
+
+NOTHING_PICKED = Picked(NONE, np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))

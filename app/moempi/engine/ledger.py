@@ -8,9 +8,14 @@ from moempi.storage.records import PartWriter, RequestRecord
 
 
 class Ledger:
-    """Writes each finished sequence to `part` at once. `show` hears the sums over all ranks after every step."""
+    """Writes each finished sequence to `part` at once. `show` hears the sums over all ranks after every step.
 
-    def __init__(self, part: PartWriter, *, task: str, show: Callable[[int, int], None]) -> None:
+    The ranks of a tensor group finish the same sequences; one of them `keeps_records`.
+    """
+
+    def __init__(
+        self, part: PartWriter, *, task: str, keeps_records: bool, show: Callable[[int, int], None]
+    ) -> None:
         self.steps = 0
         self.tokens = 0
         self.finishes: Counter[str] = Counter()
@@ -19,6 +24,7 @@ class Ledger:
         self.show = show
         self._part = part
         self._task = task
+        self._keeps_records = keeps_records
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -32,7 +38,7 @@ class Ledger:
 
     def enter(self, finished: Iterable[Sequence]) -> None:
         """Write finished sequences; raises StorageError when the disk does not take them."""
-        for sequence in finished:
+        for sequence in finished if self._keeps_records else ():
             record = sequence.record(task=self._task)
             self._part.append(record)
             self.tokens += len(record.score) + len(record.tokens)

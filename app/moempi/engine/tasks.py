@@ -1,4 +1,4 @@
-"""The two tasks: what becomes of the rows that a step returns."""
+"""The two tasks: what a step asks of the rows that it wants, and what becomes of the answers."""
 
 from collections.abc import Sequence as ManyOf
 from typing import Protocol
@@ -9,87 +9,85 @@ from moempi.backend.protocol import Array, Picked
 from moempi.engine.scheduler import Work
 from moempi.engine.text import Text
 from moempi.model.transformer import Transformer
+from moempi.parallel.batch import Asked
 
 HEAD_ROWS = 64
 
 
 class Task(Protocol):
-    """Takes the rows of one step and moves its sequences on."""
+    """`pick` happens on the last stage, the rest on the first."""
 
-    def accept(self, rows: Array, work: ManyOf[Work]) -> None:
-        """`rows` (N, D) are the wanted rows of the batch that `work` made, in its order."""
+    def wants(self, work: ManyOf[Work]) -> tuple[list[int], list[Asked]]:
+        """The rows of the step whose logits are wanted, ascending, and what is asked of each."""
+
+    def pick(self, model: Transformer, rows: Array, asked: ManyOf[Asked]) -> Picked:
+        """Answer for rows (N, D) of the last layer; blocks the host."""
+
+    def accept(self, work: ManyOf[Work], picked: Picked) -> None:
+        """Move the sequences of a step on, given the answers to all that it wanted."""
 
 
 class Generate:
-    """One new token for every sequence whose tokens are all computed."""
+    """One new token for every sequence whose tokens are all computed; `top` is the most that any request asks for."""
 
-    def __init__(self, model: Transformer, text: Text) -> None:
-        self._model = model
+    def __init__(self, text: Text, *, top: int) -> None:
         self._text = text
+        self._top = top
 
-    def accept(self, rows: Array, work: ManyOf[Work]) -> None:
+    def wants(self, work: ManyOf[Work]) -> tuple[list[int], list[Asked]]:
+        """See `Task.wants`: the last row of each sequence that has no token left."""
+        rows, asked, end = [], [], 0
+        for sequence, count in work:
+            end += count
+            if count == sequence.num_waiting:
+                rows.append(end - 1)
+                asked.append(sequence.choice())
+        return rows, asked
+
+    def pick(self, model: Transformer, rows: Array, asked: ManyOf[Asked]) -> Picked:
+        """See `Task.pick`: the next tokens."""
+        return model.backend.pick(model.logits(rows), asked, top=self._top)
+
+    def accept(self, work: ManyOf[Work], picked: Picked) -> None:
         """See `Task.accept`."""
+        row = 0
         for sequence, count in work:
             sequence.computed += count
-        ready = [sequence for sequence, _ in work if not sequence.num_waiting]
-        if not ready:
-            return
-        top = max(sequence.sampling.top_logprobs for sequence in ready)
-        choices = [sequence.choice() for sequence in ready]
-        picked = self._model.backend.pick(self._model.logits(rows), choices, top=top)
-        for row, sequence in enumerate(ready):
-            own = _rows(picked, row, row + 1, top=sequence.sampling.top_logprobs)
-            sequence.accept(own, self._text)
+            if not sequence.num_waiting:
+                own = picked.take(slice(row, row + 1)).shortened(sequence.sampling.top_logprobs)
+                sequence.accept(own, self._text)
+                row += 1
 
 
 class Score:
-    """The log-probability of every prompt token but the first."""
+    """The log-probability of every prompt token but the first, and the `top` likeliest tokens at each."""
 
-    def __init__(self, model: Transformer, *, top: int) -> None:
-        self._model = model
+    def __init__(self, *, top: int) -> None:
         self._top = top
 
-    def accept(self, rows: Array, work: ManyOf[Work]) -> None:
+    def wants(self, work: ManyOf[Work]) -> tuple[list[int], list[Asked]]:
+        """See `Task.wants`: every row that has a next token in its prompt."""
+        rows, asked, first = [], [], 0
+        for sequence, count in work:
+            targets = sequence.prompt_tokens[sequence.computed + 1 : sequence.computed + 1 + count]
+            rows.extend(range(first, first + len(targets)))
+            asked.extend(targets)
+            first += count
+        return rows, asked
+
+    def pick(self, model: Transformer, rows: Array, asked: ManyOf[Asked]) -> Picked:
+        """See `Task.pick`: in pieces of HEAD_ROWS rows, for a row of logits is as long as the vocabulary."""
+        targets = np.array(asked, np.int64)
+        pieces = [slice(first, first + HEAD_ROWS) for first in range(0, max(len(targets), 1), HEAD_ROWS)]
+        return Picked.join(
+            [model.backend.score(model.logits(rows[piece]), targets[piece], top=self._top) for piece in pieces]
+        )
+
+    def accept(self, work: ManyOf[Work], picked: Picked) -> None:
         """See `Task.accept`."""
-        scored = self._score(rows, _targets(work))
         first = 0
         for sequence, count in work:
             sequence.computed += count
             own = count if sequence.num_waiting else count - 1
-            sequence.accept_scores(_rows(scored, first, first + own, top=self._top))
+            sequence.accept_scores(picked.take(slice(first, first + own)))
             first += own
-
-    def _score(self, rows: Array, targets: list[int]) -> Picked:
-        """In pieces of HEAD_ROWS rows: a row of logits is as long as the vocabulary."""
-        pieces = [
-            self._model.backend.score(
-                self._model.logits(rows[first : first + HEAD_ROWS]),
-                np.array(targets[first : first + HEAD_ROWS], np.int64),
-                top=self._top,
-            )
-            for first in range(0, max(len(targets), 1), HEAD_ROWS)
-        ]
-        return Picked(
-            tokens=np.concatenate([piece.tokens for piece in pieces]),
-            logprobs=np.concatenate([piece.logprobs for piece in pieces]),
-            top_tokens=np.concatenate([piece.top_tokens for piece in pieces]),
-            top_logprobs=np.concatenate([piece.top_logprobs for piece in pieces]),
-        )
-
-
-def _targets(work: ManyOf[Work]) -> list[int]:
-    """The token after each scored row."""
-    targets = []
-    for sequence, count in work:
-        targets.extend(sequence.prompt_tokens[sequence.computed + 1 : sequence.computed + 1 + count])
-    return targets
-
-
-def _rows(picked: Picked, first: int, last: int, *, top: int) -> Picked:
-    rows = slice(first, last)
-    return Picked(
-        tokens=picked.tokens[rows],
-        logprobs=picked.logprobs[rows],
-        top_tokens=picked.top_tokens[rows, :top],
-        top_logprobs=picked.top_logprobs[rows, :top],
-    )

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moempi.backend.protocol import PAGE_ROWS, Backend, Cache, Segment
-from moempi.model.batch import Batch
+from moempi.backend.protocol import Backend, Cache, Segment
+from moempi.config.tensors import PAGE_ROWS
+from moempi.parallel.batch import Batch
 
 IntArray = npt.NDArray[np.integer]
 

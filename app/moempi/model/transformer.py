@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from moempi.backend.protocol import Array, Backend
 from moempi.config.architecture import Architecture
 from moempi.model.attention import Attention
-from moempi.model.batch import Batch
 from moempi.model.feed_forward import Dense, MixtureOfExperts
 from moempi.model.kv_cache import KVCache
-from moempi.parallel.exchange import Exchange
+from moempi.parallel.batch import Batch
+from moempi.parallel.network import Network
+from moempi.parallel.row_split import IntArray, RowSplit
 from moempi.parallel.schedule import Point
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One pre-norm block."""
+    """One pre-norm block; `index` counts from the first layer of the whole model."""
 
+    index: int
     attention_norm: Array
     attention: Attention
     feed_forward_norm: Array
@@ -25,30 +27,48 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Transformer:
-    """A model as one rank holds it: all of the dense weights, the rank's share of the experts, and its cache."""
+    """A model as one rank holds it: the layers of its stage, its share of them, and its cache.
+
+    `architecture` is that of the rank's share: its attention counts this rank's heads. Only the first stage holds the
+    embedding, only the last the final norm and the head.
+    """
 
     architecture: Architecture
     backend: Backend
-    embedding: Array
+    embedding: Array | None
     layers: Sequence[Layer]
-    norm: Array
-    head: Array
+    norm: Array | None
+    head: Array | None
     cache: KVCache
 
-    def forward(self, batch: Batch, exchange: Exchange) -> Generator[Point, None, Array]:
-        """The rows of the batch whose logits are wanted, ready for `logits` (N, D). Collective over the lane."""
-        backend, eps = self.backend, self.architecture.norm_eps
+    def embed(self, tokens: IntArray) -> Array:
+        """Rows of tokens (T,) -> (T, D)."""
+        return self.backend.embed(tokens, self.embedding)
+
+    def forward(self, batch: Batch, split: RowSplit, x: Array, network: Network) -> Generator[Point, None, Array]:
+        """This rank's part of the batch's rows through the stage's layers; collective over the stage's ranks.
+
+        Every rank of a tensor group attends all rows with its heads; between, each has its part of the rows only.
+        """
+        backend, tensor, eps = self.backend, network.tensor, self.architecture.norm_eps
         segments = self.cache.segments(batch)
         rope, dim = self.architecture.attention.rope, self.architecture.attention.head_dim
         angles = backend.rope_angles(batch.positions, theta=rope.theta, dim=dim)
-        x = backend.embed(batch.tokens, self.embedding)
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
-            normed = backend.rms_norm(x, layer.attention_norm, eps=eps)
-            x = backend.add(x, layer.attention(backend, normed, angles, cache, segments))
-            normed = backend.rms_norm(x, layer.feed_forward_norm, eps=eps)
-            x = backend.add(x, (yield from layer.feed_forward.forward(backend, normed, exchange)))
-        return backend.rms_norm(x[batch.wanted], self.norm, eps=eps)
+            rows = backend.rms_norm(x, layer.attention_norm, eps=eps)
+            rows = yield from tensor.gather(rows, split, layer=layer.index)
+            rows = layer.attention(backend, rows, angles, cache, segments)
+            x = backend.add(x, (yield from tensor.scatter(rows, split, layer=layer.index)))
+            rows = backend.rms_norm(x, layer.feed_forward_norm, eps=eps)
+            if isinstance(layer.feed_forward, MixtureOfExperts):
+                rows = yield from layer.feed_forward.forward(backend, rows, network.exchange)
+            else:
+                rows = yield from tensor.gather(rows, split, layer=layer.index)
+                rows = layer.feed_forward(backend, rows)
+                rows = yield from tensor.scatter(rows, split, layer=layer.index)
+            x = backend.add(x, rows)
+        return x
 
-    def logits(self, rows: Array) -> Array:
-        """Logits of rows that `forward` returned (N, D) -> (N, V), in float32."""
-        return self.backend.logits(rows, self.head)
+    def logits(self, x: Array) -> Array:
+        """Logits of rows that the last stage's `forward` returned (N, D) -> (N, V), in float32."""
+        return self.backend.logits(self.backend.rms_norm(x, self.norm, eps=self.architecture.norm_eps), self.head)

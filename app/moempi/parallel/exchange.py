@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,8 @@ from moempi.backend.protocol import Array, Backend
 from moempi.parallel.placement import Placement
 from moempi.parallel.route_plan import RoutePlan, expert_order
 from moempi.parallel.schedule import Point
-from moempi.parallel.transports.transfer import Transfer, Transport, Waits
+from moempi.parallel.traffic import Traffic
+from moempi.parallel.transports.transfer import Transfer, Transport
 
 IntArray = npt.NDArray[np.integer]
 
@@ -27,10 +27,7 @@ class Route:
 
 
 class Exchange:
-    """Moves the rows of one lane among the ranks of `comm`; every method that starts something is collective.
-
-    With `overlap` off each transfer is complete before its start returns, and nothing else changes.
-    """
+    """Moves the rows of one lane among the ranks of `comm`; every method that starts something is collective."""
 
     def __init__(
         self,
@@ -38,20 +35,18 @@ class Exchange:
         placement: Placement,
         backend: Backend,
         *,
+        traffic: Traffic,
         transport: Transport,
         width: int,
         num_layers: int,
-        overlap: bool = True,
     ) -> None:
-        self.waits: Waits = {"exchange": 0.0, "idle": 0.0}
         self.load = np.zeros((num_layers, len(placement.keys)), np.int64)
         self._comm = comm
         self._placement = placement
         self._backend = backend
+        self._traffic = traffic
         self._transport = transport
         self._width = width
-        self._overlap = overlap
-        self._under_way: list[Transfer] = []
         self._hosted = len(placement.hosted[comm.rank])
 
     def plan(self, route: Route) -> Generator[Point, None, RoutePlan]:
@@ -59,7 +54,7 @@ class Exchange:
         order, places, counts = self._backend.group(route.experts, self._placement.keys)
         self.load[route.layer] += counts[self._placement.keys]
         counts_here = np.empty((self._comm.size, self._hosted), np.int64)
-        notice = self._begin(self._start_counts(counts, counts_here), counts, counts_here, waiting="idle")
+        notice = self._traffic.begin(self._start_counts(counts, counts_here), counts, counts_here, waiting="idle")
         yield Point(route.layer, "counts")
         notice.finish()
         by_expert, by_source = expert_order(counts_here)
@@ -98,13 +93,7 @@ class Exchange:
     def agree(self, amounts: Sequence[int]) -> Transfer:
         """Add up amounts over the ranks; `finish` gives the array of their sums."""
         own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)
-        return self._begin(self._comm.Iallreduce(own, sums), own, sums, waiting="idle")
-
-    def progress(self) -> None:
-        """Let MPI move the rows that are under way; does not block."""
-        self._under_way = [transfer for transfer in self._under_way if not transfer.finished]
-        for transfer in self._under_way:
-            transfer.progress()
+        return self._traffic.begin(self._comm.Iallreduce(own, sums), own, sums, waiting="idle")
 
     def _start_counts(self, counts: IntArray, counts_here: IntArray) -> MPI.Request:
         sizes = np.diff(self._placement.bounds)
@@ -116,12 +105,4 @@ class Exchange:
     def _start(self, outgoing: Array, send_counts: IntArray, recv_counts: IntArray) -> Transfer:
         incoming = self._backend.wire(int(recv_counts.sum()), self._width)
         request = self._transport.start(outgoing, send_counts, incoming, recv_counts)
-        return self._begin(request, outgoing, incoming, waiting="exchange")
-
-    def _begin(self, request: Any, outgoing: Array, incoming: Array, *, waiting: str) -> Transfer:
-        transfer = Transfer(request, outgoing, incoming, self.waits, waiting)
-        if self._overlap:
-            self._under_way.append(transfer)
-        else:
-            transfer.finish()
-        return transfer
+        return self._traffic.begin(request, outgoing, incoming, waiting="exchange")

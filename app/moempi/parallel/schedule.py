@@ -1,31 +1,48 @@
 """The schedule: the order in which lanes reach the points where rows are on the network. Pure.
 
-Nothing that a run computes changes this order, so every rank of a group starts its collectives in the same order.
+Nothing that a run computes changes this order, so every rank of a stage starts its collectives in the same order.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from typing import NamedTuple
 
 
 class Point(NamedTuple):
-    """A place in the forward pass where a lane waits for rows: the layer and what travels."""
+    """A place in the forward pass where a lane waits for rows: the layer, -1 outside, and what travels."""
 
     layer: int
     phase: str
 
 
-STEP_END = Point(-1, "agree")
-MOE_PHASES = ("counts", "dispatch", "combine")
+AGREE, ROWS, LEAVE, TOKENS = (Point(-1, phase) for phase in ("agree", "rows", "gather", "tokens"))
+DIVIDED = ("gather", "scatter")
+ROUTED = ("counts", "dispatch", "combine")
 
 
-def points(moe_layers: Iterable[int]) -> tuple[Point, ...]:
-    """The points of one step, in order; the last is where the ranks learn whether any work is left."""
-    return (*(Point(layer, phase) for layer in moe_layers for phase in MOE_PHASES), STEP_END)
+def step_points(
+    layers: range, moe_layers: Sequence[int], *, tensor: int, is_first: bool, is_last: bool
+) -> tuple[Point, ...]:
+    """The points of one step of a stage that computes `layers`, in order."""
+    points = [AGREE if is_first else ROWS]
+    for layer in layers:
+        divided = DIVIDED if tensor > 1 else ()
+        points.extend(Point(layer, phase) for phase in (*divided, *(ROUTED if layer in moe_layers else divided)))
+    if not is_last and tensor > 1:
+        points.append(LEAVE)
+    if is_first and not is_last:
+        points.append(TOKENS)
+    return tuple(points)
 
 
-def schedule(num_lanes: int, step: Sequence[Point]) -> Iterator[tuple[int, Point]]:
-    """For ever: at each point of the step in turn, every lane goes there in turn."""
-    for point in cycle(step):
-        for lane in range(num_lanes):
-            yield lane, point
+def schedule(num_lanes: int, step: Sequence[Point], *, together: int) -> Iterator[tuple[int, Point]]:
+    """For ever: `together` lanes at a time take one step, going to each of its points in turn.
+
+    While one of them waits at a point the others compute. A stage hands a step on once its lanes have taken it, so
+    a pipeline takes few together and one stage alone takes all.
+    """
+    turns = [range(first, min(first + together, num_lanes)) for first in range(0, num_lanes, together)]
+    for lanes in cycle(turns):
+        for point in step:
+            for lane in lanes:
+                yield lane, point

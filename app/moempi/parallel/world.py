@@ -64,6 +64,14 @@ class World:
         """Number of nodes that the ranks run on."""
         return max(self.nodes) + 1
 
+    def by_node(self, ranks_per_node: int = 0) -> tuple[tuple[int, ...], MPI.Intracomm]:
+        """The node of each rank when ranks are counted node by node, and a communicator in that order; collective.
+
+        With `ranks_per_node` above 0 the nodes are virtual: that many ranks each, in the order of the ranks.
+        """
+        nodes = tuple(rank // ranks_per_node for rank in range(self.size)) if ranks_per_node else self.nodes
+        return tuple(sorted(nodes)), self.comm.Split(0, nodes[self.rank] * self.size + self.rank)
+
     def agree(self, error: MoempiError | None) -> None:
         """End the program on all ranks if any rank has an `error`, else return; collective, blocks.
 

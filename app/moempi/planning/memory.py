@@ -3,39 +3,50 @@
 from dataclasses import dataclass
 from math import prod
 
+from moempi.config.tensors import PAGE_ROWS
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
-from moempi.config.tensors import Share, catalogue
+from moempi.config.tensors import Share, stage_tensors
 
-WIDENED_BYTES = 4
+NUMPY_VALUE_BYTES = 4
+"""The NumPy backend widens weights, cache and rows to float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one rank: its weights, a page of its cache (all layers), and the rows of its lanes' steps."""
+    """Bytes of one rank: its weights, a page of its cache in all its layers, and the rows of its lanes' steps.
+
+    Its cache has a page for each of the `groups` data parallel groups of the first stage that it computes for.
+    """
 
     weights: int
     page: int
     rows: int
+    groups: int
 
 
-def rank_memory(architecture: Architecture, job: Job, *, hosted: int, page_rows: int) -> Memory:
-    """Memory of a rank that hosts `hosted` experts of each MoE layer, on the NumPy backend, which holds float32."""
-    shares = {Share.EXPERTS: hosted / architecture.experts.num}
-    weights = sum(int(prod(tensor.shape) * shares.get(tensor.share, 1)) for tensor in catalogue(architecture))
+def rank_memory(job: Job, architecture: Architecture, layers: range, *, hosted: int, groups: int) -> Memory:
+    """Memory of a rank that computes `layers` for `groups` groups and hosts `hosted` experts of each MoE layer."""
+    tensor = job.parallel.tensor
+    portions = {
+        Share.EXPERTS: hosted / architecture.experts.num,
+        Share.HEADS: 1 / tensor,
+        Share.KV_HEADS: 1 / tensor,
+        Share.HIDDEN: 1 / tensor,
+    }
+    held = stage_tensors(architecture, layers)
+    weights = sum(int(prod(tensor.shape) * portions.get(tensor.share, 1)) for tensor in held)
+    value_bytes = 2 if job.run.backend == "cupy" and job.run.precision == "bfloat16" else NUMPY_VALUE_BYTES
     heads = architecture.attention
-    page = 2 * architecture.num_layers * page_rows * heads.num_kv_heads * heads.head_dim
-    return Memory(
-        weights=weights * WIDENED_BYTES,
-        page=page * WIDENED_BYTES,
-        rows=job.run.micro_batches * job.run.batch_tokens * _values_per_row(architecture) * WIDENED_BYTES,
-    )
+    page = 2 * len(layers) * PAGE_ROWS * heads.num_kv_heads // tensor * heads.head_dim
+    rows = groups * job.lanes * job.run.batch_tokens * _values_per_row(architecture, tensor)
+    return Memory(weights * value_bytes, page * value_bytes, rows * value_bytes, groups)
 
 
-def _values_per_row(architecture: Architecture) -> int:
+def _values_per_row(architecture: Architecture, tensor: int) -> int:
     """Values that a step holds per row at most at once: around attention, or around the experts and their buffers."""
     heads = architecture.attention
-    attention = 2 * (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    attention = 2 * (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim // tensor
     top_k, hidden = architecture.experts.router.top_k, architecture.experts.width
-    feed_forward = max(3 * architecture.dense_width, top_k * (3 * hidden + 4 * architecture.width))
+    feed_forward = max(3 * architecture.dense_width, top_k * (3 * hidden + 4 * architecture.width)) // tensor
     return 4 * architecture.width + max(attention, feed_forward)

@@ -21,7 +21,10 @@ class Pending(Protocol):
 
 
 Waits = dict[str, float]
-"""Seconds that the host was blocked, by what it waited for: "exchange" (rows) or "idle" (a slower rank)."""
+"""Seconds that the host was blocked, by what it waited for.
+
+"exchange" is rows of this layer, "pipeline" the stage before or the last one, "idle" a slower rank of this stage.
+"""
 
 
 @dataclass(slots=True)

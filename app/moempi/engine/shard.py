@@ -1,0 +1,44 @@
+"""A rank's share of a weight file: the row ranges that its place in the grid calls for."""
+
+from typing import Any
+
+import msgspec
+import numpy.typing as npt
+
+from moempi.config.architecture import Architecture
+from moempi.config.tensors import Share
+from moempi.storage.weights import WeightFile
+
+DIVIDED = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN)
+
+
+class Shard:
+    """Part `part` of `parts` of every tensor that a tensor group divides; all of the others.
+
+    `architecture` is that of the share: its attention counts the heads of this part.
+    """
+
+    def __init__(self, file: WeightFile, *, part: int, parts: int) -> None:
+        self._file = file
+        self._part = part
+        self._parts = parts
+        heads = file.architecture.attention
+        self.architecture: Architecture = msgspec.structs.replace(
+            file.architecture,
+            attention=msgspec.structs.replace(
+                heads, num_heads=heads.num_heads // parts, num_kv_heads=heads.num_kv_heads // parts
+            ),
+        )
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """This part's rows of a tensor, verified; raises DataError naming file and tensor."""
+        tensor = self._file.tensor(name)
+        if tensor.share not in DIVIDED:
+            return self._file.read(name)
+        rows = tensor.shape[0] // self._parts
+        return self._file.read(name, self._part * rows, (self._part + 1) * rows)
+
+    def read_expert(self, name: str, expert: int) -> npt.NDArray[Any]:
+        """One expert's matrix of a stack, verified."""
+        matrix: npt.NDArray[Any] = self._file.read(name, expert, expert + 1)[0]
+        return matrix

@@ -1,0 +1,140 @@
+"""The grid: which stage, data parallel group and place in its tensor group each rank has. Pure.
+
+Ranks are counted node by node. A stage is a range of ranks and a range of layers; its ranks form tensor groups of
+neighbours, and each tensor group is one data parallel group. Experts of a layer are spread over all ranks of its stage.
+
+KV slots are numbered over all data parallel groups of the first stage. `Grid.owner` says which group of a later stage
+computes a slot, also when stages have different numbers of groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from moempi.config.job import ParallelSection
+from moempi.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A range of ranks that computes a range of layers."""
+
+    layers: range
+    ranks: range
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where a rank stands: `data` counts the tensor groups of its stage, `tensor` the places in its tensor group."""
+
+    stage: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Stages of tensor groups; `slots_per_group` KV slots belong to each data parallel group of the first stage."""
+
+    stages: tuple[Stage, ...]
+    tensor: int
+    slots_per_group: int
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where `rank` stands."""
+        stage = next(index for index, stage in enumerate(self.stages) if rank in stage.ranks)
+        data, tensor = divmod(rank - self.stages[stage].ranks.start, self.tensor)
+        return Coordinates(stage, data, tensor)
+
+    def rank(self, stage: int, data: int, tensor: int) -> int:
+        """Who stands there."""
+        return self.stages[stage].ranks.start + data * self.tensor + tensor
+
+    def num_groups(self, stage: int) -> int:
+        """Data parallel groups of a stage."""
+        return len(self.stages[stage].ranks) // self.tensor
+
+    @property
+    def num_slots(self) -> int:
+        """KV slots of all groups."""
+        return self.num_groups(0) * self.slots_per_group
+
+    def owner(self, stage: int, slot: int) -> int:
+        """The group of `stage` that computes `slot`: equal, contiguous shares of all slots."""
+        return slot * self.num_groups(stage) // self.num_slots
+
+    def slots(self, stage: int, data: int) -> range:
+        """The slots that a group of `stage` computes."""
+        groups = self.num_groups(stage)
+        return range(-(-data * self.num_slots // groups), -(-(data + 1) * self.num_slots // groups))
+
+    def peers(self, stage: int, data: int, *, other: int) -> tuple[int, ...]:
+        """The groups of stage `other` that compute any slot of this group, ascending."""
+        return tuple(dict.fromkeys(self.owner(other, slot) for slot in self.slots(stage, data)))
+
+
+def make_grid(
+    parallel: ParallelSection, *, layer_costs: Sequence[float], nodes: Sequence[int], slots_per_group: int
+) -> Grid:
+    """The grid of a job on ranks whose node is nodes[rank], counted node by node.
+
+    `layer_costs` (L,) balance the stages where the job gives no layers. Raises ConfigError, with the numbers needed,
+    when ranks or layers cannot be divided so, or a tensor group would leave its node.
+    """
+    stages, tensor = parallel.stages, parallel.tensor
+    ranks = parallel.stage_ranks or _even_ranks(len(nodes), stages, tensor)
+    layers = parallel.stage_layers or balanced(layer_costs, stages)
+    _require(len(ranks) == stages, f"parallel.stage_ranks has {len(ranks)} entries for {stages} stages")
+    _require(len(layers) == stages, f"parallel.stage_layers has {len(layers)} entries for {stages} stages")
+    _require(sum(ranks) == len(nodes), f"parallel.stage_ranks adds up to {sum(ranks)} ranks, there are {len(nodes)}")
+    _require(
+        sum(layers) == len(layer_costs),
+        f"parallel.stage_layers adds up to {sum(layers)} layers, the model has {len(layer_costs)}",
+    )
+    for count in ranks:
+        _require(count % tensor == 0, f"a stage of {count} ranks cannot form tensor groups of {tensor}")
+    for first in range(0, len(nodes), tensor):
+        group = nodes[first : first + tensor]
+        _require(
+            group[0] == group[-1],
+            f"ranks {first} to {first + tensor - 1} form a tensor group but stand on several nodes; "
+            f"use a number of ranks per node that {tensor} divides",
+        )
+    return Grid(
+        tuple(Stage(own_layers, own_ranks) for own_layers, own_ranks in zip(_ranges(layers), _ranges(ranks), strict=True)),
+        tensor,
+        slots_per_group,
+    )
+
+
+def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
+    """Lengths of `parts` contiguous, non-empty parts of `costs` whose greatest sum is least."""
+    _require(parts <= len(costs), f"{parts} stages need at least {parts} layers, the model has {len(costs)}")
+    sums = [0.0, *accumulate(costs)]
+    best = [(sum_, (end,)) for end, sum_ in enumerate(sums)]
+    for part in range(2, parts + 1):
+        best = [
+            min(
+                ((max(best[cut][0], sums[end] - sums[cut]), (*best[cut][1], end - cut)) for cut in range(part - 1, end)),
+                default=(float("inf"), ()),
+            )
+            for end in range(len(sums))
+        ]
+    return best[-1][1]
+
+
+def _even_ranks(ranks: int, stages: int, tensor: int) -> tuple[int, ...]:
+    """Ranks of each stage, whole tensor groups, the first stages one group more where they do not divide."""
+    _require(ranks % tensor == 0, f"{ranks} ranks cannot form tensor groups of {tensor}")
+    groups = ranks // tensor
+    _require(groups >= stages, f"{stages} stages of tensor groups of {tensor} need {stages * tensor} ranks, not {ranks}")
+    return tuple((groups // stages + (stage < groups % stages)) * tensor for stage in range(stages))
+
+
+def _ranges(counts: Sequence[int]) -> list[range]:
+    return [range(first, last) for first, last in pairwise([0, *accumulate(counts)])]
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ConfigError(problem)

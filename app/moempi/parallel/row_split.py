@@ -1,0 +1,63 @@
+"""How the rows of a step are divided among the ranks of a tensor group. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """Rows came in `contributions` (rows from each source, one after another); each is cut into `parts` alike.
+
+    So a sender knows which rows a receiver keeps without knowing what else the receiver gets.
+    """
+
+    contributions: tuple[int, ...]
+    parts: int
+
+    @cached_property
+    def indices(self) -> tuple[IntArray, ...]:
+        """The rows of each part, ascending."""
+        firsts = np.cumsum([0, *self.contributions])
+        return tuple(
+            np.concatenate(
+                [
+                    first + part_range(rows, self.parts, part)
+                    for first, rows in zip(firsts[:-1], self.contributions, strict=True)
+                ]
+                or [np.zeros(0, np.int64)]
+            )
+            for part in range(self.parts)
+        )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of rows of each part."""
+        return tuple(len(index) for index in self.indices)
+
+    @cached_property
+    def by_part(self) -> IntArray | None:
+        """All rows, part by part; None when that is their own order."""
+        return np.concatenate(self.indices) if self.parts > 1 and len(self.contributions) > 1 else None
+
+    @cached_property
+    def by_row(self) -> IntArray | None:
+        """Where each row stands among the parts; None when that is its own place."""
+        return None if self.by_part is None else np.argsort(self.by_part)
+
+
+def part_range(rows: int, parts: int, part: int) -> IntArray:
+    """The rows of one part of a contribution."""
+    return np.arange(part * rows // parts, (part + 1) * rows // parts)
+
+
+def rows_of(lengths: Sequence[int] | IntArray, chosen: IntArray) -> IntArray:
+    """Rows of the chosen segments, where segment s has lengths[s] rows, one after another."""
+    ends = np.cumsum(lengths)
+    pieces = [np.arange(ends[segment] - lengths[segment], ends[segment]) for segment in chosen.tolist()]
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)

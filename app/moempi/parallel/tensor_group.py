@@ -1,0 +1,64 @@
+"""The tensor group of one lane: ranks that hold parts of each matrix and compute the same rows together.
+
+Between the layers each rank keeps its part of the rows only (a RowSplit); `gather` brings all rows to all ranks of the
+group before a divided matrix, `scatter` adds up their partial results after it (Korthikanti et al. 2022, sequence
+parallelism). No row is routed to experts twice.
+"""
+
+from collections.abc import Generator
+
+import numpy as np
+from mpi4py import MPI
+
+from moempi.backend.protocol import Array, Backend, Picked
+from moempi.parallel.row_split import IntArray, RowSplit
+from moempi.parallel.schedule import Point
+from moempi.parallel.traffic import Traffic
+
+
+class TensorGroup:
+    """A rank's view of its group; alone it moves nothing and never yields. All methods are collective."""
+
+    def __init__(self, comm: MPI.Intracomm, backend: Backend, *, traffic: Traffic, width: int) -> None:
+        self.size = comm.size
+        self.part = comm.rank
+        self._comm = comm
+        self._backend = backend
+        self._traffic = traffic
+        self._width = width
+        self._row = MPI.BYTE.Create_contiguous(width * backend.row_dtype.itemsize).Commit()
+
+    def gather(self, x: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
+        """All rows (T, D), in the batch's order, from each rank's part."""
+        if self.size == 1:
+            return x
+        outgoing = self._backend.wire(split.counts[self.part], self._width)
+        self._backend.pack(x, None, outgoing)
+        incoming = self._backend.wire(sum(split.counts), self._width)
+        request = self._comm.Iallgatherv([outgoing, len(outgoing), self._row], [incoming, list(split.counts), self._row])
+        transfer = self._traffic.begin(request, outgoing, incoming, waiting="exchange")
+        yield Point(layer, "gather")
+        return self._backend.unpack(transfer.finish(), split.by_row)
+
+    def scatter(self, partial: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
+        """This rank's part of the sum, over the group in rank order, of partial results (T, D)."""
+        if self.size == 1:
+            return partial
+        own = split.counts[self.part]
+        outgoing = self._backend.wire(sum(split.counts), self._width)
+        self._backend.pack(partial, split.by_part, outgoing)
+        incoming = self._backend.wire(own * self.size, self._width)
+        request = self._comm.Ialltoallv([outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row])
+        transfer = self._traffic.begin(request, outgoing, incoming, waiting="exchange")
+        yield Point(layer, "scatter")
+        places = np.arange(own)[:, None] + np.arange(self.size) * own
+        ones = np.ones(places.shape, np.float32)
+        return self._backend.combine(transfer.finish(), self._backend.upload(places), self._backend.upload(ones))
+
+    def assemble(self, picked: Picked, places: IntArray) -> Picked:
+        """All ranks' picked rows, each put in its place; blocks."""
+        if self.size == 1:
+            return picked
+        parts = self._comm.allgather((picked, places))
+        whole = Picked.join([part for part, _ in parts])
+        return whole.take(np.argsort(np.concatenate([where for _, where in parts])))

@@ -1,0 +1,35 @@
+"""The transfers of one lane that are under way, and how long the host waited for them."""
+
+from typing import Any
+
+from moempi.parallel.transports.transfer import Pending, Transfer, Waits
+
+WAITS = ("exchange", "pipeline", "idle")
+
+
+class Traffic:
+    """Keeps an eye on transfers. With `overlap` off each is complete before `begin` returns; nothing else changes."""
+
+    def __init__(self, *, overlap: bool) -> None:
+        self.waits: Waits = dict.fromkeys(WAITS, 0.0)
+        self._overlap = overlap
+        self._under_way: list[Transfer] = []
+
+    def begin(self, request: Pending, outgoing: Any, incoming: Any, *, waiting: str) -> Transfer:
+        """Take charge of a request that was just started; its wait counts as `waits[waiting]`."""
+        transfer = self.expect(request, incoming, waiting=waiting, outgoing=outgoing)
+        if not self._overlap:
+            transfer.finish()
+        return transfer
+
+    def expect(self, request: Pending, incoming: Any, *, waiting: str, outgoing: Any = None) -> Transfer:
+        """The same for rows that another stage sends when it can: never blocks."""
+        transfer = Transfer(request, outgoing, incoming, self.waits, waiting)
+        self._under_way.append(transfer)
+        return transfer
+
+    def progress(self) -> None:
+        """Let MPI move the rows that are under way; does not block."""
+        self._under_way = [transfer for transfer in self._under_way if not transfer.finished]
+        for transfer in self._under_way:
+            transfer.progress()

@@ -1,0 +1,81 @@
+"""The layout of a job on given ranks: grid, placement of experts, memory. Pure, so that any machine can be asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moempi.config.architecture import Architecture
+from moempi.config.job import Job
+from moempi.config.tensors import Share, layer_tensors
+from moempi.errors import ConfigError
+from moempi.parallel.grid import Grid, Stage, make_grid
+from moempi.parallel.placement import Placement, linear
+from moempi.planning.memory import Memory, rank_memory
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who holds what: the grid, and per stage the placement of its experts and the memory of its fullest rank."""
+
+    grid: Grid
+    placements: tuple[Placement, ...]
+    memory: tuple[Memory, ...]
+
+
+def make_plan(job: Job, architecture: Architecture, nodes: Sequence[int]) -> Plan:
+    """Lay a job out on ranks whose node is nodes[rank], counted node by node.
+
+    Raises ConfigError, with the numbers needed, when the model or the job cannot be divided so.
+    """
+    _refuse_uneven(job, architecture)
+    grid = make_grid(
+        job.parallel,
+        layer_costs=[layer_cost(architecture, layer) for layer in range(architecture.num_layers)],
+        nodes=nodes,
+        slots_per_group=max(job.run.max_sequences, job.lanes),
+    )
+    placements = tuple(linear(architecture.experts.num, len(stage.ranks)) for stage in grid.stages)
+    for stage, placement in zip(grid.stages, placements, strict=True):
+        _refuse_crowded(job, architecture, stage, placement)
+    memory = tuple(
+        rank_memory(
+            job,
+            architecture,
+            stage.layers,
+            hosted=max(map(len, placement.hosted)),
+            groups=max(len(grid.peers(index, data, other=0)) for data in range(grid.num_groups(index))),
+        )
+        for index, (stage, placement) in enumerate(zip(grid.stages, placements, strict=True))
+    )
+    return Plan(grid, placements, memory)
+
+
+def layer_cost(architecture: Architecture, layer: int) -> float:
+    """Weights that one token meets in a layer: a measure of its time."""
+    used = architecture.experts.router.top_k / architecture.experts.num
+    return sum(
+        tensor.num_bytes * (used if tensor.share is Share.EXPERTS else 1)
+        for tensor in layer_tensors(architecture, layer)
+    )
+
+
+def _refuse_uneven(job: Job, architecture: Architecture) -> None:
+    """A tensor group divides heads and hidden sizes evenly or not at all."""
+    heads, tensor = architecture.attention, job.parallel.tensor
+    divided = {"num_heads": heads.num_heads, "num_kv_heads": heads.num_kv_heads}
+    if architecture.dense_layers:
+        divided["dense_width"] = architecture.dense_width
+    for name, size in divided.items():
+        if size % tensor:
+            raise ConfigError(f"parallel.tensor = {tensor} does not divide the model's {name} of {size}")
+
+
+def _refuse_crowded(job: Job, architecture: Architecture, stage: Stage, placement: Placement) -> None:
+    allowed, most = job.parallel.experts_per_rank, max(map(len, placement.hosted))
+    routed = any(architecture.is_moe(layer) for layer in stage.layers)
+    if allowed and routed and most > allowed:
+        needed = -(-architecture.experts.num // allowed)
+        raise ConfigError(
+            f"parallel.experts_per_rank = {allowed}: the stage of layers {stage.layers.start} to "
+            f"{stage.layers.stop - 1} has {len(stage.ranks)} ranks for {architecture.experts.num} experts, "
+            f"{most} on a rank; it needs {needed} ranks"
+        )
