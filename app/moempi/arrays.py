@@ -60,3 +60,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[A
     skip = -room.ctypes.data % ALIGNMENT_BYTES
     aligned: npt.NDArray[Any] = room[skip : skip + num_bytes].view(dtype).reshape(shape)
     return aligned
+
+
+def aligned_rows(rows: int, *, row_bytes: int) -> npt.NDArray[np.uint8]:
+    """Memory for `rows` rows of `row_bytes` each, aligned like `aligned_empty`."""
+    return aligned_empty((rows, row_bytes), np.uint8)

@@ -31,16 +31,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(chosen: argparse.Namespace) -> int:
     """Run a job on all ranks."""
+    from moempi.parallel.stop import Stop
+
+    stop = Stop(max_minutes=chosen.max_minutes)  # before MPI, which takes a while to start
     from moempi.config.job import Job
     from moempi.config.reading import read_toml
     from moempi.engine.run import run_job
     from moempi.parallel.world import World
 
+    if chosen.world:
+        ranks_per_node = chosen.ranks_per_node or chosen.world
+        return _show_layout(chosen, [rank // ranks_per_node for rank in range(chosen.world)])
     world = World.start(debug=chosen.debug)
     with world.guard():
+        if chosen.dry_run:
+            nodes, _ = world.by_node(chosen.ranks_per_node)
+            return world.together(lambda: _show_layout(chosen, nodes) if world.rank == 0 else 0)
         job = world.together(lambda: read_toml(chosen.job, Job, overrides=chosen.set))
         text = Path(chosen.job).read_text(encoding="utf-8")
-        return run_job(job, job_text=text, world=world, strict=chosen.strict)
+        overrides = "".join(f"# --set {override}\n" for override in chosen.set)
+        return run_job(job, job_text=text + overrides, world=world, stop=stop, strict=chosen.strict)
+
+
+def _show_layout(chosen: argparse.Namespace, nodes: Sequence[int]) -> int:
+    from moempi.config.job import Job
+    from moempi.config.reading import read_toml
+    from moempi.engine.dry_run import dry_run
+    from moempi.errors import ConfigError
+    from moempi.observe.report import print_layout
+
+    layout = dry_run(read_toml(chosen.job, Job, overrides=chosen.set), nodes)
+    print_layout(layout)
+    return ConfigError.exit_code if layout.refused else 0
 
 
 def convert(chosen: argparse.Namespace) -> int:
@@ -92,6 +114,16 @@ def export(chosen: argparse.Namespace) -> int:
 
     export_results(chosen.results, chosen.lines)
     return 0
+
+
+def compare(chosen: argparse.Namespace) -> int:
+    """Compare two results files of the same requests."""
+    from moempi.errors import DataError
+    from moempi.storage.compare import compare as compare_results
+
+    found = compare_results(chosen.first, chosen.second)
+    print(f"{found.requests} requests, {found.different} differ in tokens; log-probabilities within {found.largest:.3g}")
+    return DataError.exit_code if found.different or found.largest > chosen.within else 0
 
 
 def check(chosen: argparse.Namespace) -> int:
@@ -150,6 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(show)
     _job_options(sub)
     sub.add_argument("--first", type=int, default=10, metavar="N", help="how many answers (10)")
+    sub = add(compare)
+    sub.add_argument("first", type=Path, metavar="A.h5")
+    sub.add_argument("second", type=Path, metavar="B.h5")
+    sub.add_argument("--within", type=float, default=0.0, help="largest difference of log-probabilities allowed (0)")
     add(check)
     sub = add(bench)
     sub.add_argument("name", choices=["layer", "exchange"])
@@ -165,6 +201,9 @@ def _job_options(sub: argparse.ArgumentParser) -> None:
 def _run_options(sub: argparse.ArgumentParser) -> None:
     _job_options(sub)
     sub.add_argument("--dry-run", action="store_true", help="print layout and memory, read no weights")
+    sub.add_argument("--world", type=int, default=0, metavar="N", help="dry run as if on N ranks, without MPI")
+    sub.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="dry run: ranks on a node")
+    sub.add_argument("--max-minutes", type=float, metavar="N", help="end early after N minutes, with exit code 75")
     sub.add_argument("--strict", action="store_true", help="stop at the first bad prompt line instead of recording it")
 
 

@@ -67,7 +67,7 @@ def test_swiglu_also_where_the_exponential_overflows(backend):
 @BACKENDS
 def test_rotation_turns_each_pair_by_position_times_frequency(backend):
     positions, x = np.array([0, 1, 300]), values(3, 2, 8)
-    actual = backend.rotate(x, backend.rope_angles(positions, theta=100.0, dim=8))
+    actual = backend.rotate(x, backend.rope_angles(positions, frequencies=100.0 ** (-np.arange(0, 8, 2, dtype=np.float32) / 8), amplitude=1.0))
     for row, position in enumerate(positions):
         for pair in range(4):
             angle = position * 100.0 ** (-2 * pair / 8)
@@ -87,7 +87,7 @@ def attention_twin(queries, keys, held, scale):
             scores = keys[: position + 1, head // shared].astype(np.float64) @ queries[position, head] * scale
             weights = np.exp(scores - scores.max())
             result[position, head] = weights / weights.sum() @ held[: position + 1, head // shared]
-    return result.reshape(length, heads * dim)
+    return result
 
 
 @BACKENDS

@@ -10,6 +10,7 @@ from moempi.observe.report import (
     Answer,
     Layout,
     Report,
+    StageRow,
     answers_table,
     imbalance,
     layout_table,
@@ -73,16 +74,11 @@ def test_a_report_of_nothing():
     assert "exact" not in text_of(report_table(report))
 
 
-def test_the_layout_lists_ranks_and_refusals():
-    layout = Layout(
-        "generate: 256 requests",
-        nodes=[0, 1],
-        hosted=[8, 8],
-        memory=[{"weights": 1 << 20, "cache": 1 << 30}, {"weights": 1 << 20, "cache": 0}],
-        refused=["rank 1: no room for the cache"],
-    )
-    text = text_of(layout_table(layout))
-    for words in ("1.00 MiB", "1.00 GiB", "refused: rank 1: no room for the cache"):
+def test_the_layout_joins_stages_that_are_alike():
+    alike = StageRow(layers=1, ranks=64, nodes=8, groups=64, experts="1", memory={"weights": 1 << 30})
+    first = StageRow(layers=3, ranks=8, nodes=1, groups=8, experts="0", memory={"weights": 1 << 20})
+    text = text_of(layout_table(Layout("mission", [first, alike, alike], refused=["stage 0: no room for the cache"])))
+    for words in ("1.00 MiB", "1.00 GiB", "1 to 2", "refused: stage 0: no room for the cache"):
         assert words in text
 
 

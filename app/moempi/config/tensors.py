@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
-from moempi.config.architecture import Architecture
+from moempi.config.architecture import Architecture, Attention, Experts, Latent
 
 BLOCK_ROWS = 64
 """Rows of a tensor under one checksum, where nothing else divides it."""
@@ -65,9 +65,11 @@ def catalogue(architecture: Architecture) -> tuple[Tensor, ...]:
     tensors = [Tensor("embedding", (vocab, width))]
     for layer in range(architecture.num_layers):
         tensors.extend(layer_tensors(architecture, layer))
-    tensors.append(Tensor("norm", (width,)))
+    tensors.extend(_norm(architecture, "norm"))
     if not architecture.tied_embeddings:
         tensors.append(Tensor("head", (vocab, width)))
+    if architecture.head_bias:
+        tensors.append(Tensor("head_bias", (vocab,)))
     return tuple(tensors)
 
 
@@ -87,29 +89,92 @@ def stage_tensors(architecture: Architecture, layers: range) -> Iterator[Tensor]
 def layer_tensors(architecture: Architecture, layer: int) -> Iterator[Tensor]:
     """The tensors of one layer."""
     path, width = layer_path(layer), architecture.width
-    yield Tensor(f"{path}/attention_norm", (width,))
-    yield from _attention_tensors(architecture, f"{path}/attention")
-    yield Tensor(f"{path}/feed_forward_norm", (width,))
-    if architecture.is_moe(layer):
-        num, hidden = architecture.experts.num, architecture.experts.width
-        yield Tensor(f"{path}/router", (num, width))
-        yield Tensor(f"{path}/experts/gate", (num, hidden, width), Share.EXPERTS, block_rows=1)
-        yield Tensor(f"{path}/experts/up", (num, hidden, width), Share.EXPERTS, block_rows=1)
-        yield Tensor(f"{path}/experts/down", (num, width, hidden), Share.EXPERTS, block_rows=1)
+    yield from _norm(architecture, f"{path}/attention_norm")
+    if architecture.attention.latent:
+        yield from _latent_tensors(architecture.attention, architecture.attention.latent, width, f"{path}/attention")
     else:
-        hidden = architecture.dense_width
-        yield Tensor(f"{path}/dense/gate", (hidden, width), Share.HIDDEN)
-        yield Tensor(f"{path}/dense/up", (hidden, width), Share.HIDDEN)
-        yield Tensor(f"{path}/dense/down", (hidden, width), Share.HIDDEN, transposed=True)
+        yield from _attention_tensors(architecture.attention, width, f"{path}/attention")
+    yield from _norm(architecture, f"{path}/feed_forward_norm")
+    if architecture.is_moe(layer):
+        yield from _expert_tensors(architecture.experts, width, path)
+    else:
+        yield from _network(f"{path}/dense", architecture.dense_width, width, Share.HIDDEN)
 
 
-def _attention_tensors(architecture: Architecture, path: str) -> Iterator[Tensor]:
-    heads, width = architecture.attention, architecture.width
+def _norm(architecture: Architecture, name: str) -> Iterator[Tensor]:
+    yield Tensor(name, (architecture.width,))
+    if architecture.norm == "layer":
+        yield Tensor(f"{name}_bias", (architecture.width,))
+
+
+def _attention_tensors(heads: Attention, width: int, path: str) -> Iterator[Tensor]:
     rows, kv_rows, dim = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim, heads.head_dim
     yield Tensor(f"{path}/q", (rows, width), Share.HEADS, block_rows=dim)
     yield Tensor(f"{path}/k", (kv_rows, width), Share.KV_HEADS, block_rows=dim)
     yield Tensor(f"{path}/v", (kv_rows, width), Share.KV_HEADS, block_rows=dim)
-    yield Tensor(f"{path}/o", (rows, width), Share.HEADS, block_rows=dim, transposed=True)
+    if heads.biases != "none":
+        yield Tensor(f"{path}/q_bias", (rows,), Share.HEADS, block_rows=dim)
+        yield Tensor(f"{path}/k_bias", (kv_rows,), Share.KV_HEADS, block_rows=dim)
+        yield Tensor(f"{path}/v_bias", (kv_rows,), Share.KV_HEADS, block_rows=dim)
+    yield from _output_tensors(heads, width, path)
+    if heads.sinks:
+        yield Tensor(f"{path}/sinks", (heads.num_heads,), Share.HEADS, block_rows=1)
     if heads.qk_norm == "head":
         yield Tensor(f"{path}/q_norm", (dim,))
         yield Tensor(f"{path}/k_norm", (dim,))
+    if heads.qk_norm == "vector":
+        yield Tensor(f"{path}/q_norm", (rows,), Share.HEADS, block_rows=dim)
+        yield Tensor(f"{path}/k_norm", (kv_rows,), Share.KV_HEADS, block_rows=dim)
+
+
+def _latent_tensors(heads: Attention, latent: Latent, width: int, path: str) -> Iterator[Tensor]:
+    rank, biased, rows = latent.key_value_rank, heads.biases == "all", heads.num_heads * heads.head_dim
+    if latent.query_rank:
+        yield from _latent_vector(f"{path}/q_latent", latent.query_rank, latent.query_rank, width, biased=biased)
+        yield Tensor(f"{path}/q_expand", (rows, latent.query_rank), Share.HEADS, block_rows=heads.head_dim)
+    else:
+        yield Tensor(f"{path}/q", (rows, width), Share.HEADS, block_rows=heads.head_dim)
+    yield from _latent_vector(f"{path}/kv_latent", rank + latent.rope_dim, rank, width, biased=biased)
+    expanded = heads.head_dim - latent.rope_dim + latent.value_dim
+    yield Tensor(f"{path}/kv_expand", (heads.num_heads * expanded, rank), Share.HEADS, block_rows=expanded)
+    yield from _output_tensors(heads, width, path)
+
+
+def _latent_vector(name: str, rows: int, normed: int, width: int, *, biased: bool) -> Iterator[Tensor]:
+    yield Tensor(name, (rows, width))
+    if biased:
+        yield Tensor(f"{name}_bias", (rows,))
+    yield Tensor(f"{name}_norm", (normed,))
+
+
+def _output_tensors(heads: Attention, width: int, path: str) -> Iterator[Tensor]:
+    rows = heads.num_heads * heads.value_dim
+    yield Tensor(f"{path}/o", (rows, width), Share.HEADS, block_rows=heads.value_dim, transposed=True)
+    if heads.biases == "all":
+        yield Tensor(f"{path}/o_bias", (width,))
+
+
+def _expert_tensors(experts: Experts, width: int, path: str) -> Iterator[Tensor]:
+    num, hidden, router = experts.num, experts.width, experts.router
+    yield Tensor(f"{path}/router", (num, width), dtype="float32" if router.float32_logits else "bfloat16")
+    if router.bias:
+        yield Tensor(f"{path}/router_bias", (num,))
+    if router.correction:
+        yield Tensor(f"{path}/router_correction", (num,), dtype="float32")
+    yield Tensor(f"{path}/experts/gate", (num, hidden, width), Share.EXPERTS, block_rows=1)
+    yield Tensor(f"{path}/experts/up", (num, hidden, width), Share.EXPERTS, block_rows=1)
+    yield Tensor(f"{path}/experts/down", (num, width, hidden), Share.EXPERTS, block_rows=1)
+    if experts.biases:
+        yield Tensor(f"{path}/experts/gate_bias", (num, hidden), Share.EXPERTS, block_rows=1)
+        yield Tensor(f"{path}/experts/up_bias", (num, hidden), Share.EXPERTS, block_rows=1)
+        yield Tensor(f"{path}/experts/down_bias", (num, width), Share.EXPERTS, block_rows=1)
+    if experts.shared_width:
+        yield from _network(f"{path}/shared", experts.shared_width, width, Share.ALL)
+    if experts.shared_gate:
+        yield Tensor(f"{path}/shared_gate", (1, width))
+
+
+def _network(path: str, hidden: int, width: int, share: Share) -> Iterator[Tensor]:
+    yield Tensor(f"{path}/gate", (hidden, width), share)
+    yield Tensor(f"{path}/up", (hidden, width), share)
+    yield Tensor(f"{path}/down", (hidden, width), share, transposed=True)

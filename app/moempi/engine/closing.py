@@ -10,11 +10,12 @@ import numpy as np
 from moempi import __version__
 from moempi.engine.lane import Lane
 from moempi.engine.ledger import Ledger
+from moempi.engine.restart import Earlier
 from moempi.observe.report import Report
 from moempi.parallel.traffic import WAITS
 from moempi.parallel.world import World
+from moempi.storage.merge import Provenance
 from moempi.storage.records import RankRecord
-from moempi.storage.results import Provenance
 
 PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
@@ -45,7 +46,9 @@ def provenance_of(job_text: str, world: World, *, weights: str, start: datetime)
     )
 
 
-def report_of(record: RankRecord, ledger: Ledger, world: World, *, results: str, moe_layers: Sequence[int]) -> Report:
+def report_of(
+    record: RankRecord, ledger: Ledger, world: World, *, earlier: Earlier, results: str, moe_layers: Sequence[int]
+) -> Report:
     """The figures of the whole run; collective."""
     records = world.comm.allgather(record)
     finishes = world.comm.allreduce(ledger.finishes)
@@ -60,4 +63,7 @@ def report_of(record: RankRecord, ledger: Ledger, world: World, *, results: str,
         finishes=Counter(finishes),
         exact=exact,
         referenced=referenced,
+        hosts=[one.host for one in records],
+        earlier_requests=len(earlier.indices),
+        earlier_tokens=earlier.tokens,
     )

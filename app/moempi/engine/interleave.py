@@ -14,8 +14,9 @@ def interleave(
 ) -> None:
     """Resume the lanes in the order of the schedule until each has returned.
 
-    `step` are the points of one step, `together` how many lanes take it side by side; `reached` hears of every point. Raises RuntimeError when a lane is at another
-    point than the schedule says: its ranks would no longer start their collectives in the same order.
+    `step` are the points of one step, `together` is how many lanes take a step side by side, and `reached` hears of
+    every point. Raises RuntimeError when a lane is at another point than the schedule says: its ranks would no longer
+    start their collectives in the same order.
     """
     running = dict(enumerate(lanes))
     for lane, point in schedule(len(lanes), step, together=together):

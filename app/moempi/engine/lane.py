@@ -13,7 +13,8 @@ from moempi.model.transformer import Transformer
 from moempi.parallel.batch import NONE, Batch
 from moempi.parallel.network import Network
 from moempi.parallel.row_split import RowSplit
-from moempi.parallel.schedule import AGREE, ROWS, TOKENS, Point
+from moempi.parallel.schedule import AGREE, ROWS, SENT, TOKENS, Point
+from moempi.parallel.stop import Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +27,22 @@ class Lane:
     scheduler: Scheduler
     task: Task
     ledger: Ledger
+    stop: Stop
 
     def serve(self) -> Generator[Point, None, None]:
-        """Take steps until no rank has work for this lane; collective over all ranks."""
+        """Take steps until no rank has work for this lane, or one was asked to stop; collective over all ranks."""
         return self._lead() if self.network.link.is_first else self._follow()
 
     def _lead(self) -> Generator[Point, None, None]:
-        """The first stage: decide each step, and take the answers. A rank without work takes every step with no rows."""
+        """The first stage: decide each step, take its answers. A rank without work takes every step with no rows."""
         tensor = self.network.tensor
         while True:
-            sums = self.network.exchange.agree((self.scheduler.unfinished(self.index), *self.ledger.counts))
+            unfinished = self.scheduler.unfinished(self.index)
+            sums = self.network.exchange.agree((unfinished, self.stop.asked, *self.ledger.counts))
             yield AGREE
-            unfinished, *counts = sums.finish().tolist()
+            unfinished, asked_to_stop, *counts = sums.finish().tolist()
             self.ledger.show(*counts)
-            if not unfinished:
+            if not unfinished or asked_to_stop:
                 self.network.link.stop()
                 return
             work = self.scheduler.next_work(self.index)
@@ -64,6 +67,7 @@ class Lane:
             x = yield from self.model.forward(batch, split, x, self.network)
             yield from self._conclude(batch, split, x)
             self.ledger.end_step(())
+            yield SENT
 
     def _conclude(self, batch: Batch, split: RowSplit, x: Array) -> Generator[Point, None, Picked]:
         """Hand the rows on, or answer what the batch asks; the first stage returns with the answers."""
@@ -86,7 +90,8 @@ class Lane:
         own = split.indices[tensor.part]
         places = np.flatnonzero(np.isin(batch.wanted, own))
         rows = x[np.searchsorted(own, batch.wanted[places])]
-        return tensor.assemble(self.task.pick(self.model, rows, [batch.asked[place] for place in places.tolist()]), places)
+        asked = [batch.asked[place] for place in places.tolist()]
+        return tensor.assemble(self.task.pick(self.model, rows, asked), places)
 
     def _batch(self, work: Sequence[Work]) -> Batch:
         wanted, asked = self.task.wants(work)

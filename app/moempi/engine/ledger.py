@@ -1,7 +1,7 @@
 """The ledger: what a rank has done so far, in its part of the results and in numbers."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from moempi.engine.sequence import Sequence
 from moempi.storage.records import PartWriter, RequestRecord
@@ -13,9 +13,7 @@ class Ledger:
     The ranks of a tensor group finish the same sequences; one of them `keeps_records`.
     """
 
-    def __init__(
-        self, part: PartWriter, *, task: str, keeps_records: bool, show: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, part: PartWriter, *, task: str, keeps_records: bool, show: Callable[[int, int], None]) -> None:
         self.steps = 0
         self.tokens = 0
         self.finishes: Counter[str] = Counter()
@@ -25,6 +23,12 @@ class Ledger:
         self._part = part
         self._task = task
         self._keeps_records = keeps_records
+
+    def count_earlier(self, finishes: Mapping[str, int], *, exact: int, referenced: int) -> None:
+        """Count requests that earlier attempts finished; on one rank."""
+        self.finishes.update(finishes)
+        self.exact += exact
+        self.referenced += referenced
 
     @property
     def counts(self) -> tuple[int, int]:

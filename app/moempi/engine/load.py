@@ -1,11 +1,14 @@
 """Loading: a rank's share of a weight file becomes a model on its machine."""
 
-from moempi.backend.protocol import Backend, Expert
+from moempi.backend.protocol import Array, Backend, Expert
+from moempi.config.architecture import Latent
 from moempi.config.tensors import layer_path
 from moempi.engine.shard import Shard
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
 from moempi.model.kv_cache import KVCache
+from moempi.model.latent_attention import LatentAttention
+from moempi.model.norm import Norm
 from moempi.model.transformer import Layer, Transformer
 
 
@@ -15,63 +18,115 @@ def load_model(shard: Shard, backend: Backend, *, layers: range, hosted: tuple[i
     Raises DataError when a checksum does not hold. Not collective.
     """
     architecture = shard.architecture
-    heads = architecture.attention
     is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
     return Transformer(
         architecture=architecture,
         backend=backend,
         embedding=backend.tensor(shard.read("embedding")) if is_first else None,
         layers=tuple(_layer(shard, backend, layer, hosted) for layer in layers),
-        norm=backend.tensor(shard.read("norm")) if is_last else None,
+        norm=_norm(shard, backend, "norm") if is_last else None,
         head=backend.matrix(shard.read("embedding" if architecture.tied_embeddings else "head")) if is_last else None,
-        cache=KVCache(
-            backend, layers=len(layers), pages=pages, kv_heads=heads.num_kv_heads, head_dim=heads.head_dim
-        ),
+        head_bias=_optional(shard, backend, "head_bias") if is_last else None,
+        cache=KVCache(backend, architecture.attention, layers=len(layers), pages=pages),
     )
 
 
 def _layer(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> Layer:
-    path = layer_path(layer)
-    moe = shard.architecture.is_moe(layer)
+    path, architecture = layer_path(layer), shard.architecture
+    latent, moe = architecture.attention.latent, architecture.is_moe(layer)
     return Layer(
         index=layer,
-        attention_norm=backend.tensor(shard.read(f"{path}/attention_norm")),
-        attention=_attention(shard, backend, f"{path}/attention"),
-        feed_forward_norm=backend.tensor(shard.read(f"{path}/feed_forward_norm")),
-        feed_forward=_experts(shard, backend, layer, hosted) if moe else Dense(_dense(shard, backend, f"{path}/dense")),
+        attention_norm=_norm(shard, backend, f"{path}/attention_norm"),
+        attention=_latent_attention(shard, backend, f"{path}/attention", latent=latent)
+        if latent
+        else _attention(shard, backend, f"{path}/attention", window=architecture.window(layer)),
+        feed_forward_norm=_norm(shard, backend, f"{path}/feed_forward_norm"),
+        feed_forward=_experts(shard, backend, layer, hosted) if moe else _dense(shard, backend, f"{path}/dense"),
     )
 
 
-def _attention(shard: Shard, backend: Backend, path: str) -> Attention:
-    shape = shard.architecture.attention
-    normed = shape.qk_norm == "head"
+def _norm(shard: Shard, backend: Backend, name: str) -> Norm:
+    return Norm(
+        kind=shard.architecture.norm,
+        eps=shard.architecture.norm_eps,
+        weight=backend.tensor(shard.read(name)),
+        bias=_optional(shard, backend, f"{name}_bias"),
+    )
+
+
+def _attention(shard: Shard, backend: Backend, path: str, *, window: int) -> Attention:
     return Attention(
-        shape=shape,
+        shape=shard.architecture.attention,
         eps=shard.architecture.norm_eps,
         qkv=backend.matrix(*(shard.read(f"{path}/{name}") for name in "qkv")),
         output=backend.matrix(shard.read(f"{path}/o"), transposed=True),
-        q_norm=backend.tensor(shard.read(f"{path}/q_norm")) if normed else None,
-        k_norm=backend.tensor(shard.read(f"{path}/k_norm")) if normed else None,
+        qkv_bias=_optional(shard, backend, *(f"{path}/{name}_bias" for name in "qkv")),
+        output_bias=_optional(shard, backend, f"{path}/o_bias") if shard.is_first else None,
+        q_norm=_optional(shard, backend, f"{path}/q_norm"),
+        k_norm=_optional(shard, backend, f"{path}/k_norm"),
+        sinks=_optional(shard, backend, f"{path}/sinks"),
+        window=window,
     )
 
 
-def _dense(shard: Shard, backend: Backend, path: str) -> Expert:
-    return Expert(
-        gate_up=backend.matrix(shard.read(f"{path}/gate"), shard.read(f"{path}/up")),
-        down=backend.matrix(shard.read(f"{path}/down"), transposed=True),
+def _latent_attention(shard: Shard, backend: Backend, path: str, *, latent: Latent) -> LatentAttention:
+    shape = shard.architecture.attention
+    plain = shape.head_dim - latent.rope_dim
+    expand = shard.read(f"{path}/kv_expand").reshape(-1, plain + latent.value_dim, latent.key_value_rank)
+    return LatentAttention(
+        shape=shape,
+        latent=latent,
+        queries=backend.matrix(shard.read(f"{path}/q_expand" if latent.query_rank else f"{path}/q")),
+        query_latent=backend.matrix(shard.read(f"{path}/q_latent")) if latent.query_rank else None,
+        query_norm=_optional(shard, backend, f"{path}/q_latent_norm"),
+        query_bias=_optional(shard, backend, f"{path}/q_latent_bias"),
+        key_value_latent=backend.matrix(shard.read(f"{path}/kv_latent")),
+        key_value_norm=backend.tensor(shard.read(f"{path}/kv_latent_norm")),
+        key_value_bias=_optional(shard, backend, f"{path}/kv_latent_bias"),
+        absorb_keys=backend.tensor(expand[:, :plain]),
+        expand_values=backend.tensor(expand[:, plain:].transpose(0, 2, 1)),
+        output=backend.matrix(shard.read(f"{path}/o"), transposed=True),
+        output_bias=_optional(shard, backend, f"{path}/o_bias") if shard.is_first else None,
+    )
+
+
+def _dense(shard: Shard, backend: Backend, path: str) -> Dense:
+    return Dense(
+        Expert(
+            gate_up=backend.matrix(shard.read(f"{path}/gate"), shard.read(f"{path}/up")),
+            down=backend.matrix(shard.read(f"{path}/down"), transposed=True),
+        )
     )
 
 
 def _experts(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> MixtureOfExperts:
-    path, architecture = layer_path(layer), shard.architecture
+    path, experts = layer_path(layer), shard.architecture.experts
     return MixtureOfExperts(
         layer=layer,
-        rule=architecture.experts.router,
+        rule=experts.router,
         router=backend.matrix(shard.read(f"{path}/router")),
+        router_bias=_optional(shard, backend, f"{path}/router_bias"),
+        router_correction=_optional(shard, backend, f"{path}/router_correction"),
         experts=tuple(_expert(shard, backend, f"{path}/experts", expert) for expert in hosted),
+        shared=_dense(shard, backend, f"{path}/shared") if experts.shared_width else None,
+        shared_gate=backend.matrix(shard.read(f"{path}/shared_gate")) if experts.shared_gate else None,
     )
 
 
 def _expert(shard: Shard, backend: Backend, path: str, expert: int) -> Expert:
-    gate, up, down = (shard.read_expert(f"{path}/{name}", expert) for name in ("gate", "up", "down"))
-    return Expert(gate_up=backend.matrix(gate, up), down=backend.matrix(down))
+    def read(name: str) -> Array:
+        return shard.read_expert(f"{path}/{name}", expert)
+
+    rule = shard.architecture.experts
+    return Expert(
+        gate_up=backend.matrix(read("gate"), read("up")),
+        down=backend.matrix(read("down")),
+        gate_up_bias=backend.tensor(read("gate_bias"), read("up_bias")) if rule.biases else None,
+        down_bias=backend.tensor(read("down_bias")) if rule.biases else None,
+        clamp=rule.clamp,
+    )
+
+
+def _optional(shard: Shard, backend: Backend, *names: str) -> Array | None:
+    """The tensors of these names one after another; None in a model that has none of them."""
+    return backend.tensor(*(shard.read(name) for name in names)) if shard.has(names[0]) else None

@@ -38,6 +38,15 @@ class Shard:
         rows = tensor.shape[0] // self._parts
         return self._file.read(name, self._part * rows, (self._part + 1) * rows)
 
+    def has(self, name: str) -> bool:
+        """Whether the model has a tensor `name`."""
+        return self._file.has(name)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is part 0, which alone adds what counts once in the sum of all parts."""
+        return self._part == 0
+
     def read_expert(self, name: str, expert: int) -> npt.NDArray[Any]:
         """One expert's matrix of a stack, verified."""
         matrix: npt.NDArray[Any] = self._file.read(name, expert, expert + 1)[0]

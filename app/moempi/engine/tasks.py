@@ -1,11 +1,11 @@
 """The two tasks: what a step asks of the rows that it wants, and what becomes of the answers."""
 
 from collections.abc import Sequence as ManyOf
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
-from moempi.backend.protocol import Array, Picked
+from moempi.backend.protocol import Array, Choice, Picked
 from moempi.engine.scheduler import Work
 from moempi.engine.text import Text
 from moempi.model.transformer import Transformer
@@ -36,7 +36,9 @@ class Generate:
 
     def wants(self, work: ManyOf[Work]) -> tuple[list[int], list[Asked]]:
         """See `Task.wants`: the last row of each sequence that has no token left."""
-        rows, asked, end = [], [], 0
+        rows: list[int] = []
+        asked: list[Asked] = []
+        end = 0
         for sequence, count in work:
             end += count
             if count == sequence.num_waiting:
@@ -46,7 +48,7 @@ class Generate:
 
     def pick(self, model: Transformer, rows: Array, asked: ManyOf[Asked]) -> Picked:
         """See `Task.pick`: the next tokens."""
-        return model.backend.pick(model.logits(rows), asked, top=self._top)
+        return model.backend.pick(model.logits(rows), cast("ManyOf[Choice]", asked), top=self._top)
 
     def accept(self, work: ManyOf[Work], picked: Picked) -> None:
         """See `Task.accept`."""
@@ -67,7 +69,9 @@ class Score:
 
     def wants(self, work: ManyOf[Work]) -> tuple[list[int], list[Asked]]:
         """See `Task.wants`: every row that has a next token in its prompt."""
-        rows, asked, first = [], [], 0
+        rows: list[int] = []
+        asked: list[Asked] = []
+        first = 0
         for sequence, count in work:
             targets = sequence.prompt_tokens[sequence.computed + 1 : sequence.computed + 1 + count]
             rows.extend(range(first, first + len(targets)))
@@ -77,7 +81,7 @@ class Score:
 
     def pick(self, model: Transformer, rows: Array, asked: ManyOf[Asked]) -> Picked:
         """See `Task.pick`: in pieces of HEAD_ROWS rows, for a row of logits is as long as the vocabulary."""
-        targets = np.array(asked, np.int64)
+        targets = np.array(cast("ManyOf[int]", asked), np.int64)
         pieces = [slice(first, first + HEAD_ROWS) for first in range(0, max(len(targets), 1), HEAD_ROWS)]
         return Picked.join(
             [model.backend.score(model.logits(rows[piece]), targets[piece], top=self._top) for piece in pieces]

@@ -9,24 +9,51 @@ from moempi.config import architecture
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Weights of one layer's attention: `qkv` maps D to the heads' queries, keys and values, `output` back to D."""
+    """Weights of one layer's attention: `qkv` maps D to the heads' queries, keys and values, `output` back to D.
+
+    `window` is the number of last positions that it sees, 0 for all.
+    """
 
     shape: architecture.Attention
     eps: float
     qkv: Array
     output: Array
+    qkv_bias: Array | None = None
+    output_bias: Array | None = None
     q_norm: Array | None = None
     k_norm: Array | None = None
+    sinks: Array | None = None
+    window: int = 0
 
     def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
-        """Attend rows x (T, D) to all earlier positions of their sequences -> (T, D); extends the cache."""
-        heads, kv_heads, dim = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
-        qkv = backend.linear(x, self.qkv).reshape(len(x), heads + 2 * kv_heads, dim)
-        queries, keys, values = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self.q_norm is not None:
-            queries = backend.rms_norm(queries, self.q_norm, eps=self.eps)
-            keys = backend.rms_norm(keys, self.k_norm, eps=self.eps)
-        queries, keys = backend.rotate(queries, angles), backend.rotate(keys, angles)
+        """Attend rows x (T, D) to the earlier positions of their sequences -> (T, D); extends the cache."""
+        shape, num_rows = self.shape, len(x)
+        queries, keys, values = self._project(backend, x)
+        queries = backend.rotate(queries, angles, interleaved=shape.rope.interleaved)
+        keys = backend.rotate(keys, angles, interleaved=shape.rope.interleaved)
         backend.extend_cache(cache, keys, values, segments)
-        attended = backend.attend(queries, cache, segments, scale=dim**-0.5)
-        return backend.linear(attended, self.output)
+        scale = shape.head_dim**-0.5 * shape.score_factor
+        attended = backend.attend(queries, cache, segments, scale=scale, window=self.window, sinks=self.sinks)
+        return backend.linear(attended.reshape(num_rows, shape.num_heads * shape.value_dim), self.output, self.output_bias)
+
+    def _project(self, backend: Backend, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values by heads, normalized and clipped, not yet rotated."""
+        shape, num_rows = self.shape, len(x)
+        query_rows, kv_rows = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        qkv = backend.linear(x, self.qkv, self.qkv_bias)
+        queries, keys, values = qkv[:, :query_rows], qkv[:, query_rows:-kv_rows], qkv[:, -kv_rows:]
+        if shape.qk_norm == "vector":
+            queries, keys = self._normalize(backend, queries, keys)
+        if shape.clip:
+            queries, keys, values = (backend.clip(part, shape.clip) for part in (queries, keys, values))
+        queries = queries.reshape(num_rows, shape.num_heads, shape.head_dim)
+        keys = keys.reshape(num_rows, shape.num_kv_heads, shape.head_dim)
+        if shape.qk_norm == "head":
+            queries, keys = self._normalize(backend, queries, keys)
+        return queries, keys, values.reshape(num_rows, shape.num_kv_heads, shape.head_dim)
+
+    def _normalize(self, backend: Backend, queries: Array, keys: Array) -> tuple[Array, Array]:
+        return (
+            backend.rms_norm(queries, self.q_norm, eps=self.eps),
+            backend.rms_norm(keys, self.k_norm, eps=self.eps),
+        )

@@ -22,20 +22,37 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
-    """A router (D to E), and the experts that this rank hosts."""
+    """A router (D to E), the experts that this rank hosts, and the network that every row passes beside them.
+
+    `shared_gate` (D to 1), if there is one, decides how much of the shared network's result counts.
+    """
 
     layer: int
     rule: Router
     router: Array
     experts: Sequence[Expert]
+    router_bias: Array | None = None
+    router_correction: Array | None = None
+    shared: Dense | None = None
+    shared_gate: Array | None = None
 
     def forward(self, backend: Backend, x: Array, exchange: Exchange) -> Generator[Point, None, Array]:
         """X (T, D) -> (T, D): every row to its K experts and back. Yields while rows are on the network."""
-        chosen, weights = backend.choose_experts(x, self.router, self.rule)
+        chosen, weights = backend.choose_experts(
+            x, self.router, self.rule, bias=self.router_bias, correction=self.router_correction
+        )
         plan = yield from exchange.plan(Route(self.layer, chosen, weights))
         outward = exchange.dispatch(x, plan)
+        shared = self._shared(backend, x)
         yield Point(self.layer, "dispatch")
         rows = backend.expert_mlp(exchange.arrived(outward, plan), self.experts, plan.expert_counts)
         homeward = exchange.answer(rows, plan)
         yield Point(self.layer, "combine")
-        return exchange.combined(homeward, plan)
+        combined = exchange.combined(homeward, plan)
+        return combined if shared is None else backend.add(combined, shared)
+
+    def _shared(self, backend: Backend, x: Array) -> Array | None:
+        if self.shared is None:
+            return None
+        rows = self.shared(backend, x)
+        return rows if self.shared_gate is None else backend.gate(rows, backend.linear(x, self.shared_gate))

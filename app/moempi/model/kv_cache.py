@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.backend.protocol import Backend, Cache, Segment
+from moempi.config.architecture import Attention
 from moempi.config.tensors import PAGE_ROWS
 from moempi.parallel.batch import Batch
 
@@ -23,8 +24,11 @@ class KVCache:
     Whoever schedules must not ask for more pages than there are; `pages_for` tells how many a slot takes.
     """
 
-    def __init__(self, backend: Backend, *, layers: int, pages: int, kv_heads: int, head_dim: int) -> None:
-        self.layers: Sequence[Cache] = [backend.cache(pages, kv_heads, head_dim) for _ in range(layers)]
+    def __init__(self, backend: Backend, attention: Attention, *, layers: int, pages: int) -> None:
+        latent = attention.latent.key_value_rank if attention.latent else 0
+        self.layers: Sequence[Cache] = [
+            backend.cache(pages, attention.cached_heads, attention.cached_dim, latent=latent) for _ in range(layers)
+        ]
         self._backend = backend
         self._free = list(range(pages))
         self._held: dict[int, IntArray] = {}

@@ -8,6 +8,9 @@ from moempi.config.architecture import Architecture
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
 from moempi.model.kv_cache import KVCache
+from moempi.model.latent_attention import LatentAttention
+from moempi.model.norm import Norm
+from moempi.model.rope import rope_angles
 from moempi.parallel.batch import Batch
 from moempi.parallel.network import Network
 from moempi.parallel.row_split import IntArray, RowSplit
@@ -19,9 +22,9 @@ class Layer:
     """One pre-norm block; `index` counts from the first layer of the whole model."""
 
     index: int
-    attention_norm: Array
-    attention: Attention
-    feed_forward_norm: Array
+    attention_norm: Norm
+    attention: Attention | LatentAttention
+    feed_forward_norm: Norm
     feed_forward: Dense | MixtureOfExperts
 
 
@@ -37,8 +40,9 @@ class Transformer:
     backend: Backend
     embedding: Array | None
     layers: Sequence[Layer]
-    norm: Array | None
+    norm: Norm | None
     head: Array | None
+    head_bias: Array | None
     cache: KVCache
 
     def embed(self, tokens: IntArray) -> Array:
@@ -50,16 +54,15 @@ class Transformer:
 
         Every rank of a tensor group attends all rows with its heads; between, each has its part of the rows only.
         """
-        backend, tensor, eps = self.backend, network.tensor, self.architecture.norm_eps
+        backend, tensor = self.backend, network.tensor
         segments = self.cache.segments(batch)
-        rope, dim = self.architecture.attention.rope, self.architecture.attention.head_dim
-        angles = backend.rope_angles(batch.positions, theta=rope.theta, dim=dim)
+        angles = rope_angles(backend, self.architecture.attention, batch.positions)
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
-            rows = backend.rms_norm(x, layer.attention_norm, eps=eps)
+            rows = layer.attention_norm(backend, x)
             rows = yield from tensor.gather(rows, split, layer=layer.index)
             rows = layer.attention(backend, rows, angles, cache, segments)
             x = backend.add(x, (yield from tensor.scatter(rows, split, layer=layer.index)))
-            rows = backend.rms_norm(x, layer.feed_forward_norm, eps=eps)
+            rows = layer.feed_forward_norm(backend, x)
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 rows = yield from layer.feed_forward.forward(backend, rows, network.exchange)
             else:
@@ -71,4 +74,5 @@ class Transformer:
 
     def logits(self, x: Array) -> Array:
         """Logits of rows that the last stage's `forward` returned (N, D) -> (N, V), in float32."""
-        return self.backend.logits(self.backend.rms_norm(x, self.norm, eps=self.architecture.norm_eps), self.head)
+        normed = x if self.norm is None else self.norm(self.backend, x)
+        return self.backend.logits(normed, self.head, self.head_bias)

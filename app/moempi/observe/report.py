@@ -2,29 +2,40 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from moempi.config.size import format_size
 from moempi.observe.console import console
 
+NUM_STRAGGLERS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """One stage of a layout: how much of what it has, its experts per rank and layer, its fullest rank's bytes."""
+
+    layers: int
+    ranks: int
+    nodes: int
+    groups: int
+    experts: str
+    memory: Mapping[str, int]
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who does what in a run, one entry per rank: its node, its experts of each layer, its bytes by purpose.
-
-    `refused` lists what would end the run.
-    """
+    """Who does what in a run, stage by stage; `refused` lists what would end it."""
 
     title: str
-    nodes: Sequence[int]
-    hosted: Sequence[int]
-    memory: Sequence[Mapping[str, int]]
+    stages: Sequence[StageRow]
     refused: Sequence[str] = ()
 
 
@@ -34,6 +45,7 @@ class Report:
 
     `seconds` holds, for each phase (compute, exchange, idle), one number per rank; `expert_load` (L, E) counts the
     tokens routed to each expert of each MoE layer by all ranks; `exact` of `referenced` answers equal their reference.
+    `hosts` are the ranks'. Requests that earlier attempts finished are among `finishes`; `tokens` are of this one.
     """
 
     results: str
@@ -44,6 +56,14 @@ class Report:
     finishes: Mapping[str, int]
     exact: int = 0
     referenced: int = 0
+    hosts: Sequence[str] = ()
+    earlier_requests: int = 0
+    earlier_tokens: int = 0
+
+    @property
+    def num_finished(self) -> int:
+        """Requests that are finished, by this attempt or an earlier one."""
+        return sum(self.finishes.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +91,20 @@ def print_answers(answers: Iterable[Answer]) -> None:
 
 
 def layout_table(layout: Layout) -> RenderableType:
-    """One row per rank, then what would be refused."""
-    purposes = list(layout.memory[0]) if layout.memory else []
-    table = Table("rank", "node", "experts per layer", *purposes, "total", title=escape(layout.title))
-    for rank, (node, hosted, memory) in enumerate(zip(layout.nodes, layout.hosted, layout.memory, strict=True)):
-        sizes = [*memory.values(), sum(memory.values())]
-        table.add_row(str(rank), str(node), str(hosted), *map(format_size, sizes))
+    """One row for all neighbouring stages that are alike, then what would be refused."""
+    purposes = list(layout.stages[0].memory) if layout.stages else []
+    head = ("stages", "layers", "ranks", "nodes", "groups", "experts", *purposes)
+    table = Table(*(Column(name, no_wrap=True) for name in head), box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
+    table.title, table.title_justify = escape(layout.title), "left"
+    table.caption = "of a stage: layers, ranks, nodes, data parallel groups; per rank and layer: experts; of a rank: bytes"
+    table.caption_justify = "left"
+    first = 0
+    for row, alike in groupby(layout.stages):
+        last = first + len(list(alike)) - 1
+        counts = (row.layers, row.ranks, row.nodes, row.groups)
+        sizes = map(format_size, row.memory.values())
+        table.add_row(f"{first}" if first == last else f"{first} to {last}", *map(str, counts), row.experts, *sizes)
+        first = last + 1
     return Group(table, *(f"refused: {escape(reason)}" for reason in layout.refused))
 
 
@@ -87,9 +115,14 @@ def report_table(report: Report) -> RenderableType:
     table.add_row("tokens/s", f"{rate:,.1f}  ({report.tokens:,} tokens in {report.wall_s:.2f} s)")
     for phase, low, mean, high in phase_shares(report.seconds):
         table.add_row(f"{phase}, share of time", f"{mean:.1%}  (ranks from {low:.1%} to {high:.1%})")
+    for phase, slowest in stragglers(report.seconds).items():
+        ranks = ", ".join(_place(rank, report.seconds[phase][rank], report.hosts) for rank in slowest)
+        table.add_row(f"{phase}, slowest ranks", ranks)
     if report.expert_load.size:
         layers = imbalance(report.expert_load)
         table.add_row("expert imbalance, max/mean", f"{layers.mean():.2f}  (worst layer {layers.max():.2f})")
+    if report.earlier_requests:
+        table.add_row("of earlier runs", f"{report.earlier_requests:,} requests, {report.earlier_tokens:,} tokens")
     table.add_row("finished", ", ".join(f"{reason} {count:,}" for reason, count in sorted(report.finishes.items())))
     if report.referenced:
         share = report.exact / report.referenced
@@ -118,12 +151,26 @@ def phase_shares(seconds: Mapping[str, Sequence[float]]) -> list[tuple[str, floa
     return [(phase, min(parts), fmean(parts), max(parts)) for phase, parts in shares.items() if parts]
 
 
+def stragglers(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[int]]:
+    """For each phase the ranks that spent most time in it, the slowest first; nothing where there is one rank."""
+    return {
+        phase: sorted(range(len(parts)), key=lambda rank: -parts[rank])[:NUM_STRAGGLERS]
+        for phase, parts in seconds.items()
+        if len(parts) > 1
+    }
+
+
 def imbalance(expert_load: NDArray[np.int64]) -> NDArray[np.float64]:
     """Load of the busiest expert over the mean load, per layer (L,); 1 is even, and said of a layer without tokens."""
     mean = expert_load.mean(axis=1)
     ratio = np.ones(len(mean))
     np.divide(expert_load.max(axis=1), mean, out=ratio, where=mean > 0)
     return ratio
+
+
+def _place(rank: int, seconds: float, hosts: Sequence[str]) -> str:
+    host = f" on {escape(hosts[rank])}" if len(set(hosts)) > 1 else ""
+    return f"{rank}{host} ({seconds:.2f} s)"
 
 
 def _visible(text: str) -> str:

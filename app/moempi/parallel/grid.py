@@ -10,6 +10,7 @@ computes a slot, also when stages have different numbers of groups.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import inf
 
 from moempi.config.job import ParallelSection
 from moempi.errors import ConfigError
@@ -101,7 +102,9 @@ def make_grid(
             f"use a number of ranks per node that {tensor} divides",
         )
     return Grid(
-        tuple(Stage(own_layers, own_ranks) for own_layers, own_ranks in zip(_ranges(layers), _ranges(ranks), strict=True)),
+        tuple(
+            Stage(own_layers, own_ranks) for own_layers, own_ranks in zip(_ranges(layers), _ranges(ranks), strict=True)
+        ),
         tensor,
         slots_per_group,
     )
@@ -111,23 +114,31 @@ def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
     """Lengths of `parts` contiguous, non-empty parts of `costs` whose greatest sum is least."""
     _require(parts <= len(costs), f"{parts} stages need at least {parts} layers, the model has {len(costs)}")
     sums = [0.0, *accumulate(costs)]
-    best = [(sum_, (end,)) for end, sum_ in enumerate(sums)]
+    # best[end]: the least greatest sum of the first `end` costs in as many parts as said so far, and their lengths.
+    best: list[tuple[float, tuple[int, ...]]] = [(total, (end,)) for end, total in enumerate(sums)]
     for part in range(2, parts + 1):
         best = [
-            min(
-                ((max(best[cut][0], sums[end] - sums[cut]), (*best[cut][1], end - cut)) for cut in range(part - 1, end)),
-                default=(float("inf"), ()),
-            )
+            min(_last_part(best, sums, cut, end) for cut in range(part - 1, end)) if end >= part else (inf, ())
             for end in range(len(sums))
         ]
     return best[-1][1]
+
+
+def _last_part(
+    best: Sequence[tuple[float, tuple[int, ...]]], sums: Sequence[float], cut: int, end: int
+) -> tuple[float, tuple[int, ...]]:
+    """The best parts of the first `cut` costs, and one more part up to `end`."""
+    greatest, lengths = best[cut]
+    return max(greatest, sums[end] - sums[cut]), (*lengths, end - cut)
 
 
 def _even_ranks(ranks: int, stages: int, tensor: int) -> tuple[int, ...]:
     """Ranks of each stage, whole tensor groups, the first stages one group more where they do not divide."""
     _require(ranks % tensor == 0, f"{ranks} ranks cannot form tensor groups of {tensor}")
     groups = ranks // tensor
-    _require(groups >= stages, f"{stages} stages of tensor groups of {tensor} need {stages * tensor} ranks, not {ranks}")
+    _require(
+        groups >= stages, f"{stages} stages of tensor groups of {tensor} need {stages * tensor} ranks, not {ranks}"
+    )
     return tuple((groups // stages + (stage < groups % stages)) * tensor for stage in range(stages))
 
 

@@ -15,7 +15,7 @@ class Point(NamedTuple):
     phase: str
 
 
-AGREE, ROWS, LEAVE, TOKENS = (Point(-1, phase) for phase in ("agree", "rows", "gather", "tokens"))
+AGREE, ROWS, LEAVE, TOKENS, SENT = (Point(-1, phase) for phase in ("agree", "rows", "gather", "tokens", "sent"))
 DIVIDED = ("gather", "scatter")
 ROUTED = ("counts", "dispatch", "combine")
 
@@ -23,15 +23,18 @@ ROUTED = ("counts", "dispatch", "combine")
 def step_points(
     layers: range, moe_layers: Sequence[int], *, tensor: int, is_first: bool, is_last: bool
 ) -> tuple[Point, ...]:
-    """The points of one step of a stage that computes `layers`, in order."""
+    """The points of one step of a stage that computes `layers`, in order.
+
+    A pipeline's stage has a last point behind what it sends, so that its turn ends with nothing left to send.
+    """
     points = [AGREE if is_first else ROWS]
     for layer in layers:
         divided = DIVIDED if tensor > 1 else ()
         points.extend(Point(layer, phase) for phase in (*divided, *(ROUTED if layer in moe_layers else divided)))
     if not is_last and tensor > 1:
         points.append(LEAVE)
-    if is_first and not is_last:
-        points.append(TOKENS)
+    if not (is_first and is_last):
+        points.append(TOKENS if is_first else SENT)
     return tuple(points)
 
 

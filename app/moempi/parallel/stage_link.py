@@ -6,9 +6,9 @@ from the rank at place j of one tensor group to the rank at place j of the other
 """
 
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
+from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from moempi.backend.protocol import Array, Backend, Picked
@@ -19,6 +19,8 @@ from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.transfer import Transfer
 
 CONTROL, ROWS, ANSWER = 1, 2, 3
+SPIN_S = 200e-6
+NAP_S = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +117,12 @@ class StageLink:
         groups = self._grid.peers(0, self._place.data, other=last)
         return Picked.join([self._wait_for(self._grid.rank(last, data, self._place.tensor), ANSWER) for data in groups])
 
-    def _wait_for(self, source: int, tag: int) -> Batch | Picked:
+    def _wait_for(self, source: int, tag: int) -> Any:
+        """Block until a control message is here. A long wait naps, so that ranks that share a core get their turn."""
         begin = perf_counter()
-        message = self._comm.mprobe(source, tag)
+        while (message := self._comm.improbe(source, tag)) is None:
+            if (waited := perf_counter() - begin) > SPIN_S:
+                sleep(min(waited / 8, NAP_S))
         self._traffic.waits["pipeline"] += perf_counter() - begin
         return message.recv()
 

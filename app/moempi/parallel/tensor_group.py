@@ -35,7 +35,9 @@ class TensorGroup:
         outgoing = self._backend.wire(split.counts[self.part], self._width)
         self._backend.pack(x, None, outgoing)
         incoming = self._backend.wire(sum(split.counts), self._width)
-        request = self._comm.Iallgatherv([outgoing, len(outgoing), self._row], [incoming, list(split.counts), self._row])
+        request = self._comm.Iallgatherv(
+            [outgoing, len(outgoing), self._row], [incoming, list(split.counts), self._row]
+        )
         transfer = self._traffic.begin(request, outgoing, incoming, waiting="exchange")
         yield Point(layer, "gather")
         return self._backend.unpack(transfer.finish(), split.by_row)
@@ -48,7 +50,9 @@ class TensorGroup:
         outgoing = self._backend.wire(sum(split.counts), self._width)
         self._backend.pack(partial, split.by_part, outgoing)
         incoming = self._backend.wire(own * self.size, self._width)
-        request = self._comm.Ialltoallv([outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row])
+        request = self._comm.Ialltoallv(
+            [outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row]
+        )
         transfer = self._traffic.begin(request, outgoing, incoming, waiting="exchange")
         yield Point(layer, "scatter")
         places = np.arange(own)[:, None] + np.arange(self.size) * own

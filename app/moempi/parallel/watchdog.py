@@ -1,22 +1,35 @@
-"""The thread that ends a rank whose main thread cannot: a signal that arrives, or no progress, inside an MPI call."""
+"""The thread that ends a rank whose main thread cannot: a signal, a dead neighbour, or no progress, in an MPI call."""
 
 import faulthandler
+import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 from moempi.errors import MoempiError
+from moempi.parallel.stall import Position
 
 STDERR = 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# How long a rank that is not the first of those left waits for that one to speak and to end the program.
+SECOND_S = 2.0
 
 
 class StalledError(MoempiError):
     """A rank made no progress for as long as `[run] timeout_s` allows (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class DeadRankError(MoempiError):
+    """The process of a rank is gone, without a word (EX_TEMPFAIL)."""
 
     exit_code = 75
 
@@ -30,27 +43,46 @@ class InterruptedByError(MoempiError):
 
 
 class Watchdog:
-    """Watches the main thread between `start` and `stop` and calls `fail` from its own thread, at most once.
+    """Watches the main thread between `start` and `stop` and calls `fail`, or `stalled`, from its own thread, once.
 
     Python runs signal handlers on the main thread only, which may sit in a blocked MPI call: so the signal's number
-    is read here, from the wake-up descriptor. `grace_s` lets another rank speak first when all are struck at once.
+    is read here, from the wake-up descriptor. `peers` gives the process of each other rank on this host. `grace_s`
+    lets another rank speak first when all are struck at once.
     """
 
-    def __init__(self, fail: Callable[[MoempiError], object], *, grace_s: float) -> None:
+    def __init__(
+        self,
+        fail: Callable[[MoempiError], object],
+        stalled: Callable[[Position, float], object],
+        *,
+        rank: int,
+        peers: Mapping[int, int],
+        grace_s: float,
+    ) -> None:
         self._fail = fail
+        self._stalled = stalled
+        self._rank = rank
+        self._peers = peers
         self._grace_s = grace_s
         self._timeout_s: float | None = None
+        self._group = 0
+        self._passed = 0
         self._last = (time.monotonic(), "the start")
+        self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._inbox, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._handlers: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+        self._alive: dict[int, int] = {}
 
     def start(self) -> None:
         """Take over the signals and begin to watch; main thread only."""
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for rank, process in self._peers.items():
+            with suppress(OSError):  # not Linux, or gone already, of which MPI will tell
+                self._alive[os.pidfd_open(process)] = rank
         self._thread.start()
 
     def stop(self) -> None:
@@ -61,35 +93,65 @@ class Watchdog:
         self._wakeup.close()
         self._thread.join()
         self._inbox.close()
+        for descriptor in self._alive:
+            os.close(descriptor)
         faulthandler.cancel_dump_traceback_later()
 
-    def limit(self, timeout_s: float) -> None:
-        """From now on, fail when `alive` is not called for `timeout_s` seconds."""
+    def limit(self, timeout_s: float, *, group: int) -> None:
+        """From now on, a stall is that `alive` is not called for `timeout_s` seconds. See `Position` for `group`."""
         self.alive(self._last[1])
+        self._group = group
         self._timeout_s = timeout_s
 
     def alive(self, where: str) -> None:
         """Note that the main thread has come to `where`; costs less than a microsecond."""
+        self._passed += 1
         self._last = (time.monotonic(), where)
+
+    @property
+    def where(self) -> str:
+        """Where the main thread was last."""
+        return self._last[1]
 
     def _watch(self) -> None:
         while True:
-            ready, _, _ = select.select([self._inbox], [], [], self._period_s())
-            if ready:
+            inbox = self._inbox.fileno()
+            ready, _, _ = select.select([inbox, *self._alive], [], [], self._period_s())
+            if inbox in ready:
                 received = self._inbox.recv(16)
                 if not received:
                     return
-                time.sleep(self._grace_s)
-                self._fail(InterruptedByError(received[0]))
+                self._hear(received)
+            elif ready:
+                self._mourn(ready)
             elif self._timeout_s is not None:
                 self._check(self._timeout_s)
+
+    def _hear(self, received: bytes) -> None:
+        ending = [number for number in received if number in SIGNALS]
+        if ending:
+            time.sleep(self._grace_s)
+            self._fail(InterruptedByError(ending[0]))
+
+    def _mourn(self, gone: list[int]) -> None:
+        """A neighbour died. The lowest rank of those left on the host says so."""
+        dead = sorted(self._alive[descriptor] for descriptor in gone)
+        left = [rank for rank in self._alive.values() if rank not in dead]
+        if min([*left, self._rank]) != self._rank:
+            time.sleep(SECOND_S)
+        self._fail(DeadRankError(f"rank {dead[0]} is gone: its process {self._peers[dead[0]]} was killed or crashed"))
 
     def _period_s(self) -> float:
         return 1.0 if self._timeout_s is None else min(1.0, self._timeout_s / 4)
 
     def _check(self, timeout_s: float) -> None:
         # The last resort, needing no interpreter: a C call that keeps the interpreter's lock also stops this thread.
-        faulthandler.dump_traceback_later(timeout_s + 5, exit=True, file=STDERR)
+        faulthandler.dump_traceback_later(timeout_s + 15, exit=True, file=STDERR)
         since, where = self._last
-        if time.monotonic() - since > timeout_s + self._grace_s:
-            self._fail(StalledError(f"no progress for {timeout_s:g} s, last at {where}; see run.timeout_s"))
+        if time.monotonic() - since > timeout_s:
+            self._stalled(Position(self._group, self._passed, where, self._doing()), timeout_s)
+
+    def _doing(self) -> str:
+        """The innermost Python line of the main thread."""
+        frame = sys._current_frames().get(self._main)
+        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame is not None else "its last breath"

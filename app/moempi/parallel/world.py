@@ -12,14 +12,19 @@ from typing import NoReturn, TypeVar
 from mpi4py import MPI
 
 from moempi.errors import MoempiError, UsageError
+from moempi.parallel.farewell import Farewell
 from moempi.parallel.launch import GRACE_S, launch_problem
-from moempi.parallel.watchdog import Watchdog
+from moempi.parallel.segments import remove_names
+from moempi.parallel.stall import Position, explain
+from moempi.parallel.watchdog import StalledError, Watchdog
 
 T = TypeVar("T")
 
 # The time that a last line needs from this rank's pipe to the launcher before the launcher kills its readers.
 LINE_TRAVEL_S = 0.2
-FAREWELL_LOOKS = 10
+# How long the first two ranks wait for the others' positions when nothing moves; the rest give those two this long.
+COLLECT_S = (1.0, 2.5)
+ALONE_S = 5.0
 
 
 class AgreedExit(SystemExit):
@@ -38,15 +43,19 @@ class World:
         self.rank = comm.rank
         self.size = comm.size
         self.host = MPI.Get_processor_name()
-        names = comm.allgather(_node_name(self.host))
+        names, processes = zip(*comm.allgather((_node_name(self.host), _process_name())), strict=True)
         order = {name: index for index, name in enumerate(dict.fromkeys(names))}
         self.nodes = tuple(order[name] for name in names)
         self.local_rank = self.nodes[: self.rank].count(self.nodes[self.rank])
         self.split_agrees = _split_agrees(comm, self.nodes)
         self._debug = debug
-        self._watchdog = Watchdog(self.abort, grace_s=0.0 if self.rank == 0 else GRACE_S)
+        peers = _peers(self.rank, self.nodes, processes)
+        self._watchdog = Watchdog(
+            self.abort, self._stalled, rank=self.rank, peers=peers, grace_s=0.0 if self.rank == 0 else GRACE_S
+        )
         self._ending = threading.Lock()
-        self._farewell = comm.Dup()
+        self._farewell = Farewell(comm, peers)
+        self._at_failure: Callable[[str, int], object] = lambda cause, code: None
 
     @classmethod
     def start(cls, *, debug: bool = False) -> "World":
@@ -57,7 +66,10 @@ class World:
         problem = launch_problem(os.environ, MPI.COMM_WORLD.size)
         if problem is not None:
             raise UsageError(problem)
-        return cls(MPI.COMM_WORLD.Dup(), debug=debug)
+        comm = MPI.COMM_WORLD.Dup()
+        comm.Barrier()
+        remove_names()
+        return cls(comm, debug=debug)
 
     @property
     def num_nodes(self) -> int:
@@ -83,6 +95,7 @@ class World:
         code = self.comm.bcast(error.exit_code if error is not None else 0, root=first)
         if error is not None and self.rank == first:
             self._say(error, str(error))
+            self._at_failure(str(error), code)
         raise AgreedExit(code)
 
     def together(self, action: Callable[[], T]) -> T:
@@ -100,13 +113,21 @@ class World:
         """Print one line that names this rank and `error`, and end all ranks at once; safe from any thread."""
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # the other thread of this rank is ending the program
-        code = _exit_code(error)
-        if not self._is_told():
-            self._say(error, _cause(error))
-            self._farewell.isend(code, 0)
+        code, cause = _exit_code(error), _cause(error)
+        if not self._farewell.told():
+            self._say(error, cause)
+            self._farewell.tell()
+            self._at_failure(cause, code)
             time.sleep(LINE_TRAVEL_S)
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)
+
+    def at_failure(self, tell: Callable[[str, int], object]) -> None:
+        """From now on, the rank that tells the cause of a failure also calls `tell(cause, exit code)`, from any thread.
+
+        It must return within a second or so: the other ranks wait for their end.
+        """
+        self._at_failure = tell
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -126,21 +147,34 @@ class World:
         finally:
             self._watchdog.stop()
 
-    def watch(self, timeout_s: float) -> None:
-        """From now on, inside `guard`, a rank that does not call `alive` for `timeout_s` seconds ends all ranks."""
-        self._watchdog.limit(timeout_s)
+    def watch(self, timeout_s: float, *, group: int = 0) -> None:
+        """From now on, inside `guard`, a rank that does not call `alive` for `timeout_s` seconds ends all ranks.
+
+        Ranks of one `group` come to the same places in the same order: so the late one among them can be named.
+        """
+        self._watchdog.limit(timeout_s, group=group)
 
     def alive(self, where: str) -> None:
         """Tell the watchdog that this rank has come to `where`, a short phrase for a person."""
         self._watchdog.alive(where)
 
-    def _is_told(self) -> bool:
-        # A launcher that ends the job after another rank's Abort sends SIGTERM: not a second cause worth a line.
-        for _ in range(FAREWELL_LOOKS if self.rank == 0 else 0):
-            if self._farewell.Iprobe():
-                return True
-            time.sleep(0.005)  # a message arrives only inside MPI calls: look again
-        return False
+    @property
+    def where(self) -> str:
+        """The place of which `alive` was told last."""
+        return self._watchdog.where
+
+    def _stalled(self, own: Position, timeout_s: float) -> None:
+        """End the program; the first two ranks find out who keeps the others waiting. From the watchdog's thread."""
+        for rank in range(min(len(COLLECT_S), self.size)):
+            if rank != self.rank:
+                self._farewell.report(own, rank)
+        if self.rank < len(COLLECT_S):
+            positions = self._farewell.collect(own, patience_s=COLLECT_S[self.rank])
+            reason = explain(positions, self.size)
+        else:
+            time.sleep(ALONE_S)
+            reason = f"ranks 0 and 1 do not answer, this rank waits at {own.where}"
+        self.abort(StalledError(f"no progress for {timeout_s:g} s: {reason}; see run.timeout_s"))
 
     def _say(self, error: BaseException, cause: str) -> None:
         if self._debug:
@@ -156,6 +190,22 @@ def _node_name(host: str) -> str:
         return slurm_name
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{host} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _process_name() -> tuple[str, int]:
+    """The name space of process numbers, and this process's number in it."""
+    space = Path("/proc/self/ns/pid")
+    return str(space.readlink()) if space.is_symlink() else "", os.getpid()
+
+
+def _peers(rank: int, nodes: tuple[int, ...], processes: tuple[tuple[str, int], ...]) -> dict[int, int]:
+    """The processes of the other ranks that this one can watch: on its node and in its name space."""
+    space = processes[rank][0]
+    return {
+        other: number
+        for other, (other_space, number) in enumerate(processes)
+        if other != rank and nodes[other] == nodes[rank] and other_space == space
+    }
 
 
 def _split_agrees(comm: MPI.Intracomm, nodes: tuple[int, ...]) -> bool:

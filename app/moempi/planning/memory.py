@@ -37,16 +37,17 @@ def rank_memory(job: Job, architecture: Architecture, layers: range, *, hosted: 
     held = stage_tensors(architecture, layers)
     weights = sum(int(prod(tensor.shape) * portions.get(tensor.share, 1)) for tensor in held)
     value_bytes = 2 if job.run.backend == "cupy" and job.run.precision == "bfloat16" else NUMPY_VALUE_BYTES
-    heads = architecture.attention
-    page = 2 * len(layers) * PAGE_ROWS * heads.num_kv_heads // tensor * heads.head_dim
+    cached = architecture.attention.cached_values // (1 if architecture.attention.latent else tensor)
+    page = len(layers) * PAGE_ROWS * cached
     rows = groups * job.lanes * job.run.batch_tokens * _values_per_row(architecture, tensor)
     return Memory(weights * value_bytes, page * value_bytes, rows * value_bytes, groups)
 
 
 def _values_per_row(architecture: Architecture, tensor: int) -> int:
     """Values that a step holds per row at most at once: around attention, or around the experts and their buffers."""
-    heads = architecture.attention
-    attention = 2 * (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim // tensor
-    top_k, hidden = architecture.experts.router.top_k, architecture.experts.width
-    feed_forward = max(3 * architecture.dense_width, top_k * (3 * hidden + 4 * architecture.width)) // tensor
+    heads, experts = architecture.attention, architecture.experts
+    dim = heads.cached_dim if heads.latent else heads.head_dim
+    attention = 2 * (heads.num_heads + 2 * heads.cached_heads) * dim // tensor
+    routed = experts.router.top_k * (3 * experts.width + 4 * architecture.width) + 3 * experts.shared_width
+    feed_forward = max(3 * architecture.dense_width, routed) // tensor
     return 4 * architecture.width + max(attention, feed_forward)

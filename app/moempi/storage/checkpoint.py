@@ -15,8 +15,14 @@ from moempi.arrays import aligned_empty
 from moempi.errors import DataError, NoInputError
 from moempi.storage.hdf5 import Array
 
-# How each safetensors type is held in memory; bfloat16 as its bits.
-MEMORY_TYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+# How each safetensors type is held in memory; bfloat16 and 8-bit floating point as their bits.
+MEMORY_TYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F8_E4M3": np.dtype("u1"),
+    "U8": np.dtype("u1"),
+}
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,7 +46,7 @@ class CheckpointTensor:
         return prod(self.shape[1:]) * MEMORY_TYPES[self.dtype].itemsize
 
     def read(self, start: int, stop: int) -> Array:
-        """Rows [start, stop): uint16 bits for BF16, else float16 or float32. DataError if the file ends before."""
+        """Rows [start, stop): bits for BF16 and F8_E4M3, else numbers. DataError if the file ends before."""
         rows = aligned_empty((stop - start, *self.shape[1:]), MEMORY_TYPES[self.dtype])
         rest = rows.reshape(-1).view(np.uint8).data
         try:

@@ -1,21 +1,24 @@
 """From a checkpoint folder to a weight file: renamed, stacked, transposed, otherwise bit for bit."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from moempi.arrays import is_finite, narrow, widen
 from moempi.config.architecture import Architecture
-from moempi.config.families import family, read_architecture
-from moempi.config.tensors import Tensor, catalogue
+from moempi.config.families import Fused, family, read_architecture
+from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.errors import DataError
 from moempi.storage.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
 from moempi.storage.hdf5 import Array
+from moempi.storage.sources import ExpertPart, Fp8Matrix, Mxfp4Experts, Source
 from moempi.storage.weights import Progress, write_weights
 
 PIECE_BYTES = 4 << 20
+FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,15 @@ class Summary:
 def convert(source: str | Path, path: str | Path, *, progress: Progress | None = None) -> Summary:
     """Write the checkpoint in the folder `source` as the weight file `path`.
 
-    bfloat16 values are kept bit for bit; float16 and float32 are rounded to the nearest bfloat16, ties to even.
+    bfloat16 values are kept bit for bit; float16, float32 and quantized blocks, expanded in float32, are rounded to the
+    nearest bfloat16, ties to even.
     Memory stays near one piece of 4 MiB, one expert's matrix, or one matrix to be transposed. Raises NoInputError,
     DataError naming file and tensor (missing, unknown, wrong shape or type, not finite), and StorageError; then
     `path` is as it was.
     """
     checkpoint = open_checkpoint(source)
     architecture = read_architecture(checkpoint.config, checkpoint.generation, where=str(checkpoint.config_path))
-    plan = _plan(checkpoint, architecture)
+    plan = _Plan(checkpoint, architecture).sources
     fingerprint = write_weights(
         path,
         architecture,
@@ -63,37 +67,76 @@ def convert(source: str | Path, path: str | Path, *, progress: Progress | None =
     )
 
 
-def _plan(checkpoint: Checkpoint, architecture: Architecture) -> Mapping[Tensor, tuple[CheckpointTensor, ...]]:
-    """For each of our tensors the checkpoint's tensors that fill it; every one of the checkpoint's is used once."""
-    available = dict(checkpoint.tensors)
-    if max(architecture.num_layers, architecture.experts.num) > len(available):
-        raise DataError(f"{checkpoint.config_path}: asks for more layers or experts than the files have tensors")
-    names = family(architecture.family, where=str(checkpoint.config_path))
-    plan = {
-        tensor: tuple(_take(available, name, tensor, checkpoint) for name in names.sources(tensor))
-        for tensor in catalogue(architecture)
-    }
-    for extra in available.values():
-        raise DataError(f"{extra.path}: {extra.name}: is not a tensor of this {architecture.family} model")
-    return plan
+class _Plan:
+    """The `sources` that fill each of our tensors; all of the checkpoint's are used, or left out by name."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+        if max(architecture.num_layers, architecture.experts.num) > len(checkpoint.tensors):
+            raise DataError(f"{checkpoint.config_path}: asks for more layers or experts than the files have tensors")
+        self._checkpoint = checkpoint
+        self._used: set[str] = set()
+        names = family(architecture.family, where=str(checkpoint.config_path))
+        self.sources = {
+            tensor: tuple(self._checked(source, tensor) for source in self._sources(names.sources(tensor), tensor))
+            for tensor in catalogue(architecture)
+        }
+        for name, extra in checkpoint.tensors.items():
+            if name not in self._used and not names.leaves_out(name, num_layers=architecture.num_layers):
+                raise DataError(f"{extra.path}: {name}: is not a tensor of this {architecture.family} model")
+
+    def _sources(self, wanted: tuple[str, ...] | Fused, tensor: Tensor) -> Iterator[Source]:
+        if isinstance(wanted, Fused):
+            yield from self._parts(wanted, tensor)
+            return
+        for name in wanted:
+            source = self._take(name)
+            yield self._expanded(source) if source.dtype == "F8_E4M3" else source
+
+    def _take(self, name: str) -> CheckpointTensor:
+        source = self._checkpoint.tensors.get(name)
+        if source is None:
+            raise DataError(f"{self._checkpoint.folder}: {name}: is missing")
+        self._used.add(name)
+        return source
+
+    def _expanded(self, weight: CheckpointTensor) -> Fp8Matrix:
+        matrix = Fp8Matrix(weight, self._take(f"{weight.name}_scale_inv"))
+        if not matrix.scales_fit():
+            raise DataError(f"{matrix.path}: {matrix.name}: its scales are not one float32 a block of 128 x 128")
+        return matrix
+
+    def _parts(self, wanted: Fused, tensor: Tensor) -> Iterator[ExpertPart]:
+        num_experts, matrices = tensor.shape[0], len(tensor.shape) == 3
+        whole: CheckpointTensor | Mxfp4Experts
+        if f"{wanted.name}_blocks" in self._checkpoint.tensors:
+            whole = Mxfp4Experts(self._take(f"{wanted.name}_blocks"), self._take(f"{wanted.name}_scales"))
+            if not whole.scales_fit():
+                raise DataError(f"{whole.path}: {whole.name}: its blocks are not 16 bytes with an exponent each")
+        else:
+            whole = self._take(wanted.name)
+        if len(whole.shape) != len(tensor.shape) or whole.shape[0] != num_experts:
+            raise DataError(f"{whole.path}: {whole.name}: its shape is {whole.shape}, not of {num_experts} experts")
+        turned = matrices and isinstance(whole, CheckpointTensor)
+        for expert in range(num_experts):
+            yield ExpertPart(whole, expert, wanted.first, wanted.step, turned)
+
+    def _checked(self, source: Source, tensor: Tensor) -> Source:
+        expected = tensor.shape[1:] if tensor.share is Share.EXPERTS else tensor.shape
+        expected = expected[::-1] if tensor.transposed else expected
+        if isinstance(source, CheckpointTensor) and source.shape == (1, *expected):
+            source = replace(source, shape=expected)
+        if source.shape != expected:
+            where = f"{source.path}: {source.name}"
+            raise DataError(f"{where}: its shape is {source.shape}, the configuration says {expected}")
+        if source.dtype not in FLOATS:
+            where = f"{source.path}: {source.name}"
+            raise DataError(f"{where}: its type is {source.dtype}, only {', '.join(FLOATS)} is possible there")
+        return source
 
 
-def _take(
-    available: dict[str, CheckpointTensor], name: str, tensor: Tensor, checkpoint: Checkpoint
-) -> CheckpointTensor:
-    source = available.pop(name, None)
-    if source is None:
-        raise DataError(f"{checkpoint.folder}: {name}: is missing")
-    expected = tensor.shape[1:] if len(tensor.shape) == 3 else tensor.shape
-    expected = expected[::-1] if tensor.transposed else expected
-    if source.shape != expected:
-        raise DataError(f"{source.path}: {name}: its shape is {source.shape}, the configuration says {expected}")
-    return source
-
-
-def _pieces(tensor: Tensor, sources: tuple[CheckpointTensor, ...]) -> Iterator[Array]:
+def _pieces(tensor: Tensor, sources: tuple[Source, ...]) -> Iterator[Array]:
     """The rows of `tensor` from first to last."""
-    if len(tensor.shape) == 3:
+    if tensor.share is Share.EXPERTS:
         for source in sources:
             yield _values(tensor, source, 0, source.shape[0])[np.newaxis]
     elif tensor.transposed:
@@ -103,13 +146,13 @@ def _pieces(tensor: Tensor, sources: tuple[CheckpointTensor, ...]) -> Iterator[A
             yield np.ascontiguousarray(whole[:, start : start + step].T)
     else:
         source, rows = sources[0], sources[0].shape[0]
-        step = max(1, PIECE_BYTES // max(1, source.row_bytes))
+        step = max(1, PIECE_BYTES // max(1, FLOATS[source.dtype] * prod(source.shape[1:])))
         for start in range(0, rows, step):
             yield _values(tensor, source, start, min(start + step, rows))
 
 
-def _values(tensor: Tensor, source: CheckpointTensor, start: int, stop: int) -> Array:
-    """Rows of the checkpoint's tensor in the type of ours, all finite."""
+def _values(tensor: Tensor, source: Source, start: int, stop: int) -> Array:
+    """Rows of the source in the type of our tensor, all finite."""
     rows = source.read(start, stop)
     if tensor.dtype == "bfloat16":
         values = rows if source.dtype == "BF16" else narrow(rows.astype(np.float32, copy=False))

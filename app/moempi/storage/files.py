@@ -2,14 +2,16 @@
 
 import ctypes
 import errno
+import hashlib
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
-from moempi.errors import StorageError
+from moempi.errors import NoInputError, StorageError
 
 BLOCK_BYTES = 512  # the unit of st_blocks
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of <linux/falloc.h>
@@ -26,7 +28,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     if target.exists() and not target.is_file():
         raise StorageError(f"{target}: exists and is not a regular file, choose another name")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    temporary = hidden_name(target)
     try:
         temporary.touch(exist_ok=False)
         yield temporary
@@ -39,6 +41,30 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def digest_file(path: str | Path) -> str:
+    """BLAKE2b digest (hex) of a file's content; raises NoInputError when it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise NoInputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def hidden_name(target: Path) -> Path:
+    """A fresh name beside `target` for what is not to be seen under a name of its own; see `remove_hidden`."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+
+
+def remove_hidden(target: str | Path) -> None:
+    """Remove what a killed process left beside `target` under hidden names; only for who alone writes `target`."""
+    target = Path(target)
+    for left in target.parent.glob(f".{escape(target.name)}.{'[0-9a-f]' * 8}.part"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def reserve(path: str | Path, num_bytes: int) -> None:

@@ -5,7 +5,8 @@ HDF5 can point outside a file (external storage, external links, virtual dataset
 to it all the way and it is contiguous, unfiltered, inside the file, and of exactly the type and shape expected.
 """
 
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -176,6 +177,18 @@ def read_attribute(file: Any, name: str, *, owner: Any = None) -> str | int | fl
         return _text(entry, file.filename) if isinstance(entry, bytes) else entry
 
 
+@contextmanager
+def create_file(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """Write a new HDF5 file over `path`, which exists: an h5py.File, and a check that raises the OSError met so far.
+
+    A long writer calls the check now and then; the end of a good block does. The file is closed in any case.
+    """
+    with _Output(path) as output:
+        with h5py.File(output, "w", libver=WRITE_VERSION) as file:
+            yield file, output.require_success
+        output.require_success()
+
+
 def create_dataset(file: Any, name: str, *, dtype: str, shape: tuple[int, ...]) -> Any:
     """Create the contiguous dataset `name` with its groups, its place in the file taken at once; a DatasetID."""
     creation = h5p.create(h5p.DATASET_CREATE)
@@ -210,6 +223,41 @@ def write_attribute(file: Any, name: str, value: str | int, *, owner: Any = None
         kind.set_strpad(h5t.STR_NULLPAD)
         stored = np.array(encoded, f"S{max(1, len(encoded))}")
     h5a.create(holder, name.encode(), kind, h5s.create(h5s.SCALAR)).write(stored, mtype=kind)
+
+
+class _Output(io.FileIO):
+    """A file for HDF5 to write to, which keeps the first failure to itself.
+
+    HDF5 that meets a full disk tries again when it closes the file and when the program ends, and dies of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "r+")
+        self._failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write all of `content`, or from the first failure on nothing."""
+        rest = memoryview(content).cast("B")
+        num_bytes = len(rest)
+        try:
+            while rest and not self._failure:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self._failure = error
+        return num_bytes
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the file's size, unless writing has failed."""
+        try:
+            return self.tell() if self._failure else super().truncate(size)
+        except OSError as error:
+            self._failure = error
+            return self.tell()
+
+    def require_success(self) -> None:
+        """Raise the OSError that was kept, if any."""
+        if self._failure:
+            raise self._failure
 
 
 def _selection(dataset: Any, start: int, shape: tuple[int, ...]) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from moempi.config.tensors import Tensor, catalogue
 from moempi.storage.hdf5 import Array
 from moempi.storage.weights import Progress, write_weights
 
-NORM_SPREAD = 0.1
+SPREAD = 0.1
 # The sum of four uniform 16-bit integers: its mean and standard deviation.
 SUM_MEAN = 2 * 0xFFFF
 SUM_DEVIATION = float(np.sqrt((2.0**32 - 1) / 3))
@@ -21,8 +21,8 @@ SUM_DEVIATION = float(np.sqrt((2.0**32 - 1) / 3))
 def initialize(architecture: Architecture, path: str | Path, *, seed: int, progress: Progress | None = None) -> str:
     """Write a weight file of random weights without a tokenizer; returns its fingerprint.
 
-    Matrices have mean 0 and standard deviation 1/sqrt(inputs), norms mean 1. Every block of rows is a function of
-    (seed, tensor name, block) alone. Memory holds one block. Raises StorageError when the disk does not take it.
+    Matrices have mean 0 and standard deviation 1/sqrt(inputs); norms have mean 1, biases mean 0, both deviation 0.1.
+    Every block of rows is a function of (seed, tensor name, block) alone. Memory holds one block. Raises StorageError when the disk does not take it.
     """
     tensors = ((tensor, _blocks(tensor, seed)) for tensor in catalogue(architecture))
     return write_weights(path, architecture, tokenizer="", tensors=tensors, progress=progress)
@@ -40,8 +40,8 @@ def _blocks(tensor: Tensor, seed: int) -> Iterator[Array]:
 
 
 def _distribution(tensor: Tensor) -> tuple[float, float]:
-    if len(tensor.shape) == 1:
-        return 1.0, NORM_SPREAD
+    if len(tensor.shape) == 1 or tensor.name.endswith("_bias"):
+        return float(tensor.name.endswith("norm")), SPREAD
     inputs = tensor.shape[0] if tensor.transposed else tensor.shape[-1]
     return 0.0, inputs**-0.5
 

@@ -12,6 +12,7 @@ Numbers are little-endian.
 
 import os
 import re
+import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from moempi.errors import StorageError
-from moempi.storage.files import atomic
+from moempi.storage.files import atomic, hidden_name
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
@@ -123,6 +124,21 @@ def part_path(results_path: str | Path, rank: int) -> Path:
 def part_paths(results_path: str | Path) -> list[Path]:
     """All parts beside a results file, of this run or an unfinished one before it, in rank order; possibly none."""
     return sorted(parts_folder(results_path).glob("rank-*.part"), key=lambda path: (len(path.name), path.name))
+
+
+def remove_parts(results_path: str | Path) -> None:
+    """Remove all parts beside a results file at once, so that no later run meets a few of them; none is no error.
+
+    Raises StorageError when the folder cannot be removed.
+    """
+    folder = parts_folder(results_path)
+    try:
+        hidden = folder.rename(hidden_name(Path(results_path)))
+        shutil.rmtree(hidden)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"{results_path}: is complete, but its parts cannot be removed: {error}") from error
 
 
 class Part:

@@ -6,7 +6,6 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-import h5py
 import msgspec
 import numpy as np
 import xxhash
@@ -80,6 +79,10 @@ class WeightFile:
         """Shape, type and blocks of the tensor `name`; KeyError if the model has none of that name."""
         return self._tensors[name]
 
+    def has(self, name: str) -> bool:
+        """Whether the model has a tensor `name`."""
+        return name in self._tensors
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows [start, stop) of the tensor `name`: uint16 bits for bfloat16, else float32, aligned to 64 bytes.
 
@@ -137,7 +140,7 @@ def write_weights(
     `tensors` raises passes through and leaves nothing behind.
     """
     planned = catalogue(architecture)
-    with atomic(path) as temporary, h5py.File(temporary, "w", libver=hdf5.WRITE_VERSION) as file:
+    with atomic(path) as temporary, hdf5.create_file(temporary) as (file, require_success):
         texts = {
             "architecture": msgspec.json.encode(architecture),
             "catalogue": _encode_catalogue(planned),
@@ -154,7 +157,7 @@ def write_weights(
         }
         file.flush()
         reserve(temporary, file.id.get_filesize() + RESERVED_METADATA_BYTES)
-        digests = np.array(list(_write_tensors(planned, tensors, datasets, progress)), np.uint64)
+        digests = np.array(list(_write_tensors(planned, tensors, datasets, progress, require_success)), np.uint64)
         hdf5.write_rows(checksums, 0, digests, dtype="uint64")
         fingerprint = _fingerprint({**texts, "checksums": digests.tobytes()})
         hdf5.write_attribute(file, "format", FORMAT)
@@ -168,6 +171,7 @@ def _write_tensors(
     tensors: Iterable[tuple[Tensor, Iterable[Array]]],
     datasets: dict[str, Any],
     progress: Progress | None,
+    require_success: Callable[[], None],
 ) -> Iterator[int]:
     """Write every tensor and yield the checksums of its blocks."""
     done, total = 0, sum(tensor.num_bytes for tensor in planned)
@@ -181,6 +185,7 @@ def _write_tensors(
             yield from blocks.add(piece)
             row += len(piece)
             done += piece.nbytes
+            require_success()
             if progress:
                 progress(done, total)
         if row != tensor.shape[0]:

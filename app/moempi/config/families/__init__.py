@@ -6,12 +6,38 @@ from typing import Any
 import msgspec
 
 from moempi.config.architecture import Architecture
-from moempi.config.families._family import Family
+from moempi.config.families._family import Family, Fused
 from moempi.config.families._reading import CheckpointConfig
+from moempi.config.families.deepseek_v2 import DEEPSEEK_V2
+from moempi.config.families.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
+from moempi.config.families.dots1 import DOTS1
+from moempi.config.families.ernie4_5_moe import ERNIE4_5_MOE
+from moempi.config.families.glm4_moe import GLM4_MOE
+from moempi.config.families.gpt_oss import GPT_OSS
+from moempi.config.families.mixtral import MIXTRAL
+from moempi.config.families.olmoe import OLMOE
+from moempi.config.families.phimoe import PHIMOE
+from moempi.config.families.qwen2_moe import QWEN2_MOE
 from moempi.config.families.qwen3_moe import QWEN3_MOE
 from moempi.errors import DataError
 
-FAMILIES = {family.model_type: family for family in (QWEN3_MOE,)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        QWEN3_MOE,
+        OLMOE,
+        MIXTRAL,
+        DEEPSEEK_V3,
+        KIMI_K2,
+        DEEPSEEK_V2,
+        GLM4_MOE,
+        DOTS1,
+        QWEN2_MOE,
+        ERNIE4_5_MOE,
+        PHIMOE,
+        GPT_OSS,
+    )
+}
 
 
 def family(model_type: object, *, where: str) -> Family:
@@ -40,4 +66,4 @@ def read_architecture(values: Mapping[str, Any], generation: Mapping[str, Any], 
     return architecture
 
 
-__all__ = ["FAMILIES", "Family", "family", "read_architecture"]
+__all__ = ["FAMILIES", "Family", "Fused", "family", "read_architecture"]

@@ -2,13 +2,29 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moempi.config.architecture import Architecture
 from moempi.config.families._reading import CheckpointConfig
 from moempi.config.tensors import Tensor
 
 _LAYER = re.compile(r"^layers/(\d+)/")
+_THEIR_LAYER = re.compile(r"^model\.layers\.(\d{1,9})\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A tensor of the checkpoint that holds all experts: of each one's outputs, those from `first` in steps of `step`.
+
+    Each expert's matrix lies there as (inputs, outputs).
+    """
+
+    name: str
+    first: int = 0
+    step: int = 1
+
+
+Names = dict[str, str | Fused]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,39 +33,90 @@ class Family:
 
     `architecture` reads a checkpoint's configuration and refuses what is not supported (DataError). `names` maps our
     tensor names to the checkpoint's, both with `{layer}`; a name with `{expert}` stands for one matrix an expert,
-    stacked in ours.
+    stacked in ours. `left_out` finds names of the checkpoint that the model does without; in layers beyond the last
+    of `num_layers`, which predict further tokens, all are left out where `more_layers`.
     """
 
     model_type: str
     architecture: Callable[[CheckpointConfig], Architecture]
-    names: Mapping[str, str]
+    names: Names
+    more_layers: bool = False
+    left_out: str | None = None
 
-    def sources(self, tensor: Tensor) -> tuple[str, ...]:
-        """The checkpoint's names of what `tensor` holds: one name, or one an expert (row)."""
+    def sources(self, tensor: Tensor) -> tuple[str, ...] | Fused:
+        """The checkpoint's names of what `tensor` holds: one name, one an expert (row), or a part of a fused tensor."""
         layer = _LAYER.match(tensor.name)
         pattern = self.names[_LAYER.sub("layers/{layer}/", tensor.name)]
         number = int(layer[1]) if layer else None
+        if isinstance(pattern, Fused):
+            return replace(pattern, name=pattern.name.format(layer=number))
         if "{expert}" in pattern:
             return tuple(pattern.format(layer=number, expert=expert) for expert in range(tensor.shape[0]))
         return (pattern.format(layer=number),)
 
+    def leaves_out(self, name: str, *, num_layers: int) -> bool:
+        """Whether the checkpoint's tensor `name` is no part of the model."""
+        layer = _THEIR_LAYER.match(name)
+        if self.more_layers and layer and int(layer[1]) >= num_layers:
+            return True
+        return bool(self.left_out and re.search(self.left_out, name))
 
-DECODER_NAMES = {
+
+_LAYER_NAMES = {
+    "attention_norm": "input_layernorm.weight",
+    "attention_norm_bias": "input_layernorm.bias",
+    "attention/q": "self_attn.q_proj.weight",
+    "attention/k": "self_attn.k_proj.weight",
+    "attention/v": "self_attn.v_proj.weight",
+    "attention/o": "self_attn.o_proj.weight",
+    "attention/q_bias": "self_attn.q_proj.bias",
+    "attention/k_bias": "self_attn.k_proj.bias",
+    "attention/v_bias": "self_attn.v_proj.bias",
+    "attention/o_bias": "self_attn.o_proj.bias",
+    "attention/q_norm": "self_attn.q_norm.weight",
+    "attention/k_norm": "self_attn.k_norm.weight",
+    "attention/sinks": "self_attn.sinks",
+    "feed_forward_norm": "post_attention_layernorm.weight",
+    "feed_forward_norm_bias": "post_attention_layernorm.bias",
+    "dense/gate": "mlp.gate_proj.weight",
+    "dense/up": "mlp.up_proj.weight",
+    "dense/down": "mlp.down_proj.weight",
+    "router": "mlp.gate.weight",
+    "router_correction": "mlp.gate.e_score_correction_bias",
+    "experts/gate": "mlp.experts.{expert}.gate_proj.weight",
+    "experts/up": "mlp.experts.{expert}.up_proj.weight",
+    "experts/down": "mlp.experts.{expert}.down_proj.weight",
+    "shared/gate": "mlp.shared_experts.gate_proj.weight",
+    "shared/up": "mlp.shared_experts.up_proj.weight",
+    "shared/down": "mlp.shared_experts.down_proj.weight",
+}
+
+
+def in_layers(names: Mapping[str, str | Fused]) -> Names:
+    """Names inside a layer, theirs below `model.layers.N`, completed on both sides."""
+    return {
+        f"layers/{{layer}}/{ours}": replace(theirs, name=f"model.layers.{{layer}}.{theirs.name}")
+        if isinstance(theirs, Fused)
+        else f"model.layers.{{layer}}.{theirs}"
+        for ours, theirs in names.items()
+    }
+
+
+DECODER_NAMES: Names = {
     "embedding": "model.embed_tokens.weight",
     "norm": "model.norm.weight",
+    "norm_bias": "model.norm.bias",
     "head": "lm_head.weight",
-    "layers/{layer}/attention_norm": "model.layers.{layer}.input_layernorm.weight",
-    "layers/{layer}/attention/q": "model.layers.{layer}.self_attn.q_proj.weight",
-    "layers/{layer}/attention/k": "model.layers.{layer}.self_attn.k_proj.weight",
-    "layers/{layer}/attention/v": "model.layers.{layer}.self_attn.v_proj.weight",
-    "layers/{layer}/attention/o": "model.layers.{layer}.self_attn.o_proj.weight",
-    "layers/{layer}/feed_forward_norm": "model.layers.{layer}.post_attention_layernorm.weight",
-    "layers/{layer}/dense/gate": "model.layers.{layer}.mlp.gate_proj.weight",
-    "layers/{layer}/dense/up": "model.layers.{layer}.mlp.up_proj.weight",
-    "layers/{layer}/dense/down": "model.layers.{layer}.mlp.down_proj.weight",
-    "layers/{layer}/router": "model.layers.{layer}.mlp.gate.weight",
-    "layers/{layer}/experts/gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-    "layers/{layer}/experts/up": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
-    "layers/{layer}/experts/down": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
-}
+    "head_bias": "lm_head.bias",
+} | in_layers(_LAYER_NAMES)
 """The names that most decoder families on the hub share."""
+
+MIXTRAL_NAMES: Names = DECODER_NAMES | in_layers(
+    {
+        "router": "block_sparse_moe.gate.weight",
+        "experts/gate": "block_sparse_moe.experts.{expert}.w1.weight",
+        "experts/up": "block_sparse_moe.experts.{expert}.w3.weight",
+        "experts/down": "block_sparse_moe.experts.{expert}.w2.weight",
+    }
+)
+"""The names of Mixtral and of the families that follow it."""

@@ -34,6 +34,13 @@ class CheckpointConfig:
             raise self.error(f"{spellings[0]} is {value!r}, not a number")
         return float(value)
 
+    def text(self, key: str) -> str:
+        """The text under `key`."""
+        value = self._required((key,))
+        if not isinstance(value, str):
+            raise self.error(f"{key} is {value!r}, not a text")
+        return value
+
     def flag(self, *spellings: str) -> bool:
         """The truth value under any of `spellings`."""
         value = self._required(spellings)
@@ -45,10 +52,32 @@ class CheckpointConfig:
         """Whether `key` is there and not null."""
         return self._values.get(key) is not None
 
+    def option(self, key: str, *, absent: bool = False) -> bool:
+        """The truth value under `key`, which checkpoints older than the option do not have."""
+        return self.flag(key) if self.has(key) else absent
+
+    def constant(self, key: str, *, absent: float) -> float:
+        """The number under `key`, which checkpoints leave out where it is the family's constant `absent`."""
+        return self.number(key) if self.has(key) else absent
+
     def integers(self, key: str) -> tuple[int, ...]:
         """The list of integers under `key`; empty when null or absent."""
         value = self._values.get(key)
         return self._integers(key, [] if value is None else value)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """The list of numbers under `key`."""
+        values = self._required((key,))
+        if not isinstance(values, list) or any(not isinstance(v, int | float) or isinstance(v, bool) for v in values):
+            raise self.error(f"{key} is {values!r}, not numbers")
+        return tuple(float(value) for value in values)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """The list of texts under `key`."""
+        values = self._required((key,))
+        if not isinstance(values, list) or any(not isinstance(value, str) for value in values):
+            raise self.error(f"{key} is {values!r}, not texts")
+        return tuple(values)
 
     def tokens(self, key: str) -> tuple[int, ...]:
         """The token or tokens under `key`, of generation_config.json where it has them, as generation uses those."""
@@ -105,26 +134,6 @@ class CheckpointConfig:
         return tuple(values)
 
 
-def rope_theta(config: CheckpointConfig) -> float:
-    """Theta of a plain rotary embedding: `rope_theta` beside a null `rope_scaling`, or inside `rope_parameters`.
-
-    Raises DataError for every other kind of rotary embedding.
-    """
-    theta = [config.number("rope_theta")] if config.has("rope_theta") else []
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = config.section(key)
-        if rope is not None:
-            rope.only("rope_theta", "rope_type", "type")
-            for kind in ("rope_type", "type"):
-                rope.require(kind, "default", None)
-            theta += [rope.number("rope_theta")] if rope.has("rope_theta") else []
-    if not theta:
-        raise config.error("rope_theta is missing")
-    if any(value != theta[0] for value in theta):
-        raise config.error(f"rope_theta has several values: {theta}")
-    return theta[0]
-
-
 def num_layers(config: CheckpointConfig) -> int:
     """The number of layers, refused beyond MAX_LAYERS before anything is counted out layer by layer."""
     number = config.integer("num_hidden_layers")
@@ -149,3 +158,17 @@ def dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
     if any(layer not in layers for layer in listed):
         raise config.error(f"mlp_only_layers {list(listed)} names a layer that is not there")
     return tuple(layer for layer in layers if layer in listed or (layer + 1) % step)
+
+
+def leading_dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
+    """The layers without experts of families that begin with `first_k_dense_replace` of them."""
+    config.require("moe_layer_freq", 1, None)
+    return tuple(range(min(config.integer("first_k_dense_replace"), num_layers(config))))
+
+
+def windowed_layers(config: CheckpointConfig) -> tuple[int, ...]:
+    """The layers that `layer_types` calls sliding."""
+    types = config.texts("layer_types")
+    if len(types) != num_layers(config) or not set(types) <= {"sliding_attention", "full_attention"}:
+        raise config.error(f"layer_types = {list(types)} is not sliding_attention or full_attention for each layer")
+    return tuple(layer for layer, kind in enumerate(types) if kind == "sliding_attention")

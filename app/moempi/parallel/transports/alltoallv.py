@@ -1,10 +1,14 @@
-"""`alltoallv`: one nonblocking MPI_Ialltoallv a transfer, on the backend's own buffers."""
+"""`alltoallv`: one nonblocking MPI_Ialltoallv a transfer."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
+
+from moempi.arrays import aligned_rows
+from moempi.parallel.transports.rooms import Rooms
 
 IntArray = npt.NDArray[np.integer]
 
@@ -17,6 +21,11 @@ class Alltoallv:
     def __init__(self, comm: MPI.Intracomm, *, row_bytes: int) -> None:
         self._comm = comm
         self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
+        self._rooms = Rooms(2, partial(aligned_rows, row_bytes=row_bytes))
+
+    def outgoing(self, rows: int) -> Any:
+        """See `Transport.outgoing`."""
+        return self._rooms.take(rows)
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> MPI.Request:
         """See `Transport.start`."""

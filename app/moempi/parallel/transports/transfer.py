@@ -55,12 +55,22 @@ class Transfer:
 
 
 class Transport(Protocol):
-    """A way for rows to travel. Starting a transfer is collective over the group, in the same order on all ranks."""
+    """A way for rows of a fixed number of bytes to travel.
+
+    Starting a transfer is collective over the group, in the same order on all ranks. Two may be under way at a time.
+    """
 
     name: str
+
+    def outgoing(self, rows: int) -> Any:
+        """A buffer (rows, row bytes) of uint8 for the rows of the next `start`, where this transport reads them best.
+
+        It is used again two transfers later; until the ranks have taken what it held, this blocks.
+        """
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Pending:
         """Send rows of `outgoing`, ordered by destination, and receive into `incoming`, ordered by source.
 
-        Counts are in rows, one a rank. Does not block; both buffers stay untouched until the request is complete.
+        `outgoing` is what the last call of that name returned. Counts are in rows, one a rank. Does not block; both
+        buffers stay untouched until the request is complete.
         """

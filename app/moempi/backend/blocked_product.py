@@ -1,0 +1,66 @@
+"""Matrix products in which a row's bits do not depend on how many rows share the call.
+
+BLAS chooses the order of its sums by the shape of the call. The result that counts is that of calls of BLOCK rows;
+a call of more rows is made only where a trial with random numbers has shown that this BLAS, for this shape, gives
+the same bits: sums of that many random terms in another order would differ.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.float32]
+
+BLOCK = 8
+EXACT_ROWS = 2 * BLOCK
+MOST_ROWS = 256
+TRIAL_NUMBERS = 65521
+
+
+def blocked_product(x: Rows, matrix: Rows, *, most_rows: int, between: Callable[[], None]) -> Rows:
+    """X (T, inputs) times matrix (inputs, outputs), in calls of about `most_rows` rows with `between` after each."""
+    inputs, outputs = matrix.shape
+    product = np.empty((len(x), outputs), np.float32)
+    first = 0
+    while first < len(x):
+        rows = _call_rows(inputs, outputs, min(len(x) - first, most_rows))
+        last = min(first + rows, len(x))
+        if last - first == rows:
+            np.matmul(x[first:last], matrix, out=product[first:last])
+        else:
+            product[first:last] = np.matmul(_padded(x[first:last], rows), matrix)[: last - first]
+        between()
+        first = last
+    return product
+
+
+def _call_rows(inputs: int, outputs: int, wanted: int) -> int:
+    """How many rows the next call has: at least 2, a few more than wanted where the shapes tried are coarse."""
+    wanted = min(wanted, MOST_ROWS)
+    while wanted > BLOCK:
+        rows = wanted if wanted <= EXACT_ROWS else -(-wanted // BLOCK) * BLOCK
+        if _gives_same_bits(inputs, outputs, rows):
+            return rows
+        wanted //= 2
+    rows = max(wanted, 2)
+    return rows if _gives_same_bits(inputs, outputs, rows) else BLOCK
+
+
+@cache
+def _gives_same_bits(inputs: int, outputs: int, rows: int) -> bool:
+    matrix, x = _trial(inputs, outputs, seed=1), _trial(rows, inputs, seed=2)
+    blocks = _padded(x, -(-rows // BLOCK) * BLOCK).reshape(-1, BLOCK, inputs)
+    return np.array_equal(np.matmul(x, matrix), np.matmul(blocks, matrix).reshape(-1, outputs)[:rows])
+
+
+def _trial(rows: int, columns: int, *, seed: int) -> Rows:
+    numbers = np.random.default_rng(seed).standard_normal(TRIAL_NUMBERS, np.float32)
+    return np.resize(numbers, (rows, columns))
+
+
+def _padded(x: Rows, rows: int) -> Rows:
+    padded = np.zeros((rows, x.shape[1]), np.float32)
+    padded[: len(x)] = x
+    return padded

@@ -1,0 +1,74 @@
+"""The rules of `config.architecture.Router` on float32 logits, in NumPy."""
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.backend.protocol import FloatArray, IntArray
+from moempi.config.architecture import Router
+
+TOP_OF_GROUP = {"max": 1, "top2": 2}
+
+
+def choose(logits: FloatArray, router: Router, correction: FloatArray | None) -> tuple[IntArray, FloatArray]:
+    """Experts (T, K) in order of falling score, lowest index on a tie, and their weights, for logits (T, E)."""
+    if router.scoring == "sparsemixer":
+        return _sparsemixer(logits, router.jitter)
+    scores = _scores(logits, router)
+    ranked = scores if correction is None else scores + correction
+    if router.num_groups > 1:
+        ranked = _in_best_groups(ranked, router)
+    experts = np.argsort(-ranked, axis=1, kind="stable")[:, : router.top_k]
+    weights = np.take_along_axis(scores, experts, axis=1)
+    if router.scoring == "softmax_chosen":
+        weights = _softmax(weights)
+    if router.renormalize:
+        weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.float32(router.least_sum))
+    weights *= np.float32(router.scaling)
+    return experts.astype(np.int32), weights
+
+
+def _scores(logits: FloatArray, router: Router) -> FloatArray:
+    if router.scoring == "softmax":
+        return _softmax(logits)
+    if router.scoring == "sigmoid":
+        with np.errstate(over="ignore"):
+            return (1 / (1 + np.exp(-logits))).astype(np.float32)
+    return logits
+
+
+def _softmax(logits: FloatArray) -> FloatArray:
+    scores: FloatArray = np.exp(logits - logits.max(axis=1, keepdims=True))
+    scores /= scores.sum(axis=1, keepdims=True)
+    return scores
+
+
+def _in_best_groups(ranked: FloatArray, router: Router) -> FloatArray:
+    """The same with -inf outside the `kept_groups` best groups of neighbours (DeepSeek-V2 and -V3, 2024)."""
+    groups = ranked.reshape(len(ranked), router.num_groups, -1)
+    best = np.sort(groups, axis=2)[:, :, -TOP_OF_GROUP[router.group_score] :].sum(axis=2)
+    kept = np.argsort(-best, axis=1, kind="stable")[:, : router.kept_groups]
+    outside = np.ones(best.shape, bool)
+    np.put_along_axis(outside, kept, False, axis=1)
+    limited: FloatArray = np.where(outside[:, :, None], np.float32(-np.inf), groups).reshape(ranked.shape)
+    return limited
+
+
+def _sparsemixer(logits: FloatArray, jitter: float) -> tuple[IntArray, FloatArray]:
+    """The two likeliest experts, each weighed among those whose logits are near its own (Liu et al. 2023)."""
+    first, first_weights = _weigh_likeliest(logits, logits, jitter)
+    others = logits.copy()
+    np.put_along_axis(others, first, -np.inf, axis=1)
+    second, second_weights = _weigh_likeliest(others, logits, jitter)
+    experts = np.concatenate([first, second], axis=1).astype(np.int32)
+    return experts, np.concatenate([first_weights, second_weights], axis=1)
+
+
+def _weigh_likeliest(
+    candidates: FloatArray, logits: FloatArray, jitter: float
+) -> tuple[npt.NDArray[np.intp], FloatArray]:
+    likeliest = candidates.argmax(axis=1, keepdims=True)
+    highest = np.take_along_axis(candidates, likeliest, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        far = (highest - logits) / np.maximum(np.abs(logits), highest) > 2 * jitter
+    near = np.where(far, np.float32(-np.inf), candidates)
+    return likeliest, np.take_along_axis(_softmax(near), likeliest, axis=1)

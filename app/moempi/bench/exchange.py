@@ -1,0 +1,93 @@
+"""`moempi bench exchange`: every transport beside MPI's own Alltoallv and torch's gloo, and what overlap hides."""
+
+import pkgutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from moempi.arrays import aligned_empty
+from moempi.bench import overlap, peers
+from moempi.bench.measure import alternate, machine, ratio
+from moempi.observe.console import console
+from moempi.parallel import transports
+from moempi.parallel.transports.transfer import Transport
+from moempi.parallel.world import World
+
+ROW_BYTES = 14336
+BLOCKING, GLOO = "MPI Alltoallv", "torch gloo"
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The benchmark's own flags."""
+    what = f"rows of {ROW_BYTES:,} bytes from each rank to each (1 5 18 73)"
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 5, 18, 73], metavar="N", help=what)
+    parser.add_argument("--rounds", type=int, default=101, help="measurements of each exchange (101)")
+    overlap.add_flags(parser)
+
+
+def run(world: World, chosen: Namespace) -> None:
+    """Measure and print; collective."""
+    table = Table(
+        *("bytes per pair", "transport", "us", "Alltoallv us", "gloo us", "Alltoallv / ours", "gloo / ours"),
+        title=f"Exchange between {world.size} ranks",
+        caption=machine(world),
+    )
+    gloo = peers.start_gloo(world)
+    for num_rows in chosen.rows:
+        for row in _measure(world, num_rows, gloo, rounds=chosen.rounds):
+            table.add_row(*row)
+    peers.stop_gloo(gloo)
+    if world.rank == 0:
+        console().print(table)
+    if world.size > 1:
+        overlap.run(world, chosen)
+
+
+def found_transports() -> dict[str, Callable[..., Transport]]:
+    """Every class in the transports package that has a fixed `name` and is made from a communicator and row size."""
+    found: dict[str, Callable[..., Transport]] = {}
+    member: Any
+    for module in pkgutil.iter_modules(transports.__path__, f"{transports.__name__}."):
+        for member in vars(import_module(module.name)).values():
+            if getattr(member, "__module__", None) == module.name and "name" in vars(member):
+                found[member.name] = member
+    return found
+
+
+def _measure(world: World, num_rows: int, gloo: Any, *, rounds: int) -> list[list[str]]:
+    comm, counts = world.comm, np.full(world.size, num_rows)
+    outgoing, incoming = (aligned_empty((world.size * num_rows, ROW_BYTES), np.uint8) for _ in range(2))
+    outgoing[:] = world.rank
+    names = list(found_transports())
+    contestants: dict[str, Callable[[], object]] = {}
+    for name, make in found_transports().items():
+        transport = make(comm, row_bytes=ROW_BYTES)
+        contestants[name] = partial(_exchange, transport, outgoing, counts, incoming)
+    sizes = counts * ROW_BYTES
+    contestants[BLOCKING] = partial(comm.Alltoallv, [outgoing, sizes], [incoming, sizes])
+    if gloo is not None:
+        contestants[GLOO] = peers.gloo_exchange(gloo, outgoing, incoming)
+    taken = alternate(world, contestants, rounds=rounds)
+    return [
+        [
+            f"{num_rows * ROW_BYTES:,}",
+            name,
+            *(_us(taken[column]) if column in taken else "" for column in (name, BLOCKING, GLOO)),
+            *(f"{ratio(taken[other], taken[name]):.2f}" if other in taken else "" for other in (BLOCKING, GLOO)),
+        ]
+        for name in names
+    ]
+
+
+def _exchange(transport: Transport, outgoing: Any, counts: Any, incoming: Any) -> None:
+    transport.start(outgoing, counts, incoming, counts).Wait()
+
+
+def _us(taken: list[float]) -> str:
+    return f"{median(taken) * 1e6:.1f}"

@@ -1,0 +1,107 @@
+"""`moempi bench layer`: one Mixture-of-Experts layer, router to combine, beside the block that transformers has."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+from rich.table import Table
+
+from moempi.backend.numpy_backend import NumpyBackend
+from moempi.bench import peers
+from moempi.bench.layers import Rows, Sizes, add_size_flags, finish, make_layer, make_rows
+from moempi.bench.measure import alternate, machine, product_clock, ratio
+from moempi.observe.console import console
+from moempi.parallel.exchange import Exchange
+from moempi.parallel.placement import linear
+from moempi.parallel.traffic import Traffic
+from moempi.parallel.transports.alltoallv import Alltoallv
+from moempi.parallel.world import World
+
+PRECISIONS = ("float32", "bfloat16")
+OURS, ALONE = "moempi", "moempi on one rank"
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The benchmark's own flags."""
+    add_size_flags(parser)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 16], metavar="T", help="rows in all (512 16)")
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of each contestant (9)")
+
+
+def run(world: World, chosen: Namespace) -> None:
+    """Measure and print; collective. The rows are shared evenly among the ranks; the peer computes on rank 0 alone."""
+    sizes = Sizes.of(chosen)
+    table = Table(
+        *("T", "precision", "moempi ms", "in GEMM", "one rank ms", "ranks gain", "peer ms", "peer", "peer / moempi"),
+        title=f"MoE layer, D={sizes.width} F={sizes.expert_width} E={sizes.num_experts} K={sizes.top_k}",
+        caption=machine(world),
+    )
+    for num_rows in chosen.tokens:
+        for precision in PRECISIONS:
+            table.add_row(str(num_rows), precision, *_measure(world, sizes, num_rows, precision, chosen.rounds))
+    if world.rank == 0:
+        console().print(table)
+
+
+def _measure(world: World, sizes: Sizes, num_rows: int, precision: str, rounds: int) -> list[str]:
+    rows = make_rows(num_rows, sizes.width)
+    bounds = [rank * num_rows // world.size for rank in range(world.size + 1)]
+    ours = partial(layer_on(world, sizes, precision), rows[bounds[world.rank] : bounds[world.rank + 1]])
+    contestants: dict[str, Callable[[], object]] = {OURS: ours}
+    if world.size > 1:
+        lone = partial(layer_on(world, sizes, precision, alone=True), rows)
+        contestants[ALONE] = lone if world.rank == 0 else _nothing
+    blocks = peers.moe_blocks(sizes, rows, precision=precision)
+    contestants |= {name: block if world.rank == 0 else _nothing for name, block in blocks.items()}
+    taken = alternate(world, contestants, rounds=rounds)
+    share = _gemm_share(world, ours, rounds=rounds)
+    best = min(blocks, key=lambda name: median(taken[name]), default=None)
+    return [
+        _ms(taken[OURS]),
+        f"{share:.2f}",
+        _ms(taken[ALONE]) if world.size > 1 else "",
+        f"{ratio(taken[ALONE], taken[OURS]):.2f}" if world.size > 1 else "",
+        _ms(taken[best]) if best else "not installed",
+        best or "",
+        f"{ratio(taken[best], taken[OURS]):.2f}" if best else "",
+    ]
+
+
+def layer_on(world: World, sizes: Sizes, precision: str, *, alone: bool = False) -> Callable[[Rows], Rows]:
+    """A function that puts this rank's rows through the layer; collective, unless each rank is `alone`."""
+    comm = world.comm.Create_group(world.comm.group.Incl([world.rank])) if alone else world.comm.Dup()
+    backend = NumpyBackend(precision=precision, reproducible=False)
+    placement = linear(sizes.num_experts, comm.size)
+    traffic = Traffic(overlap=True)
+    transport = Alltoallv(comm, row_bytes=sizes.width * backend.row_dtype.itemsize)
+    exchange = Exchange(comm, placement, backend, traffic=traffic, transport=transport, width=sizes.width, num_layers=1)
+    backend.between = traffic.progress
+    layer = make_layer(sizes, backend, hosted=placement.hosted[comm.rank])
+
+    def compute(rows: Rows) -> Rows:
+        result: Rows = finish(layer.forward(backend, rows, exchange))
+        return result
+
+    return compute
+
+
+def _gemm_share(world: World, compute: Callable[[], object], *, rounds: int) -> float:
+    """The share of the layer's time that is inside matrix products, the median over rounds on this rank."""
+    shares = []
+    for _ in range(rounds):
+        world.comm.Barrier()
+        with product_clock() as clock:
+            begin = perf_counter()
+            compute()
+            shares.append(clock.seconds / (perf_counter() - begin))
+    return median(shares)
+
+
+def _ms(taken: list[float]) -> str:
+    return f"{median(taken) * 1e3:.2f}"
+
+
+def _nothing() -> None:
+    """What the other ranks do while rank 0 computes alone."""

@@ -1,0 +1,83 @@
+"""A Mixture-of-Experts layer with random weights, the same for any number of ranks, and rows to put through it."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.arrays import narrow, round_to_bfloat16
+from moempi.backend.protocol import Backend, Expert
+from moempi.config.architecture import Router
+from moempi.model.feed_forward import MixtureOfExperts
+from moempi.parallel.schedule import Point
+
+Bits = npt.NDArray[np.uint16]
+Rows = npt.NDArray[np.float32]
+
+SPREAD = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of a layer: width D, E experts of width F, of which a token chooses K."""
+
+    width: int
+    expert_width: int
+    num_experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, chosen: Namespace) -> "Sizes":
+        """The sizes that `add_size_flags` read."""
+        return cls(chosen.width, chosen.expert_width, chosen.experts, chosen.top_k)
+
+
+def add_size_flags(parser: ArgumentParser) -> None:
+    """Flags for the sizes, with the defaults that all published figures use."""
+    parser.add_argument("--width", type=int, default=1024, metavar="D", help="width of a row (1024)")
+    parser.add_argument("--expert-width", type=int, default=512, metavar="F", help="hidden width of an expert (512)")
+    parser.add_argument("--experts", type=int, default=16, metavar="E", help="number of experts (16)")
+    parser.add_argument("--top-k", type=int, default=4, metavar="K", help="experts of a token (4)")
+
+
+def random_bits(shape: tuple[int, int], *, key: int) -> Bits:
+    """A matrix of random bfloat16 weights; the same for the same key."""
+    return narrow(np.random.default_rng(key).standard_normal(shape, np.float32) * np.float32(SPREAD))
+
+
+def router_bits(sizes: Sizes) -> Bits:
+    """The router's matrix (E, D)."""
+    return random_bits((sizes.num_experts, sizes.width), key=0)
+
+
+def expert_bits(sizes: Sizes, expert: int) -> tuple[Bits, Bits]:
+    """One expert's gate and up (2F, D) and down (D, F)."""
+    gate_up = random_bits((2 * sizes.expert_width, sizes.width), key=2 * expert + 1)
+    return gate_up, random_bits((sizes.width, sizes.expert_width), key=2 * expert + 2)
+
+
+def make_layer(sizes: Sizes, backend: Backend, *, hosted: tuple[int, ...]) -> MixtureOfExperts:
+    """The layer as the rank that hosts these experts holds it."""
+    experts = []
+    for expert in hosted:
+        gate_up, down = expert_bits(sizes, expert)
+        experts.append(Expert(gate_up=backend.matrix(gate_up), down=backend.matrix(down)))
+    rule = Router(top_k=sizes.top_k, renormalize=True)
+    return MixtureOfExperts(layer=0, rule=rule, router=backend.matrix(router_bits(sizes)), experts=tuple(experts))
+
+
+def make_rows(num_rows: int, width: int, *, seed: int = 0) -> Rows:
+    """Rows (T, D) that bfloat16 can hold."""
+    return round_to_bfloat16(np.random.default_rng(seed).standard_normal((num_rows, width), np.float32))
+
+
+def finish(steps: Generator[Point, None, Any]) -> Any:
+    """Drive one lane alone to its end; what it returned."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

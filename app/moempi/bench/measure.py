@@ -1,0 +1,92 @@
+"""Measuring: contestants take turns, so that a busy machine slows all of them alike, and medians are compared."""
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from moempi.backend.packed_matrix import PackedMatrix
+from moempi.parallel.world import World
+
+PACKAGES = ("moempi", "numpy", "mpi4py", "torch", "transformers")
+Contestants = Mapping[str, Callable[[], object]]
+
+
+def alternate(world: World, contestants: Contestants, *, rounds: int) -> dict[str, list[float]]:
+    """Run every contestant in turn, `rounds` times after one round of warming up; collective, blocks.
+
+    The names are the same on all ranks. Returns the seconds of each run: those of the slowest rank.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            world.comm.Barrier()
+            begin = perf_counter()
+            run()
+            taken[name].append(perf_counter() - begin)
+    slowest = np.max(world.comm.allgather([seconds[1:] for seconds in taken.values()]), axis=0)
+    return dict(zip(taken, slowest.tolist(), strict=True))
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times faster ours is: the median over rounds of theirs / ours."""
+    return median(their / our for their, our in zip(theirs, ours, strict=True))
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds spent in what it watches."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def product_clock() -> Iterator[Clock]:
+    """Within the block, the clock counts the time inside matrix products: NumPy's and those of packed matrices."""
+    clock, matmul, packed = Clock(), np.matmul, PackedMatrix.product
+
+    def timed(product: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arrays: Any, **options: Any) -> Any:
+            begin = perf_counter()
+            result = product(*arrays, **options)
+            clock.seconds += perf_counter() - begin
+            return result
+
+        return run
+
+    with patch.object(np, "matmul", timed(matmul)), patch.object(PackedMatrix, "product", timed(packed)):
+        yield clock
+
+
+def machine(world: World) -> str:
+    """What the figures were measured on, in one line."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    return (
+        f"{_processor()}, {os.cpu_count()} cores, {world.size} ranks on {world.num_nodes} nodes, "
+        f"OMP_NUM_THREADS={threads}, {blas['name']} {blas['version']}, Python {platform.python_version()}, "
+        + ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
+    )
+
+
+def _processor() -> str:
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

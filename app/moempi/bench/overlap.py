@@ -1,0 +1,129 @@
+"""How much of a slow network two interleaved lanes hide: layers over an emulated link, overlap on and off."""
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+from rich.table import Table
+
+from moempi.backend.numpy_backend import Matrix, NumpyBackend
+from moempi.bench.layers import Rows, Sizes, add_size_flags, make_layer, make_rows, random_bits
+from moempi.bench.measure import alternate, machine, ratio
+from moempi.engine.interleave import interleave
+from moempi.model.feed_forward import MixtureOfExperts
+from moempi.observe.console import console
+from moempi.parallel.exchange import Exchange
+from moempi.parallel.placement import linear
+from moempi.parallel.schedule import Point
+from moempi.parallel.traffic import Traffic
+from moempi.parallel.transports.alltoallv import Alltoallv
+from moempi.parallel.transports.emulated import EmulatedLink, Link
+from moempi.parallel.world import World
+
+LANES = 2
+LATENCY_S = 20e-6
+COMMUNICATION = 0.9
+COMPUTING, BLOCKING, OVERLAPPED = "computing", "blocking", "overlapped"
+POINTS = tuple(Point(0, phase) for phase in ("counts", "dispatch", "combine"))
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags of the layers that communication is hidden under."""
+    add_size_flags(parser)
+    parser.add_argument("--tokens", type=int, default=256, metavar="T", help="rows of a lane on a rank (256)")
+    parser.add_argument("--layers", type=int, default=4, help="layers that a lane goes through (4)")
+    parser.add_argument("--passes", type=int, default=5, help="measurements of all layers, overlap on and off (5)")
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """Two lanes of a rank, each with its own rows and communicator, over one emulated link."""
+
+    backend: NumpyBackend
+    projections: tuple[Matrix, Matrix]
+    experts: MixtureOfExperts
+    exchanges: Sequence[Exchange]
+    rows: Sequence[Rows]
+    num_layers: int
+
+    def pass_through(self) -> list[Rows]:
+        """Put the rows of all lanes through the layers; what came out of each lane; collective."""
+        passed = list(self.rows)
+        lanes = [self._lane(passed, lane) for lane in range(LANES)]
+        interleave(lanes, POINTS, together=LANES)
+        return passed
+
+    def _lane(self, passed: list[Rows], lane: int) -> Generator[Point, None, None]:
+        into, out = self.projections
+        backend, width = self.backend, passed[lane].shape[1]
+        for _ in range(self.num_layers):
+            projected = backend.linear(passed[lane], into)[:, :width]
+            x = backend.linear(np.ascontiguousarray(projected), out)
+            passed[lane] = yield from self.experts.forward(backend, x, self.exchanges[lane])
+
+
+def run(world: World, chosen: Namespace) -> None:
+    """Measure and print; collective. Raises RuntimeError when overlap changes a result.
+
+    A layer is the projections of an attention (D to 3D, D to D) and the experts. The computing alone is measured
+    first, over the ranks' own memory; then the link is given the bandwidth that makes communication 0.9 of it.
+    """
+    free, slow = Link(0.0, math.inf), Link(LATENCY_S, math.inf)
+    passes = {
+        name: make_rig(
+            world, Sizes.of(chosen), link, tokens=chosen.tokens, num_layers=chosen.layers, overlap=overlap
+        ).pass_through
+        for name, link, overlap in ((COMPUTING, free, False), (BLOCKING, slow, False), (OVERLAPPED, slow, True))
+    }
+    first = median(alternate(world, {COMPUTING: passes[COMPUTING]}, rounds=chosen.passes)[COMPUTING])
+    slow.bytes_per_s = _bandwidth(world, slow, passes[BLOCKING], seconds=COMMUNICATION * first)
+    if any((one != other).any() for one, other in zip(passes[BLOCKING](), passes[OVERLAPPED](), strict=True)):
+        raise RuntimeError("overlap changed a result")
+    taken = alternate(world, passes, rounds=chosen.passes)
+    if world.rank == 0:
+        console().print(_table(world, taken, link_s=COMMUNICATION * first))
+
+
+def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers: int, overlap: bool) -> Rig:
+    """The same weights and rows each time; collective."""
+    backend = NumpyBackend(precision="bfloat16", reproducible=False)
+    placement = linear(sizes.num_experts, world.size)
+    traffic = Traffic(overlap=overlap)
+    row_bytes = sizes.width * backend.row_dtype.itemsize
+    exchanges = []
+    for _ in range(LANES):
+        comm = world.comm.Dup()
+        transport = EmulatedLink(Alltoallv(comm, row_bytes=row_bytes), link, rank=comm.rank, row_bytes=row_bytes)
+        exchanges.append(
+            Exchange(comm, placement, backend, traffic=traffic, transport=transport, width=sizes.width, num_layers=1)
+        )
+    backend.between = traffic.progress
+    width = sizes.width
+    into, out = (backend.matrix(random_bits((columns, width), key=columns)) for columns in (3 * width, width))
+    rows = [make_rows(tokens, width, seed=world.rank * LANES + lane) for lane in range(LANES)]
+    experts = make_layer(sizes, backend, hosted=placement.hosted[world.rank])
+    return Rig(backend, (into, out), experts, exchanges, rows, num_layers)
+
+
+def _bandwidth(world: World, link: Link, transfer: Callable[[], object], *, seconds: float) -> float:
+    """Bytes per second with which all transfers of one pass take `seconds`; collective."""
+    link.bytes_per_s, link.busy_s = 1e9, 0.0
+    transfer()
+    busy_s: float = max(world.comm.allgather(link.busy_s))
+    return busy_s * link.bytes_per_s / seconds
+
+
+def _table(world: World, taken: dict[str, list[float]], *, link_s: float) -> Table:
+    table = Table(
+        *("compute ms", "link ms", "blocking ms", "overlapped ms", "blocking / overlapped", "overlapped / longer"),
+        title=f"{LANES} lanes over an emulated link, {world.size} ranks, bfloat16, same bits with overlap on and off",
+        caption=machine(world),
+    )
+    longer = [max(computing_s, link_s) for computing_s in taken[COMPUTING]]
+    spans = (median(taken[COMPUTING]), link_s, median(taken[BLOCKING]), median(taken[OVERLAPPED]))
+    gains = (ratio(taken[BLOCKING], taken[OVERLAPPED]), ratio(taken[OVERLAPPED], longer))
+    table.add_row(*(f"{span * 1e3:.1f}" for span in spans), *(f"{gain:.2f}" for gain in gains))
+    return table

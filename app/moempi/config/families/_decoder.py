@@ -1,0 +1,57 @@
+"""What all families read alike."""
+
+from typing import Any
+
+from moempi.config.architecture import Architecture, Attention, Experts, Rope
+from moempi.config.families._reading import CheckpointConfig, head_dim, num_layers
+
+
+def decoder(
+    config: CheckpointConfig,
+    family: str,
+    *,
+    attention: Attention,
+    experts: Experts,
+    dense_layers: tuple[int, ...] = (),
+    **others: Any,
+) -> Architecture:
+    """The architecture of a decoder whose sizes have the usual names; `others` are further fields of it."""
+    config.require("hidden_act", "silu")
+    bos = config.tokens("bos_token_id")
+    fields = {
+        "max_positions": config.integer("max_position_embeddings"),
+        "dense_width": config.integer("intermediate_size") if dense_layers else 0,
+        **others,
+    }
+    return Architecture(
+        family=family,
+        vocab_size=config.integer("vocab_size"),
+        width=config.integer("hidden_size"),
+        num_layers=num_layers(config),
+        attention=attention,
+        experts=experts,
+        dense_layers=dense_layers,
+        norm_eps=config.number("rms_norm_eps"),
+        tied_embeddings=config.flag("tie_word_embeddings"),
+        bos_token=bos[0] if bos else None,
+        eos_tokens=config.tokens("eos_token_id"),
+        **fields,
+    )
+
+
+def heads(config: CheckpointConfig, *, rope: Rope, **others: Any) -> Attention:
+    """Attention whose heads have the usual names; `others` are further fields of it."""
+    return Attention(
+        num_heads=config.integer("num_attention_heads"),
+        num_kv_heads=config.integer("num_key_value_heads"),
+        head_dim=head_dim(config),
+        rope=rope,
+        **others,
+    )
+
+
+def all_layers_windowed(config: CheckpointConfig) -> dict[str, Any]:
+    """The fields of attention when `sliding_window` means every layer."""
+    if not config.has("sliding_window"):
+        return {}
+    return {"window": config.integer("sliding_window"), "windowed_layers": tuple(range(num_layers(config)))}

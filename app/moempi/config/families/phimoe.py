@@ -1,0 +1,49 @@
+"""Phi-3.5-MoE and Phi-mini-MoE: layer norms and biases, SparseMixer router, LongRoPE.
+
+Only the short factors are used: a sequence is limited to the positions that the model was first trained on, because
+implementations differ beyond.
+"""
+
+from typing import Any
+
+from moempi.config.architecture import Architecture, Experts, Router
+from moempi.config.families._decoder import all_layers_windowed, decoder, heads
+from moempi.config.families._family import MIXTRAL_NAMES, Family
+from moempi.config.families._reading import CheckpointConfig, head_dim
+from moempi.config.families._rope import read_rope, scaling_of
+
+
+def _architecture(config: CheckpointConfig) -> Architecture:
+    config.refuse("quantization_config")
+    return decoder(
+        config,
+        "phimoe",
+        attention=heads(
+            config,
+            rope=read_rope(config, dim=head_dim(config)),
+            biases="all" if config.flag("attention_bias") else "none",
+            **all_layers_windowed(config),
+        ),
+        experts=Experts(
+            num=config.integer("num_local_experts", "num_experts"),
+            width=config.integer("intermediate_size"),
+            router=Router(
+                top_k=config.integer("num_experts_per_tok"),
+                scoring="sparsemixer",
+                jitter=config.number("router_jitter_noise"),
+            ),
+        ),
+        norm="layer",
+        head_bias=config.flag("lm_head_bias"),
+        **_first_positions(config),
+    )
+
+
+def _first_positions(config: CheckpointConfig) -> dict[str, Any]:
+    scaling = scaling_of(config)
+    key = "original_max_position_embeddings"
+    sections = [section for section in (config, scaling) if section and section.has(key)]
+    return {"max_positions": sections[0].integer(key)} if sections else {}
+
+
+PHIMOE = Family(model_type="phimoe", architecture=_architecture, names=MIXTRAL_NAMES)

@@ -1,0 +1,96 @@
+"""A dry run: what a job would hold where, and what would refuse it, without weights, prompts or ranks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moempi.config.architecture import Architecture
+from moempi.config.job import Job
+from moempi.config.reading import read_toml
+from moempi.config.size import format_size, parse_size
+from moempi.engine.budget import affordable_pages
+from moempi.errors import ConfigError
+from moempi.observe.report import Layout, StageRow
+from moempi.parallel.grid import Stage
+from moempi.planning.layout import Plan, make_plan
+from moempi.planning.memory import Memory
+from moempi.storage.weights import WeightFile
+
+
+def dry_run(job: Job, nodes: Sequence[int]) -> Layout:
+    """Lay the job out on ranks whose node is nodes[rank], counted node by node. Not collective.
+
+    Raises the MoempiErrors that the run itself would raise for its layout.
+    """
+    architecture = _architecture(job)
+    plan = make_plan(job, architecture, nodes)
+    title = (
+        f"{len(nodes):,} ranks on {len(set(nodes)):,} nodes, {len(plan.grid.stages)} stages, "
+        f"tensor groups of {plan.grid.tensor}; "
+        f"{_num_hosted(plan, architecture):,} experts in {len(architecture.moe_layers)} MoE layers, "
+        f"{len(architecture.dense_layers)} dense layers"
+    )
+    rows = [_row(plan, index, nodes) for index in range(len(plan.grid.stages))]
+    return Layout(title, rows, refused=_refused(job, plan))
+
+
+def _architecture(job: Job) -> Architecture:
+    """That of the weight file, or where there is none the job's own description."""
+    if job.model.architecture and not Path(job.model.weights).exists():
+        architecture = read_toml(job.model.architecture, Architecture)
+        problem = architecture.problem()
+        if problem:
+            raise ConfigError(f"{job.model.architecture}: {problem}")
+        return architecture
+    with WeightFile.open(job.model.weights) as weights:
+        return weights.architecture
+
+
+def _num_hosted(plan: Plan, architecture: Architecture) -> int:
+    """Experts of all layers, counted where they are hosted."""
+    return sum(
+        sum(map(len, placement.hosted)) * sum(architecture.is_moe(layer) for layer in stage.layers)
+        for stage, placement in zip(plan.grid.stages, plan.placements, strict=True)
+    )
+
+
+def _row(plan: Plan, index: int, nodes: Sequence[int]) -> StageRow:
+    stage, memory = plan.grid.stages[index], plan.memory[index]
+    counts = [len(hosted) for hosted in plan.placements[index].hosted]
+    return StageRow(
+        layers=len(stage.layers),
+        ranks=len(stage.ranks),
+        nodes=_num_nodes(stage, nodes),
+        groups=plan.grid.num_groups(index),
+        experts=f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}",
+        memory={
+            "weights": memory.weights,
+            "rows": memory.rows,
+            "cache page": memory.page * memory.groups,
+        },
+    )
+
+
+def _num_nodes(stage: Stage, nodes: Sequence[int]) -> int:
+    return len({nodes[rank] for rank in stage.ranks})
+
+
+def _refused(job: Job, plan: Plan) -> list[str]:
+    """What the memory of a rank would refuse, where the job says how much that is; once for stages that are alike."""
+    if job.topology.rank_memory == "auto":
+        return []
+    available = parse_size(job.topology.rank_memory)
+    problems = [_problem(job, memory, available) for memory in plan.memory]
+    return [
+        f"{problem} (stage {', '.join(str(index) for index, other in enumerate(problems) if other == problem)})"
+        for problem in dict.fromkeys(problems)
+        if problem
+    ]
+
+
+def _problem(job: Job, memory: Memory, available: int) -> str:
+    try:
+        pages = affordable_pages(job, memory, available=available)
+    except ConfigError as error:
+        return str(error)
+    needed = memory.weights + memory.rows + pages * memory.page * memory.groups
+    return f"needs {format_size(needed)}, a rank has {format_size(available)}" if needed > available else ""

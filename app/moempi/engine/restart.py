@@ -1,0 +1,225 @@
+"""Restart: one attempt at a job knows what earlier attempts finished, and tells the next one how it ended."""
+
+import logging
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from moempi.config.job import Job
+from moempi.errors import DataError, StorageError
+from moempi.parallel.stop import Stop
+from moempi.parallel.world import World
+from moempi.storage.files import digest_file, remove_hidden
+from moempi.storage.lock import OutputLock
+from moempi.storage.records import Part, PartWriter, RequestRecord, part_path, part_paths, remove_parts
+from moempi.storage.run_state import RunState, State, state_path, write_state
+
+log = logging.getLogger(__name__)
+
+STOPPED = 75  # EX_TEMPFAIL
+STATE_EVERY_S = 10.0
+STATE_PATIENCE_S = 1.0
+FINISHES = ("stop", "length", "error")
+_DONE = np.dtype([("index", "i8"), ("tokens", "i8"), ("finish", "i1"), ("referenced", "i1"), ("exact", "i1")])
+
+Done = npt.NDArray[np.void]
+"""Finished requests: index, tokens, finish (a place in FINISHES), and whether it has a reference and equals it."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier attempts at the job finished."""
+
+    indices: frozenset[int]
+    finishes: Counter[str]
+    tokens: int
+    referenced: int
+    exact: int
+
+    @classmethod
+    def of(cls, done: Done) -> "Earlier":
+        """Count each request once, however often it was recorded."""
+        once = done[np.unique(done["index"], return_index=True)[1]]
+        return cls(
+            indices=frozenset(once["index"].tolist()),
+            finishes=Counter(FINISHES[finish] for finish in once["finish"].tolist()),
+            tokens=int(once["tokens"].sum()),
+            referenced=int(once["referenced"].sum()),
+            exact=int(once["exact"].sum()),
+        )
+
+
+NOTHING_EARLIER = Earlier.of(np.zeros(0, _DONE))
+
+
+def run_fingerprint(job: Job, *, weights: str) -> str:
+    """Digest of everything that the results depend on: weights, prompts, task, numbers, sampling and score.
+
+    Ranks, micro-batches and transports are not among them: a run may be continued with others. Raises NoInputError
+    when the prompts cannot be read.
+    """
+    told = (
+        weights,
+        digest_file(job.input.prompts),
+        job.task,
+        job.run.precision,
+        job.run.reproducible,
+        job.sampling,
+        job.score,
+    )
+    return blake2b(msgspec.json.encode(told), digest_size=16).hexdigest()
+
+
+def done_requests(parts: Iterable[Path], fingerprint: str) -> Done:
+    """The finished requests in these parts; torn ends are passed over.
+
+    Raises StorageError when a part belongs to a run with another fingerprint, or cannot be read.
+    """
+    done = []
+    for path in parts:
+        with Part(path) as part:
+            if part.fingerprint != fingerprint:
+                raise StorageError(
+                    f"{path}: belongs to an unfinished run with other weights, prompts or settings; finish that run, "
+                    f"remove {path.parent} to give it up, or choose another output.results"
+                )
+            done += [_entry(record) for _, record in part.records() if isinstance(record, RequestRecord)]
+    return np.array(done, _DONE)
+
+
+def _entry(record: RequestRecord) -> tuple[int, int, int, bool, bool]:
+    tokens = len(record.score) + len(record.tokens)
+    referenced = record.reference is not None
+    exact = referenced and record.text == record.reference
+    return record.index, tokens, FINISHES.index(record.finish), referenced, exact
+
+
+class Attempt:
+    """One attempt at a job: it alone writes the job's output until `finish` or the end of its processes.
+
+    `earlier` is what need not be computed again, `part` where this rank's records go. Making one is collective; a
+    NoInputError, DataError or StorageError of any rank (another run at work, parts of another job, the disk) ends all.
+    """
+
+    def __init__(self, job: Job, world: World, *, weights: str, num_requests: int) -> None:
+        self._results = job.output.results
+        self._world = world
+        self._begin = RunState(
+            state="running", requests=num_requests, world_size=world.size, started=_now(), updated=_now()
+        )
+        self._counts = (0, 0)
+        self._state_due = time.monotonic() + STATE_EVERY_S
+        fingerprint = world.together(lambda: run_fingerprint(job, weights=weights))
+        world.together(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
+        self._lock = world.together(lambda: _take_output(self._results) if world.rank == 0 else None)
+        world.at_failure(self._tell_failure)
+        self.earlier = self._scan(fingerprint)
+        self._counts = (len(self.earlier.indices), 0)
+        self.part = world.together(lambda: PartWriter(part_path(self._results, world.rank), fingerprint=fingerprint))
+        world.together(lambda: self.tell("running"))
+
+    def also_showing(self, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """A `show` that hears (requests finished, tokens), sums over all ranks, and has them in `run.json` too."""
+
+        def both(finished: int, tokens: int) -> None:
+            show(finished, tokens)
+            self._note(finished, tokens)
+
+        return both
+
+    def _note(self, finished: int, tokens: int) -> None:
+        self._counts = (finished, tokens)
+        if self._world.rank == 0 and time.monotonic() >= self._state_due:
+            self._state_due = time.monotonic() + STATE_EVERY_S
+            try:
+                self.tell("running")
+            except StorageError as error:
+                log.warning("%s", error)
+
+    def tell(self, state: State, *, reason: str = "", exit_code: int = 0) -> None:
+        """Write `run.json`, on rank 0; raises StorageError when the disk does not take it."""
+        if self._world.rank == 0:
+            write_state(self._results, self._state(state, reason=reason, exit_code=exit_code))
+
+    def parts(self) -> list[Path]:
+        """The parts of this attempt and those before it. A folder's listing can lag behind what other nodes made."""
+        own = [part_path(self._results, rank) for rank in range(self._world.size)]
+        return list(dict.fromkeys([*part_paths(self._results), *own]))
+
+    def stop(self, stop: Stop) -> int:
+        """Some requests are not finished, because a rank was asked to stop: say so and return STOPPED; collective."""
+        asked = self._world.comm.allgather((stop.asked, stop.reason))
+        reason = max(asked)[1]
+        self._world.together(lambda: self.tell("stopped", reason=reason, exit_code=STOPPED))
+        if self._world.rank == 0:
+            done = f"{self._counts[0]} of {self._begin.requests} requests are finished"
+            print(f"moempi: stopped early ({reason}), {done}; run the same job again to continue", file=sys.stderr)
+        return STOPPED
+
+    def finish(self) -> None:
+        """The results are complete: say so, remove the parts, let go of the output; on rank 0. Raises StorageError."""
+        self.tell("finished")
+        remove_parts(self._results)
+        if self._lock is not None:
+            self._lock.release()
+
+    def _scan(self, fingerprint: str) -> Earlier:
+        """What is finished, each rank reading its share of the parts; collective."""
+        comm = self._world.comm
+        parts = comm.bcast(part_paths(self._results) if comm.rank == 0 else None)
+        share = self._world.together(lambda: done_requests(parts[comm.rank :: comm.size], fingerprint))
+        return Earlier.of(np.concatenate(comm.allgather(share)))
+
+    def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:
+        finished, tokens = self._counts
+        return msgspec.structs.replace(
+            self._begin,
+            state=state,
+            reason=reason,
+            rank=self._world.rank,
+            phase="" if state == "finished" else self._world.where,
+            finished=finished,
+            tokens=tokens,
+            exit_code=exit_code,
+            updated=_now(),
+        )
+
+    def _tell_failure(self, cause: str, exit_code: int) -> None:
+        """From the failing rank, whichever it is; gives up when the disk does not answer."""
+        state = self._state("failed", reason=cause, exit_code=exit_code)
+
+        def write() -> None:
+            with suppress(StorageError):
+                write_state(self._results, state)
+
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
+        writing.join(STATE_PATIENCE_S)
+
+
+def _take_output(results: str) -> OutputLock:
+    """The lock on the output, and nothing hidden left beside it by a run that was killed."""
+    lock = OutputLock(results)
+    remove_hidden(results)
+    remove_hidden(state_path(results))
+    return lock
+
+
+def _require_equal(own: str, first: str) -> None:
+    if own != first:
+        raise DataError("this rank reads other weights or prompts than rank 0: is the file the same on every node?")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

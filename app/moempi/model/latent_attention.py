@@ -1,0 +1,63 @@
+"""Multi-head latent attention over a cache of latent vectors (DeepSeek-V2, 2024, section 2.1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moempi.backend.protocol import Array, Backend, Cache, Segment
+from moempi.config import architecture
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Weights of one layer's latent attention, in the absorbed form: keys and values are never expanded.
+
+    A position leaves its normalized latent vector c and one rotated key r for all heads in the cache. A head's key is
+    (A c | r) and its value B c, so its score with a query (p | q) is (A'p) c + q r: `absorb_keys` (H, n, rank) holds
+    each head's A, `expand_values` (H, rank, values) its B transposed. `queries` maps D, or the query latent, to
+    all (p | q).
+    """
+
+    shape: architecture.Attention
+    latent: architecture.Latent
+    queries: Array
+    key_value_latent: Array
+    key_value_norm: Array
+    absorb_keys: Array
+    expand_values: Array
+    output: Array
+    query_latent: Array | None = None
+    query_norm: Array | None = None
+    query_bias: Array | None = None
+    key_value_bias: Array | None = None
+    output_bias: Array | None = None
+
+    def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
+        """Attend rows x (T, D) to the earlier positions of their sequences -> (T, D); extends the cache."""
+        shape, num_rows = self.shape, len(x)
+        queries, keys = self._queries(backend, x, angles), self._keys(backend, x, angles)
+        backend.extend_cache(cache, keys, None, segments)
+        scale = shape.head_dim**-0.5 * shape.score_factor
+        mixed = backend.attend(queries, cache, segments, scale=scale)
+        attended = backend.linear_heads(mixed, self.expand_values)
+        attended = attended.reshape(num_rows, shape.num_heads * shape.value_dim)
+        return backend.linear(attended, self.output, self.output_bias)
+
+    def _queries(self, backend: Backend, x: Array, angles: Array) -> Array:
+        """Each head's query for latent vectors and its rotated query (T, H, rank + rotated)."""
+        if self.query_latent is not None:
+            x = backend.linear(x, self.query_latent, self.query_bias)
+            x = backend.rms_norm(x, self.query_norm, eps=self.latent.norm_eps)
+        queries = backend.linear(x, self.queries).reshape(len(x), self.shape.num_heads, self.shape.head_dim)
+        plain = self.shape.head_dim - self.latent.rope_dim
+        absorbed = backend.linear_heads(queries[..., :plain], self.absorb_keys)
+        return backend.join_columns(absorbed, self._rotate(backend, queries[..., plain:], angles))
+
+    def _keys(self, backend: Backend, x: Array, angles: Array) -> Array:
+        """What the cache keeps of each row (T, 1, rank + rotated)."""
+        rank = self.latent.key_value_rank
+        both = backend.linear(x, self.key_value_latent, self.key_value_bias)[:, None, :]
+        vectors = backend.rms_norm(both[..., :rank], self.key_value_norm, eps=self.latent.norm_eps)
+        return backend.join_columns(vectors, self._rotate(backend, both[..., rank:], angles))
+
+    def _rotate(self, backend: Backend, x: Array, angles: Array) -> Array:
+        return backend.rotate(x, angles, interleaved=self.shape.rope.interleaved)

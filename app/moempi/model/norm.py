@@ -1,0 +1,22 @@
+"""The norms before attention and feed-forward, and before the head."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moempi.backend.protocol import Array, Backend
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm over the width: `kind` as in `config.architecture.Architecture.norm`, with a bias for "layer" only."""
+
+    kind: Literal["rms", "rms_float32", "layer"]
+    eps: float
+    weight: Array
+    bias: Array | None = None
+
+    def __call__(self, backend: Backend, x: Array) -> Array:
+        """Normalize rows x (T, D)."""
+        if self.kind == "layer":
+            return backend.layer_norm(x, self.weight, self.bias, eps=self.eps)
+        return backend.rms_norm(x, self.weight, eps=self.eps, rounded=self.kind == "rms")

@@ -1,0 +1,23 @@
+"""Buffers for rows that are used again and again, so that the loop allocates nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Rooms:
+    """`count` buffers handed out in turn; what `take` returned stays untouched for `count - 1` further calls.
+
+    `allocate(rows)` makes a buffer; one that is too small is replaced by a larger one.
+    """
+
+    def __init__(self, count: int, allocate: Callable[[int], Any]) -> None:
+        self._allocate = allocate
+        self._rooms = [allocate(0) for _ in range(count)]
+        self._turn = 0
+
+    def take(self, rows: int) -> Any:
+        """A buffer of as many rows; what is in it is undefined."""
+        self._turn = (self._turn + 1) % len(self._rooms)
+        if len(self._rooms[self._turn]) < rows:
+            self._rooms[self._turn] = self._allocate(rows + rows // 4)
+        return self._rooms[self._turn][:rows]

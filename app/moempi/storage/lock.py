@@ -1,0 +1,71 @@
+"""The lock on a job's output: two runs never write one results file."""
+
+import fcntl
+import logging
+import os
+from pathlib import Path
+
+from moempi.errors import StorageError
+from moempi.storage.records import parts_folder
+
+log = logging.getLogger(__name__)
+
+
+class OutputLock:
+    """Held from its making until `release` or the end of this process, however it ends; only one at a time per output.
+
+    The lock is the kernel's, on a file in the folder of parts, which says who holds it. Where the file system has no
+    locks the run goes on, with a warning. Raises StorageError when another process holds it or the disk fails.
+    """
+
+    def __init__(self, results_path: str | Path) -> None:
+        self._results = results_path
+        self.path = parts_folder(results_path) / "lock"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._locked()
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, _self_description().encode(), 0)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def release(self) -> None:
+        """Let others have it; later calls do nothing."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _locked(self) -> int:
+        while True:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._take(file)
+                if _is_file_at(file, self.path):
+                    return file
+            except BaseException:
+                os.close(file)
+                raise
+            os.close(file)  # its holder finished and removed it meanwhile: the next file of this name counts
+
+    def _take(self, file: int) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(file, 1024, 0).decode(errors="replace").strip() or "it does not say which"
+            raise StorageError(
+                f"{self._results}: another run writes it ({holder}); wait for its end or choose another output.results"
+            ) from error
+        except OSError as error:
+            log.warning("%s: no lock: %s; start no second run of this job", self.path, error.strerror)
+
+
+def _self_description() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"process {os.getpid()} on {os.uname().nodename}" + (f", Slurm job {job}" if job else "")
+
+
+def _is_file_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,183 @@
+"""The results file, written: the parts of all ranks become one HDF5 file that is there whole or not at all."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import h5py
+import msgspec
+import numpy as np
+from h5py import h5d, h5p
+from numpy.typing import NDArray
+
+from moempi.errors import StorageError
+from moempi.storage.files import atomic, reserve
+from moempi.storage.hdf5 import create_file, write_attribute
+from moempi.storage.records import RequestRecord
+from moempi.storage.results_layout import ARRAYS, FORMAT, NO_TOKEN, OFFSETS, TEXTS, VERSION, blocks
+from moempi.storage.survey import Parts, Survey, survey_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where results come from: the job file's text, versions by package, ranks and hosts, the weights' fingerprint."""
+
+    job: str
+    versions: Mapping[str, str]
+    world_size: int
+    hosts: tuple[str, ...]
+    weights: str
+    start: datetime
+    end: datetime
+
+
+def merge(results_path: str | Path, parts: Sequence[str | Path], *, num_requests: int, provenance: Provenance) -> None:
+    """Write the results file from the parts of all ranks, atomically; the parts stay.
+
+    Requests 0 to `num_requests` - 1 appear in this order; memory holds about 100 bytes per request and a few MiB. Call
+    it on one rank, when all have closed their parts. Raises StorageError when a request is missing, when two records of
+    one differ in tokens, when the parts are of different runs, or when the disk fails.
+    """
+    with Parts(parts) as opened:
+        survey = survey_parts(opened, num_requests)
+        try:
+            Path(results_path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{results_path}: its folder cannot be made: {error.strerror}") from error
+        with atomic(results_path) as temporary, create_file(temporary) as (file, require_success):
+            reserve(temporary, survey.file_bytes())
+            _write_provenance(file, provenance)
+            columns = _create_columns(file, survey)
+            _write_ranks(file, survey)
+            for start, stop in blocks(survey.entries["num_bytes"]):
+                require_success()
+                records = [opened.request_at(entry) for entry in survey.entries[start:stop]]
+                for column in columns:
+                    column.write(records)
+
+
+class _Column:
+    """A dataset that is written from front to back, with the rows that a function takes from each record."""
+
+    def __init__(self, dataset: Any, rows_of: Callable[[RequestRecord], NDArray[Any]]) -> None:
+        self._dataset = dataset
+        self._rows_of = rows_of
+        self._next_row = 0
+
+    def write(self, records: Sequence[RequestRecord]) -> None:
+        """Write the rows of the next records."""
+        rows = np.concatenate([self._rows_of(record) for record in records])
+        if len(rows):
+            self._dataset[self._next_row : self._next_row + len(rows)] = rows
+        self._next_row += len(rows)
+
+
+def _write_provenance(file: Any, provenance: Provenance) -> None:
+    attributes: dict[str, str | int] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "job": provenance.job,
+        "versions": msgspec.json.encode(dict(provenance.versions)).decode(),
+        "world_size": provenance.world_size,
+        "hosts": msgspec.json.encode(tuple(dict.fromkeys(provenance.hosts))).decode(),
+        "weights": provenance.weights,
+        "start": provenance.start.isoformat(),
+        "end": provenance.end.isoformat(),
+    }
+    for name, value in attributes.items():
+        write_attribute(file, name, value)
+
+
+def _create_columns(file: Any, survey: Survey) -> list[_Column]:
+    sizes = survey.sizes()
+    for dim, size in sizes.items():
+        _create_scale(file, dim, size)
+    for dim, path in OFFSETS.items():
+        _write_offsets(file, path, survey.entries[dim])
+    columns = []
+    for name in survey.arrays():
+        kind = ARRAYS[name]
+        dataset = _create(file, kind.path, kind.dtype, kind.dims, kind.long_name)
+        columns.append(_Column(dataset, _rows_taker(name, width=sizes[kind.dims[1]] if kind.dims[1:] else None)))
+    for name in survey.texts():
+        text = TEXTS[name]
+        _write_offsets(file, f"{text.exact}/offsets", survey.entries[name])
+        values = _create(file, f"{text.exact}/values", np.uint8, (f"{name}_byte",), f"{text.long_name}, UTF-8")
+        readable = _create(file, text.readable, h5py.string_dtype(), ("request",), text.long_name)
+        columns += [_Column(values, _bytes_taker(name)), _Column(readable, _readable_taker(name))]
+    return columns
+
+
+def _write_ranks(file: Any, survey: Survey) -> None:
+    load = _create(
+        file, "experts/load", np.int64, ("layer", "expert"), "tokens routed to each expert of each MoE layer"
+    )
+    load[...] = survey.expert_load
+    ranks = sorted(survey.ranks, key=lambda record: record.rank)
+    dims = ("rank_run",)
+    hosts = _create(file, "timing/host", h5py.string_dtype(), dims, "host of the rank")
+    hosts[...] = [_readable(record.host) for record in ranks]
+    names = {"rank": "rank", "steps": "steps taken", "tokens": "tokens generated or scored"}
+    for name, long_name in names.items():
+        dataset = _create(file, f"timing/{name}", np.int64, dims, long_name)
+        dataset[...] = [getattr(record, name) for record in ranks]
+    for phase in dict.fromkeys(phase for record in ranks for phase in record.seconds):
+        seconds = _create(file, f"timing/{phase}", np.float64, dims, f"time of the rank in {phase}", units="s")
+        seconds[...] = [record.seconds.get(phase, np.nan) for record in ranks]
+
+
+def _write_offsets(file: Any, path: str, lengths: NDArray[np.int64]) -> None:
+    dataset = _create(file, path, np.int64, ("request_bound",), "request i has rows offsets[i] to offsets[i + 1] - 1")
+    dataset[...] = np.concatenate(([0], np.cumsum(lengths)))
+
+
+def _create(file: Any, path: str, dtype: Any, dims: tuple[str, ...], long_name: str, *, units: str = "1") -> Any:
+    creation = h5p.create(h5p.DATASET_CREATE)
+    creation.set_layout(h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    dataset = file.create_dataset(path, shape=tuple(file[dim].shape[0] for dim in dims), dtype=dtype, dcpl=creation)
+    for axis, dim in enumerate(dims):
+        dataset.dims[axis].attach_scale(file[dim])
+    write_attribute(file, "long_name", long_name, owner=dataset.id)
+    write_attribute(file, "units", units, owner=dataset.id)
+    return dataset
+
+
+def _create_scale(file: Any, dim: str, size: int) -> None:
+    # The netCDF convention for a dimension that has no coordinates; the request's index is one that has.
+    name = f"This is a netCDF dimension but not a netCDF variable. {size:9d}"
+    if dim == "request":
+        file.create_dataset(dim, data=np.arange(size)).make_scale(dim)
+    else:
+        file.create_dataset(dim, shape=(size,), dtype=np.uint8).make_scale(name)
+
+
+def _rows_taker(name: str, *, width: int | None) -> Callable[[RequestRecord], NDArray[Any]]:
+    kind = ARRAYS[name]
+    fill = NO_TOKEN if kind.dtype is np.int32 else np.nan
+
+    def take(record: RequestRecord) -> NDArray[Any]:
+        array: NDArray[Any] = getattr(record, name)
+        num_rows = len(record.prompt if kind.dims[0] == "prompt_token" else record.tokens)
+        shape = (num_rows,) if width is None else (num_rows, width)
+        if array.shape == shape:
+            return array
+        rows = np.full(shape, fill, kind.dtype)
+        rows[tuple(slice(size) for size in array.shape)] = array
+        return rows
+
+    return take
+
+
+def _bytes_taker(name: str) -> Callable[[RequestRecord], NDArray[Any]]:
+    return lambda record: np.frombuffer((getattr(record, name) or "").encode(), np.uint8)
+
+
+def _readable_taker(name: str) -> Callable[[RequestRecord], NDArray[Any]]:
+    return lambda record: np.array([_readable(getattr(record, name) or "")], object)
+
+
+def _readable(text: str) -> str:
+    return text.replace("\0", "\u2400")

@@ -1,0 +1,71 @@
+"""The results file, layout 1: where everything lies, for who writes it (`merge`) and who reads it (`results`).
+
+Ragged rows lie one after another, with offsets. Text lies twice: exactly, as UTF-8 bytes with offsets, and as a string
+dataset for people, where NUL, which HDF5 strings cannot hold, shows as U+2400. jobs/README.md has the table.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "moempi results"
+VERSION = 1
+NO_TOKEN = -1
+BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayPlace:
+    """Where an array of a `RequestRecord` lies; all requests' rows follow each other along the first dimension."""
+
+    path: str
+    dtype: type[np.generic]
+    dims: tuple[str, ...]
+    long_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextPlace:
+    """Where a text of a `RequestRecord` lies: a string dataset, and a group of UTF-8 `values` and `offsets`."""
+
+    readable: str
+    exact: str
+    long_name: str
+
+
+ARRAYS = {
+    "prompt": ArrayPlace("prompt/tokens", np.int32, ("prompt_token",), "token ids of the prompts"),
+    "tokens": ArrayPlace("output/tokens", np.int32, ("output_token",), "generated token ids"),
+    "logprobs": ArrayPlace("output/logprobs", np.float32, ("output_token",), "log-probability of each generated token"),
+    "top_tokens": ArrayPlace(
+        "output/top_tokens", np.int32, ("output_token", "top"), "likeliest token ids, -1 if fewer"
+    ),
+    "top_logprobs": ArrayPlace("output/top_logprobs", np.float32, ("output_token", "top"), "their log-probabilities"),
+    "score": ArrayPlace("score/logprobs", np.float32, ("prompt_token",), "log-probability of each prompt token"),
+    "score_top_tokens": ArrayPlace("score/top_tokens", np.int32, ("prompt_token", "score_top"), "likeliest token ids"),
+    "score_top_logprobs": ArrayPlace(
+        "score/top_logprobs", np.float32, ("prompt_token", "score_top"), "their log-probabilities"
+    ),
+}
+TEXTS = {
+    "id": TextPlace("requests/id", "requests/utf8/id", "id of the request"),
+    "finish": TextPlace("requests/finish", "requests/utf8/finish", "why the request ended: stop, length or error"),
+    "error": TextPlace("requests/error", "requests/utf8/error", "what went wrong, empty if nothing"),
+    "reference": TextPlace("requests/reference", "requests/utf8/reference", "expected answer, empty if none was given"),
+    "text": TextPlace("output/text/readable", "output/text", "generated text"),
+}
+OFFSETS = {"prompt_token": "prompt/offsets", "output_token": "output/offsets"}
+
+
+def blocks(num_bytes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Divide requests of these sizes into ranges [start, stop) of at most BLOCK_BYTES, or one larger request."""
+    # A request without any bytes still costs its bookkeeping.
+    ends = np.cumsum(num_bytes + 256)
+    start = 0
+    while start < len(ends):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + BLOCK_BYTES, side="right")))
+        yield start, stop
+        start = stop

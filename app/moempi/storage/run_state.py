@@ -1,0 +1,50 @@
+"""`<results>.run.json`: what became of a run, for scripts and people; launchers mangle exit codes, not this."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from moempi.storage.files import atomic
+
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """One state of a run. `rank` and `phase` say who ended it and where, `reason` why; `finished` counts requests.
+
+    `exit_code` is what the program meant to exit with, 0 while it runs; 75 says that running again continues.
+    """
+
+    state: State
+    requests: int
+    finished: int = 0
+    tokens: int = 0
+    reason: str = ""
+    rank: int = 0
+    phase: str = ""
+    exit_code: int = 0
+    world_size: int
+    started: str
+    updated: str
+    job: str = os.environ.get("SLURM_JOB_ID", "")
+
+
+def state_path(results_path: str | Path) -> Path:
+    """The file that tells the state of the run that writes `results_path`."""
+    return Path(f"{results_path}.run.json")
+
+
+def write_state(results_path: str | Path, state: RunState) -> None:
+    """Replace the state atomically; raises StorageError when the disk does not take it."""
+    with atomic(state_path(results_path)) as temporary:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
+
+
+def read_state(results_path: str | Path) -> RunState | None:
+    """The state last written, or None where there is none that can be read."""
+    with suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode(state_path(results_path).read_bytes(), type=RunState)
+    return None

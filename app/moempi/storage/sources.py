@@ -1,0 +1,168 @@
+"""Where a tensor's values come from: a tensor of the checkpoint, quantized blocks, or an expert of a fused one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from moempi.storage.checkpoint import CheckpointTensor
+from moempi.storage.hdf5 import Array
+
+FP8_BLOCK = 128
+MXFP4_BLOCK = 32
+MXFP4_BIAS = 127
+
+
+class Source(Protocol):
+    """Rows that can be read: `dtype` as safetensors spells it, `row_bytes` in memory."""
+
+    @property
+    def path(self) -> Path:
+        """The file, for messages."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name, for messages."""
+
+    @property
+    def dtype(self) -> str:
+        """The type of what `read` returns."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all rows."""
+
+    def read(self, start: int, stop: int) -> Array:
+        """Rows [start, stop); DataError if the file ends before."""
+
+
+def _e4m3_values() -> Array:
+    """The 256 numbers of float8 e4m3fn: sign, 4 bits of exponent with bias 7, 3 of fraction; NaN but no infinity."""
+    bits = np.arange(256)
+    exponent, fraction = bits >> 3 & 15, (bits & 7) / 8
+    values = np.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent - 7))
+    values[bits & 127 == 127] = np.nan
+    return np.where(bits < 128, values, -values).astype(np.float32)
+
+
+E4M3 = _e4m3_values()
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1 = np.concatenate([E2M1, -E2M1])
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Matrix:
+    """A matrix of 8-bit numbers in blocks of 128 x 128 with a scale each (DeepSeek-V3, 2024, section 3.3)."""
+
+    weight: CheckpointTensor
+    scales: CheckpointTensor
+    dtype: str = "F32"
+
+    @property
+    def path(self) -> Path:
+        """See `Source.path`."""
+        return self.weight.path
+
+    @property
+    def name(self) -> str:
+        """See `Source.name`."""
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Source.shape`."""
+        return self.weight.shape
+
+    def scales_fit(self) -> bool:
+        """Whether there is one float32 scale a block."""
+        blocks = tuple(-(-size // FP8_BLOCK) for size in self.shape)
+        return len(self.shape) == 2 and self.scales.shape == blocks and self.scales.dtype == "F32"
+
+    def read(self, start: int, stop: int) -> Array:
+        """See `Source.read`."""
+        values: Array = E4M3[self.weight.read(start, stop)]
+        first = start // FP8_BLOCK
+        scales = self.scales.read(first, -(-stop // FP8_BLOCK))
+        by_row = scales[np.arange(start, stop) // FP8_BLOCK - first]
+        values *= np.repeat(by_row, FP8_BLOCK, axis=1)[:, : self.shape[1]]
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Experts:
+    """Matrices (experts, outputs, inputs) of 4-bit numbers, two a byte, a power of two for every 32 (OCP MX, 2023)."""
+
+    blocks: CheckpointTensor
+    scales: CheckpointTensor
+    dtype: str = "F32"
+
+    @property
+    def path(self) -> Path:
+        """See `Source.path`."""
+        return self.blocks.path
+
+    @property
+    def name(self) -> str:
+        """See `Source.name`."""
+        return self.blocks.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Source.shape`."""
+        return (*self.blocks.shape[:2], self.blocks.shape[2] * MXFP4_BLOCK)
+
+    def scales_fit(self) -> bool:
+        """Whether there is one exponent a block."""
+        sizes = self.blocks.shape
+        return len(sizes) == 4 and sizes[3] == MXFP4_BLOCK // 2 and self.scales.shape == sizes[:3]
+
+    def read(self, start: int, stop: int) -> Array:
+        """See `Source.read`."""
+        pairs = self.blocks.read(start, stop)
+        values = np.empty((*pairs.shape[:3], MXFP4_BLOCK), np.float32)
+        values[..., 0::2], values[..., 1::2] = E2M1[pairs & 15], E2M1[pairs >> 4]
+        exponents = self.scales.read(start, stop).astype(np.int32) - MXFP4_BIAS
+        np.ldexp(values, exponents[..., None], out=values)
+        return values.reshape(stop - start, *self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """One expert of a tensor that holds all: of its outputs those from `first` in steps of `step`.
+
+    The expert's matrix lies there as (outputs, inputs), or (inputs, outputs) when `transposed`; its bias as (outputs,).
+    """
+
+    whole: CheckpointTensor | Mxfp4Experts
+    expert: int
+    first: int
+    step: int
+    transposed: bool
+
+    @property
+    def path(self) -> Path:
+        """See `Source.path`."""
+        return self.whole.path
+
+    @property
+    def name(self) -> str:
+        """See `Source.name`."""
+        return self.whole.name
+
+    @property
+    def dtype(self) -> str:
+        """See `Source.dtype`."""
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Source.shape`."""
+        outputs, *inputs = self.whole.shape[:0:-1] if self.transposed else self.whole.shape[1:]
+        return (len(range(self.first, outputs, self.step)), *inputs)
+
+    def read(self, start: int, stop: int) -> Array:
+        """See `Source.read`."""
+        matrix = self.whole.read(self.expert, self.expert + 1)[0]
+        outputs = matrix.T if self.transposed else matrix
+        return np.ascontiguousarray(outputs[self.first :: self.step][start:stop])

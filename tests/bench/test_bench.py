@@ -1,0 +1,34 @@
+"""The benchmarks run on tiny layers and print a row for each thing that they measure."""
+
+import pytest
+
+from mpirun import python
+
+TINY = ("--width", "32", "--expert-width", "16", "--experts", "4", "--top-k", "2")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_layer_prints_both_precisions(mpirun, num_ranks):
+    command = python("-m", "moempi", "bench", "layer", *TINY, "--tokens", "8", "3", "--rounds", "2")
+    outcome = mpirun(num_ranks, *command, COLUMNS="200")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("float32") == outcome.out.count("bfloat16") == 2
+    assert f"{num_ranks} ranks on 1 nodes" in outcome.out
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_exchange_prints_every_transport_and_between_ranks_the_overlap(mpirun, num_ranks):
+    flags = ("--rows", "1", "2", "--rounds", "3", "--tokens", "6", "--layers", "2", "--passes", "2")
+    command = python("-m", "moempi", "bench", "exchange", *TINY, *flags)
+    outcome = mpirun(num_ranks, *command, COLUMNS="200")
+    assert outcome.code == 0, outcome.err
+    for text in ("14,336", "28,672", "alltoallv"):
+        assert text in outcome.out
+    assert ("same bits with overlap on and off" in outcome.out) == (num_ranks > 1)
+
+
+def test_a_wrong_flag_is_a_usage_error(mpirun):
+    outcome = mpirun(1, *python("-m", "moempi", "bench", "layer", "--tokns", "8"))
+    assert outcome.code == 64
+    assert len(outcome.lines) == 1
+    assert "--tokns" in outcome.lines[0]

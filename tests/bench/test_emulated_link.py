@@ -1,0 +1,60 @@
+"""A transfer over an emulated link arrives when its clock says so, intact."""
+
+import time
+
+import numpy as np
+import pytest
+
+from moempi.parallel.transports.alltoallv import Alltoallv
+from moempi.parallel.transports.emulated import Arriving, EmulatedLink, Link
+
+
+class Complete:
+    """A request that is complete from the start."""
+
+    def Test(self):  # noqa: N802
+        return True
+
+    def Wait(self):  # noqa: N802
+        """Nothing to wait for."""
+
+
+def test_a_link_carries_one_transfer_after_another():
+    link = Link(latency_s=0.5, bytes_per_s=1000.0)
+    begin = time.perf_counter()
+    first, second = link.arrival(2000), link.arrival(1000)
+    assert first == pytest.approx(begin + 2.5, abs=0.1)
+    assert second == pytest.approx(first + 1.0)
+    assert link.busy_s == pytest.approx(3.0)
+
+
+def test_a_transfer_is_not_complete_before_its_arrival():
+    arriving = Arriving(Complete(), time.perf_counter() + 0.05)
+    assert not arriving.Test()
+    arriving.Wait()
+    assert time.perf_counter() >= arriving.arrival
+    assert arriving.Test()
+
+
+@pytest.mark.ranks(1, 3)
+def test_rows_arrive_intact_after_the_latency(comm):
+    counts = np.array([1 + (comm.rank + other) % 2 for other in range(comm.size)])
+    outgoing = np.repeat(100 * comm.rank + np.arange(comm.size), counts).astype(np.int64)
+    incoming = np.zeros(counts.sum(), np.int64)
+    transport = EmulatedLink(Alltoallv(comm, row_bytes=8), Link(0.05, 1e9), rank=comm.rank, row_bytes=8)
+    begin = time.perf_counter()
+    request = transport.start(outgoing, counts, incoming, counts)
+    assert not request.Test()
+    request.Wait()
+    assert time.perf_counter() - begin >= 0.05
+    np.testing.assert_array_equal(incoming, np.repeat(100 * np.arange(comm.size) + comm.rank, counts))
+
+
+@pytest.mark.ranks(2)
+def test_own_rows_do_not_use_the_link(comm):
+    link = Link(latency_s=0.0, bytes_per_s=1e6)
+    transport = EmulatedLink(Alltoallv(comm, row_bytes=8), link, rank=comm.rank, row_bytes=8)
+    counts = np.where(np.arange(2) == comm.rank, 50, 10)
+    rows = np.zeros(60, np.int64)
+    transport.start(rows, counts, np.empty_like(rows), counts).Wait()
+    assert link.busy_s == pytest.approx(80 / 1e6)

@@ -1,0 +1,71 @@
+"""Continuous batching: every row once, slots and pages never overdrawn."""
+
+import random
+
+import numpy as np
+from moempi.config.job import Sampling
+from moempi.config.tensors import PAGE_ROWS
+from moempi.engine.scheduler import Scheduler
+from moempi.engine.sequence import Sequence
+from moempi.model.kv_cache import pages_for
+from moempi.storage.prompts import Prompt
+
+
+def sequence(index, length, limit):
+    prompt = Prompt(index, f"q{index}", None, np.arange(length, dtype=np.int32), None, Sampling())
+    return Sequence(prompt, list(range(1000 * index, 1000 * index + length)), limit)
+
+
+def run(sequences, *, lanes, slots, batch_tokens, pages):
+    """Take steps until all is done; each step is (lane, [(sequence, tokens)]); generation is a counter."""
+    scheduler = Scheduler(sequences, lanes=lanes, slots=range(slots), batch_tokens=batch_tokens, pages=pages)
+    steps, held = [], {}
+    while any(scheduler.unfinished(lane) for lane in range(lanes)):
+        for lane in range(lanes):
+            work = scheduler.next_work(lane)
+            for slot in scheduler.take_freed():
+                held.pop(slot)
+            steps.append((lane, [(item, item.next_tokens(rows)) for item, rows in work]))
+            assert [item.slot for item, _ in work] == sorted(item.slot for item, _ in work)
+            for item, rows in work:
+                assert held.setdefault(item.slot, item) is item
+                item.computed += rows
+                if not item.num_waiting:
+                    item.tokens.append(-len(item.tokens) - 1)
+                    if len(item.tokens) >= item.limit:
+                        item.finish = "length"
+            assert sum(len(tokens) for _, tokens in steps[-1][1]) <= batch_tokens
+            assert sum(pages_for(item.capacity) for item in held.values()) <= pages
+            assert len(held) <= slots
+            scheduler.retire(lane)
+        assert len(steps) < 10_000
+    return steps
+
+
+def test_every_token_is_computed_once_and_in_order():
+    dice = random.Random(7)
+    for _ in range(30):
+        lengths = [dice.choice([1, 2, 30, 200]) for _ in range(dice.randrange(12))]
+        sequences = [sequence(i, length, dice.choice([1, 2, 9])) for i, length in enumerate(lengths)]
+        lanes, slots = dice.randrange(1, 4), dice.randrange(3, 7)
+        steps = run(sequences, lanes=lanes, slots=slots, batch_tokens=dice.choice([1, 8, 64]), pages=5)
+        for item in sequences:
+            fed = [token for _, work in steps for other, tokens in work if other is item for token in tokens]
+            assert fed == item.prompt_tokens + [-n for n in range(1, item.limit)]
+            assert len({lane for lane, work in steps if any(other is item for other, _ in work)}) == 1
+
+
+def test_a_slot_is_refilled_at_once():
+    steps = run([sequence(i, 1, 2) for i in range(4)], lanes=1, slots=2, batch_tokens=8, pages=9)
+    assert [len(work) for _, work in steps] == [2, 2, 2, 2]
+
+
+def test_long_prompts_leave_rows_to_those_that_generate():
+    short, long = sequence(0, 1, 5), sequence(1, 3 * PAGE_ROWS, 1)
+    steps = run([short, long], lanes=1, slots=2, batch_tokens=PAGE_ROWS, pages=9)
+    assert [[len(tokens) for _, tokens in work] for _, work in steps[:3]] == [[1, 63]] * 3
+
+
+def test_lanes_share_few_requests_evenly():
+    steps = run([sequence(i, 2, 3) for i in range(6)], lanes=3, slots=16, batch_tokens=64, pages=16)
+    assert [len(work) for _, work in steps[:3]] == [2, 2, 2]

@@ -1,0 +1,256 @@
+"""Small random checkpoints of every family, and what transformers makes of them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+NUM_GREEDY = 12
+# A sequence longer than a page and than every window, short ones, and one of a single token.
+LENGTHS = (70, 3, 17, 33, 1, 9)
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+EIGHT_OF_16: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+DEEPSEEK: dict[str, Any] = COMMON | {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 48,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "n_group": 4,
+    "topk_group": 2,
+}
+GLM: dict[str, Any] = COMMON | {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 48,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": 16,
+}
+MIXTRAL: dict[str, Any] = COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+QWEN3: dict[str, Any] = COMMON | EIGHT_OF_16 | {"head_dim": 12, "intermediate_size": 40, "norm_topk_prob": True}
+OLMOE: dict[str, Any] = COMMON | {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 16}
+QWEN2: dict[str, Any] = (
+    COMMON | EIGHT_OF_16 | {"shared_expert_intermediate_size": 40, "intermediate_size": 40, "norm_topk_prob": False}
+)
+ERNIE: dict[str, Any] = COMMON | {
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 48,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": -1,
+    "moe_layer_interval": 1,
+}
+GPT_OSS: dict[str, Any] = COMMON | {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 24,
+    "head_dim": 16,
+    "sliding_window": 8,
+}
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.9],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "short_mscale": 1.25,
+    "long_mscale": 1.5,
+    "original_max_position_embeddings": 128,
+}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", QWEN3),
+    "qwen3_moe-dense-bias-yarn-tied": (
+        "qwen3_moe",
+        QWEN3
+        | {"mlp_only_layers": [0], "attention_bias": True, "norm_topk_prob": False, "rope_parameters": YARN}
+        | {"tie_word_embeddings": True},
+    ),
+    "olmoe": ("olmoe", OLMOE | {"num_key_value_heads": 4, "norm_topk_prob": False}),
+    "olmoe-clip-grouped": ("olmoe", OLMOE | {"clip_qkv": 0.7, "norm_topk_prob": True, "attention_bias": True}),
+    "mixtral": ("mixtral", MIXTRAL),
+    "mixtral-window-head_dim": ("mixtral", MIXTRAL | {"sliding_window": 16, "head_dim": 12}),
+    "deepseek_v3-groups-yarn": (
+        "deepseek_v3",
+        DEEPSEEK | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek_v3-one_group-no_q_latent": (
+        "deepseek_v3",
+        DEEPSEEK
+        | {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "norm_topk_prob": False, "rms_norm_eps": 1e-5}
+        | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}},
+    ),
+    "deepseek_v3-halves-bias": ("deepseek_v3", DEEPSEEK | {"rope_interleave": False, "attention_bias": True}),
+    "deepseek_v2-greedy-yarn": (
+        "deepseek_v2",
+        DEEPSEEK
+        | {"topk_method": "greedy", "norm_topk_prob": False, "q_lora_rank": None, "routed_scaling_factor": 1.0}
+        | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        DEEPSEEK | {"topk_method": "group_limited_greedy", "norm_topk_prob": False, "routed_scaling_factor": 4.0},
+    ),
+    "glm4_moe": ("glm4_moe", GLM | {"partial_rotary_factor": 0.5, "attention_bias": True, "use_qk_norm": False}),
+    "glm4_moe-qk_norm-groups": (
+        "glm4_moe",
+        GLM | {"partial_rotary_factor": 0.25, "use_qk_norm": True, "n_group": 2, "topk_group": 1},
+    ),
+    "dots1": ("dots1", GLM | {"sliding_window": None}),
+    "dots1-windows-bias": (
+        "dots1",
+        GLM | {"sliding_window": 12, "layer_types": SLIDING, "attention_bias": True, "n_shared_experts": 2},
+    ),
+    "qwen2_moe": ("qwen2_moe", QWEN2),
+    "qwen2_moe-windows-sparse_step": (
+        "qwen2_moe",
+        QWEN2
+        | {"qkv_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 2, "use_sliding_window": True}
+        | {"sliding_window": 10, "layer_types": SLIDING},
+    ),
+    "ernie4_5_moe-tied": ("ernie4_5_moe", ERNIE | {"tie_word_embeddings": True}),
+    "ernie4_5_moe-interval-no_shared": (
+        "ernie4_5_moe",
+        ERNIE | {"moe_layer_interval": 2, "moe_layer_start_index": 0, "moe_num_shared_experts": 0},
+    ),
+    "phimoe-longrope-biases": (
+        "phimoe",
+        MIXTRAL
+        | {"attention_bias": True, "lm_head_bias": True, "rope_parameters": LONGROPE, "router_jitter_noise": 0.2},
+    ),
+    "phimoe-window": ("phimoe", MIXTRAL | {"sliding_window": 20, "router_jitter_noise": 0.05}),
+    "gpt_oss-yarn": ("gpt_oss", GPT_OSS | {"rope_parameters": YARN | {"truncate": False}}),
+    "gpt_oss-clamped": (
+        "gpt_oss",
+        GPT_OSS
+        | {"swiglu_limit": 0.5, "swiglu_alpha": 1.3, "layer_types": ["full_attention", *SLIDING[:2]]}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What transformers computes: per prompt log-probabilities of its tokens but the first, and greedy tokens."""
+
+    float32: list[torch.Tensor]
+    bfloat16: list[torch.Tensor]
+    greedy: list[list[int]]
+
+
+def prompts() -> list[list[int]]:
+    """Random tokens."""
+    random = torch.Generator().manual_seed(11)
+    return [torch.randint(0, COMMON["vocab_size"], (length,), generator=random).tolist() for length in LENGTHS]
+
+
+def write_checkpoint(folder: Path, case: str) -> None:
+    """Save a random model of the case as the hub has such: separate experts, weights that bfloat16 can hold."""
+    model_type, options = CASES[case]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options), dtype=torch.float32)
+    random = torch.Generator().manual_seed(sum(case.encode()))
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if not name.endswith("inv_freq"):
+                tensor.copy_(_values(name, tensor.shape, random))
+    model.save_pretrained(folder)
+    refuse_fused(folder)
+
+
+def refuse_fused(folder: Path) -> None:
+    """Fails unless the library wrote the names of the hub, one matrix an expert (gpt_oss has them joined there)."""
+    names = load_file(folder / "model.safetensors")
+    joined = [name for name in names if name.endswith("experts.gate_up_proj")]
+    assert not joined or "gpt_oss" in (folder / "config.json").read_text(), joined
+
+
+def _values(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tensor:
+    values = torch.randn(shape, generator=random)
+    if name.endswith("correction_bias"):
+        return values * 0.1
+    if len(shape) == 1 or name.endswith("_bias"):
+        values = values * 0.3 + (1.0 if name.endswith("norm.weight") else 0.0)
+    else:
+        inputs = shape[-2] if "experts" in name and "gpt_oss" in name else shape[-1]
+        values = values * (1.5 if "embed" in name or "lm_head" in name else 1.2) * inputs**-0.5
+    return values.bfloat16().float()
+
+
+def expected(folder: Path, tokens: list[list[int]]) -> Expected:
+    """The reference's answers; each precision is loaded anew, because casting a model ruins its rotary buffers."""
+    scores = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        with torch.no_grad():
+            scores[dtype] = [_scores(model, prompt) for prompt in tokens]
+            if dtype == torch.float32:
+                greedy = [_greedy(model, prompt) for prompt in tokens]
+    return Expected(scores[torch.float32], scores[torch.bfloat16], greedy)
+
+
+def _scores(model: Any, prompt: list[int]) -> torch.Tensor:
+    ids = torch.tensor([prompt])
+    logprobs = torch.log_softmax(model(ids, use_cache=False).logits[0].float(), dim=-1)
+    return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+
+
+def _greedy(model: Any, prompt: list[int]) -> list[int]:
+    """One prompt at a time and without a cache: the plainest path through the reference."""
+    tokens = list(prompt)
+    for _ in range(NUM_GREEDY):
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The saved configuration."""
+    config: Mapping[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def rewrite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace the tensors of a checkpoint."""
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})

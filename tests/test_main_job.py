@@ -1,0 +1,130 @@
+"""The real program under mpirun: the same answers for any ranks, layout, lanes and overlap, and the right ones."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from moempi.storage.compare import compare
+from moempi.storage.convert import convert
+from moempi.storage.results import ResultFile
+from mpirun import ROOT, mpirun, python
+
+JOB = ROOT / "jobs/abacus.toml"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The shipped model as a weight file."""
+    path = tmp_path_factory.mktemp("weights") / "abacus.h5"
+    convert(ROOT / "weights/abacus", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Questions, a bad line, and prompts of tokens that span several cache pages and chunks."""
+    dice = random.Random(3)
+    lines = [json.loads(line) for line in (ROOT / "jobs/abacus.jsonl").read_text().splitlines()[:18]]
+    for length in (1, 2, 63, 64, 65, 100, 119):
+        tokens = [dice.randrange(3, 98) for _ in range(length)]
+        lines.append({"id": f"long-{length}", "tokens": tokens, "max_tokens": dice.choice([1, 3, 8]), "ignore_eos": True})
+    lines.append({"id": "drawn", "prompt": "12+30=", "temperature": 1.5, "top_k": 40, "seed": 5, "top_logprobs": 3})
+    lines.append({"id": "bad", "prompt": "12+30=", "max_tokens": -1})
+    path = tmp_path_factory.mktemp("prompts") / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(weights, prompts, tmp_path_factory):
+    """Run the mixed prompts on so many ranks with so many settings; the results file."""
+
+    def run(num_ranks, task, **settings):
+        results = tmp_path_factory.mktemp("results") / "out.h5"
+        named = {
+            "task": task,
+            "model.weights": weights,
+            "input.prompts": prompts,
+            "output.results": results,
+            "run.batch_tokens": 48,
+            "run.max_sequences": 6,
+            "run.timeout_s": 60,
+            "score.top_n": 2 if task == "score" else 0,
+        } | settings
+        options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
+        outcome = mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *options), limit_s=120)
+        assert outcome.code == 0, outcome.err
+        return results
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    """The same on one rank with one lane, in float32."""
+    return {task: run(1, task, **{"run.precision": "float32", "run.micro_batches": 1}) for task in ("generate", "score")}
+
+
+LAYOUTS = [
+    (1, {"run.micro_batches": 4}),
+    (2, {}),
+    (3, {"run.batch_tokens": 20}),
+    (5, {"run.overlap": "false"}),
+    (8, {"parallel.stages": 2, "parallel.stage_ranks": "[3,5]", "run.micro_batches": "auto"}),
+    (4, {"parallel.stages": 4, "run.micro_batches": 3}),
+    (16, {"parallel.experts_per_rank": 1}),
+]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("num_ranks", "settings"), LAYOUTS)
+def test_float32_is_bit_identical_in_any_layout(run, alone, num_ranks, settings):
+    for task, expected in alone.items():
+        found = compare(expected, run(num_ranks, task, **{"run.precision": "float32"}, **settings))
+        assert (found.different, found.largest) == (0, 0.0)
+
+
+@pytest.mark.mpi
+def test_tensor_groups_re_associate_sums_within_bounds(run, alone):
+    settings = {"run.precision": "float32", "parallel.stages": 2, "parallel.tensor": 2}
+    for task, expected in alone.items():
+        found = compare(expected, run(8, task, **settings))
+        assert found.different == 0
+        assert found.largest < 1e-4
+
+
+@pytest.mark.mpi
+def test_reproducible_bfloat16_is_bit_identical(run):
+    settings = {"run.precision": "bfloat16", "run.reproducible": "true"}
+    for task in ("generate", "score"):
+        found = compare(run(1, task, **settings), run(5, task, **settings, **{"run.micro_batches": 3}))
+        assert (found.different, found.largest) == (0, 0.0)
+
+
+@pytest.mark.mpi
+def test_answers_are_right_and_scores_agree_with_generation(run, alone):
+    with ResultFile(alone["generate"]) as results:
+        records = {record.id: record for record in results.requests()}
+    questions = [record for record in records.values() if record.reference is not None]
+    assert sum(record.text == record.reference for record in questions) >= 17
+    assert records["bad"].finish == "error"
+    assert "max_tokens" in records["bad"].error
+    assert records["drawn"].top_tokens.shape == (len(records["drawn"].tokens), 3)
+    with ResultFile(alone["score"]) as results:
+        scored = {record.id: record for record in results.requests()}
+    assert np.isnan(scored["long-119"].score[0])
+    assert np.isfinite(scored["long-119"].score[1:]).all()
+    assert scored["long-119"].score_top_tokens.shape == (119, 2)
+
+
+@pytest.mark.mpi
+def test_what_was_generated_scores_the_same(run, alone, tmp_path):
+    with ResultFile(alone["generate"]) as results:
+        records = [record for record in results.requests() if record.finish != "error"]
+    whole = [{"id": one.id, "tokens": [*one.prompt.tolist(), *one.tokens.tolist()]} for one in records]
+    prompts = tmp_path / "whole.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, whole)))
+    with ResultFile(run(2, "score", **{"input.prompts": prompts, "run.precision": "float32"})) as results:
+        for record, scored in zip(records, results.requests(), strict=True):
+            np.testing.assert_array_equal(scored.score[len(record.prompt) :], record.logprobs)
