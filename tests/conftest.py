@@ -13,7 +13,7 @@ import mpirun as launching
 
 # Set inside such a world: the folder where each rank writes what became of its tests.
 WORLD_VARIABLE = "MOEMPI_TEST_WORLD"
-WORLD_LIMIT_S = 120.0
+WORLD_LIMIT_S = 300.0
 
 # (rank, outcome, text) of each test by its node id; beside it, how the world ended.
 World = tuple[dict[str, list[tuple[int, str, str]]], str]

@@ -36,6 +36,7 @@ def test_every_slot_has_one_owner_in_every_stage(ranks, slots):
         owners = [grid.owner(stage, slot) for slot in range(grid.num_slots)]
         assert owners == sorted(owners)
         for data in range(grid.num_groups(stage)):
+            assert len(grid.slots(stage, data)) > 0
             assert list(grid.slots(stage, data)) == [slot for slot, owner in enumerate(owners) if owner == data]
             for other in range(2):
                 expected = sorted({grid.owner(other, slot) for slot in grid.slots(stage, data)})

@@ -84,7 +84,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
         batch_tokens=job.run.batch_tokens,
         pages=pages,
     )
-    top = job.score.top_n if job.task == "score" else max(prompt.sampling.top_logprobs for prompt in prompts)
+    top = job.score.top_n if job.task == "score" else max((prompt.sampling.top_logprobs for prompt in prompts), default=0)
     task = Score(top=top) if job.task == "score" else Generate(text, top=top)
     new_network = partial(
         make_network,

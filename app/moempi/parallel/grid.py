@@ -79,8 +79,10 @@ def make_grid(
 ) -> Grid:
     """The grid of a job on ranks whose node is nodes[rank], counted node by node.
 
-    `layer_costs` (L,) balance the stages where the job gives no layers. Raises ConfigError, with the numbers needed,
-    when ranks or layers cannot be divided so, or a tensor group would leave its node.
+    `layer_costs` (L,) balance the stages where the job gives no layers. A group of the first stage has
+    `slots_per_group` KV slots, or more where a later stage has more groups than there would be slots. Raises
+    ConfigError, with the numbers needed, when ranks or layers cannot be divided so, or a tensor group would leave its
+    node.
     """
     stages, tensor = parallel.stages, parallel.tensor
     ranks = parallel.stage_ranks or _even_ranks(len(nodes), stages, tensor)
@@ -101,13 +103,10 @@ def make_grid(
             f"ranks {first} to {first + tensor - 1} form a tensor group but stand on several nodes; "
             f"use a number of ranks per node that {tensor} divides",
         )
-    return Grid(
-        tuple(
-            Stage(own_layers, own_ranks) for own_layers, own_ranks in zip(_ranges(layers), _ranges(ranks), strict=True)
-        ),
-        tensor,
-        slots_per_group,
-    )
+    shares = zip(_ranges(layers), _ranges(ranks), strict=True)
+    # Every group of every stage computes at least one slot, so that it is told of every step.
+    slots = max(slots_per_group, *(-(-count // ranks[0]) for count in ranks))
+    return Grid(tuple(Stage(own_layers, own_ranks) for own_layers, own_ranks in shares), tensor, slots)
 
 
 def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
