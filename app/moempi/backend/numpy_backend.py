@@ -1,9 +1,9 @@
 """The backend of machines without a GPU: NumPy, with float32 matrix products from its BLAS.
 
 Weights and the cache are widened to float32 in memory; with bfloat16 the rows between verbs are float32 arrays that
-hold bfloat16 values, and matrices stay bfloat16 where the processor multiplies such (`packed_matrix`). A row's product depends on how many rows share the BLAS call, so `reproducible` multiplies in
-calls that are equal to those of BLOCK rows and attends in blocks of BLOCK positions and PAGE_ROWS keys: results are
-then the same bits for any batching.
+hold bfloat16 values, and matrices stay bfloat16 where the processor multiplies such (`packed_matrix`). A row's
+product depends on how many rows share the BLAS call, so `reproducible` multiplies in calls that are equal to those of
+BLOCK rows and attends in blocks of BLOCK positions and PAGE_ROWS keys: results are then the same bits for any batching.
 """
 
 import os
@@ -266,12 +266,11 @@ class NumpyBackend:
         """See `Backend.pack`."""
         if not len(out):
             return
-        if self.is_bfloat16:
-            rows = np.ascontiguousarray(rows).view(np.uint16)[:, 1::2]
+        sent = np.ascontiguousarray(rows).view(np.uint16)[:, 1::2] if self.is_bfloat16 else rows
         if index is None:
-            np.copyto(out, rows)
+            np.copyto(out, sent)
         else:
-            np.take(rows, index, axis=0, out=out, mode="clip")
+            np.take(sent, index, axis=0, out=out, mode="clip")
 
     def unpack(self, wire: npt.NDArray[Any], index: IntArray | None) -> Rows:
         """See `Backend.unpack`."""

@@ -2,7 +2,7 @@
 
 import pkgutil
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from statistics import median
@@ -20,6 +20,7 @@ from moempi.parallel.transports.transfer import Transport
 from moempi.parallel.world import World
 
 ROW_BYTES = 14336
+BUFFERS = 2
 BLOCKING, GLOO = "MPI Alltoallv", "torch gloo"
 
 
@@ -39,8 +40,9 @@ def run(world: World, chosen: Namespace) -> None:
         caption=machine(world),
     )
     gloo = peers.start_gloo(world)
+    made = {name: make(world.comm.Dup(), row_bytes=ROW_BYTES) for name, make in found_transports().items()}
     for num_rows in chosen.rows:
-        for row in _measure(world, num_rows, gloo, rounds=chosen.rounds):
+        for row in _measure(world, made, num_rows, gloo, rounds=chosen.rounds):
             table.add_row(*row)
     peers.stop_gloo(gloo)
     if world.rank == 0:
@@ -60,15 +62,15 @@ def found_transports() -> dict[str, Callable[..., Transport]]:
     return found
 
 
-def _measure(world: World, num_rows: int, gloo: Any, *, rounds: int) -> list[list[str]]:
+def _measure(world: World, made: Mapping[str, Transport], num_rows: int, gloo: Any, *, rounds: int) -> list[list[str]]:
     comm, counts = world.comm, np.full(world.size, num_rows)
     outgoing, incoming = (aligned_empty((world.size * num_rows, ROW_BYTES), np.uint8) for _ in range(2))
     outgoing[:] = world.rank
-    names = list(found_transports())
-    contestants: dict[str, Callable[[], object]] = {}
-    for name, make in found_transports().items():
-        transport = make(comm, row_bytes=ROW_BYTES)
-        contestants[name] = partial(_exchange, transport, outgoing, counts, incoming)
+    for transport in made.values():
+        _check(world, transport, counts, incoming)
+    contestants: dict[str, Callable[[], object]] = {
+        name: partial(_exchange, transport, counts, incoming) for name, transport in made.items()
+    }
     sizes = counts * ROW_BYTES
     contestants[BLOCKING] = partial(comm.Alltoallv, [outgoing, sizes], [incoming, sizes])
     if gloo is not None:
@@ -81,12 +83,24 @@ def _measure(world: World, num_rows: int, gloo: Any, *, rounds: int) -> list[lis
             *(_us(taken[column]) if column in taken else "" for column in (name, BLOCKING, GLOO)),
             *(f"{ratio(taken[other], taken[name]):.2f}" if other in taken else "" for other in (BLOCKING, GLOO)),
         ]
-        for name in names
+        for name in made
     ]
 
 
-def _exchange(transport: Transport, outgoing: Any, counts: Any, incoming: Any) -> None:
+def _exchange(transport: Transport, counts: Any, incoming: Any) -> None:
+    outgoing = transport.outgoing(len(incoming))
     transport.start(outgoing, counts, incoming, counts).Wait()
+
+
+def _check(world: World, transport: Transport, counts: Any, incoming: Any) -> None:
+    """Send each rank's number through all buffers of a transport; raises RuntimeError unless it arrives; collective."""
+    sources = np.repeat(np.arange(world.size) % 256, counts)
+    for _ in range(BUFFERS):
+        outgoing = transport.outgoing(len(incoming))
+        outgoing[:] = world.rank % 256
+        transport.start(outgoing, counts, incoming, counts).Wait()
+        if (incoming != sources[:, None]).any():
+            raise RuntimeError(f"rows arrived wrong over {transport.name}")
 
 
 def _us(taken: list[float]) -> str:

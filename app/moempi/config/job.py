@@ -65,9 +65,9 @@ class ScoreSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[exchange]`: how rows travel between ranks."""
+    """`[exchange]`: how rows travel between ranks; `auto` takes the transport that is fastest in a probe."""
 
-    transport: Literal["auto", "alltoallv"] = "auto"
+    transport: Literal["auto", "alltoallv", "pairwise", "shared"] = "auto"
 
 
 class ParallelSection(Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from moempi.parallel.placement import Placement
 from moempi.parallel.route_plan import RoutePlan, expert_order
 from moempi.parallel.schedule import Point
 from moempi.parallel.traffic import Traffic
+from moempi.parallel.transports.rooms import Rooms
 from moempi.parallel.transports.transfer import Transfer, Transport
 
 IntArray = npt.NDArray[np.integer]
@@ -46,7 +48,7 @@ class Exchange:
         self._backend = backend
         self._traffic = traffic
         self._transport = transport
-        self._width = width
+        self._incoming = Rooms(2, partial(backend.wire, width=width))
         self._hosted = len(placement.hosted[comm.rank])
 
     def plan(self, route: Route) -> Generator[Point, None, RoutePlan]:
@@ -72,9 +74,7 @@ class Exchange:
 
     def dispatch(self, x: Array, plan: RoutePlan) -> Transfer:
         """Send each row of x to the experts that it chose."""
-        outgoing = self._backend.wire(int(plan.send_counts.sum()), self._width)
-        self._backend.pack(x, plan.source_rows, outgoing)
-        return self._start(outgoing, plan.send_counts, plan.recv_counts)
+        return self._send(x, plan.source_rows, plan.send_counts, plan.recv_counts)
 
     def arrived(self, transfer: Transfer, plan: RoutePlan) -> Array:
         """Block until dispatched rows are here; the rows in expert order."""
@@ -82,9 +82,7 @@ class Exchange:
 
     def answer(self, rows: Array, plan: RoutePlan) -> Transfer:
         """Send the experts' rows, in expert order, back to their homes."""
-        outgoing = self._backend.wire(int(plan.recv_counts.sum()), self._width)
-        self._backend.pack(rows, plan.by_source, outgoing)
-        return self._start(outgoing, plan.recv_counts, plan.send_counts)
+        return self._send(rows, plan.by_source, plan.recv_counts, plan.send_counts)
 
     def combined(self, transfer: Transfer, plan: RoutePlan) -> Array:
         """Block until the answers are here; their weighted sum for each token, in slot order."""
@@ -102,7 +100,11 @@ class Exchange:
             [counts_here, np.full(self._comm.size, self._hosted), MPI.INT64_T],
         )
 
-    def _start(self, outgoing: Array, send_counts: IntArray, recv_counts: IntArray) -> Transfer:
-        incoming = self._backend.wire(int(recv_counts.sum()), self._width)
+    def _send(
+        self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray
+    ) -> Transfer:
+        outgoing = self._transport.outgoing(int(send_counts.sum()))
+        self._backend.pack(rows, index, outgoing.view(self._backend.row_dtype))
+        incoming = self._incoming.take(int(recv_counts.sum()))
         request = self._transport.start(outgoing, send_counts, incoming, recv_counts)
         return self._traffic.begin(request, outgoing, incoming, waiting="exchange")

@@ -1,7 +1,8 @@
-"""The transfers of one lane that are under way, and how long the host waited for them."""
+"""The transfers of one lane that are under way, and how long the host waited for them, and what was sent."""
 
 from typing import Any
 
+from moempi.parallel.transports.counted import Counters, no_counts
 from moempi.parallel.transports.transfer import Pending, Transfer, Waits
 
 WAITS = ("exchange", "pipeline", "idle")
@@ -12,6 +13,7 @@ class Traffic:
 
     def __init__(self, *, overlap: bool) -> None:
         self.waits: Waits = dict.fromkeys(WAITS, 0.0)
+        self.counters: Counters = no_counts()
         self._overlap = overlap
         self._under_way: list[Transfer] = []
 

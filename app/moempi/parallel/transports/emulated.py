@@ -60,6 +60,10 @@ class EmulatedLink:
         self._rank = rank
         self._row_bytes = row_bytes
 
+    def outgoing(self, rows: int) -> Any:
+        """See `Transport.outgoing`."""
+        return self._transport.outgoing(rows)
+
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Arriving:
         """See `Transport.start`."""
         travelling = max(int(counts.sum() - counts[self._rank]) for counts in (send_counts, recv_counts))

@@ -91,11 +91,11 @@ class Shared:
 
     def outgoing(self, rows: int) -> Any:
         """See `Transport.outgoing`."""
-        if not self._fits(rows):
-            return self._overflow.take(rows)
         turn = (self._number + 1) % 2
         while not self._is_free(turn):
             self.pause()
+        if not self._fits(rows):
+            return self._overflow.take(rows)
         return self._segments[self._own].rooms[turn][: rows * self._row_bytes].reshape(rows, self._row_bytes)
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> _Taking:
@@ -131,10 +131,10 @@ class Shared:
         first_byte = words[line + 1]
         if first_byte == BY_MESSAGE:
             messages.requests.append(self.receive(incoming, rows, self._ranks[place], number))
-            return True
-        num_bytes = (rows[1] - rows[0]) * self._row_bytes
-        copy_rows(incoming, rows, self._segments[place].rooms[turn][first_byte : first_byte + num_bytes])
-        self._window.Sync()
+        else:
+            num_bytes = (rows[1] - rows[0]) * self._row_bytes
+            copy_rows(incoming, rows, self._segments[place].rooms[turn][first_byte : first_byte + num_bytes])
+            self._window.Sync()
         self._segments[self._own].words[((2 + turn) * size + place) * WORDS] = number
         return True
 
@@ -152,7 +152,7 @@ class Shared:
         return rows * self._row_bytes <= self._room_bytes
 
     def _is_free(self, turn: int) -> bool:
-        """Whether all neighbours have taken what this room held."""
+        """Whether all neighbours have taken what was posted the last time that it was this room's turn."""
         line = ((2 + turn) * len(self._ranks) + self._own) * WORDS
         expected = self._number - 1
         return all(self._segments[place].words[line] == expected for place in self._posted[turn])
@@ -168,8 +168,7 @@ class Shared:
         self._window.Sync()
         for place in places:
             words[(turn * size + place) * WORDS] = self._number
-        if fits:
-            self._posted[turn] = places
+        self._posted[turn] = places
 
 
 def _open(neighbours: MPI.Intracomm, room_bytes: int) -> tuple[MPI.Win, list[_Segment]]:

@@ -1,0 +1,94 @@
+"""Every transport brings every row to its place: rows say where they come from and where they go."""
+
+import numpy as np
+import pytest
+
+ROW_BYTES = 24
+PATTERNS = ["even", "random", "skewed", "some empty", "nothing", "itself"]
+
+
+def transports(comm):
+    """Every transport, and `shared` in the ways that nodes and room can turn out."""
+    from moempi.parallel.transports.alltoallv import Alltoallv
+    from moempi.parallel.transports.pairwise import Pairwise
+    from moempi.parallel.transports.shared import Shared
+
+    pairs = tuple(rank // 2 for rank in range(comm.size))
+    return {
+        "alltoallv": Alltoallv(comm, row_bytes=ROW_BYTES),
+        "pairwise": Pairwise(comm, row_bytes=ROW_BYTES),
+        "shared": Shared(comm, row_bytes=ROW_BYTES),
+        "shared in pairs": Shared(comm, row_bytes=ROW_BYTES, nodes=pairs),
+        "shared in a small room": Shared(comm, row_bytes=ROW_BYTES, room_bytes=8 * ROW_BYTES),
+    }
+
+
+def counts_of(pattern, size, step):
+    """Rows from each rank to each (R, R), the same on all ranks."""
+    random = np.random.default_rng(step)
+    match pattern:
+        case "even":
+            return np.full((size, size), 3)
+        case "random":
+            return random.integers(0, 9, (size, size)) * random.integers(0, 2, (size, size))
+        case "skewed":
+            return np.where(np.arange(size) == step % size, 7, 0) * np.ones((size, 1), int)
+        case "some empty":
+            return np.where(np.arange(size) % 2, 0, 4)[:, None] * np.ones(size, int)
+        case "nothing":
+            return np.zeros((size, size), int)
+        case "itself":
+            return np.eye(size, dtype=int) * 5
+    raise AssertionError(pattern)
+
+
+def block(source, destination, count, step):
+    """Rows that no other pair, step or place has."""
+    rows = np.zeros((count, ROW_BYTES // 4), np.int32)
+    rows[:] = np.array([source, destination, step, 0, 17, -1])
+    rows[:, 3] = np.arange(count)
+    return rows.view(np.uint8)
+
+
+def start(transport, rank, counts, step):
+    """Start a transfer; what it waits for, where it arrives, and what should."""
+    size = len(counts)
+    outgoing = transport.outgoing(counts[rank].sum())
+    assert outgoing.ctypes.data % 64 == 0 or not len(outgoing)
+    sent = [block(rank, peer, counts[rank, peer], step) for peer in range(size)]
+    outgoing[:] = np.concatenate(sent)
+    expected = np.concatenate([block(peer, rank, counts[peer, rank], step) for peer in range(size)])
+    incoming = np.full(expected.shape, 255, np.uint8)
+    pending = transport.start(outgoing, counts[rank], incoming, counts[:, rank])
+    return pending, incoming, expected
+
+
+@pytest.mark.ranks(1, 2, 3, 5)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_row_arrives_at_its_place(comm, num_ranks, pattern):
+    for name, transport in transports(comm).items():
+        for step in range(6):
+            counts = counts_of(pattern, num_ranks, step)
+            pending, incoming, expected = start(transport, comm.rank, counts, step)
+            pending.Wait()
+            assert pending.Test()
+            assert (incoming == expected).all(), f"{name}, step {step}"
+
+
+@pytest.mark.ranks(2, 3)
+def test_two_transfers_are_under_way_while_ranks_are_late(comm, num_ranks):
+    import time
+
+    for name, transport in transports(comm).items():
+        under_way = []
+        for step in range(20):
+            if step % num_ranks == comm.rank:
+                time.sleep(0.002)
+            under_way.append(start(transport, comm.rank, counts_of("random", num_ranks, step), step))
+            if len(under_way) == 2:
+                pending, incoming, expected = under_way.pop(0)
+                while not pending.Test():
+                    comm.Iprobe()
+                assert (incoming == expected).all(), f"{name}, step {step - 1}"
+        under_way[0][0].Wait()
+        assert (under_way[0][1] == under_way[0][2]).all()
