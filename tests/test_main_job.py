@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
@@ -28,7 +29,8 @@ def prompts(tmp_path_factory):
     lines = [json.loads(line) for line in (ROOT / "jobs/abacus.jsonl").read_text().splitlines()[:18]]
     for length in (1, 2, 63, 64, 65, 100, 119):
         tokens = [dice.randrange(3, 98) for _ in range(length)]
-        lines.append({"id": f"long-{length}", "tokens": tokens, "max_tokens": dice.choice([1, 3, 8]), "ignore_eos": True})
+        limit = dice.choice([1, 3, 8])
+        lines.append({"id": f"long-{length}", "tokens": tokens, "max_tokens": limit, "ignore_eos": True})
     lines.append({"id": "drawn", "prompt": "12+30=", "temperature": 1.5, "top_k": 40, "seed": 5, "top_logprobs": 3})
     lines.append({"id": "bad", "prompt": "12+30=", "max_tokens": -1})
     path = tmp_path_factory.mktemp("prompts") / "mixed.jsonl"
@@ -63,7 +65,8 @@ def run(weights, prompts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(run):
     """The same on one rank with one lane, in float32."""
-    return {task: run(1, task, **{"run.precision": "float32", "run.micro_batches": 1}) for task in ("generate", "score")}
+    settings = {"run.precision": "float32", "run.micro_batches": 1}
+    return {task: run(1, task, **settings) for task in ("generate", "score")}
 
 
 LAYOUTS = [

@@ -122,7 +122,8 @@ def compare(chosen: argparse.Namespace) -> int:
     from moempi.storage.compare import compare as compare_results
 
     found = compare_results(chosen.first, chosen.second)
-    print(f"{found.requests} requests, {found.different} differ in tokens; log-probabilities within {found.largest:.3g}")
+    equal = f"log-probabilities within {found.largest:.3g}"
+    print(f"{found.requests} requests, {found.different} differ in tokens; {equal}")
     return DataError.exit_code if found.different or found.largest > chosen.within else 0
 
 

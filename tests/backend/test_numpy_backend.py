@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.numpy_backend import NumpyBackend
 from moempi.backend.protocol import Expert, Segment
-from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.config.architecture import Router
 
 EXACT = NumpyBackend(precision="float32", reproducible=True)
@@ -67,7 +67,8 @@ def test_swiglu_also_where_the_exponential_overflows(backend):
 @BACKENDS
 def test_rotation_turns_each_pair_by_position_times_frequency(backend):
     positions, x = np.array([0, 1, 300]), values(3, 2, 8)
-    actual = backend.rotate(x, backend.rope_angles(positions, frequencies=100.0 ** (-np.arange(0, 8, 2, dtype=np.float32) / 8), amplitude=1.0))
+    frequencies = 100.0 ** (-np.arange(0, 8, 2, dtype=np.float32) / 8)
+    actual = backend.rotate(x, backend.rope_angles(positions, frequencies=frequencies, amplitude=1.0))
     for row, position in enumerate(positions):
         for pair in range(4):
             angle = position * 100.0 ** (-2 * pair / 8)

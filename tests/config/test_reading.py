@@ -81,7 +81,7 @@ def test_malformed_overrides_are_usage_errors(job_file, override):
         ("[run]\nmicro_batch = 2", ["unknown key run.micro_batch", "run.micro_batches"]),
         ("[sampling]\nqqqqqqqqqq = 2", ["unknown key sampling.qqqqqqqqqq", "known keys are max_tokens"]),
         ("[samplings]\ntop_k = 2", ["unknown key samplings", "did you mean sampling?"]),
-        ("[run]\nmicro_batches = '2'", ["run.micro_batches", "int"]),
+        ("[run]\nmicro_batches = '2'", ["run.micro_batches", "'2'"]),
         ("[run]\nmicro_batches = 0", ["run.micro_batches", ">= 1"]),
         ("[run]\nmicro_batches = true", ["run.micro_batches"]),
         ("[run]\nprecision = 'float16'", ["run.precision", "float16"]),

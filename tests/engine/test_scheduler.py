@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+
 from moempi.config.job import Sampling
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.scheduler import Scheduler

@@ -3,10 +3,10 @@
 from itertools import combinations, product
 
 import pytest
+
 from moempi.config.job import ParallelSection
 from moempi.errors import ConfigError
 from moempi.parallel.grid import balanced, make_grid
-
 
 STAGE_RANKS = [(1, 1), (3, 5), (5, 3), (1, 4), (4, 1), (2, 6)]
 

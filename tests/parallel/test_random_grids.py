@@ -7,6 +7,7 @@ import os
 import random
 
 import pytest
+
 from moempi.config.architecture import Architecture, Attention, Experts, Router
 from moempi.config.job import Job
 from moempi.config.reading import convert

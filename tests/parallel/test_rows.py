@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from moempi.parallel.batch import Batch
 from moempi.parallel.placement import linear
 from moempi.parallel.route_plan import expert_order
@@ -40,7 +41,7 @@ def test_positions_count_on_from_each_start():
 
 def test_parts_of_a_batch_join_to_the_whole():
     whole = batch_of([1, 3, 4, 9], [2, 1, 3, 2], [0, 7, 2, 1], wanted=[1, 2, 4, 5, 7], freed=[0, 8])
-    parts = [whole.of_slots(slots) for slots in (range(0, 4), range(4, 5), range(5, 10))]
+    parts = [whole.of_slots(slots) for slots in (range(4), range(4, 5), range(5, 10))]
     joined = Batch.join([part for part, _ in parts])
     for field in ("slots", "starts", "lengths", "capacities", "wanted", "freed", "positions"):
         np.testing.assert_array_equal(getattr(joined, field), getattr(whole, field))

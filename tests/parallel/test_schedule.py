@@ -3,6 +3,7 @@
 from itertools import islice
 
 import pytest
+
 from moempi.engine.interleave import interleave
 from moempi.parallel.schedule import AGREE, ROWS, SENT, TOKENS, Point, schedule, step_points
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from moempi.errors import DataError, NoInputError, StorageError
 from moempi.storage import merge as merging
 from moempi.storage import results_layout, survey
-from moempi.storage.records import PartWriter, part_path, part_paths, remove_parts
 from moempi.storage.merge import Provenance, merge
+from moempi.storage.records import PartWriter, part_path, part_paths, remove_parts
 from moempi.storage.results import ResultFile
 from storage.test_records import TEXTS, assert_same, make_rank, make_request, write_part
 
@@ -38,6 +38,7 @@ def write_parts(path, *parts):
 
 def merged(path, *parts, num_requests):
     merge(path, write_parts(path, *parts), num_requests=num_requests, provenance=PROVENANCE)
+    remove_parts(path)
     return path
 
 

@@ -81,9 +81,11 @@ def stage_tensors(architecture: Architecture, layers: range) -> Iterator[Tensor]
         if rest:
             if int(rest.partition("/")[0]) in layers:
                 yield tensor
-        elif is_last or (is_first and group == "embedding"):
-            if group != "embedding" or is_first or architecture.tied_embeddings:
+        elif group == "embedding":
+            if is_first or (is_last and architecture.tied_embeddings):
                 yield tensor
+        elif is_last:
+            yield tensor
 
 
 def layer_tensors(architecture: Architecture, layer: int) -> Iterator[Tensor]:

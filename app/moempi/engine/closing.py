@@ -13,6 +13,7 @@ from moempi.engine.ledger import Ledger
 from moempi.engine.restart import Earlier
 from moempi.observe.report import Report
 from moempi.parallel.traffic import WAITS
+from moempi.parallel.transports.counted import no_counts
 from moempi.parallel.world import World
 from moempi.storage.merge import Provenance
 from moempi.storage.records import RankRecord
@@ -30,6 +31,7 @@ def rank_record(lanes: Sequence[Lane], ledger: Ledger, world: World, *, seconds:
         seconds={"compute": seconds - sum(waits.values()), **waits},
         steps=ledger.steps,
         tokens=ledger.tokens,
+        counters={name: sum(lane.network.traffic.counters[name] for lane in lanes) for name in no_counts()},
     )
 
 
@@ -47,7 +49,14 @@ def provenance_of(job_text: str, world: World, *, weights: str, start: datetime)
 
 
 def report_of(
-    record: RankRecord, ledger: Ledger, world: World, *, earlier: Earlier, results: str, moe_layers: Sequence[int]
+    record: RankRecord,
+    ledger: Ledger,
+    world: World,
+    *,
+    earlier: Earlier,
+    results: str,
+    transport: str,
+    moe_layers: Sequence[int],
 ) -> Report:
     """The figures of the whole run; collective."""
     records = world.comm.allgather(record)
@@ -56,6 +65,8 @@ def report_of(
     load = np.sum([one.expert_load for one in records], axis=0)
     return Report(
         results=results,
+        transport=transport,
+        sent={name: sum(one.counters[name] for one in records) for name in record.counters},
         tokens=sum(one.tokens for one in records),
         wall_s=max(sum(one.seconds.values()) for one in records),
         seconds={phase: [one.seconds[phase] for one in records] for phase in record.seconds},

@@ -24,7 +24,7 @@ from moempi.engine.text import Text
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
 from moempi.observe.report import print_report
-from moempi.parallel.network import make_network
+from moempi.parallel.network import choose_transport, make_network
 from moempi.parallel.schedule import Point, step_points
 from moempi.parallel.stop import Stop
 from moempi.parallel.world import World
@@ -86,13 +86,18 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     )
     top = job.score.top_n if job.task == "score" else max((prompt.sampling.top_logprobs for prompt in prompts), default=0)
     task = Score(top=top) if job.task == "score" else Generate(text, top=top)
+    row_bytes = architecture.width * backend.row_dtype.itemsize
+    transport = choose_transport(job.exchange.transport, ranks, grid, nodes=nodes, row_bytes=row_bytes)
     new_network = partial(
         make_network,
         ranks,
         grid,
         placement,
         backend,
+        nodes=nodes,
+        transport=transport.name,
         width=architecture.width,
+        top_k=architecture.experts.router.top_k,
         num_layers=architecture.num_layers,
         group_rows=job.run.batch_tokens,
         overlap=job.run.overlap,
@@ -111,6 +116,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
         world,
         earlier=attempt.earlier,
         results=job.output.results,
+        transport=f"{transport.name}  ({transport.reason})",
         moe_layers=architecture.moe_layers,
     )
     if report.num_finished < len(prompts):

@@ -34,7 +34,8 @@ class Attention:
         backend.extend_cache(cache, keys, values, segments)
         scale = shape.head_dim**-0.5 * shape.score_factor
         attended = backend.attend(queries, cache, segments, scale=scale, window=self.window, sinks=self.sinks)
-        return backend.linear(attended.reshape(num_rows, shape.num_heads * shape.value_dim), self.output, self.output_bias)
+        attended = attended.reshape(num_rows, shape.num_heads * shape.value_dim)
+        return backend.linear(attended, self.output, self.output_bias)
 
     def _project(self, backend: Backend, x: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values by heads, normalized and clipped, not yet rotated."""

@@ -1,7 +1,7 @@
 """What a person reads before a run (its layout), at its end (its figures), and of its answers."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import fmean
 
@@ -46,6 +46,7 @@ class Report:
     `seconds` holds, for each phase (compute, exchange, idle), one number per rank; `expert_load` (L, E) counts the
     tokens routed to each expert of each MoE layer by all ranks; `exact` of `referenced` answers equal their reference.
     `hosts` are the ranks'. Requests that earlier attempts finished are among `finishes`; `tokens` are of this one.
+    `sent` counts bytes and messages of rows by level of link, over all ranks; `transport` says how they went.
     """
 
     results: str
@@ -59,6 +60,8 @@ class Report:
     hosts: Sequence[str] = ()
     earlier_requests: int = 0
     earlier_tokens: int = 0
+    transport: str = ""
+    sent: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_finished(self) -> int:
@@ -96,7 +99,7 @@ def layout_table(layout: Layout) -> RenderableType:
     head = ("stages", "layers", "ranks", "nodes", "groups", "experts", *purposes)
     table = Table(*(Column(name, no_wrap=True) for name in head), box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
     table.title, table.title_justify = escape(layout.title), "left"
-    table.caption = "of a stage: layers, ranks, nodes, data parallel groups; per rank and layer: experts; of a rank: bytes"
+    table.caption = "of a stage: layers, ranks, nodes, data parallel groups; of a rank: experts of a layer, bytes"
     table.caption_justify = "left"
     first = 0
     for row, alike in groupby(layout.stages):
@@ -127,6 +130,11 @@ def report_table(report: Report) -> RenderableType:
     if report.referenced:
         share = report.exact / report.referenced
         table.add_row("exact matches", f"{report.exact:,} of {report.referenced:,}  ({share:.1%})")
+    if report.transport:
+        table.add_row("transport", escape(report.transport))
+    for level in [name.removesuffix("_bytes") for name in report.sent if name.endswith("_bytes")]:
+        size, messages = format_size(report.sent[f"{level}_bytes"]), report.sent[f"{level}_messages"]
+        table.add_row(f"rows to experts, {level}", f"{size} in {messages:,} messages")
     table.add_row("results", escape(report.results))
     return table
 

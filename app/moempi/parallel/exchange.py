@@ -100,9 +100,7 @@ class Exchange:
             [counts_here, np.full(self._comm.size, self._hosted), MPI.INT64_T],
         )
 
-    def _send(
-        self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray
-    ) -> Transfer:
+    def _send(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Transfer:
         outgoing = self._transport.outgoing(int(send_counts.sum()))
         self._backend.pack(rows, index, outgoing.view(self._backend.row_dtype))
         incoming = self._incoming.take(int(recv_counts.sum()))

@@ -14,7 +14,7 @@ from moempi.parallel.stage_link import StageLink
 from moempi.parallel.tensor_group import TensorGroup
 from moempi.parallel.topology import link_levels
 from moempi.parallel.traffic import Traffic
-from moempi.parallel.transports.choice import Choice, fastest, make_transport
+from moempi.parallel.transport_choice import Choice, fastest, make_transport
 from moempi.parallel.transports.counted import Counted
 from moempi.parallel.transports.transfer import Transport
 
@@ -40,7 +40,7 @@ def choose_transport(name: str, comm: MPI.Intracomm, grid: Grid, *, nodes: Seque
     choice = Choice(name, "as the job says")
     if name == "auto":
         place = grid.coordinates(comm.rank)
-        stage, own = comm.Split(place.stage, comm.rank), grid.stages[place.stage].ranks
+        stage, own = MPI.Intracomm(comm.Split(place.stage, comm.rank)), grid.stages[place.stage].ranks
         choice = fastest(comm, stage, row_bytes=row_bytes, nodes=tuple(nodes[own.start : own.stop]))
         stage.Free()
     logging.getLogger(__name__).info("transport %s: %s", choice.name, choice.reason)
@@ -66,8 +66,8 @@ def make_network(
     A data parallel group of the first stage has at most `group_rows` rows in a step, each for `top_k` experts.
     """
     place = grid.coordinates(comm.rank)
-    stage = comm.Split(place.stage, comm.rank)
-    tensor = stage.Split(place.data, comm.rank)
+    stage = MPI.Intracomm(comm.Split(place.stage, comm.rank))
+    tensor = MPI.Intracomm(stage.Split(place.data, comm.rank))
     traffic = Traffic(overlap=overlap)
     own = grid.stages[place.stage].ranks
     most_rows = -(-group_rows * len(grid.peers(place.stage, place.data, other=0)) // grid.tensor)

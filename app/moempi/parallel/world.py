@@ -82,7 +82,8 @@ class World:
         With `ranks_per_node` above 0 the nodes are virtual: that many ranks each, in the order of the ranks.
         """
         nodes = tuple(rank // ranks_per_node for rank in range(self.size)) if ranks_per_node else self.nodes
-        return tuple(sorted(nodes)), self.comm.Split(0, nodes[self.rank] * self.size + self.rank)
+        order = self.comm.Split(0, nodes[self.rank] * self.size + self.rank)
+        return tuple(sorted(nodes)), MPI.Intracomm(order)
 
     def agree(self, error: MoempiError | None) -> None:
         """End the program on all ranks if any rank has an `error`, else return; collective, blocks.

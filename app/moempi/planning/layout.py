@@ -1,4 +1,4 @@
-"""The layout of a job on given ranks: grid, placement of experts, memory. Pure, so that any machine can be asked for."""
+"""The layout of a job on given ranks: grid, placement of experts, memory. Pure: any machine can be asked for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from math import prod
 
-from moempi.config.tensors import PAGE_ROWS
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
-from moempi.config.tensors import Share, stage_tensors
+from moempi.config.tensors import PAGE_ROWS, Share, stage_tensors
 
 NUMPY_VALUE_BYTES = 4
 """The NumPy backend widens weights, cache and rows to float32."""

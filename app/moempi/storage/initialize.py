@@ -22,7 +22,8 @@ def initialize(architecture: Architecture, path: str | Path, *, seed: int, progr
     """Write a weight file of random weights without a tokenizer; returns its fingerprint.
 
     Matrices have mean 0 and standard deviation 1/sqrt(inputs); norms have mean 1, biases mean 0, both deviation 0.1.
-    Every block of rows is a function of (seed, tensor name, block) alone. Memory holds one block. Raises StorageError when the disk does not take it.
+    Every block of rows is a function of (seed, tensor name, block) alone. Memory holds one block. Raises StorageError
+    when the disk does not take it.
     """
     tensors = ((tensor, _blocks(tensor, seed)) for tensor in catalogue(architecture))
     return write_weights(path, architecture, tokenizer="", tensors=tensors, progress=progress)

@@ -126,6 +126,10 @@ def _write_ranks(file: Any, survey: Survey) -> None:
     for phase in dict.fromkeys(phase for record in ranks for phase in record.seconds):
         seconds = _create(file, f"timing/{phase}", np.float64, dims, f"time of the rank in {phase}", units="s")
         seconds[...] = [record.seconds.get(phase, np.nan) for record in ranks]
+    for name in dict.fromkeys(name for record in ranks for name in record.counters):
+        units = "B" if name.endswith("_bytes") else "1"
+        counted = _create(file, f"network/{name}", np.int64, dims, f"{name.replace('_', ' ')} sent", units=units)
+        counted[...] = [record.counters.get(name, 0) for record in ranks]
 
 
 def _write_offsets(file: Any, path: str, lengths: NDArray[np.int64]) -> None:

@@ -90,7 +90,8 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     """What one rank did, written once at the end of its run.
 
     `expert_load` (layers, experts) int64 counts the tokens this rank routed; `seconds` holds one entry per phase (such
-    as compute, exchange, idle), each name an identifier. Raises ValueError otherwise.
+    as compute, exchange, idle) and `counters` one per thing counted (such as network_bytes), each name an identifier.
+    Raises ValueError otherwise.
     """
 
     rank: int
@@ -99,13 +100,15 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     seconds: dict[str, float]
     steps: int
     tokens: int
+    counters: dict[str, int] = {}
 
     def __post_init__(self) -> None:
         if self.expert_load.dtype != np.int64 or self.expert_load.ndim != 2:
             raise ValueError(f"expert_load is {_describe(self.expert_load)}, not int64 (layers, experts)")
-        wrong = [phase for phase in self.seconds if not phase.isidentifier() or phase in self.__struct_fields__]
+        names = (*self.seconds, *self.counters)
+        wrong = [name for name in names if not name.isidentifier() or name in self.__struct_fields__]
         if wrong:
-            raise ValueError(f"phase {wrong[0]!r} is not a free identifier")
+            raise ValueError(f"{wrong[0]!r} is not a free identifier")
 
 
 Record = RequestRecord | RankRecord

@@ -1,4 +1,4 @@
-"""A survey of the parts before the merge: where each request's record lies, how long it is, and that none is missing."""
+"""A survey of the parts before the merge: where each request's record lies, its length, and that none is missing."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -108,7 +108,8 @@ DECODER_NAMES: Names = {
     "norm_bias": "model.norm.bias",
     "head": "lm_head.weight",
     "head_bias": "lm_head.bias",
-} | in_layers(_LAYER_NAMES)
+    **in_layers(_LAYER_NAMES),
+}
 """The names that most decoder families on the hub share."""
 
 MIXTRAL_NAMES: Names = DECODER_NAMES | in_layers(

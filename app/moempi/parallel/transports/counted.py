@@ -38,5 +38,5 @@ class Counted:
         for level, name in enumerate(LEVELS):
             sent = send_counts[self._levels == level]
             self._counters[f"{name}_bytes"] += int(sent.sum()) * self._row_bytes
-            self._counters[f"{name}_messages"] += np.count_nonzero(sent)
+            self._counters[f"{name}_messages"] += int(np.count_nonzero(sent))
         return self._transport.start(outgoing, send_counts, incoming, recv_counts)

@@ -75,7 +75,7 @@ class Shared:
         room_bytes: int = ROOM_BYTES,
     ) -> None:
         shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        neighbours = shared.Split(nodes[comm.rank] if nodes else 0)
+        neighbours = MPI.Intracomm(shared.Split(nodes[comm.rank] if nodes else 0))
         shared.Free()
         self._comm = comm
         self._row_bytes = row_bytes
@@ -178,7 +178,8 @@ def _open(neighbours: MPI.Intracomm, room_bytes: int) -> tuple[MPI.Win, list[_Se
     window.Lock_all(MPI.MODE_NOCHECK)
     segments = []
     for place in range(neighbours.size):
-        memory = np.frombuffer(window.Shared_query(place)[0], np.uint8)
+        segment: Any = window.Shared_query(place)[0]
+        memory: Any = np.frombuffer(segment, np.uint8)
         memory = memory[-memory.ctypes.data % ALIGNMENT_BYTES :]
         rooms = memory[words_bytes : words_bytes + 2 * room_bytes].reshape(2, room_bytes)
         segments.append(_Segment(memoryview(memory[:words_bytes].view(np.int64)), (rooms[0], rooms[1])))

@@ -42,14 +42,15 @@ def fastest(comm: MPI.Intracomm, group: MPI.Intracomm, *, row_bytes: int, nodes:
 
     Rows are exchanged within each `group`, whose ranks' nodes are `nodes`; all ranks of `comm` get the same answer.
     """
-    taken = {name: 0.0 for name in NAMES}
+    taken = dict.fromkeys(NAMES, 0.0)
     for rows in (1, max(1, PROBED_BYTES // row_bytes)):
         for name in NAMES:
             room_bytes = rows * row_bytes * group.size
             transport = make_transport(name, group.Dup(), row_bytes=row_bytes, nodes=nodes, room_bytes=room_bytes)
             taken[name] += _seconds(transport, group, rows=rows, row_bytes=row_bytes)
-    slowest = comm.allreduce(np.array(list(taken.values())), MPI.MAX).tolist()
-    ranking = sorted(zip(slowest, NAMES, strict=True))
+    slowest = np.array(list(taken.values()))
+    comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+    ranking = sorted(zip(slowest.tolist(), NAMES, strict=True))
     return Choice(ranking[0][1], ", ".join(f"{name} {seconds * 1e6:.0f} us" for seconds, name in ranking))
 
 
