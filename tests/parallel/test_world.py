@@ -63,7 +63,7 @@ def test_one_rank_ends_all_with_one_line(ending, code, line, tmp_path):
 def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, tmp_path):
     outcome = ended(ending, tmp_path)
     assert len(outcome.lines) == 1
-    assert outcome.lines[0].endswith("no progress for 2 s, last at step 7; see run.timeout_s")
+    assert "no progress for 2 s: rank 1 does not answer, rank 0 waits at step 7" in outcome.lines[0]
     assert outcome.code == 75
 
 

@@ -29,12 +29,12 @@ task = "{task}"
 [model]
 weights = "{folder}/model.h5"
 [input]
-prompts = "{folder}/prompts.jsonl"
+prompts = "{folder}/{task}.jsonl"
 [output]
 results = "{folder}/{name}-{ranks}.h5"
 [run]
 precision = "{precision}"
-batch_tokens = 32
+batch_tokens = 128
 max_sequences = 4
 [sampling]
 max_tokens = {max_tokens}
@@ -64,7 +64,9 @@ def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
     families.write_checkpoint(tmp_path / "hub", case)
     reference = families.expected(tmp_path / "hub", tokens)
     convert(tmp_path / "hub", tmp_path / "model.h5")
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"tokens": prompt}) + "\n" for prompt in tokens))
+    lines = [json.dumps({"tokens": prompt}) + "\n" for prompt in tokens]
+    (tmp_path / "score.jsonl").write_text("".join(lines))
+    (tmp_path / "generate.jsonl").write_text("".join(lines[: len(families.LENGTHS)]))
     for ranks in RANKS:
         run_jobs(tmp_path, ranks)
     exact = flat(reference.float32)
@@ -90,7 +92,7 @@ def run_jobs(folder: Path, ranks: int) -> None:
             task=task, folder=folder, name=name, ranks=ranks, precision=precision, max_tokens=families.NUM_GREEDY
         )
         paths[-1].write_text(text)
-    outcome = launching.mpirun(ranks, *launching.python(Path(__file__).with_name("run_jobs.py"), *paths))
+    outcome = launching.mpirun(ranks, *launching.python(Path(__file__).with_name("run_jobs.py"), *paths), limit_s=120)
     assert outcome.code == 0, outcome.err
 
 

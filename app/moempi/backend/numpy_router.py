@@ -44,7 +44,8 @@ def _softmax(logits: FloatArray) -> FloatArray:
 
 def _in_best_groups(ranked: FloatArray, router: Router) -> FloatArray:
     """The same with -inf outside the `kept_groups` best groups of neighbours (DeepSeek-V2 and -V3, 2024)."""
-    groups = ranked.reshape(len(ranked), router.num_groups, -1)
+    rows, experts = ranked.shape
+    groups = ranked.reshape(rows, router.num_groups, experts // router.num_groups)
     best = np.sort(groups, axis=2)[:, :, -TOP_OF_GROUP[router.group_score] :].sum(axis=2)
     kept = np.argsort(-best, axis=1, kind="stable")[:, : router.kept_groups]
     outside = np.ones(best.shape, bool)

@@ -170,8 +170,11 @@ class World:
             if rank != self.rank:
                 self._farewell.report(own, rank)
         if self.rank < len(COLLECT_S):
+            begin = time.monotonic()
             positions = self._farewell.collect(own, patience_s=COLLECT_S[self.rank])
             reason = explain(positions, self.size)
+            if self.rank:  # rank 0 speaks, if it can
+                time.sleep(max(0.0, begin + COLLECT_S[self.rank] - time.monotonic()))
         else:
             time.sleep(ALONE_S)
             reason = f"ranks 0 and 1 do not answer, this rank waits at {own.where}"
