@@ -59,11 +59,14 @@ def test_one_rank_ends_all_with_one_line(ending, code, line, tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("ending", ["stop", "early"])
-def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, tmp_path):
+@pytest.mark.parametrize(
+    ("ending", "who"), [("stop", "rank 1 does not answer, rank 0 waits"), ("early", "all ranks wait")]
+)
+def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, who, tmp_path):
     outcome = ended(ending, tmp_path)
     assert len(outcome.lines) == 1
-    assert "no progress for 2 s: rank 1 does not answer, rank 0 waits at step 7" in outcome.lines[0]
+    assert f"no progress for 2 s: {who}" in outcome.lines[0]
+    assert "at step 7" in outcome.lines[0]
     assert outcome.code == 75
 
 

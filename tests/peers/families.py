@@ -1,13 +1,11 @@
 """Small random checkpoints of every family, and what transformers makes of them."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NUM_GREEDY = 12
@@ -185,7 +183,8 @@ class Expected:
 def prompts() -> list[list[int]]:
     """Random tokens."""
     random = torch.Generator().manual_seed(11)
-    return [torch.randint(0, COMMON["vocab_size"], (length,), generator=random).tolist() for length in LENGTHS + MORE_LENGTHS]
+    lengths = LENGTHS + MORE_LENGTHS
+    return [torch.randint(0, COMMON["vocab_size"], (length,), generator=random).tolist() for length in lengths]
 
 
 def write_checkpoint(folder: Path, case: str) -> None:
@@ -245,14 +244,3 @@ def _greedy(model: Any, prompt: list[int]) -> list[int]:
     for _ in range(NUM_GREEDY):
         tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
-
-
-def read_config(folder: Path) -> Mapping[str, Any]:
-    """The saved configuration."""
-    config: Mapping[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
-
-
-def rewrite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replace the tensors of a checkpoint."""
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})

@@ -23,7 +23,13 @@ families = pytest.importorskip("peers.families")
 WITHIN = 2e-4
 BFLOAT16_SHARE = 1.5
 RANKS = (1, 4)
-JOBS = {"score": ("score", "float32"), "greedy": ("generate", "float32"), "rounded": ("score", "bfloat16")}
+# Name: task, precision, ranks of a tensor group.
+JOBS = {
+    "score": ("score", "float32", 1),
+    "greedy": ("generate", "float32", 1),
+    "rounded": ("score", "bfloat16", 1),
+    "divided": ("score", "float32", 2),
+}
 JOB = """
 task = "{task}"
 [model]
@@ -36,6 +42,8 @@ results = "{folder}/{name}-{ranks}.h5"
 precision = "{precision}"
 batch_tokens = 128
 max_sequences = 4
+[parallel]
+tensor = {tensor}
 [sampling]
 max_tokens = {max_tokens}
 ignore_eos = true
@@ -67,31 +75,32 @@ def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
     lines = [json.dumps({"tokens": prompt}) + "\n" for prompt in tokens]
     (tmp_path / "score.jsonl").write_text("".join(lines))
     (tmp_path / "generate.jsonl").write_text("".join(lines[: len(families.LENGTHS)]))
-    for ranks in RANKS:
-        run_jobs(tmp_path, ranks)
+    run_jobs(tmp_path, 1, ("score", "greedy", "rounded"))
+    run_jobs(tmp_path, 4, ("score", "greedy", "rounded", *(() if "olmoe" in case else ("divided",))))
     exact = flat(reference.float32)
     theirs = np.abs(flat(reference.bfloat16) - exact).mean()
-    largest, rounded = 0.0, 0.0
-    for ranks in RANKS:
-        largest = max(largest, float(np.abs(scores(tmp_path / f"score-{ranks}.h5") - exact).max()))
-        rounded = max(rounded, float(np.abs(scores(tmp_path / f"rounded-{ranks}.h5") - exact).mean()))
+    alone = scores(tmp_path / "score-1.h5")
+    others = [scores(path) for path in (tmp_path / "score-4.h5", tmp_path / "divided-4.h5") if path.exists()]
+    largest = max(float(np.abs(found - exact).max()) for found in (alone, *others))
+    rounded = max(float(np.abs(scores(tmp_path / f"rounded-{ranks}.h5") - exact).mean()) for ranks in RANKS)
     table.append(f"{case:42}{largest:10.1e}{rounded:11.4f}{theirs:9.4f}")
     assert largest <= WITHIN
     assert rounded <= BFLOAT16_SHARE * theirs
+    np.testing.assert_array_equal(others[0], alone)
     for ranks in RANKS:
         with ResultFile(tmp_path / f"greedy-{ranks}.h5") as results:
             assert [record.tokens.tolist() for record in results.requests()] == reference.greedy
 
 
-def run_jobs(folder: Path, ranks: int) -> None:
-    """The jobs of JOBS, one after another."""
+def run_jobs(folder: Path, ranks: int, names: tuple[str, ...]) -> None:
+    """These of JOBS, one after another in the same ranks."""
     paths = []
-    for name, (task, precision) in JOBS.items():
+    for name in names:
+        task, precision, tensor = JOBS[name]
+        places = {"folder": folder, "name": name, "ranks": ranks}
+        values = {"task": task, "precision": precision, "tensor": tensor, "max_tokens": families.NUM_GREEDY}
         paths.append(folder / f"{name}-{ranks}.toml")
-        text = JOB.format(
-            task=task, folder=folder, name=name, ranks=ranks, precision=precision, max_tokens=families.NUM_GREEDY
-        )
-        paths[-1].write_text(text)
+        paths[-1].write_text(JOB.format(**places, **values))
     outcome = launching.mpirun(ranks, *launching.python(Path(__file__).with_name("run_jobs.py"), *paths), limit_s=120)
     assert outcome.code == 0, outcome.err
 

@@ -1,8 +1,9 @@
 """The ledger: what a rank has done so far, in its part of the results and in numbers."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
+from moempi.engine.restart import Earlier
 from moempi.engine.sequence import Sequence
 from moempi.storage.records import PartWriter, RequestRecord
 
@@ -24,11 +25,11 @@ class Ledger:
         self._task = task
         self._keeps_records = keeps_records
 
-    def count_earlier(self, finishes: Mapping[str, int], *, exact: int, referenced: int) -> None:
+    def count_earlier(self, earlier: Earlier) -> None:
         """Count requests that earlier attempts finished; on one rank."""
-        self.finishes.update(finishes)
-        self.exact += exact
-        self.referenced += referenced
+        self.finishes.update(earlier.finishes)
+        self.exact += earlier.exact
+        self.referenced += earlier.referenced
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from moempi.parallel.stage_link import StageLink
 from moempi.parallel.tensor_group import TensorGroup
 from moempi.parallel.topology import link_levels
 from moempi.parallel.traffic import Traffic
-from moempi.parallel.transport_choice import Choice, fastest, make_transport
+from moempi.parallel.transport_choice import ChosenTransport, fastest, make_transport
 from moempi.parallel.transports.counted import Counted
 from moempi.parallel.transports.transfer import Transport
 
@@ -32,12 +32,14 @@ class Network:
     traffic: Traffic
 
 
-def choose_transport(name: str, comm: MPI.Intracomm, grid: Grid, *, nodes: Sequence[int], row_bytes: int) -> Choice:
+def choose_transport(
+    name: str, comm: MPI.Intracomm, grid: Grid, *, nodes: Sequence[int], row_bytes: int
+) -> ChosenTransport:
     """The job's transport, or for "auto" the fastest for rows of `row_bytes`; logged.
 
     Collective over all ranks of `comm`, which count node by node (`nodes`); a probe blocks for some milliseconds.
     """
-    choice = Choice(name, "as the job says")
+    choice = ChosenTransport(name, "as the job says")
     if name == "auto":
         place = grid.coordinates(comm.rank)
         stage, own = MPI.Intracomm(comm.Split(place.stage, comm.rank)), grid.stages[place.stage].ranks

@@ -18,7 +18,7 @@ ROUNDS = 9
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenTransport:
     """The name of a transport, and why it was taken, for a person."""
 
     name: str
@@ -37,7 +37,7 @@ def make_transport(
     return (Alltoallv if name == Alltoallv.name else Pairwise)(comm, row_bytes=row_bytes)
 
 
-def fastest(comm: MPI.Intracomm, group: MPI.Intracomm, *, row_bytes: int, nodes: tuple[int, ...]) -> Choice:
+def fastest(comm: MPI.Intracomm, group: MPI.Intracomm, *, row_bytes: int, nodes: tuple[int, ...]) -> ChosenTransport:
     """The transport that exchanges one row, and PROBED_BYTES a pair, soonest on the slowest rank; collective, blocks.
 
     Rows are exchanged within each `group`, whose ranks' nodes are `nodes`; all ranks of `comm` get the same answer.
@@ -51,7 +51,7 @@ def fastest(comm: MPI.Intracomm, group: MPI.Intracomm, *, row_bytes: int, nodes:
     slowest = np.array(list(taken.values()))
     comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
     ranking = sorted(zip(slowest.tolist(), NAMES, strict=True))
-    return Choice(ranking[0][1], ", ".join(f"{name} {seconds * 1e6:.0f} us" for seconds, name in ranking))
+    return ChosenTransport(ranking[0][1], ", ".join(f"{name} {seconds * 1e6:.0f} us" for seconds, name in ranking))
 
 
 def _seconds(transport: Transport, group: MPI.Intracomm, *, rows: int, row_bytes: int) -> float:

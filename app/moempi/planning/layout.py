@@ -59,8 +59,12 @@ def layer_cost(architecture: Architecture, layer: int) -> float:
 
 
 def _refuse_uneven(job: Job, architecture: Architecture) -> None:
-    """A tensor group divides heads and hidden sizes evenly or not at all."""
+    """A tensor group divides heads and hidden sizes evenly or not at all, and no norm over all heads."""
     heads, tensor = architecture.attention, job.parallel.tensor
+    if tensor > 1 and heads.qk_norm == "vector":
+        raise ConfigError(
+            f"parallel.tensor = {tensor}: the model normalizes queries over all heads, which cannot be divided; use 1"
+        )
     divided = {"num_heads": heads.num_heads, "num_kv_heads": heads.num_kv_heads}
     if architecture.dense_layers:
         divided["dense_width"] = architecture.dense_width

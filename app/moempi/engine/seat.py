@@ -1,0 +1,69 @@
+"""A rank's seat: where it stands among all ranks of a run, and what it holds there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moempi.config.architecture import Architecture
+from moempi.config.job import Job
+from moempi.config.size import parse_size
+from moempi.parallel.grid import Coordinates, Grid, Stage
+from moempi.parallel.placement import Placement
+from moempi.parallel.world import World
+from moempi.planning.layout import make_plan
+from moempi.planning.memory import Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """`ranks` is a communicator of all ranks, counted node by node; `nodes` is the node of each of them.
+
+    `placement` and `memory` are those of this rank's stage.
+    """
+
+    ranks: Any
+    nodes: Sequence[int]
+    grid: Grid
+    place: Coordinates
+    placement: Placement
+    memory: Memory
+
+    @property
+    def stage(self) -> Stage:
+        """The layers and ranks of this rank's stage."""
+        return self.grid.stages[self.place.stage]
+
+    @property
+    def hosted(self) -> tuple[int, ...]:
+        """The experts of each MoE layer that this rank hosts."""
+        return self.placement.hosted[self.ranks.rank - self.stage.ranks.start]
+
+    @property
+    def num_groups(self) -> int:
+        """Data parallel groups of the first stage that this rank computes for."""
+        return len(self.grid.peers(self.place.stage, self.place.data, other=0))
+
+    @property
+    def schedules(self) -> bool:
+        """Whether this rank decides steps: those of the first stage do."""
+        return self.place.stage == 0
+
+    @property
+    def keeps_records(self) -> bool:
+        """Whether this rank writes the records of its group; one rank of a tensor group does."""
+        return self.place.tensor == 0
+
+
+def take_seat(job: Job, world: World, architecture: Architecture) -> Seat:
+    """Lay the job out on the ranks of `world`; collective. A ConfigError of the layout ends all ranks alike."""
+    nodes, ranks = world.by_node(job.topology.ranks_per_node)
+    plan = world.together(lambda: make_plan(job, architecture, nodes))
+    place = plan.grid.coordinates(ranks.rank)
+    return Seat(ranks, nodes, plan.grid, place, plan.placements[place.stage], plan.memory[place.stage])
+
+
+def available_bytes(job: Job, world: World, *, of_node: int) -> int:
+    """This rank's memory: what the job says, or its share of what its node has free."""
+    if job.topology.rank_memory != "auto":
+        return parse_size(job.topology.rank_memory)
+    return of_node // world.nodes.count(world.nodes[world.rank])
