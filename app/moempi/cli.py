@@ -108,6 +108,17 @@ def show(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def state(chosen: argparse.Namespace) -> int:
+    """Print the state, finished requests and exit code of a job's last run."""
+    from moempi.config.job import Job
+    from moempi.config.reading import read_toml
+    from moempi.storage.run_state import read_state
+
+    found = read_state(read_toml(chosen.job, Job, overrides=chosen.set).output.results)
+    print(found.state, found.finished, found.exit_code, found.reason)
+    return 0
+
+
 def export(chosen: argparse.Namespace) -> int:
     """Write a results file as JSON lines."""
     from moempi.storage.export import export as export_results
@@ -183,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(show)
     _job_options(sub)
     sub.add_argument("--first", type=int, default=10, metavar="N", help="how many answers (10)")
+    _job_options(add(state))
     sub = add(compare)
     sub.add_argument("first", type=Path, metavar="A.h5")
     sub.add_argument("second", type=Path, metavar="B.h5")

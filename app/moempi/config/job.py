@@ -65,9 +65,13 @@ class ScoreSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[exchange]`: how rows travel between ranks; `auto` takes the transport that is fastest in a probe."""
+    """`[exchange]`: how rows travel between ranks; `auto` takes the transport that is fastest in a probe.
+
+    With 2 `hops` a row crosses the network once per node and goes on to its experts inside; sums are re-associated.
+    """
 
     transport: Literal["auto", "alltoallv", "pairwise", "shared"] = "auto"
+    hops: Literal[1, 2] = 1
 
 
 class ParallelSection(Struct, frozen=True, forbid_unknown_fields=True):

@@ -81,7 +81,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     task = _task(job, text, prompts)
     lanes = [Lane(index, model, network, scheduler, task, ledger, stop) for index, network in enumerate(networks)]
     world.watch(job.run.timeout_s, group=seat.place.stage)
-    seconds = _take_steps(lanes, world, backend, seat.stage.layers)
+    seconds = _take_steps(lanes, world, backend, seat.stage.layers, hops=job.exchange.hops)
     progress.close()
     # Every rank closes its part. Asked to stop before all is done: the parts stay, for the next attempt.
     record = rank_record(lanes, ledger, world, seconds=seconds)
@@ -115,7 +115,8 @@ def _cache_pages(job: Job, world: World, seat: Seat, backend: Backend, sequences
     available = available_bytes(job, world, of_node=backend.available_bytes())
     affordable = world.together(lambda: affordable_pages(job, seat.memory, available=available))
     useful = useful_pages(sequences, slots=seat.grid.slots_per_group)
-    return min(world.comm.allreduce(affordable, min), world.comm.allreduce(useful, max))
+    pages: int = min(world.comm.allreduce(affordable, min), world.comm.allreduce(useful, max))
+    return pages
 
 
 def _task(job: Job, text: Text, prompts: ManyOf[Prompt]) -> Task:
@@ -138,6 +139,7 @@ def _networks(
             backend,
             nodes=seat.nodes,
             transport=transport.name,
+            hops=job.exchange.hops,
             width=architecture.width,
             top_k=architecture.experts.router.top_k,
             num_layers=architecture.num_layers,
@@ -149,7 +151,7 @@ def _networks(
     return transport, networks
 
 
-def _take_steps(lanes: ManyOf[Lane], world: World, backend: Backend, layers: range) -> float:
+def _take_steps(lanes: ManyOf[Lane], world: World, backend: Backend, layers: range, *, hops: int) -> float:
     """Interleave the lanes to their end; the seconds that it took.
 
     Long verbs of the backend keep all lanes' rows moving. Lanes of a pipeline go in pairs: see `schedule`.
@@ -165,7 +167,7 @@ def _take_steps(lanes: ManyOf[Lane], world: World, backend: Backend, layers: ran
     backend.between = keep_moving
     link, tensor = lanes[0].network.link, lanes[0].network.tensor.size
     moe_layers = lanes[0].model.architecture.moe_layers
-    step = step_points(layers, moe_layers, tensor=tensor, is_first=link.is_first, is_last=link.is_last)
+    step = step_points(layers, moe_layers, tensor=tensor, is_first=link.is_first, is_last=link.is_last, hops=hops)
     begin = time.perf_counter()
     interleave(
         [lane.serve() for lane in lanes],

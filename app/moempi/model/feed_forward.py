@@ -45,10 +45,11 @@ class MixtureOfExperts:
         outward = exchange.dispatch(x, plan)
         shared = self._shared(backend, x)
         yield Point(self.layer, "dispatch")
-        rows = backend.expert_mlp(exchange.arrived(outward, plan), self.experts, plan.expert_counts)
+        rows = yield from exchange.arrived(outward, plan)
+        rows = backend.expert_mlp(rows, self.experts, plan.expert_counts)
         homeward = exchange.answer(rows, plan)
         yield Point(self.layer, "combine")
-        combined = exchange.combined(homeward, plan)
+        combined = yield from exchange.combined(homeward, plan)
         return combined if shared is None else backend.add(combined, shared)
 
     def _shared(self, backend: Backend, x: Array) -> Array | None:

@@ -42,7 +42,8 @@ class Exchange:
         width: int,
         num_layers: int,
     ) -> None:
-        self.load = np.zeros((num_layers, len(placement.keys)), np.int64)
+        self.num_experts = len(placement.keys)
+        self.load = np.zeros((num_layers, self.num_experts), np.int64)
         self._comm = comm
         self._placement = placement
         self._backend = backend
@@ -55,17 +56,28 @@ class Exchange:
         """Group the choices by destination and tell every rank how many rows to expect. Yields while counts travel."""
         order, places, counts = self._backend.group(route.experts, self._placement.keys)
         self.load[route.layer] += counts[self._placement.keys]
+        rows = order // route.weights.shape[1]
+        return (yield from self.spread(route, source_rows=rows, places=places, counts=counts, phase="counts"))
+
+    def spread(
+        self, route: Route, *, source_rows: Array, places: Array, counts: IntArray, phase: str
+    ) -> Generator[Point, None, RoutePlan]:
+        """The plan of choices that are grouped already: counts[key] of them, from `source_rows`, answered at `places`.
+
+        Of the route only layer and weights count.
+        """
         counts_here = np.empty((self._comm.size, self._hosted), np.int64)
         notice = self._traffic.begin(self._start_counts(counts, counts_here), counts, counts_here, waiting="idle")
-        yield Point(route.layer, "counts")
+        yield Point(route.layer, phase)
         notice.finish()
         by_expert, by_source = expert_order(counts_here)
         before = np.concatenate([[0], np.cumsum(counts)])
         return RoutePlan(
+            layer=route.layer,
             send_counts=np.diff(before[self._placement.bounds]),
             recv_counts=counts_here.sum(axis=1),
             expert_counts=counts_here.sum(axis=0),
-            source_rows=order // route.weights.shape[1],
+            source_rows=source_rows,
             places=places,
             weights=route.weights,
             by_expert=by_expert,
@@ -76,16 +88,18 @@ class Exchange:
         """Send each row of x to the experts that it chose."""
         return self._send(x, plan.source_rows, plan.send_counts, plan.recv_counts)
 
-    def arrived(self, transfer: Transfer, plan: RoutePlan) -> Array:
-        """Block until dispatched rows are here; the rows in expert order."""
+    def arrived(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
+        """Block until dispatched rows are here; the rows in expert order. Yields where they have a second way to go."""
+        yield from ()
         return self._backend.unpack(transfer.finish(), plan.by_expert)
 
     def answer(self, rows: Array, plan: RoutePlan) -> Transfer:
         """Send the experts' rows, in expert order, back to their homes."""
         return self._send(rows, plan.by_source, plan.recv_counts, plan.send_counts)
 
-    def combined(self, transfer: Transfer, plan: RoutePlan) -> Array:
-        """Block until the answers are here; their weighted sum for each token, in slot order."""
+    def combined(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
+        """Block until the answers are here; their weighted sum for each token, in slot order. Yields like `arrived`."""
+        yield from ()
         return self._backend.combine(transfer.finish(), plan.places, plan.weights)
 
     def agree(self, amounts: Sequence[int]) -> Transfer:

@@ -17,6 +17,7 @@ from moempi.parallel.traffic import Traffic
 from moempi.parallel.transport_choice import ChosenTransport, fastest, make_transport
 from moempi.parallel.transports.counted import Counted
 from moempi.parallel.transports.transfer import Transport
+from moempi.parallel.two_hops import Gates, TwoHops, numbered
 
 # A rank's share of shared memory, in rows that an even load would send at once; more than that goes as messages.
 ROOM_FOR_SKEW = 2
@@ -57,6 +58,7 @@ def make_network(
     *,
     nodes: Sequence[int],
     transport: str,
+    hops: int,
     width: int,
     top_k: int,
     num_layers: int,
@@ -73,28 +75,63 @@ def make_network(
     traffic = Traffic(overlap=overlap)
     own = grid.stages[place.stage].ranks
     most_rows = -(-group_rows * len(grid.peers(place.stage, place.data, other=0)) // grid.tensor)
-    exchange = Exchange(
-        stage,
-        placement,
-        backend,
+    ways = Ways(
+        backend=backend,
         traffic=traffic,
-        transport=_counted(
-            transport,
-            stage,
-            traffic,
-            nodes=tuple(nodes[own.start : own.stop]),
-            row_bytes=width * backend.row_dtype.itemsize,
-            room_rows=ROOM_FOR_SKEW * top_k * most_rows,
-        ),
+        transport=transport,
         width=width,
         num_layers=num_layers,
+        room_rows=ROOM_FOR_SKEW * top_k * most_rows,
     )
+    make_exchange = ways.one_hop if hops == 1 else ways.two_hops
+    exchange = make_exchange(stage, placement, numbered(nodes[own.start : own.stop]))
     link = StageLink(comm.Dup(), grid, place, backend, traffic=traffic, width=width, group_rows=group_rows)
     return Network(exchange, TensorGroup(tensor, backend, traffic=traffic, width=width), link, traffic)
 
 
-def _counted(
-    name: str, comm: MPI.Intracomm, traffic: Traffic, *, nodes: tuple[int, ...], row_bytes: int, room_rows: int
-) -> Transport:
-    transport = make_transport(name, comm, row_bytes=row_bytes, nodes=nodes, room_bytes=room_rows * row_bytes)
-    return Counted(transport, traffic.counters, levels=link_levels(nodes, comm.rank), row_bytes=row_bytes)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ways:
+    """What the exchanges of one lane have in common; a rank should be able to send `room_rows` at once."""
+
+    backend: Backend
+    traffic: Traffic
+    transport: str
+    width: int
+    num_layers: int
+    room_rows: int
+
+    def one_hop(self, comm: MPI.Intracomm, placement: Placement, nodes: tuple[int, ...]) -> Exchange:
+        """An exchange from rank to rank; `nodes` are those of the ranks of `comm`; collective."""
+        return Exchange(
+            comm,
+            placement,
+            self.backend,
+            traffic=self.traffic,
+            transport=self._counted(self.transport, comm, nodes),
+            width=self.width,
+            num_layers=self.num_layers,
+        )
+
+    def two_hops(self, comm: MPI.Intracomm, placement: Placement, nodes: tuple[int, ...]) -> Exchange:
+        """An exchange from node to node, and inside each; the same arguments; collective."""
+        gates = Gates(nodes, comm.rank)
+        node = MPI.Intracomm(comm.Split(nodes[comm.rank], comm.rank))
+        # Rows that go on from here and back are the gate's own: no two ranks of a node exchange any on the first hop.
+        across = "pairwise" if self.transport == "shared" else self.transport
+        return TwoHops(
+            comm,
+            placement,
+            self.backend,
+            gates=gates,
+            inside=self.one_hop(node, placement.part(gates.neighbours), (0,) * node.size),
+            traffic=self.traffic,
+            transport=self._counted(across, comm, nodes),
+            width=self.width,
+            num_layers=self.num_layers,
+        )
+
+    def _counted(self, name: str, comm: MPI.Intracomm, nodes: tuple[int, ...]) -> Transport:
+        row_bytes = self.width * self.backend.row_dtype.itemsize
+        room_bytes = self.room_rows * row_bytes
+        transport = make_transport(name, comm, row_bytes=row_bytes, nodes=nodes, room_bytes=room_bytes)
+        return Counted(transport, self.traffic.counters, levels=link_levels(nodes, comm.rank), row_bytes=row_bytes)

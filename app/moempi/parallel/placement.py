@@ -29,6 +29,11 @@ class Placement:
         """Rank r hosts the experts whose keys lie in [bounds[r], bounds[r + 1]) (R + 1,)."""
         return np.concatenate([[0], np.cumsum([len(experts) for experts in self.hosted])])
 
+    def part(self, ranks: range) -> "Placement":
+        """The placement among these ranks alone, where the number of an expert is its key less the first key."""
+        bounds = self.bounds[ranks.start : ranks.stop + 1] - self.bounds[ranks.start]
+        return Placement(tuple(tuple(range(first, last)) for first, last in pairwise(bounds.tolist())))
+
 
 def linear(num_experts: int, num_ranks: int) -> Placement:
     """Experts in ascending order, in shares that differ by one at most; ranks beyond the experts host none."""

@@ -17,9 +17,11 @@ class RoutePlan:
     (R,) are rows to and from each rank. `source_rows` is the token of each outgoing row and `places` (T, K) where the
     answer to each choice comes back, both on the backend's machine, as are `weights` (T, K). Rows arrive ordered by
     source rank, then expert; `by_expert` takes them to expert order and `by_source` back; None where they are the
-    same. `expert_counts` are the rows of each hosted expert.
+    same. `expert_counts` are the rows of each hosted expert. With two hops these are of the first, and `inside` is the
+    plan of the second.
     """
 
+    layer: int
     send_counts: IntArray
     recv_counts: IntArray
     expert_counts: IntArray
@@ -28,6 +30,14 @@ class RoutePlan:
     weights: Any
     by_expert: IntArray | None
     by_source: IntArray | None
+    inside: "RoutePlan | None" = None
+
+    @property
+    def second(self) -> "RoutePlan":
+        """The plan of the second hop; ValueError if there is none."""
+        if self.inside is None:
+            raise ValueError("a plan of one hop has no second")
+        return self.inside
 
 
 def expert_order(counts: IntArray) -> tuple[IntArray | None, IntArray | None]:

@@ -17,20 +17,23 @@ class Point(NamedTuple):
 
 AGREE, ROWS, LEAVE, TOKENS, SENT = (Point(-1, phase) for phase in ("agree", "rows", "gather", "tokens", "sent"))
 DIVIDED = ("gather", "scatter")
-ROUTED = ("counts", "dispatch", "combine")
+ROUTED = {
+    1: ("counts", "dispatch", "combine"),
+    2: ("counts", "choices", "counts inside", "dispatch", "dispatch inside", "combine", "combine across"),
+}
 
 
 def step_points(
-    layers: range, moe_layers: Sequence[int], *, tensor: int, is_first: bool, is_last: bool
+    layers: range, moe_layers: Sequence[int], *, tensor: int, is_first: bool, is_last: bool, hops: int = 1
 ) -> tuple[Point, ...]:
-    """The points of one step of a stage that computes `layers`, in order.
+    """The points of one step of a stage that computes `layers` and exchanges rows in one hop or two, in order.
 
     A pipeline's stage has a last point behind what it sends, so that its turn ends with nothing left to send.
     """
     points = [AGREE if is_first else ROWS]
     for layer in layers:
         divided = DIVIDED if tensor > 1 else ()
-        points.extend(Point(layer, phase) for phase in (*divided, *(ROUTED if layer in moe_layers else divided)))
+        points.extend(Point(layer, phase) for phase in (*divided, *(ROUTED[hops] if layer in moe_layers else divided)))
     if not is_last and tensor > 1:
         points.append(LEAVE)
     if not (is_first and is_last):

@@ -1,12 +1,12 @@
 """`<results>.run.json`: what became of a run, for scripts and people; launchers mangle exit codes, not this."""
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from moempi.errors import DataError, NoInputError
 from moempi.storage.files import atomic
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -43,8 +43,12 @@ def write_state(results_path: str | Path, state: RunState) -> None:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
 
 
-def read_state(results_path: str | Path) -> RunState | None:
-    """The state last written, or None where there is none that can be read."""
-    with suppress(OSError, msgspec.DecodeError):
-        return msgspec.json.decode(state_path(results_path).read_bytes(), type=RunState)
-    return None
+def read_state(results_path: str | Path) -> RunState:
+    """The state last written; raises NoInputError where there is none, DataError where it cannot be understood."""
+    path = state_path(results_path)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RunState)
+    except OSError as error:
+        raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path}: is not the state of a run: {error}") from error

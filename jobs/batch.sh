@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts: how ranks are launched inside an allocation, and how a job goes on after its time is over.
+
+# launch COMMAND...   one process per task of the allocation; MOEMPI_LAUNCHER is srun or mpirun.
+launch() {
+    if [ "${MOEMPI_LAUNCHER:-srun}" = srun ]; then
+        # A step does not inherit the tasks per node of the job, nor ends by itself when one rank dies.
+        exec srun --mpi=pmix --ntasks="$SLURM_NTASKS" --kill-on-bad-exit=1 "$@"
+    else
+        exec mpirun -n "$SLURM_NTASKS" --bind-to none "$@"
+    fi
+}
+
+# stage_weights   copies $MOEMPI_STAGE to every node's $MOEMPI_SCRATCH (or $TMPDIR) and prints the option that uses it.
+stage_weights() {
+    if [ -n "${MOEMPI_STAGE:-}" ]; then
+        local scratch=${MOEMPI_SCRATCH:-${TMPDIR:-/tmp}}
+        local copy=$scratch/$SLURM_JOB_ID-${MOEMPI_STAGE##*/}
+        sbcast --force "$MOEMPI_STAGE" "$copy"
+        printf '%s\n' --set "model.weights=$copy"
+    fi
+}
+
+# progress JOB.toml [OPTION...]   "STATE FINISHED EXIT_CODE" of the job's last run; "none 0 0" before the first.
+progress() { moempi state "$@" 2>/dev/null || echo none 0 0; }
+
+# run_job JOB.toml [OPTION...]   runs the job in this allocation. When it ends early with exit code 75 (time over, a
+# rank lost) and has finished more requests than before, requeues the batch job, which then continues.
+run_job() {
+    local state before after code asked staged
+    read -r state before _ < <(progress "$@")
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$state" = finished ]; then
+        echo "batch: the results are complete already"
+        return 0
+    fi
+    mapfile -t staged < <(stage_weights)
+    launch moempi run "$@" "${staged[@]}" &
+    local child=$!
+    trap 'kill -USR1 "$child" 2>/dev/null' USR1 # srun and mpirun pass it on to their ranks
+    while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends wait, not the child
+    trap - USR1
+    read -r state after asked < <(progress "$@")
+    if [ "$code" -ne 0 ] && [ "$asked" = 75 ]; then
+        if [ "$after" -gt "$before" ]; then
+            echo "batch: $after requests are finished ($before before), requeueing"
+            scontrol requeue "$SLURM_JOB_ID"
+            return 75
+        fi
+        echo "batch: no request was finished since the last start, giving up" >&2
+    fi
+    return "$code"
+}

@@ -1,0 +1,41 @@
+"""The whole program on small checkpoints whose log-probabilities transformers has told (tests/peers/record.py)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mpirun as launching
+from moempi.storage.convert import convert
+from moempi.storage.results import ResultFile
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+JOB = """
+task = "score"
+[model]
+weights = "{0}/model.h5"
+[input]
+prompts = "{0}/prompts.jsonl"
+[output]
+results = "{0}/results.h5"
+[run]
+precision = "{1}"
+batch_tokens = 24
+"""
+
+
+@pytest.mark.parametrize(("precision", "within"), [("float32", 2e-4), ("bfloat16", 1.0)])
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in FIXTURES.glob("*/expected.json")))
+def test_recorded_log_probabilities(name, precision, within, tmp_path, mpirun):
+    expected = json.loads((FIXTURES / name / "expected.json").read_text())
+    convert(FIXTURES / name, tmp_path / "model.h5")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"tokens": expected["tokens"]}))
+    (tmp_path / "job.toml").write_text(JOB.format(tmp_path, precision))
+    outcome = mpirun(2, *launching.python("-m", "moempi", "run", tmp_path / "job.toml"))
+    assert outcome.code == 0, outcome.err
+    with ResultFile(tmp_path / "results.h5") as results:
+        (record,) = results.requests()
+    difference = np.abs(record.score[1:] - expected["logprobs"])
+    assert difference.max() <= within
+    assert difference.mean() <= within / 4

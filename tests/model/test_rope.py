@@ -1,0 +1,62 @@
+"""Rotary frequencies of the kinds that checkpoints have."""
+
+import math
+
+import numpy as np
+import pytest
+
+from moempi.backend.numpy_backend import NumpyBackend
+from moempi.config.architecture import Attention, Latent, Rope, Yarn
+from moempi.model.rope import frequencies, rope_angles
+
+V3 = Yarn(factor=40.0, original_positions=4096)
+GPT_OSS = Yarn(factor=32.0, original_positions=4096, truncate=False)
+K2 = Yarn(factor=32.0, original_positions=4096, beta_fast=1.0, beta_slow=1.0)
+
+
+def test_plain_frequencies():
+    expected = [100.0 ** (-2 * i / 8) for i in range(4)]
+    np.testing.assert_allclose(frequencies(Rope(theta=100.0), dim=8), expected, rtol=1e-6)
+
+
+def test_divisors():
+    rope = Rope(theta=100.0, divisors=(1.0, 2.0, 4.0, 8.0))
+    expected = [100.0 ** (-2 * i / 8) / 2**i for i in range(4)]
+    np.testing.assert_allclose(frequencies(rope, dim=8), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("yarn", "theta", "dim", "low", "high"),
+    [
+        (V3, 1e4, 64, 10, 23),
+        (K2, 5e4, 64, 19, 20),
+        (GPT_OSS, 1.5e5, 64, 8.0928, 17.398),
+    ],
+)
+def test_yarn_ramps_between_the_known_bounds(yarn, theta, dim, low, high):
+    plain = np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
+    divided = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    expected = plain / yarn.factor * divided + plain * (1 - divided)
+    np.testing.assert_allclose(frequencies(Rope(theta=theta, yarn=yarn), dim=dim), expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "rotated"),
+    [
+        (Attention(2, 2, 16), 16),
+        (Attention(2, 2, 16, rope=Rope(dim=4)), 4),
+        (Attention(2, 2, 16, latent=Latent(8, 6, 8)), 6),
+    ],
+)
+def test_angles_turn_only_what_is_rotated(attention, rotated):
+    backend, x = NumpyBackend(precision="float32", reproducible=True), np.ones((1, 2, 16), np.float32)
+    angles = rope_angles(backend, attention, np.array([math.pi]))
+    turned = backend.rotate(x, angles)
+    assert (turned[..., rotated:] == 1).all()
+    assert turned[0, 0, 0] == pytest.approx(-1, abs=1e-6)
+
+
+def test_amplitude_multiplies_what_is_turned():
+    backend, x = NumpyBackend(precision="float32", reproducible=True), np.ones((1, 1, 4), np.float32)
+    angles = rope_angles(backend, Attention(1, 1, 4, rope=Rope(amplitude=1.5)), np.array([0]))
+    np.testing.assert_array_equal(backend.rotate(x, angles, interleaved=True), 1.5 * x)

@@ -1,0 +1,47 @@
+"""Records the fixtures of tests/model/test_recorded.py: python tests/peers/record.py, with the peers extra."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from peers import families  # noqa: E402
+
+SMALLER = {"num_hidden_layers": 2, "hidden_size": 24}
+RECORDED = {
+    "qwen3_moe": ("qwen3_moe", SMALLER | {"num_experts": 5}),
+    "deepseek_v3": ("deepseek_v3-groups-yarn", SMALLER | {"n_shared_experts": 1, "moe_intermediate_size": 12}),
+    "phimoe": ("phimoe-longrope-biases", {"num_hidden_layers": 2, "num_local_experts": 3}),
+    "gpt_oss": ("gpt_oss-yarn", SMALLER | {"num_local_experts": 3, "layer_types": families.SLIDING[:2]}),
+}
+
+
+def record(folder: Path, case: str, changes: dict) -> None:
+    """Write a checkpoint in bfloat16 and what transformers' float32 makes of one prompt."""
+    model_type, options = families.CASES[case]
+    families.CASES["recorded"] = (model_type, options | changes)
+    prompt = families.prompts()[0]
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place)
+        families.write_checkpoint(source, "recorded")
+        logprobs = families.expected(source, [prompt]).float32[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text((source / "config.json").read_text())
+        tensors = {
+            name: tensor if name.endswith("correction_bias") else tensor.to(torch.bfloat16)
+            for name, tensor in load_file(source / "model.safetensors").items()
+        }
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)
+    answer = {"tokens": prompt, "logprobs": [round(value, 6) for value in logprobs.tolist()]}
+    (folder / "expected.json").write_text(json.dumps(answer) + "\n")
+
+
+for name, (case, changes) in RECORDED.items():
+    record(TESTS / "fixtures" / name, case, changes)

@@ -1,0 +1,177 @@
+"""The batch scripts under a real Slurm (tests/slurm/run.sh): whatever disturbs a job, it ends as if nothing had."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from moempi.errors import MoempiError
+from moempi.storage.run_state import RunState, read_state
+from mpirun import ROOT
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif("SLURM_CONF" not in os.environ, reason="no Slurm: bash tests/slurm/run.sh starts one"),
+]
+
+NUM_PROMPTS = 640
+END_S = 60.0
+
+
+def output_of(*command: str | Path) -> str:
+    return subprocess.run([str(word) for word in command], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+
+
+def facts(job: str) -> dict[str, str]:
+    """What Slurm says of a job."""
+    return dict(word.partition("=")[::2] for word in output_of("scontrol", "show", "--oneliner", "job", job).split())
+
+
+def wait_for(true_at_last, *, limit_s: float = END_S, what: str) -> None:
+    limit = time.monotonic() + limit_s
+    while not true_at_last():
+        assert time.monotonic() < limit, f"not within {limit_s} s: {what}"
+        time.sleep(0.1)
+
+
+def wait_for_end(job: str) -> dict[str, str]:
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    wait_for(lambda: facts(job)["JobState"] in over, what=f"the end of job {job}: {facts(job)}")
+    return facts(job)
+
+
+class Batch:
+    """A job file of the tests, submitted to two virtual nodes."""
+
+    def __init__(self, folder: Path, name: str, prompts: Path) -> None:
+        self.results = folder / f"{name}.h5"
+        self.log = folder / f"{name}.out"
+        self.settings = {"input.prompts": prompts, "output.results": self.results, "run.precision": "float32"}
+
+    def submit(self, *options: str, launcher: str = "srun") -> str:
+        where = ["--nodes=2", "--ntasks-per-node=2", "--time=5", f"--output={self.log}", *options]
+        settings = [word for key, value in self.settings.items() for word in ("--set", f"{key}={value}")]
+        environment = os.environ | {"MOEMPI_LAUNCHER": launcher}
+        command = ["sbatch", "--parsable", *where, "jobs/moempi.sbatch", "jobs/abacus.toml", *settings]
+        ran = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+        return ran.stdout.strip()
+
+    def state(self) -> RunState | None:
+        try:
+            return read_state(self.results)
+        except MoempiError:
+            return None
+
+    def wait_for_records(self, more_than: int) -> int:
+        """Until the run at work has put more records to disk; the bytes of the parts."""
+
+        def size() -> int:
+            return sum(part.stat().st_size for part in Path(f"{self.results}.parts").glob("*.part"))
+
+        wait_for(lambda: size() > more_than, what=f"records of {self.results}\n{self.said()}")
+        return size()
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def assert_as(self, undisturbed: "Batch") -> None:
+        state = self.state()
+        assert state is not None
+        assert (state.state, state.finished) == ("finished", NUM_PROMPTS)
+        assert "640 requests, 0 differ" in output_of("moempi", "compare", undisturbed.results, self.results)
+        assert not Path(f"{self.results}.parts").exists()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("batch")
+
+
+@pytest.fixture(scope="module")
+def prompts(folder) -> Path:
+    lines = [json.loads(line) for line in (ROOT / "jobs/abacus.jsonl").read_text().splitlines()]
+    place = folder / "prompts.jsonl"
+    with place.open("w") as file:
+        for number in range(NUM_PROMPTS):
+            file.write(json.dumps(lines[number % len(lines)] | {"id": f"question-{number}"}) + "\n")
+    return place
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, prompts) -> Batch:
+    """A job over two nodes that nothing disturbs."""
+    batch = Batch(folder, "undisturbed", prompts)
+    ended = wait_for_end(batch.submit(launcher="mpirun"))
+    assert ended["JobState"] == "COMPLETED", batch.said()
+    batch.assert_as(batch)
+    return batch
+
+
+def test_two_requeues_in_a_row(folder, prompts, undisturbed):
+    batch = Batch(folder, "requeued", prompts)
+    job, size = batch.submit(), 0
+    for restarts in ("0", "1"):
+        wait_for(lambda: facts(job)["JobState"] == "RUNNING" and facts(job)["Restarts"] == restarts, what="a start")
+        size = batch.wait_for_records(size + 2000)
+        output_of("scancel", "--batch", "--signal=USR1", job)
+        wait_for(lambda: facts(job)["Restarts"] == str(int(restarts) + 1), what=f"a requeue\n{batch.said()}")
+    assert wait_for_end(job)["ExitCode"] == "0:0", batch.said()
+    assert batch.said().count("requests are finished; run the same job again to continue") == 2
+    batch.assert_as(undisturbed)
+
+
+def test_a_node_that_goes_down(folder, prompts, undisturbed):
+    batch = Batch(folder, "moved", prompts)
+    job = batch.submit("--nodelist=n1,n2", launcher="mpirun")
+    output_of("scontrol", "update", f"JobId={job}", "ReqNodeList=")
+    batch.wait_for_records(2000)
+    output_of("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
+    try:
+        wait_for(lambda: facts(job)["Restarts"] == "1", what="a requeue")
+        ended = wait_for_end(job)
+    finally:
+        output_of("scontrol", "update", "NodeName=n1", "State=RESUME")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), batch.said()
+    assert "n1" not in ended["NodeList"]
+    batch.assert_as(undisturbed)
+
+
+def test_an_array_of_which_one_fails(folder, prompts, undisturbed):
+    shards = folder / "shards.jsonl"
+    shutil.copy(prompts, shards)
+    output_of("mkdir", "-p", ROOT / "results")
+    names = [ROOT / f"results/shards.{shard}-of-4" for shard in range(4)]
+    obstacle = Path(f"{names[2]}.h5.parts")
+    obstacle.write_text("not a folder")
+    try:
+        assert [shard for shard, code in run_array(shards, folder, "0-3").items() if code != "0:0"] == [2]
+        obstacle.unlink()
+        assert run_array(shards, folder, "2") == {2: "0:0"}
+        exported = "".join(output_of("moempi", "export", f"{name}.h5", "/dev/stdout") for name in names)
+        assert exported == output_of("moempi", "export", undisturbed.results, "/dev/stdout")
+    finally:
+        for left in (ROOT / "results").glob("shards.*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def run_array(prompts: Path, folder: Path, which: str) -> dict[int, str]:
+    """The exit codes of an array's tasks."""
+    where = ["--nodes=1", "--ntasks-per-node=2", "--time=5", f"--output={folder}/array-%a.out", f"--array={which}"]
+    script = ["jobs/array.sbatch", "jobs/abacus.toml", prompts, "4", "--set", "run.precision=float32"]
+    job = output_of("sbatch", "--parsable", *where, *script).strip()
+    codes = {}
+    first, _, last = which.partition("-")
+    for shard in range(int(first), int(last or first) + 1):
+        codes[shard] = wait_for_end(f"{job}_{shard}")["ExitCode"]
+    return codes
+
+
+def test_the_ranks_of_two_nodes_are_checked(folder):
+    log = folder / "check.out"
+    job = output_of("sbatch", "--parsable", f"--output={log}", "jobs/check.sbatch").strip()
+    assert wait_for_end(job)["ExitCode"] == "0:0", log.read_text()
+    assert "4 ranks on 2 nodes" in log.read_text()
