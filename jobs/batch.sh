@@ -39,7 +39,7 @@ run_job() {
     trap 'kill -USR1 "$child" 2>/dev/null' USR1 # srun and mpirun pass it on to their ranks
     while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends wait, not the child
     trap - USR1
-    read -r state after asked < <(progress "$@")
+    read -r state after asked _ < <(progress "$@")
     if [ "$code" -ne 0 ] && [ "$asked" = 75 ]; then
         if [ "$after" -gt "$before" ]; then
             echo "batch: $after requests are finished ($before before), requeueing"

@@ -6,7 +6,7 @@ import pytest
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.numpy_backend import NumpyBackend
 from moempi.backend.protocol import Expert, Segment
-from moempi.config.architecture import Router
+from moempi.config.architecture import Clamp, Router
 
 EXACT = NumpyBackend(precision="float32", reproducible=True)
 FAST = NumpyBackend(precision="bfloat16", reproducible=False)
@@ -57,6 +57,52 @@ def test_linear(backend, rows):
 
 
 @BACKENDS
+def test_norms_of_other_families(backend):
+    x, weight, bias = values(5, 16), values(16, seed=1), values(16, seed=2)
+    exact = x.astype(np.float64)
+    root = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * weight
+    close(backend, backend.rms_norm(x, weight, eps=1e-5, rounded=False), root)
+    layer = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5) * weight + bias
+    close(backend, backend.layer_norm(x, weight, bias, eps=1e-5), layer)
+
+
+@BACKENDS
+@pytest.mark.parametrize("rows", [0, 1, 9, 65])
+def test_biased_linear_rounds_once(backend, rows):
+    x, weight, bias = values(rows, 24), values(10, 24, seed=1), values(10, seed=2)
+    actual = backend.linear(x, backend.matrix(narrow(weight)), bias)
+    assert actual.shape == (rows, 10)
+    if rows:
+        close(backend, actual, x.astype(np.float64) @ weight.astype(np.float64).T + bias)
+
+
+@BACKENDS
+@pytest.mark.parametrize("rows", [0, 1, 9, 65])
+def test_linear_heads(backend, rows):
+    x, matrices = values(rows, 3, 6), values(3, 6, 4, seed=1)
+    actual = backend.linear_heads(x, matrices)
+    assert actual.shape == (rows, 3, 4)
+    if rows:
+        close(backend, actual, np.einsum("thi,hio->tho", x.astype(np.float64), matrices))
+
+
+@BACKENDS
+def test_clip_join_and_gate(backend):
+    x, y, logits = values(4, 6), values(4, 2, seed=1), np.float32([[0], [-200], [200], [1]])
+    assert np.abs(backend.clip(x, 0.5)).max() == 0.5
+    np.testing.assert_array_equal(backend.join_columns(x, y)[:, 6:], y)
+    close(backend, backend.gate(x, logits), x / (1 + np.exp(-logits.astype(np.float64))))
+
+
+@BACKENDS
+def test_clamped_swiglu(backend):
+    gate_up = values(4, 12, scale=3.0)
+    gate, up = np.minimum(gate_up[:, :6], 2.0).astype(np.float64), np.clip(gate_up[:, 6:], -2, 2).astype(np.float64)
+    expected = (up + 1) * gate / (1 + np.exp(-1.7 * gate))
+    close(backend, backend.swiglu(gate_up, Clamp(alpha=1.7, limit=2.0)), expected)
+
+
+@BACKENDS
 def test_swiglu_also_where_the_exponential_overflows(backend):
     gate_up = values(4, 12)
     gate_up[0, 0], gate_up[1, 1] = -200.0, 200.0
@@ -78,53 +124,86 @@ def test_rotation_turns_each_pair_by_position_times_frequency(backend):
             np.testing.assert_allclose(actual[row, :, pair + 4], turned.imag, atol=tolerance)
 
 
-def attention_twin(queries, keys, held, scale):
+@BACKENDS
+def test_interleaved_and_partial_rotation(backend):
+    """Neighbours turn together; what lies behind the rotated numbers stays as it is."""
+    positions, x = np.array([0, 1, 9]), values(3, 2, 10)
+    turning = np.array([1.0, 0.1, 0.01], np.float32)
+    angles = backend.rope_angles(positions, frequencies=turning, amplitude=1.0)
+    actual = backend.rotate(x, angles, interleaved=True)
+    turned = (x[..., 0:6:2] + 1j * x[..., 1:6:2]) * np.exp(1j * positions[:, None, None] * turning)
+    close(backend, actual[..., 0:6:2], turned.real)
+    close(backend, actual[..., 1:6:2], turned.imag)
+    np.testing.assert_array_equal(actual[..., 6:], x[..., 6:])
+
+
+def attention_twin(queries, keys, held, scale, *, window=0, sinks=None):
     """Causal attention of one whole sequence, position by position and head by head."""
-    length, heads, dim = queries.shape
+    length, heads, _ = queries.shape
     shared = heads // keys.shape[1]
-    result = np.zeros((length, heads, dim))
+    result = np.zeros((length, heads, held.shape[-1]))
     for position in range(length):
+        seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
         for head in range(heads):
-            scores = keys[: position + 1, head // shared].astype(np.float64) @ queries[position, head] * scale
-            weights = np.exp(scores - scores.max())
-            result[position, head] = weights / weights.sum() @ held[: position + 1, head // shared]
+            scores = keys[seen, head // shared].astype(np.float64) @ queries[position, head] * scale
+            powers = np.exp(scores)
+            lost = 0.0 if sinks is None else np.exp(float(sinks[head]))
+            result[position, head] = powers / (powers.sum() + lost) @ held[seen, head // shared]
     return result
+
+
+def attend_in_chunks(backend, cache, parts, pages, chunks, **rule):
+    """Extend the cache and attend chunk by chunk; `parts` are queries, keys and values of the whole sequence."""
+    results, start = [], 0
+    for rows in chunks:
+        segment, chunk = Segment(row=0, length=rows, start=start, pages=pages), slice(start, start + rows)
+        queries, keys, held = (part if part is None else part[chunk] for part in parts)
+        backend.extend_cache(cache, keys, held, [segment])
+        results.append(backend.attend(queries, cache, [segment], **rule))
+        start += rows
+    return np.concatenate(results)
 
 
 @BACKENDS
 @pytest.mark.parametrize("chunks", [(150,), (1,) * 9, (70, 1, 1), (5, 130, 1)])
-def test_attention_in_chunks_over_scattered_pages(backend, chunks):
+@pytest.mark.parametrize(("window", "with_sinks"), [(0, False), (7, False), (70, True)])
+def test_attention_in_chunks_over_scattered_pages(backend, chunks, window, with_sinks):
     length = sum(chunks)
     queries, keys, held = values(length, 4, 8), values(length, 2, 8, seed=1), values(length, 2, 8, seed=2)
-    cache = backend.cache(6, 2, 8)
+    sinks = values(4, seed=3) if with_sinks else None
+    cache, pages = backend.cache(6, 2, 8), np.array([4, 1, 2])
     cache.keys[:], cache.values[:] = np.nan, np.nan
-    pages = np.array([4, 1, 2])
     backend.clear(cache, pages)
-    parts, start = [], 0
-    for rows in chunks:
-        segment = Segment(row=0, length=rows, start=start, pages=pages)
-        chunk = slice(start, start + rows)
-        backend.extend_cache(cache, keys[chunk], held[chunk], [segment])
-        parts.append(backend.attend(queries[chunk], cache, [segment], scale=0.3))
-        start += rows
-    close(backend, np.concatenate(parts), attention_twin(queries, keys, held, 0.3))
+    rule = {"scale": 0.3, "window": window, "sinks": sinks}
+    actual = attend_in_chunks(backend, cache, (queries, keys, held), pages, chunks, **rule)
+    close(backend, actual, attention_twin(queries, keys, held, 0.3, window=window, sinks=sinks))
 
 
-def test_reproducible_rows_do_not_depend_on_their_neighbours():
+@BACKENDS
+def test_a_latent_cache_holds_values_within_the_keys(backend):
+    queries, keys = values(20, 4, 8), values(20, 1, 8, seed=1)
+    cache, pages = backend.cache(2, 1, 8, latent=5), np.array([1])
+    actual = attend_in_chunks(backend, cache, (queries, keys, None), pages, (13, 7), scale=0.3)
+    close(backend, actual, attention_twin(queries, keys, keys[..., :5], 0.3))
+    backend.clear(cache, pages)
+    assert not cache.values.any()
+
+
+@pytest.mark.parametrize("window", [0, 21])
+def test_reproducible_rows_do_not_depend_on_their_neighbours(window):
     """The same bits for a row alone, among others, and however its sequence is cut into chunks."""
     x, matrix = values(100, 48), EXACT.matrix(narrow(values(40, 48, seed=1)))
     whole = EXACT.linear(x, matrix)
+    heads = values(4, 12, 5, seed=2)
+    whole_heads = EXACT.linear_heads(x.reshape(-1, 4, 12), heads)
     for first, last in [(0, 1), (3, 20), (50, 100), (99, 100)]:
         np.testing.assert_array_equal(EXACT.linear(x[first:last], matrix), whole[first:last])
+        part = EXACT.linear_heads(x[first:last].reshape(-1, 4, 12), heads)
+        np.testing.assert_array_equal(part, whole_heads[first:last])
     rows, pages, results = values(100, 4, 8, seed=3), np.array([0, 1]), []
     for chunks in [(100,), (1,) * 100, (33, 60, 7)]:
-        cache, parts, start = EXACT.cache(2, 2, 8), [], 0
-        for count in chunks:
-            segment, chunk = Segment(0, count, start, pages), rows[start : start + count]
-            EXACT.extend_cache(cache, chunk[:, :2], chunk[:, 2:], [segment])
-            parts.append(EXACT.attend(chunk, cache, [segment], scale=1.0))
-            start += count
-        results.append(np.concatenate(parts))
+        parts = rows, rows[:, :2], rows[:, 2:]
+        results.append(attend_in_chunks(EXACT, EXACT.cache(2, 2, 8), parts, pages, chunks, scale=1.0, window=window))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
 

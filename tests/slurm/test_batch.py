@@ -44,6 +44,10 @@ def wait_for_end(job: str) -> dict[str, str]:
     return facts(job)
 
 
+def wait_for_requeue(job: str, restarts: int) -> None:
+    wait_for(lambda: facts(job)["Restarts"] == str(restarts), what=f"requeue {restarts} of job {job}")
+
+
 class Batch:
     """A job file of the tests, submitted to two virtual nodes."""
 
@@ -114,11 +118,11 @@ def undisturbed(folder, prompts) -> Batch:
 def test_two_requeues_in_a_row(folder, prompts, undisturbed):
     batch = Batch(folder, "requeued", prompts)
     job, size = batch.submit(), 0
-    for restarts in ("0", "1"):
-        wait_for(lambda: facts(job)["JobState"] == "RUNNING" and facts(job)["Restarts"] == restarts, what="a start")
+    for restarts in (1, 2):
+        wait_for(lambda: facts(job)["JobState"] == "RUNNING", what="a start")
         size = batch.wait_for_records(size + 2000)
         output_of("scancel", "--batch", "--signal=USR1", job)
-        wait_for(lambda: facts(job)["Restarts"] == str(int(restarts) + 1), what=f"a requeue\n{batch.said()}")
+        wait_for_requeue(job, restarts)
     assert wait_for_end(job)["ExitCode"] == "0:0", batch.said()
     assert batch.said().count("requests are finished; run the same job again to continue") == 2
     batch.assert_as(undisturbed)
@@ -131,7 +135,7 @@ def test_a_node_that_goes_down(folder, prompts, undisturbed):
     batch.wait_for_records(2000)
     output_of("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
     try:
-        wait_for(lambda: facts(job)["Restarts"] == "1", what="a requeue")
+        wait_for_requeue(job, 1)
         ended = wait_for_end(job)
     finally:
         output_of("scontrol", "update", "NodeName=n1", "State=RESUME")
