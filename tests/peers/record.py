@@ -16,7 +16,7 @@ from peers import families  # noqa: E402
 SMALLER = {"num_hidden_layers": 2, "hidden_size": 24}
 RECORDED = {
     "qwen3_moe": ("qwen3_moe", SMALLER | {"num_experts": 5}),
-    "deepseek_v3": ("deepseek_v3-groups-yarn", SMALLER | {"n_shared_experts": 1, "kv_lora_rank": 8}),
+    "deepseek_v3": ("deepseek_v3-groups-yarn", SMALLER | {"n_shared_experts": 1, "kv_lora_rank": 8, "v_head_dim": 8}),
     "phimoe": ("phimoe-longrope-biases", {"num_hidden_layers": 2, "num_local_experts": 3}),
     "gpt_oss": ("gpt_oss-yarn", SMALLER | {"num_local_experts": 3, "layer_types": families.SLIDING[:2]}),
 }

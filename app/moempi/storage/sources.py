@@ -85,7 +85,8 @@ class Fp8Matrix:
         first = start // FP8_BLOCK
         scales = self.scales.read(first, -(-stop // FP8_BLOCK))
         by_row = scales[np.arange(start, stop) // FP8_BLOCK - first]
-        values *= np.repeat(by_row, FP8_BLOCK, axis=1)[:, : self.shape[1]]
+        with np.errstate(invalid="ignore", over="ignore"):
+            values *= np.repeat(by_row, FP8_BLOCK, axis=1)[:, : self.shape[1]]
         return values
 
 
