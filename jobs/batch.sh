@@ -1,6 +1,10 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts: how ranks are launched inside an allocation, and how a job goes on after its time is over.
 
+# USR1 says that the time is nearly over. Until the ranks run it is only noted.
+asked_early=
+trap 'asked_early=1' USR1
+
 # launch COMMAND...   one process per task of the allocation; MOEMPI_LAUNCHER is srun or mpirun.
 launch() {
     if [ "${MOEMPI_LAUNCHER:-srun}" = srun ]; then
@@ -24,6 +28,12 @@ stage_weights() {
 # progress JOB.toml [OPTION...]   "STATE FINISHED EXIT_CODE" of the job's last run; "none 0 0" before the first.
 progress() { moempi state "$@" 2>/dev/null || echo none 0 0; }
 
+# requeue REASON
+requeue() {
+    echo "batch: $1, requeueing"
+    scontrol requeue "$SLURM_JOB_ID"
+}
+
 # run_job JOB.toml [OPTION...]   runs the job in this allocation. When it ends early with exit code 75 (time over, a
 # rank lost) and has finished more requests than before, requeues the batch job, which then continues.
 run_job() {
@@ -34,6 +44,10 @@ run_job() {
         return 0
     fi
     mapfile -t staged < <(stage_weights)
+    if [ -n "$asked_early" ]; then
+        requeue "asked to stop before the start"
+        return 75
+    fi
     launch moempi run "$@" "${staged[@]}" &
     local child=$!
     trap 'kill -USR1 "$child" 2>/dev/null' USR1 # srun and mpirun pass it on to their ranks
@@ -42,8 +56,7 @@ run_job() {
     read -r state after asked _ < <(progress "$@")
     if [ "$code" -ne 0 ] && [ "$asked" = 75 ]; then
         if [ "$after" -gt "$before" ]; then
-            echo "batch: $after requests are finished ($before before), requeueing"
-            scontrol requeue "$SLURM_JOB_ID"
+            requeue "$after requests are finished ($before before)"
             return 75
         fi
         echo "batch: no request was finished since the last start, giving up" >&2

@@ -202,6 +202,8 @@ def _attention_problem(attention: Attention) -> str | None:
         return f"attention.latent.rope_dim {latent.rope_dim} is not a part of attention.head_dim {attention.head_dim}"
     if latent and not _is_plain(attention):
         return "attention.latent goes with no qk_norm, clip, sinks or window, and with all biases or none"
+    if rope.yarn and rope.theta <= 1:
+        return f"attention.rope.theta {rope.theta} with yarn: needs one above 1"
     if rope.divisors and len(rope.divisors) != dim // 2:
         return f"attention.rope.divisors has {len(rope.divisors)} numbers, not {dim // 2}"
     if attention.windowed_layers and not attention.window:

@@ -66,10 +66,17 @@ class World:
         problem = launch_problem(os.environ, MPI.COMM_WORLD.size)
         if problem is not None:
             raise UsageError(problem)
-        comm = MPI.COMM_WORLD.Dup()
-        comm.Barrier()
-        remove_names()
-        return cls(comm, debug=debug)
+        try:
+            comm = MPI.COMM_WORLD.Dup()
+            comm.Barrier()
+            remove_names()
+            return cls(comm, debug=debug)
+        except BaseException as error:
+            time.sleep(0.0 if MPI.COMM_WORLD.rank == 0 else GRACE_S)
+            line = f"moempi: rank {MPI.COMM_WORLD.rank}: MPI does not connect the ranks: {_cause(error)}\n"
+            os.write(2, line.encode(errors="replace"))
+            MPI.COMM_WORLD.Abort(_exit_code(error))
+            raise
 
     @property
     def num_nodes(self) -> int:

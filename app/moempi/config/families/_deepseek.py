@@ -21,6 +21,7 @@ DEEPSEEK_NAMES = DECODER_NAMES | in_layers(
     }
 )
 
+
 def deepseek(config: CheckpointConfig, family: str, *, router: Router) -> Architecture:
     """The architecture of a model with latent attention and experts from layer `first_k_dense_replace` on."""
     return decoder(

@@ -25,6 +25,8 @@ def read_rope(config: CheckpointConfig, *, dim: int, interleaved: bool = False, 
         if share is None:
             raise config.error("partial_rotary_factor is missing")
         common["dim"] = int(dim * share)
+        if common["dim"] < 1:
+            raise config.error(f"partial_rotary_factor = {share} leaves nothing of a head of {dim} to rotate")
     elif share not in (None, 1.0):
         raise config.error(f"partial_rotary_factor = {share} is not supported")
     if scaling is None or kind == "default":

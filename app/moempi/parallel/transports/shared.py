@@ -83,6 +83,7 @@ class Shared:
         self._ranks = neighbours.allgather(comm.rank)
         self._places = {rank: place for place, rank in enumerate(self._ranks)}
         self._own = neighbours.rank
+        room_bytes = neighbours.allreduce(room_bytes, MPI.MAX)  # groups of a stage can differ in their rows
         self._room_bytes = -(-room_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         self._window, self._segments = _open(neighbours, self._room_bytes)
         self._overflow = Rooms(2, partial(aligned_rows, row_bytes=row_bytes))

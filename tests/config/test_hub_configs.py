@@ -1,0 +1,418 @@
+"""The configurations that checkpoints on the hub have, in the spelling they have there."""
+
+import math
+
+import pytest
+
+from moempi.config.architecture import Clamp, Experts, Latent, Rope, Router, Yarn
+from moempi.config.families import FAMILIES, read_architecture
+from moempi.config.tensors import catalogue
+from moempi.errors import DataError
+
+COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+V3_YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+V3_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "moe_layer_freq": 1}
+
+OLMOE = COMMON | {
+    "model_type": "olmoe",
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "attention_bias": False,
+    "clip_qkv": None,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "eos_token_id": 50279,
+}
+MIXTRAL = COMMON | {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+}
+DEEPSEEK_V3 = (
+    COMMON
+    | LATENT
+    | V3_ROUTER
+    | {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 3,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 1536,
+        "attention_bias": False,
+        "max_position_embeddings": 163840,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000,
+        "rope_scaling": V3_YARN,
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    }
+)
+MOONLIGHT = DEEPSEEK_V3 | {
+    "hidden_size": 2048,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.446,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "rope_scaling": None,
+    "quantization_config": None,
+    "vocab_size": 163840,
+}
+KIMI_K2 = DEEPSEEK_V3 | {
+    "model_type": "kimi_k2",
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_theta": 50000.0,
+    "rope_scaling": V3_YARN | {"factor": 32.0, "beta_fast": 1.0},
+}
+DEEPSEEK_V2_LITE = (
+    COMMON
+    | LATENT
+    | {
+        "model_type": "deepseek_v2",
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "q_lora_rank": None,
+        "attention_bias": False,
+        "max_position_embeddings": 163840,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000,
+        "rope_scaling": V3_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    }
+)
+GLM_AIR = COMMON | {
+    "model_type": "glm4_moe",
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "attention_bias": True,
+    "use_qk_norm": False,
+    "partial_rotary_factor": 0.5,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "eos_token_id": [151329, 151336, 151338],
+}
+DOTS = GLM_AIR | {
+    "model_type": "dots1",
+    "n_shared_experts": 2,
+    "attention_bias": False,
+    "partial_rotary_factor": None,
+    "scoring_func": "noaux_tc",
+    "sliding_window": None,
+    "max_window_layers": 62,
+}
+QWEN2_MOE = MIXTRAL | {
+    "model_type": "qwen2_moe",
+    "num_local_experts": None,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "max_window_layers": 21,
+}
+ERNIE = COMMON | {
+    "model_type": "ernie4_5_moe",
+    "vocab_size": 103424,
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "moe_num_experts": 64,
+    "moe_k": 6,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": 27,
+    "moe_layer_interval": 1,
+    "use_bias": False,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
+PHI = MIXTRAL | {
+    "model_type": "phimoe",
+    "num_local_experts": 16,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "router_jitter_noise": 0.01,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "sliding_window": 131072,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0] * 64,
+        "long_factor": [2.0] * 64,
+        "short_mscale": 1.243,
+        "long_mscale": 1.243,
+        "original_max_position_embeddings": 4096,
+    },
+}
+GPT_OSS = COMMON | {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "swiglu_limit": 7.0,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    },
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+}
+HUB = (
+    OLMOE, MIXTRAL, DEEPSEEK_V3, MOONLIGHT, KIMI_K2, DEEPSEEK_V2_LITE, GLM_AIR, DOTS, QWEN2_MOE, ERNIE, PHI, GPT_OSS
+)  # fmt: skip
+
+
+def read(values, **changes):
+    return read_architecture(values | changes, {}, where="config.json")
+
+
+def scale(architecture):
+    return architecture.attention.head_dim**-0.5 * architecture.attention.score_factor
+
+
+@pytest.mark.parametrize("values", HUB, ids=lambda values: f"{values['model_type']}-{values['hidden_size']}")
+def test_every_tensor_has_its_names(values):
+    architecture = read(values)
+    sources = [FAMILIES[values["model_type"]].sources(tensor) for tensor in catalogue(architecture)]
+    names = [name for found in sources for name in (found if isinstance(found, tuple) else (found,))]
+    assert len(set(names)) == len(names)
+
+
+def test_olmoe():
+    architecture = read(OLMOE)
+    assert architecture.attention.qk_norm == "vector"
+    assert architecture.attention.clip is None
+    assert architecture.experts == Experts(num=64, width=1024, router=Router(top_k=8))
+    assert architecture.eos_tokens == (50279,)
+    assert read(OLMOE, clip_qkv=8).attention.clip == 8.0
+
+
+def test_mixtral():
+    assert read(MIXTRAL).experts.router == Router(top_k=2, renormalize=True, float32_weights=True)
+    windowed = read(MIXTRAL, sliding_window=4096)
+    assert [windowed.window(layer) for layer in (0, 31)] == [4096, 4096]
+
+
+def test_deepseek_v3():
+    architecture = read(DEEPSEEK_V3)
+    assert architecture.dense_layers == (0, 1, 2)
+    assert architecture.attention.latent == Latent(512, 64, 128, query_rank=1536)
+    assert architecture.attention.rope == Rope(interleaved=True, yarn=Yarn(factor=40.0, original_positions=4096))
+    assert scale(architecture) == pytest.approx(0.135234, rel=1e-5)
+    assert architecture.attention.cached_values == 576
+    assert architecture.experts.shared_width == 2048
+    assert architecture.experts.router == Router(
+        top_k=8, scoring="sigmoid", correction=True, num_groups=8, kept_groups=4, group_score="top2",
+        renormalize=True, scaling=2.5, float32_logits=True, float32_weights=True,
+    )  # fmt: skip
+
+
+def test_moonlight_and_kimi_read_as_deepseek_v3():
+    moonlight, kimi = read(MOONLIGHT), read(KIMI_K2)
+    assert moonlight.family == kimi.family == "deepseek_v3"
+    assert (moonlight.norm_eps, moonlight.attention.latent.norm_eps) == (1e-5, 1e-6)
+    assert (moonlight.attention.latent.query_rank, moonlight.attention.score_factor) == (0, 1.0)
+    assert scale(kimi) == pytest.approx(0.130861, rel=1e-5)
+
+
+def test_deepseek_v2():
+    lite = read(DEEPSEEK_V2_LITE)
+    assert scale(lite) == pytest.approx(0.11472, rel=1e-4)
+    assert lite.attention.rope.amplitude == 1.0
+    assert lite.experts.router == Router(top_k=6, float32_logits=True, float32_weights=True)
+    grouped = read(DEEPSEEK_V2_LITE, topk_method="group_limited_greedy", n_group=8, topk_group=3)
+    assert (grouped.experts.router.num_groups, grouped.experts.router.kept_groups) == (8, 3)
+    assert grouped.experts.router.group_score == "max"
+
+
+def test_glm_and_dots():
+    air, dots = read(GLM_AIR), read(DOTS)
+    assert (air.attention.rope.dim, air.attention.biases, air.attention.qk_norm) == (64, "qkv", "none")
+    assert len(air.eos_tokens) == 3
+    assert (dots.attention.rope.dim, dots.attention.biases, dots.attention.qk_norm) == (0, "none", "head")
+    assert dots.experts.shared_width == 2 * 1408
+    assert read(DOTS, sliding_window=64, max_window_layers=44).attention.windowed_layers == (44, 45)
+
+
+def test_qwen2_moe():
+    architecture = read(QWEN2_MOE)
+    assert (architecture.attention.biases, architecture.attention.windowed_layers) == ("qkv", ())
+    assert (architecture.experts.shared_width, architecture.experts.shared_gate) == (5632, True)
+
+
+def test_ernie():
+    architecture = read(ERNIE)
+    assert architecture.attention.rope == Rope(theta=5e5, interleaved=True)
+    assert architecture.dense_layers == (0,)
+    assert architecture.experts.router.least_sum == 1e-12
+    assert read(ERNIE, moe_layer_interval=2, moe_layer_end_index=-1).dense_layers == tuple(range(0, 28, 2))
+
+
+def test_phimoe_stays_within_the_positions_of_the_short_factors():
+    architecture = read(PHI)
+    assert (architecture.max_positions, architecture.attention.rope.amplitude) == (4096, 1.243)
+    assert (architecture.norm, architecture.head_bias, architecture.attention.biases) == ("layer", True, "all")
+    assert architecture.experts.router.scoring == "sparsemixer"
+
+
+def test_gpt_oss():
+    architecture = read(GPT_OSS)
+    assert architecture.attention.rope.amplitude == pytest.approx(1.34657, rel=1e-5)
+    assert architecture.attention.rope.yarn.truncate is False
+    assert [architecture.window(layer) for layer in (0, 1)] == [128, 0]
+    assert architecture.experts.clamp == Clamp(alpha=1.702, limit=7.0)
+    assert (architecture.norm, architecture.attention.sinks) == ("rms_float32", True)
+
+
+def test_yarn_amplitude_has_three_sources():
+    def amplitude(**more):
+        return read(OLMOE, rope_scaling=GPT_OSS["rope_scaling"] | more).attention.rope.amplitude
+
+    assert amplitude(attention_factor=1.5) == 1.5
+    assert amplitude() == pytest.approx(0.1 * math.log(32) + 1)
+    ratio = (0.05 * math.log(32) + 1) / (0.2 * math.log(32) + 1)
+    assert amplitude(mscale=0.5, mscale_all_dim=2.0) == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "message"),
+    [
+        (OLMOE, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
+        (OLMOE, {"rope_scaling": {"type": "llama3"}}, "rope_type = 'llama3' is not supported"),
+        (OLMOE, {"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "rope_type and type differ"),
+        (OLMOE, {"rope_scaling": V3_YARN | {"surprise": 1}}, "surprise = 1 is not supported"),
+        (OLMOE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        (DEEPSEEK_V3, {"topk_method": "greedy"}, "topk_method = 'greedy' is not supported"),
+        (DEEPSEEK_V3, {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported"),
+        (DEEPSEEK_V3, {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported"),
+        (DEEPSEEK_V3, {"num_key_value_heads": 8}, "num_key_value_heads = 8 is not supported, only 128"),
+        (DEEPSEEK_V3, {"n_group": 3}, "256 experts in 3 groups"),
+        (DEEPSEEK_V3, {"n_group": 128, "topk_group": 2}, "exceeds the 4 experts of kept groups"),
+        (DEEPSEEK_V2_LITE, {"norm_topk_prob": True}, "norm_topk_prob = True is not supported"),
+        (DEEPSEEK_V2_LITE, {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc' is not supported"),
+        (GLM_AIR, {"partial_rotary_factor": None}, "partial_rotary_factor is missing"),
+        (GLM_AIR, {"partial_rotary_factor": 0.01}, "rotary embedding of 1 numbers"),
+        (GLM_AIR, {"partial_rotary_factor": 0.001}, "partial_rotary_factor = 0.001 leaves nothing"),
+        (GPT_OSS, {"rope_theta": 1.0}, "attention.rope.theta 1.0 with yarn"),
+        (DOTS, {"sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types = "),
+        (QWEN2_MOE, {"use_sliding_window": True}, "not supported without layer_types"),
+        (ERNIE, {"use_bias": True}, "use_bias = True is not supported"),
+        (ERNIE, {"moe_layer_interval": 0}, "moe_layer_interval is 0"),
+        (PHI, {"num_experts_per_tok": 1}, "top_k is 1, sparsemixer chooses 2"),
+        (PHI, {"rope_scaling": PHI["rope_scaling"] | {"short_factor": [1.0]}}, "divisors has 1 numbers, not 64"),
+        (PHI, {"rope_scaling": PHI["rope_scaling"] | {"short_factor": "x"}}, "short_factor is 'x', not numbers"),
+        (GPT_OSS, {"quantization_config": {"quant_method": "fp8"}}, "quant_method = 'fp8' is not supported"),
+        (GPT_OSS, {"layer_types": None}, "layer_types is missing"),
+        (GPT_OSS, {"layer_types": [1, 2]}, "layer_types is [1, 2], not texts"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(values, changes, message):
+    with pytest.raises(DataError) as error:
+        read(values, **changes)
+    assert str(error.value).startswith("config.json: ")
+    assert message in str(error.value)
