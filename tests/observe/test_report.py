@@ -16,6 +16,7 @@ from moempi.observe.report import (
     layout_table,
     phase_shares,
     report_table,
+    stragglers,
 )
 
 
@@ -67,6 +68,33 @@ def test_the_report_holds_every_figure():
         "results/[bold]a.h5",
     ):
         assert figure in text
+
+
+def test_the_slowest_ranks_of_each_phase():
+    disk = [0.001, 0.002, 0.003, 0.004]
+    assert stragglers({"compute": [1.0, 4.0, 2.0, 3.0], "idle": [0.0, 0.0, 0.5, 0.0], "disk": disk}) == {
+        "compute": [1, 3, 2],
+        "idle": [2, 0, 1],
+    }
+    assert stragglers({"compute": [1.0]}) == {}
+
+
+def test_the_report_names_hosts_and_earlier_runs():
+    report = Report(
+        "a.h5",
+        10,
+        1.0,
+        {"compute": [1.0, 4.0]},
+        np.zeros((0, 0), np.int64),
+        {"stop": 9},
+        hosts=["n1", "n2"],
+        earlier_requests=6,
+        earlier_tokens=1234,
+    )
+    text = text_of(report_table(report))
+    assert "1 on n2 (4.00 s), 0 on n1 (1.00 s)" in text
+    assert "6 requests, 1,234 tokens" in text
+    assert report.num_finished == 9
 
 
 def test_a_report_of_nothing():

@@ -29,6 +29,8 @@ def strike(ending: str) -> None:
             sys.exit(3)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "late":
+            time.sleep(60)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -43,6 +45,8 @@ def work(world: World, ending: str) -> None:
     elif world.rank == 1 and ending != "waiting":
         strike(ending)
     else:
+        if ending == "late":
+            world.alive("step 8")
         world.comm.recv(tag=99)  # never sent: blocked inside MPI
 
 
@@ -52,7 +56,7 @@ def main(ending: str, folder: str) -> None:
     place.with_suffix(".pid").write_text(str(os.getpid()))
     with world.guard():
         world.agree(ConfigError("no room") if ending == "disagree" and world.rank > 0 else None)
-        world.watch(30.0 if ending == "waiting" else 2.0)
+        world.watch(30.0 if ending == "waiting" else 2.0, group=0)
         world.alive("step 7")
         place.with_suffix(".ready").touch()
         work(world, ending)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moempi.errors import MoempiError
+from moempi.storage.convert import convert
 from moempi.storage.run_state import RunState, read_state
 from mpirun import ROOT
 
@@ -54,7 +55,12 @@ class Batch:
     def __init__(self, folder: Path, name: str, prompts: Path) -> None:
         self.results = folder / f"{name}.h5"
         self.log = folder / f"{name}.out"
-        self.settings = {"input.prompts": prompts, "output.results": self.results, "run.precision": "float32"}
+        self.settings = {
+            "model.weights": folder / "weights.h5",
+            "input.prompts": prompts,
+            "output.results": self.results,
+            "run.precision": "float32",
+        }
 
     def submit(self, *options: str, launcher: str = "srun") -> str:
         where = ["--nodes=2", "--ntasks-per-node=2", "--time=5", f"--output={self.log}", *options]
@@ -92,7 +98,9 @@ class Batch:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("batch")
+    place = tmp_path_factory.mktemp("batch")
+    convert(ROOT / "weights/abacus", place / "weights.h5")
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +178,7 @@ def run_array(prompts: Path, folder: Path, which: str) -> dict[int, str]:
     """The exit codes of an array's tasks."""
     where = ["--nodes=1", "--ntasks-per-node=2", "--time=5", f"--output={folder}/array-%a.out", f"--array={which}"]
     script = ["jobs/array.sbatch", "jobs/abacus.toml", prompts, "4", "--set", "run.precision=float32"]
+    script += ["--set", f"model.weights={folder}/weights.h5"]
     job = output_of("sbatch", "--parsable", *where, *script).strip()
     codes = {}
     first, _, last = which.partition("-")

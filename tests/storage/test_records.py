@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.errors import StorageError
-from moempi.storage import records
-from moempi.storage.records import Part, PartWriter, RankRecord, RequestRecord, part_path, part_paths
+from moempi.storage import parts
+from moempi.storage.parts import Part, PartWriter, part_path, part_paths
+from moempi.storage.records import RankRecord, RequestRecord
 
 TEXTS = ["", "plain", "emoji \U0001f9ee", "nul \0 inside", "../../x", "line\nbreak\r\n", '"quoted"']
 
@@ -208,8 +209,8 @@ def test_an_interrupt_between_two_writes_leaves_whole_records(tmp_path, monkeypa
 
 def test_the_disk_is_reached_at_most_once_a_second_and_at_close(tmp_path, monkeypatch):
     synced, now = [], [100.0]
-    monkeypatch.setattr(records.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(records.os, "fdatasync", synced.append)
+    monkeypatch.setattr(parts.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(parts.os, "fdatasync", synced.append)
     writer = PartWriter(tmp_path / "p", fingerprint="run")
     for index in range(40):
         now[0] += 0.1
@@ -235,7 +236,7 @@ def test_a_whole_record_that_is_not_ours_is_an_error(tmp_path):
     path = write_part(tmp_path / "p", [])
     payload = msgspec.msgpack.encode({"type": "request", "index": "x"})
     with path.open("ab") as file:
-        file.write(records._FRAME.pack(len(payload), records.xxh3_64_intdigest(payload)) + payload)
+        file.write(parts._FRAME.pack(len(payload), parts.xxh3_64_intdigest(payload)) + payload)
     with pytest.raises(StorageError, match="not one of ours"):
         read_part(path)
 

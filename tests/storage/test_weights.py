@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import h5py
 import msgspec
 import numpy as np
@@ -240,3 +243,25 @@ def test_architectures_survive(tmp_path):
         assert weights.architecture == other
         with pytest.raises(KeyError):
             weights.read("head")
+
+
+FULL_DISK = """
+import resource, sys
+from moempi.errors import StorageError
+from storage.models import write_model
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    write_model(sys.argv[1])
+except StorageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 100, 3_000, 20_000, 30_000])
+def test_a_full_disk_is_one_clear_error(tmp_path, limit_bytes):
+    path = tmp_path / "w.h5"
+    run = [sys.executable, "-c", FULL_DISK, str(path), str(limit_bytes)]
+    ended = subprocess.run(run, env={"PYTHONPATH": "tests"}, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(f"{path}: cannot be written")
+    assert not list(tmp_path.iterdir())

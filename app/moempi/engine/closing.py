@@ -24,6 +24,7 @@ PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 def rank_record(lanes: Sequence[Lane], ledger: Ledger, world: World, *, seconds: float) -> RankRecord:
     """What this rank did in `seconds` of steps: it computed whenever it was not blocked."""
     waits = {kind: sum(lane.network.traffic.waits[kind] for lane in lanes) for kind in WAITS}
+    waits["disk"] = ledger.disk_s
     return RankRecord(
         rank=world.rank,
         host=world.host,

@@ -38,9 +38,12 @@ class Lane:
         tensor = self.network.tensor
         while True:
             unfinished = self.scheduler.unfinished(self.index)
-            sums = self.network.exchange.agree((unfinished, self.stop.asked, *self.ledger.counts))
+            surplus = self.network.traffic.surplus_rows
+            sums = self.network.exchange.agree((unfinished, self.stop.asked, surplus, *self.ledger.counts))
             yield AGREE
-            unfinished, asked_to_stop, *counts = sums.finish().tolist()
+            unfinished, asked_to_stop, surplus, *counts = sums.finish().tolist()
+            if surplus:
+                raise RuntimeError(f"the ranks expect {-surplus} rows more than are sent to them")
             self.ledger.show(*counts)
             if not unfinished or asked_to_stop:
                 self.network.link.stop()

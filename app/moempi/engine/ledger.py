@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from time import perf_counter
 
 from moempi.engine.restart import Earlier
 from moempi.engine.sequence import Sequence
-from moempi.storage.records import PartWriter, RequestRecord
+from moempi.storage.parts import PartWriter
+from moempi.storage.records import RequestRecord
 
 
 class Ledger:
@@ -20,6 +22,7 @@ class Ledger:
         self.finishes: Counter[str] = Counter()
         self.referenced = 0
         self.exact = 0
+        self.disk_s = 0.0
         self.show = show
         self._part = part
         self._task = task
@@ -45,7 +48,9 @@ class Ledger:
         """Write finished sequences; raises StorageError when the disk does not take them."""
         for sequence in finished if self._keeps_records else ():
             record = sequence.record(task=self._task)
+            begin = perf_counter()
             self._part.append(record)
+            self.disk_s += perf_counter() - begin
             self.tokens += len(record.score) + len(record.tokens)
             self._count(record)
 

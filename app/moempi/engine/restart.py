@@ -22,7 +22,8 @@ from moempi.parallel.stop import Stop
 from moempi.parallel.world import World
 from moempi.storage.files import digest_file, remove_hidden
 from moempi.storage.lock import OutputLock
-from moempi.storage.records import Part, PartWriter, RequestRecord, part_path, part_paths, remove_parts
+from moempi.storage.parts import Part, PartWriter, part_path, part_paths, remove_parts
+from moempi.storage.records import RequestRecord
 from moempi.storage.run_state import RunState, State, state_path, write_state
 
 log = logging.getLogger(__name__)

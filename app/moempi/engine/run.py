@@ -43,6 +43,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     step ends all ranks alike.
     """
     start = datetime.now(UTC)
+    world.watch(job.run.timeout_s)
     # What the job names: every rank reads the prompts and the head of the weight file.
     weights = world.together(lambda: WeightFile.open(job.model.weights))
     prompts = world.together(lambda: read_prompts(job.input.prompts, sampling=job.sampling, strict=strict))
@@ -83,6 +84,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     world.watch(job.run.timeout_s, group=seat.place.stage)
     seconds = _take_steps(lanes, world, backend, seat.stage.layers, hops=job.exchange.hops)
     progress.close()
+    world.watch(job.run.timeout_s)
     # Every rank closes its part. Asked to stop before all is done: the parts stay, for the next attempt.
     record = rank_record(lanes, ledger, world, seconds=seconds)
     attempt.part.append(record)
@@ -140,6 +142,7 @@ def _networks(
             nodes=seat.nodes,
             transport=transport.name,
             hops=job.exchange.hops,
+        verify=job.exchange.verify,
             width=architecture.width,
             top_k=architecture.experts.router.top_k,
             num_layers=architecture.num_layers,
@@ -162,7 +165,8 @@ def _take_steps(lanes: ManyOf[Lane], world: World, backend: Backend, layers: ran
             lane.network.traffic.progress()
 
     def reached(lane: int, point: Point) -> None:
-        world.alive(f"layer {point.layer} {point.phase}, lane {lane}")
+        place = f"layer {point.layer} {point.phase}" if point.layer >= 0 else point.phase
+        world.alive(f"{place}, lane {lane}")
 
     backend.between = keep_moving
     link, tensor = lanes[0].network.link, lanes[0].network.tensor.size

@@ -16,6 +16,7 @@ from moempi.config.size import format_size
 from moempi.observe.console import console
 
 NUM_STRAGGLERS = 3
+WORTH_TELLING = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +161,14 @@ def phase_shares(seconds: Mapping[str, Sequence[float]]) -> list[tuple[str, floa
 
 
 def stragglers(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[int]]:
-    """For each phase the ranks that spent most time in it, the slowest first; nothing where there is one rank."""
+    """The ranks that spent most time in each phase, the slowest first; phases that cost no rank 1 % are left out."""
+    if any(len(parts) < 2 for parts in seconds.values()):
+        return {}
+    wall_s = max((sum(of_rank) for of_rank in zip(*seconds.values(), strict=True)), default=0.0)
     return {
         phase: sorted(range(len(parts)), key=lambda rank: -parts[rank])[:NUM_STRAGGLERS]
         for phase, parts in seconds.items()
-        if len(parts) > 1
+        if max(parts) > WORTH_TELLING * wall_s
     }
 
 

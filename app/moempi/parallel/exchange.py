@@ -70,6 +70,7 @@ class Exchange:
         notice = self._traffic.begin(self._start_counts(counts, counts_here), counts, counts_here, waiting="idle")
         yield Point(route.layer, phase)
         notice.finish()
+        self._traffic.surplus_rows += int(counts.sum() - counts_here.sum())
         by_expert, by_source = expert_order(counts_here)
         before = np.concatenate([[0], np.cumsum(counts)])
         return RoutePlan(

@@ -17,6 +17,7 @@ from moempi.parallel.traffic import Traffic
 from moempi.parallel.transport_choice import ChosenTransport, fastest, make_transport
 from moempi.parallel.transports.counted import Counted
 from moempi.parallel.transports.transfer import Transport
+from moempi.parallel.transports.verified import Verified
 from moempi.parallel.two_hops import Gates, TwoHops, numbered
 
 # A rank's share of shared memory, in rows that an even load would send at once; more than that goes as messages.
@@ -59,6 +60,7 @@ def make_network(
     nodes: Sequence[int],
     transport: str,
     hops: int,
+    verify: bool,
     width: int,
     top_k: int,
     num_layers: int,
@@ -79,6 +81,7 @@ def make_network(
         backend=backend,
         traffic=traffic,
         transport=transport,
+        verify=verify,
         width=width,
         num_layers=num_layers,
         room_rows=ROOM_FOR_SKEW * top_k * most_rows,
@@ -96,6 +99,7 @@ class Ways:
     backend: Backend
     traffic: Traffic
     transport: str
+    verify: bool = False
     width: int
     num_layers: int
     room_rows: int
@@ -134,4 +138,6 @@ class Ways:
         row_bytes = self.width * self.backend.row_dtype.itemsize
         room_bytes = self.room_rows * row_bytes
         transport = make_transport(name, comm, row_bytes=row_bytes, nodes=nodes, room_bytes=room_bytes)
+        if self.verify:
+            transport = Verified(transport, comm)
         return Counted(transport, self.traffic.counters, levels=link_levels(nodes, comm.rank), row_bytes=row_bytes)

@@ -4,19 +4,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 NAMED = 4
+# Reading weights and merging results may take longer than any step, this many times.
+OUTSIDE_PATIENCE = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a rank stands: how many points it has passed, the last of them, and what its main thread does since.
+    """Where a rank stands: how many points it has passed, the last of them, what its main thread does since, how long.
 
-    Ranks of one `group` pass the same points in the same order.
+    Ranks of one `group` pass the same points in the same order; None is outside of the steps, at the start or the end.
     """
 
-    group: int
+    group: int | None
     passed: int
     where: str
     doing: str
+    since_s: float
+
+
+def is_stall(positions: Mapping[int, Position], size: int, *, timeout_s: float) -> bool:
+    """Whether to give up: a rank does not answer, or all have stood still for longer than they may."""
+    if len(positions) < size:
+        return True
+    patience = OUTSIDE_PATIENCE if any(position.group is None for position in positions.values()) else 1
+    return all(position.since_s > timeout_s * patience for position in positions.values())
 
 
 def explain(positions: Mapping[int, Position], size: int) -> str:
@@ -25,7 +36,7 @@ def explain(positions: Mapping[int, Position], size: int) -> str:
     if silent:
         rank, position = min(positions.items())
         return f"{_ranks(silent)} not answer, rank {rank} waits at {position.where}"
-    most: dict[int, int] = {}
+    most: dict[int | None, int] = {}
     for position in positions.values():
         most[position.group] = max(position.passed, most.get(position.group, 0))
     late = {rank: position for rank, position in positions.items() if position.passed < most[position.group]}

@@ -14,6 +14,7 @@ class Traffic:
     def __init__(self, *, overlap: bool) -> None:
         self.waits: Waits = dict.fromkeys(WAITS, 0.0)
         self.counters: Counters = no_counts()
+        self.surplus_rows = 0  # planned to be sent minus planned to be received: over all ranks it is 0
         self._overlap = overlap
         self._under_way: list[Transfer] = []
 

@@ -20,6 +20,8 @@ STDERR = 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # How long a rank that is not the first of those left waits for that one to speak and to end the program.
 SECOND_S = 2.0
+PERIOD_S = 0.5
+LAST_RESORT_S = 60.0
 
 
 class StalledError(MoempiError):
@@ -43,8 +45,9 @@ class InterruptedByError(MoempiError):
 
 
 class Watchdog:
-    """Watches the main thread between `start` and `stop` and calls `fail`, or `stalled`, from its own thread, once.
+    """Watches the main thread between `start` and `stop`, from a thread of its own.
 
+    It calls `fail` once, `stalled` when the main thread stands still, and `answer` all the time.
     Python runs signal handlers on the main thread only, which may sit in a blocked MPI call: so the signal's number
     is read here, from the wake-up descriptor. `peers` gives the process of each other rank on this host. `grace_s`
     lets another rank speak first when all are struck at once.
@@ -53,7 +56,8 @@ class Watchdog:
     def __init__(
         self,
         fail: Callable[[MoempiError], object],
-        stalled: Callable[[Position, float], object],
+        stalled: Callable[[float], object],
+        answer: Callable[[], object],
         *,
         rank: int,
         peers: Mapping[int, int],
@@ -61,11 +65,13 @@ class Watchdog:
     ) -> None:
         self._fail = fail
         self._stalled = stalled
+        self._answer = answer
         self._rank = rank
         self._peers = peers
         self._grace_s = grace_s
         self._timeout_s: float | None = None
-        self._group = 0
+        self._group: int | None = None
+        self._checked = 0.0
         self._passed = 0
         self._last = (time.monotonic(), "the start")
         self._main = threading.get_ident()
@@ -97,11 +103,16 @@ class Watchdog:
             os.close(descriptor)
         faulthandler.cancel_dump_traceback_later()
 
-    def limit(self, timeout_s: float, *, group: int) -> None:
+    def limit(self, timeout_s: float, *, group: int | None) -> None:
         """From now on, a stall is that `alive` is not called for `timeout_s` seconds. See `Position` for `group`."""
         self.alive(self._last[1])
         self._group = group
         self._timeout_s = timeout_s
+
+    def position(self) -> Position:
+        """Where the main thread stands."""
+        since, where = self._last
+        return Position(self._group, self._passed, where, self._doing(), time.monotonic() - since)
 
     def alive(self, where: str) -> None:
         """Note that the main thread has come to `where`; costs less than a microsecond."""
@@ -124,7 +135,8 @@ class Watchdog:
                 self._hear(received)
             elif ready:
                 self._mourn(ready)
-            elif self._timeout_s is not None:
+            self._answer()
+            if self._timeout_s is not None:
                 self._check(self._timeout_s)
 
     def _hear(self, received: bytes) -> None:
@@ -142,14 +154,18 @@ class Watchdog:
         self._fail(DeadRankError(f"rank {dead[0]} is gone: its process {self._peers[dead[0]]} was killed or crashed"))
 
     def _period_s(self) -> float:
-        return 1.0 if self._timeout_s is None else min(1.0, self._timeout_s / 4)
+        return PERIOD_S if self._timeout_s is None else min(PERIOD_S, self._timeout_s / 4)
 
     def _check(self, timeout_s: float) -> None:
         # The last resort, needing no interpreter: a C call that keeps the interpreter's lock also stops this thread.
-        faulthandler.dump_traceback_later(timeout_s + 15, exit=True, file=STDERR)
-        since, where = self._last
-        if time.monotonic() - since > timeout_s:
-            self._stalled(Position(self._group, self._passed, where, self._doing()), timeout_s)
+        faulthandler.dump_traceback_later(timeout_s + LAST_RESORT_S, exit=True, file=STDERR)
+        now, before = time.monotonic(), self._checked
+        self._checked = now
+        if now - before > PERIOD_S + timeout_s / 2:
+            self.alive(self._last[1])  # this process was suspended, as the batch system may do: so were the others
+        elif now - self._last[0] > timeout_s:
+            self._stalled(timeout_s)
+            self._checked = time.monotonic()
 
     def _doing(self) -> str:
         """The innermost Python line of the main thread."""

@@ -15,16 +15,16 @@ from moempi.errors import MoempiError, UsageError
 from moempi.parallel.farewell import Farewell
 from moempi.parallel.launch import GRACE_S, launch_problem
 from moempi.parallel.segments import remove_names
-from moempi.parallel.stall import Position, explain
+from moempi.parallel.stall import explain, is_stall
 from moempi.parallel.watchdog import StalledError, Watchdog
 
 T = TypeVar("T")
 
 # The time that a last line needs from this rank's pipe to the launcher before the launcher kills its readers.
 LINE_TRAVEL_S = 0.2
-# How long the first two ranks wait for the others' positions when nothing moves; the rest give those two this long.
-COLLECT_S = (1.0, 2.5)
-ALONE_S = 5.0
+# How long a rank waits for others to say where they stand, at least; and as a share of the job's own patience.
+ASK_S = 1.5
+ASK_SHARE = 0.1
 
 
 class AgreedExit(SystemExit):
@@ -51,10 +51,15 @@ class World:
         self._debug = debug
         peers = _peers(self.rank, self.nodes, processes)
         self._watchdog = Watchdog(
-            self.abort, self._stalled, rank=self.rank, peers=peers, grace_s=0.0 if self.rank == 0 else GRACE_S
+            self.abort,
+            self._stalled,
+            self._answer,
+            rank=self.rank,
+            peers=peers,
+            grace_s=0.0 if self.rank == 0 else GRACE_S,
         )
         self._ending = threading.Lock()
-        self._farewell = Farewell(comm, peers)
+        self._farewell = Farewell(comm, peers, self._watchdog.position)
         self._at_failure: Callable[[str, int], object] = lambda cause, code: None
 
     @classmethod
@@ -65,6 +70,7 @@ class World:
         """
         problem = launch_problem(os.environ, MPI.COMM_WORLD.size)
         if problem is not None:
+            remove_names()
             raise UsageError(problem)
         try:
             comm = MPI.COMM_WORLD.Dup()
@@ -108,6 +114,7 @@ class World:
 
     def together(self, action: Callable[[], T]) -> T:
         """Do `action` on every rank and return its value, or `agree` on the MoempiErrors it raised; collective."""
+        self.alive(self.where)
         value: list[T] = []
         refusal = None
         try:
@@ -155,10 +162,10 @@ class World:
         finally:
             self._watchdog.stop()
 
-    def watch(self, timeout_s: float, *, group: int = 0) -> None:
-        """From now on, inside `guard`, a rank that does not call `alive` for `timeout_s` seconds ends all ranks.
+    def watch(self, timeout_s: float, *, group: int | None = None) -> None:
+        """From now on, inside `guard`, ranks that stand still for `timeout_s` seconds end the program.
 
-        Ranks of one `group` come to the same places in the same order: so the late one among them can be named.
+        `group`: see `Position`; ranks of one group come to the same places, so the late one among them can be named.
         """
         self._watchdog.limit(timeout_s, group=group)
 
@@ -171,21 +178,19 @@ class World:
         """The place of which `alive` was told last."""
         return self._watchdog.where
 
-    def _stalled(self, own: Position, timeout_s: float) -> None:
-        """End the program; the first two ranks find out who keeps the others waiting. From the watchdog's thread."""
-        for rank in range(min(len(COLLECT_S), self.size)):
-            if rank != self.rank:
-                self._farewell.report(own, rank)
-        if self.rank < len(COLLECT_S):
-            begin = time.monotonic()
-            positions = self._farewell.collect(own, patience_s=COLLECT_S[self.rank])
+    def _stalled(self, timeout_s: float) -> None:
+        """End the program if nothing moves. The lowest rank that answers is in charge. From the watchdog's thread."""
+        patience_s = max(ASK_S, ASK_SHARE * timeout_s)
+        if self.rank and self._farewell.ask(range(min(self.rank, 2)), patience_s=patience_s):
+            return
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        positions = self._farewell.ask(others, patience_s=patience_s) | {self.rank: self._watchdog.position()}
+        if is_stall(positions, self.size, timeout_s=timeout_s):
             reason = explain(positions, self.size)
-            if self.rank:  # rank 0 speaks, if it can
-                time.sleep(max(0.0, begin + COLLECT_S[self.rank] - time.monotonic()))
-        else:
-            time.sleep(ALONE_S)
-            reason = f"ranks 0 and 1 do not answer, this rank waits at {own.where}"
-        self.abort(StalledError(f"no progress for {timeout_s:g} s: {reason}; see run.timeout_s"))
+            self.abort(StalledError(f"no progress for {timeout_s:g} s: {reason}; see run.timeout_s"))
+
+    def _answer(self) -> None:
+        self._farewell.answer()
 
     def _say(self, error: BaseException, cause: str) -> None:
         if self._debug:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
-from moempi.storage.records import Part, RankRecord, RequestRecord
+from moempi.storage.parts import Part
+from moempi.storage.records import RankRecord, RequestRecord
 from moempi.storage.results_layout import ARRAYS, OFFSETS, TEXTS
 
 MAX_OPEN_PARTS = 64

@@ -1,0 +1,119 @@
+"""A run that was stopped or killed goes on where it was; requests that are not numbers end alone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moempi.config.tensors import catalogue
+from moempi.storage.compare import compare
+from moempi.storage.convert import convert
+from moempi.storage.parts import part_paths
+from moempi.storage.results import ResultFile
+from moempi.storage.run_state import read_state
+from moempi.storage.weights import WeightFile, write_weights
+from mpirun import ROOT, mpirun, python
+
+JOB = ROOT / "jobs/abacus.toml"
+NOT_A_NUMBER = 0x7FC0
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "abacus.h5"
+    convert(ROOT / "weights/abacus", path)
+    return path
+
+
+@pytest.fixture
+def run(weights, tmp_path):
+    """`run(ranks, name, *options, key=value)` runs the 256 questions into `<name>.h5` and tells how it ended."""
+
+    def run(num_ranks, name, *options, **settings):
+        named = {"model.weights": weights, "output.results": tmp_path / f"{name}.h5", "run.precision": "float32"}
+        words = [word for key, value in (named | settings).items() for word in ("--set", f"{key}={value}")]
+        return mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *words, *options))
+
+    return run
+
+
+@pytest.mark.mpi
+def test_a_run_whose_time_is_over_goes_on_with_other_ranks(run, tmp_path):
+    results = tmp_path / "stopped.h5"
+    assert run(2, "whole").code == 0
+    for ranks in (3, 1):
+        outcome = run(ranks, "stopped", "--max-minutes", "0.001")
+        assert outcome.code == 75
+        assert "stopped early (--max-minutes 0.001)" in outcome.lines[-1]
+        assert not results.exists()
+    state = read_state(results)
+    assert (state.state, state.exit_code, state.requests) == ("stopped", 75, 256)
+    assert run(5, "stopped").code == 0
+    found = compare(tmp_path / "whole.h5", results)
+    assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
+    assert not part_paths(results)
+    assert read_state(results).state == "finished"
+
+
+@pytest.mark.mpi
+def test_what_earlier_runs_finished_is_counted_but_not_run_again(run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": "12+30=", "reference": "42"}), "not a prompt"] * 3
+    prompts.write_text("\n".join(lines))
+    assert run(3, "bad", "--max-minutes", "0", **{"input.prompts": prompts}).code == 75
+    assert read_state(tmp_path / "bad.h5").finished == 3  # the errors
+    outcome = run(2, "bad", **{"input.prompts": prompts})
+    assert outcome.code == 0
+    assert "3 requests, 0 tokens" in outcome.out
+    assert "error 3, stop 3" in outcome.out
+    assert "3 of 3  (100.0%)" in outcome.out
+
+
+@pytest.mark.mpi
+def test_parts_of_other_settings_are_refused_and_kept(run, tmp_path):
+    assert run(2, "r", "--max-minutes", "0").code == 75
+    before = [path.read_bytes() for path in part_paths(tmp_path / "r.h5")]
+    outcome = run(3, "r", **{"sampling.max_tokens": 3})
+    assert outcome.code == 74
+    assert len(outcome.lines) == 1
+    assert "belongs to an unfinished run with other weights, prompts or settings" in outcome.lines[0]
+    assert [path.read_bytes() for path in part_paths(tmp_path / "r.h5")][: len(before)] == before
+
+
+@pytest.mark.mpi
+def test_a_finished_run_runs_anew(run, tmp_path):
+    assert run(1, "r").code == 0
+    before = (tmp_path / "r.h5").stat().st_ino
+    assert run(2, "r", **{"sampling.max_tokens": 1}).code == 0
+    assert (tmp_path / "r.h5").stat().st_ino != before
+    with ResultFile(tmp_path / "r.h5") as file:
+        assert max(len(record.tokens) for record in file.requests()) == 1
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("task", ["generate", "score"])
+def test_logits_that_are_not_numbers_end_one_request_alone(run, weights, tmp_path, task):
+    broken, token = tmp_path / "broken.h5", "z"
+    with WeightFile.open(weights) as file:
+        number = json.loads(file.tokenizer)["model"]["vocab"][token]
+        embedding = file.read("embedding")
+        embedding[number] = NOT_A_NUMBER
+        pieces = [
+            (t, [embedding if t.name == "embedding" else file.read(t.name)]) for t in catalogue(file.architecture)
+        ]
+        write_weights(broken, file.architecture, tokenizer=file.tokenizer, tensors=pieces)
+    prompts = tmp_path / "prompts.jsonl"
+    questions = ["12+30=", "reverse lazy=", "84-15=", "reverse zoo=", "33+33="]
+    prompts.write_text("\n".join(json.dumps({"prompt": question}) for question in questions))
+    settings = {"input.prompts": prompts, "task": task}
+    assert run(3, "sound", **settings).code == 0
+    assert run(3, "broken", **settings, **{"model.weights": broken}).code == 0
+    with ResultFile(tmp_path / "sound.h5") as sound, ResultFile(tmp_path / "broken.h5") as damaged:
+        for question, one, other in zip(questions, sound.requests(), damaged.requests(), strict=True):
+            if token in question:
+                assert (other.finish, other.error) == ("error", "the model's logits are not numbers")
+            else:
+                assert one.finish == other.finish != "error"
+                np.testing.assert_array_equal(one.tokens, other.tokens)
+                np.testing.assert_array_equal(one.logprobs, other.logprobs)
+                np.testing.assert_array_equal(one.score, other.score)

@@ -1,0 +1,206 @@
+"""The fault campaign: python tests/faults/campaign.py [--seed N] [--kills N] [--every N]
+
+Disturbs the real program in every way below and requires each time that it ends soon, with one line that names the
+cause, a non-zero exit code and nothing left behind; and that running it again gives what an undisturbed run gives, each
+request once. Prints a table: fault, tried, passed. Seeded; `--every 5` tries each fifth of the listed cases.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mpirun as launching
+from faults import merging
+from faults.rehearsal import BrokenError, Rehearsal, require
+from faults.struck import FAULTS, POINTS
+
+Case = tuple[str, Callable[[], None]]
+
+RANKS = 3
+
+
+def struck_cases(rehearsal: Rehearsal) -> Iterator[Case]:
+    """Each fault at each place, on the first rank and the last."""
+    for fault in FAULTS:
+        for place in ("prompts", "weights", *POINTS, "append", "merge"):
+            for rank in (0,) if place == "merge" else (0, RANKS - 1):
+                yield fault, lambda fault=fault, place=place, rank=rank: strike(rehearsal, fault, place, rank)
+
+
+def strike(rehearsal: Rehearsal, fault: str, place: str, rank: int) -> None:
+    results = rehearsal.fresh()
+    count = 1 if place in ("prompts", "weights", "merge") else 10
+    process = rehearsal.start(results, fault, rank=rank, place=place, count=count, num_ranks=RANKS)
+    line = rehearsal.require_clean_end(process, results, struck_at=None)
+    require(f"rank {rank}" in line, f"{fault} at {place} on rank {rank} is told as: {line}")
+    rehearsal.finish(results, num_ranks=2)
+
+
+def kill_cases(rehearsal: Rehearsal, chance: random.Random, kills: int) -> Iterator[Case]:
+    """SIGKILL to one rank at a random time between its start and the end of the run."""
+    for _ in range(kills):
+        rank, ranks, delay = chance.randrange(RANKS), chance.choice((1, 2, 4)), chance.random()
+        yield "SIGKILL at any time", lambda rank=rank, ranks=ranks, delay=delay: kill(rehearsal, rank, ranks, delay)
+
+
+def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> None:
+    results = rehearsal.fresh()
+    process = rehearsal.start(results, "none", rank=-1, place="agree", count=1, num_ranks=RANKS)
+    note = results.parent / "notes" / f"{rank}.pid"
+    while not note.exists() or not note.read_text():
+        time.sleep(0.01)
+    time.sleep(delay * rehearsal.seconds)
+    if process.poll() is not None:
+        launching.end(process)
+    else:
+        os.kill(int(note.read_text()), signal.SIGKILL)
+        try:
+            rehearsal.require_clean_end(process, results, struck_at=time.time())
+        except BrokenError as broken:
+            # Before the ranks are connected, and after they have parted, the launcher alone knows.
+            require("0 lines" in str(broken) or "exit code 0" in str(broken), str(broken))
+    shutil.rmtree(results.parent / "notes", ignore_errors=True)
+    rehearsal.finish(results, num_ranks=ranks_after)
+
+
+def disk_cases(rehearsal: Rehearsal) -> Iterator[Case]:
+    """A disk of 4 MB with room for nothing, for a few records, and for all records but not the results."""
+    for name, free_bytes in (("create", 0), ("append", 24 << 10), ("merge", 72 << 10)):
+        yield f"full disk at {name}", lambda free_bytes=free_bytes: fill_disk(rehearsal, free_bytes)
+    yield "read-only disk", lambda: read_only_disk(rehearsal)
+
+
+@contextmanager
+def small_disk(rehearsal: Rehearsal) -> Iterator[Path]:
+    results = rehearsal.fresh()
+    place = results.parent / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=True)
+    try:
+        yield place / "r.h5"
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def fill_disk(rehearsal: Rehearsal, free_bytes: int) -> None:
+    with small_disk(rehearsal) as results:
+        ballast = results.parent / "ballast"
+        room = shutil.disk_usage(results.parent).free - free_bytes
+        with ballast.open("wb") as file:
+            file.write(bytes(room))
+        require_refusal(rehearsal, results)
+        ballast.unlink()
+        rehearsal.finish(results, num_ranks=2)
+
+
+def read_only_disk(rehearsal: Rehearsal) -> None:
+    with small_disk(rehearsal) as results:
+        subprocess.run(["mount", "-o", "remount,ro", results.parent], check=True)
+        require_refusal(rehearsal, results)
+
+
+def folder_cases(rehearsal: Rehearsal) -> Iterator[Case]:
+    """Results that cannot lie where they should."""
+
+    def below_a_file() -> None:
+        results = rehearsal.fresh()
+        (results.parent / "file").touch()
+        require_refusal(rehearsal, results.parent / "file" / "r.h5")
+
+    def missing() -> None:
+        results = rehearsal.fresh().parent / "a" / "b" / "r.h5"
+        rehearsal.finish(results, num_ranks=2)
+
+    def in_use() -> None:
+        results = rehearsal.fresh()
+        first = rehearsal.start(results, "none", rank=-1, place="agree", count=1, num_ranks=2)
+        while not Path(f"{results}.run.json").exists():
+            time.sleep(0.01)
+        require_refusal(rehearsal, results, words="another run writes it")
+        first.communicate(timeout=60)
+        shutil.rmtree(results.parent / "notes")
+        rehearsal.require_same(results)
+
+    yield "folder that is a file", below_a_file
+    yield "missing folder", missing
+    yield "two runs on one output", in_use
+
+
+def require_refusal(rehearsal: Rehearsal, results: Path, *, words: str = "cannot be") -> None:
+    """Exit code 74 and one line, whatever the ranks."""
+    outcome = launching.mpirun(RANKS, *launching.python("-m", "moempi", *rehearsal.command(results)))
+    lines = [line for line in outcome.lines if "requests, " not in line]
+    require(outcome.code == 74, f"exit code {outcome.code}: {outcome.err}")
+    require(len(lines) == 1 and words in lines[0], f"{lines}")
+
+
+def launcher_cases() -> Iterator[Case]:
+    """Processes that each believe to be alone, as launchers of another MPI leave them."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        yield "wrong launcher", lambda name=name: launch_wrongly(name)
+
+
+def launch_wrongly(name: str) -> None:
+    outcome = launching.execute(*launching.python("-m", "moempi", "check"), **{name: "4"})
+    require((outcome.code, len(outcome.lines)) == (64, 1), f"exit code {outcome.code}: {outcome.err}")
+
+
+def cases(rehearsal: Rehearsal, chance: random.Random, kills: int) -> Iterator[Case]:
+    yield from struck_cases(rehearsal)
+    yield from kill_cases(rehearsal, chance, kills)
+    if os.geteuid() == 0:
+        yield from disk_cases(rehearsal)
+    yield from folder_cases(rehearsal)
+    yield from launcher_cases()
+    yield from merging.cases(rehearsal.folder)
+
+
+def run(*, seed: int, kills: int, every: int, folder: Path) -> tuple[Counter[str], Counter[str]]:
+    """How often each fault was tried, and how often all held; what did not is told on stderr."""
+    tried: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    chance = random.Random(seed)
+    for number, (name, check) in enumerate(cases(Rehearsal(folder), chance, kills)):
+        if (number + seed) % every and tried[name]:
+            continue
+        tried[name] += 1
+        try:
+            check()
+            passed[name] += 1
+        except (BrokenError, AssertionError) as broken:
+            print(f"{name}, case {number}: {broken}", file=sys.stderr, flush=True)
+    return tried, passed
+
+
+def table(tried: Counter[str], passed: Counter[str]) -> str:
+    rows = [f"{'fault':<28} {'tried':>5} {'passed':>6}"]
+    rows += [f"{name:<28} {tried[name]:>5} {passed[name]:>6}" for name in tried]
+    return "\n".join([*rows, f"{'all':<28} {tried.total():>5} {passed.total():>6}"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=60, help="kills at random times (60)")
+    parser.add_argument("--every", type=int, default=1, help="try each N-th case, and each fault at least once")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="moempi-faults.") as folder:
+        tried, passed = run(seed=chosen.seed, kills=chosen.kills, every=chosen.every, folder=Path(folder))
+    print(table(tried, passed))
+    return int(tried != passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

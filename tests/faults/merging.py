@@ -1,0 +1,114 @@
+"""The merge, killed at every line of it; and parts torn at every byte."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from faults.rehearsal import require
+from moempi.storage.files import remove_hidden
+from moempi.storage.merge import Provenance, merge
+from moempi.storage.parts import Part, PartWriter, part_path, part_paths, parts_folder, remove_parts
+from moempi.storage.records import RequestRecord
+from moempi.storage.results import ResultFile
+
+WATCHED = ("merge.py", "files.py", "parts.py", "records.py", "survey.py", "hdf5.py")
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+PROVENANCE = Provenance(job="", versions={}, world_size=2, hosts=("a",), weights="w", start=NOW, end=NOW)
+NUM_REQUESTS = 6
+
+
+def cases(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A kill at each line that the merge and the removal of the parts run through, and a tear at each byte."""
+    place = folder / "merging" / "r.h5"
+    write_parts(place)
+    for line in range(1, count_lines(place) + 1):
+        yield "SIGKILL at a line of merge", lambda line=line: kill_at(place, line)
+    whole = write_parts(place)[1].read_bytes()
+    for length in range(len(whole) - 400, len(whole)):
+        yield "part torn at a byte", lambda length=length: tear_at(place, length)
+
+
+def write_parts(results: Path) -> list[Path]:
+    for rank in range(2):
+        part_path(results, rank).unlink(missing_ok=True)
+        with PartWriter(part_path(results, rank), fingerprint="run") as part:
+            for index in range(rank, NUM_REQUESTS, 2):
+                part.append(RequestRecord(index=index, id=f"../{index}", finish="stop", text="x" * 100))
+    return part_paths(results)
+
+
+def conclude(results: Path) -> None:
+    """What the first rank does at the end of a run."""
+    merge(results, part_paths(results), num_requests=NUM_REQUESTS, provenance=PROVENANCE)
+    remove_parts(results)
+
+
+def count_lines(results: Path) -> int:
+    lines = [0]
+
+    def count() -> None:
+        lines[0] += 1
+
+    traced(count, results)
+    return lines[0]
+
+
+def kill_at(results: Path, line: int) -> None:
+    """A child is killed at its `line`-th line; then either the results are whole or all parts are."""
+    results.unlink(missing_ok=True)
+    write_parts(results)
+    child = os.fork()
+    if child == 0:
+        left = [line]
+
+        def kill() -> None:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            traced(kill, results)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    require(os.WIFSIGNALED(status), "was not killed")
+    remove_hidden(results)
+    if parts_folder(results).exists():
+        conclude(results)
+    with ResultFile(results) as file:
+        require([record.id for record in file.requests()] == [f"../{i}" for i in range(NUM_REQUESTS)], "lost requests")
+    require([entry.name for entry in results.parent.iterdir()] == ["r.h5"], "leaves files")
+
+
+def traced(reached: Callable[[], None], results: Path) -> None:
+    """Conclude, calling `reached` at every line of the modules that do it."""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if Path(frame.f_code.co_filename).name not in WATCHED:
+            return None
+        if event == "line":
+            reached()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        conclude(results)
+    finally:
+        sys.settrace(None)
+
+
+def tear_at(results: Path, length: int) -> None:
+    """The records before the tear are kept, and the part goes on behind them."""
+    _, path = write_parts(results)
+    found = list(Part(path).records())
+    ends = [*(offset for offset, _ in found[1:]), path.stat().st_size]
+    path.write_bytes(path.read_bytes()[:length])
+    kept = [record.index for (_, record), end in zip(found, ends, strict=True) if end <= length]
+    with PartWriter(path, fingerprint="run") as part:
+        part.append(RequestRecord(index=99, id="next", finish="stop"))
+    require([record.index for _, record in Part(path).records()] == [*kept, 99], f"torn at byte {length}")

@@ -1,0 +1,113 @@
+"""One job that is disturbed again and again: its runs, and what must hold of each however it ended."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import mpirun as launching
+from moempi.storage.convert import convert
+
+STRUCK = Path(__file__).with_name("struck.py")
+END_S = 10.0
+PROGRESS = re.compile(r"moempi: \d+/\d+ requests, ")
+
+
+class BrokenError(Exception):
+    """Something that must hold does not."""
+
+
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise BrokenError(what)
+
+
+class Rehearsal:
+    """A job of `num_prompts` questions in float32, and its undisturbed results to compare with."""
+
+    def __init__(self, folder: Path, *, num_prompts: int = 96) -> None:
+        self.folder = folder
+        self.num_prompts = num_prompts
+        self._numbers = itertools.count()
+        lines = [json.loads(line) for line in (launching.ROOT / "jobs/abacus.jsonl").read_text().splitlines()]
+        self.prompts = folder / "prompts.jsonl"
+        with self.prompts.open("w") as file:
+            for number in range(num_prompts):
+                file.write(json.dumps(lines[number % len(lines)] | {"id": f"../../x{number}"}) + "\n")
+        self.weights = folder / "weights.h5"
+        convert(launching.ROOT / "weights/abacus", self.weights)
+        self.reference = folder / "reference.h5"
+        begin = time.monotonic()
+        self.finish(self.reference, num_ranks=2, compare=False)
+        self.seconds = time.monotonic() - begin
+
+    def fresh(self) -> Path:
+        """A results file that no run has touched, in a folder of its own."""
+        place = self.folder / str(next(self._numbers))
+        place.mkdir()
+        return place / "r.h5"
+
+    def command(self, results: Path) -> list[str]:
+        settings = {
+            "model.weights": str(self.weights),
+            "input.prompts": str(self.prompts),
+            "output.results": str(results),
+            "run.precision": "float32",
+            "run.timeout_s": "2",
+            "exchange.transport": "alltoallv",
+        }
+        return ["run", "jobs/abacus.toml", *(word for item in settings.items() for word in ("--set", "=".join(item)))]
+
+    def start(self, results: Path, fault: str, *, rank: int, place: str, count: int, num_ranks: int):
+        """Start a run with a fault in it; temporary files go beside the results."""
+        (results.parent / "tmp").mkdir(exist_ok=True)
+        (results.parent / "notes").mkdir(exist_ok=True)
+        struck = [STRUCK, results.parent / "notes", fault, str(rank), place, str(count), *self.command(results)]
+        where = {"TMPDIR": str(results.parent / "tmp"), "PYTHONUNBUFFERED": "1"}
+        return launching.start("mpirun", "-n", str(num_ranks), *launching.python(*struck), **where)
+
+    def require_clean_end(self, process: "subprocess.Popen[str]", results: Path, *, struck_at: float | None) -> str:
+        """The run ends soon and says why in one line; nothing of it is left. The line."""
+        try:
+            _, err = process.communicate(timeout=END_S + 20)
+        except subprocess.TimeoutExpired:
+            launching.end(process)
+            raise BrokenError("does not end") from None
+        lines = [line for line in err.splitlines() if line.startswith("moempi: ") and not PROGRESS.match(line)]
+        notes = results.parent / "notes"
+        begin = struck_at or min((float(note.read_text()) for note in notes.glob("*.struck")), default=time.time())
+        while alive := [note.stem for note in notes.glob("*.pid") if is_alive(int(note.read_text()))]:
+            require(time.time() < begin + END_S, f"ranks {alive} live on")
+            time.sleep(0.05)
+        require(time.time() < begin + END_S, f"took {time.time() - begin:.1f} s")
+        require(process.returncode != 0, "exit code 0")
+        require(len(lines) == 1, f"{len(lines)} lines: {lines}")
+        require(not list((results.parent / "tmp").rglob("*")), "leaves temporary files")
+        left = [name for note in notes.glob("*.shm") for name in note.read_text().split() if Path(name).exists()]
+        require(not left, f"leaves {left}")
+        shutil.rmtree(notes)
+        return lines[0]
+
+    def finish(self, results: Path, *, num_ranks: int, compare: bool = True) -> None:
+        """Run what is left, on another number of ranks, and compare with the undisturbed results."""
+        command = launching.python("-m", "moempi", *self.command(results))
+        outcome = launching.mpirun(num_ranks, *command)
+        require(outcome.code == 0, f"does not finish: {outcome.lines}")
+        if compare:
+            self.require_same(results)
+
+    def require_same(self, results: Path) -> None:
+        compared = launching.execute(*launching.python("-m", "moempi", "compare", self.reference, results))
+        require(f"{self.num_prompts} requests, 0 differ" in compared.out, f"differs: {compared.out}{compared.err}")
+        left = {entry.name for entry in results.parent.iterdir()} - {"r.h5", "r.h5.logs", "r.h5.run.json", "tmp"}
+        require(not left, f"leaves {left}")
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -1,0 +1,84 @@
+"""The real program with a fault in it: python struck.py NOTES FAULT RANK PLACE COUNT run JOB.toml ...
+
+At the COUNT-th time that RANK comes to PLACE, FAULT strikes; RANK -1 is none. Each rank leaves its process id in the
+folder NOTES, with the names of the shared-memory files that it has mapped, and when it was struck.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FAULTS = ("exception", "exit", "memory", "SIGKILL", "SIGSEGV", "SIGSTOP")
+POINTS = ("counts", "dispatch", "combine", "agree")
+CALLS = {
+    "prompts": ("moempi.storage.prompts", "read_prompts"),
+    "weights": ("moempi.engine.load", "load_model"),
+    "merge": ("moempi.storage.merge", "merge"),
+}
+
+
+def strike(fault: str) -> None:
+    match fault:
+        case "exception":
+            raise ValueError("struck")
+        case "exit":
+            sys.exit(3)
+        case "memory":
+            raise MemoryError
+    os.kill(os.getpid(), signal.Signals[fault])
+    time.sleep(60)  # a signal may arrive a moment later
+
+
+def before(action: Callable[..., Any], hook: Callable[..., None]) -> Callable[..., Any]:
+    def both(*arguments: Any, **named: Any) -> Any:
+        hook(*arguments)
+        return action(*arguments, **named)
+
+    return both
+
+
+def main(notes: str, fault: str, rank: str, place: str, count: str, *arguments: str) -> int:
+    own_rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+    note = Path(notes, str(own_rank))
+    note.with_suffix(".pid").write_text(str(os.getpid()))
+    left = [int(count)]
+
+    def come(*_: object) -> None:
+        left[0] -= 1
+        if left[0] == 0 and own_rank == int(rank):
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            note.with_suffix(".shm").write_text("\n".join(line.split()[5] for line in maps if "/dev/shm/" in line))
+            note.with_suffix(".struck").write_text(str(time.time()))
+            strike(fault)
+
+    from importlib import import_module
+
+    from moempi.parallel.world import World
+    from moempi.storage.parts import PartWriter
+
+    if place in CALLS:
+        module = import_module(CALLS[place][0])
+        setattr(module, CALLS[place][1], before(getattr(module, CALLS[place][1]), come))
+    elif place == "append":
+        PartWriter.append = before(PartWriter.append, come)
+    else:
+        alive = World.alive
+
+        def come_to_point(world: World, where: str) -> None:
+            alive(world, where)
+            if place in where:
+                come()
+
+        World.alive = come_to_point
+
+    from moempi.cli import main as moempi
+
+    return moempi(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

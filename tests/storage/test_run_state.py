@@ -1,0 +1,46 @@
+"""The state of a run, as scripts read it."""
+
+import json
+
+import pytest
+
+from moempi.errors import DataError, NoInputError
+from moempi.storage.files import hidden_name, remove_hidden
+from moempi.storage.run_state import RunState, read_state, state_path, write_state
+
+STOPPED = RunState(
+    state="stopped",
+    requests=9,
+    finished=4,
+    reason="SIGUSR1",
+    exit_code=75,
+    world_size=2,
+    started="2026-01-01T00:00:00+00:00",
+    updated="2026-01-01T00:01:00+00:00",
+)
+
+
+def test_it_comes_back_and_is_json(tmp_path):
+    write_state(tmp_path / "r.h5", STOPPED)
+    assert read_state(tmp_path / "r.h5") == STOPPED
+    assert json.loads((tmp_path / "r.h5.run.json").read_text())["state"] == "stopped"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.h5.run.json"]
+
+
+def test_none_and_one_that_is_no_state(tmp_path):
+    with pytest.raises(NoInputError):
+        read_state(tmp_path / "r.h5")
+    state_path(tmp_path / "r.h5").write_text("{}")
+    with pytest.raises(DataError, match="not the state of a run"):
+        read_state(tmp_path / "r.h5")
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    results = tmp_path / "r[1].h5"
+    hidden_name(results).touch()
+    hidden_name(results).mkdir()
+    kept = {results, hidden_name(tmp_path / "r1.h5"), tmp_path / ".r[1].h5.notes.part"}
+    for path in kept:
+        path.touch()
+    remove_hidden(results)
+    assert set(tmp_path.iterdir()) == kept
