@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--within", type=float, default=0.0, help="largest difference of log-probabilities allowed (0)")
     add(check)
     sub = add(bench)
-    sub.add_argument("name", choices=["layer", "exchange"])
+    sub.add_argument("name", choices=["layer", "exchange", "immediate"])
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="the benchmark's own arguments")
     return parser
 

@@ -27,6 +27,17 @@ def test_exchange_prints_every_transport_and_between_ranks_the_overlap(mpirun, n
     assert ("same bits with overlap on and off" in outcome.out) == (num_ranks > 1)
 
 
+def test_immediate_prints_what_it_saves_between_two_stages(mpirun):
+    command = python("-m", "moempi", "bench", "immediate", *TINY, "--tokens", "0", "3", "--rounds", "2")
+    outcome = mpirun(4, *command, COLUMNS="200")
+    assert outcome.code == 0, outcome.err
+    assert "2 stages of 2 ranks" in outcome.out
+    odd = mpirun(3, *command)
+    assert odd.code == 64
+    assert len(odd.lines) == 1
+    assert "3 ranks do not form two equal ones" in odd.lines[0]
+
+
 def test_a_wrong_flag_is_a_usage_error(mpirun):
     outcome = mpirun(1, *python("-m", "moempi", "bench", "layer", "--tokns", "8"))
     assert outcome.code == 64

@@ -52,6 +52,7 @@ def random_job(dice, folder):
             "timeout_s": 20.0,
         },
         "sampling": {"max_tokens": dice.choice([1, 3])},
+        "exchange": {"immediate": dice.random() < 0.5},
         "parallel": {"stages": stages, "tensor": tensor, "stage_ranks": ranks},
     }
     return tree, sum(ranks)

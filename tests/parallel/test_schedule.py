@@ -22,6 +22,12 @@ def test_points_of_a_pipeline_end_behind_what_is_sent():
     assert [point.phase for point in divided] == ["rows", "gather", "scatter", "gather", "scatter", "gather", "sent"]
 
 
+def test_rows_that_depart_leave_behind_their_dispatch():
+    points = step_points(range(2), (0, 1), tensor=2, is_first=False, is_last=False, departs=True)
+    layer = ["gather", "scatter", "counts", "dispatch"]
+    assert [point.phase for point in points] == ["rows", *layer, "combine", *layer, "sent"]
+
+
 def test_lanes_alternate_at_each_point_and_pairs_take_turns():
     order = list(islice(schedule(3, (FIRST, SECOND), together=2), 8))
     assert order == [

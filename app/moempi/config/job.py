@@ -68,12 +68,14 @@ class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
     """`[exchange]`: how rows travel between ranks; `auto` takes the transport that is fastest in a probe.
 
     With 2 `hops` a row crosses the network once per node and goes on to its experts inside; sums are re-associated.
-    `verify` compares checksums of all rows at both ends.
+    `verify` compares checksums of all rows at both ends. With `immediate` the last experts of a stage answer straight
+    to the next stage.
     """
 
     transport: Literal["auto", "alltoallv", "pairwise", "shared"] = "auto"
     hops: Literal[1, 2] = 1
     verify: bool = False
+    immediate: bool = False
 
 
 class ParallelSection(Struct, frozen=True, forbid_unknown_fields=True):

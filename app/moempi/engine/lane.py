@@ -51,8 +51,8 @@ class Lane:
             work = self.scheduler.next_work(self.index)
             batch = self._batch(work)
             split = RowSplit((batch.num_rows,), tensor.size)
-            x = self.model.embed(batch.tokens[split.indices[tensor.part]])
-            x = yield from self.model.forward(batch, split, x, self.network)
+            rows = self.model.embed(batch.tokens[split.indices[tensor.part]])
+            x = yield from self.model.forward(batch, split, rows, self.network)
             self.task.accept(work, (yield from self._conclude(batch, split, x)))
             self.ledger.end_step(self.scheduler.retire(self.index))
 
@@ -62,26 +62,26 @@ class Lane:
         arrival = link.expect()
         while True:
             yield ROWS
-            batch, split, x = link.receive(arrival)
+            batch, split, rows = link.receive(arrival)
             if batch.stop:
                 link.stop()
                 return
             arrival = link.expect()
-            x = yield from self.model.forward(batch, split, x, self.network)
+            x = yield from self.model.forward(batch, split, rows, self.network)
             yield from self._conclude(batch, split, x)
             self.ledger.end_step(())
             yield SENT
 
-    def _conclude(self, batch: Batch, split: RowSplit, x: Array) -> Generator[Point, None, Picked]:
-        """Hand the rows on, or answer what the batch asks; the first stage returns with the answers."""
+    def _conclude(self, batch: Batch, split: RowSplit, x: Array | None) -> Generator[Point, None, Picked]:
+        """Hand on the rows, unless they have gone, or answer for them; the first stage returns with the answers."""
         link = self.network.link
-        if link.is_last:
+        if x is not None and link.is_last:
             picked = self._pick(batch, split, x)
             if not link.is_first:
                 link.answer(batch, picked)
             return picked
-        rows = yield from self.network.tensor.gather(x, split, layer=-1)
-        link.send(batch, rows)
+        if x is not None:
+            link.send(batch, (yield from self.network.tensor.gather(x, split, layer=-1)))
         if not link.is_first:
             return NOTHING_PICKED
         yield TOKENS

@@ -142,12 +142,13 @@ def _networks(
             nodes=seat.nodes,
             transport=transport.name,
             hops=job.exchange.hops,
-        verify=job.exchange.verify,
+            verify=job.exchange.verify,
             width=architecture.width,
             top_k=architecture.experts.router.top_k,
             num_layers=architecture.num_layers,
             group_rows=job.run.batch_tokens,
             overlap=job.run.overlap,
+            departing=seat.departing,
         )
         for _ in range(job.lanes)
     ]
@@ -171,7 +172,15 @@ def _take_steps(lanes: ManyOf[Lane], world: World, backend: Backend, layers: ran
     backend.between = keep_moving
     link, tensor = lanes[0].network.link, lanes[0].network.tensor.size
     moe_layers = lanes[0].model.architecture.moe_layers
-    step = step_points(layers, moe_layers, tensor=tensor, is_first=link.is_first, is_last=link.is_last, hops=hops)
+    step = step_points(
+        layers,
+        moe_layers,
+        tensor=tensor,
+        is_first=link.is_first,
+        is_last=link.is_last,
+        hops=hops,
+        departs=lanes[0].network.onward is not None,
+    )
     begin = time.perf_counter()
     interleave(
         [lane.serve() for lane in lanes],

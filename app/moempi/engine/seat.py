@@ -18,7 +18,7 @@ from moempi.planning.memory import Memory
 class Seat:
     """`ranks` is a communicator of all ranks, counted node by node; `nodes` is the node of each of them.
 
-    `placement` and `memory` are those of this rank's stage.
+    `placement` and `memory` are those of this rank's stage. Rows leave the stages `departing` by immediate routing.
     """
 
     ranks: Any
@@ -27,6 +27,7 @@ class Seat:
     place: Coordinates
     placement: Placement
     memory: Memory
+    departing: Sequence[int]
 
     @property
     def stage(self) -> Stage:
@@ -59,7 +60,7 @@ def take_seat(job: Job, world: World, architecture: Architecture) -> Seat:
     nodes, ranks = world.by_node(job.topology.ranks_per_node)
     plan = world.together(lambda: make_plan(job, architecture, nodes))
     place = plan.grid.coordinates(ranks.rank)
-    return Seat(ranks, nodes, plan.grid, place, plan.placements[place.stage], plan.memory[place.stage])
+    return Seat(ranks, nodes, plan.grid, place, plan.placements[place.stage], plan.memory[place.stage], plan.departing)
 
 
 def available_bytes(job: Job, world: World, *, of_node: int) -> int:

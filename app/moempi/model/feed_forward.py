@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from moempi.backend.protocol import Array, Backend, Expert
 from moempi.config.architecture import Router
 from moempi.parallel.exchange import Exchange, Route
+from moempi.parallel.immediate import Departure
 from moempi.parallel.schedule import Point
 
 
@@ -38,10 +39,7 @@ class MixtureOfExperts:
 
     def forward(self, backend: Backend, x: Array, exchange: Exchange) -> Generator[Point, None, Array]:
         """X (T, D) -> (T, D): every row to its K experts and back. Yields while rows are on the network."""
-        chosen, weights = backend.choose_experts(
-            x, self.router, self.rule, bias=self.router_bias, correction=self.router_correction
-        )
-        plan = yield from exchange.plan(Route(self.layer, chosen, weights))
+        plan = yield from exchange.plan(self._route(backend, x))
         outward = exchange.dispatch(x, plan)
         shared = self._shared(backend, x)
         yield Point(self.layer, "dispatch")
@@ -51,6 +49,25 @@ class MixtureOfExperts:
         yield Point(self.layer, "combine")
         combined = yield from exchange.combined(homeward, plan)
         return combined if shared is None else backend.add(combined, shared)
+
+    def leave(
+        self, backend: Backend, x: Array, residual: Array, exchange: Exchange, departure: Departure
+    ) -> Generator[Point, None, None]:
+        """The same for a stage's last layer whose answers, added to `residual`, are wanted by the next stage alone."""
+        plan = yield from exchange.plan(self._route(backend, x))
+        outward = exchange.dispatch(x, plan)
+        owners = exchange.tell(departure.owners, plan)
+        departure.leave(plan, residual, self._shared(backend, x))
+        yield Point(self.layer, "dispatch")
+        rows = yield from exchange.arrived(outward, plan)
+        rows = backend.expert_mlp(rows, self.experts, plan.expert_counts)
+        departure.answer(rows, plan, owners.finish())
+
+    def _route(self, backend: Backend, x: Array) -> Route:
+        chosen, weights = backend.choose_experts(
+            x, self.router, self.rule, bias=self.router_bias, correction=self.router_correction
+        )
+        return Route(self.layer, chosen, weights)
 
     def _shared(self, backend: Backend, x: Array) -> Array | None:
         if self.shared is None:

@@ -49,10 +49,13 @@ class Transformer:
         """Rows of tokens (T,) -> (T, D)."""
         return self.backend.embed(tokens, self.embedding)
 
-    def forward(self, batch: Batch, split: RowSplit, x: Array, network: Network) -> Generator[Point, None, Array]:
+    def forward(
+        self, batch: Batch, split: RowSplit, x: Array, network: Network
+    ) -> Generator[Point, None, Array | None]:
         """This rank's part of the batch's rows through the stage's layers; collective over the stage's ranks.
 
         Every rank of a tensor group attends all rows with its heads; between, each has its part of the rows only.
+        Returns None where the rows have left for the next stage.
         """
         backend, tensor = self.backend, network.tensor
         segments = self.cache.segments(batch)
@@ -64,6 +67,10 @@ class Transformer:
             x = backend.add(x, (yield from tensor.scatter(rows, split, layer=layer.index)))
             rows = layer.feed_forward_norm(backend, x)
             if isinstance(layer.feed_forward, MixtureOfExperts):
+                if network.onward is not None and layer is self.layers[-1]:
+                    departure = network.onward.departure(batch, split)
+                    yield from layer.feed_forward.leave(backend, rows, x, network.exchange, departure)
+                    return None
                 rows = yield from layer.feed_forward.forward(backend, rows, network.exchange)
             else:
                 rows = yield from tensor.gather(rows, split, layer=layer.index)

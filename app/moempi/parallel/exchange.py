@@ -103,6 +103,15 @@ class Exchange:
         yield from ()
         return self._backend.combine(transfer.finish(), plan.places, plan.weights)
 
+    def tell(self, owners: IntArray, plan: RoutePlan) -> Transfer:
+        """Tell the experts who owns the answer to each row; `finish` gives the owners of arriving rows as they come."""
+        outgoing = owners[self._backend.download(plan.source_rows)]
+        incoming = np.empty(int(plan.recv_counts.sum()), np.int32)
+        request = self._comm.Ialltoallv(
+            [outgoing, plan.send_counts, MPI.INT32_T], [incoming, plan.recv_counts, MPI.INT32_T]
+        )
+        return self._traffic.begin(request, outgoing, incoming, waiting="idle")
+
     def agree(self, amounts: Sequence[int]) -> Transfer:
         """Add up amounts over the ranks; `finish` gives the array of their sums."""
         own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)

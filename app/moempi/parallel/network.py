@@ -1,7 +1,7 @@
 """The network of one lane: all ways by which its rows reach other ranks."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mpi4py import MPI
@@ -9,6 +9,7 @@ from mpi4py import MPI
 from moempi.backend.protocol import Backend
 from moempi.parallel.exchange import Exchange
 from moempi.parallel.grid import Grid
+from moempi.parallel.immediate import ImmediateLink
 from moempi.parallel.placement import Placement
 from moempi.parallel.stage_link import StageLink
 from moempi.parallel.tensor_group import TensorGroup
@@ -26,12 +27,16 @@ ROOM_FOR_SKEW = 2
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """One lane's exchange (among its stage), tensor group, and link between stages, on communicators of their own."""
+    """One lane's exchange (among its stage), tensor group, and link between stages, on communicators of their own.
+
+    `onward` is the link once more where rows leave the stage's last layer by immediate routing.
+    """
 
     exchange: Exchange
     tensor: TensorGroup
     link: StageLink
     traffic: Traffic
+    onward: ImmediateLink | None = None
 
 
 def choose_transport(
@@ -66,10 +71,12 @@ def make_network(
     num_layers: int,
     group_rows: int,
     overlap: bool,
+    departing: Collection[int] = (),
 ) -> Network:
     """The network of one more lane; collective over all ranks of `comm`, which count node by node (`nodes`).
 
-    A data parallel group of the first stage has at most `group_rows` rows in a step, each for `top_k` experts.
+    A data parallel group of the first stage has at most `group_rows` rows in a step, each for `top_k` experts. Rows
+    leave the stages `departing` by immediate routing.
     """
     place = grid.coordinates(comm.rank)
     stage = MPI.Intracomm(comm.Split(place.stage, comm.rank))
@@ -88,8 +95,19 @@ def make_network(
     )
     make_exchange = ways.one_hop if hops == 1 else ways.two_hops
     exchange = make_exchange(stage, placement, numbered(nodes[own.start : own.stop]))
-    link = StageLink(comm.Dup(), grid, place, backend, traffic=traffic, width=width, group_rows=group_rows)
-    return Network(exchange, TensorGroup(tensor, backend, traffic=traffic, width=width), link, traffic)
+    link = ImmediateLink(
+        comm.Dup(),
+        grid,
+        place,
+        backend,
+        traffic=traffic,
+        width=width,
+        group_rows=group_rows,
+        arrives=place.stage - 1 in departing,
+        departs=place.stage in departing,
+    )
+    onward = link if place.stage in departing else None
+    return Network(exchange, TensorGroup(tensor, backend, traffic=traffic, width=width), link, traffic, onward)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

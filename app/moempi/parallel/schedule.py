@@ -24,17 +24,27 @@ ROUTED = {
 
 
 def step_points(
-    layers: range, moe_layers: Sequence[int], *, tensor: int, is_first: bool, is_last: bool, hops: int = 1
+    layers: range,
+    moe_layers: Sequence[int],
+    *,
+    tensor: int,
+    is_first: bool,
+    is_last: bool,
+    hops: int = 1,
+    departs: bool = False,
 ) -> tuple[Point, ...]:
     """The points of one step of a stage that computes `layers` and exchanges rows in one hop or two, in order.
 
-    A pipeline's stage has a last point behind what it sends, so that its turn ends with nothing left to send.
+    Where rows depart for the next stage by immediate routing, the last layer waits for no answers. A pipeline's stage
+    has a last point behind what it sends, so that its turn ends with nothing left to send.
     """
     points = [AGREE if is_first else ROWS]
     for layer in layers:
         divided = DIVIDED if tensor > 1 else ()
         points.extend(Point(layer, phase) for phase in (*divided, *(ROUTED[hops] if layer in moe_layers else divided)))
-    if not is_last and tensor > 1:
+    if departs:
+        points.pop()
+    elif not is_last and tensor > 1:
         points.append(LEAVE)
     if not (is_first and is_last):
         points.append(TOKENS if is_first else SENT)

@@ -14,11 +14,15 @@ from moempi.planning.memory import Memory, rank_memory
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who holds what: the grid, and per stage the placement of its experts and the memory of its fullest rank."""
+    """Who holds what: the grid, and per stage the placement of its experts and the memory of its fullest rank.
+
+    Rows leave the stages `departing` by immediate routing.
+    """
 
     grid: Grid
     placements: tuple[Placement, ...]
     memory: tuple[Memory, ...]
+    departing: tuple[int, ...]
 
 
 def make_plan(job: Job, architecture: Architecture, nodes: Sequence[int]) -> Plan:
@@ -46,7 +50,7 @@ def make_plan(job: Job, architecture: Architecture, nodes: Sequence[int]) -> Pla
         )
         for index, (stage, placement) in enumerate(zip(grid.stages, placements, strict=True))
     )
-    return Plan(grid, placements, memory)
+    return Plan(grid, placements, memory, _departing(job, architecture, grid))
 
 
 def layer_cost(architecture: Architecture, layer: int) -> float:
@@ -56,6 +60,14 @@ def layer_cost(architecture: Architecture, layer: int) -> float:
         tensor.num_bytes * (used if tensor.share is Share.EXPERTS else 1)
         for tensor in layer_tensors(architecture, layer)
     )
+
+
+def _departing(job: Job, architecture: Architecture, grid: Grid) -> tuple[int, ...]:
+    """The stages whose last layer's experts can answer straight to a next stage: those that end with such a layer."""
+    if job.exchange.immediate and job.exchange.hops > 1:
+        raise ConfigError("exchange.immediate = true lets experts answer over no gate; use exchange.hops = 1")
+    ends = [stage.layers[-1] for stage in grid.stages[:-1]] if job.exchange.immediate else []
+    return tuple(index for index, layer in enumerate(ends) if architecture.is_moe(layer))
 
 
 def _refuse_uneven(job: Job, architecture: Architecture) -> None:

@@ -1,0 +1,107 @@
+"""`moempi bench immediate`: what a step gains when a stage's last experts answer straight to the next stage."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+from rich.table import Table
+
+from moempi.backend.numpy_backend import NumpyBackend
+from moempi.bench.layers import Rows, Sizes, add_size_flags, finish, make_layer, make_rows
+from moempi.bench.measure import alternate, machine, ratio
+from moempi.config.job import ParallelSection
+from moempi.errors import UsageError
+from moempi.observe.console import console
+from moempi.parallel.batch import NONE, Batch
+from moempi.parallel.grid import Grid, make_grid
+from moempi.parallel.network import make_network
+from moempi.parallel.placement import linear
+from moempi.parallel.row_split import RowSplit
+from moempi.parallel.world import World
+
+HOMES, IMMEDIATE = "over the homes", "immediate"
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The benchmark's own flags."""
+    add_size_flags(parser)
+    what = "rows of a rank in a step (1 8 64)"
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64], metavar="T", help=what)
+    parser.add_argument("--rounds", type=int, default=51, help="measurements of each (51)")
+
+
+def run(world: World, chosen: Namespace) -> None:
+    """Measure and print; collective. Raises RuntimeError when immediate routing changes a result."""
+    world.together(lambda: _refuse_odd(world.size))
+    sizes = Sizes.of(chosen)
+    table = Table(
+        *("rows", f"{HOMES} us", f"{IMMEDIATE} us", "saved us", f"{HOMES} / {IMMEDIATE}"),
+        title=f"From a MoE layer into the next stage, 2 stages of {world.size // 2} ranks, bfloat16",
+        caption=machine(world),
+    )
+    grid = make_grid(ParallelSection(stages=2), layer_costs=[1, 1], nodes=world.nodes, slots_per_group=1)
+    for tokens in chosen.tokens:
+        ways = {
+            HOMES: _way(world, grid, sizes, tokens, departing=()),
+            IMMEDIATE: _way(world, grid, sizes, tokens, departing=(0,)),
+        }
+        if (ways[HOMES]() != ways[IMMEDIATE]()).any():
+            raise RuntimeError("immediate routing changed a result")
+        taken = alternate(world, ways, rounds=chosen.rounds)
+        spans = [median(taken[name]) * 1e6 for name in (HOMES, IMMEDIATE)]
+        gain = ratio(taken[HOMES], taken[IMMEDIATE])
+        table.add_row(str(tokens), *(f"{span:.0f}" for span in (*spans, spans[0] - spans[1])), f"{gain:.2f}")
+    if world.rank == 0:
+        console().print(table)
+
+
+def _refuse_odd(num_ranks: int) -> None:
+    if num_ranks % 2:
+        raise UsageError(f"bench immediate measures between two stages, {num_ranks} ranks do not form two equal ones")
+
+
+def _way(world: World, grid: Grid, sizes: Sizes, tokens: int, *, departing: tuple[int, ...]) -> Callable[[], Rows]:
+    """What takes rows through a layer of the first stage and into the second, and returns what arrived there."""
+    backend = NumpyBackend(precision="bfloat16", reproducible=False)
+    placement = linear(sizes.num_experts, world.size // 2)
+    network = make_network(
+        world.comm,
+        grid,
+        placement,
+        backend,
+        nodes=world.nodes,
+        transport="alltoallv",
+        hops=1,
+        verify=False,
+        width=sizes.width,
+        top_k=sizes.top_k,
+        num_layers=1,
+        group_rows=tokens,
+        overlap=True,
+        departing=departing,
+    )
+    place = grid.coordinates(world.rank)
+    if place.stage:
+        return lambda: network.link.receive(network.link.expect())[2]
+    layer = make_layer(sizes, backend, hosted=placement.hosted[world.rank])
+    rows = make_rows(tokens, sizes.width, seed=world.rank)
+    batch = Batch(
+        tokens=NONE,
+        slots=np.array([grid.slots(0, place.data).start]),
+        starts=np.array([0]),
+        lengths=np.array([tokens]),
+        capacities=np.array([tokens]),
+        wanted=NONE,
+        freed=NONE,
+    )
+
+    def leave() -> Rows:
+        if network.onward:
+            departure = network.onward.departure(batch, RowSplit((tokens,), 1))
+            finish(layer.leave(backend, rows, rows, network.exchange, departure))
+        else:
+            network.link.send(batch, backend.add(rows, finish(layer.forward(backend, rows, network.exchange))))
+        return rows
+
+    return leave
