@@ -24,6 +24,7 @@ def test_a_split_takes_every_row_once_and_finds_it_again(contributions, parts):
 def batch_of(slots, lengths, starts, *, wanted, freed=()):
     return Batch(
         tokens=np.arange(sum(lengths)),
+        requests=100 + np.array(slots),
         slots=np.array(slots),
         starts=np.array(starts),
         lengths=np.array(lengths),
@@ -43,7 +44,7 @@ def test_parts_of_a_batch_join_to_the_whole():
     whole = batch_of([1, 3, 4, 9], [2, 1, 3, 2], [0, 7, 2, 1], wanted=[1, 2, 4, 5, 7], freed=[0, 8])
     parts = [whole.of_slots(slots) for slots in (range(4), range(4, 5), range(5, 10))]
     joined = Batch.join([part for part, _ in parts])
-    for field in ("slots", "starts", "lengths", "capacities", "wanted", "freed", "positions"):
+    for field in ("requests", "slots", "starts", "lengths", "capacities", "wanted", "freed", "positions"):
         np.testing.assert_array_equal(getattr(joined, field), getattr(whole, field))
     assert list(joined.asked) == list(whole.asked)
     assert np.concatenate([rows for _, rows in parts]).tolist() == list(range(8))

@@ -102,6 +102,15 @@ class TopologySection(Struct, frozen=True, forbid_unknown_fields=True):
     rank_memory: Size = "auto"
 
 
+class TraceSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[trace]`: what to record of a run beside its answers.
+
+    `routing` keeps the experts and weights that each router chose for each token.
+    """
+
+    routing: bool = False
+
+
 class Job(Struct, frozen=True, forbid_unknown_fields=True):
     """A whole job file."""
 
@@ -115,6 +124,7 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
     exchange: ExchangeSection = ExchangeSection()
     parallel: ParallelSection = ParallelSection()
     topology: TopologySection = TopologySection()
+    trace: TraceSection = TraceSection()
 
     @property
     def lanes(self) -> int:

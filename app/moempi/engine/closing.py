@@ -11,6 +11,7 @@ from moempi import __version__
 from moempi.engine.lane import Lane
 from moempi.engine.ledger import Ledger
 from moempi.engine.restart import Earlier
+from moempi.engine.seat import Seat
 from moempi.observe.report import Report
 from moempi.parallel.traffic import WAITS
 from moempi.parallel.transports.counted import no_counts
@@ -21,7 +22,9 @@ from moempi.storage.records import RankRecord
 PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
 
-def rank_record(lanes: Sequence[Lane], ledger: Ledger, world: World, *, seconds: float) -> RankRecord:
+def rank_record(
+    lanes: Sequence[Lane], ledger: Ledger, world: World, seat: Seat, *, seconds: float, hops: int
+) -> RankRecord:
     """What this rank did in `seconds` of steps: it computed whenever it was not blocked."""
     waits = {kind: sum(lane.network.traffic.waits[kind] for lane in lanes) for kind in WAITS}
     waits["disk"] = ledger.disk_s
@@ -33,6 +36,17 @@ def rank_record(lanes: Sequence[Lane], ledger: Ledger, world: World, *, seconds:
         steps=ledger.steps,
         tokens=ledger.tokens,
         counters={name: sum(lane.network.traffic.counters[name] for lane in lanes) for name in no_counts()},
+        place={
+            "seat": seat.ranks.rank,
+            "node": seat.nodes[seat.ranks.rank],
+            "stage": seat.place.stage,
+            "data": seat.place.data,
+            "tensor": seat.place.tensor,
+            "hops": hops,
+            "departs": int(lanes[0].network.onward is not None),
+            "row_bytes": lanes[0].model.architecture.width * lanes[0].model.backend.row_dtype.itemsize,
+        },
+        hosted={layer: seat.hosted for layer in lanes[0].model.architecture.moe_layers if layer in seat.stage.layers},
     )
 
 

@@ -9,6 +9,7 @@ from moempi.backend.protocol import Array, Picked
 from moempi.engine.ledger import Ledger
 from moempi.engine.scheduler import Scheduler, Work
 from moempi.engine.tasks import Task
+from moempi.engine.trace import RoutingTrace
 from moempi.model.transformer import Transformer
 from moempi.parallel.batch import NONE, Batch
 from moempi.parallel.network import Network
@@ -28,6 +29,7 @@ class Lane:
     task: Task
     ledger: Ledger
     stop: Stop
+    trace: RoutingTrace | None = None
 
     def serve(self) -> Generator[Point, None, None]:
         """Take steps until no rank has work for this lane, or one was asked to stop; collective over all ranks."""
@@ -52,6 +54,7 @@ class Lane:
             batch = self._batch(work)
             split = RowSplit((batch.num_rows,), tensor.size)
             rows = self.model.embed(batch.tokens[split.indices[tensor.part]])
+            self._record(batch, split)
             x = yield from self.model.forward(batch, split, rows, self.network)
             self.task.accept(work, (yield from self._conclude(batch, split, x)))
             self.ledger.end_step(self.scheduler.retire(self.index))
@@ -67,6 +70,7 @@ class Lane:
                 link.stop()
                 return
             arrival = link.expect()
+            self._record(batch, split)
             x = yield from self.model.forward(batch, split, rows, self.network)
             yield from self._conclude(batch, split, x)
             self.ledger.end_step(())
@@ -87,6 +91,10 @@ class Lane:
         yield TOKENS
         return link.answers()
 
+    def _record(self, batch: Batch, split: RowSplit) -> None:
+        if self.trace is not None:
+            self.trace.begin_step(batch, split.indices[self.network.tensor.part])
+
     def _pick(self, batch: Batch, split: RowSplit, x: Array) -> Picked:
         """Answer for the wanted rows; each rank of a tensor group for those among its part."""
         tensor = self.network.tensor
@@ -100,6 +108,7 @@ class Lane:
         wanted, asked = self.task.wants(work)
         return Batch(
             tokens=np.array([token for sequence, rows in work for token in sequence.next_tokens(rows)], np.int64),
+            requests=np.array([sequence.prompt.index for sequence, _ in work], np.int64),
             slots=np.array([sequence.slot for sequence, _ in work], np.int64),
             starts=np.array([sequence.computed for sequence, _ in work], np.int64),
             lengths=np.array([rows for _, rows in work], np.int64),

@@ -7,7 +7,7 @@ from time import perf_counter
 from moempi.engine.restart import Earlier
 from moempi.engine.sequence import Sequence
 from moempi.storage.parts import PartWriter
-from moempi.storage.records import RequestRecord
+from moempi.storage.records import Record, RequestRecord
 
 
 class Ledger:
@@ -48,11 +48,15 @@ class Ledger:
         """Write finished sequences; raises StorageError when the disk does not take them."""
         for sequence in finished if self._keeps_records else ():
             record = sequence.record(task=self._task)
-            begin = perf_counter()
-            self._part.append(record)
-            self.disk_s += perf_counter() - begin
+            self.write(record)
             self.tokens += len(record.score) + len(record.tokens)
             self._count(record)
+
+    def write(self, record: Record) -> None:
+        """Write any record; raises StorageError when the disk does not take it."""
+        begin = perf_counter()
+        self._part.append(record)
+        self.disk_s += perf_counter() - begin
 
     def _count(self, record: RequestRecord) -> None:
         self.finishes[record.finish] += 1

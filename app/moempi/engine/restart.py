@@ -23,7 +23,7 @@ from moempi.parallel.world import World
 from moempi.storage.files import digest_file, remove_hidden
 from moempi.storage.lock import OutputLock
 from moempi.storage.parts import Part, PartWriter, part_path, part_paths, remove_parts
-from moempi.storage.records import RequestRecord
+from moempi.storage.records import RequestRecord, RoutingRecord
 from moempi.storage.run_state import RunState, State, state_path, write_state
 
 log = logging.getLogger(__name__)
@@ -40,16 +40,17 @@ Done = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class Earlier:
-    """What earlier attempts at the job finished."""
+    """What earlier attempts at the job finished; the steps whose routing they recorded are below `next_step`."""
 
     indices: frozenset[int]
     finishes: Counter[str]
     tokens: int
     referenced: int
     exact: int
+    next_step: int = 0
 
     @classmethod
-    def of(cls, done: Done) -> "Earlier":
+    def of(cls, done: Done, *, next_step: int = 0) -> "Earlier":
         """Count each request once, however often it was recorded."""
         once = done[np.unique(done["index"], return_index=True)[1]]
         return cls(
@@ -58,6 +59,7 @@ class Earlier:
             tokens=int(once["tokens"].sum()),
             referenced=int(once["referenced"].sum()),
             exact=int(once["exact"].sum()),
+            next_step=next_step,
         )
 
 
@@ -65,7 +67,7 @@ NOTHING_EARLIER = Earlier.of(np.zeros(0, _DONE))
 
 
 def run_fingerprint(job: Job, *, weights: str) -> str:
-    """Digest of everything that the results depend on: weights, prompts, task, numbers, sampling and score.
+    """Digest of everything that the results depend on: weights, prompts, task, numbers, sampling, score and trace.
 
     Ranks, micro-batches and transports are not among them: a run may be continued with others. Raises NoInputError
     when the prompts cannot be read.
@@ -78,16 +80,17 @@ def run_fingerprint(job: Job, *, weights: str) -> str:
         job.run.reproducible,
         job.sampling,
         job.score,
+        job.trace,
     )
     return blake2b(msgspec.json.encode(told), digest_size=16).hexdigest()
 
 
-def done_requests(parts: Iterable[Path], fingerprint: str) -> Done:
-    """The finished requests in these parts; torn ends are passed over.
+def done_requests(parts: Iterable[Path], fingerprint: str) -> tuple[Done, int]:
+    """The finished requests in these parts, and the step after those recorded; torn ends are passed over.
 
     Raises StorageError when a part belongs to a run with another fingerprint, or cannot be read.
     """
-    done = []
+    done, next_step = [], 0
     for path in parts:
         with Part(path) as part:
             if part.fingerprint != fingerprint:
@@ -95,8 +98,12 @@ def done_requests(parts: Iterable[Path], fingerprint: str) -> Done:
                     f"{path}: belongs to an unfinished run with other weights, prompts or settings; finish that run, "
                     f"remove {path.parent} to give it up, or choose another output.results"
                 )
-            done += [_entry(record) for _, record in part.records() if isinstance(record, RequestRecord)]
-    return np.array(done, _DONE)
+            for _, record in part.records():
+                if isinstance(record, RequestRecord):
+                    done.append(_entry(record))
+                elif isinstance(record, RoutingRecord):
+                    next_step = max(next_step, record.step + 1)
+    return np.array(done, _DONE), next_step
 
 
 def _entry(record: RequestRecord) -> tuple[int, int, int, bool, bool]:
@@ -180,7 +187,8 @@ class Attempt:
         comm = self._world.comm
         parts = comm.bcast(part_paths(self._results) if comm.rank == 0 else None)
         share = self._world.together(lambda: done_requests(parts[comm.rank :: comm.size], fingerprint))
-        return Earlier.of(np.concatenate(comm.allgather(share)))
+        done, steps = zip(*comm.allgather(share), strict=True)
+        return Earlier.of(np.concatenate(done), next_step=max(steps))
 
     def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:
         finished, tokens = self._counts

@@ -22,6 +22,7 @@ from moempi.engine.sequence import Sequence
 from moempi.engine.shard import Shard
 from moempi.engine.tasks import Generate, Score, Task
 from moempi.engine.text import Text
+from moempi.engine.trace import RoutingTrace
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
 from moempi.observe.report import print_report
@@ -80,13 +81,17 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     )
     transport, networks = _networks(job, seat, backend, weights.architecture)
     task = _task(job, text, prompts)
-    lanes = [Lane(index, model, network, scheduler, task, ledger, stop) for index, network in enumerate(networks)]
+    traces = _traces(job, seat, networks, backend, weights.architecture, ledger, since=attempt.earlier.next_step)
+    lanes = [
+        Lane(index, model, network, scheduler, task, ledger, stop, trace)
+        for index, (network, trace) in enumerate(zip(networks, traces, strict=True))
+    ]
     world.watch(job.run.timeout_s, group=seat.place.stage)
     seconds = _take_steps(lanes, world, backend, seat.stage.layers, hops=job.exchange.hops)
     progress.close()
     world.watch(job.run.timeout_s)
     # Every rank closes its part. Asked to stop before all is done: the parts stay, for the next attempt.
-    record = rank_record(lanes, ledger, world, seconds=seconds)
+    record = rank_record(lanes, ledger, world, seat, seconds=seconds, hops=job.exchange.hops)
     attempt.part.append(record)
     attempt.part.close()
     report = report_of(
@@ -153,6 +158,36 @@ def _networks(
         for _ in range(job.lanes)
     ]
     return transport, networks
+
+
+def _traces(
+    job: Job,
+    seat: Seat,
+    networks: ManyOf[Network],
+    backend: Backend,
+    architecture: Architecture,
+    ledger: Ledger,
+    *,
+    since: int,
+) -> list[RoutingTrace | None]:
+    """For each lane what records its routing, where the job wants that."""
+    if not job.trace.routing:
+        return [None] * len(networks)
+    layers = [layer for layer in architecture.moe_layers if layer in seat.stage.layers]
+    traces: list[RoutingTrace | None] = []
+    for lane, network in enumerate(networks):
+        trace = RoutingTrace(
+            ledger.write,
+            backend,
+            layers=layers,
+            rank=seat.ranks.rank,
+            since=since,
+            first_step=since + lane,
+            stride=len(networks),
+        )
+        network.exchange.listen = trace.note
+        traces.append(trace)
+    return traces
 
 
 def _take_steps(lanes: ManyOf[Lane], world: World, backend: Backend, layers: range, *, hops: int) -> float:

@@ -110,6 +110,7 @@ class Sequence:
             id=self.prompt.id,
             finish=self.finish or "error",
             error=self.error,
+            computed=self.computed,
             reference=self.prompt.reference,
             text=self.text,
             prompt=np.array(self.prompt_tokens, np.int32),

@@ -21,10 +21,12 @@ class Batch:
     Sequence s occupies `lengths[s]` rows at positions from `starts[s]` on, and KV slot `slots[s]`, which will hold
     `capacities[s]` positions at most. `wanted` (N,) are the rows whose logits are needed, ascending, and `asked` what
     is asked of each: how to choose its next token, or the token to score. `freed` are the slots whose sequences ended
-    before this step; `stop` says that there is no step any more. `tokens` (T,) are those of the first stage only.
+    before this step; `stop` says that there is no step any more. `tokens` (T,) are those of the first stage only;
+    `requests` (S,) are the sequences' numbers among the requests of the job.
     """
 
     tokens: IntArray
+    requests: IntArray
     slots: IntArray
     starts: IntArray
     lengths: IntArray
@@ -52,6 +54,7 @@ class Batch:
         among = np.isin(self.wanted, rows)
         part = type(self)(
             tokens=NONE,
+            requests=self.requests[chosen],
             slots=self.slots[chosen],
             starts=self.starts[chosen],
             lengths=self.lengths[chosen],
@@ -74,6 +77,7 @@ class Batch:
         firsts = np.cumsum([0, *(part.num_rows for part in parts)])
         return cls(
             tokens=NONE,
+            requests=np.concatenate([part.requests for part in parts]),
             slots=np.concatenate([part.slots for part in parts]),
             starts=np.concatenate([part.starts for part in parts]),
             lengths=np.concatenate([part.lengths for part in parts]),
@@ -86,4 +90,14 @@ class Batch:
 
 
 NONE: IntArray = np.zeros(0, np.int64)
-NO_STEP = Batch(tokens=NONE, slots=NONE, starts=NONE, lengths=NONE, capacities=NONE, wanted=NONE, freed=NONE, stop=True)
+NO_STEP = Batch(
+    tokens=NONE,
+    requests=NONE,
+    slots=NONE,
+    starts=NONE,
+    lengths=NONE,
+    capacities=NONE,
+    wanted=NONE,
+    freed=NONE,
+    stop=True,
+)

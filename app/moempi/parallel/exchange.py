@@ -1,6 +1,6 @@
 """The exchange of one lane: rows to their experts and back, over a communicator of the lane's own."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +29,12 @@ class Route:
 
 
 class Exchange:
-    """Moves the rows of one lane among the ranks of `comm`; every method that starts something is collective."""
+    """Moves the rows of one lane among the ranks of `comm`; every method that starts something is collective.
+
+    `listen`, if set, hears of every route that is planned.
+    """
+
+    listen: Callable[[Route], None] | None = None
 
     def __init__(
         self,
@@ -54,6 +59,8 @@ class Exchange:
 
     def plan(self, route: Route) -> Generator[Point, None, RoutePlan]:
         """Group the choices by destination and tell every rank how many rows to expect. Yields while counts travel."""
+        if self.listen is not None:
+            self.listen(route)
         order, places, counts = self._backend.group(route.experts, self._placement.keys)
         self.load[route.layer] += counts[self._placement.keys]
         rows = order // route.weights.shape[1]

@@ -87,6 +87,8 @@ class TwoHops(Exchange):
 
     def plan(self, route: Route) -> Generator[Point, None, RoutePlan]:
         """See `Exchange.plan`; the choices travel here too, ahead of their rows. Blocks the host for them."""
+        if self.listen is not None:
+            self.listen(route)
         keys = self._placement.keys[self._backend.download(route.experts)]
         weights = self._backend.download(route.weights)
         self.load[route.layer] += np.bincount(keys.reshape(-1), minlength=self.load.shape[1])[self._placement.keys]

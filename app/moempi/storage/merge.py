@@ -9,14 +9,26 @@ from typing import Any
 import h5py
 import msgspec
 import numpy as np
-from h5py import h5d, h5p
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
+from moempi.storage.columns import create, create_scale, write_offsets
 from moempi.storage.files import atomic, reserve
 from moempi.storage.hdf5 import create_file, write_attribute
+from moempi.storage.merge_routing import write_routing
 from moempi.storage.records import RequestRecord
-from moempi.storage.results_layout import ARRAYS, FORMAT, NO_TOKEN, OFFSETS, TEXTS, VERSION, blocks
+from moempi.storage.results_layout import (
+    ARRAYS,
+    FORMAT,
+    HOSTED,
+    NO_TOKEN,
+    NOWHERE,
+    OFFSETS,
+    PLACES,
+    TEXTS,
+    VERSION,
+    blocks,
+)
 from moempi.storage.survey import Parts, Survey, survey_parts
 
 
@@ -51,6 +63,8 @@ def merge(results_path: str | Path, parts: Sequence[str | Path], *, num_requests
             _write_provenance(file, provenance)
             columns = _create_columns(file, survey)
             _write_ranks(file, survey)
+            if survey.routed.top_k:
+                write_routing(file, opened, survey, require_success)
             for start, stop in blocks(survey.entries["num_bytes"]):
                 require_success()
                 records = [opened.request_at(entry) for entry in survey.entries[start:stop]]
@@ -93,69 +107,53 @@ def _write_provenance(file: Any, provenance: Provenance) -> None:
 def _create_columns(file: Any, survey: Survey) -> list[_Column]:
     sizes = survey.sizes()
     for dim, size in sizes.items():
-        _create_scale(file, dim, size)
+        create_scale(file, dim, size)
     for dim, path in OFFSETS.items():
-        _write_offsets(file, path, survey.entries[dim])
+        write_offsets(file, path, survey.entries[dim])
     columns = []
     for name in survey.arrays():
         kind = ARRAYS[name]
-        dataset = _create(file, kind.path, kind.dtype, kind.dims, kind.long_name)
+        dataset = create(file, kind.path, kind.dtype, kind.dims, kind.long_name)
         columns.append(_Column(dataset, _rows_taker(name, width=sizes[kind.dims[1]] if kind.dims[1:] else None)))
     for name in survey.texts():
         text = TEXTS[name]
-        _write_offsets(file, f"{text.exact}/offsets", survey.entries[name])
-        values = _create(file, f"{text.exact}/values", np.uint8, (f"{name}_byte",), f"{text.long_name}, UTF-8")
-        readable = _create(file, text.readable, h5py.string_dtype(), ("request",), text.long_name)
+        write_offsets(file, f"{text.exact}/offsets", survey.entries[name])
+        values = create(file, f"{text.exact}/values", np.uint8, (f"{name}_byte",), f"{text.long_name}, UTF-8")
+        readable = create(file, text.readable, h5py.string_dtype(), ("request",), text.long_name)
         columns += [_Column(values, _bytes_taker(name)), _Column(readable, _readable_taker(name))]
     return columns
 
 
 def _write_ranks(file: Any, survey: Survey) -> None:
-    load = _create(
-        file, "experts/load", np.int64, ("layer", "expert"), "tokens routed to each expert of each MoE layer"
-    )
+    load = create(file, "experts/load", np.int64, ("layer", "expert"), "tokens routed to each expert of each MoE layer")
     load[...] = survey.expert_load
     ranks = sorted(survey.ranks, key=lambda record: record.rank)
     dims = ("rank_run",)
-    hosts = _create(file, "timing/host", h5py.string_dtype(), dims, "host of the rank")
+    hosts = create(file, "timing/host", h5py.string_dtype(), dims, "host of the rank")
     hosts[...] = [_readable(record.host) for record in ranks]
     names = {"rank": "rank", "steps": "steps taken", "tokens": "tokens generated or scored"}
     for name, long_name in names.items():
-        dataset = _create(file, f"timing/{name}", np.int64, dims, long_name)
+        dataset = create(file, f"timing/{name}", np.int64, dims, long_name)
         dataset[...] = [getattr(record, name) for record in ranks]
     for phase in dict.fromkeys(phase for record in ranks for phase in record.seconds):
-        seconds = _create(file, f"timing/{phase}", np.float64, dims, f"time of the rank in {phase}", units="s")
+        seconds = create(file, f"timing/{phase}", np.float64, dims, f"time of the rank in {phase}", units="s")
         seconds[...] = [record.seconds.get(phase, np.nan) for record in ranks]
+    for name in dict.fromkeys(name for record in ranks for name in record.place):
+        stood = create(file, f"placement/{name}", np.int64, dims, PLACES.get(name, name), fill=NOWHERE)
+        stood[...] = [record.place.get(name, NOWHERE) for record in ranks]
+    hosted = [
+        (row, layer, expert)
+        for row, record in enumerate(ranks)
+        for layer, experts in sorted(record.hosted.items())
+        for expert in experts
+    ]
+    for column, (name, long_name) in enumerate(HOSTED.items()):
+        listed = create(file, f"placement/hosted/{name}", np.int32, ("hosted",), long_name)
+        listed[...] = [entry[column] for entry in hosted]
     for name in dict.fromkeys(name for record in ranks for name in record.counters):
         units = "B" if name.endswith("_bytes") else "1"
-        counted = _create(file, f"network/{name}", np.int64, dims, f"{name.replace('_', ' ')} sent", units=units)
+        counted = create(file, f"network/{name}", np.int64, dims, f"{name.replace('_', ' ')} sent", units=units)
         counted[...] = [record.counters.get(name, 0) for record in ranks]
-
-
-def _write_offsets(file: Any, path: str, lengths: NDArray[np.int64]) -> None:
-    dataset = _create(file, path, np.int64, ("request_bound",), "request i has rows offsets[i] to offsets[i + 1] - 1")
-    dataset[...] = np.concatenate(([0], np.cumsum(lengths)))
-
-
-def _create(file: Any, path: str, dtype: Any, dims: tuple[str, ...], long_name: str, *, units: str = "1") -> Any:
-    creation = h5p.create(h5p.DATASET_CREATE)
-    creation.set_layout(h5d.CONTIGUOUS)
-    creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-    dataset = file.create_dataset(path, shape=tuple(file[dim].shape[0] for dim in dims), dtype=dtype, dcpl=creation)
-    for axis, dim in enumerate(dims):
-        dataset.dims[axis].attach_scale(file[dim])
-    write_attribute(file, "long_name", long_name, owner=dataset.id)
-    write_attribute(file, "units", units, owner=dataset.id)
-    return dataset
-
-
-def _create_scale(file: Any, dim: str, size: int) -> None:
-    # The netCDF convention for a dimension that has no coordinates; the request's index is one that has.
-    name = f"This is a netCDF dimension but not a netCDF variable. {size:9d}"
-    if dim == "request":
-        file.create_dataset(dim, data=np.arange(size)).make_scale(dim)
-    else:
-        file.create_dataset(dim, shape=(size,), dtype=np.uint8).make_scale(name)
 
 
 def _rows_taker(name: str, *, width: int | None) -> Callable[[RequestRecord], NDArray[Any]]:

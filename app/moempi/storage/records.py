@@ -25,14 +25,15 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
 
     `prompt` (n,) and `tokens` (m,) are int32; `logprobs` (m,) float32, natural logarithms; `top_tokens` (m, k) int32
     with `top_logprobs` (m, k), or (0, 0). `score` (n,) float32 holds each prompt token's log-probability, NaN first,
-    beside `score_top_tokens` and `score_top_logprobs` (n, k); all empty when generating. Raises ValueError when dtypes
-    or lengths disagree.
+    beside `score_top_tokens` and `score_top_logprobs` (n, k); all empty when generating. `computed` positions went
+    through the model. Raises ValueError when dtypes or lengths disagree.
     """
 
     index: int
     id: str
     finish: Literal["stop", "length", "error"]
     error: str = ""
+    computed: int = 0
     reference: str | None = None
     text: str = ""
     prompt: IntArray = _NO_TOKENS
@@ -61,8 +62,9 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     """What one rank did, written once at the end of its run.
 
     `expert_load` (layers, experts) int64 counts the tokens this rank routed; `seconds` holds one entry per phase (such
-    as compute, exchange, idle) and `counters` one per thing counted (such as network_bytes), each name an identifier.
-    Raises ValueError otherwise.
+    as compute, exchange, idle), `counters` one per thing counted (such as network_bytes) and `place` says where the
+    rank stood (such as stage and node), each name an identifier. `hosted` lists its experts of each Mixture-of-Experts
+    layer. Raises ValueError otherwise.
     """
 
     rank: int
@@ -72,17 +74,44 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     steps: int
     tokens: int
     counters: dict[str, int] = {}
+    place: dict[str, int] = {}
+    hosted: dict[int, tuple[int, ...]] = {}
 
     def __post_init__(self) -> None:
         if self.expert_load.dtype != np.int64 or self.expert_load.ndim != 2:
             raise ValueError(f"expert_load is {_describe(self.expert_load)}, not int64 (layers, experts)")
-        names = (*self.seconds, *self.counters)
+        names = (*self.seconds, *self.counters, *self.place)
         wrong = [name for name in names if not name.isidentifier() or name in self.__struct_fields__]
         if wrong:
             raise ValueError(f"{wrong[0]!r} is not a free identifier")
 
 
-Record = RequestRecord | RankRecord
+class RoutingRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="routing"):
+    """What the routers of one rank chose in one step: experts and weights of its T rows in each of `layers`.
+
+    Row t is position `positions[t]` (T,) int32 of request `requests[t]` (T,) int64; `experts` is int32 and `weights`
+    float32, (layers, T, K). Rows of the same `step` were computed together, by the attempt at the job whose first step
+    is `since`. `rank` counts node by node. Raises ValueError when dtypes or lengths disagree.
+    """
+
+    since: int
+    step: int
+    rank: int
+    layers: tuple[int, ...]
+    requests: NDArray[np.int64]
+    positions: IntArray
+    experts: IntArray
+    weights: FloatArray
+
+    def __post_init__(self) -> None:
+        rows, top_k = len(self.requests), self.experts.shape[-1]
+        _expect("requests", self.requests, np.int64, (rows,))
+        _expect("positions", self.positions, np.int32, (rows,))
+        _expect("experts", self.experts, np.int32, (len(self.layers), rows, top_k))
+        _expect("weights", self.weights, np.float32, self.experts.shape)
+
+
+Record = RequestRecord | RankRecord | RoutingRecord
 
 
 def encode(record: Record) -> bytes:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 FORMAT = "moempi results"
 VERSION = 1
 NO_TOKEN = -1
+NO_EXPERT = -1
+NOWHERE = -1
 BLOCK_BYTES = 4 << 20
 
 
@@ -23,6 +25,16 @@ class ArrayPlace:
     path: str
     dtype: type[np.generic]
     dims: tuple[str, ...]
+    long_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingPlace:
+    """A dataset of recorded routing: what is not known reads as `fill`."""
+
+    dtype: type[np.generic]
+    dims: tuple[str, ...]
+    fill: float
     long_name: str
 
 
@@ -55,6 +67,29 @@ TEXTS = {
     "error": TextPlace("requests/error", "requests/utf8/error", "what went wrong, empty if nothing"),
     "reference": TextPlace("requests/reference", "requests/utf8/reference", "expected answer, empty if none was given"),
     "text": TextPlace("output/text/readable", "output/text", "generated text"),
+}
+PLACES = {
+    "seat": "number of the rank, counted node by node",
+    "node": "node of the rank",
+    "stage": "pipeline stage of the rank",
+    "data": "data parallel group of the rank in its stage",
+    "tensor": "place of the rank in its tensor group",
+    "hops": "hops of a row to an expert",
+    "departs": "1 where experts of the stage's last layer answered to the next stage",
+    "row_bytes": "bytes of a row on its way",
+}
+HOSTED = {
+    "row": "rank, as a row of /timing and /placement",
+    "layer": "layer of the model",
+    "expert": "expert of the layer that the rank hosts",
+}
+_OF_LAYER = ("routed_token", "routed_layer")
+ROUTING = {
+    "step": RoutingPlace(np.int64, ("routed_token",), NOWHERE, "step; the rows of equal steps travelled together"),
+    "rank": RoutingPlace(np.int32, _OF_LAYER, NOWHERE, "seat of the rank that routed the row"),
+    "row": RoutingPlace(np.int32, _OF_LAYER, NOWHERE, "number of the row among those of its rank and step"),
+    "experts": RoutingPlace(np.int32, (*_OF_LAYER, "slot"), NO_EXPERT, "chosen experts"),
+    "weights": RoutingPlace(np.float32, (*_OF_LAYER, "slot"), np.nan, "weights of the chosen experts"),
 }
 OFFSETS = {"prompt_token": "prompt/offsets", "output_token": "output/offsets"}
 

@@ -1,7 +1,8 @@
 """A survey of the parts before the merge: where each request's record lies, its length, and that none is missing."""
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from moempi.errors import StorageError
 from moempi.storage.parts import Part
-from moempi.storage.records import RankRecord, RequestRecord
+from moempi.storage.records import RankRecord, RequestRecord, RoutingRecord
 from moempi.storage.results_layout import ARRAYS, OFFSETS, TEXTS
 
 MAX_OPEN_PARTS = 64
@@ -24,6 +25,7 @@ METADATA_BYTES = 256 << 10
 
 _ENTRY = np.dtype(
     [("part", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("prompt_token", "i8"), ("output_token", "i8")]
+    + [("computed", "i8")]
     + [(name, "i8") for name in TEXTS]
 )
 
@@ -59,6 +61,14 @@ class Parts:
             raise StorageError(f"{part.path}: the record at byte {entry['offset']} has changed since it was found")
         return record
 
+    def routing_at(self, part: int, offset: int) -> RoutingRecord:
+        """The record of routing that lies there."""
+        opened = self.open(part)
+        record = opened.record_at(offset)
+        if not isinstance(record, RoutingRecord):
+            raise StorageError(f"{opened.path}: the record at byte {offset} has changed since it was found")
+        return record
+
     def __enter__(self) -> Self:
         return self
 
@@ -67,6 +77,36 @@ class Parts:
     ) -> None:
         for part in self._opened.values():
             part.close()
+
+
+class Routed:
+    """Where the records of routing lie, 40 bytes each: attempt, which layers, step, part and offset.
+
+    `top_k` is the number of experts of a token, 0 where nothing is recorded.
+    """
+
+    def __init__(self) -> None:
+        self.top_k = 0
+        self._layer_sets: dict[tuple[int, ...], int] = {}
+        self._places = array("q")
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers of which anything is recorded, ascending."""
+        return sorted({layer for layers in self._layer_sets for layer in layers})
+
+    def add(self, record: RoutingRecord, *, part: int, offset: int) -> None:
+        """Note one record."""
+        layers = self._layer_sets.setdefault(record.layers, len(self._layer_sets))
+        self._places.extend((record.since, layers, record.step, part, offset))
+        self.top_k = record.experts.shape[2]
+
+    def groups(self) -> Iterator[list[tuple[int, int]]]:
+        """Part and offset of the records of one attempt and the same layers, step by step; later attempts later."""
+        places = np.frombuffer(self._places, np.int64).reshape(-1, 5)
+        places = places[np.lexsort(places[:, 2::-1].T)]
+        for group in np.split(places, np.flatnonzero(np.diff(places[:, :2], axis=0).any(axis=1)) + 1):
+            yield [(part, offset) for part, offset in group[:, 3:].tolist()]
 
 
 @dataclass(slots=True)
@@ -80,13 +120,15 @@ class Survey:
     score_top: int = 0
     scored: bool = False
     torn: list[str] = field(default_factory=list)
+    routed: Routed = field(default_factory=Routed)
 
     def add_request(self, record: RequestRecord, *, part: int, offset: int) -> None:
         """Note a request that was not met before."""
         arrays = [getattr(record, name) for name in ARRAYS]
         texts = [len((getattr(record, name) or "").encode()) for name in TEXTS]
         num_bytes = sum(array.nbytes for array in arrays) + sum(texts)
-        self.entries[record.index] = (part, offset, num_bytes, len(record.prompt), len(record.tokens), *texts)
+        lengths = len(record.prompt), len(record.tokens), record.computed
+        self.entries[record.index] = (part, offset, num_bytes, *lengths, *texts)
         self.top = max(self.top, record.top_tokens.shape[1])
         self.score_top = max(self.score_top, record.score_top_tokens.shape[1])
         self.scored = self.scored or len(record.score) > 0
@@ -101,6 +143,10 @@ class Survey:
             )
         self.expert_load += record.expert_load
         self.ranks.append(msgspec.structs.replace(record, expert_load=np.zeros((0, 0), np.int64)))
+
+    def add_routing(self, record: RoutingRecord, *, part: int, offset: int) -> None:
+        """Note where the routing of one rank's step lies."""
+        self.routed.add(record, part=part, offset=offset)
 
     def texts(self) -> list[str]:
         """The text columns to write; references only if any was given."""
@@ -123,6 +169,10 @@ class Survey:
         sizes |= {f"{name}_byte": int(self.entries[name].sum()) for name in self.texts()}
         sizes |= {dim: size for dim, size in (("top", self.top), ("score_top", self.score_top)) if size}
         sizes["layer"], sizes["expert"] = self.expert_load.shape
+        sizes["hosted"] = sum(len(experts) for record in self.ranks for experts in record.hosted.values())
+        if self.routed.top_k:
+            sizes["routed_token"] = int(self.entries["computed"].sum())
+            sizes["routed_layer"], sizes["slot"] = len(self.routed.layers), self.routed.top_k
         return sizes
 
     def file_bytes(self) -> int:
@@ -131,6 +181,10 @@ class Survey:
         arrays = sum(prod(sizes[dim] for dim in ARRAYS[name].dims) * ITEM_BYTES for name in self.arrays())
         texts = sum(2 * sizes[f"{name}_byte"] for name in self.texts())
         ranks = sum(len(record.host) + ITEM_BYTES * len(record.seconds) for record in self.ranks)
+        ranks += 3 * ITEM_BYTES * sizes["hosted"]
+        if self.routed.top_k:
+            choices = sizes["routed_token"] * sizes["routed_layer"] * (1 + sizes["slot"])
+            arrays += ITEM_BYTES * (choices + 2 * sizes["routed_token"])
         entries = ENTRY_BYTES * (len(self.entries) + len(self.ranks))
         return arrays + texts + ranks + entries + self.expert_load.nbytes + METADATA_BYTES
 
@@ -144,6 +198,8 @@ def survey_parts(parts: Parts, num_requests: int) -> Survey:
         for offset, record in part.records():
             if isinstance(record, RankRecord):
                 survey.add_rank(record)
+            elif isinstance(record, RoutingRecord):
+                survey.add_routing(record, part=number, offset=offset)
             elif not 0 <= record.index < num_requests:
                 raise StorageError(f"{part.path}: holds request {record.index}, the job has {num_requests}")
             elif survey.entries["part"][record.index] < 0:

@@ -1,0 +1,92 @@
+"""Recorded routing on its way into the results file: one row for each computed position of each request.
+
+A request that was stopped is computed anew by the next attempt at the job, whose rows replace those of the attempt
+before: what belongs to one place in the file is written in the order of the attempts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moempi.errors import StorageError
+from moempi.storage.columns import create, write_offsets
+from moempi.storage.records import RoutingRecord
+from moempi.storage.results_layout import ROUTING
+from moempi.storage.survey import Parts, Survey
+
+BLOCK_BYTES = 16 << 20
+
+Rows = dict[str, NDArray[Any]]
+"""Columns of /routing, of so many tokens."""
+
+
+def write_routing(file: Any, parts: Parts, survey: Survey, require_success: Callable[[], None]) -> None:
+    """Write /routing from all records of it; memory holds a few blocks of BLOCK_BYTES. Raises StorageError."""
+    layers = survey.routed.layers
+    write_offsets(file, "routing/offsets", survey.entries["computed"])
+    create(file, "routing/layer", np.int32, ("routed_layer",), "layer of the model")[...] = layers
+    columns = {
+        name: create(file, f"routing/{name}", column.dtype, column.dims, column.long_name, fill=column.fill)
+        for name, column in ROUTING.items()
+    }
+    for group in survey.routed.groups():
+        for records in _blocks(parts.routing_at(part, offset) for part, offset in group):
+            require_success()
+            first_layer, num_layers = layers.index(records[0].layers[0]), len(records[0].layers)
+            rows = _in_order(_joined(records), survey.entries["computed"])
+            _write(columns, rows, slice(first_layer, first_layer + num_layers))
+
+
+def _in_order(rows: Rows, computed: NDArray[np.int64]) -> Rows:
+    """Rows with their place in the file, ascending; without those beyond what their request computed in the end."""
+    requests, positions = rows["request"], rows["position"]
+    if len(requests) and not 0 <= requests.min() <= requests.max() < len(computed):
+        raise StorageError(f"routing is recorded of a request beyond the job's {len(computed)}")
+    places = (np.cumsum(computed) - computed)[requests] + positions
+    order = np.argsort(places)
+    order = order[positions[order] < computed[requests[order]]]
+    return {name: column[order] for name, column in (rows | {"place": places}).items()}
+
+
+def _write(columns: Mapping[str, Any], rows: Rows, layers: slice) -> None:
+    """Write rows whose places ascend, neighbours at once."""
+    breaks = np.flatnonzero(np.diff(rows["place"]) != 1) + 1
+    for first, last in pairwise([0, *breaks.tolist(), len(rows["place"])]):
+        if first < last:
+            there = slice(int(rows["place"][first]), int(rows["place"][last - 1]) + 1)
+            for name, dataset in columns.items():
+                dataset[(there, layers) if dataset.ndim > 1 else there] = rows[name][first:last]
+
+
+def _blocks(records: Iterable[RoutingRecord]) -> Iterator[list[RoutingRecord]]:
+    """Lists of records of about BLOCK_BYTES."""
+    block: list[RoutingRecord] = []
+    num_bytes = 0
+    for record in records:
+        block.append(record)
+        num_bytes += 2 * record.experts.nbytes
+        if num_bytes >= BLOCK_BYTES:
+            yield block
+            block, num_bytes = [], 0
+    if block:
+        yield block
+
+
+def _joined(records: list[RoutingRecord]) -> Rows:
+    """The rows of records of the same layers, one after another."""
+    lengths = [len(record.requests) for record in records]
+    num_layers = len(records[0].layers)
+    row = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    rank = np.repeat(np.array([record.rank for record in records], np.int32), lengths)
+    return {
+        "request": np.concatenate([record.requests for record in records]),
+        "position": np.concatenate([record.positions for record in records]),
+        "step": np.repeat(np.array([record.step for record in records], np.int64), lengths),
+        "rank": np.repeat(rank[:, None], num_layers, axis=1),
+        "row": np.repeat(row[:, None], num_layers, axis=1),
+        "experts": np.concatenate([record.experts for record in records], axis=1).swapaxes(0, 1),
+        "weights": np.concatenate([record.weights for record in records], axis=1).swapaxes(0, 1),
+    }

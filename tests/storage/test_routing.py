@@ -1,0 +1,81 @@
+"""Recorded routing in the results file: the rows of the attempt that finished a request, once each."""
+
+import h5py
+import numpy as np
+import pytest
+
+from moempi.errors import StorageError
+from moempi.storage import merge_routing
+from moempi.storage.records import RoutingRecord
+from storage.test_records import make_rank, make_request
+from storage.test_results import merged
+
+TOP_K = 2
+
+
+def make_routing(step, tokens, *, since=0, layers=(1, 3), rank=0):
+    """A record whose experts say request, position and layer, and whose weights say the attempt."""
+    requests, positions = (np.array(column) for column in zip(*tokens, strict=True))
+    layer = np.array(layers)[:, None, None]
+    experts = 100 * requests[None, :, None] + 10 * positions[None, :, None] + layer + 1000 * np.arange(TOP_K)
+    return RoutingRecord(
+        since=since,
+        step=step,
+        rank=rank,
+        layers=tuple(layers),
+        requests=requests.astype(np.int64),
+        positions=positions.astype(np.int32),
+        experts=experts.astype(np.int32),
+        weights=np.full(experts.shape, since + 0.5, np.float32),
+    )
+
+
+def read(path):
+    with h5py.File(path) as file:
+        return {name: dataset[:] for name, dataset in file["routing"].items()}
+
+
+def test_a_request_has_the_rows_of_the_attempt_that_finished_it(tmp_path):
+    first = [make_routing(0, [(0, 0), (1, 0)]), make_routing(2, [(0, 1), (1, 1)]), make_routing(3, [(1, 2), (1, 3)])]
+    second = [
+        make_routing(4, [(1, 0), (1, 1)], since=4, layers=(1,), rank=1),
+        make_routing(5, [(1, 2)], since=4, layers=(1,), rank=1),
+    ]
+    third = [make_routing(6, [(1, 0), (1, 1)], since=6), make_routing(7, [(1, 2)], since=6)]
+    done = [make_request(0, computed=2), make_request(1, computed=3)]
+    path = merged(tmp_path / "r.h5", [*third, done[1]], second, [*first, done[0], make_rank(0)], num_requests=2)
+    found = read(path)
+    assert found["offsets"].tolist() == [0, 2, 5]
+    assert found["layer"].tolist() == [1, 3]
+    assert found["experts"][:, :, 0].tolist() == [[1, 3], [11, 13], [101, 103], [111, 113], [121, 123]]
+    assert found["experts"][:, :, 1].tolist() == (found["experts"][:, :, 0] + 1000).tolist()
+    assert found["weights"][:, 0, 0].tolist() == [0.5, 0.5, 6.5, 6.5, 6.5]
+    assert found["step"].tolist() == [0, 2, 6, 6, 7]
+    assert found["row"][:, 1].tolist() == [0, 0, 0, 1, 0]
+
+
+def test_stages_and_tensor_groups_fill_their_own_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_routing, "BLOCK_BYTES", 40)
+    one = [make_routing(step, [(step, 0), (step, 2)], layers=(1,), rank=0) for step in range(4)]
+    other = [make_routing(step, [(step, 1)], layers=(1,), rank=1) for step in range(4)]
+    last = [make_routing(step, [(step, p) for p in range(3)], layers=(2, 5), rank=2) for step in range(3)]
+    done = [make_request(i, computed=3) for i in range(4)]
+    found = read(merged(tmp_path / "r.h5", [*one, *done], other, last, num_requests=4))
+    assert found["layer"].tolist() == [1, 2, 5]
+    assert found["experts"][:9, 2, 0].tolist() == [100 * i + 10 * p + 5 for i in range(3) for p in range(3)]
+    assert found["rank"][:, 0].tolist() == [0, 1, 0] * 4
+    # What was lost with a node reads as nothing.
+    assert (found["experts"][9:, 1:] == -1).all()
+    assert np.isnan(found["weights"][9:, 1:]).all()
+    assert (found["rank"][9:, 1:] == -1).all()
+
+
+def test_requests_that_computed_nothing_have_no_rows(tmp_path):
+    done = [make_request(0, finish="error"), make_request(1, computed=1)]
+    found = read(merged(tmp_path / "r.h5", [make_routing(0, [(1, 0)]), *done], num_requests=2))
+    assert found["offsets"].tolist() == [0, 0, 1]
+
+
+def test_a_request_beyond_the_job_is_refused(tmp_path):
+    with pytest.raises(StorageError, match="beyond the job's 1"):
+        merged(tmp_path / "r.h5", [make_routing(0, [(4, 0)]), make_request(0, computed=1)], num_requests=1)
