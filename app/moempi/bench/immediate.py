@@ -88,6 +88,7 @@ def _way(world: World, grid: Grid, sizes: Sizes, tokens: int, *, departing: tupl
     rows = make_rows(tokens, sizes.width, seed=world.rank)
     batch = Batch(
         tokens=NONE,
+        requests=np.array([0]),
         slots=np.array([grid.slots(0, place.data).start]),
         starts=np.array([0]),
         lengths=np.array([tokens]),
