@@ -13,9 +13,9 @@ def make(comm, placement, *, transport, hops, nodes, precision="float32"):
 
     backend = NumpyBackend(precision=precision, reproducible=True)
     traffic = Traffic(overlap=True)
-    ways = Ways(backend=backend, traffic=traffic, transport=transport, width=WIDTH, num_layers=2, room_rows=64)
+    ways = Ways(backend=backend, traffic=traffic, transport=transport, width=WIDTH, room_rows=64)
     make_exchange = ways.one_hop if hops == 1 else ways.two_hops
-    return make_exchange(comm, placement, nodes), traffic
+    return make_exchange(comm, {0: placement}, nodes), traffic
 
 
 def route_of(rank, num_rows, num_experts, step, *, top_k=TOP_K):

@@ -20,8 +20,8 @@ def node_shapes(size):
 
 @pytest.mark.ranks(1, 2, 3, 5)
 def test_two_hops_give_the_sums_of_one(comm, num_ranks):
+    from moempi.parallel.gates import numbered
     from moempi.parallel.placement import linear
-    from moempi.parallel.two_hops import numbered
 
     placement = linear(NUM_EXPERTS, num_ranks)
     for nodes in map(numbered, node_shapes(num_ranks)):
@@ -37,8 +37,8 @@ def test_two_hops_give_the_sums_of_one(comm, num_ranks):
 
 @pytest.mark.ranks(3, 5)
 def test_bytes_between_nodes_are_those_of_distinct_tokens_and_nodes(comm, num_ranks):
+    from moempi.parallel.gates import numbered
     from moempi.parallel.placement import linear
-    from moempi.parallel.two_hops import numbered
 
     placement = linear(NUM_EXPERTS, num_ranks)
     hosts = np.searchsorted(placement.bounds, np.arange(NUM_EXPERTS), side="right") - 1
@@ -70,7 +70,7 @@ def test_bfloat16_rows_come_home_within_its_rounding(comm, num_ranks):
 
 
 def test_gates_have_equal_local_indices_or_wrap_around():
-    from moempi.parallel.two_hops import Gates
+    from moempi.parallel.gates import Gates
 
     nodes = (0, 0, 0, 1, 1, 2)
     assert [Gates(nodes, rank).ranks.tolist() for rank in range(6)] == [
@@ -84,7 +84,7 @@ def test_gates_have_equal_local_indices_or_wrap_around():
 
 
 def test_a_tokens_nodes_are_in_the_order_of_its_slots():
-    from moempi.parallel.two_hops import cross
+    from moempi.parallel.gates import cross
 
     crossings = cross(np.array([[2, 0, 2], [1, 1, 1]]), 3)
     assert crossings.nodes.tolist() == [0, 1, 2]

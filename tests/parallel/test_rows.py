@@ -58,9 +58,10 @@ def test_linear_placement_hosts_every_expert_once(num_experts, num_ranks):
     assert [expert for hosted in placement.hosted for expert in hosted] == list(range(num_experts))
     sizes = [len(hosted) for hosted in placement.hosted]
     assert max(sizes) - min(sizes) <= 1
+    keys = placement.keys(0, (0,) * num_ranks)
+    assert placement.turns == 1
     for rank, hosted in enumerate(placement.hosted):
-        keys = placement.keys[list(hosted)]
-        assert keys.tolist() == list(range(placement.bounds[rank], placement.bounds[rank + 1]))
+        assert keys[list(hosted)].tolist() == list(range(placement.bounds[rank], placement.bounds[rank + 1]))
 
 
 def test_expert_order_groups_rows_by_expert_then_source():

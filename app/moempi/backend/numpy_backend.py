@@ -254,6 +254,10 @@ class NumpyBackend:
         experts, weights = choose(logits, router, correction)
         return experts, weights if router.float32_weights else self._stored(weights)
 
+    def take_turns(self, experts: IntArray, turns: int) -> IntArray:
+        """See `Backend.take_turns`."""
+        return experts * turns + np.arange(len(experts), dtype=experts.dtype)[:, None] % turns
+
     def group(self, experts: IntArray, keys: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """See `Backend.group`."""
         chosen = keys[experts.reshape(-1)]

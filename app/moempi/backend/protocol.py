@@ -190,6 +190,9 @@ class Backend(Protocol):
         `bias` (E,) is added to the logits, the float32 `correction` (E,) to the scores that select.
         """
 
+    def take_turns(self, experts: Array, turns: int) -> Array:
+        """Experts (T, K) -> experts * turns + row % turns (T, K): where rows find theirs in a table of turns."""
+
     def group(self, experts: Array, keys: IntArray) -> tuple[Array, Array, IntArray]:
         """Sort the T * K choices by keys[expert], stably. Blocks the host for the counts.
 

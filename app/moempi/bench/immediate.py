@@ -68,7 +68,7 @@ def _way(world: World, grid: Grid, sizes: Sizes, tokens: int, *, departing: tupl
     network = make_network(
         world.comm,
         grid,
-        placement,
+        {0: placement},
         backend,
         nodes=world.nodes,
         transport="alltoallv",
@@ -76,7 +76,6 @@ def _way(world: World, grid: Grid, sizes: Sizes, tokens: int, *, departing: tupl
         verify=False,
         width=sizes.width,
         top_k=sizes.top_k,
-        num_layers=1,
         group_rows=tokens,
         overlap=True,
         departing=departing,

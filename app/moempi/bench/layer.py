@@ -76,7 +76,15 @@ def layer_on(world: World, sizes: Sizes, precision: str, *, alone: bool = False)
     placement = linear(sizes.num_experts, comm.size)
     traffic = Traffic(overlap=True)
     transport = Alltoallv(comm, row_bytes=sizes.width * backend.row_dtype.itemsize)
-    exchange = Exchange(comm, placement, backend, traffic=traffic, transport=transport, width=sizes.width, num_layers=1)
+    exchange = Exchange(
+        comm,
+        {0: placement},
+        backend,
+        nodes=(0,) * comm.size,
+        traffic=traffic,
+        transport=transport,
+        width=sizes.width,
+    )
     backend.between = traffic.progress
     layer = make_layer(sizes, backend, hosted=placement.hosted[comm.rank])
 

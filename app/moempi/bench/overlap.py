@@ -98,7 +98,15 @@ def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers:
         comm = world.comm.Dup()
         transport = EmulatedLink(Alltoallv(comm, row_bytes=row_bytes), link, rank=comm.rank, row_bytes=row_bytes)
         exchanges.append(
-            Exchange(comm, placement, backend, traffic=traffic, transport=transport, width=sizes.width, num_layers=1)
+            Exchange(
+                comm,
+                {0: placement},
+                backend,
+                nodes=(0,) * comm.size,
+                traffic=traffic,
+                transport=transport,
+                width=sizes.width,
+            )
         )
     backend.between = traffic.progress
     width = sizes.width

@@ -102,6 +102,12 @@ class TopologySection(Struct, frozen=True, forbid_unknown_fields=True):
     rank_memory: Size = "auto"
 
 
+class PlacementSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[placement]`: where experts stand; `file` is a placement.json, empty for even shares in ascending order."""
+
+    file: str = ""
+
+
 class TraceSection(Struct, frozen=True, forbid_unknown_fields=True):
     """`[trace]`: what to record of a run beside its answers.
 
@@ -124,6 +130,7 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
     exchange: ExchangeSection = ExchangeSection()
     parallel: ParallelSection = ParallelSection()
     topology: TopologySection = TopologySection()
+    placement: PlacementSection = PlacementSection()
     trace: TraceSection = TraceSection()
 
     @property

@@ -1,4 +1,4 @@
-"""Reading what a person wrote: TOML and `section.key=value` into frozen structs, with errors a person can act on."""
+"""Reading what people wrote: TOML, JSON and `section.key=value` into frozen structs, with errors they can act on."""
 
 import tomllib
 from collections.abc import Iterable
@@ -11,6 +11,8 @@ import msgspec
 from moempi.errors import ConfigError, NoInputError, UsageError
 
 S = TypeVar("S", bound=msgspec.Struct)
+
+MAX_JSON_BYTES = 64 << 20
 
 
 def read_toml(path: str | Path, kind: type[S], *, overrides: Iterable[str] = ()) -> S:
@@ -29,6 +31,25 @@ def read_toml(path: str | Path, kind: type[S], *, overrides: Iterable[str] = ())
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for override in overrides:
         _apply(tree, override)
+    return convert(tree, kind, where=str(path))
+
+
+def read_json(path: str | Path, kind: type[S]) -> S:
+    """Read a JSON file of at most MAX_JSON_BYTES as a `kind`.
+
+    Raises NoInputError when the file cannot be read and ConfigError that names file and key otherwise.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(text) > MAX_JSON_BYTES:
+        raise ConfigError(f"{path}: longer than {MAX_JSON_BYTES >> 20} MiB")
+    try:
+        tree = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a JSON object: {error}") from error
     return convert(tree, kind, where=str(path))
 
 

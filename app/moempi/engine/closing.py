@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moempi import __version__
+from moempi.config.architecture import Architecture
 from moempi.engine.lane import Lane
 from moempi.engine.ledger import Ledger
 from moempi.engine.restart import Earlier
@@ -31,7 +33,7 @@ def rank_record(
     return RankRecord(
         rank=world.rank,
         host=world.host,
-        expert_load=np.sum([lane.network.exchange.load for lane in lanes], axis=0),
+        expert_load=_expert_load(lanes, lanes[0].model.architecture),
         seconds={"compute": seconds - sum(waits.values()), **waits},
         steps=ledger.steps,
         tokens=ledger.tokens,
@@ -46,8 +48,17 @@ def rank_record(
             "departs": int(lanes[0].network.onward is not None),
             "row_bytes": lanes[0].model.architecture.width * lanes[0].model.backend.row_dtype.itemsize,
         },
-        hosted={layer: seat.hosted for layer in lanes[0].model.architecture.moe_layers if layer in seat.stage.layers},
+        hosted=dict(seat.hosted),
     )
+
+
+def _expert_load(lanes: Sequence[Lane], architecture: Architecture) -> NDArray[np.int64]:
+    """Tokens that this rank's lanes routed to each expert of each layer (L, E)."""
+    load = np.zeros((architecture.num_layers, architecture.experts.num), np.int64)
+    for lane in lanes:
+        for layer, of_layer in lane.network.exchange.load.items():
+            load[layer] += of_layer
+    return load
 
 
 def provenance_of(job_text: str, world: World, *, weights: str, start: datetime) -> Provenance:

@@ -1,16 +1,18 @@
 """A dry run: what a job would hold where, and what would refuse it, without weights, prompts or ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
+from moempi.config.placement_file import placement_of
 from moempi.config.reading import read_toml
 from moempi.config.size import format_size, parse_size
 from moempi.engine.budget import affordable_pages
 from moempi.errors import ConfigError
 from moempi.observe.report import Layout, StageRow
 from moempi.parallel.grid import Stage
+from moempi.parallel.placement import Placement
 from moempi.planning.layout import Plan, make_plan
 from moempi.planning.memory import Memory
 from moempi.storage.weights import WeightFile
@@ -22,11 +24,11 @@ def dry_run(job: Job, nodes: Sequence[int]) -> Layout:
     Raises the MoempiErrors that the run itself would raise for its layout.
     """
     architecture = _architecture(job)
-    plan = make_plan(job, architecture, nodes)
+    plan = make_plan(job, architecture, nodes, placement=placement_of(job))
     title = (
         f"{len(nodes):,} ranks on {len(set(nodes)):,} nodes, {len(plan.grid.stages)} stages, "
         f"tensor groups of {plan.grid.tensor}; "
-        f"{_num_hosted(plan, architecture):,} experts in {len(architecture.moe_layers)} MoE layers, "
+        f"{sum(map(sum, map(_counts, plan.placements))):,} experts in {len(architecture.moe_layers)} MoE layers, "
         f"{len(architecture.dense_layers)} dense layers"
     )
     rows = [_row(plan, index, nodes) for index in range(len(plan.grid.stages))]
@@ -45,17 +47,14 @@ def _architecture(job: Job) -> Architecture:
         return weights.architecture
 
 
-def _num_hosted(plan: Plan, architecture: Architecture) -> int:
-    """Experts of all layers, counted where they are hosted."""
-    return sum(
-        sum(map(len, placement.hosted)) * sum(architecture.is_moe(layer) for layer in stage.layers)
-        for stage, placement in zip(plan.grid.stages, plan.placements, strict=True)
-    )
+def _counts(placements: Mapping[int, Placement]) -> list[int]:
+    """Experts of each rank and layer of a stage."""
+    return [len(experts) for placement in placements.values() for experts in placement.hosted]
 
 
 def _row(plan: Plan, index: int, nodes: Sequence[int]) -> StageRow:
     stage, memory = plan.grid.stages[index], plan.memory[index]
-    counts = [len(hosted) for hosted in plan.placements[index].hosted]
+    counts = _counts(plan.placements[index]) or [0]
     return StageRow(
         layers=len(stage.layers),
         ranks=len(stage.ranks),

@@ -1,5 +1,7 @@
 """Loading: a rank's share of a weight file becomes a model on its machine."""
 
+from collections.abc import Mapping
+
 from moempi.backend.protocol import Array, Backend, Expert
 from moempi.config.architecture import Latent
 from moempi.config.tensors import layer_path
@@ -12,8 +14,10 @@ from moempi.model.norm import Norm
 from moempi.model.transformer import Layer, Transformer
 
 
-def load_model(shard: Shard, backend: Backend, *, layers: range, hosted: tuple[int, ...], pages: int) -> Transformer:
-    """Read this rank's share of `layers` with the `hosted` experts of each; `pages` is the size of the cache.
+def load_model(
+    shard: Shard, backend: Backend, *, layers: range, hosted: Mapping[int, tuple[int, ...]], pages: int
+) -> Transformer:
+    """Read this rank's share of `layers` with the experts `hosted[layer]`; `pages` is the size of the cache.
 
     Raises DataError when a checksum does not hold. Not collective.
     """
@@ -23,7 +27,7 @@ def load_model(shard: Shard, backend: Backend, *, layers: range, hosted: tuple[i
         architecture=architecture,
         backend=backend,
         embedding=backend.tensor(shard.read("embedding")) if is_first else None,
-        layers=tuple(_layer(shard, backend, layer, hosted) for layer in layers),
+        layers=tuple(_layer(shard, backend, layer, hosted.get(layer, ())) for layer in layers),
         norm=_norm(shard, backend, "norm") if is_last else None,
         head=backend.matrix(shard.read("embedding" if architecture.tied_embeddings else "head")) if is_last else None,
         head_bias=_optional(shard, backend, "head_bias") if is_last else None,

@@ -142,7 +142,7 @@ def _networks(
         make_network(
             seat.ranks,
             seat.grid,
-            seat.placement,
+            seat.placements,
             backend,
             nodes=seat.nodes,
             transport=transport.name,
@@ -150,7 +150,6 @@ def _networks(
             verify=job.exchange.verify,
             width=architecture.width,
             top_k=architecture.experts.router.top_k,
-            num_layers=architecture.num_layers,
             group_rows=job.run.batch_tokens,
             overlap=job.run.overlap,
             departing=seat.departing,

@@ -1,11 +1,12 @@
 """A rank's seat: where it stands among all ranks of a run, and what it holds there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
+from moempi.config.placement_file import placement_of
 from moempi.config.size import parse_size
 from moempi.parallel.grid import Coordinates, Grid, Stage
 from moempi.parallel.placement import Placement
@@ -18,14 +19,15 @@ from moempi.planning.memory import Memory
 class Seat:
     """`ranks` is a communicator of all ranks, counted node by node; `nodes` is the node of each of them.
 
-    `placement` and `memory` are those of this rank's stage. Rows leave the stages `departing` by immediate routing.
+    `placements`, by Mixture-of-Experts layer, and `memory` are those of this rank's stage. Rows leave the stages
+    `departing` by immediate routing.
     """
 
     ranks: Any
     nodes: Sequence[int]
     grid: Grid
     place: Coordinates
-    placement: Placement
+    placements: Mapping[int, Placement]
     memory: Memory
     departing: Sequence[int]
 
@@ -35,9 +37,10 @@ class Seat:
         return self.grid.stages[self.place.stage]
 
     @property
-    def hosted(self) -> tuple[int, ...]:
-        """The experts of each MoE layer that this rank hosts."""
-        return self.placement.hosted[self.ranks.rank - self.stage.ranks.start]
+    def hosted(self) -> Mapping[int, tuple[int, ...]]:
+        """The experts that this rank hosts, by Mixture-of-Experts layer."""
+        own = self.ranks.rank - self.stage.ranks.start
+        return {layer: placement.hosted[own] for layer, placement in self.placements.items()}
 
     @property
     def num_groups(self) -> int:
@@ -58,7 +61,7 @@ class Seat:
 def take_seat(job: Job, world: World, architecture: Architecture) -> Seat:
     """Lay the job out on the ranks of `world`; collective. A ConfigError of the layout ends all ranks alike."""
     nodes, ranks = world.by_node(job.topology.ranks_per_node)
-    plan = world.together(lambda: make_plan(job, architecture, nodes))
+    plan = world.together(lambda: make_plan(job, architecture, nodes, placement=placement_of(job)))
     place = plan.grid.coordinates(ranks.rank)
     return Seat(ranks, nodes, plan.grid, place, plan.placements[place.stage], plan.memory[place.stage], plan.departing)
 

@@ -1,6 +1,6 @@
 """The exchange of one lane: rows to their experts and back, over a communicator of the lane's own."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,7 +31,8 @@ class Route:
 class Exchange:
     """Moves the rows of one lane among the ranks of `comm`; every method that starts something is collective.
 
-    `listen`, if set, hears of every route that is planned.
+    `placements` say who of them hosts the experts of each layer, `nodes` where they stand. `listen`, if set, hears of
+    every route that is planned.
     """
 
     listen: Callable[[Route], None] | None = None
@@ -39,30 +40,31 @@ class Exchange:
     def __init__(
         self,
         comm: MPI.Intracomm,
-        placement: Placement,
+        placements: Mapping[int, Placement],
         backend: Backend,
         *,
+        nodes: Sequence[int],
         traffic: Traffic,
         transport: Transport,
         width: int,
-        num_layers: int,
     ) -> None:
-        self.num_experts = len(placement.keys)
-        self.load = np.zeros((num_layers, self.num_experts), np.int64)
+        self.placements = placements
+        self.load = {layer: np.zeros(placement.num_experts, np.int64) for layer, placement in placements.items()}
+        self._keys = {layer: placement.keys(comm.rank, nodes) for layer, placement in placements.items()}
         self._comm = comm
-        self._placement = placement
         self._backend = backend
         self._traffic = traffic
         self._transport = transport
         self._incoming = Rooms(2, partial(backend.wire, width=width))
-        self._hosted = len(placement.hosted[comm.rank])
 
     def plan(self, route: Route) -> Generator[Point, None, RoutePlan]:
         """Group the choices by destination and tell every rank how many rows to expect. Yields while counts travel."""
         if self.listen is not None:
             self.listen(route)
-        order, places, counts = self._backend.group(route.experts, self._placement.keys)
-        self.load[route.layer] += counts[self._placement.keys]
+        placement = self.placements[route.layer]
+        order, places, counts = self._backend.group(self._turned(route), self._keys[route.layer])
+        counts = counts[: len(placement.experts)]
+        np.add.at(self.load[route.layer], placement.experts, counts)
         rows = order // route.weights.shape[1]
         return (yield from self.spread(route, source_rows=rows, places=places, counts=counts, phase="counts"))
 
@@ -73,8 +75,11 @@ class Exchange:
 
         Of the route only layer and weights count.
         """
-        counts_here = np.empty((self._comm.size, self._hosted), np.int64)
-        notice = self._traffic.begin(self._start_counts(counts, counts_here), counts, counts_here, waiting="idle")
+        bounds = self.placements[route.layer].bounds
+        sizes = np.diff(bounds)
+        counts_here = np.empty((self._comm.size, sizes[self._comm.rank]), np.int64)
+        request = self._start_counts(counts, sizes, counts_here)
+        notice = self._traffic.begin(request, counts, counts_here, waiting="idle")
         yield Point(route.layer, phase)
         notice.finish()
         self._traffic.surplus_rows += int(counts.sum() - counts_here.sum())
@@ -82,7 +87,7 @@ class Exchange:
         before = np.concatenate([[0], np.cumsum(counts)])
         return RoutePlan(
             layer=route.layer,
-            send_counts=np.diff(before[self._placement.bounds]),
+            send_counts=np.diff(before[bounds]),
             recv_counts=counts_here.sum(axis=1),
             expert_counts=counts_here.sum(axis=0),
             source_rows=source_rows,
@@ -124,11 +129,15 @@ class Exchange:
         own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)
         return self._traffic.begin(self._comm.Iallreduce(own, sums), own, sums, waiting="idle")
 
-    def _start_counts(self, counts: IntArray, counts_here: IntArray) -> MPI.Request:
-        sizes = np.diff(self._placement.bounds)
+    def _turned(self, route: Route) -> Array:
+        """The choices (T, K) as they stand in the keys of the layer."""
+        turns = self.placements[route.layer].turns
+        return route.experts if turns == 1 else self._backend.take_turns(route.experts, turns)
+
+    def _start_counts(self, counts: IntArray, sizes: IntArray, counts_here: IntArray) -> MPI.Request:
         return self._comm.Ialltoallv(
             [counts.astype(np.int64, copy=False), sizes, MPI.INT64_T],
-            [counts_here, np.full(self._comm.size, self._hosted), MPI.INT64_T],
+            [counts_here, np.full(self._comm.size, counts_here.shape[1]), MPI.INT64_T],
         )
 
     def _send(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Transfer:

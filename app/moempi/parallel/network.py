@@ -1,13 +1,14 @@
 """The network of one lane: all ways by which its rows reach other ranks."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mpi4py import MPI
 
 from moempi.backend.protocol import Backend
 from moempi.parallel.exchange import Exchange
+from moempi.parallel.gates import Gates, numbered
 from moempi.parallel.grid import Grid
 from moempi.parallel.immediate import ImmediateLink
 from moempi.parallel.placement import Placement
@@ -19,7 +20,7 @@ from moempi.parallel.transport_choice import ChosenTransport, fastest, make_tran
 from moempi.parallel.transports.counted import Counted
 from moempi.parallel.transports.transfer import Transport
 from moempi.parallel.transports.verified import Verified
-from moempi.parallel.two_hops import Gates, TwoHops, numbered
+from moempi.parallel.two_hops import TwoHops
 
 # A rank's share of shared memory, in rows that an even load would send at once; more than that goes as messages.
 ROOM_FOR_SKEW = 2
@@ -59,7 +60,7 @@ def choose_transport(
 def make_network(
     comm: MPI.Intracomm,
     grid: Grid,
-    placement: Placement,
+    placements: Mapping[int, Placement],
     backend: Backend,
     *,
     nodes: Sequence[int],
@@ -68,7 +69,6 @@ def make_network(
     verify: bool,
     width: int,
     top_k: int,
-    num_layers: int,
     group_rows: int,
     overlap: bool,
     departing: Collection[int] = (),
@@ -90,11 +90,10 @@ def make_network(
         transport=transport,
         verify=verify,
         width=width,
-        num_layers=num_layers,
         room_rows=ROOM_FOR_SKEW * top_k * most_rows,
     )
     make_exchange = ways.one_hop if hops == 1 else ways.two_hops
-    exchange = make_exchange(stage, placement, numbered(nodes[own.start : own.stop]))
+    exchange = make_exchange(stage, placements, numbered(nodes[own.start : own.stop]))
     link = ImmediateLink(
         comm.Dup(),
         grid,
@@ -119,37 +118,36 @@ class Ways:
     transport: str
     verify: bool = False
     width: int
-    num_layers: int
     room_rows: int
 
-    def one_hop(self, comm: MPI.Intracomm, placement: Placement, nodes: tuple[int, ...]) -> Exchange:
+    def one_hop(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], nodes: tuple[int, ...]) -> Exchange:
         """An exchange from rank to rank; `nodes` are those of the ranks of `comm`; collective."""
         return Exchange(
             comm,
-            placement,
+            placements,
             self.backend,
+            nodes=nodes,
             traffic=self.traffic,
             transport=self._counted(self.transport, comm, nodes),
             width=self.width,
-            num_layers=self.num_layers,
         )
 
-    def two_hops(self, comm: MPI.Intracomm, placement: Placement, nodes: tuple[int, ...]) -> Exchange:
+    def two_hops(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], nodes: tuple[int, ...]) -> Exchange:
         """An exchange from node to node, and inside each; the same arguments; collective."""
         gates = Gates(nodes, comm.rank)
+        inside = {layer: placement.part(gates.neighbours) for layer, placement in placements.items()}
         node = MPI.Intracomm(comm.Split(nodes[comm.rank], comm.rank))
         # Rows that go on from here and back are the gate's own: no two ranks of a node exchange any on the first hop.
         across = "pairwise" if self.transport == "shared" else self.transport
         return TwoHops(
             comm,
-            placement,
+            placements,
             self.backend,
             gates=gates,
-            inside=self.one_hop(node, placement.part(gates.neighbours), (0,) * node.size),
+            inside=self.one_hop(node, inside, (0,) * node.size),
             traffic=self.traffic,
             transport=self._counted(across, comm, nodes),
             width=self.width,
-            num_layers=self.num_layers,
         )
 
     def _counted(self, name: str, comm: MPI.Intracomm, nodes: tuple[int, ...]) -> Transport:

@@ -6,10 +6,7 @@ of its choices there; the gate sends it on to the experts, adds up their answers
 The home adds the nodes' rows in the order of their first slots. `RoutePlan.inside` is the gate's plan for its node.
 """
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from mpi4py import MPI
 
 from moempi.backend.protocol import Array, Backend
 from moempi.parallel.exchange import Exchange, Route
+from moempi.parallel.gates import ABSENT, Crossings, Gates, cross
 from moempi.parallel.placement import Placement
 from moempi.parallel.route_plan import RoutePlan
 from moempi.parallel.schedule import Point
@@ -25,39 +23,6 @@ from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.transfer import Transfer, Transport
 
 IntArray = npt.NDArray[np.integer]
-ABSENT = -1
-
-
-@dataclass(frozen=True)
-class Gates:
-    """The ways of one rank to every node: `nodes` (R,) are the ranks' nodes, ascending from 0 without gaps."""
-
-    nodes: tuple[int, ...]
-    rank: int
-
-    @cached_property
-    def members(self) -> tuple[range, ...]:
-        """The ranks of each node."""
-        bounds = np.searchsorted(self.nodes, range(self.nodes[-1] + 2)).tolist()
-        return tuple(range(first, last) for first, last in pairwise(bounds))
-
-    @cached_property
-    def ranks(self) -> IntArray:
-        """The gate on each node (N,), ascending."""
-        local = self.rank - self.members[self.nodes[self.rank]].start
-        gates = np.array([members[local % len(members)] for members in self.members])
-        gates[self.nodes[self.rank]] = self.rank
-        return gates
-
-    @property
-    def neighbours(self) -> range:
-        """The ranks of this rank's node."""
-        return self.members[self.nodes[self.rank]]
-
-
-def numbered(nodes: Sequence[int]) -> tuple[int, ...]:
-    """Ascending nodes as numbers from 0 on without gaps."""
-    return tuple(np.unique(nodes, return_inverse=True)[1].tolist())
 
 
 class TwoHops(Exchange):
@@ -66,7 +31,7 @@ class TwoHops(Exchange):
     def __init__(
         self,
         comm: MPI.Intracomm,
-        placement: Placement,
+        placements: Mapping[int, Placement],
         backend: Backend,
         *,
         gates: Gates,
@@ -74,25 +39,30 @@ class TwoHops(Exchange):
         traffic: Traffic,
         transport: Transport,
         width: int,
-        num_layers: int,
     ) -> None:
         super().__init__(
-            comm, placement, backend, traffic=traffic, transport=transport, width=width, num_layers=num_layers
+            comm,
+            placements,
+            backend,
+            nodes=gates.nodes,
+            traffic=traffic,
+            transport=transport,
+            width=width,
         )
         self._gates = gates
         self._inside = inside
-        hosts = np.searchsorted(placement.bounds, np.arange(len(placement.keys)), side="right") - 1
-        self._node_of_key = np.array(gates.nodes)[hosts]
-        self._first_key = int(placement.bounds[gates.neighbours.start])
+        nodes = np.array(gates.nodes)
+        self._node_of_key = {layer: nodes[placement.ranks] for layer, placement in placements.items()}
 
     def plan(self, route: Route) -> Generator[Point, None, RoutePlan]:
         """See `Exchange.plan`; the choices travel here too, ahead of their rows. Blocks the host for them."""
         if self.listen is not None:
             self.listen(route)
-        keys = self._placement.keys[self._backend.download(route.experts)]
+        keys = self._keys[route.layer][self._backend.download(self._turned(route))]
         weights = self._backend.download(route.weights)
-        self.load[route.layer] += np.bincount(keys.reshape(-1), minlength=self.load.shape[1])[self._placement.keys]
-        crossings = cross(self._node_of_key[keys], len(self._gates.ranks))
+        np.add.at(self.load[route.layer], self.placements[route.layer].experts[keys], 1)
+        node_of_key = self._node_of_key[route.layer]
+        crossings = cross(node_of_key[keys], len(self._gates.ranks))
         send_counts = np.zeros(self._comm.size, np.int64)
         send_counts[self._gates.ranks] = np.bincount(crossings.nodes, minlength=len(self._gates.ranks))
         recv_counts = np.empty_like(send_counts)
@@ -100,7 +70,7 @@ class TwoHops(Exchange):
         notice = self._traffic.begin(request, send_counts, recv_counts, waiting="idle")
         yield Point(route.layer, "counts")
         notice.finish()
-        outgoing = _choices(crossings, self._node_of_key, keys, weights)
+        outgoing = _choices(crossings, node_of_key, keys, weights)
         notice = self._start_choices(outgoing, send_counts, recv_counts)
         yield Point(route.layer, "choices")
         inside = yield from self._plan_inside(route.layer, notice.finish())
@@ -150,7 +120,7 @@ class TwoHops(Exchange):
         slots = np.argsort(keys == ABSENT, axis=1, kind="stable")
         keys, weights = np.take_along_axis(keys, slots, axis=1), np.take_along_axis(weights, slots, axis=1)
         present = keys != ABSENT
-        chosen = keys[present] - self._first_key
+        chosen = keys[present] - self.placements[layer].bounds[self._gates.neighbours.start]
         order = np.argsort(chosen, kind="stable")
         places = np.empty(keys.shape, np.int64)
         places[present] = np.argsort(order)
@@ -158,36 +128,9 @@ class TwoHops(Exchange):
             Route(layer, None, self._backend.upload(np.where(present, weights, np.float32(0)))),
             source_rows=self._backend.upload(np.nonzero(present)[0][order]),
             places=self._backend.upload(np.where(present, places, places[:, :1])),
-            counts=np.bincount(chosen, minlength=self._inside.num_experts),
+            counts=np.bincount(chosen, minlength=len(self._inside.placements[layer].experts)),
             phase="counts inside",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Crossings:
-    """The (token, node) pairs of one plan, ordered by node: `tokens` (P,) and `nodes` (P,).
-
-    `places` (T, N) are each token's pairs in the order of their first slots; where a token has fewer than N, the first
-    is repeated with 0 in `present` (T, N), which has 1 elsewhere.
-    """
-
-    tokens: IntArray
-    nodes: IntArray
-    places: IntArray
-    present: npt.NDArray[np.float32]
-
-
-def cross(where: IntArray, num_nodes: int) -> Crossings:
-    """The crossings of tokens whose choices are on the nodes `where` (T, K)."""
-    first_slots = np.full((len(where), num_nodes), where.shape[1])
-    for slot in reversed(range(where.shape[1])):
-        first_slots[np.arange(len(where)), where[:, slot]] = slot
-    nodes, tokens = np.nonzero((first_slots < where.shape[1]).T)
-    pairs = np.full(first_slots.shape, ABSENT)
-    pairs[tokens, nodes] = np.arange(len(tokens))
-    places = np.take_along_axis(pairs, np.argsort(first_slots, axis=1, kind="stable"), axis=1)
-    present = places != ABSENT
-    return Crossings(tokens, nodes, np.where(present, places, places[:, :1]), present.astype(np.float32))
 
 
 def _choices(crossings: Crossings, node_of_key: IntArray, keys: IntArray, weights: npt.NDArray[Any]) -> IntArray:

@@ -24,8 +24,8 @@ class Memory:
     groups: int
 
 
-def rank_memory(job: Job, architecture: Architecture, layers: range, *, hosted: int, groups: int) -> Memory:
-    """Memory of a rank that computes `layers` for `groups` groups and hosts `hosted` experts of each MoE layer."""
+def rank_memory(job: Job, architecture: Architecture, layers: range, *, hosted: float, groups: int) -> Memory:
+    """Memory of a rank that computes `layers` for `groups` groups and hosts `hosted` experts of a MoE layer."""
     tensor = job.parallel.tensor
     portions = {
         Share.EXPERTS: hosted / architecture.experts.num,
