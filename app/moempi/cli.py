@@ -14,6 +14,8 @@ from moempi import __version__
 from moempi.errors import MoempiError, UsageError
 from moempi.parallel.launch import GRACE_S, launched_first
 
+MOST_REPLICAS = 8.0
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status (sysexits.h); prints one line on stderr when it fails."""
@@ -138,6 +140,28 @@ def compare(chosen: argparse.Namespace) -> int:
     return DataError.exit_code if found.different or found.largest > chosen.within else 0
 
 
+def place(chosen: argparse.Namespace) -> int:
+    """Choose where experts stand from the recorded routing of a run."""
+    from moempi.config.topology_file import read_topology
+    from moempi.engine.place import Wish, place_experts
+    from moempi.observe.placing import print_policies
+    from moempi.parallel.topology import LEVELS
+
+    if not 0 <= chosen.replicas <= MOST_REPLICAS:
+        raise UsageError(f"--replicas {chosen.replicas}: a share of the experts from 0 to {MOST_REPLICAS}")
+    wish = Wish(
+        replicas=chosen.replicas,
+        topology=read_topology(chosen.topology) if chosen.topology else None,
+        ranks=chosen.ranks,
+        ranks_per_node=chosen.ranks_per_node,
+        row_s=chosen.row_us * 1e-6,
+        tokens=chosen.tokens,
+    )
+    rows = place_experts(chosen.results, wish, policy=chosen.policy, out=chosen.out)
+    print_policies(rows, title=f"{chosen.results}, {chosen.replicas:.0%} replicas", levels=LEVELS)
+    return 0
+
+
 def check(chosen: argparse.Namespace) -> int:
     """Measure the ranks' exchange."""
     from moempi.observe.console import console
@@ -199,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("first", type=Path, metavar="A.h5")
     sub.add_argument("second", type=Path, metavar="B.h5")
     sub.add_argument("--within", type=float, default=0.0, help="largest difference of log-probabilities allowed (0)")
+    _place_options(add(place))
     add(check)
     sub = add(bench)
     sub.add_argument("name", choices=["layer", "exchange", "immediate"])
@@ -218,6 +243,26 @@ def _run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="dry run: ranks on a node")
     sub.add_argument("--max-minutes", type=float, metavar="N", help="end early after N minutes, with exit code 75")
     sub.add_argument("--strict", action="store_true", help="stop at the first bad prompt line instead of recording it")
+
+
+def _place_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("results", type=Path, metavar="RESULTS.h5", help="of a run with trace.routing = true")
+    sub.add_argument("-o", "--out", type=Path, metavar="PLACEMENT.json", help="write the policy's placement")
+    sub.add_argument("--policy", choices=["linear", "balanced", "topology"], default="topology", help="(topology)")
+    sub.add_argument("--replicas", type=float, default=0.0, metavar="SHARE", help="copies, as a share of experts (0)")
+    sub.add_argument("--topology", type=Path, metavar="TOPOLOGY.json", help="the links, as check --measure wrote them")
+    sub.add_argument("--ranks", type=_count, default=0, metavar="N", help="ranks of a stage (those of the run)")
+    sub.add_argument("--ranks-per-node", type=_count, default=0, metavar="N", help="with --ranks: ranks on a node")
+    sub.add_argument(
+        "--row-us", type=float, default=0.0, metavar="US", help="time of a row at an expert (that of the run)"
+    )
+    sub.add_argument("--tokens", type=_count, default=200_000, metavar="N", help="look at so many (the first 200000)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
 
 
 def _fail(text: str, code: int, *, debug: bool = False, once: bool = False) -> int:

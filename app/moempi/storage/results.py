@@ -81,8 +81,8 @@ class _Ragged:
     """A dataset whose rows belong to requests, and the offsets that say which."""
 
     def __init__(self, file: Any, offsets: str, values: str, dtype: np.dtype[Any], num_dims: int) -> None:
-        self._values = _checked(file, values, dtype, num_dims)
-        self._offsets = _checked(file, offsets, np.dtype(np.int64), 1)[:]
+        self._values = checked(file, values, dtype, num_dims)
+        self._offsets = checked(file, offsets, np.dtype(np.int64), 1)[:]
         starts_and_ends = len(self._offsets) > 0 and self._offsets[0] == 0 and self._offsets[-1] == len(self._values)
         if not starts_and_ends or (np.diff(self._offsets) < 0).any():
             raise DataError(f"{file.filename}: {offsets}: do not divide the {len(self._values)} rows of {values}")
@@ -100,7 +100,8 @@ class _Ragged:
         return np.split(self._values[bounds[0] : bounds[-1]], bounds[1:-1] - bounds[0])
 
 
-def _checked(file: Any, path: str, dtype: np.dtype[Any], num_dims: int) -> Any:
+def checked(file: Any, path: str, dtype: np.dtype[Any], num_dims: int) -> Any:
+    """A dataset through the guard; raises DataError unless it has this type and so many axes."""
     dataset = h5py.Dataset(open_dataset(file, path))
     if dataset.dtype != dtype or dataset.ndim != num_dims:
         raise DataError(

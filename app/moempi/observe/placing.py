@@ -1,0 +1,41 @@
+"""What a person reads of placements: what each would send over which links, and how even it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
+
+from moempi.config.size import format_size
+from moempi.observe.console import console
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRow:
+    """Bytes and messages of all ranks and layers, by level of links; (max - mean)/mean of the ranks' rows by layer."""
+
+    name: str
+    sent_bytes: tuple[int, ...]
+    messages: tuple[int, ...]
+    imbalance: tuple[float, ...] = ()
+    time_s: float | None = None
+
+
+def print_policies(rows: Sequence[PolicyRow], *, title: str, levels: Sequence[str]) -> None:
+    """Print one row for each placement on stdout."""
+    console().print(policies_table(rows, title=title, levels=levels))
+
+
+def policies_table(rows: Sequence[PolicyRow], *, title: str, levels: Sequence[str]) -> Table:
+    """One row for each placement: bytes of each level, messages of the farthest, imbalance, time of the busiest."""
+    head = ("placement", *levels, "messages", "imbalance", "worst", "busiest")
+    columns = (Column(name, no_wrap=True) for name in head)
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption = f"bytes sent, messages over the {levels[-1]}; (max - mean)/mean of rows, mean and worst layer"
+    for row in rows:
+        sent = map(format_size, row.sent_bytes)
+        even = (f"{fmean(row.imbalance):.3f}", f"{max(row.imbalance):.3f}") if row.imbalance else ("", "")
+        busiest = "" if row.time_s is None else f"{row.time_s * 1e3:.2f} ms"
+        table.add_row(row.name, *sent, f"{row.messages[-1]:,}", *even, busiest)
+    return table

@@ -1,0 +1,128 @@
+"""Replay of recorded routing: what a placement would send over each level of links, and compute on each rank. Pure.
+
+The counts are those that a run with the same routing and the same steps counts itself (`parallel.transports.counted`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.config.topology_file import Level
+from moempi.parallel.gates import Gates
+from moempi.parallel.placement import Placement
+from moempi.parallel.topology import LEVELS, NODE, SELF, link_levels
+
+IntArray = npt.NDArray[np.integer]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """What was recorded of one layer: T tokens on their `homes` (T,), ranks of the layer's stage, counted from 0.
+
+    `rows` (T,) number the tokens of a home in a step, `steps` (T,) say which travelled together; `experts` (T, K).
+    """
+
+    homes: IntArray
+    rows: IntArray
+    steps: IntArray
+    experts: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The ranks of a stage: `nodes` (R,) ascend from 0; how rows travel, what links and rows cost.
+
+    Where the answers of a layer go to the next stage, `answers` is off: they are counted nowhere.
+    """
+
+    nodes: tuple[int, ...]
+    hops: int
+    row_bytes: int
+    levels: Sequence[Level]
+    row_s: float
+    answers: bool = True
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the stage."""
+        return self.nodes[-1] + 1
+
+    @property
+    def latencies_s(self) -> FloatArray:
+        """Time of an empty message by level (3,)."""
+        return np.array([level.latency_us * 1e-6 for level in self.levels])
+
+    @property
+    def bytes_per_s(self) -> FloatArray:
+        """What a rank sends by level (3,)."""
+        return np.array([level.bandwidth_gb_s * 1e9 for level in self.levels])
+
+
+@dataclass(slots=True)
+class Forecast:
+    """Per rank: bytes and messages sent by level (R, 3), and rows computed (R,). Time is that of the busiest."""
+
+    machine: Machine
+    sent_bytes: IntArray
+    messages: IntArray
+    rows: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def time_s(self) -> float:
+        """Rows of the busiest rank, and bytes and messages of the busiest rank's links."""
+        links = self.sent_bytes / self.machine.bytes_per_s + self.messages * self.machine.latencies_s
+        return float(links.sum(axis=1).max() + self.rows.max() * self.machine.row_s)
+
+    @property
+    def imbalance(self) -> float:
+        """(max - mean) / mean of the rows of the ranks; 0 without any."""
+        mean = float(self.rows.mean())
+        return float(self.rows.max()) / mean - 1 if mean else 0.0
+
+
+def replay(routes: Routes, placement: Placement, machine: Machine) -> Forecast:
+    """What the layer's exchanges would send and compute under this placement."""
+    num_ranks = len(machine.nodes)
+    forecast = Forecast(machine, *(np.zeros((num_ranks, len(LEVELS)), np.int64) for _ in range(2)))
+    hosts = placement.ranks[_keys(routes, placement, machine)]
+    forecast.rows = np.bincount(hosts.reshape(-1), minlength=num_ranks)
+    levels = np.stack([link_levels(machine.nodes, rank) for rank in range(num_ranks)])
+    if machine.hops == 1:
+        homes, steps = (np.repeat(column, hosts.shape[1]) for column in (routes.homes, routes.steps))
+        _travel(forecast, levels, steps, homes, hosts.reshape(-1))
+        return forecast
+    gates = np.stack([Gates(machine.nodes, rank).ranks for rank in range(num_ranks)])
+    nodes = np.array(machine.nodes)[hosts]
+    crosses = np.zeros((len(nodes), machine.num_nodes), bool)
+    crosses[np.arange(len(nodes))[:, None], nodes] = True
+    tokens, entered = np.nonzero(crosses)
+    _travel(forecast, levels, routes.steps[tokens], routes.homes[tokens], gates[routes.homes[tokens], entered])
+    # Inside a node, whose ranks count as one node's whatever the machine says.
+    inside = np.where(np.eye(num_ranks, dtype=bool), SELF, NODE)
+    entrances = gates[routes.homes[:, None], nodes].reshape(-1)
+    _travel(forecast, inside, np.repeat(routes.steps, hosts.shape[1]), entrances, hosts.reshape(-1))
+    return forecast
+
+
+def _keys(routes: Routes, placement: Placement, machine: Machine) -> IntArray:
+    """The key that each choice goes to (T, K)."""
+    tables = np.stack([placement.keys(rank, machine.nodes) for rank in range(len(machine.nodes))])
+    turns = (routes.rows % placement.turns)[:, None]
+    found: IntArray = tables[routes.homes[:, None], routes.experts * placement.turns + turns]
+    return found
+
+
+def _travel(forecast: Forecast, levels: IntArray, steps: IntArray, sources: IntArray, targets: IntArray) -> None:
+    """Add rows that go from sources to targets, a message for all of a step and pair; and the way back."""
+    num_ranks = len(levels)
+    pairs = sources * num_ranks + targets
+    rows = np.bincount(pairs, minlength=num_ranks**2).reshape(num_ranks, num_ranks)
+    together = np.unique(steps * num_ranks**2 + pairs) % num_ranks**2
+    messages = np.bincount(together, minlength=num_ranks**2).reshape(num_ranks, num_ranks)
+    for sent, told in ((rows, messages), (rows.T, messages.T))[: 1 + forecast.machine.answers]:
+        for level in range(len(LEVELS)):
+            forecast.sent_bytes[:, level] += np.where(levels == level, sent, 0).sum(axis=1) * forecast.machine.row_bytes
+            forecast.messages[:, level] += np.where(levels == level, told, 0).sum(axis=1)

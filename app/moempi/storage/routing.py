@@ -1,0 +1,100 @@
+"""Recorded routing, read back from a results file through the guard, a layer at a time."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moempi.errors import DataError
+from moempi.storage.hdf5 import open_file, read_attribute, refusing, walk
+from moempi.storage.results import checked
+from moempi.storage.results_layout import FORMAT, HOSTED, NO_EXPERT, ROUTING, VERSION
+
+Columns = dict[str, NDArray[Any]]
+
+
+class RoutingFile:
+    """The recorded routing of a results file.
+
+    `layers` are the Mixture-of-Experts layers; `ranks` the columns of /placement, one row a rank and run; `hosted`
+    those of /placement/hosted; `counters` those of /network; `compute_s` the computing of all ranks. Raises
+    NoInputError when the file cannot be read and DataError when it holds no recorded routing, or a damaged one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        self._file = open_file(path)
+        try:
+            if (read_attribute(self._file, "format"), read_attribute(self._file, "version")) != (FORMAT, VERSION):
+                raise DataError(f"{path}: not a results file of layout {VERSION}")
+            names = [name for name, is_group in walk(self._file) if not is_group]
+            if "routing/experts" not in names:
+                raise DataError(f"{path}: holds no recorded routing; run the job with --set trace.routing=true")
+            with refusing(path, "routing"):
+                self._open(names)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def layer(self, index: int, *, first: int = 0, last: int | None = None) -> Columns:
+        """The `rank` (T,), `row` (T,) and `experts` (T, K) of tokens `first` to `last` - 1 in one of `layers`.
+
+        Tokens whose routing was lost with a node are left out. `step` and `request` (T,) are theirs. Raises DataError.
+        """
+        stop = self.num_tokens if last is None else min(last, self.num_tokens)
+        with refusing(self._path, f"routing of layer {self.layers[index]}"):
+            names = ("rank", "row", "experts")
+            found: Columns = {name: self._columns[name][first:stop, index] for name in names}
+        found["step"] = self._columns["step"][first:stop]
+        found["request"] = np.searchsorted(self._offsets, np.arange(first, stop), side="right") - 1
+        known = (found["experts"] != NO_EXPERT).all(axis=1)
+        found = {name: column[known].astype(np.int64) for name, column in found.items()}
+        for name in ("rank", "row", "step"):
+            if len(found[name]) and found[name].min() < 0:
+                raise DataError(f"{self._path}: routing/{name}: negative")
+        if known.any() and not 0 <= found["experts"].min() <= found["experts"].max() < self.num_experts:
+            raise DataError(f"{self._path}: routing/experts: beyond the {self.num_experts} experts")
+        return found
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, names: list[str]) -> None:
+        self._columns = {
+            name: checked(self._file, f"routing/{name}", np.dtype(column.dtype), len(column.dims))
+            for name, column in ROUTING.items()
+        }
+        self.num_tokens, num_layers, self.top_k = self._columns["experts"].shape
+        shapes = {"step": (self.num_tokens,), "weights": self._columns["experts"].shape}
+        for name, dataset in self._columns.items():
+            if name != "experts" and dataset.shape != shapes.get(name, (self.num_tokens, num_layers)):
+                raise DataError(f"{self._path}: routing/{name}: {dataset.shape} beside {self.num_tokens} tokens")
+        self.layers = tuple(self._vector("routing/layer", np.int32).tolist())
+        self._offsets = self._vector("routing/offsets", np.int64)
+        if len(self.layers) != num_layers or not len(self._offsets) or self._offsets[-1] != self.num_tokens:
+            raise DataError(f"{self._path}: routing/layer or routing/offsets do not fit its experts")
+        self.num_experts: int = checked(self._file, "experts/load", np.dtype(np.int64), 2).shape[1]
+        self.ranks = self._group(names, "placement/", np.int64)
+        self.counters = self._group(names, "network/", np.int64)
+        self.hosted = {name: self._vector(f"placement/hosted/{name}", np.int32) for name in HOSTED}
+        self.compute_s = float(self._vector("timing/compute", np.float64).sum())
+
+    def _group(self, names: list[str], prefix: str, dtype: type[np.generic]) -> Columns:
+        own = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+        return {name.removeprefix(prefix): self._vector(name, dtype) for name in own}
+
+    def _vector(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
+        values: NDArray[Any] = checked(self._file, name, np.dtype(dtype), 1)[:]
+        return values
+
