@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     _place_options(add(place))
     add(check)
     sub = add(bench)
-    sub.add_argument("name", choices=["layer", "exchange", "immediate"])
+    sub.add_argument("name", choices=["layer", "exchange", "immediate", "placement"])
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="the benchmark's own arguments")
     return parser
 

@@ -182,3 +182,19 @@ def test_evening_out_keeps_what_a_node_hosts():
     assert (hosts[:2].any(axis=0) == was[:2].any(axis=0)).all()
     assert hosts.sum(axis=1).tolist() == [3, 3, 3, 3]
     assert rank_loads(hosts, demand, nodes).sum(axis=1).max() <= before.max()
+
+
+def test_communities_are_gathered_and_hot_experts_spread():
+    from moempi.bench.placement import Maker
+    from moempi.parallel.topology import NETWORK
+
+    maker, nodes = Maker(tokens=4000, experts=32, top_k=4, ranks=8), (0, 0, 1, 1, 2, 2, 3, 3)
+    routes, given = maker.communities(num=4), machine(nodes, 2)
+    sent = {
+        policy: replay(routes, place(policy, routes, given, num_experts=32, num_keys=32), given).sent_bytes.sum(axis=0)
+        for policy in POLICIES
+    }
+    assert sent["topology"][NETWORK] <= 0.7 * sent["linear"][NETWORK]
+    routes, given = maker.zipf(), machine(nodes, 1)
+    for policy in ("balanced", "topology"):
+        assert replay(routes, place(policy, routes, given, num_experts=32, num_keys=40), given).imbalance <= 0.15

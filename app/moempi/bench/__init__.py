@@ -19,10 +19,10 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
     Raises UsageError for flags that the benchmark does not have.
     """
-    from moempi.bench import exchange, immediate, layer
+    from moempi.bench import exchange, immediate, layer, placement
     from moempi.parallel.world import World
 
-    benchmark = {"layer": layer, "exchange": exchange, "immediate": immediate}[name]
+    benchmark = {"layer": layer, "exchange": exchange, "immediate": immediate, "placement": placement}[name]
     parser = _Parser(prog=f"moempi bench {name}", description=benchmark.__doc__)
     benchmark.add_flags(parser)
     chosen = parser.parse_args(arguments)

@@ -29,13 +29,13 @@ def print_policies(rows: Sequence[PolicyRow], *, title: str, levels: Sequence[st
 
 def policies_table(rows: Sequence[PolicyRow], *, title: str, levels: Sequence[str]) -> Table:
     """One row for each placement: bytes of each level, messages of the farthest, imbalance, time of the busiest."""
-    head = ("placement", *levels, "messages", "imbalance", "worst", "busiest")
+    head = ("placement", *levels, "messages", "uneven", "busiest")
     columns = (Column(name, no_wrap=True) for name in head)
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption = f"bytes sent, messages over the {levels[-1]}; (max - mean)/mean of rows, mean and worst layer"
+    table.caption = f"bytes sent, messages over the {levels[-1]}; uneven: (max - mean)/mean of rows"
     for row in rows:
         sent = map(format_size, row.sent_bytes)
-        even = (f"{fmean(row.imbalance):.3f}", f"{max(row.imbalance):.3f}") if row.imbalance else ("", "")
+        even = f"{fmean(row.imbalance):.3f}" if row.imbalance else ""
         busiest = "" if row.time_s is None else f"{row.time_s * 1e3:.2f} ms"
-        table.add_row(row.name, *sent, f"{row.messages[-1]:,}", *even, busiest)
+        table.add_row(row.name, *sent, f"{row.messages[-1]:,}", even, busiest)
     return table
