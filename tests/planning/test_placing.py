@@ -16,7 +16,9 @@ ROW_BYTES = 32
 
 
 def machine(nodes, hops, **changes):
-    return Machine(tuple(nodes), hops, ROW_BYTES, LEVELS, **{"row_s": 1e-6} | changes)
+    return Machine(
+        **{"nodes": tuple(nodes), "hops": hops, "row_bytes": ROW_BYTES, "levels": LEVELS, "row_s": 1e-6} | changes
+    )
 
 
 def random_routes(random, *, ranks, experts, tokens=120, top_k=3, skew=0.0):
@@ -189,7 +191,7 @@ def test_communities_are_gathered_and_hot_experts_spread():
     from moempi.parallel.topology import NETWORK
 
     maker, nodes = Maker(tokens=4000, experts=32, top_k=4, ranks=8), (0, 0, 1, 1, 2, 2, 3, 3)
-    routes, given = maker.communities(num=4), machine(nodes, 2)
+    routes, given = maker.communities(num=4), machine(nodes, 2, row_s=1e-9, row_bytes=4096)
     sent = {
         policy: replay(routes, place(policy, routes, given, num_experts=32, num_keys=32), given).sent_bytes.sum(axis=0)
         for policy in POLICIES
