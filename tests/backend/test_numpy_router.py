@@ -111,11 +111,29 @@ def test_precision_of_logits_and_weights_is_the_rule_s():
     rounded, exact = Router(top_k=1), Router(top_k=1, float32_logits=True, float32_weights=True)
     bias = np.float32([0, 1])
     for router, logit in [(rounded, 1.0), (exact, 1 + 2**-9)]:
-        experts, weights = backend.choose_experts(x, matrix, router, bias=np.float32([0, -5]))
+        logits = backend.router_logits(x, matrix, router, bias=np.float32([0, -5]))
+        experts, weights = backend.choose_experts(logits, router)
         assert experts.tolist() == [[0]]
         expected = 1 / (1 + math.exp(-5 + 2**-12 - logit))
         assert abs(weights[0, 0] - expected) < (1e-6 if router is exact else 2**-8)
-    experts, _ = backend.choose_experts(x, matrix, exact, bias=bias)
+    experts, _ = backend.choose_experts(backend.router_logits(x, matrix, exact, bias=bias), exact)
     assert experts.tolist() == [[0]]
-    experts, _ = backend.choose_experts(x, matrix, rounded, bias=bias)
+    experts, _ = backend.choose_experts(backend.router_logits(x, matrix, rounded, bias=bias), rounded)
     assert experts.tolist() == [[0]]
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_chosen"])
+def test_a_shift_selects_and_does_not_weigh(scoring):
+    backend = NumpyBackend(precision="float32", reproducible=True)
+    router = Router(top_k=2, scoring=scoring, renormalize=True, scaling=1.5)
+    rows = np.random.default_rng(3).standard_normal((9, 6)).astype(np.float32)
+    shift = np.float32([0, 0, 0, 0, 9, -9])
+    experts, weights = backend.choose_experts(rows, router, shift=shift)
+    assert (experts[:, 0] == 4).all()
+    assert not (experts == 5).any()
+    np.testing.assert_array_equal(weights, backend.weigh_experts(rows, experts, router))
+    plain, own = backend.choose_experts(rows, router)
+    np.testing.assert_array_equal(own, backend.weigh_experts(rows, plain, router))
+    corrected = backend.choose_experts(rows, router, correction=shift)
+    for one, other in zip(corrected, (experts, weights), strict=True):
+        np.testing.assert_array_equal(one, other)

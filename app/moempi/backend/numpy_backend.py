@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from moempi.arrays import aligned_empty, round_to_bfloat16, widen
 from moempi.backend.blocked_product import BLOCK, blocked_product
-from moempi.backend.numpy_router import choose
+from moempi.backend.numpy_router import choose, weigh
 from moempi.backend.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.protocol import (
     Cache,
@@ -242,21 +242,30 @@ class NumpyBackend:
 
     # Experts
 
-    def choose_experts(
-        self, x: Rows, matrix: Matrix, router: Router, *, bias: Rows | None = None, correction: Rows | None = None
-    ) -> tuple[IntArray, Rows]:
-        """See `Backend.choose_experts`."""
+    def router_logits(self, x: Rows, matrix: Matrix, router: Router, *, bias: Rows | None = None) -> Rows:
+        """See `Backend.router_logits`."""
         logits = self._product(x, matrix)
         if bias is not None:
             logits += bias
-        if not router.float32_logits:
-            logits = self._stored(logits)
+        return logits if router.float32_logits else self._stored(logits)
+
+    def choose_experts(
+        self, logits: Rows, router: Router, *, correction: Rows | None = None, shift: FloatArray | None = None
+    ) -> tuple[IntArray, Rows]:
+        """See `Backend.choose_experts`."""
+        if shift is not None:
+            correction = shift if correction is None else correction + shift
         experts, weights = choose(logits, router, correction)
         return experts, weights if router.float32_weights else self._stored(weights)
 
     def take_turns(self, experts: IntArray, turns: int) -> IntArray:
         """See `Backend.take_turns`."""
         return experts * turns + np.arange(len(experts), dtype=experts.dtype)[:, None] % turns
+
+    def weigh_experts(self, logits: Rows, experts: IntArray, router: Router) -> Rows:
+        """See `Backend.weigh_experts`."""
+        weights = weigh(logits, experts, router)
+        return weights if router.float32_weights else self._stored(weights)
 
     def group(self, experts: IntArray, keys: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """See `Backend.group`."""

@@ -18,13 +18,22 @@ def choose(logits: FloatArray, router: Router, correction: FloatArray | None) ->
     if router.num_groups > 1:
         ranked = _in_best_groups(ranked, router)
     experts = np.argsort(-ranked, axis=1, kind="stable")[:, : router.top_k]
-    weights = np.take_along_axis(scores, experts, axis=1)
+    return experts.astype(np.int32), _weights(scores, experts, router)
+
+
+def weigh(logits: FloatArray, experts: IntArray, router: Router) -> FloatArray:
+    """The weights (T, K) of experts (T, K) that something else chose; SparseMixer's depend on its own choice."""
+    return _weights(_scores(logits, router), experts, router)
+
+
+def _weights(scores: FloatArray, experts: IntArray, router: Router) -> FloatArray:
+    weights: FloatArray = np.take_along_axis(scores, experts.astype(np.intp), axis=1)
     if router.scoring == "softmax_chosen":
         weights = _softmax(weights)
     if router.renormalize:
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.float32(router.least_sum))
     weights *= np.float32(router.scaling)
-    return experts.astype(np.int32), weights
+    return weights
 
 
 def _scores(logits: FloatArray, router: Router) -> FloatArray:

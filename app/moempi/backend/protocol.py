@@ -90,7 +90,6 @@ class Picked:
         )
 
 
-
 class Backend(Protocol):
     """A machine that holds weights and rows and computes on them."""
 
@@ -182,16 +181,22 @@ class Backend(Protocol):
     def gate(self, x: Array, logits: Array) -> Array:
         """Rows x (T, D) times the sigmoid of their logits (T, 1)."""
 
+    def router_logits(self, x: Array, matrix: Array, router: Router, *, bias: Array | None = None) -> Array:
+        """X (T, D) times the router's matrix, plus the bias (E,) -> (T, E)."""
+
     def choose_experts(
-        self, x: Array, matrix: Array, router: Router, *, bias: Array | None = None, correction: Array | None = None
+        self, logits: Array, router: Router, *, correction: Array | None = None, shift: FloatArray | None = None
     ) -> tuple[Array, Array]:
         """The router: experts (T, K) in order of falling score, lowest index on a tie, and float32 weights (T, K).
 
-        `bias` (E,) is added to the logits, the float32 `correction` (E,) to the scores that select.
+        The float32 `correction` (E,), and a `shift` (E,) from the host, are added to the scores that select.
         """
 
     def take_turns(self, experts: Array, turns: int) -> Array:
         """Experts (T, K) -> experts * turns + row % turns (T, K): where rows find theirs in a table of turns."""
+
+    def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
+        """The weights (T, K) that the router gives to these experts (T, K)."""
 
     def group(self, experts: Array, keys: IntArray) -> tuple[Array, Array, IntArray]:
         """Sort the T * K choices by keys[expert], stably. Blocks the host for the counts.

@@ -92,6 +92,21 @@ class ParallelSection(Struct, frozen=True, forbid_unknown_fields=True):
     experts_per_rank: Index = 0
 
 
+class BalanceSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[balance]`: what may move choices away from busy experts, at a price in quality; "off" leaves the model's own.
+
+    "bias" adds a term to the scores that select, at most `bound`, which changes by `rate` a step at most; "capacity"
+    lets no expert take more than `capacity` times an even share of a step. `sample` requests are scored with and
+    without it at the end, to tell the price. What a row computes then depends on the rows beside it.
+    """
+
+    mode: Literal["off", "bias", "capacity"] = "off"
+    rate: Positive = 0.03
+    bound: Positive = 0.5
+    capacity: Annotated[float, Meta(ge=1)] = 1.25
+    sample: Index = 16
+
+
 class TopologySection(Struct, frozen=True, forbid_unknown_fields=True):
     """`[topology]`: what to assume of the machine instead of asking it.
 
@@ -131,6 +146,7 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
     parallel: ParallelSection = ParallelSection()
     topology: TopologySection = TopologySection()
     placement: PlacementSection = PlacementSection()
+    balance: BalanceSection = BalanceSection()
     trace: TraceSection = TraceSection()
 
     @property

@@ -1,15 +1,18 @@
 """The end of a run: what each rank did, where the results come from, and the figures for a person."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moempi import __version__
 from moempi.config.architecture import Architecture
+from moempi.engine.balance import Balance
 from moempi.engine.lane import Lane
 from moempi.engine.ledger import Ledger
 from moempi.engine.restart import Earlier
@@ -25,15 +28,23 @@ PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
 
 def rank_record(
-    lanes: Sequence[Lane], ledger: Ledger, world: World, seat: Seat, *, seconds: float, hops: int
+    lanes: Sequence[Lane],
+    ledger: Ledger,
+    world: World,
+    seat: Seat,
+    *,
+    balance: Balance | None,
+    seconds: float,
+    hops: int,
 ) -> RankRecord:
     """What this rank did in `seconds` of steps: it computed whenever it was not blocked."""
     waits = {kind: sum(lane.network.traffic.waits[kind] for lane in lanes) for kind in WAITS}
     waits["disk"] = ledger.disk_s
+    load = _expert_load(lanes, lanes[0].model.architecture)
     return RankRecord(
         rank=world.rank,
         host=world.host,
-        expert_load=_expert_load(lanes, lanes[0].model.architecture),
+        expert_load=load,
         seconds={"compute": seconds - sum(waits.values()), **waits},
         steps=ledger.steps,
         tokens=ledger.tokens,
@@ -49,6 +60,7 @@ def rank_record(
             "row_bytes": lanes[0].model.architecture.width * lanes[0].model.backend.row_dtype.itemsize,
         },
         hosted=dict(seat.hosted),
+        **_balanced(balance, load, first_of_stage=seat.place.data == seat.place.tensor == 0),
     )
 
 
@@ -59,6 +71,18 @@ def _expert_load(lanes: Sequence[Lane], architecture: Architecture) -> NDArray[n
         for layer, of_layer in lane.network.exchange.load.items():
             load[layer] += of_layer
     return load
+
+
+def _balanced(balance: Balance | None, load: NDArray[np.int64], *, first_of_stage: bool) -> dict[str, Any]:
+    """What a balanced run tells besides; the shifts, which are the same on all ranks of a stage, once a stage."""
+    if balance is None:
+        return {}
+    terms = balance.terms(len(load))
+    return {
+        "asked_load": balance.asked_load(len(load)),
+        "shifts": terms if first_of_stage else np.zeros_like(terms),
+        "balance": {"choices": float(load.sum()), "moved_choices": float(balance.tally.moved)},
+    }
 
 
 def provenance_of(job_text: str, world: World, *, weights: str, start: datetime) -> Provenance:
@@ -103,4 +127,17 @@ def report_of(
         hosts=[one.host for one in records],
         earlier_requests=len(earlier.indices),
         earlier_tokens=earlier.tokens,
+        **_balance_figures(records, list(moe_layers)),
     )
+
+
+def _balance_figures(records: Sequence[RankRecord], moe_layers: list[int]) -> dict[str, Any]:
+    """What balancing did over all ranks; nothing where it was off."""
+    if not records[0].balance:
+        return {}
+    choices, moved = (sum(one.balance[name] for one in records) for name in ("choices", "moved_choices"))
+    return {
+        "asked_load": np.sum([one.asked_load for one in records], axis=0)[moe_layers],
+        "moved": moved / choices if choices else 0.0,
+        "logprob_change": records[0].balance.get("logprob_change", math.nan),
+    }

@@ -10,6 +10,7 @@ from moempi.engine.ledger import Ledger
 from moempi.engine.scheduler import Scheduler, Work
 from moempi.engine.tasks import Task
 from moempi.engine.trace import RoutingTrace
+from moempi.model.gating import ROUTER_ALONE, Gating
 from moempi.model.transformer import Transformer
 from moempi.parallel.batch import NONE, Batch
 from moempi.parallel.network import Network
@@ -29,6 +30,7 @@ class Lane:
     task: Task
     ledger: Ledger
     stop: Stop
+    gating: Gating = ROUTER_ALONE
     trace: RoutingTrace | None = None
 
     def serve(self) -> Generator[Point, None, None]:
@@ -55,7 +57,9 @@ class Lane:
             split = RowSplit((batch.num_rows,), tensor.size)
             rows = self.model.embed(batch.tokens[split.indices[tensor.part]])
             self._record(batch, split)
-            x = yield from self.model.forward(batch, split, rows, self.network)
+            self.gating.begin_step(split.counts[tensor.part])
+            x = yield from self.model.forward(batch, split, rows, self.network, self.gating)
+            self.gating.end_step()
             self.task.accept(work, (yield from self._conclude(batch, split, x)))
             self.ledger.end_step(self.scheduler.retire(self.index))
 
@@ -71,7 +75,9 @@ class Lane:
                 return
             arrival = link.expect()
             self._record(batch, split)
-            x = yield from self.model.forward(batch, split, rows, self.network)
+            self.gating.begin_step(split.counts[self.network.tensor.part])
+            x = yield from self.model.forward(batch, split, rows, self.network, self.gating)
+            self.gating.end_step()
             yield from self._conclude(batch, split, x)
             self.ledger.end_step(())
             yield SENT

@@ -28,6 +28,10 @@ class Ledger:
         self._task = task
         self._keeps_records = keeps_records
 
+    def silent(self) -> "Ledger":
+        """A ledger that writes and shows nothing."""
+        return Ledger(self._part, task=self._task, keeps_records=False, show=lambda finished, tokens: None)
+
     def count_earlier(self, earlier: Earlier) -> None:
         """Count requests that earlier attempts finished; on one rank."""
         self.finishes.update(earlier.finishes)

@@ -8,6 +8,7 @@ from moempi.backend.choice import make_backend
 from moempi.backend.protocol import Backend
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
+from moempi.engine.balance import make_balance, quality_cost
 from moempi.engine.budget import affordable_pages, useful_pages
 from moempi.engine.closing import provenance_of, rank_record, report_of
 from moempi.engine.interleave import interleave
@@ -23,6 +24,7 @@ from moempi.engine.shard import Shard
 from moempi.engine.tasks import Generate, Score, Task
 from moempi.engine.text import Text
 from moempi.engine.trace import RoutingTrace
+from moempi.model.gating import ROUTER_ALONE
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
 from moempi.observe.report import print_report
@@ -82,16 +84,26 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     transport, networks = _networks(job, seat, backend, weights.architecture)
     task = _task(job, text, prompts)
     traces = _traces(job, seat, networks, backend, weights.architecture, ledger, since=attempt.earlier.next_step)
+    balance = make_balance(job.balance, networks, weights.architecture, seat.stage.layers)
+    gatings = balance.gatings if balance else [ROUTER_ALONE] * len(networks)
     lanes = [
-        Lane(index, model, network, scheduler, task, ledger, stop, trace)
-        for index, (network, trace) in enumerate(zip(networks, traces, strict=True))
+        Lane(index, model, network, scheduler, task, ledger, stop, gating, trace)
+        for index, (network, gating, trace) in enumerate(zip(networks, gatings, traces, strict=True))
     ]
     world.watch(job.run.timeout_s, group=seat.place.stage)
     seconds = _take_steps(lanes, world, backend, seat.stage.layers, hops=job.exchange.hops)
     progress.close()
     world.watch(job.run.timeout_s)
     # Every rank closes its part. Asked to stop before all is done: the parts stay, for the next attempt.
-    record = rank_record(lanes, ledger, world, seat, seconds=seconds, hops=job.exchange.hops)
+    record = rank_record(lanes, ledger, world, seat, balance=balance, seconds=seconds, hops=job.exchange.hops)
+    if balance and job.balance.sample:
+        record.balance["logprob_change"] = quality_cost(
+            lanes,
+            [sequence for sequence in sequences if sequence.finish in ("stop", "length")],
+            world,
+            sample=job.balance.sample,
+            take_steps=lambda lanes: _take_steps(lanes, world, backend, seat.stage.layers, hops=job.exchange.hops),
+        )
     attempt.part.append(record)
     attempt.part.close()
     report = report_of(
@@ -222,4 +234,6 @@ def _take_steps(lanes: ManyOf[Lane], world: World, backend: Backend, layers: ran
         together=len(lanes) if link.is_first and link.is_last else 2,
         reached=reached,
     )
+    for lane in lanes:
+        lane.gating.settle()
     return time.perf_counter() - begin

@@ -26,6 +26,10 @@ class Scheduler:
         self._batch_tokens = batch_tokens
         self._pages = pages
 
+    def enter(self, sequences: Iterable[Sequence]) -> None:
+        """Queue more sequences, behind all others."""
+        self._queue.extend(sequences)
+
     def unfinished(self, lane: int) -> int:
         """Requests that the lane may still have to compute."""
         return len(self._queue) + len(self._active[lane])

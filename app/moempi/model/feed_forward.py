@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Expert
 from moempi.config.architecture import Router
+from moempi.model.gating import ROUTER_ALONE, Gating
 from moempi.parallel.exchange import Exchange, Route
 from moempi.parallel.immediate import Departure
 from moempi.parallel.schedule import Point
@@ -37,9 +38,11 @@ class MixtureOfExperts:
     shared: Dense | None = None
     shared_gate: Array | None = None
 
-    def forward(self, backend: Backend, x: Array, exchange: Exchange) -> Generator[Point, None, Array]:
+    def forward(
+        self, backend: Backend, x: Array, exchange: Exchange, gating: Gating = ROUTER_ALONE
+    ) -> Generator[Point, None, Array]:
         """X (T, D) -> (T, D): every row to its K experts and back. Yields while rows are on the network."""
-        plan = yield from exchange.plan(self._route(backend, x))
+        plan = yield from exchange.plan(self._route(backend, x, gating))
         outward = exchange.dispatch(x, plan)
         shared = self._shared(backend, x)
         yield Point(self.layer, "dispatch")
@@ -51,10 +54,16 @@ class MixtureOfExperts:
         return combined if shared is None else backend.add(combined, shared)
 
     def leave(
-        self, backend: Backend, x: Array, residual: Array, exchange: Exchange, departure: Departure
+        self,
+        backend: Backend,
+        x: Array,
+        residual: Array,
+        exchange: Exchange,
+        departure: Departure,
+        gating: Gating = ROUTER_ALONE,
     ) -> Generator[Point, None, None]:
         """The same for a stage's last layer whose answers, added to `residual`, are wanted by the next stage alone."""
-        plan = yield from exchange.plan(self._route(backend, x))
+        plan = yield from exchange.plan(self._route(backend, x, gating))
         outward = exchange.dispatch(x, plan)
         owners = exchange.tell(departure.owners, plan)
         departure.leave(plan, residual, self._shared(backend, x))
@@ -63,10 +72,9 @@ class MixtureOfExperts:
         rows = backend.expert_mlp(rows, self.experts, plan.expert_counts)
         departure.answer(rows, plan, owners.finish())
 
-    def _route(self, backend: Backend, x: Array) -> Route:
-        chosen, weights = backend.choose_experts(
-            x, self.router, self.rule, bias=self.router_bias, correction=self.router_correction
-        )
+    def _route(self, backend: Backend, x: Array, gating: Gating) -> Route:
+        logits = backend.router_logits(x, self.router, self.rule, bias=self.router_bias)
+        chosen, weights = gating.choose(backend, self.layer, logits, self.rule, self.router_correction)
         return Route(self.layer, chosen, weights)
 
     def _shared(self, backend: Backend, x: Array) -> Array | None:

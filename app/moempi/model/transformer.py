@@ -7,6 +7,7 @@ from moempi.backend.protocol import Array, Backend
 from moempi.config.architecture import Architecture
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
+from moempi.model.gating import Gating
 from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
@@ -50,7 +51,7 @@ class Transformer:
         return self.backend.embed(tokens, self.embedding)
 
     def forward(
-        self, batch: Batch, split: RowSplit, x: Array, network: Network
+        self, batch: Batch, split: RowSplit, x: Array, network: Network, gating: Gating
     ) -> Generator[Point, None, Array | None]:
         """This rank's part of the batch's rows through the stage's layers; collective over the stage's ranks.
 
@@ -69,9 +70,9 @@ class Transformer:
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 if network.onward is not None and layer is self.layers[-1]:
                     departure = network.onward.departure(batch, split)
-                    yield from layer.feed_forward.leave(backend, rows, x, network.exchange, departure)
+                    yield from layer.feed_forward.leave(backend, rows, x, network.exchange, departure, gating)
                     return None
-                rows = yield from layer.feed_forward.forward(backend, rows, network.exchange)
+                rows = yield from layer.feed_forward.forward(backend, rows, network.exchange, gating)
             else:
                 rows = yield from tensor.gather(rows, split, layer=layer.index)
                 rows = layer.feed_forward(backend, rows)

@@ -1,5 +1,6 @@
 """What a person reads before a run (its layout), at its end (its figures), and of its answers."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -47,7 +48,9 @@ class Report:
     `seconds` holds, for each phase (compute, exchange, idle), one number per rank; `expert_load` (L, E) counts the
     tokens routed to each expert of each MoE layer by all ranks; `exact` of `referenced` answers equal their reference.
     `hosts` are the ranks'. Requests that earlier attempts finished are among `finishes`; `tokens` are of this one.
-    `sent` counts bytes and messages of rows by level of link, over all ranks; `transport` says how they went.
+    `sent` counts bytes and messages of rows by level of link, over all ranks; `transport` says how they went. Where
+    gating was balanced, `asked_load` (L, E) is what the routers asked for, `moved` the share of choices that went
+    elsewhere, and `logprob_change` the mean change of a token's log-probability by that, NaN if not measured.
     """
 
     results: str
@@ -63,6 +66,9 @@ class Report:
     earlier_tokens: int = 0
     transport: str = ""
     sent: Mapping[str, int] = field(default_factory=dict)
+    asked_load: NDArray[np.int64] | None = None
+    moved: float = 0.0
+    logprob_change: float = math.nan
 
     @property
     def num_finished(self) -> int:
@@ -123,8 +129,12 @@ def report_table(report: Report) -> RenderableType:
         ranks = ", ".join(_place(rank, report.seconds[phase][rank], report.hosts) for rank in slowest)
         table.add_row(f"{phase}, slowest ranks", ranks)
     if report.expert_load.size:
-        layers = imbalance(report.expert_load)
-        table.add_row("expert imbalance, max/mean", f"{layers.mean():.2f}  (worst layer {layers.max():.2f})")
+        table.add_row("expert imbalance, max/mean", _imbalance_text(report.expert_load))
+    if report.asked_load is not None:
+        table.add_row("without balancing, max/mean", _imbalance_text(report.asked_load))
+        table.add_row("choices moved", f"{report.moved:.1%}")
+    if not math.isnan(report.logprob_change):
+        table.add_row("quality cost", f"{report.logprob_change:+.4f} mean log-probability of a token")
     if report.earlier_requests:
         table.add_row("of earlier runs", f"{report.earlier_requests:,} requests, {report.earlier_tokens:,} tokens")
     table.add_row("finished", ", ".join(f"{reason} {count:,}" for reason, count in sorted(report.finishes.items())))
@@ -178,6 +188,11 @@ def imbalance(expert_load: NDArray[np.int64]) -> NDArray[np.float64]:
     ratio = np.ones(len(mean))
     np.divide(expert_load.max(axis=1), mean, out=ratio, where=mean > 0)
     return ratio
+
+
+def _imbalance_text(expert_load: NDArray[np.int64]) -> str:
+    layers = imbalance(expert_load)
+    return f"{layers.mean():.2f}  (worst layer {layers.max():.2f})"
 
 
 def _place(rank: int, seconds: float, hosts: Sequence[str]) -> str:

@@ -124,6 +124,16 @@ class Exchange:
         )
         return self._traffic.begin(request, outgoing, incoming, waiting="idle")
 
+    @property
+    def size(self) -> int:
+        """Ranks among which rows travel."""
+        return self._comm.size
+
+    @property
+    def rank(self) -> int:
+        """This rank among them."""
+        return self._comm.rank
+
     def agree(self, amounts: Sequence[int]) -> Transfer:
         """Add up amounts over the ranks; `finish` gives the array of their sums."""
         own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)

@@ -36,6 +36,7 @@ def make_plan(
     Raises ConfigError, with the numbers needed, when the model or the job cannot be divided so.
     """
     _refuse_uneven(job, architecture)
+    _refuse_unbalanced(job, architecture)
     grid = make_grid(
         job.parallel,
         layer_costs=[layer_cost(architecture, layer) for layer in range(architecture.num_layers)],
@@ -126,6 +127,15 @@ def _refuse_other_model(file: PlacementFile, architecture: Architecture) -> None
             f"placement.file: places {file.num_experts} experts of {len(layers)} layers, the model has "
             f"{architecture.experts.num} in {len(architecture.moe_layers)} MoE layers, or others; "
             "place from a run of this model"
+        )
+
+
+def _refuse_unbalanced(job: Job, architecture: Architecture) -> None:
+    """SparseMixer's weights follow from its own choice; there are none for another."""
+    if job.balance.mode != "off" and architecture.experts.router.scoring == "sparsemixer":
+        raise ConfigError(
+            f'balance.mode = "{job.balance.mode}": the {architecture.family} router gives no weights to experts '
+            'that it did not choose itself; use "off"'
         )
 
 

@@ -127,6 +127,11 @@ def _create_columns(file: Any, survey: Survey) -> list[_Column]:
 def _write_ranks(file: Any, survey: Survey) -> None:
     load = create(file, "experts/load", np.int64, ("layer", "expert"), "tokens routed to each expert of each MoE layer")
     load[...] = survey.expert_load
+    if survey.asked_load.size:
+        asked = create(file, "experts/asked_load", np.int64, ("layer", "expert"), "tokens that routers asked it for")
+        asked[...] = survey.asked_load
+        shifts = create(file, "experts/shift", np.float32, ("layer", "expert"), "term on its score at the end")
+        shifts[...] = survey.shifts
     ranks = sorted(survey.ranks, key=lambda record: record.rank)
     dims = ("rank_run",)
     hosts = create(file, "timing/host", h5py.string_dtype(), dims, "host of the rank")
@@ -138,6 +143,9 @@ def _write_ranks(file: Any, survey: Survey) -> None:
     for phase in dict.fromkeys(phase for record in ranks for phase in record.seconds):
         seconds = create(file, f"timing/{phase}", np.float64, dims, f"time of the rank in {phase}", units="s")
         seconds[...] = [record.seconds.get(phase, np.nan) for record in ranks]
+    for name in dict.fromkeys(name for record in ranks for name in record.balance):
+        figures = create(file, f"balance/{name}", np.float64, dims, name.replace("_", " "))
+        figures[...] = [record.balance.get(name, np.nan) for record in ranks]
     for name in dict.fromkeys(name for record in ranks for name in record.place):
         stood = create(file, f"placement/{name}", np.int64, dims, PLACES.get(name, name), fill=NOWHERE)
         stood[...] = [record.place.get(name, NOWHERE) for record in ranks]

@@ -16,7 +16,8 @@ _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
 _NO_TOP_TOKENS = np.zeros((0, 0), np.int32)
 _NO_TOP_LOGPROBS = np.zeros((0, 0), np.float32)
-for _empty in (_NO_TOKENS, _NO_LOGPROBS, _NO_TOP_TOKENS, _NO_TOP_LOGPROBS):
+_NO_LOAD = np.zeros((0, 0), np.int64)
+for _empty in (_NO_LOAD, _NO_TOKENS, _NO_LOGPROBS, _NO_TOP_TOKENS, _NO_TOP_LOGPROBS):
     _empty.flags.writeable = False
 
 
@@ -64,7 +65,9 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     `expert_load` (layers, experts) int64 counts the tokens this rank routed; `seconds` holds one entry per phase (such
     as compute, exchange, idle), `counters` one per thing counted (such as network_bytes) and `place` says where the
     rank stood (such as stage and node), each name an identifier. `hosted` lists its experts of each Mixture-of-Experts
-    layer. Raises ValueError otherwise.
+    layer. Where gating was balanced, `asked_load` (layers, experts) counts what the routers asked for, `shifts`
+    (layers, experts) float32 are this rank's part of the terms that moved selection, and `balance` its other figures.
+    Raises ValueError otherwise.
     """
 
     rank: int
@@ -76,11 +79,16 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     counters: dict[str, int] = {}
     place: dict[str, int] = {}
     hosted: dict[int, tuple[int, ...]] = {}
+    asked_load: NDArray[np.int64] = _NO_LOAD
+    shifts: FloatArray = _NO_TOP_LOGPROBS
+    balance: dict[str, float] = {}
 
     def __post_init__(self) -> None:
         if self.expert_load.dtype != np.int64 or self.expert_load.ndim != 2:
             raise ValueError(f"expert_load is {_describe(self.expert_load)}, not int64 (layers, experts)")
-        names = (*self.seconds, *self.counters, *self.place)
+        _expect("asked_load", self.asked_load, np.int64, self.expert_load.shape, or_empty=True)
+        _expect("shifts", self.shifts, np.float32, self.expert_load.shape, or_empty=True)
+        names = (*self.seconds, *self.counters, *self.place, *self.balance)
         wrong = [name for name in names if not name.isidentifier() or name in self.__struct_fields__]
         if wrong:
             raise ValueError(f"{wrong[0]!r} is not a free identifier")

@@ -23,6 +23,8 @@ ITEM_BYTES = 8
 ENTRY_BYTES = 1024
 METADATA_BYTES = 256 << 10
 
+NO_LOAD, NO_SHIFTS = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
+
 _ENTRY = np.dtype(
     [("part", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("prompt_token", "i8"), ("output_token", "i8")]
     + [("computed", "i8")]
@@ -115,7 +117,9 @@ class Survey:
 
     entries: NDArray[Any]
     ranks: list[RankRecord] = field(default_factory=list)
-    expert_load: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    expert_load: NDArray[np.int64] = field(default_factory=lambda: NO_LOAD)
+    asked_load: NDArray[np.int64] = field(default_factory=lambda: NO_LOAD)
+    shifts: NDArray[np.float32] = field(default_factory=lambda: NO_SHIFTS)
     top: int = 0
     score_top: int = 0
     scored: bool = False
@@ -142,7 +146,11 @@ class Survey:
                 f"rank {record.rank} counted experts as {record.expert_load.shape}, others as {self.expert_load.shape}"
             )
         self.expert_load += record.expert_load
-        self.ranks.append(msgspec.structs.replace(record, expert_load=np.zeros((0, 0), np.int64)))
+        if record.asked_load.size:
+            self.asked_load = self.asked_load + record.asked_load if self.asked_load.size else record.asked_load
+            self.shifts = self.shifts + record.shifts if self.shifts.size else record.shifts
+        nothing = {"expert_load": NO_LOAD, "asked_load": NO_LOAD, "shifts": NO_SHIFTS}
+        self.ranks.append(msgspec.structs.replace(record, **nothing))
 
     def add_routing(self, record: RoutingRecord, *, part: int, offset: int) -> None:
         """Note where the routing of one rank's step lies."""
@@ -186,7 +194,7 @@ class Survey:
             choices = sizes["routed_token"] * sizes["routed_layer"] * (1 + sizes["slot"])
             arrays += ITEM_BYTES * (choices + 2 * sizes["routed_token"])
         entries = ENTRY_BYTES * (len(self.entries) + len(self.ranks))
-        return arrays + texts + ranks + entries + self.expert_load.nbytes + METADATA_BYTES
+        return arrays + texts + ranks + entries + 3 * self.expert_load.nbytes + METADATA_BYTES
 
 
 def survey_parts(parts: Parts, num_requests: int) -> Survey:

@@ -1,0 +1,102 @@
+"""Balanced gating in a run: a gating for each lane, what they did, and what it cost in quality."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.config.architecture import Architecture
+from moempi.config.job import BalanceSection
+from moempi.engine.lane import Lane
+from moempi.engine.sequence import Sequence as Request
+from moempi.engine.tasks import Score
+from moempi.model.gating import ROUTER_ALONE, Gating, LimitedGating, ShiftedGating, Shifts, Tally
+from moempi.parallel.network import Network
+from moempi.parallel.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """The balancing of one rank: a gating for each of its lanes, which share the tally and the shifts."""
+
+    gatings: Sequence[Gating]
+    tally: Tally
+    shifts: Shifts
+
+    def asked_load(self, num_layers: int) -> npt.NDArray[np.int64]:
+        """The choices that the router asked for on this rank (L, E); zero in the layers of other stages."""
+        load = np.zeros((num_layers, self.shifts.terms.shape[1]), np.int64)
+        for layer, counts in self.tally.asked.items():
+            load[layer] = counts
+        return load
+
+    def terms(self, num_layers: int) -> npt.NDArray[np.float32]:
+        """The shifts as they are now (L, E), equal on all ranks of a stage; zero in the layers of other stages."""
+        terms = np.zeros((num_layers, self.shifts.terms.shape[1]), np.float32)
+        terms[list(self.shifts.layers)] = self.shifts.terms
+        return terms
+
+
+def make_balance(
+    rules: BalanceSection, networks: Sequence[Network], architecture: Architecture, layers: range
+) -> Balance | None:
+    """What balances the lanes of these networks, which compute `layers`; None where nothing does."""
+    balanced = [layer for layer in architecture.moe_layers if layer in layers]
+    if rules.mode == "off":
+        return None
+    tally = Tally(balanced, architecture.experts.num)
+    shifts = Shifts(balanced, architecture.experts.num, rate=rules.rate, bound=rules.bound)
+    gatings: list[Gating] = []
+    for network in networks:
+        if not balanced:
+            gatings.append(ROUTER_ALONE)
+        elif rules.mode == "bias":
+            gatings.append(ShiftedGating(network.exchange, shifts, tally))
+        else:
+            gatings.append(LimitedGating(network.exchange, tally, factor=rules.capacity))
+    return Balance(gatings, tally, shifts)
+
+
+def quality_cost(
+    lanes: Sequence[Lane],
+    finished: Sequence[Request],
+    world: World,
+    *,
+    sample: int,
+    take_steps: Callable[[Sequence[Lane]], object],
+) -> float:
+    """Mean change of a token's log-probability by the lanes' gating, on `sample` requests scored with and without it.
+
+    Tokens are those that were generated, or else those of the prompt. Collective, blocks; the ranks of the first stage
+    bring requests that they `finished`. NaN where none was scored both ways.
+    """
+    share = -(-sample // max(world.comm.allreduce(int(bool(finished))), 1))
+    balanced = [_silent(lane) for lane in lanes]
+    alone = [replace(lane, gating=ROUTER_ALONE) for lane in balanced]
+    scores = [_scores(scored, finished[:share], take_steps) for scored in (balanced, alone)]
+    changes = [one - other for one, other in zip(*scores, strict=True) if len(one) == len(other)]
+    change, tokens = sum(float(part.sum()) for part in changes), sum(map(len, changes))
+    change, tokens = world.comm.allreduce(np.array([change, tokens])).tolist()
+    return change / tokens if tokens else float("nan")
+
+
+def _silent(lane: Lane) -> Lane:
+    """The lane once more, scoring, without a trace of it anywhere."""
+    lane.network.exchange.listen = None
+    return replace(lane, task=Score(top=0), ledger=lane.ledger.silent(), trace=None)
+
+
+def _scores(
+    lanes: Sequence[Lane], requests: Sequence[Request], take_steps: Callable[[Sequence[Lane]], object]
+) -> list[npt.NDArray[np.float64]]:
+    """Log-probabilities of each request's tokens; none of one that the lanes were stopped before."""
+    again = [Request(request.prompt, request.prompt_tokens + request.tokens, limit=0) for request in requests]
+    lanes[0].scheduler.enter(again)
+    take_steps(lanes)
+    scores = []
+    for request, scored in zip(requests, again, strict=True):
+        picked = scored.picked if scored.finish == "length" else []
+        logprobs = np.concatenate([np.zeros(0), *(part.logprobs for part in picked)])
+        scores.append(logprobs[-len(request.tokens) :] if request.tokens else logprobs)
+    return scores

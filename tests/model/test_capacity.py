@@ -1,0 +1,78 @@
+"""Capacity: no expert takes more than its share of a step, no row loses a choice, whatever the rows want."""
+
+from fractions import Fraction
+from math import ceil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moempi.model.capacity import capacity, quotas, within
+
+SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda pair: (min(pair), max(pair)))
+
+
+@st.composite
+def steps(draw):
+    """Rows of each rank, top-k, experts, a factor, and how skewed and how tied the scores are."""
+    top_k, num_experts = draw(SIZES)
+    rows = np.array(draw(st.lists(st.integers(0, 12), min_size=1, max_size=6)))
+    factor = draw(st.sampled_from([1.0, 1.1, 1.25, 2.0, 30.0]))
+    random = np.random.default_rng(draw(st.integers(0, 1000)))
+    scores = random.integers(0, draw(st.sampled_from([1, 3, 1000])), (int(rows.sum()), num_experts))
+    scores = scores + draw(st.sampled_from([0, 1, 1000])) * np.arange(num_experts)
+    return rows, top_k, num_experts, factor, np.argsort(-scores, axis=1, kind="stable")
+
+
+@settings(max_examples=400, deadline=None)
+@given(steps())
+def test_no_expert_exceeds_its_capacity_and_every_row_has_its_experts(step):
+    rows, top_k, num_experts, factor, ranked = step
+    firsts = np.cumsum(rows) - rows
+    rules = {"top_k": top_k, "num_experts": num_experts, "factor": factor}
+    dealt = [quotas(rows, rank, **rules) for rank in range(len(rows))]
+    assert (np.sum(dealt, axis=0) <= ceil(Fraction(str(factor)) * int(rows.sum()) * top_k / num_experts)).all()
+    load = np.zeros(num_experts, int)
+    for rank, quota in enumerate(dealt):
+        own = ranked[firsts[rank] : firsts[rank] + rows[rank]]
+        chosen = within(own, quota, top_k)
+        assert chosen.shape == (rows[rank], top_k)
+        assert all(len(set(experts)) == top_k for experts in chosen.tolist())
+        assert (np.bincount(chosen.reshape(-1), minlength=num_experts) <= quota).all()
+        load += np.bincount(chosen.reshape(-1), minlength=num_experts)
+    assert (load <= capacity(int(rows.sum()), **rules)).all()
+
+
+def slowly(ranked, quota, top_k):
+    """Turn by turn, row by row, in plain words; None where a row would have to take an expert from another."""
+    left, taken = quota.tolist(), [[] for _ in ranked]
+    for turn in range(ranked.shape[1]):
+        for row, wanted in enumerate(ranked[:, turn].tolist()):
+            if len(taken[row]) < top_k and left[wanted]:
+                left[wanted] -= 1
+                taken[row].append(wanted)
+    return taken if all(len(experts) == top_k for experts in taken) else None
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps())
+def test_rows_get_what_they_ask_for_first(step):
+    rows, top_k, num_experts, factor, ranked = step
+    quota = quotas(rows[:1], 0, top_k=top_k, num_experts=num_experts, factor=factor)
+    own = ranked[: rows[0]]
+    expected = slowly(own, quota, top_k)
+    if expected is not None:
+        assert within(own, quota, top_k).tolist() == expected
+
+
+def test_within_enough_room_the_router_s_own_choice():
+    ranked = np.argsort(-np.random.default_rng(0).random((20, 8)), axis=1)
+    assert (within(ranked, np.full(8, 20), 3) == ranked[:, :3]).all()
+
+
+def test_a_row_that_comes_too_late_is_handed_an_expert():
+    # Both want 0 and 1, which have one place each; expert 2 has two, but a row cannot have it twice.
+    assert within(np.array([[0, 1, 2], [0, 1, 2]]), np.array([1, 1, 2]), 2).tolist() == [[0, 2], [1, 2]]
+    with pytest.raises(ValueError, match="fewer places"):
+        within(np.array([[0, 1]]), np.array([1, 0]), 2)
