@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moempi import __version__
 from moempi.errors import MoempiError, UsageError
@@ -163,7 +163,7 @@ def place(chosen: argparse.Namespace) -> int:
 
 
 def check(chosen: argparse.Namespace) -> int:
-    """Measure the ranks' exchange."""
+    """Measure the ranks' exchange, and their links where asked."""
     from moempi.observe.console import console
     from moempi.parallel.check import check as check_ranks
     from moempi.parallel.world import World
@@ -173,7 +173,25 @@ def check(chosen: argparse.Namespace) -> int:
         findings = check_ranks(world)
         if findings is not None:
             console().print(findings)
+        if chosen.measure or chosen.output:
+            _measure(world, chosen)
     return 0
+
+
+def _measure(world: Any, chosen: argparse.Namespace) -> None:
+    import msgspec
+
+    from moempi.observe.console import console
+    from moempi.parallel.measure import measure, topology_table
+    from moempi.storage.files import atomic
+
+    nodes, ranks = world.by_node(chosen.ranks_per_node)
+    topology, trials = measure(ranks, nodes)
+    if world.rank == 0:
+        console().print(topology_table(topology, trials))
+        if chosen.output:
+            with atomic(chosen.output) as temporary:
+                Path(temporary).write_bytes(msgspec.json.encode(topology))
 
 
 def bench(chosen: argparse.Namespace) -> int:
@@ -224,7 +242,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("second", type=Path, metavar="B.h5")
     sub.add_argument("--within", type=float, default=0.0, help="largest difference of log-probabilities allowed (0)")
     _place_options(add(place))
-    add(check)
+    sub = add(check)
+    sub.add_argument("--measure", action="store_true", help="latency and bandwidth of each level of links")
+    sub.add_argument("--output", "-o", type=Path, metavar="topology.json", help="write them, for moempi place")
+    sub.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="virtual nodes of N ranks")
     sub = add(bench)
     sub.add_argument("name", choices=["layer", "exchange", "immediate", "placement"])
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="the benchmark's own arguments")
