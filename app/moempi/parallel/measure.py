@@ -49,7 +49,8 @@ def measure(comm: MPI.Intracomm, nodes: Sequence[int]) -> tuple[TopologyFile, li
     found: list[Level] = []
     for level, name in enumerate(LEVELS):
         if (levels == level).any():
-            found.append(Level(name, latency_s[level] * 1e6, 1e-9 / max(per_byte_s[level], LEAST_PER_BYTE_S)))  # type: ignore[arg-type]
+            bandwidth_gb_s = 1e-9 / max(float(per_byte_s[level]), LEAST_PER_BYTE_S)
+            found.append(Level(name, float(latency_s[level]) * 1e6, bandwidth_gb_s))  # type: ignore[arg-type]
         else:
             found.append(Level(name, found[-1].latency_us, found[-1].bandwidth_gb_s))  # type: ignore[arg-type]
     topology = TopologyFile(version=1, levels=tuple(found), nodes=tuple(nodes))
