@@ -237,8 +237,8 @@ def test_pack_unpack_and_combine(backend):
 
 @BACKENDS
 def test_group_sorts_choices_stably(backend):
-    order, places, counts = backend.group(np.array([[0, 1], [1, 2], [0, 2]]), np.array([2, 0, 1]))
-    np.testing.assert_array_equal(order, [1, 2, 3, 5, 0, 4])
+    rows, places, counts = backend.group(np.array([[0, 1], [1, 2], [0, 2]]), np.array([2, 0, 1]))
+    np.testing.assert_array_equal(rows, [0, 1, 1, 2, 0, 2])
     np.testing.assert_array_equal(places, [[4, 0], [1, 2], [5, 3]])
     np.testing.assert_array_equal(counts, [2, 2, 2])
 

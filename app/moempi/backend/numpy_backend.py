@@ -273,7 +273,11 @@ class NumpyBackend:
         order = np.argsort(chosen, kind="stable")
         places = np.empty_like(order)
         places[order] = np.arange(len(order))
-        return order, places.reshape(experts.shape), np.bincount(chosen, minlength=len(keys))
+        return order // experts.shape[1], places.reshape(experts.shape), np.bincount(chosen, minlength=len(keys))
+
+    def take_rows(self, rows: Rows, index: IntArray) -> Rows:
+        """See `Backend.take_rows`."""
+        return rows[index]
 
     def pack(self, rows: Rows, index: IntArray | None, out: npt.NDArray[Any]) -> None:
         """See `Backend.pack`."""

@@ -201,15 +201,18 @@ class Backend(Protocol):
     def group(self, experts: Array, keys: IntArray) -> tuple[Array, Array, IntArray]:
         """Sort the T * K choices by keys[expert], stably. Blocks the host for the counts.
 
-        Returns the choice (t * K + k) at each place (T * K,), the place of each choice (T, K), and how many choices
-        have each key (len(keys),), on the host.
+        Returns the row of the choice at each place (T * K,), the place of each choice (T, K), and how many choices have
+        each key (len(keys),), on the host.
         """
 
+    def take_rows(self, rows: Array, index: IntArray) -> Array:
+        """Rows rows[index], by an index on the host."""
+
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
-        """Write rows[index] (all rows when None) to a wire buffer."""
+        """Write rows[index] (all rows when None) to a wire buffer; the index is on the host or from `upload`."""
 
     def unpack(self, wire: Array, index: Array | None) -> Array:
-        """Rows wire[index] (all when None) of a wire buffer."""
+        """Rows wire[index] (all when None) of a wire buffer; the index as in `pack`."""
 
     def join(self, parts: Sequence[Array]) -> Array:
         """The rows of all parts, one after another, in memory of their own."""

@@ -106,7 +106,7 @@ class Lane:
         tensor = self.network.tensor
         own = split.indices[tensor.part]
         places = np.flatnonzero(np.isin(batch.wanted, own))
-        rows = x[np.searchsorted(own, batch.wanted[places])]
+        rows = self.model.backend.take_rows(x, np.searchsorted(own, batch.wanted[places]))
         asked = [batch.asked[place] for place in places.tolist()]
         return tensor.assemble(self.task.pick(self.model, rows, asked), places)
 

@@ -62,10 +62,9 @@ class Exchange:
         if self.listen is not None:
             self.listen(route)
         placement = self.placements[route.layer]
-        order, places, counts = self._backend.group(self._turned(route), self._keys[route.layer])
+        rows, places, counts = self._backend.group(self._turned(route), self._keys[route.layer])
         counts = counts[: len(placement.experts)]
         np.add.at(self.load[route.layer], placement.experts, counts)
-        rows = order // route.weights.shape[1]
         return (yield from self.spread(route, source_rows=rows, places=places, counts=counts, phase="counts"))
 
     def spread(
