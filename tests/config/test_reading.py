@@ -90,6 +90,9 @@ def test_malformed_overrides_are_usage_errors(job_file, override):
         ("[sampling]\ntop_p = 1.5", ["sampling.top_p"]),
         ("[sampling]\nstop = ['']", ["sampling.stop"]),
         ("[sampling]\ntemperature = nan", ["sampling.temperature"]),
+        ("[sampling]\ntemperature = inf", ["sampling.temperature"]),
+        ("[run]\ntimeout_s = inf", ["run.timeout_s"]),
+        ("[balance]\ncapacity = inf", ["balance.capacity"]),
         ("run = 3", ["run", "object"]),
     ],
 )

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+LARGEST = 1.7976931348623157e308  # infinity is no size of anything
+
 Count = Annotated[int, Meta(ge=1)]
 Index = Annotated[int, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
 
 
 class Yarn(Struct, frozen=True, forbid_unknown_fields=True):

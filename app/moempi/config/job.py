@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from moempi.config.architecture import Count, Index, Positive
+from moempi.config.architecture import LARGEST, Count, Index, Positive
 
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 Size = Annotated[str, Meta(pattern=r"^(auto|[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B)$")]
@@ -47,7 +47,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
     """`[sampling]`, and the keys that a prompt line may override."""
 
     max_tokens: Count = 16
-    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    temperature: Annotated[float, Meta(ge=0, le=LARGEST)] = 0.0
     top_k: Index = 0
     top_p: Fraction = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
@@ -103,7 +103,7 @@ class BalanceSection(Struct, frozen=True, forbid_unknown_fields=True):
     mode: Literal["off", "bias", "capacity"] = "off"
     rate: Positive = 0.03
     bound: Positive = 0.5
-    capacity: Annotated[float, Meta(ge=1)] = 1.25
+    capacity: Annotated[float, Meta(ge=1, le=LARGEST)] = 1.25
     sample: Index = 16
 
 

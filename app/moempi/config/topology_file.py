@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from moempi.config.architecture import Index, Positive
+from moempi.config.architecture import LARGEST, Index, Positive
 from moempi.config.reading import read_json
 from moempi.errors import ConfigError
 
@@ -26,7 +26,7 @@ class Level(Struct, frozen=True, forbid_unknown_fields=True):
     """One level of links: to the rank itself, inside its node, between nodes."""
 
     name: Literal["self", "node", "network"]
-    latency_us: Annotated[float, Meta(ge=0)]
+    latency_us: Annotated[float, Meta(ge=0, le=LARGEST)]
     bandwidth_gb_s: Positive
 
 
