@@ -8,6 +8,7 @@ from msgspec import structs
 from moempi.config.architecture import Architecture, Attention, Experts, Router
 from moempi.config.job import Job
 from moempi.config.reading import convert
+from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.run import run_job
 from moempi.errors import ConfigError
 from moempi.model import gating
@@ -73,6 +74,17 @@ def test_every_grid_balances(comm, tmp_path, monkeypatch):
         own.Free()
         if comm.rank == 0:
             check_results(folder, number)
+
+
+@pytest.mark.ranks(1)
+def test_a_sample_that_would_need_another_page_is_left_out(comm, tmp_path):
+    initialize(ARCHITECTURE, tmp_path / "weights.h5", seed=4)
+    for length, measured in ((PAGE_ROWS - 5, False), (PAGE_ROWS - 9, True)):
+        (tmp_path / "prompts.jsonl").write_text(f'{{"tokens": {[1] * length}}}')
+        job = job_of(tmp_path, f"page{length}", "bias", {})
+        assert run_job(job, job_text="", world=World(comm), stop=Stop(), strict=True) == 0
+        with h5py.File(tmp_path / f"page{length}.h5") as results:
+            assert np.isfinite(results["balance/logprob_change"][...]).all() == measured
 
 
 def watch_steps(monkeypatch):

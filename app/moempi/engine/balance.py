@@ -12,6 +12,7 @@ from moempi.engine.lane import Lane
 from moempi.engine.sequence import Sequence as Request
 from moempi.engine.tasks import Score
 from moempi.model.gating import ROUTER_ALONE, Gating, LimitedGating, ShiftedGating, Shifts, Tally
+from moempi.model.kv_cache import pages_for
 from moempi.parallel.network import Network
 from moempi.parallel.world import World
 
@@ -60,7 +61,7 @@ def make_balance(
 
 def quality_cost(
     lanes: Sequence[Lane],
-    finished: Sequence[Request],
+    requests: Sequence[Request],
     world: World,
     *,
     sample: int,
@@ -69,8 +70,10 @@ def quality_cost(
     """Mean change of a token's log-probability by the lanes' gating, on `sample` requests scored with and without it.
 
     Tokens are those that were generated, or else those of the prompt. Collective, blocks; the ranks of the first stage
-    bring requests that they `finished`. NaN where none was scored both ways.
+    bring their `requests`, of which finished ones are taken that fit in the cache as before. NaN where none was scored
+    both ways.
     """
+    finished = [request for request in requests if request.finish in ("stop", "length") and _fits_again(request)]
     share = -(-sample // max(world.comm.allreduce(int(bool(finished))), 1))
     balanced = [_silent(lane) for lane in lanes]
     alone = [replace(lane, gating=ROUTER_ALONE) for lane in balanced]
@@ -79,6 +82,11 @@ def quality_cost(
     change, tokens = sum(float(part.sum()) for part in changes), sum(map(len, changes))
     change, tokens = world.comm.allreduce(np.array([change, tokens])).tolist()
     return change / tokens if tokens else float("nan")
+
+
+def _fits_again(request: Request) -> bool:
+    """Whether all its tokens take no more pages than it held: the last one was not fed back."""
+    return pages_for(len(request.prompt_tokens) + len(request.tokens)) <= pages_for(request.capacity)
 
 
 def _silent(lane: Lane) -> Lane:

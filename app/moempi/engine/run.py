@@ -99,7 +99,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     if balance and job.balance.sample:
         record.balance["logprob_change"] = quality_cost(
             lanes,
-            [sequence for sequence in sequences if sequence.finish in ("stop", "length")],
+            sequences,
             world,
             sample=job.balance.sample,
             take_steps=lambda lanes: _take_steps(lanes, world, backend, seat.stage.layers, hops=job.exchange.hops),
