@@ -44,6 +44,7 @@ class NumpyBackend:
     """The verbs of `protocol.Backend` on host memory; every verb has finished when it returns."""
 
     name = "numpy"
+    queue = 0
 
     def __init__(self, *, precision: str, reproducible: bool, between: Callable[[], None] = lambda: None) -> None:
         self.is_bfloat16 = precision == "bfloat16"
@@ -84,6 +85,15 @@ class NumpyBackend:
         """See `Backend.clear`."""
         for held in (cache.keys, cache.values):
             held.reshape(-1, PAGE_ROWS, *held.shape[1:])[pages] = 0
+
+    def use_queue(self, number: int) -> None:
+        """See `Backend.use_queue`; all are one."""
+
+    def mark(self) -> None:
+        """See `Backend.mark`."""
+
+    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+        """See `Backend.reach`; all host memory is."""
 
     def wire(self, rows: int, width: int) -> npt.NDArray[Any]:
         """See `Backend.wire`."""

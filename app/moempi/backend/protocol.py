@@ -90,6 +90,16 @@ class Picked:
         )
 
 
+class Mark(Protocol):
+    """A place in what was submitted."""
+
+    def is_reached(self) -> bool:
+        """Whether all before it is done; does not block."""
+
+    def wait(self) -> None:
+        """Block the host until it is."""
+
+
 class Backend(Protocol):
     """A machine that holds weights and rows and computes on them."""
 
@@ -98,6 +108,8 @@ class Backend(Protocol):
     """Element type of rows on the wire: uint16 (bfloat16 bits) or float32."""
     between: Callable[[], None]
     """Called between the pieces of long verbs so that the network makes progress."""
+    queue: int
+    """The queue that verbs are submitted to."""
 
     def available_bytes(self) -> int:
         """Memory of the machine that is free now, shared by all ranks on it."""
@@ -114,8 +126,20 @@ class Backend(Protocol):
     def clear(self, cache: Cache, pages: IntArray) -> None:
         """Set the rows of `pages` to zero."""
 
+    def use_queue(self, number: int) -> None:
+        """Submit to this queue from now on: what lies in other queues neither waits for it nor is waited for."""
+
+    def mark(self) -> Mark | None:
+        """A mark behind all that the queue was given; None where every verb is done when it returns."""
+
+    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Let `pack` and `unpack` work on host memory that somebody else allocated, for as long as the process runs."""
+
     def wire(self, rows: int, width: int) -> Array:
-        """A contiguous, 64-byte aligned buffer of `rows` x `width` wire elements that MPI can read and write."""
+        """A contiguous, 64-byte aligned buffer of `rows` x `width` wire elements that MPI can read and write.
+
+        What verbs wrote to it is there once a `mark` behind them is reached.
+        """
 
     def upload(self, values: npt.NDArray[Any]) -> Array:
         """Take a host array of indices or weights as it is."""

@@ -69,12 +69,14 @@ class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
 
     With 2 `hops` a row crosses the network once per node and goes on to its experts inside; sums are re-associated.
     `verify` compares checksums of all rows at both ends. With `immediate` the last experts of a stage answer straight
-    to the next stage.
+    to the next stage. `buffers` says where GPUs keep rows that travel: in their own memory, for an MPI that takes it,
+    or in host memory, which they read and write over the bus; "auto" finds out.
     """
 
     transport: Literal["auto", "alltoallv", "pairwise", "shared"] = "auto"
     hops: Literal[1, 2] = 1
     verify: bool = False
+    buffers: Literal["auto", "device", "host"] = "auto"
     immediate: bool = False
 
 

@@ -10,17 +10,19 @@ def interleave(
     step: Sequence[Point],
     *,
     together: int,
+    resumed: Callable[[int], None] = lambda lane: None,
     reached: Callable[[int, Point], None] = lambda lane, point: None,
 ) -> None:
     """Resume the lanes in the order of the schedule until each has returned.
 
-    `step` are the points of one step, `together` is how many lanes take a step side by side, and `reached` hears of
-    every point. Raises RuntimeError when a lane is at another point than the schedule says: its ranks would no longer
-    start their collectives in the same order.
+    `step` are the points of one step, `together` is how many lanes take a step side by side; `resumed` hears of every
+    turn and `reached` of every point. Raises RuntimeError when a lane is at another point than the schedule says: its
+    ranks would no longer start their collectives in the same order.
     """
     running = dict(enumerate(lanes))
     for lane, point in schedule(len(lanes), step, together=together):
         if lane in running:
+            resumed(lane)
             actual = next(running[lane], None)
             if actual is None:
                 del running[lane]

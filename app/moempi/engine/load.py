@@ -23,7 +23,7 @@ def load_model(
     """
     architecture = shard.architecture
     is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
-    return Transformer(
+    model = Transformer(
         architecture=architecture,
         backend=backend,
         embedding=backend.tensor(shard.read("embedding")) if is_first else None,
@@ -33,6 +33,10 @@ def load_model(
         head_bias=_optional(shard, backend, "head_bias") if is_last else None,
         cache=KVCache(backend, architecture.attention, layers=len(layers), pages=pages),
     )
+    loaded = backend.mark()
+    if loaded is not None:
+        loaded.wait()  # the lanes' queues would not
+    return model
 
 
 def _layer(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> Layer:

@@ -28,6 +28,7 @@ from moempi.model.gating import ROUTER_ALONE
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
 from moempi.observe.report import print_report
+from moempi.parallel.device_memory import takes_device_memory
 from moempi.parallel.network import Network, choose_transport, make_network
 from moempi.parallel.schedule import Point, step_points
 from moempi.parallel.stop import Stop
@@ -55,7 +56,11 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     world.together(lambda: log_to_files(job.output.results, world.rank))
     # Where this rank stands, and the requests of its data parallel group, which the first stage alone decides about.
     seat = take_seat(job, world, weights.architecture)
-    backend = world.together(lambda: make_backend(job.run))
+    backend = world.together(
+        lambda: make_backend(
+            job.run, local_rank=world.local_rank, takes_device_memory=lambda: takes_device_memory(job.exchange)
+        )
+    )
     text = Text(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens)
     due = [prompt for prompt in prompts if prompt.index not in attempt.earlier.indices]
     own = due[seat.place.data :: seat.grid.num_groups(0)] if seat.schedules else []
@@ -148,8 +153,9 @@ def _networks(
     job: Job, seat: Seat, backend: Backend, architecture: Architecture
 ) -> tuple[ChosenTransport, list[Network]]:
     """The transport that the job or a probe chose, and a network for each lane; collective."""
-    row_bytes = architecture.width * backend.row_dtype.itemsize
-    transport = choose_transport(job.exchange.transport, seat.ranks, seat.grid, nodes=seat.nodes, row_bytes=row_bytes)
+    transport = choose_transport(
+        job.exchange.transport, seat.ranks, seat.grid, backend, nodes=seat.nodes, width=architecture.width
+    )
     networks = [
         make_network(
             seat.ranks,
@@ -232,6 +238,7 @@ def _take_steps(lanes: ManyOf[Lane], world: World, backend: Backend, layers: ran
         [lane.serve() for lane in lanes],
         step,
         together=len(lanes) if link.is_first and link.is_last else 2,
+        resumed=backend.use_queue,
         reached=reached,
     )
     for lane in lanes:

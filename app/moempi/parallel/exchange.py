@@ -14,7 +14,7 @@ from moempi.parallel.route_plan import RoutePlan, expert_order
 from moempi.parallel.schedule import Point
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.rooms import Rooms
-from moempi.parallel.transports.transfer import Transfer, Transport
+from moempi.parallel.transports.transfer import Transfer, Transport, once_done
 
 IntArray = npt.NDArray[np.integer]
 
@@ -153,5 +153,6 @@ class Exchange:
         outgoing = self._transport.outgoing(int(send_counts.sum()))
         self._backend.pack(rows, index, outgoing.view(self._backend.row_dtype))
         incoming = self._incoming.take(int(recv_counts.sum()))
-        request = self._transport.start(outgoing, send_counts, incoming, recv_counts)
+        start = partial(self._transport.start, outgoing, send_counts, incoming, recv_counts)
+        request = once_done(self._backend, start)
         return self._traffic.begin(request, outgoing, incoming, waiting="exchange")

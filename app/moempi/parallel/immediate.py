@@ -124,8 +124,7 @@ class ImmediateLink(StageLink):
         for source, count, end in zip(sources, counts, ends, strict=True):
             if count:
                 rows = incoming[end - count : end]
-                request = self._comm.Irecv([rows, count, self._row], source, tag)
-                transfers.append(self._traffic.expect(request, rows, waiting="pipeline"))
+                transfers.append(self._expect_rows(rows, source, tag))
         return incoming, transfers
 
     def owners(self, batch: Batch) -> "list[Owner]":
@@ -149,7 +148,7 @@ class ImmediateLink(StageLink):
         self._backend.pack(rows, self._backend.upload(index[order]), outgoing)
         first = 0
         for owner, count in zip(*(found.tolist() for found in np.unique(owners, return_counts=True)), strict=True):
-            self._keep(self._comm.Isend([outgoing[first : first + count], count, self._row], owner, tag), outgoing)
+            self._send_rows(outgoing[first : first + count], owner, tag)
             first += count
 
 

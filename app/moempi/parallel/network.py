@@ -41,9 +41,9 @@ class Network:
 
 
 def choose_transport(
-    name: str, comm: MPI.Intracomm, grid: Grid, *, nodes: Sequence[int], row_bytes: int
+    name: str, comm: MPI.Intracomm, grid: Grid, backend: Backend, *, nodes: Sequence[int], width: int
 ) -> ChosenTransport:
-    """The job's transport, or for "auto" the fastest for rows of `row_bytes`; logged.
+    """The job's transport, or for "auto" the fastest for rows of `width`; logged.
 
     Collective over all ranks of `comm`, which count node by node (`nodes`); a probe blocks for some milliseconds.
     """
@@ -51,7 +51,7 @@ def choose_transport(
     if name == "auto":
         place = grid.coordinates(comm.rank)
         stage, own = MPI.Intracomm(comm.Split(place.stage, comm.rank)), grid.stages[place.stage].ranks
-        choice = fastest(comm, stage, row_bytes=row_bytes, nodes=tuple(nodes[own.start : own.stop]))
+        choice = fastest(comm, stage, backend, width=width, nodes=tuple(nodes[own.start : own.stop]))
         stage.Free()
     logging.getLogger(__name__).info("transport %s: %s", choice.name, choice.reason)
     return choice
@@ -152,8 +152,11 @@ class Ways:
 
     def _counted(self, name: str, comm: MPI.Intracomm, nodes: tuple[int, ...]) -> Transport:
         row_bytes = self.width * self.backend.row_dtype.itemsize
-        room_bytes = self.room_rows * row_bytes
-        transport = make_transport(name, comm, row_bytes=row_bytes, nodes=nodes, room_bytes=room_bytes)
+        # Of its own: a transfer may start late, and what its ranks do on one communicator must have one order.
+        own = comm.Dup()
+        transport = make_transport(
+            name, own, self.backend, width=self.width, nodes=nodes, room_bytes=self.room_rows * row_bytes
+        )
         if self.verify:
             transport = Verified(transport, comm)
         return Counted(transport, self.traffic.counters, levels=link_levels(nodes, comm.rank), row_bytes=row_bytes)

@@ -6,6 +6,7 @@ from the rank at place j of one tensor group to the rank at place j of the other
 """
 
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter, sleep
 from typing import Any
 
@@ -16,7 +17,7 @@ from moempi.parallel.batch import NO_STEP, Batch
 from moempi.parallel.grid import Coordinates, Grid
 from moempi.parallel.row_split import RowSplit, part_range
 from moempi.parallel.traffic import Traffic
-from moempi.parallel.transports.transfer import Transfer
+from moempi.parallel.transports.transfer import Pending, Transfer, once_done
 
 CONTROL, ROWS, ANSWER = 1, 2, 3
 SPIN_S = 200e-6
@@ -56,7 +57,7 @@ class StageLink:
         self._traffic = traffic
         self._width = width
         self._row = MPI.BYTE.Create_contiguous(width * backend.row_dtype.itemsize).Commit()
-        self._sent: list[tuple[MPI.Request, object]] = []
+        self._sent: list[Transfer] = []
         self._sources = () if self.is_first else grid.peers(place.stage, place.data, other=place.stage - 1)
         self._buffers = [
             backend.wire(-(-group_rows * len(grid.peers(place.stage - 1, source, other=0)) // grid.tensor), width)
@@ -74,7 +75,7 @@ class StageLink:
             self._backend.pack(rows, self._backend.upload(kept), outgoing)
             there = self._grid.rank(later, data, self._place.tensor)
             self._keep(self._comm.isend(part, there, CONTROL), part)
-            self._keep(self._comm.Isend([outgoing, len(outgoing), self._row], there, ROWS), outgoing)
+            self._send_rows(outgoing, there, ROWS)
 
     def stop(self) -> None:
         """Tell the next stage, if there is one, that no step follows; blocks until all that was sent is on its way."""
@@ -87,8 +88,7 @@ class StageLink:
         transfers = []
         for source, buffer in zip(self._sources, self._buffers, strict=True):
             here = self._grid.rank(self._place.stage - 1, source, self._place.tensor)
-            request = self._comm.Irecv([buffer, len(buffer), self._row], here, ROWS)
-            transfers.append(self._traffic.expect(request, buffer, waiting="pipeline"))
+            transfers.append(self._expect_rows(buffer, here, ROWS))
         return Arrival(tuple(transfers))
 
     def receive(self, arrival: Arrival) -> tuple[Batch, RowSplit, Array]:
@@ -126,10 +126,22 @@ class StageLink:
         self._traffic.waits["pipeline"] += perf_counter() - begin
         return message.recv()
 
-    def _keep(self, request: MPI.Request, sent: object) -> None:
-        self._sent.append((request, sent))
+    def _send_rows(self, rows: Array, there: int, tag: int) -> None:
+        """Send rows of a wire as soon as they are written."""
+        message = [rows, len(rows), self._row]
+        self._keep(once_done(self._backend, partial(self._comm.Isend, message, there, tag)), rows)
+
+    def _expect_rows(self, buffer: Array, source: int, tag: int) -> Transfer:
+        """Receive into a wire as soon as nothing reads it."""
+        message = [buffer, len(buffer), self._row]
+        request = once_done(self._backend, partial(self._comm.Irecv, message, source, tag))
+        return self._traffic.expect(request, buffer, waiting="pipeline")
+
+    def _keep(self, request: Pending, sent: object) -> None:
+        self._sent.append(self._traffic.expect(request, None, outgoing=sent, waiting="pipeline"))
 
     def _settle(self) -> None:
         """Wait for what the step before sent; its receivers have long asked for it."""
-        MPI.Request.Waitall([request for request, _ in self._sent])
+        for transfer in self._sent:
+            transfer.finish()
         self._sent.clear()

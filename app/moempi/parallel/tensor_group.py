@@ -6,6 +6,7 @@ parallelism). No row is routed to experts twice.
 """
 
 from collections.abc import Generator
+from functools import partial
 
 import numpy as np
 from mpi4py import MPI
@@ -14,6 +15,7 @@ from moempi.backend.protocol import Array, Backend, Picked
 from moempi.parallel.row_split import IntArray, RowSplit
 from moempi.parallel.schedule import Point
 from moempi.parallel.traffic import Traffic
+from moempi.parallel.transports.transfer import once_done
 
 
 class TensorGroup:
@@ -35,9 +37,8 @@ class TensorGroup:
         outgoing = self._backend.wire(split.counts[self.part], self._width)
         self._backend.pack(x, None, outgoing)
         incoming = self._backend.wire(sum(split.counts), self._width)
-        request = self._comm.Iallgatherv(
-            [outgoing, len(outgoing), self._row], [incoming, list(split.counts), self._row]
-        )
+        sent, received = [outgoing, len(outgoing), self._row], [incoming, list(split.counts), self._row]
+        request = once_done(self._backend, partial(self._comm.Iallgatherv, sent, received))
         transfer = self._traffic.begin(request, outgoing, incoming, waiting="exchange")
         yield Point(layer, "gather")
         return self._backend.unpack(transfer.finish(), split.by_row)
@@ -50,9 +51,8 @@ class TensorGroup:
         outgoing = self._backend.wire(sum(split.counts), self._width)
         self._backend.pack(partial, split.by_part, outgoing)
         incoming = self._backend.wire(own * self.size, self._width)
-        request = self._comm.Ialltoallv(
-            [outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row]
-        )
+        sent, received = [outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row]
+        request = once_done(self._backend, partial(self._comm.Ialltoallv, sent, received))
         transfer = self._traffic.begin(request, outgoing, incoming, waiting="exchange")
         yield Point(layer, "scatter")
         places = np.arange(own)[:, None] + np.arange(self.size) * own

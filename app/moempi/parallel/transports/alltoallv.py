@@ -1,5 +1,6 @@
 """`alltoallv`: one nonblocking MPI_Ialltoallv a transfer."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,19 @@ IntArray = npt.NDArray[np.integer]
 
 
 class Alltoallv:
-    """Rows of a fixed width as one MPI datatype, so that counts are rows and never overflow an int."""
+    """Rows of a fixed width as one MPI datatype, so that counts are rows and never overflow an int.
+
+    `allocate(rows)` makes its buffers, on the host by default.
+    """
 
     name = "alltoallv"
 
-    def __init__(self, comm: MPI.Intracomm, *, row_bytes: int) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None
+    ) -> None:
         self._comm = comm
         self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
-        self._rooms = Rooms(2, partial(aligned_rows, row_bytes=row_bytes))
+        self._rooms = Rooms(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
 
     def outgoing(self, rows: int) -> Any:
         """See `Transport.outgoing`."""

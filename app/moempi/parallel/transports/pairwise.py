@@ -1,5 +1,6 @@
 """`pairwise`: one message for each pair of ranks that has rows to exchange, none for the others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,14 +33,19 @@ class Messages:
 
 
 class Pairwise:
-    """Isend and Irecv for each peer with rows; the block of a rank for itself is copied at once."""
+    """Isend and Irecv for each peer with rows; the block of a rank for itself is copied at once.
+
+    `allocate(rows)` makes its buffers, on the host by default.
+    """
 
     name = "pairwise"
 
-    def __init__(self, comm: MPI.Intracomm, *, row_bytes: int) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None
+    ) -> None:
         self._comm = comm
         self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
-        self._rooms = Rooms(2, partial(aligned_rows, row_bytes=row_bytes))
+        self._rooms = Rooms(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
         self._turn = 0
 
     def outgoing(self, rows: int) -> Any:
@@ -73,6 +79,6 @@ def blocks(counts: IntArray) -> dict[int, tuple[int, int]]:
 
 
 def copy_rows(incoming: Any, rows: tuple[int, int], block: Any) -> None:
-    """Copy a block of bytes into rows [first, last) of a buffer of any element type."""
+    """Copy a block into rows [first, last) of a buffer, both of any element type."""
     first, last = rows
-    incoming[first:last].reshape(-1).view(np.uint8)[:] = block.reshape(-1)
+    incoming[first:last].reshape(-1).view(np.uint8)[:] = block.reshape(-1).view(np.uint8)

@@ -8,6 +8,7 @@ Rows that exceed the room go as messages; the posted word says so.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ class _Segment:
     """One rank's part of the window: its control words and its two rooms, as bytes."""
 
     words: memoryview
-    rooms: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
+    rooms: npt.NDArray[np.uint8]
 
 
 @dataclass(slots=True)
@@ -61,7 +62,8 @@ class _Taking:
 class Shared:
     """Rows through a window of `comm`'s ranks on this node, of whom `nodes` may say who they are.
 
-    A rank has two rooms of `room_bytes`. Making one is collective.
+    A rank has two rooms of `room_bytes`; `reach` hears of their memory, before it is used, and `allocate(rows)` makes
+    the buffers of what does not fit. Making one is collective.
     """
 
     name = "shared"
@@ -73,6 +75,8 @@ class Shared:
         row_bytes: int,
         nodes: tuple[int, ...] | None = None,
         room_bytes: int = ROOM_BYTES,
+        allocate: Callable[[int], Any] | None = None,
+        reach: Callable[[npt.NDArray[np.uint8]], None] = lambda memory: None,
     ) -> None:
         shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
         neighbours = MPI.Intracomm(shared.Split(nodes[comm.rank] if nodes else 0))
@@ -86,7 +90,8 @@ class Shared:
         room_bytes = neighbours.allreduce(room_bytes, MPI.MAX)  # groups of a stage can differ in their rows
         self._room_bytes = -(-room_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         self._window, self._segments = _open(neighbours, self._room_bytes)
-        self._overflow = Rooms(2, partial(aligned_rows, row_bytes=row_bytes))
+        reach(self._segments[self._own].rooms)
+        self._overflow = Rooms(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
         self._number = 0
         self._posted: dict[int, list[int]] = {0: [], 1: []}
 
@@ -183,7 +188,7 @@ def _open(neighbours: MPI.Intracomm, room_bytes: int) -> tuple[MPI.Win, list[_Se
         memory: Any = np.frombuffer(segment, np.uint8)
         memory = memory[-memory.ctypes.data % ALIGNMENT_BYTES :]
         rooms = memory[words_bytes : words_bytes + 2 * room_bytes].reshape(2, room_bytes)
-        segments.append(_Segment(memoryview(memory[:words_bytes].view(np.int64)), (rooms[0], rooms[1])))
+        segments.append(_Segment(memoryview(memory[:words_bytes].view(np.int64)), rooms))
     np.frombuffer(segments[neighbours.rank].words, np.int64)[:] = 0
     window.Sync()
     neighbours.Barrier()

@@ -1,11 +1,15 @@
 """A transfer under way, and what every transport offers."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from moempi.backend.protocol import Backend, Mark
 
 IntArray = npt.NDArray[np.integer]
 
@@ -18,6 +22,40 @@ class Pending(Protocol):
 
     def Wait(self) -> Any:  # noqa: N802
         """Block until complete."""
+
+
+@dataclass(slots=True)
+class Deferred:
+    """A transfer that starts at the first look after a mark of the backend's queue is reached."""
+
+    backend: Backend
+    mark: Mark
+    start: Callable[[], Pending]
+    queue: int
+    request: Pending | None = None
+
+    def Test(self) -> bool:  # noqa: N802
+        """See `Pending.Test`."""
+        if self.request is None:
+            if not self.mark.is_reached():
+                return False
+            current = self.backend.queue
+            self.backend.use_queue(self.queue)
+            self.request = self.start()
+            self.backend.use_queue(current)
+        return self.request.Test()
+
+    def Wait(self) -> None:  # noqa: N802
+        """See `Pending.Wait`; other transfers that became ready meanwhile start too."""
+        while not self.Test():
+            self.backend.between()
+            os.sched_yield()
+
+
+def once_done(backend: Backend, start: Callable[[], Pending]) -> Pending:
+    """Start a transfer once the verbs that fill its buffer, or still read it, are done: at once where they are."""
+    mark = backend.mark()
+    return start() if mark is None else Deferred(backend, mark, start, backend.queue)
 
 
 Waits = dict[str, float]

@@ -1,0 +1,117 @@
+// One number in, one out.
+//
+//   add           out = x + y                                                              NumPy: add
+//   clip          out = x within -limit and limit, of (T, H, W) that lie apart in memory    NumPy: clip
+//   copy_columns  out[.., first:first + W] = x (T, H, W)                                    NumPy: join_columns
+//   fill_rows     out[t] = bias (N), which a product is then added to                       NumPy: linear
+//   add_bias      product += bias, both (T, N) and (N,), product in float                   NumPy: router_logits, logits
+//   round_floats  floats to the nearest that a row can hold                                 NumPy: _stored
+//   widen_rows    rows to floats
+//   narrow_rows   floats to rows
+//   gate          out = x (T, D) times the sigmoid of logits (T, 1)                         NumPy: gate
+//   swiglu        out = silu(gate) * up of (T, 2F); clamped where alpha is not 0: gate at most `limit`, up within it and
+//                 one more, alpha in the sigmoid (config.architecture.Clamp)                NumPy: swiglu
+//
+// Launch: flat ones ceil(count / 2048) blocks of 256, eight numbers a thread; per-row ones a block a row or vector,
+// threads as packing.
+#include "rows.cuh"
+
+__device__ inline long long first_of_thread() {
+  return (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+}
+
+extern "C" __global__ void add(const row* x, const row* y, row* out, long long count) {
+  const long long at = first_of_thread();
+  float a[8], b[8];
+  load8(x + at, count - at, a);
+  load8(y + at, count - at, b);
+  for (int i = 0; i < 8; ++i) a[i] += b[i];
+  store8(out + at, count - at, a);
+}
+
+extern "C" __global__ void clip(const row* x, row* out, int heads, int width, long long token_stride,
+                                long long head_stride, float limit) {
+  const row* vector = x + vector_start(blockIdx.x, heads, token_stride, head_stride);
+  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
+    float numbers[8];
+    load8(vector + column, width - column, numbers);
+    // NaN stays NaN, which fminf and fmaxf would hide
+    for (int i = 0; i < 8; ++i)
+      numbers[i] = numbers[i] > limit ? limit : numbers[i] < -limit ? -limit : numbers[i];
+    for (int i = 0; i < 8; ++i) numbers[i] = stored(numbers[i]);
+    store8(out + static_cast<long long>(blockIdx.x) * width + column, width - column, numbers);
+  }
+}
+
+extern "C" __global__ void copy_columns(const row* x, row* out, int heads, int width, long long token_stride,
+                                        long long head_stride, int first, int out_width) {
+  const row* vector = x + vector_start(blockIdx.x, heads, token_stride, head_stride);
+  row* to = out + static_cast<long long>(blockIdx.x) * out_width + first;
+  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
+    float numbers[8];
+    load8(vector + column, width - column, numbers);
+    store8(to + column, width - column, numbers);
+  }
+}
+
+extern "C" __global__ void fill_rows(const row* bias, row* out, int width) {
+  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
+    float numbers[8];
+    load8(bias + column, width - column, numbers);
+    store8(out + static_cast<long long>(blockIdx.x) * width + column, width - column, numbers);
+  }
+}
+
+extern "C" __global__ void add_bias(float* product, const row* bias, int width) {
+  for (int column = threadIdx.x; column < width; column += blockDim.x)
+    product[static_cast<long long>(blockIdx.x) * width + column] += widen(bias[column]);
+}
+
+extern "C" __global__ void round_floats(float* numbers, long long count) {
+  const long long first = first_of_thread();
+  for (long long at = first; at < first + 8 && at < count; ++at) numbers[at] = stored(numbers[at]);
+}
+
+extern "C" __global__ void widen_rows(const unsigned short* x, float* out, long long count) {
+  const long long at = first_of_thread();
+  float numbers[8];
+  load8(x + at, count - at, numbers);
+  store8(out + at, count - at, numbers);
+}
+
+extern "C" __global__ void narrow_rows(const float* x, unsigned short* out, long long count) {
+  const long long at = first_of_thread();
+  float numbers[8];
+  load8(x + at, count - at, numbers);
+  store8(out + at, count - at, numbers);
+}
+
+extern "C" __global__ void gate(const row* x, const row* logits, row* out, int width) {
+  const long long start = static_cast<long long>(blockIdx.x) * width;
+  const float divisor = 1.0f + expf(-widen(logits[blockIdx.x]));
+  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
+    float numbers[8];
+    load8(x + start + column, width - column, numbers);
+    for (int i = 0; i < 8; ++i) numbers[i] /= divisor;
+    store8(out + start + column, width - column, numbers);
+  }
+}
+
+extern "C" __global__ void swiglu(const row* gate_up, row* out, int hidden, float alpha, float limit) {
+  const row* both = gate_up + static_cast<long long>(blockIdx.x) * 2 * hidden;
+  for (int column = threadIdx.x * 8; column < hidden; column += blockDim.x * 8) {
+    float gates[8], ups[8];
+    load8(both + column, hidden - column, gates);
+    load8(both + hidden + column, hidden - column, ups);
+    for (int i = 0; i < 8; ++i) {
+      float turn = gates[i];
+      if (alpha != 0.0f) {
+        gates[i] = fminf(gates[i], limit);
+        ups[i] = fmaxf(fminf(ups[i], limit), -limit) + 1.0f;
+        turn = gates[i] * alpha;
+      }
+      gates[i] = gates[i] / (1.0f + expf(-turn)) * ups[i];
+    }
+    store8(out + static_cast<long long>(blockIdx.x) * hidden + column, hidden - column, gates);
+  }
+}

@@ -1,0 +1,23 @@
+// The paged key-value cache: (pages * PAGE_ROWS, heads, width) numbers; a position's place is its page and row there.
+//
+//   extend_cache   cache[place of row t] = x[t] (heads, width)                              NumPy: extend_cache
+//   clear_pages    the rows of some pages become zero                                       NumPy: clear
+//
+// `spans` (T, 2) are each row's position and where its sequence's pages begin in `pages`. Launch: extend_cache T blocks,
+// clear_pages a block a page; threads as packing.
+#include "paging.cuh"
+
+extern "C" __global__ void extend_cache(const row* x, row* cache, const int* spans, const int* pages, int heads,
+                                        int width, long long token_stride, long long head_stride) {
+  const int* span = spans + 2 * blockIdx.x;
+  row* to = cache + cache_row(pages + span[1], span[0]) * heads * width;
+  const row* from = x + blockIdx.x * token_stride;
+  for (int column = threadIdx.x; column < heads * width; column += blockDim.x)
+    to[column] = from[column / width * head_stride + column % width];
+}
+
+extern "C" __global__ void clear_pages(row* cache, const int* pages, long long page_numbers) {
+  row* page = cache + pages[blockIdx.x] * page_numbers;
+  const float zeros[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (long long at = threadIdx.x * 8; at < page_numbers; at += blockDim.x * 8) store8(page + at, page_numbers - at, zeros);
+}

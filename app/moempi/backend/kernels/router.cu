@@ -1,0 +1,186 @@
+// The router: which experts each row goes to, and what their answers count (config.architecture.Router).
+//
+//   choose_experts      the K best experts by score plus correction, lowest number among equals, inside the best groups
+//                       where there are groups (DeepSeek-V2 and -V3, 2024)                NumPy: numpy_router.choose
+//   choose_sparsemixer  the two likeliest, each weighed among those near it (Liu et al. 2023)
+//   weigh_experts       the weights of experts that something else chose                   NumPy: numpy_router.weigh
+//
+// A warp takes one row; EXPERTS, the number of experts, is a constant of the compilation.
+// Launch: ceil(T / 4) blocks of 128. Scoring: 0 softmax, 1 sigmoid, 2 softmax over the chosen.
+#include "rows.cuh"
+
+const int ROUTER_WARPS = 4;
+enum Scoring { SOFTMAX = 0, SIGMOID = 1, SOFTMAX_CHOSEN = 2 };
+
+struct Best {
+  float score;
+  int number;
+};
+
+// The largest of a warp's numbers and where it stands, the lowest number among equals; lanes hold runs of 32 apart.
+__device__ inline Best warp_best(const float* scores, int count) {
+  const int lane = threadIdx.x % WARP_THREADS;
+  Best own = {-infinity(), 0x7fffffff};
+  for (int number = lane; number < count; number += WARP_THREADS)
+    if (scores[number] > own.score || (scores[number] == own.score && number < own.number)) own = {scores[number], number};
+  for (int apart = WARP_THREADS / 2; apart; apart /= 2) {
+    const float score = __shfl_xor_sync(ALL_LANES, own.score, apart);
+    const int number = __shfl_xor_sync(ALL_LANES, own.number, apart);
+    if (score > own.score || (score == own.score && number < own.number)) own = {score, number};
+  }
+  if (own.number >= count) own.number = 0;  // nothing but NaN
+  return own;
+}
+
+// Scores (EXPERTS) of one row's logits.
+__device__ inline void score_row(const float* logits, float* scores, int scoring) {
+  const int lane = threadIdx.x % WARP_THREADS;
+  float highest = -infinity(), sum = 0.0f;
+  if (scoring == SOFTMAX) {
+    for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) highest = fmaxf(highest, logits[expert]);
+    highest = warp_max(highest);
+  }
+  for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
+    float score = logits[expert];
+    if (scoring == SOFTMAX) score = expf(score - highest);
+    if (scoring == SIGMOID) score = 1.0f / (1.0f + expf(-score));
+    scores[expert] = score;
+    sum += score;
+  }
+  if (scoring == SOFTMAX) {
+    sum = warp_sum(sum);
+    for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) scores[expert] /= sum;
+  }
+  __syncwarp();
+}
+
+// Turn the K chosen experts' scores into weights.
+__device__ inline void weigh_row(float* chosen, float* weights, int top_k, int scoring, int renormalize, float least_sum,
+                                 float scaling, int round_weights) {
+  const int lane = threadIdx.x % WARP_THREADS;
+  if (scoring == SOFTMAX_CHOSEN) {
+    float highest = -infinity(), sum = 0.0f;
+    for (int slot = 0; slot < top_k; ++slot) highest = fmaxf(highest, chosen[slot]);
+    for (int slot = 0; slot < top_k; ++slot) sum += expf(chosen[slot] - highest);
+    __syncwarp();
+    for (int slot = lane; slot < top_k; slot += WARP_THREADS) chosen[slot] = expf(chosen[slot] - highest) / sum;
+    __syncwarp();
+  }
+  float divisor = 1.0f;
+  if (renormalize) {
+    divisor = 0.0f;
+    for (int slot = 0; slot < top_k; ++slot) divisor += chosen[slot];
+    divisor = fmaxf(divisor, least_sum);
+  }
+  for (int slot = lane; slot < top_k; slot += WARP_THREADS) {
+    const float weight = chosen[slot] / divisor * scaling;
+    weights[slot] = round_weights ? stored(weight) : weight;
+  }
+}
+
+// Take all but the `kept` best groups of neighbours out of the ranking; a group is as good as its best, or best two.
+__device__ inline void keep_best_groups(float* ranked, float* groups, int num_groups, int kept, int top_of_group) {
+  const int lane = threadIdx.x % WARP_THREADS, size = EXPERTS / num_groups;
+  for (int group = lane; group < num_groups; group += WARP_THREADS) {
+    float best = -infinity(), second = -infinity();
+    for (int expert = group * size; expert < (group + 1) * size; ++expert) {
+      const float score = ranked[expert];
+      if (score > best) second = best, best = score;
+      else second = fmaxf(second, score);
+    }
+    groups[group] = top_of_group == 2 && size > 1 ? best + second : best;
+  }
+  __syncwarp();
+  unsigned long long keeps[(EXPERTS + 63) / 64] = {0};
+  for (int turn = 0; turn < kept; ++turn) {
+    const int group = warp_best(groups, num_groups).number;
+    keeps[group / 64] |= 1ull << group % 64;
+    __syncwarp();
+    if (lane == 0) groups[group] = -infinity();
+    __syncwarp();
+  }
+  for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS)
+    if (!(keeps[expert / size / 64] >> expert / size % 64 & 1ull)) ranked[expert] = -infinity();
+  __syncwarp();
+}
+
+extern "C" __global__ void choose_experts(const float* logits, const float* correction, const float* shift, int* experts,
+                                          float* weights, int rows, int top_k, int scoring, int num_groups,
+                                          int kept_groups, int top_of_group, int renormalize, float least_sum,
+                                          float scaling, int round_weights) {
+  __shared__ float all_scores[ROUTER_WARPS][EXPERTS], all_ranked[ROUTER_WARPS][EXPERTS];
+  __shared__ float all_chosen[ROUTER_WARPS][EXPERTS];  // first the groups, then the chosen
+  const int warp = threadIdx.x / WARP_THREADS, lane = threadIdx.x % WARP_THREADS;
+  const long long token = static_cast<long long>(blockIdx.x) * ROUTER_WARPS + warp;
+  if (token >= rows) return;
+  float *scores = all_scores[warp], *ranked = all_ranked[warp], *chosen = all_chosen[warp];
+  score_row(logits + token * EXPERTS, scores, scoring);
+  for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
+    float term = correction ? correction[expert] : 0.0f;
+    if (shift) term += shift[expert];
+    ranked[expert] = scores[expert] + term;
+  }
+  __syncwarp();
+  if (num_groups > 1) keep_best_groups(ranked, chosen, num_groups, kept_groups, top_of_group);
+  for (int slot = 0; slot < top_k; ++slot) {
+    const int best = warp_best(ranked, EXPERTS).number;
+    __syncwarp();
+    if (lane == 0) {
+      experts[token * top_k + slot] = best;
+      chosen[slot] = scores[best];
+      ranked[best] = __uint_as_float(0x7fc00000u);  // NaN: never chosen again
+    }
+    __syncwarp();
+  }
+  weigh_row(chosen, weights + token * top_k, top_k, scoring, renormalize, least_sum, scaling, round_weights);
+}
+
+extern "C" __global__ void weigh_experts(const float* logits, const int* experts, float* weights, int rows, int top_k,
+                                         int scoring, int renormalize, float least_sum, float scaling,
+                                         int round_weights) {
+  __shared__ float all_scores[ROUTER_WARPS][EXPERTS], all_chosen[ROUTER_WARPS][EXPERTS];
+  const int warp = threadIdx.x / WARP_THREADS, lane = threadIdx.x % WARP_THREADS;
+  const long long token = static_cast<long long>(blockIdx.x) * ROUTER_WARPS + warp;
+  if (token >= rows) return;
+  score_row(logits + token * EXPERTS, all_scores[warp], scoring);
+  for (int slot = lane; slot < top_k; slot += WARP_THREADS)
+    all_chosen[warp][slot] = all_scores[warp][experts[token * top_k + slot]];
+  __syncwarp();
+  weigh_row(all_chosen[warp], weights + token * top_k, top_k, scoring, renormalize, least_sum, scaling, round_weights);
+}
+
+// The likeliest of the candidates (logits, without expert `left_out`), and its weight among those whose logits are near.
+__device__ inline Best weigh_likeliest(const float* logits, int left_out, float jitter) {
+  const int lane = threadIdx.x % WARP_THREADS;
+  Best own = {-infinity(), 0x7fffffff};
+  for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS)
+    if (expert != left_out && (logits[expert] > own.score || own.number == 0x7fffffff)) own = {logits[expert], expert};
+  for (int apart = WARP_THREADS / 2; apart; apart /= 2) {
+    const float score = __shfl_xor_sync(ALL_LANES, own.score, apart);
+    const int number = __shfl_xor_sync(ALL_LANES, own.number, apart);
+    if (score > own.score || (score == own.score && number < own.number)) own = {score, number};
+  }
+  float sum = 0.0f;
+  for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
+    const float far = (own.score - logits[expert]) / fmaxf(fabsf(logits[expert]), own.score);
+    if (expert != left_out && !(far > 2.0f * jitter)) sum += expf(logits[expert] - own.score);
+  }
+  own.score = 1.0f / warp_sum(sum);
+  return own;
+}
+
+extern "C" __global__ void choose_sparsemixer(const float* logits, int* experts, float* weights, int rows, float jitter,
+                                              int round_weights) {
+  const int warp = threadIdx.x / WARP_THREADS;
+  const long long token = static_cast<long long>(blockIdx.x) * ROUTER_WARPS + warp;
+  if (token >= rows) return;
+  int left_out = -1;
+  for (int slot = 0; slot < 2; ++slot) {
+    const Best best = weigh_likeliest(logits + token * EXPERTS, left_out, jitter);
+    left_out = best.number;
+    if (threadIdx.x % WARP_THREADS == 0) {
+      experts[token * 2 + slot] = best.number;
+      weights[token * 2 + slot] = round_weights ? stored(best.score) : best.score;
+    }
+  }
+}

@@ -1,0 +1,185 @@
+"""A device for tests on machines without a GPU: the real kernels, compiled for the CPU under `simt.h`.
+
+It is as asynchronous as a GPU: what is submitted waits in its queue until somebody waits for it or asks, now and
+then, how far it is. A verb or transfer that reads before it has waited finds the pattern of fresh memory.
+"""
+
+import ctypes
+import os
+import re
+import subprocess
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from moempi.arrays import aligned_empty, narrow, widen
+from moempi.backend.device import Argument, Grid, Kernel
+
+HEADER = Path(__file__).with_name("simt.h")
+LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
+LETTERS = {np.dtype(np.int32): "i", np.dtype(np.int64): "l", np.dtype(np.float32): "f"}
+FRESH = 0xFF  # every byte of memory that nobody has written: NaN in either precision, -1 as an index
+
+
+class Resident(np.ndarray):
+    """An array in the device's memory."""
+
+
+class SimtDevice:
+    """See `moempi.backend.device.Device`; `pinned` wires are host memory."""
+
+    name = "SIMT on the CPU"
+
+    def __init__(self, *, pinned: bool = True) -> None:
+        self._pinned = pinned
+        self._queues: dict[int, Queue] = {}
+        self.use_queue(0)
+
+    def available_bytes(self) -> int:
+        return 4 << 30
+
+    def use_queue(self, number: int) -> None:
+        self._queue = self._queues.setdefault(number, Queue())
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
+        return self._fresh(shape, dtype).view(Resident)
+
+    def wire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        fresh = self._fresh(shape, dtype)
+        return fresh if self._pinned else fresh.view(Resident)
+
+    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+        """The CPU reaches all memory."""
+
+    def holds(self, values: npt.NDArray[Any]) -> bool:
+        return isinstance(values, Resident)
+
+    def upload(self, values: npt.NDArray[Any]) -> Resident:
+        resident, copied = self.empty(values.shape, values.dtype), values.copy()
+        self._queue.submit(lambda: np.copyto(resident, copied))
+        return resident
+
+    def download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        self._queue.run()
+        return np.array(values)
+
+    def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
+        run = getattr(_library(kernel), f"launch_{kernel.name}")
+        shape = (ctypes.c_uint * 6)(*grid, threads, 1, 1)
+        letters = "".join("p" if _is_pointer(argument) else LETTERS[argument.dtype] for argument in arguments)
+        words = [_word(argument) for argument in arguments]
+        places = (ctypes.c_void_p * len(words))(*(word.ctypes.data for word in words))
+        keep = (words, arguments)
+        self._queue.submit(lambda keep=keep: run(shape, places, letters.encode()))
+
+    def product(self, x: Any, matrix: Any, out: Any, *, transposed: bool, accumulate: bool = False) -> None:
+        def run() -> None:
+            held = _floats(matrix)
+            product = _floats(x) @ (held if transposed else held.T)
+            _store(out, product + _floats(out) if accumulate else product)
+
+        assert x.dtype == matrix.dtype
+        self._queue.submit(run)
+
+    def products(self, x: Any, matrices: Any, out: Any) -> None:
+        def run() -> None:
+            _store(out, (_floats(x).transpose(1, 0, 2) @ _floats(matrices)).transpose(1, 0, 2))
+
+        self._queue.submit(run)
+
+    def mark(self) -> "QueueMark":
+        return QueueMark(self._queue, self._queue.submitted)
+
+    @staticmethod
+    def _fresh(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        values = aligned_empty(shape, dtype)
+        values.reshape(-1).view(np.uint8)[:] = FRESH
+        return values
+
+
+class Queue:
+    """Work that was submitted and not yet done."""
+
+    def __init__(self) -> None:
+        self.submitted = 0
+        self._waiting: deque[Callable[[], object]] = deque()
+
+    def submit(self, work: Callable[[], object]) -> None:
+        self._waiting.append(work)
+        self.submitted += 1
+
+    def run(self, until: int | None = None) -> None:
+        """Do what was submitted, or the first so many of it."""
+        while self._waiting and (until is None or self.done < until):
+            self._waiting.popleft()()
+
+    @property
+    def done(self) -> int:
+        return self.submitted - len(self._waiting)
+
+
+class QueueMark:
+    """A mark that lets one piece of work be done each time it is asked."""
+
+    def __init__(self, queue: Queue, place: int) -> None:
+        self._queue = queue
+        self._place = place
+
+    def is_reached(self) -> bool:
+        self._queue.run(min(self._queue.done + 1, self._place))
+        return self._queue.done >= self._place
+
+    def wait(self) -> None:
+        self._queue.run(self._place)
+
+
+def _is_pointer(argument: Argument) -> bool:
+    return argument is None or isinstance(argument, np.ndarray)
+
+
+def _word(argument: Argument) -> npt.NDArray[Any]:
+    if argument is None:
+        return np.zeros(1, np.uint64)
+    if isinstance(argument, np.ndarray):
+        return np.array([argument.ctypes.data], np.uint64)
+    return np.array([argument])
+
+
+def _floats(values: Any) -> npt.NDArray[np.float64]:
+    held = np.asarray(values)
+    return (widen(held) if held.dtype == np.uint16 else held).astype(np.float64)
+
+
+def _store(out: Any, values: npt.NDArray[np.float64]) -> None:
+    floats = values.astype(np.float32)
+    out[...] = narrow(floats) if out.dtype == np.uint16 else floats
+
+
+@cache
+def _library(kernel: Kernel) -> ctypes.CDLL:
+    """The kernel's file with its constants, compiled once for all processes of this user."""
+    names = re.findall(r"__global__ void (?:__launch_bounds__\(\w+\)\s*)?(\w+)\(", kernel.source)
+    launchers = "".join(
+        f'extern "C" void launch_{name}(const unsigned* shape, void** values, const char* letters) '
+        f"{{ simt::launch({name}, shape, values, letters); }}\n"
+        for name in names
+    )
+    text = f"{HEADER.read_text()}\n{kernel.source}\n{launchers}"
+    digest = xxhash.xxh3_64_hexdigest((text + " ".join(kernel.defines)).encode())
+    library = LIBRARIES / f"{Path(kernel.file).stem}-{digest}.so"
+    if not library.exists():
+        LIBRARIES.mkdir(mode=0o700, exist_ok=True)
+        with TemporaryDirectory(dir=LIBRARIES) as workshop:
+            source, made = Path(workshop) / "kernel.cpp", Path(workshop) / library.name
+            source.write_text(text.replace("#pragma once", ""))
+            options = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+            subprocess.run(["g++", *options, *kernel.defines, "-o", str(made), str(source)], check=True)
+            made.replace(library)
+    return ctypes.CDLL(str(library))

@@ -1,0 +1,279 @@
+// CUDA's execution model on one CPU thread, for tests: kernels compile with a C++ compiler and really run.
+//
+// Every CUDA thread of a block is a fiber. The fibers of a block take turns and switch only at barriers, shuffles and
+// votes, so a run is deterministic; with SIMT_REVERSE set in the environment they run from the last to the first. A
+// kernel that lacks a barrier gives other results in one of the two orders. Barriers that not all threads of the block
+// (or lanes of the warp) reach end the program with a message. Shared memory is static: one block runs at a time.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+namespace simt {
+
+constexpr int WARP = 32, MOST_THREADS = 1024, STACK_BYTES = 64 << 10;
+
+struct Index {
+  unsigned x, y, z;
+};
+
+enum class State { running, at_warp_barrier, at_block_barrier, done };
+
+struct Fiber {
+  Index index{};
+  int lane = 0, warp = 0;
+  State state = State::done;
+  unsigned shuffles = 0;
+  bool started = false;
+  jmp_buf place;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+};
+
+inline Fiber fibers[MOST_THREADS];
+inline Fiber* current = nullptr;
+inline jmp_buf scheduler;
+inline Index block_index{}, block_size{}, grid_size{};
+inline uint64_t slots[2][MOST_THREADS];
+inline void (*body)(void*) = nullptr;
+inline void* body_arguments = nullptr;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "simt: %s (block %u %u %u)\n", what, block_index.x, block_index.y, block_index.z);
+  std::abort();
+}
+
+inline void wait(State state) {
+  current->state = state;
+  if (!_setjmp(current->place)) _longjmp(scheduler, 1);
+}
+
+inline void fiber_main() {
+  for (;;) {
+    body(body_arguments);
+    wait(State::done);
+  }
+}
+
+inline void resume(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  fiber.stack.reset(new char[STACK_BYTES]);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = STACK_BYTES;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+  setcontext(&fiber.context);
+}
+
+// Run a warp until its lanes are all done or all wait for the block.
+inline void run_warp(int first, bool reverse) {
+  for (;;) {
+    for (int turn = 0; turn < WARP; ++turn) {
+      Fiber& fiber = fibers[first + (reverse ? WARP - 1 - turn : turn)];
+      if (fiber.state == State::running) resume(fiber);
+    }
+    int at_warp = 0, finished = 0;
+    for (int lane = 0; lane < WARP; ++lane) {
+      at_warp += fibers[first + lane].state == State::at_warp_barrier;
+      finished += fibers[first + lane].state == State::done;
+    }
+    if (!at_warp) return;
+    if (at_warp < WARP) fail(finished ? "a lane has left before a shuffle or vote" : "lanes of a warp are apart");
+    for (int lane = 0; lane < WARP; ++lane) fibers[first + lane].state = State::running;
+  }
+}
+
+inline void run_block(int threads, bool reverse) {
+  for (int thread = 0; thread < threads; ++thread) {
+    Fiber& fiber = fibers[thread];
+    const unsigned across = block_size.x * block_size.y;
+    fiber.index = {thread % block_size.x, thread % across / block_size.x, thread / across};
+    fiber.lane = thread % WARP;
+    fiber.warp = thread / WARP;
+    fiber.state = State::running;
+    fiber.shuffles = 0;
+  }
+  for (;;) {
+    const int warps = threads / WARP;
+    for (int turn = 0; turn < warps; ++turn) run_warp((reverse ? warps - 1 - turn : turn) * WARP, reverse);
+    int finished = 0;
+    for (int thread = 0; thread < threads; ++thread) finished += fibers[thread].state == State::done;
+    if (finished == threads) return;
+    if (finished) fail("a thread has left before a barrier of its block");
+    for (int thread = 0; thread < threads; ++thread) fibers[thread].state = State::running;
+  }
+}
+
+// One letter for each type that a kernel may take, so that a wrong argument is found here and not on a GPU.
+template <class T>
+constexpr char letter() {
+  if constexpr (std::is_pointer_v<T>) return 'p';
+  else if constexpr (std::is_same_v<T, int>) return 'i';
+  else if constexpr (std::is_same_v<T, long long>) return 'l';
+  else return std::is_same_v<T, float> ? 'f' : '?';
+}
+
+// Run a kernel on a grid: `shape` is grid x y z, block x y z; `letters` are the types of the arguments given.
+template <class... Arguments, size_t... Numbers>
+void launch(void (*kernel)(Arguments...), const unsigned* shape, void** values, const char* letters,
+            std::index_sequence<Numbers...>) {
+  const char expected[] = {letter<Arguments>()..., 0};
+  if (std::strcmp(expected, letters)) {
+    std::fprintf(stderr, "simt: the kernel takes (%s), not (%s)\n", expected, letters);
+    std::abort();
+  }
+  auto call = [&] { kernel(*static_cast<std::remove_cv_t<Arguments>*>(values[Numbers])...); };
+  body = [](void* lambda) { (*static_cast<decltype(call)*>(lambda))(); };
+  body_arguments = &call;
+  grid_size = {shape[0], shape[1], shape[2]};
+  block_size = {shape[3], shape[4], shape[5]};
+  const unsigned threads = shape[3] * shape[4] * shape[5];
+  if (!shape[0] || !shape[1] || !shape[2]) fail("an empty grid");
+  if (threads % WARP || !threads || threads > MOST_THREADS) fail("a block is 1 to 32 whole warps");
+  const bool reverse = std::getenv("SIMT_REVERSE") != nullptr;
+  for (unsigned z = 0; z < shape[2]; ++z)
+    for (unsigned y = 0; y < shape[1]; ++y)
+      for (unsigned x = 0; x < shape[0]; ++x) {
+        block_index = {x, y, z};
+        run_block(static_cast<int>(threads), reverse);
+      }
+}
+
+template <class... Arguments>
+void launch(void (*kernel)(Arguments...), const unsigned* shape, void** values, const char* letters) {
+  launch(kernel, shape, values, letters, std::index_sequence_for<Arguments...>{});
+}
+
+// What every lane of the warp gave: write, meet, read. Two sets of slots take turns, so one meeting is enough.
+template <class T>
+struct Shared {
+  const uint64_t* values;
+  T of(int lane) const {
+    T value;
+    std::memcpy(&value, &values[lane], sizeof value);
+    return value;
+  }
+};
+
+template <class T>
+Shared<T> exchange(T value) {
+  uint64_t* row = slots[current->shuffles++ % 2] + current->warp * WARP;
+  row[current->lane] = 0;
+  std::memcpy(&row[current->lane], &value, sizeof value);
+  wait(State::at_warp_barrier);
+  return {row};
+}
+
+}  // namespace simt
+
+#define threadIdx (simt::current->index)
+#define blockIdx (simt::block_index)
+#define blockDim (simt::block_size)
+#define gridDim (simt::grid_size)
+
+inline void __syncthreads() { simt::wait(simt::State::at_block_barrier); }
+inline void __syncwarp(unsigned = ~0u) { simt::wait(simt::State::at_warp_barrier); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return simt::exchange(value).of(lane % simt::WARP);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const int own = simt::current->lane;
+  return simt::exchange(value).of(own ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, int holds) {
+  const auto all = simt::exchange(holds);
+  unsigned votes = 0;
+  for (int lane = 0; lane < simt::WARP; ++lane) votes |= static_cast<unsigned>(all.of(lane) != 0) << lane;
+  return votes;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+using std::max;
+using std::min;
+
+// The matrix instructions of kernels/tensor_core.cuh.
+namespace simt {
+
+inline float half_of(unsigned word, int which) { return __uint_as_float(which ? word & 0xffff0000u : word << 16); }
+
+// Rows g and g + 8 of a (16 x 16), from the lanes of a group, column by column.
+inline void gather_rows(const unsigned* a, int g, float (*rows)[16]) {
+  for (int side = 0; side < 2; ++side) {  // columns 0 to 7, then 8 to 15
+    const auto words = exchange(static_cast<uint64_t>(a[2 * side]) | static_cast<uint64_t>(a[2 * side + 1]) << 32);
+    for (int t = 0; t < 4; ++t)
+      for (int i = 0; i < 4; ++i)
+        rows[i / 2][side * 8 + 2 * t + i % 2] = half_of(static_cast<unsigned>(words.of(g * 4 + t) >> (i / 2 * 32)), i % 2);
+  }
+}
+
+template <bool TRANSPOSED>
+void load_eights(unsigned* to, const unsigned short* from) {
+  const auto places = exchange(from);
+  const int g = current->lane / 4, t = current->lane % 4;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    unsigned short numbers[2];
+    for (int i = 0; i < 2; ++i)
+      numbers[i] = TRANSPOSED ? places.of(matrix * 8 + 2 * t + i)[g] : places.of(matrix * 8 + g)[2 * t + i];
+    to[matrix] = numbers[0] | static_cast<unsigned>(numbers[1]) << 16;
+  }
+}
+
+}  // namespace simt
+
+inline void multiply_add(float* c, const unsigned* a, const unsigned* b) {
+  const int g = simt::current->lane / 4, t = simt::current->lane % 4;
+  float rows[2][16], columns[2][16];
+  simt::gather_rows(a, g, rows);
+  const auto words = simt::exchange(static_cast<uint64_t>(b[0]) | static_cast<uint64_t>(b[1]) << 32);
+  for (int column = 0; column < 2; ++column)
+    for (int k = 0; k < 16; ++k)
+      columns[column][k] = simt::half_of(
+          static_cast<unsigned>(words.of((2 * t + column) * 4 + k % 8 / 2) >> (k / 8 * 32)), k % 2);
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) c[i] += rows[i / 2][k] * columns[i % 2][k];
+}
+inline void load_matrices(unsigned* to, const unsigned short* from) { simt::load_eights<false>(to, from); }
+inline void load_transposed(unsigned* to, const unsigned short* from) { simt::load_eights<true>(to, from); }
+inline void begin_copy(unsigned short* to, const unsigned short* from) { std::memcpy(to, from, 16); }
+inline void await_copies() {}
