@@ -81,7 +81,7 @@ def make_network(
     place = grid.coordinates(comm.rank)
     stage = MPI.Intracomm(comm.Split(place.stage, comm.rank))
     tensor = MPI.Intracomm(stage.Split(place.data, comm.rank))
-    traffic = Traffic(overlap=overlap)
+    traffic = Traffic(overlap=overlap, backend=backend)
     own = grid.stages[place.stage].ranks
     most_rows = -(-group_rows * len(grid.peers(place.stage, place.data, other=0)) // grid.tensor)
     ways = Ways(

@@ -121,6 +121,7 @@ class StageLink:
         """Block until a control message is here. A long wait naps, so that ranks that share a core get their turn."""
         begin = perf_counter()
         while (message := self._comm.improbe(source, tag)) is None:
+            self._backend.between()
             if (waited := perf_counter() - begin) > SPIN_S:
                 sleep(min(waited / 8, NAP_S))
         self._traffic.waits["pipeline"] += perf_counter() - begin

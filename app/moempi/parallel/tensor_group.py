@@ -43,13 +43,13 @@ class TensorGroup:
         yield Point(layer, "gather")
         return self._backend.unpack(transfer.finish(), split.by_row)
 
-    def scatter(self, partial: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
-        """This rank's part of the sum, over the group in rank order, of partial results (T, D)."""
+    def scatter(self, addends: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
+        """This rank's part of the sum, over the group in rank order, of results (T, D)."""
         if self.size == 1:
-            return partial
+            return addends
         own = split.counts[self.part]
         outgoing = self._backend.wire(sum(split.counts), self._width)
-        self._backend.pack(partial, split.by_part, outgoing)
+        self._backend.pack(addends, split.by_part, outgoing)
         incoming = self._backend.wire(own * self.size, self._width)
         sent, received = [outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row]
         request = once_done(self._backend, partial(self._comm.Ialltoallv, sent, received))

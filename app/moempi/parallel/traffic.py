@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moempi.backend.protocol import Backend
 from moempi.parallel.transports.counted import Counters, no_counts
 from moempi.parallel.transports.transfer import Pending, Transfer, Waits
 
@@ -9,13 +10,17 @@ WAITS = ("exchange", "pipeline", "idle")
 
 
 class Traffic:
-    """Keeps an eye on transfers. With `overlap` off each is complete before `begin` returns; nothing else changes."""
+    """Keeps an eye on transfers. With `overlap` off each is complete before `begin` returns; nothing else changes.
 
-    def __init__(self, *, overlap: bool) -> None:
+    Some of them may start late where the verbs of `backend` return before they are done; see `once_done`.
+    """
+
+    def __init__(self, *, overlap: bool, backend: Backend | None = None) -> None:
         self.waits: Waits = dict.fromkeys(WAITS, 0.0)
         self.counters: Counters = no_counts()
         self.surplus_rows = 0  # planned to be sent minus planned to be received: over all ranks it is 0
         self._overlap = overlap
+        self._late = backend if backend is not None and backend.mark() is not None else None
         self._under_way: list[Transfer] = []
 
     def begin(self, request: Pending, outgoing: Any, incoming: Any, *, waiting: str) -> Transfer:
@@ -27,7 +32,7 @@ class Traffic:
 
     def expect(self, request: Pending, incoming: Any, *, waiting: str, outgoing: Any = None) -> Transfer:
         """The same for rows that another stage sends when it can: never blocks."""
-        transfer = Transfer(request, outgoing, incoming, self.waits, waiting)
+        transfer = Transfer(request, outgoing, incoming, self.waits, waiting, self._late)
         self._under_way.append(transfer)
         return transfer
 

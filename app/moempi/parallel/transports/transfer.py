@@ -46,10 +46,15 @@ class Deferred:
         return self.request.Test()
 
     def Wait(self) -> None:  # noqa: N802
-        """See `Pending.Wait`; other transfers that became ready meanwhile start too."""
-        while not self.Test():
-            self.backend.between()
-            os.sched_yield()
+        """See `Pending.Wait`."""
+        wait_for(self, self.backend)
+
+
+def wait_for(request: Pending, backend: Backend) -> None:
+    """Block until complete, and let transfers of all lanes start as their marks are reached."""
+    while not request.Test():
+        backend.between()
+        os.sched_yield()
 
 
 def once_done(backend: Backend, start: Callable[[], Pending]) -> Pending:
@@ -67,13 +72,17 @@ Waits = dict[str, float]
 
 @dataclass(slots=True)
 class Transfer:
-    """Rows on the network. It keeps its buffers alive until `finish`, which adds its wait to `waits[waiting]`."""
+    """Rows on the network. It keeps its buffers alive until `finish`, which adds its wait to `waits[waiting]`.
+
+    With `backend`, one whose verbs return early, waiting keeps the transfers of all lanes moving.
+    """
 
     request: Pending
     outgoing: Any
     incoming: Any
     waits: Waits
     waiting: str
+    backend: Backend | None = None
     finished: bool = field(default=False)
 
     def progress(self) -> None:
@@ -85,7 +94,10 @@ class Transfer:
         """Block until the rows are here; the buffer that holds them."""
         if not self.finished:
             begin = perf_counter()
-            self.request.Wait()
+            if self.backend is None:
+                self.request.Wait()
+            else:
+                wait_for(self.request, self.backend)
             self.waits[self.waiting] += perf_counter() - begin
             self.finished = True
         self.outgoing = None
