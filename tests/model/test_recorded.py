@@ -1,4 +1,7 @@
-"""The whole program on small checkpoints whose log-probabilities transformers has told (tests/peers/record.py)."""
+"""The whole program on small checkpoints whose log-probabilities transformers has told (tests/peers/record.py).
+
+Once on NumPy, once on the CUDA kernels.
+"""
 
 import json
 from pathlib import Path
@@ -25,14 +28,15 @@ batch_tokens = 24
 """
 
 
+@pytest.mark.parametrize("program", [("-m", "moempi"), ("tests/simt/run.py",)], ids=["numpy", "kernels"])
 @pytest.mark.parametrize(("precision", "within"), [("float32", 2e-4), ("bfloat16", 1.0)])
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in FIXTURES.glob("*/expected.json")))
-def test_recorded_log_probabilities(name, precision, within, tmp_path, mpirun):
+def test_recorded_log_probabilities(name, precision, within, program, tmp_path, mpirun):
     expected = json.loads((FIXTURES / name / "expected.json").read_text())
     convert(FIXTURES / name, tmp_path / "model.h5")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"tokens": expected["tokens"]}))
     (tmp_path / "job.toml").write_text(JOB.format(tmp_path, precision))
-    outcome = mpirun(2, *launching.python("-m", "moempi", "run", tmp_path / "job.toml"))
+    outcome = mpirun(2, *launching.python(*program, "run", tmp_path / "job.toml"), PYTHONPATH="tests")
     assert outcome.code == 0, outcome.err
     with ResultFile(tmp_path / "results.h5") as results:
         (record,) = results.requests()

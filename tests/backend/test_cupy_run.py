@@ -1,0 +1,96 @@
+"""Whole runs on the CUDA kernels: the answers of the NumPy backend, and the same bits however rows travel."""
+
+import pytest
+
+from moempi.storage.compare import compare
+from moempi.storage.convert import convert
+from mpirun import ROOT, mpirun, python
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run some questions on so many ranks, on the SIMT device unless `program` says otherwise; the results file."""
+    folder = tmp_path_factory.mktemp("runs")
+    convert(ROOT / "weights/abacus", folder / "abacus.h5")
+    questions = (ROOT / "jobs/abacus.jsonl").read_text().splitlines()[:24]
+    (folder / "some.jsonl").write_text("\n".join(questions))
+
+    def run(num_ranks, name, *, wires="host", program=("tests/simt/run.py",), **settings):
+        named = {
+            "model.weights": folder / "abacus.h5",
+            "input.prompts": folder / "some.jsonl",
+            "output.results": folder / f"{name}.h5",
+            "run.batch_tokens": 48,
+            "run.max_sequences": 8,
+            "run.timeout_s": 60,
+            "exchange.transport": "alltoallv",
+        } | settings
+        options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
+        command = python(*program, "run", ROOT / "jobs/abacus.toml", *options)
+        outcome = mpirun(num_ranks, *command, limit_s=120, PYTHONPATH="tests", MOEMPI_SIMT_WIRES=wires)
+        assert outcome.code == 0, outcome.err
+        return folder / f"{name}.h5"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run):
+    return run(2, "two ranks")
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    return run(1, "alone", **{"run.precision": "float32"})
+
+
+def test_answers_are_those_of_numpy(run, two_ranks):
+    on_numpy = run(1, "numpy", program=("-m", "moempi"), **{"run.backend": "numpy"})
+    difference = compare(on_numpy, two_ranks)
+    assert difference.requests == 24
+    assert difference.different == 0
+    assert difference.largest < 0.05
+
+
+@pytest.mark.parametrize(
+    ("wires", "settings"),
+    [
+        ("device", {}),
+        ("device", {"exchange.transport": "pairwise"}),
+        ("host", {"exchange.transport": "shared", "exchange.verify": "true"}),
+        ("host", {"exchange.transport": "pairwise", "run.overlap": "false"}),
+    ],
+)
+def test_ways_of_rows_change_no_bit(run, two_ranks, wires, settings):
+    name = "_".join([wires, *map(str, settings.values())])
+    difference = compare(two_ranks, run(2, name, wires=wires, **settings))
+    assert (difference.different, difference.largest) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "settings", "within"),
+    [
+        (3, {"exchange.transport": "shared"}, 0.0),
+        (4, {"parallel.stages": 2, "exchange.immediate": "true"}, 0.0),
+        (4, {"parallel.stages": 2, "parallel.tensor": 2}, 1e-4),
+        (4, {"exchange.hops": 2, "topology.ranks_per_node": 2}, 1e-4),
+        (2, {"balance.mode": "capacity", "balance.capacity": 100, "balance.sample": 0}, 0.0),
+    ],
+)
+def test_float32_is_the_same_on_any_grid(run, alone, num_ranks, settings, within):
+    name = "_".join([str(num_ranks), *map(str, settings.values())])
+    difference = compare(alone, run(num_ranks, name, wires="device", **{"run.precision": "float32"}, **settings))
+    assert difference.different == 0
+    assert difference.largest <= within
+
+
+@pytest.mark.parametrize("backend", ["cupy"])
+def test_a_missing_gpu_is_said_in_one_line(run, backend, tmp_path):
+    options = ["--set", f"run.backend={backend}", "--set", f"output.results={tmp_path}/none.h5"]
+    outcome = mpirun(
+        2, *python("-m", "moempi", "run", ROOT / "jobs/abacus.toml", *options), CUDA_VISIBLE_DEVICES=""
+    )
+    assert outcome.code == 78
+    (line,) = outcome.lines
+    assert 'run.backend = "cupy"' in line
+    assert not (tmp_path / "none.h5").exists()
