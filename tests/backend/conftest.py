@@ -1,11 +1,19 @@
+import os
+
 import pytest
 
 from simt.device import SimtDevice
 
+ON_GPU = os.environ.get("MOEMPI_TEST_DEVICE") == "cuda"
 
-@pytest.fixture(params=["forwards", "backwards"])
+
+@pytest.fixture(params=["GPU"] if ON_GPU else ["forwards", "backwards"])
 def device(request, monkeypatch):
-    """The kernels' threads on the CPU, from the first to the last or the other way."""
+    """A GPU, or the kernels' threads on the CPU, from the first to the last or the other way."""
+    if ON_GPU:
+        from moempi.backend.cupy_device import CupyDevice
+
+        return CupyDevice(0, pinned=True)
     if request.param == "backwards":
         monkeypatch.setenv("SIMT_REVERSE", "1")
     return SimtDevice()

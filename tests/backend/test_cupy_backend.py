@@ -1,6 +1,6 @@
 """Every verb of the GPU backend against the NumPy backend: its own kernels, run on the CPU by `simt`; odd sizes too.
 
-With a GPU the same tests run on it (`--gpu`).
+With a GPU the same tests run on it (tests/gpu.sh).
 """
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Whole runs on the CUDA kernels: the answers of the NumPy backend, and the same bits however rows travel."""
 
+import json
+
 import pytest
 
 from moempi.storage.compare import compare
@@ -24,6 +26,7 @@ def run(tmp_path_factory):
             "run.max_sequences": 8,
             "run.timeout_s": 60,
             "exchange.transport": "alltoallv",
+            "exchange.buffers": "auto" if wires == "device" else "host",
         } | settings
         options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
         command = python(*program, "run", ROOT / "jobs/abacus.toml", *options)
@@ -94,3 +97,27 @@ def test_a_missing_gpu_is_said_in_one_line(run, backend, tmp_path):
     (line,) = outcome.lines
     assert 'run.backend = "cupy"' in line
     assert not (tmp_path / "none.h5").exists()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("batch_tokens", [64, 256])
+def test_memory_is_what_the_grid_foretold(tmp_path, precision, batch_tokens):
+    """Weights and cache to the byte, the peak within 5 %."""
+    lines = [{"tokens": [7] * length, "max_tokens": 4, "ignore_eos": True} for length in (3, 60, 120) * 8]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    named = {
+        "model.weights": tmp_path / "abacus.h5",
+        "input.prompts": tmp_path / "long.jsonl",
+        "output.results": tmp_path / "out.h5",
+        "run.precision": precision,
+        "run.batch_tokens": batch_tokens,
+    }
+    convert(ROOT / "weights/abacus", tmp_path / "abacus.h5")
+    options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
+    outcome = mpirun(
+        1, *python("tests/simt/peak.py", "run", ROOT / "jobs/abacus.toml", *options), limit_s=120, PYTHONPATH="tests"
+    )
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out.splitlines()[-1])
+    assert found["loaded"] == found["held"]
+    assert 0.95 <= found["peak"] / found["forecast"] <= 1.05

@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 import subprocess
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -33,27 +34,33 @@ class Resident(np.ndarray):
 
 
 class SimtDevice:
-    """See `moempi.backend.device.Device`; `pinned` wires are host memory."""
+    """See `moempi.backend.device.Device`; `pinned` wires are host memory.
+
+    When `eager`, work is done when it is submitted, and `peak_bytes` is what a GPU would hold: work that waits keeps
+    its arrays.
+    """
 
     name = "SIMT on the CPU"
 
-    def __init__(self, *, pinned: bool = True) -> None:
+    def __init__(self, *, pinned: bool = True, eager: bool = False) -> None:
         self._pinned = pinned
+        self._eager = eager
         self._queues: dict[int, Queue] = {}
+        self.live_bytes = self.peak_bytes = 0
         self.use_queue(0)
 
     def available_bytes(self) -> int:
         return 4 << 30
 
     def use_queue(self, number: int) -> None:
-        self._queue = self._queues.setdefault(number, Queue())
+        self._queue = self._queues.setdefault(number, Queue(eager=self._eager))
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
-        return self._fresh(shape, dtype).view(Resident)
+        return self._resident(_fresh(shape, dtype))
 
     def wire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        fresh = self._fresh(shape, dtype)
-        return fresh if self._pinned else fresh.view(Resident)
+        fresh = _fresh(shape, dtype)
+        return fresh if self._pinned else self._resident(fresh)
 
     def reach(self, memory: npt.NDArray[np.uint8]) -> None:
         """The CPU reaches all memory."""
@@ -69,6 +76,9 @@ class SimtDevice:
     def download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         self._queue.run()
         return np.array(values)
+
+    def copy(self, values: Any, out: Any) -> None:
+        self._queue.submit(lambda: np.copyto(out, values))
 
     def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
         run = getattr(_library(kernel), f"launch_{kernel.name}")
@@ -97,23 +107,30 @@ class SimtDevice:
     def mark(self) -> "QueueMark":
         return QueueMark(self._queue, self._queue.submitted)
 
-    @staticmethod
-    def _fresh(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        values = aligned_empty(shape, dtype)
-        values.reshape(-1).view(np.uint8)[:] = FRESH
-        return values
+    def _resident(self, values: npt.NDArray[Any]) -> Resident:
+        """Count the memory for as long as the array or a part of it lives."""
+        self.live_bytes += values.nbytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(values.base, self._release, values.nbytes)
+        return values.view(Resident)
+
+    def _release(self, num_bytes: int) -> None:
+        self.live_bytes -= num_bytes
 
 
 class Queue:
     """Work that was submitted and not yet done."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, eager: bool) -> None:
         self.submitted = 0
+        self._eager = eager
         self._waiting: deque[Callable[[], object]] = deque()
 
     def submit(self, work: Callable[[], object]) -> None:
         self._waiting.append(work)
         self.submitted += 1
+        if self._eager:
+            self.run()
 
     def run(self, until: int | None = None) -> None:
         """Do what was submitted, or the first so many of it."""
@@ -138,6 +155,12 @@ class QueueMark:
 
     def wait(self) -> None:
         self._queue.run(self._place)
+
+
+def _fresh(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    values = aligned_empty(shape, dtype)
+    values.reshape(-1).view(np.uint8)[:] = FRESH
+    return values
 
 
 def _is_pointer(argument: Argument) -> bool:

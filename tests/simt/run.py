@@ -1,12 +1,12 @@
 """The whole program on the SIMT device: `python tests/simt/run.py run JOB.toml ...`, with or without mpirun.
 
-MOEMPI_SIMT_WIRES=device takes wires for device memory.
+MOEMPI_SIMT_WIRES=device takes wires for device memory. With MOEMPI_TEST_DEVICE=cuda it is the program itself, on a GPU.
 """
 
 import os
 import sys
 
-import moempi.backend.choice as choice
+import moempi.engine.run as engine
 from moempi.backend.cupy_backend import CupyBackend
 from moempi.cli import main
 from simt.device import SimtDevice
@@ -17,11 +17,8 @@ def make_backend(run, **_):
     return CupyBackend(device, precision=run.precision, reproducible=run.reproducible)
 
 
-choice.make_backend = make_backend
-
-import moempi.engine.run as engine  # noqa: E402
-
-engine.make_backend = make_backend
+if os.environ.get("MOEMPI_TEST_DEVICE") != "cuda":
+    engine.make_backend = make_backend
 
 if __name__ == "__main__":
     sys.exit(main())

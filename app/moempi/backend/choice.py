@@ -37,3 +37,12 @@ def count_gpus() -> int:
     from moempi.backend.cupy_device import count_devices
 
     return count_devices()
+
+
+def describe_gpus() -> list[str]:
+    """Lines about this node's GPUs for a person; one that says why when there is none."""
+    if find_spec("cupy") is None:
+        return ["no GPU is used: CuPy is not installed"]
+    from moempi.backend.cupy_device import describe
+
+    return describe() if count_gpus() else ["no GPU is used: CuPy finds no CUDA device"]

@@ -392,7 +392,7 @@ class CupyBackend:
         """See `Backend.join`."""
         out, first = self._rows((sum(map(len, parts)), *parts[0].shape[1:])), 0
         for part in parts:
-            self._copy(part, out[first : first + len(part)])
+            self.device.copy(part, out[first : first + len(part)])
             first += len(part)
         return out
 

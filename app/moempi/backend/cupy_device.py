@@ -86,6 +86,10 @@ class CupyDevice:
         """See `Device.download`."""
         return cupy.asnumpy(values, stream=self._stream)  # type: ignore[no-any-return]
 
+    def copy(self, values: Array, out: Array) -> None:
+        """See `Device.copy`."""
+        out.data.copy_from_device_async(values.data, values.nbytes)
+
     def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
         """See `Device.launch`."""
         _compiled(kernel)(grid, (threads, 1, 1), tuple(_word(argument) for argument in arguments))
@@ -188,6 +192,28 @@ def count_devices() -> int:
         return int(cupy.cuda.runtime.getDeviceCount())
     except cupy.cuda.runtime.CUDARuntimeError:
         return 0
+
+
+def describe() -> list[str]:
+    """What a person wants to know of this node's GPUs, a line each: driver, memory, who reaches whose memory."""
+    runtime = cupy.cuda.runtime
+    version = runtime.driverGetVersion()
+    lines = [f"CUDA driver {version // 1000}.{version % 1000 // 10}, CuPy {cupy.__version__}"]
+    for number in range(count_devices()):
+        properties = runtime.getDeviceProperties(number)
+        with cupy.cuda.Device(number) as device:
+            free, total = (size / 2**30 for size in device.mem_info)
+        reached = [str(other) for other in range(count_devices()) if other != number and _reaches(number, other)]
+        lines.append(
+            f"GPU {number}: {properties['name'].decode()}, compute capability {properties['major']}."
+            f"{properties['minor']}, {free:.1f} of {total:.1f} GiB free, reaches the memory of "
+            + (", ".join(reached) or "no other")
+        )
+    return lines
+
+
+def _reaches(number: int, other: int) -> bool:
+    return bool(cupy.cuda.runtime.deviceCanAccessPeer(number, other))
 
 
 @cache

@@ -81,6 +81,9 @@ class Device(Protocol):
     def download(self, values: Array) -> npt.NDArray[Any]:
         """Copy to the host. Blocks until the queue has come here."""
 
+    def copy(self, values: Array, out: Array) -> None:
+        """Submit the device's own copy from contiguous memory to contiguous memory of the same size."""
+
     def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
         """Submit a kernel on `grid` blocks of `threads`; arrays become addresses, None a null pointer."""
 

@@ -57,6 +57,24 @@ def moe_blocks(sizes: Sizes, rows: Rows, *, precision: str) -> dict[str, Callabl
     return {f"transformers {name}": partial(apply, name) for name in EXPERTS_IMPLEMENTATIONS}
 
 
+def gpu_expert(gate_up: Any, down: Any, num_rows: int) -> Callable[[], Any] | None:
+    """Torch's way of one expert on `num_rows` rows of the GPU, given its stored bits; None where torch sees none."""
+    if not has_torch():
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    first, second = (torch.from_numpy(widen(bits)).to("cuda", torch.bfloat16).T for bits in (gate_up, down))
+    x = torch.randn(num_rows, first.shape[0], device="cuda", dtype=torch.bfloat16)
+
+    def apply() -> Any:
+        gate, up = (x @ first).chunk(2, dim=1)
+        return torch.nn.functional.silu(gate) * up @ second
+
+    return apply
+
+
 def start_gloo(world: World) -> Any:
     """Torch's gloo process group of the same ranks, or None without torch or on several nodes; collective."""
     if not has_torch() or world.num_nodes > 1:

@@ -24,7 +24,7 @@ def dry_run(job: Job, nodes: Sequence[int]) -> Layout:
     Raises the MoempiErrors that the run itself would raise for its layout.
     """
     architecture = _architecture(job)
-    plan = make_plan(job, architecture, nodes, placement=placement_of(job))
+    plan = make_plan(job, architecture, nodes, placement=placement_of(job), on_gpu=job.run.backend == "cupy")
     title = (
         f"{len(nodes):,} ranks on {len(set(nodes)):,} nodes, {len(plan.grid.stages)} stages, "
         f"tensor groups of {plan.grid.tensor}; "

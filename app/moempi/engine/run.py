@@ -54,13 +54,14 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     # This attempt alone writes the output, and computes what earlier ones did not finish.
     attempt = Attempt(job, world, weights=weights.fingerprint, num_requests=len(prompts))
     world.together(lambda: log_to_files(job.output.results, world.rank))
-    # Where this rank stands, and the requests of its data parallel group, which the first stage alone decides about.
-    seat = take_seat(job, world, weights.architecture)
+    # The machine that computes, where this rank stands, and the requests of its data parallel group, which the first
+    # stage alone decides about.
     backend = world.together(
         lambda: make_backend(
             job.run, local_rank=world.local_rank, takes_device_memory=lambda: takes_device_memory(job.exchange)
         )
     )
+    seat = take_seat(job, world, weights.architecture, on_gpu=backend.name == "cupy")
     text = Text(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens)
     due = [prompt for prompt in prompts if prompt.index not in attempt.earlier.indices]
     own = due[seat.place.data :: seat.grid.num_groups(0)] if seat.schedules else []

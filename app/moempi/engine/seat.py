@@ -58,10 +58,12 @@ class Seat:
         return self.place.tensor == 0
 
 
-def take_seat(job: Job, world: World, architecture: Architecture) -> Seat:
-    """Lay the job out on the ranks of `world`; collective. A ConfigError of the layout ends all ranks alike."""
+def take_seat(job: Job, world: World, architecture: Architecture, *, on_gpu: bool) -> Seat:
+    """Lay the job out on the ranks of `world`, or their GPUs; collective. A ConfigError of it ends all ranks alike."""
     nodes, ranks = world.by_node(job.topology.ranks_per_node)
-    plan = world.together(lambda: make_plan(job, architecture, nodes, placement=placement_of(job)))
+    plan = world.together(
+        lambda: make_plan(job, architecture, nodes, placement=placement_of(job), on_gpu=on_gpu)
+    )
     place = plan.grid.coordinates(ranks.rank)
     return Seat(ranks, nodes, plan.grid, place, plan.placements[place.stage], plan.memory[place.stage], plan.departing)
 

@@ -9,6 +9,8 @@ from mpi4py import MPI
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from moempi.backend.choice import count_gpus, describe_gpus
+from moempi.parallel.device_memory import trial
 from moempi.parallel.world import World
 
 SIZES_BYTES = (0, 256, 4096, 65536, 1048576)
@@ -34,6 +36,7 @@ def check(world: World) -> RenderableType | None:
         MPI.Get_library_version().splitlines()[0].rstrip("\0"),
         f"{world.size} ranks on {world.num_nodes} nodes, thread level {MPI.Query_thread()} of {MPI.THREAD_MULTIPLE}",
     ]
+    lines.extend(_gpu_lines())
     if not world.split_agrees:
         lines.append("MPI finds other shared-memory groups than the host names: the launcher hides neighbours")
     return Group(*lines, _rank_table(world.nodes, places), _exchange_table(timings, world.size))
@@ -53,6 +56,16 @@ def time_exchange(comm: MPI.Intracomm, num_bytes: int, *, rounds: int) -> Timing
     slowest = np.array(taken[2:])
     comm.Allreduce(MPI.IN_PLACE, slowest, op=MPI.MAX)
     return Timing(num_bytes, float(slowest.min()), statistics.median(slowest.tolist()))
+
+
+def _gpu_lines() -> list[str]:
+    """The GPUs of the first rank's node, whether MPI takes their memory, and what a job file should say."""
+    lines = describe_gpus()
+    if count_gpus():
+        takes = trial()
+        lines.append(f"MPI {'moves' if takes else 'does not move'} rows between buffers in GPU memory")
+        lines.append(f'job file: run.backend = "cupy", exchange.buffers = "{"device" if takes else "host"}"')
+    return lines
 
 
 def _cores() -> str:

@@ -28,11 +28,16 @@ class Plan:
 
 
 def make_plan(
-    job: Job, architecture: Architecture, nodes: Sequence[int], *, placement: PlacementFile | None = None
+    job: Job,
+    architecture: Architecture,
+    nodes: Sequence[int],
+    *,
+    placement: PlacementFile | None = None,
+    on_gpu: bool = False,
 ) -> Plan:
     """Lay a job out on ranks whose node is nodes[rank], counted node by node.
 
-    Experts stand as `placement` says, without one in even shares in ascending order.
+    Experts stand as `placement` says, without one in even shares in ascending order. `on_gpu` tells whose memory.
     Raises ConfigError, with the numbers needed, when the model or the job cannot be divided so.
     """
     _refuse_uneven(job, architecture)
@@ -57,6 +62,7 @@ def make_plan(
             stage.layers,
             hosted=_most_hosted(of_stage),
             groups=max(len(grid.peers(index, data, other=0)) for data in range(grid.num_groups(index))),
+            on_gpu=on_gpu,
         )
         for index, (stage, of_stage) in enumerate(zip(grid.stages, placements, strict=True))
     )

@@ -7,9 +7,6 @@ from moempi.config.architecture import Architecture
 from moempi.config.job import Job
 from moempi.config.tensors import PAGE_ROWS, Share, stage_tensors
 
-NUMPY_VALUE_BYTES = 4
-"""The NumPy backend widens weights, cache and rows to float32."""
-
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -24,8 +21,13 @@ class Memory:
     groups: int
 
 
-def rank_memory(job: Job, architecture: Architecture, layers: range, *, hosted: float, groups: int) -> Memory:
-    """Memory of a rank that computes `layers` for `groups` groups and hosts `hosted` experts of a MoE layer."""
+def rank_memory(
+    job: Job, architecture: Architecture, layers: range, *, hosted: float, groups: int, on_gpu: bool
+) -> Memory:
+    """Memory of a rank that computes `layers` for `groups` groups and hosts `hosted` experts of a MoE layer.
+
+    A GPU keeps bfloat16 as it is; the NumPy backend widens weights, cache and rows to float32.
+    """
     tensor = job.parallel.tensor
     portions = {
         Share.EXPERTS: hosted / architecture.experts.num,
@@ -35,7 +37,7 @@ def rank_memory(job: Job, architecture: Architecture, layers: range, *, hosted: 
     }
     held = stage_tensors(architecture, layers)
     weights = sum(int(prod(tensor.shape) * portions.get(tensor.share, 1)) for tensor in held)
-    value_bytes = 2 if job.run.backend == "cupy" and job.run.precision == "bfloat16" else NUMPY_VALUE_BYTES
+    value_bytes = 2 if on_gpu and job.run.precision == "bfloat16" else 4
     cached = architecture.attention.cached_values // (1 if architecture.attention.latent else tensor)
     page = len(layers) * PAGE_ROWS * cached
     rows = groups * job.lanes * job.run.batch_tokens * _values_per_row(architecture, tensor)

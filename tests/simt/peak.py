@@ -1,0 +1,41 @@
+"""The peak of device memory beside the forecast: python tests/simt/peak.py run JOB.toml, on the SIMT device."""
+
+import json
+import sys
+
+import moempi.engine.run as engine
+from moempi.backend.cupy_backend import CupyBackend
+from moempi.cli import main
+from simt.device import SimtDevice
+
+device = SimtDevice(pinned=False, eager=True)
+found = {}
+take_seat, load_model = engine.take_seat, engine.load_model
+
+
+def make_backend(run, **_):
+    return CupyBackend(device, precision=run.precision, reproducible=run.reproducible)
+
+
+def watch_seat(*arguments, **named):
+    seat = take_seat(*arguments, **named)
+    found["memory"] = seat.memory
+    return seat
+
+
+def watch_load(*arguments, pages, **named):
+    model = load_model(*arguments, pages=pages, **named)
+    memory = found["memory"]
+    found["held"] = memory.weights + pages * memory.page
+    found["loaded"] = device.live_bytes
+    device.peak_bytes = device.live_bytes  # without what the loading itself needed
+    return model
+
+
+engine.make_backend, engine.take_seat, engine.load_model = make_backend, watch_seat, watch_load
+
+if __name__ == "__main__":
+    code = main()
+    memory = found.pop("memory")
+    print(json.dumps({**found, "forecast": found["held"] + memory.rows, "peak": device.peak_bytes}))
+    sys.exit(code)
