@@ -43,7 +43,7 @@ class SimtDevice:
     name = "SIMT on the CPU"
 
     def __init__(self, *, pinned: bool = True, eager: bool = False) -> None:
-        self._pinned = pinned
+        self.wires_on_host = pinned
         self._eager = eager
         self._queues: dict[int, Queue] = {}
         self.live_bytes = self.peak_bytes = 0
@@ -60,7 +60,7 @@ class SimtDevice:
 
     def wire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         fresh = _fresh(shape, dtype)
-        return fresh if self._pinned else self._resident(fresh)
+        return fresh if self.wires_on_host else self._resident(fresh)
 
     def reach(self, memory: npt.NDArray[np.uint8]) -> None:
         """The CPU reaches all memory."""

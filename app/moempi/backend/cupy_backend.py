@@ -77,6 +77,7 @@ class CupyBackend:
 
     def __init__(self, device: Device, *, precision: str, reproducible: bool) -> None:
         self.device = device
+        self.wires_on_host = device.wires_on_host
         self.is_bfloat16 = precision == "bfloat16"
         self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)

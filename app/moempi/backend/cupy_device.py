@@ -40,7 +40,7 @@ class CupyDevice:
             raise ConfigError(
                 f'run.backend = "cupy": {self.name} has no bfloat16; it takes compute capability 8.0 or more'
             )
-        self._pinned = pinned
+        self.wires_on_host = pinned
         self._queues: dict[int, tuple[cupy.cuda.Stream, int]] = {}
         self.use_queue(0)
 
@@ -65,7 +65,7 @@ class CupyDevice:
         """See `Device.wire`. Not from a pool: freeing either kind waits for the device."""
         count = int(np.prod(shape))
         num_bytes = max(1, count * np.dtype(dtype).itemsize)
-        if not self._pinned:
+        if not self.wires_on_host:
             memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(num_bytes), 0)
             return cupy.ndarray(shape, dtype, memory)
         return np.asarray(_PinnedMemory(num_bytes)).view(dtype)[:count].reshape(shape)

@@ -56,6 +56,7 @@ class Device(Protocol):
     """
 
     name: str
+    wires_on_host: bool
 
     def available_bytes(self) -> int:
         """Memory of all devices of this kind in the node that is free, judged by this one."""

@@ -44,6 +44,7 @@ class NumpyBackend:
     """The verbs of `protocol.Backend` on host memory; every verb has finished when it returns."""
 
     name = "numpy"
+    wires_on_host = True
     queue = 0
 
     def __init__(self, *, precision: str, reproducible: bool, between: Callable[[], None] = lambda: None) -> None:

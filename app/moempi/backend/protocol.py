@@ -108,6 +108,8 @@ class Backend(Protocol):
     """Element type of rows on the wire: uint16 (bfloat16 bits) or float32."""
     between: Callable[[], None]
     """Called between the pieces of long verbs so that the network makes progress."""
+    wires_on_host: bool
+    """Whether the host itself can read and write what `wire` makes."""
     queue: int
     """The queue that verbs are submitted to."""
 

@@ -24,11 +24,13 @@ def takes_device_memory(exchange: ExchangeSection) -> bool:
 
     Checksums are made, and rooms shared between processes, on the host only.
     """
-    if exchange.buffers == "auto" and not exchange.verify and exchange.transport != "shared":
-        answer = trial()
-        logging.getLogger(__name__).info("MPI %s device memory", "takes" if answer else "does not take")
-        return answer
-    return exchange.buffers == "device"
+    if exchange.verify or exchange.transport == "shared":
+        return False
+    if exchange.buffers != "auto":
+        return exchange.buffers == "device"
+    answer = trial()
+    logging.getLogger(__name__).info("MPI %s device memory", "takes" if answer else "does not take")
+    return answer
 
 
 def trial() -> bool:

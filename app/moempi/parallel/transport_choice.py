@@ -47,17 +47,19 @@ def fastest(
     """The transport that exchanges one row, and PROBED_BYTES a pair, soonest on the slowest rank; collective, blocks.
 
     Rows are exchanged within each `group`, whose ranks' nodes are `nodes`; all ranks of `comm` get the same answer.
+    Where only GPUs address wires, ranks share no room, so "shared" is no candidate.
     """
-    taken = dict.fromkeys(NAMES, 0.0)
+    names = [name for name in NAMES if backend.wires_on_host or name != Shared.name]
+    taken = dict.fromkeys(names, 0.0)
     row_bytes = width * backend.row_dtype.itemsize
     for rows in (1, max(1, PROBED_BYTES // row_bytes)):
-        for name in NAMES:
+        for name in names:
             room_bytes = rows * row_bytes * group.size
             transport = make_transport(name, group.Dup(), backend, width=width, nodes=nodes, room_bytes=room_bytes)
             taken[name] += _seconds(transport, group, backend.wire(rows * group.size, width), rows=rows)
     slowest = np.array(list(taken.values()))
     comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
-    ranking = sorted(zip(slowest.tolist(), NAMES, strict=True))
+    ranking = sorted(zip(slowest.tolist(), names, strict=True))
     return ChosenTransport(ranking[0][1], ", ".join(f"{name} {seconds * 1e6:.0f} us" for seconds, name in ranking))
 
 
