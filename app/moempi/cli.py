@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from moempi import __version__
 from moempi.errors import MoempiError, UsageError
 from moempi.parallel.launch import GRACE_S, launched_first
+from moempi.parallel.witness import WITNESS
 
 MOST_REPLICAS = 8.0
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(chosen: argparse.Namespace) -> int:
     """Run a job on all ranks."""
+    WITNESS.post()
     from moempi.parallel.stop import Stop
 
     stop = Stop(max_minutes=chosen.max_minutes)  # before MPI, which takes a while to start
@@ -164,6 +166,7 @@ def place(chosen: argparse.Namespace) -> int:
 
 def check(chosen: argparse.Namespace) -> int:
     """Measure the ranks' exchange, and their links where asked."""
+    WITNESS.post()
     from moempi.observe.console import console
     from moempi.parallel.check import check as check_ranks
     from moempi.parallel.world import World
@@ -196,6 +199,7 @@ def _measure(world: Any, chosen: argparse.Namespace) -> None:
 
 def bench(chosen: argparse.Namespace) -> int:
     """Run a benchmark."""
+    WITNESS.post()
     from moempi.bench import main as bench_main
 
     return bench_main(chosen.name, chosen.arguments)

@@ -56,6 +56,39 @@ def test_a_run_whose_time_is_over_goes_on_with_other_ranks(run, tmp_path):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(("rank", "place"), [(0, "agree"), (3, "dispatch")])
+def test_any_rank_may_be_asked_to_stop(weights, run, tmp_path, rank, place):
+    """SIGUSR1 to one rank of either stage ends all at a step border; the next run goes on."""
+    assert run(2, "whole").code == 0
+    (tmp_path / "notes").mkdir()
+    settings = {"model.weights": weights, "output.results": tmp_path / "asked.h5", "run.precision": "float32"}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    # at the fifth time that it comes there it asks itself
+    struck = [ROOT / "tests/faults/struck.py", tmp_path / "notes", "SIGUSR1", str(rank), place, "5"]
+    outcome = mpirun(4, *python(*struck, "run", JOB, *words, "--set", "parallel.stages=2"))
+    assert outcome.code == 75, outcome.err
+    assert "stopped early (SIGUSR1)" in outcome.lines[-1]
+    assert run(3, "asked").code == 0
+    found = compare(tmp_path / "whole.h5", tmp_path / "asked.h5")
+    assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
+
+
+@pytest.mark.mpi
+def test_a_request_too_long_for_the_cache_is_tried_again_with_a_larger_one(run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"tokens": [5] * length, "max_tokens": 2}) for length in (3, 100)))
+    settings = {"input.prompts": prompts, "sampling.ignore_eos": "true"}
+    small = {"run.kv_memory": "400KB"}  # one page, of 64 positions
+    assert run(1, "r", "--max-minutes", "0", **settings, **small).code == 75
+    assert run(1, "r", **settings).code == 0
+    with ResultFile(tmp_path / "r.h5") as results:
+        assert [record.finish for record in results.requests()] == ["length", "length"]
+    assert run(1, "small", **settings, **small).code == 0
+    with ResultFile(tmp_path / "small.h5") as results:
+        assert [record.finish for record in results.requests()] == ["length", "error"]
+
+
+@pytest.mark.mpi
 def test_what_earlier_runs_finished_is_counted_but_not_run_again(run, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"prompt": "12+30=", "reference": "42"}), "not a prompt"] * 3

@@ -101,7 +101,8 @@ class Rehearsal:
 
     def require_same(self, results: Path) -> None:
         compared = launching.execute(*launching.python("-m", "moempi", "compare", self.reference, results))
-        require(f"{self.num_prompts} requests, 0 differ" in compared.out, f"differs: {compared.out}{compared.err}")
+        same = f"{self.num_prompts} requests, 0 differ in tokens; log-probabilities within 0\n"
+        require(compared.out == same, f"differs: {compared.out}{compared.err}")
         left = {entry.name for entry in results.parent.iterdir()} - {"r.h5", "r.h5.logs", "r.h5.run.json", "tmp"}
         require(not left, f"leaves {left}")
 

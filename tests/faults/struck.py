@@ -30,7 +30,8 @@ def strike(fault: str) -> None:
         case "memory":
             raise MemoryError
     os.kill(os.getpid(), signal.Signals[fault])
-    time.sleep(60)  # a signal may arrive a moment later
+    if fault != "SIGUSR1":
+        time.sleep(60)  # a signal may arrive a moment later
 
 
 def before(action: Callable[..., Any], hook: Callable[..., None]) -> Callable[..., Any]:
@@ -42,6 +43,9 @@ def before(action: Callable[..., Any], hook: Callable[..., None]) -> Callable[..
 
 
 def main(notes: str, fault: str, rank: str, place: str, count: str, *arguments: str) -> int:
+    from moempi.parallel.witness import WITNESS
+
+    WITNESS.post()  # first of all, as the program does
     own_rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
     note = Path(notes, str(own_rank))
     note.with_suffix(".pid").write_text(str(os.getpid()))

@@ -17,10 +17,9 @@ def make_backend(run: RunSection, *, local_rank: int, takes_device_memory: Calla
     Rank i of a node uses GPU i modulo their number. `takes_device_memory` is asked, on a GPU only, whether rows may
     travel from its own memory. Raises ConfigError when the job asks for a GPU and there is none.
     """
-    gpus = 0 if run.backend == "numpy" else count_gpus()
-    if run.backend == "cupy" and not gpus:
-        missing = "no CUDA device is visible" if find_spec("cupy") else 'CuPy is not installed ("moempi[cuda]")'
-        raise ConfigError(f'run.backend = "cupy": {missing}; use "auto" or "numpy"')
+    gpus, problem = (0, "") if run.backend == "numpy" else find_gpus()
+    if run.backend == "cupy" and problem:
+        raise ConfigError(f'run.backend = "cupy": {problem}; use "auto" or "numpy"')
     if not gpus:
         return NumpyBackend(precision=run.precision, reproducible=run.reproducible)
     from moempi.backend.cupy_device import CupyDevice
@@ -30,19 +29,23 @@ def make_backend(run: RunSection, *, local_rank: int, takes_device_memory: Calla
     return CupyBackend(device, precision=run.precision, reproducible=run.reproducible)
 
 
-def count_gpus() -> int:
-    """GPUs of this node that CuPy finds; 0 without CuPy or driver."""
+def find_gpus() -> tuple[int, str]:
+    """The GPUs of this node that CuPy finds, and where it finds none, why."""
     if find_spec("cupy") is None:
-        return 0
-    from moempi.backend.cupy_device import count_devices
-
-    return count_devices()
+        return 0, "CuPy is not installed"
+    try:
+        from moempi.backend.cupy_device import count_devices
+    except ImportError as error:
+        return 0, f"CuPy does not load: {str(error).splitlines()[0]}"
+    count = count_devices()
+    return count, "" if count else "CuPy finds no CUDA device"
 
 
 def describe_gpus() -> list[str]:
     """Lines about this node's GPUs for a person; one that says why when there is none."""
-    if find_spec("cupy") is None:
-        return ["no GPU is used: CuPy is not installed"]
+    _, problem = find_gpus()
+    if problem:
+        return [f"no GPU is used: {problem}"]
     from moempi.backend.cupy_device import describe
 
-    return describe() if count_gpus() else ["no GPU is used: CuPy finds no CUDA device"]
+    return describe()

@@ -43,7 +43,8 @@ class Lane:
         while True:
             unfinished = self.scheduler.unfinished(self.index)
             surplus = self.network.traffic.surplus_rows
-            sums = self.network.exchange.agree((unfinished, self.stop.asked, surplus, *self.ledger.counts))
+            asked = self.stop.asked or self.network.link.asked_to_stop()
+            sums = self.network.exchange.agree((unfinished, asked, surplus, *self.ledger.counts))
             yield AGREE
             unfinished, asked_to_stop, surplus, *counts = sums.finish().tolist()
             if surplus:
@@ -68,6 +69,8 @@ class Lane:
         link = self.network.link
         arrival = link.expect()
         while True:
+            if self.stop.asked:
+                link.ask_to_stop()
             yield ROWS
             batch, split, rows = link.receive(arrival)
             if batch.stop:

@@ -15,14 +15,17 @@ def sequences_of(prompts: Iterable[Prompt], text: Text, architecture: Architectu
     return [_sequence(prompt, text, architecture, task) for prompt in prompts]
 
 
-def refuse_too_long(sequences: Iterable[Sequence], *, pages: int) -> None:
-    """Fail the sequences that would not fit in the whole cache."""
-    for sequence in sequences:
-        if sequence.finish is None and pages_for(sequence.capacity) > pages:
-            sequence.fail(
-                f"needs {pages_for(sequence.capacity)} cache pages, the rank has {pages}; "
-                "raise run.kv_memory or lower max_tokens"
-            )
+def refuse_too_long(sequences: Iterable[Sequence], *, pages: int) -> list[Sequence]:
+    """Fail the sequences that would not fit in the whole cache, and return them: a larger one could take them."""
+    refused = [
+        sequence for sequence in sequences if sequence.finish is None and pages_for(sequence.capacity) > pages
+    ]
+    for sequence in refused:
+        sequence.fail(
+            f"needs {pages_for(sequence.capacity)} cache pages, the rank has {pages}; "
+            "raise run.kv_memory or lower max_tokens"
+        )
+    return refused
 
 
 def _sequence(prompt: Prompt, text: Text, architecture: Architecture, task: str) -> Sequence:

@@ -67,7 +67,8 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     own = due[seat.place.data :: seat.grid.num_groups(0)] if seat.schedules else []
     sequences = sequences_of(own, text, weights.architecture, task=job.task)
     pages = _cache_pages(job, world, seat, backend, sequences)
-    refuse_too_long(sequences, pages=pages)
+    errors = [sequence for sequence in sequences if sequence.finish]
+    too_long = refuse_too_long(sequences, pages=pages)
     # The model on this rank's machine.
     shard = Shard(weights, part=seat.place.tensor, parts=seat.grid.tensor)
     model = world.together(
@@ -79,7 +80,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     ledger = Ledger(attempt.part, task=job.task, keeps_records=seat.keeps_records, show=show)
     if world.rank == 0:
         ledger.count_earlier(attempt.earlier)
-    ledger.enter(sequence for sequence in sequences if sequence.finish)
+    ledger.enter(errors)
     scheduler = Scheduler(
         (sequence for sequence in sequences if not sequence.finish),
         lanes=job.lanes,
@@ -98,6 +99,8 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     ]
     world.watch(job.run.timeout_s, group=seat.place.stage)
     seconds = _take_steps(lanes, world, backend, seat.stage.layers, hops=job.exchange.hops)
+    if not scheduler.has_work:
+        ledger.enter(too_long)  # only now: if this attempt stops early, the next may have more room
     progress.close()
     world.watch(job.run.timeout_s)
     # Every rank closes its part. Asked to stop before all is done: the parts stay, for the next attempt.

@@ -34,6 +34,11 @@ class Scheduler:
         """Requests that the lane may still have to compute."""
         return len(self._queue) + len(self._active[lane])
 
+    @property
+    def has_work(self) -> bool:
+        """Whether any lane has requests left."""
+        return bool(self._queue) or any(self._active)
+
     def next_work(self, lane: int) -> list[Work]:
         """The sequences of the lane's next step, each with its number of rows, in ascending order of their slots.
 

@@ -9,7 +9,7 @@ from mpi4py import MPI
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from moempi.backend.choice import count_gpus, describe_gpus
+from moempi.backend.choice import describe_gpus, find_gpus
 from moempi.parallel.device_memory import trial
 from moempi.parallel.world import World
 
@@ -61,7 +61,7 @@ def time_exchange(comm: MPI.Intracomm, num_bytes: int, *, rounds: int) -> Timing
 def _gpu_lines() -> list[str]:
     """The GPUs of the first rank's node, whether MPI takes their memory, and what a job file should say."""
     lines = describe_gpus()
-    if count_gpus():
+    if find_gpus()[0]:
         takes = trial()
         lines.append(f"MPI {'moves' if takes else 'does not move'} rows between buffers in GPU memory")
         lines.append(f'job file: run.backend = "cupy", exchange.buffers = "{"device" if takes else "host"}"')

@@ -19,7 +19,7 @@ from moempi.parallel.row_split import RowSplit, part_range
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.transfer import Pending, Transfer, once_done
 
-CONTROL, ROWS, ANSWER = 1, 2, 3
+CONTROL, ROWS, ANSWER, STOP = 1, 2, 3, 6
 SPIN_S = 200e-6
 NAP_S = 5e-3
 
@@ -58,6 +58,7 @@ class StageLink:
         self._width = width
         self._row = MPI.BYTE.Create_contiguous(width * backend.row_dtype.itemsize).Commit()
         self._sent: list[Transfer] = []
+        self._has_asked = self._was_asked = False
         self._sources = () if self.is_first else grid.peers(place.stage, place.data, other=place.stage - 1)
         self._buffers = [
             backend.wire(-(-group_rows * len(grid.peers(place.stage - 1, source, other=0)) // grid.tensor), width)
@@ -82,6 +83,19 @@ class StageLink:
         if not self.is_last:
             self.send(NO_STEP, self._backend.unpack(self._backend.wire(0, self._width), None))
         self._settle()
+
+    def ask_to_stop(self) -> None:
+        """Tell the first rank of the first stage that this rank was asked to stop; does not block."""
+        if not self._has_asked:
+            self._has_asked = True
+            self._keep(self._comm.isend(None, self._grid.rank(0, 0, 0), STOP), None)
+
+    def asked_to_stop(self) -> bool:
+        """Whether a rank of a later stage has told this one so; does not block."""
+        while self._comm.iprobe(tag=STOP):
+            self._comm.recv(tag=STOP)
+            self._was_asked = True
+        return self._was_asked
 
     def expect(self) -> Arrival:
         """Be ready for the rows of the next step; does not block."""

@@ -17,6 +17,7 @@ from moempi.parallel.launch import GRACE_S, launch_problem
 from moempi.parallel.segments import remove_names
 from moempi.parallel.stall import explain, is_stall
 from moempi.parallel.watchdog import StalledError, Watchdog
+from moempi.parallel.witness import WITNESS
 
 T = TypeVar("T")
 
@@ -80,7 +81,8 @@ class World:
         except BaseException as error:
             time.sleep(0.0 if MPI.COMM_WORLD.rank == 0 else GRACE_S)
             line = f"moempi: rank {MPI.COMM_WORLD.rank}: MPI does not connect the ranks: {_cause(error)}\n"
-            os.write(2, line.encode(errors="replace"))
+            if WITNESS.may_tell():
+                os.write(2, line.encode(errors="replace"))
             MPI.COMM_WORLD.Abort(_exit_code(error))
             raise
 
@@ -130,7 +132,8 @@ class World:
             time.sleep(60)  # the other thread of this rank is ending the program
         code, cause = _exit_code(error), _cause(error)
         if not self._farewell.told():
-            self._say(error, cause)
+            if WITNESS.may_tell():
+                self._say(error, cause)
             self._farewell.tell()
             self._at_failure(cause, code)
             time.sleep(LINE_TRAVEL_S)
@@ -152,6 +155,8 @@ class World:
         Collective at the end of a good block: the ranks leave together.
         """
         self._watchdog.start()
+        if self.num_nodes > 1:
+            WITNESS.release()  # a right to tell is one node's; from here on the ranks know of each other
         try:
             yield
             self.comm.Barrier()
