@@ -173,11 +173,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Expected:
-    """What transformers computes: per prompt log-probabilities of its tokens but the first, and greedy tokens."""
+    """What transformers computes: per prompt log-probabilities of its tokens but the first, and greedy tokens.
+
+    `experts` and `weights` (tokens, MoE layers, K) are what its routers chose for all prompts' tokens in float32.
+    """
 
     float32: list[torch.Tensor]
     bfloat16: list[torch.Tensor]
     greedy: list[list[int]]
+    experts: torch.Tensor
+    weights: torch.Tensor
 
 
 def prompts() -> list[list[int]]:
@@ -222,14 +227,43 @@ def _values(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tens
 
 def expected(folder: Path, tokens: list[list[int]]) -> Expected:
     """The reference's answers; each precision is loaded anew, because casting a model ruins its rotary buffers."""
-    scores = {}
+    scores, choices = {}, []
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         with torch.no_grad():
+            if dtype == torch.float32:
+                choices = _listen(model)
             scores[dtype] = [_scores(model, prompt) for prompt in tokens]
             if dtype == torch.float32:
+                experts, weights = _by_token(choices, num_prompts=len(tokens))
                 greedy = [_greedy(model, prompt) for prompt in tokens[: len(LENGTHS)]]
-    return Expected(scores[torch.float32], scores[torch.bfloat16], greedy)
+    return Expected(scores[torch.float32], scores[torch.bfloat16], greedy, experts, weights)
+
+
+def _listen(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A list that gets the (experts, weights) that every MoE layer hands to its experts, in the order of the calls."""
+    heard: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hear(_module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        _, experts, weights = arguments
+        heard.append((experts, weights))
+
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(hear)
+    return heard
+
+
+def _by_token(
+    heard: list[tuple[torch.Tensor, torch.Tensor]], *, num_prompts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts and weights (tokens, MoE layers, K) of prompts that went through the model one after another."""
+    layers = len(heard) // num_prompts
+    prompts = [heard[first : first + layers] for first in range(0, num_prompts * layers, layers)]
+    experts, weights = (
+        torch.cat([torch.stack([call[part] for call in calls], dim=1) for calls in prompts]) for part in (0, 1)
+    )
+    return experts, weights
 
 
 def _scores(model: Any, prompt: list[int]) -> torch.Tensor:

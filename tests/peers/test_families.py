@@ -1,7 +1,8 @@
 """Every family against transformers: log-probabilities, greedy tokens and bfloat16, at 1 and at 4 ranks.
 
-Float32 log-probabilities agree within WITHIN and greedy tokens are equal; in bfloat16 the mean distance from the
-float32 reference is at most BFLOAT16_SHARE times that of transformers' own bfloat16. A table is printed at the end.
+Float32 log-probabilities agree within WITHIN; greedy tokens and the routers' choices are equal, but for choices between
+experts whose weights are within MARGIN of each other. In bfloat16 the mean distance from the float32 reference is at
+most BFLOAT16_SHARE times that of transformers' own bfloat16. A table is printed at the end.
 """
 
 import json
@@ -9,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -21,6 +23,7 @@ pytest.importorskip("transformers")
 families = pytest.importorskip("peers.families")
 
 WITHIN = 2e-4
+MARGIN = 1e-3
 BFLOAT16_SHARE = 1.5
 RANKS = (1, 4)
 # Name: task, precision, ranks of a tensor group.
@@ -44,6 +47,8 @@ batch_tokens = 128
 max_sequences = 4
 [parallel]
 tensor = {tensor}
+[trace]
+routing = {trace}
 [sampling]
 max_tokens = {max_tokens}
 ignore_eos = true
@@ -54,8 +59,9 @@ ignore_eos = true
 def table() -> Iterator[list[str]]:
     rows: list[str] = []
     yield rows
-    head = f"{'family and options':42}{'float32':>10}{'bfloat16':>11}{'theirs':>9}"
-    print("\nlargest and mean differences of log-probabilities from transformers' float32")
+    head = f"{'family and options':42}{'float32':>10}{'bfloat16':>11}{'theirs':>9}{'choices':>9}{'other':>6}"
+    print("\nlargest and mean differences of log-probabilities from transformers' float32; the routers' choices, and")
+    print("how many of them are another expert")
     print("\n".join([head, *rows]))
 
 
@@ -83,7 +89,12 @@ def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
     others = [scores(path) for path in (tmp_path / "score-4.h5", tmp_path / "divided-4.h5") if path.exists()]
     largest = max(float(np.abs(found - exact).max()) for found in (alone, *others))
     rounded = max(float(np.abs(scores(tmp_path / f"rounded-{ranks}.h5") - exact).mean()) for ranks in RANKS)
-    table.append(f"{case:42}{largest:10.1e}{rounded:11.4f}{theirs:9.4f}")
+    chosen, other, margin = compare_choices(tmp_path / "score-1.h5", reference)
+    table.append(f"{case:42}{largest:10.1e}{rounded:11.4f}{theirs:9.4f}{chosen:9}{other:6}")
+    assert margin <= MARGIN
+    for path in tmp_path.glob("*-4.h5"):
+        if path.stem in ("score-4", "divided-4"):
+            assert compare_choices(path, reference)[2] <= MARGIN
     assert largest <= WITHIN
     assert rounded <= BFLOAT16_SHARE * theirs
     np.testing.assert_array_equal(others[0], alone)
@@ -99,10 +110,26 @@ def run_jobs(folder: Path, ranks: int, names: tuple[str, ...]) -> None:
         task, precision, tensor = JOBS[name]
         places = {"folder": folder, "name": name, "ranks": ranks}
         values = {"task": task, "precision": precision, "tensor": tensor, "max_tokens": families.NUM_GREEDY}
+        values["trace"] = str(task == "score" and precision == "float32").lower()
         paths.append(folder / f"{name}-{ranks}.toml")
         paths[-1].write_text(JOB.format(**places, **values))
     outcome = launching.mpirun(ranks, *launching.python(Path(__file__).with_name("run_jobs.py"), *paths), limit_s=120)
     assert outcome.code == 0, outcome.err
+
+
+def compare_choices(path: Path, reference: "families.Expected") -> tuple[int, int, float]:
+    """How many choices were compared, how many are another expert, and the largest margin among these.
+
+    The margin is how far the weight of an expert that only we chose is from that of the one that only they did.
+    """
+    with h5py.File(path) as file:
+        ours, weights = file["routing/experts"][:], file["routing/weights"][:]
+    theirs, their_weights = reference.experts.numpy(), reference.weights.numpy()
+    assert ours.shape == theirs.shape
+    only_ours = (ours[..., :, None] != theirs[..., None, :]).all(axis=-1)
+    only_theirs = (theirs[..., :, None] != ours[..., None, :]).all(axis=-1)
+    margins = np.abs(weights[only_ours] - their_weights[only_theirs])
+    return ours.size, int(only_ours.sum()), float(margins.max(initial=0))
 
 
 def scores(path: Path) -> np.ndarray:
