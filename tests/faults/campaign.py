@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mpirun as launching
 from faults import merging
-from faults.rehearsal import BrokenError, Rehearsal, require
+from faults.rehearsal import BrokenError, Rehearsal, is_alive, require
 from faults.struck import FAULTS, POINTS
 
 Case = tuple[str, Callable[[], object]]
@@ -72,7 +72,7 @@ def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> Non
     while not note.exists() or not note.read_text():
         time.sleep(0.01)
     time.sleep(delay * rehearsal.seconds)
-    if process.poll() is not None:
+    if process.poll() is not None or not is_alive(int(note.read_text())):
         launching.end(process)
         shutil.rmtree(note.parent)
         rehearsal.finish(results, num_ranks=ranks_after)

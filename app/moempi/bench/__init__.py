@@ -19,11 +19,17 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
     Raises UsageError for flags that the benchmark does not have.
     """
-    from moempi.bench import exchange, gpu, immediate, layer, placement
+    from moempi.bench import exchange, gpu, immediate, layer, overlap, placement
     from moempi.parallel.world import World
 
-    known = {"layer": layer, "exchange": exchange, "immediate": immediate, "placement": placement, "gpu": gpu}
-    benchmark = known[name]
+    benchmark = {
+        "layer": layer,
+        "exchange": exchange,
+        "overlap": overlap,
+        "immediate": immediate,
+        "placement": placement,
+        "gpu": gpu,
+    }[name]
     parser = _Parser(prog=f"moempi bench {name}", description=benchmark.__doc__)
     benchmark.add_flags(parser)
     chosen = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`moempi bench exchange`: every transport beside MPI's own Alltoallv and torch's gloo, and what overlap hides."""
+"""`moempi bench exchange`: every transport beside MPI's own Alltoallv and torch's gloo."""
 
 import pkgutil
 from argparse import ArgumentParser, Namespace
@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from moempi.arrays import aligned_empty
-from moempi.bench import overlap, peers
+from moempi.bench import peers
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.observe.console import console
 from moempi.parallel import transports
@@ -29,7 +29,6 @@ def add_flags(parser: ArgumentParser) -> None:
     what = f"rows of {ROW_BYTES:,} bytes from each rank to each (1 5 18 73)"
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 5, 18, 73], metavar="N", help=what)
     parser.add_argument("--rounds", type=int, default=101, help="measurements of each exchange (101)")
-    overlap.add_flags(parser)
 
 
 def run(world: World, chosen: Namespace) -> None:
@@ -47,8 +46,6 @@ def run(world: World, chosen: Namespace) -> None:
     peers.stop_gloo(gloo)
     if world.rank == 0:
         console().print(table)
-    if world.size > 1:
-        overlap.run(world, chosen)
 
 
 def found_transports() -> dict[str, Callable[..., Transport]]:

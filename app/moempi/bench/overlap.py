@@ -1,10 +1,12 @@
-"""How much of a slow network two interleaved lanes hide: layers over an emulated link, overlap on and off."""
+"""`moempi bench overlap`: how much of a slow network two interleaved lanes hide; layers over an emulated link."""
 
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from time import perf_counter
 
 import numpy as np
 from rich.table import Table
@@ -13,19 +15,22 @@ from moempi.backend.numpy_backend import Matrix, NumpyBackend
 from moempi.bench.layers import Rows, Sizes, add_size_flags, make_layer, make_rows, random_bits
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.engine.interleave import interleave
+from moempi.errors import UsageError
 from moempi.model.feed_forward import MixtureOfExperts
 from moempi.observe.console import console
 from moempi.parallel.exchange import Exchange
 from moempi.parallel.placement import linear
 from moempi.parallel.schedule import Point
+from moempi.parallel.topology import NODE, link_levels
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.alltoallv import Alltoallv
-from moempi.parallel.transports.emulated import EmulatedLink, Link
+from moempi.parallel.transports.emulated import EmulatedLinks, Link
 from moempi.parallel.world import World
 
 LANES = 2
 LATENCY_S = 20e-6
 COMMUNICATION = 0.9
+LABEL_WIDTH = 18
 COMPUTING, BLOCKING, OVERLAPPED = "computing", "blocking", "overlapped"
 POINTS = tuple(Point(0, phase) for phase in ("counts", "dispatch", "combine"))
 
@@ -46,6 +51,8 @@ class Rig:
     projections: tuple[Matrix, Matrix]
     experts: MixtureOfExperts
     exchanges: Sequence[Exchange]
+    transports: Sequence[EmulatedLinks]
+    traffic: Traffic
     rows: Sequence[Rows]
     num_layers: int
 
@@ -56,6 +63,23 @@ class Rig:
         interleave(lanes, POINTS, together=LANES)
         return passed
 
+    def watch(self) -> "Timeline":
+        """The same, and what each lane did when; collective."""
+        timeline = Timeline()
+        for lane, transport in enumerate(self.transports):
+            transport.listen = partial(timeline.travel, lane)
+        lanes = [self._lane(list(self.rows), lane) for lane in range(LANES)]
+        interleave(
+            lanes,
+            POINTS,
+            together=LANES,
+            resumed=lambda lane: timeline.resume(sum(self.traffic.waits.values())),
+            reached=lambda lane, point: timeline.reach(lane, sum(self.traffic.waits.values())),
+        )
+        for transport in self.transports:
+            transport.listen = None
+        return timeline
+
     def _lane(self, passed: list[Rows], lane: int) -> Generator[Point, None, None]:
         into, out = self.projections
         backend, width = self.backend, passed[lane].shape[1]
@@ -65,6 +89,48 @@ class Rig:
             passed[lane] = yield from self.experts.forward(backend, x, self.exchanges[lane])
 
 
+class Timeline:
+    """Spans of seconds in which each lane computed, and in which its rows were on the link."""
+
+    def __init__(self) -> None:
+        self._begin = perf_counter()
+        self._computing: list[list[tuple[float, float]]] = [[] for _ in range(LANES)]
+        self._travelling: list[list[tuple[float, float]]] = [[] for _ in range(LANES)]
+        self._resumed = (0.0, 0.0)
+
+    def resume(self, waited: float) -> None:
+        """A lane goes on; the host has waited so long in all."""
+        self._resumed = (perf_counter(), waited)
+
+    def reach(self, lane: int, waited: float) -> None:
+        """It has come to its next point; what it waited it waited first."""
+        since, before = self._resumed
+        self._computing[lane].append((since + waited - before, perf_counter()))
+
+    def travel(self, lane: int, start: float, arrival: float) -> None:
+        """Rows of a lane are on the link from `start` to `arrival`."""
+        self._travelling[lane].append((start, arrival))
+
+    def lines(self, *, width: int) -> list[str]:
+        """A picture: two lines a lane, `width` characters each."""
+        spans = [*self._computing, *self._travelling]
+        end = max(last for lane in spans for _, last in lane)
+        scale = width / (end - self._begin)
+
+        def line(lane: Sequence[tuple[float, float]], mark: str) -> str:
+            marks = [" "] * width
+            for first, last in lane:
+                for place in range(round((first - self._begin) * scale), round((last - self._begin) * scale)):
+                    marks[min(place, width - 1)] = mark
+            return "".join(marks)
+
+        return [
+            f"lane {lane} {what} {line(found[lane], mark)}"
+            for lane in range(LANES)
+            for what, found, mark in (("computes ", self._computing, "█"), ("on a link", self._travelling, "─"))
+        ]
+
+
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective. Raises RuntimeError when overlap changes a result.
 
@@ -72,19 +138,23 @@ def run(world: World, chosen: Namespace) -> None:
     first, over the ranks' own memory; then the link is given the bandwidth that makes communication 0.9 of it.
     """
     free, slow = Link(0.0, math.inf), Link(LATENCY_S, math.inf)
-    passes = {
-        name: make_rig(
-            world, Sizes.of(chosen), link, tokens=chosen.tokens, num_layers=chosen.layers, overlap=overlap
-        ).pass_through
+    if world.size == 1:
+        raise UsageError("bench overlap measures between ranks; start it on 2 or more")
+    rigs = {
+        name: make_rig(world, Sizes.of(chosen), link, tokens=chosen.tokens, num_layers=chosen.layers, overlap=overlap)
         for name, link, overlap in ((COMPUTING, free, False), (BLOCKING, slow, False), (OVERLAPPED, slow, True))
     }
+    passes = {name: rig.pass_through for name, rig in rigs.items()}
     first = median(alternate(world, {COMPUTING: passes[COMPUTING]}, rounds=chosen.passes)[COMPUTING])
     slow.bytes_per_s = _bandwidth(world, slow, passes[BLOCKING], seconds=COMMUNICATION * first)
     if any((one != other).any() for one, other in zip(passes[BLOCKING](), passes[OVERLAPPED](), strict=True)):
         raise RuntimeError("overlap changed a result")
     taken = alternate(world, passes, rounds=chosen.passes)
+    timeline = rigs[OVERLAPPED].watch()
     if world.rank == 0:
         console().print(_table(world, taken, link_s=COMMUNICATION * first))
+        for line in timeline.lines(width=console().width - LABEL_WIDTH):
+            console().print(line, highlight=False)
 
 
 def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers: int, overlap: bool) -> Rig:
@@ -93,10 +163,12 @@ def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers:
     placement = linear(sizes.num_experts, world.size)
     traffic = Traffic(overlap=overlap)
     row_bytes = sizes.width * backend.row_dtype.itemsize
-    exchanges = []
+    exchanges, transports = [], []
     for _ in range(LANES):
         comm = world.comm.Dup()
-        transport = EmulatedLink(Alltoallv(comm, row_bytes=row_bytes), link, rank=comm.rank, row_bytes=row_bytes)
+        inner, levels = Alltoallv(comm, row_bytes=row_bytes), link_levels((0,) * comm.size, comm.rank)
+        transport = EmulatedLinks(inner, {NODE: link}, levels=levels, row_bytes=row_bytes)
+        transports.append(transport)
         exchanges.append(
             Exchange(
                 comm,
@@ -113,7 +185,7 @@ def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers:
     into, out = (backend.matrix(random_bits((columns, width), key=columns)) for columns in (3 * width, width))
     rows = [make_rows(tokens, width, seed=world.rank * LANES + lane) for lane in range(LANES)]
     experts = make_layer(sizes, backend, hosted=placement.hosted[world.rank])
-    return Rig(backend, (into, out), experts, exchanges, rows, num_layers)
+    return Rig(backend, (into, out), experts, exchanges, transports, traffic, rows, num_layers)
 
 
 def _bandwidth(world: World, link: Link, transfer: Callable[[], object], *, seconds: float) -> float:

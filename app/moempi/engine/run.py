@@ -29,7 +29,7 @@ from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
 from moempi.observe.report import print_report
 from moempi.parallel.device_memory import takes_device_memory
-from moempi.parallel.network import Network, choose_transport, make_network
+from moempi.parallel.network import Network, choose_transport, emulated_links, make_network
 from moempi.parallel.schedule import Point, step_points
 from moempi.parallel.stop import Stop
 from moempi.parallel.transport_choice import ChosenTransport
@@ -88,7 +88,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
         batch_tokens=job.run.batch_tokens,
         pages=pages,
     )
-    transport, networks = _networks(job, seat, backend, weights.architecture)
+    transport, networks = _networks(job, world, seat, backend, weights.architecture)
     task = _task(job, text, prompts)
     traces = _traces(job, seat, networks, backend, weights.architecture, ledger, since=attempt.earlier.next_step)
     balance = make_balance(job.balance, networks, weights.architecture, seat.stage.layers)
@@ -154,12 +154,13 @@ def _task(job: Job, text: Text, prompts: ManyOf[Prompt]) -> Task:
 
 
 def _networks(
-    job: Job, seat: Seat, backend: Backend, architecture: Architecture
+    job: Job, world: World, seat: Seat, backend: Backend, architecture: Architecture
 ) -> tuple[ChosenTransport, list[Network]]:
     """The transport that the job or a probe chose, and a network for each lane; collective."""
     transport = choose_transport(
         job.exchange.transport, seat.ranks, seat.grid, backend, nodes=seat.nodes, width=architecture.width
     )
+    links = world.together(lambda: emulated_links(job.topology))
     networks = [
         make_network(
             seat.ranks,
@@ -175,6 +176,7 @@ def _networks(
             group_rows=job.run.batch_tokens,
             overlap=job.run.overlap,
             departing=seat.departing,
+            links=links,
         )
         for _ in range(job.lanes)
     ]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from mpi4py import MPI
 
 from moempi.backend.protocol import Backend
+from moempi.config.job import TopologySection
+from moempi.config.topology_file import read_topology
 from moempi.parallel.exchange import Exchange
 from moempi.parallel.gates import Gates, numbered
 from moempi.parallel.grid import Grid
@@ -14,10 +16,11 @@ from moempi.parallel.immediate import ImmediateLink
 from moempi.parallel.placement import Placement
 from moempi.parallel.stage_link import StageLink
 from moempi.parallel.tensor_group import TensorGroup
-from moempi.parallel.topology import link_levels
+from moempi.parallel.topology import SELF, link_levels
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transport_choice import ChosenTransport, fastest, make_transport
 from moempi.parallel.transports.counted import Counted
+from moempi.parallel.transports.emulated import EmulatedLinks, Link, Links
 from moempi.parallel.transports.transfer import Transport
 from moempi.parallel.transports.verified import Verified
 from moempi.parallel.two_hops import TwoHops
@@ -38,6 +41,19 @@ class Network:
     link: StageLink
     traffic: Traffic
     onward: ImmediateLink | None = None
+
+
+def emulated_links(job: TopologySection) -> Links:
+    """One rank's links inside its node and between nodes as the job's file has them; none without such a file.
+
+    Raises NoInputError and ConfigError of the file.
+    """
+    levels = read_topology(job.emulate).levels if job.emulate else ()
+    return {
+        number: Link(level.latency_us * 1e-6, level.bandwidth_gb_s * 1e9)
+        for number, level in enumerate(levels)
+        if number != SELF
+    }
 
 
 def choose_transport(
@@ -72,11 +88,12 @@ def make_network(
     group_rows: int,
     overlap: bool,
     departing: Collection[int] = (),
+    links: Links | None = None,
 ) -> Network:
     """The network of one more lane; collective over all ranks of `comm`, which count node by node (`nodes`).
 
     A data parallel group of the first stage has at most `group_rows` rows in a step, each for `top_k` experts. Rows
-    leave the stages `departing` by immediate routing.
+    leave the stages `departing` by immediate routing. The `links` of this rank, which all lanes share, are emulated.
     """
     place = grid.coordinates(comm.rank)
     stage = MPI.Intracomm(comm.Split(place.stage, comm.rank))
@@ -91,6 +108,7 @@ def make_network(
         verify=verify,
         width=width,
         room_rows=ROOM_FOR_SKEW * top_k * most_rows,
+        links=links,
     )
     make_exchange = ways.one_hop if hops == 1 else ways.two_hops
     exchange = make_exchange(stage, placements, numbered(nodes[own.start : own.stop]))
@@ -119,6 +137,7 @@ class Ways:
     verify: bool = False
     width: int
     room_rows: int
+    links: Links | None = None
 
     def one_hop(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], nodes: tuple[int, ...]) -> Exchange:
         """An exchange from rank to rank; `nodes` are those of the ranks of `comm`; collective."""
@@ -157,6 +176,9 @@ class Ways:
         transport = make_transport(
             name, own, self.backend, width=self.width, nodes=nodes, room_bytes=self.room_rows * row_bytes
         )
+        levels = link_levels(nodes, comm.rank)
         if self.verify:
             transport = Verified(transport, comm)
-        return Counted(transport, self.traffic.counters, levels=link_levels(nodes, comm.rank), row_bytes=row_bytes)
+        if self.links:
+            transport = EmulatedLinks(transport, self.links, levels=levels, row_bytes=row_bytes)
+        return Counted(transport, self.traffic.counters, levels=levels, row_bytes=row_bytes)

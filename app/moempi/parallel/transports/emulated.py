@@ -1,6 +1,7 @@
-"""A link of chosen latency and bandwidth, emulated: another transport's rows, kept back until their arrival time."""
+"""Links of chosen latency and bandwidth, emulated: another transport's rows, kept back until their arrival time."""
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,10 @@ class Link:
         return self.free_at + self.latency_s
 
 
+Links = Mapping[int, Link]
+"""The links of a rank by their level, an index into `topology.LEVELS`; rows of other levels take no time of theirs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Arriving:
     """A request that is complete once its rows are here and its arrival time has come."""
@@ -50,14 +55,20 @@ class Arriving:
         time.sleep(max(0.0, self.arrival - time.perf_counter()))
 
 
-class EmulatedLink:
-    """A transport over a `Link`; rows from a rank to itself do not use the link. The clock starts at the receiver."""
+class EmulatedLinks:
+    """A transport over a `Link` for each level of links that `links` names; `levels` (R,) are those to each rank.
 
-    def __init__(self, transport: Transport, link: Link, *, rank: int, row_bytes: int) -> None:
-        self.name = f"{transport.name} over an emulated link"
+    A transfer is complete when all its levels' rows have arrived. The clock starts at the receiver. `listen`, if set,
+    hears when each transfer starts and arrives.
+    """
+
+    listen: Callable[[float, float], None] | None = None
+
+    def __init__(self, transport: Transport, links: Links, *, levels: IntArray, row_bytes: int) -> None:
+        self.name = f"{transport.name} over emulated links"
         self._transport = transport
-        self._link = link
-        self._rank = rank
+        self._links = links
+        self._levels = levels
         self._row_bytes = row_bytes
 
     def outgoing(self, rows: int) -> Any:
@@ -66,6 +77,12 @@ class EmulatedLink:
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Arriving:
         """See `Transport.start`."""
-        travelling = max(int(counts.sum() - counts[self._rank]) for counts in (send_counts, recv_counts))
         pending = self._transport.start(outgoing, send_counts, incoming, recv_counts)
-        return Arriving(pending, self._link.arrival(travelling * self._row_bytes))
+        arrival = 0.0
+        for level, link in self._links.items():
+            rows = max(int(counts[self._levels == level].sum()) for counts in (send_counts, recv_counts))
+            if rows:
+                arrival = max(arrival, link.arrival(rows * self._row_bytes))
+        if self.listen is not None:
+            self.listen(time.perf_counter(), arrival)
+        return Arriving(pending, arrival)
