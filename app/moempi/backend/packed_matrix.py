@@ -1,15 +1,11 @@
 """Bfloat16 matrices for processors that multiply bfloat16 (AVX512-BF16), by a kernel compiled on first use.
 
-The kernel needs a C compiler (`CC`, else `cc`) and is kept in the user's cache folder; without either, or on another
-processor, there are no packed matrices and products go through NumPy.
+Where the kernel cannot be compiled (see `compiled`), or on another processor, there are no packed matrices and products
+go through NumPy.
 """
 
 import ctypes
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,16 +14,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from moempi.arrays import aligned_empty
+from moempi.backend.compiled import load_kernel
 
 Rows = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.uint16]
 
 SOURCE = Path(__file__).with_name("kernels") / "bf16_product.c"
 PANEL = 64
-COMPILE_LIMIT_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,29 +74,11 @@ def _kernel() -> Any:
     """The loaded library, None where it cannot be had."""
     if platform.machine() != "x86_64":
         return None
-    try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError):
+    library = load_kernel(SOURCE)
+    if library is None:
         return None
     pointer, count, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     library.pack.argtypes = [pointer, pointer, count, count, count, flag]
     library.product.argtypes = [pointer, pointer, pointer, pointer, count, count, count, flag]
     library.pack.restype = library.product.restype = None
     return library if library.supported() else None
-
-
-def _compiled() -> Path:
-    """The library, compiled if no run before has; several ranks may at once. Raises OSError or SubprocessError."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "moempi"
-    library = folder / f"bf16_product-{xxhash.xxh3_64_hexdigest(SOURCE.read_bytes())}.so"
-    if not library.exists():
-        compiler = os.environ.get("CC") or shutil.which("cc")
-        if not compiler:
-            raise FileNotFoundError("no C compiler")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as workshop:
-            made = Path(workshop) / library.name
-            command = [*compiler.split(), "-O3", "-shared", "-fPIC", "-o", str(made), str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_LIMIT_S)
-            made.replace(library)
-    return library

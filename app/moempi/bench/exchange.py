@@ -86,7 +86,9 @@ def _measure(world: World, made: Mapping[str, Transport], num_rows: int, gloo: A
 
 def _exchange(transport: Transport, counts: Any, incoming: Any) -> None:
     outgoing = transport.outgoing(len(incoming))
-    transport.start(outgoing, counts, incoming, counts).Wait()
+    landing = transport.start(outgoing, counts, incoming, counts)
+    landing.Wait()
+    landing.release()
 
 
 def _check(world: World, transport: Transport, counts: Any, incoming: Any) -> None:
@@ -95,9 +97,12 @@ def _check(world: World, transport: Transport, counts: Any, incoming: Any) -> No
     for _ in range(BUFFERS):
         outgoing = transport.outgoing(len(incoming))
         outgoing[:] = world.rank % 256
-        transport.start(outgoing, counts, incoming, counts).Wait()
-        if (incoming != sources[:, None]).any():
+        landing = transport.start(outgoing, counts, incoming, counts)
+        landing.Wait()
+        rows, places = landing.rows()
+        if ((rows[: len(sources)] if places is None else rows[places]) != sources[:, None]).any():
             raise RuntimeError(f"rows arrived wrong over {transport.name}")
+        landing.release()
 
 
 def _us(taken: list[float]) -> str:

@@ -103,7 +103,12 @@ class Exchange:
     def arrived(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
         """Block until dispatched rows are here; the rows in expert order. Yields where they have a second way to go."""
         yield from ()
-        return self._backend.unpack(transfer.finish(), plan.by_expert)
+        landing = transfer.landed()
+        rows, places = landing.rows()
+        order = plan.by_expert if places is None else places if plan.by_expert is None else places[plan.by_expert]
+        arrived = self._backend.unpack(rows.view(self._backend.row_dtype), order)
+        landing.release()
+        return arrived
 
     def answer(self, rows: Array, plan: RoutePlan) -> Transfer:
         """Send the experts' rows, in expert order, back to their homes."""
@@ -112,7 +117,12 @@ class Exchange:
     def combined(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
         """Block until the answers are here; their weighted sum for each token, in slot order. Yields like `arrived`."""
         yield from ()
-        return self._backend.combine(transfer.finish(), plan.places, plan.weights)
+        landing = transfer.landed()
+        rows, places = landing.rows()
+        order = plan.places if places is None else places[plan.places]
+        combined = self._backend.combine(rows.view(self._backend.row_dtype), order, plan.weights)
+        landing.release()
+        return combined
 
     def tell(self, owners: IntArray, plan: RoutePlan) -> Transfer:
         """Tell the experts who owns the answer to each row; `finish` gives the owners of arriving rows as they come."""

@@ -36,7 +36,13 @@ def make_transport(
     row_bytes, allocate = width * backend.row_dtype.itemsize, partial(backend.wire, width=width)
     if name == Shared.name:
         return Shared(
-            comm, row_bytes=row_bytes, nodes=nodes, room_bytes=room_bytes, allocate=allocate, reach=backend.reach
+            comm,
+            row_bytes=row_bytes,
+            nodes=nodes,
+            room_bytes=room_bytes,
+            allocate=allocate,
+            reach=backend.reach,
+            in_place=backend.mark() is None,
         )
     return (Alltoallv if name == Alltoallv.name else Pairwise)(comm, row_bytes=row_bytes, allocate=allocate)
 
@@ -70,6 +76,8 @@ def _seconds(transport: Transport, group: MPI.Intracomm, incoming: Array, *, row
         outgoing = transport.outgoing(len(incoming))
         group.Barrier()
         begin = MPI.Wtime()
-        transport.start(outgoing, counts, incoming, counts).Wait()
+        landing = transport.start(outgoing, counts, incoming, counts)
+        landing.Wait()
+        landing.release()
         taken.append(MPI.Wtime() - begin)
     return median(taken)

@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from moempi.arrays import aligned_rows
 from moempi.parallel.transports.rooms import Rooms
+from moempi.parallel.transports.transfer import InBuffer
 
 IntArray = npt.NDArray[np.integer]
 
@@ -33,6 +34,7 @@ class Alltoallv:
         """See `Transport.outgoing`."""
         return self._rooms.take(rows)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> MPI.Request:
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> InBuffer:
         """See `Transport.start`."""
-        return self._comm.Ialltoallv([outgoing, send_counts, self._row], [incoming, recv_counts, self._row])
+        request = self._comm.Ialltoallv([outgoing, send_counts, self._row], [incoming, recv_counts, self._row])
+        return InBuffer(request, incoming)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.parallel.topology import LEVELS
-from moempi.parallel.transports.transfer import Pending, Transport
+from moempi.parallel.transports.transfer import Landing, Transport
 
 IntArray = npt.NDArray[np.integer]
 
@@ -33,7 +33,7 @@ class Counted:
         """See `Transport.outgoing`."""
         return self._transport.outgoing(rows)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Pending:
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Landing:
         """See `Transport.start`."""
         for level, name in enumerate(LEVELS):
             sent = send_counts[self._levels == level]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moempi.parallel.transports.transfer import Pending, Transport
+from moempi.parallel.transports.transfer import Landing, Transport
 
 IntArray = npt.NDArray[np.integer]
 
@@ -42,7 +42,7 @@ Links = Mapping[int, Link]
 class Arriving:
     """A request that is complete once its rows are here and its arrival time has come."""
 
-    pending: Pending
+    pending: Landing
     arrival: float
 
     def Test(self) -> bool:  # noqa: N802
@@ -53,6 +53,14 @@ class Arriving:
         """See `Pending.Wait`."""
         self.pending.Wait()
         time.sleep(max(0.0, self.arrival - time.perf_counter()))
+
+    def rows(self) -> tuple[Any, IntArray | None]:
+        """See `Landing.rows`."""
+        return self.pending.rows()
+
+    def release(self) -> None:
+        """See `Landing.release`."""
+        self.pending.release()
 
 
 class EmulatedLinks:

@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from moempi.arrays import aligned_rows
 from moempi.parallel.transports.rooms import Rooms
+from moempi.parallel.transports.transfer import InBuffer
 
 IntArray = npt.NDArray[np.integer]
 
@@ -52,7 +53,7 @@ class Pairwise:
         """See `Transport.outgoing`."""
         return self._rooms.take(rows)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Messages:
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> InBuffer:
         """See `Transport.start`."""
         self._turn = (self._turn + 1) % TAGS
         requests = []
@@ -65,7 +66,7 @@ class Pairwise:
                 requests.append(self._comm.Isend([outgoing[first:last], last - first, self._row], rank, self._turn))
             else:
                 copy_rows(incoming, landings[rank], outgoing[first:last])
-        return Messages(requests)
+        return InBuffer(Messages(requests), incoming)
 
 
 def blocks(counts: IntArray) -> dict[int, tuple[int, int]]:

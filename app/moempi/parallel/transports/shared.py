@@ -1,12 +1,14 @@
-"""`shared`: inside a node the senders write rows into memory that the receivers read; between nodes as `pairwise`.
+"""`shared`: inside a node rows stay where their sender packed them, and the receivers read them there.
 
-Each rank owns a segment of one shared window: control words, and two rooms that its transfers use in turn. A sender
-packs rows into its room and then posts, for each neighbour, the number of the transfer and where its rows begin. The
-neighbour copies them out and notes the number as taken, which frees the room for the transfer after the next. Every
-word has one writer and a cache line of its own; `Win.Sync` between rows and words orders them (MPI 4.1, 12.5.4).
-Rows that exceed the room go as messages; the posted word says so.
+One window of the node holds a board (board.py) and two rooms a rank, which its transfers use in turn. A sender packs
+rows into its room and then posts, for each neighbour, the number of the transfer and where its rows begin. When all
+have posted, a receiver knows where each of its rows lies among the rows of all rooms, and reads them from there, once;
+`release` then notes the number as read, which frees the room for the transfer after the next. Between nodes, and where
+rows exceed the room, they go as messages into the receiver's own buffer; the posted word says so, and the other rows
+are copied beside them.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,52 +20,64 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from moempi.arrays import ALIGNMENT_BYTES, aligned_rows
-from moempi.parallel.transports.pairwise import TAGS, Messages, blocks, copy_rows
+from moempi.parallel.transports.board import BY_MESSAGE, Board, board_bytes, make_board
+from moempi.parallel.transports.pairwise import TAGS, blocks, copy_rows
 from moempi.parallel.transports.rooms import Rooms
 
 IntArray = npt.NDArray[np.integer]
 
 ROOM_BYTES = 16 << 20
-WORDS = ALIGNMENT_BYTES // 8
-BY_MESSAGE = -1
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """One rank's part of the window: its control words and its two rooms, as bytes."""
-
-    words: memoryview
-    rooms: npt.NDArray[np.uint8]
+PATIENCE = 256
+"""Looks at the board before MPI gets its turn."""
 
 
 @dataclass(slots=True)
-class _Taking:
-    """A transfer under way: `missing` are the neighbours, by place, whose rows [first, last) are not here yet."""
+class _Landing:
+    """A transfer under way: `counts` (R,) rows from each rank, `places` where they lie in the rooms, or None.
+
+    `requests` are its messages; `overflow` is what this rank sends when that does not fit into its room.
+    """
 
     transport: "Shared"
     number: int
-    missing: dict[int, tuple[int, int]]
     incoming: Any
-    messages: Messages
+    counts: IntArray
+    requests: list[MPI.Request]
+    overflow: Any = None
+    posted: bool = False
+    places: IntArray | None = None
 
     def Test(self) -> bool:  # noqa: N802
         """See `Pending.Test`."""
-        for place in list(self.missing):
-            if self.transport.take(self.number, place, self.missing[place], self.incoming, self.messages):
-                del self.missing[place]
-        return not self.missing and self.messages.Test()
+        return self._look(1)
 
     def Wait(self) -> None:  # noqa: N802
         """See `Pending.Wait`."""
-        while not self.Test():
+        while not self._look(PATIENCE):
             self.transport.pause()
+
+    def rows(self) -> tuple[Any, IntArray | None]:
+        """See `Landing.rows`."""
+        return (self.incoming, None) if self.places is None else (self.transport.rooms, self.places)
+
+    def release(self) -> None:
+        """See `Landing.release`."""
+        if self.places is not None:
+            self.transport.board.release(self.number)
+
+    def _look(self, patience: int) -> bool:
+        if not self.posted and not self.transport.board.look(self.number, patience=patience):
+            self.posted = True
+            self.transport.settle(self)
+        return self.posted and (not self.requests or bool(MPI.Request.Testall(self.requests)))
 
 
 class Shared:
     """Rows through a window of `comm`'s ranks on this node, of whom `nodes` may say who they are.
 
-    A rank has two rooms of `room_bytes`; `reach` hears of their memory, before it is used, and `allocate(rows)` makes
-    the buffers of what does not fit. Making one is collective.
+    A rank has two rooms of `room_bytes`; `reach` hears of all rooms' memory, before it is used, and `allocate(rows)`
+    makes the buffers of what does not fit. With `in_place` off, rows are copied to the receiver's buffer. Making one is
+    collective.
     """
 
     name = "shared"
@@ -77,120 +91,112 @@ class Shared:
         room_bytes: int = ROOM_BYTES,
         allocate: Callable[[int], Any] | None = None,
         reach: Callable[[npt.NDArray[np.uint8]], None] = lambda memory: None,
+        in_place: bool = True,
+        make_board: Callable[..., Board] = make_board,
     ) -> None:
         shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
         neighbours = MPI.Intracomm(shared.Split(nodes[comm.rank] if nodes else 0))
         shared.Free()
         self._comm = comm
-        self._row_bytes = row_bytes
         self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
-        self._ranks = neighbours.allgather(comm.rank)
+        self._ranks: list[int] = neighbours.allgather(comm.rank)
         self._places = {rank: place for place, rank in enumerate(self._ranks)}
         self._own = neighbours.rank
+        self._in_place = in_place
+        self._has_others = len(self._ranks) < comm.size
         room_bytes = neighbours.allreduce(room_bytes, MPI.MAX)  # groups of a stage can differ in their rows
-        self._room_bytes = -(-room_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        self._window, self._segments = _open(neighbours, self._room_bytes)
-        reach(self._segments[self._own].rooms)
+        aligned_rows_count = math.lcm(row_bytes, ALIGNMENT_BYTES) // row_bytes
+        self._room_rows = -(-room_bytes // (row_bytes * aligned_rows_count)) * aligned_rows_count
+        self._window, memory = _open(
+            neighbours, board_bytes(neighbours.size), 2 * neighbours.size * self._room_rows * row_bytes
+        )
+        words = memory[: board_bytes(neighbours.size)]
+        self.rooms = memory[len(words) :].reshape(-1, row_bytes)
+        reach(self.rooms)
+        self.board = make_board(
+            words, self._ranks, own=self._own, room_rows=self._room_rows, sync=self._window.Sync
+        )
         self._overflow = Rooms(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
         self._number = 0
-        self._posted: dict[int, list[int]] = {0: [], 1: []}
 
     def outgoing(self, rows: int) -> Any:
         """See `Transport.outgoing`."""
         turn = (self._number + 1) % 2
-        while not self._is_free(turn):
+        while not self.board.is_free(turn):
             self.pause()
-        if not self._fits(rows):
+        if rows > self._room_rows:
             return self._overflow.take(rows)
-        return self._segments[self._own].rooms[turn][: rows * self._row_bytes].reshape(rows, self._row_bytes)
+        first = (2 * self._own + turn) * self._room_rows
+        return self.rooms[first : first + rows]
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> _Taking:
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> _Landing:
         """See `Transport.start`."""
         self._number += 1
-        landings, sent = blocks(recv_counts), blocks(send_counts)
-        requests = [
-            self.receive(incoming, rows, rank, self._number)
-            for rank, rows in landings.items()
-            if rank not in self._places
-        ]
-        self._post(outgoing, sent, fits=self._fits(len(outgoing)))
-        by_message = [rank for rank in sent if rank not in self._places or not self._fits(len(outgoing))]
-        for rank in by_message:
-            if rank != self._comm.rank:
-                first, last = sent[rank]
-                message = [outgoing[first:last], last - first, self._row]
-                requests.append(self._comm.Isend(message, rank, self._number % TAGS))
-        missing = {self._places[rank]: rows for rank, rows in landings.items() if rank in self._places}
-        if self._own in missing:
-            first, last = sent[self._comm.rank]
-            copy_rows(incoming, missing.pop(self._own), outgoing[first:last])
-        return _Taking(self, self._number, missing, incoming, Messages(requests))
+        landing = _Landing(self, self._number, incoming, recv_counts, [])
+        fits = len(outgoing) <= self._room_rows
+        if not fits or self._has_others:
+            self._exchange_messages(landing, outgoing, send_counts, fits=fits)
+        self.board.post(self._number, fits=fits, sent=send_counts, landing=recv_counts)
+        return landing
 
-    def take(self, number: int, place: int, rows: tuple[int, int], incoming: Any, messages: Messages) -> bool:
-        """Take the rows of a neighbour if they have been posted; where they come by message, ask for that message."""
-        turn, size = number % 2, len(self._ranks)
-        words = self._segments[place].words
-        line = (turn * size + self._own) * WORDS
-        if words[line] != number:
-            return False
-        self._window.Sync()
-        first_byte = words[line + 1]
-        if first_byte == BY_MESSAGE:
-            messages.requests.append(self.receive(incoming, rows, self._ranks[place], number))
-        else:
-            num_bytes = (rows[1] - rows[0]) * self._row_bytes
-            copy_rows(incoming, rows, self._segments[place].rooms[turn][first_byte : first_byte + num_bytes])
-            self._window.Sync()
-        self._segments[self._own].words[((2 + turn) * size + place) * WORDS] = number
-        return True
-
-    def receive(self, incoming: Any, rows: tuple[int, int], rank: int, number: int) -> MPI.Request:
-        """Ask for rows that come as a message."""
-        first, last = rows
-        return self._comm.Irecv([incoming[first:last], last - first, self._row], rank, number % TAGS)
+    def settle(self, landing: _Landing) -> None:
+        """All neighbours have posted: note where the rows lie; or copy them, and ask for what comes as messages."""
+        places = self.board.find(landing.number)
+        comes_from_others = self._has_others and any(rank not in self._places for rank in blocks(landing.counts))
+        if self._in_place and places is not None and not comes_from_others:
+            landing.places = places
+            return
+        for rank, (first, last) in blocks(landing.counts).items():
+            if rank in self._places:
+                self._take(landing, rank, first, last)
+        self.board.release(landing.number)
 
     def pause(self) -> None:
-        """Between two looks at the words: MPI moves other transfers on, and another process may have the core."""
+        """Between two looks at the board: MPI moves other transfers on, and another process may have the core."""
         self._comm.Iprobe()
         os.sched_yield()
 
-    def _fits(self, rows: int) -> bool:
-        return rows * self._row_bytes <= self._room_bytes
+    def _exchange_messages(self, landing: _Landing, outgoing: Any, send_counts: IntArray, *, fits: bool) -> None:
+        """Ask for the rows of other nodes, and send what goes there or does not fit."""
+        for rank, (first, last) in blocks(landing.counts).items():
+            if rank not in self._places:
+                landing.requests.append(self._receive(landing, rank, first, last))
+        for rank, (first, last) in blocks(send_counts).items():
+            if rank == self._comm.rank:
+                landing.overflow = None if fits else outgoing[first:last]
+            elif rank not in self._places or not fits:
+                message = [outgoing[first:last], last - first, self._row]
+                landing.requests.append(self._comm.Isend(message, rank, landing.number % TAGS))
 
-    def _is_free(self, turn: int) -> bool:
-        """Whether all neighbours have taken what was posted the last time that it was this room's turn."""
-        line = ((2 + turn) * len(self._ranks) + self._own) * WORDS
-        expected = self._number - 1
-        return all(self._segments[place].words[line] == expected for place in self._posted[turn])
+    def _take(self, landing: _Landing, rank: int, first: int, last: int) -> None:
+        """Copy the rows of a neighbour, or of this rank itself, to the receiver's buffer."""
+        place = self._places[rank]
+        begin = self.board.first_row(landing.number, place)
+        if begin != BY_MESSAGE:
+            begin += (2 * place + landing.number % 2) * self._room_rows
+            copy_rows(landing.incoming, (first, last), self.rooms[begin : begin + last - first])
+        elif place == self._own:
+            copy_rows(landing.incoming, (first, last), landing.overflow)
+        else:
+            landing.requests.append(self._receive(landing, rank, first, last))
 
-    def _post(self, outgoing: Any, sent: dict[int, tuple[int, int]], *, fits: bool) -> None:
-        """Tell the neighbours where their rows are."""
-        turn, size = self._number % 2, len(self._ranks)
-        places = [self._places[rank] for rank in sent if rank in self._places and rank != self._comm.rank]
-        words = self._segments[self._own].words
-        for place in places:
-            first_row = sent[self._ranks[place]][0]
-            words[(turn * size + place) * WORDS + 1] = first_row * self._row_bytes if fits else BY_MESSAGE
-        self._window.Sync()
-        for place in places:
-            words[(turn * size + place) * WORDS] = self._number
-        self._posted[turn] = places
+    def _receive(self, landing: _Landing, rank: int, first: int, last: int) -> MPI.Request:
+        message = [landing.incoming[first:last], last - first, self._row]
+        return self._comm.Irecv(message, rank, landing.number % TAGS)
 
 
-def _open(neighbours: MPI.Intracomm, room_bytes: int) -> tuple[MPI.Win, list[_Segment]]:
-    """A window of all neighbours, its words zero; collective."""
-    words_bytes = 4 * neighbours.size * ALIGNMENT_BYTES
-    window = MPI.Win.Allocate_shared(words_bytes + 2 * room_bytes + ALIGNMENT_BYTES, 1, comm=neighbours)
+def _open(neighbours: MPI.Intracomm, words_bytes: int, rooms_bytes: int) -> tuple[MPI.Win, npt.NDArray[np.uint8]]:
+    """A window of all neighbours, in one piece, its words zero; collective."""
+    whole = words_bytes + rooms_bytes + ALIGNMENT_BYTES
+    window = MPI.Win.Allocate_shared(whole if neighbours.rank == 0 else 0, 1, comm=neighbours)
     window.Lock_all(MPI.MODE_NOCHECK)
-    segments = []
-    for place in range(neighbours.size):
-        segment: Any = window.Shared_query(place)[0]
-        memory: Any = np.frombuffer(segment, np.uint8)
-        memory = memory[-memory.ctypes.data % ALIGNMENT_BYTES :]
-        rooms = memory[words_bytes : words_bytes + 2 * room_bytes].reshape(2, room_bytes)
-        segments.append(_Segment(memoryview(memory[:words_bytes].view(np.int64)), rooms))
-    np.frombuffer(segments[neighbours.rank].words, np.int64)[:] = 0
+    segment: Any = window.Shared_query(0)[0]
+    memory: npt.NDArray[np.uint8] = np.frombuffer(segment, np.uint8)
+    skip = -memory.ctypes.data % ALIGNMENT_BYTES
+    memory = memory[skip : skip + words_bytes + rooms_bytes]
+    if neighbours.rank == 0:
+        memory[:words_bytes] = 0
     window.Sync()
     neighbours.Barrier()
     window.Sync()
-    return window, segments
+    return window, memory

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,39 @@ class Pending(Protocol):
 
     def Wait(self) -> Any:  # noqa: N802
         """Block until complete."""
+
+
+class Landing(Pending, Protocol):
+    """What a transport starts: a request, and where its rows are once it is complete."""
+
+    def rows(self) -> tuple[Any, IntArray | None]:
+        """An array, and where in it the received rows lie, in order of source; None: from its first row on."""
+
+    def release(self) -> None:
+        """The received rows have been read; where they lie may be written again."""
+
+
+@dataclass(frozen=True, slots=True)
+class InBuffer:
+    """A transfer into the receiver's own buffer."""
+
+    request: Pending
+    incoming: Any
+
+    def Test(self) -> bool:  # noqa: N802
+        """See `Pending.Test`."""
+        return self.request.Test()
+
+    def Wait(self) -> None:  # noqa: N802
+        """See `Pending.Wait`."""
+        self.request.Wait()
+
+    def rows(self) -> tuple[Any, IntArray | None]:
+        """See `Landing.rows`."""
+        return self.incoming, None
+
+    def release(self) -> None:
+        """See `Landing.release`; the buffer is the receiver's."""
 
 
 @dataclass(slots=True)
@@ -48,6 +81,12 @@ class Deferred:
     def Wait(self) -> None:  # noqa: N802
         """See `Pending.Wait`."""
         wait_for(self, self.backend)
+
+    def started(self) -> Pending:
+        """The request, once it is complete."""
+        if self.request is None:
+            raise RuntimeError("a transfer has not started yet")
+        return self.request
 
 
 def wait_for(request: Pending, backend: Backend) -> None:
@@ -103,6 +142,12 @@ class Transfer:
         self.outgoing = None
         return self.incoming
 
+    def landed(self) -> Landing:
+        """Block until the rows are here; where they are. For what a transport started."""
+        self.finish()
+        landing = self.request.started() if isinstance(self.request, Deferred) else self.request
+        return cast(Landing, landing)
+
 
 class Transport(Protocol):
     """A way for rows of a fixed number of bytes to travel.
@@ -118,9 +163,9 @@ class Transport(Protocol):
         It is used again two transfers later; until the ranks have taken what it held, this blocks.
         """
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Pending:
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Landing:
         """Send rows of `outgoing`, ordered by destination, and receive into `incoming`, ordered by source.
 
         `outgoing` is what the last call of that name returned. Counts are in rows, one a rank. Does not block; both
-        buffers stay untouched until the request is complete.
+        buffers stay untouched until the request is complete. The rows need not arrive in `incoming`: see `Landing`.
         """

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from xxhash import xxh3_64_intdigest
 
 from moempi.errors import DataError
-from moempi.parallel.transports.transfer import Pending, Transport
+from moempi.parallel.transports.transfer import Landing, Pending, Transport
 
 IntArray = npt.NDArray[np.integer]
 
@@ -30,42 +30,50 @@ class Verified:
         """See `Transport.outgoing`."""
         return self._transport.outgoing(rows)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Pending:
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> "_Checked":
         """See `Transport.start`. Completing it raises DataError that names both ranks when rows or counts differ."""
         seals = _seals(outgoing, send_counts)
         theirs = np.empty_like(seals)
         told = self._comm.Ialltoall(seals, theirs)
-        rows = self._transport.start(outgoing, send_counts, incoming, recv_counts)
-        return _Checked(rows, told, seals, theirs, incoming, recv_counts, self._comm.rank)
+        landing = self._transport.start(outgoing, send_counts, incoming, recv_counts)
+        return _Checked(landing, told, seals, theirs, recv_counts, self._comm.rank)
 
 
 @dataclass(slots=True)
 class _Checked:
     """Rows under way, beside the seals (R, 2) of their senders."""
 
-    rows: Pending
+    landing: Landing
     told: Pending
     sent: npt.NDArray[np.uint64]
     expected: npt.NDArray[np.uint64]
-    incoming: Any
     counts: IntArray
     rank: int
 
     def Test(self) -> bool:  # noqa: N802
         """Make progress; whether it is complete, and then as it should be."""
-        complete = self.rows.Test() and self.told.Test()
+        complete = self.landing.Test() and self.told.Test()
         if complete:
             self._compare()
         return complete
 
     def Wait(self) -> None:  # noqa: N802
         """Block until complete and as it should be."""
-        self.rows.Wait()
+        self.landing.Wait()
         self.told.Wait()
         self._compare()
 
+    def rows(self) -> tuple[Any, IntArray | None]:
+        """See `Landing.rows`."""
+        return self.landing.rows()
+
+    def release(self) -> None:
+        """See `Landing.release`."""
+        self.landing.release()
+
     def _compare(self) -> None:
-        found = _seals(self.incoming, self.counts)
+        received, places = self.landing.rows()
+        found = _seals(received if places is None else received[places], self.counts)
         for peer in np.flatnonzero((found != self.expected).any(axis=1)).tolist():
             (rows, _), (sent, _) = found[peer].tolist(), self.expected[peer].tolist()
             what = f"{sent} rows were sent, {rows} expected" if rows != sent else f"{rows} rows changed on the way"

@@ -1,0 +1,175 @@
+"""The board of the `shared` transport: who has posted rows for whom, and who has read them.
+
+A compiled board where there is a C compiler (board.c, where its words are explained), else the same in Python; ranks
+with either meet on one board.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.backend.compiled import load_kernel
+
+IntArray = npt.NDArray[np.integer]
+
+SOURCE = Path(__file__).with_name("board.c")
+LINE_BYTES = 64
+LINE_WORDS = LINE_BYTES // 8
+BY_MESSAGE = -1
+
+
+def board_bytes(size: int) -> int:
+    """Memory of the words of `size` ranks."""
+    return 4 * size * size * LINE_BYTES
+
+
+class Board:
+    """One rank's view of the words, which start at zero. Places are the node's ranks in ascending order.
+
+    `room_rows` is how many rows fit into a room; `sync` orders rows and words.
+    """
+
+    def __init__(
+        self, words: npt.NDArray[np.uint8], ranks: Sequence[int], *, own: int, room_rows: int, sync: Callable[[], None]
+    ) -> None:
+        size = len(ranks)
+        self._ranks = np.array(ranks, np.int64)
+        self._own = own
+        self._room_rows = room_rows
+        self._sync = sync
+        lines: Any = words.view(np.int64)
+        self._words = memoryview(lines)
+        self._expected, self._missing, self._firsts, self._landing = np.zeros((4, 2, size), np.int64)
+
+    def is_free(self, turn: int) -> bool:
+        """Whether all readers have read what was posted the last time that it was this turn."""
+        return all(
+            not expected or self._words[self._line(place, 2 + turn, self._own)] == expected
+            for place, expected in enumerate(self._expected[turn].tolist())
+        )
+
+    def post(self, number: int, *, fits: bool, sent: IntArray, landing: IntArray) -> None:
+        """Tell the readers where their rows are, or that they come as messages, and note which rows are awaited.
+
+        Counts (R,) are those to and from each rank of the group.
+        """
+        turn, before = number % 2, np.cumsum(sent) - sent
+        others = np.arange(len(self._ranks)) != self._own
+        self._landing[turn] = landing[self._ranks]
+        self._missing[turn] = others & (self._landing[turn] > 0)
+        self._expected[turn] = np.where(others & (sent[self._ranks] > 0), number, 0)
+        self._firsts[turn] = before[self._ranks] if fits else BY_MESSAGE
+        readers = np.flatnonzero(self._expected[turn]).tolist()
+        for place in readers:
+            self._words[self._line(self._own, turn, place) + 1] = int(self._firsts[turn, place])
+        self._sync()
+        for place in readers:
+            self._words[self._line(self._own, turn, place)] = number
+
+    def look(self, number: int, *, patience: int) -> int:
+        """How many places have not posted yet, after at most `patience` looks; only the compiled board looks twice."""
+        turn = number % 2
+        for place in np.flatnonzero(self._missing[turn]).tolist():
+            line = self._line(place, turn, self._own)
+            if self._words[line] == number:
+                self._sync()
+                self._firsts[turn, place] = self._words[line + 1]
+                self._missing[turn, place] = 0
+        return int(self._missing[turn].sum())
+
+    def find(self, number: int) -> IntArray | None:
+        """Where each awaited row lies among the rows of all rooms, by place; None when some come as a message."""
+        turn = number % 2
+        counts, firsts = self._landing[turn], self._firsts[turn]
+        if (firsts[counts > 0] == BY_MESSAGE).any():
+            return None
+        rooms = (2 * np.arange(len(counts)) + turn) * self._room_rows
+        ends = np.cumsum(counts)
+        return np.repeat(rooms + firsts - (ends - counts), counts) + np.arange(counts.sum())
+
+    def first_row(self, number: int, place: int) -> int:
+        """Where the rows of a place begin in its room, or BY_MESSAGE."""
+        return int(self._firsts[number % 2, place])
+
+    def release(self, number: int) -> None:
+        """Tell the producers that their rows have been read."""
+        turn = number % 2
+        self._sync()
+        for place in np.flatnonzero(self._landing[turn]).tolist():
+            if place != self._own:
+                self._words[self._line(self._own, 2 + turn, place)] = number
+
+    def _line(self, owner: int, kind: int, other: int) -> int:
+        return ((owner * 4 + kind) * len(self._ranks) + other) * LINE_WORDS
+
+
+class _Fields(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("size", "own", "room_rows")),
+        *((name, ctypes.c_void_p) for name in ("ranks", "words", "expected", "missing", "firsts", "landing")),
+    )
+
+
+class CompiledBoard(Board):
+    """The same by board.c."""
+
+    def __init__(
+        self, words: npt.NDArray[np.uint8], ranks: Sequence[int], *, own: int, room_rows: int, sync: Callable[[], None]
+    ) -> None:
+        super().__init__(words, ranks, own=own, room_rows=room_rows, sync=sync)
+        arrays = (self._ranks, words, self._expected, self._missing, self._firsts, self._landing)
+        self._fields = _Fields(len(ranks), own, room_rows, *(array.ctypes.data for array in arrays))
+        self._place = ctypes.addressof(self._fields)
+        self._library: Any = _library()
+        self._counts = np.zeros((2, int(self._ranks[-1]) + 1), np.int64)
+        self._count_places = [counts.ctypes.data for counts in self._counts]
+
+    def is_free(self, turn: int) -> bool:
+        """See `Board.is_free`."""
+        return bool(self._library.is_free(self._place, turn))
+
+    def post(self, number: int, *, fits: bool, sent: IntArray, landing: IntArray) -> None:
+        """See `Board.post`."""
+        width = self._counts.shape[1]
+        self._counts[0], self._counts[1] = sent[:width], landing[:width]
+        self._library.post(self._place, number, fits, *self._count_places)
+
+    def look(self, number: int, *, patience: int) -> int:
+        """See `Board.look`."""
+        missing: int = self._library.look(self._place, number, patience)
+        return missing
+
+    def find(self, number: int) -> IntArray | None:
+        """See `Board.find`."""
+        rows = np.empty(int(self._landing[number % 2].sum()), np.int64)
+        return rows if self._library.find(self._place, number, rows.ctypes.data) else None
+
+    def release(self, number: int) -> None:
+        """See `Board.release`."""
+        self._library.release(self._place, number)
+
+
+def make_board(
+    words: npt.NDArray[np.uint8], ranks: Sequence[int], *, own: int, room_rows: int, sync: Callable[[], None]
+) -> Board:
+    """A compiled board where that can be had."""
+    kind = Board if _library() is None else CompiledBoard
+    return kind(words, ranks, own=own, room_rows=room_rows, sync=sync)
+
+
+@cache
+def _library() -> Any:
+    library = load_kernel(SOURCE)
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        library.is_free.argtypes, library.is_free.restype = [pointer, number], number
+        library.post.argtypes, library.post.restype = [pointer, number, number, pointer, pointer], None
+        library.look.argtypes, library.look.restype = [pointer, number, number], number
+        library.find.argtypes, library.find.restype = [pointer, number, pointer], number
+        library.release.argtypes, library.release.restype = [pointer, number], None
+    return library
