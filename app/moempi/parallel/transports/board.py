@@ -82,15 +82,15 @@ class Board:
                 self._missing[turn, place] = 0
         return int(self._missing[turn].sum())
 
-    def find(self, number: int) -> IntArray | None:
-        """Where each awaited row lies among the rows of all rooms, by place; None when some come as a message."""
+    def find(self, number: int, num_rows: int) -> IntArray | None:
+        """Where each of the awaited rows lies among those of all rooms, by place; None when some come as a message."""
         turn = number % 2
         counts, firsts = self._landing[turn], self._firsts[turn]
         if (firsts[counts > 0] == BY_MESSAGE).any():
             return None
         rooms = (2 * np.arange(len(counts)) + turn) * self._room_rows
         ends = np.cumsum(counts)
-        return np.repeat(rooms + firsts - (ends - counts), counts) + np.arange(counts.sum())
+        return np.repeat(rooms + firsts - (ends - counts), counts) + np.arange(num_rows)
 
     def first_row(self, number: int, place: int) -> int:
         """Where the rows of a place begin in its room, or BY_MESSAGE."""
@@ -126,8 +126,9 @@ class CompiledBoard(Board):
         self._fields = _Fields(len(ranks), own, room_rows, *(array.ctypes.data for array in arrays))
         self._place = ctypes.addressof(self._fields)
         self._library: Any = _library()
-        self._counts = np.zeros((2, int(self._ranks[-1]) + 1), np.int64)
-        self._count_places = [counts.ctypes.data for counts in self._counts]
+        self._num_counts = int(self._ranks[-1]) + 1
+        self._sent, self._landed = np.zeros((2, self._num_counts), np.int64)
+        self._count_places = (self._sent.ctypes.data, self._landed.ctypes.data)
 
     def is_free(self, turn: int) -> bool:
         """See `Board.is_free`."""
@@ -135,8 +136,8 @@ class CompiledBoard(Board):
 
     def post(self, number: int, *, fits: bool, sent: IntArray, landing: IntArray) -> None:
         """See `Board.post`."""
-        width = self._counts.shape[1]
-        self._counts[0], self._counts[1] = sent[:width], landing[:width]
+        self._sent[:] = sent[: self._num_counts]
+        self._landed[:] = landing[: self._num_counts]
         self._library.post(self._place, number, fits, *self._count_places)
 
     def look(self, number: int, *, patience: int) -> int:
@@ -144,9 +145,9 @@ class CompiledBoard(Board):
         missing: int = self._library.look(self._place, number, patience)
         return missing
 
-    def find(self, number: int) -> IntArray | None:
+    def find(self, number: int, num_rows: int) -> IntArray | None:
         """See `Board.find`."""
-        rows = np.empty(int(self._landing[number % 2].sum()), np.int64)
+        rows = np.empty(num_rows, np.int64)
         return rows if self._library.find(self._place, number, rows.ctypes.data) else None
 
     def release(self, number: int) -> None:

@@ -141,11 +141,10 @@ class Shared:
 
     def settle(self, landing: _Landing) -> None:
         """All neighbours have posted: note where the rows lie; or copy them, and ask for what comes as messages."""
-        places = self.board.find(landing.number)
-        comes_from_others = self._has_others and any(rank not in self._places for rank in blocks(landing.counts))
-        if self._in_place and places is not None and not comes_from_others:
-            landing.places = places
-            return
+        if self._in_place and not (self._has_others and self._comes_from_others(landing.counts)):
+            landing.places = self.board.find(landing.number, len(landing.incoming))
+            if landing.places is not None:
+                return
         for rank, (first, last) in blocks(landing.counts).items():
             if rank in self._places:
                 self._take(landing, rank, first, last)
@@ -167,6 +166,9 @@ class Shared:
             elif rank not in self._places or not fits:
                 message = [outgoing[first:last], last - first, self._row]
                 landing.requests.append(self._comm.Isend(message, rank, landing.number % TAGS))
+
+    def _comes_from_others(self, counts: IntArray) -> bool:
+        return any(rank not in self._places for rank in blocks(counts))
 
     def _take(self, landing: _Landing, rank: int, first: int, last: int) -> None:
         """Copy the rows of a neighbour, or of this rank itself, to the receiver's buffer."""
