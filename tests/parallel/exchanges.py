@@ -52,8 +52,7 @@ def through(exchange, placement, rank, rows, experts, weights, *, layer=0):
     from moempi.parallel.exchange import Route
 
     def forward():
-        plan = yield from exchange.plan(Route(layer, experts, weights))
-        outward = exchange.dispatch(rows, plan)
+        plan, outward = yield from exchange.send(rows, Route(layer, experts, weights))
         yield "dispatch"
         arrived = yield from exchange.arrived(outward, plan)
         assert len(arrived) == plan.expert_counts.sum()

@@ -42,8 +42,7 @@ class MixtureOfExperts:
         self, backend: Backend, x: Array, exchange: Exchange, gating: Gating = ROUTER_ALONE
     ) -> Generator[Point, None, Array]:
         """X (T, D) -> (T, D): every row to its K experts and back. Yields while rows are on the network."""
-        plan = yield from exchange.plan(self._route(backend, x, gating))
-        outward = exchange.dispatch(x, plan)
+        plan, outward = yield from exchange.send(x, self._route(backend, x, gating))
         shared = self._shared(backend, x)
         yield Point(self.layer, "dispatch")
         rows = yield from exchange.arrived(outward, plan)
@@ -63,8 +62,7 @@ class MixtureOfExperts:
         gating: Gating = ROUTER_ALONE,
     ) -> Generator[Point, None, None]:
         """The same for a stage's last layer whose answers, added to `residual`, are wanted by the next stage alone."""
-        plan = yield from exchange.plan(self._route(backend, x, gating))
-        outward = exchange.dispatch(x, plan)
+        plan, outward = yield from exchange.send(x, self._route(backend, x, gating))
         owners = exchange.tell(departure.owners, plan)
         departure.leave(plan, residual, self._shared(backend, x))
         yield Point(self.layer, "dispatch")

@@ -57,44 +57,72 @@ class Exchange:
         self._transport = transport
         self._incoming = Rooms(2, partial(backend.wire, width=width))
 
-    def plan(self, route: Route) -> Generator[Point, None, RoutePlan]:
-        """Group the choices by destination and tell every rank how many rows to expect. Yields while counts travel."""
+    def send(self, x: Array, route: Route) -> Generator[Point, None, tuple[RoutePlan, Transfer]]:
+        """Group the choices by destination, tell every rank how many rows to expect, and send each row of x off.
+
+        Rows leave as soon as all ranks have told, even while another lane computes. Yields while counts travel.
+        """
         if self.listen is not None:
             self.listen(route)
         placement = self.placements[route.layer]
         rows, places, counts = self._backend.group(self._turned(route), self._keys[route.layer])
         counts = counts[: len(placement.experts)]
         np.add.at(self.load[route.layer], placement.experts, counts)
-        return (yield from self.spread(route, source_rows=rows, places=places, counts=counts, phase="counts"))
+        sent: list[Transfer] = []
+        queue = self._backend.queue
+
+        def send(plan: RoutePlan) -> None:
+            current = self._backend.queue
+            self._backend.use_queue(queue)
+            sent.append(self.dispatch(x, plan))
+            self._backend.use_queue(current)
+
+        plan = yield from self.spread(route, source_rows=rows, places=places, counts=counts, phase="counts", then=send)
+        return plan, sent[0]
 
     def spread(
-        self, route: Route, *, source_rows: Array, places: Array, counts: IntArray, phase: str
+        self,
+        route: Route,
+        *,
+        source_rows: Array,
+        places: Array,
+        counts: IntArray,
+        phase: str,
+        then: Callable[[RoutePlan], None] = lambda plan: None,
     ) -> Generator[Point, None, RoutePlan]:
         """The plan of choices that are grouped already: counts[key] of them, from `source_rows`, answered at `places`.
 
-        Of the route only layer and weights count.
+        Of the route only layer and weights count. `then` gets the plan as soon as it is made.
         """
         bounds = self.placements[route.layer].bounds
         sizes = np.diff(bounds)
         counts_here = np.empty((self._comm.size, sizes[self._comm.rank]), np.int64)
+        plans: list[RoutePlan] = []
+
+        def conclude() -> None:
+            self._traffic.surplus_rows += int(counts.sum() - counts_here.sum())
+            by_expert, by_source = expert_order(counts_here)
+            before = np.concatenate([[0], np.cumsum(counts)])
+            plans.append(
+                RoutePlan(
+                    layer=route.layer,
+                    send_counts=np.diff(before[bounds]),
+                    recv_counts=counts_here.sum(axis=1),
+                    expert_counts=counts_here.sum(axis=0),
+                    source_rows=source_rows,
+                    places=places,
+                    weights=route.weights,
+                    by_expert=by_expert,
+                    by_source=by_source,
+                )
+            )
+            then(plans[0])
+
         request = self._start_counts(counts, sizes, counts_here)
-        notice = self._traffic.begin(request, counts, counts_here, waiting="idle")
+        notice = self._traffic.begin(request, counts, counts_here, waiting="idle", then=conclude)
         yield Point(route.layer, phase)
         notice.finish()
-        self._traffic.surplus_rows += int(counts.sum() - counts_here.sum())
-        by_expert, by_source = expert_order(counts_here)
-        before = np.concatenate([[0], np.cumsum(counts)])
-        return RoutePlan(
-            layer=route.layer,
-            send_counts=np.diff(before[bounds]),
-            recv_counts=counts_here.sum(axis=1),
-            expert_counts=counts_here.sum(axis=0),
-            source_rows=source_rows,
-            places=places,
-            weights=route.weights,
-            by_expert=by_expert,
-            by_source=by_source,
-        )
+        return plans[0]
 
     def dispatch(self, x: Array, plan: RoutePlan) -> Transfer:
         """Send each row of x to the experts that it chose."""

@@ -1,5 +1,6 @@
 """The transfers of one lane that are under way, and how long the host waited for them, and what was sent."""
 
+from collections.abc import Callable
 from typing import Any
 
 from moempi.backend.protocol import Backend
@@ -23,9 +24,18 @@ class Traffic:
         self._late = backend if backend is not None and backend.mark() is not None else None
         self._under_way: list[Transfer] = []
 
-    def begin(self, request: Pending, outgoing: Any, incoming: Any, *, waiting: str) -> Transfer:
-        """Take charge of a request that was just started; its wait counts as `waits[waiting]`."""
+    def begin(
+        self,
+        request: Pending,
+        outgoing: Any,
+        incoming: Any,
+        *,
+        waiting: str,
+        then: Callable[[], None] | None = None,
+    ) -> Transfer:
+        """Take charge of a request that was just started; its wait counts as `waits[waiting]`. `then`: see Transfer."""
         transfer = self.expect(request, incoming, waiting=waiting, outgoing=outgoing)
+        transfer.then = then
         if not self._overlap:
             transfer.finish()
         return transfer

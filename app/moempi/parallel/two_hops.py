@@ -54,8 +54,8 @@ class TwoHops(Exchange):
         nodes = np.array(gates.nodes)
         self._node_of_key = {layer: nodes[placement.ranks] for layer, placement in placements.items()}
 
-    def plan(self, route: Route) -> Generator[Point, None, RoutePlan]:
-        """See `Exchange.plan`; the choices travel here too, ahead of their rows. Blocks the host for them."""
+    def send(self, x: Array, route: Route) -> Generator[Point, None, tuple[RoutePlan, Transfer]]:
+        """See `Exchange.send`; the choices travel here too, ahead of their rows. Blocks the host for them."""
         if self.listen is not None:
             self.listen(route)
         keys = self._keys[route.layer][self._backend.download(self._turned(route))]
@@ -74,7 +74,7 @@ class TwoHops(Exchange):
         notice = self._start_choices(outgoing, send_counts, recv_counts)
         yield Point(route.layer, "choices")
         inside = yield from self._plan_inside(route.layer, notice.finish())
-        return RoutePlan(
+        plan = RoutePlan(
             layer=route.layer,
             send_counts=send_counts,
             recv_counts=recv_counts,
@@ -86,6 +86,7 @@ class TwoHops(Exchange):
             by_source=None,
             inside=inside,
         )
+        return plan, self.dispatch(x, plan)
 
     def arrived(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
         """See `Exchange.arrived`."""

@@ -113,7 +113,8 @@ Waits = dict[str, float]
 class Transfer:
     """Rows on the network. It keeps its buffers alive until `finish`, which adds its wait to `waits[waiting]`.
 
-    With `backend`, one whose verbs return early, waiting keeps the transfers of all lanes moving.
+    With `backend`, one whose verbs return early, waiting keeps the transfers of all lanes moving. `then` is called
+    once, when the transfer is seen to be complete: while another lane computes, or at last by `finish`.
     """
 
     request: Pending
@@ -122,12 +123,13 @@ class Transfer:
     waits: Waits
     waiting: str
     backend: Backend | None = None
+    then: Callable[[], None] | None = None
     finished: bool = field(default=False)
 
     def progress(self) -> None:
         """Let MPI move data; does not block."""
-        if not self.finished:
-            self.finished = self.request.Test()
+        if not self.finished and self.request.Test():
+            self._end()
 
     def finish(self) -> Any:
         """Block until the rows are here; the buffer that holds them."""
@@ -138,9 +140,14 @@ class Transfer:
             else:
                 wait_for(self.request, self.backend)
             self.waits[self.waiting] += perf_counter() - begin
-            self.finished = True
+            self._end()
         self.outgoing = None
         return self.incoming
+
+    def _end(self) -> None:
+        self.finished = True
+        if self.then is not None:
+            self.then()
 
     def landed(self) -> Landing:
         """Block until the rows are here; where they are. For what a transport started."""
