@@ -15,6 +15,7 @@ from moempi.errors import NoInputError, StorageError
 
 BLOCK_BYTES = 512  # the unit of st_blocks
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of <linux/falloc.h>
+_START_WRITING = 2  # SYNC_FILE_RANGE_WRITE of <linux/fs.h>
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -84,6 +85,13 @@ def reserve(path: str | Path, num_bytes: int) -> None:
             os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size)  # it may have taken all there was
             if code not in _CANNOT_RESERVE:
                 raise OSError(code, os.strerror(code))
+
+
+def start_writing(descriptor: int) -> None:
+    """Have the system begin to write what it holds of a file to disk; does not wait for it. A hint: never fails."""
+    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if begin is not None:
+        begin(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _START_WRITING)
 
 
 def _require_free(path: Path, num_bytes: int) -> None:

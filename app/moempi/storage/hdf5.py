@@ -19,11 +19,13 @@ from h5py import h5a, h5d, h5g, h5l, h5o, h5p, h5s, h5t
 
 from moempi.arrays import aligned_empty
 from moempi.errors import DataError, NoInputError
+from moempi.storage.files import start_writing
 
 Array = npt.NDArray[Any]
 
 # The oldest file format whose metadata carries checksums: every HDF5 library since 1.10 reads it.
 WRITE_VERSION = ("v110", "v110")
+SENT_AT_ONCE_BYTES = 32 << 20
 MAX_DEPTH = 16
 MAX_OBJECTS = 1_000_000
 MAX_ATTRIBUTE_BYTES = 1 << 16
@@ -228,12 +230,14 @@ def write_attribute(file: Any, name: str, value: str | int, *, owner: Any = None
 class _Output(io.FileIO):
     """A file for HDF5 to write to, which keeps the first failure to itself.
 
-    HDF5 that meets a full disk tries again when it closes the file and when the program ends, and dies of it.
+    HDF5 that meets a full disk tries again when it closes the file and when the program ends, and dies of it. The disk
+    takes what was written while more is computed, so that the sync at the end finds little left.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "r+")
         self._failure: OSError | None = None
+        self._unsent = 0
 
     def write(self, content: Any) -> int:
         """Write all of `content`, or from the first failure on nothing."""
@@ -244,6 +248,10 @@ class _Output(io.FileIO):
                 rest = rest[super().write(rest) :]
         except OSError as error:
             self._failure = error
+        self._unsent += num_bytes
+        if self._unsent >= SENT_AT_ONCE_BYTES:
+            start_writing(self.fileno())
+            self._unsent = 0
         return num_bytes
 
     def truncate(self, size: int | None = None) -> int:
