@@ -105,3 +105,17 @@ def test_two_transfers_are_under_way_while_ranks_are_late(comm, num_ranks):
         pending, expected = under_way[0]
         pending.Wait()
         assert (received(pending) == expected).all()
+
+
+@pytest.mark.ranks(2)
+def test_little_shared_memory_makes_small_rooms(comm, monkeypatch):
+    from moempi.parallel.transports import shared
+
+    for free_bytes in (0, 4 * 2 * 2 * 192):  # room for nothing, and for 8 rows in each of 4 rooms
+        monkeypatch.setattr(shared, "_free_bytes", lambda free_bytes=free_bytes: free_bytes)
+        transport = shared.Shared(comm, row_bytes=ROW_BYTES)
+        assert len(transport.rooms) == 4 * (free_bytes // (4 * 4 * ROW_BYTES))
+        for step in range(6):
+            pending, expected = start(transport, comm.rank, counts_of("random", 2, step), step)
+            pending.Wait()
+            assert (received(pending) == expected).all()

@@ -176,6 +176,7 @@ def _networks(
             group_rows=job.run.batch_tokens,
             overlap=job.run.overlap,
             departing=seat.departing,
+            lanes=job.lanes,
             links=links,
         )
         for _ in range(job.lanes)

@@ -88,12 +88,14 @@ def make_network(
     group_rows: int,
     overlap: bool,
     departing: Collection[int] = (),
+    lanes: int = 1,
     links: Links | None = None,
 ) -> Network:
     """The network of one more lane; collective over all ranks of `comm`, which count node by node (`nodes`).
 
     A data parallel group of the first stage has at most `group_rows` rows in a step, each for `top_k` experts. Rows
-    leave the stages `departing` by immediate routing. The `links` of this rank, which all lanes share, are emulated.
+    leave the stages `departing` by immediate routing. There will be `lanes` such networks; the `links` of this rank,
+    which they share, are emulated.
     """
     place = grid.coordinates(comm.rank)
     stage = MPI.Intracomm(comm.Split(place.stage, comm.rank))
@@ -108,6 +110,7 @@ def make_network(
         verify=verify,
         width=width,
         room_rows=ROOM_FOR_SKEW * top_k * most_rows,
+        lanes=lanes,
         links=links,
     )
     make_exchange = ways.one_hop if hops == 1 else ways.two_hops
@@ -137,6 +140,7 @@ class Ways:
     verify: bool = False
     width: int
     room_rows: int
+    lanes: int = 1
     links: Links | None = None
 
     def one_hop(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], nodes: tuple[int, ...]) -> Exchange:
@@ -174,7 +178,13 @@ class Ways:
         # Of its own: a transfer may start late, and what its ranks do on one communicator must have one order.
         own = comm.Dup()
         transport = make_transport(
-            name, own, self.backend, width=self.width, nodes=nodes, room_bytes=self.room_rows * row_bytes
+            name,
+            own,
+            self.backend,
+            width=self.width,
+            nodes=nodes,
+            room_bytes=self.room_rows * row_bytes,
+            windows=self.lanes,
         )
         levels = link_levels(nodes, comm.rank)
         if self.verify:

@@ -27,11 +27,19 @@ class ChosenTransport:
 
 
 def make_transport(
-    name: str, comm: MPI.Intracomm, backend: Backend, *, width: int, nodes: tuple[int, ...], room_bytes: int
+    name: str,
+    comm: MPI.Intracomm,
+    backend: Backend,
+    *,
+    width: int,
+    nodes: tuple[int, ...],
+    room_bytes: int,
+    windows: int = 1,
 ) -> Transport:
     """A transport for rows of the backend between the ranks of `comm`, whose node is nodes[rank]; collective.
 
-    `room_bytes` is the most that a rank should be able to send at once through shared memory.
+    `room_bytes` is the most that a rank should be able to send at once through shared memory, where there will be as
+    many `windows` as this transport's.
     """
     row_bytes, allocate = width * backend.row_dtype.itemsize, partial(backend.wire, width=width)
     if name == Shared.name:
@@ -43,6 +51,7 @@ def make_transport(
             allocate=allocate,
             reach=backend.reach,
             in_place=backend.mark() is None,
+            windows=windows,
         )
     return (Alltoallv if name == Alltoallv.name else Pairwise)(comm, row_bytes=row_bytes, allocate=allocate)
 

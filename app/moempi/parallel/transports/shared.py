@@ -10,9 +10,11 @@ are copied beside them.
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,10 @@ from moempi.parallel.transports.rooms import Rooms
 
 IntArray = npt.NDArray[np.integer]
 
+SHARED_MEMORY = Path("/dev/shm")
 ROOM_BYTES = 16 << 20
+SHARE_OF_FREE = 4
+"""Of the node's shared memory that is free, one part in so many may be taken: what is written beyond it kills."""
 PATIENCE = 256
 """Looks at the board before MPI gets its turn."""
 
@@ -76,8 +81,8 @@ class Shared:
     """Rows through a window of `comm`'s ranks on this node, of whom `nodes` may say who they are.
 
     A rank has two rooms of `room_bytes`; `reach` hears of all rooms' memory, before it is used, and `allocate(rows)`
-    makes the buffers of what does not fit. With `in_place` off, rows are copied to the receiver's buffer. Making one is
-    collective.
+    makes the buffers of what does not fit. With `in_place` off, rows are copied to the receiver's buffer. The rooms are
+    smaller where `windows` such windows would take too much of the node's shared memory. Making one is collective.
     """
 
     name = "shared"
@@ -92,6 +97,7 @@ class Shared:
         allocate: Callable[[int], Any] | None = None,
         reach: Callable[[npt.NDArray[np.uint8]], None] = lambda memory: None,
         in_place: bool = True,
+        windows: int = 1,
         make_board: Callable[..., Board] = make_board,
     ) -> None:
         shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -105,8 +111,10 @@ class Shared:
         self._in_place = in_place
         self._has_others = len(self._ranks) < comm.size
         room_bytes = neighbours.allreduce(room_bytes, MPI.MAX)  # groups of a stage can differ in their rows
-        aligned_rows_count = math.lcm(row_bytes, ALIGNMENT_BYTES) // row_bytes
-        self._room_rows = -(-room_bytes // (row_bytes * aligned_rows_count)) * aligned_rows_count
+        window_bytes = neighbours.allreduce(_free_bytes() // SHARE_OF_FREE // windows, MPI.MIN)
+        allowed_bytes = window_bytes // (2 * neighbours.size)
+        aligned = math.lcm(row_bytes, ALIGNMENT_BYTES)
+        self._room_rows = min(-(-room_bytes // aligned), allowed_bytes // aligned) * aligned // row_bytes
         self._window, memory = _open(
             neighbours, board_bytes(neighbours.size), 2 * neighbours.size * self._room_rows * row_bytes
         )
@@ -185,6 +193,11 @@ class Shared:
     def _receive(self, landing: _Landing, rank: int, first: int, last: int) -> MPI.Request:
         message = [landing.incoming[first:last], last - first, self._row]
         return self._comm.Irecv(message, rank, landing.number % TAGS)
+
+
+def _free_bytes() -> int:
+    """What is free of the memory that MPI takes such windows from."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 1 << 62
 
 
 def _open(neighbours: MPI.Intracomm, words_bytes: int, rooms_bytes: int) -> tuple[MPI.Win, npt.NDArray[np.uint8]]:
