@@ -145,9 +145,11 @@ class Transfer:
         return self.incoming
 
     def _end(self) -> None:
-        self.finished = True
-        if self.then is not None:
-            self.then()
+        """Once: waiting for a transfer may progress all, and it among them."""
+        if not self.finished:
+            self.finished = True
+            if self.then is not None:
+                self.then()
 
     def landed(self) -> Landing:
         """Block until the rows are here; where they are. For what a transport started."""
