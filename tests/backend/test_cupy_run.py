@@ -87,8 +87,13 @@ def test_float32_is_the_same_on_any_grid(run, alone, num_ranks, settings, within
     assert difference.largest <= within
 
 
-def test_a_missing_gpu_is_said_in_one_line(tmp_path):
-    options = ["--set", "run.backend=cupy", "--set", f"output.results={tmp_path}/none.h5"]
+def test_a_missing_gpu_is_said_in_one_line(alone, tmp_path):
+    named = {
+        "run.backend": "cupy",
+        "model.weights": alone.with_name("abacus.h5"),
+        "output.results": tmp_path / "none.h5",
+    }
+    options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
     outcome = mpirun(
         2, *python("-m", "moempi", "run", ROOT / "jobs/abacus.toml", *options), CUDA_VISIBLE_DEVICES=""
     )

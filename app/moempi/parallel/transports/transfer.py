@@ -148,8 +148,9 @@ class Transfer:
         """Once: waiting for a transfer may progress all, and it among them."""
         if not self.finished:
             self.finished = True
-            if self.then is not None:
-                self.then()
+            then, self.then = self.then, None  # with what it holds
+            if then is not None:
+                then()
 
     def landed(self) -> Landing:
         """Block until the rows are here; where they are. For what a transport started."""
