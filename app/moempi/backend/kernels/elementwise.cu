@@ -7,7 +7,6 @@
 //   add_bias      product += bias, both (T, N) and (N,), product in float                   NumPy: router_logits, logits
 //   round_floats  floats to the nearest that a row can hold                                 NumPy: _stored
 //   widen_rows    rows to floats
-//   narrow_rows   floats to rows
 //   gate          out = x (T, D) times the sigmoid of logits (T, 1)                         NumPy: gate
 //   swiglu        out = silu(gate) * up of (T, 2F); clamped where alpha is not 0: gate at most `limit`, up within it and
 //                 one more, alpha in the sigmoid (config.architecture.Clamp)                NumPy: swiglu
@@ -73,13 +72,6 @@ extern "C" __global__ void round_floats(float* numbers, long long count) {
 }
 
 extern "C" __global__ void widen_rows(const unsigned short* x, float* out, long long count) {
-  const long long at = first_of_thread();
-  float numbers[8];
-  load8(x + at, count - at, numbers);
-  store8(out + at, count - at, numbers);
-}
-
-extern "C" __global__ void narrow_rows(const float* x, unsigned short* out, long long count) {
   const long long at = first_of_thread();
   float numbers[8];
   load8(x + at, count - at, numbers);
