@@ -38,33 +38,33 @@ def run(chosen: argparse.Namespace) -> int:
     from moempi.parallel.stop import Stop
 
     stop = Stop(max_minutes=chosen.max_minutes)  # before MPI, which takes a while to start
-    from moempi.config.job import Job
+    from moempi.config.job import Job, TopologySection
     from moempi.config.reading import read_toml
     from moempi.engine.run import run_job
     from moempi.parallel.world import World
 
     if chosen.world:
         ranks_per_node = chosen.ranks_per_node or chosen.world
-        return _show_layout(chosen, [rank // ranks_per_node for rank in range(chosen.world)])
+        job = read_toml(chosen.job, Job, overrides=chosen.set)
+        return _show_layout(job, [rank // ranks_per_node for rank in range(chosen.world)])
     world = World.start(debug=chosen.debug)
     with world.guard():
-        if chosen.dry_run:
-            nodes, _ = world.by_node(chosen.ranks_per_node)
-            return world.together(lambda: _show_layout(chosen, nodes) if world.rank == 0 else 0)
         job = world.together(lambda: read_toml(chosen.job, Job, overrides=chosen.set))
+        if chosen.dry_run:
+            as_if = TopologySection(ranks_per_node=chosen.ranks_per_node)
+            topology, _ = world.by_node(as_if if chosen.ranks_per_node else job.topology)
+            return world.together(lambda: _show_layout(job, topology.nodes) if world.rank == 0 else 0)
         text = Path(chosen.job).read_text(encoding="utf-8")
         overrides = "".join(f"# --set {override}\n" for override in chosen.set)
         return run_job(job, job_text=text + overrides, world=world, stop=stop, strict=chosen.strict)
 
 
-def _show_layout(chosen: argparse.Namespace, nodes: Sequence[int]) -> int:
-    from moempi.config.job import Job
-    from moempi.config.reading import read_toml
+def _show_layout(job: Any, nodes: Sequence[int]) -> int:
     from moempi.engine.dry_run import dry_run
     from moempi.errors import ConfigError
     from moempi.observe.report import print_layout
 
-    layout = dry_run(read_toml(chosen.job, Job, overrides=chosen.set), nodes)
+    layout = dry_run(job, nodes)
     print_layout(layout)
     return ConfigError.exit_code if layout.refused else 0
 
@@ -184,17 +184,19 @@ def check(chosen: argparse.Namespace) -> int:
 def _measure(world: Any, chosen: argparse.Namespace) -> None:
     import msgspec
 
+    from moempi.backend.choice import find_gpus, find_island
+    from moempi.config.job import TopologySection
     from moempi.observe.console import console
     from moempi.parallel.measure import measure, topology_table
     from moempi.storage.files import atomic
 
-    nodes, ranks = world.by_node(chosen.ranks_per_node)
-    topology, trials = measure(ranks, nodes)
+    island = find_island(world.local_rank, on_gpu=find_gpus()[0] > 0)
+    file, trials = measure(*world.by_node(TopologySection(ranks_per_node=chosen.ranks_per_node), island=island))
     if world.rank == 0:
-        console().print(topology_table(topology, trials))
+        console().print(topology_table(file, trials))
         if chosen.output:
             with atomic(chosen.output) as temporary:
-                Path(temporary).write_bytes(msgspec.json.encode(topology))
+                Path(temporary).write_bytes(msgspec.json.encode(file))
 
 
 def bench(chosen: argparse.Namespace) -> int:

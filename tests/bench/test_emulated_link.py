@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from moempi.parallel.topology import NETWORK, NODE, link_levels
+from moempi.parallel.topology import NETWORK, NODE, Topology
 from moempi.parallel.transports.alltoallv import Alltoallv
 from moempi.parallel.transports.emulated import Arriving, EmulatedLinks, Link
 
@@ -42,7 +42,7 @@ def test_rows_arrive_intact_after_the_latency(comm):
     counts = np.array([1 + (comm.rank + other) % 2 for other in range(comm.size)])
     outgoing = np.repeat(100 * comm.rank + np.arange(comm.size), counts).astype(np.int64)
     incoming = np.zeros(counts.sum(), np.int64)
-    levels = link_levels((0,) * comm.size, comm.rank)
+    levels = Topology((0,) * comm.size).levels(comm.rank)
     links = {NODE: Link(0.05, 1e9)}
     transport = EmulatedLinks(Alltoallv(comm, row_bytes=8), links, levels=levels, row_bytes=8)
     begin = time.perf_counter()
@@ -57,9 +57,9 @@ def test_rows_arrive_intact_after_the_latency(comm):
 @pytest.mark.ranks(4)
 def test_rows_use_the_links_of_their_level(comm):
     links = {NODE: Link(latency_s=0.0, bytes_per_s=1e6), NETWORK: Link(latency_s=0.0, bytes_per_s=1e5)}
-    levels = link_levels((0, 0, 1, 1), comm.rank)
+    levels = Topology((0, 0, 1, 1)).levels(comm.rank)
     transport = EmulatedLinks(Alltoallv(comm, row_bytes=8), links, levels=levels, row_bytes=8)
-    counts = np.choose(levels, [50, 10, 5])  # to itself, inside the node, to each of the other
+    counts = np.choose(levels, [50, 0, 10, 0, 5])  # to itself, inside the node, to each of the other
     rows = np.zeros(70, np.int64)
     transport.start(rows, counts, np.empty_like(rows), counts).Wait()
     assert links[NODE].busy_s == pytest.approx(80 / 1e6)

@@ -6,12 +6,12 @@ import pytest
 
 from moempi.config import reading
 from moempi.config.placement_file import read_placement
-from moempi.config.topology_file import read_topology
+from moempi.config.topology_file import LEVEL_NAMES, read_topology
 from moempi.errors import ConfigError, NoInputError
 
 PLACEMENT = {"version": 1, "num_experts": 3, "layers": [{"layer": 2, "hosted": [[0, 2], [], [1, 0]]}]}
-LEVELS = [{"name": name, "latency_us": 1.5, "bandwidth_gb_s": 2} for name in ("self", "node", "network")]
-TOPOLOGY = {"version": 1, "levels": LEVELS, "nodes": [0, 0, 1]}
+LEVELS = [{"name": name, "latency_us": 1.5, "bandwidth_gb_s": 2} for name in LEVEL_NAMES]
+TOPOLOGY = {"version": 2, "levels": LEVELS, "nodes": [0, 0, 1]}
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def layers(*hosted):
 def test_files_are_read(written):
     assert read_placement(written(PLACEMENT)).layers[0].hosted == ((0, 2), (), (1, 0))
     topology = read_topology(written(TOPOLOGY))
-    assert (topology.levels[2].name, topology.levels[2].latency_us, topology.nodes) == ("network", 1.5, (0, 0, 1))
+    assert (topology.levels[-1].name, topology.levels[2].latency_us, topology.nodes) == ("network", 1.5, (0, 0, 1))
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,18 @@ def test_an_impossible_placement_is_refused(written, change, problem):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"levels": LEVELS[:2]}, "levels are not self, node, network"),
-        ({"levels": LEVELS[::-1]}, "levels are not self, node, network"),
+        ({"levels": LEVELS[:2]}, "levels are not self, island, node, switch, network"),
+        ({"levels": LEVELS[::-1]}, "levels are not self, island, node, switch, network"),
         ({"levels": [LEVELS[0] | {"bandwidth_gb_s": 0}, *LEVELS[1:]]}, "bandwidth_gb_s"),
         ({"levels": [LEVELS[0] | {"latency_us": -1}, *LEVELS[1:]]}, "latency_us"),
         ({"nodes": []}, "nodes do not count up from 0"),
         ({"nodes": [0, 2]}, "nodes do not count up from 0"),
         ({"nodes": [1, 1]}, "nodes do not count up from 0"),
+        ({"version": 1}, "version"),
+        ({"islands": [0, 1]}, "2 islands for 3 ranks"),
+        ({"switches": [0]}, "1 switches for 3 ranks"),
+        ({"islands": [0, 1, 1]}, "an island lies in several nodes"),
+        ({"switches": [0, 1, 1]}, "a node hangs on several switches"),
     ],
 )
 def test_an_impossible_topology_is_refused(written, change, problem):

@@ -5,17 +5,18 @@ import numpy as np
 WIDTH, TOP_K = 16, 3
 
 
-def make(comm, placement, *, transport, hops, nodes, precision="float32"):
+def make(comm, placement, *, transport, hops, nodes, islands=(), switches=(), precision="float32"):
     """The exchange and its traffic, as `make_network` makes them."""
     from moempi.backend.numpy_backend import NumpyBackend
     from moempi.parallel.network import Ways
+    from moempi.parallel.topology import Topology
     from moempi.parallel.traffic import Traffic
 
     backend = NumpyBackend(precision=precision, reproducible=True)
     traffic = Traffic(overlap=True)
     ways = Ways(backend=backend, traffic=traffic, transport=transport, width=WIDTH, room_rows=64)
     make_exchange = ways.one_hop if hops == 1 else ways.two_hops
-    return make_exchange(comm, {0: placement}, nodes), traffic
+    return make_exchange(comm, {0: placement}, Topology(nodes, islands, switches)), traffic
 
 
 def route_of(rank, num_rows, num_experts, step, *, top_k=TOP_K):

@@ -43,22 +43,32 @@ def test_all_rows_for_one_expert_exceed_the_shared_room(comm, num_ranks):
             assert (combined == expected(rows, experts, weights)).all(), f"{name}, step {step}"
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, 6)
 def test_counters_say_what_was_sent_where(comm, num_ranks):
     from moempi.parallel.placement import linear
 
     placement = linear(6, num_ranks)
-    nodes = (0, 0, 1)
-    exchange, traffic = make(comm, placement, transport="pairwise", hops=1, nodes=nodes)
+    places = {"island": (0, 1, 1, 2, 2, 3)[:num_ranks], "node": (0, 0, 0, 1, 1, 2)[:num_ranks]}
+    places["switch"] = (0, 0, 0, 0, 0, 1)[:num_ranks]
+    exchange, traffic = make(
+        comm,
+        placement,
+        transport="pairwise",
+        hops=1,
+        nodes=places["node"],
+        islands=places["island"],
+        switches=places["switch"],
+    )
     rows = rows_of(comm.rank, 5, 0)
     experts, weights = route_of(comm.rank, 5, 6, 0)
     through(exchange, placement, comm.rank, rows, experts, weights)
     # Each choice goes there as one row and comes back as one: count what this rank sends, both ways.
     all_experts = comm.allgather(experts)
-    sent = {"self": 0, "node": 0, "network": 0}
+    sent = dict.fromkeys(("self", *places, "network"), 0)
     for source, chosen in enumerate(all_experts):
-        for host in (chosen // 2).reshape(-1).tolist():
-            level = "self" if host == source else "node" if nodes[host] == nodes[source] else "network"
+        for host in (chosen // (6 // num_ranks)).reshape(-1).tolist():
+            near = (level for level, of_ranks in places.items() if of_ranks[host] == of_ranks[source])
+            level = "self" if host == source else next(near, "network")
             sent[level] += (source == comm.rank) + (host == comm.rank)
     assert {level: traffic.counters[f"{level}_bytes"] for level in sent} == {
         level: count * rows.itemsize * rows.shape[1] for level, count in sent.items()

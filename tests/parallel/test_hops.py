@@ -20,8 +20,8 @@ def node_shapes(size):
 
 @pytest.mark.ranks(1, 2, 3, 5)
 def test_two_hops_give_the_sums_of_one(comm, num_ranks):
-    from moempi.parallel.gates import numbered
     from moempi.parallel.placement import linear
+    from moempi.parallel.topology import numbered
 
     placement = linear(NUM_EXPERTS, num_ranks)
     for nodes in map(numbered, node_shapes(num_ranks)):
@@ -37,8 +37,8 @@ def test_two_hops_give_the_sums_of_one(comm, num_ranks):
 
 @pytest.mark.ranks(3, 5)
 def test_bytes_between_nodes_are_those_of_distinct_tokens_and_nodes(comm, num_ranks):
-    from moempi.parallel.gates import numbered
     from moempi.parallel.placement import linear
+    from moempi.parallel.topology import numbered
 
     placement = linear(NUM_EXPERTS, num_ranks)
     hosts = np.searchsorted(placement.bounds, np.arange(NUM_EXPERTS), side="right") - 1

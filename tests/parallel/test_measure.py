@@ -7,11 +7,17 @@ from moempi.config.topology_file import Level, TopologyFile, read_topology
 from moempi.parallel.measure import Trial, foretell, median_error
 from mpirun import python
 
-LEVELS = (Level("self", 1.0, 10.0), Level("node", 2.0, 4.0), Level("network", 5.0, 1.0))
+LEVELS = (
+    Level("self", 1.0, 10.0),
+    Level("island", 1.5, 8.0),
+    Level("node", 2.0, 4.0),
+    Level("switch", 3.0, 2.0),
+    Level("network", 5.0, 1.0),
+)
 
 
 def test_an_exchange_takes_as_long_as_the_rank_with_most():
-    topology = TopologyFile(version=1, levels=LEVELS, nodes=(0, 0, 1))
+    topology = TopologyFile(2, LEVELS, nodes=(0, 0, 1))
     sizes = np.array([[100, 0, 1000], [0, 0, 0], [0, 0, 10_000]])
     seconds = [1e-6 + 100 / 10e9 + 5e-6 + 1000 / 1e9, 0.0, 1e-6 + 10_000 / 10e9]
     assert foretell(topology, sizes) == pytest.approx(max(seconds))
@@ -38,8 +44,9 @@ def test_the_fit_finds_what_explains_the_seconds_and_nothing_below_zero():
     from moempi.parallel.measure import _fit
 
     random = np.random.default_rng(1)
-    loads = np.concatenate([random.integers(0, 5, (30, 3)), random.integers(0, 1 << 20, (30, 3))], axis=1).astype(float)
-    costs = np.array([0.0, 2e-6, 5e-6, 1e-10, 3e-10, 1e-9])
+    counts, sizes = random.integers(0, 5, (30, 5)), random.integers(0, 1 << 20, (30, 5))
+    loads = np.concatenate([counts, sizes], axis=1).astype(float)
+    costs = np.array([0.0, 1e-6, 2e-6, 3e-6, 5e-6, 1e-10, 2e-10, 3e-10, 5e-10, 1e-9])
     latency_s, per_byte_s = _fit(loads, loads @ costs)
     np.testing.assert_allclose([*latency_s, *per_byte_s], costs, rtol=1e-6, atol=1e-12)
     latency_s, per_byte_s = _fit(loads, loads @ costs * random.uniform(0.5, 1.5, 30))

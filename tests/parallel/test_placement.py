@@ -26,27 +26,38 @@ def random_placement(dice, num_ranks, *, copies):
     return Placement(tuple(map(tuple, hosted)))
 
 
-def nearest(placement, nodes, source, expert):
+def nearest(placement, topology, source, expert):
     """The slow twin: the ranks of the nearest copies."""
     hosts = [rank for rank, experts in enumerate(placement.hosted) if expert in experts]
-    own_node = [rank for rank in hosts if nodes[rank] == nodes[source]]
-    return [source] if source in hosts else own_node or hosts
+    if source in hosts:
+        return [source]
+    for places in (topology.islands, topology.nodes, topology.switches):
+        near = [rank for rank in hosts if places and places[rank] == places[source]]
+        if near:
+            return near
+    return hosts
 
 
 def test_rows_take_turns_among_the_nearest_copies():
     from moempi.parallel.placement import TURNS
+    from moempi.parallel.topology import Topology, numbered
 
     dice = random.Random(5)
     for _ in range(50):
         num_ranks = dice.randrange(1, 9)
-        nodes = sorted(dice.randrange(3) for _ in range(num_ranks))
+        nodes = numbered(sorted(dice.randrange(4) for _ in range(num_ranks)))
+        topology = Topology(
+            nodes,
+            islands=tuple(2 * node + dice.randrange(2) for node in nodes) if dice.random() < 0.5 else (),
+            switches=tuple(node // 2 for node in nodes) if dice.random() < 0.5 else (),
+        )
         placement = random_placement(dice, num_ranks, copies=dice.randrange(12))
         assert placement.num_experts == NUM_EXPERTS
         for source in range(num_ranks):
-            keys = placement.keys(source, nodes).reshape(NUM_EXPERTS, placement.turns)
+            keys = placement.keys(source, topology).reshape(NUM_EXPERTS, placement.turns)
             np.testing.assert_array_equal(placement.experts[keys], np.arange(NUM_EXPERTS)[:, None] + 0 * keys)
             for expert, ranks in enumerate(placement.ranks[keys]):
-                near = nearest(placement, nodes, source, expert)
+                near = nearest(placement, topology, source, expert)
                 counts = np.bincount(ranks, minlength=num_ranks)
                 assert np.flatnonzero(counts).tolist() == (near if placement.turns == TURNS else near[:1])
                 assert max(counts[near]) - min(counts[near]) <= 1
@@ -54,9 +65,10 @@ def test_rows_take_turns_among_the_nearest_copies():
 
 def test_sources_that_are_equally_far_begin_with_different_copies():
     from moempi.parallel.placement import Placement
+    from moempi.parallel.topology import Topology
 
     placement = Placement(((0,), (0,), (1,), (2,), (3,), (4,)))
-    first = [placement.ranks[placement.keys(source, (0,) * 6)[0]] for source in (2, 3, 4, 5)]
+    first = [placement.ranks[placement.keys(source, Topology((0,) * 6))[0]] for source in (2, 3, 4, 5)]
     assert sorted(first) == [0, 0, 1, 1]
 
 

@@ -7,6 +7,7 @@ from moempi.parallel.batch import Batch
 from moempi.parallel.placement import linear
 from moempi.parallel.route_plan import expert_order
 from moempi.parallel.row_split import RowSplit
+from moempi.parallel.topology import Topology
 
 
 @pytest.mark.parametrize("contributions", [(), (0,), (7,), (3, 0, 5), (1, 1, 1, 1)])
@@ -58,7 +59,7 @@ def test_linear_placement_hosts_every_expert_once(num_experts, num_ranks):
     assert [expert for hosted in placement.hosted for expert in hosted] == list(range(num_experts))
     sizes = [len(hosted) for hosted in placement.hosted]
     assert max(sizes) - min(sizes) <= 1
-    keys = placement.keys(0, (0,) * num_ranks)
+    keys = placement.keys(0, Topology((0,) * num_ranks))
     assert placement.turns == 1
     for rank, hosted in enumerate(placement.hosted):
         assert keys[list(hosted)].tolist() == list(range(placement.bounds[rank], placement.bounds[rank + 1]))

@@ -3,22 +3,28 @@
 import numpy as np
 import pytest
 
-from moempi.config.topology_file import Level
+from moempi.config.topology_file import LEVEL_NAMES, Level
 from moempi.parallel.gates import Gates
 from moempi.parallel.placement import Placement, linear
+from moempi.parallel.topology import NETWORK, Topology
 from moempi.planning.gather import Uses, clusters, crossings, gather
 from moempi.planning.placing import POLICIES, place
 from moempi.planning.replay import Machine, Routes, replay
 from moempi.planning.spread import copies, even_out, rank_loads, rooms
 
-LEVELS = tuple(Level(name, 1.0 + i, 10.0 / (i + 1)) for i, name in enumerate(("self", "node", "network")))
+LEVELS = tuple(Level(name, 1.0 + i, 10.0 / (i + 1)) for i, name in enumerate(LEVEL_NAMES))
 ROW_BYTES = 32
 
 
 def machine(nodes, hops, **changes):
-    return Machine(
-        **{"nodes": tuple(nodes), "hops": hops, "row_bytes": ROW_BYTES, "levels": LEVELS, "row_s": 1e-6} | changes
+    """Ranks on these nodes; those on nodes of equal halves share a switch, those of equal parity an island."""
+    where = Topology(
+        tuple(nodes),
+        islands=tuple(2 * node + rank % 2 for rank, node in enumerate(nodes)),
+        switches=tuple(node // 2 for node in nodes),
     )
+    given = {"topology": where, "hops": hops, "row_bytes": ROW_BYTES, "levels": LEVELS, "row_s": 1e-6}
+    return Machine(**given | changes)
 
 
 def random_routes(random, *, ranks, experts, tokens=120, top_k=3, skew=0.0):
@@ -40,20 +46,23 @@ def random_placement(random, ranks, experts, num_copies):
 def slow_replay(routes, placement, given):
     """One choice at a time, as the exchanges tell it."""
     nodes, moves = given.nodes, set()
-    sent, rows, messages = np.zeros((len(nodes), 3), int), np.zeros(len(nodes), int), np.zeros((len(nodes), 3), int)
+    sent, messages = np.zeros((2, len(nodes), len(LEVELS)), int)
+    rows = np.zeros(len(nodes), int)
 
-    def level(one, other, *, inside):
-        return 0 if one == other else 1 if inside or nodes[one] == nodes[other] else 2
+    def level(one, other):
+        if nodes[one] == nodes[other]:
+            return 0 if one == other else 1 if one % 2 == other % 2 else 2
+        return 3 if nodes[one] // 2 == nodes[other] // 2 else 4
 
     def move(hop, step, one, other):
-        where = level(one, other, inside=hop == 1)
+        where = level(one, other)
         for end in (one, other) if given.answers else (one,):
             sent[end, where] += ROW_BYTES
             messages[end, where] += (hop, step, one, other) not in moves
         moves.add((hop, step, one, other))
 
     for home, row, step, experts in zip(routes.homes, routes.rows, routes.steps, routes.experts, strict=True):
-        keys = placement.keys(home, nodes).reshape(placement.num_experts, -1)
+        keys = placement.keys(home, given.topology).reshape(placement.num_experts, -1)
         hosts = [int(placement.ranks[keys[expert, row % placement.turns]]) for expert in experts]
         gates = Gates(nodes, int(home)).ranks
         for host in hosts:
@@ -94,7 +103,7 @@ def test_expected_loads_are_those_of_the_turns():
         hosts = np.array([[expert in hosted for expert in range(5)] for hosted in placement.hosted])
         expected = np.zeros((6, 5))
         for source in range(6):
-            keys = placement.keys(source, nodes).reshape(5, placement.turns)
+            keys = placement.keys(source, Topology(tuple(nodes))).reshape(5, placement.turns)
             for expert in range(5):
                 on_rank = np.bincount(placement.ranks[keys[expert]], minlength=6) / placement.turns
                 expected[:, expert] += demand[source, expert] * on_rank
@@ -188,8 +197,6 @@ def test_evening_out_keeps_what_a_node_hosts():
 
 def test_communities_are_gathered_and_hot_experts_spread():
     from moempi.bench.placement import Maker
-    from moempi.parallel.topology import NETWORK
-
     maker, nodes = Maker(tokens=4000, experts=32, top_k=4, ranks=8), (0, 0, 1, 1, 2, 2, 3, 3)
     routes, given = maker.communities(num=4), machine(nodes, 2, row_s=1e-9, row_bytes=4096)
     sent = {

@@ -188,6 +188,15 @@ def run_array(prompts: Path, folder: Path, which: str) -> dict[int, str]:
     return codes
 
 
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_switches_are_told_apart(folder, launcher):
+    log = folder / f"switches-{launcher}.out"
+    where = ["--nodes=3", "--ntasks-per-node=1", f"--export=ALL,MOEMPI_LAUNCHER={launcher}", f"--output={log}"]
+    assert wait_for_end(output_of("sbatch", "--parsable", *where, "jobs/check.sbatch").strip())["ExitCode"] == "0:0"
+    assert "3 ranks on 3 nodes" in log.read_text()
+    assert "switches above them: 2" in log.read_text()
+
+
 def test_the_ranks_of_two_nodes_are_checked(folder):
     log = folder / "check.out"
     job = output_of("sbatch", "--parsable", f"--output={log}", "jobs/check.sbatch").strip()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts a real Slurm of virtual nodes on loopback: bash tests/slurm/up.sh FOLDER [NODES] [CPUS]. Everything it writes is
-# in FOLDER, where tests/slurm/down.sh finds what to end. Then: export SLURM_CONF=FOLDER/slurm.conf
+# Starts a real Slurm of virtual nodes on loopback: bash tests/slurm/up.sh FOLDER [NODES] [CPUS], 2 nodes or more.
+# Everything it writes is in FOLDER, where tests/slurm/down.sh finds what to end. Then: export SLURM_CONF=FOLDER/slurm.conf
 set -euo pipefail
 folder=$(readlink -m "$1") nodes=${2:-4} cpus=${3:-2}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -29,6 +29,8 @@ fi
 sed -e "s|@FOLDER@|$folder|g; s|@HOST@|$host|g; s|@NODES@|$nodes|g; s|@CPUS@|$cpus|g" \
     -e "s|@CONTROL_PORT@|$((port + 17))|; s|@FIRST_PORT@|$((port + 201))|; s|@LAST_PORT@|$((port + 200 + nodes))|" \
     "$here/slurm.conf" >"$folder/slurm.conf"
+half=$((nodes / 2))
+sed -e "s|@HALF@|$half|; s|@NEXT@|$((half + 1))|; s|@NODES@|$nodes|" "$here/topology.conf" >"$folder/topology.conf"
 
 munged --key-file="$folder/munge/munge.key" --socket="$folder/run/munge.sock" --pid-file="$folder/run/munged.pid" \
     --log-file="$folder/log/munged.log" --seed-file="$folder/munge/munged.seed"

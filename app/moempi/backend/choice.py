@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from moempi.backend.cupy_backend import CupyBackend
+from moempi.backend.island import cpu_island, gpu_island
 from moempi.backend.numpy_backend import NumpyBackend
 from moempi.backend.protocol import Backend
 from moempi.config.job import RunSection
@@ -39,6 +40,15 @@ def find_gpus() -> tuple[int, str]:
         return 0, f"CuPy does not load: {str(error).splitlines()[0]}"
     count = count_devices()
     return count, "" if count else "CuPy finds no CUDA device"
+
+
+def find_island(local_rank: int, *, on_gpu: bool) -> str:
+    """What this rank is near to inside its node (see island.py), as the backend's memory has it; "" when unknown."""
+    if not on_gpu:
+        return cpu_island()
+    from moempi.backend.cupy_device import bus_id
+
+    return gpu_island(bus_id(local_rank % find_gpus()[0]))
 
 
 def describe_gpus() -> list[str]:

@@ -186,6 +186,12 @@ class StreamMark:
         self._event.synchronize()
 
 
+def bus_id(ordinal: int) -> str:
+    """The PCI address of a device."""
+    address: str = cupy.cuda.Device(ordinal).pci_bus_id
+    return address
+
+
 def count_devices() -> int:
     """GPUs of this node that the process may use; 0 without a driver."""
     try:

@@ -18,6 +18,7 @@ from moempi.parallel.grid import Grid, make_grid
 from moempi.parallel.network import make_network
 from moempi.parallel.placement import linear
 from moempi.parallel.row_split import RowSplit
+from moempi.parallel.topology import Topology
 from moempi.parallel.world import World
 
 HOMES, IMMEDIATE = "over the homes", "immediate"
@@ -70,7 +71,7 @@ def _way(world: World, grid: Grid, sizes: Sizes, tokens: int, *, departing: tupl
         grid,
         {0: placement},
         backend,
-        nodes=world.nodes,
+        topology=Topology(world.nodes),
         transport="alltoallv",
         hops=1,
         verify=False,

@@ -15,6 +15,7 @@ from moempi.bench.measure import alternate, machine, product_clock, ratio
 from moempi.observe.console import console
 from moempi.parallel.exchange import Exchange
 from moempi.parallel.placement import linear
+from moempi.parallel.topology import Topology
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.alltoallv import Alltoallv
 from moempi.parallel.world import World
@@ -80,7 +81,7 @@ def layer_on(world: World, sizes: Sizes, precision: str, *, alone: bool = False)
         comm,
         {0: placement},
         backend,
-        nodes=(0,) * comm.size,
+        topology=Topology((0,) * comm.size),
         traffic=traffic,
         transport=transport,
         width=sizes.width,

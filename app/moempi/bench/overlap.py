@@ -21,7 +21,7 @@ from moempi.observe.console import console
 from moempi.parallel.exchange import Exchange
 from moempi.parallel.placement import linear
 from moempi.parallel.schedule import Point
-from moempi.parallel.topology import NODE, link_levels
+from moempi.parallel.topology import NODE, Topology
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.alltoallv import Alltoallv
 from moempi.parallel.transports.emulated import EmulatedLinks, Link
@@ -164,9 +164,10 @@ def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers:
     traffic = Traffic(overlap=overlap)
     row_bytes = sizes.width * backend.row_dtype.itemsize
     exchanges, transports = [], []
+    topology = Topology((0,) * world.size)
     for _ in range(LANES):
         comm = world.comm.Dup()
-        inner, levels = Alltoallv(comm, row_bytes=row_bytes), link_levels((0,) * comm.size, comm.rank)
+        inner, levels = Alltoallv(comm, row_bytes=row_bytes), topology.levels(comm.rank)
         transport = EmulatedLinks(inner, {NODE: link}, levels=levels, row_bytes=row_bytes)
         transports.append(transport)
         exchanges.append(
@@ -174,7 +175,7 @@ def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers:
                 comm,
                 {0: placement},
                 backend,
-                nodes=(0,) * comm.size,
+                topology=topology,
                 traffic=traffic,
                 transport=transport,
                 width=sizes.width,

@@ -8,7 +8,7 @@ import numpy as np
 
 from moempi.engine.place import ASSUMED, Wish, place_experts, row_of
 from moempi.observe.placing import print_policies
-from moempi.parallel.topology import LEVELS, NETWORK
+from moempi.parallel.topology import LEVELS, NETWORK, Topology
 from moempi.parallel.world import World
 from moempi.planning.placing import POLICIES, place
 from moempi.planning.replay import Machine, Routes, replay
@@ -67,15 +67,15 @@ def run(world: World, chosen: Namespace) -> None:
     """Print a table for each kind of routing; on rank 0, the others wait."""
     if world.rank == 0:
         maker = Maker(chosen.tokens, chosen.experts, chosen.top_k, chosen.ranks)
-        nodes = tuple(rank // chosen.ranks_per_node for rank in range(chosen.ranks))
+        where = Topology(tuple(rank // chosen.ranks_per_node for rank in range(chosen.ranks)))
         for hops in (1, 2):
-            machine = Machine(nodes, hops, WIDTH_BYTES, ASSUMED, ROW_S)
-            _show(f"{nodes[-1] + 1} communities, hops = {hops}", maker.communities(num=nodes[-1] + 1), machine, 0.0)
+            machine = Machine(where, hops, WIDTH_BYTES, ASSUMED, ROW_S)
+            _show(f"{where.num_nodes} communities, hops = {hops}", maker.communities(num=where.num_nodes), machine, 0.0)
         for share in (0.0, chosen.replicas):
             _show(
                 f"Zipf, hops = 1, {share:.0%} replicas",
                 maker.zipf(),
-                Machine(nodes, 1, WIDTH_BYTES, ASSUMED, ROW_S),
+                Machine(where, 1, WIDTH_BYTES, ASSUMED, ROW_S),
                 share,
             )
         if chosen.results:

@@ -112,11 +112,13 @@ class BalanceSection(Struct, frozen=True, forbid_unknown_fields=True):
 class TopologySection(Struct, frozen=True, forbid_unknown_fields=True):
     """`[topology]`: what to assume of the machine instead of asking it.
 
-    `ranks_per_node` above 0 makes virtual nodes of as many ranks; `rank_memory` is the memory of a rank. `emulate` is a
-    topology.json: rows to experts take the time that its links would, on top of the real exchange.
+    `ranks_per_node` above 0 makes virtual nodes of as many ranks; `file` is a topology.json that says where the ranks
+    stand. `rank_memory` is the memory of a rank. `emulate` is a topology.json too: rows to experts take the time that
+    its links would, on top of the real exchange.
     """
 
     ranks_per_node: Index = 0
+    file: str = ""
     rank_memory: Size = "auto"
     emulate: str = ""
 

@@ -23,6 +23,7 @@ from moempi.parallel.transports.counted import no_counts
 from moempi.parallel.world import World
 from moempi.storage.merge import Provenance
 from moempi.storage.records import RankRecord
+from moempi.storage.results_layout import NOWHERE
 
 PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
@@ -51,7 +52,7 @@ def rank_record(
         counters={name: sum(lane.network.traffic.counters[name] for lane in lanes) for name in no_counts()},
         place={
             "seat": seat.ranks.rank,
-            "node": seat.nodes[seat.ranks.rank],
+            **_stands(seat),
             "stage": seat.place.stage,
             "data": seat.place.data,
             "tensor": seat.place.tensor,
@@ -62,6 +63,13 @@ def rank_record(
         hosted=dict(seat.hosted),
         **_balanced(balance, load, first_of_stage=seat.place.data == seat.place.tensor == 0),
     )
+
+
+def _stands(seat: Seat) -> dict[str, int]:
+    """The node, island and switch of this rank."""
+    where = seat.topology
+    places = {"node": where.nodes, "island": where.islands, "switch": where.switches}
+    return {name: of_ranks[seat.ranks.rank] if of_ranks else NOWHERE for name, of_ranks in places.items()}
 
 
 def _expert_load(lanes: Sequence[Lane], architecture: Architecture) -> NDArray[np.int64]:

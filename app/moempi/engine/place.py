@@ -11,15 +11,19 @@ from moempi.config.placement_file import HostedLayer, PlacementFile
 from moempi.config.topology_file import Level, TopologyFile
 from moempi.errors import DataError, UsageError
 from moempi.observe.placing import PolicyRow
-from moempi.parallel.gates import numbered
 from moempi.parallel.placement import Placement
-from moempi.parallel.topology import LEVELS
+from moempi.parallel.topology import LEVELS, Topology, numbered, of_file
 from moempi.planning.placing import POLICIES, place
 from moempi.planning.replay import Forecast, Machine, Routes, replay
 from moempi.storage.files import atomic
+from moempi.storage.results_layout import NOWHERE
 from moempi.storage.routing import RoutingFile
 
-ASSUMED = (Level("self", 0.0, 1000.0), Level("node", 2.0, 150.0), Level("network", 5.0, 25.0))
+ASSUMED = (
+    Level("self", 0.0, 1000.0),
+    *(Level(name, 2.0, 150.0) for name in ("island", "node")),
+    *(Level(name, 5.0, 25.0) for name in ("switch", "network")),
+)
 """Links where no topology was measured: figures of the order of NVLink and 200 Gbit/s InfiniBand."""
 
 
@@ -87,7 +91,7 @@ def _machine(file: RoutingFile, layer: int, wish: Wish) -> Machine:
     choices = file.num_tokens * len(file.layers) * file.top_k
     departs = bool(file.ranks["departs"][seats].any()) and layer == last_layer
     return Machine(
-        nodes=_nodes(wish) if wish.ranks else numbered(file.ranks["node"][seats].tolist()),
+        topology=_wished(wish) if wish.ranks else _stood(file, seats),
         hops=hops,
         row_bytes=row_bytes,
         levels=wish.topology.levels if wish.topology else ASSUMED,
@@ -96,17 +100,25 @@ def _machine(file: RoutingFile, layer: int, wish: Wish) -> Machine:
     )
 
 
-def _nodes(wish: Wish) -> tuple[int, ...]:
+def _stood(file: RoutingFile, seats: list[int]) -> Topology:
+    """Where the ranks of a stage stood."""
+    nodes, islands, switches = (tuple(file.ranks[name][seats].tolist()) for name in ("node", "island", "switch"))
+    return Topology(
+        numbered(nodes), () if NOWHERE in islands else islands, () if NOWHERE in switches else switches
+    )
+
+
+def _wished(wish: Wish) -> Topology:
     if wish.topology and not wish.ranks_per_node:
         if len(wish.topology.nodes) != wish.ranks:
             raise UsageError(f"--ranks {wish.ranks}: the topology has {len(wish.topology.nodes)} ranks")
-        return wish.topology.nodes
-    return tuple(rank // (wish.ranks_per_node or wish.ranks) for rank in range(wish.ranks))
+        return of_file(wish.topology)
+    return Topology(tuple(rank // (wish.ranks_per_node or wish.ranks) for rank in range(wish.ranks)))
 
 
 def _stage(file: RoutingFile, layer: int) -> tuple[list[int], int]:
     """The rows of /placement that are the ranks of a layer's stage, in the order of their seats, and its last layer."""
-    if not {"seat", "node", "stage", "hops", "departs", "row_bytes"} <= file.ranks.keys():
+    if not {"seat", "node", "island", "switch", "stage", "hops", "departs", "row_bytes"} <= file.ranks.keys():
         raise DataError("the results do not say where their ranks stood")
     if len(set(file.ranks["seat"].tolist())) < len(file.ranks["seat"]):
         raise DataError("the results are of several attempts; record the routing of a run that was not interrupted")

@@ -158,7 +158,7 @@ def _networks(
 ) -> tuple[ChosenTransport, list[Network]]:
     """The transport that the job or a probe chose, and a network for each lane; collective."""
     transport = choose_transport(
-        job.exchange.transport, seat.ranks, seat.grid, backend, nodes=seat.nodes, width=architecture.width
+        job.exchange.transport, seat.ranks, seat.grid, backend, topology=seat.topology, width=architecture.width
     )
     links = world.together(lambda: emulated_links(job.topology))
     networks = [
@@ -167,7 +167,7 @@ def _networks(
             seat.grid,
             seat.placements,
             backend,
-            nodes=seat.nodes,
+            topology=seat.topology,
             transport=transport.name,
             hops=job.exchange.hops,
             verify=job.exchange.verify,

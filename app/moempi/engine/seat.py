@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moempi.backend.choice import find_island
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
 from moempi.config.placement_file import placement_of
 from moempi.config.size import parse_size
 from moempi.parallel.grid import Coordinates, Grid, Stage
 from moempi.parallel.placement import Placement
+from moempi.parallel.topology import Topology
 from moempi.parallel.world import World
 from moempi.planning.layout import make_plan
 from moempi.planning.memory import Memory
@@ -17,14 +19,14 @@ from moempi.planning.memory import Memory
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """`ranks` is a communicator of all ranks, counted node by node; `nodes` is the node of each of them.
+    """`ranks` is a communicator of all ranks, counted node by node, that stand as `topology` says.
 
     `placements`, by Mixture-of-Experts layer, and `memory` are those of this rank's stage. Rows leave the stages
     `departing` by immediate routing.
     """
 
     ranks: Any
-    nodes: Sequence[int]
+    topology: Topology
     grid: Grid
     place: Coordinates
     placements: Mapping[int, Placement]
@@ -60,12 +62,13 @@ class Seat:
 
 def take_seat(job: Job, world: World, architecture: Architecture, *, on_gpu: bool) -> Seat:
     """Lay the job out on the ranks of `world`, or their GPUs; collective. A ConfigError of it ends all ranks alike."""
-    nodes, ranks = world.by_node(job.topology.ranks_per_node)
+    topology, ranks = world.by_node(job.topology, island=find_island(world.local_rank, on_gpu=on_gpu))
     plan = world.together(
-        lambda: make_plan(job, architecture, nodes, placement=placement_of(job), on_gpu=on_gpu)
+        lambda: make_plan(job, architecture, topology.nodes, placement=placement_of(job), on_gpu=on_gpu)
     )
     place = plan.grid.coordinates(ranks.rank)
-    return Seat(ranks, nodes, plan.grid, place, plan.placements[place.stage], plan.memory[place.stage], plan.departing)
+    placements, memory = plan.placements[place.stage], plan.memory[place.stage]
+    return Seat(ranks, topology, plan.grid, place, placements, memory, plan.departing)
 
 
 def available_bytes(job: Job, world: World, *, of_node: int) -> int:

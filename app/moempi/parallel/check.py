@@ -9,8 +9,10 @@ from mpi4py import MPI
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from moempi.backend.choice import describe_gpus, find_gpus
+from moempi.backend.choice import describe_gpus, find_gpus, find_island
+from moempi.config.job import TopologySection
 from moempi.parallel.device_memory import trial
+from moempi.parallel.topology import Topology
 from moempi.parallel.world import World
 
 SIZES_BYTES = (0, 256, 4096, 65536, 1048576)
@@ -28,7 +30,9 @@ class Timing:
 
 def check(world: World) -> RenderableType | None:
     """Measure the exchange between the ranks; rank 0 gets all findings, the others None; collective, blocks."""
-    places = world.comm.gather((world.host, _cores()))
+    island = find_island(world.local_rank, on_gpu=find_gpus()[0] > 0)
+    topology, ranks = world.by_node(TopologySection(), island=island)
+    places = ranks.gather((world.rank, world.host, _cores(), island))
     timings = [time_exchange(world.comm, num_bytes, rounds=ROUNDS) for num_bytes in SIZES_BYTES]
     if places is None:
         return None
@@ -39,7 +43,8 @@ def check(world: World) -> RenderableType | None:
     lines.extend(_gpu_lines())
     if not world.split_agrees:
         lines.append("MPI finds other shared-memory groups than the host names: the launcher hides neighbours")
-    return Group(*lines, _rank_table(world.nodes, places), _exchange_table(timings, world.size))
+    lines.extend(_division_lines(topology))
+    return Group(*lines, _rank_table(topology, places), _exchange_table(timings, world.size))
 
 
 def time_exchange(comm: MPI.Intracomm, num_bytes: int, *, rounds: int) -> Timing:
@@ -68,6 +73,14 @@ def _gpu_lines() -> list[str]:
     return lines
 
 
+def _division_lines(topology: Topology) -> list[str]:
+    """What of the levels between a rank and all others could be told apart."""
+    divisions = {"islands inside nodes": topology.islands, "switches above them": topology.switches}
+    return [
+        f"{name}: {len(set(numbers)) if numbers else 'not told apart'}" for name, numbers in divisions.items()
+    ]
+
+
 def _cores() -> str:
     cores = sorted(os.sched_getaffinity(0))
     runs: list[list[int]] = []
@@ -79,10 +92,12 @@ def _cores() -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _rank_table(nodes: tuple[int, ...], places: list[tuple[str, str]]) -> Table:
-    table = Table("rank", "node", "host", "cores")
-    for rank, (node, (host, cores)) in enumerate(zip(nodes, places, strict=True)):
-        table.add_row(str(rank), str(node), host, cores)
+def _rank_table(topology: Topology, places: list[tuple[int, str, str, str]]) -> Table:
+    """A row for each rank, in the order in which the ranks are counted."""
+    table = Table("rank", "switch", "node", "host", "cores", "near")
+    for seat, (rank, host, cores, island) in enumerate(places):
+        switch = str(topology.switches[seat]) if topology.switches else ""
+        table.add_row(str(rank), switch, str(topology.nodes[seat]), host, cores, island)
     return table
 
 

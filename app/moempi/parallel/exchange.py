@@ -12,6 +12,7 @@ from moempi.backend.protocol import Array, Backend
 from moempi.parallel.placement import Placement
 from moempi.parallel.route_plan import RoutePlan, expert_order
 from moempi.parallel.schedule import Point
+from moempi.parallel.topology import Topology
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.rooms import Rooms
 from moempi.parallel.transports.transfer import Transfer, Transport, once_done
@@ -31,8 +32,8 @@ class Route:
 class Exchange:
     """Moves the rows of one lane among the ranks of `comm`; every method that starts something is collective.
 
-    `placements` say who of them hosts the experts of each layer, `nodes` where they stand. `listen`, if set, hears of
-    every route that is planned.
+    `placements` say who of them hosts the experts of each layer, `topology` where they stand. `listen`, if set, hears
+    of every route that is planned.
     """
 
     listen: Callable[[Route], None] | None = None
@@ -43,14 +44,14 @@ class Exchange:
         placements: Mapping[int, Placement],
         backend: Backend,
         *,
-        nodes: Sequence[int],
+        topology: Topology,
         traffic: Traffic,
         transport: Transport,
         width: int,
     ) -> None:
         self.placements = placements
         self.load = {layer: np.zeros(placement.num_experts, np.int64) for layer, placement in placements.items()}
-        self._keys = {layer: placement.keys(comm.rank, nodes) for layer, placement in placements.items()}
+        self._keys = {layer: placement.keys(comm.rank, topology) for layer, placement in placements.items()}
         self._comm = comm
         self._backend = backend
         self._traffic = traffic

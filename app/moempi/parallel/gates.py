@@ -1,6 +1,5 @@
 """The gates of two hops: which rank of each node a rank's rows enter by, and which rows cross to which node. Pure."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -37,11 +36,6 @@ class Gates:
     def neighbours(self) -> range:
         """The ranks of this rank's node."""
         return self.members[self.nodes[self.rank]]
-
-
-def numbered(nodes: Sequence[int]) -> tuple[int, ...]:
-    """Ascending nodes as numbers from 0 on without gaps."""
-    return tuple(np.unique(nodes, return_inverse=True)[1].tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from moempi.arrays import aligned_empty
 from moempi.config.topology_file import Level, TopologyFile
-from moempi.parallel.topology import LEVELS, link_levels
+from moempi.parallel.topology import LEVELS, Topology, of_file
 
 IntArray = npt.NDArray[np.integer]
 FloatArray = npt.NDArray[np.float64]
@@ -35,13 +35,13 @@ class Trial:
     measured_s: float
 
 
-def measure(comm: MPI.Intracomm, nodes: Sequence[int]) -> tuple[TopologyFile, list[Trial]]:
-    """Measure the links among ranks counted node by node, then try the figures on other exchanges; collective, blocks.
+def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list[Trial]]:
+    """Measure the links among ranks that stand as `topology` says, then try the figures on other exchanges.
 
-    The figures are those that best explain LESSONS random exchanges. A level that no link has takes the figures of the
-    level before it. The same on all ranks.
+    Collective, blocks. The figures are those that best explain LESSONS random exchanges. A level that no link has takes
+    the figures of the level before it. The same on all ranks.
     """
-    levels = np.array([link_levels(nodes, rank) for rank in range(comm.size)])
+    levels = np.array([topology.levels(rank) for rank in range(comm.size)])
     random = np.random.default_rng(comm.size)
     lessons = [_sizes(random, np.isin(levels, _some_levels(random))) for _ in range(LESSONS)]
     seconds = np.array([_time(comm, sizes) for sizes in lessons])
@@ -53,19 +53,20 @@ def measure(comm: MPI.Intracomm, nodes: Sequence[int]) -> tuple[TopologyFile, li
             found.append(Level(name, float(latency_s[level]) * 1e6, bandwidth_gb_s))  # type: ignore[arg-type]
         else:
             found.append(Level(name, found[-1].latency_us, found[-1].bandwidth_gb_s))  # type: ignore[arg-type]
-    topology = TopologyFile(version=1, levels=tuple(found), nodes=tuple(nodes))
+    file = TopologyFile(2, tuple(found), topology.nodes, topology.islands, topology.switches)
     trials = []
     for _ in range(TRIALS):
         sizes = _sizes(random, levels >= 0)
-        trials.append(Trial(int(sizes.sum()), foretell(topology, sizes), _time(comm, sizes)))
-    return topology, trials
+        trials.append(Trial(int(sizes.sum()), foretell(file, sizes), _time(comm, sizes)))
+    return file, trials
 
 
-def foretell(topology: TopologyFile, sizes: IntArray) -> float:
+def foretell(file: TopologyFile, sizes: IntArray) -> float:
     """Seconds of an exchange in which rank s sends sizes[s, r] bytes to rank r (R, R); nothing sent costs nothing."""
-    levels = np.array([link_levels(topology.nodes, rank) for rank in range(len(sizes))])
-    latency_s = np.array([level.latency_us * 1e-6 for level in topology.levels])[levels]
-    bytes_per_s = np.array([level.bandwidth_gb_s * 1e9 for level in topology.levels])[levels]
+    topology = of_file(file)
+    levels = np.array([topology.levels(rank) for rank in range(len(sizes))])
+    latency_s = np.array([level.latency_us * 1e-6 for level in file.levels])[levels]
+    bytes_per_s = np.array([level.bandwidth_gb_s * 1e9 for level in file.levels])[levels]
     seconds = np.where(sizes > 0, latency_s + sizes / bytes_per_s, 0.0)
     return float(seconds.sum(axis=1).max())
 
@@ -75,10 +76,10 @@ def median_error(trials: Sequence[Trial]) -> float:
     return statistics.median(abs(trial.foretold_s / trial.measured_s - 1) for trial in trials)
 
 
-def topology_table(topology: TopologyFile, trials: Sequence[Trial]) -> Table:
+def topology_table(file: TopologyFile, trials: Sequence[Trial]) -> Table:
     """The figures of each level, and below them how well they foretold the trials."""
     table = Table("link", "latency us", "GB/s of a rank that sends", title="Links, all ranks at work")
-    for level in topology.levels:
+    for level in file.levels:
         table.add_row(level.name, f"{level.latency_us:.1f}", f"{level.bandwidth_gb_s:.2f}")
     table.caption = f"{len(trials)} random exchanges foretold within {median_error(trials):.0%} (median)"
     return table

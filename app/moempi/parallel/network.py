@@ -1,7 +1,7 @@
 """The network of one lane: all ways by which its rows reach other ranks."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mpi4py import MPI
@@ -10,13 +10,13 @@ from moempi.backend.protocol import Backend
 from moempi.config.job import TopologySection
 from moempi.config.topology_file import read_topology
 from moempi.parallel.exchange import Exchange
-from moempi.parallel.gates import Gates, numbered
+from moempi.parallel.gates import Gates
 from moempi.parallel.grid import Grid
 from moempi.parallel.immediate import ImmediateLink
 from moempi.parallel.placement import Placement
 from moempi.parallel.stage_link import StageLink
 from moempi.parallel.tensor_group import TensorGroup
-from moempi.parallel.topology import SELF, link_levels
+from moempi.parallel.topology import SELF, Topology
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transport_choice import ChosenTransport, fastest, make_transport
 from moempi.parallel.transports.counted import Counted
@@ -44,7 +44,7 @@ class Network:
 
 
 def emulated_links(job: TopologySection) -> Links:
-    """One rank's links inside its node and between nodes as the job's file has them; none without such a file.
+    """One rank's links to other ranks as the job's file has them; none without such a file.
 
     Raises NoInputError and ConfigError of the file.
     """
@@ -57,17 +57,17 @@ def emulated_links(job: TopologySection) -> Links:
 
 
 def choose_transport(
-    name: str, comm: MPI.Intracomm, grid: Grid, backend: Backend, *, nodes: Sequence[int], width: int
+    name: str, comm: MPI.Intracomm, grid: Grid, backend: Backend, *, topology: Topology, width: int
 ) -> ChosenTransport:
     """The job's transport, or for "auto" the fastest for rows of `width`; logged.
 
-    Collective over all ranks of `comm`, which count node by node (`nodes`); a probe blocks for some milliseconds.
+    Collective over all ranks of `comm`, which count as `topology` has them; a probe blocks for some milliseconds.
     """
     choice = ChosenTransport(name, "as the job says")
     if name == "auto":
         place = grid.coordinates(comm.rank)
         stage, own = MPI.Intracomm(comm.Split(place.stage, comm.rank)), grid.stages[place.stage].ranks
-        choice = fastest(comm, stage, backend, width=width, nodes=tuple(nodes[own.start : own.stop]))
+        choice = fastest(comm, stage, backend, width=width, nodes=topology.part(own).nodes)
         stage.Free()
     logging.getLogger(__name__).info("transport %s: %s", choice.name, choice.reason)
     return choice
@@ -79,7 +79,7 @@ def make_network(
     placements: Mapping[int, Placement],
     backend: Backend,
     *,
-    nodes: Sequence[int],
+    topology: Topology,
     transport: str,
     hops: int,
     verify: bool,
@@ -91,7 +91,7 @@ def make_network(
     lanes: int = 1,
     links: Links | None = None,
 ) -> Network:
-    """The network of one more lane; collective over all ranks of `comm`, which count node by node (`nodes`).
+    """The network of one more lane; collective over all ranks of `comm`, which stand as `topology` says.
 
     A data parallel group of the first stage has at most `group_rows` rows in a step, each for `top_k` experts. Rows
     leave the stages `departing` by immediate routing. There will be `lanes` such networks; the `links` of this rank,
@@ -101,7 +101,6 @@ def make_network(
     stage = MPI.Intracomm(comm.Split(place.stage, comm.rank))
     tensor = MPI.Intracomm(stage.Split(place.data, comm.rank))
     traffic = Traffic(overlap=overlap, backend=backend)
-    own = grid.stages[place.stage].ranks
     most_rows = -(-group_rows * len(grid.peers(place.stage, place.data, other=0)) // grid.tensor)
     ways = Ways(
         backend=backend,
@@ -114,7 +113,7 @@ def make_network(
         links=links,
     )
     make_exchange = ways.one_hop if hops == 1 else ways.two_hops
-    exchange = make_exchange(stage, placements, numbered(nodes[own.start : own.stop]))
+    exchange = make_exchange(stage, placements, topology.part(grid.stages[place.stage].ranks))
     link = ImmediateLink(
         comm.Dup(),
         grid,
@@ -143,37 +142,37 @@ class Ways:
     lanes: int = 1
     links: Links | None = None
 
-    def one_hop(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], nodes: tuple[int, ...]) -> Exchange:
-        """An exchange from rank to rank; `nodes` are those of the ranks of `comm`; collective."""
+    def one_hop(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], topology: Topology) -> Exchange:
+        """An exchange from rank to rank; `topology` is that of the ranks of `comm`; collective."""
         return Exchange(
             comm,
             placements,
             self.backend,
-            nodes=nodes,
+            topology=topology,
             traffic=self.traffic,
-            transport=self._counted(self.transport, comm, nodes),
+            transport=self._counted(self.transport, comm, topology),
             width=self.width,
         )
 
-    def two_hops(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], nodes: tuple[int, ...]) -> Exchange:
+    def two_hops(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], topology: Topology) -> Exchange:
         """An exchange from node to node, and inside each; the same arguments; collective."""
-        gates = Gates(nodes, comm.rank)
-        inside = {layer: placement.part(gates.neighbours) for layer, placement in placements.items()}
-        node = MPI.Intracomm(comm.Split(nodes[comm.rank], comm.rank))
+        neighbours = Gates(topology.nodes, comm.rank).neighbours
+        inside = {layer: placement.part(neighbours) for layer, placement in placements.items()}
+        node = MPI.Intracomm(comm.Split(topology.nodes[comm.rank], comm.rank))
         # Rows that go on from here and back are the gate's own: no two ranks of a node exchange any on the first hop.
         across = "pairwise" if self.transport == "shared" else self.transport
         return TwoHops(
             comm,
             placements,
             self.backend,
-            gates=gates,
-            inside=self.one_hop(node, inside, (0,) * node.size),
+            topology=topology,
+            inside=self.one_hop(node, inside, topology.part(neighbours)),
             traffic=self.traffic,
-            transport=self._counted(across, comm, nodes),
+            transport=self._counted(across, comm, topology),
             width=self.width,
         )
 
-    def _counted(self, name: str, comm: MPI.Intracomm, nodes: tuple[int, ...]) -> Transport:
+    def _counted(self, name: str, comm: MPI.Intracomm, topology: Topology) -> Transport:
         row_bytes = self.width * self.backend.row_dtype.itemsize
         # Of its own: a transfer may start late, and what its ranks do on one communicator must have one order.
         own = comm.Dup()
@@ -182,11 +181,11 @@ class Ways:
             own,
             self.backend,
             width=self.width,
-            nodes=nodes,
+            nodes=topology.nodes,
             room_bytes=self.room_rows * row_bytes,
             windows=self.lanes,
         )
-        levels = link_levels(nodes, comm.rank)
+        levels = topology.levels(comm.rank)
         if self.verify:
             transport = Verified(transport, comm)
         if self.links:

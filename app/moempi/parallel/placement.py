@@ -1,6 +1,5 @@
 """Placement: which rank of a stage hosts which experts of a layer, and which copy of an expert a row goes to. Pure."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -8,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from moempi.parallel.topology import link_levels
+from moempi.parallel.topology import Topology
 
 IntArray = npt.NDArray[np.integer]
 
@@ -50,13 +49,13 @@ class Placement:
         """After how many rows the turns of copies repeat; 1 where no expert has a copy."""
         return 1 if len(self.experts) == self.num_experts else TURNS
 
-    def keys(self, source: int, nodes: Sequence[int]) -> IntArray:
-        """The key that a row of rank `source` goes to (E * turns,), given the node of each rank.
+    def keys(self, source: int, topology: Topology) -> IntArray:
+        """The key that a row of rank `source` goes to (E * turns,), given where the ranks stand.
 
-        Row t of a step finds that of expert e at e * turns + t % turns. It is the nearest copy: on its own rank, on its
-        own node, on any. Equally near ones take turns, each source beginning with another.
+        Row t of a step finds that of expert e at e * turns + t % turns. It is the nearest copy: on its own rank, its
+        island, its node, its switch, on any. Equally near ones take turns, each source beginning with another.
         """
-        levels = link_levels(nodes, source)[self.ranks]
+        levels = topology.levels(source)[self.ranks]
         order = np.lexsort((levels, self.experts))
         experts, levels = self.experts[order], levels[order]
         firsts = np.searchsorted(experts, np.arange(self.num_experts))

@@ -19,6 +19,7 @@ from moempi.parallel.gates import ABSENT, Crossings, Gates, cross
 from moempi.parallel.placement import Placement
 from moempi.parallel.route_plan import RoutePlan
 from moempi.parallel.schedule import Point
+from moempi.parallel.topology import Topology
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.transfer import Transfer, Transport
 
@@ -34,7 +35,7 @@ class TwoHops(Exchange):
         placements: Mapping[int, Placement],
         backend: Backend,
         *,
-        gates: Gates,
+        topology: Topology,
         inside: Exchange,
         traffic: Traffic,
         transport: Transport,
@@ -44,14 +45,14 @@ class TwoHops(Exchange):
             comm,
             placements,
             backend,
-            nodes=gates.nodes,
+            topology=topology,
             traffic=traffic,
             transport=transport,
             width=width,
         )
-        self._gates = gates
+        self._gates = Gates(topology.nodes, comm.rank)
         self._inside = inside
-        nodes = np.array(gates.nodes)
+        nodes = np.array(topology.nodes)
         self._node_of_key = {layer: nodes[placement.ranks] for layer, placement in placements.items()}
 
     def send(self, x: Array, route: Route) -> Generator[Point, None, tuple[RoutePlan, Transfer]]:

@@ -11,11 +11,14 @@ from typing import NoReturn, TypeVar
 
 from mpi4py import MPI
 
-from moempi.errors import MoempiError, UsageError
+from moempi.config.job import TopologySection
+from moempi.config.topology_file import read_topology
+from moempi.errors import ConfigError, MoempiError, UsageError
 from moempi.parallel.farewell import Farewell
 from moempi.parallel.launch import GRACE_S, launch_problem
 from moempi.parallel.segments import remove_names
 from moempi.parallel.stall import explain, is_stall
+from moempi.parallel.topology import Topology, arrange, of_file, virtual
 from moempi.parallel.watchdog import StalledError, Watchdog
 from moempi.parallel.witness import WITNESS
 
@@ -91,14 +94,22 @@ class World:
         """Number of nodes that the ranks run on."""
         return max(self.nodes) + 1
 
-    def by_node(self, ranks_per_node: int = 0) -> tuple[tuple[int, ...], MPI.Intracomm]:
-        """The node of each rank when ranks are counted node by node, and a communicator in that order; collective.
+    def by_node(self, section: TopologySection, *, island: str = "") -> tuple[Topology, MPI.Intracomm]:
+        """Where ranks stand when they are counted switch by switch and node by node, and a communicator in that order.
 
-        With `ranks_per_node` above 0 the nodes are virtual: that many ranks each, in the order of the ranks.
+        Collective; `island` is this rank's in its node. Virtual nodes of `ranks_per_node` ranks are taken in the order
+        of the ranks; a file says of the ranks in their found order where they are to be taken to stand. A file that
+        does not fit ends all ranks alike.
         """
-        nodes = tuple(rank // ranks_per_node for rank in range(self.size)) if ranks_per_node else self.nodes
-        order = self.comm.Split(0, nodes[self.rank] * self.size + self.rank)
-        return tuple(sorted(nodes)), MPI.Intracomm(order)
+        if section.ranks_per_node:
+            order, topology = list(range(self.size)), virtual(self.size, section.ranks_per_node)
+        else:
+            nodes = [str(node) for node in self.nodes]
+            islands, switches = zip(*self.comm.allgather((island, _switch())), strict=True)
+            order, topology = arrange(nodes, islands, switches)
+        if section.file:
+            topology = self.together(lambda: _stated(section, self.size))
+        return topology, MPI.Intracomm(self.comm.Split(0, order.index(self.rank)))
 
     def agree(self, error: MoempiError | None) -> None:
         """End the program on all ranks if any rank has an `error`, else return; collective, blocks.
@@ -211,6 +222,22 @@ def _node_name(host: str) -> str:
         return slurm_name
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{host} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _switch() -> str:
+    """The names of the switches that lead to this node, from the top, as Slurm's topology has them; "" without one."""
+    address, node = (os.environ.get(name, "") for name in ("SLURM_TOPOLOGY_ADDR", "SLURMD_NODENAME"))
+    return address.removesuffix(f".{node}") if address.endswith(f".{node}") else ""
+
+
+def _stated(section: TopologySection, size: int) -> Topology:
+    """The topology of the file, of so many ranks; raises NoInputError or ConfigError."""
+    if section.ranks_per_node:
+        raise ConfigError("topology.ranks_per_node and topology.file both say where ranks stand; keep one")
+    topology = of_file(read_topology(section.file))
+    if len(topology.nodes) != size:
+        raise ConfigError(f"topology.file = {section.file!r} places {len(topology.nodes)} ranks, there are {size}")
+    return topology
 
 
 def _process_name() -> tuple[str, int]:

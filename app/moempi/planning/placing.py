@@ -35,7 +35,7 @@ def place(policy: str, routes: Routes, machine: Machine, *, num_experts: int, nu
     if policy == "balanced":
         return _balanced(routes, machine, num_experts, num_keys)
     tried = [_linear(routes, machine, num_experts, num_keys), _balanced(routes, machine, num_experts, num_keys)]
-    if machine.num_nodes > 1:
+    if machine.topology.num_nodes > 1:
         tried += _gathered(routes, machine, num_experts, num_keys)
     return min(dict.fromkeys(tried), key=lambda placement: replay(routes, placement, machine).time_s)
 
@@ -69,7 +69,7 @@ def _gathered(routes: Routes, machine: Machine, num_experts: int, num_keys: int)
     nodes = np.array(machine.nodes)
     own_room = np.bincount(nodes, rooms(num_experts, num_experts, len(demand))).astype(np.int64)
     uses = _uses(routes, machine, num_experts)
-    for start in (np.repeat(np.arange(machine.num_nodes), own_room), clusters(uses, own_room)):
+    for start in (np.repeat(np.arange(machine.topology.num_nodes), own_room), clusters(uses, own_room)):
         for price in PRICES:
             node_of = gather(uses, start, ranks_of_node=np.bincount(nodes), evenness=price)
             hosts, left = np.zeros(demand.shape, bool), room.copy()

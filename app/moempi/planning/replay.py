@@ -12,7 +12,7 @@ import numpy.typing as npt
 from moempi.config.topology_file import Level
 from moempi.parallel.gates import Gates
 from moempi.parallel.placement import Placement
-from moempi.parallel.topology import LEVELS, NODE, SELF, link_levels
+from moempi.parallel.topology import LEVELS, Topology
 
 IntArray = npt.NDArray[np.integer]
 FloatArray = npt.NDArray[np.float64]
@@ -33,12 +33,12 @@ class Routes:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The ranks of a stage: `nodes` (R,) ascend from 0; how rows travel, what links and rows cost.
+    """The ranks of a stage and where they stand; how rows travel, what links and rows cost.
 
     Where the answers of a layer go to the next stage, `answers` is off: they are counted nowhere.
     """
 
-    nodes: tuple[int, ...]
+    topology: Topology
     hops: int
     row_bytes: int
     levels: Sequence[Level]
@@ -46,24 +46,24 @@ class Machine:
     answers: bool = True
 
     @property
-    def num_nodes(self) -> int:
-        """Nodes of the stage."""
-        return self.nodes[-1] + 1
+    def nodes(self) -> tuple[int, ...]:
+        """The node of each rank (R,)."""
+        return self.topology.nodes
 
     @property
     def latencies_s(self) -> FloatArray:
-        """Time of an empty message by level (3,)."""
+        """Time of an empty message by level, as LEVELS has them."""
         return np.array([level.latency_us * 1e-6 for level in self.levels])
 
     @property
     def bytes_per_s(self) -> FloatArray:
-        """What a rank sends by level (3,)."""
+        """What a rank sends by level."""
         return np.array([level.bandwidth_gb_s * 1e9 for level in self.levels])
 
 
 @dataclass(slots=True)
 class Forecast:
-    """Per rank: bytes and messages sent by level (R, 3), and rows computed (R,). Time is that of the busiest."""
+    """Per rank: bytes and messages sent by level (R, levels), and rows computed (R,). Time is that of the busiest."""
 
     machine: Machine
     sent_bytes: IntArray
@@ -89,27 +89,25 @@ def replay(routes: Routes, placement: Placement, machine: Machine) -> Forecast:
     forecast = Forecast(machine, *(np.zeros((num_ranks, len(LEVELS)), np.int64) for _ in range(2)))
     hosts = placement.ranks[_keys(routes, placement, machine)]
     forecast.rows = np.bincount(hosts.reshape(-1), minlength=num_ranks)
-    levels = np.stack([link_levels(machine.nodes, rank) for rank in range(num_ranks)])
+    levels = np.stack([machine.topology.levels(rank) for rank in range(num_ranks)])
     if machine.hops == 1:
         homes, steps = (np.repeat(column, hosts.shape[1]) for column in (routes.homes, routes.steps))
         _travel(forecast, levels, steps, homes, hosts.reshape(-1))
         return forecast
     gates = np.stack([Gates(machine.nodes, rank).ranks for rank in range(num_ranks)])
     nodes = np.array(machine.nodes)[hosts]
-    crosses = np.zeros((len(nodes), machine.num_nodes), bool)
+    crosses = np.zeros((len(nodes), machine.topology.num_nodes), bool)
     crosses[np.arange(len(nodes))[:, None], nodes] = True
     tokens, entered = np.nonzero(crosses)
     _travel(forecast, levels, routes.steps[tokens], routes.homes[tokens], gates[routes.homes[tokens], entered])
-    # Inside a node, whose ranks count as one node's whatever the machine says.
-    inside = np.where(np.eye(num_ranks, dtype=bool), SELF, NODE)
     entrances = gates[routes.homes[:, None], nodes].reshape(-1)
-    _travel(forecast, inside, np.repeat(routes.steps, hosts.shape[1]), entrances, hosts.reshape(-1))
+    _travel(forecast, levels, np.repeat(routes.steps, hosts.shape[1]), entrances, hosts.reshape(-1))
     return forecast
 
 
 def _keys(routes: Routes, placement: Placement, machine: Machine) -> IntArray:
     """The key that each choice goes to (T, K)."""
-    tables = np.stack([placement.keys(rank, machine.nodes) for rank in range(len(machine.nodes))])
+    tables = np.stack([placement.keys(rank, machine.topology) for rank in range(len(machine.nodes))])
     turns = (routes.rows % placement.turns)[:, None]
     found: IntArray = tables[routes.homes[:, None], routes.experts * placement.turns + turns]
     return found

@@ -71,6 +71,8 @@ TEXTS = {
 PLACES = {
     "seat": "number of the rank, counted node by node",
     "node": "node of the rank",
+    "island": "its island, of a node's ranks those near to each other; -1 where not told apart",
+    "switch": "switch of its node; -1 where not told apart",
     "stage": "pipeline stage of the rank",
     "data": "data parallel group of the rank in its stage",
     "tensor": "place of the rank in its tensor group",
