@@ -15,6 +15,7 @@ from moempi.config.architecture import Architecture
 from moempi.engine.balance import Balance
 from moempi.engine.lane import Lane
 from moempi.engine.ledger import Ledger
+from moempi.engine.load import Loading
 from moempi.engine.restart import Earlier
 from moempi.engine.seat import Seat
 from moempi.observe.report import Report
@@ -36,6 +37,7 @@ def rank_record(
     *,
     balance: Balance | None,
     seconds: float,
+    loading: Loading,
     hops: int,
 ) -> RankRecord:
     """What this rank did in `seconds` of steps: it computed whenever it was not blocked."""
@@ -47,6 +49,8 @@ def rank_record(
         host=world.host,
         expert_load=load,
         seconds={"compute": seconds - sum(waits.values()), **waits},
+        loaded_bytes=loading.num_bytes,
+        loading_s=loading.seconds,
         steps=ledger.steps,
         tokens=ledger.tokens,
         counters={name: sum(lane.network.traffic.counters[name] for lane in lanes) for name in no_counts()},
@@ -133,6 +137,8 @@ def report_of(
         exact=exact,
         referenced=referenced,
         hosts=[one.host for one in records],
+        loaded_bytes=sum(one.loaded_bytes for one in records),
+        loading_s=[one.loading_s for one in records],
         earlier_requests=len(earlier.indices),
         earlier_tokens=earlier.tokens,
         **_balance_figures(records, list(moe_layers)),

@@ -1,6 +1,7 @@
 """Loading: a rank's share of a weight file becomes a model on its machine."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Expert
 from moempi.config.architecture import Latent
@@ -12,6 +13,14 @@ from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
 from moempi.model.transformer import Layer, Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Bytes that a rank read of its weights, and the seconds until they were verified and on its machine."""
+
+    num_bytes: int
+    seconds: float
 
 
 def load_model(

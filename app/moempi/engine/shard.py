@@ -15,13 +15,14 @@ DIVIDED = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN)
 class Shard:
     """Part `part` of `parts` of every tensor that a tensor group divides; all of the others.
 
-    `architecture` is that of the share: its attention counts the heads of this part.
+    `architecture` is that of the share: its attention counts the heads of this part. `num_bytes` have been read.
     """
 
     def __init__(self, file: WeightFile, *, part: int, parts: int) -> None:
         self._file = file
         self._part = part
         self._parts = parts
+        self.num_bytes = 0
         heads = file.architecture.attention
         self.architecture: Architecture = msgspec.structs.replace(
             file.architecture,
@@ -34,9 +35,9 @@ class Shard:
         """This part's rows of a tensor, verified; raises DataError naming file and tensor."""
         tensor = self._file.tensor(name)
         if tensor.share not in DIVIDED:
-            return self._file.read(name)
+            return self._read(name)
         rows = tensor.shape[0] // self._parts
-        return self._file.read(name, self._part * rows, (self._part + 1) * rows)
+        return self._read(name, self._part * rows, (self._part + 1) * rows)
 
     def has(self, name: str) -> bool:
         """Whether the model has a tensor `name`."""
@@ -49,5 +50,10 @@ class Shard:
 
     def read_expert(self, name: str, expert: int) -> npt.NDArray[Any]:
         """One expert's matrix of a stack, verified."""
-        matrix: npt.NDArray[Any] = self._file.read(name, expert, expert + 1)[0]
+        matrix: npt.NDArray[Any] = self._read(name, expert, expert + 1)[0]
         return matrix
+
+    def _read(self, name: str, *rows: int) -> npt.NDArray[Any]:
+        values = self._file.read(name, *rows)
+        self.num_bytes += values.nbytes
+        return values

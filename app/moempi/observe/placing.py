@@ -28,13 +28,18 @@ def print_policies(rows: Sequence[PolicyRow], *, title: str, levels: Sequence[st
 
 
 def policies_table(rows: Sequence[PolicyRow], *, title: str, levels: Sequence[str]) -> Table:
-    """One row for each placement: bytes of each level, messages of the farthest, imbalance, time of the busiest."""
-    head = ("placement", *levels, "messages", "uneven", "busiest")
+    """One row for each placement: bytes of each level, messages of the farthest, imbalance, time of the busiest.
+
+    Levels that no placement uses are left out, but for the farthest.
+    """
+    last = len(levels) - 1
+    used = [level for level in range(last) if any(row.messages[level] for row in rows)] + [last]
+    head = ("placement", *(levels[level] for level in used), "messages", "uneven", "busiest")
     columns = (Column(name, no_wrap=True) for name in head)
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.caption = f"bytes sent, messages over the {levels[-1]}; uneven: (max - mean)/mean of rows"
     for row in rows:
-        sent = map(format_size, row.sent_bytes)
+        sent = (format_size(row.sent_bytes[level]) for level in used)
         even = f"{fmean(row.imbalance):.3f}" if row.imbalance else ""
         busiest = "" if row.time_s is None else f"{row.time_s * 1e3:.2f} ms"
         table.add_row(row.name, *sent, f"{row.messages[-1]:,}", even, busiest)

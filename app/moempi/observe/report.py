@@ -47,10 +47,11 @@ class Report:
 
     `seconds` holds, for each phase (compute, exchange, idle), one number per rank; `expert_load` (L, E) counts the
     tokens routed to each expert of each MoE layer by all ranks; `exact` of `referenced` answers equal their reference.
-    `hosts` are the ranks'. Requests that earlier attempts finished are among `finishes`; `tokens` are of this one.
-    `sent` counts bytes and messages of rows by level of link, over all ranks; `transport` says how they went. Where
-    gating was balanced, `asked_load` (L, E) is what the routers asked for, `moved` the share of choices that went
-    elsewhere, and `logprob_change` the mean change of a token's log-probability by that, NaN if not measured.
+    `hosts` are the ranks', which read `loaded_bytes` of weights, each in its `loading_s`. Requests that earlier
+    attempts finished are among `finishes`; `tokens` are of this one. `sent` counts bytes and messages of rows by level
+    of link, over all ranks; `transport` says how they went. Where gating was balanced, `asked_load` (L, E) is what the
+    routers asked for, `moved` the share of choices that went elsewhere, and `logprob_change` the mean change of a
+    token's log-probability by that, NaN if not measured.
     """
 
     results: str
@@ -62,6 +63,8 @@ class Report:
     exact: int = 0
     referenced: int = 0
     hosts: Sequence[str] = ()
+    loaded_bytes: int = 0
+    loading_s: Sequence[float] = ()
     earlier_requests: int = 0
     earlier_tokens: int = 0
     transport: str = ""
@@ -123,6 +126,11 @@ def report_table(report: Report) -> RenderableType:
     table = Table("figure", "value")
     rate = report.tokens / report.wall_s if report.wall_s > 0 else 0.0
     table.add_row("tokens/s", f"{rate:,.1f}  ({report.tokens:,} tokens in {report.wall_s:.2f} s)")
+    if report.loaded_bytes:
+        longest = max(report.loading_s)
+        speed = report.loaded_bytes / max(longest, 1e-9) / 1e9
+        size = format_size(report.loaded_bytes)
+        table.add_row("weights", f"{size} read in {longest:.2f} s, {speed:.2f} GB/s of all ranks")
     for phase, low, mean, high in phase_shares(report.seconds):
         table.add_row(f"{phase}, share of time", f"{mean:.1%}  (ranks from {low:.1%} to {high:.1%})")
     for phase, slowest in stragglers(report.seconds).items():
@@ -145,7 +153,8 @@ def report_table(report: Report) -> RenderableType:
         table.add_row("transport", escape(report.transport))
     for level in [name.removesuffix("_bytes") for name in report.sent if name.endswith("_bytes")]:
         size, messages = format_size(report.sent[f"{level}_bytes"]), report.sent[f"{level}_messages"]
-        table.add_row(f"rows to experts, {level}", f"{size} in {messages:,} messages")
+        if messages:
+            table.add_row(f"rows to experts, {level}", f"{size} in {messages:,} messages")
     table.add_row("results", escape(report.results))
     return table
 

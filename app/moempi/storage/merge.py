@@ -143,6 +143,10 @@ def _write_ranks(file: Any, survey: Survey) -> None:
     for phase in dict.fromkeys(phase for record in ranks for phase in record.seconds):
         seconds = create(file, f"timing/{phase}", np.float64, dims, f"time of the rank in {phase}", units="s")
         seconds[...] = [record.seconds.get(phase, np.nan) for record in ranks]
+    loaded = create(file, "loading/bytes", np.int64, dims, "weights that the rank read", units="B")
+    loaded[...] = [record.loaded_bytes for record in ranks]
+    took = create(file, "loading/seconds", np.float64, dims, "time until they were on the rank's machine", units="s")
+    took[...] = [record.loading_s for record in ranks]
     for name in dict.fromkeys(name for record in ranks for name in record.balance):
         figures = create(file, f"balance/{name}", np.float64, dims, name.replace("_", " "))
         figures[...] = [record.balance.get(name, np.nan) for record in ranks]

@@ -63,17 +63,19 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     """What one rank did, written once at the end of its run.
 
     `expert_load` (layers, experts) int64 counts the tokens this rank routed; `seconds` holds one entry per phase (such
-    as compute, exchange, idle), `counters` one per thing counted (such as network_bytes) and `place` says where the
-    rank stood (such as stage and node), each name an identifier. `hosted` lists its experts of each Mixture-of-Experts
-    layer. Where gating was balanced, `asked_load` (layers, experts) counts what the routers asked for, `shifts`
-    (layers, experts) float32 are this rank's part of the terms that moved selection, and `balance` its other figures.
-    Raises ValueError otherwise.
+    as compute, exchange, idle), `loaded_bytes` of weights took `loading_s` to be there, `counters` one per thing
+    counted (such as network_bytes) and `place` says where the rank stood (such as stage and node), each name an
+    identifier. `hosted` lists its experts of each Mixture-of-Experts layer. Where gating was balanced, `asked_load`
+    (layers, experts) counts what the routers asked for, `shifts` (layers, experts) float32 are this rank's part of the
+    terms that moved selection, and `balance` its other figures. Raises ValueError otherwise.
     """
 
     rank: int
     host: str
     expert_load: NDArray[np.int64]
     seconds: dict[str, float]
+    loaded_bytes: int = 0
+    loading_s: float = 0.0
     steps: int
     tokens: int
     counters: dict[str, int] = {}

@@ -1,0 +1,141 @@
+"""The lanes of a rank: each has a network of its own, and they take their steps in turn."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moempi.config.job import Job
+from moempi.engine.balance import make_balance
+from moempi.engine.interleave import interleave
+from moempi.engine.lane import Lane
+from moempi.engine.ledger import Ledger
+from moempi.engine.scheduler import Scheduler
+from moempi.engine.seat import Seat
+from moempi.engine.tasks import Task
+from moempi.engine.trace import RoutingTrace
+from moempi.model.gating import ROUTER_ALONE
+from moempi.model.transformer import Transformer
+from moempi.parallel.network import Network, choose_transport, emulated_links, make_network
+from moempi.parallel.schedule import Point, step_points
+from moempi.parallel.stop import Stop
+from moempi.parallel.world import World
+
+
+class Lanes:
+    """The lanes `each` of a rank, the `transport` that their rows go by, and what balances their gating, if anything.
+
+    Making them is collective. The steps whose routing is recorded count from `first_step`.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        world: World,
+        seat: Seat,
+        model: Transformer,
+        *,
+        scheduler: Scheduler,
+        task: Task,
+        ledger: Ledger,
+        stop: Stop,
+        first_step: int,
+    ) -> None:
+        self._job = job
+        self._world = world
+        self._seat = seat
+        self._model = model
+        self.transport = choose_transport(
+            job.exchange.transport, seat.ranks, seat.grid, model.backend, topology=seat.topology, width=self._width
+        )
+        networks = self._networks()
+        self.balance = make_balance(job.balance, networks, model.architecture, seat.stage.layers)
+        gatings = self.balance.gatings if self.balance else [ROUTER_ALONE] * len(networks)
+        self.each = [
+            Lane(index, model, network, scheduler, task, ledger, stop, gating)
+            for index, (network, gating) in enumerate(zip(networks, gatings, strict=True))
+        ]
+        if job.trace.routing:
+            self.each = [self._traced(lane, ledger, first_step) for lane in self.each]
+
+    def take_steps(self, lanes: Sequence[Lane] | None = None) -> float:
+        """Interleave `lanes`, or all, to their end; the seconds that it took. Collective, blocks.
+
+        Long verbs of the backend keep all lanes' rows moving. Lanes of a pipeline go in pairs: see `schedule`.
+        """
+        lanes = self.each if lanes is None else lanes
+        self._model.backend.between = lambda: _keep_moving(lanes)
+        link = lanes[0].network.link
+        begin = time.perf_counter()
+        interleave(
+            [lane.serve() for lane in lanes],
+            self._points(lanes[0].network),
+            together=len(lanes) if link.is_first and link.is_last else 2,
+            resumed=self._model.backend.use_queue,
+            reached=self._reached,
+        )
+        for lane in lanes:
+            lane.gating.settle()
+        return time.perf_counter() - begin
+
+    @property
+    def _width(self) -> int:
+        return self._model.architecture.width
+
+    def _networks(self) -> list[Network]:
+        job, seat, architecture = self._job, self._seat, self._model.architecture
+        links = self._world.together(lambda: emulated_links(job.topology))
+        return [
+            make_network(
+                seat.ranks,
+                seat.grid,
+                seat.placements,
+                self._model.backend,
+                topology=seat.topology,
+                transport=self.transport.name,
+                hops=job.exchange.hops,
+                verify=job.exchange.verify,
+                width=self._width,
+                top_k=architecture.experts.router.top_k,
+                group_rows=job.run.batch_tokens,
+                overlap=job.run.overlap,
+                departing=seat.departing,
+                lanes=job.lanes,
+                links=links,
+            )
+            for _ in range(job.lanes)
+        ]
+
+    def _traced(self, lane: Lane, ledger: Ledger, first_step: int) -> Lane:
+        """The lane once more, with what records its routing."""
+        trace = RoutingTrace(
+            ledger.write,
+            self._model.backend,
+            layers=[layer for layer in self._model.architecture.moe_layers if layer in self._seat.stage.layers],
+            rank=self._seat.ranks.rank,
+            since=first_step,
+            first_step=first_step + lane.index,
+            stride=self._job.lanes,
+        )
+        lane.network.exchange.listen = trace.note
+        return replace(lane, trace=trace)
+
+    def _points(self, network: Network) -> Sequence[Point]:
+        """Where a step of a lane yields."""
+        return step_points(
+            self._seat.stage.layers,
+            self._model.architecture.moe_layers,
+            tensor=network.tensor.size,
+            is_first=network.link.is_first,
+            is_last=network.link.is_last,
+            hops=self._job.exchange.hops,
+            departs=network.onward is not None,
+        )
+
+    def _reached(self, lane: int, point: Point) -> None:
+        place = f"layer {point.layer} {point.phase}" if point.layer >= 0 else point.phase
+        self._world.alive(f"{place}, lane {lane}")
+
+
+def _keep_moving(lanes: Sequence[Lane]) -> None:
+    for lane in lanes:
+        lane.network.traffic.progress()
