@@ -21,6 +21,9 @@ SOURCE = Path(__file__).with_name("board.c")
 LINE_BYTES = 64
 LINE_WORDS = LINE_BYTES // 8
 BY_MESSAGE = -1
+WAITING, IN_ROOMS, NOT_ALL = range(3)
+"""What a look finds: some have not posted; all rows lie in rooms; some of them come as messages."""
+INT64 = np.dtype(np.int64)
 
 
 def board_bytes(size: int) -> int:
@@ -45,6 +48,7 @@ class Board:
         lines: Any = words.view(np.int64)
         self._words = memoryview(lines)
         self._expected, self._missing, self._firsts, self._landing = np.zeros((4, 2, size), np.int64)
+        self._rows = [np.zeros(0, np.int64), np.zeros(0, np.int64)]
 
     def is_free(self, turn: int) -> bool:
         """Whether all readers have read what was posted the last time that it was this turn."""
@@ -53,10 +57,10 @@ class Board:
             for place, expected in enumerate(self._expected[turn].tolist())
         )
 
-    def post(self, number: int, *, fits: bool, sent: IntArray, landing: IntArray) -> None:
+    def post(self, number: int, *, fits: bool, sent: IntArray, landing: IntArray, num_rows: int) -> None:
         """Tell the readers where their rows are, or that they come as messages, and note which rows are awaited.
 
-        Counts (R,) are those to and from each rank of the group.
+        Counts (R,) are those to and from each rank of the group; `num_rows` come in all.
         """
         turn, before = number % 2, np.cumsum(sent) - sent
         others = np.arange(len(self._ranks)) != self._own
@@ -72,7 +76,7 @@ class Board:
             self._words[self._line(self._own, turn, place)] = number
 
     def look(self, number: int, *, patience: int) -> int:
-        """How many places have not posted yet, after at most `patience` looks; only the compiled board looks twice."""
+        """WAITING, IN_ROOMS or NOT_ALL, after at most `patience` looks; only the compiled board looks twice."""
         turn = number % 2
         for place in np.flatnonzero(self._missing[turn]).tolist():
             line = self._line(place, turn, self._own)
@@ -80,17 +84,22 @@ class Board:
                 self._sync()
                 self._firsts[turn, place] = self._words[line + 1]
                 self._missing[turn, place] = 0
-        return int(self._missing[turn].sum())
-
-    def find(self, number: int, num_rows: int) -> IntArray | None:
-        """Where each of the awaited rows lies among those of all rooms, by place; None when some come as a message."""
-        turn = number % 2
+        if self._missing[turn].any():
+            return WAITING
         counts, firsts = self._landing[turn], self._firsts[turn]
         if (firsts[counts > 0] == BY_MESSAGE).any():
-            return None
+            return NOT_ALL
         rooms = (2 * np.arange(len(counts)) + turn) * self._room_rows
         ends = np.cumsum(counts)
-        return np.repeat(rooms + firsts - (ends - counts), counts) + np.arange(num_rows)
+        self._rows[turn] = np.repeat(rooms + firsts - (ends - counts), counts) + np.arange(counts.sum())
+        return IN_ROOMS
+
+    def rows(self, number: int, num_rows: int) -> IntArray:
+        """Where each of the awaited rows lies among those of all rooms, by place, once a look found them IN_ROOMS.
+
+        Of so many rows; written again by the transfer after the next.
+        """
+        return self._rows[number % 2][:num_rows]
 
     def first_row(self, number: int, place: int) -> int:
         """Where the rows of a place begin in its room, or BY_MESSAGE."""
@@ -111,48 +120,54 @@ class Board:
 class _Fields(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("size", "own", "room_rows")),
-        *((name, ctypes.c_void_p) for name in ("ranks", "words", "expected", "missing", "firsts", "landing")),
+        ("numbers", ctypes.c_int64 * 2),
+        *((name, ctypes.c_void_p) for name in ("ranks", "words", "expected", "missing", "firsts", "landing", "free")),
+        ("num_rows", ctypes.c_int64 * 2),
+        ("rows", ctypes.c_void_p * 2),
     )
 
 
 class CompiledBoard(Board):
-    """The same by board.c."""
+    """The same by board.c, which counts the transfers itself: ctypes passes small numbers and bytes as they are."""
 
     def __init__(
         self, words: npt.NDArray[np.uint8], ranks: Sequence[int], *, own: int, room_rows: int, sync: Callable[[], None]
     ) -> None:
         super().__init__(words, ranks, own=own, room_rows=room_rows, sync=sync)
-        arrays = (self._ranks, words, self._expected, self._missing, self._firsts, self._landing)
-        self._fields = _Fields(len(ranks), own, room_rows, *(array.ctypes.data for array in arrays))
-        self._place = ctypes.addressof(self._fields)
+        free = np.ones(2, np.int64)
+        arrays = (self._ranks, words, self._expected, self._missing, self._firsts, self._landing, free)
+        addresses = (array.ctypes.data for array in arrays)
+        self._fields = _Fields(len(ranks), own, room_rows, (0, -1), *addresses)
+        self._place = ctypes.byref(self._fields)
+        self._seen_free = memoryview(free)  # type: ignore[arg-type]  # NumPy stubs: not every array is a buffer
         self._library: Any = _library()
-        self._num_counts = int(self._ranks[-1]) + 1
-        self._sent, self._landed = np.zeros((2, self._num_counts), np.int64)
-        self._count_places = (self._sent.ctypes.data, self._landed.ctypes.data)
 
     def is_free(self, turn: int) -> bool:
         """See `Board.is_free`."""
-        return bool(self._library.is_free(self._place, turn))
+        return bool(self._seen_free[turn] or self._library.is_free(self._place, turn))
 
-    def post(self, number: int, *, fits: bool, sent: IntArray, landing: IntArray) -> None:
+    def post(self, number: int, *, fits: bool, sent: IntArray, landing: IntArray, num_rows: int) -> None:
         """See `Board.post`."""
-        self._sent[:] = sent[: self._num_counts]
-        self._landed[:] = landing[: self._num_counts]
-        self._library.post(self._place, number, fits, *self._count_places)
+        turn = number % 2
+        if num_rows > len(self._rows[turn]):
+            self._rows[turn] = np.zeros(2 * num_rows, np.int64)
+            self._fields.rows[turn] = self._rows[turn].ctypes.data
+            self._fields.num_rows[turn] = len(self._rows[turn])
+        self._library.post(self._place, turn, int(fits), _words(sent), _words(landing))
 
     def look(self, number: int, *, patience: int) -> int:
         """See `Board.look`."""
-        missing: int = self._library.look(self._place, number, patience)
-        return missing
-
-    def find(self, number: int, num_rows: int) -> IntArray | None:
-        """See `Board.find`."""
-        rows = np.empty(num_rows, np.int64)
-        return rows if self._library.find(self._place, number, rows.ctypes.data) else None
+        found: int = self._library.look(self._place, number % 2, patience)
+        return found
 
     def release(self, number: int) -> None:
         """See `Board.release`."""
-        self._library.release(self._place, number)
+        self._library.release(self._place, number % 2)
+
+
+def _words(counts: IntArray) -> bytes:
+    """Counts as board.c reads them; quicker to pass than an array's address."""
+    return counts.tobytes() if counts.dtype is INT64 else counts.astype(np.int64).tobytes()
 
 
 def make_board(
@@ -167,10 +182,5 @@ def make_board(
 def _library() -> Any:
     library = load_kernel(SOURCE)
     if library is not None:
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.is_free.argtypes, library.is_free.restype = [pointer, number], number
-        library.post.argtypes, library.post.restype = [pointer, number, number, pointer, pointer], None
-        library.look.argtypes, library.look.restype = [pointer, number, number], number
-        library.find.argtypes, library.find.restype = [pointer, number, pointer], number
-        library.release.argtypes, library.release.restype = [pointer, number], None
+        library.post.restype = library.release.restype = None
     return library

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from moempi.arrays import ALIGNMENT_BYTES, aligned_rows
-from moempi.parallel.transports.board import BY_MESSAGE, Board, board_bytes, make_board
+from moempi.parallel.transports.board import BY_MESSAGE, IN_ROOMS, WAITING, Board, board_bytes, make_board
 from moempi.parallel.transports.pairwise import TAGS, blocks, copy_rows
 from moempi.parallel.transports.rooms import Rooms
 
@@ -71,10 +71,13 @@ class _Landing:
             self.transport.board.release(self.number)
 
     def _look(self, patience: int) -> bool:
-        if not self.posted and not self.transport.board.look(self.number, patience=patience):
+        if not self.posted:
+            found = self.transport.board.look(self.number, patience=patience)
+            if found == WAITING:
+                return False
             self.posted = True
-            self.transport.settle(self)
-        return self.posted and (not self.requests or bool(MPI.Request.Testall(self.requests)))
+            self.transport.settle(self, in_rooms=found == IN_ROOMS)
+        return not self.requests or bool(MPI.Request.Testall(self.requests))
 
 
 class Shared:
@@ -144,15 +147,14 @@ class Shared:
         fits = len(outgoing) <= self._room_rows
         if not fits or self._has_others:
             self._exchange_messages(landing, outgoing, send_counts, fits=fits)
-        self.board.post(self._number, fits=fits, sent=send_counts, landing=recv_counts)
+        self.board.post(self._number, fits=fits, sent=send_counts, landing=recv_counts, num_rows=len(incoming))
         return landing
 
-    def settle(self, landing: _Landing) -> None:
+    def settle(self, landing: _Landing, *, in_rooms: bool) -> None:
         """All neighbours have posted: note where the rows lie; or copy them, and ask for what comes as messages."""
-        if self._in_place and not (self._has_others and self._comes_from_others(landing.counts)):
-            landing.places = self.board.find(landing.number, len(landing.incoming))
-            if landing.places is not None:
-                return
+        if in_rooms and self._in_place and not (self._has_others and self._comes_from_others(landing.counts)):
+            landing.places = self.board.rows(landing.number, len(landing.incoming))
+            return
         for rank, (first, last) in blocks(landing.counts).items():
             if rank in self._places:
                 self._take(landing, rank, first, last)
