@@ -21,8 +21,8 @@ from moempi.parallel.world import World
 
 ROW_BYTES = 14336
 BUFFERS = 2
-IN_A_ROW = 16
-"""Exchanges of a turn: the first of them finds the caches as the contestant before left them."""
+IN_A_ROW = 116
+"""Exchanges of a turn, as many as a step of 58 MoE layers has."""
 BLOCKING, GLOO = "MPI Alltoallv", "torch gloo"
 
 

@@ -38,7 +38,7 @@ PATIENCE = 256
 
 @dataclass(slots=True)
 class _Landing:
-    """A transfer under way: `counts` (R,) rows from each rank, `places` where they lie in the rooms, or None.
+    """A transfer under way: `counts` (R,) rows from each rank, which stay in the rooms where that is so for all.
 
     `requests` are its messages; `overflow` is what this rank sends when that does not fit into its room.
     """
@@ -50,7 +50,7 @@ class _Landing:
     requests: list[MPI.Request]
     overflow: Any = None
     posted: bool = False
-    places: IntArray | None = None
+    in_rooms: bool = False
 
     def Test(self) -> bool:  # noqa: N802
         """See `Pending.Test`."""
@@ -63,11 +63,13 @@ class _Landing:
 
     def rows(self) -> tuple[Any, IntArray | None]:
         """See `Landing.rows`."""
-        return (self.incoming, None) if self.places is None else (self.transport.rooms, self.places)
+        if not self.in_rooms:
+            return self.incoming, None
+        return self.transport.rooms, self.transport.board.rows(self.number, len(self.incoming))
 
     def release(self) -> None:
         """See `Landing.release`."""
-        if self.places is not None:
+        if self.in_rooms:
             self.transport.board.release(self.number)
 
     def _look(self, patience: int) -> bool:
@@ -76,7 +78,9 @@ class _Landing:
             if found == WAITING:
                 return False
             self.posted = True
-            self.transport.settle(self, in_rooms=found == IN_ROOMS)
+            self.in_rooms = found == IN_ROOMS and self.transport.keeps_in_rooms(self.counts)
+            if not self.in_rooms:
+                self.transport.fetch(self)
         return not self.requests or bool(MPI.Request.Testall(self.requests))
 
 
@@ -150,11 +154,12 @@ class Shared:
         self.board.post(self._number, fits=fits, sent=send_counts, landing=recv_counts, num_rows=len(incoming))
         return landing
 
-    def settle(self, landing: _Landing, *, in_rooms: bool) -> None:
-        """All neighbours have posted: note where the rows lie; or copy them, and ask for what comes as messages."""
-        if in_rooms and self._in_place and not (self._has_others and self._comes_from_others(landing.counts)):
-            landing.places = self.board.rows(landing.number, len(landing.incoming))
-            return
+    def keeps_in_rooms(self, counts: IntArray) -> bool:
+        """Whether rows that neighbours posted in their rooms are read there: those of other nodes do not lie there."""
+        return self._in_place and not (self._has_others and self._comes_from_others(counts))
+
+    def fetch(self, landing: _Landing) -> None:
+        """All neighbours have posted: copy their rows, and ask for what comes as messages."""
         for rank, (first, last) in blocks(landing.counts).items():
             if rank in self._places:
                 self._take(landing, rank, first, last)
