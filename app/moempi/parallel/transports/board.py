@@ -179,8 +179,11 @@ def make_board(
 
 
 @cache
-def _library() -> Any:
+def _library() -> ctypes.PyDLL | None:
+    """The compiled board. Its calls are so short that they keep the interpreter to themselves."""
     library = load_kernel(SOURCE)
-    if library is not None:
-        library.post.restype = library.release.restype = None
-    return library
+    if library is None:
+        return None
+    board = ctypes.PyDLL(library._name)
+    board.post.restype = board.release.restype = None
+    return board
