@@ -164,6 +164,22 @@ def place(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def plan(chosen: argparse.Namespace) -> int:
+    """Forecast a job on a machine that need not be there."""
+    from moempi.config.job import Job
+    from moempi.config.machine_file import read_machine
+    from moempi.config.reading import read_toml
+    from moempi.engine.what_if import print_what_if, what_if
+    from moempi.parallel.topology import virtual
+
+    job = read_toml(chosen.job, Job, overrides=chosen.set)
+    machine = read_machine(chosen.machine)
+    where = virtual(chosen.ranks, chosen.ranks_per_node or chosen.ranks)
+    forecasts = what_if(job, machine, where, context=chosen.context, prompt=chosen.prompt)
+    print_what_if(forecasts, machine=machine.name)
+    return 0
+
+
 def check(chosen: argparse.Namespace) -> int:
     """Measure the ranks' exchange, and their links where asked."""
     WITNESS.post()
@@ -247,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("first", type=Path, metavar="A.h5")
     sub.add_argument("second", type=Path, metavar="B.h5")
     sub.add_argument("--within", type=float, default=0.0, help="largest difference of log-probabilities allowed (0)")
+    _plan_options(add(plan))
     _place_options(add(place))
     sub = add(check)
     sub.add_argument("--measure", action="store_true", help="latency and bandwidth of each level of links")
@@ -270,6 +287,15 @@ def _run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="dry run: ranks on a node")
     sub.add_argument("--max-minutes", type=float, metavar="N", help="end early after N minutes, with exit code 75")
     sub.add_argument("--strict", action="store_true", help="stop at the first bad prompt line instead of recording it")
+
+
+def _plan_options(sub: argparse.ArgumentParser) -> None:
+    _job_options(sub)
+    sub.add_argument("--machine", type=Path, required=True, metavar="MACHINE.toml", help="what ranks and links can do")
+    sub.add_argument("--ranks", type=_count, required=True, metavar="N", help="ranks")
+    sub.add_argument("--ranks-per-node", type=_count, default=0, metavar="N", help="ranks on a node (all)")
+    sub.add_argument("--context", type=_count, default=2048, metavar="N", help="decode: tokens in the cache (2048)")
+    sub.add_argument("--prompt", type=_count, default=4096, metavar="N", help="prefill: tokens of a prompt (4096)")
 
 
 def _place_options(sub: argparse.ArgumentParser) -> None:

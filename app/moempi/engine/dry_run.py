@@ -23,7 +23,7 @@ def dry_run(job: Job, nodes: Sequence[int]) -> Layout:
 
     Raises the MoempiErrors that the run itself would raise for its layout.
     """
-    architecture = _architecture(job)
+    architecture = architecture_of(job)
     plan = make_plan(job, architecture, nodes, placement=placement_of(job), on_gpu=job.run.backend == "cupy")
     title = (
         f"{len(nodes):,} ranks on {len(set(nodes)):,} nodes, {len(plan.grid.stages)} stages, "
@@ -35,8 +35,8 @@ def dry_run(job: Job, nodes: Sequence[int]) -> Layout:
     return Layout(title, rows, refused=_refused(job, plan))
 
 
-def _architecture(job: Job) -> Architecture:
-    """That of the weight file, or where there is none the job's own description."""
+def architecture_of(job: Job) -> Architecture:
+    """That of the weight file, or where there is none the job's own description; raises their MoempiErrors."""
     if job.model.architecture and not Path(job.model.weights).exists():
         architecture = read_toml(job.model.architecture, Architecture)
         problem = architecture.problem()

@@ -1,0 +1,59 @@
+"""What a stage's lanes take with and without overlap: the schedule replayed with seconds instead of rows. Pure.
+
+The host computes for one lane at a time, in the order of the schedule; a rank's link carries one transfer after
+another. A lane goes on when what it waits for has arrived.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moempi.parallel.schedule import Point, schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A lane's way to its next point: it computes, then something travels.
+
+    That takes `carry_s` of the link and arrives `latency_s` later. `ahead`: it leaves by itself as soon as what
+    travelled before it has arrived, also while another lane computes (rows follow their counts so).
+    """
+
+    point: Point
+    compute_s: float
+    carry_s: float = 0.0
+    latency_s: float = 0.0
+    ahead: bool = False
+
+
+@dataclass(slots=True)
+class _Link:
+    free_at: float = 0.0
+
+    def arrival(self, start: float, leg: Leg) -> float:
+        if leg.carry_s:
+            start = self.free_at = max(start, self.free_at) + leg.carry_s
+        return start + leg.latency_s
+
+
+def turn_s(legs: Sequence[Leg], *, lanes: int, overlap: bool, rounds: int = 4) -> float:
+    """Seconds in which `lanes` lanes take one step side by side, in the long run; without overlap, one waits at once.
+
+    As a step ends where the next begins, the mean of `rounds` of them is taken after a first.
+    """
+    link, host = _Link(), 0.0
+    arrivals = [0.0] * lanes
+    places = [0] * lanes
+    ends = []
+    for lane, _ in schedule(lanes, [leg.point for leg in legs], together=lanes):
+        leg = legs[places[lane]]
+        before = arrivals[lane]
+        host = max(host, before) + leg.compute_s
+        arrivals[lane] = link.arrival(before if leg.ahead else host, leg)
+        if not overlap:
+            host = max(host, arrivals[lane])
+        places[lane] = (places[lane] + 1) % len(legs)
+        if places[lane] == 0 and lane == lanes - 1:
+            ends.append(max(host, *arrivals))
+            if len(ends) > rounds:
+                return (ends[-1] - ends[0]) / rounds
+    raise AssertionError("a schedule has no end")
