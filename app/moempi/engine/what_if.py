@@ -33,11 +33,13 @@ def what_if(job: Job, machine: MachineFile, where: Topology, *, context: int, pr
 
 def print_what_if(forecasts: Mapping[str, Forecast], *, machine: str) -> None:
     """Print them on stdout."""
-    totals = [
-        TotalLine(kind, found.tokens_per_s(overlap=False), found.tokens_per_s(overlap=True), found.seconds(overlap=True))
-        for kind, found in forecasts.items()
-    ]
-    print_forecast([line for kind, found in forecasts.items() for line in _lines(kind, found)], totals, machine=machine)
+    stages = [line for kind, found in forecasts.items() for line in _lines(kind, found)]
+    print_forecast(stages, [_total(kind, found) for kind, found in forecasts.items()], machine=machine)
+
+
+def _total(kind: str, found: Forecast) -> TotalLine:
+    waiting, overlapped = (found.tokens_per_s(overlap=overlap) for overlap in (False, True))
+    return TotalLine(kind, waiting, overlapped, token_s=found.seconds(overlap=True))
 
 
 def _lines(kind: str, found: Forecast) -> Iterator[StageLine]:

@@ -27,7 +27,7 @@ class StageForecast:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A step of every lane: `tokens` of all groups and lanes go through `stages`, which take them in so many `turns`."""
+    """A step of every lane: `tokens` of all groups and lanes go through `stages`, each in so many `turns`."""
 
     tokens: float
     turns: int
