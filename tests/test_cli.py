@@ -106,3 +106,15 @@ def test_check_prints_ranks_and_exchange(mpirun):
     assert "2 ranks on 1 nodes" in outcome.out
     assert "1,048,576" in outcome.out
     assert "\x1b[" not in outcome.out
+
+
+def test_plan_forecasts_the_mission_and_refuses_what_cannot_be():
+    plan = ("plan", "jobs/mission.toml", "--machine", "jobs/machines/mission-h100.toml", "--ranks-per-node", "8")
+    outcome = moempi(*plan, "--ranks", "3904")
+    assert outcome.code == 0, outcome.err
+    assert "3 to 59" in outcome.out
+    assert "A model's forecast, not a measurement" in outcome.out
+    refused = moempi(*plan, "--ranks", "3900")
+    assert (refused.code, len(refused.lines)) == (78, 1)
+    missing = moempi("plan", "jobs/mission.toml", "--machine", "nothing.toml", "--ranks", "8")
+    assert (missing.code, len(missing.lines)) == (66, 1)

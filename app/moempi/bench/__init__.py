@@ -19,7 +19,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
     Raises UsageError for flags that the benchmark does not have.
     """
-    from moempi.bench import exchange, gpu, immediate, layer, overlap, placement
+    from moempi.bench import exchange, gpu, immediate, layer, overlap, placement, plan
     from moempi.parallel.world import World
 
     benchmark = {
@@ -29,6 +29,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
         "immediate": immediate,
         "placement": placement,
         "gpu": gpu,
+        "plan": plan,
     }[name]
     parser = _Parser(prog=f"moempi bench {name}", description=benchmark.__doc__)
     benchmark.add_flags(parser)

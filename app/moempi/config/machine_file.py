@@ -1,7 +1,8 @@
 """machine.toml: what a rank and its links can do, as reached, not as printed on the box; jobs/machines has some.
 
 Keys: `name`, `tflops` of products and `memory_gb_s` of a rank, `turn_us`, the host's time for each turn of a lane
-however few its rows, and `levels`, the links as topology.json has them.
+however few its rows, `reads_ahead`, whether weights are read while products are computed (GPUs) or before (a processor
+whose products pack them first), and `levels`, the links as topology.json has them.
 """
 
 from pathlib import Path
@@ -23,6 +24,7 @@ class MachineFile(Struct, frozen=True, forbid_unknown_fields=True):
     memory_gb_s: Positive
     levels: tuple[Level, ...]
     turn_us: Annotated[float, Meta(ge=0, le=LARGEST)] = 0.0
+    reads_ahead: bool = True
 
 
 def read_machine(path: str | Path) -> MachineFile:

@@ -1,8 +1,9 @@
 """What a step costs a rank of a stage: seconds of products, memory and links, from sizes alone. Pure.
 
 Products take the longer of their arithmetic and the reading of their weights (the roofline of Williams, Waterman and
-Patterson 2009); a transfer takes, for every message, its level's latency and its bytes over the bandwidth. Routing is
-taken to be even. All that is a model; `moempi bench plan` compares it with what happens.
+Patterson 2009), or on a machine that does not read ahead their sum; a transfer takes, for every message, its level's
+latency and its bytes over the bandwidth. Routing is taken to be even. All that is a model; `moempi bench plan` compares
+it with what happens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -121,7 +122,7 @@ class Costs:
         dims = heads.cached_dim + heads.latent.key_value_rank if heads.latent else heads.head_dim + heads.value_dim
         flops = 2 * load.rows * context * heads.num_heads * dims / self.tensor
         cached = heads.cached_values / (1 if heads.latent else self.tensor)
-        core = self._longer(flops, load.sequences * context * cached * self.value_bytes)
+        core = self._seconds(flops, load.sequences * context * cached * self.value_bytes)
         return core + self._products(layer, f"{layer_path(layer)}/attention", load.rows)
 
     def _dense(self, layer: int, load: Load) -> float:
@@ -134,7 +135,7 @@ class Costs:
         sizes = [prod(tensor.shape) for tensor in self._tensors(layer, f"{layer_path(layer)}/experts")]
         values = sum(sizes) / experts.num
         hit = self.hosted * (1 - (1 - 1 / experts.num) ** choices)
-        return self._longer(2 * choices * self.hosted / experts.num * values, hit * values * self.value_bytes)
+        return self._seconds(2 * choices * self.hosted / experts.num * values, hit * values * self.value_bytes)
 
     def _head(self, layers: range, load: Load) -> float:
         """The last product, for a row of each sequence."""
@@ -156,10 +157,11 @@ class Costs:
     def _of(self, tensors: Iterable[Tensor], rows: float) -> float:
         divided = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN)
         values = sum(prod(one.shape) / (self.tensor if one.share in divided else 1) for one in tensors)
-        return self._longer(2 * rows * values, values * self.value_bytes if rows else 0.0)
+        return self._seconds(2 * rows * values, values * self.value_bytes if rows else 0.0)
 
-    def _longer(self, flops: float, num_bytes: float) -> float:
-        return max(flops / (self.machine.tflops * 1e12), num_bytes / (self.machine.memory_gb_s * 1e9))
+    def _seconds(self, flops: float, num_bytes: float) -> float:
+        computing, reading = flops / (self.machine.tflops * 1e12), num_bytes / (self.machine.memory_gb_s * 1e9)
+        return max(computing, reading) if self.machine.reads_ahead else computing + reading
 
     @property
     def _num_ranks(self) -> int:

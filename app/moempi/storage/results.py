@@ -14,6 +14,8 @@ from moempi.storage.hdf5 import open_dataset, open_file, read_attribute, refusin
 from moempi.storage.records import RequestRecord
 from moempi.storage.results_layout import ARRAYS, FORMAT, NO_TOKEN, OFFSETS, TEXTS, VERSION, blocks
 
+COUNTED = ("rank", "host", "steps", "tokens")
+
 
 class ResultFile:
     """A results file opened for reading, through the guard.
@@ -49,6 +51,13 @@ class ResultFile:
                     _record(start + i, {name: rows[i] for name, rows in columns.items()}) for i in range(stop - start)
                 ]
             yield from records
+
+    def timing(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Seconds of all phases together, and steps, of each rank and attempt (R,). Raises DataError."""
+        names = [name for name, _ in walk(self._file) if name.startswith("timing/")]
+        phases = [name for name in names if name.split("/")[1] not in COUNTED]
+        seconds = [checked(self._file, name, np.dtype(np.float64), 1)[:] for name in phases]
+        return np.sum(seconds, axis=0), checked(self._file, "timing/steps", np.dtype(np.int64), 1)[:]
 
     def close(self) -> None:
         """Close the file."""

@@ -1,0 +1,224 @@
+"""`moempi bench plan`: how far the forecasts of `moempi plan` are from runs, on this machine with emulated links.
+
+A few runs of a random model teach what a rank can do; other runs, with other rows, links, lanes and overlap, are then
+foretold before they happen.
+"""
+
+import io
+import json
+import statistics
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from math import log
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from moempi.bench.measure import machine as machine_line
+from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.job import Job
+from moempi.config.machine_file import MachineFile
+from moempi.config.reading import convert
+from moempi.config.topology_file import LEVEL_NAMES, Level, TopologyFile
+from moempi.engine.run import run_job
+from moempi.errors import UsageError
+from moempi.observe.console import console
+from moempi.parallel.stop import Stop
+from moempi.parallel.topology import virtual
+from moempi.parallel.world import World
+from moempi.planning.layout import make_plan
+from moempi.planning.what_if import Scene, forecast
+from moempi.storage.initialize import initialize
+from moempi.storage.results import ResultFile
+
+MODEL = Architecture(
+    family="mission",
+    vocab_size=512,
+    width=512,
+    num_layers=4,
+    max_positions=256,
+    attention=Attention(num_heads=8, num_kv_heads=8, head_dim=64),
+    experts=Experts(num=16, width=256, router=Router(top_k=4, renormalize=True)),
+    dense_layers=(0,),
+    dense_width=1024,
+)
+STEPS = 12
+FREE = (0.0, 1000.0)
+PARAMETERS = ("tflops", "memory_gb_s", "turn_us")
+START = (0.02, 5.0, 100.0)
+FINEST = 1.02
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A run: sequences of each rank, lanes, whether they overlap, latency (us) and bandwidth (GB/s) of the links."""
+
+    sequences: int
+    lanes: int = 2
+    overlap: bool = True
+    link: tuple[float, float] = FREE
+
+
+LESSONS = tuple(Trial(sequences, overlap=overlap) for sequences in (2, 16, 64, 128) for overlap in (False, True))
+TRIALS = tuple(
+    Trial(sequences, lanes, overlap, link)
+    for sequences, link in ((8, (50.0, 0.02)), (32, (50.0, 0.02)), (32, (200.0, 0.1)), (96, (50.0, 0.02)))
+    for lanes, overlap in ((2, False), (2, True), (4, True))
+)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Where to write what was learned."""
+    parser.add_argument("--out", "-o", type=Path, metavar="MACHINE.toml", help="write the machine, for moempi plan")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each kind; the median counts (3)")
+
+
+def run(world: World, chosen: Namespace) -> None:
+    """Learn, foretell, measure and print; collective, on one node."""
+    if world.num_nodes > 1:
+        raise UsageError("bench plan emulates links between ranks of one node; start it on one")
+    bench = _Bench(world)
+    with tempfile.TemporaryDirectory() as own:
+        bench.folder = Path(world.comm.bcast(own))
+        if world.rank == 0:
+            initialize(MODEL, bench.folder / "model.h5", seed=1)
+        world.comm.Barrier()
+        machine = fit([(trial, bench.seconds(trial, chosen.repeats)) for trial in LESSONS], world.size)
+        table = Table(
+            *("sequences", "lanes", "overlap", "link us, GB/s", "foretold ms", "measured ms", "foretold / measured"),
+            title=f"A token of all sequences, {world.size} ranks, {MODEL.num_layers} layers of width {MODEL.width}",
+            caption=machine_line(world),
+        )
+        errors = []
+        for trial in TRIALS:
+            foretold, measured = foretell(trial, machine, world.size), bench.seconds(trial, chosen.repeats)
+            errors.append(abs(foretold / measured - 1))
+            link = f"{trial.link[0]:g}, {trial.link[1]:g}"
+            figures = (f"{foretold * 1e3:.1f}", f"{measured * 1e3:.1f}", f"{foretold / measured:.2f}")
+            table.add_row(str(trial.sequences), str(trial.lanes), "on" if trial.overlap else "off", link, *figures)
+        world.comm.Barrier()
+    if world.rank == 0:
+        learned = ", ".join(f"{name} {getattr(machine, name):.3g}" for name in PARAMETERS)
+        console().print(table, f"learned: {learned}; foretold within {statistics.median(errors):.0%} (median)")
+        if chosen.out:
+            chosen.out.write_text(_toml(machine), encoding="utf-8")
+
+
+def foretell(trial: Trial, machine: MachineFile, num_ranks: int) -> float:
+    """Seconds in which all sequences get a token."""
+    where = virtual(num_ranks, 1)
+    job = _job(trial, Path())
+    plan = make_plan(job, MODEL, where.nodes)
+    scene = Scene(job, MODEL, plan, _linked(machine, trial.link), where)
+    rows = trial.sequences / trial.lanes
+    return forecast(scene, rows=rows, sequences=rows, context=STEPS / 2).seconds(overlap=trial.overlap)
+
+
+def fit(lessons: Sequence[tuple[Trial, float]], num_ranks: int) -> MachineFile:
+    """The machine that foretells the lessons best: least mean square of the logarithm of foretold over measured."""
+
+    def error(values: Sequence[float]) -> float:
+        machine = _machine(values)
+        return sum(log(foretell(trial, machine, num_ranks) / seconds) ** 2 for trial, seconds in lessons)
+
+    return _machine(_descend(error, START))
+
+
+def _descend(error: Callable[[Sequence[float]], float], start: Sequence[float]) -> list[float]:
+    """Positive values of least error, by factors that shrink when none of them helps."""
+    values, least, factor = list(start), error(start), 4.0
+    while factor > FINEST:
+        better = False
+        for index in range(len(values)):
+            for times in (factor, 1 / factor):
+                tried = [*values[:index], values[index] * times, *values[index + 1 :]]
+                found = error(tried)
+                if found < least:
+                    values, least, better = tried, found, True
+        if not better:
+            factor = factor**0.5
+    return values
+
+
+@dataclass(slots=True)
+class _Bench:
+    """Runs jobs in a folder that all ranks see."""
+
+    world: World
+    folder: Path = field(default_factory=Path)
+
+    def seconds(self, trial: Trial, repeats: int) -> float:
+        """Median seconds in which all sequences got a token; collective."""
+        return statistics.median(self._run(trial) for _ in range(repeats))
+
+    def _run(self, trial: Trial) -> float:
+        job, comm = _job(trial, self.folder), self.world.comm
+        if self.world.rank == 0:
+            lines = (
+                json.dumps({"id": str(number), "tokens": [number % MODEL.vocab_size]})
+                for number in range(trial.sequences * comm.size)
+            )
+            Path(job.input.prompts).write_text("\n".join(lines), encoding="utf-8")
+            Path(job.topology.emulate or self.folder / "unused").write_bytes(msgspec.json.encode(_links(trial.link)))
+        comm.Barrier()
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            run_job(job, job_text="", world=self.world, stop=Stop(), strict=True)
+        comm.Barrier()
+        measured = 0.0
+        if self.world.rank == 0:
+            with ResultFile(job.output.results) as results:
+                seconds, steps = results.timing()
+            measured = float(seconds.max() / steps.max()) * trial.lanes
+        return float(comm.bcast(measured))
+
+
+def _job(trial: Trial, folder: Path) -> Job:
+    tree: dict[str, Any] = {
+        "model": {"weights": str(folder / "model.h5")},
+        "input": {"prompts": str(folder / "prompts.jsonl")},
+        "output": {"results": str(folder / "results.h5")},
+        "run": {
+            "backend": "numpy",
+            "micro_batches": trial.lanes,
+            "max_sequences": trial.sequences,
+            "overlap": trial.overlap,
+        },
+        "sampling": {"max_tokens": STEPS, "ignore_eos": True},
+        "exchange": {"transport": "alltoallv"},
+        "topology": {"ranks_per_node": 1, "emulate": "" if trial.link == FREE else str(folder / "links.json")},
+    }
+    return convert(tree, Job, where="bench plan")
+
+
+def _machine(values: Sequence[float]) -> MachineFile:
+    tflops, memory_gb_s, turn_us = values
+    name, levels = "this machine, as learned from runs", _levels(FREE)
+    return MachineFile(name, tflops, memory_gb_s, levels, turn_us=turn_us, reads_ahead=False)
+
+
+def _linked(machine: MachineFile, link: tuple[float, float]) -> MachineFile:
+    return msgspec.structs.replace(machine, levels=_levels(link))
+
+
+def _levels(link: tuple[float, float]) -> tuple[Level, ...]:
+    """Every level costs nothing but the farthest."""
+    near = [Level(name, *FREE) for name in LEVEL_NAMES[:-1]]  # type: ignore[arg-type]
+    return (*near, Level("network", *link))
+
+
+def _links(link: tuple[float, float]) -> TopologyFile:
+    return TopologyFile(2, _levels(link), nodes=(0,))
+
+
+def _toml(machine: MachineFile) -> str:
+    lines = [f"name = {json.dumps(machine.name)}", *(f"{name} = {getattr(machine, name)!r}" for name in PARAMETERS)]
+    lines.append("reads_ahead = false")
+    for level in machine.levels:
+        lines += ["", "[[levels]]", f'name = "{level.name}"', f"latency_us = {level.latency_us!r}"]
+        lines.append(f"bandwidth_gb_s = {level.bandwidth_gb_s!r}")
+    return "\n".join([*lines, ""])
