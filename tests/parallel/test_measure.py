@@ -38,17 +38,3 @@ def test_check_measures_virtual_nodes_and_writes_them(mpirun, tmp_path):
     topology = read_topology(path)
     assert topology.nodes == (0, 0, 1, 1)
     assert all(level.bandwidth_gb_s > 0 for level in topology.levels)
-
-
-def test_the_fit_finds_what_explains_the_seconds_and_nothing_below_zero():
-    from moempi.parallel.measure import _fit
-
-    random = np.random.default_rng(1)
-    counts, sizes = random.integers(0, 5, (30, 5)), random.integers(0, 1 << 20, (30, 5))
-    loads = np.concatenate([counts, sizes], axis=1).astype(float)
-    costs = np.array([0.0, 1e-6, 2e-6, 3e-6, 5e-6, 1e-10, 2e-10, 3e-10, 5e-10, 1e-9])
-    latency_s, per_byte_s = _fit(loads, loads @ costs)
-    np.testing.assert_allclose([*latency_s, *per_byte_s], costs, rtol=1e-6, atol=1e-12)
-    latency_s, per_byte_s = _fit(loads, loads @ costs * random.uniform(0.5, 1.5, 30))
-    assert (latency_s >= 0).all()
-    assert (per_byte_s >= 0).all()

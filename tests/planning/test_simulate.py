@@ -6,12 +6,12 @@ import pytest
 
 from moempi.engine.interleave import interleave
 from moempi.parallel.schedule import Point
-from moempi.planning.simulate import Leg, turn_s
+from moempi.planning.simulate import Leg, overlapped_s, waiting_s
 
 STEPS = 6
 
 
-def on_a_clock(legs, *, lanes, overlap):
+def on_a_clock(legs, *, lanes):
     """Generators under `interleave` that compute and send by moving a clock: when all lanes have taken each step."""
     clock, link = [0.0], [0.0]
     ends = []
@@ -27,8 +27,6 @@ def on_a_clock(legs, *, lanes, overlap):
                 if leg.carry_s:
                     link[0] = left = max(link[0], left) + leg.carry_s
                 arrived = left + leg.latency_s
-                if not overlap:
-                    clock[0] = max(clock[0], arrived)
                 arrivals[index] = arrived
                 if index == lanes - 1 and leg is legs[-1]:
                     ends.append(max(clock[0], *arrivals))
@@ -56,28 +54,25 @@ def random_legs(dice):
 def test_lanes_take_what_they_take_on_a_clock():
     dice = random.Random(2)
     for _ in range(200):
-        legs, lanes, overlap = random_legs(dice), dice.randrange(1, 5), dice.random() < 0.5
-        ends = on_a_clock(legs, lanes=lanes, overlap=overlap)
-        found = turn_s(legs, lanes=lanes, overlap=overlap, rounds=STEPS - 1)
-        assert found == pytest.approx((ends[-1] - ends[0]) / (STEPS - 1)), (legs, lanes, overlap)
+        legs, lanes = random_legs(dice), dice.randrange(1, 5)
+        ends = on_a_clock(legs, lanes=lanes)
+        found = overlapped_s(legs, lanes=lanes, rounds=STEPS - 1)
+        assert found == pytest.approx((ends[-1] - ends[0]) / (STEPS - 1)), (legs, lanes)
 
 
 def test_a_turn_is_at_least_its_computing_and_its_link_and_at_most_both():
     dice = random.Random(7)
     for _ in range(300):
         legs, lanes = random_legs(dice), dice.randrange(1, 5)
-        overlapped, waiting = (turn_s(legs, lanes=lanes, overlap=overlap) for overlap in (True, False))
+        overlapped, waiting = overlapped_s(legs, lanes=lanes), waiting_s(legs, lanes=lanes)
         compute, carry = lanes * sum(leg.compute_s for leg in legs), lanes * sum(leg.carry_s for leg in legs)
         assert max(compute, carry) <= overlapped * (1 + 1e-9)
         assert overlapped <= waiting * (1 + 1e-9)
-        if not any(leg.ahead for leg in legs):
-            latency = lanes * sum(leg.latency_s for leg in legs)
-            assert waiting == pytest.approx(compute + carry + latency)
 
 
 @pytest.mark.parametrize(("compute", "carry", "turn"), [(1.0, 1.0, 2.0), (1.0, 0.5, 2.0), (0.5, 1.0, 2.0)])
 def test_two_lanes_hide_what_is_shorter(compute, carry, turn):
     legs = [Leg(Point(0, "dispatch"), compute, carry_s=carry)]
-    assert turn_s(legs, lanes=2, overlap=True) == pytest.approx(turn)
-    assert turn_s(legs, lanes=2, overlap=False) == pytest.approx(2 * (compute + carry))
-    assert turn_s(legs, lanes=1, overlap=True) == pytest.approx(compute + carry)
+    assert overlapped_s(legs, lanes=2) == pytest.approx(turn)
+    assert waiting_s(legs, lanes=2) == pytest.approx(2 * (compute + carry))
+    assert overlapped_s(legs, lanes=1) == pytest.approx(compute + carry)

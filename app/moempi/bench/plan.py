@@ -9,14 +9,14 @@ import json
 import statistics
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from math import log
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from rich.table import Table
 
 from moempi.bench.measure import machine as machine_line
@@ -27,6 +27,7 @@ from moempi.config.reading import convert
 from moempi.config.topology_file import LEVEL_NAMES, Level, TopologyFile
 from moempi.engine.run import run_job
 from moempi.errors import UsageError
+from moempi.fitting import explain
 from moempi.observe.console import console
 from moempi.parallel.stop import Stop
 from moempi.parallel.topology import virtual
@@ -50,8 +51,8 @@ MODEL = Architecture(
 STEPS = 12
 FREE = (0.0, 1000.0)
 PARAMETERS = ("tflops", "memory_gb_s", "turn_us")
-START = (0.02, 5.0, 100.0)
-FINEST = 1.02
+NOTHING = 1e-9
+"""Of a second, where one is the unit: what is left out of a sum still divides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Trial:
     link: tuple[float, float] = FREE
 
 
-LESSONS = tuple(Trial(sequences, overlap=overlap) for sequences in (2, 16, 64, 128) for overlap in (False, True))
+LESSONS = tuple(Trial(sequences, overlap=False) for sequences in (2, 4, 16, 32, 64, 128))
 TRIALS = tuple(
     Trial(sequences, lanes, overlap, link)
     for sequences, link in ((8, (50.0, 0.02)), (32, (50.0, 0.02)), (32, (200.0, 0.1)), (96, (50.0, 0.02)))
@@ -120,29 +121,14 @@ def foretell(trial: Trial, machine: MachineFile, num_ranks: int) -> float:
 
 
 def fit(lessons: Sequence[tuple[Trial, float]], num_ranks: int) -> MachineFile:
-    """The machine that foretells the lessons best: least mean square of the logarithm of foretold over measured."""
+    """The machine that best explains how long the lessons took, in which nothing overlaps and links cost nothing.
 
-    def error(values: Sequence[float]) -> float:
-        machine = _machine(values)
-        return sum(log(foretell(trial, machine, num_ranks) / seconds) ** 2 for trial, seconds in lessons)
-
-    return _machine(_descend(error, START))
-
-
-def _descend(error: Callable[[Sequence[float]], float], start: Sequence[float]) -> list[float]:
-    """Positive values of least error, by factors that shrink when none of them helps."""
-    values, least, factor = list(start), error(start), 4.0
-    while factor > FINEST:
-        better = False
-        for index in range(len(values)):
-            for times in (factor, 1 / factor):
-                tried = [*values[:index], values[index] * times, *values[index + 1 :]]
-                found = error(tried)
-                if found < least:
-                    values, least, better = tried, found, True
-        if not better:
-            factor = factor**0.5
-    return values
+    Their time is then a sum: of arithmetic, of memory, and of turns. A part without cost gets one of NOTHING.
+    """
+    units = [_machine([1.0 if one == index else NOTHING for one in range(3)]) for index in range(3)]
+    amounts = np.array([[foretell(trial, unit, num_ranks) for unit in units] for trial, _ in lessons])
+    costs = explain(amounts, np.array([seconds for _, seconds in lessons]))
+    return _machine(np.maximum(costs, NOTHING).tolist())
 
 
 @dataclass(slots=True)
@@ -195,10 +181,11 @@ def _job(trial: Trial, folder: Path) -> Job:
     return convert(tree, Job, where="bench plan")
 
 
-def _machine(values: Sequence[float]) -> MachineFile:
-    tflops, memory_gb_s, turn_us = values
+def _machine(costs: Sequence[float]) -> MachineFile:
+    """The machine on which 10^12 operations, 10^9 bytes, and 10^6 turns take so many seconds."""
+    operations_s, bytes_s, turns_s = costs
     name, levels = "this machine, as learned from runs", _levels(FREE)
-    return MachineFile(name, tflops, memory_gb_s, levels, turn_us=turn_us, reads_ahead=False)
+    return MachineFile(name, 1 / operations_s, 1 / bytes_s, levels, turn_us=turns_s, reads_ahead=False)
 
 
 def _linked(machine: MachineFile, link: tuple[float, float]) -> MachineFile:

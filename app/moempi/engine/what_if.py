@@ -47,5 +47,5 @@ def _lines(kind: str, found: Forecast) -> Iterator[StageLine]:
     first = 0
     for stage, alike in groupby(found.stages):
         last = first + len(list(alike)) - 1
-        yield StageLine(kind, first, last, stage.compute_s, stage.travel_s, stage.blocking_s, stage.overlapped_s)
+        yield StageLine(kind, first, last, stage.compute_s, stage.travel_s, stage.waiting_s, stage.overlapped_s)
         first = last + 1

@@ -18,7 +18,7 @@ class StageLine:
     last: int
     compute_s: float
     travel_s: float
-    blocking_s: float
+    waiting_s: float
     overlapped_s: float
 
 
@@ -27,7 +27,7 @@ class TotalLine:
     """Tokens a second without and with overlap, and seconds from a sequence's token to its next."""
 
     kind: str
-    blocking_tokens_s: float
+    waiting_tokens_s: float
     overlapped_tokens_s: float
     token_s: float
 
@@ -42,7 +42,7 @@ def _stages(lines: Sequence[StageLine]) -> Table:
     table.caption = "a lane's step: it computes, its rows travel; a turn of a stage's lanes: waiting, overlapped"
     for line in lines:
         name = f"{line.first}" if line.first == line.last else f"{line.first} to {line.last}"
-        spans = (line.compute_s, line.travel_s, line.blocking_s, line.overlapped_s)
+        spans = (line.compute_s, line.travel_s, line.waiting_s, line.overlapped_s)
         table.add_row(line.kind, name, *(f"{span * 1e3:.3f}" for span in spans))
     return table
 
@@ -50,8 +50,8 @@ def _stages(lines: Sequence[StageLine]) -> Table:
 def _totals(lines: Sequence[TotalLine]) -> Table:
     table = _table("step", "waiting token/s", "overlapped token/s", "gain", "ms a token")
     for line in lines:
-        gain = line.overlapped_tokens_s / line.blocking_tokens_s
-        rates = (f"{rate:,.0f}" for rate in (line.blocking_tokens_s, line.overlapped_tokens_s))
+        gain = line.overlapped_tokens_s / line.waiting_tokens_s
+        rates = (f"{rate:,.0f}" for rate in (line.waiting_tokens_s, line.overlapped_tokens_s))
         table.add_row(line.kind, *rates, f"{gain:.2f}", f"{line.token_s * 1e3:.1f}")
     return table
 

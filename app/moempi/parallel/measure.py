@@ -15,6 +15,7 @@ from rich.table import Table
 
 from moempi.arrays import aligned_empty
 from moempi.config.topology_file import Level, TopologyFile
+from moempi.fitting import explain
 from moempi.parallel.topology import LEVELS, Topology, of_file
 
 IntArray = npt.NDArray[np.integer]
@@ -45,7 +46,8 @@ def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list
     random = np.random.default_rng(comm.size)
     lessons = [_sizes(random, np.isin(levels, _some_levels(random))) for _ in range(LESSONS)]
     seconds = np.array([_time(comm, sizes) for sizes in lessons])
-    latency_s, per_byte_s = _fit(np.array([_loads(sizes, levels) for sizes in lessons]), seconds)
+    loads = np.array([_loads(sizes, levels) for sizes in lessons])
+    latency_s, per_byte_s = np.split(explain(loads, seconds), 2)
     found: list[Level] = []
     for level, name in enumerate(LEVELS):
         if (levels == level).any():
@@ -102,19 +104,6 @@ def _loads(sizes: IntArray, levels: IntArray) -> FloatArray:
     busiest = int(sizes.sum(axis=1).argmax())
     own = [sizes[busiest, levels[busiest] == level] for level in range(len(LEVELS))]
     return np.array([np.count_nonzero(sent) for sent in own] + [sent.sum() for sent in own], float)
-
-
-def _fit(loads: FloatArray, seconds: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Seconds of a message and of a byte at each level, none below 0, with the least squares of relative errors."""
-    costs = np.zeros(loads.shape[1])
-    used = list(range(loads.shape[1]))
-    while used:
-        found, *_ = np.linalg.lstsq(loads[:, used] / seconds[:, None], np.ones(len(seconds)), rcond=None)
-        if (found >= 0).all():
-            costs[used] = found
-            break
-        used = [column for column, cost in zip(used, found, strict=True) if cost > 0]
-    return costs[: len(LEVELS)], costs[len(LEVELS) :]
 
 
 def _time(comm: MPI.Intracomm, sizes: IntArray) -> float:

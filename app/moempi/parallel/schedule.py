@@ -5,7 +5,9 @@ Nothing that a run computes changes this order, so every rank of a stage starts 
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+P = TypeVar("P")
 
 
 class Point(NamedTuple):
@@ -51,7 +53,7 @@ def step_points(
     return tuple(points)
 
 
-def schedule(num_lanes: int, step: Sequence[Point], *, together: int) -> Iterator[tuple[int, Point]]:
+def schedule(num_lanes: int, step: Sequence[P], *, together: int) -> Iterator[tuple[int, P]]:
     """For ever: `together` lanes at a time take one step, going to each of its points in turn.
 
     While one of them waits at a point the others compute. A stage hands a step on once its lanes have taken it, so

@@ -35,25 +35,25 @@ class _Link:
         return start + leg.latency_s
 
 
-def turn_s(legs: Sequence[Leg], *, lanes: int, overlap: bool, rounds: int = 4) -> float:
-    """Seconds in which `lanes` lanes take one step side by side, in the long run; without overlap, one waits at once.
+def waiting_s(legs: Sequence[Leg], *, lanes: int) -> float:
+    """Seconds in which `lanes` lanes take one step each when the host waits for all that travels."""
+    return lanes * sum(leg.compute_s + leg.carry_s + leg.latency_s for leg in legs)
+
+
+def overlapped_s(legs: Sequence[Leg], *, lanes: int, rounds: int = 4) -> float:
+    """Seconds in which `lanes` lanes take one step side by side, in the long run.
 
     As a step ends where the next begins, the mean of `rounds` of them is taken after a first.
     """
     link, host = _Link(), 0.0
     arrivals = [0.0] * lanes
-    places = [0] * lanes
-    ends = []
-    for lane, _ in schedule(lanes, [leg.point for leg in legs], together=lanes):
-        leg = legs[places[lane]]
-        before = arrivals[lane]
+    ends: list[float] = []
+    for lane, point in schedule(lanes, range(len(legs)), together=lanes):
+        leg, before = legs[point], arrivals[lane]
         host = max(host, before) + leg.compute_s
         arrivals[lane] = link.arrival(before if leg.ahead else host, leg)
-        if not overlap:
-            host = max(host, arrivals[lane])
-        places[lane] = (places[lane] + 1) % len(legs)
-        if places[lane] == 0 and lane == lanes - 1:
+        if leg is legs[-1] and lane == lanes - 1:
             ends.append(max(host, *arrivals))
             if len(ends) > rounds:
-                return (ends[-1] - ends[0]) / rounds
-    raise AssertionError("a schedule has no end")
+                break
+    return (ends[-1] - ends[0]) / rounds

@@ -9,19 +9,19 @@ from moempi.config.machine_file import MachineFile
 from moempi.parallel.topology import Topology
 from moempi.planning.cost import Costs, Load
 from moempi.planning.layout import Plan
-from moempi.planning.simulate import Leg, turn_s
+from moempi.planning.simulate import Leg, overlapped_s, waiting_s
 
 
 @dataclass(frozen=True, slots=True)
 class StageForecast:
     """One lane's step in a stage: seconds that it computes, and that its rows travel.
 
-    `blocking_s` and `overlapped_s` are a turn of all lanes that the stage takes together.
+    `waiting_s` and `overlapped_s` are a turn of all lanes that the stage takes together.
     """
 
     compute_s: float
     travel_s: float
-    blocking_s: float
+    waiting_s: float
     overlapped_s: float
 
 
@@ -38,7 +38,7 @@ class Forecast:
 
         A pipeline is held up by its slowest stage, or, with too few lanes to fill it, by the way through all stages.
         """
-        turns = [stage.overlapped_s if overlap else stage.blocking_s for stage in self.stages]
+        turns = [stage.overlapped_s if overlap else stage.waiting_s for stage in self.stages]
         return max(self.turns * max(turns), sum(turns))
 
     def tokens_per_s(self, *, overlap: bool) -> float:
@@ -69,8 +69,8 @@ def forecast(scene: Scene, *, rows: float, sequences: float, context: float) -> 
             StageForecast(
                 compute_s=sum(leg.compute_s for leg in legs),
                 travel_s=sum(leg.carry_s + leg.latency_s for leg in legs),
-                blocking_s=turn_s(legs, lanes=together, overlap=False),
-                overlapped_s=turn_s(legs, lanes=together, overlap=True),
+                waiting_s=waiting_s(legs, lanes=together),
+                overlapped_s=overlapped_s(legs, lanes=together),
             )
         )
     return Forecast(rows * grid.num_groups(0) * lanes, -(-lanes // together), stages)
