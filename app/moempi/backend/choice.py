@@ -44,11 +44,12 @@ def find_gpus() -> tuple[int, str]:
 
 def find_island(local_rank: int, *, on_gpu: bool) -> str:
     """What this rank is near to inside its node (see island.py), as the backend's memory has it; "" when unknown."""
-    if not on_gpu:
+    gpus = find_gpus()[0] if on_gpu else 0
+    if not gpus:
         return cpu_island()
     from moempi.backend.cupy_device import bus_id
 
-    return gpu_island(bus_id(local_rank % find_gpus()[0]))
+    return gpu_island(bus_id(local_rank % gpus))
 
 
 def describe_gpus() -> list[str]:
