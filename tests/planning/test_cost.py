@@ -93,9 +93,18 @@ def test_legs_are_the_points_of_the_schedule(place):
             layers, MISSION.moe_layers, tensor=tensor, is_first=is_first, is_last=is_last, hops=hops
         )
         assert tuple(leg.point for leg in legs) == points
-        head = 2 * 129280 * WIDTH / MEMORY
-        dense = sum(leg.compute_s for leg in legs) - head * is_last
-        assert dense > 0
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_the_last_stage_reads_its_part_of_the_head(tensor):
+    last, other = (
+        costs(tensor=tensor).step(range(59, 61), Load(64, 64, 100), is_first=False, is_last=is_last)
+        for is_last in (True, False)
+    )
+    head = 2 * 129280 * WIDTH / MEMORY / tensor
+    others = tensor - 1
+    moved = others * 64 / tensor * (2 * WIDTH + 4 * 129280 / tensor) / NVLINK + 2 * others * 2e-6
+    assert sum(leg.compute_s for leg in last) - sum(leg.compute_s for leg in other) == pytest.approx(head + moved)
 
 
 def test_one_rank_sends_nothing():

@@ -25,6 +25,7 @@ class Share(Enum):
     HEADS = "heads"
     KV_HEADS = "kv_heads"
     HIDDEN = "hidden"
+    VOCABULARY = "vocabulary"
     EXPERTS = "experts"
 
 
@@ -67,14 +68,17 @@ def catalogue(architecture: Architecture) -> tuple[Tensor, ...]:
         tensors.extend(layer_tensors(architecture, layer))
     tensors.extend(_norm(architecture, "norm"))
     if not architecture.tied_embeddings:
-        tensors.append(Tensor("head", (vocab, width)))
+        tensors.append(Tensor("head", (vocab, width), Share.VOCABULARY))
     if architecture.head_bias:
-        tensors.append(Tensor("head_bias", (vocab,)))
+        tensors.append(Tensor("head_bias", (vocab,), Share.VOCABULARY))
     return tuple(tensors)
 
 
 def stage_tensors(architecture: Architecture, layers: range) -> Iterator[Tensor]:
-    """The tensors that ranks of a stage hold: those of its layers, and what stands before and after all layers."""
+    """The tensors that ranks of a stage hold: those of its layers, and what stands before and after all layers.
+
+    An embedding that also is the head is held once more for that.
+    """
     is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
     for tensor in catalogue(architecture):
         group, _, rest = tensor.name.partition("/")
@@ -82,8 +86,10 @@ def stage_tensors(architecture: Architecture, layers: range) -> Iterator[Tensor]
             if int(rest.partition("/")[0]) in layers:
                 yield tensor
         elif group == "embedding":
-            if is_first or (is_last and architecture.tied_embeddings):
+            if is_first:
                 yield tensor
+            if is_last and architecture.tied_embeddings:
+                yield Tensor("head", tensor.shape, Share.VOCABULARY)
         elif is_last:
             yield tensor
 

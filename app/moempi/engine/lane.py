@@ -107,11 +107,12 @@ class Lane:
     def _pick(self, batch: Batch, split: RowSplit, x: Array) -> Picked:
         """Answer for the wanted rows; each rank of a tensor group for those among its part."""
         tensor = self.network.tensor
-        own = split.indices[tensor.part]
-        places = np.flatnonzero(np.isin(batch.wanted, own))
-        rows = self.model.backend.take_rows(x, np.searchsorted(own, batch.wanted[places]))
+        wanted = [np.flatnonzero(np.isin(batch.wanted, part)) for part in split.indices]
+        places = wanted[tensor.part]
+        rows = self.model.backend.take_rows(x, np.searchsorted(split.indices[tensor.part], batch.wanted[places]))
         asked = [batch.asked[place] for place in places.tolist()]
-        return tensor.assemble(self.task.pick(self.model, rows, asked), places)
+        picked = self.task.pick(self.model, tensor, rows, asked, counts=list(map(len, wanted)))
+        return tensor.assemble(picked, places)
 
     def _batch(self, work: Sequence[Work]) -> Batch:
         wanted, asked = self.task.wants(work)

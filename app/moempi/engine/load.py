@@ -38,7 +38,9 @@ def load_model(
         embedding=backend.tensor(shard.read("embedding")) if is_first else None,
         layers=tuple(_layer(shard, backend, layer, hosted.get(layer, ())) for layer in layers),
         norm=_norm(shard, backend, "norm") if is_last else None,
-        head=backend.matrix(shard.read("embedding" if architecture.tied_embeddings else "head")) if is_last else None,
+        head=backend.matrix(shard.read_part("embedding" if architecture.tied_embeddings else "head"))
+        if is_last
+        else None,
         head_bias=_optional(shard, backend, "head_bias") if is_last else None,
         cache=KVCache(backend, architecture.attention, layers=len(layers), pages=pages),
     )

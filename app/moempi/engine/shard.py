@@ -9,7 +9,7 @@ from moempi.config.architecture import Architecture
 from moempi.config.tensors import Share
 from moempi.storage.weights import WeightFile
 
-DIVIDED = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN)
+DIVIDED = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN, Share.VOCABULARY)
 
 
 class Shard:
@@ -33,11 +33,12 @@ class Shard:
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """This part's rows of a tensor, verified; raises DataError naming file and tensor."""
-        tensor = self._file.tensor(name)
-        if tensor.share not in DIVIDED:
-            return self._read(name)
-        rows = tensor.shape[0] // self._parts
-        return self._read(name, self._part * rows, (self._part + 1) * rows)
+        return self.read_part(name) if self._file.tensor(name).share in DIVIDED else self._read(name)
+
+    def read_part(self, name: str) -> npt.NDArray[Any]:
+        """This part's rows of a tensor, even of one that other uses need whole: see `part_range`."""
+        rows = self._file.tensor(name).shape[0]
+        return self._read(name, self._part * rows // self._parts, (self._part + 1) * rows // self._parts)
 
     def has(self, name: str) -> bool:
         """Whether the model has a tensor `name`."""

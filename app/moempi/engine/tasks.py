@@ -10,6 +10,7 @@ from moempi.engine.scheduler import Work
 from moempi.engine.text import Text
 from moempi.model.transformer import Transformer
 from moempi.parallel.batch import Asked
+from moempi.parallel.tensor_group import TensorGroup
 
 HEAD_ROWS = 64
 
@@ -20,8 +21,10 @@ class Task(Protocol):
     def wants(self, work: ManyOf[Work]) -> tuple[list[int], list[Asked]]:
         """The rows of the step whose logits are wanted, ascending, and what is asked of each."""
 
-    def pick(self, model: Transformer, rows: Array, asked: ManyOf[Asked]) -> Picked:
-        """Answer for rows (N, D) of the last layer; blocks the host."""
+    def pick(
+        self, model: Transformer, tensor: TensorGroup, rows: Array, asked: ManyOf[Asked], *, counts: ManyOf[int]
+    ) -> Picked:
+        """Answer for rows (N, D) of the last layer. Collective over the group, whose ranks bring `counts`; blocks."""
 
     def accept(self, work: ManyOf[Work], picked: Picked) -> None:
         """Move the sequences of a step on, given the answers to all that it wanted."""
@@ -46,9 +49,12 @@ class Generate:
                 asked.append(sequence.choice())
         return rows, asked
 
-    def pick(self, model: Transformer, rows: Array, asked: ManyOf[Asked]) -> Picked:
+    def pick(
+        self, model: Transformer, tensor: TensorGroup, rows: Array, asked: ManyOf[Asked], *, counts: ManyOf[int]
+    ) -> Picked:
         """See `Task.pick`: the next tokens."""
-        return model.backend.pick(model.logits(rows), cast("ManyOf[Choice]", asked), top=self._top)
+        logits = model.logits(rows, tensor, counts)
+        return model.backend.pick(logits, cast("ManyOf[Choice]", asked), top=self._top)
 
     def accept(self, work: ManyOf[Work], picked: Picked) -> None:
         """See `Task.accept`."""
@@ -79,13 +85,17 @@ class Score:
             first += count
         return rows, asked
 
-    def pick(self, model: Transformer, rows: Array, asked: ManyOf[Asked]) -> Picked:
-        """See `Task.pick`: in pieces of HEAD_ROWS rows, for a row of logits is as long as the vocabulary."""
+    def pick(
+        self, model: Transformer, tensor: TensorGroup, rows: Array, asked: ManyOf[Asked], *, counts: ManyOf[int]
+    ) -> Picked:
+        """See `Task.pick`: in pieces of HEAD_ROWS rows a rank, for a row of logits is as long as the vocabulary."""
         targets = np.array(cast("ManyOf[int]", asked), np.int64)
-        pieces = [slice(first, first + HEAD_ROWS) for first in range(0, max(len(targets), 1), HEAD_ROWS)]
-        return Picked.join(
-            [model.backend.score(model.logits(rows[piece]), targets[piece], top=self._top) for piece in pieces]
-        )
+        picked = []
+        for first in range(0, max(*counts, 1), HEAD_ROWS):
+            piece = slice(first, first + HEAD_ROWS)
+            logits = model.logits(rows[piece], tensor, [min(max(count - first, 0), HEAD_ROWS) for count in counts])
+            picked.append(model.backend.score(logits, targets[piece], top=self._top))
+        return Picked.join(picked)
 
     def accept(self, work: ManyOf[Work], picked: Picked) -> None:
         """See `Task.accept`."""

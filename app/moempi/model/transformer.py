@@ -16,6 +16,7 @@ from moempi.parallel.batch import Batch
 from moempi.parallel.network import Network
 from moempi.parallel.row_split import IntArray, RowSplit
 from moempi.parallel.schedule import Point
+from moempi.parallel.tensor_group import TensorGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Transformer:
     """A model as one rank holds it: the layers of its stage, its share of them, and its cache.
 
     `architecture` is that of the rank's share: its attention counts this rank's heads. Only the first stage holds the
-    embedding, only the last the final norm and the head.
+    embedding, only the last the final norm and this rank's part of the head.
     """
 
     architecture: Architecture
@@ -80,7 +81,12 @@ class Transformer:
             x = backend.add(x, rows)
         return x
 
-    def logits(self, x: Array) -> Array:
-        """Logits of rows that the last stage's `forward` returned (N, D) -> (N, V), in float32."""
+    def logits(self, x: Array, tensor: TensorGroup, counts: Sequence[int]) -> Array:
+        """Logits of rows that the last stage's `forward` returned (N, D) -> (N, V), in float32.
+
+        Collective over the tensor group, whose ranks bring `counts` rows and hold a part of the head each; blocks.
+        """
         normed = x if self.norm is None else self.norm(self.backend, x)
-        return self.backend.logits(normed, self.head, self.head_bias)
+        rows = tensor.share(normed, counts)
+        logits = self.backend.logits(rows, self.head, self.head_bias)
+        return tensor.collect(logits, counts, length=self.architecture.vocab_size)

@@ -5,14 +5,14 @@ group before a divided matrix, `scatter` adds up their partial results after it 
 parallelism). No row is routed to experts twice.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
 
 import numpy as np
 from mpi4py import MPI
 
 from moempi.backend.protocol import Array, Backend, Picked
-from moempi.parallel.row_split import IntArray, RowSplit
+from moempi.parallel.row_split import IntArray, RowSplit, part_range
 from moempi.parallel.schedule import Point
 from moempi.parallel.traffic import Traffic
 from moempi.parallel.transports.transfer import once_done
@@ -58,6 +58,36 @@ class TensorGroup:
         places = np.arange(own)[:, None] + np.arange(self.size) * own
         ones = np.ones(places.shape, np.float32)
         return self._backend.combine(transfer.finish(), self._backend.upload(places), self._backend.upload(ones))
+
+    def share(self, x: Array, counts: Sequence[int]) -> Array:
+        """The rows of all ranks, which bring `counts`, in rank order (sum(counts), D); blocks."""
+        if self.size == 1 or not any(counts):
+            return x
+        outgoing = self._backend.wire(counts[self.part], self._width)
+        self._backend.pack(x, None, outgoing)
+        incoming = self._backend.wire(sum(counts), self._width)
+        sent, received = [outgoing, len(outgoing), self._row], [incoming, list(counts), self._row]
+        request = once_done(self._backend, partial(self._comm.Iallgatherv, sent, received))
+        transfer = self._traffic.begin(request, outgoing, incoming, waiting="exchange")
+        return self._backend.unpack(transfer.finish(), None)
+
+    def collect(self, parts: Array, counts: Sequence[int], *, length: int) -> Array:
+        """This rank's rows, whole (counts[part], length), of float32 `parts`; blocks.
+
+        `parts` (sum(counts), P) is each rank's part of all shared rows; row lengths are divided as `part_range` says.
+        """
+        if self.size == 1 or not any(counts):
+            return parts
+        lengths = [len(part_range(length, self.size, part)) for part in range(self.size)]
+        own = counts[self.part]
+        outgoing = np.ascontiguousarray(self._backend.download(parts), np.float32)
+        incoming = np.empty(own * length, np.float32)
+        sent = [outgoing, [count * lengths[self.part] for count in counts], MPI.FLOAT]
+        request = self._comm.Ialltoallv(sent, [incoming, [own * part for part in lengths], MPI.FLOAT])
+        self._traffic.begin(request, outgoing, incoming, waiting="exchange").finish()
+        pieces = np.split(incoming, own * np.cumsum(lengths)[:-1])
+        rows = [piece.reshape(own, part) for piece, part in zip(pieces, lengths, strict=True)]
+        return self._backend.upload(np.concatenate(rows, axis=1))
 
     def assemble(self, picked: Picked, places: IntArray) -> Picked:
         """All ranks' picked rows, each put in its place; blocks."""

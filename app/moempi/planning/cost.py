@@ -24,6 +24,7 @@ FloatArray = npt.NDArray[np.float64]
 
 COUNT_BYTES = 8
 CHOICE_BYTES = 8
+LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +139,11 @@ class Costs:
         return self._seconds(2 * choices * self.hosted / experts.num * values, hit * values * self.value_bytes)
 
     def _head(self, layers: range, load: Load) -> float:
-        """The last product, for a row of each sequence."""
-        held = (tensor for tensor in stage_tensors(self.architecture, layers) if "/" not in tensor.name)
-        name = "embedding" if self.architecture.tied_embeddings else "head"
-        return self._of([tensor for tensor in held if tensor.name == name], load.sequences)
+        """The last product, for a row of each sequence; a group's rows and parts of their logits travel, and block."""
+        held = [tensor for tensor in stage_tensors(self.architecture, layers) if tensor.name == "head"]
+        logits_bytes = LOGIT_BYTES * self.architecture.vocab_size / self.tensor
+        moved = (self._among(load.sequences, size) for size in (self.row_bytes, logits_bytes))
+        return self._of(held, load.sequences) + sum(map(sum, moved))
 
     def _products(self, layer: int, path: str, rows: float) -> float:
         return self._of(self._tensors(layer, path), rows)
@@ -155,7 +157,7 @@ class Costs:
         ]
 
     def _of(self, tensors: Iterable[Tensor], rows: float) -> float:
-        divided = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN)
+        divided = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN, Share.VOCABULARY)
         values = sum(prod(one.shape) / (self.tensor if one.share in divided else 1) for one in tensors)
         return self._seconds(2 * rows * values, values * self.value_bytes if rows else 0.0)
 
@@ -201,9 +203,13 @@ class Costs:
 
     def _group(self, load: Load) -> tuple[float, float]:
         """All rows of a tensor group, each rank's part to every other."""
+        return self._among(load.rows, self.row_bytes)
+
+    def _among(self, rows: float, num_bytes: float) -> tuple[float, float]:
+        """So many bytes for each of a tensor group's rows from each of its ranks to every other."""
         others = np.zeros(len(self.machine.levels))
         others[NODE] = self.tensor - 1
-        return self._travel(others, others * load.rows / self.tensor * self.row_bytes)
+        return self._travel(others, others * rows / self.tensor * num_bytes)
 
     def _onward(self, load: Load, *, is_last: bool) -> tuple[float, float]:
         """A rank's rows to the next stage; from the last one only tokens return."""

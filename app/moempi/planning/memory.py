@@ -34,6 +34,7 @@ def rank_memory(
         Share.HEADS: 1 / tensor,
         Share.KV_HEADS: 1 / tensor,
         Share.HIDDEN: 1 / tensor,
+        Share.VOCABULARY: 1 / tensor,
     }
     held = stage_tensors(architecture, layers)
     weights = sum(int(prod(tensor.shape) * portions.get(tensor.share, 1)) for tensor in held)
