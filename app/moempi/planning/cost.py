@@ -17,7 +17,7 @@ from moempi.config.architecture import Architecture
 from moempi.config.machine_file import MachineFile
 from moempi.config.tensors import Share, Tensor, layer_path, layer_tensors, stage_tensors
 from moempi.parallel.schedule import AGREE, LEAVE, ROWS, SENT, TOKENS, Point
-from moempi.parallel.topology import NODE, SWITCH, Topology
+from moempi.parallel.topology import NETWORK, NODE, Topology
 from moempi.planning.simulate import Leg
 
 FloatArray = npt.NDArray[np.float64]
@@ -40,7 +40,8 @@ class Load:
 class Costs:
     """Of one rank among those of a stage, which stand as `topology` says, with `hosted` experts of each layer.
 
-    `row_bytes` travel for each row; weights and cache take `value_bytes` a number.
+    `row_bytes` travel for each row; weights and cache take `value_bytes` a number. `onward` is the level of the links
+    to the next stage.
     """
 
     machine: MachineFile
@@ -51,6 +52,7 @@ class Costs:
     hosted: int
     row_bytes: int
     value_bytes: int
+    onward: int = NETWORK
 
     def step(self, layers: range, load: Load, *, is_first: bool, is_last: bool) -> list[Leg]:
         """The legs of one lane's step through `layers`, one for each of `schedule.step_points`."""
@@ -214,7 +216,7 @@ class Costs:
     def _onward(self, load: Load, *, is_last: bool) -> tuple[float, float]:
         """A rank's rows to the next stage; from the last one only tokens return."""
         there = np.zeros(len(self.machine.levels))
-        there[-1 if self.topology.num_nodes > 1 or not self.topology.switches else SWITCH] = 1
+        there[self.onward] = 1
         num_bytes = COUNT_BYTES * load.sequences if is_last else load.rows / self.tensor * self.row_bytes
         return self._travel(there, there * num_bytes)
 

@@ -78,7 +78,8 @@ def forecast(scene: Scene, *, rows: float, sequences: float, context: float) -> 
 
 def _legs(scene: Scene, index: int, load: Load) -> list[Leg]:
     """A lane's step in a stage."""
-    stage, last = scene.plan.grid.stages[index], len(scene.plan.grid.stages) - 1
+    stages = scene.plan.grid.stages
+    stage, following = stages[index], stages[(index + 1) % len(stages)]
     placements = scene.plan.placements[index].values()
     value_bytes = 2 if scene.job.run.precision == "bfloat16" else 4
     costs = Costs(
@@ -90,5 +91,6 @@ def _legs(scene: Scene, index: int, load: Load) -> list[Leg]:
         hosted=max((len(experts) for placement in placements for experts in placement.hosted), default=0),
         row_bytes=scene.architecture.width * value_bytes,
         value_bytes=value_bytes,
+        onward=int(scene.where.levels(stage.ranks.start)[following.ranks.start]),
     )
-    return costs.step(stage.layers, load, is_first=index == 0, is_last=index == last)
+    return costs.step(stage.layers, load, is_first=index == 0, is_last=index == len(stages) - 1)
