@@ -14,7 +14,7 @@ def moempi(*arguments):
 def test_help_and_version():
     outcome = moempi("--help")
     assert outcome.code == 0
-    for command in ("run", "convert", "init", "inspect", "export", "show", "check", "bench"):
+    for command in ("run", "convert", "init", "inspect", "export", "show", "plan", "place", "check", "bench"):
         assert f"\n    {command} " in outcome.out
     assert moempi("--version").out.strip() == f"moempi {__version__}"
 
@@ -106,6 +106,9 @@ def test_check_prints_ranks_and_exchange(mpirun):
     assert "2 ranks on 1 nodes" in outcome.out
     assert "1,048,576" in outcome.out
     assert "\x1b[" not in outcome.out
+    for transport in ("alltoallv", "pairwise", "shared"):
+        assert f" {transport} " in outcome.out
+    assert "job file: exchange.transport = " in outcome.out
 
 
 def test_plan_forecasts_the_mission_and_refuses_what_cannot_be():

@@ -9,14 +9,18 @@ from mpi4py import MPI
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from moempi.backend.choice import describe_gpus, find_gpus, find_island
-from moempi.config.job import TopologySection
+from moempi.backend.choice import describe_gpus, find_gpus, find_island, make_backend
+from moempi.config.job import RunSection, TopologySection
 from moempi.parallel.device_memory import trial
 from moempi.parallel.topology import Topology
+from moempi.parallel.transport_choice import candidates, exchange_s, make_transport
 from moempi.parallel.world import World
 
 SIZES_BYTES = (0, 256, 4096, 65536, 1048576)
 ROUNDS = 20
+WIDTH = 7168
+ROWS = (1, 73)
+"""Rows of bfloat16 between each pair of ranks: 14 KB, and about 1 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ def check(world: World) -> RenderableType | None:
     island = find_island(world.local_rank, on_gpu=find_gpus()[0] > 0)
     topology, ranks = world.by_node(TopologySection(), island=island)
     places = ranks.gather((world.rank, world.host, _cores(), island))
+    transports = _time_transports(world, topology, ranks)
     timings = [time_exchange(world.comm, num_bytes, rounds=ROUNDS) for num_bytes in SIZES_BYTES]
     if places is None:
         return None
@@ -44,7 +49,8 @@ def check(world: World) -> RenderableType | None:
     if not world.split_agrees:
         lines.append("MPI finds other shared-memory groups than the host names: the launcher hides neighbours")
     lines.extend(_division_lines(topology))
-    return Group(*lines, _rank_table(topology, places), _exchange_table(timings, world.size))
+    tables = _rank_table(topology, places), _exchange_table(timings, world.size)
+    return Group(*lines, *tables, _transport_table(transports))
 
 
 def time_exchange(comm: MPI.Intracomm, num_bytes: int, *, rounds: int) -> Timing:
@@ -61,6 +67,35 @@ def time_exchange(comm: MPI.Intracomm, num_bytes: int, *, rounds: int) -> Timing
     slowest = np.array(taken[2:])
     comm.Allreduce(MPI.IN_PLACE, slowest, op=MPI.MAX)
     return Timing(num_bytes, float(slowest.min()), statistics.median(slowest.tolist()))
+
+
+def _time_transports(world: World, topology: Topology, ranks: MPI.Intracomm) -> dict[str, list[float]]:
+    """Seconds of an exchange over each transport, of the slowest rank, for each of ROWS; collective, blocks.
+
+    Rows lie where a run's would: on a GPU where there is one.
+    """
+    backend = make_backend(RunSection(), local_rank=world.local_rank, takes_device_memory=trial)
+    row_bytes = WIDTH * backend.row_dtype.itemsize
+    taken = {}
+    for name in candidates(backend):
+        room_bytes = max(ROWS) * row_bytes * world.size
+        transport = make_transport(
+            name, ranks.Dup(), backend, width=WIDTH, nodes=topology.nodes, room_bytes=room_bytes
+        )
+        seconds = [exchange_s(transport, ranks, backend.wire(rows * world.size, WIDTH), rows=rows) for rows in ROWS]
+        taken[name] = [float(ranks.allreduce(one, MPI.MAX)) for one in seconds]
+    return taken
+
+
+def _transport_table(taken: dict[str, list[float]]) -> Table:
+    """A row for each transport, and what a job file should say."""
+    heads = (f"us, {rows * 2 * WIDTH:,} bytes per pair" for rows in ROWS)
+    table = Table("transport", *heads, title="Rows between all ranks (shared does not copy: they are read in place)")
+    for name, seconds in taken.items():
+        table.add_row(name, *(f"{one * 1e6:.1f}" for one in seconds))
+    quickest = min(taken, key=lambda name: sum(taken[name]))
+    table.caption = f'job file: exchange.transport = "{quickest}", or "auto", which asks at every start'
+    return table
 
 
 def _gpu_lines() -> list[str]:

@@ -64,21 +64,27 @@ def fastest(
     Rows are exchanged within each `group`, whose ranks' nodes are `nodes`; all ranks of `comm` get the same answer.
     Where only GPUs address wires, ranks share no room, so "shared" is no candidate.
     """
-    names = [name for name in NAMES if backend.wires_on_host or name != Shared.name]
+    names = candidates(backend)
     taken = dict.fromkeys(names, 0.0)
     row_bytes = width * backend.row_dtype.itemsize
     for rows in (1, max(1, PROBED_BYTES // row_bytes)):
         for name in names:
             room_bytes = rows * row_bytes * group.size
             transport = make_transport(name, group.Dup(), backend, width=width, nodes=nodes, room_bytes=room_bytes)
-            taken[name] += _seconds(transport, group, backend.wire(rows * group.size, width), rows=rows)
+            taken[name] += exchange_s(transport, group, backend.wire(rows * group.size, width), rows=rows)
     slowest = np.array(list(taken.values()))
     comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
     ranking = sorted(zip(slowest.tolist(), names, strict=True))
     return ChosenTransport(ranking[0][1], ", ".join(f"{name} {seconds * 1e6:.0f} us" for seconds, name in ranking))
 
 
-def _seconds(transport: Transport, group: MPI.Intracomm, incoming: Array, *, rows: int) -> float:
+def candidates(backend: Backend) -> list[str]:
+    """The transports that can carry the backend's rows."""
+    return [name for name in NAMES if backend.wires_on_host or name != Shared.name]
+
+
+def exchange_s(transport: Transport, group: MPI.Intracomm, incoming: Array, *, rows: int) -> float:
+    """Median seconds, on this rank, in which each pair of ranks exchanges so many rows; collective, blocks."""
     counts = np.full(group.size, rows)
     taken = []
     for _ in range(ROUNDS):
