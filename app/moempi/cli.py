@@ -16,6 +16,7 @@ from moempi.parallel.launch import GRACE_S, launched_first
 from moempi.parallel.witness import WITNESS
 
 MOST_REPLICAS = 8.0
+BENCHMARKS = ("layer", "generate", "exchange", "overlap", "immediate", "placement", "plan", "gpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -270,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", "-o", type=Path, metavar="topology.json", help="write them, for moempi place")
     sub.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="virtual nodes of N ranks")
     sub = add(bench)
-    sub.add_argument("name", choices=["layer", "exchange", "overlap", "immediate", "placement", "gpu", "plan"])
+    sub.add_argument("name", choices=BENCHMARKS)
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="the benchmark's own arguments")
     return parser
 

@@ -1,5 +1,7 @@
 """The benchmarks run on tiny layers and print a row for each thing that they measure."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from mpirun import python
@@ -55,3 +57,14 @@ def test_a_wrong_flag_is_a_usage_error(mpirun):
     assert outcome.code == 64
     assert len(outcome.lines) == 1
     assert "--tokns" in outcome.lines[0]
+
+
+def test_generate_compares_tokens_or_says_what_is_missing(mpirun):
+    flags = ("--sequences", "2", "--prompt", "4", "--tokens", "3", "--rounds", "1")
+    outcome = mpirun(2, *python("-m", "moempi", "bench", "generate", *flags), COLUMNS="200", limit_s=120)
+    if find_spec("transformers") is None:
+        assert (outcome.code, len(outcome.lines)) == (64, 1)
+        assert "needs torch and transformers" in outcome.lines[0]
+    else:
+        assert outcome.code == 0, outcome.err
+        assert "100.0%" in next(line for line in outcome.out.splitlines() if "float32" in line)

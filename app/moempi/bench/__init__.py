@@ -19,7 +19,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
     Raises UsageError for flags that the benchmark does not have.
     """
-    from moempi.bench import exchange, gpu, immediate, layer, overlap, placement, plan
+    from moempi.bench import exchange, generate, gpu, immediate, layer, overlap, placement, plan
     from moempi.parallel.world import World
 
     benchmark = {
@@ -30,6 +30,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
         "placement": placement,
         "gpu": gpu,
         "plan": plan,
+        "generate": generate,
     }[name]
     parser = _Parser(prog=f"moempi bench {name}", description=benchmark.__doc__)
     benchmark.add_flags(parser)

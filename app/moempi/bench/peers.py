@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from moempi.arrays import widen
@@ -19,12 +20,17 @@ def has_torch() -> bool:
     return find_spec("torch") is not None
 
 
+def has_transformers() -> bool:
+    """Whether transformers is installed, and torch with it."""
+    return has_torch() and find_spec("transformers") is not None
+
+
 def moe_blocks(sizes: Sizes, rows: Rows, *, precision: str) -> dict[str, Callable[[], Any]]:
     """Transformers' Qwen3-MoE block with our weights, by experts implementation, applied to rows (T, D), one thread.
 
     Empty where torch or transformers is missing.
     """
-    if not has_torch() or find_spec("transformers") is None:
+    if not has_transformers():
         return {}
     import torch
     from transformers import Qwen3MoeConfig
@@ -55,6 +61,62 @@ def moe_blocks(sizes: Sizes, rows: Rows, *, precision: str) -> dict[str, Callabl
             return block(x)[0]
 
     return {f"transformers {name}": partial(apply, name) for name in EXPERTS_IMPLEMENTATIONS}
+
+
+def save_model(folder: Path, *, vocabulary: int) -> None:
+    """A random Qwen3-MoE of 4 layers, width 512, and 16 experts of 256, of which a token takes 4."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        intermediate_size=1024,
+        moe_intermediate_size=256,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def generators(
+    folder: Path, prompts: Any, *, tokens: int, precision: str, threads: int
+) -> dict[str, Callable[[], Any]]:
+    """Transformers' greedy generate on prompts (B, P), by experts implementation; each gives the new tokens (B, N)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision)).eval()
+    given = torch.from_numpy(prompts)
+
+    def generate(implementation: str) -> Any:
+        model.config._experts_implementation = implementation
+        with torch.no_grad():
+            found = model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+            )
+        return found[:, prompts.shape[1] :].numpy()
+
+    return {f"transformers {name}": partial(generate, name) for name in EXPERTS_IMPLEMENTATIONS}
 
 
 def gpu_expert(gate_up: Any, down: Any, num_rows: int) -> Callable[[], Any] | None:

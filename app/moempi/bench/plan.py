@@ -4,13 +4,11 @@ A few runs of a random model teach what a rank can do; other runs, with other ro
 foretold before they happen.
 """
 
-import io
 import json
 import statistics
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,23 +17,21 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
+from moempi.bench.jobs import step_seconds, write_prompts
 from moempi.bench.measure import machine as machine_line
 from moempi.config.architecture import Architecture, Attention, Experts, Router
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
 from moempi.config.reading import convert
 from moempi.config.topology_file import LEVEL_NAMES, Level, TopologyFile
-from moempi.engine.run import run_job
 from moempi.errors import UsageError
 from moempi.fitting import explain
 from moempi.observe.console import console
-from moempi.parallel.stop import Stop
 from moempi.parallel.topology import virtual
 from moempi.parallel.world import World
 from moempi.planning.layout import make_plan
 from moempi.planning.what_if import Scene, forecast
 from moempi.storage.initialize import initialize
-from moempi.storage.results import ResultFile
 
 MODEL = Architecture(
     family="mission",
@@ -81,8 +77,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Learn, foretell, measure and print; collective, on one node."""
-    if world.num_nodes > 1:
-        raise UsageError("bench plan emulates links between ranks of one node; start it on one")
+    world.together(lambda: _refuse_nodes(world.num_nodes))
     bench = _Bench(world)
     with tempfile.TemporaryDirectory() as own:
         bench.folder = Path(world.comm.bcast(own))
@@ -108,6 +103,11 @@ def run(world: World, chosen: Namespace) -> None:
         console().print(table, f"learned: {learned}; foretold within {statistics.median(errors):.0%} (median)")
         if chosen.out:
             chosen.out.write_text(_toml(machine), encoding="utf-8")
+
+
+def _refuse_nodes(num_nodes: int) -> None:
+    if num_nodes > 1:
+        raise UsageError("bench plan emulates links between ranks of one node; start it on one")
 
 
 def foretell(trial: Trial, machine: MachineFile, num_ranks: int) -> float:
@@ -145,22 +145,13 @@ class _Bench:
     def _run(self, trial: Trial) -> float:
         job, comm = _job(trial, self.folder), self.world.comm
         if self.world.rank == 0:
-            lines = (
-                json.dumps({"id": str(number), "tokens": [number % MODEL.vocab_size]})
-                for number in range(trial.sequences * comm.size)
-            )
-            Path(job.input.prompts).write_text("\n".join(lines), encoding="utf-8")
-            Path(job.topology.emulate or self.folder / "unused").write_bytes(msgspec.json.encode(_links(trial.link)))
-        comm.Barrier()
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            run_job(job, job_text="", world=self.world, stop=Stop(), strict=True)
-        comm.Barrier()
-        measured = 0.0
-        if self.world.rank == 0:
-            with ResultFile(job.output.results) as results:
-                seconds, steps = results.timing()
-            measured = float(seconds.max() / steps.max()) * trial.lanes
-        return float(comm.bcast(measured))
+            numbers = range(trial.sequences * comm.size)
+            write_prompts(job.input.prompts, ([number % MODEL.vocab_size] for number in numbers))
+            if job.topology.emulate:
+                links = TopologyFile(2, _levels(trial.link), nodes=(0,))
+                Path(job.topology.emulate).write_bytes(msgspec.json.encode(links))
+        seconds, steps = step_seconds(self.world, job)
+        return seconds / steps * trial.lanes
 
 
 def _job(trial: Trial, folder: Path) -> Job:
@@ -196,10 +187,6 @@ def _levels(link: tuple[float, float]) -> tuple[Level, ...]:
     """Every level costs nothing but the farthest."""
     near = [Level(name, *FREE) for name in LEVEL_NAMES[:-1]]  # type: ignore[arg-type]
     return (*near, Level("network", *link))
-
-
-def _links(link: tuple[float, float]) -> TopologyFile:
-    return TopologyFile(2, _levels(link), nodes=(0,))
 
 
 def _toml(machine: MachineFile) -> str:

@@ -1,0 +1,119 @@
+"""`moempi bench generate`: tokens a second of whole runs beside transformers' generate: weights, batch and cores alike.
+
+A small random Qwen3-MoE is saved by transformers, converted, and asked for the same greedy tokens by both, in turns.
+Transformers has as many threads as there are ranks, which sleep meanwhile.
+"""
+
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from moempi.bench import peers
+from moempi.bench.jobs import step_seconds, write_prompts
+from moempi.bench.measure import machine, ratio
+from moempi.config.job import Job
+from moempi.config.reading import convert as read_tree
+from moempi.errors import UsageError
+from moempi.observe.console import console
+from moempi.parallel.world import World
+from moempi.storage.convert import convert
+from moempi.storage.results import ResultFile
+
+VOCABULARY = 512
+NAP_S = 0.002
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The batch, and how often."""
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32], metavar="B", help="batch (1 8 32)")
+    parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (32)")
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to generate (32)")
+    parser.add_argument("--lanes", type=int, default=1, help="run.micro_batches; one machine has little to hide (1)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (3)")
+
+
+def run(world: World, chosen: Namespace) -> None:
+    """Measure and print; collective, on one node. Raises UsageError where transformers is not installed."""
+    world.together(lambda: _refuse(world))
+    table = Table(
+        *("precision", "batch", "moempi", "transformers", "ratio", "same tokens"),
+        title=f"Tokens/s, {chosen.tokens} after prompts of {chosen.prompt}: {world.size} ranks, as many threads",
+        caption=machine(world),
+    )
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(world.comm.bcast(own))
+        if world.rank == 0:
+            peers.save_model(folder / "model", vocabulary=VOCABULARY)
+            convert(folder / "model", folder / "model.h5")
+        _sleep_until_all(world)
+        for precision in ("float32", "bfloat16"):
+            for sequences in chosen.sequences:
+                table.add_row(precision, str(sequences), *_compare(world, folder, precision, sequences, chosen))
+        world.comm.Barrier()
+    if world.rank == 0:
+        console().print(table)
+
+
+def _refuse(world: World) -> None:
+    if world.num_nodes > 1:
+        raise UsageError("bench generate compares cores of one node; start it on one")
+    if not peers.has_transformers():
+        raise UsageError("bench generate needs torch and transformers: bash jobs/setup.sh local convert peers")
+
+
+def _compare(world: World, folder: Path, precision: str, sequences: int, chosen: Namespace) -> list[str]:
+    """Figures of one batch: ours, theirs, how many times theirs, and the share of equal tokens; collective."""
+    prompts = np.random.default_rng(sequences).integers(0, VOCABULARY, (sequences, chosen.prompt))
+    job = _job(folder, precision, sequences, chosen)
+    theirs: dict[str, Callable[[], Any]] = {}
+    if world.rank == 0:
+        write_prompts(job.input.prompts, prompts.tolist())
+        theirs = peers.generators(
+            folder / "model", prompts, tokens=chosen.tokens, precision=precision, threads=world.size
+        )
+    taken: dict[str, list[float]] = {"moempi": [], **{name: [] for name in theirs}}
+    for _ in range(chosen.rounds + 1):
+        taken["moempi"].append(step_seconds(world, job)[0])
+        for name, generate in theirs.items():
+            begin = time.perf_counter()
+            found = generate()
+            taken[name].append(time.perf_counter() - begin)
+        _sleep_until_all(world)
+    if world.rank:
+        return []
+    taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first warms up
+    best = min(theirs, key=lambda name: median(taken[name]))
+    with ResultFile(job.output.results) as results:
+        same = np.mean([record.tokens == row for record, row in zip(results.requests(), found, strict=True)])
+    rates = (sequences * chosen.tokens / median(taken[name]) for name in ("moempi", best))
+    return [*(f"{rate:,.0f}" for rate in rates), f"{ratio(taken[best], taken['moempi']):.2f}", f"{same:.1%}"]
+
+
+def _job(folder: Path, precision: str, sequences: int, chosen: Namespace) -> Job:
+    tree = {
+        "model": {"weights": str(folder / "model.h5")},
+        "input": {"prompts": str(folder / "prompts.jsonl")},
+        "output": {"results": str(folder / "results.h5")},
+        "run": {
+            "backend": "numpy",
+            "precision": precision,
+            "max_sequences": max(sequences, chosen.lanes),
+            "micro_batches": chosen.lanes,
+        },
+        "sampling": {"max_tokens": chosen.tokens, "ignore_eos": True},
+    }
+    return read_tree(tree, Job, where="bench generate")
+
+
+def _sleep_until_all(world: World) -> None:
+    """A barrier that leaves the cores to who is still at work."""
+    request = world.comm.Ibarrier()
+    while not request.Test():
+        time.sleep(NAP_S)
