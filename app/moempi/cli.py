@@ -201,13 +201,13 @@ def check(chosen: argparse.Namespace) -> int:
 def _measure(world: Any, chosen: argparse.Namespace) -> None:
     import msgspec
 
-    from moempi.backend.choice import find_gpus, find_island
+    from moempi.backend.choice import find_island
     from moempi.config.job import TopologySection
     from moempi.observe.console import console
     from moempi.parallel.measure import measure, topology_table
     from moempi.storage.files import atomic
 
-    island = find_island(world.local_rank, on_gpu=find_gpus()[0] > 0)
+    island = find_island(world.local_rank, on_gpu=True)
     file, trials = measure(*world.by_node(TopologySection(ranks_per_node=chosen.ranks_per_node), island=island))
     if world.rank == 0:
         console().print(topology_table(file, trials))

@@ -43,7 +43,10 @@ def find_gpus() -> tuple[int, str]:
 
 
 def find_island(local_rank: int, *, on_gpu: bool) -> str:
-    """What this rank is near to inside its node (see island.py), as the backend's memory has it; "" when unknown."""
+    """What this rank is near to inside its node (see island.py), as the backend's memory has it; "" when unknown.
+
+    `on_gpu` without a GPU counts as on none.
+    """
     gpus = find_gpus()[0] if on_gpu else 0
     if not gpus:
         return cpu_island()

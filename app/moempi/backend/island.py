@@ -4,14 +4,14 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = Path("/sys/devices/system/cpu")
+CORES = Path("/sys/devices/system/cpu")
 
 
-def cpu_island(packages: Path = PACKAGES) -> str:
+def cpu_island(cores: Path = CORES) -> str:
     """The socket that all cores of this process are on; "" when they are on several, or the system does not say."""
     try:
         sockets = {
-            (packages / f"cpu{core}/topology/physical_package_id").read_text().strip()
+            (cores / f"cpu{core}/topology/physical_package_id").read_text().strip()
             for core in os.sched_getaffinity(0)
         }
     except OSError:

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,8 @@ def add_flags(parser: ArgumentParser) -> None:
 def run(world: World, chosen: Namespace) -> None:
     """Learn, foretell, measure and print; collective, on one node."""
     world.together(lambda: _refuse_nodes(world.num_nodes))
-    bench = _Bench(world)
     with tempfile.TemporaryDirectory() as own:
-        bench.folder = Path(world.comm.bcast(own))
+        bench = _Bench(world, Path(world.comm.bcast(own)))
         if world.rank == 0:
             initialize(MODEL, bench.folder / "model.h5", seed=1)
         world.comm.Barrier()
@@ -131,12 +130,12 @@ def fit(lessons: Sequence[tuple[Trial, float]], num_ranks: int) -> MachineFile:
     return _machine(np.maximum(costs, NOTHING).tolist())
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Bench:
     """Runs jobs in a folder that all ranks see."""
 
     world: World
-    folder: Path = field(default_factory=Path)
+    folder: Path
 
     def seconds(self, trial: Trial, repeats: int) -> float:
         """Median seconds in which all sequences got a token; collective."""

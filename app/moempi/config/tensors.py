@@ -29,6 +29,10 @@ class Share(Enum):
     EXPERTS = "experts"
 
 
+DIVIDED = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN, Share.VOCABULARY)
+"""What the ranks of a tensor group divide among them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One dataset of a weight file: bfloat16 unless `dtype` says otherwise.

@@ -6,10 +6,8 @@ import msgspec
 import numpy.typing as npt
 
 from moempi.config.architecture import Architecture
-from moempi.config.tensors import Share
+from moempi.config.tensors import DIVIDED
 from moempi.storage.weights import WeightFile
-
-DIVIDED = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN, Share.VOCABULARY)
 
 
 class Shard:

@@ -34,7 +34,7 @@ class Timing:
 
 def check(world: World) -> RenderableType | None:
     """Measure the exchange between the ranks; rank 0 gets all findings, the others None; collective, blocks."""
-    island = find_island(world.local_rank, on_gpu=find_gpus()[0] > 0)
+    island = find_island(world.local_rank, on_gpu=True)
     topology, ranks = world.by_node(TopologySection(), island=island)
     places = ranks.gather((world.rank, world.host, _cores(), island))
     transports = _time_transports(world, topology, ranks)

@@ -7,7 +7,7 @@ it with what happens.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, comb, log2, prod
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moempi.config.architecture import Architecture
 from moempi.config.machine_file import MachineFile
-from moempi.config.tensors import Share, Tensor, layer_path, layer_tensors, stage_tensors
+from moempi.config.tensors import DIVIDED, Tensor, layer_path, layer_tensors, stage_tensors
 from moempi.parallel.schedule import AGREE, LEAVE, ROWS, SENT, TOKENS, Point
 from moempi.parallel.topology import NETWORK, NODE, Topology
 from moempi.planning.simulate import Leg
@@ -61,7 +61,7 @@ class Costs:
         pending = 0.0
         for layer in layers:
             for leg in self._layer(layer, load):
-                legs.append(Leg(leg.point, leg.compute_s + pending, leg.carry_s, leg.latency_s, leg.ahead))
+                legs.append(replace(leg, compute_s=leg.compute_s + pending))
                 pending = 0.0
             pending = self._after(layer, load)
         if is_last:
@@ -72,10 +72,9 @@ class Costs:
         if not alone:
             legs.append(Leg(TOKENS if is_first else SENT, pending, *self._onward(load, is_last=is_last)))
         elif pending:
-            first = legs[0]
-            legs[0] = Leg(first.point, first.compute_s + pending, first.carry_s, first.latency_s)
+            legs[0] = replace(legs[0], compute_s=pending)
         turn = self.machine.turn_us * 1e-6
-        return [Leg(leg.point, leg.compute_s + turn, leg.carry_s, leg.latency_s, leg.ahead) for leg in legs]
+        return [replace(leg, compute_s=leg.compute_s + turn) for leg in legs]
 
     def _layer(self, layer: int, load: Load) -> Iterator[Leg]:
         """The legs of a layer; what is computed behind the last of them is `_after`."""
@@ -159,8 +158,7 @@ class Costs:
         ]
 
     def _of(self, tensors: Iterable[Tensor], rows: float) -> float:
-        divided = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN, Share.VOCABULARY)
-        values = sum(prod(one.shape) / (self.tensor if one.share in divided else 1) for one in tensors)
+        values = sum(prod(one.shape) / (self.tensor if one.share in DIVIDED else 1) for one in tensors)
         return self._seconds(2 * rows * values, values * self.value_bytes if rows else 0.0)
 
     def _seconds(self, flops: float, num_bytes: float) -> float:
