@@ -107,6 +107,16 @@ def test_the_last_stage_reads_its_part_of_the_head(tensor):
     assert sum(leg.compute_s for leg in last) - sum(leg.compute_s for leg in other) == pytest.approx(head + moved)
 
 
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_every_dense_layer_counts(tensor):
+    one, three = (
+        costs(tensor=tensor).step(range(first, 4), Load(4096, 1, 2048), is_first=False, is_last=False)
+        for first in (3, 0)
+    )
+    dense = 4096 * (4 * WIDTH * HEADS * 2 + 4 * HEADS * 2048 + 6 * WIDTH * 18432) / FLOPS / tensor
+    assert sum(leg.compute_s for leg in three) - sum(leg.compute_s for leg in one) == pytest.approx(3 * dense)
+
+
 def test_one_rank_sends_nothing():
     legs = costs(Topology((0,)), hosted=64).step(range(61), Load(8, 8, 100), is_first=True, is_last=True)
     to_itself = 8 * TOP_K * 2 * WIDTH / MEMORY

@@ -63,7 +63,7 @@ class Costs:
             for leg in self._layer(layer, load):
                 legs.append(replace(leg, compute_s=leg.compute_s + pending))
                 pending = 0.0
-            pending = self._after(layer, load)
+            pending += self._after(layer, load)
         if is_last:
             pending += self._head(layers, load)
         if not is_last and self.tensor > 1:
