@@ -9,10 +9,10 @@ bash jobs/setup.sh ${MOEMPI_EXTRAS:-local} convert cuda test
 source jobs/env.sh
 moempi check
 export MOEMPI_TEST_DEVICE=cuda
-pytest tests/backend/test_cupy_backend.py tests/backend/test_cupy_run.py tests/model/test_recorded.py "$@"
+pytest tests/backend/cuda/test_backend.py tests/backend/cuda/test_run.py tests/model/test_recorded.py "$@"
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck synccheck; do
-        compute-sanitizer --tool "$tool" --error-exitcode 1 python -m pytest -q tests/backend/test_cupy_backend.py
+        compute-sanitizer --tool "$tool" --error-exitcode 1 python -m pytest -q tests/backend/cuda/test_backend.py
     done
 else
     echo "gpu: compute-sanitizer is not installed, skipped"

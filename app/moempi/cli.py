@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from moempi import __version__
 from moempi.errors import MoempiError, UsageError
-from moempi.parallel.launch import GRACE_S, launched_first
-from moempi.parallel.witness import WITNESS
+from moempi.runtime.launcher import GRACE_S, launched_first
+from moempi.runtime.monitor import WITNESS
 
 MOST_REPLICAS = 8.0
 BENCHMARKS = ("layer", "generate", "exchange", "overlap", "immediate", "placement", "plan", "gpu")
@@ -36,13 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(chosen: argparse.Namespace) -> int:
     """Run a job on all ranks."""
     WITNESS.post()
-    from moempi.parallel.stop import Stop
+    from moempi.runtime.stop import Stop
 
     stop = Stop(max_minutes=chosen.max_minutes)  # before MPI, which takes a while to start
     from moempi.config.job import Job, TopologySection
     from moempi.config.reading import read_toml
     from moempi.engine.run import run_job
-    from moempi.parallel.world import World
+    from moempi.runtime.world import World
 
     if chosen.world:
         ranks_per_node = chosen.ranks_per_node or chosen.world
@@ -61,9 +61,9 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _show_layout(job: Any, nodes: Sequence[int]) -> int:
-    from moempi.engine.dry_run import dry_run
+    from moempi.commands.dry_run import dry_run
     from moempi.errors import ConfigError
-    from moempi.observe.report import print_layout
+    from moempi.observe.run_report import print_layout
 
     layout = dry_run(job, nodes)
     print_layout(layout)
@@ -101,7 +101,7 @@ def show(chosen: argparse.Namespace) -> int:
     """Print the first answers of a finished job."""
     from moempi.config.job import Job
     from moempi.config.reading import read_toml
-    from moempi.observe.report import Answer, print_answers
+    from moempi.observe.run_report import Answer, print_answers
     from moempi.storage.prompts import read_prompts
     from moempi.storage.results import ResultFile
 
@@ -145,10 +145,10 @@ def compare(chosen: argparse.Namespace) -> int:
 
 def place(chosen: argparse.Namespace) -> int:
     """Choose where experts stand from the recorded routing of a run."""
+    from moempi.commands.place import Wish, place_experts
     from moempi.config.topology_file import read_topology
-    from moempi.engine.place import Wish, place_experts
-    from moempi.observe.placing import print_policies
-    from moempi.parallel.topology import LEVELS
+    from moempi.layout.topology import LEVELS
+    from moempi.observe.placement_table import print_policies
 
     if not 0 <= chosen.replicas <= MOST_REPLICAS:
         raise UsageError(f"--replicas {chosen.replicas}: a share of the experts from 0 to {MOST_REPLICAS}")
@@ -167,11 +167,11 @@ def place(chosen: argparse.Namespace) -> int:
 
 def plan(chosen: argparse.Namespace) -> int:
     """Forecast a job on a machine that need not be there."""
+    from moempi.commands.plan import print_what_if, what_if
     from moempi.config.job import Job
     from moempi.config.machine_file import read_machine
     from moempi.config.reading import read_toml
-    from moempi.engine.what_if import print_what_if, what_if
-    from moempi.parallel.topology import virtual
+    from moempi.layout.topology import virtual
 
     job = read_toml(chosen.job, Job, overrides=chosen.set)
     machine = read_machine(chosen.machine)
@@ -184,9 +184,9 @@ def plan(chosen: argparse.Namespace) -> int:
 def check(chosen: argparse.Namespace) -> int:
     """Measure the ranks' exchange, and their links where asked."""
     WITNESS.post()
+    from moempi.comm.transport_probe import check as check_ranks
     from moempi.observe.console import console
-    from moempi.parallel.check import check as check_ranks
-    from moempi.parallel.world import World
+    from moempi.runtime.world import World
 
     world = World.start(debug=chosen.debug)
     with world.guard():
@@ -201,10 +201,10 @@ def check(chosen: argparse.Namespace) -> int:
 def _measure(world: Any, chosen: argparse.Namespace) -> None:
     import msgspec
 
-    from moempi.backend.choice import find_island
+    from moempi.backend.select import find_island
+    from moempi.comm.link_probe import measure, topology_table
     from moempi.config.job import TopologySection
     from moempi.observe.console import console
-    from moempi.parallel.measure import measure, topology_table
     from moempi.storage.files import atomic
 
     island = find_island(world.local_rank, on_gpu=True)

@@ -11,7 +11,7 @@ ON_GPU = os.environ.get("MOEMPI_TEST_DEVICE") == "cuda"
 def device(request, monkeypatch):
     """A GPU, or the kernels' threads on the CPU, from the first to the last or the other way."""
     if ON_GPU:
-        from moempi.backend.cupy_device import CupyDevice
+        from moempi.backend.cuda.cupy_device import CupyDevice
 
         return CupyDevice(0, pinned=True)
     if request.param == "backwards":

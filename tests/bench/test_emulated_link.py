@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from moempi.parallel.topology import NETWORK, NODE, Topology
-from moempi.parallel.transports.alltoallv import Alltoallv
-from moempi.parallel.transports.emulated import Arriving, EmulatedLinks, Link
+from moempi.comm.transports.alltoallv import Alltoallv
+from moempi.comm.transports.emulated import Arriving, EmulatedLinks, Link
+from moempi.layout.topology import NETWORK, NODE, Topology
 
 
 class Complete:

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from moempi.backend.cupy_backend import CupyBackend
+from moempi.backend.cuda.backend import CupyBackend
 from moempi.bench import gpu
 from mpirun import mpirun, python
 from simt.device import SimtDevice

@@ -32,7 +32,7 @@ def test_a_slow_link_is_foretold_and_hidden():
 
 @pytest.mark.ranks(2)
 def test_a_run_over_an_emulated_link_takes_its_time(comm, tmp_path):
-    from moempi.parallel.world import World
+    from moempi.runtime.world import World
 
     bench = _Bench(World(comm), Path(comm.bcast(tmp_path)))
     if comm.rank == 0:

@@ -11,11 +11,11 @@ from moempi.config.reading import convert
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.run import run_job
 from moempi.errors import ConfigError
-from moempi.model import gating
+from moempi.layout.layout import make_plan
+from moempi.model import router_balance as gating
 from moempi.model.capacity import capacity
-from moempi.parallel.stop import Stop
-from moempi.parallel.world import World
-from moempi.planning.layout import make_plan
+from moempi.runtime.stop import Stop
+from moempi.runtime.world import World
 from moempi.storage.compare import compare
 from moempi.storage.initialize import initialize
 

@@ -8,7 +8,7 @@ import pytest
 from moempi.config.tensors import catalogue
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
-from moempi.storage.parts import part_paths
+from moempi.storage.journal import part_paths
 from moempi.storage.results import ResultFile
 from moempi.storage.run_state import read_state
 from moempi.storage.weights import WeightFile, write_weights

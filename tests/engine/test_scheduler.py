@@ -6,8 +6,8 @@ import numpy as np
 
 from moempi.config.job import Sampling
 from moempi.config.tensors import PAGE_ROWS
+from moempi.engine.request import Sequence
 from moempi.engine.scheduler import Scheduler
-from moempi.engine.sequence import Sequence
 from moempi.model.kv_cache import pages_for
 from moempi.storage.prompts import Prompt
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from faults.rehearsal import require
 from moempi.storage.files import remove_hidden
+from moempi.storage.journal import Part, PartWriter, part_path, part_paths, parts_folder, remove_parts
 from moempi.storage.merge import Provenance, merge
-from moempi.storage.parts import Part, PartWriter, part_path, part_paths, parts_folder, remove_parts
 from moempi.storage.records import RequestRecord
 from moempi.storage.results import ResultFile
 

@@ -43,7 +43,7 @@ def before(action: Callable[..., Any], hook: Callable[..., None]) -> Callable[..
 
 
 def main(notes: str, fault: str, rank: str, place: str, count: str, *arguments: str) -> int:
-    from moempi.parallel.witness import WITNESS
+    from moempi.runtime.monitor import WITNESS
 
     WITNESS.post()  # first of all, as the program does
     own_rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
@@ -61,8 +61,8 @@ def main(notes: str, fault: str, rank: str, place: str, count: str, *arguments: 
 
     from importlib import import_module
 
-    from moempi.parallel.world import World
-    from moempi.storage.parts import PartWriter
+    from moempi.runtime.world import World
+    from moempi.storage.journal import PartWriter
 
     if place in CALLS:
         module = import_module(CALLS[place][0])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moempi.arrays import narrow, round_to_bfloat16
-from moempi.backend.numpy_backend import NumpyBackend
+from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.protocol import Segment
 from moempi.config.architecture import Attention, Latent, Rope
 from moempi.model.latent_attention import LatentAttention

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from moempi.backend.numpy_backend import NumpyBackend
+from moempi.backend.cpu.backend import NumpyBackend
 from moempi.config.architecture import Attention, Latent, Rope, Yarn
 from moempi.model.rope import frequencies, rope_angles
 

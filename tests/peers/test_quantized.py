@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moempi.storage.checkpoint import CheckpointTensor
-from moempi.storage.sources import E4M3, Mxfp4Experts
+from moempi.storage.tensor_sources import E4M3, Mxfp4Experts
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from moempi.engine.interleave import interleave
-from moempi.parallel.schedule import Point
+from moempi.layout.schedule import Point
 from moempi.planning.simulate import Leg, overlapped_s, waiting_s
 
 STEPS = 6

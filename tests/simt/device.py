@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from moempi.arrays import aligned_empty, narrow, widen
-from moempi.backend.device import Argument, Grid, Kernel
+from moempi.backend.cuda.device import Argument, Grid, Kernel
 
 HEADER = Path(__file__).with_name("simt.h")
 LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
@@ -34,7 +34,7 @@ class Resident(np.ndarray):
 
 
 class SimtDevice:
-    """See `moempi.backend.device.Device`; `pinned` wires are host memory.
+    """See `moempi.backend.cuda.device.Device`; `pinned` wires are host memory.
 
     When `eager`, work is done when it is submitted, and `peak_bytes` is what a GPU would hold: work that waits keeps
     its arrays.

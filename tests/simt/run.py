@@ -7,7 +7,7 @@ import os
 import sys
 
 import moempi.engine.run as engine
-from moempi.backend.cupy_backend import CupyBackend
+from moempi.backend.cuda.backend import CupyBackend
 from moempi.cli import main
 from simt.device import SimtDevice
 

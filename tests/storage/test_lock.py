@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from moempi.errors import StorageError
+from moempi.storage.journal import parts_folder, remove_parts
 from moempi.storage.lock import OutputLock
-from moempi.storage.parts import parts_folder, remove_parts
 
 HOLDER = """
 import os, sys

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.errors import StorageError
-from moempi.storage import parts
-from moempi.storage.parts import Part, PartWriter, part_path, part_paths
+from moempi.storage import journal as parts
+from moempi.storage.journal import Part, PartWriter, part_path, part_paths
 from moempi.storage.records import RankRecord, RequestRecord
 
 TEXTS = ["", "plain", "emoji \U0001f9ee", "nul \0 inside", "../../x", "line\nbreak\r\n", '"quoted"']

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moempi.errors import DataError, NoInputError, StorageError
+from moempi.storage import journal_index as survey
 from moempi.storage import merge as merging
-from moempi.storage import results_layout, survey
+from moempi.storage import results_layout
+from moempi.storage.journal import PartWriter, part_path, part_paths, remove_parts
 from moempi.storage.merge import Provenance, merge
-from moempi.storage.parts import PartWriter, part_path, part_paths, remove_parts
 from moempi.storage.results import ResultFile
 from storage.test_records import TEXTS, assert_same, make_rank, make_request, write_part
 

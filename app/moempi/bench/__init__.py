@@ -20,7 +20,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     Raises UsageError for flags that the benchmark does not have.
     """
     from moempi.bench import exchange, generate, gpu, immediate, layer, overlap, placement, plan
-    from moempi.parallel.world import World
+    from moempi.runtime.world import World
 
     benchmark = {
         "layer": layer,

@@ -14,10 +14,10 @@ from rich.table import Table
 from moempi.arrays import aligned_empty
 from moempi.bench import peers
 from moempi.bench.measure import alternate, machine, ratio
+from moempi.comm import transports
+from moempi.comm.transports.base import Transport
 from moempi.observe.console import console
-from moempi.parallel import transports
-from moempi.parallel.transports.transfer import Transport
-from moempi.parallel.world import World
+from moempi.runtime.world import World
 
 ROW_BYTES = 14336
 BUFFERS = 2

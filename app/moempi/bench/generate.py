@@ -22,7 +22,7 @@ from moempi.config.job import Job
 from moempi.config.reading import convert as read_tree
 from moempi.errors import UsageError
 from moempi.observe.console import console
-from moempi.parallel.world import World
+from moempi.runtime.world import World
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
 

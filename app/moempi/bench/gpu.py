@@ -13,9 +13,9 @@ from time import perf_counter
 import numpy as np
 from rich.table import Table
 
-from moempi.backend.choice import make_backend
-from moempi.backend.cupy_backend import CupyBackend, Matrix
+from moempi.backend.cuda.backend import CupyBackend, Matrix
 from moempi.backend.protocol import Array, Expert, Segment
+from moempi.backend.select import make_backend
 from moempi.bench import peers
 from moempi.bench.layers import random_bits
 from moempi.bench.measure import machine
@@ -23,7 +23,7 @@ from moempi.config.job import RunSection
 from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
 from moempi.observe.console import console
-from moempi.parallel.world import World
+from moempi.runtime.world import World
 
 Run = Callable[[], object]
 

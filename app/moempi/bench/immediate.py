@@ -7,19 +7,19 @@ from statistics import median
 import numpy as np
 from rich.table import Table
 
-from moempi.backend.numpy_backend import NumpyBackend
+from moempi.backend.cpu.backend import NumpyBackend
 from moempi.bench.layers import Rows, Sizes, add_size_flags, finish, make_layer, make_rows
 from moempi.bench.measure import alternate, machine, ratio
+from moempi.comm.batch import NONE, Batch
+from moempi.comm.lane_comm import make_network
 from moempi.config.job import ParallelSection
 from moempi.errors import UsageError
+from moempi.layout.grid import Grid, make_grid
+from moempi.layout.placement import linear
+from moempi.layout.row_split import RowSplit
+from moempi.layout.topology import Topology
 from moempi.observe.console import console
-from moempi.parallel.batch import NONE, Batch
-from moempi.parallel.grid import Grid, make_grid
-from moempi.parallel.network import make_network
-from moempi.parallel.placement import linear
-from moempi.parallel.row_split import RowSplit
-from moempi.parallel.topology import Topology
-from moempi.parallel.world import World
+from moempi.runtime.world import World
 
 HOMES, IMMEDIATE = "over the homes", "immediate"
 

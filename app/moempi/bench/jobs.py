@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moempi.config.job import Job
 from moempi.engine.run import run_job
-from moempi.parallel.stop import Stop
-from moempi.parallel.world import World
+from moempi.runtime.stop import Stop
+from moempi.runtime.world import World
 from moempi.storage.results import ResultFile
 
 

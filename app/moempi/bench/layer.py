@@ -8,17 +8,17 @@ from time import perf_counter
 
 from rich.table import Table
 
-from moempi.backend.numpy_backend import NumpyBackend
+from moempi.backend.cpu.backend import NumpyBackend
 from moempi.bench import peers
 from moempi.bench.layers import Rows, Sizes, add_size_flags, finish, make_layer, make_rows
 from moempi.bench.measure import alternate, machine, product_clock, ratio
+from moempi.comm.exchange import Exchange
+from moempi.comm.transfers import Traffic
+from moempi.comm.transports.alltoallv import Alltoallv
+from moempi.layout.placement import linear
+from moempi.layout.topology import Topology
 from moempi.observe.console import console
-from moempi.parallel.exchange import Exchange
-from moempi.parallel.placement import linear
-from moempi.parallel.topology import Topology
-from moempi.parallel.traffic import Traffic
-from moempi.parallel.transports.alltoallv import Alltoallv
-from moempi.parallel.world import World
+from moempi.runtime.world import World
 
 PRECISIONS = ("float32", "bfloat16")
 OURS, ALONE = "moempi", "moempi on one rank"

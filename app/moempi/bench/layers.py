@@ -11,8 +11,8 @@ import numpy.typing as npt
 from moempi.arrays import narrow, round_to_bfloat16
 from moempi.backend.protocol import Backend, Expert
 from moempi.config.architecture import Router
+from moempi.layout.schedule import Point
 from moempi.model.feed_forward import MixtureOfExperts
-from moempi.parallel.schedule import Point
 
 Bits = npt.NDArray[np.uint16]
 Rows = npt.NDArray[np.float32]

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from moempi.backend.packed_matrix import PackedMatrix
-from moempi.parallel.world import World
+from moempi.backend.cpu.packed_matrix import PackedMatrix
+from moempi.runtime.world import World
 
 PACKAGES = ("moempi", "numpy", "mpi4py", "torch", "transformers")
 Contestants = Mapping[str, Callable[[], object]]

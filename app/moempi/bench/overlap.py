@@ -11,21 +11,21 @@ from time import perf_counter
 import numpy as np
 from rich.table import Table
 
-from moempi.backend.numpy_backend import Matrix, NumpyBackend
+from moempi.backend.cpu.backend import Matrix, NumpyBackend
 from moempi.bench.layers import Rows, Sizes, add_size_flags, make_layer, make_rows, random_bits
 from moempi.bench.measure import alternate, machine, ratio
+from moempi.comm.exchange import Exchange
+from moempi.comm.transfers import Traffic
+from moempi.comm.transports.alltoallv import Alltoallv
+from moempi.comm.transports.emulated import EmulatedLinks, Link
 from moempi.engine.interleave import interleave
 from moempi.errors import UsageError
+from moempi.layout.placement import linear
+from moempi.layout.schedule import Point
+from moempi.layout.topology import NODE, Topology
 from moempi.model.feed_forward import MixtureOfExperts
 from moempi.observe.console import console
-from moempi.parallel.exchange import Exchange
-from moempi.parallel.placement import linear
-from moempi.parallel.schedule import Point
-from moempi.parallel.topology import NODE, Topology
-from moempi.parallel.traffic import Traffic
-from moempi.parallel.transports.alltoallv import Alltoallv
-from moempi.parallel.transports.emulated import EmulatedLinks, Link
-from moempi.parallel.world import World
+from moempi.runtime.world import World
 
 LANES = 2
 LATENCY_S = 20e-6

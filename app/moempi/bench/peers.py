@@ -9,7 +9,7 @@ from typing import Any
 
 from moempi.arrays import widen
 from moempi.bench.layers import Rows, Sizes, expert_bits, router_bits
-from moempi.parallel.world import World
+from moempi.runtime.world import World
 
 # batched_mm copies the weights of every (token, expert) pair and is never the best on a CPU.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from moempi.engine.place import ASSUMED, Wish, place_experts, row_of
-from moempi.observe.placing import print_policies
-from moempi.parallel.topology import LEVELS, NETWORK, Topology
-from moempi.parallel.world import World
-from moempi.planning.placing import POLICIES, place
+from moempi.commands.place import ASSUMED, Wish, place_experts, row_of
+from moempi.layout.topology import LEVELS, NETWORK, Topology
+from moempi.observe.placement_table import print_policies
+from moempi.planning.policies import POLICIES, place
 from moempi.planning.replay import Machine, Routes, replay
+from moempi.runtime.world import World
 
 WIDTH_BYTES = 14_336
 ROWS_PER_STEP = 64

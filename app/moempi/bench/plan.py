@@ -26,11 +26,11 @@ from moempi.config.reading import convert
 from moempi.config.topology_file import LEVEL_NAMES, Level, TopologyFile
 from moempi.errors import UsageError
 from moempi.fitting import explain
+from moempi.layout.layout import make_plan
+from moempi.layout.topology import virtual
 from moempi.observe.console import console
-from moempi.parallel.topology import virtual
-from moempi.parallel.world import World
-from moempi.planning.layout import make_plan
-from moempi.planning.what_if import Scene, forecast
+from moempi.planning.forecast import Scene, forecast
+from moempi.runtime.world import World
 from moempi.storage.initialize import initialize
 
 MODEL = Architecture(

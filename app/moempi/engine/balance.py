@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from moempi.comm.lane_comm import Network
 from moempi.config.architecture import Architecture
 from moempi.config.job import BalanceSection
 from moempi.engine.lane import Lane
-from moempi.engine.sequence import Sequence as Request
+from moempi.engine.request import Sequence as Request
 from moempi.engine.tasks import Score
-from moempi.model.gating import ROUTER_ALONE, Gating, LimitedGating, ShiftedGating, Shifts, Tally
 from moempi.model.kv_cache import pages_for
-from moempi.parallel.network import Network
-from moempi.parallel.world import World
+from moempi.model.router_balance import ROUTER_ALONE, Gating, LimitedGating, ShiftedGating, Shifts, Tally
+from moempi.runtime.world import World
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 
-from moempi.parallel.schedule import Point, schedule
+from moempi.layout.schedule import Point, schedule
 
 
 def interleave(

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from moempi.backend.protocol import Array, Picked
-from moempi.engine.ledger import Ledger
+from moempi.comm.batch import NONE, Batch
+from moempi.comm.lane_comm import Network
+from moempi.engine.recorder import Ledger
+from moempi.engine.routing_trace import RoutingTrace
 from moempi.engine.scheduler import Scheduler, Work
 from moempi.engine.tasks import Task
-from moempi.engine.trace import RoutingTrace
-from moempi.model.gating import ROUTER_ALONE, Gating
+from moempi.layout.row_split import RowSplit
+from moempi.layout.schedule import AGREE, ROWS, SENT, TOKENS, Point
+from moempi.model.router_balance import ROUTER_ALONE, Gating
 from moempi.model.transformer import Transformer
-from moempi.parallel.batch import NONE, Batch
-from moempi.parallel.network import Network
-from moempi.parallel.row_split import RowSplit
-from moempi.parallel.schedule import AGREE, ROWS, SENT, TOKENS, Point
-from moempi.parallel.stop import Stop
+from moempi.runtime.stop import Stop
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,21 +4,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from moempi.comm.lane_comm import Network, choose_transport, emulated_links, make_network
 from moempi.config.job import Job
 from moempi.engine.balance import make_balance
 from moempi.engine.interleave import interleave
 from moempi.engine.lane import Lane
-from moempi.engine.ledger import Ledger
+from moempi.engine.rank_layout import Seat
+from moempi.engine.recorder import Ledger
+from moempi.engine.routing_trace import RoutingTrace
 from moempi.engine.scheduler import Scheduler
-from moempi.engine.seat import Seat
 from moempi.engine.tasks import Task
-from moempi.engine.trace import RoutingTrace
-from moempi.model.gating import ROUTER_ALONE
+from moempi.layout.schedule import Point, step_points
+from moempi.model.router_balance import ROUTER_ALONE
 from moempi.model.transformer import Transformer
-from moempi.parallel.network import Network, choose_transport, emulated_links, make_network
-from moempi.parallel.schedule import Point, step_points
-from moempi.parallel.stop import Stop
-from moempi.parallel.world import World
+from moempi.runtime.stop import Stop
+from moempi.runtime.world import World
 
 
 class Lanes:

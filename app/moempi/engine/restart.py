@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from moempi.config.job import Job
 from moempi.errors import DataError, StorageError
-from moempi.parallel.stop import Stop
-from moempi.parallel.world import World
+from moempi.runtime.stop import Stop
+from moempi.runtime.world import World
 from moempi.storage.files import digest_file, remove_hidden
+from moempi.storage.journal import Part, PartWriter, part_path, part_paths, remove_parts
 from moempi.storage.lock import OutputLock
-from moempi.storage.parts import Part, PartWriter, part_path, part_paths, remove_parts
 from moempi.storage.records import RequestRecord, RoutingRecord
 from moempi.storage.run_state import RunState, State, state_path, write_state
 

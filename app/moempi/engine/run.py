@@ -4,29 +4,29 @@ from collections.abc import Sequence as ManyOf
 from datetime import UTC, datetime
 from time import perf_counter
 
-from moempi.backend.choice import make_backend
 from moempi.backend.protocol import Backend
+from moempi.backend.select import make_backend
+from moempi.comm.device_memory import takes_device_memory
 from moempi.config.job import Job
+from moempi.engine.admission import refuse_too_long, sequences_of
 from moempi.engine.balance import quality_cost
-from moempi.engine.budget import affordable_pages, useful_pages
-from moempi.engine.closing import provenance_of, rank_record, report_of
+from moempi.engine.kv_budget import affordable_pages, useful_pages
 from moempi.engine.lanes import Lanes
-from moempi.engine.ledger import Ledger
 from moempi.engine.load import Loading, load_model
-from moempi.engine.requests import refuse_too_long, sequences_of
+from moempi.engine.rank_layout import Seat, available_bytes, take_seat
+from moempi.engine.recorder import Ledger
+from moempi.engine.request import Sequence
 from moempi.engine.restart import Attempt
 from moempi.engine.scheduler import Scheduler
-from moempi.engine.seat import Seat, available_bytes, take_seat
-from moempi.engine.sequence import Sequence
 from moempi.engine.shard import Shard
+from moempi.engine.summary import provenance_of, rank_record, report_of
 from moempi.engine.tasks import Generate, Score, Task
-from moempi.engine.text import Text
+from moempi.engine.tokenizer import Text
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
-from moempi.observe.report import Report, print_report
-from moempi.parallel.device_memory import takes_device_memory
-from moempi.parallel.stop import Stop
-from moempi.parallel.world import World
+from moempi.observe.run_report import Report, print_report
+from moempi.runtime.stop import Stop
+from moempi.runtime.world import World
 from moempi.storage.merge import merge
 from moempi.storage.prompts import Prompt, read_prompts
 from moempi.storage.records import RankRecord

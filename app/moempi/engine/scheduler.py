@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 
-from moempi.engine.sequence import Sequence
+from moempi.engine.request import Sequence
 from moempi.model.kv_cache import pages_for
 
 Work = tuple[Sequence, int]

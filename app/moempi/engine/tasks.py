@@ -6,11 +6,11 @@ from typing import Protocol, cast
 import numpy as np
 
 from moempi.backend.protocol import Array, Choice, Picked
+from moempi.comm.batch import Asked
+from moempi.comm.tensor_group import TensorGroup
 from moempi.engine.scheduler import Work
-from moempi.engine.text import Text
+from moempi.engine.tokenizer import Text
 from moempi.model.transformer import Transformer
-from moempi.parallel.batch import Asked
-from moempi.parallel.tensor_group import TensorGroup
 
 HEAD_ROWS = 64
 

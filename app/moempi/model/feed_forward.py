@@ -4,11 +4,11 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Expert
+from moempi.comm.exchange import Exchange, Route
+from moempi.comm.immediate import Departure
 from moempi.config.architecture import Router
-from moempi.model.gating import ROUTER_ALONE, Gating
-from moempi.parallel.exchange import Exchange, Route
-from moempi.parallel.immediate import Departure
-from moempi.parallel.schedule import Point
+from moempi.layout.schedule import Point
+from moempi.model.router_balance import ROUTER_ALONE, Gating
 
 
 @dataclass(frozen=True, slots=True)

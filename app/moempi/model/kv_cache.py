@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.backend.protocol import Backend, Cache, Segment
+from moempi.comm.batch import Batch
 from moempi.config.architecture import Attention
 from moempi.config.tensors import PAGE_ROWS
-from moempi.parallel.batch import Batch
 
 IntArray = npt.NDArray[np.integer]
 

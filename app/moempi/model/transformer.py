@@ -4,19 +4,19 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend
+from moempi.comm.batch import Batch
+from moempi.comm.lane_comm import Network
+from moempi.comm.tensor_group import TensorGroup
 from moempi.config.architecture import Architecture
+from moempi.layout.row_split import IntArray, RowSplit
+from moempi.layout.schedule import Point
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
-from moempi.model.gating import Gating
 from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
 from moempi.model.rope import rope_angles
-from moempi.parallel.batch import Batch
-from moempi.parallel.network import Network
-from moempi.parallel.row_split import IntArray, RowSplit
-from moempi.parallel.schedule import Point
-from moempi.parallel.tensor_group import TensorGroup
+from moempi.model.router_balance import Gating
 
 
 @dataclass(frozen=True, slots=True)

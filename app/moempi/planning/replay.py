@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.config.topology_file import Level
-from moempi.parallel.gates import Gates
-from moempi.parallel.placement import Placement
-from moempi.parallel.topology import LEVELS, Topology
+from moempi.layout.forwarders import Gates
+from moempi.layout.placement import Placement
+from moempi.layout.topology import LEVELS, Topology
 
 IntArray = npt.NDArray[np.integer]
 FloatArray = npt.NDArray[np.float64]

@@ -7,7 +7,7 @@ another. A lane goes on when what it waits for has arrived.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.parallel.schedule import Point, schedule
+from moempi.layout.schedule import Point, schedule
 
 
 @dataclass(frozen=True, slots=True)

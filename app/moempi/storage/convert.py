@@ -14,7 +14,7 @@ from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.errors import DataError
 from moempi.storage.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
 from moempi.storage.hdf5 import Array
-from moempi.storage.sources import ExpertPart, Fp8Matrix, Mxfp4Experts, Source
+from moempi.storage.tensor_sources import ExpertPart, Fp8Matrix, Mxfp4Experts, Source
 from moempi.storage.weights import Progress, write_weights
 
 PIECE_BYTES = 4 << 20

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from moempi.errors import StorageError
-from moempi.storage.parts import parts_folder
+from moempi.storage.journal import parts_folder
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
-from moempi.storage.columns import create, create_scale, write_offsets
 from moempi.storage.files import atomic, reserve
 from moempi.storage.hdf5 import create_file, write_attribute
+from moempi.storage.journal_index import Parts, Survey, survey_parts
 from moempi.storage.merge_routing import write_routing
 from moempi.storage.records import RequestRecord
+from moempi.storage.results_columns import create, create_scale, write_offsets
 from moempi.storage.results_layout import (
     ARRAYS,
     FORMAT,
@@ -29,7 +30,6 @@ from moempi.storage.results_layout import (
     VERSION,
     blocks,
 )
-from moempi.storage.survey import Parts, Survey, survey_parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
-from moempi.storage.columns import create, write_offsets
+from moempi.storage.journal_index import Parts, Survey
 from moempi.storage.records import RoutingRecord
+from moempi.storage.results_columns import create, write_offsets
 from moempi.storage.results_layout import ROUTING
-from moempi.storage.survey import Parts, Survey
 
 BLOCK_BYTES = 16 << 20
 

@@ -1,0 +1,426 @@
+"""The backend of machines without a GPU: NumPy, with float32 matrix products from its BLAS.
+
+Weights and the cache are widened to float32 in memory; with bfloat16 the rows between verbs are float32 arrays that
+hold bfloat16 values, and matrices stay bfloat16 where the processor multiplies such (`packed_matrix`). A row's
+product depends on how many rows share the BLAS call, so `reproducible` multiplies in calls that are equal to those of
+BLOCK rows and attends in blocks of BLOCK positions and PAGE_ROWS keys: results are then the same bits for any batching.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.arrays import aligned_empty, round_to_bfloat16, widen
+from moempi.backend.cpu.blocked_product import BLOCK, blocked_product
+from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
+from moempi.backend.cpu.router import choose, weigh
+from moempi.backend.protocol import (
+    Cache,
+    Choice,
+    Expert,
+    FloatArray,
+    IntArray,
+    Picked,
+    Segment,
+    Stored,
+)
+from moempi.backend.sampling import pick_token
+from moempi.config.architecture import Clamp, Router
+from moempi.config.tensors import PAGE_ROWS
+
+Rows = npt.NDArray[np.float32]
+Matrix = Rows | PackedMatrix
+
+QUERY_ROWS = 128
+PIECE_FLOPS = 4e8
+CACHED_ROWS = 32
+
+
+class NumpyBackend:
+    """The verbs of `protocol.Backend` on host memory; every verb has finished when it returns."""
+
+    name = "numpy"
+    wires_on_host = True
+    queue = 0
+
+    def __init__(self, *, precision: str, reproducible: bool, between: Callable[[], None] = lambda: None) -> None:
+        self.is_bfloat16 = precision == "bfloat16"
+        self.reproducible = reproducible or not self.is_bfloat16
+        self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
+        self.between = between
+        self._packs = self.is_bfloat16 and not self.reproducible and packing_works()
+
+    # Weights and buffers
+
+    def available_bytes(self) -> int:
+        """See `Backend.available_bytes`: memory that the system can give without swapping."""
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def tensor(self, *stored: Stored) -> Rows:
+        """See `Backend.tensor`."""
+        whole = stored[0] if len(stored) == 1 else np.concatenate(stored)
+        return widen(whole) if whole.dtype == np.uint16 else whole
+
+    def matrix(self, *stored: Stored, transposed: bool = False) -> Matrix:
+        """See `Backend.matrix`; held as (inputs, outputs), the faster layout for few rows."""
+        if self._packs and all(part.dtype == np.uint16 for part in stored):
+            return pack_matrix(stored, transposed=transposed)
+        parts = [self.tensor(part) if transposed else self.tensor(part).T for part in stored]
+        width = sum(part.shape[1] for part in parts)
+        joined = aligned_empty((parts[0].shape[0], width), np.float32)
+        return np.concatenate(parts, axis=1, out=joined)
+
+    def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
+        """See `Backend.cache`."""
+        keys = np.zeros((pages * PAGE_ROWS, kv_heads, head_dim), np.float32)
+        return Cache(keys=keys, values=keys[..., :latent] if latent else np.zeros_like(keys))
+
+    def clear(self, cache: Cache, pages: IntArray) -> None:
+        """See `Backend.clear`."""
+        for held in (cache.keys, cache.values):
+            held.reshape(-1, PAGE_ROWS, *held.shape[1:])[pages] = 0
+
+    def use_queue(self, number: int) -> None:
+        """See `Backend.use_queue`; all are one."""
+
+    def mark(self) -> None:
+        """See `Backend.mark`."""
+
+    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+        """See `Backend.reach`; all host memory is."""
+
+    def wire(self, rows: int, width: int) -> npt.NDArray[Any]:
+        """See `Backend.wire`."""
+        return aligned_empty((rows, width), self.row_dtype)
+
+    def upload(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """See `Backend.upload`."""
+        return values
+
+    def download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """See `Backend.download`."""
+        return values
+
+    # Rows
+
+    def embed(self, tokens: IntArray, table: Rows) -> Rows:
+        """See `Backend.embed`."""
+        return table[tokens]
+
+    def rms_norm(self, x: Rows, weight: Rows, *, eps: float, rounded: bool = True) -> Rows:
+        """See `Backend.rms_norm`."""
+        scale = np.square(x).mean(axis=-1, keepdims=True)
+        scale += np.float32(eps)
+        np.sqrt(scale, out=scale)
+        normalized = self._stored(x / scale) if rounded else x / scale
+        normalized *= weight
+        return self._stored(normalized)
+
+    def layer_norm(self, x: Rows, weight: Rows, bias: Rows, *, eps: float) -> Rows:
+        """See `Backend.layer_norm`."""
+        centred = x - x.mean(axis=-1, keepdims=True)
+        centred /= np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + np.float32(eps))
+        centred *= weight
+        centred += bias
+        return self._stored(centred)
+
+    def linear(self, x: Rows, matrix: Matrix, bias: Rows | None = None) -> Rows:
+        """See `Backend.linear`."""
+        product = self._product(x, matrix, rounded=self.is_bfloat16 and bias is None)
+        if bias is not None:
+            product += bias
+        elif isinstance(matrix, PackedMatrix):
+            return product
+        return self._stored(product)
+
+    def linear_heads(self, x: Rows, matrices: Rows) -> Rows:
+        """See `Backend.linear_heads`."""
+        num_rows, heads, inputs = x.shape
+        step = BLOCK if self.reproducible else max(1, num_rows)
+        blocks = -(-num_rows // step)
+        padded = np.zeros((blocks * step, heads, inputs), np.float32)
+        padded[:num_rows] = x
+        by_head = padded.reshape(blocks, step, heads, inputs).transpose(0, 2, 1, 3)
+        product = np.matmul(by_head, matrices).transpose(0, 2, 1, 3)
+        return self._stored(product.reshape(blocks * step, heads, matrices.shape[-1])[:num_rows])
+
+    def clip(self, x: Rows, limit: float) -> Rows:
+        """See `Backend.clip`."""
+        return np.clip(x, np.float32(-limit), np.float32(limit))
+
+    def join_columns(self, *parts: Rows) -> Rows:
+        """See `Backend.join_columns`."""
+        return np.concatenate(parts, axis=-1)
+
+    def add(self, x: Rows, y: Rows) -> Rows:
+        """See `Backend.add`."""
+        return self._stored(x + y)
+
+    def swiglu(self, gate_up: Rows, clamp: Clamp | None = None) -> Rows:
+        """See `Backend.swiglu`."""
+        hidden = gate_up.shape[1] // 2
+        gate, up = gate_up[:, :hidden], gate_up[:, hidden:]
+        if clamp is None:
+            activated = np.negative(gate)
+        else:
+            gate, up = np.minimum(gate, np.float32(clamp.limit)), self.clip(up, clamp.limit) + np.float32(1)
+            activated = gate * np.float32(-clamp.alpha)
+        with np.errstate(over="ignore"):
+            np.exp(activated, out=activated)
+        activated += 1
+        np.divide(gate, activated, out=activated)
+        activated *= up
+        return self._stored(activated)
+
+    def gate(self, x: Rows, logits: Rows) -> Rows:
+        """See `Backend.gate`."""
+        with np.errstate(over="ignore"):
+            return self._stored(x / (1 + np.exp(-logits)))
+
+    # Attention
+
+    def rope_angles(self, positions: IntArray, *, frequencies: FloatArray, amplitude: float) -> tuple[Rows, Rows]:
+        """See `Backend.rope_angles`; shaped (T, 1, n) to apply to every head."""
+        angles = positions.astype(np.float32)[:, None, None] * frequencies
+        return np.cos(angles) * np.float32(amplitude), np.sin(angles) * np.float32(amplitude)
+
+    def rotate(self, x: Rows, angles: tuple[Rows, Rows], *, interleaved: bool = False) -> Rows:
+        """See `Backend.rotate`."""
+        cosine, sine = angles
+        pairs = cosine.shape[-1]
+        first, second = slice(pairs), slice(pairs, 2 * pairs)
+        if interleaved:
+            first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+        rotated = np.empty(x.shape, np.float32)
+        np.subtract(x[..., first] * cosine, x[..., second] * sine, out=rotated[..., first])
+        np.add(x[..., second] * cosine, x[..., first] * sine, out=rotated[..., second])
+        rotated[..., 2 * pairs :] = x[..., 2 * pairs :]
+        return self._stored(rotated)
+
+    def extend_cache(self, cache: Cache, keys: Rows, values: Rows | None, segments: Sequence[Segment]) -> None:
+        """See `Backend.extend_cache`."""
+        for segment in segments:
+            rows = slice(segment.row, segment.row + segment.length)
+            places = _cache_rows(segment.pages, segment.start, segment.start + segment.length)
+            cache.keys[places] = keys[rows]
+            if values is not None:
+                cache.values[places] = values[rows]
+
+    def attend(
+        self,
+        queries: Rows,
+        cache: Cache,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: Rows | None = None,
+    ) -> Rows:
+        """See `Backend.attend`; the softmax is in float32."""
+        num_rows, heads, dim = queries.shape
+        attended = np.empty((num_rows, heads, cache.values.shape[-1]), np.float32)
+        for segment in segments:
+            end = segment.start + segment.length
+            for first, last, num_keys in self._query_blocks(segment.start, end):
+                first_key = max(0, first - window + 1) // PAGE_ROWS * PAGE_ROWS if window else 0
+                keys_at = _cache_rows(segment.pages, first_key, num_keys)
+                hidden = _hidden(first, last, first_key, num_keys, window)
+                low, high = max(first, segment.start), min(last, end)
+                rows = slice(segment.row + low - segment.start, segment.row + high - segment.start)
+                block = np.zeros((last - first, heads, dim), np.float32)
+                np.multiply(queries[rows], np.float32(scale), out=block[low - first : high - first])
+                result = _attention(block, cache.keys[keys_at], cache.values[keys_at], hidden, sinks)
+                attended[rows] = result[low - first : high - first]
+            self.between()
+        return self._stored(attended)
+
+    def _query_blocks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Blocks [first, last) of query positions and the number of keys that each sees."""
+        if self.reproducible:
+            for first in range(start - start % BLOCK, end, BLOCK):
+                yield first, first + BLOCK, -(-(first + BLOCK) // PAGE_ROWS) * PAGE_ROWS
+        else:
+            for first in range(start, end, QUERY_ROWS):
+                last = min(first + QUERY_ROWS, end)
+                yield first, last, last
+
+    # Experts
+
+    def router_logits(self, x: Rows, matrix: Matrix, router: Router, *, bias: Rows | None = None) -> Rows:
+        """See `Backend.router_logits`."""
+        logits = self._product(x, matrix)
+        if bias is not None:
+            logits += bias
+        return logits if router.float32_logits else self._stored(logits)
+
+    def choose_experts(
+        self, logits: Rows, router: Router, *, correction: Rows | None = None, shift: FloatArray | None = None
+    ) -> tuple[IntArray, Rows]:
+        """See `Backend.choose_experts`."""
+        if shift is not None:
+            correction = shift if correction is None else correction + shift
+        experts, weights = choose(logits, router, correction)
+        return experts, weights if router.float32_weights else self._stored(weights)
+
+    def take_turns(self, experts: IntArray, turns: int) -> IntArray:
+        """See `Backend.take_turns`."""
+        return experts * turns + np.arange(len(experts), dtype=experts.dtype)[:, None] % turns
+
+    def weigh_experts(self, logits: Rows, experts: IntArray, router: Router) -> Rows:
+        """See `Backend.weigh_experts`."""
+        weights = weigh(logits, experts, router)
+        return weights if router.float32_weights else self._stored(weights)
+
+    def group(self, experts: IntArray, keys: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """See `Backend.group`."""
+        chosen = keys[experts.reshape(-1)]
+        order = np.argsort(chosen, kind="stable")
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return order // experts.shape[1], places.reshape(experts.shape), np.bincount(chosen, minlength=len(keys))
+
+    def take_rows(self, rows: Rows, index: IntArray) -> Rows:
+        """See `Backend.take_rows`."""
+        return rows[index]
+
+    def pack(self, rows: Rows, index: IntArray | None, out: npt.NDArray[Any]) -> None:
+        """See `Backend.pack`."""
+        if not len(out):
+            return
+        sent = np.ascontiguousarray(rows).view(np.uint16)[:, 1::2] if self.is_bfloat16 else rows
+        if index is None:
+            np.copyto(out, sent)
+        else:
+            np.take(sent, index, axis=0, out=out, mode="clip")
+
+    def unpack(self, wire: npt.NDArray[Any], index: IntArray | None) -> Rows:
+        """See `Backend.unpack`."""
+        rows = wire if index is None else wire[index]
+        return widen(rows) if self.is_bfloat16 else rows
+
+    def join(self, parts: Sequence[Rows]) -> Rows:
+        """See `Backend.join`."""
+        return np.concatenate(parts)
+
+    def combine(self, wire: npt.NDArray[Any], places: IntArray, weights: Rows) -> Rows:
+        """See `Backend.combine`."""
+        total = np.zeros((places.shape[0], wire.shape[1]), np.float32)
+        for first in range(0, len(total), CACHED_ROWS):
+            block = slice(first, first + CACHED_ROWS)
+            for slot in range(places.shape[1]):
+                rows = self.unpack(wire, places[block, slot])
+                rows *= weights[block, slot, None]
+                total[block] += rows
+        return self._stored(total)
+
+    def expert_mlp(self, rows: Rows, experts: Sequence[Expert], counts: IntArray) -> Rows:
+        """See `Backend.expert_mlp`."""
+        outputs = np.empty_like(rows)
+        first = 0
+        for expert, count in zip(experts, counts.tolist(), strict=True):
+            if count:
+                gate_up = self.linear(rows[first : first + count], expert.gate_up, expert.gate_up_bias)
+                hidden = self.swiglu(gate_up, expert.clamp)
+                outputs[first : first + count] = self.linear(hidden, expert.down, expert.down_bias)
+                first += count
+        return outputs
+
+    # Tokens
+
+    def logits(self, x: Rows, head: Matrix, bias: Rows | None = None) -> Rows:
+        """See `Backend.logits`."""
+        product = self._product(x, head)
+        return product if bias is None else product + bias
+
+    def pick(self, logits: Rows, choices: Sequence[Choice], *, top: int) -> Picked:
+        """See `Backend.pick`."""
+        tokens = [pick_token(row, choice) for row, choice in zip(logits, choices, strict=True)]
+        return self.score(logits, np.array(tokens, np.int32), top=top)
+
+    def score(self, logits: Rows, targets: IntArray, *, top: int) -> Picked:
+        """See `Backend.score`."""
+        logprobs = _log_softmax(logits)
+        top_tokens = np.argsort(-logits, axis=1, kind="stable")[:, :top] if top else np.zeros((len(logits), 0), int)
+        return Picked(
+            tokens=targets.astype(np.int32),
+            logprobs=np.take_along_axis(logprobs, targets.astype(np.intp)[:, None], axis=1)[:, 0],
+            top_tokens=top_tokens.astype(np.int32),
+            top_logprobs=np.take_along_axis(logprobs, top_tokens, axis=1),
+        )
+
+    # The two places where precision and reproducibility are decided
+
+    def _stored(self, values: Rows) -> Rows:
+        return round_to_bfloat16(values) if self.is_bfloat16 else values
+
+    def _product(self, x: Rows, matrix: Matrix, *, rounded: bool = False) -> Rows:
+        num_rows = len(x)
+        most_rows = max(64, int(PIECE_FLOPS / (2 * matrix.shape[0] * matrix.shape[1])))
+        if isinstance(matrix, PackedMatrix):
+            return matrix.product(x, rounded=rounded, most_rows=most_rows, between=self.between)
+        if self.reproducible:
+            return blocked_product(x, matrix, most_rows=most_rows, between=self.between)
+        pieces = max(1, -(-num_rows // most_rows))
+        product = np.empty((num_rows, matrix.shape[1]), np.float32)
+        for piece in range(pieces):
+            rows = slice(piece * num_rows // pieces, (piece + 1) * num_rows // pieces)
+            np.matmul(x[rows], matrix, out=product[rows])
+            self.between()
+        return product
+
+
+def _attention(queries: Rows, keys: Rows, values: Rows, hidden: tuple[int, Rows], sinks: Rows | None) -> Rows:
+    """Softmax attention of scaled queries (n, H, dim) over keys (m, key-value heads, dim); see `_hidden`."""
+    num_rows, heads, dim = queries.shape
+    kv_heads = keys.shape[1]
+    shared = heads // kv_heads
+    grouped = queries.reshape(num_rows, kv_heads, shared, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
+    scores = np.matmul(grouped, keys.transpose(1, 2, 0))
+    from_key, penalty = hidden
+    scores.reshape(kv_heads, num_rows, shared, -1)[..., from_key:] += penalty[:, None, :]
+    highest = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        lost = np.tile(sinks.reshape(kv_heads, shared), num_rows)[..., None]
+        highest = np.maximum(highest, lost)
+    scores -= highest
+    np.exp(scores, out=scores)
+    total = scores.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total += np.exp(lost - highest)
+    mixed: Rows = np.matmul(scores, values.transpose(1, 0, 2))
+    mixed /= total
+    return mixed.reshape(kv_heads, num_rows, shared, -1).transpose(1, 0, 2, 3).reshape(num_rows, heads, -1)
+
+
+def _hidden(first: int, last: int, first_key: int, end_key: int, window: int) -> tuple[int, Rows]:
+    """Minus infinity where positions first .. last must not see keys: from which key on, and (positions, keys)."""
+    from_key = first_key if window else min(first + 1, end_key)
+    positions, keys = np.arange(first, last)[:, None], np.arange(from_key, end_key)[None, :]
+    outside = keys > positions
+    if window:
+        outside |= keys <= positions - window
+    return from_key - first_key, np.where(outside, np.float32(-np.inf), np.float32(0))
+
+
+def _cache_rows(pages: IntArray, start: int, end: int) -> Any:
+    """Where positions [start, end) lie in the cache: a slice when their pages follow each other, else indices."""
+    first, last = start // PAGE_ROWS, -(-end // PAGE_ROWS)
+    held = pages[first:last]
+    if len(held) == 1 or bool((np.diff(held) == 1).all()):
+        base = (int(held[0]) - first) * PAGE_ROWS
+        return slice(base + start, base + end)
+    positions = np.arange(start, end)
+    return pages[positions // PAGE_ROWS] * PAGE_ROWS + positions % PAGE_ROWS
+
+
+def _log_softmax(logits: Rows) -> Rows:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    logprobs: Rows = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return logprobs

@@ -1,0 +1,84 @@
+"""Bfloat16 matrices for processors that multiply bfloat16 (AVX512-BF16), by a kernel compiled on first use.
+
+Where the kernel cannot be compiled (see `c_compiler`), or on another processor, there are no packed matrices and products
+go through NumPy.
+"""
+
+import ctypes
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.arrays import aligned_empty
+from moempi.backend.c_compiler import load_kernel
+
+Rows = npt.NDArray[np.float32]
+Bits = npt.NDArray[np.uint16]
+
+SOURCE = Path(__file__).with_name("bf16_product.c")
+PANEL = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A matrix (inputs, outputs) in the kernel's panels."""
+
+    packed: Bits
+    shape: tuple[int, int]
+
+    def product(self, x: Rows, *, rounded: bool, most_rows: int, between: Callable[[], None]) -> Rows:
+        """X (T, inputs), which holds bfloat16 values, times the matrix, in calls of `most_rows` rows.
+
+        A row's bits do not depend on the other rows. `rounded` leaves bfloat16 values.
+        """
+        inputs, outputs = self.shape
+        x = np.ascontiguousarray(x)
+        result = np.empty((len(x), outputs), np.float32)
+        pairs = np.empty((min(len(x), most_rows), (inputs + 1) // 2), np.uint32)
+        for first in range(0, len(x), most_rows):
+            rows = x[first : first + most_rows]
+            places = (rows, pairs, self.packed, result[first:])
+            _kernel().product(*(place.ctypes.data for place in places), len(rows), inputs, outputs, int(rounded))
+            between()
+        return result
+
+
+def packing_works() -> bool:
+    """Whether this machine has the instructions and the compiled kernel."""
+    return _kernel() is not None
+
+
+def pack_matrix(parts: Sequence[Bits], *, transposed: bool) -> PackedMatrix:
+    """Stored (outputs, inputs) matrices joined along the outputs; transposed ones are (inputs, outputs)."""
+    inputs = parts[0].shape[0 if transposed else 1]
+    outputs = sum(part.shape[1 if transposed else 0] for part in parts)
+    packed = aligned_empty((-(-outputs // PANEL), (inputs + 1) // 2, PANEL, 2), np.uint16)
+    packed[:] = 0
+    first = 0
+    for part in parts:
+        part = np.ascontiguousarray(part)
+        count = part.shape[1 if transposed else 0]
+        _kernel().pack(part.ctypes.data, packed.ctypes.data, inputs, count, first, int(transposed))
+        first += count
+    return PackedMatrix(packed, (inputs, outputs))
+
+
+@cache
+def _kernel() -> Any:
+    """The loaded library, None where it cannot be had."""
+    if platform.machine() != "x86_64":
+        return None
+    library = load_kernel(SOURCE)
+    if library is None:
+        return None
+    pointer, count, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    library.pack.argtypes = [pointer, pointer, count, count, count, flag]
+    library.product.argtypes = [pointer, pointer, pointer, pointer, count, count, count, flag]
+    library.pack.restype = library.product.restype = None
+    return library if library.supported() else None

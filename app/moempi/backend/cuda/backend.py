@@ -1,0 +1,583 @@
+"""The backend of GPUs: our own CUDA kernels on a `Device`, matrix products by its library.
+
+Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `group`, `pick` and
+`score` returns when its work is submitted. Matrices stay as they are stored. A row's product depends on how many rows
+share the call, so `reproducible` makes only calls of PRODUCT_ROWS rows, and attends row by row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.backend.cuda.device import Argument, Device, Grid, Kernel
+from moempi.backend.protocol import (
+    Array,
+    Cache,
+    Choice,
+    Expert,
+    FloatArray,
+    IntArray,
+    Mark,
+    Picked,
+    Segment,
+    Stored,
+)
+from moempi.backend.sampling import pick_token
+from moempi.config.architecture import Clamp, Router
+from moempi.config.tensors import PAGE_ROWS
+
+PRODUCT_ROWS = 64
+FLAT_NUMBERS = 2048
+"""Numbers of a block of a flat kernel."""
+SPLIT_KEYS = 256
+PARTIAL_BYTES = 64 << 20
+"""Memory for the partial results of split attention; more rows take turns."""
+SPLIT_HEADS = 4
+TILE_ROWS, LEAST_TILE_ROWS, MOST_TILE_DIM = 64, 16, 128
+ROUTER_ROWS = 4
+SCORING = {"softmax": 0, "sigmoid": 1, "softmax_chosen": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix as stored: (outputs, inputs), or (inputs, outputs) when `transposed`."""
+
+    values: Array
+    transposed: bool
+
+    @property
+    def outputs(self) -> int:
+        """The width of a product."""
+        return int(self.values.shape[1 if self.transposed else 0])
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where the rows of `segments` stand, on the device: position and first page of each (T, 2), and all pages.
+
+    `tiles` (n, 4) are those of kernels/attention_tiles.cu; `single` the runs of rows that are in no tile.
+    """
+
+    segments: Sequence[Segment]
+    spans: Array
+    pages: Array
+    tiles: Array
+    single: Sequence[range]
+
+
+class CupyBackend:
+    """The verbs of `protocol.Backend` on a GPU."""
+
+    name = "cupy"
+    between: Callable[[], None] = staticmethod(lambda: None)  # nothing here keeps the host for long
+
+    def __init__(self, device: Device, *, precision: str, reproducible: bool) -> None:
+        self.device = device
+        self.wires_on_host = device.wires_on_host
+        self.is_bfloat16 = precision == "bfloat16"
+        self.reproducible = reproducible or not self.is_bfloat16
+        self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
+        self._constants: tuple[tuple[str, int | None], ...] = () if self.is_bfloat16 else (("FLOAT32_ROWS", None),)
+        self.queue = 0
+        self._located: dict[int, Located] = {}
+
+    # Weights and buffers
+
+    def available_bytes(self) -> int:
+        """See `Backend.available_bytes`."""
+        return self.device.available_bytes()
+
+    def tensor(self, *stored: Stored) -> Array:
+        """See `Backend.tensor`; float32 stays float32."""
+        whole = self.device.upload(stored[0] if len(stored) == 1 else np.concatenate(stored))
+        return whole if self.is_bfloat16 or whole.dtype == np.float32 else self._widened(whole)
+
+    def matrix(self, *stored: Stored, transposed: bool = False) -> Matrix:
+        """See `Backend.matrix`."""
+        whole = stored[0] if len(stored) == 1 else np.concatenate(stored, axis=1 if transposed else 0)
+        return Matrix(self.tensor(whole), transposed)
+
+    def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
+        """See `Backend.cache`."""
+        shape = (pages * PAGE_ROWS, kv_heads, head_dim)
+        keys = self._rows(shape)
+        cache = Cache(keys=keys, values=keys[..., :latent] if latent else self._rows(shape))
+        self.clear(cache, np.arange(pages))
+        return cache
+
+    def clear(self, cache: Cache, pages: IntArray) -> None:
+        """See `Backend.clear`."""
+        numbers = PAGE_ROWS * prod(cache.keys.shape[1:])
+        index = self.upload(pages)
+        for held in (cache.keys,) if _is_latent(cache) else (cache.keys, cache.values):
+            self._launch("kv_cache", "clear_pages", (len(pages), 1, 1), 1024, held, index, np.int64(numbers))
+
+    def use_queue(self, number: int) -> None:
+        """See `Backend.use_queue`."""
+        self.queue = number
+        self.device.use_queue(number)
+
+    def mark(self) -> Mark:
+        """See `Backend.mark`."""
+        return self.device.mark()
+
+    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+        """See `Backend.reach`."""
+        self.device.reach(memory)
+
+    def wire(self, rows: int, width: int) -> Array:
+        """See `Backend.wire`."""
+        return self.device.wire((rows, width), self.row_dtype)
+
+    def upload(self, values: npt.NDArray[Any]) -> Array:
+        """See `Backend.upload`; integers become int32, floats float32."""
+        kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
+        return self.device.upload(values.astype(kind))
+
+    def download(self, values: Array) -> npt.NDArray[Any]:
+        """See `Backend.download`."""
+        return self.device.download(values)
+
+    # Rows
+
+    def embed(self, tokens: IntArray, table: Array) -> Array:
+        """See `Backend.embed`."""
+        return self.take_rows(table, tokens)
+
+    def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
+        """See `Backend.rms_norm`."""
+        out = self._rows(x.shape)
+        places = (*_layout(x), np.float32(eps), np.int32(rounded))
+        self._by_vector("norm", "rms_norm", out, x, weight, out, *places)
+        return out
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
+        """See `Backend.layer_norm`."""
+        out = self._rows(x.shape)
+        self._by_vector("norm", "layer_norm", out, x, weight, bias, out, *_layout(x), np.float32(eps))
+        return out
+
+    def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
+        """See `Backend.linear`."""
+        out = self._rows((len(x), matrix.outputs))
+        if bias is not None:
+            self._by_vector("elementwise", "fill_rows", out, bias, out, np.int32(matrix.outputs))
+        self._product(x, matrix, out, accumulate=bias is not None)
+        return out
+
+    def linear_heads(self, x: Array, matrices: Array) -> Array:
+        """See `Backend.linear_heads`."""
+        out = self._rows((*x.shape[:2], matrices.shape[-1]))
+        for rows, whole in self._calls(len(x)):
+            if whole:
+                self.device.products(x[rows], matrices, out[rows])
+            else:
+                padded, result = self._padded(x[rows]), self._rows((PRODUCT_ROWS, *out.shape[1:]))
+                self.device.products(padded, matrices, result)
+                self._copy(result[: rows.stop - rows.start], out[rows])
+        return out
+
+    def clip(self, x: Array, limit: float) -> Array:
+        """See `Backend.clip`."""
+        out = self._rows(x.shape)
+        self._by_vector("elementwise", "clip", out, x, out, *_layout(x), np.float32(limit))
+        return out
+
+    def join_columns(self, *parts: Array) -> Array:
+        """See `Backend.join_columns`."""
+        width = sum(part.shape[-1] for part in parts)
+        out, first = self._rows((*parts[0].shape[:-1], width)), 0
+        for part in parts:
+            places = (*_layout(part), np.int32(first), np.int32(width))
+            self._by_vector("elementwise", "copy_columns", out, part, out, *places)
+            first += part.shape[-1]
+        return out
+
+    def add(self, x: Array, y: Array) -> Array:
+        """See `Backend.add`."""
+        out = self._rows(x.shape)
+        self._flat("add", prod(out.shape), x, y, out)
+        return out
+
+    def swiglu(self, gate_up: Array, clamp: Clamp | None = None) -> Array:
+        """See `Backend.swiglu`."""
+        hidden = gate_up.shape[1] // 2
+        out = self._rows((len(gate_up), hidden))
+        alpha, limit = (clamp.alpha, clamp.limit) if clamp else (0.0, 0.0)
+        rule = (np.int32(hidden), np.float32(alpha), np.float32(limit))
+        self._by_vector("elementwise", "swiglu", out, gate_up, out, *rule)
+        return out
+
+    def gate(self, x: Array, logits: Array) -> Array:
+        """See `Backend.gate`."""
+        out = self._rows(x.shape)
+        self._by_vector("elementwise", "gate", out, x, logits, out, np.int32(x.shape[1]))
+        return out
+
+    # Attention
+
+    def rope_angles(self, positions: IntArray, *, frequencies: FloatArray, amplitude: float) -> tuple[Array, Array]:
+        """See `Backend.rope_angles`."""
+        shape = (len(positions), len(frequencies))
+        cosines, sines = self.device.empty(shape, np.float32), self.device.empty(shape, np.float32)
+        sizes = (np.int32(shape[0]), np.int32(shape[1]), np.float32(amplitude))
+        given = (self.upload(positions), self.upload(frequencies))
+        self._launch("rope", "rope_angles", (-(-prod(shape) // 256), 1, 1), 256, *given, cosines, sines, *sizes)
+        return cosines, sines
+
+    def rotate(self, x: Array, angles: tuple[Array, Array], *, interleaved: bool = False) -> Array:
+        """See `Backend.rotate`."""
+        out = self._rows(x.shape)
+        heads, dim, *strides = _layout(x)
+        sizes = (heads, dim, np.int32(angles[0].shape[1]), *strides, np.int32(interleaved))
+        self._by_token("rope", "rotate", out, x, *angles, out, *sizes)
+        return out
+
+    def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
+        """See `Backend.extend_cache`."""
+        located = self._locate(cache, segments)
+        for new, held in ((keys, cache.keys), (values, cache.values)):
+            if new is not None:
+                self._by_token("kv_cache", "extend_cache", new, new, held, located.spans, located.pages, *_layout(new))
+
+    def attend(
+        self,
+        queries: Array,
+        cache: Cache,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: Array | None = None,
+    ) -> Array:
+        """See `Backend.attend`. Many new rows of a sequence go through tensor cores in tiles, few row by row."""
+        out = self._rows((*queries.shape[:2], cache.values.shape[-1]))
+        located = self._locate(cache, segments)
+        kv_heads, dims = np.int32(cache.keys.shape[1]), _dims(cache)
+        given = (queries, cache.keys, cache.values, sinks, located.tiles, located.pages, out)
+        grid = (len(located.tiles), out.shape[1], 1)
+        rule = (kv_heads, np.float32(scale), np.int32(window))
+        self._launch("attention_tiles", "attend_tiles", grid, 128, *given, *rule, **dims)
+        for rows in located.single:
+            self._attend_rows(queries, cache, located, rows, out, sinks, scale=scale, window=window)
+        return out
+
+    def _attend_rows(
+        self,
+        queries: Array,
+        cache: Cache,
+        located: Located,
+        rows: range,
+        out: Array,
+        sinks: Array | None,
+        *,
+        scale: float,
+        window: int,
+    ) -> None:
+        """Attend some rows, in blocks of keys, as many rows at a time as PARTIAL_BYTES holds."""
+        _, heads, value_dim = out.shape
+        kv_heads = cache.keys.shape[1]
+        most_keys = max(s.start + s.length for s in located.segments if s.row in rows)
+        splits, together = -(-most_keys // SPLIT_KEYS), min(SPLIT_HEADS, heads // kv_heads)
+        head_rounds = kv_heads * -(-(heads // kv_heads) // together)
+        step = max(1, PARTIAL_BYTES // (heads * splits * value_dim * 4))
+        value_stride = cache.keys.shape[-1] if _is_latent(cache) else value_dim
+        dims = {**_dims(cache), "HEADS": together}
+        rule = (np.int32(heads), np.int32(kv_heads), np.int32(value_stride), np.float32(scale), np.int32(window))
+        for first in range(rows.start, rows.stop, step):
+            some = slice(first, min(first + step, rows.stop))
+            num_rows = some.stop - first
+            sums = self.device.empty((num_rows, heads, splits, value_dim), np.float32)
+            stats = self.device.empty((num_rows, heads, splits, 2), np.float32)
+            given = (queries[some], cache.keys, cache.values, located.spans[some], located.pages, sums, stats)
+            self._launch("attention", "attend_rows", (num_rows, head_rounds, splits), 128, *given, *rule, **dims)
+            merged = (sums, stats, sinks, out[some], np.int32(splits))
+            self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
+
+    def _locate(self, cache: Cache, segments: Sequence[Segment]) -> Located:
+        """Where the rows of a step stand; the same for all its layers, so kept until the queue's next step."""
+        known = self._located.get(self.queue)
+        if known is None or known.segments is not segments:
+            first_pages = np.cumsum([0, *(len(segment.pages) for segment in segments)])[:-1].tolist()
+            tiled = [self._can_tile(cache) and segment.length >= LEAST_TILE_ROWS for segment in segments]
+            known = self._located[self.queue] = Located(
+                segments,
+                self.upload(_spans(segments, first_pages)),
+                self.upload(np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int32)])),
+                self.upload(_tiles(segments, first_pages, tiled)),
+                _single_rows(segments, tiled),
+            )
+        return known
+
+    def _can_tile(self, cache: Cache) -> bool:
+        fits = all(dim % 16 == 0 and dim <= MOST_TILE_DIM for dim in _dims(cache).values())
+        return fits and not _is_latent(cache) and not self.reproducible
+
+    # Experts
+
+    def router_logits(self, x: Array, matrix: Matrix, router: Router, *, bias: Array | None = None) -> Array:
+        """See `Backend.router_logits`."""
+        logits = self._float_product(x, matrix, bias)
+        if not router.float32_logits and self.is_bfloat16:
+            self._flat("round_floats", prod(logits.shape), logits)
+        return logits
+
+    def choose_experts(
+        self, logits: Array, router: Router, *, correction: Array | None = None, shift: FloatArray | None = None
+    ) -> tuple[Array, Array]:
+        """See `Backend.choose_experts`."""
+        rows, num_experts = logits.shape
+        experts = self.device.empty((rows, router.top_k), np.int32)
+        weights = self.device.empty((rows, router.top_k), np.float32)
+        rounds = np.int32(self.is_bfloat16 and not router.float32_weights)
+        if router.scoring == "sparsemixer":
+            rule: tuple[Argument, ...] = (np.int32(rows), np.float32(router.jitter), rounds)
+            self._by_router("choose_sparsemixer", num_experts, logits, experts, weights, *rule)
+            return experts, weights
+        shifts = None if shift is None else self.upload(shift)
+        groups = (router.num_groups, router.kept_groups, 2 if router.group_score == "top2" else 1)
+        rule = (np.int32(rows), np.int32(router.top_k), np.int32(SCORING[router.scoring]), *map(np.int32, groups))
+        given = (logits, correction, shifts, experts, weights)
+        self._by_router("choose_experts", num_experts, *given, *rule, *_weighing(router), rounds)
+        return experts, weights
+
+    def take_turns(self, experts: Array, turns: int) -> Array:
+        """See `Backend.take_turns`."""
+        out = self.device.empty(experts.shape, np.int32)
+        count, sizes = prod(out.shape), map(np.int32, (prod(out.shape), out.shape[1], turns))
+        self._launch("grouping", "take_turns", (-(-count // 256), 1, 1), 256, experts, out, *sizes)
+        return out
+
+    def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
+        """See `Backend.weigh_experts`."""
+        weights = self.device.empty(experts.shape, np.float32)
+        rule = (np.int32(len(experts)), np.int32(experts.shape[1]), np.int32(SCORING[router.scoring]))
+        rounds = np.int32(self.is_bfloat16 and not router.float32_weights)
+        given = (logits, experts, weights)
+        self._by_router("weigh_experts", logits.shape[1], *given, *rule, *_weighing(router), rounds)
+        return weights
+
+    def group(self, experts: Array, keys: IntArray) -> tuple[Array, Array, IntArray]:
+        """See `Backend.group`."""
+        choices, slots = prod(experts.shape), experts.shape[1]
+        if not choices:
+            return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(keys), np.int64)
+        rows, places = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
+        counts = self.device.empty((len(keys),), np.int32)
+        given = (experts, self.upload(keys), rows, places, counts, np.int32(choices), np.int32(slots))
+        self._launch("grouping", "group", (len(keys), 1, 1), 256, *given)
+        return rows, places, self.download(counts).astype(np.int64)
+
+    def take_rows(self, rows: Array, index: IntArray) -> Array:
+        """See `Backend.take_rows`."""
+        out = self._rows((len(index), *rows.shape[1:]))
+        self.pack(rows, index, out)
+        return out
+
+    def pack(self, rows: Array, index: Array | None, out: Array) -> None:
+        """See `Backend.pack`."""
+        places = index if index is None or self.device.holds(index) else self.upload(index)
+        self._by_token("packing", "take_rows", out, rows, places, out, np.int32(prod(out.shape[1:])))
+
+    def unpack(self, wire: Array, index: Array | None) -> Array:
+        """See `Backend.unpack`."""
+        out = self._rows((len(wire) if index is None else len(index), *wire.shape[1:]))
+        self.pack(wire, index, out)
+        return out
+
+    def join(self, parts: Sequence[Array]) -> Array:
+        """See `Backend.join`."""
+        out, first = self._rows((sum(map(len, parts)), *parts[0].shape[1:])), 0
+        for part in parts:
+            self.device.copy(part, out[first : first + len(part)])
+            first += len(part)
+        return out
+
+    def combine(self, wire: Array, places: Array, weights: Array) -> Array:
+        """See `Backend.combine`."""
+        out = self._rows((len(places), wire.shape[1]))
+        sizes = (np.int32(places.shape[1]), np.int32(wire.shape[1]))
+        self._by_token("packing", "combine", out, wire, places, weights, out, *sizes)
+        return out
+
+    def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
+        """See `Backend.expert_mlp`."""
+        outputs, first = self._rows(rows.shape), 0
+        for expert, count in zip(experts, counts.tolist(), strict=True):
+            if count:
+                some = slice(first, first + count)
+                hidden = self.swiglu(self.linear(rows[some], expert.gate_up, expert.gate_up_bias), expert.clamp)
+                if expert.down_bias is not None:
+                    width = np.int32(rows.shape[1])
+                    self._by_vector("elementwise", "fill_rows", outputs[some], expert.down_bias, outputs[some], width)
+                self._product(hidden, expert.down, outputs[some], accumulate=expert.down_bias is not None)
+                first += count
+        return outputs
+
+    # Tokens
+
+    def logits(self, x: Array, head: Matrix, bias: Array | None = None) -> Array:
+        """See `Backend.logits`."""
+        return self._float_product(x, head, bias)
+
+    def pick(self, logits: Array, choices: Sequence[Choice], *, top: int) -> Picked:
+        """See `Backend.pick`; the likeliest token is found on the device, rules are applied on the host."""
+        targets = np.full(len(choices), -1)
+        for row, choice in enumerate(choices):
+            if choice.sampling.temperature or choice.sampling.repetition_penalty != 1.0:
+                targets[row] = pick_token(self.download(logits[row]), choice)
+        return self.score(logits, targets, top=top)
+
+    def score(self, logits: Array, targets: IntArray, *, top: int) -> Picked:
+        """See `Backend.score`; a negative target stands for the likeliest token."""
+        rows, vocabulary = logits.shape
+        tokens, logprobs = self.device.empty((rows,), np.int32), self.device.empty((rows,), np.float32)
+        top = min(top, vocabulary)
+        top_tokens = self.device.empty((rows, top), np.int32)
+        top_logprobs = self.device.empty((rows, top), np.float32)
+        found = (tokens, logprobs, top_tokens, top_logprobs)
+        given = (logits, self.upload(targets), *found)
+        self._launch("tokens", "score", (rows, 1, 1), 1024, *given, np.int32(vocabulary), np.int32(top))
+        return Picked(*(self.download(values) for values in found))
+
+    # Products
+
+    def _product(self, x: Array, matrix: Matrix, out: Array, *, accumulate: bool = False) -> None:
+        """Out (T, N) = x (T, K) times the matrix; added to what is in `out` with `accumulate`."""
+        if x.dtype != matrix.values.dtype:
+            x = self._widened(x)
+        for rows, whole in self._calls(len(x)):
+            if whole:
+                self.device.product(
+                    x[rows], matrix.values, out[rows], transposed=matrix.transposed, accumulate=accumulate
+                )
+            else:
+                padded, result = self._padded(x[rows]), self.device.empty((PRODUCT_ROWS, *out.shape[1:]), out.dtype)
+                if accumulate:
+                    self._copy(out[rows], result[: rows.stop - rows.start])
+                self.device.product(
+                    padded, matrix.values, result, transposed=matrix.transposed, accumulate=accumulate
+                )
+                self._copy(result[: rows.stop - rows.start], out[rows])
+
+    def _calls(self, num_rows: int) -> list[tuple[slice, bool]]:
+        """The rows of each call of a product, and whether they are as many as the call must have."""
+        if not self.reproducible:
+            return [(slice(0, num_rows), True)] if num_rows else []
+        firsts = range(0, num_rows, PRODUCT_ROWS)
+        rows = [slice(first, min(first + PRODUCT_ROWS, num_rows)) for first in firsts]
+        return [(some, some.stop - some.start == PRODUCT_ROWS) for some in rows]
+
+    def _float_product(self, x: Array, matrix: Matrix, bias: Array | None) -> Array:
+        """The product in float32, plus the bias."""
+        out = self.device.empty((len(x), matrix.outputs), np.float32)
+        self._product(x, matrix, out)
+        if bias is not None:
+            self._by_vector("elementwise", "add_bias", out, out, bias, np.int32(matrix.outputs))
+        return out
+
+    def _padded(self, x: Array) -> Array:
+        padded = self.device.empty((PRODUCT_ROWS, *x.shape[1:]), x.dtype)
+        self._copy(x, padded[: len(x)])
+        return padded
+
+    def _copy(self, x: Array, out: Array) -> None:
+        """Copy rows of any kind, which may lie apart, to contiguous memory: as halves of four bytes, or whole."""
+        halves = x.itemsize // 2
+        heads, width, *strides = (int(size) for size in _layout(x))
+        sizes = (np.int32(heads), np.int32(width * halves), *(np.int64(stride * halves) for stride in strides))
+        kernel = Kernel("elementwise.cu", "copy_columns")
+        if len(x):
+            end = (np.int32(0), np.int32(width * halves))
+            self.device.launch(kernel, (len(x) * heads, 1, 1), _threads(width * halves), (x, out, *sizes, *end))
+
+    # Launches
+
+    def _rows(self, shape: tuple[int, ...]) -> Array:
+        return self.device.empty(shape, self.row_dtype)
+
+    def _widened(self, rows: Array) -> Array:
+        out = self.device.empty(rows.shape, np.float32)
+        self._flat("widen_rows", prod(out.shape), rows, out)
+        return out
+
+    def _by_router(self, name: str, num_experts: int, *arguments: Argument) -> None:
+        rows = len(arguments[0])  # type: ignore[arg-type]
+        self._launch("router", name, (-(-rows // ROUTER_ROWS), 1, 1), 128, *arguments, EXPERTS=num_experts)
+
+    def _by_vector(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
+        """A block for each vector of `out`."""
+        width = out.shape[-1]
+        self._launch(file, name, (prod(out.shape) // width, 1, 1), _threads(width), *arguments)
+
+    def _by_token(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
+        """A block for each row of `out`."""
+        self._launch(file, name, (len(out), 1, 1), _threads(prod(out.shape[1:])), *arguments)
+
+    def _flat(self, name: str, count: int, *arguments: Argument) -> None:
+        """A thread for eight of `count` numbers, the kernel's last argument."""
+        self._launch("elementwise", name, (-(-count // FLAT_NUMBERS), 1, 1), 256, *arguments, np.int64(count))
+
+    def _launch(self, file: str, name: str, grid: Grid, threads: int, *arguments: Argument, **constants: int) -> None:
+        if all(grid):
+            kernel = Kernel(f"{file}.cu", name, (*self._constants, *constants.items()))
+            self.device.launch(kernel, grid, threads, arguments)
+
+
+def _threads(width: int) -> int:
+    """Threads of a block that walks `width` numbers, eight a thread: whole warps, at most 1,024."""
+    return int(min(1024, 32 * -(-width // 256)))
+
+
+def _layout(x: Array) -> tuple[np.int32, np.int32, np.int64, np.int64]:
+    """Heads, width, and strides in numbers from row to row and head to head, of (T, D) or (T, H, D)."""
+    heads = x.shape[1] if x.ndim == 3 else 1
+    head_stride = x.strides[1] // x.itemsize if x.ndim == 3 else 0
+    return np.int32(heads), np.int32(x.shape[-1]), np.int64(x.strides[0] // x.itemsize), np.int64(head_stride)
+
+
+def _weighing(router: Router) -> tuple[np.int32, np.float32, np.float32]:
+    return np.int32(router.renormalize), np.float32(router.least_sum), np.float32(router.scaling)
+
+
+def _is_latent(cache: Cache) -> bool:
+    """Whether the values are a part of the keys."""
+    return bool(cache.values.shape[-1] < cache.keys.shape[-1])
+
+
+def _dims(cache: Cache) -> dict[str, int]:
+    return {"HEAD_DIM": cache.keys.shape[-1], "VALUE_DIM": cache.values.shape[-1]}
+
+
+def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:
+    """Position and first page of every row (T, 2)."""
+    spans = [
+        np.stack([np.arange(segment.start, segment.start + segment.length), np.full(segment.length, page)], axis=1)
+        for segment, page in zip(segments, first_pages, strict=True)
+    ]
+    return np.concatenate(spans or [np.zeros((0, 2), np.int64)])
+
+
+def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool]) -> IntArray:
+    """First row, its position, number of rows, and first page of every tile (n, 4)."""
+    tiles = [
+        (segment.row + first, segment.start + first, min(TILE_ROWS, segment.length - first), page)
+        for segment, page, is_tiled in zip(segments, first_pages, tiled, strict=True)
+        for first in range(0, segment.length if is_tiled else 0, TILE_ROWS)
+    ]
+    return np.array(tiles, np.int64).reshape(-1, 4)
+
+
+def _single_rows(segments: Sequence[Segment], tiled: Sequence[bool]) -> Sequence[range]:
+    """Rows that lie side by side of segments that are not tiled."""
+    runs: list[range] = []
+    for segment, is_tiled in zip(segments, tiled, strict=True):
+        rows = range(segment.row, segment.row + segment.length)
+        if rows and not is_tiled:
+            follows = bool(runs) and runs[-1].stop == rows.start
+            runs.append(range(runs.pop().start, rows.stop) if follows else rows)
+    return runs

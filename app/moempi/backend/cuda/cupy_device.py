@@ -1,0 +1,235 @@
+"""An NVIDIA GPU through CuPy: memory and streams, products by cuBLAS, our own kernels by NVRTC.
+
+CuPy brings compiled kernels to its cache folder, so a kernel compiles once for each GPU architecture and model shape.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import cupy
+import numpy as np
+import numpy.typing as npt
+from cupy_backends.cuda.libs import cublas
+
+from moempi.backend.cuda.device import Argument, Grid, Kernel
+from moempi.backend.protocol import Array
+from moempi.errors import ConfigError
+
+REAL = {np.dtype(np.uint16): 14, np.dtype(np.float32): 0}
+"""cudaDataType of bfloat16 bits, and of float."""
+COMPUTE_32F, DEFAULT_ALGORITHM = 68, -1
+PLAIN, TRANSPOSED = 0, 1
+ONE, ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+
+
+class CupyDevice:
+    """One GPU; queues are non-blocking streams, each with a cuBLAS handle of its own.
+
+    With `pinned` wires are host memory that the GPU reads and writes over the bus, for an MPI that knows no device
+    pointers; without, device memory.
+    """
+
+    def __init__(self, number: int, *, pinned: bool) -> None:
+        self._device = cupy.cuda.Device(number)
+        self._device.use()
+        properties = cupy.cuda.runtime.getDeviceProperties(number)
+        capability = f"{properties['major']}.{properties['minor']}"
+        self.name = f"{properties['name'].decode()} (GPU {number}, compute capability {capability})"
+        if properties["major"] < 8:
+            raise ConfigError(
+                f'run.backend = "cupy": {self.name} has no bfloat16; it takes compute capability 8.0 or more'
+            )
+        self.wires_on_host = pinned
+        self._queues: dict[int, tuple[cupy.cuda.Stream, int]] = {}
+        self.use_queue(0)
+
+    def available_bytes(self) -> int:
+        """See `Device.available_bytes`."""
+        return int(self._device.mem_info[0]) * count_devices()
+
+    def use_queue(self, number: int) -> None:
+        """See `Device.use_queue`."""
+        if number not in self._queues:
+            stream, handle = cupy.cuda.Stream(non_blocking=True), cublas.create()
+            cublas.setStream(handle, stream.ptr)
+            self._queues[number] = (stream, handle)
+        self._stream, self._handle = self._queues[number]
+        self._stream.use()
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """See `Device.empty`; from CuPy's pool, which asks the driver only until it has met the largest step."""
+        return cupy.empty(shape, dtype)
+
+    def wire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """See `Device.wire`. Not from a pool: freeing either kind waits for the device."""
+        count = int(np.prod(shape))
+        num_bytes = max(1, count * np.dtype(dtype).itemsize)
+        if not self.wires_on_host:
+            memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(num_bytes), 0)
+            return cupy.ndarray(shape, dtype, memory)
+        return np.asarray(_PinnedMemory(num_bytes)).view(dtype)[:count].reshape(shape)
+
+    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+        """See `Device.reach`."""
+        cupy.cuda.runtime.hostRegister(memory.ctypes.data, memory.nbytes, cupy.cuda.runtime.hostAllocPortable)
+
+    def holds(self, values: Array) -> bool:
+        """See `Device.holds`."""
+        return isinstance(values, cupy.ndarray)
+
+    def upload(self, values: npt.NDArray[Any]) -> Array:
+        """See `Device.upload`: through pinned memory that CuPy keeps until the copy is over."""
+        return cupy.asarray(np.ascontiguousarray(values))
+
+    def download(self, values: Array) -> npt.NDArray[Any]:
+        """See `Device.download`."""
+        return cupy.asnumpy(values, stream=self._stream)  # type: ignore[no-any-return]
+
+    def copy(self, values: Array, out: Array) -> None:
+        """See `Device.copy`."""
+        out.data.copy_from_device_async(values.data, values.nbytes)
+
+    def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
+        """See `Device.launch`."""
+        _compiled(kernel)(grid, (threads, 1, 1), tuple(_word(argument) for argument in arguments))
+
+    def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool, accumulate: bool = False) -> None:
+        """See `Device.product`. cuBLAS counts by columns: it computes out' = matrix x'."""
+        rows, outputs = out.shape
+        cublas.gemmEx(
+            self._handle,
+            PLAIN if transposed else TRANSPOSED,
+            PLAIN,
+            outputs,
+            rows,
+            x.shape[1],
+            ONE.ctypes.data,
+            matrix.data.ptr,
+            REAL[matrix.dtype],
+            matrix.shape[1],
+            x.data.ptr,
+            REAL[x.dtype],
+            x.strides[0] // x.itemsize,
+            (ONE if accumulate else ZERO).ctypes.data,
+            out.data.ptr,
+            REAL[out.dtype],
+            outputs,
+            COMPUTE_32F,
+            DEFAULT_ALGORITHM,
+        )
+
+    def products(self, x: Array, matrices: Array, out: Array) -> None:
+        """See `Device.products`."""
+        rows, heads, outputs = out.shape
+        kind = REAL[x.dtype]
+        cublas.gemmStridedBatchedEx(
+            self._handle,
+            PLAIN,
+            PLAIN,
+            outputs,
+            rows,
+            x.shape[2],
+            ONE.ctypes.data,
+            matrices.data.ptr,
+            kind,
+            outputs,
+            x.shape[2] * outputs,
+            x.data.ptr,
+            kind,
+            x.strides[0] // x.itemsize,
+            x.strides[1] // x.itemsize,
+            ZERO.ctypes.data,
+            out.data.ptr,
+            kind,
+            heads * outputs,
+            outputs,
+            heads,
+            COMPUTE_32F,
+            DEFAULT_ALGORITHM,
+        )
+
+    def mark(self) -> "StreamMark":
+        """See `Device.mark`."""
+        return StreamMark(self._stream.record(cupy.cuda.Event(disable_timing=True)))
+
+
+class _PinnedMemory:
+    """Page-locked host memory, which the GPU finds at the same address."""
+
+    def __init__(self, num_bytes: int) -> None:
+        num_bytes = -(-num_bytes // 4) * 4  # whole numbers of any kind
+        self._address = cupy.cuda.runtime.hostAlloc(num_bytes, cupy.cuda.runtime.hostAllocPortable)
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (self._address, False),
+        }
+
+    def __del__(self) -> None:
+        cupy.cuda.runtime.freeHost(self._address)
+
+
+class StreamMark:
+    """A `Mark` that is a CUDA event."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def is_reached(self) -> bool:
+        """See `Mark.is_reached`."""
+        return bool(self._event.done)
+
+    def wait(self) -> None:
+        """See `Mark.wait`."""
+        self._event.synchronize()
+
+
+def bus_id(ordinal: int) -> str:
+    """The PCI address of a device."""
+    address: str = cupy.cuda.Device(ordinal).pci_bus_id
+    return address
+
+
+def count_devices() -> int:
+    """GPUs of this node that the process may use; 0 without a driver."""
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return 0
+
+
+def describe() -> list[str]:
+    """What a person wants to know of this node's GPUs, a line each: driver, memory, who reaches whose memory."""
+    runtime = cupy.cuda.runtime
+    version = runtime.driverGetVersion()
+    lines = [f"CUDA driver {version // 1000}.{version % 1000 // 10}, CuPy {cupy.__version__}"]
+    for number in range(count_devices()):
+        properties = runtime.getDeviceProperties(number)
+        with cupy.cuda.Device(number) as device:
+            free, total = (size / 2**30 for size in device.mem_info)
+        reached = [str(other) for other in range(count_devices()) if other != number and _reaches(number, other)]
+        lines.append(
+            f"GPU {number}: {properties['name'].decode()}, compute capability {properties['major']}."
+            f"{properties['minor']}, {free:.1f} of {total:.1f} GiB free, reaches the memory of "
+            + (", ".join(reached) or "no other")
+        )
+    return lines
+
+
+def _reaches(number: int, other: int) -> bool:
+    return bool(cupy.cuda.runtime.deviceCanAccessPeer(number, other))
+
+
+@cache
+def _compiled(kernel: Kernel) -> Any:
+    return cupy.RawKernel(kernel.source, kernel.name, options=("-std=c++17", *kernel.defines))
+
+
+def _word(argument: Argument) -> Any:
+    if argument is None:
+        return np.uint64(0)
+    if isinstance(argument, cupy.ndarray):
+        return np.uint64(argument.data.ptr)
+    return np.uint64(argument.ctypes.data) if isinstance(argument, np.ndarray) else argument

@@ -1,0 +1,122 @@
+"""What links cost: latency and bandwidth of each level, measured with all ranks at work, and how well they foretell.
+
+A rank's part of an exchange takes, for every message that it sends, the latency of the link's level and the bytes over
+its bandwidth; an exchange takes as long as the rank with most.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+from rich.table import Table
+
+from moempi.arrays import aligned_empty
+from moempi.config.topology_file import Level, TopologyFile
+from moempi.fitting import explain
+from moempi.layout.topology import LEVELS, Topology, of_file
+
+IntArray = npt.NDArray[np.integer]
+FloatArray = npt.NDArray[np.float64]
+
+ROUNDS = 15
+LESSONS = 40
+TRIALS = 20
+LEAST_PER_BYTE_S = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """An exchange of random sizes: bytes in all, and seconds as foretold and as measured."""
+
+    num_bytes: int
+    foretold_s: float
+    measured_s: float
+
+
+def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list[Trial]]:
+    """Measure the links among ranks that stand as `topology` says, then try the figures on other exchanges.
+
+    Collective, blocks. The figures are those that best explain LESSONS random exchanges. A level that no link has takes
+    the figures of the level before it. The same on all ranks.
+    """
+    levels = np.array([topology.levels(rank) for rank in range(comm.size)])
+    random = np.random.default_rng(comm.size)
+    lessons = [_sizes(random, np.isin(levels, _some_levels(random))) for _ in range(LESSONS)]
+    seconds = np.array([_time(comm, sizes) for sizes in lessons])
+    loads = np.array([_loads(sizes, levels) for sizes in lessons])
+    latency_s, per_byte_s = np.split(explain(loads, seconds), 2)
+    found: list[Level] = []
+    for level, name in enumerate(LEVELS):
+        if (levels == level).any():
+            bandwidth_gb_s = 1e-9 / max(float(per_byte_s[level]), LEAST_PER_BYTE_S)
+            found.append(Level(name, float(latency_s[level]) * 1e6, bandwidth_gb_s))  # type: ignore[arg-type]
+        else:
+            found.append(Level(name, found[-1].latency_us, found[-1].bandwidth_gb_s))  # type: ignore[arg-type]
+    file = TopologyFile(2, tuple(found), topology.nodes, topology.islands, topology.switches)
+    trials = []
+    for _ in range(TRIALS):
+        sizes = _sizes(random, levels >= 0)
+        trials.append(Trial(int(sizes.sum()), foretell(file, sizes), _time(comm, sizes)))
+    return file, trials
+
+
+def foretell(file: TopologyFile, sizes: IntArray) -> float:
+    """Seconds of an exchange in which rank s sends sizes[s, r] bytes to rank r (R, R); nothing sent costs nothing."""
+    topology = of_file(file)
+    levels = np.array([topology.levels(rank) for rank in range(len(sizes))])
+    latency_s = np.array([level.latency_us * 1e-6 for level in file.levels])[levels]
+    bytes_per_s = np.array([level.bandwidth_gb_s * 1e9 for level in file.levels])[levels]
+    seconds = np.where(sizes > 0, latency_s + sizes / bytes_per_s, 0.0)
+    return float(seconds.sum(axis=1).max())
+
+
+def median_error(trials: Sequence[Trial]) -> float:
+    """How far foretold seconds are from measured ones, as a share of these, in the median trial."""
+    return statistics.median(abs(trial.foretold_s / trial.measured_s - 1) for trial in trials)
+
+
+def topology_table(file: TopologyFile, trials: Sequence[Trial]) -> Table:
+    """The figures of each level, and below them how well they foretold the trials."""
+    table = Table("link", "latency us", "GB/s of a rank that sends", title="Links, all ranks at work")
+    for level in file.levels:
+        table.add_row(level.name, f"{level.latency_us:.1f}", f"{level.bandwidth_gb_s:.2f}")
+    table.caption = f"{len(trials)} random exchanges foretold within {median_error(trials):.0%} (median)"
+    return table
+
+
+def _some_levels(random: np.random.Generator) -> list[int]:
+    """One level or more, so that each is also seen without the others."""
+    chosen = [level for level in range(len(LEVELS)) if random.random() < 0.6]
+    return chosen or list(range(len(LEVELS)))
+
+
+def _sizes(random: np.random.Generator, where: npt.NDArray[np.bool_]) -> IntArray:
+    """Bytes of a random exchange over the links `where` (R, R): 1 KiB to 1 MiB, and a fifth of them nothing."""
+    sizes = np.exp2(random.uniform(10, 20, where.shape)).astype(np.int64)
+    return np.where(where & (random.random(where.shape) < 0.8), sizes, 0)
+
+
+def _loads(sizes: IntArray, levels: IntArray) -> FloatArray:
+    """Messages, then bytes, over each level by the rank that sends most bytes (2 * levels,)."""
+    busiest = int(sizes.sum(axis=1).argmax())
+    own = [sizes[busiest, levels[busiest] == level] for level in range(len(LEVELS))]
+    return np.array([np.count_nonzero(sent) for sent in own] + [sent.sum() for sent in own], float)
+
+
+def _time(comm: MPI.Intracomm, sizes: IntArray) -> float:
+    """Median seconds, of the slowest rank, of an exchange in which rank s sends sizes[s, r] bytes to rank r."""
+    outward, inward = sizes[comm.rank], sizes[:, comm.rank]
+    outgoing, incoming = (aligned_empty((int(counts.sum()),), np.uint8) for counts in (outward, inward))
+    outgoing[:] = comm.rank % 256
+    taken = []
+    for _ in range(ROUNDS + 2):  # the first two open the connections
+        comm.Barrier()
+        begin = MPI.Wtime()
+        comm.Ialltoallv([outgoing, outward, MPI.BYTE], [incoming, inward, MPI.BYTE]).Wait()
+        taken.append(MPI.Wtime() - begin)
+    slowest: FloatArray = np.array(taken[2:])
+    comm.Allreduce(MPI.IN_PLACE, slowest, op=MPI.MAX)
+    return float(np.median(slowest))

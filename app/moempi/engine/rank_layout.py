@@ -1,0 +1,78 @@
+"""A rank's seat: where it stands among all ranks of a run, and what it holds there."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moempi.backend.select import find_island
+from moempi.config.architecture import Architecture
+from moempi.config.job import Job
+from moempi.config.placement_file import placement_of
+from moempi.config.size import parse_size
+from moempi.layout.grid import Coordinates, Grid, Stage
+from moempi.layout.layout import make_plan
+from moempi.layout.memory import Memory
+from moempi.layout.placement import Placement
+from moempi.layout.topology import Topology
+from moempi.runtime.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """`ranks` is a communicator of all ranks, counted node by node, that stand as `topology` says.
+
+    `placements`, by Mixture-of-Experts layer, and `memory` are those of this rank's stage. Rows leave the stages
+    `departing` by immediate routing.
+    """
+
+    ranks: Any
+    topology: Topology
+    grid: Grid
+    place: Coordinates
+    placements: Mapping[int, Placement]
+    memory: Memory
+    departing: Sequence[int]
+
+    @property
+    def stage(self) -> Stage:
+        """The layers and ranks of this rank's stage."""
+        return self.grid.stages[self.place.stage]
+
+    @property
+    def hosted(self) -> Mapping[int, tuple[int, ...]]:
+        """The experts that this rank hosts, by Mixture-of-Experts layer."""
+        own = self.ranks.rank - self.stage.ranks.start
+        return {layer: placement.hosted[own] for layer, placement in self.placements.items()}
+
+    @property
+    def num_groups(self) -> int:
+        """Data parallel groups of the first stage that this rank computes for."""
+        return len(self.grid.peers(self.place.stage, self.place.data, other=0))
+
+    @property
+    def schedules(self) -> bool:
+        """Whether this rank decides steps: those of the first stage do."""
+        return self.place.stage == 0
+
+    @property
+    def keeps_records(self) -> bool:
+        """Whether this rank writes the records of its group; one rank of a tensor group does."""
+        return self.place.tensor == 0
+
+
+def take_seat(job: Job, world: World, architecture: Architecture, *, on_gpu: bool) -> Seat:
+    """Lay the job out on the ranks of `world`, or their GPUs; collective. A ConfigError of it ends all ranks alike."""
+    topology, ranks = world.by_node(job.topology, island=find_island(world.local_rank, on_gpu=on_gpu))
+    plan = world.together(
+        lambda: make_plan(job, architecture, topology.nodes, placement=placement_of(job), on_gpu=on_gpu)
+    )
+    place = plan.grid.coordinates(ranks.rank)
+    placements, memory = plan.placements[place.stage], plan.memory[place.stage]
+    return Seat(ranks, topology, plan.grid, place, placements, memory, plan.departing)
+
+
+def available_bytes(job: Job, world: World, *, of_node: int) -> int:
+    """This rank's memory: what the job says, or its share of what its node has free."""
+    if job.topology.rank_memory != "auto":
+        return parse_size(job.topology.rank_memory)
+    return of_node // world.nodes.count(world.nodes[world.rank])

@@ -1,0 +1,157 @@
+"""The end of a run: what each rank did, where the results come from, and the figures for a person."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moempi import __version__
+from moempi.comm.transfers import WAITS
+from moempi.comm.transports.counted import no_counts
+from moempi.config.architecture import Architecture
+from moempi.engine.balance import Balance
+from moempi.engine.lane import Lane
+from moempi.engine.load import Loading
+from moempi.engine.rank_layout import Seat
+from moempi.engine.recorder import Ledger
+from moempi.engine.restart import Earlier
+from moempi.observe.run_report import Report
+from moempi.runtime.world import World
+from moempi.storage.merge import Provenance
+from moempi.storage.records import RankRecord
+from moempi.storage.results_layout import NOWHERE
+
+PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
+
+
+def rank_record(
+    lanes: Sequence[Lane],
+    ledger: Ledger,
+    world: World,
+    seat: Seat,
+    *,
+    balance: Balance | None,
+    seconds: float,
+    loading: Loading,
+    hops: int,
+) -> RankRecord:
+    """What this rank did in `seconds` of steps: it computed whenever it was not blocked."""
+    waits = {kind: sum(lane.network.traffic.waits[kind] for lane in lanes) for kind in WAITS}
+    waits["disk"] = ledger.disk_s
+    load = _expert_load(lanes, lanes[0].model.architecture)
+    return RankRecord(
+        rank=world.rank,
+        host=world.host,
+        expert_load=load,
+        seconds={"compute": seconds - sum(waits.values()), **waits},
+        loaded_bytes=loading.num_bytes,
+        loading_s=loading.seconds,
+        steps=ledger.steps,
+        tokens=ledger.tokens,
+        counters={name: sum(lane.network.traffic.counters[name] for lane in lanes) for name in no_counts()},
+        place={
+            "seat": seat.ranks.rank,
+            **_stands(seat),
+            "stage": seat.place.stage,
+            "data": seat.place.data,
+            "tensor": seat.place.tensor,
+            "hops": hops,
+            "departs": int(lanes[0].network.onward is not None),
+            "row_bytes": lanes[0].model.architecture.width * lanes[0].model.backend.row_dtype.itemsize,
+        },
+        hosted=dict(seat.hosted),
+        **_balanced(balance, load, first_of_stage=seat.place.data == seat.place.tensor == 0),
+    )
+
+
+def _stands(seat: Seat) -> dict[str, int]:
+    """The node, island and switch of this rank."""
+    where = seat.topology
+    places = {"node": where.nodes, "island": where.islands, "switch": where.switches}
+    return {name: of_ranks[seat.ranks.rank] if of_ranks else NOWHERE for name, of_ranks in places.items()}
+
+
+def _expert_load(lanes: Sequence[Lane], architecture: Architecture) -> NDArray[np.int64]:
+    """Tokens that this rank's lanes routed to each expert of each layer (L, E)."""
+    load = np.zeros((architecture.num_layers, architecture.experts.num), np.int64)
+    for lane in lanes:
+        for layer, of_layer in lane.network.exchange.load.items():
+            load[layer] += of_layer
+    return load
+
+
+def _balanced(balance: Balance | None, load: NDArray[np.int64], *, first_of_stage: bool) -> dict[str, Any]:
+    """What a balanced run tells besides; the shifts, which are the same on all ranks of a stage, once a stage."""
+    if balance is None:
+        return {}
+    terms = balance.terms(len(load))
+    return {
+        "asked_load": balance.asked_load(len(load)),
+        "shifts": terms if first_of_stage else np.zeros_like(terms),
+        "balance": {"choices": float(load.sum()), "moved_choices": float(balance.tally.moved)},
+    }
+
+
+def provenance_of(job_text: str, world: World, *, weights: str, start: datetime) -> Provenance:
+    """Where the results come from; collective."""
+    return Provenance(
+        job=job_text,
+        versions={"moempi": __version__, **{package: version(package) for package in PACKAGES}},
+        world_size=world.size,
+        hosts=tuple(world.comm.allgather(world.host)),
+        weights=weights,
+        start=start,
+        end=datetime.now(UTC),
+    )
+
+
+def report_of(
+    record: RankRecord,
+    ledger: Ledger,
+    world: World,
+    *,
+    earlier: Earlier,
+    results: str,
+    transport: str,
+    moe_layers: Sequence[int],
+) -> Report:
+    """The figures of the whole run; collective."""
+    records = world.comm.allgather(record)
+    finishes = world.comm.allreduce(ledger.finishes)
+    exact, referenced = world.comm.allreduce(np.array([ledger.exact, ledger.referenced])).tolist()
+    load = np.sum([one.expert_load for one in records], axis=0)
+    return Report(
+        results=results,
+        transport=transport,
+        sent={name: sum(one.counters[name] for one in records) for name in record.counters},
+        tokens=sum(one.tokens for one in records),
+        wall_s=max(sum(one.seconds.values()) for one in records),
+        seconds={phase: [one.seconds[phase] for one in records] for phase in record.seconds},
+        expert_load=load[list(moe_layers)],
+        finishes=Counter(finishes),
+        exact=exact,
+        referenced=referenced,
+        hosts=[one.host for one in records],
+        loaded_bytes=sum(one.loaded_bytes for one in records),
+        loading_s=[one.loading_s for one in records],
+        earlier_requests=len(earlier.indices),
+        earlier_tokens=earlier.tokens,
+        **_balance_figures(records, list(moe_layers)),
+    )
+
+
+def _balance_figures(records: Sequence[RankRecord], moe_layers: list[int]) -> dict[str, Any]:
+    """What balancing did over all ranks; nothing where it was off."""
+    if not records[0].balance:
+        return {}
+    choices, moved = (sum(one.balance[name] for one in records) for name in ("choices", "moved_choices"))
+    return {
+        "asked_load": np.sum([one.asked_load for one in records], axis=0)[moe_layers],
+        "moved": moved / choices if choices else 0.0,
+        "logprob_change": records[0].balance.get("logprob_change", math.nan),
+    }

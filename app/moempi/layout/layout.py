@@ -1,0 +1,157 @@
+"""The layout of a job on given ranks: grid, placement of experts, memory. Pure: any machine can be asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from moempi.config.architecture import Architecture
+from moempi.config.job import Job
+from moempi.config.placement_file import PlacementFile
+from moempi.config.tensors import Share, layer_tensors
+from moempi.errors import ConfigError
+from moempi.layout.grid import Grid, Stage, make_grid
+from moempi.layout.memory import Memory, rank_memory
+from moempi.layout.placement import Placement, linear
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who holds what: the grid, and per stage the placement of each MoE layer and the memory of its fullest rank.
+
+    Rows leave the stages `departing` by immediate routing.
+    """
+
+    grid: Grid
+    placements: tuple[Mapping[int, Placement], ...]
+    memory: tuple[Memory, ...]
+    departing: tuple[int, ...]
+
+
+def make_plan(
+    job: Job,
+    architecture: Architecture,
+    nodes: Sequence[int],
+    *,
+    placement: PlacementFile | None = None,
+    on_gpu: bool = False,
+) -> Plan:
+    """Lay a job out on ranks whose node is nodes[rank], counted node by node.
+
+    Experts stand as `placement` says, without one in even shares in ascending order. `on_gpu` tells whose memory.
+    Raises ConfigError, with the numbers needed, when the model or the job cannot be divided so.
+    """
+    _refuse_uneven(job, architecture)
+    _refuse_unbalanced(job, architecture)
+    grid = make_grid(
+        job.parallel,
+        layer_costs=[layer_cost(architecture, layer) for layer in range(architecture.num_layers)],
+        nodes=nodes,
+        slots_per_group=max(job.run.max_sequences, job.lanes),
+    )
+    if placement is None:
+        placements = tuple(_even(architecture, stage) for stage in grid.stages)
+    else:
+        _refuse_other_model(placement, architecture)
+        placements = tuple(_placed(placement, stage) for stage in grid.stages)
+    for stage, of_stage in zip(grid.stages, placements, strict=True):
+        _refuse_crowded(job, architecture, stage, of_stage)
+    memory = tuple(
+        rank_memory(
+            job,
+            architecture,
+            stage.layers,
+            hosted=_most_hosted(of_stage),
+            groups=max(len(grid.peers(index, data, other=0)) for data in range(grid.num_groups(index))),
+            on_gpu=on_gpu,
+        )
+        for index, (stage, of_stage) in enumerate(zip(grid.stages, placements, strict=True))
+    )
+    return Plan(grid, placements, memory, _departing(job, architecture, grid))
+
+
+def _even(architecture: Architecture, stage: Stage) -> Mapping[int, Placement]:
+    even = linear(architecture.experts.num, len(stage.ranks))
+    return dict.fromkeys((layer for layer in stage.layers if architecture.is_moe(layer)), even)
+
+
+def _placed(file: PlacementFile, stage: Stage) -> Mapping[int, Placement]:
+    """The placement of each layer of a stage, as the file has it."""
+    placed = {}
+    for entry in file.layers:
+        if entry.layer in stage.layers:
+            if len(entry.hosted) != len(stage.ranks):
+                raise ConfigError(
+                    f"placement.file: layer {entry.layer} is placed on {len(entry.hosted)} ranks, "
+                    f"its stage has {len(stage.ranks)}; place it for this layout"
+                )
+            placed[entry.layer] = Placement(entry.hosted)
+    return placed
+
+
+def _most_hosted(placements: Mapping[int, Placement]) -> float:
+    """Experts of a layer on the fullest rank, the mean over its layers."""
+    per_rank = zip(*([len(experts) for experts in placement.hosted] for placement in placements.values()), strict=True)
+    return max(map(fmean, per_rank), default=0.0)
+
+
+def layer_cost(architecture: Architecture, layer: int) -> float:
+    """Weights that one token meets in a layer: a measure of its time."""
+    used = architecture.experts.router.top_k / architecture.experts.num
+    return sum(
+        tensor.num_bytes * (used if tensor.share is Share.EXPERTS else 1)
+        for tensor in layer_tensors(architecture, layer)
+    )
+
+
+def _departing(job: Job, architecture: Architecture, grid: Grid) -> tuple[int, ...]:
+    """The stages whose last layer's experts can answer straight to a next stage: those that end with such a layer."""
+    if job.exchange.immediate and job.exchange.hops > 1:
+        raise ConfigError("exchange.immediate = true lets experts answer over no gate; use exchange.hops = 1")
+    ends = [stage.layers[-1] for stage in grid.stages[:-1]] if job.exchange.immediate else []
+    return tuple(index for index, layer in enumerate(ends) if architecture.is_moe(layer))
+
+
+def _refuse_uneven(job: Job, architecture: Architecture) -> None:
+    """A tensor group divides heads and hidden sizes evenly or not at all, and no norm over all heads."""
+    heads, tensor = architecture.attention, job.parallel.tensor
+    if tensor > 1 and heads.qk_norm == "vector":
+        raise ConfigError(
+            f"parallel.tensor = {tensor}: the model normalizes queries over all heads, which cannot be divided; use 1"
+        )
+    divided = {"num_heads": heads.num_heads, "num_kv_heads": heads.num_kv_heads}
+    if architecture.dense_layers:
+        divided["dense_width"] = architecture.dense_width
+    for name, size in divided.items():
+        if size % tensor:
+            raise ConfigError(f"parallel.tensor = {tensor} does not divide the model's {name} of {size}")
+
+
+def _refuse_other_model(file: PlacementFile, architecture: Architecture) -> None:
+    layers = tuple(entry.layer for entry in file.layers)
+    if (file.num_experts, layers) != (architecture.experts.num, architecture.moe_layers):
+        raise ConfigError(
+            f"placement.file: places {file.num_experts} experts of {len(layers)} layers, the model has "
+            f"{architecture.experts.num} in {len(architecture.moe_layers)} MoE layers, or others; "
+            "place from a run of this model"
+        )
+
+
+def _refuse_unbalanced(job: Job, architecture: Architecture) -> None:
+    """SparseMixer's weights follow from its own choice; there are none for another."""
+    if job.balance.mode != "off" and architecture.experts.router.scoring == "sparsemixer":
+        raise ConfigError(
+            f'balance.mode = "{job.balance.mode}": the {architecture.family} router gives no weights to experts '
+            'that it did not choose itself; use "off"'
+        )
+
+
+def _refuse_crowded(job: Job, architecture: Architecture, stage: Stage, placements: Mapping[int, Placement]) -> None:
+    allowed = job.parallel.experts_per_rank
+    most = max((len(experts) for placement in placements.values() for experts in placement.hosted), default=0)
+    if allowed and most > allowed:
+        needed = -(-architecture.experts.num // allowed)
+        raise ConfigError(
+            f"parallel.experts_per_rank = {allowed}: the stage of layers {stage.layers.start} to "
+            f"{stage.layers.stop - 1} has {len(stage.ranks)} ranks for {architecture.experts.num} experts, "
+            f"{most} on a rank; it needs {needed} ranks"
+        )

@@ -1,1 +1,0 @@
-"""Where things are and how rows travel between ranks. The only room that knows MPI."""

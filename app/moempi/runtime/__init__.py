@@ -1,0 +1,1 @@
+"""Processes: how ranks start, are watched, agree on errors, and end together."""

@@ -1,0 +1,321 @@
+"""Every verb of the GPU backend against the NumPy backend: its own kernels, run on the CPU by `simt`; odd sizes too.
+
+With a GPU the same tests run on it (tests/gpu.sh).
+"""
+
+import numpy as np
+import pytest
+
+from moempi.arrays import narrow, round_to_bfloat16, widen
+from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.cuda.backend import CupyBackend
+from moempi.backend.protocol import Choice, Expert, Segment
+from moempi.config.architecture import Clamp, Router
+from moempi.config.job import Sampling
+
+PRECISIONS = ("bfloat16", "float32")
+
+
+class Pair:
+    """Both backends, and the way of rows between them."""
+
+    def __init__(self, device, precision, *, reproducible=False):
+        self.gpu = CupyBackend(device, precision=precision, reproducible=reproducible)
+        self.cpu = NumpyBackend(precision=precision, reproducible=True)
+        self.is_bfloat16 = precision == "bfloat16"
+
+    def values(self, *shape, seed=0, scale=1.0):
+        """Random rows that both precisions hold: for the CPU, and for the GPU."""
+        numbers = np.random.default_rng(seed).normal(size=shape) * scale
+        rows = round_to_bfloat16(numbers.astype(np.float32))
+        return rows, self.gpu.device.upload(narrow(rows) if self.is_bfloat16 else rows)
+
+    def host(self, rows):
+        """The rows of the GPU as float32."""
+        held = self.gpu.download(rows)
+        return widen(held) if held.dtype == np.uint16 else held
+
+    def close(self, actual, expected, *, units=1.0):
+        """Within some units in the last place, of what one rounding leaves."""
+        actual = self.host(actual)
+        assert actual.shape == expected.shape
+        tolerance = units * (2.0**-8 if self.is_bfloat16 else 2e-6)
+        largest = np.abs(expected).max(initial=0)
+        np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * largest * 0.02)
+
+
+@pytest.fixture(params=PRECISIONS)
+def pair(request, device):
+    return Pair(device, request.param)
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 301, 2048])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_rms_norm(pair, width, rounded):
+    (x, on_gpu), (weight, gpu_weight) = pair.values(5, width), pair.values(width, seed=1)
+    expected = pair.cpu.rms_norm(x, weight, eps=1e-5, rounded=rounded)
+    pair.close(pair.gpu.rms_norm(on_gpu, gpu_weight, eps=1e-5, rounded=rounded), expected, units=2)
+
+
+def test_norms_of_heads_that_lie_apart(pair):
+    (x, on_gpu), (weight, gpu_weight) = pair.values(6, 90), pair.values(10, seed=1)
+    heads, gpu_heads = (rows[:, 20:80].reshape(6, 6, 10) for rows in (x, on_gpu))
+    pair.close(pair.gpu.rms_norm(gpu_heads, gpu_weight, eps=1e-6), pair.cpu.rms_norm(heads, weight, eps=1e-6), units=2)
+
+
+@pytest.mark.parametrize("width", [9, 256])
+def test_layer_norm(pair, width):
+    x, weight, bias = (pair.values(*shape, seed=seed) for seed, shape in enumerate([(4, width), (width,), (width,)]))
+    expected = pair.cpu.layer_norm(x[0], weight[0], bias[0], eps=1e-5)
+    pair.close(pair.gpu.layer_norm(x[1], weight[1], bias[1], eps=1e-5), expected, units=2)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 9, 130])
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_linear(device, precision, reproducible, rows):
+    pair = Pair(device, precision, reproducible=reproducible)
+    (x, on_gpu), (bias, gpu_bias) = pair.values(rows, 24), pair.values(16, seed=3)
+    weight, extra = narrow(pair.values(10, 24, seed=1)[0]), narrow(pair.values(6, 24, seed=2)[0])
+    expected = pair.cpu.matrix(weight, extra)
+    for matrix in (pair.gpu.matrix(weight, extra), pair.gpu.matrix(weight.T, extra.T, transposed=True)):
+        pair.close(pair.gpu.linear(on_gpu, matrix), pair.cpu.linear(x, expected))
+        pair.close(pair.gpu.linear(on_gpu, matrix, gpu_bias), pair.cpu.linear(x, expected, bias))
+
+
+@pytest.mark.parametrize("rows", [0, 3, 70])
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_linear_heads_of_rows_that_lie_apart(device, precision, reproducible, rows):
+    pair = Pair(device, precision, reproducible=reproducible)
+    (x, on_gpu), (matrices, gpu_matrices) = pair.values(rows, 5, 20), pair.values(5, 12, 9, seed=1)
+    expected = pair.cpu.linear_heads(x[..., :12], matrices)
+    pair.close(pair.gpu.linear_heads(on_gpu[..., :12], gpu_matrices), expected)
+
+
+def test_add_clip_join_and_gate(pair):
+    (x, gpu_x), (y, gpu_y) = pair.values(7, 4, 33), pair.values(7, 4, 33, seed=1)
+    pair.close(pair.gpu.add(gpu_x, gpu_y), pair.cpu.add(x, y))
+    pair.close(pair.gpu.clip(gpu_x[:, 1:, 3:20], 0.7), np.clip(x[:, 1:, 3:20], -0.7, 0.7))
+    expected = pair.cpu.join_columns(x[..., :5], y[:, :, 7:30], x[..., 30:])
+    np.testing.assert_array_equal(
+        pair.host(pair.gpu.join_columns(gpu_x[..., :5], gpu_y[:, :, 7:30], gpu_x[..., 30:])), expected
+    )
+    (rows, gpu_rows), (logits, gpu_logits) = pair.values(9, 50), pair.values(9, 1, seed=2, scale=3)
+    pair.close(pair.gpu.gate(gpu_rows, gpu_logits), pair.cpu.gate(rows, logits))
+
+
+@pytest.mark.parametrize("hidden", [5, 264])
+@pytest.mark.parametrize("clamp", [None, Clamp(alpha=1.702, limit=1.5)])
+def test_swiglu(pair, hidden, clamp):
+    x, on_gpu = pair.values(6, 2 * hidden, scale=2)
+    pair.close(pair.gpu.swiglu(on_gpu, clamp), pair.cpu.swiglu(x, clamp), units=2)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [4, 8])
+def test_rotate(pair, interleaved, pairs):
+    x, on_gpu = pair.values(5, 3, 20)
+    positions, frequencies = np.array([0, 1, 7, 4000, 100_000]), np.float32(10_000) ** -np.linspace(0, 1, pairs)
+    angles = (
+        backend.rope_angles(positions, frequencies=frequencies.astype(np.float32), amplitude=1.2)
+        for backend in (pair.cpu, pair.gpu)
+    )
+    cpu_angles, gpu_angles = angles
+    for mine, theirs in zip(gpu_angles, cpu_angles, strict=True):
+        np.testing.assert_allclose(pair.host(mine), theirs[:, 0], atol=3e-7)
+    expected = pair.cpu.rotate(x[..., 2:18], cpu_angles, interleaved=interleaved)
+    pair.close(pair.gpu.rotate(on_gpu[..., 2:18], gpu_angles, interleaved=interleaved), expected, units=2)
+
+
+def cached(pair, *, heads, dim, lengths, spread, latent=0):
+    """Caches of both backends, filled, and the segments of their last rows; pages lie apart when `spread`."""
+    page_counts = [-(-total // 64) for total, _ in lengths]
+    order = np.random.default_rng(5).permutation(sum(page_counts)) if spread else np.arange(sum(page_counts))
+    caches = [backend.cache(sum(page_counts), heads, dim, latent=latent) for backend in (pair.cpu, pair.gpu)]
+    history, last, row, row_before = [], [], 0, 0
+    for pages, (total, new) in zip(np.split(order, np.cumsum(page_counts)[:-1]), lengths, strict=True):
+        if total > new:
+            history.append(Segment(row_before, total - new, 0, pages))
+        last.append(Segment(row, new, total - new, pages))
+        row, row_before = row + new, row_before + total - new
+    for number, segments in enumerate((history, last)):
+        rows = sum(segment.length for segment in segments)
+        (keys, gpu_keys), (values, gpu_values) = (pair.values(rows, heads, dim, seed=10 * number + s) for s in (1, 2))
+        pair.cpu.extend_cache(caches[0], keys, None if latent else values, segments)
+        pair.gpu.extend_cache(caches[1], gpu_keys, None if latent else gpu_values, segments)
+    return caches, last
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize(
+    ("query_heads", "heads", "dim", "lengths"),
+    [
+        (4, 4, 16, [(1, 1), (64, 1), (300, 1), (65, 1)]),  # decode
+        (6, 1, 24, [(130, 3), (20, 20)]),  # many heads on one, few new rows
+        (4, 2, 32, [(40, 40), (200, 130), (17, 16), (90, 1)]),  # prefill in tiles, and a single row
+        (2, 2, 128, [(70, 70)]),
+    ],
+)
+def test_attend(pair, query_heads, heads, dim, lengths, window, spread):
+    caches, segments = cached(pair, heads=heads, dim=dim, lengths=lengths, spread=spread)
+    rows = sum(new for _, new in lengths)
+    (queries, gpu_queries), (sinks, gpu_sinks) = pair.values(rows, query_heads, dim, seed=3), pair.values(query_heads)
+    for with_sinks in (False, True):
+        rule = {"scale": dim**-0.5, "window": window}
+        expected = pair.cpu.attend(queries, caches[0], segments, sinks=sinks if with_sinks else None, **rule)
+        actual = pair.gpu.attend(gpu_queries, caches[1], segments, sinks=gpu_sinks if with_sinks else None, **rule)
+        assert actual.shape == expected.shape
+        np.testing.assert_allclose(pair.host(actual), expected, atol=0.012 if pair.is_bfloat16 else 2e-6)
+
+
+def test_attend_over_a_latent_cache(pair):
+    caches, segments = cached(pair, heads=1, dim=40, lengths=[(80, 80), (300, 1)], spread=True, latent=32)
+    queries, gpu_queries = pair.values(81, 5, 40, seed=3)
+    expected = pair.cpu.attend(queries, caches[0], segments, scale=0.2)
+    actual = pair.gpu.attend(gpu_queries, caches[1], segments, scale=0.2)
+    np.testing.assert_allclose(pair.host(actual), expected, atol=0.012 if pair.is_bfloat16 else 2e-6)
+
+
+def test_a_row_attends_the_same_in_any_company(device):
+    pair = Pair(device, "bfloat16", reproducible=True)
+    caches, segments = cached(pair, heads=2, dim=16, lengths=[(300, 40), (64, 20)], spread=True)
+    _, queries = pair.values(60, 2, 16, seed=3)
+    together = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25))
+    for row in (0, 17, 39):
+        alone = [Segment(0, 1, segments[0].start + row, segments[0].pages)]
+        single = pair.gpu.download(pair.gpu.attend(queries[row : row + 1], caches[1], alone, scale=0.25))
+        np.testing.assert_array_equal(single[0], together[row])
+
+
+def test_cleared_pages_are_zero(pair):
+    caches, _ = cached(pair, heads=2, dim=24, lengths=[(200, 1)], spread=False)
+    pair.gpu.clear(caches[1], np.array([2, 0]))
+    keys = pair.host(caches[1].keys).reshape(4, 64, 2, 24)
+    assert not keys[[0, 2]].any()
+    assert keys[1].all()
+
+
+ROUTERS = [
+    Router(top_k=3),
+    Router(top_k=3, renormalize=True, float32_logits=True, float32_weights=True),
+    Router(top_k=4, scaling=16.0, num_groups=4, kept_groups=2),
+    Router(top_k=4, scoring="sigmoid", correction=True, renormalize=True, scaling=2.5),
+    Router(top_k=5, scoring="sigmoid", correction=True, num_groups=3, kept_groups=2, group_score="top2"),
+    Router(top_k=4, scoring="softmax_chosen"),
+    Router(top_k=12, correction=True, renormalize=True, least_sum=0.9),
+    Router(top_k=2, scoring="sparsemixer", float32_weights=True),
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("rows", [0, 1, 42])
+def test_router(pair, router, rows):
+    (x, gpu_x), (bias, gpu_bias) = pair.values(rows, 20), pair.values(12, seed=2)
+    weight = pair.values(12, 20, seed=1)[0]
+    stored = weight if router.float32_logits else narrow(weight)
+    logits = pair.cpu.router_logits(x, pair.cpu.matrix(stored), router, bias=bias)
+    gpu_logits = pair.gpu.router_logits(gpu_x, pair.gpu.matrix(stored), router, bias=gpu_bias)
+    np.testing.assert_allclose(pair.host(gpu_logits), logits, rtol=2.0**-8, atol=1e-5)
+    # From here on both see the same logits, with ties.
+    logits[:, 3] = logits[:, 8]
+    logits[::5] = 0
+    gpu_logits = pair.gpu.upload(logits)
+    rng = np.random.default_rng(3)
+    correction = rng.normal(size=12).astype(np.float32) if router.correction else None
+    shift = rng.normal(size=12).astype(np.float32) if router.correction else None
+    given = None if correction is None else pair.gpu.tensor(correction)
+    experts, weights = pair.cpu.choose_experts(logits, router, correction=correction, shift=shift)
+    gpu_experts, gpu_weights = pair.gpu.choose_experts(gpu_logits, router, correction=given, shift=shift)
+    np.testing.assert_array_equal(pair.gpu.download(gpu_experts), experts)
+    tolerance = 2.0**-8 if pair.is_bfloat16 and not router.float32_weights else 2e-6
+    np.testing.assert_allclose(pair.gpu.download(gpu_weights), weights, rtol=tolerance)
+    if router.scoring != "sparsemixer":
+        chosen = np.stack([rng.permutation(12)[: router.top_k] for _ in range(rows)]) if rows else experts
+        again = pair.gpu.weigh_experts(gpu_logits, pair.gpu.upload(chosen), router)
+        np.testing.assert_allclose(
+            pair.gpu.download(again), pair.cpu.weigh_experts(logits, chosen, router), rtol=tolerance
+        )
+
+
+@pytest.mark.parametrize("rows", [0, 1, 33, 700])
+@pytest.mark.parametrize("num_keys", [1, 5, 40])
+def test_group_is_stable(pair, rows, num_keys):
+    rng = np.random.default_rng(rows)
+    experts, keys = rng.integers(0, 16, (rows, 3)).astype(np.int32), rng.integers(0, num_keys, 16)
+    keys[0] = num_keys - 1
+    keys = np.resize(keys, max(16, num_keys))
+    expected = pair.cpu.group(experts, keys)
+    actual = pair.gpu.group(pair.gpu.upload(experts), keys)
+    for mine, theirs in zip(actual[:2], expected[:2], strict=True):
+        np.testing.assert_array_equal(pair.gpu.download(mine), theirs)
+    np.testing.assert_array_equal(actual[2], expected[2])
+    turned = pair.gpu.take_turns(pair.gpu.upload(experts), 3)
+    np.testing.assert_array_equal(pair.gpu.download(turned), pair.cpu.take_turns(experts, 3))
+
+
+@pytest.mark.parametrize("width", [1, 12, 300])
+def test_rows_travel_unchanged(pair, width):
+    rows = np.arange(9 * width, dtype=np.float32).reshape(9, width) % 256
+    on_gpu = pair.gpu.device.upload(narrow(rows) if pair.is_bfloat16 else rows)
+    index = np.array([8, 0, 3, 3, 7, 1])
+    wire = pair.gpu.wire(6, width)
+    pair.gpu.pack(on_gpu, index, wire)
+    np.testing.assert_array_equal(pair.host(pair.gpu.unpack(wire, None)), rows[index])
+    np.testing.assert_array_equal(pair.host(pair.gpu.unpack(wire, np.array([5, 0]))), rows[[1, 8]])
+    np.testing.assert_array_equal(pair.host(pair.gpu.embed(index, on_gpu)), rows[index])
+    joined = pair.gpu.join([on_gpu[2:4], on_gpu[:0], on_gpu[5:]])
+    np.testing.assert_array_equal(pair.host(joined), rows[[2, 3, 5, 6, 7, 8]])
+
+
+def test_a_wire_is_written_once_its_mark_is_reached(pair):
+    _, rows = pair.values(5, 16)
+    wire = pair.gpu.wire(5, 16)
+    pair.gpu.pack(pair.gpu.add(rows, rows), None, wire)
+    pair.gpu.mark().wait()
+    written = np.array(wire) if isinstance(wire, np.ndarray) else pair.gpu.download(wire)
+    assert np.isfinite(widen(written) if pair.is_bfloat16 else written).all()
+
+
+def test_combine(pair):
+    (wire, gpu_wire), places = pair.values(20, 50), np.random.default_rng(1).integers(0, 20, (7, 3))
+    weights = np.random.default_rng(2).random((7, 3), np.float32)
+    sent = narrow(wire) if pair.is_bfloat16 else wire
+    expected = pair.cpu.combine(sent, places, weights)
+    pair.close(pair.gpu.combine(gpu_wire, pair.gpu.upload(places), pair.gpu.upload(weights)), expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_expert_mlp(pair, biased):
+    x, on_gpu = pair.values(17, 24)
+    experts, gpu_experts = [], []
+    for number in range(4):
+        matrices = [narrow(pair.values(*shape, seed=number * 9 + shape[0])[0]) for shape in ((32, 24), (24, 16))]
+        biases = [narrow(pair.values(size, seed=number)[0]) for size in (32, 24)] if biased else []
+        for backend, made in ((pair.cpu, experts), (pair.gpu, gpu_experts)):
+            made.append(Expert(*map(backend.matrix, matrices), *map(backend.tensor, biases)))
+    counts = np.array([5, 0, 11, 1])
+    expected = pair.cpu.expert_mlp(x, experts, counts)
+    pair.close(pair.gpu.expert_mlp(on_gpu, gpu_experts, counts), expected, units=3)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 5000])
+def test_pick_and_score(pair, vocabulary):
+    logits = np.random.default_rng(1).normal(size=(6, vocabulary)).astype(np.float32) * 3
+    logits[2, 1] = logits[2, 2] = 20  # a tie
+    logits[5] = np.nan
+    on_gpu = pair.gpu.upload(logits)
+    settings = [{}, {"temperature": 0.8, "top_p": 0.9}, {}, {"repetition_penalty": 1.5}, {"temperature": 2.0}, {}]
+    choices = [Choice(Sampling(**kind), 0.4, np.array([0, 2])) for kind in settings]
+    with np.errstate(all="ignore"):
+        expected, picked = pair.cpu.pick(logits, choices, top=2), pair.gpu.pick(on_gpu, choices, top=2)
+        scored = pair.gpu.score(on_gpu, np.array([1, 0, 2, 2, 1, 0]), top=0)
+        targets = pair.cpu.score(logits, np.array([1, 0, 2, 2, 1, 0]), top=0)
+    np.testing.assert_array_equal(picked.tokens[:5], expected.tokens[:5])
+    np.testing.assert_array_equal(picked.top_tokens[:5], expected.top_tokens[:5])
+    np.testing.assert_allclose(picked.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(picked.top_logprobs[:5], expected.top_logprobs[:5], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scored.logprobs, targets.logprobs, rtol=1e-5, atol=1e-5)
+    assert picked.tokens[5] < vocabulary
+    assert np.isnan(picked.logprobs[5])

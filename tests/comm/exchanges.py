@@ -1,0 +1,71 @@
+"""Exchanges of any kind under test: made as a run makes them, driven to their end, compared with a plain sum."""
+
+import numpy as np
+
+WIDTH, TOP_K = 16, 3
+
+
+def make(comm, placement, *, transport, hops, nodes, islands=(), switches=(), precision="float32"):
+    """The exchange and its traffic, as `make_network` makes them."""
+    from moempi.backend.cpu.backend import NumpyBackend
+    from moempi.comm.lane_comm import Ways
+    from moempi.comm.transfers import Traffic
+    from moempi.layout.topology import Topology
+
+    backend = NumpyBackend(precision=precision, reproducible=True)
+    traffic = Traffic(overlap=True)
+    ways = Ways(backend=backend, traffic=traffic, transport=transport, width=WIDTH, room_rows=64)
+    make_exchange = ways.one_hop if hops == 1 else ways.two_hops
+    return make_exchange(comm, {0: placement}, Topology(nodes, islands, switches)), traffic
+
+
+def route_of(rank, num_rows, num_experts, step, *, top_k=TOP_K):
+    """Distinct experts (T, K) and weights (T, K) of one rank's rows."""
+    random = np.random.default_rng((step, rank))
+    experts = np.argsort(random.random((num_rows, num_experts)), axis=1)[:, :top_k].astype(np.int32)
+    weights = random.random((num_rows, top_k)).astype(np.float32)
+    return experts, weights
+
+
+def rows_of(rank, num_rows, step):
+    """Rows that say whose they are."""
+    rows = np.zeros((num_rows, WIDTH), np.float32)
+    rows[:] = 1 + rank + step / 8
+    rows[:, 0] = np.arange(num_rows)
+    return rows
+
+
+def answer(rows, expert):
+    """What expert number `expert` makes of rows: exact in float32, and unlike any other expert."""
+    return rows * np.float32(expert + 1) + np.float32(expert)
+
+
+def expected(rows, experts, weights):
+    """The weighted sum of the answers in slot order."""
+    total = np.zeros_like(rows)
+    for slot in range(experts.shape[1]):
+        total += answer(rows, experts[:, slot, None]) * weights[:, slot, None]
+    return total
+
+
+def through(exchange, placement, rank, rows, experts, weights, *, layer=0):
+    """Put rows through the exchange, with `answer` for experts; the phases passed, and what came home."""
+    from moempi.comm.exchange import Route
+
+    def forward():
+        plan, outward = yield from exchange.send(rows, Route(layer, experts, weights))
+        yield "dispatch"
+        arrived = yield from exchange.arrived(outward, plan)
+        assert len(arrived) == plan.expert_counts.sum()
+        numbers = np.repeat(np.array(placement.hosted[rank], int), plan.expert_counts)
+        homeward = exchange.answer(answer(arrived, numbers[:, None]).astype(np.float32), plan)
+        yield "combine"
+        return (yield from exchange.combined(homeward, plan))
+
+    phases, steps = [], forward()
+    while True:
+        try:
+            point = next(steps)
+        except StopIteration as end:
+            return phases, end.value
+        phases.append(getattr(point, "phase", point))

@@ -1,0 +1,128 @@
+"""Immediate routing: the same bits as over the homes, on every grid that has a next stage."""
+
+
+
+import numpy as np
+import pytest
+from msgspec import structs
+
+from moempi.comm.immediate import Notice, batch_order, places_of_answers
+from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.job import Job
+from moempi.config.reading import convert
+from moempi.engine.run import run_job
+from moempi.errors import ConfigError
+from moempi.layout.layout import make_plan
+from moempi.runtime.stop import Stop
+from moempi.runtime.world import World
+from moempi.storage.compare import compare
+from moempi.storage.initialize import initialize
+
+PLAIN = Architecture(
+    family="random",
+    vocab_size=40,
+    width=16,
+    num_layers=4,
+    max_positions=160,
+    attention=Attention(num_heads=2, num_kv_heads=2, head_dim=8),
+    experts=Experts(num=7, width=8, router=Router(top_k=3)),
+    dense_layers=(3,),
+    dense_width=12,
+)
+SHARED = structs.replace(PLAIN, experts=structs.replace(PLAIN.experts, shared_width=8, shared_gate=True))
+
+# Ranks of the stages, tensor parallelism: equal, unequal both ways, a last layer that is dense.
+GRIDS = [((2, 2, 2), 1), ((1, 3), 1), ((4, 1, 1), 1), ((2, 4), 2), ((4, 2), 2), ((1, 1, 1, 1), 1)]
+
+
+def tree_of(folder, model, grid, *, immediate, precision):
+    ranks, tensor = grid
+    return {
+        "model": {"weights": str(folder / f"{model}.h5")},
+        "input": {"prompts": str(folder / "prompts.jsonl")},
+        "output": {"results": str(folder / f"{immediate}.h5")},
+        "run": {"precision": precision, "reproducible": True, "micro_batches": 2, "max_sequences": 3},
+        "sampling": {"max_tokens": 3, "ignore_eos": True},
+        "exchange": {"immediate": immediate},
+        "parallel": {"stages": len(ranks), "stage_ranks": list(ranks), "tensor": tensor},
+    }
+
+
+@pytest.mark.ranks(6)
+def test_the_same_bits_as_over_the_homes(comm, tmp_path):
+    folder = comm.bcast(tmp_path)
+    if comm.rank == 0:
+        initialize(PLAIN, folder / "plain.h5", seed=2)
+        initialize(SHARED, folder / "shared.h5", seed=3)
+        lines = [f'{{"tokens": {list(range(1, length))}}}' for length in (2, 30, 9, 5, 2, 17, 4)]
+        (folder / "prompts.jsonl").write_text("\n".join(lines))
+    comm.Barrier()
+    for index, grid in enumerate(GRIDS):
+        members = sum(grid[0])
+        own = comm.Split(int(comm.rank >= members), comm.rank)
+        model, precision = ("plain", "shared")[index % 2], ("float32", "bfloat16")[index // 2 % 2]
+        for immediate in (False, True):
+            job = convert(tree_of(folder, model, grid, immediate=immediate, precision=precision), Job, where="test")
+            if comm.rank < members:
+                assert run_job(job, job_text="", world=World(own), stop=Stop(), strict=True) == 0
+        comm.Barrier()
+        if comm.rank == 0:
+            found = compare(folder / "True.h5", folder / "False.h5")
+            assert (found.requests, found.different, found.largest) == (7, 0, 0.0), grid
+            for name in ("True", "False"):
+                (folder / f"{name}.h5").unlink()
+        own.Free()
+
+
+def test_rows_leave_only_stages_that_end_with_experts_and_are_not_the_last(tmp_path):
+    tree = tree_of(tmp_path, "plain", ((1, 1, 1, 1), 1), immediate=True, precision="float32")
+    job = convert(tree, Job, where="test")
+    assert make_plan(job, structs.replace(PLAIN, dense_layers=(1,)), [0] * 4).departing == (0, 2)
+    off = convert({**tree, "exchange": {"immediate": False}}, Job, where="test")
+    assert make_plan(off, PLAIN, [0] * 4).departing == ()
+
+
+def test_gates_and_immediate_routing_exclude_each_other(tmp_path):
+    tree = tree_of(tmp_path, "plain", ((1, 1, 1, 1), 1), immediate=True, precision="float32")
+    job = convert({**tree, "exchange": {"immediate": True, "hops": 2}}, Job, where="test")
+    with pytest.raises(ConfigError, match=r"exchange\.hops = 1"):
+        make_plan(job, PLAIN, [0] * 4)
+
+
+def sent_by(random, num_rows, num_ranks, top_k):
+    """A home's choices: the rank of each (n, K), its place among all in the order of ranks, and rows to each rank."""
+    ranks = random.integers(num_ranks, size=(num_rows, top_k))
+    order = np.argsort(ranks.reshape(-1), kind="stable")
+    places = np.empty(ranks.size, np.int64)
+    places[order] = np.arange(ranks.size)
+    return ranks, places.reshape(ranks.shape), np.bincount(ranks.reshape(-1), minlength=num_ranks)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_answers_stand_where_experts_send_them(seed):
+    random = np.random.default_rng(seed)
+    num_ranks, top_k = random.integers(1, 6), 3
+    homes = [sent_by(random, random.integers(0, 9), num_ranks, top_k) for _ in range(random.integers(1, 4))]
+    # Of each home's rows some go to the owner in question; each answer is named by home, row and slot.
+    kept = [np.flatnonzero(random.random(len(ranks)) < 0.6) for ranks, _, _ in homes]
+    answers = []
+    for rank in range(num_ranks):
+        for home, ((ranks, places, _), rows) in enumerate(zip(homes, kept, strict=True)):
+            named = [(places[row, k], (home, row, k)) for row in rows for k in range(top_k) if ranks[row, k] == rank]
+            answers.extend(name for _, name in sorted(named))
+    notices = [
+        Notice(None, rows, places[rows], np.zeros((len(rows), top_k), np.float32), counts, shared=False)
+        for (_, places, counts), rows in zip(homes, kept, strict=True)
+    ]
+    where, counts = places_of_answers(notices)
+    names = [(home, row, k) for home, rows in enumerate(kept) for row in rows for k in range(top_k)]
+    assert [answers[place] for place in where.reshape(-1)] == names
+    ranks_of_kept = [ranks[rows].reshape(-1) for (ranks, _, _), rows in zip(homes, kept, strict=True)]
+    assert counts.tolist() == np.bincount(np.concatenate(ranks_of_kept), minlength=num_ranks).tolist()
+
+
+def test_rows_of_several_homes_come_in_the_order_of_the_batch():
+    def of(*rows):
+        return Notice(None, np.array(rows, np.int64), None, None, None, shared=False)
+
+    assert batch_order([of(0, 3), of(1, 2), of(1), of(0)], 2).tolist() == [0, 2, 3, 1, 5, 4]

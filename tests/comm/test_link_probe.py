@@ -1,0 +1,40 @@
+"""Measured links: what they foretell is their sum, and what is written can be read."""
+
+import numpy as np
+import pytest
+
+from moempi.comm.link_probe import Trial, foretell, median_error
+from moempi.config.topology_file import Level, TopologyFile, read_topology
+from mpirun import python
+
+LEVELS = (
+    Level("self", 1.0, 10.0),
+    Level("island", 1.5, 8.0),
+    Level("node", 2.0, 4.0),
+    Level("switch", 3.0, 2.0),
+    Level("network", 5.0, 1.0),
+)
+
+
+def test_an_exchange_takes_as_long_as_the_rank_with_most():
+    topology = TopologyFile(2, LEVELS, nodes=(0, 0, 1))
+    sizes = np.array([[100, 0, 1000], [0, 0, 0], [0, 0, 10_000]])
+    seconds = [1e-6 + 100 / 10e9 + 5e-6 + 1000 / 1e9, 0.0, 1e-6 + 10_000 / 10e9]
+    assert foretell(topology, sizes) == pytest.approx(max(seconds))
+    assert foretell(topology, sizes * 0) == 0.0
+
+
+def test_the_error_is_that_of_the_median_trial():
+    trials = [Trial(0, foretold, 1.0) for foretold in (1.1, 0.5, 3.0)]
+    assert median_error(trials) == pytest.approx(0.5)
+
+
+@pytest.mark.mpi
+def test_check_measures_virtual_nodes_and_writes_them(mpirun, tmp_path):
+    path = tmp_path / "topology.json"
+    outcome = mpirun(4, *python("-m", "moempi", "check", "--ranks-per-node", "2", "-o", path), limit_s=120)
+    assert outcome.code == 0, outcome.err
+    assert "20 random exchanges foretold within" in outcome.out
+    topology = read_topology(path)
+    assert topology.nodes == (0, 0, 1, 1)
+    assert all(level.bandwidth_gb_s > 0 for level in topology.levels)

@@ -1,0 +1,88 @@
+"""Random small grids, lanes and workloads: each runs to its end and answers as one rank alone does.
+
+MOEMPI_RANDOM_GRIDS says how many.
+"""
+
+import os
+import random
+
+import pytest
+
+from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.job import Job
+from moempi.config.reading import convert
+from moempi.engine.run import run_job
+from moempi.runtime.stop import Stop
+from moempi.runtime.world import World
+from moempi.storage.compare import compare
+from moempi.storage.initialize import initialize
+
+NUM_GRIDS = int(os.environ.get("MOEMPI_RANDOM_GRIDS", "100"))
+ARCHITECTURE = Architecture(
+    family="random",
+    vocab_size=40,
+    width=16,
+    num_layers=4,
+    max_positions=160,
+    attention=Attention(num_heads=2, num_kv_heads=2, head_dim=8),
+    experts=Experts(num=5, width=8, router=Router(top_k=2)),
+    dense_layers=(1,),
+    dense_width=12,
+)
+
+
+def random_job(dice, folder):
+    """A job, and the world it wants: uneven stages, more lanes than work, skewed and empty prompts files."""
+    stages, tensor = dice.randrange(1, 5), dice.choice([1, 1, 2])
+    ranks = [tensor * dice.randrange(1, 4) for _ in range(stages)]
+    prompts = folder / "prompts.jsonl"
+    lengths = [dice.choice([1, 2, 9, 70]) for _ in range(dice.choice([0, 1, 2, 7, 12]))]
+    prompts.write_text("".join(f'{{"tokens": {[dice.randrange(40)] * length}}}\n' for length in lengths))
+    tree = {
+        "task": dice.choice(["generate", "score"]),
+        "model": {"weights": str(folder / "weights.h5")},
+        "input": {"prompts": str(prompts)},
+        "output": {"results": str(folder / "out.h5")},
+        "run": {
+            "precision": "float32",
+            "overlap": dice.random() < 0.8,
+            "micro_batches": dice.choice([1, 2, 3, 5, "auto"]),
+            "max_sequences": dice.choice([1, 2, 8]),
+            "batch_tokens": dice.choice([1, 7, 64]) if sum(lengths) < 60 else 64,
+            "timeout_s": 20.0,
+        },
+        "sampling": {"max_tokens": dice.choice([1, 3])},
+        "exchange": {"immediate": dice.random() < 0.5},
+        "parallel": {"stages": stages, "tensor": tensor, "stage_ranks": ranks},
+    }
+    return tree, sum(ranks)
+
+
+def run(tree, comm, members):
+    """Run the job on the first `members` ranks of comm."""
+    own = comm.Split(int(comm.rank >= members), comm.rank)
+    if comm.rank < members:
+        run_job(convert(tree, Job, where="random"), job_text="", world=World(own), stop=Stop(), strict=True)
+    own.Free()
+    comm.Barrier()
+
+
+@pytest.mark.ranks(12)
+def test_random_grids_end_and_agree(comm, tmp_path):
+    folder = comm.bcast(tmp_path)
+    if comm.rank == 0:
+        initialize(ARCHITECTURE, folder / "weights.h5", seed=1)
+    dice = random.Random(61)
+    done = 0
+    while done < NUM_GRIDS:
+        tree, members = random_job(dice, folder)
+        if members > comm.size:
+            continue
+        comm.Barrier()
+        run(tree, comm, members)
+        alone = {**tree, "output": {"results": str(folder / "alone.h5")}, "parallel": {}}
+        run(alone, comm, 1)
+        found = comm.bcast(compare(folder / "out.h5", folder / "alone.h5") if comm.rank == 0 else None)
+        assert found.different == 0, tree
+        assert found.largest <= (0.0 if tree["parallel"]["tensor"] == 1 else 1e-4), tree
+        done += 1

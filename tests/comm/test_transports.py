@@ -1,0 +1,121 @@
+"""Every transport brings every row to its place: rows say where they come from and where they go."""
+
+import numpy as np
+import pytest
+
+ROW_BYTES = 24
+PATTERNS = ["even", "random", "skewed", "some empty", "nothing", "itself"]
+
+
+def transports(comm):
+    """Every transport, and `shared` in the ways that nodes and room can turn out."""
+    from moempi.comm.transports.alltoallv import Alltoallv
+    from moempi.comm.transports.pairwise import Pairwise
+    from moempi.comm.transports.shared import Shared
+    from moempi.comm.transports.shared_flags import Board, make_board
+
+    pairs = tuple(rank // 2 for rank in range(comm.size))
+    return {
+        "alltoallv": Alltoallv(comm, row_bytes=ROW_BYTES),
+        "pairwise": Pairwise(comm, row_bytes=ROW_BYTES),
+        "shared": Shared(comm, row_bytes=ROW_BYTES),
+        "shared in pairs": Shared(comm, row_bytes=ROW_BYTES, nodes=pairs),
+        "shared in a small room": Shared(comm, row_bytes=ROW_BYTES, room_bytes=8 * ROW_BYTES),
+        "shared and copied": Shared(comm, row_bytes=ROW_BYTES, in_place=False),
+        "shared in Python": Shared(comm, row_bytes=ROW_BYTES, make_board=Board),
+        "shared in both": Shared(comm, row_bytes=ROW_BYTES, make_board=Board if comm.rank % 2 else make_board),
+    }
+
+
+def counts_of(pattern, size, step):
+    """Rows from each rank to each (R, R), the same on all ranks."""
+    random = np.random.default_rng(step)
+    match pattern:
+        case "even":
+            return np.full((size, size), 3)
+        case "random":
+            return random.integers(0, 9, (size, size)) * random.integers(0, 2, (size, size))
+        case "skewed":
+            return np.where(np.arange(size) == step % size, 7, 0) * np.ones((size, 1), int)
+        case "some empty":
+            return np.where(np.arange(size) % 2, 0, 4)[:, None] * np.ones(size, int)
+        case "nothing":
+            return np.zeros((size, size), int)
+        case "itself":
+            return np.eye(size, dtype=int) * 5
+    raise AssertionError(pattern)
+
+
+def block(source, destination, count, step):
+    """Rows that no other pair, step or place has."""
+    rows = np.zeros((count, ROW_BYTES // 4), np.int32)
+    rows[:] = np.array([source, destination, step, 0, 17, -1])
+    rows[:, 3] = np.arange(count)
+    return rows.view(np.uint8)
+
+
+def start(transport, rank, counts, step):
+    """Start a transfer; what it waits for, where it arrives, and what should."""
+    size = len(counts)
+    outgoing = transport.outgoing(counts[rank].sum())
+    assert outgoing.ctypes.data % 64 == 0 or not len(outgoing)
+    sent = [block(rank, peer, counts[rank, peer], step) for peer in range(size)]
+    outgoing[:] = np.concatenate(sent)
+    expected = np.concatenate([block(peer, rank, counts[peer, rank], step) for peer in range(size)])
+    incoming = np.full(expected.shape, 255, np.uint8)
+    pending = transport.start(outgoing, counts[rank], incoming, counts[:, rank])
+    return pending, expected
+
+
+def received(pending):
+    """The rows of a complete transfer."""
+    rows, places = pending.rows()
+    found = np.array(rows if places is None else rows[places])
+    pending.release()
+    return found
+
+
+@pytest.mark.ranks(1, 2, 3, 5)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_row_arrives_at_its_place(comm, num_ranks, pattern):
+    for name, transport in transports(comm).items():
+        for step in range(6):
+            counts = counts_of(pattern, num_ranks, step)
+            pending, expected = start(transport, comm.rank, counts, step)
+            pending.Wait()
+            assert pending.Test()
+            assert (received(pending) == expected).all(), f"{name}, step {step}"
+
+
+@pytest.mark.ranks(2, 3)
+def test_two_transfers_are_under_way_while_ranks_are_late(comm, num_ranks):
+    import time
+
+    for name, transport in transports(comm).items():
+        under_way = []
+        for step in range(20):
+            if step % num_ranks == comm.rank:
+                time.sleep(0.002)
+            under_way.append(start(transport, comm.rank, counts_of("random", num_ranks, step), step))
+            if len(under_way) == 2:
+                pending, expected = under_way.pop(0)
+                while not pending.Test():
+                    comm.Iprobe()
+                assert (received(pending) == expected).all(), f"{name}, step {step - 1}"
+        pending, expected = under_way[0]
+        pending.Wait()
+        assert (received(pending) == expected).all()
+
+
+@pytest.mark.ranks(2)
+def test_little_shared_memory_makes_small_rooms(comm, monkeypatch):
+    from moempi.comm.transports import shared
+
+    for free_bytes in (0, 4 * 2 * 2 * 192):  # room for nothing, and for 8 rows in each of 4 rooms
+        monkeypatch.setattr(shared, "_free_bytes", lambda free_bytes=free_bytes: free_bytes)
+        transport = shared.Shared(comm, row_bytes=ROW_BYTES)
+        assert len(transport.rooms) == 4 * (free_bytes // (4 * 4 * ROW_BYTES))
+        for step in range(6):
+            pending, expected = start(transport, comm.rank, counts_of("random", 2, step), step)
+            pending.Wait()
+            assert (received(pending) == expected).all()

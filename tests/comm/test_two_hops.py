@@ -1,0 +1,93 @@
+"""Two hops: the sums of one hop, and on the network each row once per node."""
+
+import numpy as np
+import pytest
+
+from comm.exchanges import WIDTH, expected, make, route_of, rows_of, through
+
+TRANSPORTS = ["alltoallv", "pairwise", "shared"]
+PHASES = ["counts", "choices", "counts inside", "dispatch", "dispatch inside", "combine", "combine across"]
+NUM_EXPERTS, TOP_K = 9, 4
+
+
+def node_shapes(size):
+    """Ranks on nodes: one node, a node a rank, pairs, and unequal ones."""
+    yield (0,) * size
+    yield tuple(range(size))
+    yield tuple(rank // 2 for rank in range(size))
+    yield tuple(int(rank > 0) for rank in range(size))
+
+
+@pytest.mark.ranks(1, 2, 3, 5)
+def test_two_hops_give_the_sums_of_one(comm, num_ranks):
+    from moempi.layout.placement import linear
+    from moempi.layout.topology import numbered
+
+    placement = linear(NUM_EXPERTS, num_ranks)
+    for nodes in map(numbered, node_shapes(num_ranks)):
+        exchanges = [make(comm, placement, transport=name, hops=2, nodes=nodes)[0] for name in TRANSPORTS]
+        for step in range(3):
+            rows = rows_of(comm.rank, (3 * comm.rank + 5 * step) % 8, step)
+            experts, weights = route_of(comm.rank, len(rows), NUM_EXPERTS, step, top_k=TOP_K)
+            found = [through(exchange, placement, comm.rank, rows, experts, weights) for exchange in exchanges]
+            np.testing.assert_allclose(found[0][1], expected(rows, experts, weights), rtol=1e-5)
+            assert all(phases == PHASES for phases, _ in found)
+            assert all((combined == found[0][1]).all() for _, combined in found), f"transports differ on {nodes}"
+
+
+@pytest.mark.ranks(3, 5)
+def test_bytes_between_nodes_are_those_of_distinct_tokens_and_nodes(comm, num_ranks):
+    from moempi.layout.placement import linear
+    from moempi.layout.topology import numbered
+
+    placement = linear(NUM_EXPERTS, num_ranks)
+    hosts = np.searchsorted(placement.bounds, np.arange(NUM_EXPERTS), side="right") - 1
+    for nodes in map(numbered, node_shapes(num_ranks)):
+        exchange, traffic = make(comm, placement, transport="shared", hops=2, nodes=nodes)
+        rows = rows_of(comm.rank, 20, 0)
+        experts, weights = route_of(comm.rank, 20, NUM_EXPERTS, 0, top_k=TOP_K)
+        through(exchange, placement, comm.rank, rows, experts, weights)
+        own = nodes[comm.rank]
+        pairs = sum(len({nodes[hosts[expert]] for expert in chosen} - {own}) for chosen in experts.tolist())
+        total = comm.allreduce(traffic.counters["network_bytes"])
+        assert total == 2 * comm.allreduce(pairs) * WIDTH * 4  # there and back
+        # One message to each other node, and one back to each row's home.
+        assert traffic.counters["network_messages"] <= 2 * num_ranks
+        assert comm.allreduce(traffic.counters["network_messages"]) <= 2 * num_ranks * max(nodes)
+
+
+@pytest.mark.ranks(4)
+def test_bfloat16_rows_come_home_within_its_rounding(comm, num_ranks):
+    from moempi.arrays import round_to_bfloat16
+    from moempi.layout.placement import linear
+
+    placement = linear(NUM_EXPERTS, num_ranks)
+    exchange, _ = make(comm, placement, transport="shared", hops=2, nodes=(0, 0, 1, 1), precision="bfloat16")
+    rows = round_to_bfloat16(rows_of(comm.rank, 12, 1))
+    experts, weights = route_of(comm.rank, 12, NUM_EXPERTS, 1, top_k=TOP_K)
+    _, combined = through(exchange, placement, comm.rank, rows, experts, weights)
+    np.testing.assert_allclose(combined, expected(rows, experts, weights), rtol=0.02)
+
+
+def test_gates_have_equal_local_indices_or_wrap_around():
+    from moempi.layout.forwarders import Gates
+
+    nodes = (0, 0, 0, 1, 1, 2)
+    assert [Gates(nodes, rank).ranks.tolist() for rank in range(6)] == [
+        [0, 3, 5],
+        [1, 4, 5],
+        [2, 3, 5],
+        [0, 3, 5],
+        [1, 4, 5],
+        [0, 3, 5],
+    ]
+
+
+def test_a_tokens_nodes_are_in_the_order_of_its_slots():
+    from moempi.layout.forwarders import cross
+
+    crossings = cross(np.array([[2, 0, 2], [1, 1, 1]]), 3)
+    assert crossings.nodes.tolist() == [0, 1, 2]
+    assert crossings.tokens.tolist() == [0, 1, 0]
+    assert crossings.places.tolist() == [[2, 0, 2], [1, 1, 1]]
+    assert crossings.present.tolist() == [[1, 1, 0], [1, 0, 0]]

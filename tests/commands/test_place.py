@@ -1,0 +1,119 @@
+"""`moempi place`: what it predicts of a run is what the run counted, before and after experts moved."""
+
+import h5py
+import pytest
+
+from moempi.commands.place import Wish, place_experts
+from moempi.config.placement_file import read_placement
+from moempi.errors import DataError, UsageError
+from moempi.storage.convert import convert
+from moempi.storage.journal import part_paths
+from moempi.storage.merge import merge
+from mpirun import ROOT, execute, mpirun, python
+from storage.test_results import PROVENANCE, write_parts
+
+JOB = ROOT / "jobs/abacus.toml"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`run(ranks, name, key=value)` answers 30 questions into `<name>.h5`, recording the routing."""
+    folder = tmp_path_factory.mktemp("place")
+    convert(ROOT / "weights/abacus", folder / "abacus.h5")
+    (folder / "prompts.jsonl").write_text("\n".join((ROOT / "jobs/abacus.jsonl").read_text().splitlines()[:30]))
+
+    def run(num_ranks, name, **settings):
+        named = {
+            "model.weights": folder / "abacus.h5",
+            "input.prompts": folder / "prompts.jsonl",
+            "output.results": folder / f"{name}.h5",
+            "run.precision": "float32",
+            "run.max_sequences": 3,
+            "trace.routing": "true",
+        }
+        words = [word for key, value in (named | settings).items() for word in ("--set", f"{key}={value}")]
+        outcome = mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *words))
+        assert outcome.code == 0, outcome.err
+        return folder / f"{name}.h5"
+
+    return run
+
+
+def by_name(results, wish, *, policy="topology", out=None):
+    return {row.name: row for row in place_experts(results, wish, policy=policy, out=out)}
+
+
+LAYOUTS = [
+    (4, {"topology.ranks_per_node": 2}),
+    (5, {"topology.ranks_per_node": 2, "exchange.hops": 2}),
+    (4, {"topology.ranks_per_node": 2, "parallel.tensor": 2}),
+    (5, {"parallel.stages": 2, "parallel.stage_layers": "[4,2]", "parallel.stage_ranks": "[2,3]"}),
+]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("num_ranks", "settings"), LAYOUTS)
+def test_predicted_bytes_and_messages_are_those_counted(run, tmp_path, num_ranks, settings):
+    results = run(num_ranks, "first", **settings)
+    found = by_name(results, Wish(replicas=0.25), out=tmp_path / "placement.json")
+    for what in ("sent_bytes", "messages"):
+        assert getattr(found["measured"], what) == getattr(found["as run"], what)
+        assert sum(getattr(found["measured"], what)) > 0
+    # The same again where the experts have moved, and hot ones stand twice.
+    results = run(num_ranks, "moved", **settings, **{"placement.file": tmp_path / "placement.json"})
+    again = by_name(results, Wish())
+    for what in ("sent_bytes", "messages"):
+        assert getattr(again["measured"], what) == getattr(again["as run"], what)
+    assert again["measured"].sent_bytes != found["measured"].sent_bytes
+
+
+@pytest.mark.mpi
+def test_other_ranks_can_be_placed_for(run, tmp_path):
+    results = run(3, "three", **{"exchange.hops": 2})
+    found = by_name(results, Wish(ranks=8, ranks_per_node=4, replicas=0.5), policy="balanced", out=tmp_path / "p.json")
+    assert list(found) == ["linear", "balanced", "topology"]
+    placed = read_placement(tmp_path / "p.json")
+    assert [layer.layer for layer in placed.layers] == [3, 4, 5]
+    assert all(len(layer.hosted) == 8 and max(map(len, layer.hosted)) == 3 for layer in placed.layers)
+    shown = execute(*python("-m", "moempi", "place", results, "--ranks", "16", "--policy", "linear"))
+    assert shown.code == 0
+    assert "topology" in shown.out
+    # With as many ranks as experts none hosts two.
+    by_name(results, Wish(ranks=16, ranks_per_node=4), out=tmp_path / "p.json")
+    assert all(len(experts) == 1 for layer in read_placement(tmp_path / "p.json").layers for experts in layer.hosted)
+
+
+@pytest.mark.mpi
+def test_damaged_routing_is_refused(run, tmp_path):
+    whole = run(2, "whole")
+
+    def assert_refused(change, problem):
+        path = tmp_path / "damaged.h5"
+        path.write_bytes(whole.read_bytes())
+        with h5py.File(path, "r+") as file:
+            change(file)
+        with pytest.raises(DataError, match=problem):
+            place_experts(path, Wish(), policy="linear", out=None)
+
+    def set_value(name, index, value):
+        def change(file):
+            file[name][index] = value
+
+        return change
+
+    assert_refused(set_value("routing/experts", (0, 0, 0), 16), "beyond the 16 experts")
+    assert_refused(set_value("routing/rank", (0, 0), 7), "outside its stage")
+    assert_refused(set_value("routing/row", (0, 0), -2), "negative")
+    assert_refused(set_value("placement/seat", 1, 0), "several attempts")
+    assert_refused(set_value("placement/hosted/row", slice(None), 9), "who hosted layer 3")
+    assert_refused(set_value("routing/offsets", -1, 3), "do not fit")
+
+
+def test_results_without_routing_are_refused(tmp_path):
+    path = tmp_path / "plain.h5"
+    write_parts(path, [])
+    merge(path, part_paths(path), num_requests=0, provenance=PROVENANCE)
+    with pytest.raises(DataError, match=r"trace\.routing=true"):
+        place_experts(path, Wish(), policy="linear", out=None)
+    outcome = execute(*python("-m", "moempi", "place", path, "--replicas", "-1"))
+    assert (outcome.code, len(outcome.lines)) == (UsageError.exit_code, 1)

@@ -1,0 +1,91 @@
+"""The grid's arithmetic, exhaustively for small worlds."""
+
+from itertools import combinations, product
+
+import pytest
+
+from moempi.config.job import ParallelSection
+from moempi.errors import ConfigError
+from moempi.layout.grid import balanced, make_grid
+
+STAGE_RANKS = [(1, 1), (3, 5), (5, 3), (1, 4), (4, 1), (2, 6)]
+
+
+def grid_of(num_ranks, *, layers=4, slots=3, nodes=None, **parallel):
+    section = ParallelSection(**parallel)
+    return make_grid(section, layer_costs=[1.0] * layers, nodes=nodes or [0] * num_ranks, slots_per_group=slots)
+
+
+@pytest.mark.parametrize(("num_ranks", "stages", "tensor"), list(product(range(1, 13), (1, 2, 3, 4), (1, 2, 3))))
+def test_every_rank_and_layer_has_one_place(num_ranks, stages, tensor):
+    if num_ranks % tensor or num_ranks // tensor < stages:
+        with pytest.raises(ConfigError):
+            grid_of(num_ranks, stages=stages, tensor=tensor)
+        return
+    grid = grid_of(num_ranks, stages=stages, tensor=tensor)
+    assert [layer for stage in grid.stages for layer in stage.layers] == list(range(4))
+    places = [grid.coordinates(rank) for rank in range(num_ranks)]
+    assert len(set(places)) == num_ranks
+    assert [grid.rank(place.stage, place.data, place.tensor) for place in places] == list(range(num_ranks))
+
+
+@pytest.mark.parametrize(("ranks", "slots"), list(product(STAGE_RANKS, (1, 2, 7))))
+def test_every_slot_has_one_owner_in_every_stage(ranks, slots):
+    grid = grid_of(sum(ranks), stages=2, stage_ranks=ranks, slots=slots)
+    for stage in range(2):
+        owners = [grid.owner(stage, slot) for slot in range(grid.num_slots)]
+        assert owners == sorted(owners)
+        for data in range(grid.num_groups(stage)):
+            assert len(grid.slots(stage, data)) > 0
+            assert list(grid.slots(stage, data)) == [slot for slot, owner in enumerate(owners) if owner == data]
+            for other in range(2):
+                expected = sorted({grid.owner(other, slot) for slot in grid.slots(stage, data)})
+                assert list(grid.peers(stage, data, other=other)) == expected
+
+
+def test_the_mission_is_61_stages_of_8_whole_nodes():
+    nodes = [rank // 8 for rank in range(3904)]
+    grid = make_grid(
+        ParallelSection(stages=61, tensor=8), layer_costs=[1.2] * 3 + [1.0] * 58, nodes=nodes, slots_per_group=64
+    )
+    for index, stage in enumerate(grid.stages):
+        assert stage.layers == range(index, index + 1)
+        assert len({nodes[rank] for rank in stage.ranks}) == 8
+        assert len(stage.ranks) == 64
+
+
+def test_a_tensor_group_never_leaves_its_node():
+    with pytest.raises(ConfigError, match="ranks 2 to 3 form a tensor group"):
+        grid_of(6, nodes=[0, 0, 0, 1, 1, 1], tensor=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"stages": 2, "stage_ranks": (1, 2)}, "adds up to 3 ranks, there are 4"),
+        ({"stages": 2, "stage_layers": (1, 2)}, "adds up to 3 layers, the model has 4"),
+        ({"stages": 2, "stage_layers": (1, 2, 1)}, "has 3 entries for 2 stages"),
+        ({"stages": 5}, "need 5 ranks"),
+    ],
+)
+def test_refusals_give_the_numbers(wrong, words):
+    with pytest.raises(ConfigError, match=words):
+        grid_of(4, **wrong)
+
+
+def test_stages_are_balanced_by_cost_as_well_as_can_be():
+    costs = [3.0, 1.0, 1.0, 5.0, 1.0, 2.0, 2.0]
+    for parts in range(1, 8):
+        lengths = balanced(costs, parts)
+        assert len(lengths) == parts
+        assert min(lengths) >= 1
+        assert greatest(costs, lengths) == min(
+            greatest(costs, [end - begin for begin, end in zip((0, *cuts), (*cuts, 7), strict=True)])
+            for cuts in combinations(range(1, 7), parts - 1)
+        )
+
+
+def greatest(costs, lengths):
+    """The greatest sum of contiguous parts with these lengths."""
+    ends = [sum(lengths[: part + 1]) for part in range(len(lengths))]
+    return max(sum(costs[end - length : end]) for end, length in zip(ends, lengths, strict=True))

@@ -1,0 +1,119 @@
+"""The figures that a person reads, and that odd text does no harm there."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moempi.observe.run_report import (
+    Answer,
+    Layout,
+    Report,
+    StageRow,
+    answers_table,
+    imbalance,
+    layout_table,
+    phase_shares,
+    report_table,
+    stragglers,
+)
+
+
+def text_of(renderable) -> str:
+    screen = io.StringIO()
+    Console(file=screen, width=140).print(renderable)
+    return screen.getvalue()
+
+
+def test_imbalance_is_busiest_over_mean():
+    loads = np.array([[10, 10, 10, 10], [40, 0, 0, 0], [0, 0, 0, 0]])
+    assert imbalance(loads).tolist() == [1.0, 4.0, 1.0]
+
+
+def test_shares_are_of_each_ranks_own_time():
+    shares = phase_shares({"compute": [3.0, 1.0], "exchange": [1.0, 1.0], "idle": [0.0, 2.0]})
+    assert [(name, low, high) for name, low, _, high in shares] == [
+        ("compute", 0.25, 0.75),
+        ("exchange", 0.25, 0.25),
+        ("idle", 0.0, 0.5),
+    ]
+    assert shares[0][2] == pytest.approx(0.5)
+
+
+def test_shares_of_a_run_without_time():
+    assert phase_shares({"compute": [0.0]}) == [("compute", 0.0, 0.0, 0.0)]
+    assert phase_shares({}) == []
+
+
+def test_the_report_holds_every_figure():
+    report = Report(
+        results="results/[bold]a.h5",
+        tokens=1000,
+        wall_s=2.0,
+        seconds={"compute": [1.5, 1.0], "exchange": [0.5, 1.0]},
+        expert_load=np.array([[10, 30], [20, 20]]),
+        finishes={"stop": 250, "length": 6},
+        exact=255,
+        referenced=256,
+    )
+    text = text_of(report_table(report))
+    for figure in (
+        "500.0",
+        "62.5%",
+        "from 50.0% to 75.0%",
+        "1.25  (worst layer 1.50)",
+        "length 6, stop 250",
+        "255 of 256  (99.6%)",
+        "results/[bold]a.h5",
+    ):
+        assert figure in text
+
+
+def test_the_slowest_ranks_of_each_phase():
+    disk = [0.001, 0.002, 0.003, 0.004]
+    assert stragglers({"compute": [1.0, 4.0, 2.0, 3.0], "idle": [0.0, 0.0, 0.5, 0.0], "disk": disk}) == {
+        "compute": [1, 3, 2],
+        "idle": [2, 0, 1],
+    }
+    assert stragglers({"compute": [1.0]}) == {}
+
+
+def test_the_report_names_hosts_and_earlier_runs():
+    report = Report(
+        "a.h5",
+        10,
+        1.0,
+        {"compute": [1.0, 4.0]},
+        np.zeros((0, 0), np.int64),
+        {"stop": 9},
+        hosts=["n1", "n2"],
+        earlier_requests=6,
+        earlier_tokens=1234,
+    )
+    text = text_of(report_table(report))
+    assert "1 on n2 (4.00 s), 0 on n1 (1.00 s)" in text
+    assert "6 requests, 1,234 tokens" in text
+    assert report.num_finished == 9
+
+
+def test_a_report_of_nothing():
+    report = Report("a.h5", 0, 0.0, {"compute": [0.0]}, np.zeros((0, 0), np.int64), {})
+    assert "exact" not in text_of(report_table(report))
+
+
+def test_the_layout_joins_stages_that_are_alike():
+    alike = StageRow(layers=1, ranks=64, nodes=8, groups=64, experts="1", memory={"weights": 1 << 30})
+    first = StageRow(layers=3, ranks=8, nodes=1, groups=8, experts="0", memory={"weights": 1 << 20})
+    text = text_of(layout_table(Layout("mission", [first, alike, alike], refused=["stage 0: no room for the cache"])))
+    for words in ("1.00 MiB", "1.00 GiB", "1 to 2", "refused: stage 0: no room for the cache"):
+        assert words in text
+
+
+def test_answers_show_control_characters_harmlessly():
+    answers = [Answer("12+[red]30=", "42\x1b[2J", "42"), Answer("a", "b", "b"), Answer("c", "d", None)]
+    text = text_of(answers_table(answers))
+    assert "\x1b" not in text
+    assert "12+[red]30=" in text
+    assert text.count("exact") == 1
+    assert text.count("differs") == 1

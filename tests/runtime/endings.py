@@ -1,0 +1,65 @@
+"""A program with every ending, run by test_world.py: python endings.py ENDING FOLDER.
+
+Each rank leaves its process id in FOLDER, and a mark when it is inside its guard.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from moempi.errors import ConfigError, DataError
+from moempi.runtime.world import World
+
+
+def strike(ending: str) -> None:
+    match ending:
+        case "exception" | "debug":
+            raise ValueError("a bad\nvalue")
+        case "moempi-error":
+            raise DataError("line 3: no prompt")
+        case "memory":
+            raise MemoryError
+        case "keyboard":
+            raise KeyboardInterrupt
+        case "exit-0":
+            sys.exit(0)
+        case "exit-3":
+            sys.exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "late":
+            time.sleep(60)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def work(world: World, ending: str) -> None:
+    if ending == "good":
+        return
+    if ending == "busy":  # longer than the watchdog's patience, but never silent for so long
+        for step in range(14):
+            world.alive(f"step {step}")
+            time.sleep(0.2)
+    elif world.rank == 1 and ending != "waiting":
+        strike(ending)
+    else:
+        if ending == "late":
+            world.alive("step 8")
+        world.comm.recv(tag=99)  # never sent: blocked inside MPI
+
+
+def main(ending: str, folder: str) -> None:
+    world = World.start(debug=ending == "debug")
+    place = Path(folder, str(world.rank))
+    place.with_suffix(".pid").write_text(str(os.getpid()))
+    with world.guard():
+        world.agree(ConfigError("no room") if ending == "disagree" and world.rank > 0 else None)
+        world.watch(30.0 if ending == "waiting" else 2.0, group=0)
+        world.alive("step 7")
+        place.with_suffix(".ready").touch()
+        work(world, ending)
+
+
+main(*sys.argv[1:])

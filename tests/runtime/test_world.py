@@ -1,0 +1,197 @@
+"""Who the ranks are, and how they end together: every ending on one rank of three, under a real mpirun."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import mpirun as launching
+from moempi.runtime.launcher import launch_problem, launched_first
+
+ENDINGS = Path(__file__).with_name("endings.py")
+END_S = 10.0
+
+
+def ended(ending: str, folder: Path) -> launching.Outcome:
+    """Run an ending on three ranks and check that soon nothing of it is left."""
+    begin = time.monotonic()
+    outcome = launching.mpirun(3, *launching.python(ENDINGS, ending, folder), limit_s=END_S)
+    wait_for_end(folder, limit=begin + END_S)
+    return outcome
+
+
+def wait_for_end(folder: Path, *, limit: float) -> None:
+    """Until no rank is left, or only a zombie that its parent has yet to bury."""
+    pids = [int(place.read_text()) for place in folder.glob("*.pid")]
+    assert len(pids) == 3
+    while alive := [pid for pid in pids if state(pid) not in "ZX"]:
+        assert time.monotonic() < limit, f"ranks still run: {alive}"
+        time.sleep(0.05)
+
+
+def state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("ending", "code", "line"),
+    [
+        ("exception", 70, "moempi: rank 1: ValueError: a bad value"),
+        ("moempi-error", 65, "moempi: rank 1: line 3: no prompt"),
+        ("memory", 70, "moempi: rank 1: out of memory"),
+        ("keyboard", 130, "moempi: rank 1: interrupted"),
+        ("exit-0", 70, "moempi: rank 1: left with exit status 0 in the middle of the run"),
+        ("exit-3", 3, "moempi: rank 1: left with exit status 3 in the middle of the run"),
+        ("disagree", 78, "moempi: rank 1: no room"),
+    ],
+)
+def test_one_rank_ends_all_with_one_line(ending, code, line, tmp_path):
+    outcome = ended(ending, tmp_path)
+    assert outcome.lines == [line]
+    assert outcome.code == code
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("ending", "who"),
+    [
+        ("stop", "rank 1 does not answer, rank 0 waits at step 7"),
+        ("late", "rank 1 is late, at step 7 (in endings.py:"),
+        ("early", "all ranks wait, rank 0 at step 7"),
+    ],
+)
+def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, who, tmp_path):
+    outcome = ended(ending, tmp_path)
+    assert len(outcome.lines) == 1
+    assert f"no progress for 2 s: {who}" in outcome.lines[0]
+    assert "at step 7" in outcome.lines[0]
+    assert outcome.code == 75
+
+
+@pytest.mark.mpi
+def test_a_killed_rank_ends_all(tmp_path):
+    outcome = ended("kill", tmp_path)
+    assert outcome.code != 0
+    process = (tmp_path / "1.pid").read_text()
+    assert outcome.lines == [f"moempi: rank 0: rank 1 is gone: its process {process} was killed or crashed"]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ending", ["good", "busy"])
+def test_a_good_run_is_silent(ending, tmp_path):
+    outcome = ended(ending, tmp_path)
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+@pytest.mark.mpi
+def test_debug_prints_the_traceback(tmp_path):
+    outcome = ended("debug", tmp_path)
+    assert "Traceback" in outcome.err
+    assert outcome.code == 70
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("struck", [0, 2])
+def test_an_interrupt_ends_all_ranks_with_one_line(struck, tmp_path):
+    process = launching.start("mpirun", "-n", "3", *launching.python(ENDINGS, "waiting", tmp_path))
+    wait_for(tmp_path)
+    begin = time.monotonic()
+    os.kill(int((tmp_path / f"{struck}.pid").read_text()), signal.SIGINT)
+    _, err = process.communicate(timeout=END_S)
+    assert [line for line in err.splitlines() if line.startswith("moempi: ")] == [
+        f"moempi: rank {struck}: ended by SIGINT"
+    ]
+    assert process.returncode == 130
+    wait_for_end(tmp_path, limit=begin + END_S)
+
+
+@pytest.mark.mpi
+def test_an_interrupted_launcher_leaves_no_rank(tmp_path):
+    process = launching.start("mpirun", "-n", "3", *launching.python(ENDINGS, "waiting", tmp_path))
+    wait_for(tmp_path)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=END_S)
+    assert process.returncode != 0
+    wait_for_end(tmp_path, limit=time.monotonic() + END_S)
+
+
+def wait_for(folder: Path) -> None:
+    """Until all three ranks are inside their guard."""
+    limit = time.monotonic() + 30
+    while len(list(folder.glob("*.ready"))) < 3:
+        assert time.monotonic() < limit, "the ranks do not start"
+        time.sleep(0.05)
+
+
+@pytest.mark.mpi
+def test_processes_that_believe_to_be_alone_are_refused():
+    # What a launcher of another MPI leaves behind: its variables, and every process in a world of its own.
+    outcome = launching.execute(*launching.python("-m", "moempi", "check"), PMI_SIZE="4", PMI_RANK="0")
+    assert outcome.code == 64
+    assert len(outcome.lines) == 1
+    assert "launched as 4 processes (PMI_SIZE) but MPI connects 1" in outcome.lines[0]
+    silent = launching.execute(*launching.python("-m", "moempi", "check"), PMI_SIZE="4", PMI_RANK="2")
+    assert (silent.code, silent.lines) == (64, [])
+
+
+@pytest.mark.ranks(1, 3)
+def test_places(comm, num_ranks):
+    from moempi.runtime.world import World
+
+    world = World(comm)
+    assert (world.rank, world.size) == (comm.rank, num_ranks)
+    assert world.nodes == (0,) * num_ranks
+    assert world.num_nodes == 1
+    assert world.local_rank == comm.rank
+    assert world.split_agrees
+
+
+@pytest.mark.ranks(3)
+def test_node_names_of_slurm_come_first(comm, monkeypatch):
+    from moempi.runtime.world import World
+
+    monkeypatch.setenv("SLURMD_NODENAME", "b" if comm.rank == 1 else "a")
+    world = World(comm)
+    assert world.nodes == (0, 1, 0)
+    assert world.local_rank == (0, 0, 1)[comm.rank]
+    assert not world.split_agrees
+
+
+@pytest.mark.ranks(1, 3)
+def test_together_returns_each_ranks_value_or_ends_all_alike(comm, capfd):
+    from moempi.errors import DataError
+    from moempi.runtime.world import AgreedExit, World
+
+    world = World(comm)
+    assert world.together(lambda: comm.rank) == comm.rank
+
+    def fail_on_the_last():
+        if comm.rank == comm.size - 1:
+            raise DataError("torn")
+
+    with pytest.raises(AgreedExit) as ending:
+        world.together(fail_on_the_last)
+    assert ending.value.code == 65
+    assert ("torn" in capfd.readouterr().err) == (comm.rank == comm.size - 1)
+
+
+def test_launch_problem_takes_the_nearest_launcher():
+    assert launch_problem({}, 1) is None
+    assert launch_problem({"OMPI_COMM_WORLD_SIZE": "4"}, 4) is None
+    assert launch_problem({"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}, 2) is None
+    assert "SLURM_STEP_NUM_TASKS" in (launch_problem({"SLURM_STEP_NUM_TASKS": "4"}, 1) or "")
+    # In a batch script, outside srun, a single process is in order.
+    assert launch_problem({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 1) is None
+
+
+def test_launched_first():
+    assert launched_first({})
+    assert launched_first({"PMI_SIZE": "2", "PMI_RANK": "0"})
+    assert not launched_first({"PMI_SIZE": "2", "PMI_RANK": "1"})
