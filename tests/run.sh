@@ -12,6 +12,7 @@ bash jobs/setup.sh local convert kernels test
 source jobs/env.sh
 
 ruff check
+ruff format --check --quiet
 mypy
 lint-imports
 pytest -m "not mpi" --ignore=tests/peers "$@"

@@ -6,6 +6,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+IntArray = npt.NDArray[np.integer[Any]]
+Int32Array = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+Bits = npt.NDArray[np.uint16]
+"""bfloat16 values as their bits."""
+
 INFINITY_BITS = 0x7F80
 ALIGNMENT_BYTES = 64
 _CHECKED_AT_ONCE = 1 << 17

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(chosen: argparse.Namespace) -> int:
     """Run a job on all ranks."""
-    WITNESS.post()
+    WITNESS.fork()
     from moempi.runtime.stop import Stop
 
     stop = Stop(max_minutes=chosen.max_minutes)  # before MPI, which takes a while to start
@@ -50,11 +50,11 @@ def run(chosen: argparse.Namespace) -> int:
         return _show_layout(job, [rank // ranks_per_node for rank in range(chosen.world)])
     world = World.start(debug=chosen.debug)
     with world.guard():
-        job = world.together(lambda: read_toml(chosen.job, Job, overrides=chosen.set))
+        job = world.collectively(lambda: read_toml(chosen.job, Job, overrides=chosen.set))
         if chosen.dry_run:
             as_if = TopologySection(ranks_per_node=chosen.ranks_per_node)
             topology, _ = world.by_node(as_if if chosen.ranks_per_node else job.topology)
-            return world.together(lambda: _show_layout(job, topology.nodes) if world.rank == 0 else 0)
+            return world.collectively(lambda: _show_layout(job, topology.nodes) if world.rank == 0 else 0)
         text = Path(chosen.job).read_text(encoding="utf-8")
         overrides = "".join(f"# --set {override}\n" for override in chosen.set)
         return run_job(job, job_text=text + overrides, world=world, stop=stop, strict=chosen.strict)
@@ -145,14 +145,14 @@ def compare(chosen: argparse.Namespace) -> int:
 
 def place(chosen: argparse.Namespace) -> int:
     """Choose where experts stand from the recorded routing of a run."""
-    from moempi.commands.place import Wish, place_experts
+    from moempi.commands.place import PlacementRequest, place_experts
     from moempi.config.topology_file import read_topology
     from moempi.layout.topology import LEVELS
     from moempi.observe.placement_table import print_policies
 
     if not 0 <= chosen.replicas <= MOST_REPLICAS:
         raise UsageError(f"--replicas {chosen.replicas}: a share of the experts from 0 to {MOST_REPLICAS}")
-    wish = Wish(
+    wish = PlacementRequest(
         replicas=chosen.replicas,
         topology=read_topology(chosen.topology) if chosen.topology else None,
         ranks=chosen.ranks,
@@ -167,7 +167,7 @@ def place(chosen: argparse.Namespace) -> int:
 
 def plan(chosen: argparse.Namespace) -> int:
     """Forecast a job on a machine that need not be there."""
-    from moempi.commands.plan import print_what_if, what_if
+    from moempi.commands.plan import forecast_job, print_what_if
     from moempi.config.job import Job
     from moempi.config.machine_file import read_machine
     from moempi.config.reading import read_toml
@@ -176,14 +176,14 @@ def plan(chosen: argparse.Namespace) -> int:
     job = read_toml(chosen.job, Job, overrides=chosen.set)
     machine = read_machine(chosen.machine)
     where = virtual(chosen.ranks, chosen.ranks_per_node or chosen.ranks)
-    forecasts = what_if(job, machine, where, context=chosen.context, prompt=chosen.prompt)
+    forecasts = forecast_job(job, machine, where, context=chosen.context, prompt=chosen.prompt)
     print_what_if(forecasts, machine=machine.name)
     return 0
 
 
 def check(chosen: argparse.Namespace) -> int:
     """Measure the ranks' exchange, and their links where asked."""
-    WITNESS.post()
+    WITNESS.fork()
     from moempi.comm.transport_probe import check as check_ranks
     from moempi.observe.console import console
     from moempi.runtime.world import World
@@ -218,7 +218,7 @@ def _measure(world: Any, chosen: argparse.Namespace) -> None:
 
 def bench(chosen: argparse.Namespace) -> int:
     """Run a benchmark."""
-    WITNESS.post()
+    WITNESS.fork()
     from moempi.bench import main as bench_main
 
     return bench_main(chosen.name, chosen.arguments)

@@ -1,12 +1,11 @@
 """Finding what things cost from how long mixtures of them took."""
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from moempi.arrays import Float64Array
 
 
-def explain(amounts: FloatArray, seconds: FloatArray) -> FloatArray:
+def fit_costs(amounts: Float64Array, seconds: Float64Array) -> Float64Array:
     """The cost of each of C kinds, none below 0, by the least squares of relative errors.
 
     `amounts` (N, C) of each kind took `seconds` (N,). A kind that would cost less than nothing costs nothing.

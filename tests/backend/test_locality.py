@@ -63,7 +63,5 @@ def test_gpus_that_nvlink_joins(tmp_path, address, nvlink, island):
     subprocess.run(["cc", "-shared", "-fPIC", f"-DNVLINK={nvlink}", "-o", library, source], check=True)
     ask = f"from moempi.backend.locality import gpu_island; print(gpu_island({address!r}))"
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
-    told = subprocess.run(
-        [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True
-    )
+    told = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == island

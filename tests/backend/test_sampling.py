@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moempi.backend.protocol import Choice
-from moempi.backend.sampling import penalized, pick_token
+from moempi.backend.protocol import SamplingRequest
+from moempi.backend.sampling import penalized, sample_token
 from moempi.config.job import Sampling
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2], np.float32))
@@ -15,12 +15,12 @@ NOTHING = np.zeros(0, np.int64)
 def shares(**rules):
     """How often each token is drawn over an even grid of uniform numbers."""
     sampling = Sampling(**{"temperature": 1.0, **rules})
-    drawn = [pick_token(LOGITS, Choice(sampling, uniform, NOTHING)) for uniform in GRID]
+    drawn = [sample_token(LOGITS, SamplingRequest(sampling, uniform, NOTHING)) for uniform in GRID]
     return np.bincount(drawn, minlength=len(LOGITS)) / len(GRID)
 
 
 def test_greedy_takes_the_first_of_the_largest():
-    assert pick_token(np.array([1, 5, 5], np.float32), Choice(Sampling(), 0.99, NOTHING)) == 1
+    assert sample_token(np.array([1, 5, 5], np.float32), SamplingRequest(Sampling(), 0.99, NOTHING)) == 1
 
 
 def test_plain_sampling_follows_the_distribution():
@@ -44,5 +44,5 @@ def test_truncation_keeps_the_likeliest_in_proportion(rule, kept):
 def test_repetition_penalty_lowers_seen_tokens_of_either_sign():
     scores = penalized(np.array([2.0, -2.0, 3.0], np.float32), np.array([0, 1, 1]), penalty=2.0)
     np.testing.assert_allclose(scores, [1.0, -4.0, 3.0])
-    choice = Choice(Sampling(repetition_penalty=2.0), 0.0, np.array([0]))
-    assert pick_token(np.array([2.0, 1.5], np.float32), choice) == 1
+    choice = SamplingRequest(Sampling(repetition_penalty=2.0), 0.0, np.array([0]))
+    assert sample_token(np.array([2.0, 1.5], np.float32), choice) == 1

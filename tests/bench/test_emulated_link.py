@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moempi.comm.transports.alltoallv import Alltoallv
-from moempi.comm.transports.emulated import Arriving, EmulatedLinks, Link
+from moempi.comm.transports.emulated import DelayedReceipt, EmulatedLinks, Link
 from moempi.layout.topology import NETWORK, NODE, Topology
 
 
@@ -30,7 +30,7 @@ def test_a_link_carries_one_transfer_after_another():
 
 
 def test_a_transfer_is_not_complete_before_its_arrival():
-    arriving = Arriving(Complete(), time.perf_counter() + 0.05)
+    arriving = DelayedReceipt(Complete(), time.perf_counter() + 0.05)
     assert not arriving.Test()
     arriving.Wait()
     assert time.perf_counter() >= arriving.arrival

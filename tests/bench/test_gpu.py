@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from moempi.backend.cuda.backend import CupyBackend
+from moempi.backend.cuda.backend import CudaBackend
 from moempi.bench import gpu
 from mpirun import mpirun, python
 from simt.device import SimtDevice
@@ -15,7 +15,7 @@ def test_all_figures_are_measured():
     sizes = parser.parse_args(
         [*small, "--few", "1", "--many", "16", "--sequences", "2", "--rounds", "1", "--repeats", "1"]
     )
-    figures = gpu.measure(CupyBackend(SimtDevice(), precision="bfloat16", reproducible=False), sizes)
+    figures = gpu.measure(CudaBackend(SimtDevice(), precision="bfloat16", reproducible=False), sizes)
     names = ["expert", "expert", "pack", "combine", "decode attention", "prefill attention"]
     assert [figure.name for figure in figures] == names
     assert all(figure.seconds > 0 for figure in figures)

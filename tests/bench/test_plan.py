@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from moempi.bench.plan import LESSONS, MODEL, PARAMETERS, Trial, _Bench, _machine, _toml, fit, foretell
+from moempi.bench.plan import CALIBRATION_RUNS, MODEL, PARAMETERS, RunShape, _Bench, _machine, _toml, fit, predict_s
 from moempi.config.machine_file import read_machine
 from moempi.storage.initialize import initialize
 
 
 def test_the_machine_is_found_from_what_it_foretells(tmp_path):
     true = _machine((20.0, 0.3, 40.0))
-    found = fit([(trial, foretell(trial, true, 2)) for trial in LESSONS], 2)
-    for trial in (*LESSONS, Trial(32, lanes=4), Trial(1)):
-        assert foretell(trial, found, 2) == pytest.approx(foretell(trial, true, 2), rel=0.01)
+    found = fit([(trial, predict_s(trial, true, 2)) for trial in CALIBRATION_RUNS], 2)
+    for trial in (*CALIBRATION_RUNS, RunShape(32, lanes=4), RunShape(1)):
+        assert predict_s(trial, found, 2) == pytest.approx(predict_s(trial, true, 2), rel=0.01)
     (tmp_path / "machine.toml").write_text(_toml(found))
     assert read_machine(tmp_path / "machine.toml") == found
     assert all(getattr(found, name) > 0 for name in PARAMETERS)
@@ -22,7 +22,7 @@ def test_the_machine_is_found_from_what_it_foretells(tmp_path):
 def test_a_slow_link_is_foretold_and_hidden():
     machine = _machine((20.0, 0.3, 40.0))
     free, off, on = (
-        foretell(Trial(32, overlap=overlap, link=link), machine, 2)
+        predict_s(RunShape(32, overlap=overlap, link=link), machine, 2)
         for overlap, link in ((False, (0.0, 1000.0)), (False, (0.0, 0.02)), (True, (0.0, 0.02)))
     )
     # Half of 32 rows' 4 choices cross, there and back, in 3 layers: rows of 1,024 bytes at 20 MB/s.
@@ -39,7 +39,7 @@ def test_a_run_over_an_emulated_link_takes_its_time(comm, tmp_path):
         initialize(MODEL, bench.folder / "model.h5", seed=1)
     comm.Barrier()
     link = (0.0, 0.005)
-    seconds = bench.seconds(Trial(8, overlap=False, link=link), 1)
+    seconds = bench.seconds(RunShape(8, overlap=False, link=link), 1)
     assert seconds == comm.bcast(seconds)
     # The busiest direction of an exchange carries at least an even share: half of 8 rows' 4 choices.
     assert seconds > 0.8 * 3 * 2 * 8 * 4 / 2 * 1024 / 0.005e9

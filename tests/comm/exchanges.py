@@ -8,13 +8,13 @@ WIDTH, TOP_K = 16, 3
 def make(comm, placement, *, transport, hops, nodes, islands=(), switches=(), precision="float32"):
     """The exchange and its traffic, as `make_network` makes them."""
     from moempi.backend.cpu.backend import NumpyBackend
-    from moempi.comm.lane_comm import Ways
-    from moempi.comm.transfers import Traffic
+    from moempi.comm.lane_comm import ExchangeFactory
+    from moempi.comm.transfers import Transfers
     from moempi.layout.topology import Topology
 
     backend = NumpyBackend(precision=precision, reproducible=True)
-    traffic = Traffic(overlap=True)
-    ways = Ways(backend=backend, traffic=traffic, transport=transport, width=WIDTH, room_rows=64)
+    traffic = Transfers(overlap=True)
+    ways = ExchangeFactory(backend=backend, transfers=traffic, transport=transport, width=WIDTH, slot_rows=64)
     make_exchange = ways.one_hop if hops == 1 else ways.two_hops
     return make_exchange(comm, {0: placement}, Topology(nodes, islands, switches)), traffic
 
@@ -35,7 +35,7 @@ def rows_of(rank, num_rows, step):
     return rows
 
 
-def answer(rows, expert):
+def expert_output(rows, expert):
     """What expert number `expert` makes of rows: exact in float32, and unlike any other expert."""
     return rows * np.float32(expert + 1) + np.float32(expert)
 
@@ -44,12 +44,12 @@ def expected(rows, experts, weights):
     """The weighted sum of the answers in slot order."""
     total = np.zeros_like(rows)
     for slot in range(experts.shape[1]):
-        total += answer(rows, experts[:, slot, None]) * weights[:, slot, None]
+        total += expert_output(rows, experts[:, slot, None]) * weights[:, slot, None]
     return total
 
 
 def through(exchange, placement, rank, rows, experts, weights, *, layer=0):
-    """Put rows through the exchange, with `answer` for experts; the phases passed, and what came home."""
+    """Put rows through the exchange, with `expert_output` for experts; the phases passed, and what came home."""
     from moempi.comm.exchange import Route
 
     def forward():
@@ -58,7 +58,7 @@ def through(exchange, placement, rank, rows, experts, weights, *, layer=0):
         arrived = yield from exchange.arrived(outward, plan)
         assert len(arrived) == plan.expert_counts.sum()
         numbers = np.repeat(np.array(placement.hosted[rank], int), plan.expert_counts)
-        homeward = exchange.answer(answer(arrived, numbers[:, None]).astype(np.float32), plan)
+        homeward = exchange.answer(expert_output(arrived, numbers[:, None]).astype(np.float32), plan)
         yield "combine"
         return (yield from exchange.combined(homeward, plan))
 

@@ -1,18 +1,16 @@
 """Immediate routing: the same bits as over the homes, on every grid that has a next stage."""
 
-
-
 import numpy as np
 import pytest
 from msgspec import structs
 
-from moempi.comm.immediate import Notice, batch_order, places_of_answers
+from moempi.comm.immediate import ImmediateHeader, batch_order, output_rows_of
 from moempi.config.architecture import Architecture, Attention, Experts, Router
 from moempi.config.job import Job
 from moempi.config.reading import convert
 from moempi.engine.run import run_job
 from moempi.errors import ConfigError
-from moempi.layout.layout import make_plan
+from moempi.layout.layout import make_layout
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.compare import compare
@@ -77,16 +75,16 @@ def test_the_same_bits_as_over_the_homes(comm, tmp_path):
 def test_rows_leave_only_stages_that_end_with_experts_and_are_not_the_last(tmp_path):
     tree = tree_of(tmp_path, "plain", ((1, 1, 1, 1), 1), immediate=True, precision="float32")
     job = convert(tree, Job, where="test")
-    assert make_plan(job, structs.replace(PLAIN, dense_layers=(1,)), [0] * 4).departing == (0, 2)
+    assert make_layout(job, structs.replace(PLAIN, dense_layers=(1,)), [0] * 4).immediate_stages == (0, 2)
     off = convert({**tree, "exchange": {"immediate": False}}, Job, where="test")
-    assert make_plan(off, PLAIN, [0] * 4).departing == ()
+    assert make_layout(off, PLAIN, [0] * 4).immediate_stages == ()
 
 
 def test_gates_and_immediate_routing_exclude_each_other(tmp_path):
     tree = tree_of(tmp_path, "plain", ((1, 1, 1, 1), 1), immediate=True, precision="float32")
     job = convert({**tree, "exchange": {"immediate": True, "hops": 2}}, Job, where="test")
     with pytest.raises(ConfigError, match=r"exchange\.hops = 1"):
-        make_plan(job, PLAIN, [0] * 4)
+        make_layout(job, PLAIN, [0] * 4)
 
 
 def sent_by(random, num_rows, num_ranks, top_k):
@@ -111,10 +109,10 @@ def test_answers_stand_where_experts_send_them(seed):
             named = [(places[row, k], (home, row, k)) for row in rows for k in range(top_k) if ranks[row, k] == rank]
             answers.extend(name for _, name in sorted(named))
     notices = [
-        Notice(None, rows, places[rows], np.zeros((len(rows), top_k), np.float32), counts, shared=False)
+        ImmediateHeader(None, rows, places[rows], np.zeros((len(rows), top_k), np.float32), counts, shared=False)
         for (_, places, counts), rows in zip(homes, kept, strict=True)
     ]
-    where, counts = places_of_answers(notices)
+    where, counts = output_rows_of(notices)
     names = [(home, row, k) for home, rows in enumerate(kept) for row in rows for k in range(top_k)]
     assert [answers[place] for place in where.reshape(-1)] == names
     ranks_of_kept = [ranks[rows].reshape(-1) for (ranks, _, _), rows in zip(homes, kept, strict=True)]
@@ -123,6 +121,6 @@ def test_answers_stand_where_experts_send_them(seed):
 
 def test_rows_of_several_homes_come_in_the_order_of_the_batch():
     def of(*rows):
-        return Notice(None, np.array(rows, np.int64), None, None, None, shared=False)
+        return ImmediateHeader(None, np.array(rows, np.int64), None, None, None, shared=False)
 
     assert batch_order([of(0, 3), of(1, 2), of(1), of(0)], 2).tolist() == [0, 2, 3, 1, 5, 4]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moempi.comm.link_probe import Trial, foretell, median_error
+from moempi.comm.link_probe import LinkTrial, median_error, predict_s
 from moempi.config.topology_file import Level, TopologyFile, read_topology
 from mpirun import python
 
@@ -20,12 +20,12 @@ def test_an_exchange_takes_as_long_as_the_rank_with_most():
     topology = TopologyFile(2, LEVELS, nodes=(0, 0, 1))
     sizes = np.array([[100, 0, 1000], [0, 0, 0], [0, 0, 10_000]])
     seconds = [1e-6 + 100 / 10e9 + 5e-6 + 1000 / 1e9, 0.0, 1e-6 + 10_000 / 10e9]
-    assert foretell(topology, sizes) == pytest.approx(max(seconds))
-    assert foretell(topology, sizes * 0) == 0.0
+    assert predict_s(topology, sizes) == pytest.approx(max(seconds))
+    assert predict_s(topology, sizes * 0) == 0.0
 
 
 def test_the_error_is_that_of_the_median_trial():
-    trials = [Trial(0, foretold, 1.0) for foretold in (1.1, 0.5, 3.0)]
+    trials = [LinkTrial(0, foretold, 1.0) for foretold in (1.1, 0.5, 3.0)]
     assert median_error(trials) == pytest.approx(0.5)
 
 

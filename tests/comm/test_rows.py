@@ -22,7 +22,7 @@ def test_a_split_takes_every_row_once_and_finds_it_again(contributions, parts):
     assert split.counts == tuple(map(len, split.indices))
 
 
-def batch_of(slots, lengths, starts, *, wanted, freed=()):
+def batch_of(slots, lengths, starts, *, logit_rows, freed=()):
     return Batch(
         tokens=np.arange(sum(lengths)),
         requests=100 + np.array(slots),
@@ -30,27 +30,27 @@ def batch_of(slots, lengths, starts, *, wanted, freed=()):
         starts=np.array(starts),
         lengths=np.array(lengths),
         capacities=np.array(starts) + np.array(lengths),
-        wanted=np.array(wanted),
+        logit_rows=np.array(logit_rows),
         freed=np.array(freed, np.int64),
-        asked=[f"row {row}" for row in wanted],
+        logit_requests=[f"row {row}" for row in logit_rows],
     )
 
 
 def test_positions_count_on_from_each_start():
-    batch = batch_of([0, 2], [3, 2], [5, 0], wanted=[2])
+    batch = batch_of([0, 2], [3, 2], [5, 0], logit_rows=[2])
     assert batch.positions.tolist() == [5, 6, 7, 0, 1]
 
 
 def test_parts_of_a_batch_join_to_the_whole():
-    whole = batch_of([1, 3, 4, 9], [2, 1, 3, 2], [0, 7, 2, 1], wanted=[1, 2, 4, 5, 7], freed=[0, 8])
+    whole = batch_of([1, 3, 4, 9], [2, 1, 3, 2], [0, 7, 2, 1], logit_rows=[1, 2, 4, 5, 7], freed=[0, 8])
     parts = [whole.of_slots(slots) for slots in (range(4), range(4, 5), range(5, 10))]
     joined = Batch.join([part for part, _ in parts])
-    for field in ("requests", "slots", "starts", "lengths", "capacities", "wanted", "freed", "positions"):
+    for field in ("requests", "slots", "starts", "lengths", "capacities", "logit_rows", "freed", "positions"):
         np.testing.assert_array_equal(getattr(joined, field), getattr(whole, field))
-    assert list(joined.asked) == list(whole.asked)
+    assert list(joined.logit_requests) == list(whole.logit_requests)
     assert np.concatenate([rows for _, rows in parts]).tolist() == list(range(8))
-    assert parts[1][0].wanted.tolist() == [1, 2]
-    assert whole.wanted_of_slots(range(3, 5)).tolist() == [1, 2, 3]
+    assert parts[1][0].logit_rows.tolist() == [1, 2]
+    assert whole.logit_rows_of_slots(range(3, 5)).tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("num_experts", "num_ranks"), [(16, 5), (16, 16), (3, 8), (64, 1), (7, 7)])
@@ -59,8 +59,8 @@ def test_linear_placement_hosts_every_expert_once(num_experts, num_ranks):
     assert [expert for hosted in placement.hosted for expert in hosted] == list(range(num_experts))
     sizes = [len(hosted) for hosted in placement.hosted]
     assert max(sizes) - min(sizes) <= 1
-    keys = placement.keys(0, Topology((0,) * num_ranks))
-    assert placement.turns == 1
+    keys = placement.physical_ids(0, Topology((0,) * num_ranks))
+    assert placement.replica_period == 1
     for rank, hosted in enumerate(placement.hosted):
         assert keys[list(hosted)].tolist() == list(range(placement.bounds[rank], placement.bounds[rank + 1]))
 

@@ -11,19 +11,19 @@ LENGTH, WIDTH = 11, 4
 def test_logits_come_home_whole(comm, num_ranks, bring):
     from moempi.backend.cpu.backend import NumpyBackend
     from moempi.comm.tensor_group import TensorGroup
-    from moempi.comm.transfers import Traffic
+    from moempi.comm.transfers import Transfers
     from moempi.layout.row_split import part_range
 
     backend = NumpyBackend(precision="float32", reproducible=False)
-    group = TensorGroup(comm, backend, traffic=Traffic(overlap=True), width=WIDTH)
+    group = TensorGroup(comm, backend, transfers=Transfers(overlap=True), width=WIDTH)
     counts = [bring(rank) for rank in range(num_ranks)]
     # Row i of rank r holds 100 r + i; logit v of it is that and v / 16.
     own = np.repeat((100 * comm.rank + np.arange(counts[comm.rank], dtype=np.float32))[:, None], WIDTH, axis=1)
-    rows = group.share(own, counts)
+    rows = group.all_gather_rows(own, counts)
     everyone = [100 * rank + row for rank in range(num_ranks) for row in range(counts[rank])]
     np.testing.assert_array_equal(rows[:, 0], everyone)
     part = part_range(LENGTH, num_ranks, comm.rank).astype(np.float32)
-    whole = group.collect(rows[:, :1] + part / 16, counts, length=LENGTH)
+    whole = group.exchange_logits(rows[:, :1] + part / 16, counts, length=LENGTH)
     if any(counts):
         assert whole.shape == (counts[comm.rank], LENGTH)
         np.testing.assert_array_equal(whole, own[:, :1] + np.arange(LENGTH, dtype=np.float32) / 16)

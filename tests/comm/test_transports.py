@@ -12,7 +12,7 @@ def transports(comm):
     from moempi.comm.transports.alltoallv import Alltoallv
     from moempi.comm.transports.pairwise import Pairwise
     from moempi.comm.transports.shared import Shared
-    from moempi.comm.transports.shared_flags import Board, make_board
+    from moempi.comm.transports.shared_flags import SharedFlags, make_shared_flags
 
     pairs = tuple(rank // 2 for rank in range(comm.size))
     return {
@@ -20,10 +20,12 @@ def transports(comm):
         "pairwise": Pairwise(comm, row_bytes=ROW_BYTES),
         "shared": Shared(comm, row_bytes=ROW_BYTES),
         "shared in pairs": Shared(comm, row_bytes=ROW_BYTES, nodes=pairs),
-        "shared in a small room": Shared(comm, row_bytes=ROW_BYTES, room_bytes=8 * ROW_BYTES),
+        "shared in a small room": Shared(comm, row_bytes=ROW_BYTES, slot_bytes=8 * ROW_BYTES),
         "shared and copied": Shared(comm, row_bytes=ROW_BYTES, in_place=False),
-        "shared in Python": Shared(comm, row_bytes=ROW_BYTES, make_board=Board),
-        "shared in both": Shared(comm, row_bytes=ROW_BYTES, make_board=Board if comm.rank % 2 else make_board),
+        "shared in Python": Shared(comm, row_bytes=ROW_BYTES, make_shared_flags=SharedFlags),
+        "shared in both": Shared(
+            comm, row_bytes=ROW_BYTES, make_shared_flags=SharedFlags if comm.rank % 2 else make_shared_flags
+        ),
     }
 
 
@@ -114,7 +116,7 @@ def test_little_shared_memory_makes_small_rooms(comm, monkeypatch):
     for free_bytes in (0, 4 * 2 * 2 * 192):  # room for nothing, and for 8 rows in each of 4 rooms
         monkeypatch.setattr(shared, "_free_bytes", lambda free_bytes=free_bytes: free_bytes)
         transport = shared.Shared(comm, row_bytes=ROW_BYTES)
-        assert len(transport.rooms) == 4 * (free_bytes // (4 * 4 * ROW_BYTES))
+        assert len(transport.slots) == 4 * (free_bytes // (4 * 4 * ROW_BYTES))
         for step in range(6):
             pending, expected = start(transport, comm.rank, counts_of("random", 2, step), step)
             pending.Wait()

@@ -70,10 +70,10 @@ def test_bfloat16_rows_come_home_within_its_rounding(comm, num_ranks):
 
 
 def test_gates_have_equal_local_indices_or_wrap_around():
-    from moempi.layout.forwarders import Gates
+    from moempi.layout.forwarders import Forwarders
 
     nodes = (0, 0, 0, 1, 1, 2)
-    assert [Gates(nodes, rank).ranks.tolist() for rank in range(6)] == [
+    assert [Forwarders(nodes, rank).ranks.tolist() for rank in range(6)] == [
         [0, 3, 5],
         [1, 4, 5],
         [2, 3, 5],
@@ -84,10 +84,10 @@ def test_gates_have_equal_local_indices_or_wrap_around():
 
 
 def test_a_tokens_nodes_are_in_the_order_of_its_slots():
-    from moempi.layout.forwarders import cross
+    from moempi.layout.forwarders import node_transfers
 
-    crossings = cross(np.array([[2, 0, 2], [1, 1, 1]]), 3)
+    crossings = node_transfers(np.array([[2, 0, 2], [1, 1, 1]]), 3)
     assert crossings.nodes.tolist() == [0, 1, 2]
     assert crossings.tokens.tolist() == [0, 1, 0]
-    assert crossings.places.tolist() == [[2, 0, 2], [1, 1, 1]]
+    assert crossings.pairs.tolist() == [[2, 0, 2], [1, 1, 1]]
     assert crossings.present.tolist() == [[1, 1, 0], [1, 0, 0]]

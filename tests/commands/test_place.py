@@ -3,11 +3,11 @@
 import h5py
 import pytest
 
-from moempi.commands.place import Wish, place_experts
+from moempi.commands.place import PlacementRequest, place_experts
 from moempi.config.placement_file import read_placement
 from moempi.errors import DataError, UsageError
 from moempi.storage.convert import convert
-from moempi.storage.journal import part_paths
+from moempi.storage.journal import journal_paths
 from moempi.storage.merge import merge
 from mpirun import ROOT, execute, mpirun, python
 from storage.test_results import PROVENANCE, write_parts
@@ -39,8 +39,8 @@ def run(tmp_path_factory):
     return run
 
 
-def by_name(results, wish, *, policy="topology", out=None):
-    return {row.name: row for row in place_experts(results, wish, policy=policy, out=out)}
+def by_name(results, request, *, policy="topology", out=None):
+    return {row.name: row for row in place_experts(results, request, policy=policy, out=out)}
 
 
 LAYOUTS = [
@@ -55,13 +55,13 @@ LAYOUTS = [
 @pytest.mark.parametrize(("num_ranks", "settings"), LAYOUTS)
 def test_predicted_bytes_and_messages_are_those_counted(run, tmp_path, num_ranks, settings):
     results = run(num_ranks, "first", **settings)
-    found = by_name(results, Wish(replicas=0.25), out=tmp_path / "placement.json")
+    found = by_name(results, PlacementRequest(replicas=0.25), out=tmp_path / "placement.json")
     for what in ("sent_bytes", "messages"):
         assert getattr(found["measured"], what) == getattr(found["as run"], what)
         assert sum(getattr(found["measured"], what)) > 0
     # The same again where the experts have moved, and hot ones stand twice.
     results = run(num_ranks, "moved", **settings, **{"placement.file": tmp_path / "placement.json"})
-    again = by_name(results, Wish())
+    again = by_name(results, PlacementRequest())
     for what in ("sent_bytes", "messages"):
         assert getattr(again["measured"], what) == getattr(again["as run"], what)
     assert again["measured"].sent_bytes != found["measured"].sent_bytes
@@ -70,7 +70,9 @@ def test_predicted_bytes_and_messages_are_those_counted(run, tmp_path, num_ranks
 @pytest.mark.mpi
 def test_other_ranks_can_be_placed_for(run, tmp_path):
     results = run(3, "three", **{"exchange.hops": 2})
-    found = by_name(results, Wish(ranks=8, ranks_per_node=4, replicas=0.5), policy="balanced", out=tmp_path / "p.json")
+    found = by_name(
+        results, PlacementRequest(ranks=8, ranks_per_node=4, replicas=0.5), policy="balanced", out=tmp_path / "p.json"
+    )
     assert list(found) == ["linear", "balanced", "topology"]
     placed = read_placement(tmp_path / "p.json")
     assert [layer.layer for layer in placed.layers] == [3, 4, 5]
@@ -79,7 +81,7 @@ def test_other_ranks_can_be_placed_for(run, tmp_path):
     assert shown.code == 0
     assert "topology" in shown.out
     # With as many ranks as experts none hosts two.
-    by_name(results, Wish(ranks=16, ranks_per_node=4), out=tmp_path / "p.json")
+    by_name(results, PlacementRequest(ranks=16, ranks_per_node=4), out=tmp_path / "p.json")
     assert all(len(experts) == 1 for layer in read_placement(tmp_path / "p.json").layers for experts in layer.hosted)
 
 
@@ -93,7 +95,7 @@ def test_damaged_routing_is_refused(run, tmp_path):
         with h5py.File(path, "r+") as file:
             change(file)
         with pytest.raises(DataError, match=problem):
-            place_experts(path, Wish(), policy="linear", out=None)
+            place_experts(path, PlacementRequest(), policy="linear", out=None)
 
     def set_value(name, index, value):
         def change(file):
@@ -112,8 +114,8 @@ def test_damaged_routing_is_refused(run, tmp_path):
 def test_results_without_routing_are_refused(tmp_path):
     path = tmp_path / "plain.h5"
     write_parts(path, [])
-    merge(path, part_paths(path), num_requests=0, provenance=PROVENANCE)
+    merge(path, journal_paths(path), num_requests=0, provenance=PROVENANCE)
     with pytest.raises(DataError, match=r"trace\.routing=true"):
-        place_experts(path, Wish(), policy="linear", out=None)
+        place_experts(path, PlacementRequest(), policy="linear", out=None)
     outcome = execute(*python("-m", "moempi", "place", path, "--replicas", "-1"))
     assert (outcome.code, len(outcome.lines)) == (UsageError.exit_code, 1)

@@ -11,7 +11,7 @@ from moempi.config.reading import convert
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.run import run_job
 from moempi.errors import ConfigError
-from moempi.layout.layout import make_plan
+from moempi.layout.layout import make_layout
 from moempi.model import router_balance as gating
 from moempi.model.capacity import capacity
 from moempi.runtime.stop import Stop
@@ -89,14 +89,14 @@ def test_a_sample_that_would_need_another_page_is_left_out(comm, tmp_path):
 
 def watch_steps(monkeypatch):
     """What LimitedGating let each expert take, layer by layer."""
-    steps, choose = [], gating.LimitedGating.choose
+    steps, choose = [], gating.CapacityPolicy.choose
 
     def watched(self, backend, layer, logits, router, correction):
         experts, weights = choose(self, backend, layer, logits, router, correction)
         steps.append((len(experts), np.bincount(experts.reshape(-1), minlength=EXPERTS)))
         return experts, weights
 
-    monkeypatch.setattr(gating.LimitedGating, "choose", watched)
+    monkeypatch.setattr(gating.CapacityPolicy, "choose", watched)
     return steps
 
 
@@ -132,15 +132,15 @@ def check_results(folder, number):
 def test_a_router_that_weighs_only_its_own_choice_is_refused(tmp_path):
     sparse = structs.replace(ARCHITECTURE.experts, router=Router(top_k=2, scoring="sparsemixer"))
     with pytest.raises(ConfigError, match=r'balance\.mode = "bias".*use "off"'):
-        make_plan(job_of(tmp_path, "x", "bias", {}), structs.replace(ARCHITECTURE, experts=sparse), [0])
+        make_layout(job_of(tmp_path, "x", "bias", {}), structs.replace(ARCHITECTURE, experts=sparse), [0])
 
 
 def test_shifts_rise_for_idle_experts_and_fall_for_busy_ones_within_their_bound():
-    shifts = gating.Shifts([3], 4, rate=0.1, bound=0.25)
+    shifts = gating.ExpertBias([3], 4, rate=0.1, bound=0.25)
     shifts.update(np.array([[0, 4, 12, 0]]))
-    np.testing.assert_allclose(shifts.terms, [[0.1, 0.0, -0.1, 0.1]], rtol=1e-6)
+    np.testing.assert_allclose(shifts.values, [[0.1, 0.0, -0.1, 0.1]], rtol=1e-6)
     for _ in range(9):
         shifts.update(np.array([[0, 4, 12, 0]]))
-    np.testing.assert_allclose(shifts.terms, [[0.25, 0.0, -0.25, 0.25]], rtol=1e-6)
+    np.testing.assert_allclose(shifts.values, [[0.25, 0.0, -0.25, 0.25]], rtol=1e-6)
     shifts.update(np.zeros((1, 4), np.int64))
-    np.testing.assert_allclose(shifts.terms, [[0.25, 0.0, -0.25, 0.25]], rtol=1e-6)
+    np.testing.assert_allclose(shifts.values, [[0.25, 0.0, -0.25, 0.25]], rtol=1e-6)

@@ -8,7 +8,7 @@ import pytest
 from moempi.config.tensors import catalogue
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
-from moempi.storage.journal import part_paths
+from moempi.storage.journal import journal_paths
 from moempi.storage.results import ResultFile
 from moempi.storage.run_state import read_state
 from moempi.storage.weights import WeightFile, write_weights
@@ -51,7 +51,7 @@ def test_a_run_whose_time_is_over_goes_on_with_other_ranks(run, tmp_path):
     assert run(5, "stopped").code == 0
     found = compare(tmp_path / "whole.h5", results)
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
-    assert not part_paths(results)
+    assert not journal_paths(results)
     assert read_state(results).state == "finished"
 
 
@@ -64,8 +64,8 @@ def test_any_rank_may_be_asked_to_stop(weights, run, tmp_path, rank, place):
     settings = {"model.weights": weights, "output.results": tmp_path / "asked.h5", "run.precision": "float32"}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     # at the fifth time that it comes there it asks itself
-    struck = [ROOT / "tests/faults/struck.py", tmp_path / "notes", "SIGUSR1", str(rank), place, "5"]
-    outcome = mpirun(4, *python(*struck, "run", JOB, *words, "--set", "parallel.stages=2"))
+    command = [ROOT / "tests/faults/inject_fault.py", tmp_path / "notes", "SIGUSR1", str(rank), place, "5"]
+    outcome = mpirun(4, *python(*command, "run", JOB, *words, "--set", "parallel.stages=2"))
     assert outcome.code == 75, outcome.err
     assert "stopped early (SIGUSR1)" in outcome.lines[-1]
     assert run(3, "asked").code == 0
@@ -105,12 +105,12 @@ def test_what_earlier_runs_finished_is_counted_but_not_run_again(run, tmp_path):
 @pytest.mark.mpi
 def test_parts_of_other_settings_are_refused_and_kept(run, tmp_path):
     assert run(2, "r", "--max-minutes", "0").code == 75
-    before = [path.read_bytes() for path in part_paths(tmp_path / "r.h5")]
+    before = [path.read_bytes() for path in journal_paths(tmp_path / "r.h5")]
     outcome = run(3, "r", **{"sampling.max_tokens": 3})
     assert outcome.code == 74
     assert len(outcome.lines) == 1
     assert "belongs to an unfinished run with other weights, prompts or settings" in outcome.lines[0]
-    assert [path.read_bytes() for path in part_paths(tmp_path / "r.h5")][: len(before)] == before
+    assert [path.read_bytes() for path in journal_paths(tmp_path / "r.h5")][: len(before)] == before
 
 
 @pytest.mark.mpi

@@ -6,7 +6,7 @@ import numpy as np
 
 from moempi.config.job import Sampling
 from moempi.config.tensors import PAGE_ROWS
-from moempi.engine.request import Sequence
+from moempi.engine.request import Request
 from moempi.engine.scheduler import Scheduler
 from moempi.model.kv_cache import pages_for
 from moempi.storage.prompts import Prompt
@@ -14,7 +14,7 @@ from moempi.storage.prompts import Prompt
 
 def sequence(index, length, limit):
     prompt = Prompt(index, f"q{index}", None, np.arange(length, dtype=np.int32), None, Sampling())
-    return Sequence(prompt, list(range(1000 * index, 1000 * index + length)), limit)
+    return Request(prompt, list(range(1000 * index, 1000 * index + length)), limit)
 
 
 def run(sequences, *, lanes, slots, batch_tokens, pages):

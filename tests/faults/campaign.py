@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mpirun as launching
 from faults import merging
+from faults.inject_fault import FAULTS, POINTS
 from faults.rehearsal import BrokenError, Rehearsal, is_alive, require
-from faults.struck import FAULTS, POINTS
 
 Case = tuple[str, Callable[[], object]]
 
@@ -41,19 +41,19 @@ class AfterEndError(Exception):
     """A kill that came too late to disturb anything."""
 
 
-def struck_cases(rehearsal: Rehearsal) -> Iterator[Case]:
+def injected_cases(rehearsal: Rehearsal) -> Iterator[Case]:
     """Each fault at each place, on the first rank and the last."""
     for fault in FAULTS:
         for place in ("prompts", "weights", *POINTS, "append", "merge"):
             for rank in (0,) if place == "merge" else (0, RANKS - 1):
-                yield fault, lambda fault=fault, place=place, rank=rank: strike(rehearsal, fault, place, rank)
+                yield fault, lambda fault=fault, place=place, rank=rank: inject(rehearsal, fault, place, rank)
 
 
-def strike(rehearsal: Rehearsal, fault: str, place: str, rank: int) -> None:
+def inject(rehearsal: Rehearsal, fault: str, place: str, rank: int) -> None:
     results = rehearsal.fresh()
     count = 1 if place in ("prompts", "weights", "merge") else 10
     process = rehearsal.start(results, fault, rank=rank, place=place, count=count, num_ranks=RANKS)
-    line = rehearsal.require_clean_end(process, results, struck_at=None)
+    line = rehearsal.require_clean_end(process, results, injected_at=None)
     require(f"rank {rank}" in line, f"{fault} at {place} on rank {rank} is told as: {line}")
     rehearsal.finish(results, num_ranks=2)
 
@@ -79,7 +79,7 @@ def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> Non
         raise AfterEndError
     with suppress(ProcessLookupError):
         os.kill(int(note.read_text()), signal.SIGKILL)
-    rehearsal.require_clean_end(process, results, struck_at=time.time())
+    rehearsal.require_clean_end(process, results, injected_at=time.time())
     rehearsal.finish(results, num_ranks=ranks_after)
 
 
@@ -166,7 +166,7 @@ def launch_wrongly(name: str) -> None:
 
 
 def cases(rehearsal: Rehearsal, chance: random.Random, kills: int) -> Iterator[Case]:
-    yield from struck_cases(rehearsal)
+    yield from injected_cases(rehearsal)
     yield from kill_cases(rehearsal, chance, kills)
     if os.geteuid() == 0:
         yield from disk_cases(rehearsal)

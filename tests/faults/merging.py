@@ -11,12 +11,19 @@ from typing import Any
 
 from faults.rehearsal import require
 from moempi.storage.files import remove_hidden
-from moempi.storage.journal import Part, PartWriter, part_path, part_paths, parts_folder, remove_parts
+from moempi.storage.journal import (
+    JournalReader,
+    JournalWriter,
+    journal_path,
+    journal_paths,
+    journals_folder,
+    remove_journals,
+)
 from moempi.storage.merge import Provenance, merge
 from moempi.storage.records import RequestRecord
 from moempi.storage.results import ResultFile
 
-WATCHED = ("merge.py", "files.py", "parts.py", "records.py", "survey.py", "hdf5.py")
+WATCHED = ("merge.py", "files.py", "journal.py", "records.py", "journal_index.py", "hdf5.py")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PROVENANCE = Provenance(job="", versions={}, world_size=2, hosts=("a",), weights="w", start=NOW, end=NOW)
 NUM_REQUESTS = 6
@@ -35,17 +42,17 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def write_parts(results: Path) -> list[Path]:
     for rank in range(2):
-        part_path(results, rank).unlink(missing_ok=True)
-        with PartWriter(part_path(results, rank), fingerprint="run") as part:
+        journal_path(results, rank).unlink(missing_ok=True)
+        with JournalWriter(journal_path(results, rank), fingerprint="run") as part:
             for index in range(rank, NUM_REQUESTS, 2):
                 part.append(RequestRecord(index=index, id=f"../{index}", finish="stop", text="x" * 100))
-    return part_paths(results)
+    return journal_paths(results)
 
 
 def conclude(results: Path) -> None:
     """What the first rank does at the end of a run."""
-    merge(results, part_paths(results), num_requests=NUM_REQUESTS, provenance=PROVENANCE)
-    remove_parts(results)
+    merge(results, journal_paths(results), num_requests=NUM_REQUESTS, provenance=PROVENANCE)
+    remove_journals(results)
 
 
 def count_lines(results: Path) -> int:
@@ -78,7 +85,7 @@ def kill_at(results: Path, line: int) -> None:
     _, status = os.waitpid(child, 0)
     require(os.WIFSIGNALED(status), "was not killed")
     remove_hidden(results)
-    if parts_folder(results).exists():
+    if journals_folder(results).exists():
         conclude(results)
     with ResultFile(results) as file:
         require([record.id for record in file.requests()] == [f"../{i}" for i in range(NUM_REQUESTS)], "lost requests")
@@ -105,10 +112,10 @@ def traced(reached: Callable[[], None], results: Path) -> None:
 def tear_at(results: Path, length: int) -> None:
     """The records before the tear are kept, and the part goes on behind them."""
     _, path = write_parts(results)
-    found = list(Part(path).records())
+    found = list(JournalReader(path).records())
     ends = [*(offset for offset, _ in found[1:]), path.stat().st_size]
     path.write_bytes(path.read_bytes()[:length])
     kept = [record.index for (_, record), end in zip(found, ends, strict=True) if end <= length]
-    with PartWriter(path, fingerprint="run") as part:
+    with JournalWriter(path, fingerprint="run") as part:
         part.append(RequestRecord(index=99, id="next", finish="stop"))
-    require([record.index for _, record in Part(path).records()] == [*kept, 99], f"torn at byte {length}")
+    require([record.index for _, record in JournalReader(path).records()] == [*kept, 99], f"torn at byte {length}")

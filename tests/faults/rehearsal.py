@@ -11,7 +11,7 @@ from pathlib import Path
 import mpirun as launching
 from moempi.storage.convert import convert
 
-STRUCK = Path(__file__).with_name("struck.py")
+PROGRAM = Path(__file__).with_name("inject_fault.py")
 END_S = 10.0
 PROGRESS = re.compile(r"moempi: \d+/\d+ requests, ")
 
@@ -65,11 +65,11 @@ class Rehearsal:
         """Start a run with a fault in it; temporary files go beside the results."""
         (results.parent / "tmp").mkdir(exist_ok=True)
         (results.parent / "notes").mkdir(exist_ok=True)
-        struck = [STRUCK, results.parent / "notes", fault, str(rank), place, str(count), *self.command(results)]
+        command = [PROGRAM, results.parent / "notes", fault, str(rank), place, str(count), *self.command(results)]
         where = {"TMPDIR": str(results.parent / "tmp"), "PYTHONUNBUFFERED": "1"}
-        return launching.start("mpirun", "-n", str(num_ranks), *launching.python(*struck), **where)
+        return launching.start("mpirun", "-n", str(num_ranks), *launching.python(*command), **where)
 
-    def require_clean_end(self, process: "subprocess.Popen[str]", results: Path, *, struck_at: float | None) -> str:
+    def require_clean_end(self, process: "subprocess.Popen[str]", results: Path, *, injected_at: float | None) -> str:
         """The run ends soon and says why in one line; nothing of it is left. The line."""
         try:
             _, err = process.communicate(timeout=END_S + 20)
@@ -78,7 +78,7 @@ class Rehearsal:
             raise BrokenError("does not end") from None
         lines = [line for line in err.splitlines() if line.startswith("moempi: ") and not PROGRESS.match(line)]
         notes = results.parent / "notes"
-        begin = struck_at or min((float(note.read_text()) for note in notes.glob("*.struck")), default=time.time())
+        begin = injected_at or min((float(note.read_text()) for note in notes.glob("*.injected")), default=time.time())
         while alive := [note.stem for note in notes.glob("*.pid") if is_alive(int(note.read_text()))]:
             require(time.time() < begin + END_S, f"ranks {alive} live on")
             time.sleep(0.05)

@@ -39,7 +39,7 @@ def nearest(placement, topology, source, expert):
 
 
 def test_rows_take_turns_among_the_nearest_copies():
-    from moempi.layout.placement import TURNS
+    from moempi.layout.placement import REPLICA_PERIOD
     from moempi.layout.topology import Topology, numbered
 
     dice = random.Random(5)
@@ -54,12 +54,14 @@ def test_rows_take_turns_among_the_nearest_copies():
         placement = random_placement(dice, num_ranks, copies=dice.randrange(12))
         assert placement.num_experts == NUM_EXPERTS
         for source in range(num_ranks):
-            keys = placement.keys(source, topology).reshape(NUM_EXPERTS, placement.turns)
+            keys = placement.physical_ids(source, topology).reshape(NUM_EXPERTS, placement.replica_period)
             np.testing.assert_array_equal(placement.experts[keys], np.arange(NUM_EXPERTS)[:, None] + 0 * keys)
             for expert, ranks in enumerate(placement.ranks[keys]):
                 near = nearest(placement, topology, source, expert)
                 counts = np.bincount(ranks, minlength=num_ranks)
-                assert np.flatnonzero(counts).tolist() == (near if placement.turns == TURNS else near[:1])
+                assert np.flatnonzero(counts).tolist() == (
+                    near if placement.replica_period == REPLICA_PERIOD else near[:1]
+                )
                 assert max(counts[near]) - min(counts[near]) <= 1
 
 
@@ -68,7 +70,7 @@ def test_sources_that_are_equally_far_begin_with_different_copies():
     from moempi.layout.topology import Topology
 
     placement = Placement(((0,), (0,), (1,), (2,), (3,), (4,)))
-    first = [placement.ranks[placement.keys(source, Topology((0,) * 6))[0]] for source in (2, 3, 4, 5)]
+    first = [placement.ranks[placement.physical_ids(source, Topology((0,) * 6))[0]] for source in (2, 3, 4, 5)]
     assert sorted(first) == [0, 0, 1, 1]
 
 
@@ -88,7 +90,7 @@ def test_any_placement_gives_the_same_sums(comm, num_ranks, hops):
                 assert (combined == expected(rows, experts, weights)).all()
             else:
                 np.testing.assert_allclose(combined, expected(rows, experts, weights), rtol=1e-5)
-        assert comm.allreduce(traffic.surplus_rows) == 0
+        assert comm.allreduce(traffic.count_mismatch) == 0
         routed = sum(
             np.bincount(route_of(comm.rank, (5 * comm.rank + 7 * step) % 11, NUM_EXPERTS, step)[0].ravel(), minlength=7)
             for step in range(3)

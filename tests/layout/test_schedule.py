@@ -23,13 +23,13 @@ def test_points_of_a_pipeline_end_behind_what_is_sent():
 
 
 def test_rows_that_depart_leave_behind_their_dispatch():
-    points = step_points(range(2), (0, 1), tensor=2, is_first=False, is_last=False, departs=True)
+    points = step_points(range(2), (0, 1), tensor=2, is_first=False, is_last=False, immediate=True)
     layer = ["gather", "scatter", "counts", "dispatch"]
     assert [point.phase for point in points] == ["rows", *layer, "combine", *layer, "sent"]
 
 
 def test_lanes_alternate_at_each_point_and_pairs_take_turns():
-    order = list(islice(schedule(3, (FIRST, SECOND), together=2), 8))
+    order = list(islice(schedule(3, (FIRST, SECOND), side_by_side=2), 8))
     assert order == [
         (0, FIRST), (1, FIRST), (0, SECOND), (1, SECOND), (2, FIRST), (2, SECOND), (0, FIRST), (1, FIRST),
     ]  # fmt: skip
@@ -46,11 +46,11 @@ def lane(name, steps, log):
 def test_interleave_runs_lanes_of_different_lengths_to_their_end():
     log, reached = [], []
     lanes = [lane("a", 2, log), lane("b", 1, log)]
-    interleave(lanes, (FIRST, SECOND), together=2, reached=lambda *at: reached.append(at))
+    interleave(lanes, (FIRST, SECOND), side_by_side=2, on_point=lambda *at: reached.append(at))
     assert [entry[0] for entry in log] == ["a", "b", "a", "b", "a", "a"]
     assert len(reached) == 6
 
 
 def test_a_lane_at_another_point_is_an_error():
     with pytest.raises(RuntimeError, match="the schedule says"):
-        interleave([lane("a", 1, [])], (SECOND, FIRST), together=1)
+        interleave([lane("a", 1, [])], (SECOND, FIRST), side_by_side=1)

@@ -25,12 +25,12 @@ def test_any_ranks_are_ordered_and_told_apart_as_their_names_say():
             assert list(topology.switches) == sorted(topology.switches)
         for seat, rank in enumerate(order):
             found = [LEVELS[level] for level in topology.levels(seat)]
-            assert found == [level_between(rank, other, nodes, islands, switches, topology) for other in order]
+            assert found == [level_of(rank, other, nodes, islands, switches, topology) for other in order]
         ranks_of_a_node = [[rank for rank in order if nodes[rank] == node] for node in {*nodes}]
         assert all(ranks == sorted(ranks) for ranks in ranks_of_a_node)
 
 
-def level_between(one, other, nodes, islands, switches, topology):
+def level_of(one, other, nodes, islands, switches, topology):
     """The slow twin, from the names."""
     if one == other:
         return "self"
@@ -41,7 +41,7 @@ def level_between(one, other, nodes, islands, switches, topology):
 
 def test_a_part_keeps_its_islands_and_switches():
     whole = Topology((0, 0, 1, 1, 2), islands=(0, 1, 2, 2, 3), switches=(0, 0, 0, 0, 1))
-    part = whole.part(range(2, 5))
+    part = whole.subset(range(2, 5))
     assert part == Topology((0, 0, 1), islands=(2, 2, 3), switches=(0, 0, 1))
     for rank in range(3):
         assert part.levels(rank).tolist() == whole.levels(rank + 2)[2:].tolist()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moempi.model.capacity import capacity, quotas, within
+from moempi.model.capacity import assign_within_quota, capacity, quotas
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda pair: (min(pair), max(pair)))
 
@@ -36,7 +36,7 @@ def test_no_expert_exceeds_its_capacity_and_every_row_has_its_experts(step):
     load = np.zeros(num_experts, int)
     for rank, quota in enumerate(dealt):
         own = ranked[firsts[rank] : firsts[rank] + rows[rank]]
-        chosen = within(own, quota, top_k)
+        chosen = assign_within_quota(own, quota, top_k)
         assert chosen.shape == (rows[rank], top_k)
         assert all(len(set(experts)) == top_k for experts in chosen.tolist())
         assert (np.bincount(chosen.reshape(-1), minlength=num_experts) <= quota).all()
@@ -63,16 +63,16 @@ def test_rows_get_what_they_ask_for_first(step):
     own = ranked[: rows[0]]
     expected = slowly(own, quota, top_k)
     if expected is not None:
-        assert within(own, quota, top_k).tolist() == expected
+        assert assign_within_quota(own, quota, top_k).tolist() == expected
 
 
 def test_within_enough_room_the_router_s_own_choice():
     ranked = np.argsort(-np.random.default_rng(0).random((20, 8)), axis=1)
-    assert (within(ranked, np.full(8, 20), 3) == ranked[:, :3]).all()
+    assert (assign_within_quota(ranked, np.full(8, 20), 3) == ranked[:, :3]).all()
 
 
 def test_a_row_that_comes_too_late_is_handed_an_expert():
     # Both want 0 and 1, which have one place each; expert 2 has two, but a row cannot have it twice.
-    assert within(np.array([[0, 1, 2], [0, 1, 2]]), np.array([1, 1, 2]), 2).tolist() == [[0, 2], [1, 2]]
+    assert assign_within_quota(np.array([[0, 1, 2], [0, 1, 2]]), np.array([1, 1, 2]), 2).tolist() == [[0, 2], [1, 2]]
     with pytest.raises(ValueError, match="fewer places"):
-        within(np.array([[0, 1]]), np.array([1, 0]), 2)
+        assign_within_quota(np.array([[0, 1]]), np.array([1, 0]), 2)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from moempi.observe.run_report import (
     Answer,
-    Layout,
+    LayoutTable,
     Report,
     StageRow,
     answers_table,
@@ -105,7 +105,9 @@ def test_a_report_of_nothing():
 def test_the_layout_joins_stages_that_are_alike():
     alike = StageRow(layers=1, ranks=64, nodes=8, groups=64, experts="1", memory={"weights": 1 << 30})
     first = StageRow(layers=3, ranks=8, nodes=1, groups=8, experts="0", memory={"weights": 1 << 20})
-    text = text_of(layout_table(Layout("mission", [first, alike, alike], refused=["stage 0: no room for the cache"])))
+    text = text_of(
+        layout_table(LayoutTable("mission", [first, alike, alike], refused=["stage 0: no room for the cache"]))
+    )
     for words in ("1.00 MiB", "1.00 GiB", "1 to 2", "refused: stage 0: no room for the cache"):
         assert words in text
 

@@ -232,7 +232,7 @@ def expected(folder: Path, tokens: list[list[int]]) -> Expected:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         with torch.no_grad():
             if dtype == torch.float32:
-                choices = _listen(model)
+                choices = _record_routing(model)
             scores[dtype] = [_scores(model, prompt) for prompt in tokens]
             if dtype == torch.float32:
                 experts, weights = _by_token(choices, num_prompts=len(tokens))
@@ -240,26 +240,26 @@ def expected(folder: Path, tokens: list[list[int]]) -> Expected:
     return Expected(scores[torch.float32], scores[torch.bfloat16], greedy, experts, weights)
 
 
-def _listen(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _record_routing(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A list that gets the (experts, weights) that every MoE layer hands to its experts, in the order of the calls."""
-    heard: list[tuple[torch.Tensor, torch.Tensor]] = []
+    recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def hear(_module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+    def record(_module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
         _, experts, weights = arguments
-        heard.append((experts, weights))
+        recorded.append((experts, weights))
 
     for name, module in model.named_modules():
         if name.endswith(".experts"):
-            module.register_forward_pre_hook(hear)
-    return heard
+            module.register_forward_pre_hook(record)
+    return recorded
 
 
 def _by_token(
-    heard: list[tuple[torch.Tensor, torch.Tensor]], *, num_prompts: int
+    recorded: list[tuple[torch.Tensor, torch.Tensor]], *, num_prompts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts and weights (tokens, MoE layers, K) of prompts that went through the model one after another."""
-    layers = len(heard) // num_prompts
-    prompts = [heard[first : first + layers] for first in range(0, num_prompts * layers, layers)]
+    layers = len(recorded) // num_prompts
+    prompts = [recorded[first : first + layers] for first in range(0, num_prompts * layers, layers)]
     experts, weights = (
         torch.cat([torch.stack([call[part] for call in calls], dim=1) for calls in prompts]) for part in (0, 1)
     )

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from moempi.config.topology_file import LEVEL_NAMES, Level
-from moempi.layout.forwarders import Gates
+from moempi.layout.forwarders import Forwarders
 from moempi.layout.placement import Placement, linear
 from moempi.layout.topology import NETWORK, Topology
-from moempi.planning.colocate import Uses, clusters, crossings, gather
-from moempi.planning.load_balance import copies, even_out, rank_loads, rooms
-from moempi.planning.policies import POLICIES, place
-from moempi.planning.replay import Machine, Routes, replay
+from moempi.planning.colocate import ExpertUsage, clusters, co_locate, num_node_transfers
+from moempi.planning.load_balance import rank_loads, rebalance, replica_counts, slots_per_rank
+from moempi.planning.policies import POLICIES, choose_placement
+from moempi.planning.replay import Cluster, Routes, replay
 
 LEVELS = tuple(Level(name, 1.0 + i, 10.0 / (i + 1)) for i, name in enumerate(LEVEL_NAMES))
 ROW_BYTES = 32
@@ -24,7 +24,7 @@ def machine(nodes, hops, **changes):
         switches=tuple(node // 2 for node in nodes),
     )
     given = {"topology": where, "hops": hops, "row_bytes": ROW_BYTES, "levels": LEVELS, "row_s": 1e-6}
-    return Machine(**given | changes)
+    return Cluster(**given | changes)
 
 
 def random_routes(random, *, ranks, experts, tokens=120, top_k=3, skew=0.0):
@@ -56,15 +56,15 @@ def slow_replay(routes, placement, given):
 
     def move(hop, step, one, other):
         where = level(one, other)
-        for end in (one, other) if given.answers else (one,):
+        for end in (one, other) if given.counts_combine else (one,):
             sent[end, where] += ROW_BYTES
             messages[end, where] += (hop, step, one, other) not in moves
         moves.add((hop, step, one, other))
 
     for home, row, step, experts in zip(routes.homes, routes.rows, routes.steps, routes.experts, strict=True):
-        keys = placement.keys(home, given.topology).reshape(placement.num_experts, -1)
-        hosts = [int(placement.ranks[keys[expert, row % placement.turns]]) for expert in experts]
-        gates = Gates(nodes, int(home)).ranks
+        keys = placement.physical_ids(home, given.topology).reshape(placement.num_experts, -1)
+        hosts = [int(placement.ranks[keys[expert, row % placement.replica_period]]) for expert in experts]
+        gates = Forwarders(nodes, int(home)).ranks
         for host in hosts:
             rows[host] += 1
             if given.hops == 1:
@@ -83,7 +83,7 @@ def slow_replay(routes, placement, given):
 def test_replay_counts_what_the_exchanges_would(nodes, hops, num_copies):
     random = np.random.default_rng(len(nodes))
     for answers in (True, False):
-        given = machine(nodes, hops, answers=answers)
+        given = machine(nodes, hops, counts_combine=answers)
         routes = random_routes(random, ranks=len(nodes), experts=7)
         placement = random_placement(random, len(nodes), 7, num_copies)
         found = replay(routes, placement, given)
@@ -103,27 +103,27 @@ def test_expected_loads_are_those_of_the_turns():
         hosts = np.array([[expert in hosted for expert in range(5)] for hosted in placement.hosted])
         expected = np.zeros((6, 5))
         for source in range(6):
-            keys = placement.keys(source, Topology(tuple(nodes))).reshape(5, placement.turns)
+            keys = placement.physical_ids(source, Topology(tuple(nodes))).reshape(5, placement.replica_period)
             for expert in range(5):
-                on_rank = np.bincount(placement.ranks[keys[expert]], minlength=6) / placement.turns
+                on_rank = np.bincount(placement.ranks[keys[expert]], minlength=6) / placement.replica_period
                 expected[:, expert] += demand[source, expert] * on_rank
         np.testing.assert_allclose(rank_loads(hosts, demand, nodes), expected, rtol=1e-12)
 
 
 def test_gathering_lowers_crossings_and_keeps_shares():
     random = np.random.default_rng(2)
-    uses = Uses.of(np.argsort(random.random((400, 12)), axis=1)[:, :3], random.integers(0, 3, 400), 12)
+    uses = ExpertUsage.from_choices(np.argsort(random.random((400, 12)), axis=1)[:, :3], random.integers(0, 3, 400), 12)
     ranks_of_node, room = np.array([2, 2, 1]), np.array([5, 5, 2])
     for start in (np.repeat(range(3), room), clusters(uses, room)):
-        found = gather(uses, start, ranks_of_node=ranks_of_node, evenness=0.0)
+        found = co_locate(uses, start, ranks_of_node=ranks_of_node, imbalance_price=0.0)
         assert np.bincount(found).tolist() == room.tolist()
-        assert crossings(uses, found, 3) <= crossings(uses, start, 3)
+        assert num_node_transfers(uses, found, 3) <= num_node_transfers(uses, start, 3)
         # No exchange of two experts is left that would lower them.
         for one in range(12):
             for other in range(one):
                 changed = found.copy()
                 changed[[one, other]] = found[[other, one]]
-                assert crossings(uses, changed, 3) >= crossings(uses, found, 3)
+                assert num_node_transfers(uses, changed, 3) >= num_node_transfers(uses, found, 3)
 
 
 def test_one_hop_gathering_is_as_good_as_the_assignment():
@@ -131,18 +131,18 @@ def test_one_hop_gathering_is_as_good_as_the_assignment():
     random = np.random.default_rng(3)
     for _ in range(5):
         experts, homes = random.integers(0, 12, (300, 1)), random.integers(0, 3, 300)
-        uses = Uses.of(experts, homes, 12)
-        found = gather(uses, np.repeat(range(3), 4), ranks_of_node=np.ones(3, int), evenness=0.0)
+        uses = ExpertUsage.from_choices(experts, homes, 12)
+        found = co_locate(uses, np.repeat(range(3), 4), ranks_of_node=np.ones(3, int), imbalance_price=0.0)
         away = np.array([[(homes[experts[:, 0] == e] != n).sum() for n in np.repeat(range(3), 4)] for e in range(12)])
         best = away[optimize.linear_sum_assignment(away)].sum()
-        assert best <= crossings(uses, found, 3) <= 1.02 * best
+        assert best <= num_node_transfers(uses, found, 3) <= 1.02 * best
 
 
 def test_copies_and_rooms_share_evenly():
-    assert copies(np.array([8.0, 1.0, 3.0]), 6, 4).tolist() == [3, 1, 2]
-    assert copies(np.array([8.0, 1.0, 3.0]), 7, 3).tolist() == [3, 1, 3]
+    assert replica_counts(np.array([8.0, 1.0, 3.0]), 6, 4).tolist() == [3, 1, 2]
+    assert replica_counts(np.array([8.0, 1.0, 3.0]), 7, 3).tolist() == [3, 1, 3]
     for experts, keys, ranks in ((6, 7, 4), (9, 10, 6), (3, 3, 8), (3, 9, 8), (16, 20, 5)):
-        room = rooms(experts, keys, ranks)
+        room = slots_per_rank(experts, keys, ranks)
         assert room.sum() == keys
         assert room.max() == max(1, -(-keys // ranks))
         assert (room >= [len(hosted) for hosted in linear(experts, ranks).hosted]).all()
@@ -164,14 +164,15 @@ def test_copies_and_rooms_share_evenly():
 def test_policies_host_every_expert_within_even_shares(policy, hops, nodes, experts, keys):
     routes = random_routes(np.random.default_rng(1), ranks=len(nodes), experts=experts, skew=1.0)
     given = machine(nodes, hops)
-    found = place(policy, routes, given, num_experts=experts, num_keys=keys)
+    found = choose_placement(policy, routes, given, num_experts=experts, num_physical=keys)
     assert sorted(set(found.experts.tolist())) == list(range(experts))
     assert len(found.experts) == keys
     assert max(map(len, found.hosted)) <= -(-keys // len(nodes))
     assert all(len(set(hosted)) == len(hosted) for hosted in found.hosted)
     if policy == "topology":
         times = {
-            p: replay(routes, place(p, routes, given, num_experts=experts, num_keys=keys), given) for p in POLICIES
+            p: replay(routes, choose_placement(p, routes, given, num_experts=experts, num_physical=keys), given)
+            for p in POLICIES
         }
         assert replay(routes, found, given).time_s == min(forecast.time_s for forecast in times.values())
 
@@ -179,7 +180,7 @@ def test_policies_host_every_expert_within_even_shares(policy, hops, nodes, expe
 def test_a_layer_without_tokens_can_be_placed():
     nothing = Routes(*(np.zeros(0, int) for _ in range(3)), np.zeros((0, 2), int))
     for policy in POLICIES:
-        found = place(policy, nothing, machine((0, 0, 1), 2), num_experts=6, num_keys=7)
+        found = choose_placement(policy, nothing, machine((0, 0, 1), 2), num_experts=6, num_physical=7)
         assert sorted(set(found.experts.tolist())) == list(range(6))
 
 
@@ -189,21 +190,27 @@ def test_evening_out_keeps_what_a_node_hosts():
     hosts = np.array([[rank == expert % 4 for expert in range(12)] for rank in range(4)])
     demand = random.random((4, 12)) * np.arange(12) ** 2
     before, was = rank_loads(hosts, demand, nodes).sum(axis=1), hosts.copy()
-    even_out(hosts, demand, nodes, within_nodes=True)
+    rebalance(hosts, demand, nodes, within_nodes=True)
     assert (hosts[:2].any(axis=0) == was[:2].any(axis=0)).all()
     assert hosts.sum(axis=1).tolist() == [3, 3, 3, 3]
     assert rank_loads(hosts, demand, nodes).sum(axis=1).max() <= before.max()
 
 
 def test_communities_are_gathered_and_hot_experts_spread():
-    from moempi.bench.placement import Maker
-    maker, nodes = Maker(tokens=4000, experts=32, top_k=4, ranks=8), (0, 0, 1, 1, 2, 2, 3, 3)
+    from moempi.bench.placement import RoutingMaker
+
+    maker, nodes = RoutingMaker(tokens=4000, experts=32, top_k=4, ranks=8), (0, 0, 1, 1, 2, 2, 3, 3)
     routes, given = maker.communities(num=4), machine(nodes, 2, row_s=1e-9, row_bytes=4096)
     sent = {
-        policy: replay(routes, place(policy, routes, given, num_experts=32, num_keys=32), given).sent_bytes.sum(axis=0)
+        policy: replay(
+            routes, choose_placement(policy, routes, given, num_experts=32, num_physical=32), given
+        ).sent_bytes.sum(axis=0)
         for policy in POLICIES
     }
     assert sent["topology"][NETWORK] <= 0.7 * sent["linear"][NETWORK]
     routes, given = maker.zipf(), machine(nodes, 1)
     for policy in ("balanced", "topology"):
-        assert replay(routes, place(policy, routes, given, num_experts=32, num_keys=40), given).imbalance <= 0.15
+        assert (
+            replay(routes, choose_placement(policy, routes, given, num_experts=32, num_physical=40), given).imbalance
+            <= 0.15
+        )

@@ -11,7 +11,7 @@ from moempi.config.machine_file import read_machine
 from moempi.config.reading import read_toml
 from moempi.layout.schedule import step_points
 from moempi.layout.topology import Topology, virtual
-from moempi.planning.step_cost import Costs, Load
+from moempi.planning.step_cost import StepCosts, StepLoad
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MISSION = read_toml(ROOT / "jobs/arch/mission.toml", Architecture)
@@ -22,20 +22,20 @@ WIDTH, HEADS, EXPERT, TOP_K = 7168, 128 * 128, 2048, 8
 
 def costs(topology=None, **changes):
     given = {"tensor": 1, "hops": 1, "hosted": 1, "row_bytes": 2 * WIDTH, "value_bytes": 2}
-    return Costs(MACHINE, MISSION, topology or virtual(64, 8), **given | changes)
+    return StepCosts(MACHINE, MISSION, topology or virtual(64, 8), **given | changes)
 
 
-def by_phase(legs, layer):
-    return {leg.point.phase: leg for leg in legs if leg.point.layer == layer}
+def by_phase(phases, layer):
+    return {phase.point.phase: phase for phase in phases if phase.point.layer == layer}
 
 
 def test_many_rows_take_the_arithmetic_of_their_products():
     rows, context = 4096, 2048
-    legs = by_phase(costs().step(range(30, 32), Load(rows, 1, context), is_first=False, is_last=False), 31)
+    phases = by_phase(costs().step(range(30, 32), StepLoad(rows, 1, context), is_first=False, is_last=False), 31)
     attention = 4 * WIDTH * HEADS * 2 + 4 * HEADS * context
-    assert legs["counts"].compute_s == pytest.approx(rows * (attention + 2 * WIDTH * 64) / FLOPS)
-    assert legs["dispatch"].compute_s == 0
-    assert legs["combine"].compute_s == pytest.approx(rows * TOP_K * 6 * WIDTH * EXPERT / FLOPS)
+    assert phases["counts"].compute_s == pytest.approx(rows * (attention + 2 * WIDTH * 64) / FLOPS)
+    assert phases["dispatch"].compute_s == 0
+    assert phases["combine"].compute_s == pytest.approx(rows * TOP_K * 6 * WIDTH * EXPERT / FLOPS)
     # 939 and 705 MFLOP a token: what the mission's attention projections and experts are known to take.
     assert pytest.approx(939e6, rel=1e-3) == 8 * WIDTH * HEADS
     assert pytest.approx(705e6, rel=1e-3) == TOP_K * 6 * WIDTH * EXPERT
@@ -43,44 +43,46 @@ def test_many_rows_take_the_arithmetic_of_their_products():
 
 def test_few_rows_take_the_reading_of_weights_and_cache():
     sequences, context = 1, 2048
-    legs = by_phase(costs().step(range(30, 32), Load(sequences, sequences, context), is_first=False, is_last=False), 31)
+    phases = by_phase(
+        costs().step(range(30, 32), StepLoad(sequences, sequences, context), is_first=False, is_last=False), 31
+    )
     cache = sequences * context * 2 * HEADS * 2
     attention = 4 * WIDTH * HEADS * 2
-    assert legs["counts"].compute_s == pytest.approx((cache + attention + 2 * WIDTH * 64) / MEMORY)
+    assert phases["counts"].compute_s == pytest.approx((cache + attention + 2 * WIDTH * 64) / MEMORY)
     hit = 1 - (1 - 1 / 64) ** (64 * TOP_K)
-    assert legs["combine"].compute_s == pytest.approx(hit * 3 * WIDTH * EXPERT * 2 / MEMORY)
+    assert phases["combine"].compute_s == pytest.approx(hit * 3 * WIDTH * EXPERT * 2 / MEMORY)
 
 
 def test_one_hop_sends_seven_eighths_between_nodes():
     rows = 1024
-    legs = by_phase(costs().step(range(30, 32), Load(rows, 1, 1), is_first=False, is_last=False), 31)
+    phases = by_phase(costs().step(range(30, 32), StepLoad(rows, 1, 1), is_first=False, is_last=False), 31)
     num_bytes = rows * TOP_K * 2 * WIDTH
     seconds = num_bytes * (56 / 64 / NETWORK + 7 / 64 / NVLINK + 1 / 64 / MEMORY)
     for phase in ("dispatch", "combine"):
-        assert legs[phase].carry_s == pytest.approx(seconds)
-        assert legs[phase].latency_s == pytest.approx(56 * 5e-6 + 7 * 2e-6)
+        assert phases[phase].link_s == pytest.approx(seconds)
+        assert phases[phase].latency_s == pytest.approx(56 * 5e-6 + 7 * 2e-6)
 
 
 def test_two_hops_send_a_row_once_to_each_distinct_node():
     rows = 1024
-    legs = by_phase(costs(hops=2).step(range(30, 32), Load(rows, 1, 1), is_first=False, is_last=False), 31)
+    phases = by_phase(costs(hops=2).step(range(30, 32), StepLoad(rows, 1, 1), is_first=False, is_last=False), 31)
     share = 1 - comb(56, TOP_K) / comb(64, TOP_K)
     assert pytest.approx(66.5, rel=0.01) == 7 * share * 2 * WIDTH / 1024  # KiB a token between nodes
     for phase in ("dispatch", "combine across"):
-        assert legs[phase].carry_s == pytest.approx(rows * 7 * share * 2 * WIDTH / NETWORK)
-        assert legs[phase].latency_s == pytest.approx(7 * 5e-6)
+        assert phases[phase].link_s == pytest.approx(rows * 7 * share * 2 * WIDTH / NETWORK)
+        assert phases[phase].latency_s == pytest.approx(7 * 5e-6)
     inside = rows * TOP_K * 2 * WIDTH * (7 / 8 / NVLINK + 1 / 8 / MEMORY)
-    assert legs["dispatch inside"].carry_s == legs["combine"].carry_s == pytest.approx(inside)
+    assert phases["dispatch inside"].link_s == phases["combine"].link_s == pytest.approx(inside)
 
 
 def test_a_tensor_group_divides_attention_and_its_rows():
-    load = Load(8192, 1, 2048)
+    load = StepLoad(8192, 1, 2048)
     alone = by_phase(costs().step(range(30, 32), load, is_first=False, is_last=False), 31)
     divided = by_phase(costs(tensor=8).step(range(30, 32), load, is_first=False, is_last=False), 31)
     assert divided["scatter"].compute_s + divided["counts"].compute_s == pytest.approx(alone["counts"].compute_s / 8)
     assert divided["combine"].compute_s == pytest.approx(alone["combine"].compute_s / 8)
-    assert divided["dispatch"].carry_s == pytest.approx(alone["dispatch"].carry_s / 8)
-    assert divided["gather"].carry_s == pytest.approx(7 * 1024 * 2 * WIDTH / NVLINK)
+    assert divided["dispatch"].link_s == pytest.approx(alone["dispatch"].link_s / 8)
+    assert divided["gather"].link_s == pytest.approx(7 * 1024 * 2 * WIDTH / NVLINK)
 
 
 @pytest.mark.parametrize("place", [(True, True), (True, False), (False, False), (False, True)])
@@ -88,37 +90,37 @@ def test_legs_are_the_points_of_the_schedule(place):
     is_first, is_last = place
     layers = range(0 if is_first else 1, 61 if is_last else 5)
     for tensor, hops in product((1, 8), (1, 2)):
-        legs = costs(tensor=tensor, hops=hops).step(layers, Load(64, 64, 100), is_first=is_first, is_last=is_last)
-        points = step_points(
-            layers, MISSION.moe_layers, tensor=tensor, is_first=is_first, is_last=is_last, hops=hops
-        )
-        assert tuple(leg.point for leg in legs) == points
+        phases = costs(tensor=tensor, hops=hops).step(layers, StepLoad(64, 64, 100), is_first=is_first, is_last=is_last)
+        points = step_points(layers, MISSION.moe_layers, tensor=tensor, is_first=is_first, is_last=is_last, hops=hops)
+        assert tuple(phase.point for phase in phases) == points
 
 
 @pytest.mark.parametrize("tensor", [1, 8])
 def test_the_last_stage_reads_its_part_of_the_head(tensor):
     last, other = (
-        costs(tensor=tensor).step(range(59, 61), Load(64, 64, 100), is_first=False, is_last=is_last)
+        costs(tensor=tensor).step(range(59, 61), StepLoad(64, 64, 100), is_first=False, is_last=is_last)
         for is_last in (True, False)
     )
     head = 2 * 129280 * WIDTH / MEMORY / tensor
     others = tensor - 1
     moved = others * 64 / tensor * (2 * WIDTH + 4 * 129280 / tensor) / NVLINK + 2 * others * 2e-6
-    assert sum(leg.compute_s for leg in last) - sum(leg.compute_s for leg in other) == pytest.approx(head + moved)
+    assert sum(phase.compute_s for phase in last) - sum(phase.compute_s for phase in other) == pytest.approx(
+        head + moved
+    )
 
 
 @pytest.mark.parametrize("tensor", [1, 8])
 def test_every_dense_layer_counts(tensor):
     one, three = (
-        costs(tensor=tensor).step(range(first, 4), Load(4096, 1, 2048), is_first=False, is_last=False)
+        costs(tensor=tensor).step(range(first, 4), StepLoad(4096, 1, 2048), is_first=False, is_last=False)
         for first in (3, 0)
     )
     dense = 4096 * (4 * WIDTH * HEADS * 2 + 4 * HEADS * 2048 + 6 * WIDTH * 18432) / FLOPS / tensor
-    assert sum(leg.compute_s for leg in three) - sum(leg.compute_s for leg in one) == pytest.approx(3 * dense)
+    assert sum(phase.compute_s for phase in three) - sum(phase.compute_s for phase in one) == pytest.approx(3 * dense)
 
 
 def test_one_rank_sends_nothing():
-    legs = costs(Topology((0,)), hosted=64).step(range(61), Load(8, 8, 100), is_first=True, is_last=True)
+    phases = costs(Topology((0,)), hosted=64).step(range(61), StepLoad(8, 8, 100), is_first=True, is_last=True)
     to_itself = 8 * TOP_K * 2 * WIDTH / MEMORY
-    assert all(leg.carry_s == pytest.approx(0) or leg.carry_s == pytest.approx(to_itself) for leg in legs)
-    assert all(leg.latency_s < 1e-9 for leg in legs)
+    assert all(phase.link_s == pytest.approx(0) or phase.link_s == pytest.approx(to_itself) for phase in phases)
+    assert all(phase.latency_s < 1e-9 for phase in phases)

@@ -13,7 +13,7 @@ from moempi.errors import ConfigError, DataError
 from moempi.runtime.world import World
 
 
-def strike(ending: str) -> None:
+def end_by(ending: str) -> None:
     match ending:
         case "exception" | "debug":
             raise ValueError("a bad\nvalue")
@@ -43,7 +43,7 @@ def work(world: World, ending: str) -> None:
             world.alive(f"step {step}")
             time.sleep(0.2)
     elif world.rank == 1 and ending != "waiting":
-        strike(ending)
+        end_by(ending)
     else:
         if ending == "late":
             world.alive("step 8")
@@ -55,7 +55,7 @@ def main(ending: str, folder: str) -> None:
     place = Path(folder, str(world.rank))
     place.with_suffix(".pid").write_text(str(os.getpid()))
     with world.guard():
-        world.agree(ConfigError("no room") if ending == "disagree" and world.rank > 0 else None)
+        world.raise_together(ConfigError("no room") if ending == "disagree" and world.rank > 0 else None)
         world.watch(30.0 if ending == "waiting" else 2.0, group=0)
         world.alive("step 7")
         place.with_suffix(".ready").touch()

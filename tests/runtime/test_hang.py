@@ -1,6 +1,6 @@
 """Who keeps the others waiting."""
 
-from moempi.runtime.hang import Position, explain, is_stall
+from moempi.runtime.hang import Position, explain, is_hang
 
 
 def position(passed, *, group=0, since_s=9.0, where="layer 3 dispatch, lane 0"):
@@ -9,7 +9,7 @@ def position(passed, *, group=0, since_s=9.0, where="layer 3 dispatch, lane 0"):
 
 def test_a_rank_that_does_not_answer_is_a_stall_at_once():
     positions = {0: position(7, since_s=3.0), 2: position(7, since_s=0.0)}
-    assert is_stall(positions, 3, timeout_s=2.0)
+    assert is_hang(positions, 3, timeout_s=2.0)
     assert explain(positions, 3) == "rank 1 does not answer, rank 0 waits at layer 3 dispatch, lane 0"
 
 
@@ -19,14 +19,14 @@ def test_many_silent_ranks_are_counted():
 
 def test_one_rank_that_moves_is_no_stall():
     positions = {0: position(7, since_s=3.0), 1: position(7, since_s=1.0)}
-    assert not is_stall(positions, 2, timeout_s=2.0)
-    assert is_stall(positions, 2, timeout_s=0.5)
+    assert not is_hang(positions, 2, timeout_s=2.0)
+    assert is_hang(positions, 2, timeout_s=0.5)
 
 
 def test_start_and_end_may_take_longer_than_a_step():
     positions = {0: position(7, group=None), 1: position(7, group=None)}
-    assert not is_stall(positions, 2, timeout_s=2.0)
-    assert is_stall(positions, 2, timeout_s=0.5)
+    assert not is_hang(positions, 2, timeout_s=2.0)
+    assert is_hang(positions, 2, timeout_s=0.5)
 
 
 def test_the_late_rank_is_the_last_of_its_group():

@@ -17,14 +17,14 @@ def _handler():
 
 
 def test_nobody_asked():
-    assert not Stop().asked
-    assert not Stop(max_minutes=60).asked
+    assert not Stop().requested
+    assert not Stop(max_minutes=60).requested
 
 
 def test_a_signal_asks():
     asked = Stop(max_minutes=60)
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert asked.asked
+    assert asked.requested
     assert asked.reason == "SIGUSR1"
 
 
@@ -33,7 +33,7 @@ def test_the_end_of_its_time_asks(monkeypatch):
     monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
     limited = Stop(max_minutes=2)
     now[0] += 119.9
-    assert not limited.asked
+    assert not limited.requested
     now[0] += 0.1
-    assert limited.asked
+    assert limited.requested
     assert limited.reason == "--max-minutes 2"

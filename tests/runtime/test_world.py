@@ -98,15 +98,15 @@ def test_debug_prints_the_traceback(tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("struck", [0, 2])
-def test_an_interrupt_ends_all_ranks_with_one_line(struck, tmp_path):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_interrupt_ends_all_ranks_with_one_line(rank, tmp_path):
     process = launching.start("mpirun", "-n", "3", *launching.python(ENDINGS, "waiting", tmp_path))
     wait_for(tmp_path)
     begin = time.monotonic()
-    os.kill(int((tmp_path / f"{struck}.pid").read_text()), signal.SIGINT)
+    os.kill(int((tmp_path / f"{rank}.pid").read_text()), signal.SIGINT)
     _, err = process.communicate(timeout=END_S)
     assert [line for line in err.splitlines() if line.startswith("moempi: ")] == [
-        f"moempi: rank {struck}: ended by SIGINT"
+        f"moempi: rank {rank}: ended by SIGINT"
     ]
     assert process.returncode == 130
     wait_for_end(tmp_path, limit=begin + END_S)
@@ -150,7 +150,7 @@ def test_places(comm, num_ranks):
     assert world.nodes == (0,) * num_ranks
     assert world.num_nodes == 1
     assert world.local_rank == comm.rank
-    assert world.split_agrees
+    assert world.split_matches_nodes
 
 
 @pytest.mark.ranks(3)
@@ -161,7 +161,7 @@ def test_node_names_of_slurm_come_first(comm, monkeypatch):
     world = World(comm)
     assert world.nodes == (0, 1, 0)
     assert world.local_rank == (0, 0, 1)[comm.rank]
-    assert not world.split_agrees
+    assert not world.split_matches_nodes
 
 
 @pytest.mark.ranks(1, 3)
@@ -170,14 +170,14 @@ def test_together_returns_each_ranks_value_or_ends_all_alike(comm, capfd):
     from moempi.runtime.world import AgreedExit, World
 
     world = World(comm)
-    assert world.together(lambda: comm.rank) == comm.rank
+    assert world.collectively(lambda: comm.rank) == comm.rank
 
     def fail_on_the_last():
         if comm.rank == comm.size - 1:
             raise DataError("torn")
 
     with pytest.raises(AgreedExit) as ending:
-        world.together(fail_on_the_last)
+        world.collectively(fail_on_the_last)
     assert ending.value.code == 65
     assert ("torn" in capfd.readouterr().err) == (comm.rank == comm.size - 1)
 

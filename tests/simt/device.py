@@ -43,7 +43,7 @@ class SimtDevice:
     name = "SIMT on the CPU"
 
     def __init__(self, *, pinned: bool = True, eager: bool = False) -> None:
-        self.wires_on_host = pinned
+        self.comm_buffers_on_host = pinned
         self._eager = eager
         self._queues: dict[int, Queue] = {}
         self.live_bytes = self.peak_bytes = 0
@@ -58,11 +58,11 @@ class SimtDevice:
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
         return self._resident(_fresh(shape, dtype))
 
-    def wire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    def comm_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         fresh = _fresh(shape, dtype)
-        return fresh if self.wires_on_host else self._resident(fresh)
+        return fresh if self.comm_buffers_on_host else self._resident(fresh)
 
-    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+    def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         """The CPU reaches all memory."""
 
     def holds(self, values: npt.NDArray[Any]) -> bool:
@@ -104,8 +104,8 @@ class SimtDevice:
 
         self._queue.submit(run)
 
-    def mark(self) -> "QueueMark":
-        return QueueMark(self._queue, self._queue.submitted)
+    def record_event(self) -> "QueueEvent":
+        return QueueEvent(self._queue, self._queue.submitted)
 
     def _resident(self, values: npt.NDArray[Any]) -> Resident:
         """Count the memory for as long as the array or a part of it lives."""
@@ -142,18 +142,18 @@ class Queue:
         return self.submitted - len(self._waiting)
 
 
-class QueueMark:
+class QueueEvent:
     """A mark that lets one piece of work be done each time it is asked."""
 
     def __init__(self, queue: Queue, place: int) -> None:
         self._queue = queue
         self._place = place
 
-    def is_reached(self) -> bool:
+    def is_done(self) -> bool:
         self._queue.run(min(self._queue.done + 1, self._place))
         return self._queue.done >= self._place
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         self._queue.run(self._place)
 
 

@@ -4,23 +4,23 @@ import json
 import sys
 
 import moempi.engine.run as engine
-from moempi.backend.cuda.backend import CupyBackend
+from moempi.backend.cuda.backend import CudaBackend
 from moempi.cli import main
 from simt.device import SimtDevice
 
 device = SimtDevice(pinned=False, eager=True)
 found = {}
-take_seat, load_model = engine.take_seat, engine.load_model
+lay_out_rank, load_model = engine.lay_out_rank, engine.load_model
 
 
 def make_backend(run, **_):
-    return CupyBackend(device, precision=run.precision, reproducible=run.reproducible)
+    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible)
 
 
-def watch_seat(*arguments, **named):
-    seat = take_seat(*arguments, **named)
-    found["memory"] = seat.memory
-    return seat
+def watch_layout(*arguments, **named):
+    rank_layout = lay_out_rank(*arguments, **named)
+    found["memory"] = rank_layout.memory
+    return rank_layout
 
 
 def watch_load(*arguments, pages, **named):
@@ -32,7 +32,7 @@ def watch_load(*arguments, pages, **named):
     return model
 
 
-engine.make_backend, engine.take_seat, engine.load_model = make_backend, watch_seat, watch_load
+engine.make_backend, engine.lay_out_rank, engine.load_model = make_backend, watch_layout, watch_load
 
 if __name__ == "__main__":
     code = main()

@@ -7,14 +7,14 @@ import os
 import sys
 
 import moempi.engine.run as engine
-from moempi.backend.cuda.backend import CupyBackend
+from moempi.backend.cuda.backend import CudaBackend
 from moempi.cli import main
 from simt.device import SimtDevice
 
 
 def make_backend(run, **_):
     device = SimtDevice(pinned=os.environ.get("MOEMPI_SIMT_WIRES") != "device")
-    return CupyBackend(device, precision=run.precision, reproducible=run.reproducible)
+    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible)
 
 
 if os.environ.get("MOEMPI_TEST_DEVICE") != "cuda":

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moempi.errors import StorageError
-from moempi.storage.journal import parts_folder, remove_parts
+from moempi.storage.journal import journals_folder, remove_journals
 from moempi.storage.lock import OutputLock
 
 HOLDER = """
@@ -53,9 +53,9 @@ def test_a_lock_whose_folder_was_removed_meanwhile_does_not_count(tmp_path, monk
 
     def take_late(self, file):
         monkeypatch.undo()
-        remove_parts(tmp_path / "r.h5")
+        remove_journals(tmp_path / "r.h5")
         first.release()
-        parts_folder(tmp_path / "r.h5").mkdir()
+        journals_folder(tmp_path / "r.h5").mkdir()
         take(self, file)
 
     monkeypatch.setattr(OutputLock, "_take", take_late)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moempi.errors import StorageError
 from moempi.storage import journal as parts
-from moempi.storage.journal import Part, PartWriter, part_path, part_paths
+from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths
 from moempi.storage.records import RankRecord, RequestRecord
 
 TEXTS = ["", "plain", "emoji \U0001f9ee", "nul \0 inside", "../../x", "line\nbreak\r\n", '"quoted"']
@@ -62,14 +62,14 @@ def assert_same(left, right):
 
 
 def write_part(path, written, fingerprint="run"):
-    with PartWriter(path, fingerprint=fingerprint) as writer:
+    with JournalWriter(path, fingerprint=fingerprint) as writer:
         for record in written:
             writer.append(record)
     return path
 
 
 def read_part(path):
-    with Part(path) as part:
+    with JournalReader(path) as part:
         return [record for _, record in part.records()], part.dropped_bytes
 
 
@@ -77,7 +77,7 @@ def test_records_come_back_as_they_were(tmp_path):
     written = [make_request(i, top=i % 3, score_top=i if i % 2 else None) for i in range(8)]
     written.append(make_request(8, num_prompt=0, num_tokens=0, finish="error", error="why \0 not", reference="a"))
     written.append(make_rank(3))
-    found, dropped = read_part(write_part(part_path(tmp_path / "r.h5", 3), written))
+    found, dropped = read_part(write_part(journal_path(tmp_path / "r.h5", 3), written))
     assert dropped == 0
     for one, other in zip(written, found, strict=True):
         assert_same(one, other)
@@ -85,7 +85,7 @@ def test_records_come_back_as_they_were(tmp_path):
 
 def test_a_record_is_found_again_at_its_offset(tmp_path):
     path = write_part(tmp_path / "p", [make_request(i) for i in range(5)])
-    with Part(path) as part:
+    with JournalReader(path) as part:
         offsets = [offset for offset, _ in part.records()]
         for index in (4, 0, 2):
             assert part.record_at(offsets[index]).index == index
@@ -103,7 +103,7 @@ def test_an_empty_part_and_an_empty_request(tmp_path):
 def test_a_part_torn_at_every_byte_keeps_the_records_before(tmp_path):
     path = write_part(tmp_path / "p", [make_request(i) for i in range(3)])
     whole = path.read_bytes()
-    with Part(path) as part:
+    with JournalReader(path) as part:
         start = [offset for offset, _ in part.records()][-1]
     for length in range(start, len(whole)):
         path.write_bytes(whole[:length])
@@ -119,7 +119,7 @@ def test_a_part_torn_at_every_byte_keeps_the_records_before(tmp_path):
 def test_a_flipped_bit_at_every_byte_of_the_last_record_is_noticed(tmp_path):
     path = write_part(tmp_path / "p", [make_request(i) for i in range(3)])
     whole = path.read_bytes()
-    with Part(path) as part:
+    with JournalReader(path) as part:
         start = [offset for offset, _ in part.records()][-1]
     for place in range(start, len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
@@ -147,22 +147,22 @@ def test_zeros_after_a_power_failure_are_dropped(tmp_path):
 def test_a_damaged_header_is_refused_at_every_byte(tmp_path):
     path = write_part(tmp_path / "p", [make_request(0)])
     whole = path.read_bytes()
-    with Part(path) as part:
+    with JournalReader(path) as part:
         header_bytes = next(offset for offset, _ in part.records())
     for place in range(header_bytes):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with pytest.raises(StorageError):
-            Part(path)
+            JournalReader(path)
         path.write_bytes(whole[:place])
         with pytest.raises(StorageError):
-            Part(path)
+            JournalReader(path)
 
 
 def test_the_part_of_another_run_is_refused_and_kept(tmp_path):
     path = write_part(tmp_path / "p", [make_request(0)], fingerprint="one")
     before = path.read_bytes()
     with pytest.raises(StorageError, match="another run"):
-        PartWriter(path, fingerprint="two")
+        JournalWriter(path, fingerprint="two")
     assert path.read_bytes() == before
 
 
@@ -173,7 +173,7 @@ def test_a_lone_surrogate_becomes_a_replacement_character(tmp_path):
 
 def test_a_full_disk_leaves_whole_records(tmp_path):
     path = tmp_path / "p"
-    writer = PartWriter(path, fingerprint="run")
+    writer = JournalWriter(path, fingerprint="run")
     writer.append(make_request(0))
     size = path.stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_whole_records(tmp_path):
 
 
 def test_an_interrupt_between_two_writes_leaves_whole_records(tmp_path, monkeypatch):
-    writer = PartWriter(tmp_path / "p", fingerprint="run")
+    writer = JournalWriter(tmp_path / "p", fingerprint="run")
     write = os.write
 
     def interrupted(file, octets):
@@ -211,7 +211,7 @@ def test_the_disk_is_reached_at_most_once_a_second_and_at_close(tmp_path, monkey
     synced, now = [], [100.0]
     monkeypatch.setattr(parts.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(parts.os, "fdatasync", synced.append)
-    writer = PartWriter(tmp_path / "p", fingerprint="run")
+    writer = JournalWriter(tmp_path / "p", fingerprint="run")
     for index in range(40):
         now[0] += 0.1
         writer.append(make_request(index))
@@ -224,12 +224,12 @@ def test_the_disk_is_reached_at_most_once_a_second_and_at_close(tmp_path, monkey
 def test_what_is_no_part_is_refused(tmp_path):
     (tmp_path / "p").write_bytes(b"something else entirely")
     with pytest.raises(StorageError, match="not a part"):
-        PartWriter(tmp_path / "p", fingerprint="run")
+        JournalWriter(tmp_path / "p", fingerprint="run")
     with pytest.raises(StorageError, match="cannot be read"):
-        Part(tmp_path / "missing")
+        JournalReader(tmp_path / "missing")
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot be written"):
-        PartWriter(tmp_path / "file" / "p", fingerprint="run")
+        JournalWriter(tmp_path / "file" / "p", fingerprint="run")
 
 
 def test_a_whole_record_that_is_not_ours_is_an_error(tmp_path):
@@ -268,7 +268,7 @@ def test_rank_records_that_cannot_be_stored_are_refused(fields):
 
 def test_parts_are_found_in_rank_order(tmp_path):
     results = tmp_path / "r.h5"
-    assert part_paths(results) == []
+    assert journal_paths(results) == []
     for rank in (12, 100000, 2):
-        write_part(part_path(results, rank), [])
-    assert [path.name for path in part_paths(results)] == ["rank-00002.part", "rank-00012.part", "rank-100000.part"]
+        write_part(journal_path(results, rank), [])
+    assert [path.name for path in journal_paths(results)] == ["rank-00002.part", "rank-00012.part", "rank-100000.part"]

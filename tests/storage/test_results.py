@@ -15,7 +15,7 @@ from moempi.errors import DataError, NoInputError, StorageError
 from moempi.storage import journal_index as survey
 from moempi.storage import merge as merging
 from moempi.storage import results_layout
-from moempi.storage.journal import PartWriter, part_path, part_paths, remove_parts
+from moempi.storage.journal import JournalWriter, journal_path, journal_paths, remove_journals
 from moempi.storage.merge import Provenance, merge
 from moempi.storage.results import ResultFile
 from storage.test_records import TEXTS, assert_same, make_rank, make_request, write_part
@@ -33,13 +33,13 @@ PROVENANCE = Provenance(
 
 def write_parts(path, *parts):
     for rank, written in enumerate(parts):
-        write_part(part_path(path, rank), written)
-    return part_paths(path)
+        write_part(journal_path(path, rank), written)
+    return journal_paths(path)
 
 
 def merged(path, *parts, num_requests):
     merge(path, write_parts(path, *parts), num_requests=num_requests, provenance=PROVENANCE)
-    remove_parts(path)
+    remove_journals(path)
     return path
 
 
@@ -59,7 +59,7 @@ def test_requests_come_back_in_input_order(tmp_path):
     requests[6] = make_request(6, reference="\U0001f9ee \0 é")
     path = merged(tmp_path / "r.h5", requests[7::2], [], requests[::2][::-1] + requests[1:7:2], num_requests=20)
     assert_requests(path, requests)
-    remove_parts(path)
+    remove_journals(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.h5"]
 
 
@@ -142,7 +142,7 @@ def test_parts_that_cannot_be_merged_stay(tmp_path, parts, message):
     path = tmp_path / "r.h5"
     with pytest.raises(StorageError, match=message):
         merged(path, *parts, num_requests=4)
-    assert len(part_paths(path)) == len(parts)
+    assert len(journal_paths(path)) == len(parts)
     assert not path.exists()
 
 
@@ -156,14 +156,14 @@ def test_a_torn_part_is_named_when_a_request_is_missing(tmp_path):
 
 def test_parts_of_different_runs_are_refused(tmp_path):
     path = tmp_path / "r.h5"
-    write_part(part_path(path, 0), [make_request(0)], fingerprint="one")
-    write_part(part_path(path, 1), [make_request(1)], fingerprint="two")
+    write_part(journal_path(path, 0), [make_request(0)], fingerprint="one")
+    write_part(journal_path(path, 1), [make_request(1)], fingerprint="two")
     with pytest.raises(StorageError, match="another run"):
-        merge(path, part_paths(path), num_requests=2, provenance=PROVENANCE)
+        merge(path, journal_paths(path), num_requests=2, provenance=PROVENANCE)
 
 
 def test_more_parts_than_are_held_open_and_many_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "MAX_OPEN_PARTS", 2)
+    monkeypatch.setattr(survey, "MAX_OPEN_JOURNALS", 2)
     monkeypatch.setattr(results_layout, "BLOCK_BYTES", 1000)
     requests = [make_request(i, num_prompt=1 + 50 * (i % 5)) for i in range(40)]
     assert_requests(merged(tmp_path / "r.h5", *(requests[k::5] for k in range(5)), num_requests=40), requests)
@@ -180,11 +180,11 @@ def test_a_failed_merge_leaves_the_file_that_was_there(tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from storage.test_results import PROVENANCE, merge, part_paths, StorageError
+from storage.test_results import PROVENANCE, merge, journal_paths, StorageError
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
-    merge(path, part_paths(path), num_requests=30, provenance=PROVENANCE)
+    merge(path, journal_paths(path), num_requests=30, provenance=PROVENANCE)
 except StorageError as error:
     print(error)
 """
@@ -302,7 +302,7 @@ def test_any_requests_come_back(tmp_path, shapes, num_parts, order):
 def test_a_writer_continues_the_part_of_an_unfinished_run(tmp_path):
     path = tmp_path / "r.h5"
     write_parts(path, [make_request(0)], [make_request(2)])
-    with PartWriter(part_path(path, 0), fingerprint="run") as writer:
+    with JournalWriter(journal_path(path, 0), fingerprint="run") as writer:
         writer.append(make_request(1))
-    merge(path, part_paths(path), num_requests=3, provenance=PROVENANCE)
+    merge(path, journal_paths(path), num_requests=3, provenance=PROVENANCE)
     assert_requests(path, [make_request(i) for i in range(3)])

@@ -62,8 +62,9 @@ class Question(NamedTuple):
 
 def random_word(rng: random.Random) -> str:
     """3 to 7 letters, with enough vowels to look like a word."""
-    return "".join(rng.choice("aeiou" if rng.random() < 0.35 else string.ascii_lowercase)
-                   for _ in range(rng.randint(3, 7)))
+    return "".join(
+        rng.choice("aeiou" if rng.random() < 0.35 else string.ascii_lowercase) for _ in range(rng.randint(3, 7))
+    )
 
 
 def add(rng: random.Random) -> tuple[str, str]:
@@ -174,11 +175,26 @@ def make_tokenizer() -> Tokenizer:
 def make_model(vocabulary: int) -> Qwen3MoeForCausalLM:
     """Three dense layers, then three layers of 16 experts of which each token visits two."""
     config = Qwen3MoeConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=512, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=128,
-        mlp_only_layers=[0, 1, 2], num_experts=16, num_experts_per_tok=2, moe_intermediate_size=64,
-        norm_topk_prob=True, router_aux_loss_coef=0.01, initializer_range=0.05, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=128,
+        mlp_only_layers=[0, 1, 2],
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     model = Qwen3MoeForCausalLM(config)
     model.set_experts_implementation("grouped_mm")
     return model
@@ -201,7 +217,7 @@ def make_batch(questions: Iterator[Question], tokenizer: Tokenizer) -> dict[str,
             if end > ROW_TOKENS:
                 break
             ids[row, used:end] = torch.tensor(tokens)
-            labels[row, used + len(prompt):end] = ids[row, used + len(prompt):end]
+            labels[row, used + len(prompt) : end] = ids[row, used + len(prompt) : end]
             positions[row, used:end] = torch.arange(len(tokens))
             used = end
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
@@ -221,8 +237,12 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
     """AdamW, with weight decay on matrices only."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-                             lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=PEAK_RATE,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
 
 
 def load_balance(router_logits: tuple[torch.Tensor, ...], real: torch.Tensor, chosen: int) -> torch.Tensor:
@@ -240,8 +260,10 @@ def save_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rng: ra
     """Keep all that `--resume` needs; the old file stays until the new one is whole."""
     STATE_FILE.parent.mkdir(parents=True, exist_ok=True)
     partial = STATE_FILE.with_suffix(".partial")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.getstate(),
-                "progress": progress}, partial)
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.getstate(), "progress": progress},
+        partial,
+    )
     partial.replace(STATE_FILE)
 
 
@@ -275,8 +297,11 @@ def train(resume: bool) -> None:
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == STEPS:
             seconds = time.monotonic() - start
             figures = " ".join(f"{task} {share:.0%}" for task, share in quick_accuracy(model, tokenizer).items())
-            print(f"step {step + 1} {seconds / 60:.1f} min loss {output.loss.item():.4f} "
-                  f"balance {balance.item():.2f} | {figures}", flush=True)
+            print(
+                f"step {step + 1} {seconds / 60:.1f} min loss {output.loss.item():.4f} "
+                f"balance {balance.item():.2f} | {figures}",
+                flush=True,
+            )
             save_state(model, optimizer, rng, (step + 1, seconds))
     save_checkpoint(model, tokenizer)
     record(training={"steps": STEPS, "tokens_per_step": ROWS * ROW_TOKENS, "minutes": round(seconds / 60, 1)})
@@ -293,7 +318,7 @@ def quick_accuracy(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer) -> dict[str
     best = model(input_ids=ids, use_cache=False).logits.argmax(-1)
     for question, text, guess in zip(sample, texts, best.tolist(), strict=True):
         begin = len(question.prompt)
-        right[question.task].append(guess[begin - 1:len(text) - 1] == text[begin:])
+        right[question.task].append(guess[begin - 1 : len(text) - 1] == text[begin:])
     return {task: sum(marks) / len(marks) for task, marks in right.items()}
 
 
@@ -305,11 +330,20 @@ def save_checkpoint(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer) -> None:
     model.to(torch.bfloat16).save_pretrained(HERE)
     use_hub_names(HERE / "config.json")
     (HERE / "model.safetensors").chmod(0o644)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                            model_max_length=model.config.max_position_embeddings,
-                            clean_up_tokenization_spaces=False).save_pretrained(HERE)
-    experts = [f"model.layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight" for layer in (3, 4, 5)
-               for expert in range(model.config.num_experts) for matrix in ("gate", "up", "down")]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=model.config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(HERE)
+    experts = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"
+        for layer in (3, 4, 5)
+        for expert in range(model.config.num_experts)
+        for matrix in ("gate", "up", "down")
+    ]
     with safe_open(HERE / "model.safetensors", "pt") as tensors:
         missing = set(experts) - set(tensors.keys())
     if missing:
@@ -355,8 +389,11 @@ def expert_use(questions: list[Question]) -> dict[str, dict[str, float]]:
         for layer, scores in enumerate(logits, start=model.config.num_hidden_layers - len(logits)):
             totals[layer] += torch.bincount(scores.topk(chosen).indices.flatten(), minlength=experts)
     shares = totals / totals.sum(-1, keepdim=True)
-    return {f"layer {layer}": {"smallest": round(row.min().item(), 3), "largest": round(row.max().item(), 3)}
-            for layer, row in enumerate(shares) if layer not in model.config.mlp_only_layers}
+    return {
+        f"layer {layer}": {"smallest": round(row.min().item(), 3), "largest": round(row.max().item(), 3)}
+        for layer, row in enumerate(shares)
+        if layer not in model.config.mlp_only_layers
+    }
 
 
 def evaluate() -> None:
@@ -365,11 +402,13 @@ def evaluate() -> None:
     with safe_open(HERE / "model.safetensors", "pt") as tensors:
         names = tensors.keys()
         parameters = sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    record(parameters=parameters,
-           bytes=(HERE / "model.safetensors").stat().st_size,
-           exact_answers_bfloat16=greedy_accuracy(questions, torch.bfloat16),
-           exact_answers_float32=greedy_accuracy(questions, torch.float32),
-           expert_use=expert_use(questions))
+    record(
+        parameters=parameters,
+        bytes=(HERE / "model.safetensors").stat().st_size,
+        exact_answers_bfloat16=greedy_accuracy(questions, torch.bfloat16),
+        exact_answers_float32=greedy_accuracy(questions, torch.float32),
+        expert_use=expert_use(questions),
+    )
 
 
 def record(**fields: Any) -> None:

@@ -11,8 +11,7 @@ def cpu_island(cores: Path = CORES) -> str:
     """The socket that all cores of this process are on; "" when they are on several, or the system does not say."""
     try:
         sockets = {
-            (cores / f"cpu{core}/topology/physical_package_id").read_text().strip()
-            for core in os.sched_getaffinity(0)
+            (cores / f"cpu{core}/topology/physical_package_id").read_text().strip() for core in os.sched_getaffinity(0)
         }
     except OSError:
         return ""

@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from moempi.arrays import Float32Array, IntArray
 from moempi.config.architecture import Clamp, Router
 from moempi.config.job import Sampling
 
 Array = Any
-IntArray = npt.NDArray[np.integer[Any]]
-FloatArray = npt.NDArray[np.float32]
 Stored = npt.NDArray[Any]
 
 
@@ -54,7 +53,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SamplingRequest:
     """How the next token of one sequence is chosen: its sampling, one uniform number in [0, 1), the tokens so far."""
 
     sampling: Sampling
@@ -63,26 +62,26 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Picked:
+class SampledTokens:
     """Per row: a token, its log-probability, and the `n` most likely tokens with theirs, (rows, n)."""
 
     tokens: IntArray
-    logprobs: FloatArray
+    logprobs: Float32Array
     top_tokens: npt.NDArray[np.int32]
-    top_logprobs: FloatArray
+    top_logprobs: Float32Array
 
-    def take(self, index: IntArray | slice) -> "Picked":
+    def take(self, index: IntArray | slice) -> "SampledTokens":
         """Some of the rows."""
-        return Picked(self.tokens[index], self.logprobs[index], self.top_tokens[index], self.top_logprobs[index])
+        return SampledTokens(self.tokens[index], self.logprobs[index], self.top_tokens[index], self.top_logprobs[index])
 
-    def shortened(self, top: int) -> "Picked":
+    def with_top(self, top: int) -> "SampledTokens":
         """The same with the `top` most likely tokens only."""
-        return Picked(self.tokens, self.logprobs, self.top_tokens[:, :top], self.top_logprobs[:, :top])
+        return SampledTokens(self.tokens, self.logprobs, self.top_tokens[:, :top], self.top_logprobs[:, :top])
 
     @staticmethod
-    def join(parts: "Sequence[Picked]") -> "Picked":
+    def join(parts: "Sequence[SampledTokens]") -> "SampledTokens":
         """The rows of all parts, one after another."""
-        return Picked(
+        return SampledTokens(
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
             np.concatenate([part.top_tokens for part in parts]),
@@ -90,13 +89,13 @@ class Picked:
         )
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A place in what was submitted."""
 
-    def is_reached(self) -> bool:
+    def is_done(self) -> bool:
         """Whether all before it is done; does not block."""
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Block the host until it is."""
 
 
@@ -106,9 +105,9 @@ class Backend(Protocol):
     name: str
     row_dtype: np.dtype[Any]
     """Element type of rows on the wire: uint16 (bfloat16 bits) or float32."""
-    between: Callable[[], None]
+    progress: Callable[[], None]
     """Called between the pieces of long verbs so that the network makes progress."""
-    wires_on_host: bool
+    comm_buffers_on_host: bool
     """Whether the host itself can read and write what `wire` makes."""
     queue: int
     """The queue that verbs are submitted to."""
@@ -131,13 +130,13 @@ class Backend(Protocol):
     def use_queue(self, number: int) -> None:
         """Submit to this queue from now on: what lies in other queues neither waits for it nor is waited for."""
 
-    def mark(self) -> Mark | None:
+    def record_event(self) -> Event | None:
         """A mark behind all that the queue was given; None where every verb is done when it returns."""
 
-    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+    def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         """Let `pack` and `unpack` work on host memory that somebody else allocated, for as long as the process runs."""
 
-    def wire(self, rows: int, width: int) -> Array:
+    def comm_buffer(self, rows: int, width: int) -> Array:
         """A contiguous, 64-byte aligned buffer of `rows` x `width` wire elements that MPI can read and write.
 
         What verbs wrote to it is there once a `mark` behind them is reached.
@@ -173,7 +172,7 @@ class Backend(Protocol):
     def add(self, x: Array, y: Array) -> Array:
         """X + y, both (T, D)."""
 
-    def rope_angles(self, positions: IntArray, *, frequencies: FloatArray, amplitude: float) -> Array:
+    def rope_angles(self, positions: IntArray, *, frequencies: Float32Array, amplitude: float) -> Array:
         """Cosines and sines (T, n) of position times frequency, times `amplitude`; in float32, once per step."""
 
     def rotate(self, x: Array, angles: Array, *, interleaved: bool = False) -> Array:
@@ -204,27 +203,32 @@ class Backend(Protocol):
     def swiglu(self, gate_up: Array, clamp: Clamp | None = None) -> Array:
         """silu(gate) * up of (T, 2F) -> (T, F); for the clamped form see `config.architecture.Clamp`."""
 
-    def gate(self, x: Array, logits: Array) -> Array:
+    def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
         """Rows x (T, D) times the sigmoid of their logits (T, 1)."""
 
     def router_logits(self, x: Array, matrix: Array, router: Router, *, bias: Array | None = None) -> Array:
         """X (T, D) times the router's matrix, plus the bias (E,) -> (T, E)."""
 
     def choose_experts(
-        self, logits: Array, router: Router, *, correction: Array | None = None, shift: FloatArray | None = None
+        self,
+        logits: Array,
+        router: Router,
+        *,
+        correction: Array | None = None,
+        selection_bias: Float32Array | None = None,
     ) -> tuple[Array, Array]:
         """The router: experts (T, K) in order of falling score, lowest index on a tie, and float32 weights (T, K).
 
         The float32 `correction` (E,), and a `shift` (E,) from the host, are added to the scores that select.
         """
 
-    def take_turns(self, experts: Array, turns: int) -> Array:
+    def pick_replicas(self, experts: Array, period: int) -> Array:
         """Experts (T, K) -> experts * turns + row % turns (T, K): where rows find theirs in a table of turns."""
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
         """The weights (T, K) that the router gives to these experts (T, K)."""
 
-    def group(self, experts: Array, keys: IntArray) -> tuple[Array, Array, IntArray]:
+    def group(self, experts: Array, physical_ids: IntArray) -> tuple[Array, Array, IntArray]:
         """Sort the T * K choices by keys[expert], stably. Blocks the host for the counts.
 
         Returns the row of the choice at each place (T * K,), the place of each choice (T, K), and how many choices have
@@ -237,13 +241,13 @@ class Backend(Protocol):
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
         """Write rows[index] (all rows when None) to a wire buffer; the index is on the host or from `upload`."""
 
-    def unpack(self, wire: Array, index: Array | None) -> Array:
+    def unpack(self, buffer: Array, index: Array | None) -> Array:
         """Rows wire[index] (all when None) of a wire buffer; the index as in `pack`."""
 
     def join(self, parts: Sequence[Array]) -> Array:
         """The rows of all parts, one after another, in memory of their own."""
 
-    def combine(self, wire: Array, places: Array, weights: Array) -> Array:
+    def combine(self, buffer: Array, output_rows: Array, weights: Array) -> Array:
         """Sum over k, in slot order in float32, of weights[t, k] * wire[places[t, k]] -> (T, D)."""
 
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
@@ -252,8 +256,8 @@ class Backend(Protocol):
     def logits(self, x: Array, head: Array, bias: Array | None = None) -> Array:
         """X (N, D) times the output matrix, plus the bias (V,) -> (N, V), kept in float32."""
 
-    def pick(self, logits: Array, choices: Sequence[Choice], *, top: int) -> Picked:
+    def sample(self, logits: Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
         """Choose the next token of each row. Log-probabilities are the model's, before any sampling rule. Blocks."""
 
-    def score(self, logits: Array, targets: IntArray, *, top: int) -> Picked:
+    def score(self, logits: Array, targets: IntArray, *, top: int) -> SampledTokens:
         """Log-probability of each row's target token. Blocks the host."""

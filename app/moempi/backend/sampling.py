@@ -6,24 +6,25 @@ The rules apply in the order that transformers applies them: repetition penalty,
 import numpy as np
 import numpy.typing as npt
 
-from moempi.backend.protocol import Choice, FloatArray
+from moempi.arrays import Float32Array
+from moempi.backend.protocol import SamplingRequest
 
 
-def pick_token(logits: FloatArray, choice: Choice) -> int:
+def sample_token(logits: Float32Array, request: SamplingRequest) -> int:
     """The next token from logits (V,): the largest when temperature is 0, else drawn with `choice.uniform`."""
-    sampling = choice.sampling
+    sampling = request.sampling
     scores = logits
     if sampling.repetition_penalty != 1.0:
-        scores = penalized(scores, choice.seen, penalty=sampling.repetition_penalty)
+        scores = penalized(scores, request.seen, penalty=sampling.repetition_penalty)
     if sampling.temperature == 0.0:
         return int(np.argmax(scores))
-    tokens, probabilities = _candidates(scores.astype(np.float64) / sampling.temperature, choice)
+    tokens, probabilities = _candidates(scores.astype(np.float64) / sampling.temperature, request)
     cumulative = np.cumsum(probabilities)
-    drawn = int(np.searchsorted(cumulative, choice.uniform * cumulative[-1], side="right"))
+    drawn = int(np.searchsorted(cumulative, request.uniform * cumulative[-1], side="right"))
     return int(tokens[min(drawn, len(tokens) - 1)])
 
 
-def penalized(logits: FloatArray, seen: npt.NDArray[np.integer], *, penalty: float) -> FloatArray:
+def penalized(logits: Float32Array, seen: npt.NDArray[np.integer], *, penalty: float) -> Float32Array:
     """Logits with those of `seen` tokens divided by `penalty` where positive, multiplied where negative (CTRL 2019)."""
     scores = logits.copy()
     tokens = np.unique(seen)
@@ -32,10 +33,10 @@ def penalized(logits: FloatArray, seen: npt.NDArray[np.integer], *, penalty: flo
 
 
 def _candidates(
-    scores: npt.NDArray[np.float64], choice: Choice
+    scores: npt.NDArray[np.float64], request: SamplingRequest
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
     """The tokens left by top-k, top-p and min-p, most likely first, and their probabilities (not normalized)."""
-    sampling = choice.sampling
+    sampling = request.sampling
     tokens = np.argsort(-scores, kind="stable")
     if sampling.top_k:
         tokens = tokens[: sampling.top_k]

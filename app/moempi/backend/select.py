@@ -5,7 +5,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.backend.cuda.backend import CupyBackend
+from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.locality import cpu_island, gpu_island
 from moempi.backend.protocol import Backend
 from moempi.config.job import RunSection
@@ -27,7 +27,7 @@ def make_backend(run: RunSection, *, local_rank: int, takes_device_memory: Calla
 
     device = CupyDevice(local_rank % gpus, pinned=not takes_device_memory())
     logging.getLogger(__name__).info("backend cupy on %s", device.name)
-    return CupyBackend(device, precision=run.precision, reproducible=run.reproducible)
+    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible)
 
 
 def find_gpus() -> tuple[int, str]:

@@ -41,7 +41,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective, on one node. Raises UsageError where transformers is not installed."""
-    world.together(lambda: _refuse(world))
+    world.collectively(lambda: _refuse(world))
     table = Table(
         *("precision", "batch", "moempi", "transformers", "ratio", "same tokens"),
         title=f"Tokens/s, {chosen.tokens} after prompts of {chosen.prompt}: {world.size} ranks, as many threads",

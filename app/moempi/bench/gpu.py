@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 from rich.table import Table
 
-from moempi.backend.cuda.backend import CupyBackend, Matrix
+from moempi.backend.cuda.backend import CudaBackend, Matrix
 from moempi.backend.protocol import Array, Expert, Segment
 from moempi.backend.select import make_backend
 from moempi.bench import peers
@@ -55,27 +55,25 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure on the first rank's GPU and print; collective. Raises ConfigError where there is none."""
-    backend = world.together(lambda: _backend(world))
+    backend = world.collectively(lambda: _backend(world))
     figures = measure(backend, chosen) if world.rank == 0 else []
     world.comm.Barrier()
     if world.rank == 0:
-        table = Table(
-            *("measure", "work", "us", "rate", "beside"), title=backend.device.name, caption=machine(world)
-        )
+        table = Table(*("measure", "work", "us", "rate", "beside"), title=backend.device.name, caption=machine(world))
         for figure in figures:
             table.add_row(figure.name, figure.work, f"{figure.seconds * 1e6:.1f}", figure.rate, figure.beside)
         console().print(table)
 
 
-def _backend(world: World) -> CupyBackend:
+def _backend(world: World) -> CudaBackend:
     section = RunSection(backend="cupy")
     made = make_backend(section, local_rank=world.local_rank, takes_device_memory=lambda: True)
-    if not isinstance(made, CupyBackend):
+    if not isinstance(made, CudaBackend):
         raise ConfigError("bench gpu needs a GPU")
     return made
 
 
-def measure(backend: CupyBackend, sizes: Namespace) -> list[Figure]:
+def measure(backend: CudaBackend, sizes: Namespace) -> list[Figure]:
     """All figures of one GPU."""
     clock = _Clock(backend, rounds=sizes.rounds, repeats=sizes.repeats)
     return [*_experts(clock, sizes), *_packing(clock, sizes), _decode(clock, sizes), _prefill(clock, sizes)]
@@ -85,7 +83,7 @@ def measure(backend: CupyBackend, sizes: Namespace) -> list[Figure]:
 class _Clock:
     """Times contestants in turn; a measurement is `repeats` submissions and one wait."""
 
-    backend: CupyBackend
+    backend: CudaBackend
     rounds: int
     repeats: int
 
@@ -94,11 +92,11 @@ class _Clock:
         taken: list[list[float]] = [[] for _ in contestants]
         for _ in range(self.rounds + 1):
             for times, contestant in zip(taken, contestants, strict=True):
-                self.backend.mark().wait()
+                self.backend.record_event().synchronize()
                 begin = perf_counter()
                 for _ in range(self.repeats):
                     contestant()
-                self.backend.mark().wait()
+                self.backend.record_event().synchronize()
                 times.append((perf_counter() - begin) / self.repeats)
         return [median(times[1:]) for times in taken]
 

@@ -7,11 +7,12 @@ from statistics import median
 import numpy as np
 from rich.table import Table
 
+from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.bench.layers import Rows, Sizes, add_size_flags, finish, make_layer, make_rows
+from moempi.bench.layers import Sizes, add_size_flags, finish, make_layer, make_rows
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.comm.batch import NONE, Batch
-from moempi.comm.lane_comm import make_network
+from moempi.comm.lane_comm import make_lane_comm
 from moempi.config.job import ParallelSection
 from moempi.errors import UsageError
 from moempi.layout.grid import Grid, make_grid
@@ -34,7 +35,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective. Raises RuntimeError when immediate routing changes a result."""
-    world.together(lambda: _refuse_odd(world.size))
+    world.collectively(lambda: _refuse_odd(world.size))
     sizes = Sizes.of(chosen)
     table = Table(
         *("rows", f"{HOMES} us", f"{IMMEDIATE} us", "saved us", f"{HOMES} / {IMMEDIATE}"),
@@ -44,8 +45,8 @@ def run(world: World, chosen: Namespace) -> None:
     grid = make_grid(ParallelSection(stages=2), layer_costs=[1, 1], nodes=world.nodes, slots_per_group=1)
     for tokens in chosen.tokens:
         ways = {
-            HOMES: _way(world, grid, sizes, tokens, departing=()),
-            IMMEDIATE: _way(world, grid, sizes, tokens, departing=(0,)),
+            HOMES: _way(world, grid, sizes, tokens, immediate_stages=()),
+            IMMEDIATE: _way(world, grid, sizes, tokens, immediate_stages=(0,)),
         }
         if (ways[HOMES]() != ways[IMMEDIATE]()).any():
             raise RuntimeError("immediate routing changed a result")
@@ -62,11 +63,13 @@ def _refuse_odd(num_ranks: int) -> None:
         raise UsageError(f"bench immediate measures between two stages, {num_ranks} ranks do not form two equal ones")
 
 
-def _way(world: World, grid: Grid, sizes: Sizes, tokens: int, *, departing: tuple[int, ...]) -> Callable[[], Rows]:
+def _way(
+    world: World, grid: Grid, sizes: Sizes, tokens: int, *, immediate_stages: tuple[int, ...]
+) -> Callable[[], Float32Array]:
     """What takes rows through a layer of the first stage and into the second, and returns what arrived there."""
     backend = NumpyBackend(precision="bfloat16", reproducible=False)
     placement = linear(sizes.num_experts, world.size // 2)
-    network = make_network(
+    network = make_lane_comm(
         world.comm,
         grid,
         {0: placement},
@@ -79,11 +82,11 @@ def _way(world: World, grid: Grid, sizes: Sizes, tokens: int, *, departing: tupl
         top_k=sizes.top_k,
         group_rows=tokens,
         overlap=True,
-        departing=departing,
+        immediate_stages=immediate_stages,
     )
     place = grid.coordinates(world.rank)
     if place.stage:
-        return lambda: network.link.receive(network.link.expect())[2]
+        return lambda: network.link.receive(network.link.post_receives())[2]
     layer = make_layer(sizes, backend, hosted=placement.hosted[world.rank])
     rows = make_rows(tokens, sizes.width, seed=world.rank)
     batch = Batch(
@@ -93,16 +96,16 @@ def _way(world: World, grid: Grid, sizes: Sizes, tokens: int, *, departing: tupl
         starts=np.array([0]),
         lengths=np.array([tokens]),
         capacities=np.array([tokens]),
-        wanted=NONE,
+        logit_rows=NONE,
         freed=NONE,
     )
 
-    def leave() -> Rows:
-        if network.onward:
-            departure = network.onward.departure(batch, RowSplit((tokens,), 1))
-            finish(layer.leave(backend, rows, rows, network.exchange, departure))
+    def send() -> Float32Array:
+        if network.immediate:
+            departure = network.immediate.immediate_combine(batch, RowSplit((tokens,), 1))
+            finish(layer.forward_immediate(backend, rows, rows, network.exchange, departure))
         else:
             network.link.send(batch, backend.add(rows, finish(layer.forward(backend, rows, network.exchange))))
         return rows
 
-    return leave
+    return send

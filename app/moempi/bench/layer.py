@@ -8,12 +8,13 @@ from time import perf_counter
 
 from rich.table import Table
 
+from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.bench import peers
-from moempi.bench.layers import Rows, Sizes, add_size_flags, finish, make_layer, make_rows
+from moempi.bench.layers import Sizes, add_size_flags, finish, make_layer, make_rows
 from moempi.bench.measure import alternate, machine, product_clock, ratio
 from moempi.comm.exchange import Exchange
-from moempi.comm.transfers import Traffic
+from moempi.comm.transfers import Transfers
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.layout.placement import linear
 from moempi.layout.topology import Topology
@@ -70,27 +71,29 @@ def _measure(world: World, sizes: Sizes, num_rows: int, precision: str, rounds: 
     ]
 
 
-def layer_on(world: World, sizes: Sizes, precision: str, *, alone: bool = False) -> Callable[[Rows], Rows]:
+def layer_on(
+    world: World, sizes: Sizes, precision: str, *, alone: bool = False
+) -> Callable[[Float32Array], Float32Array]:
     """A function that puts this rank's rows through the layer; collective, unless each rank is `alone`."""
     comm = world.comm.Create_group(world.comm.group.Incl([world.rank])) if alone else world.comm.Dup()
     backend = NumpyBackend(precision=precision, reproducible=False)
     placement = linear(sizes.num_experts, comm.size)
-    traffic = Traffic(overlap=True)
+    traffic = Transfers(overlap=True)
     transport = Alltoallv(comm, row_bytes=sizes.width * backend.row_dtype.itemsize)
     exchange = Exchange(
         comm,
         {0: placement},
         backend,
         topology=Topology((0,) * comm.size),
-        traffic=traffic,
+        transfers=traffic,
         transport=transport,
         width=sizes.width,
     )
-    backend.between = traffic.progress
+    backend.progress = traffic.progress
     layer = make_layer(sizes, backend, hosted=placement.hosted[comm.rank])
 
-    def compute(rows: Rows) -> Rows:
-        result: Rows = finish(layer.forward(backend, rows, exchange))
+    def compute(rows: Float32Array) -> Float32Array:
+        result: Float32Array = finish(layer.forward(backend, rows, exchange))
         return result
 
     return compute

@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from moempi.arrays import narrow, round_to_bfloat16
+from moempi.arrays import Bits, Float32Array, narrow, round_to_bfloat16
 from moempi.backend.protocol import Backend, Expert
 from moempi.config.architecture import Router
 from moempi.layout.schedule import Point
 from moempi.model.feed_forward import MixtureOfExperts
-
-Bits = npt.NDArray[np.uint16]
-Rows = npt.NDArray[np.float32]
 
 SPREAD = 0.03
 
@@ -69,7 +65,7 @@ def make_layer(sizes: Sizes, backend: Backend, *, hosted: tuple[int, ...]) -> Mi
     return MixtureOfExperts(layer=0, rule=rule, router=backend.matrix(router_bits(sizes)), experts=tuple(experts))
 
 
-def make_rows(num_rows: int, width: int, *, seed: int = 0) -> Rows:
+def make_rows(num_rows: int, width: int, *, seed: int = 0) -> Float32Array:
     """Rows (T, D) that bfloat16 can hold."""
     return round_to_bfloat16(np.random.default_rng(seed).standard_normal((num_rows, width), np.float32))
 

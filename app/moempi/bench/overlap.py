@@ -11,11 +11,12 @@ from time import perf_counter
 import numpy as np
 from rich.table import Table
 
+from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import Matrix, NumpyBackend
-from moempi.bench.layers import Rows, Sizes, add_size_flags, make_layer, make_rows, random_bits
+from moempi.bench.layers import Sizes, add_size_flags, make_layer, make_rows, random_bits
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.comm.exchange import Exchange
-from moempi.comm.transfers import Traffic
+from moempi.comm.transfers import Transfers
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.comm.transports.emulated import EmulatedLinks, Link
 from moempi.engine.interleave import interleave
@@ -52,35 +53,35 @@ class Rig:
     experts: MixtureOfExperts
     exchanges: Sequence[Exchange]
     transports: Sequence[EmulatedLinks]
-    traffic: Traffic
-    rows: Sequence[Rows]
+    transfers: Transfers
+    rows: Sequence[Float32Array]
     num_layers: int
 
-    def pass_through(self) -> list[Rows]:
+    def pass_through(self) -> list[Float32Array]:
         """Put the rows of all lanes through the layers; what came out of each lane; collective."""
         passed = list(self.rows)
         lanes = [self._lane(passed, lane) for lane in range(LANES)]
-        interleave(lanes, POINTS, together=LANES)
+        interleave(lanes, POINTS, side_by_side=LANES)
         return passed
 
     def watch(self) -> "Timeline":
         """The same, and what each lane did when; collective."""
         timeline = Timeline()
         for lane, transport in enumerate(self.transports):
-            transport.listen = partial(timeline.travel, lane)
+            transport.listen = partial(timeline.add_transfer, lane)
         lanes = [self._lane(list(self.rows), lane) for lane in range(LANES)]
         interleave(
             lanes,
             POINTS,
-            together=LANES,
-            resumed=lambda lane: timeline.resume(sum(self.traffic.waits.values())),
-            reached=lambda lane, point: timeline.reach(lane, sum(self.traffic.waits.values())),
+            side_by_side=LANES,
+            on_resume=lambda lane: timeline.begin_span(sum(self.transfers.waits.values())),
+            on_point=lambda lane, point: timeline.end_span(lane, sum(self.transfers.waits.values())),
         )
         for transport in self.transports:
             transport.listen = None
         return timeline
 
-    def _lane(self, passed: list[Rows], lane: int) -> Generator[Point, None, None]:
+    def _lane(self, passed: list[Float32Array], lane: int) -> Generator[Point, None, None]:
         into, out = self.projections
         backend, width = self.backend, passed[lane].shape[1]
         for _ in range(self.num_layers):
@@ -98,16 +99,16 @@ class Timeline:
         self._travelling: list[list[tuple[float, float]]] = [[] for _ in range(LANES)]
         self._resumed = (0.0, 0.0)
 
-    def resume(self, waited: float) -> None:
+    def begin_span(self, waited: float) -> None:
         """A lane goes on; the host has waited so long in all."""
         self._resumed = (perf_counter(), waited)
 
-    def reach(self, lane: int, waited: float) -> None:
+    def end_span(self, lane: int, waited: float) -> None:
         """It has come to its next point; what it waited it waited first."""
         since, before = self._resumed
         self._computing[lane].append((since + waited - before, perf_counter()))
 
-    def travel(self, lane: int, start: float, arrival: float) -> None:
+    def add_transfer(self, lane: int, start: float, arrival: float) -> None:
         """Rows of a lane are on the link from `start` to `arrival`."""
         self._travelling[lane].append((start, arrival))
 
@@ -117,11 +118,11 @@ class Timeline:
         end = max(last for lane in spans for _, last in lane)
         scale = width / (end - self._begin)
 
-        def line(lane: Sequence[tuple[float, float]], mark: str) -> str:
+        def line(lane: Sequence[tuple[float, float]], symbol: str) -> str:
             marks = [" "] * width
             for first, last in lane:
                 for place in range(round((first - self._begin) * scale), round((last - self._begin) * scale)):
-                    marks[min(place, width - 1)] = mark
+                    marks[min(place, width - 1)] = symbol
             return "".join(marks)
 
         return [
@@ -161,7 +162,7 @@ def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers:
     """The same weights and rows each time; collective."""
     backend = NumpyBackend(precision="bfloat16", reproducible=False)
     placement = linear(sizes.num_experts, world.size)
-    traffic = Traffic(overlap=overlap)
+    traffic = Transfers(overlap=overlap)
     row_bytes = sizes.width * backend.row_dtype.itemsize
     exchanges, transports = [], []
     topology = Topology((0,) * world.size)
@@ -176,12 +177,12 @@ def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers:
                 {0: placement},
                 backend,
                 topology=topology,
-                traffic=traffic,
+                transfers=traffic,
                 transport=transport,
                 width=sizes.width,
             )
         )
-    backend.between = traffic.progress
+    backend.progress = traffic.progress
     width = sizes.width
     into, out = (backend.matrix(random_bits((columns, width), key=columns)) for columns in (3 * width, width))
     rows = [make_rows(tokens, width, seed=world.rank * LANES + lane) for lane in range(LANES)]

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moempi.arrays import widen
-from moempi.bench.layers import Rows, Sizes, expert_bits, router_bits
+from moempi.arrays import Float32Array, widen
+from moempi.bench.layers import Sizes, expert_bits, router_bits
 from moempi.runtime.world import World
 
 # batched_mm copies the weights of every (token, expert) pair and is never the best on a CPU.
@@ -25,7 +25,7 @@ def has_transformers() -> bool:
     return has_torch() and find_spec("transformers") is not None
 
 
-def moe_blocks(sizes: Sizes, rows: Rows, *, precision: str) -> dict[str, Callable[[], Any]]:
+def moe_blocks(sizes: Sizes, rows: Float32Array, *, precision: str) -> dict[str, Callable[[], Any]]:
     """Transformers' Qwen3-MoE block with our weights, by experts implementation, applied to rows (T, D), one thread.
 
     Empty where torch or transformers is missing.

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from moempi.commands.place import ASSUMED, Wish, place_experts, row_of
+from moempi.commands.place import ASSUMED, PlacementRequest, place_experts, row_of
 from moempi.layout.topology import LEVELS, NETWORK, Topology
 from moempi.observe.placement_table import print_policies
-from moempi.planning.policies import POLICIES, place
-from moempi.planning.replay import Machine, Routes, replay
+from moempi.planning.policies import POLICIES, choose_placement
+from moempi.planning.replay import Cluster, Routes, replay
 from moempi.runtime.world import World
 
 WIDTH_BYTES = 14_336
@@ -31,7 +31,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Maker:
+class RoutingMaker:
     """Makes routing up: T tokens of R homes, each in steps of ROWS_PER_STEP, for K of E experts."""
 
     tokens: int
@@ -66,31 +66,31 @@ class Maker:
 def run(world: World, chosen: Namespace) -> None:
     """Print a table for each kind of routing; on rank 0, the others wait."""
     if world.rank == 0:
-        maker = Maker(chosen.tokens, chosen.experts, chosen.top_k, chosen.ranks)
+        maker = RoutingMaker(chosen.tokens, chosen.experts, chosen.top_k, chosen.ranks)
         where = Topology(tuple(rank // chosen.ranks_per_node for rank in range(chosen.ranks)))
         for hops in (1, 2):
-            machine = Machine(where, hops, WIDTH_BYTES, ASSUMED, ROW_S)
+            machine = Cluster(where, hops, WIDTH_BYTES, ASSUMED, ROW_S)
             _show(f"{where.num_nodes} communities, hops = {hops}", maker.communities(num=where.num_nodes), machine, 0.0)
         for share in (0.0, chosen.replicas):
             _show(
                 f"Zipf, hops = 1, {share:.0%} replicas",
                 maker.zipf(),
-                Machine(where, 1, WIDTH_BYTES, ASSUMED, ROW_S),
+                Cluster(where, 1, WIDTH_BYTES, ASSUMED, ROW_S),
                 share,
             )
         if chosen.results:
             for share in (0.0, chosen.replicas):
-                rows = place_experts(chosen.results, Wish(replicas=share), policy="topology", out=None)
+                rows = place_experts(chosen.results, PlacementRequest(replicas=share), policy="topology", out=None)
                 print_policies(rows, title=f"{chosen.results}, {share:.0%} replicas", levels=LEVELS)
     world.comm.Barrier()
 
 
-def _show(title: str, routes: Routes, machine: Machine, share: float) -> None:
+def _show(title: str, routes: Routes, machine: Cluster, share: float) -> None:
     num_experts = int(routes.experts.max()) + 1
     rows = []
     for policy in POLICIES:
         keys = num_experts + round(share * num_experts)
-        found = place(policy, routes, machine, num_experts=num_experts, num_keys=keys)
+        found = choose_placement(policy, routes, machine, num_experts=num_experts, num_physical=keys)
         rows.append(row_of(policy, [replay(routes, found, machine)]))
     saved = 1 - rows[-1].sent_bytes[NETWORK] / max(rows[0].sent_bytes[NETWORK], 1)
     print_policies(rows, title=f"{title}: topology sends {saved:.0%} less between nodes than linear", levels=LEVELS)

@@ -25,11 +25,11 @@ from moempi.config.machine_file import MachineFile
 from moempi.config.reading import convert
 from moempi.config.topology_file import LEVEL_NAMES, Level, TopologyFile
 from moempi.errors import UsageError
-from moempi.fitting import explain
-from moempi.layout.layout import make_plan
+from moempi.fitting import fit_costs
+from moempi.layout.layout import make_layout
 from moempi.layout.topology import virtual
 from moempi.observe.console import console
-from moempi.planning.forecast import Scene, forecast
+from moempi.planning.forecast import Deployment, forecast
 from moempi.runtime.world import World
 from moempi.storage.initialize import initialize
 
@@ -52,7 +52,7 @@ NOTHING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class RunShape:
     """A run: sequences of each rank, lanes, whether they overlap, latency (us) and bandwidth (GB/s) of the links."""
 
     sequences: int
@@ -61,9 +61,9 @@ class Trial:
     link: tuple[float, float] = FREE
 
 
-LESSONS = tuple(Trial(sequences, overlap=False) for sequences in (2, 4, 16, 32, 64, 128))
-TRIALS = tuple(
-    Trial(sequences, lanes, overlap, link)
+CALIBRATION_RUNS = tuple(RunShape(sequences, overlap=False) for sequences in (2, 4, 16, 32, 64, 128))
+TEST_RUNS = tuple(
+    RunShape(sequences, lanes, overlap, link)
     for sequences, link in ((8, (50.0, 0.02)), (32, (50.0, 0.02)), (32, (200.0, 0.1)), (96, (50.0, 0.02)))
     for lanes, overlap in ((2, False), (2, True), (4, True))
 )
@@ -77,21 +77,21 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Learn, foretell, measure and print; collective, on one node."""
-    world.together(lambda: _refuse_nodes(world.num_nodes))
+    world.collectively(lambda: _refuse_nodes(world.num_nodes))
     with tempfile.TemporaryDirectory() as own:
         bench = _Bench(world, Path(world.comm.bcast(own)))
         if world.rank == 0:
             initialize(MODEL, bench.folder / "model.h5", seed=1)
         world.comm.Barrier()
-        machine = fit([(trial, bench.seconds(trial, chosen.repeats)) for trial in LESSONS], world.size)
+        machine = fit([(trial, bench.seconds(trial, chosen.repeats)) for trial in CALIBRATION_RUNS], world.size)
         table = Table(
             *("sequences", "lanes", "overlap", "link us, GB/s", "foretold ms", "measured ms", "foretold / measured"),
             title=f"A token of all sequences, {world.size} ranks, {MODEL.num_layers} layers of width {MODEL.width}",
             caption=machine_line(world),
         )
         errors = []
-        for trial in TRIALS:
-            foretold, measured = foretell(trial, machine, world.size), bench.seconds(trial, chosen.repeats)
+        for trial in TEST_RUNS:
+            foretold, measured = predict_s(trial, machine, world.size), bench.seconds(trial, chosen.repeats)
             errors.append(abs(foretold / measured - 1))
             link = f"{trial.link[0]:g}, {trial.link[1]:g}"
             figures = (f"{foretold * 1e3:.1f}", f"{measured * 1e3:.1f}", f"{foretold / measured:.2f}")
@@ -109,24 +109,24 @@ def _refuse_nodes(num_nodes: int) -> None:
         raise UsageError("bench plan emulates links between ranks of one node; start it on one")
 
 
-def foretell(trial: Trial, machine: MachineFile, num_ranks: int) -> float:
+def predict_s(shape: RunShape, machine: MachineFile, num_ranks: int) -> float:
     """Seconds in which all sequences get a token."""
     where = virtual(num_ranks, 1)
-    job = _job(trial, Path())
-    plan = make_plan(job, MODEL, where.nodes)
-    scene = Scene(job, MODEL, plan, _linked(machine, trial.link), where)
-    rows = trial.sequences / trial.lanes
-    return forecast(scene, rows=rows, sequences=rows, context=STEPS / 2).seconds(overlap=trial.overlap)
+    job = _job(shape, Path())
+    plan = make_layout(job, MODEL, where.nodes)
+    scene = Deployment(job, MODEL, plan, _linked(machine, shape.link), where)
+    rows = shape.sequences / shape.lanes
+    return forecast(scene, rows=rows, sequences=rows, context=STEPS / 2).seconds(overlap=shape.overlap)
 
 
-def fit(lessons: Sequence[tuple[Trial, float]], num_ranks: int) -> MachineFile:
+def fit(calibration: Sequence[tuple[RunShape, float]], num_ranks: int) -> MachineFile:
     """The machine that best explains how long the lessons took, in which nothing overlaps and links cost nothing.
 
     Their time is then a sum: of arithmetic, of memory, and of turns. A part without cost gets one of NOTHING.
     """
     units = [_machine([1.0 if one == index else NOTHING for one in range(3)]) for index in range(3)]
-    amounts = np.array([[foretell(trial, unit, num_ranks) for unit in units] for trial, _ in lessons])
-    costs = explain(amounts, np.array([seconds for _, seconds in lessons]))
+    amounts = np.array([[predict_s(trial, unit, num_ranks) for unit in units] for trial, _ in calibration])
+    costs = fit_costs(amounts, np.array([seconds for _, seconds in calibration]))
     return _machine(np.maximum(costs, NOTHING).tolist())
 
 
@@ -137,36 +137,36 @@ class _Bench:
     world: World
     folder: Path
 
-    def seconds(self, trial: Trial, repeats: int) -> float:
+    def seconds(self, shape: RunShape, repeats: int) -> float:
         """Median seconds in which all sequences got a token; collective."""
-        return statistics.median(self._run(trial) for _ in range(repeats))
+        return statistics.median(self._run(shape) for _ in range(repeats))
 
-    def _run(self, trial: Trial) -> float:
-        job, comm = _job(trial, self.folder), self.world.comm
+    def _run(self, shape: RunShape) -> float:
+        job, comm = _job(shape, self.folder), self.world.comm
         if self.world.rank == 0:
-            numbers = range(trial.sequences * comm.size)
+            numbers = range(shape.sequences * comm.size)
             write_prompts(job.input.prompts, ([number % MODEL.vocab_size] for number in numbers))
             if job.topology.emulate:
-                links = TopologyFile(2, _levels(trial.link), nodes=(0,))
+                links = TopologyFile(2, _levels(shape.link), nodes=(0,))
                 Path(job.topology.emulate).write_bytes(msgspec.json.encode(links))
         seconds, steps = step_seconds(self.world, job)
-        return seconds / steps * trial.lanes
+        return seconds / steps * shape.lanes
 
 
-def _job(trial: Trial, folder: Path) -> Job:
+def _job(shape: RunShape, folder: Path) -> Job:
     tree: dict[str, Any] = {
         "model": {"weights": str(folder / "model.h5")},
         "input": {"prompts": str(folder / "prompts.jsonl")},
         "output": {"results": str(folder / "results.h5")},
         "run": {
             "backend": "numpy",
-            "micro_batches": trial.lanes,
-            "max_sequences": trial.sequences,
-            "overlap": trial.overlap,
+            "micro_batches": shape.lanes,
+            "max_sequences": shape.sequences,
+            "overlap": shape.overlap,
         },
         "sampling": {"max_tokens": STEPS, "ignore_eos": True},
         "exchange": {"transport": "alltoallv"},
-        "topology": {"ranks_per_node": 1, "emulate": "" if trial.link == FREE else str(folder / "links.json")},
+        "topology": {"ranks_per_node": 1, "emulate": "" if shape.link == FREE else str(folder / "links.json")},
     }
     return convert(tree, Job, where="bench plan")
 

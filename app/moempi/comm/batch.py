@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
-from moempi.backend.protocol import Choice
+from moempi.arrays import IntArray
+from moempi.backend.protocol import SamplingRequest
 from moempi.layout.row_split import rows_of
 
-IntArray = npt.NDArray[np.integer]
-Asked = Choice | int
+LogitRequest = SamplingRequest | int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +30,9 @@ class Batch:
     starts: IntArray
     lengths: IntArray
     capacities: IntArray
-    wanted: IntArray
+    logit_rows: IntArray
     freed: IntArray
-    asked: Sequence[Asked] = ()
+    logit_requests: Sequence[LogitRequest] = ()
     stop: bool = False
 
     @property
@@ -51,7 +50,7 @@ class Batch:
         """The part of the batch whose sequences have these slots, and its rows; without tokens."""
         chosen = np.flatnonzero((self.slots >= slots.start) & (self.slots < slots.stop))
         rows = rows_of(self.lengths, chosen)
-        among = np.isin(self.wanted, rows)
+        among = np.isin(self.logit_rows, rows)
         part = type(self)(
             tokens=NONE,
             requests=self.requests[chosen],
@@ -59,16 +58,16 @@ class Batch:
             starts=self.starts[chosen],
             lengths=self.lengths[chosen],
             capacities=self.capacities[chosen],
-            wanted=np.searchsorted(rows, self.wanted[among]),
+            logit_rows=np.searchsorted(rows, self.logit_rows[among]),
             freed=self.freed[(self.freed >= slots.start) & (self.freed < slots.stop)],
-            asked=[asked for asked, kept in zip(self.asked, among, strict=True) if kept],
+            logit_requests=[asked for asked, kept in zip(self.logit_requests, among, strict=True) if kept],
             stop=self.stop,
         )
         return part, rows
 
-    def wanted_of_slots(self, slots: range) -> IntArray:
+    def logit_rows_of_slots(self, slots: range) -> IntArray:
         """Which of the wanted rows belong to these slots, as indices into `wanted`."""
-        slot_of_row = np.repeat(self.slots, self.lengths)[self.wanted]
+        slot_of_row = np.repeat(self.slots, self.lengths)[self.logit_rows]
         return np.flatnonzero((slot_of_row >= slots.start) & (slot_of_row < slots.stop))
 
     @classmethod
@@ -82,9 +81,9 @@ class Batch:
             starts=np.concatenate([part.starts for part in parts]),
             lengths=np.concatenate([part.lengths for part in parts]),
             capacities=np.concatenate([part.capacities for part in parts]),
-            wanted=np.concatenate([part.wanted + first for part, first in zip(parts, firsts, strict=False)]),
+            logit_rows=np.concatenate([part.logit_rows + first for part, first in zip(parts, firsts, strict=False)]),
             freed=np.concatenate([part.freed for part in parts]),
-            asked=[asked for part in parts for asked in part.asked],
+            logit_requests=[request for part in parts for request in part.logit_requests],
             stop=any(part.stop for part in parts),
         )
 
@@ -97,7 +96,7 @@ NO_STEP = Batch(
     starts=NONE,
     lengths=NONE,
     capacities=NONE,
-    wanted=NONE,
+    logit_rows=NONE,
     freed=NONE,
     stop=True,
 )

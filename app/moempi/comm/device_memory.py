@@ -35,9 +35,7 @@ def takes_device_memory(exchange: ExchangeSection) -> bool:
 
 def trial() -> bool:
     """Whether a process of its own, outside the job's world, could send rows between device buffers."""
-    own = {
-        name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS) or name.startswith(KEPT)
-    }
+    own = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS) or name.startswith(KEPT)}
     command = [sys.executable, "-m", __name__]
     try:
         return not subprocess.run(command, env=own, capture_output=True, timeout=LIMIT_S, check=False).returncode
@@ -51,9 +49,9 @@ def _send_to_self() -> bool:
     from moempi.backend.cuda.cupy_device import CupyDevice
 
     device = CupyDevice(0, pinned=False)
-    sent, received = device.wire((ROWS,), np.int32), device.wire((ROWS,), np.int32)
+    sent, received = device.comm_buffer((ROWS,), np.int32), device.comm_buffer((ROWS,), np.int32)
     sent[:] = device.upload(np.arange(ROWS, dtype=np.int32))
-    device.mark().wait()
+    device.record_event().synchronize()
     receiving = MPI.COMM_SELF.Irecv([received, MPI.INT32_T], 0)
     MPI.COMM_SELF.Isend([sent, MPI.INT32_T], 0).Wait()
     receiving.Wait()

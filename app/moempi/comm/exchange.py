@@ -5,19 +5,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 from mpi4py import MPI
 
+from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.route_plan import RoutePlan, expert_order
-from moempi.comm.transfers import Traffic
-from moempi.comm.transports.base import Transfer, Transport, once_done
-from moempi.comm.transports.buffers import Rooms
+from moempi.comm.transfers import Transfers
+from moempi.comm.transports.base import Transfer, Transport, start_after_verbs
+from moempi.comm.transports.buffers import BufferRing
 from moempi.layout.placement import Placement
 from moempi.layout.schedule import Point
 from moempi.layout.topology import Topology
-
-IntArray = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +43,20 @@ class Exchange:
         backend: Backend,
         *,
         topology: Topology,
-        traffic: Traffic,
+        transfers: Transfers,
         transport: Transport,
         width: int,
     ) -> None:
         self.placements = placements
         self.load = {layer: np.zeros(placement.num_experts, np.int64) for layer, placement in placements.items()}
-        self._keys = {layer: placement.keys(comm.rank, topology) for layer, placement in placements.items()}
+        self._physical_ids = {
+            layer: placement.physical_ids(comm.rank, topology) for layer, placement in placements.items()
+        }
         self._comm = comm
         self._backend = backend
-        self._traffic = traffic
+        self._transfers = transfers
         self._transport = transport
-        self._incoming = Rooms(2, partial(backend.wire, width=width))
+        self._incoming = BufferRing(2, partial(backend.comm_buffer, width=width))
 
     def send(self, x: Array, route: Route) -> Generator[Point, None, tuple[RoutePlan, Transfer]]:
         """Group the choices by destination, tell every rank how many rows to expect, and send each row of x off.
@@ -66,7 +66,7 @@ class Exchange:
         if self.listen is not None:
             self.listen(route)
         placement = self.placements[route.layer]
-        rows, places, counts = self._backend.group(self._turned(route), self._keys[route.layer])
+        rows, places, counts = self._backend.group(self._replica_choices(route), self._physical_ids[route.layer])
         counts = counts[: len(placement.experts)]
         np.add.at(self.load[route.layer], placement.experts, counts)
         sent: list[Transfer] = []
@@ -101,7 +101,7 @@ class Exchange:
         plans: list[RoutePlan] = []
 
         def conclude() -> None:
-            self._traffic.surplus_rows += int(counts.sum() - counts_here.sum())
+            self._transfers.count_mismatch += int(counts.sum() - counts_here.sum())
             by_expert, by_source = expert_order(counts_here)
             before = np.concatenate([[0], np.cumsum(counts)])
             plans.append(
@@ -111,7 +111,7 @@ class Exchange:
                     recv_counts=counts_here.sum(axis=1),
                     expert_counts=counts_here.sum(axis=0),
                     source_rows=source_rows,
-                    places=places,
+                    output_rows=places,
                     weights=route.weights,
                     by_expert=by_expert,
                     by_source=by_source,
@@ -120,7 +120,7 @@ class Exchange:
             then(plans[0])
 
         request = self._start_counts(counts, sizes, counts_here)
-        notice = self._traffic.begin(request, counts, counts_here, waiting="idle", then=conclude)
+        notice = self._transfers.track(request, counts, counts_here, waiting="idle", then=conclude)
         yield Point(route.layer, phase)
         notice.finish()
         return plans[0]
@@ -132,7 +132,7 @@ class Exchange:
     def arrived(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
         """Block until dispatched rows are here; the rows in expert order. Yields where they have a second way to go."""
         yield from ()
-        landing = transfer.landed()
+        landing = transfer.receipt()
         rows, places = landing.rows()
         order = plan.by_expert if places is None else places if plan.by_expert is None else places[plan.by_expert]
         arrived = self._backend.unpack(rows.view(self._backend.row_dtype), order)
@@ -146,9 +146,9 @@ class Exchange:
     def combined(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
         """Block until the answers are here; their weighted sum for each token, in slot order. Yields like `arrived`."""
         yield from ()
-        landing = transfer.landed()
+        landing = transfer.receipt()
         rows, places = landing.rows()
-        order = plan.places if places is None else places[plan.places]
+        order = plan.output_rows if places is None else places[plan.output_rows]
         combined = self._backend.combine(rows.view(self._backend.row_dtype), order, plan.weights)
         landing.release()
         return combined
@@ -160,7 +160,7 @@ class Exchange:
         request = self._comm.Ialltoallv(
             [outgoing, plan.send_counts, MPI.INT32_T], [incoming, plan.recv_counts, MPI.INT32_T]
         )
-        return self._traffic.begin(request, outgoing, incoming, waiting="idle")
+        return self._transfers.track(request, outgoing, incoming, waiting="idle")
 
     @property
     def size(self) -> int:
@@ -175,12 +175,12 @@ class Exchange:
     def agree(self, amounts: Sequence[int]) -> Transfer:
         """Add up amounts over the ranks; `finish` gives the array of their sums."""
         own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)
-        return self._traffic.begin(self._comm.Iallreduce(own, sums), own, sums, waiting="idle")
+        return self._transfers.track(self._comm.Iallreduce(own, sums), own, sums, waiting="idle")
 
-    def _turned(self, route: Route) -> Array:
+    def _replica_choices(self, route: Route) -> Array:
         """The choices (T, K) as they stand in the keys of the layer."""
-        turns = self.placements[route.layer].turns
-        return route.experts if turns == 1 else self._backend.take_turns(route.experts, turns)
+        turns = self.placements[route.layer].replica_period
+        return route.experts if turns == 1 else self._backend.pick_replicas(route.experts, turns)
 
     def _start_counts(self, counts: IntArray, sizes: IntArray, counts_here: IntArray) -> MPI.Request:
         return self._comm.Ialltoallv(
@@ -193,5 +193,5 @@ class Exchange:
         self._backend.pack(rows, index, outgoing.view(self._backend.row_dtype))
         incoming = self._incoming.take(int(recv_counts.sum()))
         start = partial(self._transport.start, outgoing, send_counts, incoming, recv_counts)
-        request = once_done(self._backend, start)
-        return self._traffic.begin(request, outgoing, incoming, waiting="exchange")
+        request = start_after_verbs(self._backend, start)
+        return self._transfers.track(request, outgoing, incoming, waiting="exchange")

@@ -12,7 +12,7 @@ from moempi.comm.immediate import ImmediateLink
 from moempi.comm.select_transport import ChosenTransport, fastest, make_transport
 from moempi.comm.stage_link import StageLink
 from moempi.comm.tensor_group import TensorGroup
-from moempi.comm.transfers import Traffic
+from moempi.comm.transfers import Transfers
 from moempi.comm.transports.base import Transport
 from moempi.comm.transports.counted import Counted
 from moempi.comm.transports.emulated import EmulatedLinks, Link, Links
@@ -20,17 +20,17 @@ from moempi.comm.transports.verified import Verified
 from moempi.comm.two_hops import TwoHops
 from moempi.config.job import TopologySection
 from moempi.config.topology_file import read_topology
-from moempi.layout.forwarders import Gates
+from moempi.layout.forwarders import Forwarders
 from moempi.layout.grid import Grid
 from moempi.layout.placement import Placement
 from moempi.layout.topology import SELF, Topology
 
 # A rank's share of shared memory, in rows that an even load would send at once; more than that goes as messages.
-ROOM_FOR_SKEW = 2
+SKEW_FACTOR = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Network:
+class LaneComm:
     """One lane's exchange (among its stage), tensor group, and link between stages, on communicators of their own.
 
     `onward` is the link once more where rows leave the stage's last layer by immediate routing.
@@ -39,8 +39,8 @@ class Network:
     exchange: Exchange
     tensor: TensorGroup
     link: StageLink
-    traffic: Traffic
-    onward: ImmediateLink | None = None
+    transfers: Transfers
+    immediate: ImmediateLink | None = None
 
 
 def emulated_links(job: TopologySection) -> Links:
@@ -67,13 +67,13 @@ def choose_transport(
     if name == "auto":
         place = grid.coordinates(comm.rank)
         stage, own = MPI.Intracomm(comm.Split(place.stage, comm.rank)), grid.stages[place.stage].ranks
-        choice = fastest(comm, stage, backend, width=width, nodes=topology.part(own).nodes)
+        choice = fastest(comm, stage, backend, width=width, nodes=topology.subset(own).nodes)
         stage.Free()
     logging.getLogger(__name__).info("transport %s: %s", choice.name, choice.reason)
     return choice
 
 
-def make_network(
+def make_lane_comm(
     comm: MPI.Intracomm,
     grid: Grid,
     placements: Mapping[int, Placement],
@@ -87,10 +87,10 @@ def make_network(
     top_k: int,
     group_rows: int,
     overlap: bool,
-    departing: Collection[int] = (),
+    immediate_stages: Collection[int] = (),
     lanes: int = 1,
     links: Links | None = None,
-) -> Network:
+) -> LaneComm:
     """The network of one more lane; collective over all ranks of `comm`, which stand as `topology` says.
 
     A data parallel group of the first stage has at most `group_rows` rows in a step, each for `top_k` experts. Rows
@@ -100,45 +100,45 @@ def make_network(
     place = grid.coordinates(comm.rank)
     stage = MPI.Intracomm(comm.Split(place.stage, comm.rank))
     tensor = MPI.Intracomm(stage.Split(place.data, comm.rank))
-    traffic = Traffic(overlap=overlap, backend=backend)
+    transfers = Transfers(overlap=overlap, backend=backend)
     most_rows = -(-group_rows * len(grid.peers(place.stage, place.data, other=0)) // grid.tensor)
-    ways = Ways(
+    factory = ExchangeFactory(
         backend=backend,
-        traffic=traffic,
+        transfers=transfers,
         transport=transport,
         verify=verify,
         width=width,
-        room_rows=ROOM_FOR_SKEW * top_k * most_rows,
+        slot_rows=SKEW_FACTOR * top_k * most_rows,
         lanes=lanes,
         links=links,
     )
-    make_exchange = ways.one_hop if hops == 1 else ways.two_hops
-    exchange = make_exchange(stage, placements, topology.part(grid.stages[place.stage].ranks))
+    make_exchange = factory.one_hop if hops == 1 else factory.two_hops
+    exchange = make_exchange(stage, placements, topology.subset(grid.stages[place.stage].ranks))
     link = ImmediateLink(
         comm.Dup(),
         grid,
         place,
         backend,
-        traffic=traffic,
+        transfers=transfers,
         width=width,
         group_rows=group_rows,
-        arrives=place.stage - 1 in departing,
-        departs=place.stage in departing,
+        receives_immediate=place.stage - 1 in immediate_stages,
+        sends_immediate=place.stage in immediate_stages,
     )
-    onward = link if place.stage in departing else None
-    return Network(exchange, TensorGroup(tensor, backend, traffic=traffic, width=width), link, traffic, onward)
+    onward = link if place.stage in immediate_stages else None
+    return LaneComm(exchange, TensorGroup(tensor, backend, transfers=transfers, width=width), link, transfers, onward)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ways:
+class ExchangeFactory:
     """What the exchanges of one lane have in common; a rank should be able to send `room_rows` at once."""
 
     backend: Backend
-    traffic: Traffic
+    transfers: Transfers
     transport: str
     verify: bool = False
     width: int
-    room_rows: int
+    slot_rows: int
     lanes: int = 1
     links: Links | None = None
 
@@ -149,15 +149,15 @@ class Ways:
             placements,
             self.backend,
             topology=topology,
-            traffic=self.traffic,
+            transfers=self.transfers,
             transport=self._counted(self.transport, comm, topology),
             width=self.width,
         )
 
     def two_hops(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], topology: Topology) -> Exchange:
         """An exchange from node to node, and inside each; the same arguments; collective."""
-        neighbours = Gates(topology.nodes, comm.rank).neighbours
-        inside = {layer: placement.part(neighbours) for layer, placement in placements.items()}
+        neighbours = Forwarders(topology.nodes, comm.rank).node_ranks
+        inside = {layer: placement.subset(neighbours) for layer, placement in placements.items()}
         node = MPI.Intracomm(comm.Split(topology.nodes[comm.rank], comm.rank))
         # Rows that go on from here and back are the gate's own: no two ranks of a node exchange any on the first hop.
         across = "pairwise" if self.transport == "shared" else self.transport
@@ -166,8 +166,8 @@ class Ways:
             placements,
             self.backend,
             topology=topology,
-            inside=self.one_hop(node, inside, topology.part(neighbours)),
-            traffic=self.traffic,
+            inside=self.one_hop(node, inside, topology.subset(neighbours)),
+            transfers=self.transfers,
             transport=self._counted(across, comm, topology),
             width=self.width,
         )
@@ -182,7 +182,7 @@ class Ways:
             self.backend,
             width=self.width,
             nodes=topology.nodes,
-            room_bytes=self.room_rows * row_bytes,
+            slot_bytes=self.slot_rows * row_bytes,
             windows=self.lanes,
         )
         levels = topology.levels(comm.rank)
@@ -190,4 +190,4 @@ class Ways:
             transport = Verified(transport, comm)
         if self.links:
             transport = EmulatedLinks(transport, self.links, levels=levels, row_bytes=row_bytes)
-        return Counted(transport, self.traffic.counters, levels=levels, row_bytes=row_bytes)
+        return Counted(transport, self.transfers.counters, levels=levels, row_bytes=row_bytes)

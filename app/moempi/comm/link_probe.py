@@ -13,30 +13,27 @@ import numpy.typing as npt
 from mpi4py import MPI
 from rich.table import Table
 
-from moempi.arrays import aligned_empty
+from moempi.arrays import Float64Array, IntArray, aligned_empty
 from moempi.config.topology_file import Level, TopologyFile
-from moempi.fitting import explain
-from moempi.layout.topology import LEVELS, Topology, of_file
-
-IntArray = npt.NDArray[np.integer]
-FloatArray = npt.NDArray[np.float64]
+from moempi.fitting import fit_costs
+from moempi.layout.topology import LEVELS, Topology, from_file
 
 ROUNDS = 15
-LESSONS = 40
-TRIALS = 20
+NUM_CALIBRATION = 40
+NUM_TRIALS = 20
 LEAST_PER_BYTE_S = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class LinkTrial:
     """An exchange of random sizes: bytes in all, and seconds as foretold and as measured."""
 
     num_bytes: int
-    foretold_s: float
+    predicted_s: float
     measured_s: float
 
 
-def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list[Trial]]:
+def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list[LinkTrial]]:
     """Measure the links among ranks that stand as `topology` says, then try the figures on other exchanges.
 
     Collective, blocks. The figures are those that best explain LESSONS random exchanges. A level that no link has takes
@@ -44,10 +41,10 @@ def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list
     """
     levels = np.array([topology.levels(rank) for rank in range(comm.size)])
     random = np.random.default_rng(comm.size)
-    lessons = [_sizes(random, np.isin(levels, _some_levels(random))) for _ in range(LESSONS)]
+    lessons = [_sizes(random, np.isin(levels, _some_levels(random))) for _ in range(NUM_CALIBRATION)]
     seconds = np.array([_time(comm, sizes) for sizes in lessons])
     loads = np.array([_loads(sizes, levels) for sizes in lessons])
-    latency_s, per_byte_s = np.split(explain(loads, seconds), 2)
+    latency_s, per_byte_s = np.split(fit_costs(loads, seconds), 2)
     found: list[Level] = []
     for level, name in enumerate(LEVELS):
         if (levels == level).any():
@@ -57,15 +54,15 @@ def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list
             found.append(Level(name, found[-1].latency_us, found[-1].bandwidth_gb_s))  # type: ignore[arg-type]
     file = TopologyFile(2, tuple(found), topology.nodes, topology.islands, topology.switches)
     trials = []
-    for _ in range(TRIALS):
+    for _ in range(NUM_TRIALS):
         sizes = _sizes(random, levels >= 0)
-        trials.append(Trial(int(sizes.sum()), foretell(file, sizes), _time(comm, sizes)))
+        trials.append(LinkTrial(int(sizes.sum()), predict_s(file, sizes), _time(comm, sizes)))
     return file, trials
 
 
-def foretell(file: TopologyFile, sizes: IntArray) -> float:
+def predict_s(file: TopologyFile, sizes: IntArray) -> float:
     """Seconds of an exchange in which rank s sends sizes[s, r] bytes to rank r (R, R); nothing sent costs nothing."""
-    topology = of_file(file)
+    topology = from_file(file)
     levels = np.array([topology.levels(rank) for rank in range(len(sizes))])
     latency_s = np.array([level.latency_us * 1e-6 for level in file.levels])[levels]
     bytes_per_s = np.array([level.bandwidth_gb_s * 1e9 for level in file.levels])[levels]
@@ -73,12 +70,12 @@ def foretell(file: TopologyFile, sizes: IntArray) -> float:
     return float(seconds.sum(axis=1).max())
 
 
-def median_error(trials: Sequence[Trial]) -> float:
+def median_error(trials: Sequence[LinkTrial]) -> float:
     """How far foretold seconds are from measured ones, as a share of these, in the median trial."""
-    return statistics.median(abs(trial.foretold_s / trial.measured_s - 1) for trial in trials)
+    return statistics.median(abs(trial.predicted_s / trial.measured_s - 1) for trial in trials)
 
 
-def topology_table(file: TopologyFile, trials: Sequence[Trial]) -> Table:
+def topology_table(file: TopologyFile, trials: Sequence[LinkTrial]) -> Table:
     """The figures of each level, and below them how well they foretold the trials."""
     table = Table("link", "latency us", "GB/s of a rank that sends", title="Links, all ranks at work")
     for level in file.levels:
@@ -99,7 +96,7 @@ def _sizes(random: np.random.Generator, where: npt.NDArray[np.bool_]) -> IntArra
     return np.where(where & (random.random(where.shape) < 0.8), sizes, 0)
 
 
-def _loads(sizes: IntArray, levels: IntArray) -> FloatArray:
+def _loads(sizes: IntArray, levels: IntArray) -> Float64Array:
     """Messages, then bytes, over each level by the rank that sends most bytes (2 * levels,)."""
     busiest = int(sizes.sum(axis=1).argmax())
     own = [sizes[busiest, levels[busiest] == level] for level in range(len(LEVELS))]
@@ -117,6 +114,6 @@ def _time(comm: MPI.Intracomm, sizes: IntArray) -> float:
         begin = MPI.Wtime()
         comm.Ialltoallv([outgoing, outward, MPI.BYTE], [incoming, inward, MPI.BYTE]).Wait()
         taken.append(MPI.Wtime() - begin)
-    slowest: FloatArray = np.array(taken[2:])
+    slowest: Float64Array = np.array(taken[2:])
     comm.Allreduce(MPI.IN_PLACE, slowest, op=MPI.MAX)
     return float(np.median(slowest))

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer]
+from moempi.arrays import IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,7 @@ class RoutePlan:
     recv_counts: IntArray
     expert_counts: IntArray
     source_rows: Any
-    places: Any
+    output_rows: Any
     weights: Any
     by_expert: IntArray | None
     by_source: IntArray | None

@@ -33,7 +33,7 @@ def make_transport(
     *,
     width: int,
     nodes: tuple[int, ...],
-    room_bytes: int,
+    slot_bytes: int,
     windows: int = 1,
 ) -> Transport:
     """A transport for rows of the backend between the ranks of `comm`, whose node is nodes[rank]; collective.
@@ -41,16 +41,16 @@ def make_transport(
     `room_bytes` is the most that a rank should be able to send at once through shared memory, where there will be as
     many `windows` as this transport's.
     """
-    row_bytes, allocate = width * backend.row_dtype.itemsize, partial(backend.wire, width=width)
+    row_bytes, allocate = width * backend.row_dtype.itemsize, partial(backend.comm_buffer, width=width)
     if name == Shared.name:
         return Shared(
             comm,
             row_bytes=row_bytes,
             nodes=nodes,
-            room_bytes=room_bytes,
+            slot_bytes=slot_bytes,
             allocate=allocate,
-            reach=backend.reach,
-            in_place=backend.mark() is None,
+            register_host_memory=backend.register_host_memory,
+            in_place=backend.record_event() is None,
             windows=windows,
         )
     return (Alltoallv if name == Alltoallv.name else Pairwise)(comm, row_bytes=row_bytes, allocate=allocate)
@@ -70,8 +70,8 @@ def fastest(
     for rows in (1, max(1, PROBED_BYTES // row_bytes)):
         for name in names:
             room_bytes = rows * row_bytes * group.size
-            transport = make_transport(name, group.Dup(), backend, width=width, nodes=nodes, room_bytes=room_bytes)
-            taken[name] += exchange_s(transport, group, backend.wire(rows * group.size, width), rows=rows)
+            transport = make_transport(name, group.Dup(), backend, width=width, nodes=nodes, slot_bytes=room_bytes)
+            taken[name] += exchange_s(transport, group, backend.comm_buffer(rows * group.size, width), rows=rows)
     slowest = np.array(list(taken.values()))
     comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
     ranking = sorted(zip(slowest.tolist(), names, strict=True))
@@ -80,7 +80,7 @@ def fastest(
 
 def candidates(backend: Backend) -> list[str]:
     """The transports that can carry the backend's rows."""
-    return [name for name in NAMES if backend.wires_on_host or name != Shared.name]
+    return [name for name in NAMES if backend.comm_buffers_on_host or name != Shared.name]
 
 
 def exchange_s(transport: Transport, group: MPI.Intracomm, incoming: Array, *, rows: int) -> float:

@@ -12,20 +12,20 @@ from typing import Any
 
 from mpi4py import MPI
 
-from moempi.backend.protocol import Array, Backend, Picked
+from moempi.backend.protocol import Array, Backend, SampledTokens
 from moempi.comm.batch import NO_STEP, Batch
-from moempi.comm.transfers import Traffic
-from moempi.comm.transports.base import Pending, Transfer, once_done
+from moempi.comm.transfers import Transfers
+from moempi.comm.transports.base import MpiRequest, Transfer, start_after_verbs
 from moempi.layout.grid import Coordinates, Grid
 from moempi.layout.row_split import RowSplit, part_range
 
-CONTROL, ROWS, ANSWER, STOP = 1, 2, 3, 6
+CONTROL, ROWS, SAMPLED, STOP = 1, 2, 3, 6
 SPIN_S = 200e-6
 NAP_S = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class StepReceives:
     """Rows on their way here: one transfer a source, into a buffer that holds the most rows a source can send."""
 
     transfers: tuple[Transfer, ...]
@@ -41,121 +41,125 @@ class StageLink:
         self,
         comm: MPI.Intracomm,
         grid: Grid,
-        place: Coordinates,
+        coords: Coordinates,
         backend: Backend,
         *,
-        traffic: Traffic,
+        transfers: Transfers,
         width: int,
         group_rows: int,
     ) -> None:
-        self.is_first = place.stage == 0
-        self.is_last = place.stage == len(grid.stages) - 1
+        self.is_first = coords.stage == 0
+        self.is_last = coords.stage == len(grid.stages) - 1
         self._comm = comm
         self._grid = grid
-        self._place = place
+        self._coords = coords
         self._backend = backend
-        self._traffic = traffic
+        self._transfers = transfers
         self._width = width
         self._row = MPI.BYTE.Create_contiguous(width * backend.row_dtype.itemsize).Commit()
         self._sent: list[Transfer] = []
-        self._has_asked = self._was_asked = False
-        self._sources = () if self.is_first else grid.peers(place.stage, place.data, other=place.stage - 1)
+        self._has_requested_stop = self._stop_requested = False
+        self._sources = () if self.is_first else grid.peers(coords.stage, coords.data, other=coords.stage - 1)
         self._buffers = [
-            backend.wire(-(-group_rows * len(grid.peers(place.stage - 1, source, other=0)) // grid.tensor), width)
+            backend.comm_buffer(
+                -(-group_rows * len(grid.peers(coords.stage - 1, source, other=0)) // grid.tensor), width
+            )
             for source in self._sources
         ]
 
     def send(self, batch: Batch, rows: Array) -> None:
         """Send the batch and all its rows (T, D) on to the owners in the next stage; does not block on them."""
-        self._settle()
-        later = self._place.stage + 1
-        for data in self._grid.peers(self._place.stage, self._place.data, other=later):
+        self._wait_for_sends()
+        later = self._coords.stage + 1
+        for data in self._grid.peers(self._coords.stage, self._coords.data, other=later):
             part, index = batch.of_slots(self._grid.slots(later, data))
-            kept = index[part_range(len(index), self._grid.tensor, self._place.tensor)]
-            outgoing = self._backend.wire(len(kept), self._width)
+            kept = index[part_range(len(index), self._grid.tensor, self._coords.tensor)]
+            outgoing = self._backend.comm_buffer(len(kept), self._width)
             self._backend.pack(rows, self._backend.upload(kept), outgoing)
-            there = self._grid.rank(later, data, self._place.tensor)
-            self._keep(self._comm.isend(part, there, CONTROL), part)
+            there = self._grid.rank(later, data, self._coords.tensor)
+            self._track_send(self._comm.isend(part, there, CONTROL), part)
             self._send_rows(outgoing, there, ROWS)
 
     def stop(self) -> None:
         """Tell the next stage, if there is one, that no step follows; blocks until all that was sent is on its way."""
         if not self.is_last:
-            self.send(NO_STEP, self._backend.unpack(self._backend.wire(0, self._width), None))
-        self._settle()
+            self.send(NO_STEP, self._backend.unpack(self._backend.comm_buffer(0, self._width), None))
+        self._wait_for_sends()
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Tell the first rank of the first stage that this rank was asked to stop; does not block."""
-        if not self._has_asked:
-            self._has_asked = True
-            self._keep(self._comm.isend(None, self._grid.rank(0, 0, 0), STOP), None)
+        if not self._has_requested_stop:
+            self._has_requested_stop = True
+            self._track_send(self._comm.isend(None, self._grid.rank(0, 0, 0), STOP), None)
 
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether a rank of a later stage has told this one so; does not block."""
         while self._comm.iprobe(tag=STOP):
             self._comm.recv(tag=STOP)
-            self._was_asked = True
-        return self._was_asked
+            self._stop_requested = True
+        return self._stop_requested
 
-    def expect(self) -> Arrival:
+    def post_receives(self) -> StepReceives:
         """Be ready for the rows of the next step; does not block."""
         transfers = []
         for source, buffer in zip(self._sources, self._buffers, strict=True):
-            here = self._grid.rank(self._place.stage - 1, source, self._place.tensor)
-            transfers.append(self._expect_rows(buffer, here, ROWS))
-        return Arrival(tuple(transfers))
+            here = self._grid.rank(self._coords.stage - 1, source, self._coords.tensor)
+            transfers.append(self._receive_rows(buffer, here, ROWS))
+        return StepReceives(tuple(transfers))
 
-    def receive(self, arrival: Arrival) -> tuple[Batch, RowSplit, Array]:
+    def receive(self, receives: StepReceives) -> tuple[Batch, RowSplit, Array]:
         """Block until the step is here: its batch, how its rows are divided, and this rank's part of them."""
         batches = [
-            self._wait_for(self._grid.rank(self._place.stage - 1, source, self._place.tensor), CONTROL)
+            self._wait_for(self._grid.rank(self._coords.stage - 1, source, self._coords.tensor), CONTROL)
             for source in self._sources
         ]
         split = RowSplit(tuple(batch.num_rows for batch in batches), self._grid.tensor)
         parts = []
-        for batch, transfer in zip(batches, arrival.transfers, strict=True):
-            own = len(part_range(batch.num_rows, self._grid.tensor, self._place.tensor))
+        for batch, transfer in zip(batches, receives.transfers, strict=True):
+            own = len(part_range(batch.num_rows, self._grid.tensor, self._coords.tensor))
             parts.append(self._backend.unpack(transfer.finish()[:own], None))
         return Batch.join(batches), split, self._backend.join(parts)
 
-    def answer(self, batch: Batch, picked: Picked) -> None:
+    def send_sampled(self, batch: Batch, sampled: SampledTokens) -> None:
         """Send what was picked for the batch's wanted rows home to the first stage; does not block on it."""
-        self._settle()
-        for data in self._grid.peers(self._place.stage, self._place.data, other=0):
-            part = picked.take(batch.wanted_of_slots(self._grid.slots(0, data)))
-            self._keep(self._comm.isend(part, self._grid.rank(0, data, self._place.tensor), ANSWER), part)
+        self._wait_for_sends()
+        for data in self._grid.peers(self._coords.stage, self._coords.data, other=0):
+            part = sampled.take(batch.logit_rows_of_slots(self._grid.slots(0, data)))
+            self._track_send(self._comm.isend(part, self._grid.rank(0, data, self._coords.tensor), SAMPLED), part)
 
-    def answers(self) -> Picked:
+    def receive_sampled(self) -> SampledTokens:
         """Block until the picked tokens of this group's step are home, in the batch's order."""
         last = len(self._grid.stages) - 1
-        groups = self._grid.peers(0, self._place.data, other=last)
-        return Picked.join([self._wait_for(self._grid.rank(last, data, self._place.tensor), ANSWER) for data in groups])
+        groups = self._grid.peers(0, self._coords.data, other=last)
+        return SampledTokens.join(
+            [self._wait_for(self._grid.rank(last, data, self._coords.tensor), SAMPLED) for data in groups]
+        )
 
     def _wait_for(self, source: int, tag: int) -> Any:
         """Block until a control message is here. A long wait naps, so that ranks that share a core get their turn."""
         begin = perf_counter()
         while (message := self._comm.improbe(source, tag)) is None:
-            self._backend.between()
+            self._backend.progress()
             if (waited := perf_counter() - begin) > SPIN_S:
                 sleep(min(waited / 8, NAP_S))
-        self._traffic.waits["pipeline"] += perf_counter() - begin
+        self._transfers.waits["pipeline"] += perf_counter() - begin
         return message.recv()
 
     def _send_rows(self, rows: Array, there: int, tag: int) -> None:
         """Send rows of a wire as soon as they are written."""
         message = [rows, len(rows), self._row]
-        self._keep(once_done(self._backend, partial(self._comm.Isend, message, there, tag)), rows)
+        self._track_send(start_after_verbs(self._backend, partial(self._comm.Isend, message, there, tag)), rows)
 
-    def _expect_rows(self, buffer: Array, source: int, tag: int) -> Transfer:
+    def _receive_rows(self, buffer: Array, source: int, tag: int) -> Transfer:
         """Receive into a wire as soon as nothing reads it."""
         message = [buffer, len(buffer), self._row]
-        request = once_done(self._backend, partial(self._comm.Irecv, message, source, tag))
-        return self._traffic.expect(request, buffer, waiting="pipeline")
+        request = start_after_verbs(self._backend, partial(self._comm.Irecv, message, source, tag))
+        return self._transfers.track_receive(request, buffer, waiting="pipeline")
 
-    def _keep(self, request: Pending, sent: object) -> None:
-        self._sent.append(self._traffic.expect(request, None, outgoing=sent, waiting="pipeline"))
+    def _track_send(self, request: MpiRequest, sent: object) -> None:
+        self._sent.append(self._transfers.track_receive(request, None, outgoing=sent, waiting="pipeline"))
 
-    def _settle(self) -> None:
+    def _wait_for_sends(self) -> None:
         """Wait for what the step before sent; its receivers have long asked for it."""
         for transfer in self._sent:
             transfer.finish()

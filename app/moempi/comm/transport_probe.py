@@ -46,7 +46,7 @@ def check(world: World) -> RenderableType | None:
         f"{world.size} ranks on {world.num_nodes} nodes, thread level {MPI.Query_thread()} of {MPI.THREAD_MULTIPLE}",
     ]
     lines.extend(_gpu_lines())
-    if not world.split_agrees:
+    if not world.split_matches_nodes:
         lines.append("MPI finds other shared-memory groups than the host names: the launcher hides neighbours")
     lines.extend(_division_lines(topology))
     tables = _rank_table(topology, places), _exchange_table(timings, world.size)
@@ -79,10 +79,10 @@ def _time_transports(world: World, topology: Topology, ranks: MPI.Intracomm) -> 
     taken = {}
     for name in candidates(backend):
         room_bytes = max(ROWS) * row_bytes * world.size
-        transport = make_transport(
-            name, ranks.Dup(), backend, width=WIDTH, nodes=topology.nodes, room_bytes=room_bytes
-        )
-        seconds = [exchange_s(transport, ranks, backend.wire(rows * world.size, WIDTH), rows=rows) for rows in ROWS]
+        transport = make_transport(name, ranks.Dup(), backend, width=WIDTH, nodes=topology.nodes, slot_bytes=room_bytes)
+        seconds = [
+            exchange_s(transport, ranks, backend.comm_buffer(rows * world.size, WIDTH), rows=rows) for rows in ROWS
+        ]
         taken[name] = [float(ranks.allreduce(one, MPI.MAX)) for one in seconds]
     return taken
 
@@ -111,9 +111,7 @@ def _gpu_lines() -> list[str]:
 def _division_lines(topology: Topology) -> list[str]:
     """What of the levels between a rank and all others could be told apart."""
     divisions = {"islands inside nodes": topology.islands, "switches above them": topology.switches}
-    return [
-        f"{name}: {len(set(numbers)) if numbers else 'not told apart'}" for name, numbers in divisions.items()
-    ]
+    return [f"{name}: {len(set(numbers)) if numbers else 'not told apart'}" for name, numbers in divisions.items()]
 
 
 def _cores() -> str:
@@ -127,10 +125,10 @@ def _cores() -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _rank_table(topology: Topology, places: list[tuple[int, str, str, str]]) -> Table:
+def _rank_table(topology: Topology, ranks: list[tuple[int, str, str, str]]) -> Table:
     """A row for each rank, in the order in which the ranks are counted."""
     table = Table("rank", "switch", "node", "host", "cores", "near")
-    for seat, (rank, host, cores, island) in enumerate(places):
+    for seat, (rank, host, cores, island) in enumerate(ranks):
         switch = str(topology.switches[seat]) if topology.switches else ""
         table.add_row(str(rank), switch, str(topology.nodes[seat]), host, cores, island)
     return table

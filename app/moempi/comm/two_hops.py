@@ -13,17 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.exchange import Exchange, Route
 from moempi.comm.route_plan import RoutePlan
-from moempi.comm.transfers import Traffic
+from moempi.comm.transfers import Transfers
 from moempi.comm.transports.base import Transfer, Transport
-from moempi.layout.forwarders import ABSENT, Crossings, Gates, cross
+from moempi.layout.forwarders import ABSENT, Forwarders, NodeTransfers, node_transfers
 from moempi.layout.placement import Placement
 from moempi.layout.schedule import Point
 from moempi.layout.topology import Topology
-
-IntArray = npt.NDArray[np.integer]
 
 
 class TwoHops(Exchange):
@@ -37,7 +36,7 @@ class TwoHops(Exchange):
         *,
         topology: Topology,
         inside: Exchange,
-        traffic: Traffic,
+        transfers: Transfers,
         transport: Transport,
         width: int,
     ) -> None:
@@ -46,29 +45,29 @@ class TwoHops(Exchange):
             placements,
             backend,
             topology=topology,
-            traffic=traffic,
+            transfers=transfers,
             transport=transport,
             width=width,
         )
-        self._gates = Gates(topology.nodes, comm.rank)
+        self._forwarders = Forwarders(topology.nodes, comm.rank)
         self._inside = inside
         nodes = np.array(topology.nodes)
-        self._node_of_key = {layer: nodes[placement.ranks] for layer, placement in placements.items()}
+        self._node_of_physical = {layer: nodes[placement.ranks] for layer, placement in placements.items()}
 
     def send(self, x: Array, route: Route) -> Generator[Point, None, tuple[RoutePlan, Transfer]]:
         """See `Exchange.send`; the choices travel here too, ahead of their rows. Blocks the host for them."""
         if self.listen is not None:
             self.listen(route)
-        keys = self._keys[route.layer][self._backend.download(self._turned(route))]
+        keys = self._physical_ids[route.layer][self._backend.download(self._replica_choices(route))]
         weights = self._backend.download(route.weights)
         np.add.at(self.load[route.layer], self.placements[route.layer].experts[keys], 1)
-        node_of_key = self._node_of_key[route.layer]
-        crossings = cross(node_of_key[keys], len(self._gates.ranks))
+        node_of_key = self._node_of_physical[route.layer]
+        crossings = node_transfers(node_of_key[keys], len(self._forwarders.ranks))
         send_counts = np.zeros(self._comm.size, np.int64)
-        send_counts[self._gates.ranks] = np.bincount(crossings.nodes, minlength=len(self._gates.ranks))
+        send_counts[self._forwarders.ranks] = np.bincount(crossings.nodes, minlength=len(self._forwarders.ranks))
         recv_counts = np.empty_like(send_counts)
         request = self._comm.Ialltoall(send_counts, recv_counts)
-        notice = self._traffic.begin(request, send_counts, recv_counts, waiting="idle")
+        notice = self._transfers.track(request, send_counts, recv_counts, waiting="idle")
         yield Point(route.layer, "counts")
         notice.finish()
         outgoing = _choices(crossings, node_of_key, keys, weights)
@@ -81,7 +80,7 @@ class TwoHops(Exchange):
             recv_counts=recv_counts,
             expert_counts=inside.expert_counts,
             source_rows=self._backend.upload(crossings.tokens),
-            places=self._backend.upload(crossings.places),
+            output_rows=self._backend.upload(crossings.pairs),
             weights=self._backend.upload(crossings.present),
             by_expert=None,
             by_source=None,
@@ -90,7 +89,6 @@ class TwoHops(Exchange):
         return plan, self.dispatch(x, plan)
 
     def arrived(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
-        """See `Exchange.arrived`."""
         crossed = yield from super().arrived(transfer, plan)
         inside = self._inside.dispatch(crossed, plan.second)
         yield Point(plan.layer, "dispatch inside")
@@ -101,7 +99,6 @@ class TwoHops(Exchange):
         return self._inside.answer(rows, plan.second)
 
     def combined(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
-        """See `Exchange.combined`."""
         rows = yield from self._inside.combined(transfer, plan.second)
         homeward = super().answer(rows, plan)
         yield Point(plan.layer, "combine across")
@@ -113,7 +110,7 @@ class TwoHops(Exchange):
         request = self._comm.Ialltoallv(
             [outgoing, send_counts * numbers, MPI.INT32_T], [incoming, recv_counts * numbers, MPI.INT32_T]
         )
-        return self._traffic.begin(request, outgoing, incoming, waiting="idle")
+        return self._transfers.track(request, outgoing, incoming, waiting="idle")
 
     def _plan_inside(self, layer: int, choices: IntArray) -> Generator[Point, None, RoutePlan]:
         """The gate's plan for rows whose choices (M, 2, K) have come: keys, ABSENT on another node, and weights."""
@@ -122,7 +119,7 @@ class TwoHops(Exchange):
         slots = np.argsort(keys == ABSENT, axis=1, kind="stable")
         keys, weights = np.take_along_axis(keys, slots, axis=1), np.take_along_axis(weights, slots, axis=1)
         present = keys != ABSENT
-        chosen = keys[present] - self.placements[layer].bounds[self._gates.neighbours.start]
+        chosen = keys[present] - self.placements[layer].bounds[self._forwarders.node_ranks.start]
         order = np.argsort(chosen, kind="stable")
         places = np.empty(keys.shape, np.int64)
         places[present] = np.argsort(order)
@@ -135,10 +132,12 @@ class TwoHops(Exchange):
         )
 
 
-def _choices(crossings: Crossings, node_of_key: IntArray, keys: IntArray, weights: npt.NDArray[Any]) -> IntArray:
+def _choices(
+    pairs: NodeTransfers, node_of_physical: IntArray, physical: IntArray, weights: npt.NDArray[Any]
+) -> IntArray:
     """What each crossing row's gate must know (P, 2, K): keys of the choices on its node, and weights, as int32."""
-    chosen = keys[crossings.tokens]
-    choices = np.empty((len(chosen), 2, keys.shape[1]), np.int32)
-    choices[:, 0] = np.where(node_of_key[chosen] == crossings.nodes[:, None], chosen, ABSENT)
-    choices[:, 1] = weights[crossings.tokens].astype(np.float32, copy=False).view(np.int32)
+    chosen = physical[pairs.tokens]
+    choices = np.empty((len(chosen), 2, physical.shape[1]), np.int32)
+    choices[:, 0] = np.where(node_of_physical[chosen] == pairs.nodes[:, None], chosen, ABSENT)
+    choices[:, 1] = weights[pairs.tokens].astype(np.float32, copy=False).view(np.int32)
     return choices

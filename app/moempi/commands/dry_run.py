@@ -11,20 +11,20 @@ from moempi.config.size import format_size, parse_size
 from moempi.engine.kv_budget import affordable_pages
 from moempi.errors import ConfigError
 from moempi.layout.grid import Stage
-from moempi.layout.layout import Plan, make_plan
+from moempi.layout.layout import Layout, make_layout
 from moempi.layout.memory import Memory
 from moempi.layout.placement import Placement
-from moempi.observe.run_report import Layout, StageRow
+from moempi.observe.run_report import LayoutTable, StageRow
 from moempi.storage.weights import WeightFile
 
 
-def dry_run(job: Job, nodes: Sequence[int]) -> Layout:
+def dry_run(job: Job, nodes: Sequence[int]) -> LayoutTable:
     """Lay the job out on ranks whose node is nodes[rank], counted node by node. Not collective.
 
     Raises the MoempiErrors that the run itself would raise for its layout.
     """
     architecture = architecture_of(job)
-    plan = make_plan(job, architecture, nodes, placement=placement_of(job), on_gpu=job.run.backend == "cupy")
+    plan = make_layout(job, architecture, nodes, placement=placement_of(job), on_gpu=job.run.backend == "cupy")
     title = (
         f"{len(nodes):,} ranks on {len(set(nodes)):,} nodes, {len(plan.grid.stages)} stages, "
         f"tensor groups of {plan.grid.tensor}; "
@@ -32,7 +32,7 @@ def dry_run(job: Job, nodes: Sequence[int]) -> Layout:
         f"{len(architecture.dense_layers)} dense layers"
     )
     rows = [_row(plan, index, nodes) for index in range(len(plan.grid.stages))]
-    return Layout(title, rows, refused=_refused(job, plan))
+    return LayoutTable(title, rows, refused=_refused(job, plan))
 
 
 def architecture_of(job: Job) -> Architecture:
@@ -52,7 +52,7 @@ def _counts(placements: Mapping[int, Placement]) -> list[int]:
     return [len(experts) for placement in placements.values() for experts in placement.hosted]
 
 
-def _row(plan: Plan, index: int, nodes: Sequence[int]) -> StageRow:
+def _row(plan: Layout, index: int, nodes: Sequence[int]) -> StageRow:
     stage, memory = plan.grid.stages[index], plan.memory[index]
     counts = _counts(plan.placements[index]) or [0]
     return StageRow(
@@ -73,7 +73,7 @@ def _num_nodes(stage: Stage, nodes: Sequence[int]) -> int:
     return len({nodes[rank] for rank in stage.ranks})
 
 
-def _refused(job: Job, plan: Plan) -> list[str]:
+def _refused(job: Job, plan: Layout) -> list[str]:
     """What the memory of a rank would refuse, where the job says how much that is; once for stages that are alike."""
     if job.topology.rank_memory == "auto":
         return []

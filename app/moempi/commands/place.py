@@ -11,10 +11,10 @@ from moempi.config.placement_file import HostedLayer, PlacementFile
 from moempi.config.topology_file import Level, TopologyFile
 from moempi.errors import DataError, UsageError
 from moempi.layout.placement import Placement
-from moempi.layout.topology import LEVELS, Topology, numbered, of_file
+from moempi.layout.topology import LEVELS, Topology, from_file, numbered
 from moempi.observe.placement_table import PolicyRow
-from moempi.planning.policies import POLICIES, place
-from moempi.planning.replay import Forecast, Machine, Routes, replay
+from moempi.planning.policies import POLICIES, choose_placement
+from moempi.planning.replay import Cluster, ExchangeForecast, Routes, replay
 from moempi.storage.files import atomic
 from moempi.storage.results_layout import NOWHERE
 from moempi.storage.routing import RoutingFile
@@ -28,7 +28,7 @@ ASSUMED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class PlacementRequest:
     """What to place for: the share of `replicas` among the experts, and links as measured, if they were.
 
     An expert takes `row_s` for a row; when 0, the computing of the run is divided by all its rows at experts. With
@@ -44,32 +44,34 @@ class Wish:
     tokens: int = 200_000
 
 
-def place_experts(results: str | Path, wish: Wish, *, policy: str, out: str | Path | None) -> list[PolicyRow]:
+def place_experts(
+    results: str | Path, request: PlacementRequest, *, policy: str, out: str | Path | None
+) -> list[PolicyRow]:
     """What each policy would send and compute, on routing recorded in `results`; `policy`'s placement goes to `out`.
 
     Raises NoInputError or DataError for the results, UsageError for ranks that cannot be, StorageError for `out`.
     """
     with RoutingFile(results) as file:
         placed: dict[str, list[Placement]] = {name: [] for name in POLICIES}
-        forecasts: dict[str, list[Forecast]] = {}
+        forecasts: dict[str, list[ExchangeForecast]] = {}
         for index, layer in enumerate(file.layers):
-            machine, routes = _machine(file, layer, wish), _routes(file, index, wish)
-            if not wish.ranks:
-                _add(forecasts, "as run", replay(routes, _as_run(file, layer), machine))
+            machine, routes = _cluster(file, layer, request), _routes(file, index, request)
+            if not request.ranks:
+                _add(forecasts, "as run", replay(routes, _recorded_placement(file, layer), machine))
             for name in POLICIES:
-                keys = file.num_experts + round(wish.replicas * file.num_experts)
-                placement = place(name, routes, machine, num_experts=file.num_experts, num_keys=keys)
+                keys = file.num_experts + round(request.replicas * file.num_experts)
+                placement = choose_placement(name, routes, machine, num_experts=file.num_experts, num_physical=keys)
                 placed[name].append(placement)
                 _add(forecasts, name, replay(routes, placement, machine))
         rows = [row_of(name, found) for name, found in forecasts.items()]
-        if not wish.ranks and wish.tokens >= file.num_tokens:
+        if not request.ranks and request.tokens >= file.num_tokens:
             rows.insert(0, _measured(file.counters))
         if out is not None:
             _write(out, file.num_experts, dict(zip(file.layers, placed[policy], strict=True)))
     return rows
 
 
-def row_of(name: str, forecasts: Sequence[Forecast]) -> PolicyRow:
+def row_of(name: str, forecasts: Sequence[ExchangeForecast]) -> PolicyRow:
     """The forecasts of all layers in one row."""
     return PolicyRow(
         name,
@@ -80,40 +82,38 @@ def row_of(name: str, forecasts: Sequence[Forecast]) -> PolicyRow:
     )
 
 
-def _add(forecasts: dict[str, list[Forecast]], name: str, forecast: Forecast) -> None:
+def _add(forecasts: dict[str, list[ExchangeForecast]], name: str, forecast: ExchangeForecast) -> None:
     forecasts.setdefault(name, []).append(forecast)
 
 
-def _machine(file: RoutingFile, layer: int, wish: Wish) -> Machine:
+def _cluster(file: RoutingFile, layer: int, request: PlacementRequest) -> Cluster:
     """The ranks that a layer is to be placed on."""
     seats, last_layer = _stage(file, layer)
     hops, row_bytes = (int(file.ranks[name].max()) for name in ("hops", "row_bytes"))
     choices = file.num_tokens * len(file.layers) * file.top_k
     departs = bool(file.ranks["departs"][seats].any()) and layer == last_layer
-    return Machine(
-        topology=_wished(wish) if wish.ranks else _stood(file, seats),
+    return Cluster(
+        topology=_requested_topology(request) if request.ranks else _recorded_topology(file, seats),
         hops=hops,
         row_bytes=row_bytes,
-        levels=wish.topology.levels if wish.topology else ASSUMED,
-        row_s=wish.row_s or file.compute_s / max(choices, 1),
-        answers=not departs or bool(wish.ranks),
+        levels=request.topology.levels if request.topology else ASSUMED,
+        row_s=request.row_s or file.compute_s / max(choices, 1),
+        counts_combine=not departs or bool(request.ranks),
     )
 
 
-def _stood(file: RoutingFile, seats: list[int]) -> Topology:
+def _recorded_topology(file: RoutingFile, seats: list[int]) -> Topology:
     """Where the ranks of a stage stood."""
     nodes, islands, switches = (tuple(file.ranks[name][seats].tolist()) for name in ("node", "island", "switch"))
-    return Topology(
-        numbered(nodes), () if NOWHERE in islands else islands, () if NOWHERE in switches else switches
-    )
+    return Topology(numbered(nodes), () if NOWHERE in islands else islands, () if NOWHERE in switches else switches)
 
 
-def _wished(wish: Wish) -> Topology:
-    if wish.topology and not wish.ranks_per_node:
-        if len(wish.topology.nodes) != wish.ranks:
-            raise UsageError(f"--ranks {wish.ranks}: the topology has {len(wish.topology.nodes)} ranks")
-        return of_file(wish.topology)
-    return Topology(tuple(rank // (wish.ranks_per_node or wish.ranks) for rank in range(wish.ranks)))
+def _requested_topology(request: PlacementRequest) -> Topology:
+    if request.topology and not request.ranks_per_node:
+        if len(request.topology.nodes) != request.ranks:
+            raise UsageError(f"--ranks {request.ranks}: the topology has {len(request.topology.nodes)} ranks")
+        return from_file(request.topology)
+    return Topology(tuple(rank // (request.ranks_per_node or request.ranks) for rank in range(request.ranks)))
 
 
 def _stage(file: RoutingFile, layer: int) -> tuple[list[int], int]:
@@ -130,13 +130,13 @@ def _stage(file: RoutingFile, layer: int) -> tuple[list[int], int]:
     return members[np.argsort(file.ranks["seat"][members])].tolist(), int(layers.max())
 
 
-def _routes(file: RoutingFile, index: int, wish: Wish) -> Routes:
+def _routes(file: RoutingFile, index: int, request: PlacementRequest) -> Routes:
     """What was recorded of a layer; on other ranks than the run's, requests are dealt to them in turn."""
-    found = file.layer(index, last=wish.tokens)
+    found = file.layer(index, last=request.tokens)
     steps = np.unique(found["step"], return_inverse=True)[1]
-    if wish.ranks:
+    if request.ranks:
         rows = np.arange(len(steps))
-        return Routes(found["request"] % wish.ranks, rows, steps, found["experts"])
+        return Routes(found["request"] % request.ranks, rows, steps, found["experts"])
     seats, _ = _stage(file, file.layers[index])
     homes = found["rank"] - int(file.ranks["seat"][seats[0]])
     if len(homes) and not 0 <= homes.min() <= homes.max() < len(seats):
@@ -144,7 +144,7 @@ def _routes(file: RoutingFile, index: int, wish: Wish) -> Routes:
     return Routes(homes, found["row"], steps, found["experts"])
 
 
-def _as_run(file: RoutingFile, layer: int) -> Placement:
+def _recorded_placement(file: RoutingFile, layer: int) -> Placement:
     """The placement that the run itself had."""
     seats, _ = _stage(file, layer)
     of_layer = file.hosted["layer"] == layer

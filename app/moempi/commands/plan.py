@@ -7,20 +7,22 @@ from moempi.commands.dry_run import architecture_of
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
 from moempi.config.placement_file import placement_of
-from moempi.layout.layout import make_plan
+from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology
 from moempi.observe.forecast_table import StageLine, TotalLine, print_forecast
-from moempi.planning.forecast import Forecast, Scene, forecast
+from moempi.planning.forecast import Deployment, Forecast, forecast
 
 
-def what_if(job: Job, machine: MachineFile, where: Topology, *, context: int, prompt: int) -> Mapping[str, Forecast]:
+def forecast_job(
+    job: Job, machine: MachineFile, topology: Topology, *, context: int, prompt: int
+) -> Mapping[str, Forecast]:
     """Forecasts of reading prompts of `prompt` tokens and of generating with `context` tokens in the cache.
 
     Raises the MoempiErrors that the run itself would raise for its layout. Not collective.
     """
     architecture = architecture_of(job)
-    plan = make_plan(job, architecture, where.nodes, placement=placement_of(job), on_gpu=job.run.backend == "cupy")
-    scene = Scene(job, architecture, plan, machine, where)
+    plan = make_layout(job, architecture, topology.nodes, placement=placement_of(job), on_gpu=job.run.backend == "cupy")
+    scene = Deployment(job, architecture, plan, machine, topology)
     # Prefill: every step is full of prompts' rows, which see half of their prompt on average.
     rows = job.run.batch_tokens
     forecasts = {"prefill": forecast(scene, rows=rows, sequences=max(1.0, rows / prompt), context=prompt / 2)}

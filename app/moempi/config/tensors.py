@@ -29,7 +29,7 @@ class Share(Enum):
     EXPERTS = "experts"
 
 
-DIVIDED = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN, Share.VOCABULARY)
+TENSOR_PARALLEL = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN, Share.VOCABULARY)
 """What the ranks of a tensor group divide among them."""
 
 

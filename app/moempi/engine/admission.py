@@ -3,23 +3,23 @@
 from collections.abc import Iterable
 
 from moempi.config.architecture import Architecture
-from moempi.engine.request import Sequence
-from moempi.engine.tokenizer import Text
+from moempi.engine.request import Request
+from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
 from moempi.model.kv_cache import pages_for
 from moempi.storage.prompts import Prompt
 
 
-def sequences_of(prompts: Iterable[Prompt], text: Text, architecture: Architecture, *, task: str) -> list[Sequence]:
+def make_requests(
+    prompts: Iterable[Prompt], tokenizer: TextTokenizer, architecture: Architecture, *, task: str
+) -> list[Request]:
     """Turn prompts into sequences; those that the model cannot take are finished, as errors."""
-    return [_sequence(prompt, text, architecture, task) for prompt in prompts]
+    return [_make_request(prompt, tokenizer, architecture, task) for prompt in prompts]
 
 
-def refuse_too_long(sequences: Iterable[Sequence], *, pages: int) -> list[Sequence]:
+def refuse_too_long(requests: Iterable[Request], *, pages: int) -> list[Request]:
     """Fail the sequences that would not fit in the whole cache, and return them: a larger one could take them."""
-    refused = [
-        sequence for sequence in sequences if sequence.finish is None and pages_for(sequence.capacity) > pages
-    ]
+    refused = [sequence for sequence in requests if sequence.finish is None and pages_for(sequence.capacity) > pages]
     for sequence in refused:
         sequence.fail(
             f"needs {pages_for(sequence.capacity)} cache pages, the rank has {pages}; "
@@ -28,16 +28,16 @@ def refuse_too_long(sequences: Iterable[Sequence], *, pages: int) -> list[Sequen
     return refused
 
 
-def _sequence(prompt: Prompt, text: Text, architecture: Architecture, task: str) -> Sequence:
+def _make_request(prompt: Prompt, tokenizer: TextTokenizer, architecture: Architecture, task: str) -> Request:
     tokens: list[int] = []
     error = prompt.error
     if not error:
         try:
-            tokens = text.encode(prompt.text or "") if prompt.tokens is None else prompt.tokens.tolist()
+            tokens = tokenizer.encode(prompt.text or "") if prompt.tokens is None else prompt.tokens.tolist()
         except DataError as refusal:
             error = str(refusal)
     room = architecture.max_positions - len(tokens)
-    sequence = Sequence(prompt, tokens, min(prompt.sampling.max_tokens, room) if task == "generate" else 0)
+    sequence = Request(prompt, tokens, min(prompt.sampling.max_tokens, room) if task == "generate" else 0)
     error = error or _problem(tokens, room, architecture, task)
     if error:
         sequence.fail(error)

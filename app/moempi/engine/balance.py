@@ -6,14 +6,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moempi.comm.lane_comm import Network
+from moempi.comm.lane_comm import LaneComm
 from moempi.config.architecture import Architecture
 from moempi.config.job import BalanceSection
 from moempi.engine.lane import Lane
-from moempi.engine.request import Sequence as Request
+from moempi.engine.request import Request as Request
 from moempi.engine.tasks import Score
 from moempi.model.kv_cache import pages_for
-from moempi.model.router_balance import ROUTER_ALONE, Gating, LimitedGating, ShiftedGating, Shifts, Tally
+from moempi.model.router_balance import (
+    MODEL_ROUTING,
+    BiasPolicy,
+    CapacityPolicy,
+    ExpertBias,
+    MoveCounter,
+    RoutingPolicy,
+)
 from moempi.runtime.world import World
 
 
@@ -21,41 +28,41 @@ from moempi.runtime.world import World
 class Balance:
     """The balancing of one rank: a gating for each of its lanes, which share the tally and the shifts."""
 
-    gatings: Sequence[Gating]
-    tally: Tally
-    shifts: Shifts
+    policies: Sequence[RoutingPolicy]
+    moves: MoveCounter
+    expert_bias: ExpertBias
 
     def asked_load(self, num_layers: int) -> npt.NDArray[np.int64]:
         """The choices that the router asked for on this rank (L, E); zero in the layers of other stages."""
-        load = np.zeros((num_layers, self.shifts.terms.shape[1]), np.int64)
-        for layer, counts in self.tally.asked.items():
+        load = np.zeros((num_layers, self.expert_bias.values.shape[1]), np.int64)
+        for layer, counts in self.moves.preferred.items():
             load[layer] = counts
         return load
 
-    def terms(self, num_layers: int) -> npt.NDArray[np.float32]:
+    def bias_by_layer(self, num_layers: int) -> npt.NDArray[np.float32]:
         """The shifts as they are now (L, E), equal on all ranks of a stage; zero in the layers of other stages."""
-        terms = np.zeros((num_layers, self.shifts.terms.shape[1]), np.float32)
-        terms[list(self.shifts.layers)] = self.shifts.terms
+        terms = np.zeros((num_layers, self.expert_bias.values.shape[1]), np.float32)
+        terms[list(self.expert_bias.layers)] = self.expert_bias.values
         return terms
 
 
 def make_balance(
-    rules: BalanceSection, networks: Sequence[Network], architecture: Architecture, layers: range
+    rules: BalanceSection, comms: Sequence[LaneComm], architecture: Architecture, layers: range
 ) -> Balance | None:
     """What balances the lanes of these networks, which compute `layers`; None where nothing does."""
     balanced = [layer for layer in architecture.moe_layers if layer in layers]
     if rules.mode == "off":
         return None
-    tally = Tally(balanced, architecture.experts.num)
-    shifts = Shifts(balanced, architecture.experts.num, rate=rules.rate, bound=rules.bound)
-    gatings: list[Gating] = []
-    for network in networks:
+    tally = MoveCounter(balanced, architecture.experts.num)
+    shifts = ExpertBias(balanced, architecture.experts.num, rate=rules.rate, bound=rules.bound)
+    gatings: list[RoutingPolicy] = []
+    for network in comms:
         if not balanced:
-            gatings.append(ROUTER_ALONE)
+            gatings.append(MODEL_ROUTING)
         elif rules.mode == "bias":
-            gatings.append(ShiftedGating(network.exchange, shifts, tally))
+            gatings.append(BiasPolicy(network.exchange, shifts, tally))
         else:
-            gatings.append(LimitedGating(network.exchange, tally, factor=rules.capacity))
+            gatings.append(CapacityPolicy(network.exchange, tally, factor=rules.capacity))
     return Balance(gatings, tally, shifts)
 
 
@@ -75,8 +82,8 @@ def quality_cost(
     """
     finished = [request for request in requests if request.finish in ("stop", "length") and _fits_again(request)]
     share = -(-sample // max(world.comm.allreduce(int(bool(finished))), 1))
-    balanced = [_silent(lane) for lane in lanes]
-    alone = [replace(lane, gating=ROUTER_ALONE) for lane in balanced]
+    balanced = [_muted(lane) for lane in lanes]
+    alone = [replace(lane, policy=MODEL_ROUTING) for lane in balanced]
     scores = [_scores(scored, finished[:share], take_steps) for scored in (balanced, alone)]
     changes = [one - other for one, other in zip(*scores, strict=True) if len(one) == len(other)]
     change, tokens = sum(float(part.sum()) for part in changes), sum(map(len, changes))
@@ -89,10 +96,10 @@ def _fits_again(request: Request) -> bool:
     return pages_for(len(request.prompt_tokens) + len(request.tokens)) <= pages_for(request.capacity)
 
 
-def _silent(lane: Lane) -> Lane:
+def _muted(lane: Lane) -> Lane:
     """The lane once more, scoring, without a trace of it anywhere."""
-    lane.network.exchange.listen = None
-    return replace(lane, task=Score(top=0), ledger=lane.ledger.silent(), trace=None)
+    lane.comm.exchange.listen = None
+    return replace(lane, task=Score(top=0), recorder=lane.recorder.muted(), trace=None)
 
 
 def _scores(
@@ -100,11 +107,11 @@ def _scores(
 ) -> list[npt.NDArray[np.float64]]:
     """Log-probabilities of each request's tokens; none of one that the lanes were stopped before."""
     again = [Request(request.prompt, request.prompt_tokens + request.tokens, limit=0) for request in requests]
-    lanes[0].scheduler.enter(again)
+    lanes[0].scheduler.submit(again)
     take_steps(lanes)
     scores = []
     for request, scored in zip(requests, again, strict=True):
-        picked = scored.picked if scored.finish == "length" else []
+        picked = scored.sampled if scored.finish == "length" else []
         logprobs = np.concatenate([np.zeros(0), *(part.logprobs for part in picked)])
         scores.append(logprobs[-len(request.tokens) :] if request.tokens else logprobs)
     return scores

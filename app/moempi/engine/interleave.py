@@ -9,9 +9,9 @@ def interleave(
     lanes: Sequence[Generator[Point, None, None]],
     step: Sequence[Point],
     *,
-    together: int,
-    resumed: Callable[[int], None] = lambda lane: None,
-    reached: Callable[[int, Point], None] = lambda lane, point: None,
+    side_by_side: int,
+    on_resume: Callable[[int], None] = lambda lane: None,
+    on_point: Callable[[int, Point], None] = lambda lane, point: None,
 ) -> None:
     """Resume the lanes in the order of the schedule until each has returned.
 
@@ -20,15 +20,15 @@ def interleave(
     ranks would no longer start their collectives in the same order.
     """
     running = dict(enumerate(lanes))
-    for lane, point in schedule(len(lanes), step, together=together):
+    for lane, point in schedule(len(lanes), step, side_by_side=side_by_side):
         if lane in running:
-            resumed(lane)
+            on_resume(lane)
             actual = next(running[lane], None)
             if actual is None:
                 del running[lane]
             elif actual != point:
                 raise RuntimeError(f"lane {lane} is at {actual}, the schedule says {point}")
             else:
-                reached(lane, point)
+                on_point(lane, point)
         if not running:
             return

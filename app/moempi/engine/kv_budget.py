@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from moempi.config.job import Job
 from moempi.config.size import format_size, parse_size
-from moempi.engine.request import Sequence
+from moempi.engine.request import Request
 from moempi.errors import ConfigError
 from moempi.layout.memory import Memory
 from moempi.model.kv_cache import pages_for
@@ -13,9 +13,9 @@ CACHE_SHARE = 0.8
 """Of the memory that is left beside weights and rows; the rest is for MPI, the interpreter and what is not counted."""
 
 
-def useful_pages(sequences: Iterable[Sequence], *, slots: int) -> int:
+def useful_pages(requests: Iterable[Request], *, slots: int) -> int:
     """Pages that the longest `slots` unfinished sequences hold at once."""
-    wanted = sorted((pages_for(sequence.capacity) for sequence in sequences if not sequence.finish), reverse=True)
+    wanted = sorted((pages_for(sequence.capacity) for sequence in requests if not sequence.finish), reverse=True)
     return sum(wanted[:slots])
 
 

@@ -44,9 +44,9 @@ def load_model(
         head_bias=_optional(shard, backend, "head_bias") if is_last else None,
         cache=KVCache(backend, architecture.attention, layers=len(layers), pages=pages),
     )
-    loaded = backend.mark()
+    loaded = backend.record_event()
     if loaded is not None:
-        loaded.wait()  # the lanes' queues would not
+        loaded.synchronize()  # the lanes' queues would not
     return model
 
 

@@ -10,7 +10,7 @@ from moempi.config.job import Job
 from moempi.config.placement_file import placement_of
 from moempi.config.size import parse_size
 from moempi.layout.grid import Coordinates, Grid, Stage
-from moempi.layout.layout import make_plan
+from moempi.layout.layout import make_layout
 from moempi.layout.memory import Memory
 from moempi.layout.placement import Placement
 from moempi.layout.topology import Topology
@@ -18,7 +18,7 @@ from moempi.runtime.world import World
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class RankLayout:
     """`ranks` is a communicator of all ranks, counted node by node, that stand as `topology` says.
 
     `placements`, by Mixture-of-Experts layer, and `memory` are those of this rank's stage. Rows leave the stages
@@ -28,15 +28,15 @@ class Seat:
     ranks: Any
     topology: Topology
     grid: Grid
-    place: Coordinates
+    coords: Coordinates
     placements: Mapping[int, Placement]
     memory: Memory
-    departing: Sequence[int]
+    immediate_stages: Sequence[int]
 
     @property
     def stage(self) -> Stage:
         """The layers and ranks of this rank's stage."""
-        return self.grid.stages[self.place.stage]
+        return self.grid.stages[self.coords.stage]
 
     @property
     def hosted(self) -> Mapping[int, tuple[int, ...]]:
@@ -47,28 +47,28 @@ class Seat:
     @property
     def num_groups(self) -> int:
         """Data parallel groups of the first stage that this rank computes for."""
-        return len(self.grid.peers(self.place.stage, self.place.data, other=0))
+        return len(self.grid.peers(self.coords.stage, self.coords.data, other=0))
 
     @property
-    def schedules(self) -> bool:
+    def is_first_stage(self) -> bool:
         """Whether this rank decides steps: those of the first stage do."""
-        return self.place.stage == 0
+        return self.coords.stage == 0
 
     @property
-    def keeps_records(self) -> bool:
+    def writes_records(self) -> bool:
         """Whether this rank writes the records of its group; one rank of a tensor group does."""
-        return self.place.tensor == 0
+        return self.coords.tensor == 0
 
 
-def take_seat(job: Job, world: World, architecture: Architecture, *, on_gpu: bool) -> Seat:
+def lay_out_rank(job: Job, world: World, architecture: Architecture, *, on_gpu: bool) -> RankLayout:
     """Lay the job out on the ranks of `world`, or their GPUs; collective. A ConfigError of it ends all ranks alike."""
     topology, ranks = world.by_node(job.topology, island=find_island(world.local_rank, on_gpu=on_gpu))
-    plan = world.together(
-        lambda: make_plan(job, architecture, topology.nodes, placement=placement_of(job), on_gpu=on_gpu)
+    plan = world.collectively(
+        lambda: make_layout(job, architecture, topology.nodes, placement=placement_of(job), on_gpu=on_gpu)
     )
     place = plan.grid.coordinates(ranks.rank)
     placements, memory = plan.placements[place.stage], plan.memory[place.stage]
-    return Seat(ranks, topology, plan.grid, place, placements, memory, plan.departing)
+    return RankLayout(ranks, topology, plan.grid, place, placements, memory, plan.immediate_stages)
 
 
 def available_bytes(job: Job, world: World, *, of_node: int) -> int:

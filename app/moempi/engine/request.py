@@ -7,19 +7,19 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from moempi.backend.protocol import Choice, Picked
+from moempi.backend.protocol import SampledTokens, SamplingRequest
 from moempi.config.job import Sampling
-from moempi.engine.tokenizer import Text
+from moempi.engine.tokenizer import TextTokenizer
 from moempi.storage.prompts import Prompt
 from moempi.storage.records import RequestRecord
 
-Told = tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]
+LogprobColumns = tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
-NOTHING_TOLD: Told = (np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
+NO_LOGPROBS: LogprobColumns = (np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
 
 
 @dataclass(slots=True)
-class Sequence:
+class Request:
     """A prompt of `prompt_tokens` and the tokens generated after it.
 
     `computed` positions are in the cache of KV slot `slot`. `limit` is the most tokens to generate; a scored prompt
@@ -32,7 +32,7 @@ class Sequence:
     slot: int = -1
     computed: int = 0
     tokens: list[int] = field(default_factory=list)
-    picked: list[Picked] = field(default_factory=list)
+    sampled: list[SampledTokens] = field(default_factory=list)
     text: str = ""
     finish: Literal["stop", "length", "error"] | None = None
     error: str = ""
@@ -59,25 +59,25 @@ class Sequence:
             return self.prompt_tokens[self.computed : self.computed + count]
         return self.tokens[self.computed - length : self.computed - length + count]
 
-    def choice(self) -> Choice:
+    def sampling_request(self) -> SamplingRequest:
         """How its next token is to be chosen. The uniform number depends on seed, id and position alone."""
         position = len(self.prompt_tokens) + len(self.tokens)
         bits = xxhash.xxh3_64_intdigest(f"{self.sampling.seed}/{self.prompt.id}/{position}".encode())
         seen = self.prompt_tokens + self.tokens if self.sampling.repetition_penalty != 1.0 else []
-        return Choice(self.sampling, (bits >> 11) * 2.0**-53, np.array(seen, np.int64))
+        return SamplingRequest(self.sampling, (bits >> 11) * 2.0**-53, np.array(seen, np.int64))
 
-    def accept(self, picked: Picked, text: Text) -> None:
+    def accept(self, sampled: SampledTokens, tokenizer: TextTokenizer) -> None:
         """Take the next token (a Picked of one row), and finish where the rules say so."""
-        if not np.isfinite(picked.logprobs).all():
+        if not np.isfinite(sampled.logprobs).all():
             self.fail("the model's logits are not numbers")
             return
-        token = int(picked.tokens[0])
+        token = int(sampled.tokens[0])
         self.tokens.append(token)
-        self.picked.append(picked)
-        if token in text.eos_tokens and not self.sampling.ignore_eos:
+        self.sampled.append(sampled)
+        if token in tokenizer.eos_tokens and not self.sampling.ignore_eos:
             self.finish = "stop"
         elif self.sampling.stop:
-            whole = text.decode(self.tokens)
+            whole = tokenizer.decode(self.tokens)
             self.text, stopped = _before_stop(whole, self.sampling.stop)
             if stopped:
                 self.finish = "stop"
@@ -85,14 +85,14 @@ class Sequence:
         if self.finish is None and len(self.tokens) >= self.limit:
             self.finish = "length"
         if self.finish is not None:
-            self.text = text.decode(self.tokens)
+            self.text = tokenizer.decode(self.tokens)
 
-    def accept_scores(self, picked: Picked) -> None:
+    def accept_scores(self, scored: SampledTokens) -> None:
         """Take the scores of the next prompt tokens; finished when every token has one."""
-        if not np.isfinite(picked.logprobs).all():
+        if not np.isfinite(scored.logprobs).all():
             self.fail("the model's logits are not numbers")
             return
-        self.picked.append(picked)
+        self.sampled.append(scored)
         if self.computed == len(self.prompt_tokens):
             self.finish = "length"
 
@@ -100,11 +100,11 @@ class Sequence:
         """End as an error record."""
         self.finish, self.error = "error", error
 
-    def record(self, *, task: str) -> RequestRecord:
+    def to_record(self, *, task: str) -> RequestRecord:
         """What is written of it once it is finished."""
         scored = task == "score"
-        told = _told(self.picked, first_token=not scored or self.finish == "error")
-        output, score = (NOTHING_TOLD, told) if scored else (told, NOTHING_TOLD)
+        told = _logprob_columns(self.sampled, first_token=not scored or self.finish == "error")
+        output, score = (NO_LOGPROBS, told) if scored else (told, NO_LOGPROBS)
         return RequestRecord(
             index=self.prompt.index,
             id=self.prompt.id,
@@ -130,16 +130,16 @@ def _before_stop(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
     return (text[: min(ends)], True) if ends else (text, False)
 
 
-def _told(picked: list[Picked], *, first_token: bool) -> Told:
+def _logprob_columns(sampled: list[SampledTokens], *, first_token: bool) -> LogprobColumns:
     """Log-probabilities, likeliest tokens and theirs, one after another.
 
     Unless `first_token` has them, an entry that says nothing (NaN, token -1) stands before.
     """
-    if not picked:
-        return NOTHING_TOLD
-    logprobs = np.concatenate([part.logprobs for part in picked])
-    top_tokens = np.concatenate([part.top_tokens for part in picked])
-    top_logprobs = np.concatenate([part.top_logprobs for part in picked])
+    if not sampled:
+        return NO_LOGPROBS
+    logprobs = np.concatenate([part.logprobs for part in sampled])
+    top_tokens = np.concatenate([part.top_tokens for part in sampled])
+    top_logprobs = np.concatenate([part.top_logprobs for part in sampled])
     unknown = ((0 if first_token else 1, 0),)
     return (
         np.pad(logprobs, unknown, constant_values=np.nan),

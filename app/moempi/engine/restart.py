@@ -21,7 +21,7 @@ from moempi.errors import DataError, StorageError
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.files import digest_file, remove_hidden
-from moempi.storage.journal import Part, PartWriter, part_path, part_paths, remove_parts
+from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths, remove_journals
 from moempi.storage.lock import OutputLock
 from moempi.storage.records import RequestRecord, RoutingRecord
 from moempi.storage.run_state import RunState, State, state_path, write_state
@@ -32,9 +32,11 @@ STOPPED = 75  # EX_TEMPFAIL
 STATE_EVERY_S = 10.0
 STATE_PATIENCE_S = 1.0
 FINISHES = ("stop", "length", "error")
-_DONE = np.dtype([("index", "i8"), ("tokens", "i8"), ("finish", "i1"), ("referenced", "i1"), ("exact", "i1")])
+_FINISHED_REQUEST = np.dtype(
+    [("index", "i8"), ("tokens", "i8"), ("finish", "i1"), ("referenced", "i1"), ("exact", "i1")]
+)
 
-Done = npt.NDArray[np.void]
+FinishedRequests = npt.NDArray[np.void]
 """Finished requests: index, tokens, finish (a place in FINISHES), and whether it has a reference and equals it."""
 
 
@@ -50,7 +52,7 @@ class Earlier:
     next_step: int = 0
 
     @classmethod
-    def of(cls, done: Done, *, next_step: int = 0) -> "Earlier":
+    def from_finished(cls, done: FinishedRequests, *, next_step: int = 0) -> "Earlier":
         """Count each request once, however often it was recorded."""
         once = done[np.unique(done["index"], return_index=True)[1]]
         return cls(
@@ -63,7 +65,7 @@ class Earlier:
         )
 
 
-NOTHING_EARLIER = Earlier.of(np.zeros(0, _DONE))
+NOTHING_EARLIER = Earlier.from_finished(np.zeros(0, _FINISHED_REQUEST))
 
 
 def run_fingerprint(job: Job, *, weights: str) -> str:
@@ -85,14 +87,14 @@ def run_fingerprint(job: Job, *, weights: str) -> str:
     return blake2b(msgspec.json.encode(told), digest_size=16).hexdigest()
 
 
-def done_requests(parts: Iterable[Path], fingerprint: str) -> tuple[Done, int]:
+def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[FinishedRequests, int]:
     """The finished requests in these parts, and the step after those recorded; torn ends are passed over.
 
     Raises StorageError when a part belongs to a run with another fingerprint, or cannot be read.
     """
     done, next_step = [], 0
-    for path in parts:
-        with Part(path) as part:
+    for path in journals:
+        with JournalReader(path) as part:
             if part.fingerprint != fingerprint:
                 raise StorageError(
                     f"{path}: belongs to an unfinished run with other weights, prompts or settings; finish that run, "
@@ -103,7 +105,7 @@ def done_requests(parts: Iterable[Path], fingerprint: str) -> tuple[Done, int]:
                     done.append(_entry(record))
                 elif isinstance(record, RoutingRecord):
                     next_step = max(next_step, record.step + 1)
-    return np.array(done, _DONE), next_step
+    return np.array(done, _FINISHED_REQUEST), next_step
 
 
 def _entry(record: RequestRecord) -> tuple[int, int, int, bool, bool]:
@@ -128,48 +130,50 @@ class Attempt:
         )
         self._counts = (0, 0)
         self._state_due = time.monotonic() + STATE_EVERY_S
-        fingerprint = world.together(lambda: run_fingerprint(job, weights=weights))
-        world.together(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
-        self._lock = world.together(lambda: _take_output(self._results) if world.rank == 0 else None)
-        world.at_failure(self._tell_failure)
+        fingerprint = world.collectively(lambda: run_fingerprint(job, weights=weights))
+        world.collectively(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
+        self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
+        world.on_failure(self._write_failure)
         self.earlier = self._scan(fingerprint)
         self._counts = (len(self.earlier.indices), 0)
-        self.part = world.together(lambda: PartWriter(part_path(self._results, world.rank), fingerprint=fingerprint))
-        world.together(lambda: self.tell("running"))
+        self.journal = world.collectively(
+            lambda: JournalWriter(journal_path(self._results, world.rank), fingerprint=fingerprint)
+        )
+        world.collectively(lambda: self.write_state("running"))
 
-    def also_showing(self, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    def also_writing_state(self, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
         """A `show` that hears (requests finished, tokens), sums over all ranks, and has them in `run.json` too."""
 
         def both(finished: int, tokens: int) -> None:
             show(finished, tokens)
-            self._note(finished, tokens)
+            self._update_state(finished, tokens)
 
         return both
 
-    def _note(self, finished: int, tokens: int) -> None:
+    def _update_state(self, finished: int, tokens: int) -> None:
         self._counts = (finished, tokens)
         if self._world.rank == 0 and time.monotonic() >= self._state_due:
             self._state_due = time.monotonic() + STATE_EVERY_S
             try:
-                self.tell("running")
+                self.write_state("running")
             except StorageError as error:
                 log.warning("%s", error)
 
-    def tell(self, state: State, *, reason: str = "", exit_code: int = 0) -> None:
+    def write_state(self, state: State, *, reason: str = "", exit_code: int = 0) -> None:
         """Write `run.json`, on rank 0; raises StorageError when the disk does not take it."""
         if self._world.rank == 0:
             write_state(self._results, self._state(state, reason=reason, exit_code=exit_code))
 
-    def parts(self) -> list[Path]:
+    def journals(self) -> list[Path]:
         """The parts of this attempt and those before it. A folder's listing can lag behind what other nodes made."""
-        own = [part_path(self._results, rank) for rank in range(self._world.size)]
-        return list(dict.fromkeys([*part_paths(self._results), *own]))
+        own = [journal_path(self._results, rank) for rank in range(self._world.size)]
+        return list(dict.fromkeys([*journal_paths(self._results), *own]))
 
     def stop(self, stop: Stop) -> int:
         """Some requests are not finished, because a rank was asked to stop: say so and return STOPPED; collective."""
-        asked = self._world.comm.allgather((stop.asked, stop.reason))
+        asked = self._world.comm.allgather((stop.requested, stop.reason))
         reason = max(asked)[1]
-        self._world.together(lambda: self.tell("stopped", reason=reason, exit_code=STOPPED))
+        self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
         if self._world.rank == 0:
             done = f"{self._counts[0]} of {self._begin.requests} requests are finished"
             print(f"moempi: stopped early ({reason}), {done}; run the same job again to continue", file=sys.stderr)
@@ -177,18 +181,18 @@ class Attempt:
 
     def finish(self) -> None:
         """The results are complete: say so, remove the parts, let go of the output; on rank 0. Raises StorageError."""
-        self.tell("finished")
-        remove_parts(self._results)
+        self.write_state("finished")
+        remove_journals(self._results)
         if self._lock is not None:
             self._lock.release()
 
     def _scan(self, fingerprint: str) -> Earlier:
         """What is finished, each rank reading its share of the parts; collective."""
         comm = self._world.comm
-        parts = comm.bcast(part_paths(self._results) if comm.rank == 0 else None)
-        share = self._world.together(lambda: done_requests(parts[comm.rank :: comm.size], fingerprint))
+        parts = comm.bcast(journal_paths(self._results) if comm.rank == 0 else None)
+        share = self._world.collectively(lambda: finished_requests(parts[comm.rank :: comm.size], fingerprint))
         done, steps = zip(*comm.allgather(share), strict=True)
-        return Earlier.of(np.concatenate(done), next_step=max(steps))
+        return Earlier.from_finished(np.concatenate(done), next_step=max(steps))
 
     def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:
         finished, tokens = self._counts
@@ -204,7 +208,7 @@ class Attempt:
             updated=_now(),
         )
 
-    def _tell_failure(self, cause: str, exit_code: int) -> None:
+    def _write_failure(self, cause: str, exit_code: int) -> None:
         """From the failing rank, whichever it is; gives up when the disk does not answer."""
         state = self._state("failed", reason=cause, exit_code=exit_code)
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend
-from moempi.comm.batch import NONE, Batch, IntArray
+from moempi.comm.batch import NONE, Batch
 from moempi.comm.exchange import Route
 from moempi.storage.records import RoutingRecord
 
@@ -44,7 +45,7 @@ class RoutingTrace:
         self._requests = np.repeat(batch.requests, batch.lengths)[rows]
         self._positions = batch.positions[rows]
 
-    def note(self, route: Route) -> None:
+    def add_route(self, route: Route) -> None:
         """Take one layer's route; after the last layer, write all. Blocks the host then; raises StorageError."""
         self._routes.append(route)
         if route.layer == self._layers[-1]:

@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Iterable
 
-from moempi.engine.request import Sequence
+from moempi.engine.request import Request
 from moempi.model.kv_cache import pages_for
 
-Work = tuple[Sequence, int]
+Work = tuple[Request, int]
 
 
 class Scheduler:
@@ -16,19 +16,17 @@ class Scheduler:
     and `pages` pages of cache at most. A slot is refilled at once. Every sequence must fit in `pages` alone.
     """
 
-    def __init__(
-        self, sequences: Iterable[Sequence], *, lanes: int, slots: range, batch_tokens: int, pages: int
-    ) -> None:
-        self._queue = deque(sequences)
-        self._active: list[list[Sequence]] = [[] for _ in range(lanes)]
+    def __init__(self, requests: Iterable[Request], *, lanes: int, slots: range, batch_tokens: int, pages: int) -> None:
+        self._queue = deque(requests)
+        self._active: list[list[Request]] = [[] for _ in range(lanes)]
         self._freed: list[int] = []
         self._free_slots = list(slots)
         self._batch_tokens = batch_tokens
         self._pages = pages
 
-    def enter(self, sequences: Iterable[Sequence]) -> None:
+    def submit(self, requests: Iterable[Request]) -> None:
         """Queue more sequences, behind all others."""
-        self._queue.extend(sequences)
+        self._queue.extend(requests)
 
     def unfinished(self, lane: int) -> int:
         """Requests that the lane may still have to compute."""
@@ -59,7 +57,7 @@ class Scheduler:
         freed, self._freed = self._freed, []
         return freed
 
-    def retire(self, lane: int) -> list[Sequence]:
+    def retire(self, lane: int) -> list[Request]:
         """Take the lane's finished sequences out; their slots and pages are free from the next step of any lane on."""
         finished = [sequence for sequence in self._active[lane] if sequence.finish is not None]
         self._active[lane] = [sequence for sequence in self._active[lane] if sequence.finish is None]

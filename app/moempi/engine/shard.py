@@ -6,7 +6,7 @@ import msgspec
 import numpy.typing as npt
 
 from moempi.config.architecture import Architecture
-from moempi.config.tensors import DIVIDED
+from moempi.config.tensors import TENSOR_PARALLEL
 from moempi.storage.weights import WeightFile
 
 
@@ -31,7 +31,7 @@ class Shard:
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """This part's rows of a tensor, verified; raises DataError naming file and tensor."""
-        return self.read_part(name) if self._file.tensor(name).share in DIVIDED else self._read(name)
+        return self.read_part(name) if self._file.tensor(name).share in TENSOR_PARALLEL else self._read(name)
 
     def read_part(self, name: str) -> npt.NDArray[Any]:
         """This part's rows of a tensor, even of one that other uses need whole: see `part_range`."""

@@ -17,8 +17,8 @@ from moempi.config.architecture import Architecture
 from moempi.engine.balance import Balance
 from moempi.engine.lane import Lane
 from moempi.engine.load import Loading
-from moempi.engine.rank_layout import Seat
-from moempi.engine.recorder import Ledger
+from moempi.engine.rank_layout import RankLayout
+from moempi.engine.recorder import Recorder
 from moempi.engine.restart import Earlier
 from moempi.observe.run_report import Report
 from moempi.runtime.world import World
@@ -31,9 +31,9 @@ PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
 def rank_record(
     lanes: Sequence[Lane],
-    ledger: Ledger,
+    recorder: Recorder,
     world: World,
-    seat: Seat,
+    rank_layout: RankLayout,
     *,
     balance: Balance | None,
     seconds: float,
@@ -41,8 +41,8 @@ def rank_record(
     hops: int,
 ) -> RankRecord:
     """What this rank did in `seconds` of steps: it computed whenever it was not blocked."""
-    waits = {kind: sum(lane.network.traffic.waits[kind] for lane in lanes) for kind in WAITS}
-    waits["disk"] = ledger.disk_s
+    waits = {kind: sum(lane.comm.transfers.waits[kind] for lane in lanes) for kind in WAITS}
+    waits["disk"] = recorder.disk_s
     load = _expert_load(lanes, lanes[0].model.architecture)
     return RankRecord(
         rank=world.rank,
@@ -51,53 +51,53 @@ def rank_record(
         seconds={"compute": seconds - sum(waits.values()), **waits},
         loaded_bytes=loading.num_bytes,
         loading_s=loading.seconds,
-        steps=ledger.steps,
-        tokens=ledger.tokens,
-        counters={name: sum(lane.network.traffic.counters[name] for lane in lanes) for name in no_counts()},
+        steps=recorder.steps,
+        tokens=recorder.tokens,
+        counters={name: sum(lane.comm.transfers.counters[name] for lane in lanes) for name in no_counts()},
         place={
-            "seat": seat.ranks.rank,
-            **_stands(seat),
-            "stage": seat.place.stage,
-            "data": seat.place.data,
-            "tensor": seat.place.tensor,
+            "seat": rank_layout.ranks.rank,
+            **_rank_position(rank_layout),
+            "stage": rank_layout.coords.stage,
+            "data": rank_layout.coords.data,
+            "tensor": rank_layout.coords.tensor,
             "hops": hops,
-            "departs": int(lanes[0].network.onward is not None),
+            "departs": int(lanes[0].comm.immediate is not None),
             "row_bytes": lanes[0].model.architecture.width * lanes[0].model.backend.row_dtype.itemsize,
         },
-        hosted=dict(seat.hosted),
-        **_balanced(balance, load, first_of_stage=seat.place.data == seat.place.tensor == 0),
+        hosted=dict(rank_layout.hosted),
+        **_balance_columns(balance, load, first_of_stage=rank_layout.coords.data == rank_layout.coords.tensor == 0),
     )
 
 
-def _stands(seat: Seat) -> dict[str, int]:
+def _rank_position(rank_layout: RankLayout) -> dict[str, int]:
     """The node, island and switch of this rank."""
-    where = seat.topology
+    where = rank_layout.topology
     places = {"node": where.nodes, "island": where.islands, "switch": where.switches}
-    return {name: of_ranks[seat.ranks.rank] if of_ranks else NOWHERE for name, of_ranks in places.items()}
+    return {name: of_ranks[rank_layout.ranks.rank] if of_ranks else NOWHERE for name, of_ranks in places.items()}
 
 
 def _expert_load(lanes: Sequence[Lane], architecture: Architecture) -> NDArray[np.int64]:
     """Tokens that this rank's lanes routed to each expert of each layer (L, E)."""
     load = np.zeros((architecture.num_layers, architecture.experts.num), np.int64)
     for lane in lanes:
-        for layer, of_layer in lane.network.exchange.load.items():
+        for layer, of_layer in lane.comm.exchange.load.items():
             load[layer] += of_layer
     return load
 
 
-def _balanced(balance: Balance | None, load: NDArray[np.int64], *, first_of_stage: bool) -> dict[str, Any]:
+def _balance_columns(balance: Balance | None, load: NDArray[np.int64], *, first_of_stage: bool) -> dict[str, Any]:
     """What a balanced run tells besides; the shifts, which are the same on all ranks of a stage, once a stage."""
     if balance is None:
         return {}
-    terms = balance.terms(len(load))
+    terms = balance.bias_by_layer(len(load))
     return {
         "asked_load": balance.asked_load(len(load)),
         "shifts": terms if first_of_stage else np.zeros_like(terms),
-        "balance": {"choices": float(load.sum()), "moved_choices": float(balance.tally.moved)},
+        "balance": {"choices": float(load.sum()), "moved_choices": float(balance.moves.moved)},
     }
 
 
-def provenance_of(job_text: str, world: World, *, weights: str, start: datetime) -> Provenance:
+def make_provenance(job_text: str, world: World, *, weights: str, start: datetime) -> Provenance:
     """Where the results come from; collective."""
     return Provenance(
         job=job_text,
@@ -110,9 +110,9 @@ def provenance_of(job_text: str, world: World, *, weights: str, start: datetime)
     )
 
 
-def report_of(
+def run_report(
     record: RankRecord,
-    ledger: Ledger,
+    recorder: Recorder,
     world: World,
     *,
     earlier: Earlier,
@@ -122,8 +122,8 @@ def report_of(
 ) -> Report:
     """The figures of the whole run; collective."""
     records = world.comm.allgather(record)
-    finishes = world.comm.allreduce(ledger.finishes)
-    exact, referenced = world.comm.allreduce(np.array([ledger.exact, ledger.referenced])).tolist()
+    finishes = world.comm.allreduce(recorder.finishes)
+    exact, referenced = world.comm.allreduce(np.array([recorder.exact, recorder.referenced])).tolist()
     load = np.sum([one.expert_load for one in records], axis=0)
     return Report(
         results=results,

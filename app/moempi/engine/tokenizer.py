@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from moempi.errors import DataError
 
 
-class Text:
+class TextTokenizer:
     """A tokenizer and the tokens that end a text. Without a tokenizer only prompts of tokens can be run."""
 
     def __init__(self, tokenizer: str, *, eos_tokens: Sequence[int]) -> None:

@@ -7,12 +7,13 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer]
+from moempi.arrays import IntArray
+
 ABSENT = -1
 
 
 @dataclass(frozen=True)
-class Gates:
+class Forwarders:
     """The ways of one rank to every node: `nodes` (R,) are the ranks' nodes, ascending from 0 without gaps."""
 
     nodes: tuple[int, ...]
@@ -33,13 +34,13 @@ class Gates:
         return gates
 
     @property
-    def neighbours(self) -> range:
+    def node_ranks(self) -> range:
         """The ranks of this rank's node."""
         return self.members[self.nodes[self.rank]]
 
 
 @dataclass(frozen=True, slots=True)
-class Crossings:
+class NodeTransfers:
     """The (token, node) pairs of one plan, ordered by node: `tokens` (P,) and `nodes` (P,).
 
     `places` (T, N) are each token's pairs in the order of their first slots; where a token has fewer than N, the first
@@ -48,18 +49,18 @@ class Crossings:
 
     tokens: IntArray
     nodes: IntArray
-    places: IntArray
+    pairs: IntArray
     present: npt.NDArray[np.float32]
 
 
-def cross(where: IntArray, num_nodes: int) -> Crossings:
+def node_transfers(nodes_of_choices: IntArray, num_nodes: int) -> NodeTransfers:
     """The crossings of tokens whose choices are on the nodes `where` (T, K)."""
-    first_slots = np.full((len(where), num_nodes), where.shape[1])
-    for slot in reversed(range(where.shape[1])):
-        first_slots[np.arange(len(where)), where[:, slot]] = slot
-    nodes, tokens = np.nonzero((first_slots < where.shape[1]).T)
+    first_slots = np.full((len(nodes_of_choices), num_nodes), nodes_of_choices.shape[1])
+    for slot in reversed(range(nodes_of_choices.shape[1])):
+        first_slots[np.arange(len(nodes_of_choices)), nodes_of_choices[:, slot]] = slot
+    nodes, tokens = np.nonzero((first_slots < nodes_of_choices.shape[1]).T)
     pairs = np.full(first_slots.shape, ABSENT)
     pairs[tokens, nodes] = np.arange(len(tokens))
     places = np.take_along_axis(pairs, np.argsort(first_slots, axis=1, kind="stable"), axis=1)
     present = places != ABSENT
-    return Crossings(tokens, nodes, np.where(present, places, places[:, :1]), present.astype(np.float32))
+    return NodeTransfers(tokens, nodes, np.where(present, places, places[:, :1]), present.astype(np.float32))

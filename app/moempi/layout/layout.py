@@ -15,7 +15,7 @@ from moempi.layout.placement import Placement, linear
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Layout:
     """Who holds what: the grid, and per stage the placement of each MoE layer and the memory of its fullest rank.
 
     Rows leave the stages `departing` by immediate routing.
@@ -24,17 +24,17 @@ class Plan:
     grid: Grid
     placements: tuple[Mapping[int, Placement], ...]
     memory: tuple[Memory, ...]
-    departing: tuple[int, ...]
+    immediate_stages: tuple[int, ...]
 
 
-def make_plan(
+def make_layout(
     job: Job,
     architecture: Architecture,
     nodes: Sequence[int],
     *,
     placement: PlacementFile | None = None,
     on_gpu: bool = False,
-) -> Plan:
+) -> Layout:
     """Lay a job out on ranks whose node is nodes[rank], counted node by node.
 
     Experts stand as `placement` says, without one in even shares in ascending order. `on_gpu` tells whose memory.
@@ -49,10 +49,10 @@ def make_plan(
         slots_per_group=max(job.run.max_sequences, job.lanes),
     )
     if placement is None:
-        placements = tuple(_even(architecture, stage) for stage in grid.stages)
+        placements = tuple(_linear_placements(architecture, stage) for stage in grid.stages)
     else:
         _refuse_other_model(placement, architecture)
-        placements = tuple(_placed(placement, stage) for stage in grid.stages)
+        placements = tuple(_placements_of_file(placement, stage) for stage in grid.stages)
     for stage, of_stage in zip(grid.stages, placements, strict=True):
         _refuse_crowded(job, architecture, stage, of_stage)
     memory = tuple(
@@ -66,15 +66,15 @@ def make_plan(
         )
         for index, (stage, of_stage) in enumerate(zip(grid.stages, placements, strict=True))
     )
-    return Plan(grid, placements, memory, _departing(job, architecture, grid))
+    return Layout(grid, placements, memory, _immediate_stages(job, architecture, grid))
 
 
-def _even(architecture: Architecture, stage: Stage) -> Mapping[int, Placement]:
+def _linear_placements(architecture: Architecture, stage: Stage) -> Mapping[int, Placement]:
     even = linear(architecture.experts.num, len(stage.ranks))
     return dict.fromkeys((layer for layer in stage.layers if architecture.is_moe(layer)), even)
 
 
-def _placed(file: PlacementFile, stage: Stage) -> Mapping[int, Placement]:
+def _placements_of_file(file: PlacementFile, stage: Stage) -> Mapping[int, Placement]:
     """The placement of each layer of a stage, as the file has it."""
     placed = {}
     for entry in file.layers:
@@ -103,7 +103,7 @@ def layer_cost(architecture: Architecture, layer: int) -> float:
     )
 
 
-def _departing(job: Job, architecture: Architecture, grid: Grid) -> tuple[int, ...]:
+def _immediate_stages(job: Job, architecture: Architecture, grid: Grid) -> tuple[int, ...]:
     """The stages whose last layer's experts can answer straight to a next stage: those that end with such a layer."""
     if job.exchange.immediate and job.exchange.hops > 1:
         raise ConfigError("exchange.immediate = true lets experts answer over no gate; use exchange.hops = 1")

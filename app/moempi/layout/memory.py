@@ -5,7 +5,7 @@ from math import prod
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
-from moempi.config.tensors import DIVIDED, PAGE_ROWS, Share, stage_tensors
+from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ def rank_memory(
     A GPU keeps bfloat16 as it is; the NumPy backend widens weights, cache and rows to float32.
     """
     tensor = job.parallel.tensor
-    portions = {Share.EXPERTS: hosted / architecture.experts.num, **dict.fromkeys(DIVIDED, 1 / tensor)}
+    portions = {Share.EXPERTS: hosted / architecture.experts.num, **dict.fromkeys(TENSOR_PARALLEL, 1 / tensor)}
     held = stage_tensors(architecture, layers)
     weights = sum(int(prod(tensor.shape) * portions.get(tensor.share, 1)) for tensor in held)
     value_bytes = 2 if on_gpu and job.run.precision == "bfloat16" else 4

@@ -5,13 +5,11 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
+from moempi.arrays import IntArray
 from moempi.layout.topology import Topology
 
-IntArray = npt.NDArray[np.integer]
-
-TURNS = 60
+REPLICA_PERIOD = 60
 """Rows go to equally near copies of an expert in turns that repeat after so many rows: 1 to 6 copies divide it."""
 
 
@@ -45,11 +43,11 @@ class Placement:
         return int(self.experts.max(initial=-1)) + 1
 
     @property
-    def turns(self) -> int:
+    def replica_period(self) -> int:
         """After how many rows the turns of copies repeat; 1 where no expert has a copy."""
-        return 1 if len(self.experts) == self.num_experts else TURNS
+        return 1 if len(self.experts) == self.num_experts else REPLICA_PERIOD
 
-    def keys(self, source: int, topology: Topology) -> IntArray:
+    def physical_ids(self, source: int, topology: Topology) -> IntArray:
         """The key that a row of rank `source` goes to (E * turns,), given where the ranks stand.
 
         Row t of a step finds that of expert e at e * turns + t % turns. It is the nearest copy: on its own rank, its
@@ -61,10 +59,10 @@ class Placement:
         firsts = np.searchsorted(experts, np.arange(self.num_experts))
         nearest = levels == levels[firsts][experts]
         copies = np.bincount(experts[nearest], minlength=self.num_experts)
-        turn = (source + np.arange(self.turns)) % copies[:, None]
+        turn = (source + np.arange(self.replica_period)) % copies[:, None]
         return order[firsts[:, None] + turn].reshape(-1)
 
-    def part(self, ranks: range) -> "Placement":
+    def subset(self, ranks: range) -> "Placement":
         """The placement among these ranks alone, where the number of an expert is its key less the first key."""
         bounds = self.bounds[ranks.start : ranks.stop + 1] - self.bounds[ranks.start]
         return Placement(tuple(tuple(range(first, last)) for first, last in pairwise(bounds.tolist())))

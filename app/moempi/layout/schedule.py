@@ -17,9 +17,9 @@ class Point(NamedTuple):
     phase: str
 
 
-AGREE, ROWS, LEAVE, TOKENS, SENT = (Point(-1, phase) for phase in ("agree", "rows", "gather", "tokens", "sent"))
-DIVIDED = ("gather", "scatter")
-ROUTED = {
+AGREE, ROWS, GATHER_OUTPUT, TOKENS, SENT = (Point(-1, phase) for phase in ("agree", "rows", "gather", "tokens", "sent"))
+TENSOR_PHASES = ("gather", "scatter")
+EXCHANGE_PHASES = {
     1: ("counts", "dispatch", "combine"),
     2: ("counts", "choices", "counts inside", "dispatch", "dispatch inside", "combine", "combine across"),
 }
@@ -33,7 +33,7 @@ def step_points(
     is_first: bool,
     is_last: bool,
     hops: int = 1,
-    departs: bool = False,
+    immediate: bool = False,
 ) -> tuple[Point, ...]:
     """The points of one step of a stage that computes `layers` and exchanges rows in one hop or two, in order.
 
@@ -42,24 +42,26 @@ def step_points(
     """
     points = [AGREE if is_first else ROWS]
     for layer in layers:
-        divided = DIVIDED if tensor > 1 else ()
-        points.extend(Point(layer, phase) for phase in (*divided, *(ROUTED[hops] if layer in moe_layers else divided)))
-    if departs:
+        divided = TENSOR_PHASES if tensor > 1 else ()
+        points.extend(
+            Point(layer, phase) for phase in (*divided, *(EXCHANGE_PHASES[hops] if layer in moe_layers else divided))
+        )
+    if immediate:
         points.pop()
     elif not is_last and tensor > 1:
-        points.append(LEAVE)
+        points.append(GATHER_OUTPUT)
     if not (is_first and is_last):
         points.append(TOKENS if is_first else SENT)
     return tuple(points)
 
 
-def schedule(num_lanes: int, step: Sequence[P], *, together: int) -> Iterator[tuple[int, P]]:
+def schedule(num_lanes: int, step: Sequence[P], *, side_by_side: int) -> Iterator[tuple[int, P]]:
     """For ever: `together` lanes at a time take one step, going to each of its points in turn.
 
     While one of them waits at a point the others compute. A stage hands a step on once its lanes have taken it, so
     a pipeline takes few together and one stage alone takes all.
     """
-    turns = [range(first, min(first + together, num_lanes)) for first in range(0, num_lanes, together)]
+    turns = [range(first, min(first + side_by_side, num_lanes)) for first in range(0, num_lanes, side_by_side)]
     for lanes in cycle(turns):
         for point in step:
             for lane in lanes:

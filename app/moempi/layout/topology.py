@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from moempi.arrays import IntArray
 from moempi.config.topology_file import LEVEL_NAMES, TopologyFile
-
-IntArray = npt.NDArray[np.integer]
 
 LEVELS = LEVEL_NAMES
 SELF, ISLAND, NODE, SWITCH, NETWORK = range(len(LEVELS))
@@ -44,7 +42,7 @@ class Topology:
         levels[rank] = SELF
         return levels
 
-    def part(self, ranks: range) -> "Topology":
+    def subset(self, ranks: range) -> "Topology":
         """That of these ranks alone."""
         nodes, islands, switches = (
             places[ranks.start : ranks.stop] for places in (self.nodes, self.islands, self.switches)
@@ -62,9 +60,7 @@ def arrange(nodes: Sequence[str], islands: Sequence[str], switches: Sequence[str
 
     What is found first comes first. Given are each rank's node, the island in it, and the switch, "" for unknown.
     """
-    where = np.array(
-        [_in_order(switches) if all(switches) else [0] * len(nodes), _in_order(nodes), range(len(nodes))]
-    )
+    where = np.array([_in_order(switches) if all(switches) else [0] * len(nodes), _in_order(nodes), range(len(nodes))])
     order = np.lexsort(where[::-1]).tolist()
     named = [f"{node} {island}" for node, island in zip(nodes, islands, strict=True)]
     return order, Topology(
@@ -79,7 +75,7 @@ def virtual(num_ranks: int, ranks_per_node: int) -> Topology:
     return Topology(tuple(rank // ranks_per_node for rank in range(num_ranks)))
 
 
-def of_file(file: TopologyFile) -> Topology:
+def from_file(file: TopologyFile) -> Topology:
     """The topology that a file states."""
     return Topology(file.nodes, file.islands, file.switches)
 

@@ -10,7 +10,7 @@ from math import ceil
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer]
+from moempi.arrays import IntArray
 
 
 def capacity(num_rows: int, *, top_k: int, num_experts: int, factor: float) -> int:
@@ -36,7 +36,7 @@ def quotas(rows: IntArray, rank: int, *, top_k: int, num_experts: int, factor: f
     return (last - experts - 1) // num_experts - (first - experts - 1) // num_experts
 
 
-def within(ranked: IntArray, quota: IntArray, top_k: int) -> IntArray:
+def assign_within_quota(ranked: IntArray, quota: IntArray, top_k: int) -> IntArray:
     """Choose `top_k` experts (T, K) for each row within the quota (E,), given all experts in its order (T, E).
 
     Rows ask for their first experts, then those that still lack some for their next ones, and so on; an expert takes

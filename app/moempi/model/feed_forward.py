@@ -5,21 +5,21 @@ from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Expert
 from moempi.comm.exchange import Exchange, Route
-from moempi.comm.immediate import Departure
+from moempi.comm.immediate import ImmediateCombine
 from moempi.config.architecture import Router
 from moempi.layout.schedule import Point
-from moempi.model.router_balance import ROUTER_ALONE, Gating
+from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
     """One SwiGLU network for every row."""
 
-    network: Expert
+    mlp: Expert
 
     def __call__(self, backend: Backend, x: Array) -> Array:
         """Map rows (T, D) to (T, D); a part of the hidden size gives a partial result."""
-        return backend.linear(backend.swiglu(backend.linear(x, self.network.gate_up)), self.network.down)
+        return backend.linear(backend.swiglu(backend.linear(x, self.mlp.gate_up)), self.mlp.down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class MixtureOfExperts:
     shared_gate: Array | None = None
 
     def forward(
-        self, backend: Backend, x: Array, exchange: Exchange, gating: Gating = ROUTER_ALONE
+        self, backend: Backend, x: Array, exchange: Exchange, policy: RoutingPolicy = MODEL_ROUTING
     ) -> Generator[Point, None, Array]:
         """X (T, D) -> (T, D): every row to its K experts and back. Yields while rows are on the network."""
-        plan, outward = yield from exchange.send(x, self._route(backend, x, gating))
+        plan, outward = yield from exchange.send(x, self._route(backend, x, policy))
         shared = self._shared(backend, x)
         yield Point(self.layer, "dispatch")
         rows = yield from exchange.arrived(outward, plan)
@@ -52,31 +52,31 @@ class MixtureOfExperts:
         combined = yield from exchange.combined(homeward, plan)
         return combined if shared is None else backend.add(combined, shared)
 
-    def leave(
+    def forward_immediate(
         self,
         backend: Backend,
         x: Array,
         residual: Array,
         exchange: Exchange,
-        departure: Departure,
-        gating: Gating = ROUTER_ALONE,
+        combine: ImmediateCombine,
+        policy: RoutingPolicy = MODEL_ROUTING,
     ) -> Generator[Point, None, None]:
         """The same for a stage's last layer whose answers, added to `residual`, are wanted by the next stage alone."""
-        plan, outward = yield from exchange.send(x, self._route(backend, x, gating))
-        owners = exchange.tell(departure.owners, plan)
-        departure.leave(plan, residual, self._shared(backend, x))
+        plan, outward = yield from exchange.send(x, self._route(backend, x, policy))
+        owners = exchange.tell(combine.owners, plan)
+        combine.send_residual(plan, residual, self._shared(backend, x))
         yield Point(self.layer, "dispatch")
         rows = yield from exchange.arrived(outward, plan)
         rows = backend.expert_mlp(rows, self.experts, plan.expert_counts)
-        departure.answer(rows, plan, owners.finish())
+        combine.send_outputs(rows, plan, owners.finish())
 
-    def _route(self, backend: Backend, x: Array, gating: Gating) -> Route:
+    def _route(self, backend: Backend, x: Array, policy: RoutingPolicy) -> Route:
         logits = backend.router_logits(x, self.router, self.rule, bias=self.router_bias)
-        chosen, weights = gating.choose(backend, self.layer, logits, self.rule, self.router_correction)
+        chosen, weights = policy.choose(backend, self.layer, logits, self.rule, self.router_correction)
         return Route(self.layer, chosen, weights)
 
     def _shared(self, backend: Backend, x: Array) -> Array | None:
         if self.shared is None:
             return None
         rows = self.shared(backend, x)
-        return rows if self.shared_gate is None else backend.gate(rows, backend.linear(x, self.shared_gate))
+        return rows if self.shared_gate is None else backend.scale_by_sigmoid(rows, backend.linear(x, self.shared_gate))

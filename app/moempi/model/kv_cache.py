@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend, Cache, Segment
 from moempi.comm.batch import Batch
 from moempi.config.architecture import Attention
 from moempi.config.tensors import PAGE_ROWS
-
-IntArray = npt.NDArray[np.integer]
 
 
 def pages_for(capacity: int) -> int:

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from moempi.backend.protocol import Array, Backend, IntArray
+from moempi.arrays import IntArray
+from moempi.backend.protocol import Array, Backend
 from moempi.config.architecture import Attention, Rope, Yarn
 
 

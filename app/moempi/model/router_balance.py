@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec import structs
 
-from moempi.backend.protocol import Array, Backend, IntArray
+from moempi.arrays import IntArray
+from moempi.backend.protocol import Array, Backend
 from moempi.comm.exchange import Exchange
 from moempi.comm.transports.base import Transfer
 from moempi.config.architecture import Router
-from moempi.model.capacity import quotas, within
+from moempi.model.capacity import assign_within_quota, quotas
 
 
-class Gating:
+class RoutingPolicy:
     """The router alone, as the model was trained."""
 
     def begin_step(self, num_rows: int) -> None:
@@ -30,28 +31,28 @@ class Gating:
     def end_step(self) -> None:
         """All layers of the step are routed; collective, does not block."""
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """No step follows for now; collective, blocks until what the ranks agree on is agreed."""
 
 
-ROUTER_ALONE = Gating()
+MODEL_ROUTING = RoutingPolicy()
 
 
-class Tally:
+class MoveCounter:
     """What balancing did on this rank: choices asked for by the router, per layer and expert, and how many moved."""
 
     def __init__(self, layers: Sequence[int], num_experts: int) -> None:
-        self.asked = {layer: np.zeros(num_experts, np.int64) for layer in layers}
+        self.preferred = {layer: np.zeros(num_experts, np.int64) for layer in layers}
         self.moved = 0
 
-    def count(self, layer: int, asked: IntArray, chosen: IntArray) -> None:
+    def count(self, layer: int, preferred: IntArray, chosen: IntArray) -> None:
         """Enter the choices (T, K) of one layer, as asked for and as made."""
-        self.asked[layer] += np.bincount(asked.reshape(-1), minlength=len(self.asked[layer]))
-        kept = (chosen[:, :, None] == asked[:, None, :]).any(axis=2)
+        self.preferred[layer] += np.bincount(preferred.reshape(-1), minlength=len(self.preferred[layer]))
+        kept = (chosen[:, :, None] == preferred[:, None, :]).any(axis=2)
         self.moved += int(kept.size - np.count_nonzero(kept))
 
 
-class Shifts:
+class ExpertBias:
     """A term for each expert of each layer that moves selection from busy experts to idle ones.
 
     After each step an expert's term rises by `rate` times how far its load was below the mean, as a share of the mean
@@ -61,7 +62,7 @@ class Shifts:
 
     def __init__(self, layers: Sequence[int], num_experts: int, *, rate: float, bound: float) -> None:
         self.layers = tuple(layers)
-        self.terms = np.zeros((len(layers), num_experts), np.float32)
+        self.values = np.zeros((len(layers), num_experts), np.float32)
         self._rate = np.float32(rate)
         self._bound = np.float32(bound)
 
@@ -69,54 +70,53 @@ class Shifts:
         """Learn from a step's choices (L, E), those of all ranks."""
         mean = load.mean(axis=1, keepdims=True, dtype=np.float32)
         error = np.clip(1 - load.astype(np.float32) / np.maximum(mean, 1e-9), -1, 1) * (mean > 0)
-        self.terms = np.clip(self.terms + self._rate * error, -self._bound, self._bound, dtype=np.float32)
+        self.values = np.clip(self.values + self._rate * error, -self._bound, self._bound, dtype=np.float32)
 
 
-class ShiftedGating(Gating):
+class BiasPolicy(RoutingPolicy):
     """The router's scores plus `shifts` select; weights stay those of the scores."""
 
-    def __init__(self, exchange: Exchange, shifts: Shifts, tally: Tally) -> None:
+    def __init__(self, exchange: Exchange, bias: ExpertBias, moves: MoveCounter) -> None:
         self._exchange = exchange
-        self._shifts = shifts
-        self._tally = tally
-        self._load = np.zeros(shifts.terms.shape, np.int64)
-        self._agreeing: Transfer | None = None
+        self._bias = bias
+        self._moves = moves
+        self._load = np.zeros(bias.values.shape, np.int64)
+        self._load_sum: Transfer | None = None
 
     def begin_step(self, num_rows: int) -> None:
         """See `Gating.begin_step`; takes what the ranks agreed on after the lane's last step."""
-        self.settle()
+        self.flush()
 
     def choose(
         self, backend: Backend, layer: int, logits: Array, router: Router, correction: Array | None
     ) -> tuple[Array, Array]:
         """See `Gating.choose`. Blocks the host to count."""
-        row = self._shifts.layers.index(layer)
+        row = self._bias.layers.index(layer)
         asked, _ = backend.choose_experts(logits, router, correction=correction)
         chosen, weights = backend.choose_experts(
-            logits, router, correction=correction, shift=self._shifts.terms[row]
+            logits, router, correction=correction, selection_bias=self._bias.values[row]
         )
         on_host = backend.download(chosen)
-        self._tally.count(layer, backend.download(asked), on_host)
+        self._moves.count(layer, backend.download(asked), on_host)
         self._load[row] = np.bincount(on_host.reshape(-1), minlength=self._load.shape[1])
         return chosen, weights
 
     def end_step(self) -> None:
         """See `Gating.end_step`: begins to add up the step's load."""
-        self._agreeing = self._exchange.agree(self._load.reshape(-1).tolist())
+        self._load_sum = self._exchange.agree(self._load.reshape(-1).tolist())
 
-    def settle(self) -> None:
-        """See `Gating.settle`."""
-        if self._agreeing is not None:
-            self._shifts.update(self._agreeing.finish().reshape(self._load.shape))
-            self._agreeing = None
+    def flush(self) -> None:
+        if self._load_sum is not None:
+            self._bias.update(self._load_sum.finish().reshape(self._load.shape))
+            self._load_sum = None
 
 
-class LimitedGating(Gating):
+class CapacityPolicy(RoutingPolicy):
     """No expert takes more than `factor` times an even share of a step's choices; who is too many goes to the next."""
 
-    def __init__(self, exchange: Exchange, tally: Tally, *, factor: float) -> None:
+    def __init__(self, exchange: Exchange, moves: MoveCounter, *, factor: float) -> None:
         self._exchange = exchange
-        self._tally = tally
+        self._moves = moves
         self._factor = factor
         self._rows: Transfer | None = None
 
@@ -143,8 +143,7 @@ class LimitedGating(Gating):
             num_experts=in_order.shape[1],
             factor=self._factor,
         )
-        chosen = within(in_order, quota, router.top_k)
-        self._tally.count(layer, in_order[:, : router.top_k], chosen)
+        chosen = assign_within_quota(in_order, quota, router.top_k)
+        self._moves.count(layer, in_order[:, : router.top_k], chosen)
         on_machine = backend.upload(chosen)
         return on_machine, backend.weigh_experts(logits, on_machine, router)
-

@@ -3,12 +3,13 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
+from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.batch import Batch
-from moempi.comm.lane_comm import Network
+from moempi.comm.lane_comm import LaneComm
 from moempi.comm.tensor_group import TensorGroup
 from moempi.config.architecture import Architecture
-from moempi.layout.row_split import IntArray, RowSplit
+from moempi.layout.row_split import RowSplit
 from moempi.layout.schedule import Point
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
@@ -16,7 +17,7 @@ from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
 from moempi.model.rope import rope_angles
-from moempi.model.router_balance import Gating
+from moempi.model.router_balance import RoutingPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,32 +53,32 @@ class Transformer:
         return self.backend.embed(tokens, self.embedding)
 
     def forward(
-        self, batch: Batch, split: RowSplit, x: Array, network: Network, gating: Gating
+        self, batch: Batch, split: RowSplit, x: Array, comm: LaneComm, policy: RoutingPolicy
     ) -> Generator[Point, None, Array | None]:
         """This rank's part of the batch's rows through the stage's layers; collective over the stage's ranks.
 
         Every rank of a tensor group attends all rows with its heads; between, each has its part of the rows only.
         Returns None where the rows have left for the next stage.
         """
-        backend, tensor = self.backend, network.tensor
+        backend, tensor = self.backend, comm.tensor
         segments = self.cache.segments(batch)
         angles = rope_angles(backend, self.architecture.attention, batch.positions)
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
             rows = layer.attention_norm(backend, x)
-            rows = yield from tensor.gather(rows, split, layer=layer.index)
+            rows = yield from tensor.all_gather(rows, split, layer=layer.index)
             rows = layer.attention(backend, rows, angles, cache, segments)
-            x = backend.add(x, (yield from tensor.scatter(rows, split, layer=layer.index)))
+            x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, layer=layer.index)))
             rows = layer.feed_forward_norm(backend, x)
             if isinstance(layer.feed_forward, MixtureOfExperts):
-                if network.onward is not None and layer is self.layers[-1]:
-                    departure = network.onward.departure(batch, split)
-                    yield from layer.feed_forward.leave(backend, rows, x, network.exchange, departure, gating)
+                if comm.immediate is not None and layer is self.layers[-1]:
+                    departure = comm.immediate.immediate_combine(batch, split)
+                    yield from layer.feed_forward.forward_immediate(backend, rows, x, comm.exchange, departure, policy)
                     return None
-                rows = yield from layer.feed_forward.forward(backend, rows, network.exchange, gating)
+                rows = yield from layer.feed_forward.forward(backend, rows, comm.exchange, policy)
             else:
-                rows = yield from tensor.gather(rows, split, layer=layer.index)
+                rows = yield from tensor.all_gather(rows, split, layer=layer.index)
                 rows = layer.feed_forward(backend, rows)
-                rows = yield from tensor.scatter(rows, split, layer=layer.index)
+                rows = yield from tensor.reduce_scatter(rows, split, layer=layer.index)
             x = backend.add(x, rows)
         return x
 
@@ -87,6 +88,6 @@ class Transformer:
         Collective over the tensor group, whose ranks bring `counts` rows and hold a part of the head each; blocks.
         """
         normed = x if self.norm is None else self.norm(self.backend, x)
-        rows = tensor.share(normed, counts)
+        rows = tensor.all_gather_rows(normed, counts)
         logits = self.backend.logits(rows, self.head, self.head_bias)
-        return tensor.collect(logits, counts, length=self.architecture.vocab_size)
+        return tensor.exchange_logits(logits, counts, length=self.architecture.vocab_size)

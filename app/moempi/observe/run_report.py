@@ -33,7 +33,7 @@ class StageRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class LayoutTable:
     """Who does what in a run, stage by stage; `refused` lists what would end it."""
 
     title: str
@@ -88,7 +88,7 @@ class Answer:
     reference: str | None
 
 
-def print_layout(layout: Layout) -> None:
+def print_layout(layout: LayoutTable) -> None:
     """Print what a dry run found on stdout."""
     console().print(layout_table(layout))
 
@@ -103,7 +103,7 @@ def print_answers(answers: Iterable[Answer]) -> None:
     console().print(answers_table(answers))
 
 
-def layout_table(layout: Layout) -> RenderableType:
+def layout_table(layout: LayoutTable) -> RenderableType:
     """One row for all neighbouring stages that are alike, then what would be refused."""
     purposes = list(layout.stages[0].memory) if layout.stages else []
     head = ("stages", "layers", "ranks", "nodes", "groups", "experts", *purposes)

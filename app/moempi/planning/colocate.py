@@ -13,46 +13,45 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer]
-FloatArray = npt.NDArray[np.float64]
+from moempi.arrays import Float64Array, IntArray
 
 MOST_ROUNDS = 200
 LEAST_GAIN = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Uses:
+class ExpertUsage:
     """Which experts tokens use: `used` (T, E) float32 0 or 1, and the node (T,) that each token is at home on."""
 
     used: npt.NDArray[np.float32]
     homes: IntArray
 
     @classmethod
-    def of(cls, experts: IntArray, homes: IntArray, num_experts: int) -> "Uses":
+    def from_choices(cls, experts: IntArray, homes: IntArray, num_experts: int) -> "ExpertUsage":
         """Those of chosen experts (T, K) and nodes (T,)."""
         used = np.zeros((len(experts), num_experts), np.float32)
         used[np.arange(len(experts))[:, None], experts] = 1
         return cls(used, homes)
 
 
-def gather(uses: Uses, start: IntArray, *, ranks_of_node: IntArray, evenness: float) -> IntArray:
+def co_locate(usage: ExpertUsage, start: IntArray, *, ranks_of_node: IntArray, imbalance_price: float) -> IntArray:
     """The node of each expert (E,) after exchanges that begin at `start` (E,), with as many experts on each node.
 
     `evenness` is the price of uneven nodes, in crossings: with load l on a node of r ranks, the sum of l^2 / r over its
     least possible value.
     """
     nodes = start.copy()
-    load = uses.used.sum(axis=0).astype(np.float64)
-    price = evenness * ranks_of_node.sum() / max(load.sum(), 1.0)
-    cost = _cost(uses, nodes, load, ranks_of_node, price)
+    load = usage.used.sum(axis=0).astype(np.float64)
+    price = imbalance_price * ranks_of_node.sum() / max(load.sum(), 1.0)
+    cost = _cost(usage, nodes, load, ranks_of_node, price)
     for _ in range(MOST_ROUNDS):
-        change = _changes(uses, nodes, load, ranks_of_node, price)
+        change = _changes(usage, nodes, load, ranks_of_node, price)
         pairs = _disjoint(change)
         while pairs:
             tried = nodes.copy()
             for one, other in pairs:
                 tried[[one, other]] = nodes[[other, one]]
-            tried_cost = _cost(uses, tried, load, ranks_of_node, price)
+            tried_cost = _cost(usage, tried, load, ranks_of_node, price)
             if tried_cost < cost - LEAST_GAIN:
                 break
             pairs = pairs[: len(pairs) // 2]
@@ -62,11 +61,11 @@ def gather(uses: Uses, start: IntArray, *, ranks_of_node: IntArray, evenness: fl
     return nodes
 
 
-def clusters(uses: Uses, room: IntArray) -> IntArray:
+def clusters(usage: ExpertUsage, slots_per_node: IntArray) -> IntArray:
     """A start for `gather` (E,): each node in turn takes the busiest expert left, then those most used with its own."""
-    together = uses.used.T @ uses.used
+    together = usage.used.T @ usage.used
     nodes = np.full(len(together), -1)
-    for node, places in enumerate(room.tolist()):
+    for node, places in enumerate(slots_per_node.tolist()):
         for _ in range(places):
             with_own = together[:, nodes == node].sum(axis=1)
             score = with_own if with_own.any() else np.diag(together)
@@ -74,32 +73,34 @@ def clusters(uses: Uses, room: IntArray) -> IntArray:
     return nodes
 
 
-def crossings(uses: Uses, nodes: IntArray, num_nodes: int) -> int:
+def num_node_transfers(usage: ExpertUsage, nodes: IntArray, num_nodes: int) -> int:
     """How many times tokens cross to another node."""
-    there = uses.used @ np.eye(num_nodes, dtype=np.float32)[nodes] > 0
-    there[np.arange(len(there)), uses.homes] = False
+    there = usage.used @ np.eye(num_nodes, dtype=np.float32)[nodes] > 0
+    there[np.arange(len(there)), usage.homes] = False
     return int(np.count_nonzero(there))
 
 
-def _cost(uses: Uses, nodes: IntArray, load: FloatArray, ranks_of_node: IntArray, price: float) -> float:
+def _cost(usage: ExpertUsage, nodes: IntArray, load: Float64Array, ranks_of_node: IntArray, price: float) -> float:
     on_node = np.bincount(nodes, load, minlength=len(ranks_of_node))
-    return crossings(uses, nodes, len(ranks_of_node)) + price * float((on_node**2 / ranks_of_node).sum())
+    return num_node_transfers(usage, nodes, len(ranks_of_node)) + price * float((on_node**2 / ranks_of_node).sum())
 
 
-def _changes(uses: Uses, nodes: IntArray, load: FloatArray, ranks_of_node: IntArray, price: float) -> FloatArray:
+def _changes(
+    usage: ExpertUsage, nodes: IntArray, load: Float64Array, ranks_of_node: IntArray, price: float
+) -> Float64Array:
     """How the cost changes when two experts change nodes (E, E)."""
-    num_nodes, tokens = len(ranks_of_node), np.arange(len(uses.homes))
-    counts = uses.used @ np.eye(num_nodes, dtype=np.float32)[nodes]
+    num_nodes, tokens = len(ranks_of_node), np.arange(len(usage.homes))
+    counts = usage.used @ np.eye(num_nodes, dtype=np.float32)[nodes]
     new = (counts == 0).astype(np.float32)
-    new[tokens, uses.homes] = 0
+    new[tokens, usage.homes] = 0
     alone = (counts == 1).astype(np.float32)
-    alone[tokens, uses.homes] = 0
+    alone[tokens, usage.homes] = 0
     # What a token gains where its expert was alone on the node, and pays where the expert comes as the first one.
-    leaving = uses.used * alone[:, nodes]
-    moving = (uses.used.T @ new)[:, nodes].astype(np.float64) - leaving.sum(axis=0, dtype=np.float64)[:, None]
+    leaving = usage.used * alone[:, nodes]
+    moving = (usage.used.T @ new)[:, nodes].astype(np.float64) - leaving.sum(axis=0, dtype=np.float64)[:, None]
     # A token that uses both stays as it is: take back what it was counted to gain.
-    both = (leaving.T @ uses.used).astype(np.float64)
-    change: FloatArray = moving + moving.T + both + both.T
+    both = (leaving.T @ usage.used).astype(np.float64)
+    change: Float64Array = moving + moving.T + both + both.T
     on_node = np.bincount(nodes, load, minlength=num_nodes)
     heavier = load[None, :] - load[:, None]
     left = ((on_node[nodes][:, None] + heavier) ** 2 - on_node[nodes][:, None] ** 2) / ranks_of_node[nodes][:, None]
@@ -108,7 +109,7 @@ def _changes(uses: Uses, nodes: IntArray, load: FloatArray, ranks_of_node: IntAr
     return change
 
 
-def _disjoint(change: FloatArray) -> list[tuple[int, int]]:
+def _disjoint(change: Float64Array) -> list[tuple[int, int]]:
     """Pairs that lower the cost, the best first, no expert twice."""
     rows, columns = np.nonzero(np.triu(change < -LEAST_GAIN))
     order = np.argsort(change[rows, columns], kind="stable")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
-from moempi.layout.layout import Plan
+from moempi.layout.layout import Layout
 from moempi.layout.topology import Topology
-from moempi.planning.simulate import Leg, overlapped_s, waiting_s
-from moempi.planning.step_cost import Costs, Load
+from moempi.planning.simulate import Phase, overlapped_s, waiting_s
+from moempi.planning.step_cost import StepCosts, StepLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Forecast:
     """A step of every lane: `tokens` of all groups and lanes go through `stages`, each in so many `turns`."""
 
     tokens: float
-    turns: int
+    rounds: int
     stages: Sequence[StageForecast]
 
     def seconds(self, *, overlap: bool) -> float:
@@ -39,7 +39,7 @@ class Forecast:
         A pipeline is held up by its slowest stage, or, with too few lanes to fill it, by the way through all stages.
         """
         turns = [stage.overlapped_s if overlap else stage.waiting_s for stage in self.stages]
-        return max(self.turns * max(turns), sum(turns))
+        return max(self.rounds * max(turns), sum(turns))
 
     def tokens_per_s(self, *, overlap: bool) -> float:
         """Tokens of all lanes in that time."""
@@ -47,28 +47,28 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class Deployment:
     """A job of a model, laid out on the ranks of a machine that stand as `where` says."""
 
     job: Job
     architecture: Architecture
-    plan: Plan
+    layout: Layout
     machine: MachineFile
-    where: Topology
+    topology: Topology
 
 
-def forecast(scene: Scene, *, rows: float, sequences: float, context: float) -> Forecast:
+def forecast(deployment: Deployment, *, rows: float, sequences: float, context: float) -> Forecast:
     """What happens when every lane's step has so many rows, of so many sequences, in a group of the first stage."""
-    grid, lanes = scene.plan.grid, scene.job.lanes
+    grid, lanes = deployment.layout.grid, deployment.job.lanes
     together = lanes if len(grid.stages) == 1 else min(2, lanes)
     stages = []
     for index in range(len(grid.stages)):
         groups = grid.num_groups(0) / grid.num_groups(index)
-        legs = _legs(scene, index, Load(rows * groups, sequences * groups, context))
+        legs = _phases(deployment, index, StepLoad(rows * groups, sequences * groups, context))
         stages.append(
             StageForecast(
                 compute_s=sum(leg.compute_s for leg in legs),
-                travel_s=sum(leg.carry_s + leg.latency_s for leg in legs),
+                travel_s=sum(leg.link_s + leg.latency_s for leg in legs),
                 waiting_s=waiting_s(legs, lanes=together),
                 overlapped_s=overlapped_s(legs, lanes=together),
             )
@@ -76,21 +76,21 @@ def forecast(scene: Scene, *, rows: float, sequences: float, context: float) -> 
     return Forecast(rows * grid.num_groups(0) * lanes, -(-lanes // together), stages)
 
 
-def _legs(scene: Scene, index: int, load: Load) -> list[Leg]:
+def _phases(deployment: Deployment, index: int, load: StepLoad) -> list[Phase]:
     """A lane's step in a stage."""
-    stages = scene.plan.grid.stages
+    stages = deployment.layout.grid.stages
     stage, following = stages[index], stages[(index + 1) % len(stages)]
-    placements = scene.plan.placements[index].values()
-    value_bytes = 2 if scene.job.run.precision == "bfloat16" else 4
-    costs = Costs(
-        scene.machine,
-        scene.architecture,
-        scene.where.part(stage.ranks),
-        tensor=scene.plan.grid.tensor,
-        hops=scene.job.exchange.hops,
+    placements = deployment.layout.placements[index].values()
+    value_bytes = 2 if deployment.job.run.precision == "bfloat16" else 4
+    costs = StepCosts(
+        deployment.machine,
+        deployment.architecture,
+        deployment.topology.subset(stage.ranks),
+        tensor=deployment.layout.grid.tensor,
+        hops=deployment.job.exchange.hops,
         hosted=max((len(experts) for placement in placements for experts in placement.hosted), default=0),
-        row_bytes=scene.architecture.width * value_bytes,
+        row_bytes=deployment.architecture.width * value_bytes,
         value_bytes=value_bytes,
-        onward=int(scene.where.levels(stage.ranks.start)[following.ranks.start]),
+        stage_link_level=int(deployment.topology.levels(stage.ranks.start)[following.ranks.start]),
     )
     return costs.step(stage.layers, load, is_first=index == 0, is_last=index == len(stages) - 1)

@@ -7,35 +7,31 @@ busiest first (longest processing time, Graham 1969); then pairs of experts chan
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from moempi.arrays import BoolArray, Float64Array, IntArray
 from moempi.layout.placement import linear
-
-IntArray = npt.NDArray[np.integer]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 MOST_EXCHANGES = 1000
 LEAST_GAIN = 1e-9
 
 
-def rooms(num_experts: int, num_keys: int, num_ranks: int) -> IntArray:
+def slots_per_rank(num_experts: int, num_physical: int, num_ranks: int) -> IntArray:
     """Experts of each rank (R,): the shares of `placement.linear`, and one more of the copies to the smallest each."""
     room = np.array([len(hosted) for hosted in linear(num_experts, num_ranks).hosted])
-    for _ in range(num_keys - num_experts):
+    for _ in range(num_physical - num_experts):
         room[np.argmin(room)] += 1
     return room
 
 
-def copies(load: FloatArray, num_keys: int, num_ranks: int) -> IntArray:
+def replica_counts(load: Float64Array, num_physical: int, num_ranks: int) -> IntArray:
     """How many ranks host each expert (E,), `num_keys` in all, none more than there are ranks."""
     counts = np.ones(len(load), np.int64)
-    for _ in range(num_keys - len(load)):
+    for _ in range(num_physical - len(load)):
         counts[np.argmax(np.where(counts < num_ranks, load / counts, -1.0))] += 1
     return counts
 
 
-def rank_loads(hosts: BoolArray, demand: FloatArray, nodes: Sequence[int]) -> FloatArray:
+def rank_loads(hosts: BoolArray, demand: Float64Array, nodes: Sequence[int]) -> Float64Array:
     """Rows of each expert on each rank (..., R, E), where `hosts` (..., R, E) says who hosts it.
 
     Rank r has demand[r, e] (R, E) rows for expert e, which go to the nearest copy, equally near ones in turns.
@@ -46,11 +42,11 @@ def rank_loads(hosts: BoolArray, demand: FloatArray, nodes: Sequence[int]) -> Fl
     near = by_node @ hosts
     per_copy = np.divide(left, near, out=np.zeros_like(left), where=near > 0)
     far = np.where(near > 0, 0.0, left).sum(axis=-2, keepdims=True) / hosts.sum(axis=-2, keepdims=True)
-    loads: FloatArray = kept + np.where(hosts, by_node.T @ per_copy + far, 0.0)
+    loads: Float64Array = kept + np.where(hosts, by_node.T @ per_copy + far, 0.0)
     return loads
 
 
-def fill(hosts: BoolArray, load: FloatArray, room: IntArray, allowed: BoolArray) -> None:
+def assign(hosts: BoolArray, load: Float64Array, free_slots: IntArray, allowed: BoolArray) -> None:
     """Put one more copy of each expert with `load` (E,) above 0 on the allowed (R, E) rank with room and least to do.
 
     Changes hosts (R, E) and room (R,). What a rank has to do is the load of what was put there. Where no allowed rank
@@ -58,29 +54,29 @@ def fill(hosts: BoolArray, load: FloatArray, room: IntArray, allowed: BoolArray)
     """
     todo = np.where(hosts, load, 0.0).sum(axis=1)
     for expert in np.argsort(-load, kind="stable")[: np.count_nonzero(load > 0)].tolist():
-        free = (room > 0) & ~hosts[:, expert]
+        free = (free_slots > 0) & ~hosts[:, expert]
         if not free.any():
-            free = _make_room(hosts, room, expert)
+            free = _free_a_slot(hosts, free_slots, expert)
         best = free & allowed[:, expert]
         rank = int(np.argmin(np.where(best if best.any() else free, todo, np.inf)))
         hosts[rank, expert] = True
-        room[rank] -= 1
+        free_slots[rank] -= 1
         todo[rank] += load[expert]
 
 
-def _make_room(hosts: BoolArray, room: IntArray, expert: int) -> BoolArray:
+def _free_a_slot(hosts: BoolArray, free_slots: IntArray, expert: int) -> BoolArray:
     """Where all ranks with room host the expert already: another's expert moves to one of them; who has room then."""
-    roomy = int(np.argmax(room))
+    roomy = int(np.argmax(free_slots))
     for rank in np.flatnonzero(~hosts[:, expert]).tolist():
         movable = np.flatnonzero(hosts[rank] & ~hosts[roomy])
         if len(movable):
             hosts[[rank, roomy], movable[0]] = False, True
-            room[[rank, roomy]] += 1, -1
-            return np.isin(np.arange(len(room)), rank)
+            free_slots[[rank, roomy]] += 1, -1
+            return np.isin(np.arange(len(free_slots)), rank)
     raise ValueError(f"expert {expert} has more copies than there are ranks")
 
 
-def even_out(hosts: BoolArray, demand: FloatArray, nodes: Sequence[int], *, within_nodes: bool) -> None:
+def rebalance(hosts: BoolArray, demand: Float64Array, nodes: Sequence[int], *, within_nodes: bool) -> None:
     """Let experts of the busiest rank change places with others, the best pair first, while the load gets more even.
 
     Changes hosts (R, E). The sum of the squares of the ranks' loads falls with every exchange. With `within_nodes` no
@@ -117,8 +113,8 @@ def even_out(hosts: BoolArray, demand: FloatArray, nodes: Sequence[int], *, with
 
 
 def _moved(
-    hosts: BoolArray, demand: FloatArray, nodes: Sequence[int], expert: int, source: int, targets: Sequence[int]
-) -> FloatArray:
+    hosts: BoolArray, demand: Float64Array, nodes: Sequence[int], expert: int, source: int, targets: Sequence[int]
+) -> Float64Array:
     """Rows of one expert on each rank (targets, R) if it went from rank `source` to each of the targets."""
     there = np.repeat(hosts[None, :, expert], len(targets), axis=0)
     there[:, source] = False

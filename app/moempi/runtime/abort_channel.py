@@ -10,14 +10,14 @@ from mpi4py import MPI
 
 from moempi.runtime.hang import Position
 
-TOLD_TAG = 1
-ASK_TAG = 2
+ANNOUNCE_TAG = 1
+QUERY_TAG = 2
 POSITION_TAG = 3
-LOOKS = 10
-LOOK_EVERY_S = 0.005
+NUM_POLLS = 10
+POLL_INTERVAL_S = 0.005
 
 
-class Farewell:
+class AbortChannel:
     """Messages of a rank about the end, to rank 0 and to `peers`; safe from any thread. Making one is collective.
 
     `position` says where this rank stands, for who asks.
@@ -27,26 +27,26 @@ class Farewell:
         self._comm = comm.Dup()
         self._position = position
         self._sent: list[MPI.Request] = []
-        self._hearers = [rank for rank in dict.fromkeys([0, *peers]) if rank != comm.rank]
+        self._receivers = [rank for rank in dict.fromkeys([0, *peers]) if rank != comm.rank]
 
-    def tell(self) -> None:
+    def announce(self) -> None:
         """Say that this rank has told the cause, so that others keep silent."""
-        for rank in self._hearers:
-            self._send(rank, TOLD_TAG, None)
+        for rank in self._receivers:
+            self._send(rank, ANNOUNCE_TAG, None)
 
-    def told(self) -> bool:
+    def announced(self) -> bool:
         """Whether another rank has told the cause."""
-        for _ in range(LOOKS):
-            if self._comm.Iprobe(tag=TOLD_TAG):
+        for _ in range(NUM_POLLS):
+            if self._comm.Iprobe(tag=ANNOUNCE_TAG):
                 return True
-            time.sleep(LOOK_EVERY_S)  # a message arrives only inside MPI calls: look again
+            time.sleep(POLL_INTERVAL_S)  # a message arrives only inside MPI calls: look again
         return False
 
-    def ask(self, ranks: Iterable[int], *, patience_s: float) -> dict[int, Position]:
+    def query_positions(self, ranks: Iterable[int], *, patience_s: float) -> dict[int, Position]:
         """Where those of `ranks` stand that answer within `patience_s`. Blocks for that long, or until all have."""
         wanted = set(ranks)
         for rank in wanted:
-            self._send(rank, ASK_TAG, None)
+            self._send(rank, QUERY_TAG, None)
         positions: dict[int, Position] = {}
         end = time.monotonic() + patience_s
         while wanted - positions.keys() and time.monotonic() < end:
@@ -54,15 +54,15 @@ class Farewell:
             if self._comm.Iprobe(tag=POSITION_TAG, status=status):
                 positions[status.source] = self._comm.recv(source=status.source, tag=POSITION_TAG)
             else:
-                self.answer()
-                time.sleep(LOOK_EVERY_S)
+                self.reply()
+                time.sleep(POLL_INTERVAL_S)
         return positions
 
-    def answer(self) -> None:
+    def reply(self) -> None:
         """Tell each rank that has asked; call it often."""
         status = MPI.Status()
-        while self._comm.Iprobe(tag=ASK_TAG, status=status):
-            self._comm.recv(source=status.source, tag=ASK_TAG)
+        while self._comm.Iprobe(tag=QUERY_TAG, status=status):
+            self._comm.recv(source=status.source, tag=QUERY_TAG)
             self._send(status.source, POSITION_TAG, self._position())
 
     def _send(self, rank: int, tag: int, message: Position | None) -> None:

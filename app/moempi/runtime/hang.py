@@ -22,7 +22,7 @@ class Position:
     since_s: float
 
 
-def is_stall(positions: Mapping[int, Position], size: int, *, timeout_s: float) -> bool:
+def is_hang(positions: Mapping[int, Position], size: int, *, timeout_s: float) -> bool:
     """Whether to give up: a rank does not answer, or all have stood still for longer than they may."""
     if len(positions) < size:
         return True

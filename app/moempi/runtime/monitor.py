@@ -17,47 +17,47 @@ from moempi.runtime.launcher import LAUNCHERS
 
 HOLD_S = 15.0
 """Longer than the launcher takes to end the other ranks, whose witnesses then keep silent."""
-ASK, GRANTED, RELEASE = b"a", b"g", b"r"
+ACQUIRE, GRANTED, RELEASE = b"a", b"g", b"r"
 STDERR = 2
 JOB_NAMES = ("PMIX_NAMESPACE", "SLURM_JOB_ID", "SLURM_STEP_ID")
 
 
-class Witness:
+class Monitor:
     """This rank's end of the line to its witness; there is none where a process runs alone."""
 
     def __init__(self) -> None:
-        self._line: socket.socket | None = None
+        self._socket: socket.socket | None = None
 
-    def post(self) -> None:
+    def fork(self) -> None:
         """Start the witness, before threads and MPI, if there is none; it is released when the interpreter ends."""
         rank = launched_rank(os.environ)
-        if rank is None or self._line is not None:
+        if rank is None or self._socket is not None:
             return
-        self._line, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         if os.fork() == 0:
-            self._line.close()
+            self._socket.close()
             with suppress(BaseException):
                 _watch(theirs, f"moempi: rank {rank} is gone: its process {os.getppid()} was killed or crashed\n")
             os._exit(0)
         theirs.close()
         atexit.register(self.release)
 
-    def may_tell(self) -> bool:
+    def acquire_report_right(self) -> bool:
         """Whether this rank is the first of its node that wants to tell why the program ends."""
-        if self._line is None:
+        if self._socket is None:
             return True
         with suppress(OSError):
-            self._line.sendall(ASK)
-            return self._line.recv(1) == GRANTED
+            self._socket.sendall(ACQUIRE)
+            return self._socket.recv(1) == GRANTED
         return True
 
     def release(self) -> None:
         """The rank needs its witness no more: it ends well, or others can tell of it on other nodes."""
-        if self._line is not None:
+        if self._socket is not None:
             with suppress(OSError):
-                self._line.sendall(RELEASE)
-            self._line.close()
-            self._line = None
+                self._socket.sendall(RELEASE)
+            self._socket.close()
+            self._socket = None
 
 
 def launched_rank(environment: Mapping[str, str]) -> int | None:
@@ -69,31 +69,31 @@ def launched_rank(environment: Mapping[str, str]) -> int | None:
     return None
 
 
-def _watch(line: socket.socket, last_words: str) -> None:
+def _watch(socket_to_rank: socket.socket, error_line: str) -> None:
     """The witness: grant its rank the right to tell, or tell of its death."""
     os.setsid()  # signals to the rank's group are not for its witness
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
-    kept = line.fileno()
+    kept = socket_to_rank.fileno()
     for descriptor in (range(STDERR), range(STDERR + 1, kept), range(kept + 1, kept + 1024)):
         os.closerange(descriptor.start, descriptor.stop)
     held = None
-    while (word := line.recv(1)) == ASK:
-        held = held or _right_to_tell()
-        line.sendall(GRANTED if held else b"-")
+    while (word := socket_to_rank.recv(1)) == ACQUIRE:
+        held = held or _bind_report_right()
+        socket_to_rank.sendall(GRANTED if held else b"-")
     if word == RELEASE:
         return
     if held is None:
-        held = _right_to_tell()
+        held = _bind_report_right()
         if held is not None:
-            os.write(STDERR, last_words.encode())
+            os.write(STDERR, error_line.encode())
     os.close(STDERR)
     if held is not None:
         time.sleep(HOLD_S)
 
 
-def _right_to_tell() -> socket.socket | None:
+def _bind_report_right() -> socket.socket | None:
     """The name, bound, if no other process of this job and node holds it."""
     job = "-".join(os.environ.get(name, "") for name in JOB_NAMES)
     name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -105,4 +105,4 @@ def _right_to_tell() -> socket.socket | None:
     return name
 
 
-WITNESS = Witness()
+WITNESS = Monitor()

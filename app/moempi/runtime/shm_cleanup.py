@@ -12,7 +12,7 @@ FOLDER = "/dev/shm/"
 MARK = "sm_segment."
 
 
-def remove_names() -> None:
+def unlink_segments() -> None:
     """Remove the names of the segments that this process has mapped; call it when all ranks are connected."""
     if MAPS.exists():
         for path in {line.rpartition(" ")[2] for line in MAPS.read_text().splitlines() if FOLDER + MARK in line}:

@@ -16,10 +16,10 @@ class Stop:
         self._max_minutes = max_minutes
         self._deadline = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
         self._signalled = False
-        signal.signal(signal.SIGUSR1, self._hear)
+        signal.signal(signal.SIGUSR1, self._on_signal)
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether to end now; costs less than a microsecond."""
         return self._signalled or (self._deadline is not None and time.monotonic() >= self._deadline)
 
@@ -28,7 +28,7 @@ class Stop:
         """Why this process wants to end, or that another one does."""
         if self._signalled:
             return "SIGUSR1"
-        return f"--max-minutes {self._max_minutes:g}" if self.asked else "another rank was asked to"
+        return f"--max-minutes {self._max_minutes:g}" if self.requested else "another rank was asked to"
 
-    def _hear(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._signalled = True

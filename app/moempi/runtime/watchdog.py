@@ -24,7 +24,7 @@ PERIOD_S = 0.5
 LAST_RESORT_S = 60.0
 
 
-class StalledError(MoempiError):
+class HangError(MoempiError):
     """A rank made no progress for as long as `[run] timeout_s` allows (EX_TEMPFAIL)."""
 
     exit_code = 75
@@ -56,16 +56,16 @@ class Watchdog:
     def __init__(
         self,
         fail: Callable[[MoempiError], object],
-        stalled: Callable[[float], object],
-        answer: Callable[[], object],
+        on_hang: Callable[[float], object],
+        reply: Callable[[], object],
         *,
         rank: int,
         peers: Mapping[int, int],
         grace_s: float,
     ) -> None:
         self._fail = fail
-        self._stalled = stalled
-        self._answer = answer
+        self._on_hang = on_hang
+        self._reply = reply
         self._rank = rank
         self._peers = peers
         self._grace_s = grace_s
@@ -132,20 +132,20 @@ class Watchdog:
                 received = self._inbox.recv(16)
                 if not received:
                     return
-                self._hear(received)
+                self._on_signal(received)
             elif ready:
-                self._mourn(ready)
-            self._answer()
+                self._on_peer_exit(ready)
+            self._reply()
             if self._timeout_s is not None:
                 self._check(self._timeout_s)
 
-    def _hear(self, received: bytes) -> None:
+    def _on_signal(self, received: bytes) -> None:
         ending = [number for number in received if number in SIGNALS]
         if ending:
             time.sleep(self._grace_s)
             self._fail(InterruptedByError(ending[0]))
 
-    def _mourn(self, gone: list[int]) -> None:
+    def _on_peer_exit(self, gone: list[int]) -> None:
         """A neighbour died. The lowest rank of those left on the host says so."""
         dead = sorted(self._alive[descriptor] for descriptor in gone)
         left = [rank for rank in self._alive.values() if rank not in dead]
@@ -164,7 +164,7 @@ class Watchdog:
         if now - before > PERIOD_S + timeout_s / 2:
             self.alive(self._last[1])  # this process was suspended, as the batch system may do: so were the others
         elif now - self._last[0] > timeout_s:
-            self._stalled(timeout_s)
+            self._on_hang(timeout_s)
             self._checked = time.monotonic()
 
     def _doing(self) -> str:

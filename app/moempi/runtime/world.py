@@ -14,21 +14,21 @@ from mpi4py import MPI
 from moempi.config.job import TopologySection
 from moempi.config.topology_file import read_topology
 from moempi.errors import ConfigError, MoempiError, UsageError
-from moempi.layout.topology import Topology, arrange, of_file, virtual
-from moempi.runtime.abort_channel import Farewell
-from moempi.runtime.hang import explain, is_stall
+from moempi.layout.topology import Topology, arrange, from_file, virtual
+from moempi.runtime.abort_channel import AbortChannel
+from moempi.runtime.hang import explain, is_hang
 from moempi.runtime.launcher import GRACE_S, launch_problem
 from moempi.runtime.monitor import WITNESS
-from moempi.runtime.shm_cleanup import remove_names
-from moempi.runtime.watchdog import StalledError, Watchdog
+from moempi.runtime.shm_cleanup import unlink_segments
+from moempi.runtime.watchdog import HangError, Watchdog
 
 T = TypeVar("T")
 
 # The time that a last line needs from this rank's pipe to the launcher before the launcher kills its readers.
 LINE_TRAVEL_S = 0.2
 # How long a rank waits for others to say where they stand, at least; and as a share of the job's own patience.
-ASK_S = 1.5
-ASK_SHARE = 0.1
+QUERY_S = 1.5
+QUERY_SHARE = 0.1
 
 
 class AgreedExit(SystemExit):
@@ -51,20 +51,20 @@ class World:
         order = {name: index for index, name in enumerate(dict.fromkeys(names))}
         self.nodes = tuple(order[name] for name in names)
         self.local_rank = self.nodes[: self.rank].count(self.nodes[self.rank])
-        self.split_agrees = _split_agrees(comm, self.nodes)
+        self.split_matches_nodes = _split_matches_nodes(comm, self.nodes)
         self._debug = debug
         peers = _peers(self.rank, self.nodes, processes)
         self._watchdog = Watchdog(
             self.abort,
-            self._stalled,
-            self._answer,
+            self._on_hang,
+            self._reply,
             rank=self.rank,
             peers=peers,
             grace_s=0.0 if self.rank == 0 else GRACE_S,
         )
         self._ending = threading.Lock()
-        self._farewell = Farewell(comm, peers, self._watchdog.position)
-        self._at_failure: Callable[[str, int], object] = lambda cause, code: None
+        self._abort_channel = AbortChannel(comm, peers, self._watchdog.position)
+        self._on_failure: Callable[[str, int], object] = lambda cause, code: None
 
     @classmethod
     def start(cls, *, debug: bool = False) -> "World":
@@ -74,17 +74,17 @@ class World:
         """
         problem = launch_problem(os.environ, MPI.COMM_WORLD.size)
         if problem is not None:
-            remove_names()
+            unlink_segments()
             raise UsageError(problem)
         try:
             comm = MPI.COMM_WORLD.Dup()
             comm.Barrier()
-            remove_names()
+            unlink_segments()
             return cls(comm, debug=debug)
         except BaseException as error:
             time.sleep(0.0 if MPI.COMM_WORLD.rank == 0 else GRACE_S)
             line = f"moempi: rank {MPI.COMM_WORLD.rank}: MPI does not connect the ranks: {_cause(error)}\n"
-            if WITNESS.may_tell():
+            if WITNESS.acquire_report_right():
                 os.write(2, line.encode(errors="replace"))
             MPI.COMM_WORLD.Abort(_exit_code(error))
             raise
@@ -108,10 +108,10 @@ class World:
             islands, switches = zip(*self.comm.allgather((island, _switch())), strict=True)
             order, topology = arrange(nodes, islands, switches)
         if section.file:
-            topology = self.together(lambda: _stated(section, self.size))
+            topology = self.collectively(lambda: _stated(section, self.size))
         return topology, MPI.Intracomm(self.comm.Split(0, order.index(self.rank)))
 
-    def agree(self, error: MoempiError | None) -> None:
+    def raise_together(self, error: MoempiError | None) -> None:
         """End the program on all ranks if any rank has an `error`, else return; collective, blocks.
 
         The lowest failing rank prints its line; all ranks raise AgreedExit with its exit code.
@@ -121,11 +121,11 @@ class World:
             return
         code = self.comm.bcast(error.exit_code if error is not None else 0, root=first)
         if error is not None and self.rank == first:
-            self._say(error, str(error))
-            self._at_failure(str(error), code)
+            self._print_error(error, str(error))
+            self._on_failure(str(error), code)
         raise AgreedExit(code)
 
-    def together(self, action: Callable[[], T]) -> T:
+    def collectively(self, action: Callable[[], T]) -> T:
         """Do `action` on every rank and return its value, or `agree` on the MoempiErrors it raised; collective."""
         self.alive(self.where)
         value: list[T] = []
@@ -134,7 +134,7 @@ class World:
             value.append(action())
         except MoempiError as error:
             refusal = error
-        self.agree(refusal)
+        self.raise_together(refusal)
         return value[0]
 
     def abort(self, error: BaseException) -> NoReturn:
@@ -142,21 +142,21 @@ class World:
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # the other thread of this rank is ending the program
         code, cause = _exit_code(error), _cause(error)
-        if not self._farewell.told():
-            if WITNESS.may_tell():
-                self._say(error, cause)
-            self._farewell.tell()
-            self._at_failure(cause, code)
+        if not self._abort_channel.announced():
+            if WITNESS.acquire_report_right():
+                self._print_error(error, cause)
+            self._abort_channel.announce()
+            self._on_failure(cause, code)
             time.sleep(LINE_TRAVEL_S)
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)
 
-    def at_failure(self, tell: Callable[[str, int], object]) -> None:
+    def on_failure(self, write: Callable[[str, int], object]) -> None:
         """From now on, the rank that tells the cause of a failure also calls `tell(cause, exit code)`, from any thread.
 
         It must return within a second or so: the other ranks wait for their end.
         """
-        self._at_failure = tell
+        self._on_failure = write
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -194,21 +194,23 @@ class World:
         """The place of which `alive` was told last."""
         return self._watchdog.where
 
-    def _stalled(self, timeout_s: float) -> None:
+    def _on_hang(self, timeout_s: float) -> None:
         """End the program if nothing moves. The lowest rank that answers is in charge. From the watchdog's thread."""
-        patience_s = max(ASK_S, ASK_SHARE * timeout_s)
-        if self.rank and self._farewell.ask(range(min(self.rank, 2)), patience_s=patience_s):
+        patience_s = max(QUERY_S, QUERY_SHARE * timeout_s)
+        if self.rank and self._abort_channel.query_positions(range(min(self.rank, 2)), patience_s=patience_s):
             return
         others = [rank for rank in range(self.size) if rank != self.rank]
-        positions = self._farewell.ask(others, patience_s=patience_s) | {self.rank: self._watchdog.position()}
-        if is_stall(positions, self.size, timeout_s=timeout_s):
+        positions = self._abort_channel.query_positions(others, patience_s=patience_s) | {
+            self.rank: self._watchdog.position()
+        }
+        if is_hang(positions, self.size, timeout_s=timeout_s):
             reason = explain(positions, self.size)
-            self.abort(StalledError(f"no progress for {timeout_s:g} s: {reason}; see run.timeout_s"))
+            self.abort(HangError(f"no progress for {timeout_s:g} s: {reason}; see run.timeout_s"))
 
-    def _answer(self) -> None:
-        self._farewell.answer()
+    def _reply(self) -> None:
+        self._abort_channel.reply()
 
-    def _say(self, error: BaseException, cause: str) -> None:
+    def _print_error(self, error: BaseException, cause: str) -> None:
         if self._debug:
             traceback.print_exception(error)
         place = f"rank {self.rank}: " if self.size > 1 else ""
@@ -234,7 +236,7 @@ def _stated(section: TopologySection, size: int) -> Topology:
     """The topology of the file, of so many ranks; raises NoInputError or ConfigError."""
     if section.ranks_per_node:
         raise ConfigError("topology.ranks_per_node and topology.file both say where ranks stand; keep one")
-    topology = of_file(read_topology(section.file))
+    topology = from_file(read_topology(section.file))
     if len(topology.nodes) != size:
         raise ConfigError(f"topology.file = {section.file!r} places {len(topology.nodes)} ranks, there are {size}")
     return topology
@@ -256,7 +258,7 @@ def _peers(rank: int, nodes: tuple[int, ...], processes: tuple[tuple[str, int], 
     }
 
 
-def _split_agrees(comm: MPI.Intracomm, nodes: tuple[int, ...]) -> bool:
+def _split_matches_nodes(comm: MPI.Intracomm, nodes: tuple[int, ...]) -> bool:
     shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
     agrees = shared.size == nodes.count(nodes[comm.rank])
     shared.Free()

@@ -45,7 +45,7 @@ def convert(source: str | Path, path: str | Path, *, progress: Progress | None =
     """
     checkpoint = open_checkpoint(source)
     architecture = read_architecture(checkpoint.config, checkpoint.generation, where=str(checkpoint.config_path))
-    plan = _Plan(checkpoint, architecture).sources
+    plan = _ConversionPlan(checkpoint, architecture).sources
     fingerprint = write_weights(
         path,
         architecture,
@@ -67,7 +67,7 @@ def convert(source: str | Path, path: str | Path, *, progress: Progress | None =
     )
 
 
-class _Plan:
+class _ConversionPlan:
     """The `sources` that fill each of our tensors; all of the checkpoint's are used, or left out by name."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
@@ -84,11 +84,11 @@ class _Plan:
             if name not in self._used and not names.leaves_out(name, num_layers=architecture.num_layers):
                 raise DataError(f"{extra.path}: {name}: is not a tensor of this {architecture.family} model")
 
-    def _sources(self, wanted: tuple[str, ...] | Fused, tensor: Tensor) -> Iterator[Source]:
-        if isinstance(wanted, Fused):
-            yield from self._parts(wanted, tensor)
+    def _sources(self, names: tuple[str, ...] | Fused, tensor: Tensor) -> Iterator[Source]:
+        if isinstance(names, Fused):
+            yield from self._parts(names, tensor)
             return
-        for name in wanted:
+        for name in names:
             source = self._take(name)
             yield self._expanded(source) if source.dtype == "F8_E4M3" else source
 
@@ -105,20 +105,20 @@ class _Plan:
             raise DataError(f"{matrix.path}: {matrix.name}: its scales are not one float32 a block of 128 x 128")
         return matrix
 
-    def _parts(self, wanted: Fused, tensor: Tensor) -> Iterator[ExpertPart]:
+    def _parts(self, fused: Fused, tensor: Tensor) -> Iterator[ExpertPart]:
         num_experts, matrices = tensor.shape[0], len(tensor.shape) == 3
         whole: CheckpointTensor | Mxfp4Experts
-        if f"{wanted.name}_blocks" in self._checkpoint.tensors:
-            whole = Mxfp4Experts(self._take(f"{wanted.name}_blocks"), self._take(f"{wanted.name}_scales"))
+        if f"{fused.name}_blocks" in self._checkpoint.tensors:
+            whole = Mxfp4Experts(self._take(f"{fused.name}_blocks"), self._take(f"{fused.name}_scales"))
             if not whole.scales_fit():
                 raise DataError(f"{whole.path}: {whole.name}: its blocks are not 16 bytes with an exponent each")
         else:
-            whole = self._take(wanted.name)
+            whole = self._take(fused.name)
         if len(whole.shape) != len(tensor.shape) or whole.shape[0] != num_experts:
             raise DataError(f"{whole.path}: {whole.name}: its shape is {whole.shape}, not of {num_experts} experts")
         turned = matrices and isinstance(whole, CheckpointTensor)
         for expert in range(num_experts):
-            yield ExpertPart(whole, expert, wanted.first, wanted.step, turned)
+            yield ExpertPart(whole, expert, fused.first, fused.step, turned)
 
     def _checked(self, source: Source, tensor: Tensor) -> Source:
         expected = tensor.shape[1:] if tensor.share is Share.EXPERTS else tensor.shape

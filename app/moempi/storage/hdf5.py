@@ -51,7 +51,7 @@ MEMORY_TYPES = {"bfloat16": np.uint16, "float32": np.float32, "uint8": np.uint8,
 
 
 @contextmanager
-def refusing(path: str | Path, what: str = "") -> Iterator[None]:
+def raising_data_errors(path: str | Path, what: str = "") -> Iterator[None]:
     """Turn what h5py raises about a damaged file into DataError that names the file and `what` was being read."""
     try:
         yield
@@ -71,7 +71,7 @@ def open_file(path: str | Path) -> Any:
         path.open("rb").close()
     except OSError as error:
         raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
-    with refusing(path):
+    with raising_data_errors(path):
         return h5py.File(path, "r", locking=False)
 
 
@@ -81,7 +81,7 @@ def walk(file: Any) -> Iterator[tuple[str, bool]]:
     Raises DataError at a link that is not hard, a group met twice, an object that is neither group nor dataset, or a
     tree beyond MAX_DEPTH levels or MAX_OBJECTS objects.
     """
-    with refusing(file.filename):
+    with raising_data_errors(file.filename):
         root = file["/"].id
         visited = {h5o.get_info(root).addr}
         pending = [(root, "", 1)]
@@ -109,7 +109,7 @@ def open_dataset(file: Any, name: str) -> Any:
     filters, is not as long as type and shape say, or reaches beyond the end of the file.
     """
     where = f"{file.filename}: {name}"
-    with refusing(file.filename, name):
+    with raising_data_errors(file.filename, name):
         group = file["/"].id
         *parents, last = name.encode().split(b"/")
         for part in parents:
@@ -150,7 +150,7 @@ def read_rows(dataset: Any, start: int, stop: int, *, dtype: str) -> Array:
 
 def read_vector(file: Any, name: str, *, dtype: str, limit: int) -> Array:
     """A whole one-dimensional dataset of at most `limit` entries; DataError if it is anything else."""
-    with refusing(file.filename, name):
+    with raising_data_errors(file.filename, name):
         shape = tuple(open_dataset(file, name).shape)
         if len(shape) != 1 or shape[0] > limit:
             raise DataError(f"{file.filename}: {name}: its shape is {shape}, not one axis of at most {limit}")
@@ -162,7 +162,7 @@ def read_attribute(file: Any, name: str, *, owner: Any = None) -> str | int | fl
 
     Raises DataError for variable-length text, for arrays and for more than MAX_ATTRIBUTE_BYTES bytes.
     """
-    with refusing(file.filename, f"attribute {name}"):
+    with raising_data_errors(file.filename, f"attribute {name}"):
         holder = file["/"].id if owner is None else owner
         if not h5a.exists(holder, name.encode()):
             return None

@@ -90,7 +90,7 @@ def _datasets_table(file: Any) -> RenderableType:
     table = Table("dataset", "shape", "type", "units", title="datasets")
     names = [name for name, is_group in hdf5.walk(file) if not is_group]
     for name in names[:MAX_DATASETS_SHOWN]:
-        with hdf5.refusing(file.filename, name):
+        with hdf5.raising_data_errors(file.filename, name):
             dataset = _open(file, name)
             units = _attribute(file, "units", owner=dataset)
             table.add_row(escape(name), str(tuple(dataset.shape)), _type_name(dataset.get_type()), escape(units))

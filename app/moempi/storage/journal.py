@@ -36,27 +36,27 @@ _DIGEST = struct.Struct("<Q")
 _MAX_FINGERPRINT_BYTES = 4096
 
 
-def parts_folder(results_path: str | Path) -> Path:
+def journals_folder(results_path: str | Path) -> Path:
     """The folder of a results file's parts: `<results>.parts`."""
     return Path(f"{results_path}.parts")
 
 
-def part_path(results_path: str | Path, rank: int) -> Path:
+def journal_path(results_path: str | Path, rank: int) -> Path:
     """The part that `rank` writes."""
-    return parts_folder(results_path) / f"rank-{rank:05d}.part"
+    return journals_folder(results_path) / f"rank-{rank:05d}.part"
 
 
-def part_paths(results_path: str | Path) -> list[Path]:
+def journal_paths(results_path: str | Path) -> list[Path]:
     """All parts beside a results file, of this run or an unfinished one before it, in rank order; possibly none."""
-    return sorted(parts_folder(results_path).glob("rank-*.part"), key=lambda path: (len(path.name), path.name))
+    return sorted(journals_folder(results_path).glob("rank-*.part"), key=lambda path: (len(path.name), path.name))
 
 
-def remove_parts(results_path: str | Path) -> None:
+def remove_journals(results_path: str | Path) -> None:
     """Remove all parts beside a results file at once, so that no later run meets a few of them; none is no error.
 
     Raises StorageError when the folder cannot be removed.
     """
-    folder = parts_folder(results_path)
+    folder = journals_folder(results_path)
     try:
         hidden = folder.rename(hidden_name(Path(results_path)))
         shutil.rmtree(hidden)
@@ -66,7 +66,7 @@ def remove_parts(results_path: str | Path) -> None:
         raise StorageError(f"{results_path}: is complete, but its parts cannot be removed: {error}") from error
 
 
-class Part:
+class JournalReader:
     """A part opened for reading; reading never changes it.
 
     `fingerprint` is the run's, `num_bytes` the file's size, `dropped_bytes` what lies after the last whole record,
@@ -152,7 +152,7 @@ class Part:
             raise StorageError(f"{self.path}: the record at byte {offset} is not one of ours: {error}") from error
 
 
-class PartWriter:
+class JournalWriter:
     """Appends records to a rank's part, creating it and its folder, or continuing it behind its last whole record.
 
     `fingerprint` says which run the records belong to (weights, prompts, job). Raises StorageError when the part
@@ -207,7 +207,7 @@ class PartWriter:
         self.close()
 
     def _last_whole_record(self, fingerprint: str) -> int:
-        with Part(self.path) as part:
+        with JournalReader(self.path) as part:
             if part.fingerprint != fingerprint:
                 raise StorageError(f"{self.path}: belongs to another run; remove {self.path.parent} to start afresh")
             for _ in part.payloads():

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
-from moempi.storage.journal import Part
+from moempi.storage.journal import JournalReader
 from moempi.storage.records import RankRecord, RequestRecord, RoutingRecord
 from moempi.storage.results_layout import ARRAYS, OFFSETS, TEXTS
 
-MAX_OPEN_PARTS = 64
+MAX_OPEN_JOURNALS = 64
 ITEM_BYTES = 8
 ENTRY_BYTES = 1024
 METADATA_BYTES = 256 << 10
@@ -32,23 +32,23 @@ _ENTRY = np.dtype(
 )
 
 
-class Parts:
+class Journals:
     """All parts of a run, of which few are open at a time."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self._paths = paths
-        self._opened: OrderedDict[int, Part] = OrderedDict()
+        self._opened: OrderedDict[int, JournalReader] = OrderedDict()
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def open(self, number: int) -> Part:
+    def open(self, number: int) -> JournalReader:
         """The part with this number; raises StorageError when it is of another run than those before it."""
         if number not in self._opened:
-            if len(self._opened) == MAX_OPEN_PARTS:
+            if len(self._opened) == MAX_OPEN_JOURNALS:
                 self._opened.popitem(last=False)[1].close()
-            part = self._opened[number] = Part(self._paths[number])
+            part = self._opened[number] = JournalReader(self._paths[number])
             self._fingerprint = self._fingerprint or part.fingerprint
             if part.fingerprint != self._fingerprint:
                 raise StorageError(f"{part.path}: belongs to another run than {self._paths[0]}")
@@ -63,9 +63,9 @@ class Parts:
             raise StorageError(f"{part.path}: the record at byte {entry['offset']} has changed since it was found")
         return record
 
-    def routing_at(self, part: int, offset: int) -> RoutingRecord:
+    def routing_at(self, journal: int, offset: int) -> RoutingRecord:
         """The record of routing that lies there."""
-        opened = self.open(part)
+        opened = self.open(journal)
         record = opened.record_at(offset)
         if not isinstance(record, RoutingRecord):
             raise StorageError(f"{opened.path}: the record at byte {offset} has changed since it was found")
@@ -81,7 +81,7 @@ class Parts:
             part.close()
 
 
-class Routed:
+class RoutingIndex:
     """Where the records of routing lie, 40 bytes each: attempt, which layers, step, part and offset.
 
     `top_k` is the number of experts of a token, 0 where nothing is recorded.
@@ -90,29 +90,29 @@ class Routed:
     def __init__(self) -> None:
         self.top_k = 0
         self._layer_sets: dict[tuple[int, ...], int] = {}
-        self._places = array("q")
+        self._entries = array("q")
 
     @property
     def layers(self) -> list[int]:
         """The layers of which anything is recorded, ascending."""
         return sorted({layer for layers in self._layer_sets for layer in layers})
 
-    def add(self, record: RoutingRecord, *, part: int, offset: int) -> None:
+    def add(self, record: RoutingRecord, *, journal: int, offset: int) -> None:
         """Note one record."""
         layers = self._layer_sets.setdefault(record.layers, len(self._layer_sets))
-        self._places.extend((record.since, layers, record.step, part, offset))
+        self._entries.extend((record.since, layers, record.step, journal, offset))
         self.top_k = record.experts.shape[2]
 
     def groups(self) -> Iterator[list[tuple[int, int]]]:
         """Part and offset of the records of one attempt and the same layers, step by step; later attempts later."""
-        places = np.frombuffer(self._places, np.int64).reshape(-1, 5)
+        places = np.frombuffer(self._entries, np.int64).reshape(-1, 5)
         places = places[np.lexsort(places[:, 2::-1].T)]
         for group in np.split(places, np.flatnonzero(np.diff(places[:, :2], axis=0).any(axis=1)) + 1):
             yield [(part, offset) for part, offset in group[:, 3:].tolist()]
 
 
 @dataclass(slots=True)
-class Survey:
+class JournalIndex:
     """What the parts hold: for each request where its record lies and how long its fields are, and what ranks did."""
 
     entries: NDArray[Any]
@@ -124,15 +124,15 @@ class Survey:
     score_top: int = 0
     scored: bool = False
     torn: list[str] = field(default_factory=list)
-    routed: Routed = field(default_factory=Routed)
+    routing: RoutingIndex = field(default_factory=RoutingIndex)
 
-    def add_request(self, record: RequestRecord, *, part: int, offset: int) -> None:
+    def add_request(self, record: RequestRecord, *, journal: int, offset: int) -> None:
         """Note a request that was not met before."""
         arrays = [getattr(record, name) for name in ARRAYS]
         texts = [len((getattr(record, name) or "").encode()) for name in TEXTS]
         num_bytes = sum(array.nbytes for array in arrays) + sum(texts)
         lengths = len(record.prompt), len(record.tokens), record.computed
-        self.entries[record.index] = (part, offset, num_bytes, *lengths, *texts)
+        self.entries[record.index] = (journal, offset, num_bytes, *lengths, *texts)
         self.top = max(self.top, record.top_tokens.shape[1])
         self.score_top = max(self.score_top, record.score_top_tokens.shape[1])
         self.scored = self.scored or len(record.score) > 0
@@ -152,9 +152,9 @@ class Survey:
         nothing = {"expert_load": NO_LOAD, "asked_load": NO_LOAD, "shifts": NO_SHIFTS}
         self.ranks.append(msgspec.structs.replace(record, **nothing))
 
-    def add_routing(self, record: RoutingRecord, *, part: int, offset: int) -> None:
+    def add_routing(self, record: RoutingRecord, *, journal: int, offset: int) -> None:
         """Note where the routing of one rank's step lies."""
-        self.routed.add(record, part=part, offset=offset)
+        self.routing.add(record, journal=journal, offset=offset)
 
     def texts(self) -> list[str]:
         """The text columns to write; references only if any was given."""
@@ -178,9 +178,9 @@ class Survey:
         sizes |= {dim: size for dim, size in (("top", self.top), ("score_top", self.score_top)) if size}
         sizes["layer"], sizes["expert"] = self.expert_load.shape
         sizes["hosted"] = sum(len(experts) for record in self.ranks for experts in record.hosted.values())
-        if self.routed.top_k:
+        if self.routing.top_k:
             sizes["routed_token"] = int(self.entries["computed"].sum())
-            sizes["routed_layer"], sizes["slot"] = len(self.routed.layers), self.routed.top_k
+            sizes["routed_layer"], sizes["slot"] = len(self.routing.layers), self.routing.top_k
         return sizes
 
     def file_bytes(self) -> int:
@@ -190,30 +190,30 @@ class Survey:
         texts = sum(2 * sizes[f"{name}_byte"] for name in self.texts())
         ranks = sum(len(record.host) + ITEM_BYTES * len(record.seconds) for record in self.ranks)
         ranks += 3 * ITEM_BYTES * sizes["hosted"]
-        if self.routed.top_k:
+        if self.routing.top_k:
             choices = sizes["routed_token"] * sizes["routed_layer"] * (1 + sizes["slot"])
             arrays += ITEM_BYTES * (choices + 2 * sizes["routed_token"])
         entries = ENTRY_BYTES * (len(self.entries) + len(self.ranks))
         return arrays + texts + ranks + entries + 3 * self.expert_load.nbytes + METADATA_BYTES
 
 
-def survey_parts(parts: Parts, num_requests: int) -> Survey:
+def index_journals(journals: Journals, num_requests: int) -> JournalIndex:
     """Read all parts once; raises StorageError as `merge` says."""
-    survey = Survey(np.zeros(num_requests, _ENTRY))
+    survey = JournalIndex(np.zeros(num_requests, _ENTRY))
     survey.entries["part"] = -1
-    for number in range(len(parts)):
-        part = parts.open(number)
+    for number in range(len(journals)):
+        part = journals.open(number)
         for offset, record in part.records():
             if isinstance(record, RankRecord):
                 survey.add_rank(record)
             elif isinstance(record, RoutingRecord):
-                survey.add_routing(record, part=number, offset=offset)
+                survey.add_routing(record, journal=number, offset=offset)
             elif not 0 <= record.index < num_requests:
                 raise StorageError(f"{part.path}: holds request {record.index}, the job has {num_requests}")
             elif survey.entries["part"][record.index] < 0:
-                survey.add_request(record, part=number, offset=offset)
+                survey.add_request(record, journal=number, offset=offset)
             else:
-                _require_same(parts.request_at(survey.entries[record.index]), record, part.path)
+                _require_same(journals.request_at(survey.entries[record.index]), record, part.path)
         if part.dropped_bytes:
             survey.torn.append(f"{part.path} ends with {part.dropped_bytes} torn bytes")
     _require_all(survey)
@@ -225,8 +225,8 @@ def _require_same(first: RequestRecord, again: RequestRecord, path: Path) -> Non
         raise StorageError(f"{path}: request {again.index} ({again.id}) is recorded twice, with different tokens")
 
 
-def _require_all(survey: Survey) -> None:
-    missing = np.flatnonzero(survey.entries["part"] < 0)
+def _require_all(index: JournalIndex) -> None:
+    missing = np.flatnonzero(index.entries["part"] < 0)
     if len(missing):
-        counts = f"{len(missing)} of {len(survey.entries)} requests have no record, the first is {missing[0]}"
-        raise StorageError("; ".join([counts, *survey.torn]))
+        counts = f"{len(missing)} of {len(index.entries)} requests have no record, the first is {missing[0]}"
+        raise StorageError("; ".join([counts, *index.torn]))

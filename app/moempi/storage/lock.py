@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from moempi.errors import StorageError
-from moempi.storage.journal import parts_folder
+from moempi.storage.journal import journals_folder
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class OutputLock:
 
     def __init__(self, results_path: str | Path) -> None:
         self._results = results_path
-        self.path = parts_folder(results_path) / "lock"
+        self.path = journals_folder(results_path) / "lock"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._locked()

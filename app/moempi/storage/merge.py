@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moempi.errors import StorageError
 from moempi.storage.files import atomic, reserve
 from moempi.storage.hdf5 import create_file, write_attribute
-from moempi.storage.journal_index import Parts, Survey, survey_parts
+from moempi.storage.journal_index import JournalIndex, Journals, index_journals
 from moempi.storage.merge_routing import write_routing
 from moempi.storage.records import RequestRecord
 from moempi.storage.results_columns import create, create_scale, write_offsets
@@ -25,7 +25,7 @@ from moempi.storage.results_layout import (
     NO_TOKEN,
     NOWHERE,
     OFFSETS,
-    PLACES,
+    RANK_POSITION,
     TEXTS,
     VERSION,
     blocks,
@@ -45,15 +45,17 @@ class Provenance:
     end: datetime
 
 
-def merge(results_path: str | Path, parts: Sequence[str | Path], *, num_requests: int, provenance: Provenance) -> None:
+def merge(
+    results_path: str | Path, journals: Sequence[str | Path], *, num_requests: int, provenance: Provenance
+) -> None:
     """Write the results file from the parts of all ranks, atomically; the parts stay.
 
     Requests 0 to `num_requests` - 1 appear in this order; memory holds about 100 bytes per request and a few MiB. Call
     it on one rank, when all have closed their parts. Raises StorageError when a request is missing, when two records of
     one differ in tokens, when the parts are of different runs, or when the disk fails.
     """
-    with Parts(parts) as opened:
-        survey = survey_parts(opened, num_requests)
+    with Journals(journals) as opened:
+        survey = index_journals(opened, num_requests)
         try:
             Path(results_path).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -63,7 +65,7 @@ def merge(results_path: str | Path, parts: Sequence[str | Path], *, num_requests
             _write_provenance(file, provenance)
             columns = _create_columns(file, survey)
             _write_ranks(file, survey)
-            if survey.routed.top_k:
+            if survey.routing.top_k:
                 write_routing(file, opened, survey, require_success)
             for start, stop in blocks(survey.entries["num_bytes"]):
                 require_success()
@@ -104,35 +106,35 @@ def _write_provenance(file: Any, provenance: Provenance) -> None:
         write_attribute(file, name, value)
 
 
-def _create_columns(file: Any, survey: Survey) -> list[_Column]:
-    sizes = survey.sizes()
+def _create_columns(file: Any, index: JournalIndex) -> list[_Column]:
+    sizes = index.sizes()
     for dim, size in sizes.items():
         create_scale(file, dim, size)
     for dim, path in OFFSETS.items():
-        write_offsets(file, path, survey.entries[dim])
+        write_offsets(file, path, index.entries[dim])
     columns = []
-    for name in survey.arrays():
+    for name in index.arrays():
         kind = ARRAYS[name]
         dataset = create(file, kind.path, kind.dtype, kind.dims, kind.long_name)
         columns.append(_Column(dataset, _rows_taker(name, width=sizes[kind.dims[1]] if kind.dims[1:] else None)))
-    for name in survey.texts():
+    for name in index.texts():
         text = TEXTS[name]
-        write_offsets(file, f"{text.exact}/offsets", survey.entries[name])
+        write_offsets(file, f"{text.exact}/offsets", index.entries[name])
         values = create(file, f"{text.exact}/values", np.uint8, (f"{name}_byte",), f"{text.long_name}, UTF-8")
         readable = create(file, text.readable, h5py.string_dtype(), ("request",), text.long_name)
         columns += [_Column(values, _bytes_taker(name)), _Column(readable, _readable_taker(name))]
     return columns
 
 
-def _write_ranks(file: Any, survey: Survey) -> None:
+def _write_ranks(file: Any, index: JournalIndex) -> None:
     load = create(file, "experts/load", np.int64, ("layer", "expert"), "tokens routed to each expert of each MoE layer")
-    load[...] = survey.expert_load
-    if survey.asked_load.size:
+    load[...] = index.expert_load
+    if index.asked_load.size:
         asked = create(file, "experts/asked_load", np.int64, ("layer", "expert"), "tokens that routers asked it for")
-        asked[...] = survey.asked_load
+        asked[...] = index.asked_load
         shifts = create(file, "experts/shift", np.float32, ("layer", "expert"), "term on its score at the end")
-        shifts[...] = survey.shifts
-    ranks = sorted(survey.ranks, key=lambda record: record.rank)
+        shifts[...] = index.shifts
+    ranks = sorted(index.ranks, key=lambda record: record.rank)
     dims = ("rank_run",)
     hosts = create(file, "timing/host", h5py.string_dtype(), dims, "host of the rank")
     hosts[...] = [_readable(record.host) for record in ranks]
@@ -151,7 +153,7 @@ def _write_ranks(file: Any, survey: Survey) -> None:
         figures = create(file, f"balance/{name}", np.float64, dims, name.replace("_", " "))
         figures[...] = [record.balance.get(name, np.nan) for record in ranks]
     for name in dict.fromkeys(name for record in ranks for name in record.place):
-        stood = create(file, f"placement/{name}", np.int64, dims, PLACES.get(name, name), fill=NOWHERE)
+        stood = create(file, f"placement/{name}", np.int64, dims, RANK_POSITION.get(name, name), fill=NOWHERE)
         stood[...] = [record.place.get(name, NOWHERE) for record in ranks]
     hosted = [
         (row, layer, expert)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
-from moempi.storage.journal_index import Parts, Survey
+from moempi.storage.journal_index import JournalIndex, Journals
 from moempi.storage.records import RoutingRecord
 from moempi.storage.results_columns import create, write_offsets
 from moempi.storage.results_layout import ROUTING
@@ -23,20 +23,20 @@ Rows = dict[str, NDArray[Any]]
 """Columns of /routing, of so many tokens."""
 
 
-def write_routing(file: Any, parts: Parts, survey: Survey, require_success: Callable[[], None]) -> None:
+def write_routing(file: Any, journals: Journals, index: JournalIndex, require_success: Callable[[], None]) -> None:
     """Write /routing from all records of it; memory holds a few blocks of BLOCK_BYTES. Raises StorageError."""
-    layers = survey.routed.layers
-    write_offsets(file, "routing/offsets", survey.entries["computed"])
+    layers = index.routing.layers
+    write_offsets(file, "routing/offsets", index.entries["computed"])
     create(file, "routing/layer", np.int32, ("routed_layer",), "layer of the model")[...] = layers
     columns = {
         name: create(file, f"routing/{name}", column.dtype, column.dims, column.long_name, fill=column.fill)
         for name, column in ROUTING.items()
     }
-    for group in survey.routed.groups():
-        for records in _blocks(parts.routing_at(part, offset) for part, offset in group):
+    for group in index.routing.groups():
+        for records in _blocks(journals.routing_at(part, offset) for part, offset in group):
             require_success()
             first_layer, num_layers = layers.index(records[0].layers[0]), len(records[0].layers)
-            rows = _in_order(_joined(records), survey.entries["computed"])
+            rows = _in_order(_joined(records), index.entries["computed"])
             _write(columns, rows, slice(first_layer, first_layer + num_layers))
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 from numpy.typing import NDArray
 
+from moempi.arrays import Int32Array
 from moempi.config.job import Sampling
 from moempi.errors import DataError, NoInputError
-from moempi.storage.hdf5 import open_dataset, open_file, refusing, walk
-from moempi.storage.records import IntArray
+from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, walk
 
 MAX_LINE_BYTES = 64 << 20
 MAX_TOKEN = 2**31 - 1
@@ -40,7 +40,7 @@ class Prompt:
     index: int
     id: str
     text: str | None
-    tokens: IntArray | None
+    tokens: Int32Array | None
     reference: str | None
     sampling: Sampling
     error: str = ""
@@ -137,7 +137,7 @@ def _parse(line: bytes, index: int, fallback: str, sampling: Sampling) -> Prompt
 
 
 def _read_rows(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
-    with open_file(path) as file, refusing(path):
+    with open_file(path) as file, raising_data_errors(path):
         values, offsets = _integers(file, "values"), _integers(file, "offsets").astype(np.int64)
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
             raise DataError(f"{path}: offsets: do not ascend from 0 to the {len(values)} entries of values")

@@ -7,8 +7,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.int32]
-FloatArray = NDArray[np.float32]
+from moempi.arrays import Float32Array, Int32Array
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -37,14 +36,14 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     computed: int = 0
     reference: str | None = None
     text: str = ""
-    prompt: IntArray = _NO_TOKENS
-    tokens: IntArray = _NO_TOKENS
-    logprobs: FloatArray = _NO_LOGPROBS
-    top_tokens: IntArray = _NO_TOP_TOKENS
-    top_logprobs: FloatArray = _NO_TOP_LOGPROBS
-    score: FloatArray = _NO_LOGPROBS
-    score_top_tokens: IntArray = _NO_TOP_TOKENS
-    score_top_logprobs: FloatArray = _NO_TOP_LOGPROBS
+    prompt: Int32Array = _NO_TOKENS
+    tokens: Int32Array = _NO_TOKENS
+    logprobs: Float32Array = _NO_LOGPROBS
+    top_tokens: Int32Array = _NO_TOP_TOKENS
+    top_logprobs: Float32Array = _NO_TOP_LOGPROBS
+    score: Float32Array = _NO_LOGPROBS
+    score_top_tokens: Int32Array = _NO_TOP_TOKENS
+    score_top_logprobs: Float32Array = _NO_TOP_LOGPROBS
 
     def __post_init__(self) -> None:
         n, m = len(self.prompt), len(self.tokens)
@@ -82,7 +81,7 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     place: dict[str, int] = {}
     hosted: dict[int, tuple[int, ...]] = {}
     asked_load: NDArray[np.int64] = _NO_LOAD
-    shifts: FloatArray = _NO_TOP_LOGPROBS
+    shifts: Float32Array = _NO_TOP_LOGPROBS
     balance: dict[str, float] = {}
 
     def __post_init__(self) -> None:
@@ -109,9 +108,9 @@ class RoutingRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="ro
     rank: int
     layers: tuple[int, ...]
     requests: NDArray[np.int64]
-    positions: IntArray
-    experts: IntArray
-    weights: FloatArray
+    positions: Int32Array
+    experts: Int32Array
+    weights: Float32Array
 
     def __post_init__(self) -> None:
         rows, top_k = len(self.requests), self.experts.shape[-1]

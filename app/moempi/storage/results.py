@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import DataError
-from moempi.storage.hdf5 import open_dataset, open_file, read_attribute, refusing, walk
+from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, read_attribute, walk
 from moempi.storage.records import RequestRecord
 from moempi.storage.results_layout import ARRAYS, FORMAT, NO_TOKEN, OFFSETS, TEXTS, VERSION, blocks
 
@@ -45,7 +45,7 @@ class ResultFile:
             (column.num_bytes() for column in self._columns.values()), np.zeros(self.num_requests, np.int64)
         )
         for start, stop in blocks(num_bytes):
-            with refusing(self._path, f"requests {start} to {stop - 1}"):
+            with raising_data_errors(self._path, f"requests {start} to {stop - 1}"):
                 columns = {name: column.read(start, stop) for name, column in self._columns.items()}
                 records = [
                     _record(start + i, {name: rows[i] for name, rows in columns.items()}) for i in range(stop - start)

@@ -19,7 +19,7 @@ BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class ArrayPlace:
+class ArrayColumn:
     """Where an array of a `RequestRecord` lies; all requests' rows follow each other along the first dimension."""
 
     path: str
@@ -29,7 +29,7 @@ class ArrayPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class RoutingPlace:
+class RoutingColumn:
     """A dataset of recorded routing: what is not known reads as `fill`."""
 
     dtype: type[np.generic]
@@ -39,7 +39,7 @@ class RoutingPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class TextPlace:
+class TextColumn:
     """Where a text of a `RequestRecord` lies: a string dataset, and a group of UTF-8 `values` and `offsets`."""
 
     readable: str
@@ -48,27 +48,31 @@ class TextPlace:
 
 
 ARRAYS = {
-    "prompt": ArrayPlace("prompt/tokens", np.int32, ("prompt_token",), "token ids of the prompts"),
-    "tokens": ArrayPlace("output/tokens", np.int32, ("output_token",), "generated token ids"),
-    "logprobs": ArrayPlace("output/logprobs", np.float32, ("output_token",), "log-probability of each generated token"),
-    "top_tokens": ArrayPlace(
+    "prompt": ArrayColumn("prompt/tokens", np.int32, ("prompt_token",), "token ids of the prompts"),
+    "tokens": ArrayColumn("output/tokens", np.int32, ("output_token",), "generated token ids"),
+    "logprobs": ArrayColumn(
+        "output/logprobs", np.float32, ("output_token",), "log-probability of each generated token"
+    ),
+    "top_tokens": ArrayColumn(
         "output/top_tokens", np.int32, ("output_token", "top"), "likeliest token ids, -1 if fewer"
     ),
-    "top_logprobs": ArrayPlace("output/top_logprobs", np.float32, ("output_token", "top"), "their log-probabilities"),
-    "score": ArrayPlace("score/logprobs", np.float32, ("prompt_token",), "log-probability of each prompt token"),
-    "score_top_tokens": ArrayPlace("score/top_tokens", np.int32, ("prompt_token", "score_top"), "likeliest token ids"),
-    "score_top_logprobs": ArrayPlace(
+    "top_logprobs": ArrayColumn("output/top_logprobs", np.float32, ("output_token", "top"), "their log-probabilities"),
+    "score": ArrayColumn("score/logprobs", np.float32, ("prompt_token",), "log-probability of each prompt token"),
+    "score_top_tokens": ArrayColumn("score/top_tokens", np.int32, ("prompt_token", "score_top"), "likeliest token ids"),
+    "score_top_logprobs": ArrayColumn(
         "score/top_logprobs", np.float32, ("prompt_token", "score_top"), "their log-probabilities"
     ),
 }
 TEXTS = {
-    "id": TextPlace("requests/id", "requests/utf8/id", "id of the request"),
-    "finish": TextPlace("requests/finish", "requests/utf8/finish", "why the request ended: stop, length or error"),
-    "error": TextPlace("requests/error", "requests/utf8/error", "what went wrong, empty if nothing"),
-    "reference": TextPlace("requests/reference", "requests/utf8/reference", "expected answer, empty if none was given"),
-    "text": TextPlace("output/text/readable", "output/text", "generated text"),
+    "id": TextColumn("requests/id", "requests/utf8/id", "id of the request"),
+    "finish": TextColumn("requests/finish", "requests/utf8/finish", "why the request ended: stop, length or error"),
+    "error": TextColumn("requests/error", "requests/utf8/error", "what went wrong, empty if nothing"),
+    "reference": TextColumn(
+        "requests/reference", "requests/utf8/reference", "expected answer, empty if none was given"
+    ),
+    "text": TextColumn("output/text/readable", "output/text", "generated text"),
 }
-PLACES = {
+RANK_POSITION = {
     "seat": "number of the rank, counted node by node",
     "node": "node of the rank",
     "island": "its island, of a node's ranks those near to each other; -1 where not told apart",
@@ -87,11 +91,11 @@ HOSTED = {
 }
 _OF_LAYER = ("routed_token", "routed_layer")
 ROUTING = {
-    "step": RoutingPlace(np.int64, ("routed_token",), NOWHERE, "step; the rows of equal steps travelled together"),
-    "rank": RoutingPlace(np.int32, _OF_LAYER, NOWHERE, "seat of the rank that routed the row"),
-    "row": RoutingPlace(np.int32, _OF_LAYER, NOWHERE, "number of the row among those of its rank and step"),
-    "experts": RoutingPlace(np.int32, (*_OF_LAYER, "slot"), NO_EXPERT, "chosen experts"),
-    "weights": RoutingPlace(np.float32, (*_OF_LAYER, "slot"), np.nan, "weights of the chosen experts"),
+    "step": RoutingColumn(np.int64, ("routed_token",), NOWHERE, "step; the rows of equal steps travelled together"),
+    "rank": RoutingColumn(np.int32, _OF_LAYER, NOWHERE, "seat of the rank that routed the row"),
+    "row": RoutingColumn(np.int32, _OF_LAYER, NOWHERE, "number of the row among those of its rank and step"),
+    "experts": RoutingColumn(np.int32, (*_OF_LAYER, "slot"), NO_EXPERT, "chosen experts"),
+    "weights": RoutingColumn(np.float32, (*_OF_LAYER, "slot"), np.nan, "weights of the chosen experts"),
 }
 OFFSETS = {"prompt_token": "prompt/offsets", "output_token": "output/offsets"}
 

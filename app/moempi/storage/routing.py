@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import DataError
-from moempi.storage.hdf5 import open_file, read_attribute, refusing, walk
+from moempi.storage.hdf5 import open_file, raising_data_errors, read_attribute, walk
 from moempi.storage.results import checked
 from moempi.storage.results_layout import FORMAT, HOSTED, NO_EXPERT, ROUTING, VERSION
 
@@ -32,7 +32,7 @@ class RoutingFile:
             names = [name for name, is_group in walk(self._file) if not is_group]
             if "routing/experts" not in names:
                 raise DataError(f"{path}: holds no recorded routing; run the job with --set trace.routing=true")
-            with refusing(path, "routing"):
+            with raising_data_errors(path, "routing"):
                 self._open(names)
         except BaseException:
             self._file.close()
@@ -44,7 +44,7 @@ class RoutingFile:
         Tokens whose routing was lost with a node are left out. `step` and `request` (T,) are theirs. Raises DataError.
         """
         stop = self.num_tokens if last is None else min(last, self.num_tokens)
-        with refusing(self._path, f"routing of layer {self.layers[index]}"):
+        with raising_data_errors(self._path, f"routing of layer {self.layers[index]}"):
             names = ("rank", "row", "experts")
             found: Columns = {name: self._columns[name][first:stop, index] for name in names}
         found["step"] = self._columns["step"][first:stop]
@@ -97,4 +97,3 @@ class RoutingFile:
     def _vector(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
         values: NDArray[Any] = checked(self._file, name, np.dtype(dtype), 1)[:]
         return values
-

@@ -61,17 +61,14 @@ class Fp8Matrix:
 
     @property
     def path(self) -> Path:
-        """See `Source.path`."""
         return self.weight.path
 
     @property
     def name(self) -> str:
-        """See `Source.name`."""
         return self.weight.name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """See `Source.shape`."""
         return self.weight.shape
 
     def scales_fit(self) -> bool:
@@ -80,7 +77,6 @@ class Fp8Matrix:
         return len(self.shape) == 2 and self.scales.shape == blocks and self.scales.dtype == "F32"
 
     def read(self, start: int, stop: int) -> Array:
-        """See `Source.read`."""
         values: Array = E4M3[self.weight.read(start, stop)]
         first = start // FP8_BLOCK
         scales = self.scales.read(first, -(-stop // FP8_BLOCK))
@@ -100,17 +96,14 @@ class Mxfp4Experts:
 
     @property
     def path(self) -> Path:
-        """See `Source.path`."""
         return self.blocks.path
 
     @property
     def name(self) -> str:
-        """See `Source.name`."""
         return self.blocks.name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """See `Source.shape`."""
         return (*self.blocks.shape[:2], self.blocks.shape[2] * MXFP4_BLOCK)
 
     def scales_fit(self) -> bool:
@@ -119,7 +112,6 @@ class Mxfp4Experts:
         return len(sizes) == 4 and sizes[3] == MXFP4_BLOCK // 2 and self.scales.shape == sizes[:3]
 
     def read(self, start: int, stop: int) -> Array:
-        """See `Source.read`."""
         pairs = self.blocks.read(start, stop)
         values = np.empty((*pairs.shape[:3], MXFP4_BLOCK), np.float32)
         values[..., 0::2], values[..., 1::2] = E2M1[pairs & 15], E2M1[pairs >> 4]
@@ -143,27 +135,22 @@ class ExpertPart:
 
     @property
     def path(self) -> Path:
-        """See `Source.path`."""
         return self.whole.path
 
     @property
     def name(self) -> str:
-        """See `Source.name`."""
         return self.whole.name
 
     @property
     def dtype(self) -> str:
-        """See `Source.dtype`."""
         return self.whole.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """See `Source.shape`."""
         outputs, *inputs = self.whole.shape[:0:-1] if self.transposed else self.whole.shape[1:]
         return (len(range(self.first, outputs, self.step)), *inputs)
 
     def read(self, start: int, stop: int) -> Array:
-        """See `Source.read`."""
         matrix = self.whole.read(self.expert, self.expert + 1)[0]
         outputs = matrix.T if self.transposed else matrix
         return np.ascontiguousarray(outputs[self.first :: self.step][start:stop])

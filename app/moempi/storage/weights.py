@@ -69,7 +69,7 @@ class WeightFile:
         """
         file = hdf5.open_file(path)
         try:
-            with hdf5.refusing(path):
+            with hdf5.raising_data_errors(path):
                 return cls(Path(path), file)
         except BaseException:
             file.close()
@@ -96,7 +96,7 @@ class WeightFile:
             raise IndexError(f"{name} has rows 0 to {rows}, not {start} to {stop}")
         first = start // block * block
         last = min(-(-stop // block) * block, rows) if stop > start else first
-        with hdf5.refusing(self.path, name):
+        with hdf5.raising_data_errors(self.path, name):
             read = hdf5.read_rows(self._datasets[name], first, last, dtype=tensor.dtype)
         self._verify(tensor, first, read)
         if (first, last) == (start, stop):

@@ -91,7 +91,7 @@ def test_clip_join_and_gate(backend):
     x, y, logits = values(4, 6), values(4, 2, seed=1), np.float32([[0], [-200], [200], [1]])
     assert np.abs(backend.clip(x, 0.5)).max() == 0.5
     np.testing.assert_array_equal(backend.join_columns(x, y)[:, 6:], y)
-    close(backend, backend.gate(x, logits), x / (1 + np.exp(-logits.astype(np.float64))))
+    close(backend, backend.scale_by_sigmoid(x, logits), x / (1 + np.exp(-logits.astype(np.float64))))
 
 
 @BACKENDS
@@ -222,7 +222,7 @@ def test_router_takes_the_lowest_expert_on_a_tie(backend):
 
 @BACKENDS
 def test_pack_unpack_and_combine(backend):
-    rows, index, wire = values(6, 4), np.array([5, 0, 0, 3]), backend.wire(4, 4)
+    rows, index, wire = values(6, 4), np.array([5, 0, 0, 3]), backend.comm_buffer(4, 4)
     assert wire.ctypes.data % 64 == 0
     backend.pack(rows, index, wire)
     np.testing.assert_array_equal(backend.unpack(wire, None), rows[index])

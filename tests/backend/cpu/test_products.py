@@ -26,14 +26,14 @@ def blocks_of_eight(x, matrix):
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 17, 100, 300])
 def test_every_row_has_the_bits_of_a_call_of_eight(shape, rows):
     x, matrix = values(rows, shape[0]), values(*shape, seed=1)
-    product = blocked_product.blocked_product(x, matrix, most_rows=128, between=lambda: None)
+    product = blocked_product.blocked_product(x, matrix, most_rows=128, progress=lambda: None)
     np.testing.assert_array_equal(product, blocks_of_eight(x, matrix))
 
 
 def test_a_blas_whose_bits_depend_on_the_rows_is_called_with_eight(monkeypatch):
     monkeypatch.setattr(blocked_product, "_gives_same_bits", lambda inputs, outputs, rows: rows == BLOCK)
     x, matrix = values(21, 48), values(48, 40, seed=1)
-    product = blocked_product.blocked_product(x, matrix, most_rows=128, between=lambda: None)
+    product = blocked_product.blocked_product(x, matrix, most_rows=128, progress=lambda: None)
     np.testing.assert_array_equal(product, blocks_of_eight(x, matrix))
 
 
@@ -46,7 +46,7 @@ def test_the_kernel_multiplies(shape, rows):
     exact = x.astype(np.float64) @ widen(stored).astype(np.float64).T
     matrix = pack_matrix([stored[:1], stored[1:]], transposed=False)
     turned = pack_matrix([stored.T], transposed=True)
-    options = {"most_rows": 200, "between": lambda: None}
+    options = {"most_rows": 200, "progress": lambda: None}
     product = matrix.product(x, rounded=False, **options)
     np.testing.assert_allclose(product, exact, atol=1e-5 * max(1.0, np.abs(exact).max(initial=0)))
     np.testing.assert_array_equal(product, turned.product(x, rounded=False, **options))

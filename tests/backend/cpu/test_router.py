@@ -128,7 +128,7 @@ def test_a_shift_selects_and_does_not_weigh(scoring):
     router = Router(top_k=2, scoring=scoring, renormalize=True, scaling=1.5)
     rows = np.random.default_rng(3).standard_normal((9, 6)).astype(np.float32)
     shift = np.float32([0, 0, 0, 0, 9, -9])
-    experts, weights = backend.choose_experts(rows, router, shift=shift)
+    experts, weights = backend.choose_experts(rows, router, selection_bias=shift)
     assert (experts[:, 0] == 4).all()
     assert not (experts == 5).any()
     np.testing.assert_array_equal(weights, backend.weigh_experts(rows, experts, router))

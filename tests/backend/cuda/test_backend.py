@@ -8,8 +8,8 @@ import pytest
 
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.backend.cuda.backend import CupyBackend
-from moempi.backend.protocol import Choice, Expert, Segment
+from moempi.backend.cuda.backend import CudaBackend
+from moempi.backend.protocol import Expert, SamplingRequest, Segment
 from moempi.config.architecture import Clamp, Router
 from moempi.config.job import Sampling
 
@@ -20,7 +20,7 @@ class Pair:
     """Both backends, and the way of rows between them."""
 
     def __init__(self, device, precision, *, reproducible=False):
-        self.gpu = CupyBackend(device, precision=precision, reproducible=reproducible)
+        self.gpu = CudaBackend(device, precision=precision, reproducible=reproducible)
         self.cpu = NumpyBackend(precision=precision, reproducible=True)
         self.is_bfloat16 = precision == "bfloat16"
 
@@ -102,7 +102,7 @@ def test_add_clip_join_and_gate(pair):
         pair.host(pair.gpu.join_columns(gpu_x[..., :5], gpu_y[:, :, 7:30], gpu_x[..., 30:])), expected
     )
     (rows, gpu_rows), (logits, gpu_logits) = pair.values(9, 50), pair.values(9, 1, seed=2, scale=3)
-    pair.close(pair.gpu.gate(gpu_rows, gpu_logits), pair.cpu.gate(rows, logits))
+    pair.close(pair.gpu.scale_by_sigmoid(gpu_rows, gpu_logits), pair.cpu.scale_by_sigmoid(rows, logits))
 
 
 @pytest.mark.parametrize("hidden", [5, 264])
@@ -128,10 +128,10 @@ def test_rotate(pair, interleaved, pairs):
     pair.close(pair.gpu.rotate(on_gpu[..., 2:18], gpu_angles, interleaved=interleaved), expected, units=2)
 
 
-def cached(pair, *, heads, dim, lengths, spread, latent=0):
-    """Caches of both backends, filled, and the segments of their last rows; pages lie apart when `spread`."""
+def cached(pair, *, heads, dim, lengths, scattered, latent=0):
+    """Caches of both backends, filled, and the segments of their last rows; pages lie apart when `scattered`."""
     page_counts = [-(-total // 64) for total, _ in lengths]
-    order = np.random.default_rng(5).permutation(sum(page_counts)) if spread else np.arange(sum(page_counts))
+    order = np.random.default_rng(5).permutation(sum(page_counts)) if scattered else np.arange(sum(page_counts))
     caches = [backend.cache(sum(page_counts), heads, dim, latent=latent) for backend in (pair.cpu, pair.gpu)]
     history, last, row, row_before = [], [], 0, 0
     for pages, (total, new) in zip(np.split(order, np.cumsum(page_counts)[:-1]), lengths, strict=True):
@@ -147,7 +147,7 @@ def cached(pair, *, heads, dim, lengths, spread, latent=0):
     return caches, last
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize(
     ("query_heads", "heads", "dim", "lengths"),
@@ -158,8 +158,8 @@ def cached(pair, *, heads, dim, lengths, spread, latent=0):
         (2, 2, 128, [(70, 70)]),
     ],
 )
-def test_attend(pair, query_heads, heads, dim, lengths, window, spread):
-    caches, segments = cached(pair, heads=heads, dim=dim, lengths=lengths, spread=spread)
+def test_attend(pair, query_heads, heads, dim, lengths, window, scattered):
+    caches, segments = cached(pair, heads=heads, dim=dim, lengths=lengths, scattered=scattered)
     rows = sum(new for _, new in lengths)
     (queries, gpu_queries), (sinks, gpu_sinks) = pair.values(rows, query_heads, dim, seed=3), pair.values(query_heads)
     for with_sinks in (False, True):
@@ -171,7 +171,7 @@ def test_attend(pair, query_heads, heads, dim, lengths, window, spread):
 
 
 def test_attend_over_a_latent_cache(pair):
-    caches, segments = cached(pair, heads=1, dim=40, lengths=[(80, 80), (300, 1)], spread=True, latent=32)
+    caches, segments = cached(pair, heads=1, dim=40, lengths=[(80, 80), (300, 1)], scattered=True, latent=32)
     queries, gpu_queries = pair.values(81, 5, 40, seed=3)
     expected = pair.cpu.attend(queries, caches[0], segments, scale=0.2)
     actual = pair.gpu.attend(gpu_queries, caches[1], segments, scale=0.2)
@@ -180,7 +180,7 @@ def test_attend_over_a_latent_cache(pair):
 
 def test_a_row_attends_the_same_in_any_company(device):
     pair = Pair(device, "bfloat16", reproducible=True)
-    caches, segments = cached(pair, heads=2, dim=16, lengths=[(300, 40), (64, 20)], spread=True)
+    caches, segments = cached(pair, heads=2, dim=16, lengths=[(300, 40), (64, 20)], scattered=True)
     _, queries = pair.values(60, 2, 16, seed=3)
     together = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25))
     for row in (0, 17, 39):
@@ -190,7 +190,7 @@ def test_a_row_attends_the_same_in_any_company(device):
 
 
 def test_cleared_pages_are_zero(pair):
-    caches, _ = cached(pair, heads=2, dim=24, lengths=[(200, 1)], spread=False)
+    caches, _ = cached(pair, heads=2, dim=24, lengths=[(200, 1)], scattered=False)
     pair.gpu.clear(caches[1], np.array([2, 0]))
     keys = pair.host(caches[1].keys).reshape(4, 64, 2, 24)
     assert not keys[[0, 2]].any()
@@ -226,8 +226,8 @@ def test_router(pair, router, rows):
     correction = rng.normal(size=12).astype(np.float32) if router.correction else None
     shift = rng.normal(size=12).astype(np.float32) if router.correction else None
     given = None if correction is None else pair.gpu.tensor(correction)
-    experts, weights = pair.cpu.choose_experts(logits, router, correction=correction, shift=shift)
-    gpu_experts, gpu_weights = pair.gpu.choose_experts(gpu_logits, router, correction=given, shift=shift)
+    experts, weights = pair.cpu.choose_experts(logits, router, correction=correction, selection_bias=shift)
+    gpu_experts, gpu_weights = pair.gpu.choose_experts(gpu_logits, router, correction=given, selection_bias=shift)
     np.testing.assert_array_equal(pair.gpu.download(gpu_experts), experts)
     tolerance = 2.0**-8 if pair.is_bfloat16 and not router.float32_weights else 2e-6
     np.testing.assert_allclose(pair.gpu.download(gpu_weights), weights, rtol=tolerance)
@@ -251,8 +251,8 @@ def test_group_is_stable(pair, rows, num_keys):
     for mine, theirs in zip(actual[:2], expected[:2], strict=True):
         np.testing.assert_array_equal(pair.gpu.download(mine), theirs)
     np.testing.assert_array_equal(actual[2], expected[2])
-    turned = pair.gpu.take_turns(pair.gpu.upload(experts), 3)
-    np.testing.assert_array_equal(pair.gpu.download(turned), pair.cpu.take_turns(experts, 3))
+    turned = pair.gpu.pick_replicas(pair.gpu.upload(experts), 3)
+    np.testing.assert_array_equal(pair.gpu.download(turned), pair.cpu.pick_replicas(experts, 3))
 
 
 @pytest.mark.parametrize("width", [1, 12, 300])
@@ -260,7 +260,7 @@ def test_rows_travel_unchanged(pair, width):
     rows = np.arange(9 * width, dtype=np.float32).reshape(9, width) % 256
     on_gpu = pair.gpu.device.upload(narrow(rows) if pair.is_bfloat16 else rows)
     index = np.array([8, 0, 3, 3, 7, 1])
-    wire = pair.gpu.wire(6, width)
+    wire = pair.gpu.comm_buffer(6, width)
     pair.gpu.pack(on_gpu, index, wire)
     np.testing.assert_array_equal(pair.host(pair.gpu.unpack(wire, None)), rows[index])
     np.testing.assert_array_equal(pair.host(pair.gpu.unpack(wire, np.array([5, 0]))), rows[[1, 8]])
@@ -271,9 +271,9 @@ def test_rows_travel_unchanged(pair, width):
 
 def test_a_wire_is_written_once_its_mark_is_reached(pair):
     _, rows = pair.values(5, 16)
-    wire = pair.gpu.wire(5, 16)
+    wire = pair.gpu.comm_buffer(5, 16)
     pair.gpu.pack(pair.gpu.add(rows, rows), None, wire)
-    pair.gpu.mark().wait()
+    pair.gpu.record_event().synchronize()
     written = np.array(wire) if isinstance(wire, np.ndarray) else pair.gpu.download(wire)
     assert np.isfinite(widen(written) if pair.is_bfloat16 else written).all()
 
@@ -307,9 +307,9 @@ def test_pick_and_score(pair, vocabulary):
     logits[5] = np.nan
     on_gpu = pair.gpu.upload(logits)
     settings = [{}, {"temperature": 0.8, "top_p": 0.9}, {}, {"repetition_penalty": 1.5}, {"temperature": 2.0}, {}]
-    choices = [Choice(Sampling(**kind), 0.4, np.array([0, 2])) for kind in settings]
+    choices = [SamplingRequest(Sampling(**kind), 0.4, np.array([0, 2])) for kind in settings]
     with np.errstate(all="ignore"):
-        expected, picked = pair.cpu.pick(logits, choices, top=2), pair.gpu.pick(on_gpu, choices, top=2)
+        expected, picked = pair.cpu.sample(logits, choices, top=2), pair.gpu.sample(on_gpu, choices, top=2)
         scored = pair.gpu.score(on_gpu, np.array([1, 0, 2, 2, 1, 0]), top=0)
         targets = pair.cpu.score(logits, np.array([1, 0, 2, 2, 1, 0]), top=0)
     np.testing.assert_array_equal(picked.tokens[:5], expected.tokens[:5])

@@ -52,7 +52,8 @@ def test_wrong_arguments_end_the_launch():
     code = (
         "import numpy as np; from simt.device import SimtDevice; from moempi.backend.cuda.device import Kernel\n"
         "d = SimtDevice(); x = d.empty((4, 8), np.uint16)\n"
-        "d.launch(Kernel('packing.cu', 'take_rows'), (4, 1, 1), 32, (x, None, x, np.int64(8))); d.mark().wait()"
+        "d.launch(Kernel('packing.cu', 'take_rows'), (4, 1, 1), 32, (x, None, x, np.int64(8)))\n"
+        "d.record_event().synchronize()"
     )
     outcome = subprocess.run(
         [str(word) for word in python("-c", code)], cwd=ROOT / "tests", capture_output=True, text=True, check=False

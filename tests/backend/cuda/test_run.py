@@ -94,9 +94,7 @@ def test_a_missing_gpu_is_said_in_one_line(alone, tmp_path):
         "output.results": tmp_path / "none.h5",
     }
     options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
-    outcome = mpirun(
-        2, *python("-m", "moempi", "run", ROOT / "jobs/abacus.toml", *options), CUDA_VISIBLE_DEVICES=""
-    )
+    outcome = mpirun(2, *python("-m", "moempi", "run", ROOT / "jobs/abacus.toml", *options), CUDA_VISIBLE_DEVICES="")
     assert outcome.code == 78
     (line,) = outcome.lines
     assert 'run.backend = "cupy"' in line

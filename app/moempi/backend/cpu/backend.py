@@ -14,26 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moempi.arrays import aligned_empty, round_to_bfloat16, widen
+from moempi.arrays import Float32Array, IntArray, aligned_empty, round_to_bfloat16, widen
 from moempi.backend.cpu.blocked_product import BLOCK, blocked_product
 from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
-from moempi.backend.cpu.router import choose, weigh
-from moempi.backend.protocol import (
-    Cache,
-    Choice,
-    Expert,
-    FloatArray,
-    IntArray,
-    Picked,
-    Segment,
-    Stored,
-)
-from moempi.backend.sampling import pick_token
+from moempi.backend.cpu.router import choose, weights_of
+from moempi.backend.protocol import Cache, Expert, SampledTokens, SamplingRequest, Segment, Stored
+from moempi.backend.sampling import sample_token
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
-Rows = npt.NDArray[np.float32]
-Matrix = Rows | PackedMatrix
+Matrix = Float32Array | PackedMatrix
 
 QUERY_ROWS = 128
 PIECE_FLOPS = 4e8
@@ -44,14 +34,14 @@ class NumpyBackend:
     """The verbs of `protocol.Backend` on host memory; every verb has finished when it returns."""
 
     name = "numpy"
-    wires_on_host = True
+    comm_buffers_on_host = True
     queue = 0
 
-    def __init__(self, *, precision: str, reproducible: bool, between: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, *, precision: str, reproducible: bool, progress: Callable[[], None] = lambda: None) -> None:
         self.is_bfloat16 = precision == "bfloat16"
         self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
-        self.between = between
+        self.progress = progress
         self._packs = self.is_bfloat16 and not self.reproducible and packing_works()
 
     # Weights and buffers
@@ -63,8 +53,7 @@ class NumpyBackend:
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-    def tensor(self, *stored: Stored) -> Rows:
-        """See `Backend.tensor`."""
+    def tensor(self, *stored: Stored) -> Float32Array:
         whole = stored[0] if len(stored) == 1 else np.concatenate(stored)
         return widen(whole) if whole.dtype == np.uint16 else whole
 
@@ -78,44 +67,37 @@ class NumpyBackend:
         return np.concatenate(parts, axis=1, out=joined)
 
     def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
-        """See `Backend.cache`."""
         keys = np.zeros((pages * PAGE_ROWS, kv_heads, head_dim), np.float32)
         return Cache(keys=keys, values=keys[..., :latent] if latent else np.zeros_like(keys))
 
     def clear(self, cache: Cache, pages: IntArray) -> None:
-        """See `Backend.clear`."""
         for held in (cache.keys, cache.values):
             held.reshape(-1, PAGE_ROWS, *held.shape[1:])[pages] = 0
 
     def use_queue(self, number: int) -> None:
         """See `Backend.use_queue`; all are one."""
 
-    def mark(self) -> None:
+    def record_event(self) -> None:
         """See `Backend.mark`."""
 
-    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+    def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         """See `Backend.reach`; all host memory is."""
 
-    def wire(self, rows: int, width: int) -> npt.NDArray[Any]:
-        """See `Backend.wire`."""
+    def comm_buffer(self, rows: int, width: int) -> npt.NDArray[Any]:
         return aligned_empty((rows, width), self.row_dtype)
 
     def upload(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """See `Backend.upload`."""
         return values
 
     def download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """See `Backend.download`."""
         return values
 
     # Rows
 
-    def embed(self, tokens: IntArray, table: Rows) -> Rows:
-        """See `Backend.embed`."""
+    def embed(self, tokens: IntArray, table: Float32Array) -> Float32Array:
         return table[tokens]
 
-    def rms_norm(self, x: Rows, weight: Rows, *, eps: float, rounded: bool = True) -> Rows:
-        """See `Backend.rms_norm`."""
+    def rms_norm(self, x: Float32Array, weight: Float32Array, *, eps: float, rounded: bool = True) -> Float32Array:
         scale = np.square(x).mean(axis=-1, keepdims=True)
         scale += np.float32(eps)
         np.sqrt(scale, out=scale)
@@ -123,16 +105,14 @@ class NumpyBackend:
         normalized *= weight
         return self._stored(normalized)
 
-    def layer_norm(self, x: Rows, weight: Rows, bias: Rows, *, eps: float) -> Rows:
-        """See `Backend.layer_norm`."""
+    def layer_norm(self, x: Float32Array, weight: Float32Array, bias: Float32Array, *, eps: float) -> Float32Array:
         centred = x - x.mean(axis=-1, keepdims=True)
         centred /= np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + np.float32(eps))
         centred *= weight
         centred += bias
         return self._stored(centred)
 
-    def linear(self, x: Rows, matrix: Matrix, bias: Rows | None = None) -> Rows:
-        """See `Backend.linear`."""
+    def linear(self, x: Float32Array, matrix: Matrix, bias: Float32Array | None = None) -> Float32Array:
         product = self._product(x, matrix, rounded=self.is_bfloat16 and bias is None)
         if bias is not None:
             product += bias
@@ -140,8 +120,7 @@ class NumpyBackend:
             return product
         return self._stored(product)
 
-    def linear_heads(self, x: Rows, matrices: Rows) -> Rows:
-        """See `Backend.linear_heads`."""
+    def linear_heads(self, x: Float32Array, matrices: Float32Array) -> Float32Array:
         num_rows, heads, inputs = x.shape
         step = BLOCK if self.reproducible else max(1, num_rows)
         blocks = -(-num_rows // step)
@@ -151,20 +130,16 @@ class NumpyBackend:
         product = np.matmul(by_head, matrices).transpose(0, 2, 1, 3)
         return self._stored(product.reshape(blocks * step, heads, matrices.shape[-1])[:num_rows])
 
-    def clip(self, x: Rows, limit: float) -> Rows:
-        """See `Backend.clip`."""
+    def clip(self, x: Float32Array, limit: float) -> Float32Array:
         return np.clip(x, np.float32(-limit), np.float32(limit))
 
-    def join_columns(self, *parts: Rows) -> Rows:
-        """See `Backend.join_columns`."""
+    def join_columns(self, *parts: Float32Array) -> Float32Array:
         return np.concatenate(parts, axis=-1)
 
-    def add(self, x: Rows, y: Rows) -> Rows:
-        """See `Backend.add`."""
+    def add(self, x: Float32Array, y: Float32Array) -> Float32Array:
         return self._stored(x + y)
 
-    def swiglu(self, gate_up: Rows, clamp: Clamp | None = None) -> Rows:
-        """See `Backend.swiglu`."""
+    def swiglu(self, gate_up: Float32Array, clamp: Clamp | None = None) -> Float32Array:
         hidden = gate_up.shape[1] // 2
         gate, up = gate_up[:, :hidden], gate_up[:, hidden:]
         if clamp is None:
@@ -179,20 +154,22 @@ class NumpyBackend:
         activated *= up
         return self._stored(activated)
 
-    def gate(self, x: Rows, logits: Rows) -> Rows:
-        """See `Backend.gate`."""
+    def scale_by_sigmoid(self, x: Float32Array, logits: Float32Array) -> Float32Array:
         with np.errstate(over="ignore"):
             return self._stored(x / (1 + np.exp(-logits)))
 
     # Attention
 
-    def rope_angles(self, positions: IntArray, *, frequencies: FloatArray, amplitude: float) -> tuple[Rows, Rows]:
+    def rope_angles(
+        self, positions: IntArray, *, frequencies: Float32Array, amplitude: float
+    ) -> tuple[Float32Array, Float32Array]:
         """See `Backend.rope_angles`; shaped (T, 1, n) to apply to every head."""
         angles = positions.astype(np.float32)[:, None, None] * frequencies
         return np.cos(angles) * np.float32(amplitude), np.sin(angles) * np.float32(amplitude)
 
-    def rotate(self, x: Rows, angles: tuple[Rows, Rows], *, interleaved: bool = False) -> Rows:
-        """See `Backend.rotate`."""
+    def rotate(
+        self, x: Float32Array, angles: tuple[Float32Array, Float32Array], *, interleaved: bool = False
+    ) -> Float32Array:
         cosine, sine = angles
         pairs = cosine.shape[-1]
         first, second = slice(pairs), slice(pairs, 2 * pairs)
@@ -204,8 +181,9 @@ class NumpyBackend:
         rotated[..., 2 * pairs :] = x[..., 2 * pairs :]
         return self._stored(rotated)
 
-    def extend_cache(self, cache: Cache, keys: Rows, values: Rows | None, segments: Sequence[Segment]) -> None:
-        """See `Backend.extend_cache`."""
+    def extend_cache(
+        self, cache: Cache, keys: Float32Array, values: Float32Array | None, segments: Sequence[Segment]
+    ) -> None:
         for segment in segments:
             rows = slice(segment.row, segment.row + segment.length)
             places = _cache_rows(segment.pages, segment.start, segment.start + segment.length)
@@ -215,14 +193,14 @@ class NumpyBackend:
 
     def attend(
         self,
-        queries: Rows,
+        queries: Float32Array,
         cache: Cache,
         segments: Sequence[Segment],
         *,
         scale: float,
         window: int = 0,
-        sinks: Rows | None = None,
-    ) -> Rows:
+        sinks: Float32Array | None = None,
+    ) -> Float32Array:
         """See `Backend.attend`; the softmax is in float32."""
         num_rows, heads, dim = queries.shape
         attended = np.empty((num_rows, heads, cache.values.shape[-1]), np.float32)
@@ -238,7 +216,7 @@ class NumpyBackend:
                 np.multiply(queries[rows], np.float32(scale), out=block[low - first : high - first])
                 result = _attention(block, cache.keys[keys_at], cache.values[keys_at], hidden, sinks)
                 attended[rows] = result[low - first : high - first]
-            self.between()
+            self.progress()
         return self._stored(attended)
 
     def _query_blocks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -253,45 +231,49 @@ class NumpyBackend:
 
     # Experts
 
-    def router_logits(self, x: Rows, matrix: Matrix, router: Router, *, bias: Rows | None = None) -> Rows:
-        """See `Backend.router_logits`."""
+    def router_logits(
+        self, x: Float32Array, matrix: Matrix, router: Router, *, bias: Float32Array | None = None
+    ) -> Float32Array:
         logits = self._product(x, matrix)
         if bias is not None:
             logits += bias
         return logits if router.float32_logits else self._stored(logits)
 
     def choose_experts(
-        self, logits: Rows, router: Router, *, correction: Rows | None = None, shift: FloatArray | None = None
-    ) -> tuple[IntArray, Rows]:
-        """See `Backend.choose_experts`."""
-        if shift is not None:
-            correction = shift if correction is None else correction + shift
+        self,
+        logits: Float32Array,
+        router: Router,
+        *,
+        correction: Float32Array | None = None,
+        selection_bias: Float32Array | None = None,
+    ) -> tuple[IntArray, Float32Array]:
+        if selection_bias is not None:
+            correction = selection_bias if correction is None else correction + selection_bias
         experts, weights = choose(logits, router, correction)
         return experts, weights if router.float32_weights else self._stored(weights)
 
-    def take_turns(self, experts: IntArray, turns: int) -> IntArray:
-        """See `Backend.take_turns`."""
-        return experts * turns + np.arange(len(experts), dtype=experts.dtype)[:, None] % turns
+    def pick_replicas(self, experts: IntArray, period: int) -> IntArray:
+        return experts * period + np.arange(len(experts), dtype=experts.dtype)[:, None] % period
 
-    def weigh_experts(self, logits: Rows, experts: IntArray, router: Router) -> Rows:
-        """See `Backend.weigh_experts`."""
-        weights = weigh(logits, experts, router)
+    def weigh_experts(self, logits: Float32Array, experts: IntArray, router: Router) -> Float32Array:
+        weights = weights_of(logits, experts, router)
         return weights if router.float32_weights else self._stored(weights)
 
-    def group(self, experts: IntArray, keys: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """See `Backend.group`."""
-        chosen = keys[experts.reshape(-1)]
+    def group(self, experts: IntArray, physical_ids: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        chosen = physical_ids[experts.reshape(-1)]
         order = np.argsort(chosen, kind="stable")
         places = np.empty_like(order)
         places[order] = np.arange(len(order))
-        return order // experts.shape[1], places.reshape(experts.shape), np.bincount(chosen, minlength=len(keys))
+        return (
+            order // experts.shape[1],
+            places.reshape(experts.shape),
+            np.bincount(chosen, minlength=len(physical_ids)),
+        )
 
-    def take_rows(self, rows: Rows, index: IntArray) -> Rows:
-        """See `Backend.take_rows`."""
+    def take_rows(self, rows: Float32Array, index: IntArray) -> Float32Array:
         return rows[index]
 
-    def pack(self, rows: Rows, index: IntArray | None, out: npt.NDArray[Any]) -> None:
-        """See `Backend.pack`."""
+    def pack(self, rows: Float32Array, index: IntArray | None, out: npt.NDArray[Any]) -> None:
         if not len(out):
             return
         sent = np.ascontiguousarray(rows).view(np.uint16)[:, 1::2] if self.is_bfloat16 else rows
@@ -300,28 +282,24 @@ class NumpyBackend:
         else:
             np.take(sent, index, axis=0, out=out, mode="clip")
 
-    def unpack(self, wire: npt.NDArray[Any], index: IntArray | None) -> Rows:
-        """See `Backend.unpack`."""
-        rows = wire if index is None else wire[index]
+    def unpack(self, buffer: npt.NDArray[Any], index: IntArray | None) -> Float32Array:
+        rows = buffer if index is None else buffer[index]
         return widen(rows) if self.is_bfloat16 else rows
 
-    def join(self, parts: Sequence[Rows]) -> Rows:
-        """See `Backend.join`."""
+    def join(self, parts: Sequence[Float32Array]) -> Float32Array:
         return np.concatenate(parts)
 
-    def combine(self, wire: npt.NDArray[Any], places: IntArray, weights: Rows) -> Rows:
-        """See `Backend.combine`."""
-        total = np.zeros((places.shape[0], wire.shape[1]), np.float32)
+    def combine(self, buffer: npt.NDArray[Any], output_rows: IntArray, weights: Float32Array) -> Float32Array:
+        total = np.zeros((output_rows.shape[0], buffer.shape[1]), np.float32)
         for first in range(0, len(total), CACHED_ROWS):
             block = slice(first, first + CACHED_ROWS)
-            for slot in range(places.shape[1]):
-                rows = self.unpack(wire, places[block, slot])
+            for slot in range(output_rows.shape[1]):
+                rows = self.unpack(buffer, output_rows[block, slot])
                 rows *= weights[block, slot, None]
                 total[block] += rows
         return self._stored(total)
 
-    def expert_mlp(self, rows: Rows, experts: Sequence[Expert], counts: IntArray) -> Rows:
-        """See `Backend.expert_mlp`."""
+    def expert_mlp(self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray) -> Float32Array:
         outputs = np.empty_like(rows)
         first = 0
         for expert, count in zip(experts, counts.tolist(), strict=True):
@@ -334,21 +312,18 @@ class NumpyBackend:
 
     # Tokens
 
-    def logits(self, x: Rows, head: Matrix, bias: Rows | None = None) -> Rows:
-        """See `Backend.logits`."""
+    def logits(self, x: Float32Array, head: Matrix, bias: Float32Array | None = None) -> Float32Array:
         product = self._product(x, head)
         return product if bias is None else product + bias
 
-    def pick(self, logits: Rows, choices: Sequence[Choice], *, top: int) -> Picked:
-        """See `Backend.pick`."""
-        tokens = [pick_token(row, choice) for row, choice in zip(logits, choices, strict=True)]
+    def sample(self, logits: Float32Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
+        tokens = [sample_token(row, choice) for row, choice in zip(logits, requests, strict=True)]
         return self.score(logits, np.array(tokens, np.int32), top=top)
 
-    def score(self, logits: Rows, targets: IntArray, *, top: int) -> Picked:
-        """See `Backend.score`."""
+    def score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
         logprobs = _log_softmax(logits)
         top_tokens = np.argsort(-logits, axis=1, kind="stable")[:, :top] if top else np.zeros((len(logits), 0), int)
-        return Picked(
+        return SampledTokens(
             tokens=targets.astype(np.int32),
             logprobs=np.take_along_axis(logprobs, targets.astype(np.intp)[:, None], axis=1)[:, 0],
             top_tokens=top_tokens.astype(np.int32),
@@ -357,26 +332,32 @@ class NumpyBackend:
 
     # The two places where precision and reproducibility are decided
 
-    def _stored(self, values: Rows) -> Rows:
+    def _stored(self, values: Float32Array) -> Float32Array:
         return round_to_bfloat16(values) if self.is_bfloat16 else values
 
-    def _product(self, x: Rows, matrix: Matrix, *, rounded: bool = False) -> Rows:
+    def _product(self, x: Float32Array, matrix: Matrix, *, rounded: bool = False) -> Float32Array:
         num_rows = len(x)
         most_rows = max(64, int(PIECE_FLOPS / (2 * matrix.shape[0] * matrix.shape[1])))
         if isinstance(matrix, PackedMatrix):
-            return matrix.product(x, rounded=rounded, most_rows=most_rows, between=self.between)
+            return matrix.product(x, rounded=rounded, most_rows=most_rows, progress=self.progress)
         if self.reproducible:
-            return blocked_product(x, matrix, most_rows=most_rows, between=self.between)
+            return blocked_product(x, matrix, most_rows=most_rows, progress=self.progress)
         pieces = max(1, -(-num_rows // most_rows))
         product = np.empty((num_rows, matrix.shape[1]), np.float32)
         for piece in range(pieces):
             rows = slice(piece * num_rows // pieces, (piece + 1) * num_rows // pieces)
             np.matmul(x[rows], matrix, out=product[rows])
-            self.between()
+            self.progress()
         return product
 
 
-def _attention(queries: Rows, keys: Rows, values: Rows, hidden: tuple[int, Rows], sinks: Rows | None) -> Rows:
+def _attention(
+    queries: Float32Array,
+    keys: Float32Array,
+    values: Float32Array,
+    hidden: tuple[int, Float32Array],
+    sinks: Float32Array | None,
+) -> Float32Array:
     """Softmax attention of scaled queries (n, H, dim) over keys (m, key-value heads, dim); see `_hidden`."""
     num_rows, heads, dim = queries.shape
     kv_heads = keys.shape[1]
@@ -394,12 +375,12 @@ def _attention(queries: Rows, keys: Rows, values: Rows, hidden: tuple[int, Rows]
     total = scores.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total += np.exp(lost - highest)
-    mixed: Rows = np.matmul(scores, values.transpose(1, 0, 2))
+    mixed: Float32Array = np.matmul(scores, values.transpose(1, 0, 2))
     mixed /= total
     return mixed.reshape(kv_heads, num_rows, shared, -1).transpose(1, 0, 2, 3).reshape(num_rows, heads, -1)
 
 
-def _hidden(first: int, last: int, first_key: int, end_key: int, window: int) -> tuple[int, Rows]:
+def _hidden(first: int, last: int, first_key: int, end_key: int, window: int) -> tuple[int, Float32Array]:
     """Minus infinity where positions first .. last must not see keys: from which key on, and (positions, keys)."""
     from_key = first_key if window else min(first + 1, end_key)
     positions, keys = np.arange(first, last)[:, None], np.arange(from_key, end_key)[None, :]
@@ -420,7 +401,7 @@ def _cache_rows(pages: IntArray, start: int, end: int) -> Any:
     return pages[positions // PAGE_ROWS] * PAGE_ROWS + positions % PAGE_ROWS
 
 
-def _log_softmax(logits: Rows) -> Rows:
+def _log_softmax(logits: Float32Array) -> Float32Array:
     shifted = logits - logits.max(axis=1, keepdims=True)
-    logprobs: Rows = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    logprobs: Float32Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return logprobs

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
-Rows = npt.NDArray[np.float32]
+from moempi.arrays import Float32Array
 
 BLOCK = 8
 EXACT_ROWS = 2 * BLOCK
@@ -19,7 +18,9 @@ MOST_ROWS = 256
 TRIAL_NUMBERS = 65521
 
 
-def blocked_product(x: Rows, matrix: Rows, *, most_rows: int, between: Callable[[], None]) -> Rows:
+def blocked_product(
+    x: Float32Array, matrix: Float32Array, *, most_rows: int, progress: Callable[[], None]
+) -> Float32Array:
     """X (T, inputs) times matrix (inputs, outputs), in calls of about `most_rows` rows with `between` after each."""
     inputs, outputs = matrix.shape
     product = np.empty((len(x), outputs), np.float32)
@@ -31,20 +32,20 @@ def blocked_product(x: Rows, matrix: Rows, *, most_rows: int, between: Callable[
             np.matmul(x[first:last], matrix, out=product[first:last])
         else:
             product[first:last] = np.matmul(_padded(x[first:last], rows), matrix)[: last - first]
-        between()
+        progress()
         first = last
     return product
 
 
-def _call_rows(inputs: int, outputs: int, wanted: int) -> int:
+def _call_rows(inputs: int, outputs: int, num_rows: int) -> int:
     """How many rows the next call has: at least 2, a few more than wanted where the shapes tried are coarse."""
-    wanted = min(wanted, MOST_ROWS)
-    while wanted > BLOCK:
-        rows = wanted if wanted <= EXACT_ROWS else -(-wanted // BLOCK) * BLOCK
+    num_rows = min(num_rows, MOST_ROWS)
+    while num_rows > BLOCK:
+        rows = num_rows if num_rows <= EXACT_ROWS else -(-num_rows // BLOCK) * BLOCK
         if _gives_same_bits(inputs, outputs, rows):
             return rows
-        wanted //= 2
-    rows = max(wanted, 2)
+        num_rows //= 2
+    rows = max(num_rows, 2)
     return rows if _gives_same_bits(inputs, outputs, rows) else BLOCK
 
 
@@ -55,12 +56,12 @@ def _gives_same_bits(inputs: int, outputs: int, rows: int) -> bool:
     return np.array_equal(np.matmul(x, matrix), np.matmul(blocks, matrix).reshape(-1, outputs)[:rows])
 
 
-def _trial(rows: int, columns: int, *, seed: int) -> Rows:
+def _trial(rows: int, columns: int, *, seed: int) -> Float32Array:
     numbers = np.random.default_rng(seed).standard_normal(TRIAL_NUMBERS, np.float32)
     return np.resize(numbers, (rows, columns))
 
 
-def _padded(x: Rows, rows: int) -> Rows:
+def _padded(x: Float32Array, rows: int) -> Float32Array:
     padded = np.zeros((rows, x.shape[1]), np.float32)
     padded[: len(x)] = x
     return padded

@@ -1,7 +1,7 @@
 """Bfloat16 matrices for processors that multiply bfloat16 (AVX512-BF16), by a kernel compiled on first use.
 
-Where the kernel cannot be compiled (see `c_compiler`), or on another processor, there are no packed matrices and products
-go through NumPy.
+Where the kernel cannot be compiled (see `c_compiler`), or on another processor, there are no packed matrices and
+products go through NumPy.
 """
 
 import ctypes
@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from moempi.arrays import aligned_empty
+from moempi.arrays import Bits, Float32Array, aligned_empty
 from moempi.backend.c_compiler import load_kernel
-
-Rows = npt.NDArray[np.float32]
-Bits = npt.NDArray[np.uint16]
 
 SOURCE = Path(__file__).with_name("bf16_product.c")
 PANEL = 64
@@ -32,7 +28,7 @@ class PackedMatrix:
     packed: Bits
     shape: tuple[int, int]
 
-    def product(self, x: Rows, *, rounded: bool, most_rows: int, between: Callable[[], None]) -> Rows:
+    def product(self, x: Float32Array, *, rounded: bool, most_rows: int, progress: Callable[[], None]) -> Float32Array:
         """X (T, inputs), which holds bfloat16 values, times the matrix, in calls of `most_rows` rows.
 
         A row's bits do not depend on the other rows. `rounded` leaves bfloat16 values.
@@ -45,7 +41,7 @@ class PackedMatrix:
             rows = x[first : first + most_rows]
             places = (rows, pairs, self.packed, result[first:])
             _kernel().product(*(place.ctypes.data for place in places), len(rows), inputs, outputs, int(rounded))
-            between()
+            progress()
         return result
 
 

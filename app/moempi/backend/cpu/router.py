@@ -3,13 +3,13 @@
 import numpy as np
 import numpy.typing as npt
 
-from moempi.backend.protocol import FloatArray, IntArray
+from moempi.arrays import Float32Array, IntArray
 from moempi.config.architecture import Router
 
 TOP_OF_GROUP = {"max": 1, "top2": 2}
 
 
-def choose(logits: FloatArray, router: Router, correction: FloatArray | None) -> tuple[IntArray, FloatArray]:
+def choose(logits: Float32Array, router: Router, correction: Float32Array | None) -> tuple[IntArray, Float32Array]:
     """Experts (T, K) in order of falling score, lowest index on a tie, and their weights, for logits (T, E)."""
     if router.scoring == "sparsemixer":
         return _sparsemixer(logits, router.jitter)
@@ -21,13 +21,13 @@ def choose(logits: FloatArray, router: Router, correction: FloatArray | None) ->
     return experts.astype(np.int32), _weights(scores, experts, router)
 
 
-def weigh(logits: FloatArray, experts: IntArray, router: Router) -> FloatArray:
+def weights_of(logits: Float32Array, experts: IntArray, router: Router) -> Float32Array:
     """The weights (T, K) of experts (T, K) that something else chose; SparseMixer's depend on its own choice."""
     return _weights(_scores(logits, router), experts, router)
 
 
-def _weights(scores: FloatArray, experts: IntArray, router: Router) -> FloatArray:
-    weights: FloatArray = np.take_along_axis(scores, experts.astype(np.intp), axis=1)
+def _weights(scores: Float32Array, experts: IntArray, router: Router) -> Float32Array:
+    weights: Float32Array = np.take_along_axis(scores, experts.astype(np.intp), axis=1)
     if router.scoring == "softmax_chosen":
         weights = _softmax(weights)
     if router.renormalize:
@@ -36,7 +36,7 @@ def _weights(scores: FloatArray, experts: IntArray, router: Router) -> FloatArra
     return weights
 
 
-def _scores(logits: FloatArray, router: Router) -> FloatArray:
+def _scores(logits: Float32Array, router: Router) -> Float32Array:
     if router.scoring == "softmax":
         return _softmax(logits)
     if router.scoring == "sigmoid":
@@ -45,13 +45,13 @@ def _scores(logits: FloatArray, router: Router) -> FloatArray:
     return logits
 
 
-def _softmax(logits: FloatArray) -> FloatArray:
-    scores: FloatArray = np.exp(logits - logits.max(axis=1, keepdims=True))
+def _softmax(logits: Float32Array) -> Float32Array:
+    scores: Float32Array = np.exp(logits - logits.max(axis=1, keepdims=True))
     scores /= scores.sum(axis=1, keepdims=True)
     return scores
 
 
-def _in_best_groups(ranked: FloatArray, router: Router) -> FloatArray:
+def _in_best_groups(ranked: Float32Array, router: Router) -> Float32Array:
     """The same with -inf outside the `kept_groups` best groups of neighbours (DeepSeek-V2 and -V3, 2024)."""
     rows, experts = ranked.shape
     groups = ranked.reshape(rows, router.num_groups, experts // router.num_groups)
@@ -59,11 +59,11 @@ def _in_best_groups(ranked: FloatArray, router: Router) -> FloatArray:
     kept = np.argsort(-best, axis=1, kind="stable")[:, : router.kept_groups]
     outside = np.ones(best.shape, bool)
     np.put_along_axis(outside, kept, False, axis=1)
-    limited: FloatArray = np.where(outside[:, :, None], np.float32(-np.inf), groups).reshape(ranked.shape)
+    limited: Float32Array = np.where(outside[:, :, None], np.float32(-np.inf), groups).reshape(ranked.shape)
     return limited
 
 
-def _sparsemixer(logits: FloatArray, jitter: float) -> tuple[IntArray, FloatArray]:
+def _sparsemixer(logits: Float32Array, jitter: float) -> tuple[IntArray, Float32Array]:
     """The two likeliest experts, each weighed among those whose logits are near its own (Liu et al. 2023)."""
     first, first_weights = _weigh_likeliest(logits, logits, jitter)
     others = logits.copy()
@@ -74,8 +74,8 @@ def _sparsemixer(logits: FloatArray, jitter: float) -> tuple[IntArray, FloatArra
 
 
 def _weigh_likeliest(
-    candidates: FloatArray, logits: FloatArray, jitter: float
-) -> tuple[npt.NDArray[np.intp], FloatArray]:
+    candidates: Float32Array, logits: Float32Array, jitter: float
+) -> tuple[npt.NDArray[np.intp], Float32Array]:
     likeliest = candidates.argmax(axis=1, keepdims=True)
     highest = np.take_along_axis(candidates, likeliest, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -13,20 +13,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moempi.arrays import Float32Array, IntArray
 from moempi.backend.cuda.device import Argument, Device, Grid, Kernel
 from moempi.backend.protocol import (
     Array,
     Cache,
-    Choice,
+    Event,
     Expert,
-    FloatArray,
-    IntArray,
-    Mark,
-    Picked,
+    SampledTokens,
+    SamplingRequest,
     Segment,
     Stored,
 )
-from moempi.backend.sampling import pick_token
+from moempi.backend.sampling import sample_token
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
@@ -69,15 +68,15 @@ class Located:
     single: Sequence[range]
 
 
-class CupyBackend:
+class CudaBackend:
     """The verbs of `protocol.Backend` on a GPU."""
 
     name = "cupy"
-    between: Callable[[], None] = staticmethod(lambda: None)  # nothing here keeps the host for long
+    progress: Callable[[], None] = staticmethod(lambda: None)  # nothing here keeps the host for long
 
     def __init__(self, device: Device, *, precision: str, reproducible: bool) -> None:
         self.device = device
-        self.wires_on_host = device.wires_on_host
+        self.comm_buffers_on_host = device.comm_buffers_on_host
         self.is_bfloat16 = precision == "bfloat16"
         self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
@@ -88,7 +87,6 @@ class CupyBackend:
     # Weights and buffers
 
     def available_bytes(self) -> int:
-        """See `Backend.available_bytes`."""
         return self.device.available_bytes()
 
     def tensor(self, *stored: Stored) -> Array:
@@ -97,12 +95,10 @@ class CupyBackend:
         return whole if self.is_bfloat16 or whole.dtype == np.float32 else self._widened(whole)
 
     def matrix(self, *stored: Stored, transposed: bool = False) -> Matrix:
-        """See `Backend.matrix`."""
         whole = stored[0] if len(stored) == 1 else np.concatenate(stored, axis=1 if transposed else 0)
         return Matrix(self.tensor(whole), transposed)
 
     def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
-        """See `Backend.cache`."""
         shape = (pages * PAGE_ROWS, kv_heads, head_dim)
         keys = self._rows(shape)
         cache = Cache(keys=keys, values=keys[..., :latent] if latent else self._rows(shape))
@@ -110,28 +106,23 @@ class CupyBackend:
         return cache
 
     def clear(self, cache: Cache, pages: IntArray) -> None:
-        """See `Backend.clear`."""
         numbers = PAGE_ROWS * prod(cache.keys.shape[1:])
         index = self.upload(pages)
         for held in (cache.keys,) if _is_latent(cache) else (cache.keys, cache.values):
             self._launch("kv_cache", "clear_pages", (len(pages), 1, 1), 1024, held, index, np.int64(numbers))
 
     def use_queue(self, number: int) -> None:
-        """See `Backend.use_queue`."""
         self.queue = number
         self.device.use_queue(number)
 
-    def mark(self) -> Mark:
-        """See `Backend.mark`."""
-        return self.device.mark()
+    def record_event(self) -> Event:
+        return self.device.record_event()
 
-    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
-        """See `Backend.reach`."""
-        self.device.reach(memory)
+    def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
+        self.device.register_host_memory(memory)
 
-    def wire(self, rows: int, width: int) -> Array:
-        """See `Backend.wire`."""
-        return self.device.wire((rows, width), self.row_dtype)
+    def comm_buffer(self, rows: int, width: int) -> Array:
+        return self.device.comm_buffer((rows, width), self.row_dtype)
 
     def upload(self, values: npt.NDArray[Any]) -> Array:
         """See `Backend.upload`; integers become int32, floats float32."""
@@ -139,30 +130,25 @@ class CupyBackend:
         return self.device.upload(values.astype(kind))
 
     def download(self, values: Array) -> npt.NDArray[Any]:
-        """See `Backend.download`."""
         return self.device.download(values)
 
     # Rows
 
     def embed(self, tokens: IntArray, table: Array) -> Array:
-        """See `Backend.embed`."""
         return self.take_rows(table, tokens)
 
     def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
-        """See `Backend.rms_norm`."""
         out = self._rows(x.shape)
         places = (*_layout(x), np.float32(eps), np.int32(rounded))
         self._by_vector("norm", "rms_norm", out, x, weight, out, *places)
         return out
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
-        """See `Backend.layer_norm`."""
         out = self._rows(x.shape)
         self._by_vector("norm", "layer_norm", out, x, weight, bias, out, *_layout(x), np.float32(eps))
         return out
 
     def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
-        """See `Backend.linear`."""
         out = self._rows((len(x), matrix.outputs))
         if bias is not None:
             self._by_vector("elementwise", "fill_rows", out, bias, out, np.int32(matrix.outputs))
@@ -170,7 +156,6 @@ class CupyBackend:
         return out
 
     def linear_heads(self, x: Array, matrices: Array) -> Array:
-        """See `Backend.linear_heads`."""
         out = self._rows((*x.shape[:2], matrices.shape[-1]))
         for rows, whole in self._calls(len(x)):
             if whole:
@@ -182,13 +167,11 @@ class CupyBackend:
         return out
 
     def clip(self, x: Array, limit: float) -> Array:
-        """See `Backend.clip`."""
         out = self._rows(x.shape)
         self._by_vector("elementwise", "clip", out, x, out, *_layout(x), np.float32(limit))
         return out
 
     def join_columns(self, *parts: Array) -> Array:
-        """See `Backend.join_columns`."""
         width = sum(part.shape[-1] for part in parts)
         out, first = self._rows((*parts[0].shape[:-1], width)), 0
         for part in parts:
@@ -198,13 +181,11 @@ class CupyBackend:
         return out
 
     def add(self, x: Array, y: Array) -> Array:
-        """See `Backend.add`."""
         out = self._rows(x.shape)
         self._flat("add", prod(out.shape), x, y, out)
         return out
 
     def swiglu(self, gate_up: Array, clamp: Clamp | None = None) -> Array:
-        """See `Backend.swiglu`."""
         hidden = gate_up.shape[1] // 2
         out = self._rows((len(gate_up), hidden))
         alpha, limit = (clamp.alpha, clamp.limit) if clamp else (0.0, 0.0)
@@ -212,16 +193,14 @@ class CupyBackend:
         self._by_vector("elementwise", "swiglu", out, gate_up, out, *rule)
         return out
 
-    def gate(self, x: Array, logits: Array) -> Array:
-        """See `Backend.gate`."""
+    def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
         out = self._rows(x.shape)
         self._by_vector("elementwise", "gate", out, x, logits, out, np.int32(x.shape[1]))
         return out
 
     # Attention
 
-    def rope_angles(self, positions: IntArray, *, frequencies: FloatArray, amplitude: float) -> tuple[Array, Array]:
-        """See `Backend.rope_angles`."""
+    def rope_angles(self, positions: IntArray, *, frequencies: Float32Array, amplitude: float) -> tuple[Array, Array]:
         shape = (len(positions), len(frequencies))
         cosines, sines = self.device.empty(shape, np.float32), self.device.empty(shape, np.float32)
         sizes = (np.int32(shape[0]), np.int32(shape[1]), np.float32(amplitude))
@@ -230,7 +209,6 @@ class CupyBackend:
         return cosines, sines
 
     def rotate(self, x: Array, angles: tuple[Array, Array], *, interleaved: bool = False) -> Array:
-        """See `Backend.rotate`."""
         out = self._rows(x.shape)
         heads, dim, *strides = _layout(x)
         sizes = (heads, dim, np.int32(angles[0].shape[1]), *strides, np.int32(interleaved))
@@ -238,7 +216,6 @@ class CupyBackend:
         return out
 
     def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
-        """See `Backend.extend_cache`."""
         located = self._locate(cache, segments)
         for new, held in ((keys, cache.keys), (values, cache.values)):
             if new is not None:
@@ -320,16 +297,19 @@ class CupyBackend:
     # Experts
 
     def router_logits(self, x: Array, matrix: Matrix, router: Router, *, bias: Array | None = None) -> Array:
-        """See `Backend.router_logits`."""
         logits = self._float_product(x, matrix, bias)
         if not router.float32_logits and self.is_bfloat16:
             self._flat("round_floats", prod(logits.shape), logits)
         return logits
 
     def choose_experts(
-        self, logits: Array, router: Router, *, correction: Array | None = None, shift: FloatArray | None = None
+        self,
+        logits: Array,
+        router: Router,
+        *,
+        correction: Array | None = None,
+        selection_bias: Float32Array | None = None,
     ) -> tuple[Array, Array]:
-        """See `Backend.choose_experts`."""
         rows, num_experts = logits.shape
         experts = self.device.empty((rows, router.top_k), np.int32)
         weights = self.device.empty((rows, router.top_k), np.float32)
@@ -338,22 +318,20 @@ class CupyBackend:
             rule: tuple[Argument, ...] = (np.int32(rows), np.float32(router.jitter), rounds)
             self._by_router("choose_sparsemixer", num_experts, logits, experts, weights, *rule)
             return experts, weights
-        shifts = None if shift is None else self.upload(shift)
+        shifts = None if selection_bias is None else self.upload(selection_bias)
         groups = (router.num_groups, router.kept_groups, 2 if router.group_score == "top2" else 1)
         rule = (np.int32(rows), np.int32(router.top_k), np.int32(SCORING[router.scoring]), *map(np.int32, groups))
         given = (logits, correction, shifts, experts, weights)
         self._by_router("choose_experts", num_experts, *given, *rule, *_weighing(router), rounds)
         return experts, weights
 
-    def take_turns(self, experts: Array, turns: int) -> Array:
-        """See `Backend.take_turns`."""
+    def pick_replicas(self, experts: Array, period: int) -> Array:
         out = self.device.empty(experts.shape, np.int32)
-        count, sizes = prod(out.shape), map(np.int32, (prod(out.shape), out.shape[1], turns))
+        count, sizes = prod(out.shape), map(np.int32, (prod(out.shape), out.shape[1], period))
         self._launch("grouping", "take_turns", (-(-count // 256), 1, 1), 256, experts, out, *sizes)
         return out
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
-        """See `Backend.weigh_experts`."""
         weights = self.device.empty(experts.shape, np.float32)
         rule = (np.int32(len(experts)), np.int32(experts.shape[1]), np.int32(SCORING[router.scoring]))
         rounds = np.int32(self.is_bfloat16 and not router.float32_weights)
@@ -361,51 +339,44 @@ class CupyBackend:
         self._by_router("weigh_experts", logits.shape[1], *given, *rule, *_weighing(router), rounds)
         return weights
 
-    def group(self, experts: Array, keys: IntArray) -> tuple[Array, Array, IntArray]:
-        """See `Backend.group`."""
+    def group(self, experts: Array, physical_ids: IntArray) -> tuple[Array, Array, IntArray]:
         choices, slots = prod(experts.shape), experts.shape[1]
         if not choices:
-            return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(keys), np.int64)
+            return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(physical_ids), np.int64)
         rows, places = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
-        counts = self.device.empty((len(keys),), np.int32)
-        given = (experts, self.upload(keys), rows, places, counts, np.int32(choices), np.int32(slots))
-        self._launch("grouping", "group", (len(keys), 1, 1), 256, *given)
+        counts = self.device.empty((len(physical_ids),), np.int32)
+        given = (experts, self.upload(physical_ids), rows, places, counts, np.int32(choices), np.int32(slots))
+        self._launch("grouping", "group", (len(physical_ids), 1, 1), 256, *given)
         return rows, places, self.download(counts).astype(np.int64)
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
-        """See `Backend.take_rows`."""
         out = self._rows((len(index), *rows.shape[1:]))
         self.pack(rows, index, out)
         return out
 
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
-        """See `Backend.pack`."""
         places = index if index is None or self.device.holds(index) else self.upload(index)
         self._by_token("packing", "take_rows", out, rows, places, out, np.int32(prod(out.shape[1:])))
 
-    def unpack(self, wire: Array, index: Array | None) -> Array:
-        """See `Backend.unpack`."""
-        out = self._rows((len(wire) if index is None else len(index), *wire.shape[1:]))
-        self.pack(wire, index, out)
+    def unpack(self, buffer: Array, index: Array | None) -> Array:
+        out = self._rows((len(buffer) if index is None else len(index), *buffer.shape[1:]))
+        self.pack(buffer, index, out)
         return out
 
     def join(self, parts: Sequence[Array]) -> Array:
-        """See `Backend.join`."""
         out, first = self._rows((sum(map(len, parts)), *parts[0].shape[1:])), 0
         for part in parts:
             self.device.copy(part, out[first : first + len(part)])
             first += len(part)
         return out
 
-    def combine(self, wire: Array, places: Array, weights: Array) -> Array:
-        """See `Backend.combine`."""
-        out = self._rows((len(places), wire.shape[1]))
-        sizes = (np.int32(places.shape[1]), np.int32(wire.shape[1]))
-        self._by_token("packing", "combine", out, wire, places, weights, out, *sizes)
+    def combine(self, buffer: Array, output_rows: Array, weights: Array) -> Array:
+        out = self._rows((len(output_rows), buffer.shape[1]))
+        sizes = (np.int32(output_rows.shape[1]), np.int32(buffer.shape[1]))
+        self._by_token("packing", "combine", out, buffer, output_rows, weights, out, *sizes)
         return out
 
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
-        """See `Backend.expert_mlp`."""
         outputs, first = self._rows(rows.shape), 0
         for expert, count in zip(experts, counts.tolist(), strict=True):
             if count:
@@ -421,18 +392,17 @@ class CupyBackend:
     # Tokens
 
     def logits(self, x: Array, head: Matrix, bias: Array | None = None) -> Array:
-        """See `Backend.logits`."""
         return self._float_product(x, head, bias)
 
-    def pick(self, logits: Array, choices: Sequence[Choice], *, top: int) -> Picked:
+    def sample(self, logits: Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
         """See `Backend.pick`; the likeliest token is found on the device, rules are applied on the host."""
-        targets = np.full(len(choices), -1)
-        for row, choice in enumerate(choices):
+        targets = np.full(len(requests), -1)
+        for row, choice in enumerate(requests):
             if choice.sampling.temperature or choice.sampling.repetition_penalty != 1.0:
-                targets[row] = pick_token(self.download(logits[row]), choice)
+                targets[row] = sample_token(self.download(logits[row]), choice)
         return self.score(logits, targets, top=top)
 
-    def score(self, logits: Array, targets: IntArray, *, top: int) -> Picked:
+    def score(self, logits: Array, targets: IntArray, *, top: int) -> SampledTokens:
         """See `Backend.score`; a negative target stands for the likeliest token."""
         rows, vocabulary = logits.shape
         tokens, logprobs = self.device.empty((rows,), np.int32), self.device.empty((rows,), np.float32)
@@ -442,7 +412,7 @@ class CupyBackend:
         found = (tokens, logprobs, top_tokens, top_logprobs)
         given = (logits, self.upload(targets), *found)
         self._launch("tokens", "score", (rows, 1, 1), 1024, *given, np.int32(vocabulary), np.int32(top))
-        return Picked(*(self.download(values) for values in found))
+        return SampledTokens(*(self.download(values) for values in found))
 
     # Products
 
@@ -459,9 +429,7 @@ class CupyBackend:
                 padded, result = self._padded(x[rows]), self.device.empty((PRODUCT_ROWS, *out.shape[1:]), out.dtype)
                 if accumulate:
                     self._copy(out[rows], result[: rows.stop - rows.start])
-                self.device.product(
-                    padded, matrix.values, result, transposed=matrix.transposed, accumulate=accumulate
-                )
+                self.device.product(padded, matrix.values, result, transposed=matrix.transposed, accumulate=accumulate)
                 self._copy(result[: rows.stop - rows.start], out[rows])
 
     def _calls(self, num_rows: int) -> list[tuple[slice, bool]]:

@@ -40,16 +40,14 @@ class CupyDevice:
             raise ConfigError(
                 f'run.backend = "cupy": {self.name} has no bfloat16; it takes compute capability 8.0 or more'
             )
-        self.wires_on_host = pinned
+        self.comm_buffers_on_host = pinned
         self._queues: dict[int, tuple[cupy.cuda.Stream, int]] = {}
         self.use_queue(0)
 
     def available_bytes(self) -> int:
-        """See `Device.available_bytes`."""
         return int(self._device.mem_info[0]) * count_devices()
 
     def use_queue(self, number: int) -> None:
-        """See `Device.use_queue`."""
         if number not in self._queues:
             stream, handle = cupy.cuda.Stream(non_blocking=True), cublas.create()
             cublas.setStream(handle, stream.ptr)
@@ -61,21 +59,19 @@ class CupyDevice:
         """See `Device.empty`; from CuPy's pool, which asks the driver only until it has met the largest step."""
         return cupy.empty(shape, dtype)
 
-    def wire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    def comm_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """See `Device.wire`. Not from a pool: freeing either kind waits for the device."""
         count = int(np.prod(shape))
         num_bytes = max(1, count * np.dtype(dtype).itemsize)
-        if not self.wires_on_host:
+        if not self.comm_buffers_on_host:
             memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(num_bytes), 0)
             return cupy.ndarray(shape, dtype, memory)
         return np.asarray(_PinnedMemory(num_bytes)).view(dtype)[:count].reshape(shape)
 
-    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
-        """See `Device.reach`."""
+    def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         cupy.cuda.runtime.hostRegister(memory.ctypes.data, memory.nbytes, cupy.cuda.runtime.hostAllocPortable)
 
     def holds(self, values: Array) -> bool:
-        """See `Device.holds`."""
         return isinstance(values, cupy.ndarray)
 
     def upload(self, values: npt.NDArray[Any]) -> Array:
@@ -83,15 +79,12 @@ class CupyDevice:
         return cupy.asarray(np.ascontiguousarray(values))
 
     def download(self, values: Array) -> npt.NDArray[Any]:
-        """See `Device.download`."""
         return cupy.asnumpy(values, stream=self._stream)  # type: ignore[no-any-return]
 
     def copy(self, values: Array, out: Array) -> None:
-        """See `Device.copy`."""
         out.data.copy_from_device_async(values.data, values.nbytes)
 
     def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
-        """See `Device.launch`."""
         _compiled(kernel)(grid, (threads, 1, 1), tuple(_word(argument) for argument in arguments))
 
     def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool, accumulate: bool = False) -> None:
@@ -120,7 +113,6 @@ class CupyDevice:
         )
 
     def products(self, x: Array, matrices: Array, out: Array) -> None:
-        """See `Device.products`."""
         rows, heads, outputs = out.shape
         kind = REAL[x.dtype]
         cublas.gemmStridedBatchedEx(
@@ -149,9 +141,8 @@ class CupyDevice:
             DEFAULT_ALGORITHM,
         )
 
-    def mark(self) -> "StreamMark":
-        """See `Device.mark`."""
-        return StreamMark(self._stream.record(cupy.cuda.Event(disable_timing=True)))
+    def record_event(self) -> "StreamEvent":
+        return StreamEvent(self._stream.record(cupy.cuda.Event(disable_timing=True)))
 
 
 class _PinnedMemory:
@@ -171,18 +162,16 @@ class _PinnedMemory:
         cupy.cuda.runtime.freeHost(self._address)
 
 
-class StreamMark:
+class StreamEvent:
     """A `Mark` that is a CUDA event."""
 
     def __init__(self, event: Any) -> None:
         self._event = event
 
-    def is_reached(self) -> bool:
-        """See `Mark.is_reached`."""
+    def is_done(self) -> bool:
         return bool(self._event.done)
 
-    def wait(self) -> None:
-        """See `Mark.wait`."""
+    def synchronize(self) -> None:
         self._event.synchronize()
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moempi.backend.protocol import Array, Mark
+from moempi.backend.protocol import Array, Event
 
 KERNELS = Path(__file__).with_name("kernels")
 
@@ -26,7 +26,6 @@ class Kernel:
         """The compiler's options."""
         return tuple(f"-D{name}" if value is None else f"-D{name}={value}" for name, value in self.constants)
 
-
     @property
     def source(self) -> str:
         """The file's text with the headers that it includes in their places, each once."""
@@ -39,9 +38,7 @@ def _with_headers(file: str, seen: set[str]) -> str:
         return ""
     seen.add(file)
     lines = (KERNELS / file).read_text().splitlines(keepends=True)
-    return "".join(
-        _with_headers(line.split('"')[1], seen) if line.startswith('#include "') else line for line in lines
-    )
+    return "".join(_with_headers(line.split('"')[1], seen) if line.startswith('#include "') else line for line in lines)
 
 
 Grid = tuple[int, int, int]
@@ -56,7 +53,7 @@ class Device(Protocol):
     """
 
     name: str
-    wires_on_host: bool
+    comm_buffers_on_host: bool
 
     def available_bytes(self) -> int:
         """Memory of all devices of this kind in the node that is free, judged by this one."""
@@ -67,10 +64,10 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Contiguous memory on the device, at a multiple of 256 bytes."""
 
-    def wire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    def comm_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Contiguous memory that kernels and MPI can both address; it is let go only when nothing uses it."""
 
-    def reach(self, memory: npt.NDArray[np.uint8]) -> None:
+    def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         """Let kernels address host memory that somebody else allocated, from now on."""
 
     def holds(self, values: Array) -> bool:
@@ -98,5 +95,5 @@ class Device(Protocol):
     def products(self, x: Array, matrices: Array, out: Array) -> None:
         """Submit out (T, H, N) = x (T, H, K) times matrices (H, K, N), for each head; x may lie apart."""
 
-    def mark(self) -> Mark:
+    def record_event(self) -> Event:
         """A mark behind all that this queue has been given."""

@@ -4,15 +4,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from mpi4py import MPI
 
-from moempi.arrays import aligned_rows
-from moempi.comm.transports.base import InBuffer
-from moempi.comm.transports.buffers import Rooms
-
-IntArray = npt.NDArray[np.integer]
+from moempi.arrays import IntArray, aligned_rows
+from moempi.comm.transports.base import BufferReceipt
+from moempi.comm.transports.buffers import BufferRing
 
 
 class Alltoallv:
@@ -23,18 +19,14 @@ class Alltoallv:
 
     name = "alltoallv"
 
-    def __init__(
-        self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None
-    ) -> None:
+    def __init__(self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None) -> None:
         self._comm = comm
         self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
-        self._rooms = Rooms(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
+        self._buffers = BufferRing(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
 
     def outgoing(self, rows: int) -> Any:
-        """See `Transport.outgoing`."""
-        return self._rooms.take(rows)
+        return self._buffers.take(rows)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> InBuffer:
-        """See `Transport.start`."""
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> BufferReceipt:
         request = self._comm.Ialltoallv([outgoing, send_counts, self._row], [incoming, recv_counts, self._row])
-        return InBuffer(request, incoming)
+        return BufferReceipt(request, incoming)

@@ -6,15 +6,11 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol, cast
 
-import numpy as np
-import numpy.typing as npt
-
-from moempi.backend.protocol import Backend, Mark
-
-IntArray = npt.NDArray[np.integer]
+from moempi.arrays import IntArray
+from moempi.backend.protocol import Backend, Event
 
 
-class Pending(Protocol):
+class MpiRequest(Protocol):
     """What of MPI's requests a transfer needs."""
 
     def Test(self) -> bool:  # noqa: N802
@@ -24,7 +20,7 @@ class Pending(Protocol):
         """Block until complete."""
 
 
-class Landing(Pending, Protocol):
+class Receipt(MpiRequest, Protocol):
     """What a transport starts: a request, and where its rows are once it is complete."""
 
     def rows(self) -> tuple[Any, IntArray | None]:
@@ -35,22 +31,19 @@ class Landing(Pending, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class InBuffer:
+class BufferReceipt:
     """A transfer into the receiver's own buffer."""
 
-    request: Pending
+    request: MpiRequest
     incoming: Any
 
     def Test(self) -> bool:  # noqa: N802
-        """See `Pending.Test`."""
         return self.request.Test()
 
     def Wait(self) -> None:  # noqa: N802
-        """See `Pending.Wait`."""
         self.request.Wait()
 
     def rows(self) -> tuple[Any, IntArray | None]:
-        """See `Landing.rows`."""
         return self.incoming, None
 
     def release(self) -> None:
@@ -58,19 +51,18 @@ class InBuffer:
 
 
 @dataclass(slots=True)
-class Deferred:
+class StartAfter:
     """A transfer that starts at the first look after a mark of the backend's queue is reached."""
 
     backend: Backend
-    mark: Mark
-    start: Callable[[], Pending]
+    event: Event
+    start: Callable[[], MpiRequest]
     queue: int
-    request: Pending | None = None
+    request: MpiRequest | None = None
 
     def Test(self) -> bool:  # noqa: N802
-        """See `Pending.Test`."""
         if self.request is None:
-            if not self.mark.is_reached():
+            if not self.event.is_done():
                 return False
             current = self.backend.queue
             self.backend.use_queue(self.queue)
@@ -79,27 +71,26 @@ class Deferred:
         return self.request.Test()
 
     def Wait(self) -> None:  # noqa: N802
-        """See `Pending.Wait`."""
         wait_for(self, self.backend)
 
-    def started(self) -> Pending:
+    def started(self) -> MpiRequest:
         """The request, once it is complete."""
         if self.request is None:
             raise RuntimeError("a transfer has not started yet")
         return self.request
 
 
-def wait_for(request: Pending, backend: Backend) -> None:
+def wait_for(request: MpiRequest, backend: Backend) -> None:
     """Block until complete, and let transfers of all lanes start as their marks are reached."""
     while not request.Test():
-        backend.between()
+        backend.progress()
         os.sched_yield()
 
 
-def once_done(backend: Backend, start: Callable[[], Pending]) -> Pending:
+def start_after_verbs(backend: Backend, start: Callable[[], MpiRequest]) -> MpiRequest:
     """Start a transfer once the verbs that fill its buffer, or still read it, are done: at once where they are."""
-    mark = backend.mark()
-    return start() if mark is None else Deferred(backend, mark, start, backend.queue)
+    mark = backend.record_event()
+    return start() if mark is None else StartAfter(backend, mark, start, backend.queue)
 
 
 Waits = dict[str, float]
@@ -117,7 +108,7 @@ class Transfer:
     once, when the transfer is seen to be complete: while another lane computes, or at last by `finish`.
     """
 
-    request: Pending
+    request: MpiRequest
     outgoing: Any
     incoming: Any
     waits: Waits
@@ -152,11 +143,11 @@ class Transfer:
             if then is not None:
                 then()
 
-    def landed(self) -> Landing:
+    def receipt(self) -> Receipt:
         """Block until the rows are here; where they are. For what a transport started."""
         self.finish()
-        landing = self.request.started() if isinstance(self.request, Deferred) else self.request
-        return cast(Landing, landing)
+        landing = self.request.started() if isinstance(self.request, StartAfter) else self.request
+        return cast(Receipt, landing)
 
 
 class Transport(Protocol):
@@ -173,7 +164,7 @@ class Transport(Protocol):
         It is used again two transfers later; until the ranks have taken what it held, this blocks.
         """
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Landing:
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
         """Send rows of `outgoing`, ordered by destination, and receive into `incoming`, ordered by source.
 
         `outgoing` is what the last call of that name returned. Counts are in rows, one a rank. Does not block; both

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Rooms:
+class BufferRing:
     """`count` buffers handed out in turn; what `take` returned stays untouched for `count - 1` further calls.
 
     `allocate(rows)` makes a buffer; one that is too small is replaced by a larger one.
@@ -12,12 +12,12 @@ class Rooms:
 
     def __init__(self, count: int, allocate: Callable[[int], Any]) -> None:
         self._allocate = allocate
-        self._rooms = [allocate(0) for _ in range(count)]
-        self._turn = 0
+        self._buffers = [allocate(0) for _ in range(count)]
+        self._next = 0
 
     def take(self, rows: int) -> Any:
         """A buffer of as many rows; what is in it is undefined."""
-        self._turn = (self._turn + 1) % len(self._rooms)
-        if len(self._rooms[self._turn]) < rows:
-            self._rooms[self._turn] = self._allocate(rows + rows // 4)
-        return self._rooms[self._turn][:rows]
+        self._next = (self._next + 1) % len(self._buffers)
+        if len(self._buffers[self._next]) < rows:
+            self._buffers[self._next] = self._allocate(rows + rows // 4)
+        return self._buffers[self._next][:rows]

@@ -3,12 +3,10 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from moempi.comm.transports.base import Landing, Transport
+from moempi.arrays import IntArray
+from moempi.comm.transports.base import Receipt, Transport
 from moempi.layout.topology import LEVELS
-
-IntArray = npt.NDArray[np.integer]
 
 Counters = dict[str, int]
 """`<level>_bytes` and `<level>_messages` that a rank sent; a message is all rows of one transfer for one rank."""
@@ -30,11 +28,9 @@ class Counted:
         self._row_bytes = row_bytes
 
     def outgoing(self, rows: int) -> Any:
-        """See `Transport.outgoing`."""
         return self._transport.outgoing(rows)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Landing:
-        """See `Transport.start`."""
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
         for level, name in enumerate(LEVELS):
             sent = send_counts[self._levels == level]
             self._counters[f"{name}_bytes"] += int(sent.sum()) * self._row_bytes

@@ -5,12 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from moempi.comm.transports.base import Landing, Transport
-
-IntArray = npt.NDArray[np.integer]
+from moempi.arrays import IntArray
+from moempi.comm.transports.base import Receipt, Transport
 
 
 @dataclass(slots=True)
@@ -39,28 +35,24 @@ Links = Mapping[int, Link]
 
 
 @dataclass(frozen=True, slots=True)
-class Arriving:
+class DelayedReceipt:
     """A request that is complete once its rows are here and its arrival time has come."""
 
-    pending: Landing
+    receipt: Receipt
     arrival: float
 
     def Test(self) -> bool:  # noqa: N802
-        """See `Pending.Test`."""
-        return self.pending.Test() and time.perf_counter() >= self.arrival
+        return self.receipt.Test() and time.perf_counter() >= self.arrival
 
     def Wait(self) -> None:  # noqa: N802
-        """See `Pending.Wait`."""
-        self.pending.Wait()
+        self.receipt.Wait()
         time.sleep(max(0.0, self.arrival - time.perf_counter()))
 
     def rows(self) -> tuple[Any, IntArray | None]:
-        """See `Landing.rows`."""
-        return self.pending.rows()
+        return self.receipt.rows()
 
     def release(self) -> None:
-        """See `Landing.release`."""
-        self.pending.release()
+        self.receipt.release()
 
 
 class EmulatedLinks:
@@ -80,11 +72,9 @@ class EmulatedLinks:
         self._row_bytes = row_bytes
 
     def outgoing(self, rows: int) -> Any:
-        """See `Transport.outgoing`."""
         return self._transport.outgoing(rows)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Arriving:
-        """See `Transport.start`."""
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> DelayedReceipt:
         pending = self._transport.start(outgoing, send_counts, incoming, recv_counts)
         arrival = 0.0
         for level, link in self._links.items():
@@ -93,4 +83,4 @@ class EmulatedLinks:
                 arrival = max(arrival, link.arrival(rows * self._row_bytes))
         if self.listen is not None:
             self.listen(time.perf_counter(), arrival)
-        return Arriving(pending, arrival)
+        return DelayedReceipt(pending, arrival)

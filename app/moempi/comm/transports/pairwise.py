@@ -6,30 +6,25 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from mpi4py import MPI
 
-from moempi.arrays import aligned_rows
-from moempi.comm.transports.base import InBuffer
-from moempi.comm.transports.buffers import Rooms
-
-IntArray = npt.NDArray[np.integer]
+from moempi.arrays import IntArray, aligned_rows
+from moempi.comm.transports.base import BufferReceipt
+from moempi.comm.transports.buffers import BufferRing
 
 TAGS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
-class Messages:
+class RequestGroup:
     """The sends and receives of one transfer, as one request."""
 
     requests: list[MPI.Request]
 
     def Test(self) -> bool:  # noqa: N802
-        """See `Pending.Test`."""
         return bool(MPI.Request.Testall(self.requests))
 
     def Wait(self) -> None:  # noqa: N802
-        """See `Pending.Wait`."""
         MPI.Request.Waitall(self.requests)
 
 
@@ -41,32 +36,28 @@ class Pairwise:
 
     name = "pairwise"
 
-    def __init__(
-        self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None
-    ) -> None:
+    def __init__(self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None) -> None:
         self._comm = comm
         self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
-        self._rooms = Rooms(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
-        self._turn = 0
+        self._buffers = BufferRing(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
+        self._tag = 0
 
     def outgoing(self, rows: int) -> Any:
-        """See `Transport.outgoing`."""
-        return self._rooms.take(rows)
+        return self._buffers.take(rows)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> InBuffer:
-        """See `Transport.start`."""
-        self._turn = (self._turn + 1) % TAGS
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> BufferReceipt:
+        self._tag = (self._tag + 1) % TAGS
         requests = []
         landings = blocks(recv_counts)
         for rank, (first, last) in landings.items():
             if rank != self._comm.rank:
-                requests.append(self._comm.Irecv([incoming[first:last], last - first, self._row], rank, self._turn))
+                requests.append(self._comm.Irecv([incoming[first:last], last - first, self._row], rank, self._tag))
         for rank, (first, last) in blocks(send_counts).items():
             if rank != self._comm.rank:
-                requests.append(self._comm.Isend([outgoing[first:last], last - first, self._row], rank, self._turn))
+                requests.append(self._comm.Isend([outgoing[first:last], last - first, self._row], rank, self._tag))
             else:
                 copy_rows(incoming, landings[rank], outgoing[first:last])
-        return InBuffer(Messages(requests), incoming)
+        return BufferReceipt(RequestGroup(requests), incoming)
 
 
 def blocks(counts: IntArray) -> dict[int, tuple[int, int]]:

@@ -9,10 +9,9 @@ import numpy.typing as npt
 from mpi4py import MPI
 from xxhash import xxh3_64_intdigest
 
-from moempi.comm.transports.base import Landing, Pending, Transport
+from moempi.arrays import IntArray
+from moempi.comm.transports.base import MpiRequest, Receipt, Transport
 from moempi.errors import DataError
-
-IntArray = npt.NDArray[np.integer]
 
 
 class Verified:
@@ -27,24 +26,23 @@ class Verified:
         self._comm = comm.Dup()
 
     def outgoing(self, rows: int) -> Any:
-        """See `Transport.outgoing`."""
         return self._transport.outgoing(rows)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> "_Checked":
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> "CheckedReceipt":
         """See `Transport.start`. Completing it raises DataError that names both ranks when rows or counts differ."""
         seals = _seals(outgoing, send_counts)
         theirs = np.empty_like(seals)
         told = self._comm.Ialltoall(seals, theirs)
         landing = self._transport.start(outgoing, send_counts, incoming, recv_counts)
-        return _Checked(landing, told, seals, theirs, recv_counts, self._comm.rank)
+        return CheckedReceipt(landing, told, seals, theirs, recv_counts, self._comm.rank)
 
 
 @dataclass(slots=True)
-class _Checked:
+class CheckedReceipt:
     """Rows under way, beside the seals (R, 2) of their senders."""
 
-    landing: Landing
-    told: Pending
+    receipt: Receipt
+    seals_request: MpiRequest
     sent: npt.NDArray[np.uint64]
     expected: npt.NDArray[np.uint64]
     counts: IntArray
@@ -52,27 +50,25 @@ class _Checked:
 
     def Test(self) -> bool:  # noqa: N802
         """Make progress; whether it is complete, and then as it should be."""
-        complete = self.landing.Test() and self.told.Test()
+        complete = self.receipt.Test() and self.seals_request.Test()
         if complete:
             self._compare()
         return complete
 
     def Wait(self) -> None:  # noqa: N802
         """Block until complete and as it should be."""
-        self.landing.Wait()
-        self.told.Wait()
+        self.receipt.Wait()
+        self.seals_request.Wait()
         self._compare()
 
     def rows(self) -> tuple[Any, IntArray | None]:
-        """See `Landing.rows`."""
-        return self.landing.rows()
+        return self.receipt.rows()
 
     def release(self) -> None:
-        """See `Landing.release`."""
-        self.landing.release()
+        self.receipt.release()
 
     def _compare(self) -> None:
-        received, places = self.landing.rows()
+        received, places = self.receipt.rows()
         found = _seals(received if places is None else received[places], self.counts)
         for peer in np.flatnonzero((found != self.expected).any(axis=1)).tolist():
             (rows, _), (sent, _) = found[peer].tolist(), self.expected[peer].tolist()

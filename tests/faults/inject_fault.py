@@ -1,7 +1,7 @@
-"""The real program with a fault in it: python struck.py NOTES FAULT RANK PLACE COUNT run JOB.toml ...
+"""The real program with a fault in it: python inject_fault.py NOTES FAULT RANK PLACE COUNT run JOB.toml ...
 
-At the COUNT-th time that RANK comes to PLACE, FAULT strikes; RANK -1 is none. Each rank leaves its process id in the
-folder NOTES, with the names of the shared-memory files that it has mapped, and when it was struck.
+FAULT is injected at the COUNT-th time that RANK comes to PLACE; RANK -1 is none. Each rank leaves its process id in
+the folder NOTES, with the names of the shared-memory files that it has mapped, and when the fault was injected.
 """
 
 import os
@@ -21,10 +21,10 @@ CALLS = {
 }
 
 
-def strike(fault: str) -> None:
+def inject(fault: str) -> None:
     match fault:
         case "exception":
-            raise ValueError("struck")
+            raise ValueError("injected")
         case "exit":
             sys.exit(3)
         case "memory":
@@ -43,9 +43,9 @@ def before(action: Callable[..., Any], hook: Callable[..., None]) -> Callable[..
 
 
 def main(notes: str, fault: str, rank: str, place: str, count: str, *arguments: str) -> int:
-    from moempi.runtime.monitor import WITNESS
+    from moempi.runtime.monitor import MONITOR
 
-    WITNESS.post()  # first of all, as the program does
+    MONITOR.fork()  # first of all, as the program does
     own_rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
     note = Path(notes, str(own_rank))
     note.with_suffix(".pid").write_text(str(os.getpid()))
@@ -56,19 +56,19 @@ def main(notes: str, fault: str, rank: str, place: str, count: str, *arguments: 
         if left[0] == 0 and own_rank == int(rank):
             maps = Path("/proc/self/maps").read_text().splitlines()
             note.with_suffix(".shm").write_text("\n".join(line.split()[5] for line in maps if "/dev/shm/" in line))
-            note.with_suffix(".struck").write_text(str(time.time()))
-            strike(fault)
+            note.with_suffix(".injected").write_text(str(time.time()))
+            inject(fault)
 
     from importlib import import_module
 
     from moempi.runtime.world import World
-    from moempi.storage.journal import PartWriter
+    from moempi.storage.journal import JournalWriter
 
     if place in CALLS:
         module = import_module(CALLS[place][0])
         setattr(module, CALLS[place][1], before(getattr(module, CALLS[place][1]), come))
     elif place == "append":
-        PartWriter.append = before(PartWriter.append, come)
+        JournalWriter.append = before(JournalWriter.append, come)
     else:
         alive = World.alive
 
