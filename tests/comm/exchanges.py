@@ -6,17 +6,21 @@ WIDTH, TOP_K = 16, 3
 
 
 def make(comm, placement, *, transport, hops, nodes, islands=(), switches=(), precision="float32"):
-    """The exchange and its traffic, as `make_network` makes them."""
+    """The exchange and the transfers of a lane, made as `make_lane_comm` makes them."""
     from moempi.backend.cpu.backend import NumpyBackend
     from moempi.comm.lane_comm import ExchangeFactory
-    from moempi.comm.transfers import Transfers
+    from moempi.comm.row_shape import RowShape
+    from moempi.comm.transfers import PendingTransfers, Transfers
+    from moempi.comm.transport_factory import TransportFactory
     from moempi.layout.topology import Topology
 
-    backend = NumpyBackend(precision=precision, reproducible=True)
-    traffic = Transfers(overlap=True)
-    ways = ExchangeFactory(backend=backend, transfers=traffic, transport=transport, width=WIDTH, slot_rows=64)
-    make_exchange = ways.one_hop if hops == 1 else ways.two_hops
-    return make_exchange(comm, {0: placement}, Topology(nodes, islands, switches)), traffic
+    pending = PendingTransfers()
+    backend = NumpyBackend(precision=precision, reproducible=True, progress=pending.progress)
+    transfers = Transfers(backend, pending, overlap=True)
+    shape = RowShape(WIDTH, top_k=TOP_K, group_rows=20)
+    factory = ExchangeFactory(TransportFactory(backend=backend, name=transport, shape=shape, slot_rows=64), transfers)
+    make_exchange = factory.one_hop if hops == 1 else factory.two_hops
+    return make_exchange(comm, {0: placement}, Topology(nodes, islands, switches)), transfers
 
 
 def route_of(rank, num_rows, num_experts, step, *, top_k=TOP_K):
@@ -36,12 +40,12 @@ def rows_of(rank, num_rows, step):
 
 
 def expert_output(rows, expert):
-    """What expert number `expert` makes of rows: exact in float32, and unlike any other expert."""
+    """The output of expert number `expert`: exact in float32, and unlike any other expert's."""
     return rows * np.float32(expert + 1) + np.float32(expert)
 
 
 def expected(rows, experts, weights):
-    """The weighted sum of the answers in slot order."""
+    """The weighted sum of the outputs in slot order."""
     total = np.zeros_like(rows)
     for slot in range(experts.shape[1]):
         total += expert_output(rows, experts[:, slot, None]) * weights[:, slot, None]
@@ -53,14 +57,13 @@ def through(exchange, placement, rank, rows, experts, weights, *, layer=0):
     from moempi.comm.exchange import Route
 
     def forward():
-        plan, outward = yield from exchange.send(rows, Route(layer, experts, weights))
-        yield "dispatch"
-        arrived = yield from exchange.arrived(outward, plan)
-        assert len(arrived) == plan.expert_counts.sum()
-        numbers = np.repeat(np.array(placement.hosted[rank], int), plan.expert_counts)
-        homeward = exchange.answer(expert_output(arrived, numbers[:, None]).astype(np.float32), plan)
-        yield "combine"
-        return (yield from exchange.combined(homeward, plan))
+        dispatch = yield from exchange.dispatch(rows, Route(layer, experts, weights))
+        arrived = yield from dispatch.rows
+        expert_counts = dispatch.plan.expert_counts
+        assert len(arrived) == expert_counts.sum()
+        numbers = np.repeat(np.array(placement.hosted[rank], int), expert_counts)
+        outputs = expert_output(arrived, numbers[:, None]).astype(np.float32)
+        return (yield from exchange.combine(outputs, dispatch.plan))
 
     phases, steps = [], forward()
     while True:
@@ -68,4 +71,4 @@ def through(exchange, placement, rank, rows, experts, weights, *, layer=0):
             point = next(steps)
         except StopIteration as end:
             return phases, end.value
-        phases.append(getattr(point, "phase", point))
+        phases.append(point.phase)

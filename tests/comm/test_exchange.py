@@ -29,7 +29,7 @@ def test_rows_come_home_summed_in_slot_order(comm, num_ranks, case):
 
 
 @pytest.mark.ranks(3)
-def test_all_rows_for_one_expert_exceed_the_shared_room(comm, num_ranks):
+def test_all_rows_for_one_expert_exceed_the_shared_slot(comm, num_ranks):
     from moempi.layout.placement import linear
 
     placement = linear(3, num_ranks)
@@ -50,7 +50,7 @@ def test_counters_say_what_was_sent_where(comm, num_ranks):
     placement = linear(6, num_ranks)
     places = {"island": (0, 1, 1, 2, 2, 3)[:num_ranks], "node": (0, 0, 0, 1, 1, 2)[:num_ranks]}
     places["switch"] = (0, 0, 0, 0, 0, 1)[:num_ranks]
-    exchange, traffic = make(
+    exchange, transfers = make(
         comm,
         placement,
         transport="pairwise",
@@ -70,6 +70,6 @@ def test_counters_say_what_was_sent_where(comm, num_ranks):
             near = (level for level, of_ranks in places.items() if of_ranks[host] == of_ranks[source])
             level = "self" if host == source else next(near, "network")
             sent[level] += (source == comm.rank) + (host == comm.rank)
-    assert {level: traffic.counters[f"{level}_bytes"] for level in sent} == {
+    assert {level: transfers.counters[f"{level}_bytes"] for level in sent} == {
         level: count * rows.itemsize * rows.shape[1] for level, count in sent.items()
     }

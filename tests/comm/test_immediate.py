@@ -80,7 +80,7 @@ def test_rows_leave_only_stages_that_end_with_experts_and_are_not_the_last(tmp_p
     assert make_layout(off, PLAIN, [0] * 4).immediate_stages == ()
 
 
-def test_gates_and_immediate_routing_exclude_each_other(tmp_path):
+def test_two_hops_and_immediate_routing_exclude_each_other(tmp_path):
     tree = tree_of(tmp_path, "plain", ((1, 1, 1, 1), 1), immediate=True, precision="float32")
     job = convert({**tree, "exchange": {"immediate": True, "hops": 2}}, Job, where="test")
     with pytest.raises(ConfigError, match=r"exchange\.hops = 1"):
@@ -97,24 +97,24 @@ def sent_by(random, num_rows, num_ranks, top_k):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_answers_stand_where_experts_send_them(seed):
+def test_outputs_are_received_in_the_order_in_which_experts_send_them(seed):
     random = np.random.default_rng(seed)
     num_ranks, top_k = random.integers(1, 6), 3
     homes = [sent_by(random, random.integers(0, 9), num_ranks, top_k) for _ in range(random.integers(1, 4))]
     # Of each home's rows some go to the owner in question; each answer is named by home, row and slot.
     kept = [np.flatnonzero(random.random(len(ranks)) < 0.6) for ranks, _, _ in homes]
-    answers = []
+    outputs = []
     for rank in range(num_ranks):
         for home, ((ranks, places, _), rows) in enumerate(zip(homes, kept, strict=True)):
             named = [(places[row, k], (home, row, k)) for row in rows for k in range(top_k) if ranks[row, k] == rank]
-            answers.extend(name for _, name in sorted(named))
-    notices = [
+            outputs.extend(name for _, name in sorted(named))
+    headers = [
         ImmediateHeader(None, rows, places[rows], np.zeros((len(rows), top_k), np.float32), counts, shared=False)
         for (_, places, counts), rows in zip(homes, kept, strict=True)
     ]
-    where, counts = output_rows_of(notices)
+    where, counts = output_rows_of(headers)
     names = [(home, row, k) for home, rows in enumerate(kept) for row in rows for k in range(top_k)]
-    assert [answers[place] for place in where.reshape(-1)] == names
+    assert [outputs[place] for place in where.reshape(-1)] == names
     ranks_of_kept = [ranks[rows].reshape(-1) for (ranks, _, _), rows in zip(homes, kept, strict=True)]
     assert counts.tolist() == np.bincount(np.concatenate(ranks_of_kept), minlength=num_ranks).tolist()
 

@@ -11,11 +11,12 @@ LENGTH, WIDTH = 11, 4
 def test_logits_come_home_whole(comm, num_ranks, bring):
     from moempi.backend.cpu.backend import NumpyBackend
     from moempi.comm.tensor_group import TensorGroup
-    from moempi.comm.transfers import Transfers
+    from moempi.comm.transfers import PendingTransfers, Transfers
     from moempi.layout.row_split import part_range
 
     backend = NumpyBackend(precision="float32", reproducible=False)
-    group = TensorGroup(comm, backend, transfers=Transfers(overlap=True), width=WIDTH)
+    transfers = Transfers(backend, PendingTransfers(), overlap=True)
+    group = TensorGroup(comm, backend, transfers=transfers, width=WIDTH)
     counts = [bring(rank) for rank in range(num_ranks)]
     # Row i of rank r holds 100 r + i; logit v of it is that and v / 16.
     own = np.repeat((100 * comm.rank + np.arange(counts[comm.rank], dtype=np.float32))[:, None], WIDTH, axis=1)
@@ -23,7 +24,7 @@ def test_logits_come_home_whole(comm, num_ranks, bring):
     everyone = [100 * rank + row for rank in range(num_ranks) for row in range(counts[rank])]
     np.testing.assert_array_equal(rows[:, 0], everyone)
     part = part_range(LENGTH, num_ranks, comm.rank).astype(np.float32)
-    whole = group.exchange_logits(rows[:, :1] + part / 16, counts, length=LENGTH)
+    whole = group.exchange_logits(rows[:, :1] + part / 16, counts, vocab_size=LENGTH)
     if any(counts):
         assert whole.shape == (counts[comm.rank], LENGTH)
         np.testing.assert_array_equal(whole, own[:, :1] + np.arange(LENGTH, dtype=np.float32) / 16)

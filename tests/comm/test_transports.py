@@ -11,7 +11,7 @@ def transports(comm):
     """Every transport, and `shared` in the ways that nodes and room can turn out."""
     from moempi.comm.transports.alltoallv import Alltoallv
     from moempi.comm.transports.pairwise import Pairwise
-    from moempi.comm.transports.shared import Shared
+    from moempi.comm.transports.shared import Shared, SlotOptions
     from moempi.comm.transports.shared_flags import SharedFlags, make_shared_flags
 
     pairs = tuple(rank // 2 for rank in range(comm.size))
@@ -20,11 +20,11 @@ def transports(comm):
         "pairwise": Pairwise(comm, row_bytes=ROW_BYTES),
         "shared": Shared(comm, row_bytes=ROW_BYTES),
         "shared in pairs": Shared(comm, row_bytes=ROW_BYTES, nodes=pairs),
-        "shared in a small room": Shared(comm, row_bytes=ROW_BYTES, slot_bytes=8 * ROW_BYTES),
-        "shared and copied": Shared(comm, row_bytes=ROW_BYTES, in_place=False),
-        "shared in Python": Shared(comm, row_bytes=ROW_BYTES, make_shared_flags=SharedFlags),
+        "shared in a small slot": Shared(comm, row_bytes=ROW_BYTES, slots=SlotOptions(num_bytes=8 * ROW_BYTES)),
+        "shared and copied": Shared(comm, row_bytes=ROW_BYTES, slots=SlotOptions(in_place=False)),
+        "shared in Python": Shared(comm, row_bytes=ROW_BYTES, make_flags=SharedFlags),
         "shared in both": Shared(
-            comm, row_bytes=ROW_BYTES, make_shared_flags=SharedFlags if comm.rank % 2 else make_shared_flags
+            comm, row_bytes=ROW_BYTES, make_flags=SharedFlags if comm.rank % 2 else make_shared_flags
         ),
     }
 
@@ -110,10 +110,10 @@ def test_two_transfers_are_under_way_while_ranks_are_late(comm, num_ranks):
 
 
 @pytest.mark.ranks(2)
-def test_little_shared_memory_makes_small_rooms(comm, monkeypatch):
+def test_little_shared_memory_makes_small_slots(comm, monkeypatch):
     from moempi.comm.transports import shared
 
-    for free_bytes in (0, 4 * 2 * 2 * 192):  # room for nothing, and for 8 rows in each of 4 rooms
+    for free_bytes in (0, 4 * 2 * 2 * 192):  # for nothing, and for 8 rows in each of 4 slots
         monkeypatch.setattr(shared, "_free_bytes", lambda free_bytes=free_bytes: free_bytes)
         transport = shared.Shared(comm, row_bytes=ROW_BYTES)
         assert len(transport.slots) == 4 * (free_bytes // (4 * 4 * ROW_BYTES))

@@ -43,17 +43,17 @@ def test_bytes_between_nodes_are_those_of_distinct_tokens_and_nodes(comm, num_ra
     placement = linear(NUM_EXPERTS, num_ranks)
     hosts = np.searchsorted(placement.bounds, np.arange(NUM_EXPERTS), side="right") - 1
     for nodes in map(numbered, node_shapes(num_ranks)):
-        exchange, traffic = make(comm, placement, transport="shared", hops=2, nodes=nodes)
+        exchange, transfers = make(comm, placement, transport="shared", hops=2, nodes=nodes)
         rows = rows_of(comm.rank, 20, 0)
         experts, weights = route_of(comm.rank, 20, NUM_EXPERTS, 0, top_k=TOP_K)
         through(exchange, placement, comm.rank, rows, experts, weights)
         own = nodes[comm.rank]
         pairs = sum(len({nodes[hosts[expert]] for expert in chosen} - {own}) for chosen in experts.tolist())
-        total = comm.allreduce(traffic.counters["network_bytes"])
+        total = comm.allreduce(transfers.counters["network_bytes"])
         assert total == 2 * comm.allreduce(pairs) * WIDTH * 4  # there and back
         # One message to each other node, and one back to each row's home.
-        assert traffic.counters["network_messages"] <= 2 * num_ranks
-        assert comm.allreduce(traffic.counters["network_messages"]) <= 2 * num_ranks * max(nodes)
+        assert transfers.counters["network_messages"] <= 2 * num_ranks
+        assert comm.allreduce(transfers.counters["network_messages"]) <= 2 * num_ranks * max(nodes)
 
 
 @pytest.mark.ranks(4)
@@ -69,7 +69,7 @@ def test_bfloat16_rows_come_home_within_its_rounding(comm, num_ranks):
     np.testing.assert_allclose(combined, expected(rows, experts, weights), rtol=0.02)
 
 
-def test_gates_have_equal_local_indices_or_wrap_around():
+def test_forwarders_have_equal_local_indices_or_wrap_around():
     from moempi.layout.forwarders import Forwarders
 
     nodes = (0, 0, 0, 1, 1, 2)
@@ -86,8 +86,8 @@ def test_gates_have_equal_local_indices_or_wrap_around():
 def test_a_tokens_nodes_are_in_the_order_of_its_slots():
     from moempi.layout.forwarders import node_transfers
 
-    crossings = node_transfers(np.array([[2, 0, 2], [1, 1, 1]]), 3)
-    assert crossings.nodes.tolist() == [0, 1, 2]
-    assert crossings.tokens.tolist() == [0, 1, 0]
-    assert crossings.pairs.tolist() == [[2, 0, 2], [1, 1, 1]]
-    assert crossings.present.tolist() == [[1, 1, 0], [1, 0, 0]]
+    pairs = node_transfers(np.array([[2, 0, 2], [1, 1, 1]]), 3)
+    assert pairs.nodes.tolist() == [0, 1, 2]
+    assert pairs.tokens.tolist() == [0, 1, 0]
+    assert pairs.pairs.tolist() == [[2, 0, 2], [1, 1, 1]]
+    assert pairs.present.tolist() == [[1, 1, 0], [1, 0, 0]]

@@ -81,7 +81,7 @@ def test_any_placement_gives_the_same_sums(comm, num_ranks, hops):
     nodes = tuple(rank * 3 // (num_ranks + 1) for rank in range(num_ranks))
     for copies in (0, 1, 9):
         placement = random_placement(dice, num_ranks, copies=copies)
-        exchange, traffic = make(comm, placement, transport="pairwise", hops=hops, nodes=nodes)
+        exchange, transfers = make(comm, placement, transport="pairwise", hops=hops, nodes=nodes)
         for step in range(3):
             rows = rows_of(comm.rank, (5 * comm.rank + 7 * step) % 11, step)
             experts, weights = route_of(comm.rank, len(rows), NUM_EXPERTS, step)
@@ -90,9 +90,9 @@ def test_any_placement_gives_the_same_sums(comm, num_ranks, hops):
                 assert (combined == expected(rows, experts, weights)).all()
             else:
                 np.testing.assert_allclose(combined, expected(rows, experts, weights), rtol=1e-5)
-        assert comm.allreduce(traffic.count_mismatch) == 0
+        assert comm.allreduce(transfers.count_mismatch) == 0
         routed = sum(
             np.bincount(route_of(comm.rank, (5 * comm.rank + 7 * step) % 11, NUM_EXPERTS, step)[0].ravel(), minlength=7)
             for step in range(3)
         )
-        np.testing.assert_array_equal(exchange.load[0], routed)
+        np.testing.assert_array_equal(exchange.expert_load[0], routed)

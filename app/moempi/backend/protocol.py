@@ -5,7 +5,8 @@ rows of the run's precision. With bfloat16 every verb rounds once, when it store
 Every verb submits; only those whose text says so block the host.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,12 +106,8 @@ class Backend(Protocol):
     name: str
     row_dtype: np.dtype[Any]
     """Element type of rows on the wire: uint16 (bfloat16 bits) or float32."""
-    progress: Callable[[], None]
-    """Called between the pieces of long verbs so that the network makes progress."""
     comm_buffers_on_host: bool
     """Whether the host itself can read and write what `wire` makes."""
-    queue: int
-    """The queue that verbs are submitted to."""
 
     def available_bytes(self) -> int:
         """Memory of the machine that is free now, shared by all ranks on it."""
@@ -127,8 +124,12 @@ class Backend(Protocol):
     def clear(self, cache: Cache, pages: IntArray) -> None:
         """Set the rows of `pages` to zero."""
 
-    def use_queue(self, number: int) -> None:
-        """Submit to this queue from now on: what lies in other queues neither waits for it nor is waited for."""
+    @property
+    def queue(self) -> int:
+        """The number of the current queue: verbs are submitted to it."""
+
+    def on_queue(self, number: int) -> AbstractContextManager[None]:
+        """Make `number` the current queue (a CUDA stream) inside a `with`. Queues are not ordered by each other."""
 
     def record_event(self) -> Event | None:
         """A mark behind all that the queue was given; None where every verb is done when it returns."""

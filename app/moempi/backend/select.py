@@ -12,17 +12,24 @@ from moempi.config.job import RunSection
 from moempi.errors import ConfigError
 
 
-def make_backend(run: RunSection, *, local_rank: int, takes_device_memory: Callable[[], bool]) -> Backend:
+def make_backend(
+    run: RunSection,
+    *,
+    local_rank: int,
+    takes_device_memory: Callable[[], bool],
+    progress: Callable[[], None] = lambda: None,
+) -> Backend:
     """The backend that the job names; "auto" is a GPU where there is one.
 
-    Rank i of a node uses GPU i modulo their number. `takes_device_memory` is asked, on a GPU only, whether rows may
-    travel from its own memory. Raises ConfigError when the job asks for a GPU and there is none.
+    Rank i of a node uses GPU i modulo their number. `takes_device_memory` is called on a GPU only: whether rows may
+    travel from its memory. The backend calls `progress` between the pieces of verbs that keep the host long. Raises
+    ConfigError when the job asks for a GPU and there is none.
     """
     gpus, problem = (0, "") if run.backend == "numpy" else find_gpus()
     if run.backend == "cupy" and problem:
         raise ConfigError(f'run.backend = "cupy": {problem}; use "auto" or "numpy"')
     if not gpus:
-        return NumpyBackend(precision=run.precision, reproducible=run.reproducible)
+        return NumpyBackend(precision=run.precision, reproducible=run.reproducible, progress=progress)
     from moempi.backend.cuda.cupy_device import CupyDevice
 
     device = CupyDevice(local_rank % gpus, pinned=not takes_device_memory())

@@ -12,10 +12,14 @@ from moempi.backend.cpu.backend import NumpyBackend
 from moempi.bench.layers import Sizes, add_size_flags, finish, make_layer, make_rows
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.comm.batch import NONE, Batch
-from moempi.comm.lane_comm import make_lane_comm
+from moempi.comm.lane_comm import make_lane_comm, slot_rows
+from moempi.comm.row_shape import RowShape
+from moempi.comm.transfers import PendingTransfers, Transfers
+from moempi.comm.transport_factory import TransportFactory
 from moempi.config.job import ParallelSection
 from moempi.errors import UsageError
 from moempi.layout.grid import Grid, make_grid
+from moempi.layout.layout import Layout
 from moempi.layout.placement import linear
 from moempi.layout.row_split import RowSplit
 from moempi.layout.topology import Topology
@@ -67,32 +71,29 @@ def _way(
     world: World, grid: Grid, sizes: Sizes, tokens: int, *, immediate_stages: tuple[int, ...]
 ) -> Callable[[], Float32Array]:
     """What takes rows through a layer of the first stage and into the second, and returns what arrived there."""
-    backend = NumpyBackend(precision="bfloat16", reproducible=False)
+    pending = PendingTransfers()
+    backend = NumpyBackend(precision="bfloat16", reproducible=False, progress=pending.progress)
     placement = linear(sizes.num_experts, world.size // 2)
-    network = make_lane_comm(
-        world.comm,
-        grid,
-        {0: placement},
-        backend,
-        topology=Topology(world.nodes),
-        transport="alltoallv",
-        hops=1,
-        verify=False,
-        width=sizes.width,
-        top_k=sizes.top_k,
-        group_rows=tokens,
-        overlap=True,
-        immediate_stages=immediate_stages,
+    shape = RowShape(sizes.width, top_k=sizes.top_k, group_rows=tokens)
+    transports = TransportFactory(
+        backend=backend, name="alltoallv", shape=shape, slot_rows=slot_rows(shape, grid, world.rank)
     )
-    place = grid.coordinates(world.rank)
-    if place.stage:
-        return lambda: network.link.receive(network.link.post_receives())[2]
+    comm = make_lane_comm(
+        world.comm,
+        Layout(grid, ({0: placement}, {0: placement}), memory=(), immediate_stages=immediate_stages),
+        Topology(world.nodes),
+        transports=transports,
+        transfers=Transfers(backend, pending, overlap=True),
+    )
+    coords = grid.coordinates(world.rank)
+    if coords.stage:
+        return lambda: comm.link.receive(comm.link.post_receives())[2]
     layer = make_layer(sizes, backend, hosted=placement.hosted[world.rank])
     rows = make_rows(tokens, sizes.width, seed=world.rank)
     batch = Batch(
         tokens=NONE,
         requests=np.array([0]),
-        slots=np.array([grid.slots(0, place.data).start]),
+        slots=np.array([grid.slots(0, coords.data).start]),
         starts=np.array([0]),
         lengths=np.array([tokens]),
         capacities=np.array([tokens]),
@@ -101,11 +102,10 @@ def _way(
     )
 
     def send() -> Float32Array:
-        if network.immediate:
-            departure = network.immediate.immediate_combine(batch, RowSplit((tokens,), 1))
-            finish(layer.forward_immediate(backend, rows, rows, network.exchange, departure))
-        else:
-            network.link.send(batch, backend.add(rows, finish(layer.forward(backend, rows, network.exchange))))
+        combine = comm.last_combine(batch, RowSplit((tokens,), 1))
+        passed = finish(layer.forward(backend, rows, comm.exchange, combine, residual=rows))
+        if comm.immediate is None:
+            comm.link.send(batch, passed)
         return rows
 
     return send

@@ -11,13 +11,13 @@ from rich.table import Table
 from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.bench import peers
-from moempi.bench.layers import Sizes, add_size_flags, finish, make_layer, make_rows
+from moempi.bench.layers import Sizes, add_size_flags, finish, make_exchange, make_layer, make_rows
 from moempi.bench.measure import alternate, machine, product_clock, ratio
-from moempi.comm.exchange import Exchange
-from moempi.comm.transfers import Transfers
+from moempi.comm.combine import HomeCombine
+from moempi.comm.hop import Hop
+from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.layout.placement import linear
-from moempi.layout.topology import Topology
 from moempi.observe.console import console
 from moempi.runtime.world import World
 
@@ -76,24 +76,17 @@ def layer_on(
 ) -> Callable[[Float32Array], Float32Array]:
     """A function that puts this rank's rows through the layer; collective, unless each rank is `alone`."""
     comm = world.comm.Create_group(world.comm.group.Incl([world.rank])) if alone else world.comm.Dup()
-    backend = NumpyBackend(precision=precision, reproducible=False)
+    pending = PendingTransfers()
+    backend = NumpyBackend(precision=precision, reproducible=False, progress=pending.progress)
     placement = linear(sizes.num_experts, comm.size)
-    traffic = Transfers(overlap=True)
+    transfers = Transfers(backend, pending, overlap=True)
     transport = Alltoallv(comm, row_bytes=sizes.width * backend.row_dtype.itemsize)
-    exchange = Exchange(
-        comm,
-        {0: placement},
-        backend,
-        topology=Topology((0,) * comm.size),
-        transfers=traffic,
-        transport=transport,
-        width=sizes.width,
-    )
-    backend.progress = traffic.progress
+    exchange = make_exchange(Hop(comm, backend, transfers=transfers, transport=transport, width=sizes.width), placement)
+    combine = HomeCombine(exchange, backend)
     layer = make_layer(sizes, backend, hosted=placement.hosted[comm.rank])
 
     def compute(rows: Float32Array) -> Float32Array:
-        result: Float32Array = finish(layer.forward(backend, rows, exchange))
+        result: Float32Array = finish(layer.forward(backend, rows, exchange, combine))
         return result
 
     return compute

@@ -9,8 +9,12 @@ import numpy as np
 
 from moempi.arrays import Bits, Float32Array, narrow, round_to_bfloat16
 from moempi.backend.protocol import Backend, Expert
+from moempi.comm.exchange import OneHop
+from moempi.comm.hop import Hop
 from moempi.config.architecture import Router
+from moempi.layout.placement import Placement
 from moempi.layout.schedule import Point
+from moempi.layout.topology import Topology
 from moempi.model.feed_forward import MixtureOfExperts
 
 SPREAD = 0.03
@@ -63,6 +67,11 @@ def make_layer(sizes: Sizes, backend: Backend, *, hosted: tuple[int, ...]) -> Mi
         experts.append(Expert(gate_up=backend.matrix(gate_up), down=backend.matrix(down)))
     rule = Router(top_k=sizes.top_k, renormalize=True)
     return MixtureOfExperts(layer=0, rule=rule, router=backend.matrix(router_bits(sizes)), experts=tuple(experts))
+
+
+def make_exchange(hop: Hop, placement: Placement) -> OneHop:
+    """An exchange of one layer between ranks of one node."""
+    return OneHop(hop, {0: placement}, Topology((0,) * hop.comm.size))
 
 
 def make_rows(num_rows: int, width: int, *, seed: int = 0) -> Float32Array:

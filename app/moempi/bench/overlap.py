@@ -2,7 +2,8 @@
 
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -13,10 +14,12 @@ from rich.table import Table
 
 from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import Matrix, NumpyBackend
-from moempi.bench.layers import Sizes, add_size_flags, make_layer, make_rows, random_bits
+from moempi.bench.layers import Sizes, add_size_flags, make_exchange, make_layer, make_rows, random_bits
 from moempi.bench.measure import alternate, machine, ratio
-from moempi.comm.exchange import Exchange
-from moempi.comm.transfers import Transfers
+from moempi.comm.combine import HomeCombine
+from moempi.comm.exchange import OneHop
+from moempi.comm.hop import Hop
+from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.comm.transports.emulated import EmulatedLinks, Link
 from moempi.engine.interleave import interleave
@@ -51,11 +54,11 @@ class Rig:
     backend: NumpyBackend
     projections: tuple[Matrix, Matrix]
     experts: MixtureOfExperts
-    exchanges: Sequence[Exchange]
-    transports: Sequence[EmulatedLinks]
+    exchanges: Sequence[OneHop]
     transfers: Transfers
     rows: Sequence[Float32Array]
     num_layers: int
+    timeline: "Timeline"
 
     def pass_through(self) -> list[Float32Array]:
         """Put the rows of all lanes through the layers; what came out of each lane; collective."""
@@ -66,20 +69,18 @@ class Rig:
 
     def watch(self) -> "Timeline":
         """The same, and what each lane did when; collective."""
-        timeline = Timeline()
-        for lane, transport in enumerate(self.transports):
-            transport.listen = partial(timeline.add_transfer, lane)
+        self.timeline.clear()
         lanes = [self._lane(list(self.rows), lane) for lane in range(LANES)]
-        interleave(
-            lanes,
-            POINTS,
-            side_by_side=LANES,
-            on_resume=lambda lane: timeline.begin_span(sum(self.transfers.waits.values())),
-            on_point=lambda lane, point: timeline.end_span(lane, sum(self.transfers.waits.values())),
-        )
-        for transport in self.transports:
-            transport.listen = None
-        return timeline
+        interleave(lanes, POINTS, side_by_side=LANES, on_queue=self._span)
+        return self.timeline
+
+    @contextmanager
+    def _span(self, lane: int) -> Iterator[None]:
+        """Time in which a lane computes, without the time that the host waited; a lane waits before it computes."""
+        begin, waited = perf_counter(), sum(self.transfers.waits.values())
+        yield
+        waited_here = sum(self.transfers.waits.values()) - waited
+        self.timeline.add_computing(lane, begin + waited_here, perf_counter())
 
     def _lane(self, passed: list[Float32Array], lane: int) -> Generator[Point, None, None]:
         into, out = self.projections
@@ -87,29 +88,28 @@ class Rig:
         for _ in range(self.num_layers):
             projected = backend.linear(passed[lane], into)[:, :width]
             x = backend.linear(np.ascontiguousarray(projected), out)
-            passed[lane] = yield from self.experts.forward(backend, x, self.exchanges[lane])
+            exchange = self.exchanges[lane]
+            passed[lane] = yield from self.experts.forward(backend, x, exchange, HomeCombine(exchange, backend))
 
 
 class Timeline:
     """Spans of seconds in which each lane computed, and in which its rows were on the link."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
         self._begin = perf_counter()
         self._computing: list[list[tuple[float, float]]] = [[] for _ in range(LANES)]
         self._travelling: list[list[tuple[float, float]]] = [[] for _ in range(LANES)]
-        self._resumed = (0.0, 0.0)
 
-    def begin_span(self, waited: float) -> None:
-        """A lane goes on; the host has waited so long in all."""
-        self._resumed = (perf_counter(), waited)
-
-    def end_span(self, lane: int, waited: float) -> None:
-        """It has come to its next point; what it waited it waited first."""
-        since, before = self._resumed
-        self._computing[lane].append((since + waited - before, perf_counter()))
+    def add_computing(self, lane: int, begin: float, end: float) -> None:
+        """A lane computed from `begin` to `end`."""
+        self._computing[lane].append((begin, end))
 
     def add_transfer(self, lane: int, start: float, arrival: float) -> None:
-        """Rows of a lane are on the link from `start` to `arrival`."""
+        """Rows of a lane were on the link from `start` to `arrival`."""
         self._travelling[lane].append((start, arrival))
 
     def lines(self, *, width: int) -> list[str]:
@@ -160,34 +160,31 @@ def run(world: World, chosen: Namespace) -> None:
 
 def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers: int, overlap: bool) -> Rig:
     """The same weights and rows each time; collective."""
-    backend = NumpyBackend(precision="bfloat16", reproducible=False)
+    pending, timeline = PendingTransfers(), Timeline()
+    backend = NumpyBackend(precision="bfloat16", reproducible=False, progress=pending.progress)
     placement = linear(sizes.num_experts, world.size)
-    traffic = Transfers(overlap=overlap)
+    transfers = Transfers(backend, pending, overlap=overlap)
     row_bytes = sizes.width * backend.row_dtype.itemsize
-    exchanges, transports = [], []
-    topology = Topology((0,) * world.size)
-    for _ in range(LANES):
+    levels = Topology((0,) * world.size).levels(world.rank)
+    exchanges = []
+    for lane in range(LANES):
         comm = world.comm.Dup()
-        inner, levels = Alltoallv(comm, row_bytes=row_bytes), topology.levels(comm.rank)
-        transport = EmulatedLinks(inner, {NODE: link}, levels=levels, row_bytes=row_bytes)
-        transports.append(transport)
-        exchanges.append(
-            Exchange(
-                comm,
-                {0: placement},
-                backend,
-                topology=topology,
-                transfers=traffic,
-                transport=transport,
-                width=sizes.width,
-            )
+        transport = EmulatedLinks(
+            Alltoallv(comm, row_bytes=row_bytes),
+            {NODE: link},
+            levels=levels,
+            row_bytes=row_bytes,
+            on_transfer=partial(timeline.add_transfer, lane),
         )
-    backend.progress = traffic.progress
+        exchange = make_exchange(
+            Hop(comm, backend, transfers=transfers, transport=transport, width=sizes.width), placement
+        )
+        exchanges.append(exchange)
     width = sizes.width
     into, out = (backend.matrix(random_bits((columns, width), key=columns)) for columns in (3 * width, width))
     rows = [make_rows(tokens, width, seed=world.rank * LANES + lane) for lane in range(LANES)]
     experts = make_layer(sizes, backend, hosted=placement.hosted[world.rank])
-    return Rig(backend, (into, out), experts, exchanges, transports, traffic, rows, num_layers)
+    return Rig(backend, (into, out), experts, exchanges, transfers, rows, num_layers, timeline)
 
 
 def _bandwidth(world: World, link: Link, transfer: Callable[[], object], *, seconds: float) -> float:

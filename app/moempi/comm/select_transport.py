@@ -1,5 +1,6 @@
 """Which transport: the one that the job names, or the fastest of a short probe at the start."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -11,7 +12,9 @@ from moempi.backend.protocol import Array, Backend
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.comm.transports.base import Transport
 from moempi.comm.transports.pairwise import Pairwise
-from moempi.comm.transports.shared import Shared
+from moempi.comm.transports.shared import Shared, SlotOptions
+from moempi.layout.grid import Grid
+from moempi.layout.topology import Topology
 
 NAMES = (Alltoallv.name, Pairwise.name, Shared.name)
 PROBED_BYTES = 64 << 10
@@ -24,6 +27,23 @@ class ChosenTransport:
 
     name: str
     reason: str
+
+
+def choose_transport(
+    name: str, comm: MPI.Intracomm, grid: Grid, backend: Backend, *, topology: Topology, width: int
+) -> ChosenTransport:
+    """The job's transport, or for "auto" the fastest for rows of `width`; logged.
+
+    Collective over all ranks of `comm`, which stand as `topology` says; a probe blocks for some milliseconds.
+    """
+    choice = ChosenTransport(name, "as the job says")
+    if name == "auto":
+        coords = grid.coordinates(comm.rank)
+        stage, own = MPI.Intracomm(comm.Split(coords.stage, comm.rank)), grid.stages[coords.stage].ranks
+        choice = fastest(comm, stage, backend, width=width, nodes=topology.subset(own).nodes)
+        stage.Free()
+    logging.getLogger(__name__).info("transport %s: %s", choice.name, choice.reason)
+    return choice
 
 
 def make_transport(
@@ -43,16 +63,13 @@ def make_transport(
     """
     row_bytes, allocate = width * backend.row_dtype.itemsize, partial(backend.comm_buffer, width=width)
     if name == Shared.name:
-        return Shared(
-            comm,
-            row_bytes=row_bytes,
-            nodes=nodes,
-            slot_bytes=slot_bytes,
-            allocate=allocate,
-            register_host_memory=backend.register_host_memory,
-            in_place=backend.record_event() is None,
+        slots = SlotOptions(
+            num_bytes=slot_bytes,
             windows=windows,
+            in_place=backend.record_event() is None,
+            register=backend.register_host_memory,
         )
+        return Shared(comm, row_bytes=row_bytes, nodes=nodes, slots=slots, allocate=allocate)
     return (Alltoallv if name == Alltoallv.name else Pairwise)(comm, row_bytes=row_bytes, allocate=allocate)
 
 

@@ -14,9 +14,10 @@ from mpi4py import MPI
 
 from moempi.backend.protocol import Array, Backend, SampledTokens
 from moempi.comm.batch import NO_STEP, Batch
-from moempi.comm.transfers import Transfers
-from moempi.comm.transports.base import MpiRequest, Transfer, start_after_verbs
-from moempi.layout.grid import Coordinates, Grid
+from moempi.comm.row_shape import RowShape
+from moempi.comm.transfers import Steps, Transfer, Transfers, after_verbs, complete
+from moempi.comm.transports.base import MpiRequest
+from moempi.layout.grid import Grid
 from moempi.layout.row_split import RowSplit, part_range
 
 CONTROL, ROWS, SAMPLED, STOP = 1, 2, 3, 6
@@ -26,28 +27,24 @@ NAP_S = 5e-3
 
 @dataclass(frozen=True, slots=True)
 class StepReceives:
-    """Rows on their way here: one transfer a source, into a buffer that holds the most rows a source can send."""
+    """The pending rows of a step: one transfer per source, into a buffer for the most rows that a source can send."""
 
-    transfers: tuple[Transfer, ...]
+    transfers: tuple[Transfer[Array], ...]
 
 
 class StageLink:
-    """What a rank sends to and receives from other stages; `comm` is the lane's own communicator of all ranks.
-
-    `group_rows` is the most rows that a data parallel group of the first stage has in a step.
-    """
+    """A rank's messages to and from other stages; `comm` is the lane's own communicator of all ranks."""
 
     def __init__(
         self,
         comm: MPI.Intracomm,
         grid: Grid,
-        coords: Coordinates,
         backend: Backend,
         *,
         transfers: Transfers,
-        width: int,
-        group_rows: int,
+        shape: RowShape,
     ) -> None:
+        coords = grid.coordinates(comm.rank)
         self.is_first = coords.stage == 0
         self.is_last = coords.stage == len(grid.stages) - 1
         self._comm = comm
@@ -55,21 +52,19 @@ class StageLink:
         self._coords = coords
         self._backend = backend
         self._transfers = transfers
-        self._width = width
-        self._row = MPI.BYTE.Create_contiguous(width * backend.row_dtype.itemsize).Commit()
-        self._sent: list[Transfer] = []
+        self._width = shape.width
+        self._row = MPI.BYTE.Create_contiguous(shape.width * backend.row_dtype.itemsize).Commit()
+        self._sent: list[Transfer[None]] = []
         self._has_requested_stop = self._stop_requested = False
         self._sources = () if self.is_first else grid.peers(coords.stage, coords.data, other=coords.stage - 1)
         self._buffers = [
-            backend.comm_buffer(
-                -(-group_rows * len(grid.peers(coords.stage - 1, source, other=0)) // grid.tensor), width
-            )
+            backend.comm_buffer(shape.rank_rows(grid, coords.stage - 1, source), shape.width)
             for source in self._sources
         ]
 
     def send(self, batch: Batch, rows: Array) -> None:
         """Send the batch and all its rows (T, D) on to the owners in the next stage; does not block on them."""
-        self._wait_for_sends()
+        self.wait_for_sends()
         later = self._coords.stage + 1
         for data in self._grid.peers(self._coords.stage, self._coords.data, other=later):
             part, index = batch.of_slots(self._grid.slots(later, data))
@@ -84,7 +79,7 @@ class StageLink:
         """Tell the next stage, if there is one, that no step follows; blocks until all that was sent is on its way."""
         if not self.is_last:
             self.send(NO_STEP, self._backend.unpack(self._backend.comm_buffer(0, self._width), None))
-        self._wait_for_sends()
+        self.wait_for_sends()
 
     def request_stop(self) -> None:
         """Tell the first rank of the first stage that this rank was asked to stop; does not block."""
@@ -122,7 +117,7 @@ class StageLink:
 
     def send_sampled(self, batch: Batch, sampled: SampledTokens) -> None:
         """Send what was picked for the batch's wanted rows home to the first stage; does not block on it."""
-        self._wait_for_sends()
+        self.wait_for_sends()
         for data in self._grid.peers(self._coords.stage, self._coords.data, other=0):
             part = sampled.take(batch.logit_rows_of_slots(self._grid.slots(0, data)))
             self._track_send(self._comm.isend(part, self._grid.rank(0, data, self._coords.tensor), SAMPLED), part)
@@ -136,31 +131,43 @@ class StageLink:
         )
 
     def _wait_for(self, source: int, tag: int) -> Any:
-        """Block until a control message is here. A long wait naps, so that ranks that share a core get their turn."""
+        """Block until a control message is here. A long wait sleeps, so that ranks that share a core get their turn."""
         begin = perf_counter()
         while (message := self._comm.improbe(source, tag)) is None:
-            self._backend.progress()
+            self._transfers.progress()
             if (waited := perf_counter() - begin) > SPIN_S:
                 sleep(min(waited / 8, NAP_S))
-        self._transfers.waits["pipeline"] += perf_counter() - begin
+        self._transfers.add_wait("pipeline", perf_counter() - begin)
         return message.recv()
 
     def _send_rows(self, rows: Array, there: int, tag: int) -> None:
-        """Send rows of a wire as soon as they are written."""
+        """Send the rows of a buffer as soon as they are written."""
         message = [rows, len(rows), self._row]
-        self._track_send(start_after_verbs(self._backend, partial(self._comm.Isend, message, there, tag)), rows)
+        request = after_verbs(self._backend, partial(self._comm.Isend, message, there, tag))
+        self._sent.append(self._transfers.start_receive(_discard(request, rows), waiting="pipeline"))
 
-    def _receive_rows(self, buffer: Array, source: int, tag: int) -> Transfer:
-        """Receive into a wire as soon as nothing reads it."""
+    def _receive_rows(self, buffer: Array, source: int, tag: int) -> Transfer[Array]:
+        """Receive into a buffer as soon as no verb reads it any more."""
         message = [buffer, len(buffer), self._row]
-        request = start_after_verbs(self._backend, partial(self._comm.Irecv, message, source, tag))
-        return self._transfers.track_receive(request, buffer, waiting="pipeline")
+        request = after_verbs(self._backend, partial(self._comm.Irecv, message, source, tag))
+        return self._transfers.start_receive(_into(request, buffer), waiting="pipeline")
 
-    def _track_send(self, request: MpiRequest, sent: object) -> None:
-        self._sent.append(self._transfers.track_receive(request, None, outgoing=sent, waiting="pipeline"))
+    def _track_send(self, request: MpiRequest, message: object) -> None:
+        self._sent.append(self._transfers.start_receive(complete(request, None, message), waiting="pipeline"))
 
-    def _wait_for_sends(self) -> None:
-        """Wait for what the step before sent; its receivers have long asked for it."""
+    def wait_for_sends(self) -> None:
+        """Block until the messages of the step before are received."""
         for transfer in self._sent:
             transfer.finish()
         self._sent.clear()
+
+
+def _into(request: Steps[MpiRequest], buffer: Array) -> Steps[Array]:
+    yield from request
+    return buffer
+
+
+def _discard(request: Steps[MpiRequest], buffer: Array) -> Steps[None]:
+    """Keep the buffer alive until the request is complete."""
+    yield from request
+    del buffer

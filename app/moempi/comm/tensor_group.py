@@ -1,8 +1,8 @@
 """The tensor group of one lane: ranks that hold parts of each matrix and compute the same rows together.
 
-Between the layers each rank keeps its part of the rows only (a RowSplit); `gather` brings all rows to all ranks of the
-group before a divided matrix, `scatter` adds up their partial results after it (Korthikanti et al. 2022, sequence
-parallelism). No row is routed to experts twice.
+Between the layers each rank keeps its part of the rows only (a RowSplit). `all_gather` brings all rows to all ranks of
+the group before a divided matrix, `reduce_scatter` adds up their partial results after it (Korthikanti et al. 2022,
+sequence parallelism). No row is routed to experts twice.
 """
 
 from collections.abc import Generator, Sequence
@@ -13,10 +13,11 @@ from mpi4py import MPI
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend, SampledTokens
-from moempi.comm.transfers import Transfers
-from moempi.comm.transports.base import start_after_verbs
+from moempi.comm.transfers import Steps, Transfer, Transfers, after_verbs, complete
 from moempi.layout.row_split import RowSplit, part_range
-from moempi.layout.schedule import Point
+from moempi.layout.schedule import TENSOR_PHASES, Point
+
+GATHER, SCATTER = TENSOR_PHASES
 
 
 class TensorGroup:
@@ -35,13 +36,8 @@ class TensorGroup:
         """All rows (T, D), in the batch's order, from each rank's part."""
         if self.size == 1:
             return x
-        outgoing = self._backend.comm_buffer(split.counts[self.part], self._width)
-        self._backend.pack(x, None, outgoing)
-        incoming = self._backend.comm_buffer(sum(split.counts), self._width)
-        sent, received = [outgoing, len(outgoing), self._row], [incoming, list(split.counts), self._row]
-        request = start_after_verbs(self._backend, partial(self._comm.Iallgatherv, sent, received))
-        transfer = self._transfers.track(request, outgoing, incoming, waiting="exchange")
-        yield Point(layer, "gather")
+        transfer = self._start_all_gather(x, split.counts)
+        yield Point(layer, GATHER)
         return self._backend.unpack(transfer.finish(), split.by_row)
 
     def reduce_scatter(self, addends: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
@@ -49,51 +45,61 @@ class TensorGroup:
         if self.size == 1:
             return addends
         own = split.counts[self.part]
-        outgoing = self._backend.comm_buffer(sum(split.counts), self._width)
-        self._backend.pack(addends, split.by_part, outgoing)
-        incoming = self._backend.comm_buffer(own * self.size, self._width)
-        sent, received = [outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row]
-        request = start_after_verbs(self._backend, partial(self._comm.Ialltoallv, sent, received))
-        transfer = self._transfers.track(request, outgoing, incoming, waiting="exchange")
-        yield Point(layer, "scatter")
-        places = np.arange(own)[:, None] + np.arange(self.size) * own
-        ones = np.ones(places.shape, np.float32)
-        return self._backend.combine(transfer.finish(), self._backend.upload(places), self._backend.upload(ones))
+        transfer = self._transfers.start(self._all_to_all(addends, split, own), waiting="exchange")
+        yield Point(layer, SCATTER)
+        rows = np.arange(own)[:, None] + np.arange(self.size) * own
+        ones = np.ones(rows.shape, np.float32)
+        return self._backend.combine(transfer.finish(), self._backend.upload(rows), self._backend.upload(ones))
 
     def all_gather_rows(self, x: Array, counts: Sequence[int]) -> Array:
-        """The rows of all ranks, which bring `counts`, in rank order (sum(counts), D); blocks."""
+        """The rows of all ranks, of which rank i has counts[i], in rank order (sum(counts), D); blocks."""
         if self.size == 1 or not any(counts):
             return x
-        outgoing = self._backend.comm_buffer(counts[self.part], self._width)
-        self._backend.pack(x, None, outgoing)
-        incoming = self._backend.comm_buffer(sum(counts), self._width)
-        sent, received = [outgoing, len(outgoing), self._row], [incoming, list(counts), self._row]
-        request = start_after_verbs(self._backend, partial(self._comm.Iallgatherv, sent, received))
-        transfer = self._transfers.track(request, outgoing, incoming, waiting="exchange")
-        return self._backend.unpack(transfer.finish(), None)
+        return self._backend.unpack(self._start_all_gather(x, counts).finish(), None)
 
-    def exchange_logits(self, parts: Array, counts: Sequence[int], *, length: int) -> Array:
-        """This rank's rows, whole (counts[part], length), of float32 `parts`; blocks.
+    def exchange_logits(self, logits: Array, counts: Sequence[int], *, vocab_size: int) -> Array:
+        """Whole logits (counts[part], V) of this rank's rows; blocks.
 
-        `parts` (sum(counts), P) is each rank's part of all shared rows; row lengths are divided as `part_range` says.
+        `logits` (sum(counts), own part of V) float32 are this rank's part of the vocabulary, as `part_range` divides
+        it, for the rows of all ranks.
         """
         if self.size == 1 or not any(counts):
-            return parts
-        lengths = [len(part_range(length, self.size, part)) for part in range(self.size)]
+            return logits
+        lengths = [len(part_range(vocab_size, self.size, part)) for part in range(self.size)]
         own = counts[self.part]
-        outgoing = np.ascontiguousarray(self._backend.download(parts), np.float32)
-        incoming = np.empty(own * length, np.float32)
+        outgoing = np.ascontiguousarray(self._backend.download(logits), np.float32)
+        incoming = np.empty(own * vocab_size, np.float32)
         sent = [outgoing, [count * lengths[self.part] for count in counts], MPI.FLOAT]
-        request = self._comm.Ialltoallv(sent, [incoming, [own * part for part in lengths], MPI.FLOAT])
-        self._transfers.track(request, outgoing, incoming, waiting="exchange").finish()
+        request = self._comm.Ialltoallv(sent, [incoming, [own * length for length in lengths], MPI.FLOAT])
+        self._transfers.start(complete(request, incoming, outgoing), waiting="exchange").finish()
         pieces = np.split(incoming, own * np.cumsum(lengths)[:-1])
-        rows = [piece.reshape(own, part) for piece, part in zip(pieces, lengths, strict=True)]
+        rows = [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)]
         return self._backend.upload(np.concatenate(rows, axis=1))
 
     def merge_sampled(self, sampled: SampledTokens, rows: IntArray) -> SampledTokens:
-        """All ranks' picked rows, each put in its place; blocks."""
+        """The sampled tokens of all ranks, ordered by row; rows (n,) are those of this rank's tokens. Blocks."""
         if self.size == 1:
             return sampled
         parts = self._comm.allgather((sampled, rows))
         whole = SampledTokens.join([part for part, _ in parts])
-        return whole.take(np.argsort(np.concatenate([where for _, where in parts])))
+        return whole.take(np.argsort(np.concatenate([own for _, own in parts])))
+
+    def _start_all_gather(self, x: Array, counts: Sequence[int]) -> Transfer[Array]:
+        return self._transfers.start(self._all_gather(x, counts), waiting="exchange")
+
+    def _all_gather(self, x: Array, counts: Sequence[int]) -> Steps[Array]:
+        outgoing = self._backend.comm_buffer(counts[self.part], self._width)
+        self._backend.pack(x, None, outgoing)
+        incoming = self._backend.comm_buffer(sum(counts), self._width)
+        sent, received = [outgoing, len(outgoing), self._row], [incoming, list(counts), self._row]
+        yield from after_verbs(self._backend, partial(self._comm.Iallgatherv, sent, received))
+        return incoming
+
+    def _all_to_all(self, addends: Array, split: RowSplit, own: int) -> Steps[Array]:
+        """Each rank's results for this rank's `own` rows, one rank after another."""
+        outgoing = self._backend.comm_buffer(sum(split.counts), self._width)
+        self._backend.pack(addends, split.by_part, outgoing)
+        incoming = self._backend.comm_buffer(own * self.size, self._width)
+        sent, received = [outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row]
+        yield from after_verbs(self._backend, partial(self._comm.Ialltoallv, sent, received))
+        return incoming

@@ -1,9 +1,9 @@
 """Two hops: each row crosses the network once per node, and inside the node goes on to its experts.
 
-A rank's gate on another node is the rank with its own local index there, counted modulo the node's ranks; its gate on
-its own node is itself. A row goes to the gate of each node that hosts any of its experts, with the keys and weights
-of its choices there; the gate sends it on to the experts, adds up their answers in slot order, and returns one row.
-The home adds the nodes' rows in the order of their first slots. `RoutePlan.inside` is the gate's plan for its node.
+A rank's forwarder on another node is the rank with its own local index there, counted modulo the node's ranks; its
+forwarder on its own node is itself. A row goes to the forwarder of each node that hosts any of its experts, with the
+physical experts and weights of its choices there. The forwarder sends the row on to the experts, adds up their outputs
+in slot order, and returns one row. The home rank adds the nodes' rows in the order of their first slots.
 """
 
 from collections.abc import Generator, Mapping
@@ -14,128 +14,127 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend
-from moempi.comm.exchange import Exchange, Route
-from moempi.comm.route_plan import RoutePlan
-from moempi.comm.transfers import Transfers
-from moempi.comm.transports.base import Transfer, Transport
+from moempi.backend.protocol import Array
+from moempi.comm.exchange import Dispatch, OneHop, OnRoute, Route, no_load, pick_replicas
+from moempi.comm.hop import Hop
+from moempi.comm.route_plan import GroupedChoices, RoutePlan, TwoHopPlan
+from moempi.comm.transfers import Transfer, complete
+from moempi.comm.transports.base import Receipt
 from moempi.layout.forwarders import ABSENT, Forwarders, NodeTransfers, node_transfers
 from moempi.layout.placement import Placement
-from moempi.layout.schedule import Point
+from moempi.layout.schedule import EXCHANGE_PHASES, Point
 from moempi.layout.topology import Topology
 
+COUNTS, CHOICES, COUNTS_INSIDE, DISPATCH, _, _, COMBINE_ACROSS = EXCHANGE_PHASES[2]
 
-class TwoHops(Exchange):
-    """An exchange whose rows cross by `transport`, then travel `inside` the node; its plans are for the first hop."""
+
+class TwoHops:
+    """An exchange of two hops: `across` the nodes of a stage, and `inside` this rank's node."""
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
+        across: Hop,
+        inside: OneHop,
         placements: Mapping[int, Placement],
-        backend: Backend,
-        *,
         topology: Topology,
-        inside: Exchange,
-        transfers: Transfers,
-        transport: Transport,
-        width: int,
+        *,
+        on_route: OnRoute | None = None,
     ) -> None:
-        super().__init__(
-            comm,
-            placements,
-            backend,
-            topology=topology,
-            transfers=transfers,
-            transport=transport,
-            width=width,
-        )
-        self._forwarders = Forwarders(topology.nodes, comm.rank)
+        self.placements = placements
+        self.expert_load: Mapping[int, IntArray] = no_load(placements)
+        self._across = across
         self._inside = inside
+        self._on_route = on_route
+        self._forwarders = Forwarders(topology.nodes, across.comm.rank)
         nodes = np.array(topology.nodes)
         self._node_of_physical = {layer: nodes[placement.ranks] for layer, placement in placements.items()}
+        self._physical_ids = {
+            layer: placement.physical_ids(across.comm.rank, topology) for layer, placement in placements.items()
+        }
 
-    def send(self, x: Array, route: Route) -> Generator[Point, None, tuple[RoutePlan, Transfer]]:
-        """See `Exchange.send`; the choices travel here too, ahead of their rows. Blocks the host for them."""
-        if self.listen is not None:
-            self.listen(route)
-        keys = self._physical_ids[route.layer][self._backend.download(self._replica_choices(route))]
-        weights = self._backend.download(route.weights)
-        np.add.at(self.load[route.layer], self.placements[route.layer].experts[keys], 1)
-        node_of_key = self._node_of_physical[route.layer]
-        crossings = node_transfers(node_of_key[keys], len(self._forwarders.ranks))
-        send_counts = np.zeros(self._comm.size, np.int64)
-        send_counts[self._forwarders.ranks] = np.bincount(crossings.nodes, minlength=len(self._forwarders.ranks))
-        recv_counts = np.empty_like(send_counts)
-        request = self._comm.Ialltoall(send_counts, recv_counts)
-        notice = self._transfers.track(request, send_counts, recv_counts, waiting="idle")
-        yield Point(route.layer, "counts")
-        notice.finish()
-        outgoing = _choices(crossings, node_of_key, keys, weights)
-        notice = self._start_choices(outgoing, send_counts, recv_counts)
-        yield Point(route.layer, "choices")
-        inside = yield from self._plan_inside(route.layer, notice.finish())
-        plan = RoutePlan(
-            layer=route.layer,
+    def dispatch(self, x: Array, route: Route) -> Generator[Point, None, Dispatch]:
+        """See `Exchange.dispatch`; the choices travel ahead of their rows. Blocks the host to download them."""
+        if self._on_route is not None:
+            self._on_route(route)
+        layer, backend, placement = route.layer, self._across.backend, self.placements[route.layer]
+        physical = self._physical_ids[layer][backend.download(pick_replicas(backend, route, placement))]
+        weights = backend.download(route.weights)
+        np.add.at(self.expert_load[layer], placement.experts[physical], 1)
+        pairs = node_transfers(self._node_of_physical[layer][physical], len(self._forwarders.ranks))
+        counting = self._start_counts(pairs)
+        yield Point(layer, COUNTS)
+        send_counts, recv_counts = counting.finish()
+        outgoing = _choices(pairs, self._node_of_physical[layer], physical, weights)
+        choosing = self._start_choices(outgoing, send_counts, recv_counts)
+        yield Point(layer, CHOICES)
+        planning = self._plan_inside(layer, choosing.finish())
+        yield Point(layer, COUNTS_INSIDE)
+        plan = TwoHopPlan(
+            layer=layer,
             send_counts=send_counts,
             recv_counts=recv_counts,
-            expert_counts=inside.expert_counts,
-            source_rows=self._backend.upload(crossings.tokens),
-            output_rows=self._backend.upload(crossings.pairs),
-            weights=self._backend.upload(crossings.present),
-            by_expert=None,
-            by_source=None,
-            inside=inside,
+            source_rows=backend.upload(pairs.tokens),
+            output_rows=backend.upload(pairs.pairs),
+            present=backend.upload(pairs.present),
+            inside=planning.finish(),
         )
-        return plan, self.dispatch(x, plan)
+        sending = self._across.send(x, plan.source_rows, send_counts, recv_counts)
+        return Dispatch(plan, self._received(sending, plan))
 
-    def arrived(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
-        crossed = yield from super().arrived(transfer, plan)
-        inside = self._inside.dispatch(crossed, plan.second)
-        yield Point(plan.layer, "dispatch inside")
-        return (yield from self._inside.arrived(inside, plan.second))
+    def combine(self, outputs: Array, plan: TwoHopPlan) -> Generator[Point, None, Array]:
+        """See `Exchange.combine`: first inside the node, then across."""
+        rows = yield from self._inside.combine(outputs, plan.inside)
+        sending = self._across.send(rows, None, plan.recv_counts, plan.send_counts)
+        yield Point(plan.layer, COMBINE_ACROSS)
+        return self._across.combine(sending.finish(), plan.output_rows, plan.present)
 
-    def answer(self, rows: Array, plan: RoutePlan) -> Transfer:
-        """See `Exchange.answer`: first inside the node."""
-        return self._inside.answer(rows, plan.second)
+    def _received(self, sending: Transfer[Receipt], plan: TwoHopPlan) -> Generator[Point, None, Array]:
+        yield Point(plan.layer, DISPATCH)
+        crossed = self._across.unpack(sending.finish(), None)
+        return (yield from self._inside.send(crossed, plan.inside))
 
-    def combined(self, transfer: Transfer, plan: RoutePlan) -> Generator[Point, None, Array]:
-        rows = yield from self._inside.combined(transfer, plan.second)
-        homeward = super().answer(rows, plan)
-        yield Point(plan.layer, "combine across")
-        return (yield from super().combined(homeward, plan))
+    def _start_counts(self, pairs: NodeTransfers) -> Transfer[tuple[IntArray, IntArray]]:
+        """Exchange how many rows cross to each rank; the value is the counts to and from each rank (R,)."""
+        forwarders = self._forwarders.ranks
+        send_counts = np.zeros(self._across.comm.size, np.int64)
+        send_counts[forwarders] = np.bincount(pairs.nodes, minlength=len(forwarders))
+        recv_counts = np.empty_like(send_counts)
+        request = self._across.comm.Ialltoall(send_counts, recv_counts)
+        return self._across.transfers.start(complete(request, (send_counts, recv_counts)), waiting="idle")
 
-    def _start_choices(self, outgoing: IntArray, send_counts: IntArray, recv_counts: IntArray) -> Transfer:
+    def _start_choices(self, outgoing: IntArray, send_counts: IntArray, recv_counts: IntArray) -> Transfer[IntArray]:
         incoming = np.empty((int(recv_counts.sum()), *outgoing.shape[1:]), np.int32)
         numbers = incoming.shape[1] * incoming.shape[2]
-        request = self._comm.Ialltoallv(
+        request = self._across.comm.Ialltoallv(
             [outgoing, send_counts * numbers, MPI.INT32_T], [incoming, recv_counts * numbers, MPI.INT32_T]
         )
-        return self._transfers.track(request, outgoing, incoming, waiting="idle")
+        return self._across.transfers.start(complete(request, incoming, outgoing), waiting="idle")
 
-    def _plan_inside(self, layer: int, choices: IntArray) -> Generator[Point, None, RoutePlan]:
-        """The gate's plan for rows whose choices (M, 2, K) have come: keys, ABSENT on another node, and weights."""
-        keys, weights = choices[:, 0], choices[:, 1].view(np.float32)
+    def _plan_inside(self, layer: int, choices: IntArray) -> Transfer[RoutePlan]:
+        """Plan rows whose choices (M, 2, K) have arrived: physical experts, ABSENT on another node, and weights."""
+        physical, weights = choices[:, 0], choices[:, 1].view(np.float32)
         # The choices of this node first, still in slot order; an absent one repeats the first with no weight.
-        slots = np.argsort(keys == ABSENT, axis=1, kind="stable")
-        keys, weights = np.take_along_axis(keys, slots, axis=1), np.take_along_axis(weights, slots, axis=1)
-        present = keys != ABSENT
-        chosen = keys[present] - self.placements[layer].bounds[self._forwarders.node_ranks.start]
+        slots = np.argsort(physical == ABSENT, axis=1, kind="stable")
+        physical, weights = np.take_along_axis(physical, slots, axis=1), np.take_along_axis(weights, slots, axis=1)
+        present = physical != ABSENT
+        chosen = physical[present] - self.placements[layer].bounds[self._forwarders.node_ranks.start]
         order = np.argsort(chosen, kind="stable")
-        places = np.empty(keys.shape, np.int64)
-        places[present] = np.argsort(order)
-        return self._inside.spread(
-            Route(layer, None, self._backend.upload(np.where(present, weights, np.float32(0)))),
-            source_rows=self._backend.upload(np.nonzero(present)[0][order]),
-            places=self._backend.upload(np.where(present, places, places[:, :1])),
+        output_rows = np.empty(physical.shape, np.int64)
+        output_rows[present] = np.argsort(order)
+        upload = self._across.backend.upload
+        grouped = GroupedChoices(
             counts=np.bincount(chosen, minlength=len(self._inside.placements[layer].experts)),
-            phase="counts inside",
+            source_rows=upload(np.nonzero(present)[0][order]),
+            output_rows=upload(np.where(present, output_rows, output_rows[:, :1])),
+            weights=upload(np.where(present, weights, np.float32(0))),
         )
+        return self._inside.plan_from_counts(layer, grouped)
 
 
 def _choices(
     pairs: NodeTransfers, node_of_physical: IntArray, physical: IntArray, weights: npt.NDArray[Any]
 ) -> IntArray:
-    """What each crossing row's gate must know (P, 2, K): keys of the choices on its node, and weights, as int32."""
+    """What each crossing row's forwarder must know (P, 2, K), as int32: physical experts on its node, and weights."""
     chosen = physical[pairs.tokens]
     choices = np.empty((len(chosen), 2, physical.shape[1]), np.int32)
     choices[:, 0] = np.where(node_of_physical[chosen] == pairs.nodes[:, None], chosen, ABSENT)

@@ -53,17 +53,17 @@ def make_balance(
     balanced = [layer for layer in architecture.moe_layers if layer in layers]
     if rules.mode == "off":
         return None
-    tally = MoveCounter(balanced, architecture.experts.num)
-    shifts = ExpertBias(balanced, architecture.experts.num, rate=rules.rate, bound=rules.bound)
-    gatings: list[RoutingPolicy] = []
-    for network in comms:
+    moves = MoveCounter(balanced, architecture.experts.num)
+    bias = ExpertBias(balanced, architecture.experts.num, rate=rules.rate, bound=rules.bound)
+    policies: list[RoutingPolicy] = []
+    for comm in comms:
         if not balanced:
-            gatings.append(MODEL_ROUTING)
+            policies.append(MODEL_ROUTING)
         elif rules.mode == "bias":
-            gatings.append(BiasPolicy(network.exchange, shifts, tally))
+            policies.append(BiasPolicy(comm.stage, bias, moves))
         else:
-            gatings.append(CapacityPolicy(network.exchange, tally, factor=rules.capacity))
-    return Balance(gatings, tally, shifts)
+            policies.append(CapacityPolicy(comm.stage, moves, factor=rules.capacity))
+    return Balance(policies, moves, bias)
 
 
 def quality_cost(
@@ -72,7 +72,7 @@ def quality_cost(
     world: World,
     *,
     sample: int,
-    take_steps: Callable[[Sequence[Lane]], object],
+    run: Callable[[Sequence[Lane]], object],
 ) -> float:
     """Mean change of a token's log-probability by the lanes' gating, on `sample` requests scored with and without it.
 
@@ -84,7 +84,7 @@ def quality_cost(
     share = -(-sample // max(world.comm.allreduce(int(bool(finished))), 1))
     balanced = [_muted(lane) for lane in lanes]
     alone = [replace(lane, policy=MODEL_ROUTING) for lane in balanced]
-    scores = [_scores(scored, finished[:share], take_steps) for scored in (balanced, alone)]
+    scores = [_scores(scored, finished[:share], run) for scored in (balanced, alone)]
     changes = [one - other for one, other in zip(*scores, strict=True) if len(one) == len(other)]
     change, tokens = sum(float(part.sum()) for part in changes), sum(map(len, changes))
     change, tokens = world.comm.allreduce(np.array([change, tokens])).tolist()
@@ -98,17 +98,17 @@ def _fits_again(request: Request) -> bool:
 
 def _muted(lane: Lane) -> Lane:
     """The lane once more, scoring, without a trace of it anywhere."""
-    lane.comm.exchange.listen = None
-    return replace(lane, task=Score(top=0), recorder=lane.recorder.muted(), trace=None)
+    context = replace(lane.context, task=Score(top=0), recorder=lane.context.recorder.muted())
+    return replace(lane, context=context, trace=None)
 
 
 def _scores(
-    lanes: Sequence[Lane], requests: Sequence[Request], take_steps: Callable[[Sequence[Lane]], object]
+    lanes: Sequence[Lane], requests: Sequence[Request], run: Callable[[Sequence[Lane]], object]
 ) -> list[npt.NDArray[np.float64]]:
     """Log-probabilities of each request's tokens; none of one that the lanes were stopped before."""
     again = [Request(request.prompt, request.prompt_tokens + request.tokens, limit=0) for request in requests]
-    lanes[0].scheduler.submit(again)
-    take_steps(lanes)
+    lanes[0].context.scheduler.submit(again)
+    run(lanes)
     scores = []
     for request, scored in zip(requests, again, strict=True):
         picked = scored.sampled if scored.finish == "length" else []

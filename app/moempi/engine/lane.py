@@ -20,112 +20,127 @@ from moempi.runtime.stop import Stop
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
-    """What the steps of one lane need; its network is its own, the rest all lanes of the rank share."""
+class LaneContext:
+    """What all lanes of a rank share."""
 
-    index: int
     model: Transformer
-    comm: LaneComm
     scheduler: Scheduler
     task: Task
     recorder: Recorder
     stop: Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One lane of a rank, with communicators of its own."""
+
+    index: int
+    context: LaneContext
+    comm: LaneComm
     policy: RoutingPolicy = MODEL_ROUTING
     trace: RoutingTrace | None = None
 
     def steps(self) -> Generator[Point, None, None]:
-        """Take steps until no rank has work for this lane, or one was asked to stop; collective over all ranks."""
+        """Take steps until no rank has work for this lane, or one was requested to stop; collective over all ranks."""
         return self._first_stage_steps() if self.comm.link.is_first else self._later_stage_steps()
 
     def _first_stage_steps(self) -> Generator[Point, None, None]:
-        """The first stage: decide each step, take its answers. A rank without work takes every step with no rows."""
-        tensor = self.comm.tensor
-        while True:
-            unfinished = self.scheduler.unfinished(self.index)
-            surplus = self.comm.transfers.count_mismatch
-            asked = self.stop.requested or self.comm.link.stop_requested()
-            sums = self.comm.exchange.agree((unfinished, asked, surplus, *self.recorder.counts))
-            yield AGREE
-            unfinished, asked_to_stop, surplus, *counts = sums.finish().tolist()
-            if surplus:
-                raise RuntimeError(f"the ranks expect {-surplus} rows more than are sent to them")
-            self.recorder.on_progress(*counts)
-            if not unfinished or asked_to_stop:
-                self.comm.link.stop()
-                return
-            work = self.scheduler.next_work(self.index)
+        """Decide each step and take the tokens sampled in it. A rank without work takes every step with no rows."""
+        scheduler, recorder, task = self.context.scheduler, self.context.recorder, self.context.task
+        while (yield from self._agree_to_continue()):
+            work = scheduler.next_work(self.index)
             batch = self._batch(work)
-            split = RowSplit((batch.num_rows,), tensor.size)
-            rows = self.model.embed(batch.tokens[split.indices[tensor.part]])
-            self._record(batch, split)
-            self.policy.begin_step(split.counts[tensor.part])
-            x = yield from self.model.forward(batch, split, rows, self.comm, self.policy)
-            self.policy.end_step()
-            self.task.accept(work, (yield from self._end_step(batch, split, x)))
-            self.recorder.end_step(self.scheduler.retire(self.index))
+            split = RowSplit((batch.num_rows,), self.comm.tensor.size)
+            rows = self.context.model.embed(batch.tokens[split.indices[self.comm.tensor.part]])
+            task.accept(work, (yield from self._compute(batch, split, rows)))
+            recorder.end_step(scheduler.retire(self.index))
+        self.comm.link.stop()
 
     def _later_stage_steps(self) -> Generator[Point, None, None]:
-        """A later stage: take each step as the stage before hands it on."""
+        """Take each step as the stage before sends it."""
         link = self.comm.link
-        arrival = link.post_receives()
+        receives = link.post_receives()
         while True:
-            if self.stop.requested:
+            if self.context.stop.requested:
                 link.request_stop()
             yield ROWS
-            batch, split, rows = link.receive(arrival)
+            batch, split, rows = link.receive(receives)
             if batch.stop:
                 link.stop()
                 return
-            arrival = link.post_receives()
-            self._record(batch, split)
-            self.policy.begin_step(split.counts[self.comm.tensor.part])
-            x = yield from self.model.forward(batch, split, rows, self.comm, self.policy)
-            self.policy.end_step()
-            yield from self._end_step(batch, split, x)
-            self.recorder.end_step(())
+            receives = link.post_receives()
+            yield from self._compute(batch, split, rows)
+            self.context.recorder.end_step(())
             yield SENT
 
-    def _end_step(self, batch: Batch, split: RowSplit, x: Array | None) -> Generator[Point, None, SampledTokens]:
-        """Hand on the rows, unless they have gone, or answer for them; the first stage returns with the answers."""
+    def _agree_to_continue(self) -> Generator[Point, None, bool]:
+        """Whether the ranks of the first stage take another step; collective.
+
+        Raises RuntimeError when the ranks' plans contradict each other.
+        """
+        link, recorder = self.comm.link, self.context.recorder
+        unfinished = self.context.scheduler.unfinished(self.index)
+        stops = self.context.stop.requested or link.stop_requested()
+        amounts = (unfinished, stops, self.comm.transfers.count_mismatch, *recorder.counts)
+        sums = self.comm.stage.iallreduce_sum(amounts)
+        yield AGREE
+        unfinished, num_stops, count_mismatch, *counts = sums.finish().tolist()
+        if count_mismatch:
+            raise RuntimeError(f"the ranks expect {-count_mismatch} rows more than are sent to them")
+        recorder.on_progress(*counts)
+        return bool(unfinished) and not num_stops
+
+    def _compute(self, batch: Batch, split: RowSplit, rows: Array) -> Generator[Point, None, SampledTokens]:
+        """Put a step's rows through the stage's layers and on; the first stage returns with the sampled tokens."""
+        part = self.comm.tensor.part
+        if self.trace is not None:
+            self.trace.begin_step(batch, split.indices[part])
+        self.policy.begin_step(split.counts[part])
+        last_combine = self.comm.last_combine(batch, split)
+        x = yield from self.context.model.forward(batch, split, rows, self.comm, self.policy, last_combine)
+        self.policy.end_step()
+        return (yield from self._send(batch, split, x))
+
+    def _send(self, batch: Batch, split: RowSplit, x: Array) -> Generator[Point, None, SampledTokens]:
+        """Send the rows, or the tokens sampled from them, to the stage that needs them."""
         link = self.comm.link
-        if x is not None and link.is_last:
-            picked = self._sample(batch, split, x)
+        if link.is_last:
+            sampled = self._sample(batch, split, x)
             if not link.is_first:
-                link.send_sampled(batch, picked)
-            return picked
-        if x is not None:
+                link.send_sampled(batch, sampled)
+            return sampled
+        if self.comm.immediate is None:  # else the last layer has sent them
             link.send(batch, (yield from self.comm.tensor.all_gather(x, split, layer=-1)))
         if not link.is_first:
             return NOTHING_SAMPLED
         yield TOKENS
         return link.receive_sampled()
 
-    def _record(self, batch: Batch, split: RowSplit) -> None:
-        if self.trace is not None:
-            self.trace.begin_step(batch, split.indices[self.comm.tensor.part])
-
     def _sample(self, batch: Batch, split: RowSplit, x: Array) -> SampledTokens:
-        """Answer for the wanted rows; each rank of a tensor group for those among its part."""
-        tensor = self.comm.tensor
-        wanted = [np.flatnonzero(np.isin(batch.logit_rows, part)) for part in split.indices]
-        places = wanted[tensor.part]
-        rows = self.model.backend.take_rows(x, np.searchsorted(split.indices[tensor.part], batch.logit_rows[places]))
-        asked = [batch.logit_requests[place] for place in places.tolist()]
-        picked = self.task.sample(self.model, tensor, rows, asked, counts=list(map(len, wanted)))
-        return tensor.merge_sampled(picked, places)
+        """Sample for the batch's logit rows; each rank of a tensor group for those in its part."""
+        tensor, model = self.comm.tensor, self.context.model
+        if model.head is None:
+            raise RuntimeError("the last stage has no head")
+        rows_of_part = [np.flatnonzero(np.isin(batch.logit_rows, part)) for part in split.indices]
+        own = rows_of_part[tensor.part]
+        rows = model.backend.take_rows(x, np.searchsorted(split.indices[tensor.part], batch.logit_rows[own]))
+        requests = [batch.logit_requests[row] for row in own.tolist()]
+        counts = list(map(len, rows_of_part))
+        sampled = self.context.task.sample(model.head, tensor, rows, requests, counts=counts)
+        return tensor.merge_sampled(sampled, own)
 
     def _batch(self, work: Sequence[Work]) -> Batch:
-        wanted, asked = self.task.logit_requests(work)
+        logit_rows, logit_requests = self.context.task.logit_requests(work)
         return Batch(
-            tokens=np.array([token for sequence, rows in work for token in sequence.next_tokens(rows)], np.int64),
-            requests=np.array([sequence.prompt.index for sequence, _ in work], np.int64),
-            slots=np.array([sequence.slot for sequence, _ in work], np.int64),
-            starts=np.array([sequence.computed for sequence, _ in work], np.int64),
+            tokens=np.array([token for request, rows in work for token in request.next_tokens(rows)], np.int64),
+            requests=np.array([request.prompt.index for request, _ in work], np.int64),
+            slots=np.array([request.slot for request, _ in work], np.int64),
+            starts=np.array([request.computed for request, _ in work], np.int64),
             lengths=np.array([rows for _, rows in work], np.int64),
-            capacities=np.array([sequence.capacity for sequence, _ in work], np.int64),
-            logit_rows=np.array(wanted, np.int64),
-            freed=np.array(self.scheduler.take_freed(), np.int64),
-            logit_requests=asked,
+            capacities=np.array([request.capacity for request, _ in work], np.int64),
+            logit_rows=np.array(logit_rows, np.int64),
+            freed=np.array(self.context.scheduler.take_freed(), np.int64),
+            logit_requests=logit_requests,
         )
 
 

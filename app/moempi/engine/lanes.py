@@ -1,146 +1,154 @@
-"""The lanes of a rank: each has a network of its own, and they take their steps in turn."""
+"""The lanes of a rank: each has communicators of its own, and they take their steps interleaved."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
-from moempi.comm.lane_comm import LaneComm, choose_transport, emulated_links, make_lane_comm
+from moempi.comm.exchange import OnRoute
+from moempi.comm.lane_comm import LaneComm, make_lane_comm, slot_rows
+from moempi.comm.row_shape import RowShape
+from moempi.comm.select_transport import ChosenTransport, choose_transport
+from moempi.comm.transfers import PendingTransfers, Transfers
+from moempi.comm.transport_factory import TransportFactory, emulated_links
 from moempi.config.job import Job
-from moempi.engine.balance import make_balance
+from moempi.engine.balance import Balance, make_balance
 from moempi.engine.interleave import interleave
-from moempi.engine.lane import Lane
+from moempi.engine.lane import Lane, LaneContext
 from moempi.engine.rank_layout import RankLayout
-from moempi.engine.recorder import Recorder
 from moempi.engine.routing_trace import RoutingTrace
-from moempi.engine.scheduler import Scheduler
-from moempi.engine.tasks import Task
 from moempi.layout.schedule import Point, step_points
 from moempi.model.router_balance import MODEL_ROUTING
 from moempi.model.transformer import Transformer
-from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 
 
+@dataclass(frozen=True, slots=True)
 class Lanes:
-    """The lanes `each` of a rank, the `transport` that their rows go by, and what balances their gating, if anything.
+    """The lanes `each` of a rank, which all go through the same `points` in a step.
 
-    Making them is collective. The steps whose routing is recorded count from `first_step`.
+    `transport` moves their rows, `balance` adjusts their routing, if anything does.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        world: World,
-        rank_layout: RankLayout,
-        model: Transformer,
-        *,
-        scheduler: Scheduler,
-        task: Task,
-        recorder: Recorder,
-        stop: Stop,
-        first_step: int,
-    ) -> None:
-        self._job = job
-        self._world = world
-        self._rank_layout = rank_layout
-        self._model = model
-        self.transport = choose_transport(
-            job.exchange.transport,
-            rank_layout.ranks,
-            rank_layout.grid,
-            model.backend,
-            topology=rank_layout.topology,
-            width=self._width,
-        )
-        networks = self._make_comms()
-        self.balance = make_balance(job.balance, networks, model.architecture, rank_layout.stage.layers)
-        gatings = self.balance.policies if self.balance else [MODEL_ROUTING] * len(networks)
-        self.each = [
-            Lane(index, model, network, scheduler, task, recorder, stop, gating)
-            for index, (network, gating) in enumerate(zip(networks, gatings, strict=True))
-        ]
-        if job.trace.routing:
-            self.each = [self._traced(lane, recorder, first_step) for lane in self.each]
+    each: Sequence[Lane]
+    points: Sequence[Point]
+    transport: ChosenTransport
+    balance: Balance | None
+    world: World
 
-    def take_steps(self, lanes: Sequence[Lane] | None = None) -> float:
-        """Interleave `lanes`, or all, to their end; the seconds that it took. Collective, blocks.
+    def run(self, lanes: Sequence[Lane] | None = None) -> float:
+        """Interleave `lanes`, or all, until none has steps left; the seconds that it took. Collective, blocks.
 
-        Long verbs of the backend keep all lanes' rows moving. Lanes of a pipeline go in pairs: see `schedule`.
+        Lanes of a pipeline go in pairs: see `schedule`.
         """
         lanes = self.each if lanes is None else lanes
-        self._model.backend.progress = lambda: _keep_moving(lanes)
         link = lanes[0].comm.link
         begin = time.perf_counter()
         interleave(
             [lane.steps() for lane in lanes],
-            self._points(lanes[0].comm),
+            self.points,
             side_by_side=len(lanes) if link.is_first and link.is_last else 2,
-            on_resume=self._model.backend.use_queue,
-            on_point=self._reached,
+            on_queue=lanes[0].context.model.backend.on_queue,
+            on_point=self._report,
         )
         for lane in lanes:
             lane.policy.flush()
         return time.perf_counter() - begin
 
-    @property
-    def _width(self) -> int:
-        return self._model.architecture.width
+    def _report(self, lane: int, point: Point) -> None:
+        where = f"layer {point.layer} {point.phase}" if point.layer >= 0 else point.phase
+        self.world.alive(f"{where}, lane {lane}")
 
-    def _make_comms(self) -> list[LaneComm]:
-        job, seat, architecture = self._job, self._rank_layout, self._model.architecture
-        links = self._world.collectively(lambda: emulated_links(job.topology))
-        return [
-            make_lane_comm(
-                seat.ranks,
-                seat.grid,
-                seat.placements,
-                self._model.backend,
-                topology=seat.topology,
-                transport=self.transport.name,
-                hops=job.exchange.hops,
-                verify=job.exchange.verify,
-                width=self._width,
-                top_k=architecture.experts.router.top_k,
-                group_rows=job.run.batch_tokens,
-                overlap=job.run.overlap,
-                immediate_stages=seat.immediate_stages,
-                lanes=job.lanes,
-                links=links,
-            )
-            for _ in range(job.lanes)
-        ]
 
-    def _traced(self, lane: Lane, recorder: Recorder, first_step: int) -> Lane:
-        """The lane once more, with what records its routing."""
-        trace = RoutingTrace(
-            recorder.append,
-            self._model.backend,
-            layers=[layer for layer in self._model.architecture.moe_layers if layer in self._rank_layout.stage.layers],
-            rank=self._rank_layout.ranks.rank,
-            since=first_step,
-            first_step=first_step + lane.index,
-            stride=self._job.lanes,
+def make_lanes(
+    job: Job,
+    world: World,
+    rank_layout: RankLayout,
+    context: LaneContext,
+    *,
+    pending: PendingTransfers,
+    first_step: int,
+) -> Lanes:
+    """The lanes of this rank; collective. The steps whose routing is recorded count from `first_step`.
+
+    Raises NoInputError and ConfigError of the job's topology files.
+    """
+    transport = choose_transport(
+        job.exchange.transport,
+        rank_layout.ranks,
+        rank_layout.grid,
+        context.model.backend,
+        topology=rank_layout.topology,
+        width=context.model.architecture.width,
+    )
+    transports = _transport_factory(job, world, rank_layout, context.model, name=transport.name)
+    traces = [_make_trace(job, rank_layout, context, lane, first_step=first_step) for lane in range(job.lanes)]
+    comms = [
+        make_lane_comm(
+            rank_layout.ranks,
+            rank_layout.layout,
+            rank_layout.topology,
+            transports=transports,
+            transfers=Transfers(context.model.backend, pending, overlap=job.run.overlap),
+            hops=job.exchange.hops,
+            on_route=_on_route(trace),
         )
-        lane.comm.exchange.listen = trace.add_route
-        return replace(lane, trace=trace)
-
-    def _points(self, comm: LaneComm) -> Sequence[Point]:
-        """Where a step of a lane yields."""
-        return step_points(
-            self._rank_layout.stage.layers,
-            self._model.architecture.moe_layers,
-            tensor=comm.tensor.size,
-            is_first=comm.link.is_first,
-            is_last=comm.link.is_last,
-            hops=self._job.exchange.hops,
-            immediate=comm.immediate is not None,
-        )
-
-    def _reached(self, lane: int, point: Point) -> None:
-        place = f"layer {point.layer} {point.phase}" if point.layer >= 0 else point.phase
-        self._world.alive(f"{place}, lane {lane}")
+        for trace in traces
+    ]
+    balance = make_balance(job.balance, comms, context.model.architecture, rank_layout.stage.layers)
+    policies = balance.policies if balance else [MODEL_ROUTING] * len(comms)
+    lanes = [
+        Lane(index, context, comm, policy, trace)
+        for index, (comm, policy, trace) in enumerate(zip(comms, policies, traces, strict=True))
+    ]
+    points = _points(rank_layout, context.model, comms[0], hops=job.exchange.hops)
+    return Lanes(lanes, points, transport, balance, world)
 
 
-def _keep_moving(lanes: Sequence[Lane]) -> None:
-    for lane in lanes:
-        lane.comm.transfers.progress()
+def _transport_factory(
+    job: Job, world: World, rank_layout: RankLayout, model: Transformer, *, name: str
+) -> TransportFactory:
+    top_k = model.architecture.experts.router.top_k
+    shape = RowShape(model.architecture.width, top_k=top_k, group_rows=job.run.batch_tokens)
+    return TransportFactory(
+        backend=model.backend,
+        name=name,
+        shape=shape,
+        slot_rows=slot_rows(shape, rank_layout.grid, rank_layout.ranks.rank),
+        verify=job.exchange.verify,
+        num_lanes=job.lanes,
+        links=world.collectively(lambda: emulated_links(job.topology)),
+    )
+
+
+def _make_trace(
+    job: Job, rank_layout: RankLayout, context: LaneContext, lane: int, *, first_step: int
+) -> RoutingTrace | None:
+    """What records the routing of one lane; None in a job that does not ask for it."""
+    if not job.trace.routing:
+        return None
+    return RoutingTrace(
+        context.recorder.append,
+        context.model.backend,
+        layers=[layer for layer in context.model.architecture.moe_layers if layer in rank_layout.stage.layers],
+        rank=rank_layout.ranks.rank,
+        since=first_step,
+        first_step=first_step + lane,
+        stride=job.lanes,
+    )
+
+
+def _on_route(trace: RoutingTrace | None) -> OnRoute | None:
+    return None if trace is None else trace.add_route
+
+
+def _points(rank_layout: RankLayout, model: Transformer, comm: LaneComm, *, hops: int) -> Sequence[Point]:
+    """Where a step of a lane yields."""
+    return step_points(
+        rank_layout.stage.layers,
+        model.architecture.moe_layers,
+        tensor=comm.tensor.size,
+        is_first=comm.link.is_first,
+        is_last=comm.link.is_last,
+        hops=hops,
+        immediate=comm.immediate is not None,
+    )

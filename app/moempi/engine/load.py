@@ -9,6 +9,7 @@ from moempi.config.tensors import layer_path
 from moempi.engine.shard import Shard
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
+from moempi.model.head import LMHead
 from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
@@ -37,17 +38,24 @@ def load_model(
         backend=backend,
         embedding=backend.tensor(shard.read("embedding")) if is_first else None,
         layers=tuple(_layer(shard, backend, layer, hosted.get(layer, ())) for layer in layers),
-        norm=_norm(shard, backend, "norm") if is_last else None,
-        head=backend.matrix(shard.read_part("embedding" if architecture.tied_embeddings else "head"))
-        if is_last
-        else None,
-        head_bias=_optional(shard, backend, "head_bias") if is_last else None,
+        head=_head(shard, backend) if is_last else None,
         cache=KVCache(backend, architecture.attention, layers=len(layers), pages=pages),
     )
     loaded = backend.record_event()
     if loaded is not None:
-        loaded.synchronize()  # the lanes' queues would not
+        loaded.synchronize()  # the lanes compute on other queues, which do not wait for this one
     return model
+
+
+def _head(shard: Shard, backend: Backend) -> LMHead:
+    architecture = shard.architecture
+    return LMHead(
+        backend=backend,
+        norm=_norm(shard, backend, "norm"),
+        matrix=backend.matrix(shard.read_part("embedding" if architecture.tied_embeddings else "head")),
+        bias=_optional(shard, backend, "head_bias"),
+        vocab_size=architecture.vocab_size,
+    )
 
 
 def _layer(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> Layer:

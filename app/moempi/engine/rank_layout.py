@@ -1,6 +1,6 @@
-"""A rank's seat: where it stands among all ranks of a run, and what it holds there."""
+"""The rank layout: where a rank stands among all ranks of a run, and what it holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from moempi.config.job import Job
 from moempi.config.placement_file import placement_of
 from moempi.config.size import parse_size
 from moempi.layout.grid import Coordinates, Grid, Stage
-from moempi.layout.layout import make_layout
+from moempi.layout.layout import Layout, make_layout
 from moempi.layout.memory import Memory
 from moempi.layout.placement import Placement
 from moempi.layout.topology import Topology
@@ -19,19 +19,31 @@ from moempi.runtime.world import World
 
 @dataclass(frozen=True, slots=True)
 class RankLayout:
-    """`ranks` is a communicator of all ranks, counted node by node, that stand as `topology` says.
+    """Where a rank stands among all ranks of a run, and what it holds.
 
-    `placements`, by Mixture-of-Experts layer, and `memory` are those of this rank's stage. Rows leave the stages
-    `departing` by immediate routing.
+    `ranks` is a communicator of all ranks, counted node by node, which stand as `topology` says; `layout` is the job's
+    layout on them, `coords` this rank's coordinates in its grid.
     """
 
     ranks: Any
     topology: Topology
-    grid: Grid
+    layout: Layout
     coords: Coordinates
-    placements: Mapping[int, Placement]
-    memory: Memory
-    immediate_stages: Sequence[int]
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of all ranks."""
+        return self.layout.grid
+
+    @property
+    def placements(self) -> Mapping[int, Placement]:
+        """The placement of each MoE layer of this rank's stage."""
+        return self.layout.placements[self.coords.stage]
+
+    @property
+    def memory(self) -> Memory:
+        """Memory of the fullest rank of this rank's stage."""
+        return self.layout.memory[self.coords.stage]
 
     @property
     def stage(self) -> Stage:
@@ -51,7 +63,7 @@ class RankLayout:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank decides steps: those of the first stage do."""
+        """Whether this rank's stage, the first, decides the steps."""
         return self.coords.stage == 0
 
     @property
@@ -63,12 +75,10 @@ class RankLayout:
 def lay_out_rank(job: Job, world: World, architecture: Architecture, *, on_gpu: bool) -> RankLayout:
     """Lay the job out on the ranks of `world`, or their GPUs; collective. A ConfigError of it ends all ranks alike."""
     topology, ranks = world.by_node(job.topology, island=find_island(world.local_rank, on_gpu=on_gpu))
-    plan = world.collectively(
+    layout = world.collectively(
         lambda: make_layout(job, architecture, topology.nodes, placement=placement_of(job), on_gpu=on_gpu)
     )
-    place = plan.grid.coordinates(ranks.rank)
-    placements, memory = plan.placements[place.stage], plan.memory[place.stage]
-    return RankLayout(ranks, topology, plan.grid, place, placements, memory, plan.immediate_stages)
+    return RankLayout(ranks, topology, layout, layout.grid.coordinates(ranks.rank))
 
 
 def available_bytes(job: Job, world: World, *, of_node: int) -> int:

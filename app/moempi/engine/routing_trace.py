@@ -1,4 +1,4 @@
-"""Recorded routing: what the routers of a lane chose, written a record a step into the rank's part."""
+"""Recorded routing: the experts and weights that the routers chose, one record a step in the rank's journal."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,10 +12,10 @@ from moempi.storage.records import RoutingRecord
 
 
 class RoutingTrace:
-    """Holds one step of one lane at most. The lane takes steps `first_step`, `first_step + stride`, and so on.
+    """Collects the routes of one lane's current step; the lane takes steps `first_step`, `first_step + stride`, ...
 
-    Lanes number their steps apart, and above those of earlier attempts at the job, which ended before step `since`.
-    A step is written when the last of `layers` is routed: before any answer, and so any finished request, can be.
+    No two lanes share a step number, and all are above those of earlier attempts at the job, which ended before step
+    `since`. A step is written when the last of `layers` is routed: before any request of that step can finish.
     """
 
     def __init__(
@@ -37,18 +37,26 @@ class RoutingTrace:
         self._step = first_step - stride
         self._stride = stride
         self._requests = self._positions = NONE
+        self._in_step = False
         self._routes: list[Route] = []
 
     def begin_step(self, batch: Batch, rows: IntArray) -> None:
-        """The routes to come are those of these rows of the batch."""
+        """Begin a step that routes these rows (T,) of the batch."""
         self._step += self._stride
+        self._in_step = True
         self._requests = np.repeat(batch.requests, batch.lengths)[rows]
         self._positions = batch.positions[rows]
 
     def add_route(self, route: Route) -> None:
-        """Take one layer's route; after the last layer, write all. Blocks the host then; raises StorageError."""
+        """Add the route of one layer of the step; after the last layer, write the step. Outside a step do nothing.
+
+        Blocks the host to download the routes of the step; raises StorageError if it cannot be written.
+        """
+        if not self._in_step:
+            return
         self._routes.append(route)
         if route.layer == self._layers[-1]:
+            self._in_step = False
             routes, self._routes = self._routes, []
             if len(self._positions):
                 self._write(self._record(routes))

@@ -1,17 +1,19 @@
 """A whole job, from the files it names to the results file."""
 
-from collections.abc import Sequence as ManyOf
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from time import perf_counter
 
 from moempi.backend.protocol import Backend
 from moempi.backend.select import make_backend
 from moempi.comm.device_memory import takes_device_memory
+from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
 from moempi.engine.admission import make_requests, refuse_too_long
 from moempi.engine.balance import quality_cost
 from moempi.engine.kv_budget import affordable_pages, useful_pages
-from moempi.engine.lanes import Lanes
+from moempi.engine.lane import LaneContext
+from moempi.engine.lanes import make_lanes
 from moempi.engine.load import Loading, load_model
 from moempi.engine.rank_layout import RankLayout, available_bytes, lay_out_rank
 from moempi.engine.recorder import Recorder
@@ -19,9 +21,10 @@ from moempi.engine.request import Request
 from moempi.engine.restart import Attempt
 from moempi.engine.scheduler import Scheduler
 from moempi.engine.shard import Shard
-from moempi.engine.summary import make_provenance, rank_record, run_report
+from moempi.engine.summary import RankRun, make_provenance, rank_record, run_report
 from moempi.engine.tasks import Generate, Score, Task
 from moempi.engine.tokenizer import TextTokenizer
+from moempi.model.transformer import Transformer
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
 from moempi.observe.run_report import Report, print_report
@@ -49,59 +52,39 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     attempt = Attempt(job, world, weights=weights.fingerprint, num_requests=len(prompts))
     world.collectively(lambda: log_to_files(job.output.results, world.rank))
     # The machine that computes, and where this rank stands.
-    backend = world.collectively(lambda: _backend(job, world))
+    pending = PendingTransfers()
+    backend = world.collectively(lambda: _backend(job, world, pending))
     rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
     # The requests of its data parallel group, which the first stage alone decides about, and the cache that they need.
-    text = TextTokenizer(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens)
-    due = [prompt for prompt in prompts if prompt.index not in attempt.earlier.indices]
-    own = due[rank_layout.coords.data :: rank_layout.grid.num_groups(0)] if rank_layout.is_first_stage else []
-    sequences = make_requests(own, text, weights.architecture, task=job.task)
-    pages = _cache_pages(job, world, rank_layout, backend, sequences)
-    errors = [sequence for sequence in sequences if sequence.finish]
-    too_long = refuse_too_long(sequences, pages=pages)
+    tokenizer = TextTokenizer(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens)
+    own = _own_prompts(prompts, attempt, rank_layout)
+    requests = make_requests(own, tokenizer, weights.architecture, task=job.task)
+    pages = _cache_pages(job, world, rank_layout, backend, requests)
+    errors = [request for request in requests if request.finish]
+    too_long = refuse_too_long(requests, pages=pages)
     # The model on this rank's machine.
-    shard = Shard(weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
-    begin = perf_counter()
-    model = world.collectively(
-        lambda: load_model(
-            shard,
-            backend,
-            layers=rank_layout.stage.layers,
-            hosted=rank_layout.hosted,
-            pages=pages * rank_layout.num_groups,
-        )
-    )
-    loading = Loading(shard.num_bytes, perf_counter() - begin)
-    # The lanes take their steps, in turn, until no rank has work left.
+    model, loading = _load(weights, backend, world, rank_layout, pages=pages)
+    # The lanes take their steps, interleaved, until no rank has work left.
     progress = Progress(len(prompts), enabled=world.rank == 0)
     recorder = _make_recorder(job, world, rank_layout, attempt, progress)
     recorder.record(errors)
-    scheduler = _scheduler(job, rank_layout, sequences, pages=pages)
-    lanes = Lanes(
-        job,
-        world,
-        rank_layout,
-        model,
-        scheduler=scheduler,
-        task=_task(job, text, prompts),
-        recorder=recorder,
-        stop=stop,
-        first_step=attempt.earlier.next_step,
-    )
+    scheduler = _scheduler(job, rank_layout, requests, pages=pages)
+    context = LaneContext(model, scheduler, _task(job, tokenizer, prompts), recorder, stop)
+    lanes = make_lanes(job, world, rank_layout, context, pending=pending, first_step=attempt.earlier.next_step)
     world.watch(job.run.timeout_s, group=rank_layout.coords.stage)
-    seconds = lanes.take_steps()
+    rank_run = RankRun(rank_layout, lanes, recorder, loading, seconds=lanes.run())
     if not scheduler.has_work:
-        recorder.record(too_long)  # only now: if this attempt stops early, the next may have more room
+        recorder.record(too_long)  # only now: if this attempt stops early, the next may have more memory
     progress.close()
     world.watch(job.run.timeout_s)
-    # Every rank closes its part. Asked to stop before all is done: the parts stay, for the next attempt.
-    record = _record(job, world, rank_layout, lanes, recorder, sequences, seconds=seconds, loading=loading)
+    # Every rank closes its journal. If the run was stopped before all is done, the journals stay for the next attempt.
+    record = _record(job, world, rank_run, requests)
     attempt.journal.append(record)
     attempt.journal.close()
-    report = _report(job, world, attempt, lanes, recorder, record)
+    report = _report(job, world, attempt, rank_run, record)
     if report.num_finished < len(prompts):
         return attempt.stop(stop)
-    # The results: rank 0 merges all parts.
+    # The results: rank 0 merges all journals.
     provenance = make_provenance(job_text, world, weights=weights.fingerprint, start=start)
     if world.rank == 0:
         merge(job.output.results, attempt.journals(), num_requests=len(prompts), provenance=provenance)
@@ -110,13 +93,35 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     return 0
 
 
-def _backend(job: Job, world: World) -> Backend:
+def _backend(job: Job, world: World, pending: PendingTransfers) -> Backend:
     return make_backend(
-        job.run, local_rank=world.local_rank, takes_device_memory=lambda: takes_device_memory(job.exchange)
+        job.run,
+        local_rank=world.local_rank,
+        takes_device_memory=lambda: takes_device_memory(job.exchange),
+        progress=pending.progress,
     )
 
 
-def _cache_pages(job: Job, world: World, rank_layout: RankLayout, backend: Backend, requests: ManyOf[Request]) -> int:
+def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankLayout) -> Sequence[Prompt]:
+    """The prompts of this rank's data parallel group that no earlier attempt finished; none beyond the first stage."""
+    if not rank_layout.is_first_stage:
+        return []
+    due = [prompt for prompt in prompts if prompt.index not in attempt.earlier.indices]
+    return due[rank_layout.coords.data :: rank_layout.grid.num_groups(0)]
+
+
+def _load(
+    weights: WeightFile, backend: Backend, world: World, rank_layout: RankLayout, *, pages: int
+) -> tuple[Transformer, Loading]:
+    """This rank's share of the model, with `pages` cache pages for each group; a MoempiError of any rank ends all."""
+    shard = Shard(weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
+    begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
+    all_pages = pages * rank_layout.num_groups
+    model = world.collectively(lambda: load_model(shard, backend, layers=layers, hosted=hosted, pages=all_pages))
+    return model, Loading(shard.num_bytes, perf_counter() - begin)
+
+
+def _cache_pages(job: Job, world: World, rank_layout: RankLayout, backend: Backend, requests: Sequence[Request]) -> int:
     """Pages of each group of the first stage: as many as the longest of its sequences can use, and every rank affords.
 
     Collective; a ConfigError of any rank ends all.
@@ -129,17 +134,18 @@ def _cache_pages(job: Job, world: World, rank_layout: RankLayout, backend: Backe
 
 
 def _make_recorder(job: Job, world: World, rank_layout: RankLayout, attempt: Attempt, progress: Progress) -> Recorder:
-    """This rank's ledger; the first rank's also counts what earlier attempts finished."""
-    show = attempt.also_writing_state(progress.update)
-    ledger = Recorder(attempt.journal, task=job.task, writes_records=rank_layout.writes_records, on_progress=show)
+    """This rank's recorder; the first rank's also counts what earlier attempts finished."""
+    on_progress = attempt.also_writing_state(progress.update)
+    writes_records = rank_layout.writes_records
+    recorder = Recorder(attempt.journal, task=job.task, writes_records=writes_records, on_progress=on_progress)
     if world.rank == 0:
-        ledger.add_earlier(attempt.earlier)
-    return ledger
+        recorder.add_earlier(attempt.earlier)
+    return recorder
 
 
-def _scheduler(job: Job, rank_layout: RankLayout, requests: ManyOf[Request], *, pages: int) -> Scheduler:
+def _scheduler(job: Job, rank_layout: RankLayout, requests: Sequence[Request], *, pages: int) -> Scheduler:
     return Scheduler(
-        (sequence for sequence in requests if not sequence.finish),
+        (request for request in requests if not request.finish),
         lanes=job.lanes,
         slots=rank_layout.grid.slots(0, rank_layout.coords.data) if rank_layout.is_first_stage else range(0),
         batch_tokens=job.run.batch_tokens,
@@ -147,50 +153,32 @@ def _scheduler(job: Job, rank_layout: RankLayout, requests: ManyOf[Request], *, 
     )
 
 
-def _task(job: Job, tokenizer: TextTokenizer, prompts: ManyOf[Prompt]) -> Task:
+def _task(job: Job, tokenizer: TextTokenizer, prompts: Sequence[Prompt]) -> Task:
     if job.task == "score":
         return Score(top=job.score.top_n)
     return Generate(tokenizer, top=max((prompt.sampling.top_logprobs for prompt in prompts), default=0))
 
 
-def _record(
-    job: Job,
-    world: World,
-    rank_layout: RankLayout,
-    lanes: Lanes,
-    recorder: Recorder,
-    requests: ManyOf[Request],
-    *,
-    seconds: float,
-    loading: Loading,
-) -> RankRecord:
+def _record(job: Job, world: World, rank_run: RankRun, requests: Sequence[Request]) -> RankRecord:
     """What this rank did, and what balancing cost if the job asks for that; collective."""
-    balance = lanes.balance
-    record = rank_record(
-        lanes.each,
-        recorder,
-        world,
-        rank_layout,
-        balance=balance,
-        seconds=seconds,
-        loading=loading,
-        hops=job.exchange.hops,
-    )
-    if balance and job.balance.sample:
+    record = rank_record(world, rank_run, hops=job.exchange.hops)
+    lanes = rank_run.lanes
+    if lanes.balance and job.balance.sample:
         record.balance["logprob_change"] = quality_cost(
-            lanes.each, requests, world, sample=job.balance.sample, take_steps=lanes.take_steps
+            lanes.each, requests, world, sample=job.balance.sample, run=lanes.run
         )
     return record
 
 
-def _report(job: Job, world: World, attempt: Attempt, lanes: Lanes, recorder: Recorder, record: RankRecord) -> Report:
+def _report(job: Job, world: World, attempt: Attempt, rank_run: RankRun, record: RankRecord) -> Report:
     """The figures of the whole run, earlier attempts' requests counted; collective."""
+    transport = rank_run.lanes.transport
     return run_report(
         record,
-        recorder,
+        rank_run.recorder,
         world,
         earlier=attempt.earlier,
         results=job.output.results,
-        transport=f"{lanes.transport.name}  ({lanes.transport.reason})",
-        moe_layers=lanes.each[0].model.architecture.moe_layers,
+        transport=f"{transport.name}  ({transport.reason})",
+        moe_layers=rank_run.lanes.each[0].context.model.architecture.moe_layers,
     )

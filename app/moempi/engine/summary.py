@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +17,7 @@ from moempi.comm.transports.counted import no_counts
 from moempi.config.architecture import Architecture
 from moempi.engine.balance import Balance
 from moempi.engine.lane import Lane
+from moempi.engine.lanes import Lanes
 from moempi.engine.load import Loading
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
@@ -29,43 +31,46 @@ from moempi.storage.results_layout import NOWHERE
 PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
 
-def rank_record(
-    lanes: Sequence[Lane],
-    recorder: Recorder,
-    world: World,
-    rank_layout: RankLayout,
-    *,
-    balance: Balance | None,
-    seconds: float,
-    loading: Loading,
-    hops: int,
-) -> RankRecord:
-    """What this rank did in `seconds` of steps: it computed whenever it was not blocked."""
+@dataclass(frozen=True, slots=True)
+class RankRun:
+    """What a rank did: the `seconds` that its lanes took for all steps, and what was recorded and loaded."""
+
+    rank_layout: RankLayout
+    lanes: Lanes
+    recorder: Recorder
+    loading: Loading
+    seconds: float
+
+
+def rank_record(world: World, run: RankRun, *, hops: int) -> RankRecord:
+    """The record of one rank: it computed whenever it was not blocked."""
+    lanes, model, rank_layout = run.lanes.each, run.lanes.each[0].context.model, run.rank_layout
     waits = {kind: sum(lane.comm.transfers.waits[kind] for lane in lanes) for kind in WAITS}
-    waits["disk"] = recorder.disk_s
-    load = _expert_load(lanes, lanes[0].model.architecture)
+    waits["disk"] = run.recorder.disk_s
+    load = _expert_load(lanes, model.architecture)
+    coords = rank_layout.coords
     return RankRecord(
         rank=world.rank,
         host=world.host,
         expert_load=load,
-        seconds={"compute": seconds - sum(waits.values()), **waits},
-        loaded_bytes=loading.num_bytes,
-        loading_s=loading.seconds,
-        steps=recorder.steps,
-        tokens=recorder.tokens,
+        seconds={"compute": run.seconds - sum(waits.values()), **waits},
+        loaded_bytes=run.loading.num_bytes,
+        loading_s=run.loading.seconds,
+        steps=run.recorder.steps,
+        tokens=run.recorder.tokens,
         counters={name: sum(lane.comm.transfers.counters[name] for lane in lanes) for name in no_counts()},
         place={
             "seat": rank_layout.ranks.rank,
             **_rank_position(rank_layout),
-            "stage": rank_layout.coords.stage,
-            "data": rank_layout.coords.data,
-            "tensor": rank_layout.coords.tensor,
+            "stage": coords.stage,
+            "data": coords.data,
+            "tensor": coords.tensor,
             "hops": hops,
             "departs": int(lanes[0].comm.immediate is not None),
-            "row_bytes": lanes[0].model.architecture.width * lanes[0].model.backend.row_dtype.itemsize,
+            "row_bytes": model.architecture.width * model.backend.row_dtype.itemsize,
         },
         hosted=dict(rank_layout.hosted),
-        **_balance_columns(balance, load, first_of_stage=rank_layout.coords.data == rank_layout.coords.tensor == 0),
+        **_balance_columns(run.lanes.balance, load, first_of_stage=coords.data == coords.tensor == 0),
     )
 
 
@@ -80,7 +85,7 @@ def _expert_load(lanes: Sequence[Lane], architecture: Architecture) -> NDArray[n
     """Tokens that this rank's lanes routed to each expert of each layer (L, E)."""
     load = np.zeros((architecture.num_layers, architecture.experts.num), np.int64)
     for lane in lanes:
-        for layer, of_layer in lane.comm.exchange.load.items():
+        for layer, of_layer in lane.comm.exchange.expert_load.items():
             load[layer] += of_layer
     return load
 

@@ -1,6 +1,6 @@
-"""The two tasks: what a step asks of the rows that it wants, and what becomes of the answers."""
+"""The two tasks, generating and scoring: which rows of a step need logits, and what follows from them."""
 
-from collections.abc import Sequence as ManyOf
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -10,71 +10,74 @@ from moempi.comm.batch import LogitRequest
 from moempi.comm.tensor_group import TensorGroup
 from moempi.engine.scheduler import Work
 from moempi.engine.tokenizer import TextTokenizer
-from moempi.model.transformer import Transformer
-
-HEAD_ROWS = 64
+from moempi.model.head import LMHead
 
 
 class Task(Protocol):
-    """`pick` happens on the last stage, the rest on the first."""
+    """What a run does with its prompts. `sample` is called on the last stage, the rest on the first."""
 
-    def logit_requests(self, work: ManyOf[Work]) -> tuple[list[int], list[LogitRequest]]:
-        """The rows of the step whose logits are wanted, ascending, and what is asked of each."""
+    def logit_requests(self, work: Sequence[Work]) -> tuple[list[int], list[LogitRequest]]:
+        """The rows of a step that need logits, ascending, and for each how to sample its next token, or the target."""
 
     def sample(
         self,
-        model: Transformer,
+        head: LMHead,
         tensor: TensorGroup,
         rows: Array,
-        requests: ManyOf[LogitRequest],
+        requests: Sequence[LogitRequest],
         *,
-        counts: ManyOf[int],
+        counts: Sequence[int],
     ) -> SampledTokens:
-        """Answer for rows (N, D) of the last layer. Collective over the group, whose ranks bring `counts`; blocks."""
+        """The tokens that follow from rows (N, D) of the last layer.
 
-    def accept(self, work: ManyOf[Work], sampled: SampledTokens) -> None:
-        """Move the sequences of a step on, given the answers to all that it wanted."""
+        Collective over the tensor group, whose rank i brings counts[i] rows; blocks.
+        """
+
+    def accept(self, work: Sequence[Work], sampled: SampledTokens) -> None:
+        """Advance the requests of a step, given what was sampled for its logit rows."""
 
 
 class Generate:
-    """One new token for every sequence whose tokens are all computed; `top` is the most that any request asks for."""
+    """One new token for every request whose tokens are all computed, with the `top` likeliest tokens.
+
+    `top` is the largest `sampling.top_logprobs` of the job's requests.
+    """
 
     def __init__(self, tokenizer: TextTokenizer, *, top: int) -> None:
         self._tokenizer = tokenizer
         self._top = top
 
-    def logit_requests(self, work: ManyOf[Work]) -> tuple[list[int], list[LogitRequest]]:
-        """See `Task.wants`: the last row of each sequence that has no token left."""
+    def logit_requests(self, work: Sequence[Work]) -> tuple[list[int], list[LogitRequest]]:
+        """The last row of each request that has no uncomputed tokens after this step."""
         rows: list[int] = []
-        asked: list[LogitRequest] = []
+        logit_requests: list[LogitRequest] = []
         end = 0
-        for sequence, count in work:
+        for request, count in work:
             end += count
-            if count == sequence.num_waiting:
+            if count == request.num_waiting:
                 rows.append(end - 1)
-                asked.append(sequence.sampling_request())
-        return rows, asked
+                logit_requests.append(request.sampling_request())
+        return rows, logit_requests
 
     def sample(
         self,
-        model: Transformer,
+        head: LMHead,
         tensor: TensorGroup,
         rows: Array,
-        requests: ManyOf[LogitRequest],
+        requests: Sequence[LogitRequest],
         *,
-        counts: ManyOf[int],
+        counts: Sequence[int],
     ) -> SampledTokens:
-        """See `Task.pick`: the next tokens."""
-        logits = model.logits(rows, tensor, counts)
-        return model.backend.sample(logits, cast("ManyOf[SamplingRequest]", requests), top=self._top)
+        sampling = cast("Sequence[SamplingRequest]", requests)
+        return head.sample(rows, sampling, tensor=tensor, counts=counts, top=self._top)
 
-    def accept(self, work: ManyOf[Work], sampled: SampledTokens) -> None:
+    def accept(self, work: Sequence[Work], sampled: SampledTokens) -> None:
         row = 0
-        for sequence, count in work:
-            sequence.computed += count
-            if not sequence.num_waiting:
-                own = sampled.take(slice(row, row + 1)).with_top(sequence.sampling.top_logprobs)
-                sequence.accept(own, self._tokenizer)
+        for request, count in work:
+            request.computed += count
+            if not request.num_waiting:
+                own = sampled.take(slice(row, row + 1)).with_top(request.sampling.top_logprobs)
+                request.accept(own, self._tokenizer)
                 row += 1
 
 
@@ -84,40 +87,34 @@ class Score:
     def __init__(self, *, top: int) -> None:
         self._top = top
 
-    def logit_requests(self, work: ManyOf[Work]) -> tuple[list[int], list[LogitRequest]]:
-        """See `Task.wants`: every row that has a next token in its prompt."""
+    def logit_requests(self, work: Sequence[Work]) -> tuple[list[int], list[LogitRequest]]:
+        """Every row that has a next token in its prompt."""
         rows: list[int] = []
-        asked: list[LogitRequest] = []
+        logit_requests: list[LogitRequest] = []
         first = 0
-        for sequence, count in work:
-            targets = sequence.prompt_tokens[sequence.computed + 1 : sequence.computed + 1 + count]
+        for request, count in work:
+            targets = request.prompt_tokens[request.computed + 1 : request.computed + 1 + count]
             rows.extend(range(first, first + len(targets)))
-            asked.extend(targets)
+            logit_requests.extend(targets)
             first += count
-        return rows, asked
+        return rows, logit_requests
 
     def sample(
         self,
-        model: Transformer,
+        head: LMHead,
         tensor: TensorGroup,
         rows: Array,
-        requests: ManyOf[LogitRequest],
+        requests: Sequence[LogitRequest],
         *,
-        counts: ManyOf[int],
+        counts: Sequence[int],
     ) -> SampledTokens:
-        """See `Task.pick`: in pieces of HEAD_ROWS rows a rank, for a row of logits is as long as the vocabulary."""
-        targets = np.array(cast("ManyOf[int]", requests), np.int64)
-        picked = []
-        for first in range(0, max(*counts, 1), HEAD_ROWS):
-            piece = slice(first, first + HEAD_ROWS)
-            logits = model.logits(rows[piece], tensor, [min(max(count - first, 0), HEAD_ROWS) for count in counts])
-            picked.append(model.backend.score(logits, targets[piece], top=self._top))
-        return SampledTokens.join(picked)
+        targets = np.array(cast("Sequence[int]", requests), np.int64)
+        return head.score(rows, targets, tensor=tensor, counts=counts, top=self._top)
 
-    def accept(self, work: ManyOf[Work], sampled: SampledTokens) -> None:
+    def accept(self, work: Sequence[Work], sampled: SampledTokens) -> None:
         first = 0
-        for sequence, count in work:
-            sequence.computed += count
-            own = count if sequence.num_waiting else count - 1
-            sequence.accept_scores(sampled.take(slice(first, first + own)))
+        for request, count in work:
+            request.computed += count
+            own = count if request.num_waiting else count - 1
+            request.accept_scores(sampled.take(slice(first, first + own)))
             first += own

@@ -23,6 +23,8 @@ EXCHANGE_PHASES = {
     1: ("counts", "dispatch", "combine"),
     2: ("counts", "choices", "counts inside", "dispatch", "dispatch inside", "combine", "combine across"),
 }
+INSIDE_PHASES = ("counts inside", "dispatch inside", "combine")
+"""The phases of the second hop of two, as of an exchange of one hop."""
 
 
 def step_points(

@@ -4,8 +4,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Expert
+from moempi.comm.combine import Addends, Combine
 from moempi.comm.exchange import Exchange, Route
-from moempi.comm.immediate import ImmediateCombine
 from moempi.config.architecture import Router
 from moempi.layout.schedule import Point
 from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
@@ -39,36 +39,26 @@ class MixtureOfExperts:
     shared_gate: Array | None = None
 
     def forward(
-        self, backend: Backend, x: Array, exchange: Exchange, policy: RoutingPolicy = MODEL_ROUTING
-    ) -> Generator[Point, None, Array]:
-        """X (T, D) -> (T, D): every row to its K experts and back. Yields while rows are on the network."""
-        plan, outward = yield from exchange.send(x, self._route(backend, x, policy))
-        shared = self._shared(backend, x)
-        yield Point(self.layer, "dispatch")
-        rows = yield from exchange.arrived(outward, plan)
-        rows = backend.expert_mlp(rows, self.experts, plan.expert_counts)
-        homeward = exchange.answer(rows, plan)
-        yield Point(self.layer, "combine")
-        combined = yield from exchange.combined(homeward, plan)
-        return combined if shared is None else backend.add(combined, shared)
-
-    def forward_immediate(
         self,
         backend: Backend,
         x: Array,
-        residual: Array,
         exchange: Exchange,
-        combine: ImmediateCombine,
+        combine: Combine,
         policy: RoutingPolicy = MODEL_ROUTING,
-    ) -> Generator[Point, None, None]:
-        """The same for a stage's last layer whose answers, added to `residual`, are wanted by the next stage alone."""
-        plan, outward = yield from exchange.send(x, self._route(backend, x, policy))
-        owners = exchange.tell(combine.owners, plan)
-        combine.send_residual(plan, residual, self._shared(backend, x))
-        yield Point(self.layer, "dispatch")
-        rows = yield from exchange.arrived(outward, plan)
-        rows = backend.expert_mlp(rows, self.experts, plan.expert_counts)
-        combine.send_outputs(rows, plan, owners.finish())
+        *,
+        residual: Array | None = None,
+    ) -> Generator[Point, None, Array]:
+        """Every row of x (T, D) to its K experts and the shared ones, and the outputs where `combine` takes them.
+
+        Returns what `combine` leaves on this rank: (T, D), with the residual added. Yields while rows are on the
+        network.
+        """
+        dispatch = yield from exchange.dispatch(x, self._route(backend, x, policy))
+        addends = Addends(self._shared(backend, x), residual)
+        combine.begin(dispatch.plan, addends)
+        rows = yield from dispatch.rows
+        outputs = backend.expert_mlp(rows, self.experts, dispatch.plan.expert_counts)
+        return (yield from combine.finish(outputs, dispatch.plan, addends))
 
     def _route(self, backend: Backend, x: Array, policy: RoutingPolicy) -> Route:
         logits = backend.router_logits(x, self.router, self.rule, bias=self.router_bias)

@@ -10,8 +10,8 @@ from msgspec import structs
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
-from moempi.comm.exchange import Exchange
-from moempi.comm.transports.base import Transfer
+from moempi.comm.stage_comm import StageComm
+from moempi.comm.transfers import Transfer
 from moempi.config.architecture import Router
 from moempi.model.capacity import assign_within_quota, quotas
 
@@ -76,12 +76,12 @@ class ExpertBias:
 class BiasPolicy(RoutingPolicy):
     """The router's scores plus `shifts` select; weights stay those of the scores."""
 
-    def __init__(self, exchange: Exchange, bias: ExpertBias, moves: MoveCounter) -> None:
-        self._exchange = exchange
+    def __init__(self, stage: StageComm, bias: ExpertBias, moves: MoveCounter) -> None:
+        self._stage = stage
         self._bias = bias
         self._moves = moves
         self._load = np.zeros(bias.values.shape, np.int64)
-        self._load_sum: Transfer | None = None
+        self._load_sum: Transfer[IntArray] | None = None
 
     def begin_step(self, num_rows: int) -> None:
         """See `Gating.begin_step`; takes what the ranks agreed on after the lane's last step."""
@@ -103,7 +103,7 @@ class BiasPolicy(RoutingPolicy):
 
     def end_step(self) -> None:
         """See `Gating.end_step`: begins to add up the step's load."""
-        self._load_sum = self._exchange.agree(self._load.reshape(-1).tolist())
+        self._load_sum = self._stage.iallreduce_sum(self._load.reshape(-1).tolist())
 
     def flush(self) -> None:
         if self._load_sum is not None:
@@ -114,17 +114,17 @@ class BiasPolicy(RoutingPolicy):
 class CapacityPolicy(RoutingPolicy):
     """No expert takes more than `factor` times an even share of a step's choices; who is too many goes to the next."""
 
-    def __init__(self, exchange: Exchange, moves: MoveCounter, *, factor: float) -> None:
-        self._exchange = exchange
+    def __init__(self, stage: StageComm, moves: MoveCounter, *, factor: float) -> None:
+        self._stage = stage
         self._moves = moves
         self._factor = factor
-        self._rows: Transfer | None = None
+        self._rows: Transfer[IntArray] | None = None
 
     def begin_step(self, num_rows: int) -> None:
         """See `Gating.begin_step`: begins to tell all ranks how many rows each has."""
-        own = np.zeros(self._exchange.size, np.int64)
-        own[self._exchange.rank] = num_rows
-        self._rows = self._exchange.agree(own.tolist())
+        own = np.zeros(self._stage.size, np.int64)
+        own[self._stage.rank] = num_rows
+        self._rows = self._stage.iallreduce_sum(own.tolist())
 
     def choose(
         self, backend: Backend, layer: int, logits: Array, router: Router, correction: Array | None
@@ -138,7 +138,7 @@ class CapacityPolicy(RoutingPolicy):
         in_order = backend.download(ranked)
         quota = quotas(
             self._rows.finish(),
-            self._exchange.rank,
+            self._stage.rank,
             top_k=router.top_k,
             num_experts=in_order.shape[1],
             factor=self._factor,

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.batch import Batch
+from moempi.comm.combine import Combine
 from moempi.comm.lane_comm import LaneComm
-from moempi.comm.tensor_group import TensorGroup
 from moempi.config.architecture import Architecture
 from moempi.layout.row_split import RowSplit
 from moempi.layout.schedule import Point
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
+from moempi.model.head import LMHead
 from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
@@ -36,16 +37,14 @@ class Transformer:
     """A model as one rank holds it: the layers of its stage, its share of them, and its cache.
 
     `architecture` is that of the rank's share: its attention counts this rank's heads. Only the first stage holds the
-    embedding, only the last the final norm and this rank's part of the head.
+    embedding, only the last the head.
     """
 
     architecture: Architecture
     backend: Backend
     embedding: Array | None
     layers: Sequence[Layer]
-    norm: Norm | None
-    head: Array | None
-    head_bias: Array | None
+    head: LMHead | None
     cache: KVCache
 
     def embed(self, tokens: IntArray) -> Array:
@@ -53,12 +52,12 @@ class Transformer:
         return self.backend.embed(tokens, self.embedding)
 
     def forward(
-        self, batch: Batch, split: RowSplit, x: Array, comm: LaneComm, policy: RoutingPolicy
-    ) -> Generator[Point, None, Array | None]:
+        self, batch: Batch, split: RowSplit, x: Array, comm: LaneComm, policy: RoutingPolicy, last_combine: Combine
+    ) -> Generator[Point, None, Array]:
         """This rank's part of the batch's rows through the stage's layers; collective over the stage's ranks.
 
         Every rank of a tensor group attends all rows with its heads; between, each has its part of the rows only.
-        Returns None where the rows have left for the next stage.
+        `last_combine` ends a MoE layer that is the stage's last; the rows that it leaves here are returned.
         """
         backend, tensor = self.backend, comm.tensor
         segments = self.cache.segments(batch)
@@ -70,24 +69,10 @@ class Transformer:
             x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, layer=layer.index)))
             rows = layer.feed_forward_norm(backend, x)
             if isinstance(layer.feed_forward, MixtureOfExperts):
-                if comm.immediate is not None and layer is self.layers[-1]:
-                    departure = comm.immediate.immediate_combine(batch, split)
-                    yield from layer.feed_forward.forward_immediate(backend, rows, x, comm.exchange, departure, policy)
-                    return None
-                rows = yield from layer.feed_forward.forward(backend, rows, comm.exchange, policy)
+                combine = last_combine if layer is self.layers[-1] else comm.home_combine
+                x = yield from layer.feed_forward.forward(backend, rows, comm.exchange, combine, policy, residual=x)
             else:
                 rows = yield from tensor.all_gather(rows, split, layer=layer.index)
                 rows = layer.feed_forward(backend, rows)
-                rows = yield from tensor.reduce_scatter(rows, split, layer=layer.index)
-            x = backend.add(x, rows)
+                x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, layer=layer.index)))
         return x
-
-    def logits(self, x: Array, tensor: TensorGroup, counts: Sequence[int]) -> Array:
-        """Logits of rows that the last stage's `forward` returned (N, D) -> (N, V), in float32.
-
-        Collective over the tensor group, whose ranks bring `counts` rows and hold a part of the head each; blocks.
-        """
-        normed = x if self.norm is None else self.norm(self.backend, x)
-        rows = tensor.all_gather_rows(normed, counts)
-        logits = self.backend.logits(rows, self.head, self.head_bias)
-        return tensor.exchange_logits(logits, counts, length=self.architecture.vocab_size)

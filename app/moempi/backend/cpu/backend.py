@@ -8,6 +8,7 @@ BLOCK rows and attends in blocks of BLOCK positions and PAGE_ROWS keys: results 
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ Matrix = Float32Array | PackedMatrix
 QUERY_ROWS = 128
 PIECE_FLOPS = 4e8
 CACHED_ROWS = 32
+ONE_QUEUE = nullcontext()
 
 
 class NumpyBackend:
-    """The verbs of `protocol.Backend` on host memory; every verb has finished when it returns."""
+    """The verbs of `protocol.Backend` on host memory; every verb has finished when it returns.
+
+    Long verbs work in pieces and call `progress` between them, so that transfers advance.
+    """
 
     name = "numpy"
     comm_buffers_on_host = True
@@ -41,7 +46,7 @@ class NumpyBackend:
         self.is_bfloat16 = precision == "bfloat16"
         self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
-        self.progress = progress
+        self._progress = progress
         self._packs = self.is_bfloat16 and not self.reproducible and packing_works()
 
     # Weights and buffers
@@ -74,8 +79,8 @@ class NumpyBackend:
         for held in (cache.keys, cache.values):
             held.reshape(-1, PAGE_ROWS, *held.shape[1:])[pages] = 0
 
-    def use_queue(self, number: int) -> None:
-        """See `Backend.use_queue`; all are one."""
+    def on_queue(self, number: int) -> AbstractContextManager[None]:
+        return ONE_QUEUE
 
     def record_event(self) -> None:
         """See `Backend.mark`."""
@@ -216,7 +221,7 @@ class NumpyBackend:
                 np.multiply(queries[rows], np.float32(scale), out=block[low - first : high - first])
                 result = _attention(block, cache.keys[keys_at], cache.values[keys_at], hidden, sinks)
                 attended[rows] = result[low - first : high - first]
-            self.progress()
+            self._progress()
         return self._stored(attended)
 
     def _query_blocks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -339,15 +344,15 @@ class NumpyBackend:
         num_rows = len(x)
         most_rows = max(64, int(PIECE_FLOPS / (2 * matrix.shape[0] * matrix.shape[1])))
         if isinstance(matrix, PackedMatrix):
-            return matrix.product(x, rounded=rounded, most_rows=most_rows, progress=self.progress)
+            return matrix.product(x, rounded=rounded, most_rows=most_rows, progress=self._progress)
         if self.reproducible:
-            return blocked_product(x, matrix, most_rows=most_rows, progress=self.progress)
+            return blocked_product(x, matrix, most_rows=most_rows, progress=self._progress)
         pieces = max(1, -(-num_rows // most_rows))
         product = np.empty((num_rows, matrix.shape[1]), np.float32)
         for piece in range(pieces):
             rows = slice(piece * num_rows // pieces, (piece + 1) * num_rows // pieces)
             np.matmul(x[rows], matrix, out=product[rows])
-            self.progress()
+            self._progress()
         return product
 
 

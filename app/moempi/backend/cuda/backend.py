@@ -5,7 +5,8 @@ Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb
 share the call, so `reproducible` makes only calls of PRODUCT_ROWS rows, and attends row by row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -72,7 +73,6 @@ class CudaBackend:
     """The verbs of `protocol.Backend` on a GPU."""
 
     name = "cupy"
-    progress: Callable[[], None] = staticmethod(lambda: None)  # nothing here keeps the host for long
 
     def __init__(self, device: Device, *, precision: str, reproducible: bool) -> None:
         self.device = device
@@ -81,7 +81,7 @@ class CudaBackend:
         self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
         self._constants: tuple[tuple[str, int | None], ...] = () if self.is_bfloat16 else (("FLOAT32_ROWS", None),)
-        self.queue = 0
+        self._queue = 0
         self._located: dict[int, Located] = {}
 
     # Weights and buffers
@@ -111,8 +111,21 @@ class CudaBackend:
         for held in (cache.keys,) if _is_latent(cache) else (cache.keys, cache.values):
             self._launch("kv_cache", "clear_pages", (len(pages), 1, 1), 1024, held, index, np.int64(numbers))
 
-    def use_queue(self, number: int) -> None:
-        self.queue = number
+    @property
+    def queue(self) -> int:
+        return self._queue
+
+    @contextmanager
+    def on_queue(self, number: int) -> Iterator[None]:
+        before = self._queue
+        self._use_queue(number)
+        try:
+            yield
+        finally:
+            self._use_queue(before)
+
+    def _use_queue(self, number: int) -> None:
+        self._queue = number
         self.device.use_queue(number)
 
     def record_event(self) -> Event:

@@ -58,18 +58,25 @@ class DelayedReceipt:
 class EmulatedLinks:
     """A transport over a `Link` for each level of links that `links` names; `levels` (R,) are those to each rank.
 
-    A transfer is complete when all its levels' rows have arrived. The clock starts at the receiver. `listen`, if set,
-    hears when each transfer starts and arrives.
+    A transfer is complete when all its levels' rows have arrived. The clock starts at the receiver. `on_transfer` is
+    called with the start and the arrival of each transfer, in seconds of `time.perf_counter`.
     """
 
-    listen: Callable[[float, float], None] | None = None
-
-    def __init__(self, transport: Transport, links: Links, *, levels: IntArray, row_bytes: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        links: Links,
+        *,
+        levels: IntArray,
+        row_bytes: int,
+        on_transfer: Callable[[float, float], None] | None = None,
+    ) -> None:
         self.name = f"{transport.name} over emulated links"
         self._transport = transport
         self._links = links
         self._levels = levels
         self._row_bytes = row_bytes
+        self._on_transfer = on_transfer
 
     def outgoing(self, rows: int) -> Any:
         return self._transport.outgoing(rows)
@@ -81,6 +88,6 @@ class EmulatedLinks:
             rows = max(int(counts[self._levels == level].sum()) for counts in (send_counts, recv_counts))
             if rows:
                 arrival = max(arrival, link.arrival(rows * self._row_bytes))
-        if self.listen is not None:
-            self.listen(time.perf_counter(), arrival)
+        if self._on_transfer is not None:
+            self._on_transfer(time.perf_counter(), arrival)
         return DelayedReceipt(pending, arrival)

@@ -85,12 +85,24 @@ class SharedReceipt:
         return not self.requests or bool(MPI.Request.Testall(self.requests))
 
 
-class Shared:
-    """Rows through a window of `comm`'s ranks on this node, of whom `nodes` may say who they are.
+@dataclass(frozen=True, slots=True)
+class SlotOptions:
+    """The shared memory of a `Shared` transport: two slots of `num_bytes` a rank.
 
-    A rank has two rooms of `room_bytes`; `reach` hears of all rooms' memory, before it is used, and `allocate(rows)`
-    makes the buffers of what does not fit. With `in_place` off, rows are copied to the receiver's buffer. The rooms are
-    smaller where `windows` such windows would take too much of the node's shared memory. Making one is collective.
+    The slots are smaller where `windows` such windows would take too much of the node's shared memory. `register` is
+    called with the memory of all slots before it is used. With `in_place` off, receivers copy their rows out of it.
+    """
+
+    num_bytes: int = SLOT_BYTES
+    windows: int = 1
+    in_place: bool = True
+    register: Callable[[npt.NDArray[np.uint8]], None] = lambda memory: None
+
+
+class Shared:
+    """Rows through a window of `comm`'s ranks on this node; nodes (R,), if given, say which ranks those are.
+
+    `allocate(rows)` makes the buffers of rows that exceed a slot. Making one is collective.
     """
 
     name = "shared"
@@ -101,12 +113,9 @@ class Shared:
         *,
         row_bytes: int,
         nodes: tuple[int, ...] | None = None,
-        slot_bytes: int = SLOT_BYTES,
+        slots: SlotOptions = SlotOptions(),
         allocate: Callable[[int], Any] | None = None,
-        register_host_memory: Callable[[npt.NDArray[np.uint8]], None] = lambda memory: None,
-        in_place: bool = True,
-        windows: int = 1,
-        make_shared_flags: Callable[..., SharedFlags] = make_shared_flags,
+        make_flags: Callable[..., SharedFlags] = make_shared_flags,
     ) -> None:
         shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
         node_comm = MPI.Intracomm(shared.Split(nodes[comm.rank] if nodes else 0))
@@ -116,10 +125,10 @@ class Shared:
         self._ranks: list[int] = node_comm.allgather(comm.rank)
         self._local_ranks = {rank: peer for peer, rank in enumerate(self._ranks)}
         self._local_rank = node_comm.rank
-        self._in_place = in_place
+        self._in_place = slots.in_place
         self._has_others = len(self._ranks) < comm.size
-        slot_bytes = node_comm.allreduce(slot_bytes, MPI.MAX)  # groups of a stage can differ in their rows
-        window_bytes = node_comm.allreduce(_free_bytes() // SHARE_OF_FREE // windows, MPI.MIN)
+        slot_bytes = node_comm.allreduce(slots.num_bytes, MPI.MAX)  # groups of a stage can differ in their rows
+        window_bytes = node_comm.allreduce(_free_bytes() // SHARE_OF_FREE // slots.windows, MPI.MIN)
         allowed_bytes = window_bytes // (2 * node_comm.size)
         aligned = math.lcm(row_bytes, ALIGNMENT_BYTES)
         self._slot_rows = min(-(-slot_bytes // aligned), allowed_bytes // aligned) * aligned // row_bytes
@@ -128,8 +137,8 @@ class Shared:
         )
         words = memory[: flags_bytes(node_comm.size)]
         self.slots = memory[len(words) :].reshape(-1, row_bytes)
-        register_host_memory(self.slots)
-        self.flags = make_shared_flags(
+        slots.register(self.slots)
+        self.flags = make_flags(
             words, self._ranks, own=self._local_rank, slot_rows=self._slot_rows, sync=self._window.Sync
         )
         self._overflow = BufferRing(2, allocate or partial(aligned_rows, row_bytes=row_bytes))

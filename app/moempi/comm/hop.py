@@ -1,0 +1,61 @@
+"""One hop of rows: from rank to rank of one communicator, by one transport."""
+
+from functools import partial
+from typing import Any
+
+from mpi4py import MPI
+
+from moempi.arrays import IntArray
+from moempi.backend.protocol import Array, Backend
+from moempi.comm.transfers import Steps, Transfer, Transfers, after_verbs
+from moempi.comm.transports.base import Receipt, Transport
+from moempi.comm.transports.buffers import BufferRing
+
+
+class Hop:
+    """Sends rows of `width` elements between the ranks of `comm`; starting a transfer is collective.
+
+    Two transfers may be pending at a time.
+    """
+
+    def __init__(
+        self, comm: MPI.Intracomm, backend: Backend, *, transfers: Transfers, transport: Transport, width: int
+    ) -> None:
+        self.comm = comm
+        self.backend = backend
+        self.transfers = transfers
+        self._transport = transport
+        self._incoming = BufferRing(2, partial(backend.comm_buffer, width=width))
+
+    def send(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Transfer[Receipt]:
+        """Start `steps`; time spent waiting for it counts as "exchange"."""
+        return self.transfers.start(self.steps(rows, index, send_counts, recv_counts), waiting="exchange")
+
+    def steps(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Steps[Receipt]:
+        """Send rows[index] (all rows for None), ordered by destination; counts (R,) are rows to and from each rank."""
+        outgoing = self._transport.outgoing(int(send_counts.sum()))
+        self.backend.pack(rows, index, outgoing.view(self.backend.row_dtype))
+        incoming = self._incoming.take(int(recv_counts.sum()))
+        start = partial(self._transport.start, outgoing, send_counts, incoming, recv_counts)
+        return (yield from after_verbs(self.backend, start))
+
+    def unpack(self, receipt: Receipt, order: IntArray | None) -> Array:
+        """The received rows, reordered: row i is received row order[i]; None keeps the order of arrival."""
+        buffer, rows = receipt.rows()
+        unpacked = self.backend.unpack(buffer.view(self.backend.row_dtype), _compose(rows, order))
+        receipt.release()
+        return unpacked
+
+    def combine(self, receipt: Receipt, output_rows: Array, weights: Array) -> Array:
+        """Weighted sums (T, D) of the received rows output_rows (T, K), in slot order."""
+        buffer, rows = receipt.rows()
+        combined = self.backend.combine(buffer.view(self.backend.row_dtype), _compose(rows, output_rows), weights)
+        receipt.release()
+        return combined
+
+
+def _compose(rows: IntArray | None, order: Any) -> Any:
+    """rows[order], where None stands for all in their own order."""
+    if rows is None:
+        return order
+    return rows if order is None else rows[order]

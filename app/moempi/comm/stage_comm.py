@@ -1,0 +1,34 @@
+"""Small collectives between the ranks of a stage."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from mpi4py import MPI
+
+from moempi.arrays import Int32Array, IntArray
+from moempi.comm.transfers import Transfer, Transfers, complete
+
+
+class StageComm:
+    """The ranks of this rank's stage as one lane sees them. Every call is collective over them."""
+
+    def __init__(self, comm: MPI.Intracomm, transfers: Transfers) -> None:
+        self.size = comm.size
+        self.rank = comm.rank
+        self._comm = comm
+        self._transfers = transfers
+
+    def iallreduce_sum(self, amounts: Sequence[int]) -> Transfer[IntArray]:
+        """Start to add up amounts (n,) over the ranks; the transfer's value is the sums (n,)."""
+        own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)
+        request = self._comm.Iallreduce(own, sums)
+        return self._transfers.start(complete(request, sums, own), waiting="idle")
+
+    def ialltoallv(self, numbers: Int32Array, send_counts: IntArray, recv_counts: IntArray) -> Transfer[Int32Array]:
+        """Start to send numbers, ordered by destination; the value is the received ones, ordered by source.
+
+        Counts (R,) are numbers to and from each rank.
+        """
+        incoming = np.empty(int(recv_counts.sum()), np.int32)
+        request = self._comm.Ialltoallv([numbers, send_counts, MPI.INT32_T], [incoming, recv_counts, MPI.INT32_T])
+        return self._transfers.start(complete(request, incoming, numbers), waiting="idle")
