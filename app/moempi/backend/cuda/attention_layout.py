@@ -27,7 +27,9 @@ class AttentionLayout:
     single_rows: Sequence[range]
 
 
-def lay_out(segments: Sequence[Segment], *, can_tile: bool, upload: Callable[[IntArray], Array]) -> AttentionLayout:
+def lay_out_rows(
+    segments: Sequence[Segment], *, can_tile: bool, upload: Callable[[IntArray], Array]
+) -> AttentionLayout:
     """Lay out the rows of a step; segments of at least LEAST_TILE_ROWS rows are tiled if `can_tile`."""
     first_pages = np.cumsum([0, *(len(segment.pages) for segment in segments)])[:-1].tolist()
     tiled = [can_tile and segment.length >= LEAST_TILE_ROWS for segment in segments]
@@ -40,7 +42,7 @@ def lay_out(segments: Sequence[Segment], *, can_tile: bool, upload: Callable[[In
     )
 
 
-def has_tiles(cache: Cache) -> bool:
+def fits_tiles(cache: Cache) -> bool:
     """Whether kernels/attention_tiles.cu takes the widths of this cache."""
     return all(dim % 16 == 0 and dim <= MOST_TILE_DIM for dim in head_dims(cache).values()) and not is_latent(cache)
 

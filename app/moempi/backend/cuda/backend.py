@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.cuda.attention_layout import AttentionLayout, has_tiles, head_dims, is_latent, lay_out
+from moempi.backend.cuda.attention_layout import AttentionLayout, fits_tiles, head_dims, is_latent, lay_out_rows
 from moempi.backend.cuda.device import Argument, Device, Grid, Kernel
 from moempi.backend.protocol import (
     Array,
@@ -267,8 +267,8 @@ class CudaBackend:
         """The layout of a step's rows is the same in all layers, so it is kept until the queue's next step."""
         layout = self._layouts.get(self.queue)
         if layout is None or layout.segments is not segments:
-            can_tile = has_tiles(cache) and not self.reproducible
-            layout = self._layouts[self.queue] = lay_out(segments, can_tile=can_tile, upload=self.upload)
+            can_tile = fits_tiles(cache) and not self.reproducible
+            layout = self._layouts[self.queue] = lay_out_rows(segments, can_tile=can_tile, upload=self.upload)
         return layout
 
     # Experts
