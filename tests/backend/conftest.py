@@ -9,7 +9,7 @@ ON_GPU = os.environ.get("MOEMPI_TEST_DEVICE") == "cuda"
 
 @pytest.fixture(params=["GPU"] if ON_GPU else ["forwards", "backwards"])
 def device(request, monkeypatch):
-    """A GPU, or the kernels' threads on the CPU, from the first to the last or the other way."""
+    """A GPU, or the SIMT device with the threads of a block in ascending or descending order."""
     if ON_GPU:
         from moempi.backend.cuda.cupy_device import CupyDevice
 

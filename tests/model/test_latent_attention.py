@@ -1,4 +1,4 @@
-"""Latent attention in its absorbed form against the definition, which expands every key and value."""
+"""Latent attention in its absorbed form against its definition, which expands every key and value."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ from moempi.config.architecture import Attention, Latent, Rope
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.rope import rope_angles
 
-HEADS, PLAIN, TURNED, VALUES, RANK, QUERY_RANK, WIDTH = 3, 6, 4, 5, 8, 10, 12
+HEADS, PLAIN, ROTATED, VALUES, RANK, QUERY_RANK, WIDTH = 3, 6, 4, 5, 8, 10, 12
 BACKEND = NumpyBackend(precision="float32", reproducible=True)
 
 
 def shape(query_rank):
-    latent = Latent(key_value_rank=RANK, rope_dim=TURNED, value_dim=VALUES, query_rank=query_rank)
-    return Attention(HEADS, HEADS, PLAIN + TURNED, rope=Rope(interleaved=True), score_factor=1.3, latent=latent)
+    latent = Latent(key_value_rank=RANK, rope_dim=ROTATED, value_dim=VALUES, query_rank=query_rank)
+    return Attention(HEADS, HEADS, PLAIN + ROTATED, rope=Rope(interleaved=True), score_factor=1.3, latent=latent)
 
 
 def weights(query_rank):
@@ -28,8 +28,8 @@ def weights(query_rank):
     return {
         "query_latent": matrix(QUERY_RANK, WIDTH),
         "query_norm": matrix(QUERY_RANK) + 1,
-        "queries": matrix(HEADS * (PLAIN + TURNED), query_rank or WIDTH),
-        "latent": matrix(RANK + TURNED, WIDTH),
+        "queries": matrix(HEADS * (PLAIN + ROTATED), query_rank or WIDTH),
+        "latent": matrix(RANK + ROTATED, WIDTH),
         "norm": matrix(RANK) + 1,
         "expand": matrix(HEADS, PLAIN + VALUES, RANK),
         "output": matrix(WIDTH, HEADS * VALUES),
@@ -54,7 +54,7 @@ def built(held, query_rank):
 
 def attended(x, chunks, query_rank):
     module, pages, parts, start = built(weights(query_rank), query_rank), np.array([2, 0]), [], 0
-    cache = BACKEND.cache(3, 1, RANK + TURNED, latent=RANK)
+    cache = BACKEND.cache(3, 1, RANK + ROTATED, latent=RANK)
     for count in chunks:
         rows, positions = x[start : start + count], np.arange(start, start + count)
         angles = rope_angles(BACKEND, module.shape, positions)
@@ -64,16 +64,16 @@ def attended(x, chunks, query_rank):
 
 
 def twin(x, query_rank):
-    """Every head's keys and values written out, in float64, position by position."""
+    """Latent attention with expanded keys and values, in float64, position by position."""
     held = {name: array.astype(np.float64) for name, array in weights(query_rank).items()}
     x = x.astype(np.float64)
 
     def normed(rows, weight):
         return rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * weight
 
-    def turned(rows, position):
+    def rotated(rows, position):
         pairs = rows[..., 0::2] + 1j * rows[..., 1::2]
-        pairs = pairs * np.exp(1j * position * 10000.0 ** (-np.arange(0, TURNED, 2) / TURNED))
+        pairs = pairs * np.exp(1j * position * 10000.0 ** (-np.arange(0, ROTATED, 2) / ROTATED))
         return np.stack([pairs.real, pairs.imag], -1).reshape(rows.shape)
 
     source = normed(x @ held["query_latent"].T, held["query_norm"]) if query_rank else x
@@ -84,23 +84,23 @@ def twin(x, query_rank):
     for position in range(len(x)):
         for head in range(HEADS):
             query = queries[position, head]
-            query = np.concatenate([query[:PLAIN], turned(query[PLAIN:], position)])
+            query = np.concatenate([query[:PLAIN], rotated(query[PLAIN:], position)])
             keys = [
-                np.concatenate([expanded[at, head, :PLAIN], turned(both[at, RANK:], at)]) for at in range(position + 1)
+                np.concatenate([expanded[at, head, :PLAIN], rotated(both[at, RANK:], at)]) for at in range(position + 1)
             ]
-            scores = np.array(keys) @ query * (PLAIN + TURNED) ** -0.5 * 1.3
+            scores = np.array(keys) @ query * (PLAIN + ROTATED) ** -0.5 * 1.3
             powers = np.exp(scores - scores.max())
             result[position, head] = powers / powers.sum() @ expanded[: position + 1, head, PLAIN:]
     return result.reshape(len(x), -1) @ held["output"].T
 
 
 @pytest.mark.parametrize("query_rank", [0, QUERY_RANK])
-def test_equals_the_expanded_form(query_rank):
+def test_the_absorbed_form_equals_the_expanded_form(query_rank):
     x = np.random.default_rng(1).normal(size=(70, WIDTH)).astype(np.float32)
     np.testing.assert_allclose(attended(x, (70,), query_rank), twin(x, query_rank), atol=2e-6)
 
 
-def test_chunks_give_the_same_bits():
+def test_all_chunks_give_the_same_bits():
     x = np.random.default_rng(2).normal(size=(70, WIDTH)).astype(np.float32)
     whole = attended(x, (70,), QUERY_RANK)
     for chunks in [(1,) * 70, (33, 30, 7)]:

@@ -1,6 +1,6 @@
-"""The whole program on small checkpoints whose log-probabilities transformers has told (tests/peers/record.py).
+"""Whole runs on small checkpoints against log-probabilities recorded from transformers (tests/peers/record.py).
 
-Once on NumPy, once on the CUDA kernels.
+Each checkpoint runs on the CPU backend and on the CUDA kernels.
 """
 
 import json
@@ -31,7 +31,7 @@ batch_tokens = 24
 @pytest.mark.parametrize("program", [("-m", "moempi"), ("tests/simt/run.py",)], ids=["numpy", "kernels"])
 @pytest.mark.parametrize(("precision", "within"), [("float32", 2e-4), ("bfloat16", 1.0)])
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in FIXTURES.glob("*/expected.json")))
-def test_recorded_log_probabilities(name, precision, within, program, tmp_path, mpirun):
+def test_log_probabilities_equal_the_recorded_ones(name, precision, within, program, tmp_path, mpirun):
     expected = json.loads((FIXTURES / name / "expected.json").read_text())
     convert(FIXTURES / name, tmp_path / "model.h5")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"tokens": expected["tokens"]}))

@@ -1,4 +1,4 @@
-"""Rotary frequencies of the kinds that checkpoints have."""
+"""Rotary frequencies and angles of every kind of checkpoint."""
 
 import math
 
@@ -14,12 +14,12 @@ GPT_OSS = Yarn(factor=32.0, original_positions=4096, truncate=False)
 K2 = Yarn(factor=32.0, original_positions=4096, beta_fast=1.0, beta_slow=1.0)
 
 
-def test_plain_frequencies():
+def test_plain_frequencies_equal_their_definition():
     expected = [100.0 ** (-2 * i / 8) for i in range(4)]
     np.testing.assert_allclose(frequencies(Rope(theta=100.0), dim=8), expected, rtol=1e-6)
 
 
-def test_divisors():
+def test_divisors_divide_the_frequencies():
     rope = Rope(theta=100.0, divisors=(1.0, 2.0, 4.0, 8.0))
     expected = [100.0 ** (-2 * i / 8) / 2**i for i in range(4)]
     np.testing.assert_allclose(frequencies(rope, dim=8), expected, rtol=1e-6)
@@ -33,7 +33,7 @@ def test_divisors():
         (GPT_OSS, 1.5e5, 64, 8.0928, 17.398),
     ],
 )
-def test_yarn_ramps_between_the_known_bounds(yarn, theta, dim, low, high):
+def test_yarn_ramps_from_the_low_to_the_high_bound(yarn, theta, dim, low, high):
     plain = np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
     divided = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
     expected = plain / yarn.factor * divided + plain * (1 - divided)
@@ -48,15 +48,15 @@ def test_yarn_ramps_between_the_known_bounds(yarn, theta, dim, low, high):
         (Attention(2, 2, 16, latent=Latent(8, 6, 8)), 6),
     ],
 )
-def test_angles_turn_only_what_is_rotated(attention, rotated):
+def test_only_the_rope_dimensions_are_rotated(attention, rotated):
     backend, x = NumpyBackend(precision="float32", reproducible=True), np.ones((1, 2, 16), np.float32)
     angles = rope_angles(backend, attention, np.array([math.pi]))
-    turned = backend.rotate(x, angles)
-    assert (turned[..., rotated:] == 1).all()
-    assert turned[0, 0, 0] == pytest.approx(-1, abs=1e-6)
+    rotated_x = backend.rotate(x, angles)
+    assert (rotated_x[..., rotated:] == 1).all()
+    assert rotated_x[0, 0, 0] == pytest.approx(-1, abs=1e-6)
 
 
-def test_amplitude_multiplies_what_is_turned():
+def test_amplitude_multiplies_the_rotated_numbers():
     backend, x = NumpyBackend(precision="float32", reproducible=True), np.ones((1, 1, 4), np.float32)
     angles = rope_angles(backend, Attention(1, 1, 4, rope=Rope(amplitude=1.5)), np.array([0]))
     np.testing.assert_array_equal(backend.rotate(x, angles, interleaved=True), 1.5 * x)

@@ -1,7 +1,7 @@
 """A device for tests on machines without a GPU: the real kernels, compiled for the CPU under `simt.h`.
 
-It is as asynchronous as a GPU: what is submitted waits in its queue until somebody waits for it or asks, now and
-then, how far it is. A verb or transfer that reads before it has waited finds the pattern of fresh memory.
+It is as asynchronous as a GPU: submitted work stays in its queue until the host waits for it or polls an event. A verb
+or transfer that reads a result too early finds the pattern of fresh memory.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from moempi.backend.cuda.device import Argument, Grid, Kernel
 HEADER = Path(__file__).with_name("simt.h")
 LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
 LETTERS = {np.dtype(np.int32): "i", np.dtype(np.int64): "l", np.dtype(np.float32): "f"}
-FRESH = 0xFF  # every byte of memory that nobody has written: NaN in either precision, -1 as an index
+FRESH = 0xFF  # every byte of memory before its first write: NaN in either precision, -1 as an index
 
 
 class Resident(np.ndarray):
@@ -34,10 +34,10 @@ class Resident(np.ndarray):
 
 
 class SimtDevice:
-    """See `moempi.backend.cuda.device.Device`; `pinned` wires are host memory.
+    """A `moempi.backend.cuda.device.Device` on the CPU; if `pinned`, comm buffers are host memory.
 
-    When `eager`, work is done when it is submitted, and `peak_bytes` is what a GPU would hold: work that waits keeps
-    its arrays.
+    If `eager`, work is done when it is submitted, and `peak_bytes` is the peak of a GPU; otherwise submitted work keeps
+    its arrays alive.
     """
 
     name = "SIMT on the CPU"
@@ -63,7 +63,7 @@ class SimtDevice:
         return fresh if self.comm_buffers_on_host else self._resident(fresh)
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
-        """The CPU reaches all memory."""
+        """All host memory is addressable."""
 
     def holds(self, values: npt.NDArray[Any]) -> bool:
         return isinstance(values, Resident)
@@ -85,9 +85,9 @@ class SimtDevice:
         shape = (ctypes.c_uint * 6)(*grid, threads, 1, 1)
         letters = "".join("p" if _is_pointer(argument) else LETTERS[argument.dtype] for argument in arguments)
         words = [_word(argument) for argument in arguments]
-        places = (ctypes.c_void_p * len(words))(*(word.ctypes.data for word in words))
+        addresses = (ctypes.c_void_p * len(words))(*(word.ctypes.data for word in words))
         keep = (words, arguments)
-        self._queue.submit(lambda keep=keep: run(shape, places, letters.encode()))
+        self._queue.submit(lambda keep=keep: run(shape, addresses, letters.encode()))
 
     def product(self, x: Any, matrix: Any, out: Any, *, transposed: bool, accumulate: bool = False) -> None:
         def run() -> None:
@@ -108,7 +108,7 @@ class SimtDevice:
         return QueueEvent(self._queue, self._queue.submitted)
 
     def _resident(self, values: npt.NDArray[Any]) -> Resident:
-        """Count the memory for as long as the array or a part of it lives."""
+        """Count the memory until the array and its views are freed."""
         self.live_bytes += values.nbytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         weakref.finalize(values.base, self._release, values.nbytes)
@@ -119,7 +119,7 @@ class SimtDevice:
 
 
 class Queue:
-    """Work that was submitted and not yet done."""
+    """Work that is submitted but not done."""
 
     def __init__(self, *, eager: bool) -> None:
         self.submitted = 0
@@ -133,7 +133,7 @@ class Queue:
             self.run()
 
     def run(self, until: int | None = None) -> None:
-        """Do what was submitted, or the first so many of it."""
+        """Do all submitted work, or the first `until` pieces."""
         while self._waiting and (until is None or self.done < until):
             self._waiting.popleft()()
 
@@ -143,18 +143,18 @@ class Queue:
 
 
 class QueueEvent:
-    """A mark that lets one piece of work be done each time it is asked."""
+    """An event behind the first `count` pieces of work; each poll does one piece."""
 
-    def __init__(self, queue: Queue, place: int) -> None:
+    def __init__(self, queue: Queue, count: int) -> None:
         self._queue = queue
-        self._place = place
+        self._count = count
 
     def is_done(self) -> bool:
-        self._queue.run(min(self._queue.done + 1, self._place))
-        return self._queue.done >= self._place
+        self._queue.run(min(self._queue.done + 1, self._count))
+        return self._queue.done >= self._count
 
     def synchronize(self) -> None:
-        self._queue.run(self._place)
+        self._queue.run(self._count)
 
 
 def _fresh(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -199,8 +199,8 @@ def _library(kernel: Kernel) -> ctypes.CDLL:
     library = LIBRARIES / f"{Path(kernel.file).stem}-{digest}.so"
     if not library.exists():
         LIBRARIES.mkdir(mode=0o700, exist_ok=True)
-        with TemporaryDirectory(dir=LIBRARIES) as workshop:
-            source, made = Path(workshop) / "kernel.cpp", Path(workshop) / library.name
+        with TemporaryDirectory(dir=LIBRARIES) as build:
+            source, made = Path(build) / "kernel.cpp", Path(build) / library.name
             source.write_text(text.replace("#pragma once", ""))
             options = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
             subprocess.run(["g++", *options, *kernel.defines, "-o", str(made), str(source)], check=True)

@@ -1,4 +1,4 @@
-"""The peak of device memory beside the forecast: python tests/simt/peak.py run JOB.toml, on the SIMT device."""
+"""Peak device memory and its forecast, on the SIMT device: `python tests/simt/peak.py run JOB.toml`."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def watch_load(*arguments, pages, **named):
     memory = found["memory"]
     found["held"] = memory.weights + pages * memory.page
     found["loaded"] = device.live_bytes
-    device.peak_bytes = device.live_bytes  # without what the loading itself needed
+    device.peak_bytes = device.live_bytes  # the peak of loading does not count
     return model
 
 

@@ -1,6 +1,6 @@
 """The whole program on the SIMT device: `python tests/simt/run.py run JOB.toml ...`, with or without mpirun.
 
-MOEMPI_SIMT_WIRES=device takes wires for device memory. With MOEMPI_TEST_DEVICE=cuda it is the program itself, on a GPU.
+With MOEMPI_SIMT_BUFFERS=device, comm buffers are device memory. With MOEMPI_TEST_DEVICE=cuda the program runs on a GPU.
 """
 
 import os
@@ -13,7 +13,7 @@ from simt.device import SimtDevice
 
 
 def make_backend(run, **_):
-    device = SimtDevice(pinned=os.environ.get("MOEMPI_SIMT_WIRES") != "device")
+    device = SimtDevice(pinned=os.environ.get("MOEMPI_SIMT_BUFFERS") != "device")
     return CudaBackend(device, precision=run.precision, reproducible=run.reproducible)
 
 

@@ -1,9 +1,9 @@
 // CUDA's execution model on one CPU thread, for tests: kernels compile with a C++ compiler and really run.
 //
-// Every CUDA thread of a block is a fiber. The fibers of a block take turns and switch only at barriers, shuffles and
-// votes, so a run is deterministic; with SIMT_REVERSE set in the environment they run from the last to the first. A
-// kernel that lacks a barrier gives other results in one of the two orders. Barriers that not all threads of the block
-// (or lanes of the warp) reach end the program with a message. Shared memory is static: one block runs at a time.
+// Every CUDA thread of a block is a fiber. Fibers switch only at barriers, shuffles and votes, so a run is
+// deterministic; with SIMT_REVERSE set in the environment they run from the last to the first. A kernel that lacks a
+// barrier gives a different result in one of the two orders. A barrier that not all threads of the block (or lanes of
+// the warp) reach ends the program with a message. Shared memory is static: one block runs at a time.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -43,7 +43,7 @@ struct Fiber {
   State state = State::done;
   unsigned shuffles = 0;
   bool started = false;
-  jmp_buf place;
+  jmp_buf state_at_switch;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
 };
@@ -56,14 +56,14 @@ inline uint64_t slots[2][MOST_THREADS];
 inline void (*body)(void*) = nullptr;
 inline void* body_arguments = nullptr;
 
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "simt: %s (block %u %u %u)\n", what, block_index.x, block_index.y, block_index.z);
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "simt: %s (block %u %u %u)\n", message, block_index.x, block_index.y, block_index.z);
   std::abort();
 }
 
 inline void wait(State state) {
   current->state = state;
-  if (!_setjmp(current->place)) _longjmp(scheduler, 1);
+  if (!_setjmp(current->state_at_switch)) _longjmp(scheduler, 1);
 }
 
 inline void fiber_main() {
@@ -76,7 +76,7 @@ inline void fiber_main() {
 inline void resume(Fiber& fiber) {
   current = &fiber;
   if (_setjmp(scheduler)) return;
-  if (fiber.started) _longjmp(fiber.place, 1);
+  if (fiber.started) _longjmp(fiber.state_at_switch, 1);
   fiber.started = true;
   fiber.stack.reset(new char[STACK_BYTES]);
   getcontext(&fiber.context);
@@ -87,11 +87,11 @@ inline void resume(Fiber& fiber) {
   setcontext(&fiber.context);
 }
 
-// Run a warp until its lanes are all done or all wait for the block.
+// Run a warp until each of its lanes is done or waits for the block.
 inline void run_warp(int first, bool reverse) {
   for (;;) {
-    for (int turn = 0; turn < WARP; ++turn) {
-      Fiber& fiber = fibers[first + (reverse ? WARP - 1 - turn : turn)];
+    for (int i = 0; i < WARP; ++i) {
+      Fiber& fiber = fibers[first + (reverse ? WARP - 1 - i : i)];
       if (fiber.state == State::running) resume(fiber);
     }
     int at_warp = 0, finished = 0;
@@ -117,7 +117,7 @@ inline void run_block(int threads, bool reverse) {
   }
   for (;;) {
     const int warps = threads / WARP;
-    for (int turn = 0; turn < warps; ++turn) run_warp((reverse ? warps - 1 - turn : turn) * WARP, reverse);
+    for (int i = 0; i < warps; ++i) run_warp((reverse ? warps - 1 - i : i) * WARP, reverse);
     int finished = 0;
     for (int thread = 0; thread < threads; ++thread) finished += fibers[thread].state == State::done;
     if (finished == threads) return;
@@ -126,7 +126,7 @@ inline void run_block(int threads, bool reverse) {
   }
 }
 
-// One letter for each type that a kernel may take, so that a wrong argument is found here and not on a GPU.
+// One letter for each type of kernel argument, so that a wrong argument is found without a GPU.
 template <class T>
 constexpr char letter() {
   if constexpr (std::is_pointer_v<T>) return 'p';
@@ -135,7 +135,7 @@ constexpr char letter() {
   else return std::is_same_v<T, float> ? 'f' : '?';
 }
 
-// Run a kernel on a grid: `shape` is grid x y z, block x y z; `letters` are the types of the arguments given.
+// Run a kernel on a grid: `shape` is grid x y z, block x y z; `letters` are the types of the given arguments.
 template <class... Arguments, size_t... Numbers>
 void launch(void (*kernel)(Arguments...), const unsigned* shape, void** values, const char* letters,
             std::index_sequence<Numbers...>) {
@@ -166,7 +166,7 @@ void launch(void (*kernel)(Arguments...), const unsigned* shape, void** values, 
   launch(kernel, shape, values, letters, std::index_sequence_for<Arguments...>{});
 }
 
-// What every lane of the warp gave: write, meet, read. Two sets of slots take turns, so one meeting is enough.
+// The values of all lanes of a warp: write, wait, read. Two sets of slots alternate, so one barrier is enough.
 template <class T>
 struct Shared {
   const uint64_t* values;
@@ -237,8 +237,8 @@ namespace simt {
 
 inline float half_of(unsigned word, int which) { return __uint_as_float(which ? word & 0xffff0000u : word << 16); }
 
-// Rows g and g + 8 of a (16 x 16), from the lanes of a group, column by column.
-inline void gather_rows(const unsigned* a, int g, float (*rows)[16]) {
+// Rows g and g + 8 of a (16 x 16), from the four warp lanes of group g.
+inline void fragment_rows(const unsigned* a, int g, float (*rows)[16]) {
   for (int side = 0; side < 2; ++side) {  // columns 0 to 7, then 8 to 15
     const auto words = exchange(static_cast<uint64_t>(a[2 * side]) | static_cast<uint64_t>(a[2 * side + 1]) << 32);
     for (int t = 0; t < 4; ++t)
@@ -249,12 +249,12 @@ inline void gather_rows(const unsigned* a, int g, float (*rows)[16]) {
 
 template <bool TRANSPOSED>
 void load_eights(unsigned* to, const unsigned short* from) {
-  const auto places = exchange(from);
+  const auto addresses = exchange(from);
   const int g = current->lane / 4, t = current->lane % 4;
   for (int matrix = 0; matrix < 4; ++matrix) {
     unsigned short numbers[2];
     for (int i = 0; i < 2; ++i)
-      numbers[i] = TRANSPOSED ? places.of(matrix * 8 + 2 * t + i)[g] : places.of(matrix * 8 + g)[2 * t + i];
+      numbers[i] = TRANSPOSED ? addresses.of(matrix * 8 + 2 * t + i)[g] : addresses.of(matrix * 8 + g)[2 * t + i];
     to[matrix] = numbers[0] | static_cast<unsigned>(numbers[1]) << 16;
   }
 }
@@ -264,7 +264,7 @@ void load_eights(unsigned* to, const unsigned short* from) {
 inline void multiply_add(float* c, const unsigned* a, const unsigned* b) {
   const int g = simt::current->lane / 4, t = simt::current->lane % 4;
   float rows[2][16], columns[2][16];
-  simt::gather_rows(a, g, rows);
+  simt::fragment_rows(a, g, rows);
   const auto words = simt::exchange(static_cast<uint64_t>(b[0]) | static_cast<uint64_t>(b[1]) << 32);
   for (int column = 0; column < 2; ++column)
     for (int k = 0; k < 16; ++k)

@@ -1,1 +1,1 @@
-"""The machine: one Protocol of verbs on rows, implemented for NumPy and for CuPy."""
+"""The machine: one Protocol of verbs on rows, implemented with NumPy (cpu/) and with CUDA kernels (cuda/)."""

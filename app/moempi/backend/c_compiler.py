@@ -15,8 +15,8 @@ COMPILE_LIMIT_S = 60
 def load_kernel(source: Path) -> ctypes.CDLL | None:
     """Load the library of one C file, compiled on first use. Not collective.
 
-    Returns None where no library can be compiled or loaded. A `source` that cannot be read raises OSError: the package
-    is damaged, and the slower way must not hide it.
+    Returns None if the library cannot be compiled or loaded. Raises OSError if `source` cannot be read: the package is
+    damaged, and the fallback must not hide it.
     """
     code = source.read_bytes()
     try:
@@ -26,7 +26,7 @@ def load_kernel(source: Path) -> ctypes.CDLL | None:
 
 
 def _compiled(source: Path, code: bytes) -> Path:
-    """The path of the library; several ranks may compile it at once. Raises OSError or SubprocessError."""
+    """Compile the library and return its path; several ranks may do so at once. Raises OSError or SubprocessError."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "moempi"
     library = folder / f"{source.stem}-{xxhash.xxh3_64_hexdigest(code)}.so"
     if not library.exists():
@@ -34,8 +34,8 @@ def _compiled(source: Path, code: bytes) -> Path:
         if not compiler:
             raise FileNotFoundError("no C compiler")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as workshop:
-            made = Path(workshop) / library.name
+        with tempfile.TemporaryDirectory(dir=folder) as build:
+            made = Path(build) / library.name
             command = [*compiler.split(), "-O3", "-shared", "-fPIC", "-o", str(made), str(source)]
             subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_LIMIT_S)
             made.replace(library)

@@ -1,4 +1,7 @@
-"""What a rank is near to inside its node: GPUs that NVLink joins to its own, or the socket of its processor cores."""
+"""The domain of a rank inside its node (NVLink or NUMA): GPUs joined by NVLink, or the socket of its cores.
+
+A domain is called `island` in topology.json and in the names of these functions.
+"""
 
 import os
 from importlib.util import find_spec
@@ -8,7 +11,7 @@ CORES = Path("/sys/devices/system/cpu")
 
 
 def cpu_island(cores: Path = CORES) -> str:
-    """The socket that all cores of this process are on; "" when they are on several, or the system does not say."""
+    """The NUMA domain: the socket of all cores of this process; "" if there are several or the system gives none."""
     try:
         sockets = {
             (cores / f"cpu{core}/topology/physical_package_id").read_text().strip() for core in os.sched_getaffinity(0)
@@ -19,9 +22,10 @@ def cpu_island(cores: Path = CORES) -> str:
 
 
 def gpu_island(bus_id: str) -> str:
-    """The GPUs that NVLink joins to the one at a PCI address, itself included; "" when none, or nothing says.
+    """The NVLink domain: the GPUs joined by NVLink to the GPU at a PCI address, itself included.
 
-    Asks the driver by NVML. GPUs of one switched fabric all see each other.
+    Queries the driver through NVML. Returns "" if NVLink joins no other GPU, or NVML is not installed or fails. GPUs of
+    one switched fabric are all joined to each other.
     """
     if find_spec("pynvml") is None:
         return ""

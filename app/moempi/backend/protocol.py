@@ -1,8 +1,8 @@
-"""The verbs that a machine must have. The model is written in them alone.
+"""The verbs of a backend, by topic: memory, rows, attention, experts, tokens. The model computes with these alone.
 
-Arrays are opaque to the callers: they may slice, reshape and pass them on, never compute with them. Activations are
-rows of the run's precision. With bfloat16 every verb rounds once, when it stores; sums accumulate in float32.
-Every verb submits; only those whose text says so block the host.
+Arrays are opaque to callers, which may slice, reshape and pass them on, but never compute with them. Activations are
+rows in the run's precision. With bfloat16 a verb accumulates sums in float32 and rounds once, when it stores its
+result. A verb submits its work and returns; only verbs documented as "Blocks the host" wait for it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ Stored = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One SwiGLU network: `gate_up` maps D to 2F (gate first), `down` maps F to D, each with its bias if it has one."""
+    """A SwiGLU network: `gate_up` maps D to 2F (gate first), `down` maps F to D; biases (2F,) and (D,) are optional."""
 
     gate_up: Array
     down: Array
@@ -34,7 +34,7 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Keys and values of one layer: each (pages * PAGE_ROWS, key-value heads, numbers of a head)."""
+    """Keys and values of one layer: each (pages * PAGE_ROWS, key-value heads, head width)."""
 
     keys: Array
     values: Array
@@ -42,9 +42,9 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The new rows of one sequence in a step: rows [row, row + length) stand at positions from `start` on.
+    """The new rows of one sequence in a step: rows [row, row + length) are at positions [start, start + length).
 
-    `pages` lists the cache pages of the sequence; position p lives in row p % PAGE_ROWS of page pages[p // PAGE_ROWS].
+    `pages` lists the cache pages of the sequence; position p is row p % PAGE_ROWS of page pages[p // PAGE_ROWS].
     """
 
     row: int
@@ -55,7 +55,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class SamplingRequest:
-    """How the next token of one sequence is chosen: its sampling, one uniform number in [0, 1), the tokens so far."""
+    """How to sample the next token of a sequence: the rules, a uniform number in [0, 1), and the tokens so far."""
 
     sampling: Sampling
     uniform: float
@@ -64,7 +64,7 @@ class SamplingRequest:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Per row: a token, its log-probability, and the `n` most likely tokens with theirs, (rows, n)."""
+    """Per row: a token and its log-probability (rows,), and the n most likely tokens with theirs (rows, n)."""
 
     tokens: IntArray
     logprobs: Float32Array
@@ -72,16 +72,16 @@ class SampledTokens:
     top_logprobs: Float32Array
 
     def take(self, index: IntArray | slice) -> "SampledTokens":
-        """Some of the rows."""
+        """Select rows by index."""
         return SampledTokens(self.tokens[index], self.logprobs[index], self.top_tokens[index], self.top_logprobs[index])
 
     def with_top(self, top: int) -> "SampledTokens":
-        """The same with the `top` most likely tokens only."""
+        """Keep only the `top` most likely tokens of each row."""
         return SampledTokens(self.tokens, self.logprobs, self.top_tokens[:, :top], self.top_logprobs[:, :top])
 
     @staticmethod
     def join(parts: "Sequence[SampledTokens]") -> "SampledTokens":
-        """The rows of all parts, one after another."""
+        """Concatenate the rows of all parts."""
         return SampledTokens(
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
@@ -91,35 +91,29 @@ class SampledTokens:
 
 
 class Event(Protocol):
-    """A place in what was submitted."""
+    """A point in a queue of submitted work."""
 
     def is_done(self) -> bool:
-        """Whether all before it is done; does not block."""
+        """Whether all work submitted before the event is done; does not block."""
 
     def synchronize(self) -> None:
-        """Block the host until it is."""
+        """Block the host until all work submitted before the event is done."""
 
 
-class Backend(Protocol):
-    """A machine that holds weights and rows and computes on them."""
-
-    name: str
-    row_dtype: np.dtype[Any]
-    """Element type of rows on the wire: uint16 (bfloat16 bits) or float32."""
-    comm_buffers_on_host: bool
-    """Whether the host itself can read and write what `wire` makes."""
+class MemoryVerbs(Protocol):
+    """Weights, caches, buffers and queues."""
 
     def available_bytes(self) -> int:
-        """Memory of the machine that is free now, shared by all ranks on it."""
+        """Free memory of the machine in bytes, shared by all ranks on the node."""
 
     def tensor(self, *stored: Stored) -> Array:
-        """Take stored values, bfloat16 bits (uint16) or float32, as they are laid out, joined along axis 0."""
+        """Load stored values, bfloat16 bits (uint16) or float32, joined along axis 0."""
 
     def matrix(self, *stored: Stored, transposed: bool = False) -> Array:
-        """Take stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
+        """Load stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
 
     def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
-        """Make an empty cache of `pages` pages; with `latent`, values are the first `latent` numbers of the keys."""
+        """Allocate a zeroed cache of `pages` pages; if `latent`, values are the first `latent` numbers of the keys."""
 
     def clear(self, cache: Cache, pages: IntArray) -> None:
         """Set the rows of `pages` to zero."""
@@ -132,54 +126,74 @@ class Backend(Protocol):
         """Make `number` the current queue (a CUDA stream) inside a `with`. Queues are not ordered by each other."""
 
     def record_event(self) -> Event | None:
-        """A mark behind all that the queue was given; None where every verb is done when it returns."""
+        """Record an event behind all work in the current queue.
+
+        Returns None on a machine whose verbs are complete when they return.
+        """
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Let `pack` and `unpack` work on host memory that somebody else allocated, for as long as the process runs."""
+        """Make host memory that the caller allocated usable by `pack` and `unpack` until the process ends."""
 
     def comm_buffer(self, rows: int, width: int) -> Array:
-        """A contiguous, 64-byte aligned buffer of `rows` x `width` wire elements that MPI can read and write.
+        """Allocate a contiguous, 64-byte aligned buffer (rows, width) of `row_dtype` that MPI can read and write.
 
-        What verbs wrote to it is there once a `mark` behind them is reached.
+        MPI may read what a verb wrote to it once an event recorded behind the verb is done.
         """
 
     def upload(self, values: npt.NDArray[Any]) -> Array:
-        """Take a host array of indices or weights as it is."""
+        """Make a host array of indices or weights usable by verbs; the caller must not change it afterwards."""
 
     def download(self, values: Array) -> npt.NDArray[Any]:
         """Return a host array of equal values. Blocks the host."""
 
+
+class RowVerbs(Protocol):
+    """Dense layers: embedding, norms, products, and elementwise functions of rows."""
+
     def embed(self, tokens: IntArray, table: Array) -> Array:
-        """Rows of `table` (V, D) -> (T, D)."""
+        """Look up rows of `table` (V, D) -> (T, D)."""
 
     def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
-        """X / sqrt(mean(x^2) + eps) over the last axis, rounded or not, times `weight` (Zhang & Sennrich 2019)."""
+        """Divide x by sqrt(mean(x^2) + eps) over the last axis, then multiply by `weight` (Zhang & Sennrich 2019).
+
+        With `rounded`, the quotient is rounded to the run's precision before it is multiplied.
+        """
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
-        """(X - mean(x)) / sqrt(variance(x) + eps) over the last axis, times `weight`, plus `bias` (Ba et al. 2016)."""
+        """Compute (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias over the last axis (Ba et al. 2016)."""
 
     def linear(self, x: Array, matrix: Array, bias: Array | None = None) -> Array:
-        """X (T, inputs) times a matrix, plus the bias (outputs,) -> (T, outputs)."""
+        """Multiply x (T, inputs) by a matrix and add the bias (outputs,) -> (T, outputs)."""
 
     def linear_heads(self, x: Array, matrices: Array) -> Array:
-        """Each head of x (T, H, inputs) times its own matrix, of (H, inputs, outputs) -> (T, H, outputs)."""
+        """Multiply each head of x (T, H, inputs) by its own one of (H, inputs, outputs) -> (T, H, outputs)."""
 
     def clip(self, x: Array, limit: float) -> Array:
-        """X with every number brought within -limit and limit."""
+        """Limit every number of x to [-limit, limit]."""
 
     def join_columns(self, *parts: Array) -> Array:
-        """The parts side by side, joined along their last axis."""
+        """Concatenate along the last axis."""
 
     def add(self, x: Array, y: Array) -> Array:
-        """X + y, both (T, D)."""
+        """Add x and y, both (T, D)."""
+
+    def swiglu(self, gate_up: Array, clamp: Clamp | None = None) -> Array:
+        """Compute silu(gate) * up of (T, 2F) -> (T, F); the clamped form is defined by `config.architecture.Clamp`."""
+
+    def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
+        """Multiply rows x (T, D) by the sigmoid of their logits (T, 1)."""
+
+
+class AttentionVerbs(Protocol):
+    """Rotary embedding, the paged key-value cache, and attention over it."""
 
     def rope_angles(self, positions: IntArray, *, frequencies: Float32Array, amplitude: float) -> Array:
-        """Cosines and sines (T, n) of position times frequency, times `amplitude`; in float32, once per step."""
+        """Cosines and sines (T, n) of position times frequency, times `amplitude`; float32, computed once per step."""
 
     def rotate(self, x: Array, angles: Array, *, interleaved: bool = False) -> Array:
-        """Rotate the first 2n numbers of every head of x (T, H, dim) by the row's n angles.
+        """Rotate the first 2n numbers of every head of x (T, H, dim) by the row's n angles (Su et al. 2021).
 
-        The number that turns with number i is i + n, or its neighbour when `interleaved`.
+        Number i forms a pair with number i + n; when `interleaved`, number 2i forms a pair with number 2i + 1.
         """
 
     def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
@@ -197,18 +211,16 @@ class Backend(Protocol):
     ) -> Array:
         """Causal attention of queries (T, H, dim) over each sequence's cached positions -> (T, H, value dim).
 
-        Only the last `window` positions are seen unless it is 0. `sinks` (H,) are logits that take part in the softmax
-        and give nothing.
+        A query sees the last `window` positions, or all of them if `window` is 0. `sinks` (H,) are extra logits in the
+        divisor of the softmax.
         """
 
-    def swiglu(self, gate_up: Array, clamp: Clamp | None = None) -> Array:
-        """silu(gate) * up of (T, 2F) -> (T, F); for the clamped form see `config.architecture.Clamp`."""
 
-    def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
-        """Rows x (T, D) times the sigmoid of their logits (T, 1)."""
+class ExpertVerbs(Protocol):
+    """The router, the exchange's rows, and the experts' networks."""
 
     def router_logits(self, x: Array, matrix: Array, router: Router, *, bias: Array | None = None) -> Array:
-        """X (T, D) times the router's matrix, plus the bias (E,) -> (T, E)."""
+        """Multiply x (T, D) by the router's matrix and add the bias (E,) -> (T, E)."""
 
     def choose_experts(
         self,
@@ -218,47 +230,64 @@ class Backend(Protocol):
         correction: Array | None = None,
         selection_bias: Float32Array | None = None,
     ) -> tuple[Array, Array]:
-        """The router: experts (T, K) in order of falling score, lowest index on a tie, and float32 weights (T, K).
+        """Choose experts (T, K) in order of falling score, lowest index on a tie, with float32 weights (T, K).
 
-        The float32 `correction` (E,), and a `shift` (E,) from the host, are added to the scores that select.
+        The float32 `correction` (E,) and `selection_bias` (E,), a host array, are added to the scores that select.
         """
 
     def pick_replicas(self, experts: Array, period: int) -> Array:
-        """Experts (T, K) -> experts * turns + row % turns (T, K): where rows find theirs in a table of turns."""
+        """Index a table of replicas (E * period,): experts * period + row % period, (T, K) -> (T, K)."""
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
-        """The weights (T, K) that the router gives to these experts (T, K)."""
+        """Compute the router's weights (T, K) of given experts (T, K)."""
 
     def group(self, experts: Array, physical_ids: IntArray) -> tuple[Array, Array, IntArray]:
-        """Sort the T * K choices by keys[expert], stably. Blocks the host for the counts.
+        """Sort the T * K choices by physical_ids[expert], stably. Blocks the host for the counts.
 
-        Returns the row of the choice at each place (T * K,), the place of each choice (T, K), and how many choices have
-        each key (len(keys),), on the host.
+        Returns the source row of each sorted choice (T * K,), the sorted position of each choice (T, K), and a host
+        array of the number of choices per physical id (len(physical_ids),).
         """
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
-        """Rows rows[index], by an index on the host."""
+        """Select rows[index]; the index is a host array."""
 
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
-        """Write rows[index] (all rows when None) to a wire buffer; the index is on the host or from `upload`."""
+        """Write rows[index], or all rows if None, to a comm buffer; the index is a host array or from `upload`."""
 
     def unpack(self, buffer: Array, index: Array | None) -> Array:
-        """Rows wire[index] (all when None) of a wire buffer; the index as in `pack`."""
+        """Read rows buffer[index], or all rows if None, from a comm buffer; the index as in `pack`."""
 
     def join(self, parts: Sequence[Array]) -> Array:
-        """The rows of all parts, one after another, in memory of their own."""
+        """Concatenate the rows of all parts into new memory."""
 
     def combine(self, buffer: Array, output_rows: Array, weights: Array) -> Array:
-        """Sum over k, in slot order in float32, of weights[t, k] * wire[places[t, k]] -> (T, D)."""
+        """Sum weights[t, k] * buffer[output_rows[t, k]] over k, in slot order in float32 -> (T, D)."""
 
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
-        """Apply experts[e] to the next counts[e] rows, for e = 0, 1, ...; rows (sum(counts), D), same shape back."""
+        """Apply experts[e] to the next counts[e] rows, for e = 0, 1, ...; (sum(counts), D) -> (sum(counts), D)."""
+
+
+class TokenVerbs(Protocol):
+    """The head's logits and the tokens chosen from them."""
 
     def logits(self, x: Array, head: Array, bias: Array | None = None) -> Array:
-        """X (N, D) times the output matrix, plus the bias (V,) -> (N, V), kept in float32."""
+        """Multiply x (N, D) by the output matrix and add the bias (V,) -> (N, V) in float32."""
 
     def sample(self, logits: Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
-        """Choose the next token of each row. Log-probabilities are the model's, before any sampling rule. Blocks."""
+        """Sample the next token of each row (N, V). Blocks the host.
+
+        Log-probabilities are the model's, before any sampling rule; `top` is the number of most likely tokens returned.
+        """
 
     def score(self, logits: Array, targets: IntArray, *, top: int) -> SampledTokens:
-        """Log-probability of each row's target token. Blocks the host."""
+        """Compute the log-probability of each row's target token (N,). Blocks the host."""
+
+
+class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, ExpertVerbs, TokenVerbs, Protocol):
+    """A machine that holds weights and rows and computes with them."""
+
+    name: str
+    row_dtype: np.dtype[Any]
+    """Element type of rows in comm buffers: uint16 (bfloat16 bits) or float32."""
+    comm_buffers_on_host: bool
+    """Whether the host can read and write comm buffers."""

@@ -1,4 +1,4 @@
-"""Choosing a token from one row of logits, on the host.
+"""Sampling a token from one row of logits, on the host.
 
 The rules apply in the order that transformers applies them: repetition penalty, temperature, top-k, top-p, min-p.
 """
@@ -11,7 +11,7 @@ from moempi.backend.protocol import SamplingRequest
 
 
 def sample_token(logits: Float32Array, request: SamplingRequest) -> int:
-    """The next token from logits (V,): the largest when temperature is 0, else drawn with `choice.uniform`."""
+    """Sample the next token from logits (V,): the most likely if temperature is 0, else by `request.uniform`."""
     sampling = request.sampling
     scores = logits
     if sampling.repetition_penalty != 1.0:
@@ -25,7 +25,7 @@ def sample_token(logits: Float32Array, request: SamplingRequest) -> int:
 
 
 def penalized(logits: Float32Array, seen: npt.NDArray[np.integer], *, penalty: float) -> Float32Array:
-    """Logits with those of `seen` tokens divided by `penalty` where positive, multiplied where negative (CTRL 2019)."""
+    """Penalize `seen` tokens: divide a positive logit by `penalty`, multiply a negative one (Keskar et al. 2019)."""
     scores = logits.copy()
     tokens = np.unique(seen)
     scores[tokens] = np.where(scores[tokens] > 0, scores[tokens] / penalty, scores[tokens] * penalty)
@@ -35,7 +35,7 @@ def penalized(logits: Float32Array, seen: npt.NDArray[np.integer], *, penalty: f
 def _candidates(
     scores: npt.NDArray[np.float64], request: SamplingRequest
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """The tokens left by top-k, top-p and min-p, most likely first, and their probabilities (not normalized)."""
+    """The tokens kept by top-k, top-p and min-p, most likely first, and their probabilities (not normalized)."""
     sampling = request.sampling
     tokens = np.argsort(-scores, kind="stable")
     if sampling.top_k:

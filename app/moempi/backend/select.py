@@ -1,4 +1,4 @@
-"""Which backend a run uses, and how many GPUs there are for it."""
+"""Selects the backend of a run, and finds the GPUs of the node."""
 
 import logging
 from collections.abc import Callable
@@ -19,11 +19,11 @@ def make_backend(
     takes_device_memory: Callable[[], bool],
     progress: Callable[[], None] = lambda: None,
 ) -> Backend:
-    """The backend that the job names; "auto" is a GPU where there is one.
+    """Make the backend that the job names; "auto" uses a GPU if there is one.
 
-    Rank i of a node uses GPU i modulo their number. `takes_device_memory` is called on a GPU only: whether rows may
-    travel from its memory. The backend calls `progress` between the pieces of verbs that keep the host long. Raises
-    ConfigError when the job asks for a GPU and there is none.
+    Rank i of a node uses GPU i modulo the number of GPUs. `takes_device_memory()`, called only for a GPU, returns
+    whether MPI can send from device memory. The backend calls `progress` between the pieces of long verbs. Raises
+    ConfigError if the job requires a GPU and there is none.
     """
     gpus, problem = (0, "") if run.backend == "numpy" else find_gpus()
     if run.backend == "cupy" and problem:
@@ -38,7 +38,7 @@ def make_backend(
 
 
 def find_gpus() -> tuple[int, str]:
-    """The GPUs of this node that CuPy finds, and where it finds none, why."""
+    """The number of GPUs that CuPy finds on this node, and the reason if it is 0."""
     if find_spec("cupy") is None:
         return 0, "CuPy is not installed"
     try:
@@ -50,10 +50,7 @@ def find_gpus() -> tuple[int, str]:
 
 
 def find_island(local_rank: int, *, on_gpu: bool) -> str:
-    """What this rank is near to inside its node (see island.py), as the backend's memory has it; "" when unknown.
-
-    `on_gpu` without a GPU counts as on none.
-    """
+    """The domain of this rank (see locality.py): NVLink if `on_gpu` and there is a GPU, else NUMA; "" if unknown."""
     gpus = find_gpus()[0] if on_gpu else 0
     if not gpus:
         return cpu_island()
@@ -63,7 +60,7 @@ def find_island(local_rank: int, *, on_gpu: bool) -> str:
 
 
 def describe_gpus() -> list[str]:
-    """Lines about this node's GPUs for a person; one that says why when there is none."""
+    """One line per GPU of this node for the user, or one line with the reason if none is used."""
     _, problem = find_gpus()
     if problem:
         return [f"no GPU is used: {problem}"]

@@ -11,7 +11,7 @@ from moempi.config import architecture
 class Attention:
     """Weights of one layer's attention: `qkv` maps D to the heads' queries, keys and values, `output` back to D.
 
-    `window` is the number of last positions that it sees, 0 for all.
+    `window` is the number of last positions that a query sees, 0 for all.
     """
 
     shape: architecture.Attention
@@ -26,7 +26,7 @@ class Attention:
     window: int = 0
 
     def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
-        """Attend rows x (T, D) to the earlier positions of their sequences -> (T, D); extends the cache."""
+        """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D)."""
         shape, num_rows = self.shape, len(x)
         queries, keys, values = self._project(backend, x)
         queries = backend.rotate(queries, angles, interleaved=shape.rope.interleaved)
@@ -38,7 +38,7 @@ class Attention:
         return backend.linear(attended, self.output, self.output_bias)
 
     def _project(self, backend: Backend, x: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values by heads, normalized and clipped, not yet rotated."""
+        """Queries, keys and values by head, normalized and clipped, before rotation."""
         shape, num_rows = self.shape, len(x)
         query_rows, kv_rows = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         qkv = backend.linear(x, self.qkv, self.qkv_bias)

@@ -1,4 +1,4 @@
-"""The key-value cache of a rank: pages of rows in every layer, and which slot holds which pages."""
+"""The key-value cache of a rank: pages of rows in every layer, and the pages that each slot holds."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from moempi.config.tensors import PAGE_ROWS
 
 
 def pages_for(capacity: int) -> int:
-    """Pages that hold `capacity` positions."""
+    """Number of pages for `capacity` positions."""
     return -(-capacity // PAGE_ROWS)
 
 
 class KVCache:
     """Pages shared by all slots. A slot holds its pages from its first step until it is freed.
 
-    Whoever schedules must not ask for more pages than there are; `pages_for` tells how many a slot takes.
+    A slot takes `pages_for` its capacity. The scheduler must not exceed the number of pages.
     """
 
     def __init__(self, backend: Backend, attention: Attention, *, layers: int, pages: int) -> None:
@@ -32,7 +32,7 @@ class KVCache:
         self._held: dict[int, IntArray] = {}
 
     def segments(self, batch: Batch) -> tuple[Segment, ...]:
-        """Free what the batch frees, give new slots their pages, and say where each sequence's rows stand."""
+        """Free the batch's freed slots, allocate pages for its new slots, and return a segment per sequence."""
         for slot in batch.freed.tolist():
             self._free = sorted([*self._free, *self._held.pop(slot).tolist()])
         row, segments = 0, []
@@ -46,7 +46,7 @@ class KVCache:
         return tuple(segments)
 
     def _take(self, count: int) -> IntArray:
-        """Pages that follow each other where there are such, else the lowest free ones; their rows are zero."""
+        """Take adjacent pages if there are enough, else the lowest free ones, and set their rows to zero."""
         free = self._free
         runs = (first for first in range(len(free) - count + 1) if free[first + count - 1] - free[first] == count - 1)
         first = next(runs, 0)

@@ -11,10 +11,10 @@ from moempi.config import architecture
 class LatentAttention:
     """Weights of one layer's latent attention, in the absorbed form: keys and values are never expanded.
 
-    A position leaves its normalized latent vector c and one rotated key r for all heads in the cache. A head's key is
-    (A c | r) and its value B c, so its score with a query (p | q) is (A'p) c + q r: `absorb_keys` (H, n, rank) holds
-    each head's A, `expand_values` (H, rank, values) its B transposed. `queries` maps D, or the query latent, to
-    all (p | q).
+    The cache holds, for each position, the normalized latent vector c and one rotated key r shared by all heads. A
+    head's key is (A c | r) and its value is B c, so its score with a query (p | q) is (A'p) c + q r. `absorb_keys`
+    (H, n, rank) holds each head's A, `expand_values` (H, rank, values) each head's B transposed. `queries` maps D, or
+    the query latent, to all (p | q).
     """
 
     shape: architecture.Attention
@@ -32,7 +32,7 @@ class LatentAttention:
     output_bias: Array | None = None
 
     def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
-        """Attend rows x (T, D) to the earlier positions of their sequences -> (T, D); extends the cache."""
+        """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D)."""
         shape, num_rows = self.shape, len(x)
         queries, keys = self._queries(backend, x, angles), self._keys(backend, x, angles)
         backend.extend_cache(cache, keys, None, segments)
@@ -43,7 +43,7 @@ class LatentAttention:
         return backend.linear(attended, self.output, self.output_bias)
 
     def _queries(self, backend: Backend, x: Array, angles: Array) -> Array:
-        """Each head's query for latent vectors and its rotated query (T, H, rank + rotated)."""
+        """Each head's absorbed query and rotated query (T, H, rank + rope dim)."""
         if self.query_latent is not None:
             x = backend.linear(x, self.query_latent, self.query_bias)
             x = backend.rms_norm(x, self.query_norm, eps=self.latent.norm_eps)
@@ -53,7 +53,7 @@ class LatentAttention:
         return backend.join_columns(absorbed, self._rotate(backend, queries[..., plain:], angles))
 
     def _keys(self, backend: Backend, x: Array, angles: Array) -> Array:
-        """What the cache keeps of each row (T, 1, rank + rotated)."""
+        """The cached latent vector and rotated key of each row (T, 1, rank + rope dim)."""
         rank = self.latent.key_value_rank
         both = backend.linear(x, self.key_value_latent, self.key_value_bias)[:, None, :]
         vectors = backend.rms_norm(both[..., :rank], self.key_value_norm, eps=self.latent.norm_eps)

@@ -1,4 +1,4 @@
-"""The norms before attention and feed-forward, and before the head."""
+"""The norm before attention, feed-forward and head."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,39 +1,36 @@
-"""The rotary angles of a batch."""
+"""Rotary position embedding (Su et al. 2021): frequencies and angles."""
 
 import math
 
 import numpy as np
-import numpy.typing as npt
 
-from moempi.arrays import IntArray
+from moempi.arrays import Float32Array, IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.config.architecture import Attention, Rope, Yarn
 
 
 def rope_angles(backend: Backend, attention: Attention, positions: IntArray) -> Array:
-    """Angles of the rows at `positions` (T,), for `Backend.rotate`."""
+    """Angles of rows at `positions` (T,), for `Backend.rotate`."""
     rope = attention.rope
     dim = rope.dim or (attention.latent.rope_dim if attention.latent else attention.head_dim)
     return backend.rope_angles(positions, frequencies=frequencies(rope, dim=dim), amplitude=rope.amplitude)
 
 
-def frequencies(rope: Rope, *, dim: int) -> npt.NDArray[np.float32]:
-    """theta^(-2i / dim) for i = 0 .. dim / 2 - 1, rescaled as the rope says; float32, as models are trained with."""
+def frequencies(rope: Rope, *, dim: int) -> Float32Array:
+    """theta^(-2i / dim) for i = 0 .. dim / 2 - 1, rescaled by `rope`; float32, the precision used in training."""
     periods = np.float32(rope.theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
     if rope.divisors:
         periods = periods * np.array(rope.divisors, np.float32)
-    plain: npt.NDArray[np.float32] = (np.float32(1) / periods).astype(np.float32)
+    plain: Float32Array = (np.float32(1) / periods).astype(np.float32)
     return plain if rope.yarn is None else _interpolated(plain, periods, rope.yarn, theta=rope.theta)
 
 
-def _interpolated(
-    plain: npt.NDArray[np.float32], periods: npt.NDArray[np.float32], yarn: Yarn, *, theta: float
-) -> npt.NDArray[np.float32]:
-    """Fast frequencies as they are, slow ones divided by the factor, a ramp between (Peng et al. 2023, section 3.2)."""
+def _interpolated(plain: Float32Array, periods: Float32Array, yarn: Yarn, *, theta: float) -> Float32Array:
+    """YaRN: keep fast frequencies, divide slow ones by the factor, ramp in between (Peng et al. 2023, section 3.2)."""
     dim = 2 * len(plain)
     low, high = (
-        dim * math.log(yarn.original_positions / (2 * math.pi * turns)) / (2 * math.log(theta))
-        for turns in (yarn.beta_fast, yarn.beta_slow)
+        dim * math.log(yarn.original_positions / (2 * math.pi * rotations)) / (2 * math.log(theta))
+        for rotations in (yarn.beta_fast, yarn.beta_slow)
     )
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -43,5 +40,5 @@ def _interpolated(
     index = np.arange(len(plain), dtype=np.float32)
     kept = 1 - np.clip((index - np.float32(low)) / np.float32(high - low), 0, 1)
     slow = np.float32(1) / (np.float32(yarn.factor) * periods)
-    mixed: npt.NDArray[np.float32] = (slow * (1 - kept) + plain * kept).astype(np.float32)
+    mixed: Float32Array = (slow * (1 - kept) + plain * kept).astype(np.float32)
     return mixed

@@ -1,4 +1,4 @@
-"""Every verb of the NumPy backend against a slow, obvious twin in float64."""
+"""Every verb of the CPU backend against a slow, obvious twin in float64."""
 
 import numpy as np
 import pytest
@@ -15,17 +15,17 @@ BACKENDS = pytest.mark.parametrize("backend", [EXACT, FAST, FIXED], ids=["float3
 
 
 def values(*shape, seed=0, scale=1.0):
-    """Random rows that bfloat16 can hold."""
+    """Random rows of bfloat16 values."""
     return round_to_bfloat16((np.random.default_rng(seed).normal(size=shape) * scale).astype(np.float32))
 
 
 def close(backend, actual, expected):
-    """Within float32 rounding, or within half a unit in the last place of bfloat16."""
+    """Equal within float32 rounding, or within half a unit in the last place of bfloat16."""
     tolerance = 2.0**-8 if backend.is_bfloat16 else 2e-6
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max() * 0.02)
 
 
-def test_bfloat16_is_the_nearest_ties_to_even():
+def test_bfloat16_rounds_to_the_nearest_with_ties_to_even():
     bits = np.array([0x3F80, 0x3F81, 0x0001, 0x8000, 0x7F7F, 0x7F80], np.uint16)
     np.testing.assert_array_equal(narrow(widen(bits)), bits)
     halfway = np.array([0x3F808000, 0x3F818000, 0x3F818001, 0x3F807FFF], np.uint32).view(np.float32)
@@ -35,7 +35,7 @@ def test_bfloat16_is_the_nearest_ties_to_even():
 
 
 @BACKENDS
-def test_rms_norm(backend):
+def test_rms_norm_equals_its_definition(backend):
     x, weight = values(5, 3, 16), values(16, seed=1)
     expected = x.astype(np.float64) / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5) * weight
     actual = backend.rms_norm(x, weight, eps=1e-5)
@@ -44,7 +44,7 @@ def test_rms_norm(backend):
 
 @BACKENDS
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 65])
-def test_linear(backend, rows):
+def test_linear_multiplies_by_joined_and_transposed_matrices(backend, rows):
     x, weight, extra = values(rows, 24), values(10, 24, seed=1), values(6, 24, seed=2)
     matrix = backend.matrix(narrow(weight), narrow(extra))
     expected = x.astype(np.float64) @ np.concatenate([weight, extra]).astype(np.float64).T
@@ -52,12 +52,12 @@ def test_linear(backend, rows):
     assert actual.shape == (rows, 16)
     if rows:
         close(backend, actual, expected)
-    turned = backend.matrix(narrow(weight).T, narrow(extra).T, transposed=True)
-    np.testing.assert_array_equal(actual, backend.linear(x, turned))
+    transposed = backend.matrix(narrow(weight).T, narrow(extra).T, transposed=True)
+    np.testing.assert_array_equal(actual, backend.linear(x, transposed))
 
 
 @BACKENDS
-def test_norms_of_other_families(backend):
+def test_unrounded_rms_norm_and_layer_norm_equal_their_definitions(backend):
     x, weight, bias = values(5, 16), values(16, seed=1), values(16, seed=2)
     exact = x.astype(np.float64)
     root = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * weight
@@ -68,7 +68,7 @@ def test_norms_of_other_families(backend):
 
 @BACKENDS
 @pytest.mark.parametrize("rows", [0, 1, 9, 65])
-def test_biased_linear_rounds_once(backend, rows):
+def test_linear_with_a_bias_rounds_once(backend, rows):
     x, weight, bias = values(rows, 24), values(10, 24, seed=1), values(10, seed=2)
     actual = backend.linear(x, backend.matrix(narrow(weight)), bias)
     assert actual.shape == (rows, 10)
@@ -78,7 +78,7 @@ def test_biased_linear_rounds_once(backend, rows):
 
 @BACKENDS
 @pytest.mark.parametrize("rows", [0, 1, 9, 65])
-def test_linear_heads(backend, rows):
+def test_linear_heads_multiplies_each_head_by_its_matrix(backend, rows):
     x, matrices = values(rows, 3, 6), values(3, 6, 4, seed=1)
     actual = backend.linear_heads(x, matrices)
     assert actual.shape == (rows, 3, 4)
@@ -87,7 +87,7 @@ def test_linear_heads(backend, rows):
 
 
 @BACKENDS
-def test_clip_join_and_gate(backend):
+def test_clip_join_columns_and_scale_by_sigmoid_equal_their_definitions(backend):
     x, y, logits = values(4, 6), values(4, 2, seed=1), np.float32([[0], [-200], [200], [1]])
     assert np.abs(backend.clip(x, 0.5)).max() == 0.5
     np.testing.assert_array_equal(backend.join_columns(x, y)[:, 6:], y)
@@ -95,7 +95,7 @@ def test_clip_join_and_gate(backend):
 
 
 @BACKENDS
-def test_clamped_swiglu(backend):
+def test_clamped_swiglu_equals_its_definition(backend):
     gate_up = values(4, 12, scale=3.0)
     gate, up = np.minimum(gate_up[:, :6], 2.0).astype(np.float64), np.clip(gate_up[:, 6:], -2, 2).astype(np.float64)
     expected = (up + 1) * gate / (1 + np.exp(-1.7 * gate))
@@ -103,7 +103,7 @@ def test_clamped_swiglu(backend):
 
 
 @BACKENDS
-def test_swiglu_also_where_the_exponential_overflows(backend):
+def test_swiglu_equals_its_definition_if_the_exponential_overflows(backend):
     gate_up = values(4, 12)
     gate_up[0, 0], gate_up[1, 1] = -200.0, 200.0
     gate, up = gate_up[:, :6].astype(np.float64), gate_up[:, 6:].astype(np.float64)
@@ -111,34 +111,34 @@ def test_swiglu_also_where_the_exponential_overflows(backend):
 
 
 @BACKENDS
-def test_rotation_turns_each_pair_by_position_times_frequency(backend):
+def test_each_pair_is_rotated_by_position_times_frequency(backend):
     positions, x = np.array([0, 1, 300]), values(3, 2, 8)
     frequencies = 100.0 ** (-np.arange(0, 8, 2, dtype=np.float32) / 8)
     actual = backend.rotate(x, backend.rope_angles(positions, frequencies=frequencies, amplitude=1.0))
     for row, position in enumerate(positions):
         for pair in range(4):
             angle = position * 100.0 ** (-2 * pair / 8)
-            turned = (x[row, :, pair] + 1j * x[row, :, pair + 4]) * np.exp(1j * angle)
+            rotated = (x[row, :, pair] + 1j * x[row, :, pair + 4]) * np.exp(1j * angle)
             tolerance = 0.02 if backend.is_bfloat16 else 2e-4
-            np.testing.assert_allclose(actual[row, :, pair], turned.real, atol=tolerance)
-            np.testing.assert_allclose(actual[row, :, pair + 4], turned.imag, atol=tolerance)
+            np.testing.assert_allclose(actual[row, :, pair], rotated.real, atol=tolerance)
+            np.testing.assert_allclose(actual[row, :, pair + 4], rotated.imag, atol=tolerance)
 
 
 @BACKENDS
-def test_interleaved_and_partial_rotation(backend):
-    """Neighbours turn together; what lies behind the rotated numbers stays as it is."""
+def test_interleaved_rotation_leaves_the_other_numbers_unchanged(backend):
+    """Adjacent numbers form pairs; numbers behind the rotated ones are unchanged."""
     positions, x = np.array([0, 1, 9]), values(3, 2, 10)
-    turning = np.array([1.0, 0.1, 0.01], np.float32)
-    angles = backend.rope_angles(positions, frequencies=turning, amplitude=1.0)
+    frequencies = np.array([1.0, 0.1, 0.01], np.float32)
+    angles = backend.rope_angles(positions, frequencies=frequencies, amplitude=1.0)
     actual = backend.rotate(x, angles, interleaved=True)
-    turned = (x[..., 0:6:2] + 1j * x[..., 1:6:2]) * np.exp(1j * positions[:, None, None] * turning)
-    close(backend, actual[..., 0:6:2], turned.real)
-    close(backend, actual[..., 1:6:2], turned.imag)
+    rotated = (x[..., 0:6:2] + 1j * x[..., 1:6:2]) * np.exp(1j * positions[:, None, None] * frequencies)
+    close(backend, actual[..., 0:6:2], rotated.real)
+    close(backend, actual[..., 1:6:2], rotated.imag)
     np.testing.assert_array_equal(actual[..., 6:], x[..., 6:])
 
 
 def attention_twin(queries, keys, held, scale, *, window=0, sinks=None):
-    """Causal attention of one whole sequence, position by position and head by head."""
+    """Causal attention of a whole sequence, position by position and head by head."""
     length, heads, _ = queries.shape
     shared = heads // keys.shape[1]
     result = np.zeros((length, heads, held.shape[-1]))
@@ -147,8 +147,8 @@ def attention_twin(queries, keys, held, scale, *, window=0, sinks=None):
         for head in range(heads):
             scores = keys[seen, head // shared].astype(np.float64) @ queries[position, head] * scale
             powers = np.exp(scores)
-            lost = 0.0 if sinks is None else np.exp(float(sinks[head]))
-            result[position, head] = powers / (powers.sum() + lost) @ held[seen, head // shared]
+            sink = 0.0 if sinks is None else np.exp(float(sinks[head]))
+            result[position, head] = powers / (powers.sum() + sink) @ held[seen, head // shared]
     return result
 
 
@@ -167,7 +167,7 @@ def attend_in_chunks(backend, cache, parts, pages, chunks, **rule):
 @BACKENDS
 @pytest.mark.parametrize("chunks", [(150,), (1,) * 9, (70, 1, 1), (5, 130, 1)])
 @pytest.mark.parametrize(("window", "with_sinks"), [(0, False), (7, False), (70, True)])
-def test_attention_in_chunks_over_scattered_pages(backend, chunks, window, with_sinks):
+def test_attention_in_chunks_over_scattered_pages_equals_the_twin(backend, chunks, window, with_sinks):
     length = sum(chunks)
     queries, keys, held = values(length, 4, 8), values(length, 2, 8, seed=1), values(length, 2, 8, seed=2)
     sinks = values(4, seed=3) if with_sinks else None
@@ -180,7 +180,7 @@ def test_attention_in_chunks_over_scattered_pages(backend, chunks, window, with_
 
 
 @BACKENDS
-def test_a_latent_cache_holds_values_within_the_keys(backend):
+def test_the_values_of_a_latent_cache_are_the_first_numbers_of_its_keys(backend):
     queries, keys = values(20, 4, 8), values(20, 1, 8, seed=1)
     cache, pages = backend.cache(2, 1, 8, latent=5), np.array([1])
     actual = attend_in_chunks(backend, cache, (queries, keys, None), pages, (13, 7), scale=0.3)
@@ -190,8 +190,8 @@ def test_a_latent_cache_holds_values_within_the_keys(backend):
 
 
 @pytest.mark.parametrize("window", [0, 21])
-def test_reproducible_rows_do_not_depend_on_their_neighbours(window):
-    """The same bits for a row alone, among others, and however its sequence is cut into chunks."""
+def test_reproducible_rows_do_not_depend_on_other_rows(window):
+    """A row has the same bits alone, among other rows, and for any chunks of its sequence."""
     x, matrix = values(100, 48), EXACT.matrix(narrow(values(40, 48, seed=1)))
     whole = EXACT.linear(x, matrix)
     heads = values(4, 12, 5, seed=2)
@@ -209,7 +209,7 @@ def test_reproducible_rows_do_not_depend_on_their_neighbours(window):
 
 
 @BACKENDS
-def test_router_takes_the_lowest_expert_on_a_tie(backend):
+def test_the_router_chooses_the_lowest_expert_on_a_tie(backend):
     matrix = backend.matrix(narrow(np.eye(5, dtype=np.float32)))
     x = np.array([[1, 3, 3, 0, 3], [0, 0, 0, 0, 0]], np.float32)
     logits = backend.router_logits(x, matrix, Router(top_k=2))
@@ -221,30 +221,30 @@ def test_router_takes_the_lowest_expert_on_a_tie(backend):
 
 
 @BACKENDS
-def test_pack_unpack_and_combine(backend):
-    rows, index, wire = values(6, 4), np.array([5, 0, 0, 3]), backend.comm_buffer(4, 4)
-    assert wire.ctypes.data % 64 == 0
-    backend.pack(rows, index, wire)
-    np.testing.assert_array_equal(backend.unpack(wire, None), rows[index])
-    np.testing.assert_array_equal(backend.unpack(wire, np.array([3, 1])), rows[[3, 0]])
-    places, weights = np.array([[0, 3], [2, 1]]), values(2, 2, seed=4)
+def test_rows_are_packed_unpacked_and_combined_by_index(backend):
+    rows, index, buffer = values(6, 4), np.array([5, 0, 0, 3]), backend.comm_buffer(4, 4)
+    assert buffer.ctypes.data % 64 == 0
+    backend.pack(rows, index, buffer)
+    np.testing.assert_array_equal(backend.unpack(buffer, None), rows[index])
+    np.testing.assert_array_equal(backend.unpack(buffer, np.array([3, 1])), rows[[3, 0]])
+    output_rows, weights = np.array([[0, 3], [2, 1]]), values(2, 2, seed=4)
     expected = [
         weights[0, 0] * rows[5] + weights[0, 1] * rows[3],
         weights[1, 0] * rows[0] + weights[1, 1] * rows[0],
     ]
-    close(backend, backend.combine(wire, places, weights), np.stack(expected))
+    close(backend, backend.combine(buffer, output_rows, weights), np.stack(expected))
 
 
 @BACKENDS
 def test_group_sorts_choices_stably(backend):
-    rows, places, counts = backend.group(np.array([[0, 1], [1, 2], [0, 2]]), np.array([2, 0, 1]))
-    np.testing.assert_array_equal(rows, [0, 1, 1, 2, 0, 2])
-    np.testing.assert_array_equal(places, [[4, 0], [1, 2], [5, 3]])
+    source_rows, output_rows, counts = backend.group(np.array([[0, 1], [1, 2], [0, 2]]), np.array([2, 0, 1]))
+    np.testing.assert_array_equal(source_rows, [0, 1, 1, 2, 0, 2])
+    np.testing.assert_array_equal(output_rows, [[4, 0], [1, 2], [5, 3]])
     np.testing.assert_array_equal(counts, [2, 2, 2])
 
 
 @BACKENDS
-def test_expert_mlp_gives_each_expert_its_rows(backend):
+def test_expert_mlp_applies_each_expert_to_its_rows(backend):
     stored = [(values(12, 8, seed=seed, scale=0.5), values(8, 6, seed=seed + 1, scale=0.5)) for seed in (10, 20, 30)]
     experts = [Expert(backend.matrix(narrow(gate_up)), backend.matrix(narrow(down))) for gate_up, down in stored]
     rows, counts = values(9, 8), np.array([4, 0, 5])
@@ -255,10 +255,10 @@ def test_expert_mlp_gives_each_expert_its_rows(backend):
         np.testing.assert_allclose(actual[part], expected, atol=0.05 if backend.is_bfloat16 else 1e-5)
 
 
-def test_score_is_the_log_softmax_with_the_likeliest_tokens():
+def test_score_returns_the_log_softmax_and_the_most_likely_tokens():
     logits, targets = values(5, 11), np.arange(5)
-    picked = EXACT.score(logits, targets, top=11)
+    scored = EXACT.score(logits, targets, top=11)
     exact = logits - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
-    np.testing.assert_allclose(picked.logprobs, exact[np.arange(5), targets], atol=1e-6)
-    np.testing.assert_allclose(np.take_along_axis(exact, picked.top_tokens, 1), picked.top_logprobs, atol=1e-6)
-    assert (np.diff(picked.top_logprobs, axis=1) <= 0).all()
+    np.testing.assert_allclose(scored.logprobs, exact[np.arange(5), targets], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(exact, scored.top_tokens, 1), scored.top_logprobs, atol=1e-6)
+    assert (np.diff(scored.top_logprobs, axis=1) <= 0).all()

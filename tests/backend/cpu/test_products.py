@@ -1,4 +1,4 @@
-"""Products whose rows do not depend on their neighbours: by trial of BLAS, and by the compiled kernel."""
+"""Products in which a row does not depend on other rows: by trial of BLAS, and by the compiled kernel."""
 
 import numpy as np
 import pytest
@@ -24,13 +24,13 @@ def blocks_of_eight(x, matrix):
 
 @pytest.mark.parametrize("shape", [(48, 40), (1024, 16), (256, 512)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 17, 100, 300])
-def test_every_row_has_the_bits_of_a_call_of_eight(shape, rows):
+def test_every_row_has_the_bits_of_a_call_of_eight_rows(shape, rows):
     x, matrix = values(rows, shape[0]), values(*shape, seed=1)
     product = blocked_product.blocked_product(x, matrix, most_rows=128, progress=lambda: None)
     np.testing.assert_array_equal(product, blocks_of_eight(x, matrix))
 
 
-def test_a_blas_whose_bits_depend_on_the_rows_is_called_with_eight(monkeypatch):
+def test_a_blas_whose_bits_depend_on_the_number_of_rows_is_called_with_eight(monkeypatch):
     monkeypatch.setattr(blocked_product, "_gives_same_bits", lambda inputs, outputs, rows: rows == BLOCK)
     x, matrix = values(21, 48), values(48, 40, seed=1)
     product = blocked_product.blocked_product(x, matrix, most_rows=128, progress=lambda: None)
@@ -40,16 +40,16 @@ def test_a_blas_whose_bits_depend_on_the_rows_is_called_with_eight(monkeypatch):
 @needs_kernel
 @pytest.mark.parametrize("shape", [(1, 1), (2, 64), (25, 70), (300, 129)])
 @pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 40, 500])
-def test_the_kernel_multiplies(shape, rows):
+def test_the_kernel_multiplies_and_a_row_does_not_depend_on_other_rows(shape, rows):
     inputs, outputs = shape
     x, stored = values(rows, inputs), narrow(values(outputs, inputs, seed=1))
     exact = x.astype(np.float64) @ widen(stored).astype(np.float64).T
     matrix = pack_matrix([stored[:1], stored[1:]], transposed=False)
-    turned = pack_matrix([stored.T], transposed=True)
+    transposed = pack_matrix([stored.T], transposed=True)
     options = {"most_rows": 200, "progress": lambda: None}
     product = matrix.product(x, rounded=False, **options)
     np.testing.assert_allclose(product, exact, atol=1e-5 * max(1.0, np.abs(exact).max(initial=0)))
-    np.testing.assert_array_equal(product, turned.product(x, rounded=False, **options))
+    np.testing.assert_array_equal(product, transposed.product(x, rounded=False, **options))
     np.testing.assert_array_equal(round_to_bfloat16(product), matrix.product(x, rounded=True, **options))
     for row in range(0, rows, 7):
         np.testing.assert_array_equal(matrix.product(x[row : row + 1], rounded=False, **options)[0], product[row])

@@ -1,4 +1,4 @@
-"""The router's rules against slow, obvious twins, one token at a time."""
+"""The router's rules against slow, obvious twins that handle one token at a time."""
 
 import math
 
@@ -22,12 +22,12 @@ def softmax(values):
 
 
 def best(values, count):
-    """Indices of the greatest, lowest index first on a tie."""
+    """Indices of the greatest values, lowest index first on a tie."""
     return sorted(range(len(values)), key=lambda index: (-values[index], index))[:count]
 
 
 def twin(row, router, correction):
-    """One token's experts and weights, written as the definition reads."""
+    """One token's experts and weights, by the definition."""
     row = [float(value) for value in row]
     scores = {
         "softmax": lambda: softmax(row),
@@ -62,7 +62,7 @@ def twin(row, router, correction):
     ],
     ids=["softmax", "renormalized", "groups_max", "sigmoid", "groups_top2", "least_sum", "softmax_chosen"],
 )
-def test_choices_and_weights(router):
+def test_experts_and_weights_equal_the_twin(router):
     rows = logits()
     correction = np.random.default_rng(1).normal(size=EXPERTS).astype(np.float32) * router.correction
     experts, weights = choose(rows, router, correction if router.correction else None)
@@ -74,7 +74,7 @@ def test_choices_and_weights(router):
         np.testing.assert_allclose(weights[token], expected[1], rtol=2e-6)
 
 
-def test_the_correction_changes_who_is_chosen_but_no_weight():
+def test_the_correction_changes_the_chosen_experts_but_no_weight():
     router = Router(top_k=2, scoring="sigmoid", correction=True)
     correction = np.zeros(EXPERTS, np.float32)
     correction[7] = 10
@@ -84,7 +84,7 @@ def test_the_correction_changes_who_is_chosen_but_no_weight():
 
 
 @pytest.mark.parametrize("jitter", [0.01, 0.2, 0.9])
-def test_sparsemixer(jitter):
+def test_sparsemixer_equals_its_definition(jitter):
     rows = logits(seed=3)
     experts, weights = choose(rows, Router(top_k=2, scoring="sparsemixer", jitter=jitter), None)
     for token, row in enumerate(rows.astype(float)):
@@ -99,13 +99,13 @@ def test_sparsemixer(jitter):
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_chosen", "sparsemixer"])
-def test_no_tokens(scoring):
+def test_no_tokens_give_no_choices(scoring):
     router = Router(top_k=2, scoring=scoring, num_groups=2)
     experts, weights = choose(logits(tokens=0), router, None)
     assert experts.shape == weights.shape == (0, 2)
 
 
-def test_precision_of_logits_and_weights_is_the_rule_s():
+def test_logits_and_weights_have_the_precision_of_the_rule():
     backend = NumpyBackend(precision="bfloat16", reproducible=True)
     x, matrix = np.ones((1, 3), np.float32), np.float32([[1, 0], [2**-9, 0], [0, 2**-12]])
     rounded, exact = Router(top_k=1), Router(top_k=1, float32_logits=True, float32_weights=True)
@@ -123,17 +123,17 @@ def test_precision_of_logits_and_weights_is_the_rule_s():
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_chosen"])
-def test_a_shift_selects_and_does_not_weigh(scoring):
+def test_the_selection_bias_changes_the_chosen_experts_but_no_weight(scoring):
     backend = NumpyBackend(precision="float32", reproducible=True)
     router = Router(top_k=2, scoring=scoring, renormalize=True, scaling=1.5)
     rows = np.random.default_rng(3).standard_normal((9, 6)).astype(np.float32)
-    shift = np.float32([0, 0, 0, 0, 9, -9])
-    experts, weights = backend.choose_experts(rows, router, selection_bias=shift)
+    selection_bias = np.float32([0, 0, 0, 0, 9, -9])
+    experts, weights = backend.choose_experts(rows, router, selection_bias=selection_bias)
     assert (experts[:, 0] == 4).all()
     assert not (experts == 5).any()
     np.testing.assert_array_equal(weights, backend.weigh_experts(rows, experts, router))
     plain, own = backend.choose_experts(rows, router)
     np.testing.assert_array_equal(own, backend.weigh_experts(rows, plain, router))
-    corrected = backend.choose_experts(rows, router, correction=shift)
+    corrected = backend.choose_experts(rows, router, correction=selection_bias)
     for one, other in zip(corrected, (experts, weights), strict=True):
         np.testing.assert_array_equal(one, other)

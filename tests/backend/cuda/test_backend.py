@@ -1,6 +1,6 @@
-"""Every verb of the GPU backend against the NumPy backend: its own kernels, run on the CPU by `simt`; odd sizes too.
+"""Every verb of the CUDA backend against the CPU backend, with odd sizes: its kernels run on the CPU by `simt`.
 
-With a GPU the same tests run on it (tests/gpu.sh).
+tests/gpu.sh runs the same tests on a GPU.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ PRECISIONS = ("bfloat16", "float32")
 
 
 class Pair:
-    """Both backends, and the way of rows between them."""
+    """Both backends, and copies of rows from one to the other."""
 
     def __init__(self, device, precision, *, reproducible=False):
         self.gpu = CudaBackend(device, precision=precision, reproducible=reproducible)
@@ -25,7 +25,7 @@ class Pair:
         self.is_bfloat16 = precision == "bfloat16"
 
     def values(self, *shape, seed=0, scale=1.0):
-        """Random rows that both precisions hold: for the CPU, and for the GPU."""
+        """Random rows of bfloat16 values: for the CPU, and for the GPU."""
         numbers = np.random.default_rng(seed).normal(size=shape) * scale
         rows = round_to_bfloat16(numbers.astype(np.float32))
         return rows, self.gpu.device.upload(narrow(rows) if self.is_bfloat16 else rows)
@@ -36,7 +36,7 @@ class Pair:
         return widen(held) if held.dtype == np.uint16 else held
 
     def close(self, actual, expected, *, units=1.0):
-        """Within some units in the last place, of what one rounding leaves."""
+        """Equal within `units` times the error of one rounding."""
         actual = self.host(actual)
         assert actual.shape == expected.shape
         tolerance = units * (2.0**-8 if self.is_bfloat16 else 2e-6)
@@ -51,20 +51,20 @@ def pair(request, device):
 
 @pytest.mark.parametrize("width", [1, 7, 64, 301, 2048])
 @pytest.mark.parametrize("rounded", [True, False])
-def test_rms_norm(pair, width, rounded):
+def test_rms_norm_equals_the_cpu(pair, width, rounded):
     (x, on_gpu), (weight, gpu_weight) = pair.values(5, width), pair.values(width, seed=1)
     expected = pair.cpu.rms_norm(x, weight, eps=1e-5, rounded=rounded)
     pair.close(pair.gpu.rms_norm(on_gpu, gpu_weight, eps=1e-5, rounded=rounded), expected, units=2)
 
 
-def test_norms_of_heads_that_lie_apart(pair):
+def test_rms_norm_of_strided_heads_equals_the_cpu(pair):
     (x, on_gpu), (weight, gpu_weight) = pair.values(6, 90), pair.values(10, seed=1)
     heads, gpu_heads = (rows[:, 20:80].reshape(6, 6, 10) for rows in (x, on_gpu))
     pair.close(pair.gpu.rms_norm(gpu_heads, gpu_weight, eps=1e-6), pair.cpu.rms_norm(heads, weight, eps=1e-6), units=2)
 
 
 @pytest.mark.parametrize("width", [9, 256])
-def test_layer_norm(pair, width):
+def test_layer_norm_equals_the_cpu(pair, width):
     x, weight, bias = (pair.values(*shape, seed=seed) for seed, shape in enumerate([(4, width), (width,), (width,)]))
     expected = pair.cpu.layer_norm(x[0], weight[0], bias[0], eps=1e-5)
     pair.close(pair.gpu.layer_norm(x[1], weight[1], bias[1], eps=1e-5), expected, units=2)
@@ -73,7 +73,7 @@ def test_layer_norm(pair, width):
 @pytest.mark.parametrize("rows", [0, 1, 9, 130])
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_linear(device, precision, reproducible, rows):
+def test_linear_equals_the_cpu(device, precision, reproducible, rows):
     pair = Pair(device, precision, reproducible=reproducible)
     (x, on_gpu), (bias, gpu_bias) = pair.values(rows, 24), pair.values(16, seed=3)
     weight, extra = narrow(pair.values(10, 24, seed=1)[0]), narrow(pair.values(6, 24, seed=2)[0])
@@ -86,14 +86,14 @@ def test_linear(device, precision, reproducible, rows):
 @pytest.mark.parametrize("rows", [0, 3, 70])
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_linear_heads_of_rows_that_lie_apart(device, precision, reproducible, rows):
+def test_linear_heads_of_strided_rows_equals_the_cpu(device, precision, reproducible, rows):
     pair = Pair(device, precision, reproducible=reproducible)
     (x, on_gpu), (matrices, gpu_matrices) = pair.values(rows, 5, 20), pair.values(5, 12, 9, seed=1)
     expected = pair.cpu.linear_heads(x[..., :12], matrices)
     pair.close(pair.gpu.linear_heads(on_gpu[..., :12], gpu_matrices), expected)
 
 
-def test_add_clip_join_and_gate(pair):
+def test_elementwise_functions_of_strided_rows_equal_the_cpu(pair):
     (x, gpu_x), (y, gpu_y) = pair.values(7, 4, 33), pair.values(7, 4, 33, seed=1)
     pair.close(pair.gpu.add(gpu_x, gpu_y), pair.cpu.add(x, y))
     pair.close(pair.gpu.clip(gpu_x[:, 1:, 3:20], 0.7), np.clip(x[:, 1:, 3:20], -0.7, 0.7))
@@ -107,14 +107,14 @@ def test_add_clip_join_and_gate(pair):
 
 @pytest.mark.parametrize("hidden", [5, 264])
 @pytest.mark.parametrize("clamp", [None, Clamp(alpha=1.702, limit=1.5)])
-def test_swiglu(pair, hidden, clamp):
+def test_swiglu_equals_the_cpu(pair, hidden, clamp):
     x, on_gpu = pair.values(6, 2 * hidden, scale=2)
     pair.close(pair.gpu.swiglu(on_gpu, clamp), pair.cpu.swiglu(x, clamp), units=2)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("pairs", [4, 8])
-def test_rotate(pair, interleaved, pairs):
+def test_rotation_equals_the_cpu(pair, interleaved, pairs):
     x, on_gpu = pair.values(5, 3, 20)
     positions, frequencies = np.array([0, 1, 7, 4000, 100_000]), np.float32(10_000) ** -np.linspace(0, 1, pairs)
     angles = (
@@ -122,14 +122,14 @@ def test_rotate(pair, interleaved, pairs):
         for backend in (pair.cpu, pair.gpu)
     )
     cpu_angles, gpu_angles = angles
-    for mine, theirs in zip(gpu_angles, cpu_angles, strict=True):
-        np.testing.assert_allclose(pair.host(mine), theirs[:, 0], atol=3e-7)
+    for on_gpu_angles, expected in zip(gpu_angles, cpu_angles, strict=True):
+        np.testing.assert_allclose(pair.host(on_gpu_angles), expected[:, 0], atol=3e-7)
     expected = pair.cpu.rotate(x[..., 2:18], cpu_angles, interleaved=interleaved)
     pair.close(pair.gpu.rotate(on_gpu[..., 2:18], gpu_angles, interleaved=interleaved), expected, units=2)
 
 
 def cached(pair, *, heads, dim, lengths, scattered, latent=0):
-    """Caches of both backends, filled, and the segments of their last rows; pages lie apart when `scattered`."""
+    """Filled caches of both backends, and the segments of their last rows; pages are not adjacent if `scattered`."""
     page_counts = [-(-total // 64) for total, _ in lengths]
     order = np.random.default_rng(5).permutation(sum(page_counts)) if scattered else np.arange(sum(page_counts))
     caches = [backend.cache(sum(page_counts), heads, dim, latent=latent) for backend in (pair.cpu, pair.gpu)]
@@ -158,7 +158,7 @@ def cached(pair, *, heads, dim, lengths, scattered, latent=0):
         (2, 2, 128, [(70, 70)]),
     ],
 )
-def test_attend(pair, query_heads, heads, dim, lengths, window, scattered):
+def test_attention_equals_the_cpu(pair, query_heads, heads, dim, lengths, window, scattered):
     caches, segments = cached(pair, heads=heads, dim=dim, lengths=lengths, scattered=scattered)
     rows = sum(new for _, new in lengths)
     (queries, gpu_queries), (sinks, gpu_sinks) = pair.values(rows, query_heads, dim, seed=3), pair.values(query_heads)
@@ -170,7 +170,7 @@ def test_attend(pair, query_heads, heads, dim, lengths, window, scattered):
         np.testing.assert_allclose(pair.host(actual), expected, atol=0.012 if pair.is_bfloat16 else 2e-6)
 
 
-def test_attend_over_a_latent_cache(pair):
+def test_attention_over_a_latent_cache_equals_the_cpu(pair):
     caches, segments = cached(pair, heads=1, dim=40, lengths=[(80, 80), (300, 1)], scattered=True, latent=32)
     queries, gpu_queries = pair.values(81, 5, 40, seed=3)
     expected = pair.cpu.attend(queries, caches[0], segments, scale=0.2)
@@ -178,7 +178,7 @@ def test_attend_over_a_latent_cache(pair):
     np.testing.assert_allclose(pair.host(actual), expected, atol=0.012 if pair.is_bfloat16 else 2e-6)
 
 
-def test_a_row_attends_the_same_in_any_company(device):
+def test_a_reproducible_row_of_attention_does_not_depend_on_its_batch(device):
     pair = Pair(device, "bfloat16", reproducible=True)
     caches, segments = cached(pair, heads=2, dim=16, lengths=[(300, 40), (64, 20)], scattered=True)
     _, queries = pair.values(60, 2, 16, seed=3)
@@ -211,7 +211,7 @@ ROUTERS = [
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("rows", [0, 1, 42])
-def test_router(pair, router, rows):
+def test_the_router_equals_the_cpu(pair, router, rows):
     (x, gpu_x), (bias, gpu_bias) = pair.values(rows, 20), pair.values(12, seed=2)
     weight = pair.values(12, 20, seed=1)[0]
     stored = weight if router.float32_logits else narrow(weight)
@@ -224,10 +224,12 @@ def test_router(pair, router, rows):
     gpu_logits = pair.gpu.upload(logits)
     rng = np.random.default_rng(3)
     correction = rng.normal(size=12).astype(np.float32) if router.correction else None
-    shift = rng.normal(size=12).astype(np.float32) if router.correction else None
+    selection_bias = rng.normal(size=12).astype(np.float32) if router.correction else None
     given = None if correction is None else pair.gpu.tensor(correction)
-    experts, weights = pair.cpu.choose_experts(logits, router, correction=correction, selection_bias=shift)
-    gpu_experts, gpu_weights = pair.gpu.choose_experts(gpu_logits, router, correction=given, selection_bias=shift)
+    experts, weights = pair.cpu.choose_experts(logits, router, correction=correction, selection_bias=selection_bias)
+    gpu_experts, gpu_weights = pair.gpu.choose_experts(
+        gpu_logits, router, correction=given, selection_bias=selection_bias
+    )
     np.testing.assert_array_equal(pair.gpu.download(gpu_experts), experts)
     tolerance = 2.0**-8 if pair.is_bfloat16 and not router.float32_weights else 2e-6
     np.testing.assert_allclose(pair.gpu.download(gpu_weights), weights, rtol=tolerance)
@@ -240,54 +242,54 @@ def test_router(pair, router, rows):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 33, 700])
-@pytest.mark.parametrize("num_keys", [1, 5, 40])
-def test_group_is_stable(pair, rows, num_keys):
+@pytest.mark.parametrize("num_ids", [1, 5, 40])
+def test_group_and_pick_replicas_equal_the_cpu(pair, rows, num_ids):
     rng = np.random.default_rng(rows)
-    experts, keys = rng.integers(0, 16, (rows, 3)).astype(np.int32), rng.integers(0, num_keys, 16)
-    keys[0] = num_keys - 1
-    keys = np.resize(keys, max(16, num_keys))
-    expected = pair.cpu.group(experts, keys)
-    actual = pair.gpu.group(pair.gpu.upload(experts), keys)
-    for mine, theirs in zip(actual[:2], expected[:2], strict=True):
-        np.testing.assert_array_equal(pair.gpu.download(mine), theirs)
+    experts, physical_ids = rng.integers(0, 16, (rows, 3)).astype(np.int32), rng.integers(0, num_ids, 16)
+    physical_ids[0] = num_ids - 1
+    physical_ids = np.resize(physical_ids, max(16, num_ids))
+    expected = pair.cpu.group(experts, physical_ids)
+    actual = pair.gpu.group(pair.gpu.upload(experts), physical_ids)
+    for found, right in zip(actual[:2], expected[:2], strict=True):
+        np.testing.assert_array_equal(pair.gpu.download(found), right)
     np.testing.assert_array_equal(actual[2], expected[2])
-    turned = pair.gpu.pick_replicas(pair.gpu.upload(experts), 3)
-    np.testing.assert_array_equal(pair.gpu.download(turned), pair.cpu.pick_replicas(experts, 3))
+    replicas = pair.gpu.pick_replicas(pair.gpu.upload(experts), 3)
+    np.testing.assert_array_equal(pair.gpu.download(replicas), pair.cpu.pick_replicas(experts, 3))
 
 
 @pytest.mark.parametrize("width", [1, 12, 300])
-def test_rows_travel_unchanged(pair, width):
+def test_packing_and_unpacking_leave_rows_unchanged(pair, width):
     rows = np.arange(9 * width, dtype=np.float32).reshape(9, width) % 256
     on_gpu = pair.gpu.device.upload(narrow(rows) if pair.is_bfloat16 else rows)
     index = np.array([8, 0, 3, 3, 7, 1])
-    wire = pair.gpu.comm_buffer(6, width)
-    pair.gpu.pack(on_gpu, index, wire)
-    np.testing.assert_array_equal(pair.host(pair.gpu.unpack(wire, None)), rows[index])
-    np.testing.assert_array_equal(pair.host(pair.gpu.unpack(wire, np.array([5, 0]))), rows[[1, 8]])
+    buffer = pair.gpu.comm_buffer(6, width)
+    pair.gpu.pack(on_gpu, index, buffer)
+    np.testing.assert_array_equal(pair.host(pair.gpu.unpack(buffer, None)), rows[index])
+    np.testing.assert_array_equal(pair.host(pair.gpu.unpack(buffer, np.array([5, 0]))), rows[[1, 8]])
     np.testing.assert_array_equal(pair.host(pair.gpu.embed(index, on_gpu)), rows[index])
     joined = pair.gpu.join([on_gpu[2:4], on_gpu[:0], on_gpu[5:]])
     np.testing.assert_array_equal(pair.host(joined), rows[[2, 3, 5, 6, 7, 8]])
 
 
-def test_a_wire_is_written_once_its_mark_is_reached(pair):
+def test_a_comm_buffer_is_written_once_the_event_is_done(pair):
     _, rows = pair.values(5, 16)
-    wire = pair.gpu.comm_buffer(5, 16)
-    pair.gpu.pack(pair.gpu.add(rows, rows), None, wire)
+    buffer = pair.gpu.comm_buffer(5, 16)
+    pair.gpu.pack(pair.gpu.add(rows, rows), None, buffer)
     pair.gpu.record_event().synchronize()
-    written = np.array(wire) if isinstance(wire, np.ndarray) else pair.gpu.download(wire)
+    written = np.array(buffer) if isinstance(buffer, np.ndarray) else pair.gpu.download(buffer)
     assert np.isfinite(widen(written) if pair.is_bfloat16 else written).all()
 
 
-def test_combine(pair):
-    (wire, gpu_wire), places = pair.values(20, 50), np.random.default_rng(1).integers(0, 20, (7, 3))
+def test_combine_equals_the_cpu(pair):
+    (buffer, gpu_buffer), output_rows = pair.values(20, 50), np.random.default_rng(1).integers(0, 20, (7, 3))
     weights = np.random.default_rng(2).random((7, 3), np.float32)
-    sent = narrow(wire) if pair.is_bfloat16 else wire
-    expected = pair.cpu.combine(sent, places, weights)
-    pair.close(pair.gpu.combine(gpu_wire, pair.gpu.upload(places), pair.gpu.upload(weights)), expected)
+    sent = narrow(buffer) if pair.is_bfloat16 else buffer
+    expected = pair.cpu.combine(sent, output_rows, weights)
+    pair.close(pair.gpu.combine(gpu_buffer, pair.gpu.upload(output_rows), pair.gpu.upload(weights)), expected)
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_expert_mlp(pair, biased):
+def test_expert_mlp_equals_the_cpu(pair, biased):
     x, on_gpu = pair.values(17, 24)
     experts, gpu_experts = [], []
     for number in range(4):
@@ -301,21 +303,21 @@ def test_expert_mlp(pair, biased):
 
 
 @pytest.mark.parametrize("vocabulary", [3, 5000])
-def test_pick_and_score(pair, vocabulary):
+def test_sample_and_score_equal_the_cpu(pair, vocabulary):
     logits = np.random.default_rng(1).normal(size=(6, vocabulary)).astype(np.float32) * 3
     logits[2, 1] = logits[2, 2] = 20  # a tie
     logits[5] = np.nan
     on_gpu = pair.gpu.upload(logits)
     settings = [{}, {"temperature": 0.8, "top_p": 0.9}, {}, {"repetition_penalty": 1.5}, {"temperature": 2.0}, {}]
-    choices = [SamplingRequest(Sampling(**kind), 0.4, np.array([0, 2])) for kind in settings]
+    requests = [SamplingRequest(Sampling(**kind), 0.4, np.array([0, 2])) for kind in settings]
     with np.errstate(all="ignore"):
-        expected, picked = pair.cpu.sample(logits, choices, top=2), pair.gpu.sample(on_gpu, choices, top=2)
+        expected, sampled = pair.cpu.sample(logits, requests, top=2), pair.gpu.sample(on_gpu, requests, top=2)
         scored = pair.gpu.score(on_gpu, np.array([1, 0, 2, 2, 1, 0]), top=0)
         targets = pair.cpu.score(logits, np.array([1, 0, 2, 2, 1, 0]), top=0)
-    np.testing.assert_array_equal(picked.tokens[:5], expected.tokens[:5])
-    np.testing.assert_array_equal(picked.top_tokens[:5], expected.top_tokens[:5])
-    np.testing.assert_allclose(picked.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(picked.top_logprobs[:5], expected.top_logprobs[:5], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(sampled.tokens[:5], expected.tokens[:5])
+    np.testing.assert_array_equal(sampled.top_tokens[:5], expected.top_tokens[:5])
+    np.testing.assert_allclose(sampled.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sampled.top_logprobs[:5], expected.top_logprobs[:5], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(scored.logprobs, targets.logprobs, rtol=1e-5, atol=1e-5)
-    assert picked.tokens[5] < vocabulary
-    assert np.isnan(picked.logprobs[5])
+    assert sampled.tokens[5] < vocabulary
+    assert np.isnan(sampled.logprobs[5])

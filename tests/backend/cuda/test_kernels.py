@@ -1,4 +1,4 @@
-"""The CUDA sources are compiled for every architecture that we name, and a missing barrier is found without a GPU."""
+"""The CUDA sources compile for every supported architecture, and the SIMT device finds a missing barrier."""
 
 import subprocess
 
@@ -18,7 +18,7 @@ BFLOAT16_ONLY = {"attention_tiles.cu"}
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("precision", [(), (("FLOAT32_ROWS", None),)], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("file", sorted(path.name for path in KERNELS.glob("*.cu")))
-def test_nvrtc_compiles(file, precision, architecture):
+def test_nvrtc_compiles_the_kernels(file, precision, architecture):
     if precision and file in BFLOAT16_ONLY:
         pytest.skip("this kernel takes bfloat16 alone")
     nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
@@ -31,8 +31,8 @@ def test_nvrtc_compiles(file, precision, architecture):
     assert nvrtc.getPTX(program)
 
 
-def test_a_missing_barrier_shows(monkeypatch):
-    """The order of threads decides the result of a kernel without its barriers, so one of the two orders is wrong."""
+def test_a_missing_barrier_changes_the_result(monkeypatch):
+    """Without its barriers a kernel's result depends on the order of threads, so one of the two orders is wrong."""
     source = Kernel("norm.cu", "rms_norm").source
     monkeypatch.setattr(Kernel, "source", source.replace("__syncthreads();", ""))
     rows = np.random.default_rng(1).normal(size=(3, 1024)).astype(np.float32)
@@ -48,7 +48,7 @@ def test_a_missing_barrier_shows(monkeypatch):
     assert (results[0] != results[1]).any()
 
 
-def test_wrong_arguments_end_the_launch():
+def test_a_launch_with_wrong_arguments_ends_the_program():
     code = (
         "import numpy as np; from simt.device import SimtDevice; from moempi.backend.cuda.device import Kernel\n"
         "d = SimtDevice(); x = d.empty((4, 8), np.uint16)\n"

@@ -1,4 +1,4 @@
-"""Whole runs on the CUDA kernels: the answers of the NumPy backend, and the same bits however rows travel."""
+"""Whole runs on the CUDA kernels: the tokens of the CPU backend, and the same bits with any transport and buffers."""
 
 import json
 
@@ -11,13 +11,13 @@ from mpirun import ROOT, mpirun, python
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Run some questions on so many ranks, on the SIMT device unless `program` says otherwise; the results file."""
+    """Run 24 questions on `num_ranks` ranks, by default on the SIMT device; returns the path of the results file."""
     folder = tmp_path_factory.mktemp("runs")
     convert(ROOT / "weights/abacus", folder / "abacus.h5")
     questions = (ROOT / "jobs/abacus.jsonl").read_text().splitlines()[:24]
     (folder / "some.jsonl").write_text("\n".join(questions))
 
-    def run(num_ranks, name, *, wires="host", program=("tests/simt/run.py",), **settings):
+    def run(num_ranks, name, *, buffers="host", program=("tests/simt/run.py",), **settings):
         named = {
             "model.weights": folder / "abacus.h5",
             "input.prompts": folder / "some.jsonl",
@@ -26,11 +26,11 @@ def run(tmp_path_factory):
             "run.max_sequences": 8,
             "run.timeout_s": 60,
             "exchange.transport": "alltoallv",
-            "exchange.buffers": "auto" if wires == "device" else "host",
+            "exchange.buffers": "auto" if buffers == "device" else "host",
         } | settings
         options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
         command = python(*program, "run", ROOT / "jobs/abacus.toml", *options)
-        outcome = mpirun(num_ranks, *command, limit_s=120, PYTHONPATH="tests", MOEMPI_SIMT_WIRES=wires)
+        outcome = mpirun(num_ranks, *command, limit_s=120, PYTHONPATH="tests", MOEMPI_SIMT_BUFFERS=buffers)
         assert outcome.code == 0, outcome.err
         return folder / f"{name}.h5"
 
@@ -47,7 +47,7 @@ def alone(run):
     return run(1, "alone", **{"run.precision": "float32"})
 
 
-def test_answers_are_those_of_numpy(run, two_ranks):
+def test_tokens_are_the_same_as_on_the_cpu(run, two_ranks):
     on_numpy = run(1, "numpy", program=("-m", "moempi"), **{"run.backend": "numpy"})
     difference = compare(on_numpy, two_ranks)
     assert difference.requests == 24
@@ -56,7 +56,7 @@ def test_answers_are_those_of_numpy(run, two_ranks):
 
 
 @pytest.mark.parametrize(
-    ("wires", "settings"),
+    ("buffers", "settings"),
     [
         ("device", {}),
         ("device", {"exchange.transport": "pairwise"}),
@@ -64,9 +64,9 @@ def test_answers_are_those_of_numpy(run, two_ranks):
         ("host", {"exchange.transport": "pairwise", "run.overlap": "false"}),
     ],
 )
-def test_ways_of_rows_change_no_bit(run, two_ranks, wires, settings):
-    name = "_".join([wires, *map(str, settings.values())])
-    difference = compare(two_ranks, run(2, name, wires=wires, **settings))
+def test_transport_and_buffers_change_no_bit(run, two_ranks, buffers, settings):
+    name = "_".join([buffers, *map(str, settings.values())])
+    difference = compare(two_ranks, run(2, name, buffers=buffers, **settings))
     assert (difference.different, difference.largest) == (0, 0.0)
 
 
@@ -80,14 +80,14 @@ def test_ways_of_rows_change_no_bit(run, two_ranks, wires, settings):
         (2, {"balance.mode": "capacity", "balance.capacity": 100, "balance.sample": 0}, 0.0),
     ],
 )
-def test_float32_is_the_same_on_any_grid(run, alone, num_ranks, settings, within):
+def test_float32_results_are_the_same_on_any_grid(run, alone, num_ranks, settings, within):
     name = "_".join([str(num_ranks), *map(str, settings.values())])
-    difference = compare(alone, run(num_ranks, name, wires="device", **{"run.precision": "float32"}, **settings))
+    difference = compare(alone, run(num_ranks, name, buffers="device", **{"run.precision": "float32"}, **settings))
     assert difference.different == 0
     assert difference.largest <= within
 
 
-def test_a_missing_gpu_is_said_in_one_line(alone, tmp_path):
+def test_a_missing_gpu_is_reported_in_one_line(alone, tmp_path):
     named = {
         "run.backend": "cupy",
         "model.weights": alone.with_name("abacus.h5"),
@@ -103,8 +103,8 @@ def test_a_missing_gpu_is_said_in_one_line(alone, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("batch_tokens", [64, 256])
-def test_memory_is_what_the_grid_foretold(tmp_path, precision, batch_tokens):
-    """Weights and cache to the byte; the peak within 7 %, of a model so small that rows are a fifth of it."""
+def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens):
+    """Weights and cache are exact to the byte; the peak is within 7 % for a model whose rows are a fifth of it."""
     lines = [{"tokens": [7] * length, "max_tokens": 4, "ignore_eos": True} for length in (3, 60, 120) * 8]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
     named = {

@@ -1,13 +1,13 @@
-"""The backend of machines without a GPU: NumPy, with float32 matrix products from its BLAS.
+"""The CPU backend: NumPy, with float32 matrix products by its BLAS.
 
-Weights and the cache are widened to float32 in memory; with bfloat16 the rows between verbs are float32 arrays that
-hold bfloat16 values, and matrices stay bfloat16 where the processor multiplies such (`packed_matrix`). A row's
-product depends on how many rows share the BLAS call, so `reproducible` multiplies in calls that are equal to those of
-BLOCK rows and attends in blocks of BLOCK positions and PAGE_ROWS keys: results are then the same bits for any batching.
+Weights and the cache are widened to float32 in memory. With bfloat16, rows between verbs are float32 arrays of bfloat16
+values, and matrices stay bfloat16 if the processor has bfloat16 products (`packed_matrix`). The bits of a BLAS product
+depend on the number of rows of the call. `reproducible` therefore multiplies as if in calls of BLOCK rows, and attends
+in blocks of BLOCK positions and PAGE_ROWS keys: results are then the same bits for any batching.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray, aligned_empty, round_to_bfloat16, widen
+from moempi.backend.cpu.attention_layout import Mask, cache_rows, causal_mask, query_blocks
 from moempi.backend.cpu.blocked_product import BLOCK, blocked_product
 from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.cpu.router import choose, weights_of
@@ -26,21 +27,21 @@ from moempi.config.tensors import PAGE_ROWS
 
 Matrix = Float32Array | PackedMatrix
 
-QUERY_ROWS = 128
 PIECE_FLOPS = 4e8
+"""Work of one call of a product, between two calls of `progress`."""
 CACHED_ROWS = 32
+"""Rows that `combine` sums at a time, so that their sums stay in the processor's cache."""
 ONE_QUEUE = nullcontext()
 
 
 class NumpyBackend:
-    """The verbs of `protocol.Backend` on host memory; every verb has finished when it returns.
+    """The verbs of `protocol.Backend` on host memory. Every verb is complete when it returns.
 
     Long verbs work in pieces and call `progress` between them, so that transfers advance.
     """
 
     name = "numpy"
     comm_buffers_on_host = True
-    queue = 0
 
     def __init__(self, *, precision: str, reproducible: bool, progress: Callable[[], None] = lambda: None) -> None:
         self.is_bfloat16 = precision == "bfloat16"
@@ -49,10 +50,10 @@ class NumpyBackend:
         self._progress = progress
         self._packs = self.is_bfloat16 and not self.reproducible and packing_works()
 
-    # Weights and buffers
+    # Memory
 
     def available_bytes(self) -> int:
-        """See `Backend.available_bytes`: memory that the system can give without swapping."""
+        """Memory that the system can allocate without swapping."""
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
@@ -63,7 +64,7 @@ class NumpyBackend:
         return widen(whole) if whole.dtype == np.uint16 else whole
 
     def matrix(self, *stored: Stored, transposed: bool = False) -> Matrix:
-        """See `Backend.matrix`; held as (inputs, outputs), the faster layout for few rows."""
+        """Held as (inputs, outputs), the faster layout for few rows."""
         if self._packs and all(part.dtype == np.uint16 for part in stored):
             return pack_matrix(stored, transposed=transposed)
         parts = [self.tensor(part) if transposed else self.tensor(part).T for part in stored]
@@ -79,14 +80,19 @@ class NumpyBackend:
         for held in (cache.keys, cache.values):
             held.reshape(-1, PAGE_ROWS, *held.shape[1:])[pages] = 0
 
+    @property
+    def queue(self) -> int:
+        return 0
+
     def on_queue(self, number: int) -> AbstractContextManager[None]:
+        """There is one queue."""
         return ONE_QUEUE
 
     def record_event(self) -> None:
-        """See `Backend.mark`."""
+        """Returns None: every verb is complete when it returns."""
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
-        """See `Backend.reach`; all host memory is."""
+        """All host memory is usable."""
 
     def comm_buffer(self, rows: int, width: int) -> npt.NDArray[Any]:
         return aligned_empty((rows, width), self.row_dtype)
@@ -168,7 +174,7 @@ class NumpyBackend:
     def rope_angles(
         self, positions: IntArray, *, frequencies: Float32Array, amplitude: float
     ) -> tuple[Float32Array, Float32Array]:
-        """See `Backend.rope_angles`; shaped (T, 1, n) to apply to every head."""
+        """Shaped (T, 1, n) to apply to every head."""
         angles = positions.astype(np.float32)[:, None, None] * frequencies
         return np.cos(angles) * np.float32(amplitude), np.sin(angles) * np.float32(amplitude)
 
@@ -191,10 +197,10 @@ class NumpyBackend:
     ) -> None:
         for segment in segments:
             rows = slice(segment.row, segment.row + segment.length)
-            places = _cache_rows(segment.pages, segment.start, segment.start + segment.length)
-            cache.keys[places] = keys[rows]
+            extended = cache_rows(segment.pages, segment.start, segment.start + segment.length)
+            cache.keys[extended] = keys[rows]
             if values is not None:
-                cache.values[places] = values[rows]
+                cache.values[extended] = values[rows]
 
     def attend(
         self,
@@ -206,33 +212,23 @@ class NumpyBackend:
         window: int = 0,
         sinks: Float32Array | None = None,
     ) -> Float32Array:
-        """See `Backend.attend`; the softmax is in float32."""
+        """The softmax is in float32."""
         num_rows, heads, dim = queries.shape
         attended = np.empty((num_rows, heads, cache.values.shape[-1]), np.float32)
         for segment in segments:
             end = segment.start + segment.length
-            for first, last, num_keys in self._query_blocks(segment.start, end):
+            for first, last, num_keys in query_blocks(segment.start, end, reproducible=self.reproducible):
                 first_key = max(0, first - window + 1) // PAGE_ROWS * PAGE_ROWS if window else 0
-                keys_at = _cache_rows(segment.pages, first_key, num_keys)
-                hidden = _hidden(first, last, first_key, num_keys, window)
+                seen = cache_rows(segment.pages, first_key, num_keys)
+                mask = causal_mask(first, last, first_key=first_key, end_key=num_keys, window=window)
                 low, high = max(first, segment.start), min(last, end)
                 rows = slice(segment.row + low - segment.start, segment.row + high - segment.start)
                 block = np.zeros((last - first, heads, dim), np.float32)
                 np.multiply(queries[rows], np.float32(scale), out=block[low - first : high - first])
-                result = _attention(block, cache.keys[keys_at], cache.values[keys_at], hidden, sinks)
+                result = _attention(block, cache.keys[seen], cache.values[seen], mask, sinks)
                 attended[rows] = result[low - first : high - first]
             self._progress()
         return self._stored(attended)
-
-    def _query_blocks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Blocks [first, last) of query positions and the number of keys that each sees."""
-        if self.reproducible:
-            for first in range(start - start % BLOCK, end, BLOCK):
-                yield first, first + BLOCK, -(-(first + BLOCK) // PAGE_ROWS) * PAGE_ROWS
-        else:
-            for first in range(start, end, QUERY_ROWS):
-                last = min(first + QUERY_ROWS, end)
-                yield first, last, last
 
     # Experts
 
@@ -267,11 +263,11 @@ class NumpyBackend:
     def group(self, experts: IntArray, physical_ids: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         chosen = physical_ids[experts.reshape(-1)]
         order = np.argsort(chosen, kind="stable")
-        places = np.empty_like(order)
-        places[order] = np.arange(len(order))
+        output_rows = np.empty_like(order)
+        output_rows[order] = np.arange(len(order))
         return (
             order // experts.shape[1],
-            places.reshape(experts.shape),
+            output_rows.reshape(experts.shape),
             np.bincount(chosen, minlength=len(physical_ids)),
         )
 
@@ -322,7 +318,7 @@ class NumpyBackend:
         return product if bias is None else product + bias
 
     def sample(self, logits: Float32Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
-        tokens = [sample_token(row, choice) for row, choice in zip(logits, requests, strict=True)]
+        tokens = [sample_token(row, request) for row, request in zip(logits, requests, strict=True)]
         return self.score(logits, np.array(tokens, np.int32), top=top)
 
     def score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
@@ -335,7 +331,7 @@ class NumpyBackend:
             top_logprobs=np.take_along_axis(logprobs, top_tokens, axis=1),
         )
 
-    # The two places where precision and reproducibility are decided
+    # Precision and reproducibility
 
     def _stored(self, values: Float32Array) -> Float32Array:
         return round_to_bfloat16(values) if self.is_bfloat16 else values
@@ -360,50 +356,29 @@ def _attention(
     queries: Float32Array,
     keys: Float32Array,
     values: Float32Array,
-    hidden: tuple[int, Float32Array],
+    mask: Mask,
     sinks: Float32Array | None,
 ) -> Float32Array:
-    """Softmax attention of scaled queries (n, H, dim) over keys (m, key-value heads, dim); see `_hidden`."""
+    """Softmax attention of scaled queries (n, H, dim) over keys (m, key-value heads, dim) -> (n, H, value dim)."""
     num_rows, heads, dim = queries.shape
     kv_heads = keys.shape[1]
     shared = heads // kv_heads
     grouped = queries.reshape(num_rows, kv_heads, shared, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
     scores = np.matmul(grouped, keys.transpose(1, 2, 0))
-    from_key, penalty = hidden
+    from_key, penalty = mask
     scores.reshape(kv_heads, num_rows, shared, -1)[..., from_key:] += penalty[:, None, :]
     highest = scores.max(axis=-1, keepdims=True)
     if sinks is not None:
-        lost = np.tile(sinks.reshape(kv_heads, shared), num_rows)[..., None]
-        highest = np.maximum(highest, lost)
+        sink = np.tile(sinks.reshape(kv_heads, shared), num_rows)[..., None]
+        highest = np.maximum(highest, sink)
     scores -= highest
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1, keepdims=True)
     if sinks is not None:
-        total += np.exp(lost - highest)
+        total += np.exp(sink - highest)
     mixed: Float32Array = np.matmul(scores, values.transpose(1, 0, 2))
     mixed /= total
     return mixed.reshape(kv_heads, num_rows, shared, -1).transpose(1, 0, 2, 3).reshape(num_rows, heads, -1)
-
-
-def _hidden(first: int, last: int, first_key: int, end_key: int, window: int) -> tuple[int, Float32Array]:
-    """Minus infinity where positions first .. last must not see keys: from which key on, and (positions, keys)."""
-    from_key = first_key if window else min(first + 1, end_key)
-    positions, keys = np.arange(first, last)[:, None], np.arange(from_key, end_key)[None, :]
-    outside = keys > positions
-    if window:
-        outside |= keys <= positions - window
-    return from_key - first_key, np.where(outside, np.float32(-np.inf), np.float32(0))
-
-
-def _cache_rows(pages: IntArray, start: int, end: int) -> Any:
-    """Where positions [start, end) lie in the cache: a slice when their pages follow each other, else indices."""
-    first, last = start // PAGE_ROWS, -(-end // PAGE_ROWS)
-    held = pages[first:last]
-    if len(held) == 1 or bool((np.diff(held) == 1).all()):
-        base = (int(held[0]) - first) * PAGE_ROWS
-        return slice(base + start, base + end)
-    positions = np.arange(start, end)
-    return pages[positions // PAGE_ROWS] * PAGE_ROWS + positions % PAGE_ROWS
 
 
 def _log_softmax(logits: Float32Array) -> Float32Array:

@@ -1,21 +1,21 @@
-/* Products of bfloat16 rows with a bfloat16 matrix, on processors with AVX512-BF16.
+/* Products of bfloat16 rows and a bfloat16 matrix, on processors with AVX512-BF16.
  *
  *   out[t, n] = round( sum over k of x[t, k] * w[k, n] )        x (T, K), w (K, N), out (T, N)
  *
- * Sums accumulate in float32, in pairs of k ascending: a row's bits do not depend on the other rows of the call.
- * The matrix is packed once into panels of PANEL outputs, zeros beyond N and beyond an odd K:
+ * Sums accumulate in float32, in pairs of ascending k: the bits of a row do not depend on the other rows of the call.
+ * The matrix is packed once into panels of PANEL outputs, with zeros beyond N and beyond an odd K:
  *   packed[n / PANEL][k / 2][n % PANEL][k % 2]
- * Rows arrive as float32 that hold bfloat16 values; `pairs` is room for T * ceil(K / 2) pairs of them.
- * `rounded` is 1 to round the result to bfloat16 (ties to even, kept as float32), 0 to keep float32.
+ * x is float32 that holds bfloat16 values; `pairs` is scratch memory for T * ceil(K / 2) pairs of them.
+ * `rounded` is 1 to round the result to bfloat16 values (ties to even, stored as float32), 0 to keep float32.
  *
  * NumPy twin: `NumpyBackend._product` without `reproducible`.
  */
 #include <immintrin.h>
 #include <stdint.h>
 
-#define LANES 16
+#define FLOATS 16
 #define VECTORS 4
-#define PANEL (LANES * VECTORS)
+#define PANEL (FLOATS * VECTORS)
 #define ROWS 6
 #define CACHED_PAIRS (1L << 16)
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
@@ -25,12 +25,12 @@ int supported(void) {
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
 }
 
-/* packed from w as stored, (N, K) when `transposed` is 0, else (K, N); outputs land from `first` on. */
+/* Pack w, (N, K) or (K, N) if `transposed`, into outputs [first, first + N) of `packed`. */
 void pack(const uint16_t *w, uint16_t *packed, long inputs, long outputs, long first, int transposed) {
     long num_pairs = (inputs + 1) / 2;
     for (long n = 0; n < outputs; n++) {
-        long place = first + n;
-        uint16_t *column = packed + (place / PANEL * num_pairs * PANEL + place % PANEL) * 2;
+        long output = first + n;
+        uint16_t *column = packed + (output / PANEL * num_pairs * PANEL + output % PANEL) * 2;
         for (long k = 0; k < inputs; k++)
             column[k / 2 * PANEL * 2 + k % 2] = transposed ? w[k * outputs + n] : w[n * inputs + k];
     }
@@ -54,7 +54,7 @@ TARGET static inline __m512 nearest_bfloat16(__m512 value) {
     return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xFFFF0000)));
 }
 
-/* `rows` rows, a constant where this is inlined, times one panel. */
+/* `rows` rows, a constant after inlining, times one panel. */
 TARGET static inline __attribute__((always_inline)) void block(
     const uint32_t *pairs, const uint16_t *panel, float *out, long num_pairs, long outputs, long width, int rounded,
     const int rows) {
@@ -65,7 +65,7 @@ TARGET static inline __attribute__((always_inline)) void block(
     for (long p = 0; p < num_pairs; p++, panel += PANEL * 2) {
         __m512bh weights[VECTORS];
         for (int v = 0; v < VECTORS; v++)
-            weights[v] = (__m512bh)_mm512_loadu_si512(panel + v * LANES * 2);
+            weights[v] = (__m512bh)_mm512_loadu_si512(panel + v * FLOATS * 2);
         for (int t = 0; t < rows; t++) {
             __m512bh pair = (__m512bh)_mm512_set1_epi32((int)pairs[t * num_pairs + p]);
             for (int v = 0; v < VECTORS; v++)
@@ -73,11 +73,11 @@ TARGET static inline __attribute__((always_inline)) void block(
         }
     }
     for (int t = 0; t < rows; t++)
-        for (int v = 0; v < VECTORS && v * LANES < width; v++) {
-            long left = width - v * LANES;
-            __mmask16 kept = left >= LANES ? 0xFFFF : (__mmask16)((1u << left) - 1);
+        for (int v = 0; v < VECTORS && v * FLOATS < width; v++) {
+            long left = width - v * FLOATS;
+            __mmask16 kept = left >= FLOATS ? 0xFFFF : (__mmask16)((1u << left) - 1);
             __m512 sum = rounded ? nearest_bfloat16(sums[t][v]) : sums[t][v];
-            _mm512_mask_storeu_ps(out + t * outputs + v * LANES, kept, sum);
+            _mm512_mask_storeu_ps(out + t * outputs + v * FLOATS, kept, sum);
         }
 }
 
@@ -89,18 +89,18 @@ TARGET static void product_of_few(
         for (; t + ROWS <= rows; t += ROWS)
             block(pairs + t * num_pairs, packed, out + t * outputs + n, num_pairs, outputs, width, rounded, ROWS);
         const uint32_t *rest = pairs + t * num_pairs;
-        float *place = out + t * outputs + n;
+        float *result = out + t * outputs + n;
         switch (rows - t) {
-        case 1: block(rest, packed, place, num_pairs, outputs, width, rounded, 1); break;
-        case 2: block(rest, packed, place, num_pairs, outputs, width, rounded, 2); break;
-        case 3: block(rest, packed, place, num_pairs, outputs, width, rounded, 3); break;
-        case 4: block(rest, packed, place, num_pairs, outputs, width, rounded, 4); break;
-        case 5: block(rest, packed, place, num_pairs, outputs, width, rounded, 5); break;
+        case 1: block(rest, packed, result, num_pairs, outputs, width, rounded, 1); break;
+        case 2: block(rest, packed, result, num_pairs, outputs, width, rounded, 2); break;
+        case 3: block(rest, packed, result, num_pairs, outputs, width, rounded, 3); break;
+        case 4: block(rest, packed, result, num_pairs, outputs, width, rounded, 4); break;
+        case 5: block(rest, packed, result, num_pairs, outputs, width, rounded, 5); break;
         }
     }
 }
 
-/* In runs of rows whose pairs stay in the second-level cache beside a panel. */
+/* Computed in runs of rows whose pairs fit in the second-level cache together with a panel. */
 void product(
     const float *x, uint32_t *pairs, const uint16_t *packed, float *out, long rows, long inputs, long outputs,
     int rounded) {

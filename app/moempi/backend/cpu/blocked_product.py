@@ -1,8 +1,8 @@
-"""Matrix products in which a row's bits do not depend on how many rows share the call.
+"""Matrix products in which the bits of a row do not depend on the number of rows of the call.
 
-BLAS chooses the order of its sums by the shape of the call. The result that counts is that of calls of BLOCK rows;
-a call of more rows is made only where a trial with random numbers has shown that this BLAS, for this shape, gives
-the same bits: sums of that many random terms in another order would differ.
+BLAS chooses the order of its sums by the shape of the call. The reference result is a call of BLOCK rows. A call of
+more rows is made only if a trial with random numbers has given the same bits for its shape: sums of many random terms
+in another order would differ.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TRIAL_NUMBERS = 65521
 def blocked_product(
     x: Float32Array, matrix: Float32Array, *, most_rows: int, progress: Callable[[], None]
 ) -> Float32Array:
-    """X (T, inputs) times matrix (inputs, outputs), in calls of about `most_rows` rows with `between` after each."""
+    """Multiply x (T, inputs) by matrix (inputs, outputs); calls `progress` after every `most_rows` rows or fewer."""
     inputs, outputs = matrix.shape
     product = np.empty((len(x), outputs), np.float32)
     first = 0
@@ -38,7 +38,7 @@ def blocked_product(
 
 
 def _call_rows(inputs: int, outputs: int, num_rows: int) -> int:
-    """How many rows the next call has: at least 2, a few more than wanted where the shapes tried are coarse."""
+    """The number of rows of the next call: at least 2; it may exceed `num_rows`, because few shapes are tried."""
     num_rows = min(num_rows, MOST_ROWS)
     while num_rows > BLOCK:
         rows = num_rows if num_rows <= EXACT_ROWS else -(-num_rows // BLOCK) * BLOCK

@@ -1,7 +1,7 @@
-"""Bfloat16 matrices for processors that multiply bfloat16 (AVX512-BF16), by a kernel compiled on first use.
+"""Bfloat16 matrices for processors with bfloat16 products (AVX512-BF16), by a kernel compiled on first use.
 
-Where the kernel cannot be compiled (see `c_compiler`), or on another processor, there are no packed matrices and
-products go through NumPy.
+If the kernel cannot be compiled (see `c_compiler`), or on another processor, no matrix is packed and NumPy computes the
+products.
 """
 
 import ctypes
@@ -23,15 +23,16 @@ PANEL = 64
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A matrix (inputs, outputs) in the kernel's panels."""
+    """A matrix (inputs, outputs) in the panels of bf16_product.c."""
 
     packed: Bits
     shape: tuple[int, int]
 
     def product(self, x: Float32Array, *, rounded: bool, most_rows: int, progress: Callable[[], None]) -> Float32Array:
-        """X (T, inputs), which holds bfloat16 values, times the matrix, in calls of `most_rows` rows.
+        """Multiply x (T, inputs) of bfloat16 values by the matrix, in calls of `most_rows` rows -> (T, outputs).
 
-        A row's bits do not depend on the other rows. `rounded` leaves bfloat16 values.
+        Calls `progress` after each call. The bits of a row do not depend on the other rows. If `rounded`, the result is
+        rounded to bfloat16 values.
         """
         inputs, outputs = self.shape
         x = np.ascontiguousarray(x)
@@ -39,8 +40,8 @@ class PackedMatrix:
         pairs = np.empty((min(len(x), most_rows), (inputs + 1) // 2), np.uint32)
         for first in range(0, len(x), most_rows):
             rows = x[first : first + most_rows]
-            places = (rows, pairs, self.packed, result[first:])
-            _kernel().product(*(place.ctypes.data for place in places), len(rows), inputs, outputs, int(rounded))
+            arrays = (rows, pairs, self.packed, result[first:])
+            _kernel().product(*(array.ctypes.data for array in arrays), len(rows), inputs, outputs, int(rounded))
             progress()
         return result
 
@@ -51,7 +52,7 @@ def packing_works() -> bool:
 
 
 def pack_matrix(parts: Sequence[Bits], *, transposed: bool) -> PackedMatrix:
-    """Stored (outputs, inputs) matrices joined along the outputs; transposed ones are (inputs, outputs)."""
+    """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
     inputs = parts[0].shape[0 if transposed else 1]
     outputs = sum(part.shape[1 if transposed else 0] for part in parts)
     packed = aligned_empty((-(-outputs // PANEL), (inputs + 1) // 2, PANEL, 2), np.uint16)
@@ -67,7 +68,7 @@ def pack_matrix(parts: Sequence[Bits], *, transposed: bool) -> PackedMatrix:
 
 @cache
 def _kernel() -> Any:
-    """The loaded library, None where it cannot be had."""
+    """Returns None if the library cannot be loaded or the processor lacks the instructions."""
     if platform.machine() != "x86_64":
         return None
     library = load_kernel(SOURCE)

@@ -1,4 +1,4 @@
-"""The rules of `config.architecture.Router` on float32 logits, in NumPy."""
+"""The router's rules (`config.architecture.Router`) on float32 logits, in NumPy."""
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,7 @@ TOP_OF_GROUP = {"max": 1, "top2": 2}
 
 
 def choose(logits: Float32Array, router: Router, correction: Float32Array | None) -> tuple[IntArray, Float32Array]:
-    """Experts (T, K) in order of falling score, lowest index on a tie, and their weights, for logits (T, E)."""
+    """Choose experts and weights (T, K) from logits (T, E), in order of falling score, lowest index on a tie."""
     if router.scoring == "sparsemixer":
         return _sparsemixer(logits, router.jitter)
     scores = _scores(logits, router)
@@ -22,7 +22,7 @@ def choose(logits: Float32Array, router: Router, correction: Float32Array | None
 
 
 def weights_of(logits: Float32Array, experts: IntArray, router: Router) -> Float32Array:
-    """The weights (T, K) of experts (T, K) that something else chose; SparseMixer's depend on its own choice."""
+    """Weights (T, K) of given experts (T, K); not defined for SparseMixer, whose weights depend on its own choice."""
     return _weights(_scores(logits, router), experts, router)
 
 
@@ -52,7 +52,7 @@ def _softmax(logits: Float32Array) -> Float32Array:
 
 
 def _in_best_groups(ranked: Float32Array, router: Router) -> Float32Array:
-    """The same with -inf outside the `kept_groups` best groups of neighbours (DeepSeek-V2 and -V3, 2024)."""
+    """Set scores outside the `kept_groups` best groups of adjacent experts to -inf (DeepSeek-V2 and -V3, 2024)."""
     rows, experts = ranked.shape
     groups = ranked.reshape(rows, router.num_groups, experts // router.num_groups)
     best = np.sort(groups, axis=2)[:, :, -TOP_OF_GROUP[router.group_score] :].sum(axis=2)
@@ -64,21 +64,21 @@ def _in_best_groups(ranked: Float32Array, router: Router) -> Float32Array:
 
 
 def _sparsemixer(logits: Float32Array, jitter: float) -> tuple[IntArray, Float32Array]:
-    """The two likeliest experts, each weighed among those whose logits are near its own (Liu et al. 2023)."""
-    first, first_weights = _weigh_likeliest(logits, logits, jitter)
+    """The two most likely experts, each weighed among the experts with logits near its own (Liu et al. 2023)."""
+    first, first_weights = _weigh_most_likely(logits, logits, jitter)
     others = logits.copy()
     np.put_along_axis(others, first, -np.inf, axis=1)
-    second, second_weights = _weigh_likeliest(others, logits, jitter)
+    second, second_weights = _weigh_most_likely(others, logits, jitter)
     experts = np.concatenate([first, second], axis=1).astype(np.int32)
     return experts, np.concatenate([first_weights, second_weights], axis=1)
 
 
-def _weigh_likeliest(
+def _weigh_most_likely(
     candidates: Float32Array, logits: Float32Array, jitter: float
 ) -> tuple[npt.NDArray[np.intp], Float32Array]:
-    likeliest = candidates.argmax(axis=1, keepdims=True)
-    highest = np.take_along_axis(candidates, likeliest, axis=1)
+    best = candidates.argmax(axis=1, keepdims=True)
+    highest = np.take_along_axis(candidates, best, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         far = (highest - logits) / np.maximum(np.abs(logits), highest) > 2 * jitter
     near = np.where(far, np.float32(-np.inf), candidates)
-    return likeliest, np.take_along_axis(_softmax(near), likeliest, axis=1)
+    return best, np.take_along_axis(_softmax(near), best, axis=1)

@@ -1,8 +1,8 @@
-"""The backend of GPUs: our own CUDA kernels on a `Device`, matrix products by its library.
+"""The GPU backend: CUDA kernels on a `Device`, and matrix products by the device's library.
 
-Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `group`, `pick` and
-`score` returns when its work is submitted. Matrices stay as they are stored. A row's product depends on how many rows
-share the call, so `reproducible` makes only calls of PRODUCT_ROWS rows, and attends row by row.
+Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `group`, `sample` and
+`score` returns when its work is submitted. Matrices stay as they are stored. The bits of a product depend on the number
+of rows of the call. `reproducible` therefore makes only calls of PRODUCT_ROWS rows, and attends row by row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
+from moempi.backend.cuda.attention_layout import AttentionLayout, fits_tiles, head_dims, is_latent, lay_out_rows
 from moempi.backend.cuda.device import Argument, Device, Grid, Kernel
 from moempi.backend.protocol import (
     Array,
@@ -32,13 +33,15 @@ from moempi.config.tensors import PAGE_ROWS
 
 PRODUCT_ROWS = 64
 FLAT_NUMBERS = 2048
-"""Numbers of a block of a flat kernel."""
+"""Numbers per block of a flat kernel."""
 SPLIT_KEYS = 256
+"""Keys per block of kernels/attention.cu."""
 PARTIAL_BYTES = 64 << 20
-"""Memory for the partial results of split attention; more rows take turns."""
+"""Memory for the partial results of kernels/attention.cu; more rows are attended in several launches."""
 SPLIT_HEADS = 4
-TILE_ROWS, LEAST_TILE_ROWS, MOST_TILE_DIM = 64, 16, 128
+"""Query heads that share a key-value head and a block of kernels/attention.cu."""
 ROUTER_ROWS = 4
+"""Rows per block of kernels/router.cu."""
 SCORING = {"softmax": 0, "sigmoid": 1, "softmax_chosen": 2}
 
 
@@ -51,22 +54,8 @@ class Matrix:
 
     @property
     def outputs(self) -> int:
-        """The width of a product."""
+        """Width of a product with the matrix."""
         return int(self.values.shape[1 if self.transposed else 0])
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """Where the rows of `segments` stand, on the device: position and first page of each (T, 2), and all pages.
-
-    `tiles` (n, 4) are those of kernels/attention_tiles.cu; `single` the runs of rows that are in no tile.
-    """
-
-    segments: Sequence[Segment]
-    spans: Array
-    pages: Array
-    tiles: Array
-    single: Sequence[range]
 
 
 class CudaBackend:
@@ -82,15 +71,15 @@ class CudaBackend:
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
         self._constants: tuple[tuple[str, int | None], ...] = () if self.is_bfloat16 else (("FLOAT32_ROWS", None),)
         self._queue = 0
-        self._located: dict[int, Located] = {}
+        self._layouts: dict[int, AttentionLayout] = {}
 
-    # Weights and buffers
+    # Memory
 
     def available_bytes(self) -> int:
         return self.device.available_bytes()
 
     def tensor(self, *stored: Stored) -> Array:
-        """See `Backend.tensor`; float32 stays float32."""
+        """Stored float32 values stay float32."""
         whole = self.device.upload(stored[0] if len(stored) == 1 else np.concatenate(stored))
         return whole if self.is_bfloat16 or whole.dtype == np.float32 else self._widened(whole)
 
@@ -108,7 +97,7 @@ class CudaBackend:
     def clear(self, cache: Cache, pages: IntArray) -> None:
         numbers = PAGE_ROWS * prod(cache.keys.shape[1:])
         index = self.upload(pages)
-        for held in (cache.keys,) if _is_latent(cache) else (cache.keys, cache.values):
+        for held in (cache.keys,) if is_latent(cache) else (cache.keys, cache.values):
             self._launch("kv_cache", "clear_pages", (len(pages), 1, 1), 1024, held, index, np.int64(numbers))
 
     @property
@@ -138,7 +127,7 @@ class CudaBackend:
         return self.device.comm_buffer((rows, width), self.row_dtype)
 
     def upload(self, values: npt.NDArray[Any]) -> Array:
-        """See `Backend.upload`; integers become int32, floats float32."""
+        """Integers become int32, floats float32."""
         kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
         return self.device.upload(values.astype(kind))
 
@@ -152,13 +141,13 @@ class CudaBackend:
 
     def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
         out = self._rows(x.shape)
-        places = (*_layout(x), np.float32(eps), np.int32(rounded))
-        self._by_vector("norm", "rms_norm", out, x, weight, out, *places)
+        sizes = (*_extents(x), np.float32(eps), np.int32(rounded))
+        self._by_vector("norm", "rms_norm", out, x, weight, out, *sizes)
         return out
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
         out = self._rows(x.shape)
-        self._by_vector("norm", "layer_norm", out, x, weight, bias, out, *_layout(x), np.float32(eps))
+        self._by_vector("norm", "layer_norm", out, x, weight, bias, out, *_extents(x), np.float32(eps))
         return out
 
     def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
@@ -181,15 +170,15 @@ class CudaBackend:
 
     def clip(self, x: Array, limit: float) -> Array:
         out = self._rows(x.shape)
-        self._by_vector("elementwise", "clip", out, x, out, *_layout(x), np.float32(limit))
+        self._by_vector("elementwise", "clip", out, x, out, *_extents(x), np.float32(limit))
         return out
 
     def join_columns(self, *parts: Array) -> Array:
         width = sum(part.shape[-1] for part in parts)
         out, first = self._rows((*parts[0].shape[:-1], width)), 0
         for part in parts:
-            places = (*_layout(part), np.int32(first), np.int32(width))
-            self._by_vector("elementwise", "copy_columns", out, part, out, *places)
+            sizes = (*_extents(part), np.int32(first), np.int32(width))
+            self._by_vector("elementwise", "copy_columns", out, part, out, *sizes)
             first += part.shape[-1]
         return out
 
@@ -208,7 +197,7 @@ class CudaBackend:
 
     def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
         out = self._rows(x.shape)
-        self._by_vector("elementwise", "gate", out, x, logits, out, np.int32(x.shape[1]))
+        self._by_vector("elementwise", "scale_by_sigmoid", out, x, logits, out, np.int32(x.shape[1]))
         return out
 
     # Attention
@@ -223,16 +212,16 @@ class CudaBackend:
 
     def rotate(self, x: Array, angles: tuple[Array, Array], *, interleaved: bool = False) -> Array:
         out = self._rows(x.shape)
-        heads, dim, *strides = _layout(x)
+        heads, dim, *strides = _extents(x)
         sizes = (heads, dim, np.int32(angles[0].shape[1]), *strides, np.int32(interleaved))
         self._by_token("rope", "rotate", out, x, *angles, out, *sizes)
         return out
 
     def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
-        located = self._locate(cache, segments)
+        layout = self._attention_layout(cache, segments)
         for new, held in ((keys, cache.keys), (values, cache.values)):
             if new is not None:
-                self._by_token("kv_cache", "extend_cache", new, new, held, located.spans, located.pages, *_layout(new))
+                self._by_token("kv_cache", "extend_cache", new, new, held, layout.spans, layout.pages, *_extents(new))
 
     def attend(
         self,
@@ -244,68 +233,56 @@ class CudaBackend:
         window: int = 0,
         sinks: Array | None = None,
     ) -> Array:
-        """See `Backend.attend`. Many new rows of a sequence go through tensor cores in tiles, few row by row."""
+        """A sequence of many new rows is attended in tiles on tensor cores, one of few row by row."""
         out = self._rows((*queries.shape[:2], cache.values.shape[-1]))
-        located = self._locate(cache, segments)
-        kv_heads, dims = np.int32(cache.keys.shape[1]), _dims(cache)
-        given = (queries, cache.keys, cache.values, sinks, located.tiles, located.pages, out)
-        grid = (len(located.tiles), out.shape[1], 1)
+        layout = self._attention_layout(cache, segments)
+        kv_heads = np.int32(cache.keys.shape[1])
+        given = (queries, cache.keys, cache.values, sinks, layout.tiles, layout.pages, out)
+        grid = (len(layout.tiles), out.shape[1], 1)
         rule = (kv_heads, np.float32(scale), np.int32(window))
-        self._launch("attention_tiles", "attend_tiles", grid, 128, *given, *rule, **dims)
-        for rows in located.single:
-            self._attend_rows(queries, cache, located, rows, out, sinks, scale=scale, window=window)
+        self._launch("attention_tiles", "attend_tiles", grid, 128, *given, *rule, **head_dims(cache))
+        self._attend_rows(queries, cache, layout, out, scale=scale, window=window, sinks=sinks)
         return out
 
     def _attend_rows(
         self,
         queries: Array,
         cache: Cache,
-        located: Located,
-        rows: range,
+        layout: AttentionLayout,
         out: Array,
-        sinks: Array | None,
         *,
         scale: float,
         window: int,
+        sinks: Array | None,
     ) -> None:
-        """Attend some rows, in blocks of keys, as many rows at a time as PARTIAL_BYTES holds."""
+        """Attend the single rows in blocks of keys, as many rows per launch as PARTIAL_BYTES holds."""
         _, heads, value_dim = out.shape
         kv_heads = cache.keys.shape[1]
-        most_keys = max(s.start + s.length for s in located.segments if s.row in rows)
-        splits, together = -(-most_keys // SPLIT_KEYS), min(SPLIT_HEADS, heads // kv_heads)
+        together = min(SPLIT_HEADS, heads // kv_heads)
         head_rounds = kv_heads * -(-(heads // kv_heads) // together)
-        step = max(1, PARTIAL_BYTES // (heads * splits * value_dim * 4))
-        value_stride = cache.keys.shape[-1] if _is_latent(cache) else value_dim
-        dims = {**_dims(cache), "HEADS": together}
+        value_stride = cache.keys.shape[-1] if is_latent(cache) else value_dim
+        dims = {**head_dims(cache), "HEADS": together}
         rule = (np.int32(heads), np.int32(kv_heads), np.int32(value_stride), np.float32(scale), np.int32(window))
-        for first in range(rows.start, rows.stop, step):
-            some = slice(first, min(first + step, rows.stop))
-            num_rows = some.stop - first
-            sums = self.device.empty((num_rows, heads, splits, value_dim), np.float32)
-            stats = self.device.empty((num_rows, heads, splits, 2), np.float32)
-            given = (queries[some], cache.keys, cache.values, located.spans[some], located.pages, sums, stats)
-            self._launch("attention", "attend_rows", (num_rows, head_rounds, splits), 128, *given, *rule, **dims)
-            merged = (sums, stats, sinks, out[some], np.int32(splits))
-            self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
+        for rows in layout.single_rows:
+            splits = -(-max(s.start + s.length for s in layout.segments if s.row in rows) // SPLIT_KEYS)
+            step = max(1, PARTIAL_BYTES // (heads * splits * value_dim * 4))
+            for first in range(rows.start, rows.stop, step):
+                some = slice(first, min(first + step, rows.stop))
+                num_rows = some.stop - first
+                sums = self.device.empty((num_rows, heads, splits, value_dim), np.float32)
+                stats = self.device.empty((num_rows, heads, splits, 2), np.float32)
+                given = (queries[some], cache.keys, cache.values, layout.spans[some], layout.pages, sums, stats)
+                self._launch("attention", "attend_rows", (num_rows, head_rounds, splits), 128, *given, *rule, **dims)
+                merged = (sums, stats, sinks, out[some], np.int32(splits))
+                self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
 
-    def _locate(self, cache: Cache, segments: Sequence[Segment]) -> Located:
-        """Where the rows of a step stand; the same for all its layers, so kept until the queue's next step."""
-        known = self._located.get(self.queue)
-        if known is None or known.segments is not segments:
-            first_pages = np.cumsum([0, *(len(segment.pages) for segment in segments)])[:-1].tolist()
-            tiled = [self._can_tile(cache) and segment.length >= LEAST_TILE_ROWS for segment in segments]
-            known = self._located[self.queue] = Located(
-                segments,
-                self.upload(_spans(segments, first_pages)),
-                self.upload(np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int32)])),
-                self.upload(_tiles(segments, first_pages, tiled)),
-                _single_rows(segments, tiled),
-            )
-        return known
-
-    def _can_tile(self, cache: Cache) -> bool:
-        fits = all(dim % 16 == 0 and dim <= MOST_TILE_DIM for dim in _dims(cache).values())
-        return fits and not _is_latent(cache) and not self.reproducible
+    def _attention_layout(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
+        """The layout of a step's rows is the same in all layers, so it is kept until the queue's next step."""
+        layout = self._layouts.get(self.queue)
+        if layout is None or layout.segments is not segments:
+            can_tile = fits_tiles(cache) and not self.reproducible
+            layout = self._layouts[self.queue] = lay_out_rows(segments, can_tile=can_tile, upload=self.upload)
+        return layout
 
     # Experts
 
@@ -331,17 +308,17 @@ class CudaBackend:
             rule: tuple[Argument, ...] = (np.int32(rows), np.float32(router.jitter), rounds)
             self._by_router("choose_sparsemixer", num_experts, logits, experts, weights, *rule)
             return experts, weights
-        shifts = None if selection_bias is None else self.upload(selection_bias)
+        bias = None if selection_bias is None else self.upload(selection_bias)
         groups = (router.num_groups, router.kept_groups, 2 if router.group_score == "top2" else 1)
         rule = (np.int32(rows), np.int32(router.top_k), np.int32(SCORING[router.scoring]), *map(np.int32, groups))
-        given = (logits, correction, shifts, experts, weights)
+        given = (logits, correction, bias, experts, weights)
         self._by_router("choose_experts", num_experts, *given, *rule, *_weighing(router), rounds)
         return experts, weights
 
     def pick_replicas(self, experts: Array, period: int) -> Array:
         out = self.device.empty(experts.shape, np.int32)
         count, sizes = prod(out.shape), map(np.int32, (prod(out.shape), out.shape[1], period))
-        self._launch("grouping", "take_turns", (-(-count // 256), 1, 1), 256, experts, out, *sizes)
+        self._launch("grouping", "pick_replicas", (-(-count // 256), 1, 1), 256, experts, out, *sizes)
         return out
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
@@ -356,11 +333,12 @@ class CudaBackend:
         choices, slots = prod(experts.shape), experts.shape[1]
         if not choices:
             return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(physical_ids), np.int64)
-        rows, places = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
+        source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
         counts = self.device.empty((len(physical_ids),), np.int32)
-        given = (experts, self.upload(physical_ids), rows, places, counts, np.int32(choices), np.int32(slots))
-        self._launch("grouping", "group", (len(physical_ids), 1, 1), 256, *given)
-        return rows, places, self.download(counts).astype(np.int64)
+        given = (experts, self.upload(physical_ids), source_rows, output_rows, counts)
+        sizes = (np.int32(choices), np.int32(slots))
+        self._launch("grouping", "group", (len(physical_ids), 1, 1), 256, *given, *sizes)
+        return source_rows, output_rows, self.download(counts).astype(np.int64)
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
         out = self._rows((len(index), *rows.shape[1:]))
@@ -368,8 +346,8 @@ class CudaBackend:
         return out
 
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
-        places = index if index is None or self.device.holds(index) else self.upload(index)
-        self._by_token("packing", "take_rows", out, rows, places, out, np.int32(prod(out.shape[1:])))
+        on_device = index if index is None or self.device.holds(index) else self.upload(index)
+        self._by_token("packing", "take_rows", out, rows, on_device, out, np.int32(prod(out.shape[1:])))
 
     def unpack(self, buffer: Array, index: Array | None) -> Array:
         out = self._rows((len(buffer) if index is None else len(index), *buffer.shape[1:]))
@@ -408,15 +386,15 @@ class CudaBackend:
         return self._float_product(x, head, bias)
 
     def sample(self, logits: Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
-        """See `Backend.pick`; the likeliest token is found on the device, rules are applied on the host."""
+        """The device finds the most likely token; the host applies the other sampling rules."""
         targets = np.full(len(requests), -1)
-        for row, choice in enumerate(requests):
-            if choice.sampling.temperature or choice.sampling.repetition_penalty != 1.0:
-                targets[row] = sample_token(self.download(logits[row]), choice)
+        for row, request in enumerate(requests):
+            if request.sampling.temperature or request.sampling.repetition_penalty != 1.0:
+                targets[row] = sample_token(self.download(logits[row]), request)
         return self.score(logits, targets, top=top)
 
     def score(self, logits: Array, targets: IntArray, *, top: int) -> SampledTokens:
-        """See `Backend.score`; a negative target stands for the likeliest token."""
+        """A negative target means the most likely token."""
         rows, vocabulary = logits.shape
         tokens, logprobs = self.device.empty((rows,), np.int32), self.device.empty((rows,), np.float32)
         top = min(top, vocabulary)
@@ -430,7 +408,7 @@ class CudaBackend:
     # Products
 
     def _product(self, x: Array, matrix: Matrix, out: Array, *, accumulate: bool = False) -> None:
-        """Out (T, N) = x (T, K) times the matrix; added to what is in `out` with `accumulate`."""
+        """Compute out (T, N) = x (T, K) times the matrix; with `accumulate`, add it to `out`."""
         if x.dtype != matrix.values.dtype:
             x = self._widened(x)
         for rows, whole in self._calls(len(x)):
@@ -446,7 +424,7 @@ class CudaBackend:
                 self._copy(result[: rows.stop - rows.start], out[rows])
 
     def _calls(self, num_rows: int) -> list[tuple[slice, bool]]:
-        """The rows of each call of a product, and whether they are as many as the call must have."""
+        """The rows of each call of a product, and whether the call has the right number without padding."""
         if not self.reproducible:
             return [(slice(0, num_rows), True)] if num_rows else []
         firsts = range(0, num_rows, PRODUCT_ROWS)
@@ -467,9 +445,9 @@ class CudaBackend:
         return padded
 
     def _copy(self, x: Array, out: Array) -> None:
-        """Copy rows of any kind, which may lie apart, to contiguous memory: as halves of four bytes, or whole."""
+        """Copy rows of 2 or 4 bytes a number, which may be strided, to contiguous memory, as 2-byte halves."""
         halves = x.itemsize // 2
-        heads, width, *strides = (int(size) for size in _layout(x))
+        heads, width, *strides = (int(size) for size in _extents(x))
         sizes = (np.int32(heads), np.int32(width * halves), *(np.int64(stride * halves) for stride in strides))
         kernel = Kernel("elementwise.cu", "copy_columns")
         if len(x):
@@ -491,16 +469,16 @@ class CudaBackend:
         self._launch("router", name, (-(-rows // ROUTER_ROWS), 1, 1), 128, *arguments, EXPERTS=num_experts)
 
     def _by_vector(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
-        """A block for each vector of `out`."""
+        """Launch one block per vector of `out`."""
         width = out.shape[-1]
         self._launch(file, name, (prod(out.shape) // width, 1, 1), _threads(width), *arguments)
 
     def _by_token(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
-        """A block for each row of `out`."""
+        """Launch one block per row of `out`."""
         self._launch(file, name, (len(out), 1, 1), _threads(prod(out.shape[1:])), *arguments)
 
     def _flat(self, name: str, count: int, *arguments: Argument) -> None:
-        """A thread for eight of `count` numbers, the kernel's last argument."""
+        """Launch one thread per eight of `count` numbers; `count` is the kernel's last argument."""
         self._launch("elementwise", name, (-(-count // FLAT_NUMBERS), 1, 1), 256, *arguments, np.int64(count))
 
     def _launch(self, file: str, name: str, grid: Grid, threads: int, *arguments: Argument, **constants: int) -> None:
@@ -510,12 +488,12 @@ class CudaBackend:
 
 
 def _threads(width: int) -> int:
-    """Threads of a block that walks `width` numbers, eight a thread: whole warps, at most 1,024."""
+    """Threads of a block for `width` numbers, eight per thread: whole warps, at most 1,024."""
     return int(min(1024, 32 * -(-width // 256)))
 
 
-def _layout(x: Array) -> tuple[np.int32, np.int32, np.int64, np.int64]:
-    """Heads, width, and strides in numbers from row to row and head to head, of (T, D) or (T, H, D)."""
+def _extents(x: Array) -> tuple[np.int32, np.int32, np.int64, np.int64]:
+    """Heads, width, row stride and head stride, in numbers, of (T, D) or (T, H, D)."""
     heads = x.shape[1] if x.ndim == 3 else 1
     head_stride = x.strides[1] // x.itemsize if x.ndim == 3 else 0
     return np.int32(heads), np.int32(x.shape[-1]), np.int64(x.strides[0] // x.itemsize), np.int64(head_stride)
@@ -523,42 +501,3 @@ def _layout(x: Array) -> tuple[np.int32, np.int32, np.int64, np.int64]:
 
 def _weighing(router: Router) -> tuple[np.int32, np.float32, np.float32]:
     return np.int32(router.renormalize), np.float32(router.least_sum), np.float32(router.scaling)
-
-
-def _is_latent(cache: Cache) -> bool:
-    """Whether the values are a part of the keys."""
-    return bool(cache.values.shape[-1] < cache.keys.shape[-1])
-
-
-def _dims(cache: Cache) -> dict[str, int]:
-    return {"HEAD_DIM": cache.keys.shape[-1], "VALUE_DIM": cache.values.shape[-1]}
-
-
-def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:
-    """Position and first page of every row (T, 2)."""
-    spans = [
-        np.stack([np.arange(segment.start, segment.start + segment.length), np.full(segment.length, page)], axis=1)
-        for segment, page in zip(segments, first_pages, strict=True)
-    ]
-    return np.concatenate(spans or [np.zeros((0, 2), np.int64)])
-
-
-def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool]) -> IntArray:
-    """First row, its position, number of rows, and first page of every tile (n, 4)."""
-    tiles = [
-        (segment.row + first, segment.start + first, min(TILE_ROWS, segment.length - first), page)
-        for segment, page, is_tiled in zip(segments, first_pages, tiled, strict=True)
-        for first in range(0, segment.length if is_tiled else 0, TILE_ROWS)
-    ]
-    return np.array(tiles, np.int64).reshape(-1, 4)
-
-
-def _single_rows(segments: Sequence[Segment], tiled: Sequence[bool]) -> Sequence[range]:
-    """Rows that lie side by side of segments that are not tiled."""
-    runs: list[range] = []
-    for segment, is_tiled in zip(segments, tiled, strict=True):
-        rows = range(segment.row, segment.row + segment.length)
-        if rows and not is_tiled:
-            follows = bool(runs) and runs[-1].stop == rows.start
-            runs.append(range(runs.pop().start, rows.stop) if follows else rows)
-    return runs

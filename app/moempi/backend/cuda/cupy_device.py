@@ -1,6 +1,6 @@
-"""An NVIDIA GPU through CuPy: memory and streams, products by cuBLAS, our own kernels by NVRTC.
+"""An NVIDIA GPU through CuPy: memory and streams, products by cuBLAS, kernels compiled by NVRTC.
 
-CuPy brings compiled kernels to its cache folder, so a kernel compiles once for each GPU architecture and model shape.
+CuPy keeps compiled kernels in its cache folder, so a kernel is compiled once for each GPU architecture and model shape.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from moempi.backend.protocol import Array
 from moempi.errors import ConfigError
 
 REAL = {np.dtype(np.uint16): 14, np.dtype(np.float32): 0}
-"""cudaDataType of bfloat16 bits, and of float."""
+"""cudaDataType of bfloat16 bits and of float."""
 COMPUTE_32F, DEFAULT_ALGORITHM = 68, -1
 PLAIN, TRANSPOSED = 0, 1
 ONE, ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 
 
 class CupyDevice:
-    """One GPU; queues are non-blocking streams, each with a cuBLAS handle of its own.
+    """One GPU; queues are non-blocking streams, each with its own cuBLAS handle.
 
-    With `pinned` wires are host memory that the GPU reads and writes over the bus, for an MPI that knows no device
-    pointers; without, device memory.
+    If `pinned`, comm buffers are pinned host memory, which the GPU reads and writes over the bus, for an MPI that takes
+    no device pointers; otherwise they are device memory. Raises ConfigError below compute capability 8.0.
     """
 
     def __init__(self, number: int, *, pinned: bool) -> None:
@@ -56,11 +56,11 @@ class CupyDevice:
         self._stream.use()
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """See `Device.empty`; from CuPy's pool, which asks the driver only until it has met the largest step."""
+        """From CuPy's pool, which calls the driver only until it holds enough for the largest step."""
         return cupy.empty(shape, dtype)
 
     def comm_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """See `Device.wire`. Not from a pool: freeing either kind waits for the device."""
+        """Not from a pool, because freeing it must wait for the device."""
         count = int(np.prod(shape))
         num_bytes = max(1, count * np.dtype(dtype).itemsize)
         if not self.comm_buffers_on_host:
@@ -75,7 +75,7 @@ class CupyDevice:
         return isinstance(values, cupy.ndarray)
 
     def upload(self, values: npt.NDArray[Any]) -> Array:
-        """See `Device.upload`: through pinned memory that CuPy keeps until the copy is over."""
+        """Through pinned memory that CuPy keeps until the copy is done."""
         return cupy.asarray(np.ascontiguousarray(values))
 
     def download(self, values: Array) -> npt.NDArray[Any]:
@@ -88,7 +88,7 @@ class CupyDevice:
         _compiled(kernel)(grid, (threads, 1, 1), tuple(_word(argument) for argument in arguments))
 
     def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool, accumulate: bool = False) -> None:
-        """See `Device.product`. cuBLAS counts by columns: it computes out' = matrix x'."""
+        """The arrays of cuBLAS are column-major, so it computes out' = matrix x'."""
         rows, outputs = out.shape
         cublas.gemmEx(
             self._handle,
@@ -146,10 +146,10 @@ class CupyDevice:
 
 
 class _PinnedMemory:
-    """Page-locked host memory, which the GPU finds at the same address."""
+    """Page-locked host memory, which has the same address on the GPU."""
 
     def __init__(self, num_bytes: int) -> None:
-        num_bytes = -(-num_bytes // 4) * 4  # whole numbers of any kind
+        num_bytes = -(-num_bytes // 4) * 4  # a multiple of every element size
         self._address = cupy.cuda.runtime.hostAlloc(num_bytes, cupy.cuda.runtime.hostAllocPortable)
         self.__array_interface__ = {
             "version": 3,
@@ -163,7 +163,7 @@ class _PinnedMemory:
 
 
 class StreamEvent:
-    """A `Mark` that is a CUDA event."""
+    """A CUDA event."""
 
     def __init__(self, event: Any) -> None:
         self._event = event
@@ -176,13 +176,13 @@ class StreamEvent:
 
 
 def bus_id(ordinal: int) -> str:
-    """The PCI address of a device."""
+    """PCI address of a device."""
     address: str = cupy.cuda.Device(ordinal).pci_bus_id
     return address
 
 
 def count_devices() -> int:
-    """GPUs of this node that the process may use; 0 without a driver."""
+    """Number of GPUs of this node visible to the process; 0 without a driver."""
     try:
         return int(cupy.cuda.runtime.getDeviceCount())
     except cupy.cuda.runtime.CUDARuntimeError:
@@ -190,7 +190,7 @@ def count_devices() -> int:
 
 
 def describe() -> list[str]:
-    """What a person wants to know of this node's GPUs, a line each: driver, memory, who reaches whose memory."""
+    """One line for the driver and one per GPU: name, compute capability, memory, GPUs whose memory it can access."""
     runtime = cupy.cuda.runtime
     version = runtime.driverGetVersion()
     lines = [f"CUDA driver {version // 1000}.{version % 1000 // 10}, CuPy {cupy.__version__}"]
@@ -198,16 +198,16 @@ def describe() -> list[str]:
         properties = runtime.getDeviceProperties(number)
         with cupy.cuda.Device(number) as device:
             free, total = (size / 2**30 for size in device.mem_info)
-        reached = [str(other) for other in range(count_devices()) if other != number and _reaches(number, other)]
+        accessible = [str(other) for other in range(count_devices()) if other != number and _can_access(number, other)]
         lines.append(
             f"GPU {number}: {properties['name'].decode()}, compute capability {properties['major']}."
             f"{properties['minor']}, {free:.1f} of {total:.1f} GiB free, reaches the memory of "
-            + (", ".join(reached) or "no other")
+            + (", ".join(accessible) or "no other")
         )
     return lines
 
 
-def _reaches(number: int, other: int) -> bool:
+def _can_access(number: int, other: int) -> bool:
     return bool(cupy.cuda.runtime.deviceCanAccessPeer(number, other))
 
 

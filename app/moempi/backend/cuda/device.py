@@ -1,4 +1,4 @@
-"""What the CUDA backend asks of a machine: memory, queues of work, matrix products, and launches of kernels."""
+"""The machine below the CUDA backend: memory, queues of work, matrix products, and launches of kernels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ class Kernel:
 
     @property
     def defines(self) -> tuple[str, ...]:
-        """The compiler's options."""
+        """Compiler options for the constants."""
         return tuple(f"-D{name}" if value is None else f"-D{name}={value}" for name, value in self.constants)
 
     @property
     def source(self) -> str:
-        """The file's text with the headers that it includes in their places, each once."""
+        """The text of the file, with each header that it includes inserted once."""
         return _with_headers(self.file, set())
 
 
 def _with_headers(file: str, seen: set[str]) -> str:
-    """A header that has been `seen` is empty: compilers' caches know a kernel by its text alone."""
+    """Headers are inserted because compiler caches identify a kernel by its text; one that was `seen` becomes empty."""
     if file in seen:
         return ""
     seen.add(file)
@@ -48,52 +48,52 @@ Argument = Array | np.int32 | np.int64 | np.float32 | None
 class Device(Protocol):
     """A machine that runs the kernels.
 
-    What is submitted runs in the order of its queue, later; `use_queue` says to which queue. Memory that is let go is
-    used again only by what the same queue gets afterwards.
+    Work is submitted to the current queue and runs later, in the order of its queue. Freed memory is reused only by
+    work submitted to the same queue afterwards.
     """
 
     name: str
     comm_buffers_on_host: bool
 
     def available_bytes(self) -> int:
-        """Memory of all devices of this kind in the node that is free, judged by this one."""
+        """Free memory of the node's devices in bytes, estimated as this device's free memory times their number."""
 
     def use_queue(self, number: int) -> None:
-        """From now on, submit to this queue."""
+        """Make `number` the current queue."""
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """Contiguous memory on the device, at a multiple of 256 bytes."""
+        """Allocate contiguous memory on the device, aligned to 256 bytes."""
 
     def comm_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """Contiguous memory that kernels and MPI can both address; it is let go only when nothing uses it."""
+        """Allocate contiguous memory that both kernels and MPI can address; freeing it waits for the device."""
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Let kernels address host memory that somebody else allocated, from now on."""
+        """Make host memory that the caller allocated addressable by kernels until the process ends."""
 
     def holds(self, values: Array) -> bool:
-        """Whether an array lies on the device, not on the host."""
+        """Whether an array is in device memory."""
 
     def upload(self, values: npt.NDArray[Any]) -> Array:
         """Copy a host array to the device; the host may change it at once."""
 
     def download(self, values: Array) -> npt.NDArray[Any]:
-        """Copy to the host. Blocks until the queue has come here."""
+        """Copy to the host. Blocks the host until all work submitted to the queue before is done."""
 
     def copy(self, values: Array, out: Array) -> None:
-        """Submit the device's own copy from contiguous memory to contiguous memory of the same size."""
+        """Submit a copy between contiguous arrays of equal size."""
 
     def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
-        """Submit a kernel on `grid` blocks of `threads`; arrays become addresses, None a null pointer."""
+        """Submit a kernel on `grid` blocks of `threads` threads; arrays become addresses, None a null pointer."""
 
     def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool, accumulate: bool = False) -> None:
-        """Submit out (T, N) = x (T, K) times matrix (N, K), or (K, N) when `transposed`, sums in float32.
+        """Submit out (T, N) = x (T, K) times matrix (N, K), or (K, N) when `transposed`; sums are in float32.
 
-        Rows of x may lie apart. With `accumulate` the product is added to `out`, rounded once. x and matrix are both
-        bfloat16 or both float32; out is either.
+        Rows of x may be strided. With `accumulate` the product is added to `out` and rounded once. x and matrix are
+        both bfloat16 or both float32; out is either.
         """
 
     def products(self, x: Array, matrices: Array, out: Array) -> None:
-        """Submit out (T, H, N) = x (T, H, K) times matrices (H, K, N), for each head; x may lie apart."""
+        """Submit out (T, H, N) = x (T, H, K) times matrices (H, K, N), head by head; x may be strided."""
 
     def record_event(self) -> Event:
-        """A mark behind all that this queue has been given."""
+        """Record an event behind all work in the current queue."""

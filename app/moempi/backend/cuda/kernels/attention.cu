@@ -1,38 +1,41 @@
-// Causal attention of single rows over a paged cache, the keys of a row divided among blocks (Dao et al. 2023, split-KV).
+// Causal attention of single rows over a paged cache; the keys of a row are divided among blocks (Dao et al. 2023,
+// split-KV).
 //
-//   attend_rows   for SPLIT keys of a row and a key-value head: sums of exp(score - highest) * value, of exp(score -
-//                 highest), and the highest score, for up to HEADS of the query heads that share it
-//   merge_splits  out = all splits' sums, brought to one highest score, divided; `sinks` take part in the divisor alone
+//   attend_rows   per row, key-value head and split of SPLIT keys, for up to HEADS of the query heads that share the
+//                 key-value head: sum of exp(score - highest) * value, sum of exp(score - highest), and highest score
+//   merge_splits  out = sum of the splits' sums, rescaled to one highest score, over the divisor; `sinks` add to the
+//                 divisor only
 //
-// NumPy: attend. The memory moved is that of the keys and values, once; a row's bits do not depend on its batch. Any
-// HEAD_DIM and VALUE_DIM up to 1,024, constants of the compilation like HEADS.
-// Launch: attend_rows (rows, key-value heads * ceil(shared / HEADS), splits) blocks of 128; merge_splits (rows, heads)
-// blocks of 128.
+// Shapes: queries (T, H, HEAD_DIM), out (T, H, VALUE_DIM), spans (T, 2) as in kv_cache.cu, sums (T, H, splits,
+// VALUE_DIM), stats (T, H, splits, 2) with the highest score first. HEAD_DIM and VALUE_DIM, at most 1,024, and HEADS
+// are compile-time constants. Keys and values are read once. A row's bits do not depend on its batch.
+// Launch: attend_rows (T, key-value heads * ceil(shared / HEADS), splits) blocks of 128; merge_splits (T, H) blocks of
+// 128. NumPy twin: attend.
 #include "paging.cuh"
 
 const int THREADS = 128, WARPS = THREADS / WARP_THREADS;
-const int SPLIT = 256;  // keys of a block; as cupy_backend.SPLIT_KEYS
+const int SPLIT = 256;  // keys per block; equals SPLIT_KEYS of cuda/backend.py
 
 __device__ constexpr int power_of_two(int least) { return least <= 1 ? 1 : 2 * power_of_two((least + 1) / 2); }
 
 const int KEY_EIGHTS = (HEAD_DIM + 7) / 8;
-const int KEY_LANES = power_of_two(KEY_EIGHTS) < WARP_THREADS ? power_of_two(KEY_EIGHTS) : WARP_THREADS;
-const int KEY_TURNS = (KEY_EIGHTS + KEY_LANES - 1) / KEY_LANES;
-const int VALUE_LANES = power_of_two((VALUE_DIM + 7) / 8);
-const int VALUE_ROWS = THREADS / VALUE_LANES;
+const int KEY_THREADS = power_of_two(KEY_EIGHTS) < WARP_THREADS ? power_of_two(KEY_EIGHTS) : WARP_THREADS;
+const int KEY_STEPS = (KEY_EIGHTS + KEY_THREADS - 1) / KEY_THREADS;
+const int VALUE_THREADS = power_of_two((VALUE_DIM + 7) / 8);
+const int VALUE_ROWS = THREADS / VALUE_THREADS;
 
 // Scores of the keys [first, last) with HEADS queries, into scores[head][key - first].
-__device__ inline void score_keys(const row* keys, const int* pages, float (*queries)[KEY_EIGHTS * 8], float (*scores)[SPLIT],
-                                  int first, int last, int kv_head, int kv_heads) {
+__device__ inline void score_keys(const row* keys, const int* pages, float (*queries)[KEY_EIGHTS * 8],
+                                  float (*scores)[SPLIT], int first, int last, int kv_head, int kv_heads) {
   const int warp = threadIdx.x / WARP_THREADS, lane = threadIdx.x % WARP_THREADS;
-  const int own_key = lane / KEY_LANES, own_eight = lane % KEY_LANES, together = WARP_THREADS / KEY_LANES;
+  const int own_key = lane / KEY_THREADS, own_eight = lane % KEY_THREADS, together = WARP_THREADS / KEY_THREADS;
   for (int start = first + warp * together; start < last; start += WARPS * together) {
     const int key = start + own_key;
     float sums[HEADS] = {};
     if (key < last) {
       const row* from = keys + (cache_row(pages, key) * kv_heads + kv_head) * HEAD_DIM;
-      for (int turn = 0; turn < KEY_TURNS; ++turn) {
-        const int column = (turn * KEY_LANES + own_eight) * 8;
+      for (int step = 0; step < KEY_STEPS; ++step) {
+        const int column = (step * KEY_THREADS + own_eight) * 8;
         if (column >= HEAD_DIM) break;
         float numbers[8];
         load8(from + column, HEAD_DIM - column, numbers);
@@ -41,7 +44,7 @@ __device__ inline void score_keys(const row* keys, const int* pages, float (*que
       }
     }
     for (int head = 0; head < HEADS; ++head) {
-      for (int apart = KEY_LANES / 2; apart; apart /= 2) sums[head] += __shfl_xor_sync(ALL_LANES, sums[head], apart);
+      for (int apart = KEY_THREADS / 2; apart; apart /= 2) sums[head] += __shfl_xor_sync(FULL_WARP, sums[head], apart);
       if (own_eight == 0 && key < last) scores[head][key - first] = sums[head];
     }
   }
@@ -67,8 +70,8 @@ extern "C" __global__ void attend_rows(const row* queries, const row* keys, cons
     }
     return;
   }
-  for (int place = threadIdx.x; place < HEADS * KEY_EIGHTS * 8; place += THREADS) {
-    const int head = place / (KEY_EIGHTS * 8), column = place % (KEY_EIGHTS * 8);
+  for (int i = threadIdx.x; i < HEADS * KEY_EIGHTS * 8; i += THREADS) {
+    const int head = i / (KEY_EIGHTS * 8), column = i % (KEY_EIGHTS * 8);
     const bool exists = head < own_heads && column < HEAD_DIM;
     scaled[head][column] = exists ? widen(queries[(token * heads + first_head + head) * HEAD_DIM + column]) * scale : 0.0f;
   }
@@ -87,7 +90,7 @@ extern "C" __global__ void attend_rows(const row* queries, const row* keys, cons
     if (lane == 0) stat[0] = highest, stat[1] = total;
   }
   __syncthreads();
-  const int column = threadIdx.x % VALUE_LANES * 8, own_row = threadIdx.x / VALUE_LANES;
+  const int column = threadIdx.x % VALUE_THREADS * 8, own_row = threadIdx.x / VALUE_THREADS;
   float mixed[HEADS][8] = {};
   for (int key = first + own_row; key < last && column < VALUE_DIM; key += VALUE_ROWS) {
     float numbers[8];
@@ -99,10 +102,10 @@ extern "C" __global__ void attend_rows(const row* queries, const row* keys, cons
   for (int head = 0; head < HEADS; ++head)
     for (int i = 0; i < 8; ++i) partial[head][threadIdx.x][i] = mixed[head][i];
   __syncthreads();
-  for (int place = threadIdx.x; place < own_heads * VALUE_DIM; place += THREADS) {
-    const int head = place / VALUE_DIM, at = place % VALUE_DIM;
+  for (int i = threadIdx.x; i < own_heads * VALUE_DIM; i += THREADS) {
+    const int head = i / VALUE_DIM, at = i % VALUE_DIM;
     float total = 0.0f;
-    for (int run = 0; run < VALUE_ROWS; ++run) total += partial[head][run * VALUE_LANES + at / 8][at % 8];
+    for (int run = 0; run < VALUE_ROWS; ++run) total += partial[head][run * VALUE_THREADS + at / 8][at % 8];
     sums[((token * heads + first_head + head) * splits + blockIdx.z) * VALUE_DIM + at] = total;
   }
 }
@@ -110,16 +113,17 @@ extern "C" __global__ void attend_rows(const row* queries, const row* keys, cons
 extern "C" __global__ void merge_splits(const float* sums, const float* stats, const row* sinks, row* out, int splits) {
   const int heads = gridDim.y, head = blockIdx.y;
   const long long vector = static_cast<long long>(blockIdx.x) * heads + head;
-  const float* of_splits = stats + vector * splits * 2;
+  const float* split_stats = stats + vector * splits * 2;
   float highest = sinks ? widen(sinks[head]) : -infinity();
-  for (int split = 0; split < splits; ++split) highest = fmaxf(highest, of_splits[2 * split]);
+  for (int split = 0; split < splits; ++split) highest = fmaxf(highest, split_stats[2 * split]);
   float divisor = sinks ? expf(widen(sinks[head]) - highest) : 0.0f;
-  for (int split = 0; split < splits; ++split) divisor += of_splits[2 * split + 1] * expf(of_splits[2 * split] - highest);
+  for (int split = 0; split < splits; ++split)
+    divisor += split_stats[2 * split + 1] * expf(split_stats[2 * split] - highest);
   for (int column = threadIdx.x; column < VALUE_DIM; column += THREADS) {
     float total = 0.0f;
     for (int split = 0; split < splits; ++split)
-      if (of_splits[2 * split + 1] > 0.0f)
-        total += sums[(vector * splits + split) * VALUE_DIM + column] * expf(of_splits[2 * split] - highest);
+      if (split_stats[2 * split + 1] > 0.0f)
+        total += sums[(vector * splits + split) * VALUE_DIM + column] * expf(split_stats[2 * split] - highest);
     narrow(total / divisor, out + vector * VALUE_DIM + column);
   }
 }

@@ -2,16 +2,18 @@
 //
 //   attend_tiles   softmax(q k * scale) v of a tile of up to 64 queries of one head, page by page of the cache
 //
-// NumPy: attend. Bfloat16 rows; HEAD_DIM and VALUE_DIM, constants of the compilation, are multiples of 16 up to 128, and
-// memory is aligned to 16 bytes. Probabilities are rounded to bfloat16 before they meet the values. A warp has 16
-// queries; the copy of a page's values runs while its keys are multiplied, that of the next keys while its values are.
-// `tiles` (n, 4): row and position of the first query, number of queries, where the pages begin in `pages`.
-// Launch: (n, heads) blocks of 128. Its plain twin is attend_rows.
+// Shapes: queries (T, H, HEAD_DIM), out (T, H, VALUE_DIM), tiles (n, 4): row and position of the first query, number of
+// queries, index of the sequence's first page in `pages`. Rows are bfloat16. HEAD_DIM and VALUE_DIM, compile-time
+// constants, are multiples of 16 up to 128. Memory is aligned to 16 bytes. Probabilities are rounded to bfloat16 before
+// they are multiplied with the values. A warp has 16 queries. A page's values are copied while its keys are multiplied,
+// the next page's keys while its values are.
+// Launch: (n, H) blocks of 128. NumPy twin: attend; plain CUDA twin: attend_rows.
 #include "paging.cuh"
 #include "tensor_core.cuh"
 
 const int THREADS = 128, TILE = 64, WARP_ROWS = 16;
-const int KEY_WIDTH = HEAD_DIM + 8, VALUE_WIDTH = VALUE_DIM + 8;  // apart in shared memory, so that banks differ
+// Rows of shared memory are padded so that they start in different banks.
+const int KEY_WIDTH = HEAD_DIM + 8, VALUE_WIDTH = VALUE_DIM + 8;
 const float LOG2_E = 1.44269504f;
 
 template <int DIM, int WIDTH>
@@ -27,17 +29,17 @@ __device__ inline unsigned pair(float low, float high) {
   return bfloat16_bits(low) | static_cast<unsigned>(bfloat16_bits(high)) << 16;
 }
 
-// A lane's four numbers of a row are spread over the four lanes of its group.
+// A row of the scores is spread over a group of four warp lanes.
 __device__ inline float group_max(float value) {
-  value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, 1));
-  return fmaxf(value, __shfl_xor_sync(ALL_LANES, value, 2));
+  value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 1));
+  return fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 2));
 }
 __device__ inline float group_sum(float value) {
-  value += __shfl_xor_sync(ALL_LANES, value, 1);
-  return value + __shfl_xor_sync(ALL_LANES, value, 2);
+  value += __shfl_xor_sync(FULL_WARP, value, 1);
+  return value + __shfl_xor_sync(FULL_WARP, value, 2);
 }
 
-// The queries of a warp as fragments; those behind the tile's end are zero.
+// The queries of a warp as fragments; rows beyond the end of the tile are zero.
 __device__ inline void load_queries(unsigned (*fragments)[4], const row* queries, int first, int count, int heads) {
   const int lane = threadIdx.x % WARP_THREADS, g = lane / 4, t = lane % 4;
   for (int step = 0; step < HEAD_DIM / 16; ++step)
@@ -48,7 +50,7 @@ __device__ inline void load_queries(unsigned (*fragments)[4], const row* queries
     }
 }
 
-// scores (16 x 64 of a warp) = queries times the page's keys.
+// scores (16 x 64 per warp) = queries times the page's keys.
 __device__ inline void multiply_keys(float (*scores)[4], const unsigned (*queries)[4], const unsigned short* keys) {
   const int lane = threadIdx.x % WARP_THREADS, matrix = lane / 8;
   for (int eights = 0; eights < TILE / 8; ++eights)

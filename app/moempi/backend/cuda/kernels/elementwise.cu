@@ -1,18 +1,18 @@
-// One number in, one out.
+// Elementwise functions of rows.
 //
-//   add           out = x + y                                                              NumPy: add
-//   clip          out = x within -limit and limit, of (T, H, W) that lie apart in memory    NumPy: clip
-//   copy_columns  out[.., first:first + W] = x (T, H, W)                                    NumPy: join_columns
-//   fill_rows     out[t] = bias (N), which a product is then added to                       NumPy: linear
-//   add_bias      product += bias, both (T, N) and (N,), product in float                   NumPy: router_logits, logits
-//   round_floats  floats to the nearest that a row can hold                                 NumPy: _stored
-//   widen_rows    rows to floats
-//   gate          out = x (T, D) times the sigmoid of logits (T, 1)                         NumPy: gate
-//   swiglu        out = silu(gate) * up of (T, 2F); clamped where alpha is not 0: gate at most `limit`, up within it and
-//                 one more, alpha in the sigmoid (config.architecture.Clamp)                NumPy: swiglu
+//   add               out = x + y                                                       NumPy: add
+//   clip              out = min(max(x, -limit), limit), x (T, H, W) with strides        NumPy: clip
+//   copy_columns      out[.., first:first + W] = x (T, H, W)                            NumPy: join_columns
+//   fill_rows         out[t] = bias (N); a product is then added to it                  NumPy: linear
+//   add_bias          product (T, N) += bias (N); the product is float                  NumPy: router_logits, logits
+//   round_floats      each float rounded to the precision of rows                       NumPy: _stored
+//   widen_rows        out = x (bfloat16 bits) as float                                  NumPy: moempi.arrays.widen
+//   scale_by_sigmoid  out = x (T, D) times the sigmoid of logits (T, 1)                 NumPy: scale_by_sigmoid
+//   swiglu            out (T, F) = silu(gate) * up of (T, 2F), gate first; if alpha is not 0, the clamped form of
+//                     config.architecture.Clamp                                         NumPy: swiglu
 //
-// Launch: flat ones ceil(count / 2048) blocks of 256, eight numbers a thread; per-row ones a block a row or vector,
-// threads as packing.
+// Launch: functions of `count` numbers, ceil(count / 2048) blocks of 256, eight numbers per thread; the others, one
+// block per row (T) or vector (T * H), threads as in packing.cu.
 #include "rows.cuh"
 
 __device__ inline long long first_of_thread() {
@@ -78,7 +78,7 @@ extern "C" __global__ void widen_rows(const unsigned short* x, float* out, long 
   store8(out + at, count - at, numbers);
 }
 
-extern "C" __global__ void gate(const row* x, const row* logits, row* out, int width) {
+extern "C" __global__ void scale_by_sigmoid(const row* x, const row* logits, row* out, int width) {
   const long long start = static_cast<long long>(blockIdx.x) * width;
   const float divisor = 1.0f + expf(-widen(logits[blockIdx.x]));
   for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
@@ -96,13 +96,13 @@ extern "C" __global__ void swiglu(const row* gate_up, row* out, int hidden, floa
     load8(both + column, hidden - column, gates);
     load8(both + hidden + column, hidden - column, ups);
     for (int i = 0; i < 8; ++i) {
-      float turn = gates[i];
+      float exponent = gates[i];
       if (alpha != 0.0f) {
         gates[i] = fminf(gates[i], limit);
         ups[i] = fmaxf(fminf(ups[i], limit), -limit) + 1.0f;
-        turn = gates[i] * alpha;
+        exponent = gates[i] * alpha;
       }
-      gates[i] = gates[i] / (1.0f + expf(-turn)) * ups[i];
+      gates[i] = gates[i] / (1.0f + expf(-exponent)) * ups[i];
     }
     store8(out + static_cast<long long>(blockIdx.x) * hidden + column, hidden - column, gates);
   }

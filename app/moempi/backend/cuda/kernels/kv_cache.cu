@@ -1,10 +1,10 @@
-// The paged key-value cache: (pages * PAGE_ROWS, heads, width) numbers; a position's place is its page and row there.
+// The paged key-value cache (pages * PAGE_ROWS, heads, width); paging.cuh maps a position to its cache row.
 //
-//   extend_cache   cache[place of row t] = x[t] (heads, width)                              NumPy: extend_cache
-//   clear_pages    the rows of some pages become zero                                       NumPy: clear
+//   extend_cache   cache[cache row of t] = x[t] (heads, width)                              NumPy: extend_cache
+//   clear_pages    cache[rows of the pages] = 0                                             NumPy: clear
 //
-// `spans` (T, 2) are each row's position and where its sequence's pages begin in `pages`. Launch: extend_cache T blocks,
-// clear_pages a block a page; threads as packing.
+// Shapes: x (T, heads, width) with strides; spans (T, 2): position of each row, and the index of its sequence's first
+// page in `pages`. Launch: extend_cache T blocks, threads as in packing.cu; clear_pages one block of 1,024 per page.
 #include "paging.cuh"
 
 extern "C" __global__ void extend_cache(const row* x, row* cache, const int* spans, const int* pages, int heads,

@@ -1,9 +1,10 @@
-// Norms of vectors of `width` numbers: rows (T, D), or the heads of rows (T, H, D) that lie apart in memory.
+// Norms of vectors of `width` numbers: rows (T, D), or heads of rows (T, H, D) with strides.
 //
 //   rms_norm     x / sqrt(mean(x^2) + eps), rounded or not, times weight                 NumPy: rms_norm
 //   layer_norm   (x - mean(x)) / sqrt(variance(x) + eps) times weight plus bias          NumPy: layer_norm
 //
-// A block takes one vector and writes it contiguously; strides are in numbers. Launch: T * H blocks, threads as packing.
+// A block norms one vector and writes it contiguously; strides are in numbers.
+// Launch: T * H blocks, threads as in packing.cu.
 #include "rows.cuh"
 
 extern "C" __global__ void rms_norm(const row* x, const row* weight, row* out, int heads, int width,

@@ -1,12 +1,14 @@
-// The router: which experts each row goes to, and what their answers count (config.architecture.Router).
+// The router: the experts of each row and their weights (config.architecture.Router).
 //
-//   choose_experts      the K best experts by score plus correction, lowest number among equals, inside the best groups
-//                       where there are groups (DeepSeek-V2 and -V3, 2024)                NumPy: numpy_router.choose
-//   choose_sparsemixer  the two likeliest, each weighed among those near it (Liu et al. 2023)
-//   weigh_experts       the weights of experts that something else chose                   NumPy: numpy_router.weigh
+//   choose_experts      the K best experts by score + correction + selection_bias, lowest index on a tie, within the
+//                       best groups if there are groups (DeepSeek-V2 and -V3, 2024)      NumPy: cpu.router.choose
+//   choose_sparsemixer  the two most likely experts, each weighed among the experts with nearby logits (Liu et al.
+//                       2023)                                                            NumPy: cpu.router.choose
+//   weigh_experts       the weights of given experts                                     NumPy: cpu.router.weights_of
 //
-// A warp takes one row; EXPERTS, the number of experts, is a constant of the compilation.
-// Launch: ceil(T / 4) blocks of 128. Scoring: 0 softmax, 1 sigmoid, 2 softmax over the chosen.
+// Shapes: logits (T, EXPERTS), correction and selection_bias (EXPERTS), experts and weights (T, K). A warp handles one
+// row; EXPERTS is a compile-time constant. Scoring: 0 softmax, 1 sigmoid, 2 softmax over the chosen.
+// Launch: ceil(T / 4) blocks of 128.
 #include "rows.cuh"
 
 const int ROUTER_WARPS = 4;
@@ -14,21 +16,21 @@ enum Scoring { SOFTMAX = 0, SIGMOID = 1, SOFTMAX_CHOSEN = 2 };
 
 struct Best {
   float score;
-  int number;
+  int index;
 };
 
-// The largest of a warp's numbers and where it stands, the lowest number among equals; lanes hold runs of 32 apart.
+// The largest of a warp's scores and its index, the lowest index on a tie; a warp lane reads every 32nd score.
 __device__ inline Best warp_best(const float* scores, int count) {
   const int lane = threadIdx.x % WARP_THREADS;
   Best own = {-infinity(), 0x7fffffff};
-  for (int number = lane; number < count; number += WARP_THREADS)
-    if (scores[number] > own.score || (scores[number] == own.score && number < own.number)) own = {scores[number], number};
+  for (int index = lane; index < count; index += WARP_THREADS)
+    if (scores[index] > own.score || (scores[index] == own.score && index < own.index)) own = {scores[index], index};
   for (int apart = WARP_THREADS / 2; apart; apart /= 2) {
-    const float score = __shfl_xor_sync(ALL_LANES, own.score, apart);
-    const int number = __shfl_xor_sync(ALL_LANES, own.number, apart);
-    if (score > own.score || (score == own.score && number < own.number)) own = {score, number};
+    const float score = __shfl_xor_sync(FULL_WARP, own.score, apart);
+    const int index = __shfl_xor_sync(FULL_WARP, own.index, apart);
+    if (score > own.score || (score == own.score && index < own.index)) own = {score, index};
   }
-  if (own.number >= count) own.number = 0;  // nothing but NaN
+  if (own.index >= count) own.index = 0;  // only NaN is left
   return own;
 }
 
@@ -54,7 +56,7 @@ __device__ inline void score_row(const float* logits, float* scores, int scoring
   __syncwarp();
 }
 
-// Turn the K chosen experts' scores into weights.
+// Compute weights from the scores of the K chosen experts.
 __device__ inline void weigh_row(float* chosen, float* weights, int top_k, int scoring, int renormalize, float least_sum,
                                  float scaling, int round_weights) {
   const int lane = threadIdx.x % WARP_THREADS;
@@ -78,7 +80,7 @@ __device__ inline void weigh_row(float* chosen, float* weights, int top_k, int s
   }
 }
 
-// Take all but the `kept` best groups of neighbours out of the ranking; a group is as good as its best, or best two.
+// Exclude all but the `kept` best groups of adjacent experts; a group ranks by its best score or its two best together.
 __device__ inline void keep_best_groups(float* ranked, float* groups, int num_groups, int kept, int top_of_group) {
   const int lane = threadIdx.x % WARP_THREADS, size = EXPERTS / num_groups;
   for (int group = lane; group < num_groups; group += WARP_THREADS) {
@@ -92,8 +94,8 @@ __device__ inline void keep_best_groups(float* ranked, float* groups, int num_gr
   }
   __syncwarp();
   unsigned long long keeps[(EXPERTS + 63) / 64] = {0};
-  for (int turn = 0; turn < kept; ++turn) {
-    const int group = warp_best(groups, num_groups).number;
+  for (int nth = 0; nth < kept; ++nth) {
+    const int group = warp_best(groups, num_groups).index;
     keeps[group / 64] |= 1ull << group % 64;
     __syncwarp();
     if (lane == 0) groups[group] = -infinity();
@@ -104,12 +106,12 @@ __device__ inline void keep_best_groups(float* ranked, float* groups, int num_gr
   __syncwarp();
 }
 
-extern "C" __global__ void choose_experts(const float* logits, const float* correction, const float* shift, int* experts,
-                                          float* weights, int rows, int top_k, int scoring, int num_groups,
-                                          int kept_groups, int top_of_group, int renormalize, float least_sum,
-                                          float scaling, int round_weights) {
+extern "C" __global__ void choose_experts(const float* logits, const float* correction, const float* selection_bias,
+                                          int* experts, float* weights, int rows, int top_k, int scoring,
+                                          int num_groups, int kept_groups, int top_of_group, int renormalize,
+                                          float least_sum, float scaling, int round_weights) {
   __shared__ float all_scores[ROUTER_WARPS][EXPERTS], all_ranked[ROUTER_WARPS][EXPERTS];
-  __shared__ float all_chosen[ROUTER_WARPS][EXPERTS];  // first the groups, then the chosen
+  __shared__ float all_chosen[ROUTER_WARPS][EXPERTS];  // scores of the groups, then of the chosen experts
   const int warp = threadIdx.x / WARP_THREADS, lane = threadIdx.x % WARP_THREADS;
   const long long token = static_cast<long long>(blockIdx.x) * ROUTER_WARPS + warp;
   if (token >= rows) return;
@@ -117,13 +119,13 @@ extern "C" __global__ void choose_experts(const float* logits, const float* corr
   score_row(logits + token * EXPERTS, scores, scoring);
   for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
     float term = correction ? correction[expert] : 0.0f;
-    if (shift) term += shift[expert];
+    if (selection_bias) term += selection_bias[expert];
     ranked[expert] = scores[expert] + term;
   }
   __syncwarp();
   if (num_groups > 1) keep_best_groups(ranked, chosen, num_groups, kept_groups, top_of_group);
   for (int slot = 0; slot < top_k; ++slot) {
-    const int best = warp_best(ranked, EXPERTS).number;
+    const int best = warp_best(ranked, EXPERTS).index;
     __syncwarp();
     if (lane == 0) {
       experts[token * top_k + slot] = best;
@@ -149,16 +151,16 @@ extern "C" __global__ void weigh_experts(const float* logits, const int* experts
   weigh_row(all_chosen[warp], weights + token * top_k, top_k, scoring, renormalize, least_sum, scaling, round_weights);
 }
 
-// The likeliest of the candidates (logits, without expert `left_out`), and its weight among those whose logits are near.
+// The most likely expert except `left_out`, and its weight among the experts with nearby logits.
 __device__ inline Best weigh_likeliest(const float* logits, int left_out, float jitter) {
   const int lane = threadIdx.x % WARP_THREADS;
   Best own = {-infinity(), 0x7fffffff};
   for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS)
-    if (expert != left_out && (logits[expert] > own.score || own.number == 0x7fffffff)) own = {logits[expert], expert};
+    if (expert != left_out && (logits[expert] > own.score || own.index == 0x7fffffff)) own = {logits[expert], expert};
   for (int apart = WARP_THREADS / 2; apart; apart /= 2) {
-    const float score = __shfl_xor_sync(ALL_LANES, own.score, apart);
-    const int number = __shfl_xor_sync(ALL_LANES, own.number, apart);
-    if (score > own.score || (score == own.score && number < own.number)) own = {score, number};
+    const float score = __shfl_xor_sync(FULL_WARP, own.score, apart);
+    const int index = __shfl_xor_sync(FULL_WARP, own.index, apart);
+    if (score > own.score || (score == own.score && index < own.index)) own = {score, index};
   }
   float sum = 0.0f;
   for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
@@ -177,9 +179,9 @@ extern "C" __global__ void choose_sparsemixer(const float* logits, int* experts,
   int left_out = -1;
   for (int slot = 0; slot < 2; ++slot) {
     const Best best = weigh_likeliest(logits + token * EXPERTS, left_out, jitter);
-    left_out = best.number;
+    left_out = best.index;
     if (threadIdx.x % WARP_THREADS == 0) {
-      experts[token * 2 + slot] = best.number;
+      experts[token * 2 + slot] = best.index;
       weights[token * 2 + slot] = round_weights ? stored(best.score) : best.score;
     }
   }

@@ -1,7 +1,7 @@
-// What all kernels share: rows of the run's precision, read and written eight numbers at a time, and sums over threads.
+// Shared by all kernels: rows in the run's precision, read and written eight numbers at a time, and reductions.
 //
-// A `row` number is a bfloat16 (its 16 bits), or a float where FLOAT32_ROWS is defined. Arithmetic is in float; a
-// number is rounded once, when it is stored, to the nearest with ties to even, as `moempi.arrays` rounds.
+// A number of type `row` is a bfloat16 (its 16 bits), or a float if FLOAT32_ROWS is defined. Arithmetic is in float; a
+// number is rounded once, when it is stored, to the nearest, ties to even, as `moempi.arrays` rounds.
 #pragma once
 
 #ifdef FLOAT32_ROWS
@@ -11,7 +11,7 @@ typedef unsigned short row;
 #endif
 
 const int WARP_THREADS = 32;
-const unsigned ALL_LANES = 0xffffffffu;
+const unsigned FULL_WARP = 0xffffffffu;
 
 __device__ inline float infinity() { return __uint_as_float(0x7f800000u); }
 
@@ -26,16 +26,18 @@ __device__ inline unsigned short bfloat16_bits(float number) {
 __device__ inline void narrow(float number, float* out) { *out = number; }
 __device__ inline void narrow(float number, unsigned short* out) { *out = bfloat16_bits(number); }
 
-// The number as a row keeps it.
+// The number rounded to the precision of rows.
 __device__ inline float stored(float number) {
   row kept;
   narrow(number, &kept);
   return widen(kept);
 }
 
-__device__ inline bool is_aligned(const void* place) { return (reinterpret_cast<unsigned long long>(place) & 15u) == 0; }
+__device__ inline bool is_aligned(const void* address) {
+  return (reinterpret_cast<unsigned long long>(address) & 15u) == 0;
+}
 
-// Eight numbers from `from` on, of which the first `left` exist; the others are zero.
+// Read eight numbers at `from`; numbers from `left` on do not exist and become zero.
 __device__ inline void load8(const unsigned short* from, long long left, float* numbers) {
   if (left >= 8 && is_aligned(from)) {
     const uint4 packed = *reinterpret_cast<const uint4*>(from);
@@ -86,22 +88,22 @@ __device__ inline void store8(float* to, long long left, const float* numbers) {
 }
 
 __device__ inline float warp_sum(float value) {
-  for (int apart = WARP_THREADS / 2; apart; apart /= 2) value += __shfl_xor_sync(ALL_LANES, value, apart);
+  for (int apart = WARP_THREADS / 2; apart; apart /= 2) value += __shfl_xor_sync(FULL_WARP, value, apart);
   return value;
 }
 
 __device__ inline float warp_max(float value) {
-  for (int apart = WARP_THREADS / 2; apart; apart /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, apart));
+  for (int apart = WARP_THREADS / 2; apart; apart /= 2) value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, apart));
   return value;
 }
 
-// The sum, or the largest, over the block's threads, which all get it and all call this.
+// The sum or maximum over the threads of a block; all threads must call it, and all get the result.
 template <bool IS_SUM>
 __device__ inline float over_block(float value) {
   __shared__ float of_warp[WARP_THREADS];
   const int lane = threadIdx.x % WARP_THREADS, warps = blockDim.x / WARP_THREADS;
   value = IS_SUM ? warp_sum(value) : warp_max(value);
-  __syncthreads();  // what an earlier call left has been read
+  __syncthreads();  // the result of an earlier call has been read
   if (lane == 0) of_warp[threadIdx.x / WARP_THREADS] = value;
   __syncthreads();
   value = lane < warps ? of_warp[lane] : (IS_SUM ? 0.0f : -infinity());
@@ -111,7 +113,7 @@ __device__ inline float over_block(float value) {
 __device__ inline float block_sum(float value) { return over_block<true>(value); }
 __device__ inline float block_max(float value) { return over_block<false>(value); }
 
-// Where the vector for block `vector` begins in an array (tokens, heads, width) whose last axis alone is contiguous.
+// Offset of vector `vector` in an array (tokens, heads, width) of which only the last axis is contiguous.
 __device__ inline long long vector_start(long long vector, int heads, long long token_stride, long long head_stride) {
   return vector / heads * token_stride + vector % heads * head_stride;
 }

@@ -1,8 +1,9 @@
-// The matrix instructions of a warp. On the CPU, tests/simt gives functions of the same names that do the same.
+// The matrix instructions of a warp. tests/simt/simt.h has CPU twins of the same names.
 //
-// Lane l of a warp has g = l / 4 and t = l % 4. Fragments, in pairs of bfloat16 per register:
-//   a (16 x 16): rows g and g + 8, columns 2t, 2t + 1, and those 8 further      b (16 x 8): rows 2t, 2t + 1, and 8
-//   c (16 x 8, float): rows g and g + 8, columns 2t, 2t + 1                     further, column g
+// Warp lane l has g = l / 4 and t = l % 4. Fragments hold two bfloat16 per register:
+//   a (16 x 16): rows g and g + 8; columns 2t, 2t + 1, 2t + 8, 2t + 9
+//   b (16 x 8): rows 2t, 2t + 1, 2t + 8, 2t + 9; column g
+//   c (16 x 8, float): rows g and g + 8; columns 2t, 2t + 1
 #pragma once
 #include "rows.cuh"
 
@@ -15,28 +16,28 @@ __device__ inline void multiply_add(float* c, const unsigned* a, const unsigned*
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8 x 8 matrices from shared memory; lanes 8i to 8i + 7 say where the rows of matrix i are. A lane gets the numbers
-// at row g, columns 2t and 2t + 1, of each; transposed, those at rows 2t and 2t + 1, column g.
+// Load four 8 x 8 matrices from shared memory; warp lanes 8i to 8i + 7 give the addresses of the rows of matrix i. A
+// warp lane gets row g, columns 2t and 2t + 1 of each; load_transposed gives it rows 2t and 2t + 1, column g.
 __device__ inline void load_matrices(unsigned* to, const unsigned short* from) {
-  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(from));
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(from));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(place)
+               : "r"(address)
                : "memory");
 }
 
 __device__ inline void load_transposed(unsigned* to, const unsigned short* from) {
-  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(from));
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(from));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(place)
+               : "r"(address)
                : "memory");
 }
 
-// Begin to copy 16 bytes to shared memory; `await_copies` waits for all that this thread began.
+// Start to copy 16 bytes to shared memory; `await_copies` waits for all copies that this thread started.
 __device__ inline void begin_copy(unsigned short* to, const unsigned short* from) {
-  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
 __device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

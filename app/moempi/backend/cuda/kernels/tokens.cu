@@ -1,9 +1,9 @@
-// The end of the forward pass: log-probabilities of float logits (N, V).
+// Log-probabilities of float logits (N, V).
 //
-//   score   per row: the token (the target, or the likeliest where that is negative), its log-probability, and the `top`
-//           likeliest tokens with theirs, lowest number first among equals               NumPy: score, pick with 0
+//   score   per row: the token (its target, or the most likely token if the target is negative), its log-probability,
+//           and the `top` most likely tokens with theirs, lowest token first on a tie    NumPy: score, greedy sample
 //
-// Launch: a block of 1,024 a row.
+// Shapes: targets, tokens and logprobs (N), top_tokens and top_logprobs (N, top). Launch: one block of 1,024 per row.
 #include "rows.cuh"
 
 struct Candidate {
@@ -11,7 +11,7 @@ struct Candidate {
   int token;
 };
 
-// Whether a stands before b in order of falling logit, then rising token.
+// Whether a precedes b in order of falling logit, then rising token.
 __device__ inline bool is_before(Candidate a, Candidate b) {
   return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
 }
@@ -19,14 +19,14 @@ __device__ inline bool is_before(Candidate a, Candidate b) {
 __device__ inline Candidate warp_first(Candidate own) {
   for (int apart = WARP_THREADS / 2; apart; apart /= 2) {
     Candidate other;
-    other.logit = __shfl_xor_sync(ALL_LANES, own.logit, apart);
-    other.token = __shfl_xor_sync(ALL_LANES, own.token, apart);
+    other.logit = __shfl_xor_sync(FULL_WARP, own.logit, apart);
+    other.token = __shfl_xor_sync(FULL_WARP, own.token, apart);
     if (is_before(other, own)) own = other;
   }
   return own;
 }
 
-// The first of all tokens that stand behind `last`; every thread gets it.
+// The first token after `last` in this order; every thread gets it.
 __device__ inline Candidate next_likeliest(const float* logits, int vocabulary, Candidate last) {
   __shared__ Candidate of_warp[WARP_THREADS];
   Candidate own = {-infinity(), 0x7fffffff};
@@ -51,14 +51,14 @@ extern "C" __global__ void score(const float* logits, const int* targets, int* t
   const float log_sum = logf(block_sum(sum));
   Candidate likely = {infinity(), -1};
   const int target = targets[blockIdx.x], rounds = target < 0 ? max(top, 1) : top;
-  for (int place = 0; place < rounds; ++place) {
+  for (int nth = 0; nth < rounds; ++nth) {
     likely = next_likeliest(row_logits, vocabulary, likely);
-    if (likely.token >= vocabulary) likely.token = 0;  // nothing but NaN is left
-    if (threadIdx.x == 0 && place < top) {
-      top_tokens[blockIdx.x * top + place] = likely.token;
-      top_logprobs[blockIdx.x * top + place] = likely.logit - highest - log_sum;
+    if (likely.token >= vocabulary) likely.token = 0;  // only NaN is left
+    if (threadIdx.x == 0 && nth < top) {
+      top_tokens[blockIdx.x * top + nth] = likely.token;
+      top_logprobs[blockIdx.x * top + nth] = likely.logit - highest - log_sum;
     }
-    if (threadIdx.x == 0 && place == 0 && target < 0) tokens[blockIdx.x] = likely.token;
+    if (threadIdx.x == 0 && nth == 0 && target < 0) tokens[blockIdx.x] = likely.token;
   }
   if (threadIdx.x == 0) {
     if (target >= 0) tokens[blockIdx.x] = target;

@@ -1,0 +1,85 @@
+"""Where the rows of a step are for the kernels of attention: their positions, cache pages, tiles and single rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moempi.arrays import IntArray
+from moempi.backend.protocol import Array, Cache, Segment
+
+TILE_ROWS, LEAST_TILE_ROWS, MOST_TILE_DIM = 64, 16, 128
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """The layout of the rows of `segments`; `spans`, `pages` and `tiles` are int32 arrays on the device.
+
+    `spans` (T, 2): position of each row, and the index in `pages` of its sequence's first page. `tiles` (n, 4): first
+    row, its position, number of rows, and the index of the first page of each tile of kernels/attention_tiles.cu.
+    `single_rows`: the runs of adjacent rows that are in no tile.
+    """
+
+    segments: Sequence[Segment]
+    spans: Array
+    pages: Array
+    tiles: Array
+    single_rows: Sequence[range]
+
+
+def lay_out_rows(
+    segments: Sequence[Segment], *, can_tile: bool, upload: Callable[[IntArray], Array]
+) -> AttentionLayout:
+    """Lay out the rows of a step; segments of at least LEAST_TILE_ROWS rows are tiled if `can_tile`."""
+    first_pages = np.cumsum([0, *(len(segment.pages) for segment in segments)])[:-1].tolist()
+    tiled = [can_tile and segment.length >= LEAST_TILE_ROWS for segment in segments]
+    return AttentionLayout(
+        segments,
+        upload(_spans(segments, first_pages)),
+        upload(np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int32)])),
+        upload(_tiles(segments, first_pages, tiled)),
+        _single_rows(segments, tiled),
+    )
+
+
+def fits_tiles(cache: Cache) -> bool:
+    """Whether kernels/attention_tiles.cu takes the widths of this cache."""
+    return all(dim % 16 == 0 and dim <= MOST_TILE_DIM for dim in head_dims(cache).values()) and not is_latent(cache)
+
+
+def head_dims(cache: Cache) -> dict[str, int]:
+    """The widths of a head that are constants of the kernels."""
+    return {"HEAD_DIM": cache.keys.shape[-1], "VALUE_DIM": cache.values.shape[-1]}
+
+
+def is_latent(cache: Cache) -> bool:
+    """Whether the values are the first numbers of the keys."""
+    return bool(cache.values.shape[-1] < cache.keys.shape[-1])
+
+
+def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:
+    spans = [
+        np.stack([np.arange(segment.start, segment.start + segment.length), np.full(segment.length, page)], axis=1)
+        for segment, page in zip(segments, first_pages, strict=True)
+    ]
+    return np.concatenate(spans or [np.zeros((0, 2), np.int64)])
+
+
+def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool]) -> IntArray:
+    tiles = [
+        (segment.row + first, segment.start + first, min(TILE_ROWS, segment.length - first), page)
+        for segment, page, is_tiled in zip(segments, first_pages, tiled, strict=True)
+        for first in range(0, segment.length if is_tiled else 0, TILE_ROWS)
+    ]
+    return np.array(tiles, np.int64).reshape(-1, 4)
+
+
+def _single_rows(segments: Sequence[Segment], tiled: Sequence[bool]) -> Sequence[range]:
+    """Runs of adjacent rows of segments that are not tiled."""
+    runs: list[range] = []
+    for segment, is_tiled in zip(segments, tiled, strict=True):
+        rows = range(segment.row, segment.row + segment.length)
+        if rows and not is_tiled:
+            is_adjacent = bool(runs) and runs[-1].stop == rows.start
+            runs.append(range(runs.pop().start, rows.stop) if is_adjacent else rows)
+    return runs
