@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.requests import EOS, abacus_tokenizer, make_prompt, make_request
@@ -82,6 +82,7 @@ def test_a_generated_token_needs_a_position_and_a_scored_prompt_may_fill_all(tas
     assert (request.finish, request.error) == ("error" if error else None, error)
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, POSITIONS - 1), max_tokens=st.integers(1, 20))
 def test_max_tokens_is_cut_to_the_positions_that_the_prompt_leaves(length, max_tokens):
     request = admit(make_prompt(tokens=[5] * length, max_tokens=max_tokens))

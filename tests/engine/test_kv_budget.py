@@ -1,7 +1,7 @@
 """How many pages of key-value cache the requests can use, and how many fit into a rank's memory."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.jobs import make_job
@@ -42,6 +42,7 @@ def test_a_finished_request_uses_no_pages():
     assert useful_pages(requests, slots=4) == 2
 
 
+@settings(deadline=None)
 @given(pages=st.lists(st.integers(1, 4), max_size=6), slots=st.integers(1, 6), data=st.data())
 def test_no_choice_of_running_requests_uses_more(pages, slots, data):
     running = data.draw(st.permutations(pages))[:slots]
@@ -67,7 +68,7 @@ def test_a_stated_size_is_divided_among_the_groups_whatever_is_available(groups,
     ("kv_memory", "available"),
     [("auto", 3 * GIB + 4 * GIB), ("auto", GIB), ("4.99GiB", 100 * GIB)],
 )
-def test_room_for_less_than_a_page_is_an_error_that_names_the_numbers(kv_memory, available):
+def test_memory_for_less_than_a_page_is_an_error_that_names_the_numbers(kv_memory, available):
     memory = Memory(weights=2 * GIB, page=5 * GIB // 2, rows=GIB // 2, groups=2)
     with pytest.raises(ConfigError) as error:
         affordable_pages(make_job(run={"kv_memory": kv_memory}), memory, available=available)

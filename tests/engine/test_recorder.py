@@ -89,7 +89,7 @@ def test_finishes_are_counted_by_kind(journal):
     assert recorder.counts == (4, 6)
 
 
-def test_an_answer_is_exact_if_its_text_equals_the_reference(journal):
+def test_a_request_is_exact_if_its_text_equals_the_reference(journal):
     recorder = recorder_of(journal)
     texts = [("42", "42"), ("42", "43"), ("42 ", "42"), ("", "42"), ("42", None), ("", "")]
     recorder.record(finished(index, text=text, reference=reference) for index, (text, reference) in enumerate(texts))

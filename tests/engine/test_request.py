@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.requests import EOS, abacus_tokenizer, make_prompt, make_request, make_sampled
@@ -21,7 +21,7 @@ def generate(request, tokens, tokenizer=NO_TOKENIZER, **columns):
     return request
 
 
-def answer(text, *, limit=100, **sampling):
+def generate_text(text, *, limit=100, **sampling):
     """Generate the characters of `text` one token at a time."""
     tokenizer = abacus_tokenizer()
     return generate(make_request([9], limit, **sampling), tokenizer.encode(text), tokenizer)
@@ -35,6 +35,7 @@ def test_the_last_generated_token_needs_no_position(length, limit, positions):
     assert make_request(range(length), limit).capacity == positions
 
 
+@settings(deadline=None)
 @given(prompt=st.lists(st.integers(0, 99), min_size=1, max_size=20), limit=st.integers(1, 6), data=st.data())
 def test_chunked_prefill_computes_every_token_once_and_in_order(prompt, limit, data):
     request = make_request(prompt, limit)
@@ -63,6 +64,7 @@ def test_the_uniform_number_of_a_seed_an_id_and_a_position_never_changes(seed, n
     assert make_request([5] * 3, 4, name=name, seed=seed).sampling_request().uniform == uniform
 
 
+@settings(deadline=None)
 @given(name=st.text(max_size=20), seed=st.integers(0, 2**63), length=st.integers(0, 50))
 def test_the_uniform_number_is_below_one(name, seed, length):
     uniform = make_request([5] * length, 4, name=name, seed=seed).sampling_request().uniform
@@ -92,7 +94,7 @@ def test_a_repetition_penalty_sees_prompt_and_generated_tokens():
 
 
 def test_the_limit_finishes_with_the_text_of_all_tokens():
-    request = answer("4213", limit=3)
+    request = generate_text("4213", limit=3)
     assert (request.finish, request.text, len(request.tokens)) == ("length", "421", 3)
 
 
@@ -117,7 +119,7 @@ def test_ignore_eos_goes_on_to_the_limit():
 
 
 def test_an_unfinished_request_has_no_finish():
-    assert answer("42", limit=3).finish is None
+    assert generate_text("42", limit=3).finish is None
 
 
 @pytest.mark.parametrize(
@@ -132,17 +134,17 @@ def test_an_unfinished_request_has_no_finish():
     ],
 )
 def test_a_stop_string_across_tokens_cuts_the_text_and_keeps_the_tokens(stop, text, num_tokens):
-    request = answer("12+3=15", stop=stop)
+    request = generate_text("12+3=15", stop=stop)
     assert (request.finish, request.text, len(request.tokens)) == ("stop", text, num_tokens)
 
 
 def test_a_stop_string_in_the_prompt_or_never_complete_does_not_stop():
-    request = answer("12+3", limit=4, stop=("3=", "9"))
+    request = generate_text("12+3", limit=4, stop=("3=", "9"))
     assert (request.finish, request.text) == ("length", "12+3")
 
 
 def test_a_stop_string_that_the_last_token_completes_is_a_stop():
-    request = answer("12+3=", limit=5, stop=("=",))
+    request = generate_text("12+3=", limit=5, stop=("=",))
     assert (request.finish, request.text) == ("stop", "12+3")
 
 

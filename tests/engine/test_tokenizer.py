@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.requests import EOS, abacus_tokenizer
@@ -15,6 +15,7 @@ TOKENIZER = json.loads((ROOT / "weights/abacus/tokenizer.json").read_text(encodi
 CHARACTERS = [token for token in TOKENIZER["model"]["vocab"] if len(token) == 1]
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from(CHARACTERS), max_size=30))
 def test_text_of_the_vocabulary_survives_encoding_and_decoding(text):
     tokenizer = abacus_tokenizer()
