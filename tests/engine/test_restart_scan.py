@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.jobs import make_job
@@ -84,7 +84,7 @@ def test_a_request_that_several_attempts_finished_counts_once(tmp_path):
     assert earlier == Earlier(frozenset({4}), {"stop": 1}, tokens=3, referenced=1, exact=1)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), max_size=25))
 def test_no_division_among_journals_changes_what_is_finished(tmp_path_factory, written):
     folder = tmp_path_factory.mktemp("parts")
