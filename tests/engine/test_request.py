@@ -178,7 +178,7 @@ def score(tokens, counts, *, top=0):
 
 
 @pytest.mark.parametrize("counts", [(4,), (1, 3), (3, 1), (2, 2), (1, 1, 1, 1)])
-def test_scores_in_chunks_are_those_of_one_chunk_with_no_score_for_the_first_token(counts):
+def test_scores_in_chunks_equal_scores_in_one_chunk_and_the_first_token_has_none(counts):
     record = score([11, 12, 13, 14], counts, top=2).to_record(task="score")
     np.testing.assert_array_equal(record.score, np.array([np.nan, -12, -13, -14], np.float32))
     assert record.score_top_tokens.tolist() == [[-1, -1], [12, 13], [13, 14], [14, 15]]
