@@ -1,0 +1,48 @@
+"""Prompts, requests and sampled tokens for tests of the engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moempi.backend.protocol import SampledTokens
+from moempi.config.job import Sampling
+from moempi.engine.request import Request
+from moempi.engine.tokenizer import TextTokenizer
+from moempi.storage.prompts import Prompt
+from mpirun import ROOT
+
+EOS = 1
+
+
+def abacus_tokenizer(*, eos_tokens: Sequence[int] = (EOS,)) -> TextTokenizer:
+    """The tokenizer of weights/abacus: one token for each character, special tokens 0 to 2."""
+    text = (ROOT / "weights/abacus/tokenizer.json").read_text(encoding="utf-8")
+    return TextTokenizer(text, eos_tokens=eos_tokens)
+
+
+def make_prompt(
+    text: str | None = None,
+    *,
+    tokens: Sequence[int] | None = None,
+    index: int = 0,
+    name: str = "q0",
+    reference: str | None = None,
+    error: str = "",
+    **sampling: Any,
+) -> Prompt:
+    array = None if tokens is None else np.array(tokens, np.int32)
+    return Prompt(index, name, text, array, reference, Sampling(**sampling), error)
+
+
+def make_request(tokens: Sequence[int], limit: int, *, index: int = 0, name: str = "q0", **sampling: Any) -> Request:
+    prompt = make_prompt(tokens=tokens, index=index, name=name, **sampling)
+    return Request(prompt, list(tokens), limit)
+
+
+def make_sampled(tokens: Sequence[int], *, logprobs: Sequence[float] | None = None, top: int = 0) -> SampledTokens:
+    """One row for each token t, with log-probability -t; the likeliest tokens of the row are t, t + 1, and so on."""
+    array = np.array(tokens, np.int64)
+    top_tokens = (array[:, None] + np.arange(top)).astype(np.int32)
+    own = -array if logprobs is None else np.array(logprobs)
+    return SampledTokens(array, own.astype(np.float32), top_tokens, -top_tokens.astype(np.float32))

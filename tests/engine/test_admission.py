@@ -1,0 +1,111 @@
+"""Prompts become requests, or finished errors that say what is wrong."""
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.requests import EOS, abacus_tokenizer, make_prompt, make_request
+from moempi.config.tensors import PAGE_ROWS
+from moempi.engine.admission import make_requests, refuse_too_long
+from moempi.engine.tokenizer import TextTokenizer
+from storage.models import SMALL
+
+POSITIONS = 8
+ARCHITECTURE = msgspec.structs.replace(SMALL, vocab_size=98, max_positions=POSITIONS)
+NO_TOKENIZER = TextTokenizer("", eos_tokens=(EOS,))
+
+
+def admit(prompt, *, task="generate", tokenizer=NO_TOKENIZER):
+    (request,) = make_requests([prompt], tokenizer, ARCHITECTURE, task=task)
+    assert request.prompt is prompt
+    return request
+
+
+def test_no_prompts_are_no_requests():
+    assert make_requests([], NO_TOKENIZER, ARCHITECTURE, task="generate") == []
+
+
+def test_text_is_encoded_and_given_tokens_are_taken_as_they_are():
+    tokenizer = abacus_tokenizer()
+    assert admit(make_prompt("12+3="), tokenizer=tokenizer).prompt_tokens == tokenizer.encode("12+3=")
+    tokens = admit(make_prompt(tokens=[5, EOS, 97]), tokenizer=tokenizer).prompt_tokens
+    assert tokens == [5, EOS, 97]
+    assert {type(token) for token in tokens} == {int}
+
+
+def test_requests_keep_the_order_of_the_prompts_and_a_bad_one_ends_alone():
+    prompts = [
+        make_prompt(tokens=[5], index=0),
+        make_prompt(index=1, error="p.jsonl: line 2: not a prompt"),
+        make_prompt(tokens=[6], index=2),
+    ]
+    requests = make_requests(prompts, NO_TOKENIZER, ARCHITECTURE, task="generate")
+    assert [request.prompt.index for request in requests] == [0, 1, 2]
+    assert [request.finish for request in requests] == [None, "error", None]
+    assert [request.error for request in requests] == ["", "p.jsonl: line 2: not a prompt", ""]
+    assert requests[1].prompt_tokens == []
+
+
+def test_text_without_a_tokenizer_is_an_error():
+    request = admit(make_prompt("12"))
+    assert (request.finish, request.prompt_tokens) == ("error", [])
+    assert request.error == "the weight file holds no tokenizer; give the prompt as tokens"
+
+
+@pytest.mark.parametrize("task", ["generate", "score"])
+def test_a_prompt_without_tokens_is_an_error(task):
+    request = admit(make_prompt(""), tokenizer=abacus_tokenizer(), task=task)
+    assert (request.finish, request.error) == ("error", "the prompt has no tokens")
+
+
+@pytest.mark.parametrize(("token", "error"), [(97, ""), (98, "token 98 is beyond the model's vocabulary of 98")])
+def test_a_token_beyond_the_vocabulary_is_an_error(token, error):
+    request = admit(make_prompt(tokens=[5, token, 6]))
+    assert (request.finish, request.error) == ("error" if error else None, error)
+
+
+TOO_LONG = "the prompt has {} tokens, the model has 8 positions"
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "error"),
+    [
+        ("generate", POSITIONS - 1, ""),
+        ("generate", POSITIONS, TOO_LONG.format(8)),
+        ("score", POSITIONS, ""),
+        ("score", POSITIONS + 1, TOO_LONG.format(9)),
+    ],
+)
+def test_a_generated_token_needs_a_position_and_a_scored_prompt_may_fill_all(task, length, error):
+    request = admit(make_prompt(tokens=[5] * length), task=task)
+    assert (request.finish, request.error) == ("error" if error else None, error)
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, POSITIONS - 1), max_tokens=st.integers(1, 20))
+def test_max_tokens_is_cut_to_the_positions_that_the_prompt_leaves(length, max_tokens):
+    request = admit(make_prompt(tokens=[5] * length, max_tokens=max_tokens))
+    assert request.finish is None
+    assert request.limit == min(max_tokens, POSITIONS - length)
+
+
+def test_a_scored_prompt_generates_nothing():
+    assert admit(make_prompt(tokens=[5, 6], max_tokens=4), task="score").limit == 0
+
+
+@pytest.mark.parametrize(("length", "limit", "refused"), [(2 * PAGE_ROWS, 1, False), (2 * PAGE_ROWS, 2, True)])
+def test_a_request_that_needs_more_pages_than_the_rank_has_is_refused(length, limit, refused):
+    short, long = make_request([5], 1), make_request([5] * length, limit)
+    assert refuse_too_long([short, long], pages=2) == ([long] if refused else [])
+    assert short.finish is None
+    assert long.finish == ("error" if refused else None)
+    if refused:
+        assert long.error == "needs 3 cache pages, the rank has 2; raise run.kv_memory or lower max_tokens"
+
+
+def test_a_request_that_is_finished_already_is_not_refused_again():
+    request = make_request([5] * (9 * PAGE_ROWS), 1)
+    request.fail("the first error")
+    assert refuse_too_long([request], pages=1) == []
+    assert request.error == "the first error"

@@ -1,0 +1,114 @@
+"""The coordinates of each rank and what it holds, for every rank of whole layouts."""
+
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from engine.jobs import make_job
+from moempi.engine.rank_layout import RankLayout, available_bytes, lay_out_rank
+from moempi.errors import ConfigError
+from moempi.layout.layout import make_layout
+from moempi.layout.topology import virtual
+from moempi.runtime.world import AgreedExit, World
+from storage.models import SMALL
+
+MODEL = msgspec.structs.replace(SMALL, num_layers=4)  # layers 1 to 3 have three experts each
+
+
+def lay_out(num_ranks, **parallel):
+    """The layouts of all ranks, made as `lay_out_rank` makes the layout of one."""
+    layout = make_layout(make_job(parallel=parallel), MODEL, [0] * num_ranks)
+    ranks = []
+    for rank in range(num_ranks):
+        coords = layout.grid.coordinates(rank)
+        of_stage = layout.placements[coords.stage], layout.memory[coords.stage]
+        communicator = SimpleNamespace(rank=rank)
+        topology = virtual(num_ranks, num_ranks)
+        ranks.append(RankLayout(communicator, topology, layout.grid, coords, *of_stage, layout.immediate_stages))
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"),
+    [
+        (1, {}),
+        (5, {}),
+        (4, {"tensor": 2}),
+        (6, {"stages": 2, "stage_ranks": [2, 4], "stage_layers": [3, 1]}),
+        (8, {"stages": 2, "tensor": 2}),
+    ],
+)
+def test_each_expert_of_each_layer_is_hosted_by_one_rank_of_its_stage(num_ranks, parallel):
+    hosts = {(layer, expert): [] for layer in MODEL.moe_layers for expert in range(MODEL.experts.num)}
+    for number, rank in enumerate(lay_out(num_ranks, **parallel)):
+        assert number in rank.stage.ranks
+        assert set(rank.hosted) == {layer for layer in rank.stage.layers if MODEL.is_moe(layer)}
+        for layer, experts in rank.hosted.items():
+            for expert in experts:
+                hosts[layer, expert].append(number)
+    assert all(len(ranks) == 1 for ranks in hosts.values())
+
+
+def test_experts_are_counted_from_the_first_rank_of_the_stage():
+    ranks = lay_out(5, stages=2, stage_ranks=[2, 3], stage_layers=[2, 2])
+    assert [dict(rank.hosted) for rank in ranks] == [
+        {1: (0,)},
+        {1: (1, 2)},
+        {2: (0,), 3: (0,)},
+        {2: (1,), 3: (1,)},
+        {2: (2,), 3: (2,)},
+    ]
+
+
+def test_the_first_stage_decides_steps_and_the_first_of_a_tensor_group_writes_records():
+    ranks = lay_out(8, stages=2, tensor=2)
+    assert [rank.is_first_stage for rank in ranks] == [True] * 4 + [False] * 4
+    assert [rank.writes_records for rank in ranks] == [True, False] * 4
+
+
+@pytest.mark.parametrize(
+    ("stage_ranks", "num_groups"),
+    [([2, 2], [1, 1, 1, 1]), ([3, 1], [1, 1, 1, 3]), ([1, 3], [1, 1, 1, 1]), ([2, 1], [1, 1, 2])],
+)
+def test_a_smaller_later_stage_computes_for_several_groups_of_the_first(stage_ranks, num_groups):
+    ranks = lay_out(sum(stage_ranks), stages=2, stage_ranks=stage_ranks)
+    assert [rank.num_groups for rank in ranks] == num_groups
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shares"), [((0,), [900]), ((0, 0, 0, 1), [300, 300, 300, 900]), ((0, 1), [900] * 2)]
+)
+def test_the_ranks_of_a_node_share_its_memory(nodes, shares):
+    worlds = [SimpleNamespace(rank=rank, nodes=nodes) for rank in range(len(nodes))]
+    assert [available_bytes(make_job(), world, of_node=900) for world in worlds] == shares
+
+
+def test_the_memory_that_the_job_states_counts_alone():
+    job = make_job(topology={"rank_memory": "2KiB"})
+    assert available_bytes(job, SimpleNamespace(rank=0, nodes=(0, 0)), of_node=900) == 2048
+
+
+@pytest.mark.ranks(4)
+def test_all_ranks_of_a_world_lay_themselves_out_alike(comm):
+    world = World(comm)
+    job = make_job(parallel={"stages": 2}, topology={"ranks_per_node": 2})
+    own = lay_out_rank(job, world, MODEL, on_gpu=False)
+    layout = make_layout(job, MODEL, [rank // 2 for rank in range(comm.size)])
+    assert own.ranks.rank == comm.rank
+    assert own.topology == virtual(comm.size, 2)
+    assert own.grid == layout.grid
+    assert own.coords == layout.grid.coordinates(comm.rank)
+    assert own.placements == layout.placements[own.coords.stage]
+    assert own.memory == layout.memory[own.coords.stage]
+    assert available_bytes(job, world, of_node=400) == 100
+
+
+@pytest.mark.ranks(4)
+def test_a_layout_that_does_not_fit_ends_all_ranks_alike(comm, capfd):
+    job = make_job(parallel={"tensor": 3})
+    with pytest.raises(AgreedExit) as end:
+        lay_out_rank(job, World(comm), MODEL, on_gpu=False)
+    assert end.value.code == ConfigError.exit_code
+    line = "moempi: rank 0: parallel.tensor = 3 does not divide the model's num_heads of 4\n"
+    assert capfd.readouterr().err == (line if comm.rank == 0 else "")

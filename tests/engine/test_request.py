@@ -1,0 +1,232 @@
+"""One request from its prompt to its record: chunked prefill, the rules that finish it, and its columns."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.requests import EOS, abacus_tokenizer, make_prompt, make_request, make_sampled
+from moempi.engine.request import Request
+from moempi.engine.tokenizer import TextTokenizer
+
+NO_TOKENIZER = TextTokenizer("", eos_tokens=(EOS,))
+
+
+def generate(request, tokens, tokenizer=NO_TOKENIZER, **columns):
+    """Compute the prompt at once, then accept one token a step while the request is unfinished."""
+    for token in tokens:
+        if request.finish is None:
+            request.computed += request.num_waiting
+            request.accept(make_sampled([token], **columns), tokenizer)
+    return request
+
+
+def generate_text(text, *, limit=100, **sampling):
+    """Generate the characters of `text` one token at a time."""
+    tokenizer = abacus_tokenizer()
+    return generate(make_request([9], limit, **sampling), tokenizer.encode(text), tokenizer)
+
+
+# The cache and the next tokens
+
+
+@pytest.mark.parametrize(("length", "limit", "positions"), [(3, 5, 7), (3, 1, 3), (3, 0, 3), (1, 2, 2), (0, 0, 0)])
+def test_the_last_generated_token_needs_no_position(length, limit, positions):
+    assert make_request(range(length), limit).capacity == positions
+
+
+@settings(deadline=None)
+@given(prompt=st.lists(st.integers(0, 99), min_size=1, max_size=20), limit=st.integers(1, 6), data=st.data())
+def test_chunked_prefill_computes_every_token_once_and_in_order(prompt, limit, data):
+    request = make_request(prompt, limit)
+    computed = []
+    while request.finish is None:
+        count = data.draw(st.integers(1, request.num_waiting))
+        tokens = request.next_tokens(count)
+        assert len(tokens) == count
+        computed += tokens
+        request.computed += count
+        if not request.num_waiting:
+            request.accept(make_sampled([100 + len(request.tokens)]), NO_TOKENIZER)
+    assert request.tokens == [100 + position for position in range(limit)]
+    assert computed == prompt + request.tokens[:-1]
+    assert request.computed == request.capacity == len(computed)
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    ("seed", "name", "uniform"),
+    [(0, "q0", 0.9212876323836169), (1, "q0", 0.7414798132080275), (0, "line-2", 0.425276612409732)],
+)
+def test_the_uniform_number_of_a_seed_an_id_and_a_position_never_changes(seed, name, uniform):
+    assert make_request([5] * 3, 4, name=name, seed=seed).sampling_request().uniform == uniform
+
+
+@settings(deadline=None)
+@given(name=st.text(max_size=20), seed=st.integers(0, 2**63), length=st.integers(0, 50))
+def test_the_uniform_number_is_below_one(name, seed, length):
+    uniform = make_request([5] * length, 4, name=name, seed=seed).sampling_request().uniform
+    assert 0.0 <= uniform < 1.0
+
+
+def test_the_uniform_number_depends_on_no_slot_index_or_token():
+    one, other = make_request([5, 6], 4, index=0), make_request([7, 8], 9, index=3)
+    one.slot, one.computed, other.slot = 0, 1, 4
+    assert one.sampling_request().uniform == other.sampling_request().uniform
+
+
+def test_a_generated_token_moves_the_position_as_a_prompt_token_does():
+    generated = generate(make_request([5, 6], 4), [7])
+    assert generated.sampling_request().uniform == make_request([5, 6, 7], 4).sampling_request().uniform
+    assert generated.sampling_request().uniform != make_request([5, 6], 4).sampling_request().uniform
+
+
+def test_a_repetition_penalty_sees_prompt_and_generated_tokens():
+    request = generate(make_request([5, 6], 4, repetition_penalty=1.2), [7])
+    assert request.sampling_request().seen.tolist() == [5, 6, 7]
+    assert request.sampling_request().sampling.repetition_penalty == 1.2
+    assert generate(make_request([5, 6], 4), [7]).sampling_request().seen.tolist() == []
+
+
+# What finishes a generated text
+
+
+def test_the_limit_finishes_with_the_text_of_all_tokens():
+    request = generate_text("4213", limit=3)
+    assert (request.finish, request.text, len(request.tokens)) == ("length", "421", 3)
+
+
+def test_an_end_token_is_kept_but_has_no_text():
+    tokenizer = abacus_tokenizer()
+    request = generate(make_request([9], 10), [*tokenizer.encode("42"), EOS], tokenizer)
+    assert (request.finish, request.text, request.tokens) == ("stop", "42", [*tokenizer.encode("42"), EOS])
+
+
+def test_an_end_token_that_also_reaches_the_limit_is_a_stop():
+    assert generate(make_request([9], 2), [5, EOS]).finish == "stop"
+
+
+def test_any_of_several_end_tokens_stops():
+    tokenizer = TextTokenizer("", eos_tokens=(3, 4))
+    assert [generate(make_request([9], 9), [5, eos], tokenizer).finish for eos in (3, 4, 1)] == ["stop", "stop", None]
+
+
+def test_ignore_eos_goes_on_to_the_limit():
+    request = generate(make_request([9], 3, ignore_eos=True), [EOS, EOS, EOS, EOS])
+    assert (request.finish, request.tokens) == ("length", [EOS] * 3)
+
+
+def test_an_unfinished_request_has_no_finish():
+    assert generate_text("42", limit=3).finish is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "num_tokens"),
+    [
+        (("3=",), "12+", 5),  # a stop string of two tokens
+        (("+3",), "12", 4),
+        (("=", "+"), "12", 3),
+        (("1",), "", 1),  # at once: no text is left
+        (("2+3", "+3"), "1", 4),  # both end at one token: the earlier one cuts
+        (("+3", "2+3"), "1", 4),
+    ],
+)
+def test_a_stop_string_across_tokens_cuts_the_text_and_keeps_the_tokens(stop, text, num_tokens):
+    request = generate_text("12+3=15", stop=stop)
+    assert (request.finish, request.text, len(request.tokens)) == ("stop", text, num_tokens)
+
+
+def test_a_stop_string_in_the_prompt_or_never_complete_does_not_stop():
+    request = generate_text("12+3", limit=4, stop=("3=", "9"))
+    assert (request.finish, request.text) == ("length", "12+3")
+
+
+def test_a_stop_string_that_the_last_token_completes_is_a_stop():
+    request = generate_text("12+3=", limit=5, stop=("=",))
+    assert (request.finish, request.text) == ("stop", "12+3")
+
+
+def test_an_end_token_before_a_stop_string_stops_with_the_whole_text():
+    tokenizer = abacus_tokenizer()
+    request = generate(make_request([9], 10, stop=("=",)), [*tokenizer.encode("12"), EOS], tokenizer)
+    assert (request.finish, request.text) == ("stop", "12")
+
+
+@pytest.mark.parametrize("logprob", [np.nan, np.inf, -np.inf])
+def test_a_log_probability_that_is_not_finite_ends_the_request_as_an_error(logprob):
+    request = generate(make_request([9], 10), [5, 6])
+    request.computed += request.num_waiting
+    request.accept(make_sampled([7], logprobs=[logprob]), NO_TOKENIZER)
+    assert (request.finish, request.error) == ("error", "the model's logits are not numbers")
+    record = request.to_record(task="generate")
+    assert (record.tokens.tolist(), record.logprobs.tolist(), record.computed) == ([5, 6], [-5.0, -6.0], 3)
+
+
+# Scores
+
+
+def score(tokens, counts, *, top=0):
+    """Score a prompt in chunks of `counts` tokens; token t has log-probability -t."""
+    request = make_request(tokens, 0)
+    for count in counts:
+        targets = tokens[request.computed + 1 : request.computed + 1 + count]
+        request.computed += count
+        request.accept_scores(make_sampled(targets, top=top))
+    return request
+
+
+@pytest.mark.parametrize("counts", [(4,), (1, 3), (3, 1), (2, 2), (1, 1, 1, 1)])
+def test_scores_in_chunks_equal_scores_in_one_chunk_and_the_first_token_has_none(counts):
+    record = score([11, 12, 13, 14], counts, top=2).to_record(task="score")
+    np.testing.assert_array_equal(record.score, np.array([np.nan, -12, -13, -14], np.float32))
+    assert record.score_top_tokens.tolist() == [[-1, -1], [12, 13], [13, 14], [14, 15]]
+    expected = np.array([[np.nan, np.nan], [-12, -13], [-13, -14], [-14, -15]], np.float32)
+    np.testing.assert_array_equal(record.score_top_logprobs, expected)
+    assert (record.finish, record.computed, record.tokens.tolist(), record.text) == ("length", 4, [], "")
+    assert record.logprobs.size == record.top_tokens.size == record.top_logprobs.size == 0
+
+
+def test_a_scored_prompt_finishes_with_its_last_token():
+    assert score([11, 12, 13], (2,)).finish is None
+    assert score([11, 12, 13], (2, 1)).finish == "length"
+
+
+def test_a_prompt_of_one_token_has_one_score_that_is_not_a_number():
+    record = score([11], (1,)).to_record(task="score")
+    assert record.finish == "length"
+    np.testing.assert_array_equal(record.score, np.array([np.nan], np.float32))
+
+
+def test_a_score_that_is_not_finite_ends_the_request_without_scores():
+    request = make_request([11, 12, 13], 0)
+    request.computed = 3
+    request.accept_scores(make_sampled([12, 13], logprobs=[-1, np.nan]))
+    record = request.to_record(task="score")
+    assert (record.finish, record.error) == ("error", "the model's logits are not numbers")
+    assert (record.score.size, record.computed, record.prompt.tolist()) == (0, 3, [11, 12, 13])
+
+
+# Records
+
+
+def test_a_generated_record_has_a_row_for_each_generated_token():
+    prompt = make_prompt(tokens=[9, 8], index=6, name="line-7", reference="42", top_logprobs=2)
+    record = generate(Request(prompt, [9, 8], 3), [5, 6, 7], top=2).to_record(task="generate")
+    assert (record.index, record.id, record.reference) == (6, "line-7", "42")
+    assert (record.finish, record.error, record.computed) == ("length", "", 4)
+    assert (record.prompt.tolist(), record.tokens.tolist()) == ([9, 8], [5, 6, 7])
+    assert record.logprobs.tolist() == [-5.0, -6.0, -7.0]
+    assert record.top_tokens.tolist() == [[5, 6], [6, 7], [7, 8]]
+    assert record.top_logprobs.tolist() == [[-5.0, -6.0], [-6.0, -7.0], [-7.0, -8.0]]
+    assert record.score.size == 0
+
+
+@pytest.mark.parametrize("task", ["generate", "score"])
+def test_a_request_that_failed_before_its_first_step_has_empty_columns(task):
+    request = make_request([], 0)
+    request.fail("why not")
+    record = request.to_record(task=task)
+    assert (record.finish, record.error, record.computed) == ("error", "why not", 0)
+    assert record.prompt.size == record.tokens.size == record.logprobs.size == record.score.size == 0
