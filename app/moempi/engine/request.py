@@ -102,9 +102,11 @@ class Request:
 
     def to_record(self, *, task: str) -> RequestRecord:
         """What is written of it once it is finished."""
-        scored = task == "score"
-        told = _logprob_columns(self.sampled, first_token=not scored or self.finish == "error")
-        output, score = (NO_LOGPROBS, told) if scored else (told, NO_LOGPROBS)
+        output = score = NO_LOGPROBS
+        if task == "generate":
+            output = _logprob_columns(self.sampled, first_token=True)
+        elif self.finish != "error":  # an error may follow the scores of some of the prompt's tokens
+            score = _logprob_columns(self.sampled, first_token=False)
         return RequestRecord(
             index=self.prompt.index,
             id=self.prompt.id,
