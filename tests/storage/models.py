@@ -1,4 +1,4 @@
-"""A small architecture with every kind of tensor, and its weights, every value of which says where it comes from."""
+"""A small architecture with every kind of tensor, and its weights; each value encodes its tensor and position."""
 
 from pathlib import Path
 
