@@ -10,7 +10,7 @@ import pytest
 
 from moempi.config.architecture import Architecture, Attention, Experts, Router
 from moempi.config.job import Job
-from moempi.config.reading import convert
+from moempi.config.reading import read_tree
 from moempi.engine.run import run_job
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
@@ -62,7 +62,7 @@ def run(tree, comm, members):
     """Run the job on the first `members` ranks of comm."""
     own = comm.Split(int(comm.rank >= members), comm.rank)
     if comm.rank < members:
-        run_job(convert(tree, Job, where="random"), job_text="", world=World(own), stop=Stop(), strict=True)
+        run_job(read_tree(tree, Job, origin="random"), job_text="", world=World(own), stop=Stop(), strict=True)
     own.Free()
     comm.Barrier()
 

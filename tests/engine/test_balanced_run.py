@@ -7,7 +7,7 @@ from msgspec import structs
 
 from moempi.config.architecture import Architecture, Attention, Experts, Router
 from moempi.config.job import Job
-from moempi.config.reading import convert
+from moempi.config.reading import read_tree
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.run import run_job
 from moempi.errors import ConfigError
@@ -49,7 +49,7 @@ def job_of(folder, name, mode, changes):
         "sampling": {"max_tokens": 6, "ignore_eos": True},
         "balance": {"mode": mode, "rate": 0.5, "sample": 3},
     }
-    return convert({**tree, **changes, "run": run}, Job, where="test")
+    return read_tree({**tree, **changes, "run": run}, Job, origin="test")
 
 
 @pytest.mark.ranks(4)

@@ -7,7 +7,7 @@ from moempi.arrays import narrow
 from moempi.errors import DataError
 from moempi.storage.checkpoint import CheckpointTensor
 from moempi.storage.convert import convert
-from moempi.storage.tensor_sources import E4M3, FusedExpert, Fp8Matrix, Mxfp4Experts
+from moempi.storage.tensor_sources import E4M3, Fp8Matrix, FusedExpert, Mxfp4Experts
 from moempi.storage.weights import WeightFile
 from storage.checkpoints import write_checkpoint, write_safetensors
 

@@ -22,7 +22,7 @@ from moempi.bench.measure import machine as machine_line
 from moempi.config.architecture import Architecture, Attention, Experts, Router
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
-from moempi.config.reading import convert
+from moempi.config.reading import read_tree
 from moempi.config.topology_file import LEVEL_NAMES, Level, TopologyFile
 from moempi.errors import UsageError
 from moempi.fitting import fit_costs
@@ -168,7 +168,7 @@ def _job(shape: RunShape, folder: Path) -> Job:
         "exchange": {"transport": "alltoallv"},
         "topology": {"ranks_per_node": 1, "emulate": "" if shape.link == FREE else str(folder / "links.json")},
     }
-    return convert(tree, Job, where="bench plan")
+    return read_tree(tree, Job, origin="bench plan")
 
 
 def _machine(costs: Sequence[float]) -> MachineFile:

@@ -43,7 +43,7 @@ def convert(source: str | Path, path: str | Path, *, progress: OnProgress | None
     StorageError, and leaves `path` unchanged.
     """
     checkpoint = open_checkpoint(source)
-    architecture = read_architecture(checkpoint.config, checkpoint.generation, where=str(checkpoint.config_path))
+    architecture = read_architecture(checkpoint.config, checkpoint.generation, origin=str(checkpoint.config_path))
     plan = _ConversionPlan(checkpoint, architecture).sources
     fingerprint = write_weights(
         path,
@@ -74,7 +74,7 @@ class _ConversionPlan:
             raise DataError(f"{checkpoint.config_path}: asks for more layers or experts than the files have tensors")
         self._checkpoint = checkpoint
         self._used: set[str] = set()
-        names = family(architecture.family, where=str(checkpoint.config_path))
+        names = family(architecture.family, origin=str(checkpoint.config_path))
         self.sources = {
             tensor: tuple(self._checked(source, tensor) for source in self._sources(names.sources(tensor), tensor))
             for tensor in catalogue(architecture)

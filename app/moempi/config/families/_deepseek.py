@@ -1,4 +1,4 @@
-"""What DeepSeek-V2 and -V3 and their followers share: latent attention, and the router with a correction."""
+"""Shared by DeepSeek-V2, -V3 and related families: latent attention, and the router with a correction."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ DEEPSEEK_NAMES = DECODER_NAMES | in_layers(
 
 
 def deepseek(config: CheckpointConfig, family: str, *, router: Router) -> Architecture:
-    """The architecture of a model with latent attention and experts from layer `first_k_dense_replace` on."""
+    """The architecture with latent attention, and experts from layer `first_k_dense_replace` on."""
     return decoder(
         config,
         family,
@@ -34,7 +34,7 @@ def deepseek(config: CheckpointConfig, family: str, *, router: Router) -> Archit
 
 
 def routed_and_shared(config: CheckpointConfig) -> dict[str, Any]:
-    """The fields of experts of which the shared ones are one network, as wide as they are together."""
+    """The size fields of Experts; the shared experts are one network with the sum of their widths."""
     width = config.integer("moe_intermediate_size")
     return {
         "num": config.integer("n_routed_experts", "num_local_experts"),
@@ -81,7 +81,7 @@ def _latent_attention(config: CheckpointConfig) -> Attention:
 
 
 def _score_factor(config: CheckpointConfig) -> float:
-    """The square of YaRN's magnitude at `mscale_all_dim`, which these families multiply scores by."""
+    """The square of YaRN's magnitude at `mscale_all_dim`, a factor on the attention scores."""
     scaling = scaling_of(config)
     if scaling is None or not scaling.has("mscale_all_dim"):
         return 1.0
