@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_complete_records(tmp_path):
     assert ([record.index for record in found], dropped) == ([0, 2], 0)
 
 
-def test_an_interrupt_between_two_writes_leaves_complete_records(tmp_path, monkeypatch):
+def test_an_interrupt_inside_a_record_leaves_complete_records(tmp_path, monkeypatch):
     writer = JournalWriter(tmp_path / "p", fingerprint="run")
     write = os.write
 

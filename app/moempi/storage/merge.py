@@ -165,7 +165,7 @@ def _write_timing(file: Any, ranks: Sequence[RankRecord]) -> None:
 def _write_placement(file: Any, ranks: Sequence[RankRecord]) -> None:
     for name in _keys(record.place for record in ranks):
         long_name = RANK_POSITION.get(name, name)
-        coordinates = create(file, f"placement/{name}", np.int64, ("rank_run",), long_name, fill=NOWHERE)
+        coordinates = create(file, f"placement/{name}", np.int64, ("rank_run",), long_name, fill_value=NOWHERE)
         coordinates[...] = [record.place.get(name, NOWHERE) for record in ranks]
     hosted = [
         (row, layer, expert)
@@ -185,7 +185,7 @@ def _keys(mappings: Iterable[Mapping[str, Any]]) -> Iterable[str]:
 
 def _row_extractor(name: str, *, width: int | None) -> Callable[[RequestRecord], NDArray[Any]]:
     kind = ARRAYS[name]
-    fill = NO_TOKEN if kind.dtype is np.int32 else np.nan
+    fill_value = NO_TOKEN if kind.dtype is np.int32 else np.nan
 
     def extract(record: RequestRecord) -> NDArray[Any]:
         array: NDArray[Any] = getattr(record, name)
@@ -193,7 +193,7 @@ def _row_extractor(name: str, *, width: int | None) -> Callable[[RequestRecord],
         shape = (num_rows,) if width is None else (num_rows, width)
         if array.shape == shape:
             return array
-        rows = np.full(shape, fill, kind.dtype)
+        rows = np.full(shape, fill_value, kind.dtype)
         rows[tuple(slice(size) for size in array.shape)] = array
         return rows
 

@@ -29,7 +29,7 @@ def write_routing(file: Any, journals: Journals, index: JournalIndex, require_su
     write_offsets(file, "routing/offsets", index.entries["computed"])
     create(file, "routing/layer", np.int32, ("routed_layer",), "layer of the model")[...] = layers
     columns = {
-        name: create(file, f"routing/{name}", column.dtype, column.dims, column.long_name, fill=column.fill)
+        name: create(file, f"routing/{name}", column.dtype, column.dims, column.long_name, fill_value=column.fill_value)
         for name, column in ROUTING.items()
     }
     for group in index.routing.groups():

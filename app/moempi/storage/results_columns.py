@@ -16,14 +16,14 @@ def write_offsets(file: Any, path: str, lengths: NDArray[np.int64]) -> None:
 
 
 def create(
-    file: Any, path: str, dtype: Any, dims: tuple[str, ...], long_name: str, *, units: str = "1", fill: Any = None
+    file: Any, path: str, dtype: Any, dims: tuple[str, ...], long_name: str, *, units: str = "1", fill_value: Any = None
 ) -> Any:
-    """Create a dataset along dimensions from `create_scale`; entries that are never written read as `fill`."""
+    """Create a dataset along dimensions from `create_scale`; entries that are never written read as `fill_value`."""
     creation = h5p.create(h5p.DATASET_CREATE)
     creation.set_layout(h5d.CONTIGUOUS)
     creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-    if fill is not None:
-        creation.set_fill_value(np.array(fill, dtype))
+    if fill_value is not None:
+        creation.set_fill_value(np.array(fill_value, dtype))
     dataset = file.create_dataset(path, shape=tuple(file[dim].shape[0] for dim in dims), dtype=dtype, dcpl=creation)
     for axis, dim in enumerate(dims):
         dataset.dims[axis].attach_scale(file[dim])

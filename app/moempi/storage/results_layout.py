@@ -32,11 +32,11 @@ class ArrayColumn:
 
 @dataclass(frozen=True, slots=True)
 class RoutingColumn:
-    """A dataset of recorded routing; unknown entries read as `fill`."""
+    """A dataset of recorded routing; unknown entries read as `fill_value`."""
 
     dtype: type[np.generic]
     dims: tuple[str, ...]
-    fill: float
+    fill_value: float
     long_name: str
 
 
