@@ -5,7 +5,7 @@ import pytest
 from msgspec import structs
 
 from moempi.comm.immediate import ImmediateHeader, batch_order, output_rows_of
-from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.job import Job
 from moempi.config.reading import read_tree
 from moempi.engine.run import run_job
@@ -22,7 +22,7 @@ PLAIN = Architecture(
     width=16,
     num_layers=4,
     max_positions=160,
-    attention=Attention(num_heads=2, num_kv_heads=2, head_dim=8),
+    attention=AttentionShape(num_heads=2, num_kv_heads=2, head_dim=8),
     experts=Experts(num=7, width=8, router=Router(top_k=3)),
     dense_layers=(3,),
     dense_width=12,

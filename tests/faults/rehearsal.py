@@ -62,7 +62,7 @@ class Rehearsal:
         return ["run", "jobs/abacus.toml", *(word for item in settings.items() for word in ("--set", "=".join(item)))]
 
     def start(self, results: Path, fault: str, *, rank: int, point: str, count: int, num_ranks: int):
-        """Start a run with a fault at the `count`-th time that `rank` comes to `point`; temporary files go beside results."""
+        """Start a run with a fault at the `count`-th time that `rank` reaches `point`."""
         (results.parent / "tmp").mkdir(exist_ok=True)
         (results.parent / "notes").mkdir(exist_ok=True)
         command = [PROGRAM, results.parent / "notes", fault, str(rank), point, str(count), *self.command(results)]

@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from moempi.config.architecture import Architecture, Attention, Experts, Rope, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Rope, Router
 from moempi.errors import DataError, NoInputError, StorageError
 from moempi.storage.convert import convert
 from moempi.storage.weights import WeightFile
@@ -75,7 +75,7 @@ def test_architecture_as_configured(tmp_path):
         width=16,
         num_layers=3,
         max_positions=64,
-        attention=Attention(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm="head", rope=Rope(theta=1e6)),
+        attention=AttentionShape(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm="head", rope=Rope(theta=1e6)),
         experts=Experts(num=5, width=10, router=Router(top_k=2, renormalize=True)),
         dense_layers=(0,),
         dense_width=20,

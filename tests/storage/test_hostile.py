@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from h5py import h5d, h5p, h5s, h5t
 
-from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.tensors import catalogue
 from moempi.errors import DataError, MoempiError
 from moempi.storage import hdf5
@@ -25,7 +25,7 @@ TINY = Architecture(
     width=4,
     num_layers=2,
     max_positions=8,
-    attention=Attention(num_heads=1, num_kv_heads=1, head_dim=4),
+    attention=AttentionShape(num_heads=1, num_kv_heads=1, head_dim=4),
     experts=Experts(num=2, width=3, router=Router(top_k=1)),
     dense_layers=(0,),
     dense_width=5,

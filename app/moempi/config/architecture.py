@@ -53,7 +53,7 @@ class Latent(Struct, frozen=True, forbid_unknown_fields=True):
     norm_eps: Positive = 1e-6
 
 
-class Attention(Struct, frozen=True, forbid_unknown_fields=True):
+class AttentionShape(Struct, frozen=True, forbid_unknown_fields=True):
     """Multi-head attention; with `num_kv_heads` below `num_heads`, several heads share a key-value head.
 
     `qk_norm` normalizes queries and keys per head, or as one vector over all heads. `biases` are added to queries, keys
@@ -157,7 +157,7 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     width: Count
     num_layers: Count
     max_positions: Count
-    attention: Attention
+    attention: AttentionShape
     experts: Experts
     dense_layers: tuple[Index, ...] = ()
     dense_width: Index = 0
@@ -193,7 +193,7 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
         return _attention_problem(self.attention) or _experts_problem(self.experts)
 
 
-def _attention_problem(attention: Attention) -> str | None:
+def _attention_problem(attention: AttentionShape) -> str | None:
     rope, latent = attention.rope, attention.latent
     dim = rope.dim or (latent.rope_dim if latent else attention.head_dim)
     if attention.num_heads % attention.num_kv_heads:
@@ -213,7 +213,7 @@ def _attention_problem(attention: Attention) -> str | None:
     return None
 
 
-def _is_plain(attention: Attention) -> bool:
+def _is_plain(attention: AttentionShape) -> bool:
     more = (attention.qk_norm != "none", attention.clip, attention.sinks, attention.windowed_layers)
     return not any(more) and attention.biases != "qkv"
 

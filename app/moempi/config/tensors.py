@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
-from moempi.config.architecture import Architecture, Attention, Experts, Latent
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Latent
 
 BLOCK_ROWS = 64
 """Default number of rows per checksum."""
@@ -118,7 +118,7 @@ def _norm(architecture: Architecture, name: str) -> Iterator[Tensor]:
         yield Tensor(f"{name}_bias", (architecture.width,))
 
 
-def _attention_tensors(heads: Attention, width: int, path: str) -> Iterator[Tensor]:
+def _attention_tensors(heads: AttentionShape, width: int, path: str) -> Iterator[Tensor]:
     rows, kv_rows, dim = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim, heads.head_dim
     yield Tensor(f"{path}/q", (rows, width), Share.HEADS, block_rows=dim)
     yield Tensor(f"{path}/k", (kv_rows, width), Share.KV_HEADS, block_rows=dim)
@@ -138,7 +138,7 @@ def _attention_tensors(heads: Attention, width: int, path: str) -> Iterator[Tens
         yield Tensor(f"{path}/k_norm", (kv_rows,), Share.KV_HEADS, block_rows=dim)
 
 
-def _latent_tensors(heads: Attention, latent: Latent, width: int, path: str) -> Iterator[Tensor]:
+def _latent_tensors(heads: AttentionShape, latent: Latent, width: int, path: str) -> Iterator[Tensor]:
     rank, biased, rows = latent.key_value_rank, heads.biases == "all", heads.num_heads * heads.head_dim
     if latent.query_rank:
         yield from _latent_vector(f"{path}/q_latent", latent.query_rank, latent.query_rank, width, biased=biased)
@@ -158,7 +158,7 @@ def _latent_vector(name: str, rows: int, normed: int, width: int, *, biased: boo
     yield Tensor(f"{name}_norm", (normed,))
 
 
-def _output_tensors(heads: Attention, width: int, path: str) -> Iterator[Tensor]:
+def _output_tensors(heads: AttentionShape, width: int, path: str) -> Iterator[Tensor]:
     rows = heads.num_heads * heads.value_dim
     yield Tensor(f"{path}/o", (rows, width), Share.HEADS, block_rows=heads.value_dim, transposed=True)
     if heads.biases == "all":

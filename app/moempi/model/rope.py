@@ -7,10 +7,10 @@ import numpy.typing as npt
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
-from moempi.config.architecture import Attention, Rope, Yarn
+from moempi.config.architecture import AttentionShape, Rope, Yarn
 
 
-def rope_angles(backend: Backend, attention: Attention, positions: IntArray) -> Array:
+def rope_angles(backend: Backend, attention: AttentionShape, positions: IntArray) -> Array:
     """Angles of the rows at `positions` (T,), for `Backend.rotate`."""
     rope = attention.rope
     dim = rope.dim or (attention.latent.rope_dim if attention.latent else attention.head_dim)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from moempi.arrays import aligned_empty
 from moempi.errors import DataError, NoInputError
-from moempi.storage.hdf5 import Array
+from moempi.storage.hdf5 import AnyArray
 
 # The NumPy type of each safetensors type; bfloat16 and 8-bit floating point are kept as bits.
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {
@@ -26,7 +26,7 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_JSON_BYTES = 1 << 28
+MAX_METADATA_BYTES = 1 << 28
 HEADER_LENGTH_BYTES = 8
 
 
@@ -45,7 +45,7 @@ class CheckpointTensor:
         """Size of one row (index of axis 0) in bytes."""
         return prod(self.shape[1:]) * NUMPY_TYPES[self.dtype].itemsize
 
-    def read(self, start: int, stop: int) -> Array:
+    def read(self, start: int, stop: int) -> AnyArray:
         """Rows [start, stop): bits for BF16 and F8_E4M3, else numbers; raises DataError if the file is too short."""
         rows = aligned_empty((stop - start, *self.shape[1:]), NUMPY_TYPES[self.dtype])
         rest = rows.reshape(-1).view(np.uint8).data
@@ -106,8 +106,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise DataError(f"{path}: is larger than {MAX_JSON_BYTES} bytes")
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise DataError(f"{path}: is larger than {MAX_METADATA_BYTES} bytes")
         return path.read_bytes()
     except OSError as error:
         raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error

@@ -13,7 +13,7 @@ from moempi.config.families import Fused, family, read_architecture
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.errors import DataError
 from moempi.storage.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
-from moempi.storage.hdf5 import Array
+from moempi.storage.hdf5 import AnyArray
 from moempi.storage.tensor_sources import Fp8Matrix, FusedExpert, Mxfp4Experts, Source
 from moempi.storage.weights import OnProgress, write_weights
 
@@ -132,7 +132,7 @@ class _ConversionPlan:
         return source
 
 
-def _pieces(tensor: Tensor, sources: tuple[Source, ...]) -> Iterator[Array]:
+def _pieces(tensor: Tensor, sources: tuple[Source, ...]) -> Iterator[AnyArray]:
     """The rows of `tensor` from first to last."""
     if tensor.share is Share.EXPERTS:
         for source in sources:
@@ -149,7 +149,7 @@ def _pieces(tensor: Tensor, sources: tuple[Source, ...]) -> Iterator[Array]:
             yield _values(tensor, source, start, min(start + step, rows))
 
 
-def _values(tensor: Tensor, source: Source, start: int, stop: int) -> Array:
+def _values(tensor: Tensor, source: Source, start: int, stop: int) -> AnyArray:
     """Rows of the source in the type of our tensor; raises DataError unless all are finite."""
     rows = source.read(start, stop)
     if tensor.dtype == "bfloat16":

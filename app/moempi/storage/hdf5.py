@@ -22,7 +22,7 @@ from moempi.arrays import aligned_empty
 from moempi.errors import DataError, NoInputError
 from moempi.storage.files import start_writing
 
-Array = npt.NDArray[Any]
+AnyArray = npt.NDArray[Any]
 
 # The oldest file format with checksums of metadata; every HDF5 library since 1.10 reads it.
 WRITE_VERSION = ("v110", "v110")
@@ -137,7 +137,7 @@ def checked_dataset(file: Any, name: str, *, dtype: str, shape: tuple[int, ...])
     return dataset
 
 
-def read_rows(dataset: Any, start: int, stop: int, *, dtype: str) -> Array:
+def read_rows(dataset: Any, start: int, stop: int, *, dtype: str) -> AnyArray:
     """Read rows [start, stop) of a checked dataset into new memory aligned to 64 bytes; bfloat16 as uint16 bits."""
     shape = (stop - start, *dataset.shape[1:])
     rows = aligned_empty(shape, MEMORY_TYPES[dtype])
@@ -146,7 +146,7 @@ def read_rows(dataset: Any, start: int, stop: int, *, dtype: str) -> Array:
     return rows
 
 
-def read_vector(file: Any, name: str, *, dtype: str, limit: int) -> Array:
+def read_vector(file: Any, name: str, *, dtype: str, limit: int) -> AnyArray:
     """Read a one-dimensional dataset of at most `limit` entries; raises DataError if it is anything else."""
     with raising_data_errors(file.filename, name):
         shape = tuple(open_dataset(file, name).shape)
@@ -202,7 +202,7 @@ def create_dataset(file: Any, name: str, *, dtype: str, shape: tuple[int, ...]) 
     return h5d.create(group.id, last.encode(), FILE_TYPES[dtype], h5s.create_simple(shape), creation)
 
 
-def write_rows(dataset: Any, start: int, rows: Array, *, dtype: str) -> None:
+def write_rows(dataset: Any, start: int, rows: AnyArray, *, dtype: str) -> None:
     """Write rows (bfloat16 as uint16 bits) at row `start` of a dataset from `create_dataset`; raises OSError."""
     if rows.dtype != MEMORY_TYPES[dtype] or rows.shape[1:] != tuple(dataset.shape[1:]):
         raise ValueError(f"{rows.dtype}{rows.shape} cannot be rows of a {dtype} dataset of shape {dataset.shape}")

@@ -9,7 +9,7 @@ import xxhash
 from moempi.arrays import narrow
 from moempi.config.architecture import Architecture
 from moempi.config.tensors import Tensor, catalogue
-from moempi.storage.hdf5 import Array
+from moempi.storage.hdf5 import AnyArray
 from moempi.storage.weights import OnProgress, write_weights
 
 VECTOR_DEVIATION = 0.1
@@ -29,7 +29,7 @@ def initialize(architecture: Architecture, path: str | Path, *, seed: int, progr
     return write_weights(path, architecture, tokenizer="", tensors=tensors, progress=progress)
 
 
-def _blocks(tensor: Tensor, seed: int) -> Iterator[Array]:
+def _blocks(tensor: Tensor, seed: int) -> Iterator[AnyArray]:
     mean, deviation = _distribution(tensor)
     for block in range(tensor.num_blocks):
         start = block * tensor.block_rows
@@ -47,11 +47,11 @@ def _distribution(tensor: Tensor) -> tuple[float, float]:
     return 0.0, inputs**-0.5
 
 
-def _normal(shape: tuple[int, ...], key: tuple[int, ...]) -> Array:
+def _normal(shape: tuple[int, ...], key: tuple[int, ...]) -> AnyArray:
     """Approximately normal float32 numbers: sums of four uniform integers, which every machine computes exactly."""
     count = int(np.prod(shape))
     quarters = np.random.Philox(np.random.SeedSequence(key)).random_raw(count).view(np.uint16).reshape(count, 4)
     sums = quarters.sum(axis=1, dtype=np.int32)
-    values: Array = (sums - SUM_MEAN).astype(np.float32)
+    values: AnyArray = (sums - SUM_MEAN).astype(np.float32)
     values /= np.float32(SUM_DEVIATION)
     return values.reshape(shape)

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from moempi.storage.checkpoint import CheckpointTensor
-from moempi.storage.hdf5 import Array
+from moempi.storage.hdf5 import AnyArray
 
 FP8_BLOCK = 128
 MXFP4_BLOCK = 32
@@ -33,11 +33,11 @@ class Source(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The shape of all rows."""
 
-    def read(self, start: int, stop: int) -> Array:
+    def read(self, start: int, stop: int) -> AnyArray:
         """Rows [start, stop); raises DataError if the file is too short."""
 
 
-def _e4m3_values() -> Array:
+def _e4m3_values() -> AnyArray:
     """The 256 values of float8 e4m3fn: sign, 4 exponent bits with bias 7, 3 fraction bits; NaN but no infinity."""
     bits = np.arange(256)
     exponent, fraction = bits >> 3 & 15, (bits & 7) / 8
@@ -76,8 +76,8 @@ class Fp8Matrix:
         blocks = tuple(-(-size // FP8_BLOCK) for size in self.shape)
         return len(self.shape) == 2 and self.scales.shape == blocks and self.scales.dtype == "F32"
 
-    def read(self, start: int, stop: int) -> Array:
-        values: Array = E4M3[self.weight.read(start, stop)]
+    def read(self, start: int, stop: int) -> AnyArray:
+        values: AnyArray = E4M3[self.weight.read(start, stop)]
         first = start // FP8_BLOCK
         scales = self.scales.read(first, -(-stop // FP8_BLOCK))
         by_row = scales[np.arange(start, stop) // FP8_BLOCK - first]
@@ -111,7 +111,7 @@ class Mxfp4Experts:
         sizes = self.blocks.shape
         return len(sizes) == 4 and sizes[3] == MXFP4_BLOCK // 2 and self.scales.shape == sizes[:3]
 
-    def read(self, start: int, stop: int) -> Array:
+    def read(self, start: int, stop: int) -> AnyArray:
         pairs = self.blocks.read(start, stop)
         values = np.empty((*pairs.shape[:3], MXFP4_BLOCK), np.float32)
         values[..., 0::2], values[..., 1::2] = E2M1[pairs & 15], E2M1[pairs >> 4]
@@ -151,7 +151,7 @@ class FusedExpert:
         outputs, *inputs = self.whole.shape[:0:-1] if self.transposed else self.whole.shape[1:]
         return (len(range(self.first, outputs, self.step)), *inputs)
 
-    def read(self, start: int, stop: int) -> Array:
+    def read(self, start: int, stop: int) -> AnyArray:
         matrix = self.whole.read(self.expert, self.expert + 1)[0]
         outputs = matrix.T if self.transposed else matrix
         return np.ascontiguousarray(outputs[self.first :: self.step][start:stop])

@@ -16,7 +16,7 @@ from moempi.errors import DataError
 from moempi.storage import hdf5
 from moempi.storage.closeable import Closeable
 from moempi.storage.files import atomic, reserve
-from moempi.storage.hdf5 import Array
+from moempi.storage.hdf5 import AnyArray
 
 FORMAT = "moempi weights"
 VERSION = 1
@@ -83,7 +83,7 @@ class WeightFile(Closeable):
         """Whether the model has a tensor `name`."""
         return name in self._tensors
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> AnyArray:
         """Read rows [start, stop) of the tensor `name`: uint16 bits for bfloat16, else float32, aligned to 64 bytes.
 
         Reads whole blocks and compares each with its checksum. Raises DataError that names file, tensor and rows if a
@@ -109,7 +109,7 @@ class WeightFile(Closeable):
         """Close the file; arrays that were read stay valid."""
         self._file.close()
 
-    def _verify(self, tensor: Tensor, first: int, rows: Array) -> None:
+    def _verify(self, tensor: Tensor, first: int, rows: AnyArray) -> None:
         expected = self._checksums[tensor.name][first // tensor.block_rows :]
         for index, start in enumerate(range(0, len(rows), tensor.block_rows)):
             if xxhash.xxh3_64_intdigest(rows[start : start + tensor.block_rows].data) != expected[index]:
@@ -122,7 +122,7 @@ def write_weights(
     architecture: Architecture,
     *,
     tokenizer: str,
-    tensors: Iterable[tuple[Tensor, Iterable[Array]]],
+    tensors: Iterable[tuple[Tensor, Iterable[AnyArray]]],
     progress: OnProgress | None = None,
 ) -> str:
     """Write a weight file atomically and return its fingerprint.
@@ -160,7 +160,7 @@ def write_weights(
 
 def _write_tensors(
     planned: tuple[Tensor, ...],
-    tensors: Iterable[tuple[Tensor, Iterable[Array]]],
+    tensors: Iterable[tuple[Tensor, Iterable[AnyArray]]],
     datasets: dict[str, Any],
     progress: OnProgress | None,
     require_success: Callable[[], None],
@@ -193,7 +193,7 @@ class _BlockChecksums:
         self._filled = 0
         self._digest = xxhash.xxh3_64()
 
-    def add(self, rows: Array) -> Iterator[int]:
+    def add(self, rows: AnyArray) -> Iterator[int]:
         start = 0
         while start < len(rows):
             piece = rows[start : start + self._block_rows - self._filled]
@@ -210,7 +210,7 @@ class _BlockChecksums:
             self._filled = 0
 
 
-def _read_contents(file: Any) -> dict[str, Array]:
+def _read_contents(file: Any) -> dict[str, AnyArray]:
     """Check format and version, then read the datasets beside the tensors as bytes."""
     found = hdf5.read_attribute(file, "format")
     if found != FORMAT:
@@ -223,7 +223,7 @@ def _read_contents(file: Any) -> dict[str, Array]:
     return {**texts, "checksums": checksums.view(np.uint8)}
 
 
-def _decode_architecture(text: Array, path: Path) -> Architecture:
+def _decode_architecture(text: AnyArray, path: Path) -> Architecture:
     try:
         architecture = msgspec.json.decode(text.data, type=Architecture)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -234,7 +234,7 @@ def _decode_architecture(text: Array, path: Path) -> Architecture:
     return architecture
 
 
-def _decode_text(text: Array, path: Path) -> str:
+def _decode_text(text: AnyArray, path: Path) -> str:
     try:
         return text.tobytes().decode()
     except UnicodeDecodeError as error:
@@ -251,7 +251,7 @@ def _encode_catalogue(tensors: tuple[Tensor, ...]) -> bytes:
     return msgspec.json.encode(entries)
 
 
-def _checked_catalogue(architecture: Architecture, text: Array, path: Path) -> tuple[Tensor, ...]:
+def _checked_catalogue(architecture: Architecture, text: AnyArray, path: Path) -> tuple[Tensor, ...]:
     """The architecture's catalogue; raises DataError if the file's catalogue differs."""
     try:
         entries = msgspec.json.decode(text.data, type=list[Entry])
@@ -273,14 +273,14 @@ def _fingerprint(contents: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _checked_fingerprint(file: Any, contents: dict[str, Array]) -> str:
+def _checked_fingerprint(file: Any, contents: dict[str, AnyArray]) -> str:
     fingerprint = _fingerprint(contents)
     if hdf5.read_attribute(file, "fingerprint") != fingerprint:
         raise DataError(f"{file.filename}: is damaged or was not written to its end, its fingerprint differs")
     return fingerprint
 
 
-def _split_checksums(tensors: tuple[Tensor, ...], checksums: Array, path: Path) -> dict[str, list[int]]:
+def _split_checksums(tensors: tuple[Tensor, ...], checksums: AnyArray, path: Path) -> dict[str, list[int]]:
     if len(checksums) != sum(tensor.num_blocks for tensor in tensors):
         raise DataError(f"{path}: checksums: there are {len(checksums)}, not one a block")
     ends = np.cumsum([tensor.num_blocks for tensor in tensors])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moempi.config.architecture import Architecture, Attention, Experts, Rope
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Rope
 from moempi.config.families._reading import CheckpointConfig, head_dim, num_layers
 
 
@@ -10,7 +10,7 @@ def decoder(
     config: CheckpointConfig,
     family: str,
     *,
-    attention: Attention,
+    attention: AttentionShape,
     experts: Experts,
     dense_layers: tuple[int, ...] = (),
     **others: Any,
@@ -39,9 +39,9 @@ def decoder(
     )
 
 
-def heads(config: CheckpointConfig, *, rope: Rope, **others: Any) -> Attention:
-    """Attention from the usual keys; `others` are further fields of Attention."""
-    return Attention(
+def heads(config: CheckpointConfig, *, rope: Rope, **others: Any) -> AttentionShape:
+    """AttentionShape from the usual keys; `others` are further fields of AttentionShape."""
+    return AttentionShape(
         num_heads=config.integer("num_attention_heads"),
         num_kv_heads=config.integer("num_key_value_heads"),
         head_dim=head_dim(config),
@@ -51,7 +51,7 @@ def heads(config: CheckpointConfig, *, rope: Rope, **others: Any) -> Attention:
 
 
 def all_layers_windowed(config: CheckpointConfig) -> dict[str, Any]:
-    """The window fields of Attention, for families whose `sliding_window` applies to every layer."""
+    """The window fields of AttentionShape, for families whose `sliding_window` applies to every layer."""
     if not config.has("sliding_window"):
         return {}
     return {"window": config.integer("sliding_window"), "windowed_layers": tuple(range(num_layers(config)))}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moempi.config.architecture import Architecture, Attention, Experts, Latent, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Latent, Router
 from moempi.config.families._decoder import decoder
 from moempi.config.families._family import DECODER_NAMES, in_layers
 from moempi.config.families._reading import CheckpointConfig, leading_dense_layers
@@ -61,10 +61,10 @@ def corrected_router(config: CheckpointConfig) -> Router:
     )
 
 
-def _latent_attention(config: CheckpointConfig) -> Attention:
+def _latent_attention(config: CheckpointConfig) -> AttentionShape:
     heads, rope_dim = config.integer("num_attention_heads"), config.integer("qk_rope_head_dim")
     config.require("num_key_value_heads", heads, None)
-    return Attention(
+    return AttentionShape(
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=config.integer("qk_nope_head_dim") + rope_dim,

@@ -34,7 +34,7 @@ def _architecture(config: CheckpointConfig) -> Architecture:
 
 
 def _windows(config: CheckpointConfig) -> dict[str, Any]:
-    """The window fields of Attention; without `layer_types`, windows begin at layer `max_window_layers`."""
+    """The window fields of AttentionShape; without `layer_types`, windows begin at layer `max_window_layers`."""
     if not config.has("sliding_window"):
         return {}
     if config.has("layer_types"):

@@ -32,7 +32,7 @@ def _architecture(config: CheckpointConfig) -> Architecture:
 
 
 def _windows(config: CheckpointConfig) -> dict[str, Any]:
-    """The window fields of Attention; requires `layer_types`, without which implementations differ."""
+    """The window fields of AttentionShape; requires `layer_types`, without which implementations differ."""
     if not config.option("use_sliding_window"):
         return {}
     if not config.has("layer_types"):
