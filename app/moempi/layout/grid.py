@@ -99,7 +99,7 @@ def make_grid(
         group = nodes[first : first + tensor]
         _require(
             group[0] == group[-1],
-            f"ranks {first} to {first + tensor - 1} form a tensor group but stand on several nodes; "
+            f"ranks {first} to {first + tensor - 1} form a tensor group but are on several nodes; "
             f"use a number of ranks per node that {tensor} divides",
         )
     shares = zip(_ranges(layers), _ranges(ranks), strict=True)

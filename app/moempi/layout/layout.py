@@ -107,7 +107,7 @@ def layer_cost(architecture: Architecture, layer: int) -> float:
 def _immediate_stages(job: Job, architecture: Architecture, grid: Grid) -> tuple[int, ...]:
     """The stages that send expert outputs directly to the next stage: all but the last that end with a MoE layer."""
     if job.exchange.immediate and job.exchange.hops > 1:
-        raise ConfigError("exchange.immediate = true lets experts answer over no gate; use exchange.hops = 1")
+        raise ConfigError("exchange.immediate = true goes with one hop only; use exchange.hops = 1")
     ends = [stage.layers[-1] for stage in grid.stages[:-1]] if job.exchange.immediate else []
     return tuple(index for index, layer in enumerate(ends) if architecture.is_moe(layer))
 

@@ -74,7 +74,7 @@ def _free_a_slot(hosts: BoolArray, free_slots: IntArray, expert: int) -> BoolArr
             hosts[[rank, target], movable[0]] = False, True
             free_slots[[rank, target]] += 1, -1
             return np.isin(np.arange(len(free_slots)), rank)
-    raise ValueError(f"expert {expert} has more copies than there are ranks")
+    raise ValueError(f"expert {expert} has more replicas than there are ranks")
 
 
 def rebalance(hosts: BoolArray, demand: Float64Array, nodes: Sequence[int], *, within_nodes: bool) -> None:

@@ -149,7 +149,7 @@ def _read_rows(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str,
         if not len(tokens):
             prompt = _bad(index, name or fallback, sampling, f"{location}: has no tokens")
         elif tokens.min() < 0 or tokens.max() > MAX_TOKEN:
-            prompt = _bad(index, name or fallback, sampling, f"{location}: holds a number that is no token id")
+            prompt = _bad(index, name or fallback, sampling, f"{location}: holds a number that is not a token id")
         elif not name:
             prompt = _bad(index, fallback, sampling, f"{location}: its id is empty or not UTF-8")
         else:

@@ -217,7 +217,9 @@ def _read_contents(file: Any) -> dict[str, AnyArray]:
         raise DataError(f"{file.filename}: is not a moempi weight file (write one with `moempi convert` or `init`)")
     version = hdf5.read_attribute(file, "version")
     if version != VERSION:
-        raise DataError(f"{file.filename}: has format version {version}, this program reads {VERSION}: convert it anew")
+        raise DataError(
+            f"{file.filename}: has format version {version}, this program reads {VERSION}: convert it again"
+        )
     texts = {name: hdf5.read_vector(file, name, dtype="uint8", limit=limit) for name, limit in TEXTS.items()}
     checksums = hdf5.read_vector(file, "checksums", dtype="uint64", limit=MAX_BLOCKS)
     return {**texts, "checksums": checksums.view(np.uint8)}
