@@ -1,11 +1,11 @@
-"""Costs found from mixtures."""
+"""Fits of costs to measured times."""
 
 import numpy as np
 
 from moempi.fitting import fit_costs
 
 
-def test_what_explains_the_seconds_is_found_and_nothing_below_zero():
+def test_exact_costs_are_recovered_and_no_cost_is_negative():
     random = np.random.default_rng(1)
     counts, sizes = random.integers(0, 5, (30, 5)), random.integers(0, 1 << 20, (30, 5))
     amounts = np.concatenate([counts, sizes], axis=1).astype(float)
@@ -14,7 +14,7 @@ def test_what_explains_the_seconds_is_found_and_nothing_below_zero():
     assert (fit_costs(amounts, amounts @ costs * random.uniform(0.5, 1.5, 30)) >= 0).all()
 
 
-def test_a_kind_that_would_cost_less_than_nothing_costs_nothing():
+def test_a_kind_with_a_negative_fit_costs_zero():
     amounts = np.array([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0]])
     costs = fit_costs(amounts, np.array([1.0, 2.5, 4.0]))
     assert costs[1] == 0

@@ -1,14 +1,14 @@
-"""What can go wrong through no fault of the program: one line for a person, and the exit code of sysexits.h."""
+"""Errors that are not bugs of the program: a one-line message, and an exit code of sysexits.h."""
 
 
 class MoempiError(Exception):
-    """An error whose text says what is wrong, where, and what to do; `exit_code` is the program's exit status."""
+    """An error whose message names the problem, its location and the remedy; `exit_code` is the exit status."""
 
     exit_code = 70
 
 
 class UsageError(MoempiError):
-    """The command line, or the way the program was launched, is wrong (EX_USAGE)."""
+    """The command line or the launch is wrong (EX_USAGE)."""
 
     exit_code = 64
 
@@ -26,12 +26,12 @@ class NoInputError(MoempiError):
 
 
 class StorageError(MoempiError):
-    """Writing or reading a file of ours failed (EX_IOERR)."""
+    """Writing or reading one of the program's own files failed (EX_IOERR)."""
 
     exit_code = 74
 
 
 class ConfigError(MoempiError):
-    """The job file, the architecture or the machine asked for cannot be used (EX_CONFIG)."""
+    """The job file, the architecture or the requested machine cannot be used (EX_CONFIG)."""
 
     exit_code = 78

@@ -1,4 +1,4 @@
-"""Finding what things cost from how long mixtures of them took."""
+"""Fitting of cost models to measured times."""
 
 import numpy as np
 
@@ -6,9 +6,10 @@ from moempi.arrays import Float64Array
 
 
 def fit_costs(amounts: Float64Array, seconds: Float64Array) -> Float64Array:
-    """The cost of each of C kinds, none below 0, by the least squares of relative errors.
+    """Non-negative costs c (C,) that minimize the sum over n of ((amounts @ c)[n] / seconds[n] - 1)^2.
 
-    `amounts` (N, C) of each kind took `seconds` (N,). A kind that would cost less than nothing costs nothing.
+    Measurement n took seconds[n] (N,) for amounts[n] (N, C). Kinds with a negative least-squares cost get 0 and are
+    removed before the next fit.
     """
     costs = np.zeros(amounts.shape[1])
     used = list(range(amounts.shape[1]))

@@ -5,9 +5,9 @@ import pytest
 from msgspec import structs
 
 from moempi.comm.immediate import ImmediateHeader, batch_order, output_rows_of
-from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.job import Job
-from moempi.config.reading import convert
+from moempi.config.reading import read_tree
 from moempi.engine.run import run_job
 from moempi.errors import ConfigError
 from moempi.layout.layout import make_layout
@@ -22,7 +22,7 @@ PLAIN = Architecture(
     width=16,
     num_layers=4,
     max_positions=160,
-    attention=Attention(num_heads=2, num_kv_heads=2, head_dim=8),
+    attention=AttentionShape(num_heads=2, num_kv_heads=2, head_dim=8),
     experts=Experts(num=7, width=8, router=Router(top_k=3)),
     dense_layers=(3,),
     dense_width=12,
@@ -60,7 +60,7 @@ def test_the_same_bits_as_over_the_homes(comm, tmp_path):
         own = comm.Split(int(comm.rank >= members), comm.rank)
         model, precision = ("plain", "shared")[index % 2], ("float32", "bfloat16")[index // 2 % 2]
         for immediate in (False, True):
-            job = convert(tree_of(folder, model, grid, immediate=immediate, precision=precision), Job, where="test")
+            job = read_tree(tree_of(folder, model, grid, immediate=immediate, precision=precision), Job, origin="test")
             if comm.rank < members:
                 assert run_job(job, job_text="", world=World(own), stop=Stop(), strict=True) == 0
         comm.Barrier()
@@ -74,15 +74,15 @@ def test_the_same_bits_as_over_the_homes(comm, tmp_path):
 
 def test_rows_leave_only_stages_that_end_with_experts_and_are_not_the_last(tmp_path):
     tree = tree_of(tmp_path, "plain", ((1, 1, 1, 1), 1), immediate=True, precision="float32")
-    job = convert(tree, Job, where="test")
+    job = read_tree(tree, Job, origin="test")
     assert make_layout(job, structs.replace(PLAIN, dense_layers=(1,)), [0] * 4).immediate_stages == (0, 2)
-    off = convert({**tree, "exchange": {"immediate": False}}, Job, where="test")
+    off = read_tree({**tree, "exchange": {"immediate": False}}, Job, origin="test")
     assert make_layout(off, PLAIN, [0] * 4).immediate_stages == ()
 
 
 def test_two_hops_and_immediate_routing_exclude_each_other(tmp_path):
     tree = tree_of(tmp_path, "plain", ((1, 1, 1, 1), 1), immediate=True, precision="float32")
-    job = convert({**tree, "exchange": {"immediate": True, "hops": 2}}, Job, where="test")
+    job = read_tree({**tree, "exchange": {"immediate": True, "hops": 2}}, Job, origin="test")
     with pytest.raises(ConfigError, match=r"exchange\.hops = 1"):
         make_layout(job, PLAIN, [0] * 4)
 

@@ -8,9 +8,9 @@ import random
 
 import pytest
 
-from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.job import Job
-from moempi.config.reading import convert
+from moempi.config.reading import read_tree
 from moempi.engine.run import run_job
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
@@ -24,7 +24,7 @@ ARCHITECTURE = Architecture(
     width=16,
     num_layers=4,
     max_positions=160,
-    attention=Attention(num_heads=2, num_kv_heads=2, head_dim=8),
+    attention=AttentionShape(num_heads=2, num_kv_heads=2, head_dim=8),
     experts=Experts(num=5, width=8, router=Router(top_k=2)),
     dense_layers=(1,),
     dense_width=12,
@@ -62,7 +62,7 @@ def run(tree, comm, members):
     """Run the job on the first `members` ranks of comm."""
     own = comm.Split(int(comm.rank >= members), comm.rank)
     if comm.rank < members:
-        run_job(convert(tree, Job, where="random"), job_text="", world=World(own), stop=Stop(), strict=True)
+        run_job(read_tree(tree, Job, origin="random"), job_text="", world=World(own), stop=Stop(), strict=True)
     own.Free()
     comm.Barrier()
 

@@ -10,7 +10,7 @@ from moempi.storage.convert import convert
 from moempi.storage.journal import journal_paths
 from moempi.storage.merge import merge
 from mpirun import ROOT, execute, mpirun, python
-from storage.test_results import PROVENANCE, write_parts
+from storage.test_results import PROVENANCE, write_journals
 
 JOB = ROOT / "jobs/abacus.toml"
 
@@ -113,7 +113,7 @@ def test_damaged_routing_is_refused(run, tmp_path):
 
 def test_results_without_routing_are_refused(tmp_path):
     path = tmp_path / "plain.h5"
-    write_parts(path, [])
+    write_journals(path, [])
     merge(path, journal_paths(path), num_requests=0, provenance=PROVENANCE)
     with pytest.raises(DataError, match=r"trace\.routing=true"):
         place_experts(path, PlacementRequest(), policy="linear", out=None)

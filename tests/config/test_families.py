@@ -9,7 +9,7 @@ from storage.checkpoints import QWEN3_MOE
 
 def read(generation=None, without=(), **changes):
     values = {key: value for key, value in (QWEN3_MOE | changes).items() if key not in without}
-    return read_architecture(values, generation or {}, where="config.json")
+    return read_architecture(values, generation or {}, origin="config.json")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def read(generation=None, without=(), **changes):
         {"eos_token_id": [2]},
     ],
 )
-def test_spellings_mean_the_same(other):
+def test_all_spellings_give_the_same_architecture(other):
     assert read(**other) == read()
 
 
@@ -85,13 +85,13 @@ def test_refusals_name_the_key(changes, message):
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "rope_theta", "num_experts", "tie_word_embeddings", "rms_norm_eps"])
-def test_no_value_is_assumed(key):
+def test_no_value_has_a_default(key):
     with pytest.raises(DataError, match=f"{key}.* is missing"):
         read(without=(key,))
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_sources_are_distinct_and_one_an_expert(model_type):
+def test_sources_are_distinct_and_one_per_expert(model_type):
     tensors = catalogue(read())
     named = {tensor.name: FAMILIES[model_type].sources(tensor) for tensor in tensors if "_norm" not in tensor.name}
     flat = [name for sources in named.values() for name in ([sources] if isinstance(sources, Fused) else sources)]

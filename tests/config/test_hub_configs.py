@@ -1,4 +1,4 @@
-"""The configurations that checkpoints on the hub have, in the spelling they have there."""
+"""Configurations of checkpoints on the hub, in their original spelling."""
 
 import math
 
@@ -268,7 +268,7 @@ HUB = (
 
 
 def read(values, **changes):
-    return read_architecture(values | changes, {}, where="config.json")
+    return read_architecture(values | changes, {}, origin="config.json")
 
 
 def scale(architecture):
@@ -276,7 +276,7 @@ def scale(architecture):
 
 
 @pytest.mark.parametrize("values", HUB, ids=lambda values: f"{values['model_type']}-{values['hidden_size']}")
-def test_every_tensor_has_its_names(values):
+def test_every_tensor_has_distinct_names(values):
     architecture = read(values)
     sources = [FAMILIES[values["model_type"]].sources(tensor) for tensor in catalogue(architecture)]
     names = [name for found in sources for name in (found if isinstance(found, tuple) else (found,))]
@@ -312,7 +312,7 @@ def test_deepseek_v3():
     )  # fmt: skip
 
 
-def test_moonlight_and_kimi_read_as_deepseek_v3():
+def test_moonlight_and_kimi_are_read_as_deepseek_v3():
     moonlight, kimi = read(MOONLIGHT), read(KIMI_K2)
     assert moonlight.family == kimi.family == "deepseek_v3"
     assert (moonlight.norm_eps, moonlight.attention.latent.norm_eps) == (1e-5, 1e-6)
@@ -353,7 +353,7 @@ def test_ernie():
     assert read(ERNIE, moe_layer_interval=2, moe_layer_end_index=-1).dense_layers == tuple(range(0, 28, 2))
 
 
-def test_phimoe_stays_within_the_positions_of_the_short_factors():
+def test_phimoe_is_limited_to_the_positions_of_the_short_factors():
     architecture = read(PHI)
     assert (architecture.max_positions, architecture.attention.rope.amplitude) == (4096, 1.243)
     assert (architecture.norm, architecture.head_bias, architecture.attention.biases) == ("layer", True, "all")
@@ -411,7 +411,7 @@ def test_yarn_amplitude_has_three_sources():
         (GPT_OSS, {"layer_types": [1, 2]}, "layer_types is [1, 2], not texts"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(values, changes, message):
+def test_unsupported_options_are_refused_by_name(values, changes, message):
     with pytest.raises(DataError) as error:
         read(values, **changes)
     assert str(error.value).startswith("config.json: ")

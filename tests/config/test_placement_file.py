@@ -1,4 +1,4 @@
-"""placement.json and topology.json: what is read, and what is refused in one line."""
+"""placement.json and topology.json: reading, and refusals in one line."""
 
 import json
 
@@ -78,7 +78,7 @@ def test_an_impossible_topology_is_refused(written, change, problem):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"version": NaN}', '{"version": 1e999}', "[" * 100_000, "\udcff"])
-def test_what_is_no_json_object_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_json_object_is_refused(tmp_path, text):
     path = tmp_path / "file.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=r"file\.json"):

@@ -1,10 +1,10 @@
-"""Job files: defaults, overrides, and refusals that say what, where and the nearest right key."""
+"""Job files: defaults, overrides, and refusals that name the problem, its location and the nearest known key."""
 
 import pytest
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
-from moempi.config.reading import convert, read_toml
+from moempi.config.reading import read_toml, read_tree
 from moempi.errors import ConfigError, NoInputError, UsageError
 
 SMALLEST = """
@@ -42,7 +42,7 @@ def test_the_smallest_job_has_the_documented_defaults(job_file):
     assert (job.score.top_n, job.exchange.transport) == (0, "auto")
 
 
-def test_the_shipped_job_reads():
+def test_the_shipped_job_can_be_read():
     assert read_toml("jobs/abacus.toml", Job).output.results == "results/abacus.h5"
 
 
@@ -64,7 +64,7 @@ def test_overrides_take_toml_values_and_bare_words(job_file, override, value):
     assert getattr(job.run, key) == value
 
 
-def test_overrides_may_make_a_section_and_a_list(job_file):
+def test_overrides_may_create_a_section_and_a_list(job_file):
     job = read_toml(job_file(SMALLEST), Job, overrides=["score.top_n=3", 'sampling.stop=["a", "b"]', "task=score"])
     assert (job.task, job.score.top_n, job.sampling.stop) == ("score", 3, ("a", "b"))
 
@@ -114,19 +114,19 @@ def test_a_missing_section_is_named(job_file, section):
 
 
 @pytest.mark.parametrize("text", ["task = ", "[a]\n[a]", "a = 1\na = 2"])
-def test_what_is_not_toml_is_refused(job_file, text):
+def test_a_file_that_is_not_toml_is_refused(job_file, text):
     with pytest.raises(ConfigError, match="not TOML"):
         read_toml(job_file(text), Job)
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
+def test_an_unreadable_file_is_an_input_error(tmp_path):
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     for name in ("none.toml", "bytes.toml", "."):
         with pytest.raises(NoInputError, match="cannot be read"):
             read_toml(tmp_path / name, Job)
 
 
-def test_an_architecture_says_what_makes_it_impossible():
+def test_an_impossible_architecture_names_its_problem():
     tree = {
         "family": "qwen3_moe",
         "vocab_size": 64,
@@ -136,8 +136,8 @@ def test_an_architecture_says_what_makes_it_impossible():
         "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8},
         "experts": {"num": 4, "width": 16, "router": {"top_k": 2}},
     }
-    architecture = convert(tree, Architecture, where="test")
+    architecture = read_tree(tree, Architecture, origin="test")
     assert architecture.problem() is None
     assert architecture.moe_layers == (0, 1)
     tree["experts"]["router"]["top_k"] = 5
-    assert "top_k" in (convert(tree, Architecture, where="test").problem() or "")
+    assert "top_k" in (read_tree(tree, Architecture, origin="test").problem() or "")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.job import Job
-from moempi.config.reading import convert
+from moempi.config.reading import read_tree
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.run import run_job
 from moempi.errors import ConfigError
@@ -26,7 +26,7 @@ ARCHITECTURE = Architecture(
     width=16,
     num_layers=3,
     max_positions=160,
-    attention=Attention(num_heads=2, num_kv_heads=2, head_dim=8),
+    attention=AttentionShape(num_heads=2, num_kv_heads=2, head_dim=8),
     experts=Experts(num=EXPERTS, width=8, router=Router(top_k=TOP_K, num_groups=4, kept_groups=2)),
     dense_layers=(1,),
     dense_width=12,
@@ -49,7 +49,7 @@ def job_of(folder, name, mode, changes):
         "sampling": {"max_tokens": 6, "ignore_eos": True},
         "balance": {"mode": mode, "rate": 0.5, "sample": 3},
     }
-    return convert({**tree, **changes, "run": run}, Job, where="test")
+    return read_tree({**tree, **changes, "run": run}, Job, origin="test")
 
 
 @pytest.mark.ranks(4)

@@ -1,10 +1,10 @@
 """The fault campaign: python tests/faults/campaign.py [--seed N] [--kills N] [--every N]
 
-Disturbs the real program in every way below and requires each time that it ends soon, with one line that names the
-cause, a non-zero exit code and nothing left behind; and that running it again gives what an undisturbed run gives, each
-request once. Prints a table: fault, tried, passed. Seeded; `--every 5` tries each fifth of the listed cases.
+Disturbs the real program in every way below. Each time the program must end soon, with a non-zero exit code and one
+line that names the cause, and leave nothing behind; and a second run must give the results of an undisturbed run, each
+request once. Prints a table: fault, tried, passed. Seeded; `--every 5` tries every fifth case.
 
-A kill at a random time can come after the run has ended. Such kills are counted in a row of their own, not as passed.
+A kill at a random time may come after the end of the run. Such kills are counted in a separate row, not as passed.
 """
 
 import argparse
@@ -32,42 +32,40 @@ Case = tuple[str, Callable[[], object]]
 
 KILL = "SIGKILL at any time"
 AFTER_END = "SIGKILL after the end"
-
-
 RANKS = 3
 
 
 class AfterEndError(Exception):
-    """A kill that came too late to disturb anything."""
+    """A kill after the end of the run."""
 
 
 def injected_cases(rehearsal: Rehearsal) -> Iterator[Case]:
-    """Each fault at each place, on the first rank and the last."""
+    """Each fault at each point, on the first rank and the last."""
     for fault in FAULTS:
-        for place in ("prompts", "weights", *POINTS, "append", "merge"):
-            for rank in (0,) if place == "merge" else (0, RANKS - 1):
-                yield fault, lambda fault=fault, place=place, rank=rank: inject(rehearsal, fault, place, rank)
+        for point in ("prompts", "weights", *POINTS, "append", "merge"):
+            for rank in (0,) if point == "merge" else (0, RANKS - 1):
+                yield fault, lambda fault=fault, point=point, rank=rank: inject(rehearsal, fault, point, rank)
 
 
-def inject(rehearsal: Rehearsal, fault: str, place: str, rank: int) -> None:
+def inject(rehearsal: Rehearsal, fault: str, point: str, rank: int) -> None:
     results = rehearsal.fresh()
-    count = 1 if place in ("prompts", "weights", "merge") else 10
-    process = rehearsal.start(results, fault, rank=rank, place=place, count=count, num_ranks=RANKS)
+    count = 1 if point in ("prompts", "weights", "merge") else 10
+    process = rehearsal.start(results, fault, rank=rank, point=point, count=count, num_ranks=RANKS)
     line = rehearsal.require_clean_end(process, results, injected_at=None)
-    require(f"rank {rank}" in line, f"{fault} at {place} on rank {rank} is told as: {line}")
+    require(f"rank {rank}" in line, f"{fault} at {point} on rank {rank} is reported as: {line}")
     rehearsal.finish(results, num_ranks=2)
 
 
-def kill_cases(rehearsal: Rehearsal, chance: random.Random, kills: int) -> Iterator[Case]:
+def kill_cases(rehearsal: Rehearsal, dice: random.Random, kills: int) -> Iterator[Case]:
     """SIGKILL to one rank at a random time between its start and the end of the run."""
     for _ in range(kills):
-        rank, ranks, delay = chance.randrange(RANKS), chance.choice((1, 2, 4)), chance.random()
+        rank, ranks, delay = dice.randrange(RANKS), dice.choice((1, 2, 4)), dice.random()
         yield KILL, lambda rank=rank, ranks=ranks, delay=delay: kill(rehearsal, rank, ranks, delay)
 
 
 def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> None:
     results = rehearsal.fresh()
-    process = rehearsal.start(results, "none", rank=-1, place="agree", count=1, num_ranks=RANKS)
+    process = rehearsal.start(results, "none", rank=-1, point="agree", count=1, num_ranks=RANKS)
     note = results.parent / "notes" / f"{rank}.pid"
     while not note.exists() or not note.read_text():
         time.sleep(0.01)
@@ -84,7 +82,7 @@ def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> Non
 
 
 def disk_cases(rehearsal: Rehearsal) -> Iterator[Case]:
-    """A disk of 4 MB with room for nothing, for a few records, and for all records but not the results."""
+    """A disk of 4 MB with no free space, with space for a few records, and for all records but not the results."""
     for name, free_bytes in (("create", 0), ("append", 24 << 10), ("merge", 72 << 10)):
         yield f"full disk at {name}", lambda free_bytes=free_bytes: fill_disk(rehearsal, free_bytes)
     yield "read-only disk", lambda: read_only_disk(rehearsal)
@@ -93,21 +91,21 @@ def disk_cases(rehearsal: Rehearsal) -> Iterator[Case]:
 @contextmanager
 def small_disk(rehearsal: Rehearsal) -> Iterator[Path]:
     results = rehearsal.fresh()
-    place = results.parent / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=True)
+    disk = results.parent / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
     try:
-        yield place / "r.h5"
+        yield disk / "r.h5"
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", disk], check=True)
 
 
 def fill_disk(rehearsal: Rehearsal, free_bytes: int) -> None:
     with small_disk(rehearsal) as results:
         ballast = results.parent / "ballast"
-        room = shutil.disk_usage(results.parent).free - free_bytes
+        num_bytes = shutil.disk_usage(results.parent).free - free_bytes
         with ballast.open("wb") as file:
-            file.write(bytes(room))
+            file.write(bytes(num_bytes))
         require_refusal(rehearsal, results)
         ballast.unlink()
         rehearsal.finish(results, num_ranks=2)
@@ -120,7 +118,7 @@ def read_only_disk(rehearsal: Rehearsal) -> None:
 
 
 def folder_cases(rehearsal: Rehearsal) -> Iterator[Case]:
-    """Results that cannot lie where they should."""
+    """Results in a folder that cannot be used, does not exist, or is in use."""
 
     def below_a_file() -> None:
         results = rehearsal.fresh()
@@ -133,7 +131,7 @@ def folder_cases(rehearsal: Rehearsal) -> Iterator[Case]:
 
     def in_use() -> None:
         results = rehearsal.fresh()
-        first = rehearsal.start(results, "none", rank=-1, place="agree", count=1, num_ranks=2)
+        first = rehearsal.start(results, "none", rank=-1, point="agree", count=1, num_ranks=2)
         while not Path(f"{results}.run.json").exists():
             time.sleep(0.01)
         require_refusal(rehearsal, results, words="another run writes it")
@@ -155,7 +153,7 @@ def require_refusal(rehearsal: Rehearsal, results: Path, *, words: str = "cannot
 
 
 def launcher_cases() -> Iterator[Case]:
-    """Processes that each believe to be alone, as launchers of another MPI leave them."""
+    """Single processes in the environment of a launcher of another MPI."""
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         yield "wrong launcher", lambda name=name: launch_wrongly(name)
 
@@ -165,9 +163,9 @@ def launch_wrongly(name: str) -> None:
     require((outcome.code, len(outcome.lines)) == (64, 1), f"exit code {outcome.code}: {outcome.err}")
 
 
-def cases(rehearsal: Rehearsal, chance: random.Random, kills: int) -> Iterator[Case]:
+def cases(rehearsal: Rehearsal, dice: random.Random, kills: int) -> Iterator[Case]:
     yield from injected_cases(rehearsal)
-    yield from kill_cases(rehearsal, chance, kills)
+    yield from kill_cases(rehearsal, dice, kills)
     if os.geteuid() == 0:
         yield from disk_cases(rehearsal)
     yield from folder_cases(rehearsal)
@@ -176,11 +174,11 @@ def cases(rehearsal: Rehearsal, chance: random.Random, kills: int) -> Iterator[C
 
 
 def run(*, seed: int, kills: int, every: int, folder: Path) -> tuple[Counter[str], Counter[str]]:
-    """How often each fault was tried, and how often all held; what did not is told on stderr."""
+    """Counts of cases tried and passed per fault; prints failures on stderr."""
     tried: Counter[str] = Counter()
     passed: Counter[str] = Counter()
-    chance = random.Random(seed)
-    for number, (name, check) in enumerate(cases(Rehearsal(folder), chance, kills)):
+    dice = random.Random(seed)
+    for number, (name, check) in enumerate(cases(Rehearsal(folder), dice, kills)):
         if (number + seed) % every and tried[name]:
             continue
         tried[name] += 1
@@ -201,8 +199,8 @@ def table(tried: Counter[str], passed: Counter[str]) -> str:
     return "\n".join([*rows, f"{'all':<28} {tried.total():>5} {passed.total():>6}"])
 
 
-def held(tried: Counter[str], passed: Counter[str]) -> bool:
-    """Whether everything passed that came in time to disturb anything."""
+def all_passed(tried: Counter[str], passed: Counter[str]) -> bool:
+    """Whether all cases passed, except for kills after the end."""
     return all(passed[name] == tried[name] for name in tried if name != AFTER_END)
 
 
@@ -215,7 +213,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="moempi-faults.") as folder:
         tried, passed = run(seed=chosen.seed, kills=chosen.kills, every=chosen.every, folder=Path(folder))
     print(table(tried, passed))
-    return int(not held(tried, passed))
+    return int(not all_passed(tried, passed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The merge, killed at every line of it; and parts torn at every byte."""
+"""The merge, killed at every line; and journals torn at every byte."""
 
 import os
 import signal
@@ -23,34 +23,34 @@ from moempi.storage.merge import Provenance, merge
 from moempi.storage.records import RequestRecord
 from moempi.storage.results import ResultFile
 
-WATCHED = ("merge.py", "files.py", "journal.py", "records.py", "journal_index.py", "hdf5.py")
+WATCHED = ("merge.py", "files.py", "journal.py", "records.py", "journal_index.py", "hdf5.py", "closeable.py")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PROVENANCE = Provenance(job="", versions={}, world_size=2, hosts=("a",), weights="w", start=NOW, end=NOW)
 NUM_REQUESTS = 6
 
 
 def cases(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A kill at each line that the merge and the removal of the parts run through, and a tear at each byte."""
-    place = folder / "merging" / "r.h5"
-    write_parts(place)
-    for line in range(1, count_lines(place) + 1):
-        yield "SIGKILL at a line of merge", lambda line=line: kill_at(place, line)
-    whole = write_parts(place)[1].read_bytes()
-    for length in range(len(whole) - 400, len(whole)):
-        yield "part torn at a byte", lambda length=length: tear_at(place, length)
+    """A kill at each line of the merge and of the removal of the journals, and a tear at each byte."""
+    results = folder / "merging" / "r.h5"
+    write_journals(results)
+    for line in range(1, count_lines(results) + 1):
+        yield "SIGKILL at a line of merge", lambda line=line: kill_at(results, line)
+    num_bytes = write_journals(results)[1].stat().st_size
+    for length in range(num_bytes - 400, num_bytes):
+        yield "journal torn at a byte", lambda length=length: tear_at(results, length)
 
 
-def write_parts(results: Path) -> list[Path]:
+def write_journals(results: Path) -> list[Path]:
     for rank in range(2):
         journal_path(results, rank).unlink(missing_ok=True)
-        with JournalWriter(journal_path(results, rank), fingerprint="run") as part:
+        with JournalWriter(journal_path(results, rank), fingerprint="run") as journal:
             for index in range(rank, NUM_REQUESTS, 2):
-                part.append(RequestRecord(index=index, id=f"../{index}", finish="stop", text="x" * 100))
+                journal.append(RequestRecord(index=index, id=f"../{index}", finish="stop", text="x" * 100))
     return journal_paths(results)
 
 
 def conclude(results: Path) -> None:
-    """What the first rank does at the end of a run."""
+    """The work of the first rank at the end of a run."""
     merge(results, journal_paths(results), num_requests=NUM_REQUESTS, provenance=PROVENANCE)
     remove_journals(results)
 
@@ -66,16 +66,16 @@ def count_lines(results: Path) -> int:
 
 
 def kill_at(results: Path, line: int) -> None:
-    """A child is killed at its `line`-th line; then either the results are whole or all parts are."""
+    """Kill a child process at its `line`-th line; then the results or all journals must be complete."""
     results.unlink(missing_ok=True)
-    write_parts(results)
+    write_journals(results)
     child = os.fork()
     if child == 0:
-        left = [line]
+        remaining = [line]
 
         def kill() -> None:
-            left[0] -= 1
-            if not left[0]:
+            remaining[0] -= 1
+            if not remaining[0]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         try:
@@ -92,14 +92,14 @@ def kill_at(results: Path, line: int) -> None:
     require([entry.name for entry in results.parent.iterdir()] == ["r.h5"], "leaves files")
 
 
-def traced(reached: Callable[[], None], results: Path) -> None:
-    """Conclude, calling `reached` at every line of the modules that do it."""
+def traced(on_line: Callable[[], None], results: Path) -> None:
+    """Conclude, and call `on_line` at every line of the modules in WATCHED."""
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if Path(frame.f_code.co_filename).name not in WATCHED:
             return None
         if event == "line":
-            reached()
+            on_line()
         return trace
 
     sys.settrace(trace)
@@ -110,12 +110,12 @@ def traced(reached: Callable[[], None], results: Path) -> None:
 
 
 def tear_at(results: Path, length: int) -> None:
-    """The records before the tear are kept, and the part goes on behind them."""
-    _, path = write_parts(results)
+    """The records before the tear are kept, and the writer continues after them."""
+    _, path = write_journals(results)
     found = list(JournalReader(path).records())
     ends = [*(offset for offset, _ in found[1:]), path.stat().st_size]
     path.write_bytes(path.read_bytes()[:length])
     kept = [record.index for (_, record), end in zip(found, ends, strict=True) if end <= length]
-    with JournalWriter(path, fingerprint="run") as part:
-        part.append(RequestRecord(index=99, id="next", finish="stop"))
+    with JournalWriter(path, fingerprint="run") as journal:
+        journal.append(RequestRecord(index=99, id="next", finish="stop"))
     require([record.index for _, record in JournalReader(path).records()] == [*kept, 99], f"torn at byte {length}")

@@ -1,4 +1,4 @@
-"""One job that is disturbed again and again: its runs, and what must hold of each however it ended."""
+"""A job that the campaign disturbs: its runs, and the requirements on each run, however it ended."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ PROGRESS = re.compile(r"moempi: \d+/\d+ requests, ")
 
 
 class BrokenError(Exception):
-    """Something that must hold does not."""
+    """A requirement on a run is not met."""
 
 
 def require(holds: bool, what: str) -> None:
@@ -26,7 +26,7 @@ def require(holds: bool, what: str) -> None:
 
 
 class Rehearsal:
-    """A job of `num_prompts` questions in float32, and its undisturbed results to compare with."""
+    """A job of `num_prompts` prompts in float32, and the results of an undisturbed run for comparison."""
 
     def __init__(self, folder: Path, *, num_prompts: int = 96) -> None:
         self.folder = folder
@@ -45,10 +45,10 @@ class Rehearsal:
         self.seconds = time.monotonic() - begin
 
     def fresh(self) -> Path:
-        """A results file that no run has touched, in a folder of its own."""
-        place = self.folder / str(next(self._numbers))
-        place.mkdir()
-        return place / "r.h5"
+        """The path of a new results file, in a folder of its own."""
+        folder = self.folder / str(next(self._numbers))
+        folder.mkdir()
+        return folder / "r.h5"
 
     def command(self, results: Path) -> list[str]:
         settings = {
@@ -56,21 +56,21 @@ class Rehearsal:
             "input.prompts": str(self.prompts),
             "output.results": str(results),
             "run.precision": "float32",
-            "run.timeout_s": "4",  # a crowded machine may stand still for two
+            "run.timeout_s": "4",  # a busy machine may pause for two
             "exchange.transport": "alltoallv",
         }
         return ["run", "jobs/abacus.toml", *(word for item in settings.items() for word in ("--set", "=".join(item)))]
 
-    def start(self, results: Path, fault: str, *, rank: int, place: str, count: int, num_ranks: int):
-        """Start a run with a fault in it; temporary files go beside the results."""
+    def start(self, results: Path, fault: str, *, rank: int, point: str, count: int, num_ranks: int):
+        """Start a run with a fault at the `count`-th time that `rank` reaches `point`."""
         (results.parent / "tmp").mkdir(exist_ok=True)
         (results.parent / "notes").mkdir(exist_ok=True)
-        command = [PROGRAM, results.parent / "notes", fault, str(rank), place, str(count), *self.command(results)]
-        where = {"TMPDIR": str(results.parent / "tmp"), "PYTHONUNBUFFERED": "1"}
-        return launching.start("mpirun", "-n", str(num_ranks), *launching.python(*command), **where)
+        command = [PROGRAM, results.parent / "notes", fault, str(rank), point, str(count), *self.command(results)]
+        environment = {"TMPDIR": str(results.parent / "tmp"), "PYTHONUNBUFFERED": "1"}
+        return launching.start("mpirun", "-n", str(num_ranks), *launching.python(*command), **environment)
 
     def require_clean_end(self, process: "subprocess.Popen[str]", results: Path, *, injected_at: float | None) -> str:
-        """The run ends soon and says why in one line; nothing of it is left. The line."""
+        """Require that the run ends soon, with one error line, and leaves nothing behind; returns the line."""
         try:
             _, err = process.communicate(timeout=END_S + 20)
         except subprocess.TimeoutExpired:
@@ -92,7 +92,7 @@ class Rehearsal:
         return lines[0]
 
     def finish(self, results: Path, *, num_ranks: int, compare: bool = True) -> None:
-        """Run what is left, on another number of ranks, and compare with the undisturbed results."""
+        """Run the remaining requests on `num_ranks` ranks, and compare with the undisturbed results."""
         command = launching.python("-m", "moempi", *self.command(results))
         outcome = launching.mpirun(num_ranks, *command)
         require(outcome.code == 0, f"does not finish: {outcome.lines}")

@@ -6,7 +6,7 @@ import pytest
 
 from moempi.config.job import ParallelSection
 from moempi.errors import ConfigError
-from moempi.layout.grid import balanced, make_grid
+from moempi.layout.grid import balanced_stages, make_grid
 
 STAGE_RANKS = [(1, 1), (3, 5), (5, 3), (1, 4), (4, 1), (2, 6)]
 
@@ -17,16 +17,16 @@ def grid_of(num_ranks, *, layers=4, slots=3, nodes=None, **parallel):
 
 
 @pytest.mark.parametrize(("num_ranks", "stages", "tensor"), list(product(range(1, 13), (1, 2, 3, 4), (1, 2, 3))))
-def test_every_rank_and_layer_has_one_place(num_ranks, stages, tensor):
+def test_every_rank_has_distinct_coordinates_and_every_layer_a_stage(num_ranks, stages, tensor):
     if num_ranks % tensor or num_ranks // tensor < stages:
         with pytest.raises(ConfigError):
             grid_of(num_ranks, stages=stages, tensor=tensor)
         return
     grid = grid_of(num_ranks, stages=stages, tensor=tensor)
     assert [layer for stage in grid.stages for layer in stage.layers] == list(range(4))
-    places = [grid.coordinates(rank) for rank in range(num_ranks)]
-    assert len(set(places)) == num_ranks
-    assert [grid.rank(place.stage, place.data, place.tensor) for place in places] == list(range(num_ranks))
+    coordinates = [grid.coordinates(rank) for rank in range(num_ranks)]
+    assert len(set(coordinates)) == num_ranks
+    assert [grid.rank(at.stage, at.data, at.tensor) for at in coordinates] == list(range(num_ranks))
 
 
 @pytest.mark.parametrize(("ranks", "slots"), list(product(STAGE_RANKS, (1, 2, 7))))
@@ -54,7 +54,7 @@ def test_the_mission_is_61_stages_of_8_whole_nodes():
         assert len(stage.ranks) == 64
 
 
-def test_a_tensor_group_never_leaves_its_node():
+def test_a_tensor_group_never_spans_nodes():
     with pytest.raises(ConfigError, match="ranks 2 to 3 form a tensor group"):
         grid_of(6, nodes=[0, 0, 0, 1, 1, 1], tensor=2)
 
@@ -68,24 +68,24 @@ def test_a_tensor_group_never_leaves_its_node():
         ({"stages": 5}, "need 5 ranks"),
     ],
 )
-def test_refusals_give_the_numbers(wrong, words):
+def test_refusals_name_the_numbers(wrong, words):
     with pytest.raises(ConfigError, match=words):
         grid_of(4, **wrong)
 
 
-def test_stages_are_balanced_by_cost_as_well_as_can_be():
+def test_stages_are_balanced_optimally_by_cost():
     costs = [3.0, 1.0, 1.0, 5.0, 1.0, 2.0, 2.0]
-    for parts in range(1, 8):
-        lengths = balanced(costs, parts)
-        assert len(lengths) == parts
+    for stages in range(1, 8):
+        lengths = balanced_stages(costs, stages)
+        assert len(lengths) == stages
         assert min(lengths) >= 1
         assert greatest(costs, lengths) == min(
             greatest(costs, [end - begin for begin, end in zip((0, *cuts), (*cuts, 7), strict=True)])
-            for cuts in combinations(range(1, 7), parts - 1)
+            for cuts in combinations(range(1, 7), stages - 1)
         )
 
 
 def greatest(costs, lengths):
-    """The greatest sum of contiguous parts with these lengths."""
-    ends = [sum(lengths[: part + 1]) for part in range(len(lengths))]
+    """The largest sum of costs of contiguous stages with these lengths."""
+    ends = [sum(lengths[: stage + 1]) for stage in range(len(lengths))]
     return max(sum(costs[end - length : end]) for end, length in zip(ends, lengths, strict=True))

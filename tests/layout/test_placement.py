@@ -1,4 +1,4 @@
-"""Placements with copies: rows go to the nearest copy, in turns, and come home the same whatever stands where."""
+"""Placements with replicas: rows rotate among the nearest replicas, and the placement does not change the sums."""
 
 import random
 
@@ -10,14 +10,14 @@ from comm.exchanges import expected, make, route_of, rows_of, through
 NUM_EXPERTS = 7
 
 
-def random_placement(dice, num_ranks, *, copies):
-    """Every expert somewhere, in unequal shares, and so many copies more; some ranks may host none."""
+def random_placement(dice, num_ranks, *, replicas):
+    """Every expert on a random rank, plus at most `replicas` replicas; some ranks may host none."""
     from moempi.layout.placement import Placement
 
     hosted = [[] for _ in range(num_ranks)]
     for expert in range(NUM_EXPERTS):
         hosted[dice.randrange(num_ranks)].append(expert)
-    for _ in range(copies):
+    for _ in range(replicas):
         expert, rank = dice.randrange(NUM_EXPERTS), dice.randrange(num_ranks)
         if expert not in hosted[rank]:
             hosted[rank].append(expert)
@@ -27,18 +27,18 @@ def random_placement(dice, num_ranks, *, copies):
 
 
 def nearest(placement, topology, source, expert):
-    """The slow twin: the ranks of the nearest copies."""
+    """The slow twin: the ranks of the nearest replicas."""
     hosts = [rank for rank, experts in enumerate(placement.hosted) if expert in experts]
     if source in hosts:
         return [source]
-    for places in (topology.islands, topology.nodes, topology.switches):
-        near = [rank for rank in hosts if places and places[rank] == places[source]]
+    for numbers in (topology.islands, topology.nodes, topology.switches):
+        near = [rank for rank in hosts if numbers and numbers[rank] == numbers[source]]
         if near:
             return near
     return hosts
 
 
-def test_rows_take_turns_among_the_nearest_copies():
+def test_rows_rotate_among_the_nearest_replicas():
     from moempi.layout.placement import REPLICA_PERIOD
     from moempi.layout.topology import Topology, numbered
 
@@ -51,12 +51,14 @@ def test_rows_take_turns_among_the_nearest_copies():
             islands=tuple(2 * node + dice.randrange(2) for node in nodes) if dice.random() < 0.5 else (),
             switches=tuple(node // 2 for node in nodes) if dice.random() < 0.5 else (),
         )
-        placement = random_placement(dice, num_ranks, copies=dice.randrange(12))
+        placement = random_placement(dice, num_ranks, replicas=dice.randrange(12))
         assert placement.num_experts == NUM_EXPERTS
         for source in range(num_ranks):
-            keys = placement.physical_ids(source, topology).reshape(NUM_EXPERTS, placement.replica_period)
-            np.testing.assert_array_equal(placement.experts[keys], np.arange(NUM_EXPERTS)[:, None] + 0 * keys)
-            for expert, ranks in enumerate(placement.ranks[keys]):
+            physical_ids = placement.physical_ids(source, topology).reshape(NUM_EXPERTS, placement.replica_period)
+            np.testing.assert_array_equal(
+                placement.experts[physical_ids], np.arange(NUM_EXPERTS)[:, None] + 0 * physical_ids
+            )
+            for expert, ranks in enumerate(placement.ranks[physical_ids]):
                 near = nearest(placement, topology, source, expert)
                 counts = np.bincount(ranks, minlength=num_ranks)
                 assert np.flatnonzero(counts).tolist() == (
@@ -65,7 +67,7 @@ def test_rows_take_turns_among_the_nearest_copies():
                 assert max(counts[near]) - min(counts[near]) <= 1
 
 
-def test_sources_that_are_equally_far_begin_with_different_copies():
+def test_equally_distant_sources_begin_with_different_replicas():
     from moempi.layout.placement import Placement
     from moempi.layout.topology import Topology
 
@@ -79,8 +81,8 @@ def test_sources_that_are_equally_far_begin_with_different_copies():
 def test_any_placement_gives_the_same_sums(comm, num_ranks, hops):
     dice = random.Random(num_ranks)
     nodes = tuple(rank * 3 // (num_ranks + 1) for rank in range(num_ranks))
-    for copies in (0, 1, 9):
-        placement = random_placement(dice, num_ranks, copies=copies)
+    for replicas in (0, 1, 9):
+        placement = random_placement(dice, num_ranks, replicas=replicas)
         exchange, transfers = make(comm, placement, transport="pairwise", hops=hops, nodes=nodes)
         for step in range(3):
             rows = rows_of(comm.rank, (5 * comm.rank + 7 * step) % 11, step)

@@ -1,4 +1,4 @@
-"""Where ranks stand: counted switch by switch and node by node, and how far each is from each."""
+"""The topology: order of ranks by switch and node, and levels of the links between them."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 from moempi.layout.topology import LEVELS, Topology, arrange
 
 
-def test_any_ranks_are_ordered_and_told_apart_as_their_names_say():
+def test_ranks_are_ordered_and_levels_follow_from_their_names():
     dice = random.Random(3)
     for _ in range(300):
         num_ranks = dice.randrange(1, 10)
@@ -23,8 +23,8 @@ def test_any_ranks_are_ordered_and_told_apart_as_their_names_say():
         assert list(topology.nodes) == sorted(topology.nodes)
         if topology.switches:
             assert list(topology.switches) == sorted(topology.switches)
-        for seat, rank in enumerate(order):
-            found = [LEVELS[level] for level in topology.levels(seat)]
+        for position, rank in enumerate(order):
+            found = [LEVELS[level] for level in topology.levels(position)]
             assert found == [level_of(rank, other, nodes, islands, switches, topology) for other in order]
         ranks_of_a_node = [[rank for rank in order if nodes[rank] == node] for node in {*nodes}]
         assert all(ranks == sorted(ranks) for ranks in ranks_of_a_node)
@@ -39,16 +39,16 @@ def level_of(one, other, nodes, islands, switches, topology):
     return "switch" if topology.switches and switches[one] == switches[other] else "network"
 
 
-def test_a_part_keeps_its_islands_and_switches():
+def test_a_subset_keeps_its_islands_and_switches():
     whole = Topology((0, 0, 1, 1, 2), islands=(0, 1, 2, 2, 3), switches=(0, 0, 0, 0, 1))
-    part = whole.subset(range(2, 5))
-    assert part == Topology((0, 0, 1), islands=(2, 2, 3), switches=(0, 0, 1))
+    subset = whole.subset(range(2, 5))
+    assert subset == Topology((0, 0, 1), islands=(2, 2, 3), switches=(0, 0, 1))
     for rank in range(3):
-        assert part.levels(rank).tolist() == whole.levels(rank + 2)[2:].tolist()
+        assert subset.levels(rank).tolist() == whole.levels(rank + 2)[2:].tolist()
 
 
 @pytest.mark.ranks(4)
-def test_switches_of_slurm_come_before_nodes(comm, monkeypatch):
+def test_ranks_are_ordered_by_slurm_switches_before_nodes(comm, monkeypatch):
     from moempi.config.job import TopologySection
     from moempi.runtime.world import World
 
@@ -57,19 +57,19 @@ def test_switches_of_slurm_come_before_nodes(comm, monkeypatch):
     monkeypatch.setenv("SLURM_TOPOLOGY_ADDR", f"s0.{switch}.{node}")
     world = World(comm)
     topology, ranks = world.by_node(TopologySection(), island="socket 0")
-    assert topology == Topology((0, 0, 1, 2), switches=(0, 0, 0, 1))  # one socket a node: nothing to tell apart
+    assert topology == Topology((0, 0, 1, 2), switches=(0, 0, 0, 1))  # one socket per node: no islands
     assert ranks.allgather(comm.rank) == [0, 3, 2, 1]
     assert world.by_node(TopologySection(), island=f"socket {comm.rank // 2}")[0].islands == (0, 1, 2, 3)
     assert world.by_node(TopologySection(), island="socket 0" if comm.rank else "")[0].islands == ()
     virtual, ranks = world.by_node(TopologySection(ranks_per_node=3), island="socket 0")
     assert virtual == Topology((0, 0, 0, 1))
     assert ranks.rank == comm.rank
-    monkeypatch.setenv("SLURM_TOPOLOGY_ADDR", node)  # what Slurm sets where it knows no switches
+    monkeypatch.setenv("SLURM_TOPOLOGY_ADDR", node)  # Slurm's value without switches
     assert world.by_node(TopologySection())[0] == Topology((0, 0, 1, 2))
 
 
 @pytest.mark.ranks(2)
-def test_a_file_says_where_ranks_stand_or_is_refused_on_all(comm, tmp_path, capfd):
+def test_a_topology_file_is_used_or_refused_on_all_ranks(comm, tmp_path, capfd):
     from msgspec import json
 
     from moempi.config.job import TopologySection

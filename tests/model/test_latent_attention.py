@@ -6,7 +6,7 @@ import pytest
 from moempi.arrays import narrow, round_to_bfloat16
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.protocol import Segment
-from moempi.config.architecture import Attention, Latent, Rope
+from moempi.config.architecture import AttentionShape, Latent, Rope
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.rope import rope_angles
 
@@ -16,7 +16,7 @@ BACKEND = NumpyBackend(precision="float32", reproducible=True)
 
 def shape(query_rank):
     latent = Latent(key_value_rank=RANK, rope_dim=ROTATED, value_dim=VALUES, query_rank=query_rank)
-    return Attention(HEADS, HEADS, PLAIN + ROTATED, rope=Rope(interleaved=True), score_factor=1.3, latent=latent)
+    return AttentionShape(HEADS, HEADS, PLAIN + ROTATED, rope=Rope(interleaved=True), score_factor=1.3, latent=latent)
 
 
 def weights(query_rank):

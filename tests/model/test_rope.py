@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.config.architecture import Attention, Latent, Rope, Yarn
+from moempi.config.architecture import AttentionShape, Latent, Rope, Yarn
 from moempi.model.rope import frequencies, rope_angles
 
 V3 = Yarn(factor=40.0, original_positions=4096)
@@ -43,9 +43,9 @@ def test_yarn_ramps_from_the_low_to_the_high_bound(yarn, theta, dim, low, high):
 @pytest.mark.parametrize(
     ("attention", "rotated"),
     [
-        (Attention(2, 2, 16), 16),
-        (Attention(2, 2, 16, rope=Rope(dim=4)), 4),
-        (Attention(2, 2, 16, latent=Latent(8, 6, 8)), 6),
+        (AttentionShape(2, 2, 16), 16),
+        (AttentionShape(2, 2, 16, rope=Rope(dim=4)), 4),
+        (AttentionShape(2, 2, 16, latent=Latent(8, 6, 8)), 6),
     ],
 )
 def test_only_the_rope_dimensions_are_rotated(attention, rotated):
@@ -58,5 +58,5 @@ def test_only_the_rope_dimensions_are_rotated(attention, rotated):
 
 def test_amplitude_multiplies_the_rotated_numbers():
     backend, x = NumpyBackend(precision="float32", reproducible=True), np.ones((1, 1, 4), np.float32)
-    angles = rope_angles(backend, Attention(1, 1, 4, rope=Rope(amplitude=1.5)), np.array([0]))
+    angles = rope_angles(backend, AttentionShape(1, 1, 4, rope=Rope(amplitude=1.5)), np.array([0]))
     np.testing.assert_array_equal(backend.rotate(x, angles, interleaved=True), 1.5 * x)

@@ -1,4 +1,4 @@
-"""The replayed schedule against the lanes' own interleaving on a clock that only they move."""
+"""The simulated schedule against interleaved lanes on a virtual clock."""
 
 import random
 
@@ -12,7 +12,7 @@ STEPS = 6
 
 
 def on_a_clock(phases, *, lanes):
-    """Generators under `interleave` that compute and send by moving a clock: when all lanes have taken each step."""
+    """The times at which all lanes have completed each step, from generators under `interleave` on a virtual clock."""
     clock, link = [0.0], [0.0]
     ends = []
 
@@ -20,13 +20,13 @@ def on_a_clock(phases, *, lanes):
         arrived = 0.0
         for _ in range(STEPS):
             for phase in phases:
-                left = arrived
+                start = arrived
                 clock[0] = max(clock[0], arrived) + phase.compute_s
                 if not phase.eager:
-                    left = clock[0]
+                    start = clock[0]
                 if phase.link_s:
-                    link[0] = left = max(link[0], left) + phase.link_s
-                arrived = left + phase.latency_s
+                    link[0] = start = max(link[0], start) + phase.link_s
+                arrived = start + phase.latency_s
                 arrivals[index] = arrived
                 if index == lanes - 1 and phase is phases[-1]:
                     ends.append(max(clock[0], *arrivals))
@@ -51,7 +51,7 @@ def random_phases(dice):
     return phases if any(phase.compute_s for phase in phases) else random_phases(dice)
 
 
-def test_lanes_take_what_they_take_on_a_clock():
+def test_simulated_times_equal_those_on_the_clock():
     dice = random.Random(2)
     for _ in range(200):
         phases, lanes = random_phases(dice), dice.randrange(1, 5)
@@ -60,19 +60,19 @@ def test_lanes_take_what_they_take_on_a_clock():
         assert found == pytest.approx((ends[-1] - ends[0]) / (STEPS - 1)), (phases, lanes)
 
 
-def test_a_turn_is_at_least_its_computing_and_its_link_and_at_most_both():
+def test_a_step_takes_at_least_its_compute_and_link_time_and_at_most_their_sum():
     dice = random.Random(7)
     for _ in range(300):
         phases, lanes = random_phases(dice), dice.randrange(1, 5)
         overlapped, waiting = overlapped_s(phases, lanes=lanes), waiting_s(phases, lanes=lanes)
-        compute, carry = lanes * sum(phase.compute_s for phase in phases), lanes * sum(phase.link_s for phase in phases)
-        assert max(compute, carry) <= overlapped * (1 + 1e-9)
+        compute, link = lanes * sum(phase.compute_s for phase in phases), lanes * sum(phase.link_s for phase in phases)
+        assert max(compute, link) <= overlapped * (1 + 1e-9)
         assert overlapped <= waiting * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(("compute", "carry", "both"), [(1.0, 1.0, 2.0), (1.0, 0.5, 2.0), (0.5, 1.0, 2.0)])
-def test_two_lanes_hide_what_is_shorter(compute, carry, both):
-    phases = [Phase(Point(0, "dispatch"), compute, link_s=carry)]
+@pytest.mark.parametrize(("compute", "link", "both"), [(1.0, 1.0, 2.0), (1.0, 0.5, 2.0), (0.5, 1.0, 2.0)])
+def test_two_lanes_hide_the_shorter_of_compute_and_link_time(compute, link, both):
+    phases = [Phase(Point(0, "dispatch"), compute, link_s=link)]
     assert overlapped_s(phases, lanes=2) == pytest.approx(both)
-    assert waiting_s(phases, lanes=2) == pytest.approx(2 * (compute + carry))
-    assert overlapped_s(phases, lanes=1) == pytest.approx(compute + carry)
+    assert waiting_s(phases, lanes=2) == pytest.approx(2 * (compute + link))
+    assert overlapped_s(phases, lanes=1) == pytest.approx(compute + link)

@@ -1,4 +1,4 @@
-"""Costs of a step against the mission's arithmetic, written out by hand, and against the points of the schedule."""
+"""Costs of a step against the mission's arithmetic, computed by hand, and against the points of the schedule."""
 
 from itertools import product
 from math import comb
@@ -21,8 +21,8 @@ WIDTH, HEADS, EXPERT, TOP_K = 7168, 128 * 128, 2048, 8
 
 
 def costs(topology=None, **changes):
-    given = {"tensor": 1, "hops": 1, "hosted": 1, "row_bytes": 2 * WIDTH, "value_bytes": 2}
-    return StepCosts(MACHINE, MISSION, topology or virtual(64, 8), **given | changes)
+    fields = {"tensor": 1, "hops": 1, "hosted": 1, "row_bytes": 2 * WIDTH, "value_bytes": 2}
+    return StepCosts(MACHINE, MISSION, topology or virtual(64, 8), **fields | changes)
 
 
 def by_phase(phases, layer):
@@ -36,7 +36,7 @@ def test_many_rows_take_the_arithmetic_of_their_products():
     assert phases["counts"].compute_s == pytest.approx(rows * (attention + 2 * WIDTH * 64) / FLOPS)
     assert phases["dispatch"].compute_s == 0
     assert phases["combine"].compute_s == pytest.approx(rows * TOP_K * 6 * WIDTH * EXPERT / FLOPS)
-    # 939 and 705 MFLOP a token: what the mission's attention projections and experts are known to take.
+    # 939 and 705 MFLOP per token: the known costs of the mission's attention projections and experts.
     assert pytest.approx(939e6, rel=1e-3) == 8 * WIDTH * HEADS
     assert pytest.approx(705e6, rel=1e-3) == TOP_K * 6 * WIDTH * EXPERT
 
@@ -49,11 +49,11 @@ def test_few_rows_take_the_reading_of_weights_and_cache():
     cache = sequences * context * 2 * HEADS * 2
     attention = 4 * WIDTH * HEADS * 2
     assert phases["counts"].compute_s == pytest.approx((cache + attention + 2 * WIDTH * 64) / MEMORY)
-    hit = 1 - (1 - 1 / 64) ** (64 * TOP_K)
-    assert phases["combine"].compute_s == pytest.approx(hit * 3 * WIDTH * EXPERT * 2 / MEMORY)
+    chosen = 1 - (1 - 1 / 64) ** (64 * TOP_K)
+    assert phases["combine"].compute_s == pytest.approx(chosen * 3 * WIDTH * EXPERT * 2 / MEMORY)
 
 
-def test_one_hop_sends_seven_eighths_between_nodes():
+def test_one_hop_sends_seven_eighths_to_other_nodes():
     rows = 1024
     phases = by_phase(costs().step(range(30, 32), StepLoad(rows, 1, 1), is_first=False, is_last=False), 31)
     num_bytes = rows * TOP_K * 2 * WIDTH
@@ -85,9 +85,9 @@ def test_a_tensor_group_divides_attention_and_its_rows():
     assert divided["gather"].link_s == pytest.approx(7 * 1024 * 2 * WIDTH / NVLINK)
 
 
-@pytest.mark.parametrize("place", [(True, True), (True, False), (False, False), (False, True)])
-def test_legs_are_the_points_of_the_schedule(place):
-    is_first, is_last = place
+@pytest.mark.parametrize("position", [(True, True), (True, False), (False, False), (False, True)])
+def test_phases_are_the_points_of_the_schedule(position):
+    is_first, is_last = position
     layers = range(0 if is_first else 1, 61 if is_last else 5)
     for tensor, hops in product((1, 8), (1, 2)):
         phases = costs(tensor=tensor, hops=hops).step(layers, StepLoad(64, 64, 100), is_first=is_first, is_last=is_last)
@@ -96,16 +96,16 @@ def test_legs_are_the_points_of_the_schedule(place):
 
 
 @pytest.mark.parametrize("tensor", [1, 8])
-def test_the_last_stage_reads_its_part_of_the_head(tensor):
+def test_the_last_stage_reads_its_share_of_the_head(tensor):
     last, other = (
         costs(tensor=tensor).step(range(59, 61), StepLoad(64, 64, 100), is_first=False, is_last=is_last)
         for is_last in (True, False)
     )
     head = 2 * 129280 * WIDTH / MEMORY / tensor
     others = tensor - 1
-    moved = others * 64 / tensor * (2 * WIDTH + 4 * 129280 / tensor) / NVLINK + 2 * others * 2e-6
+    transfers_s = others * 64 / tensor * (2 * WIDTH + 4 * 129280 / tensor) / NVLINK + 2 * others * 2e-6
     assert sum(phase.compute_s for phase in last) - sum(phase.compute_s for phase in other) == pytest.approx(
-        head + moved
+        head + transfers_s
     )
 
 

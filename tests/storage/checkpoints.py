@@ -1,4 +1,4 @@
-"""Small checkpoints as the hub has them, every value of which says where it comes from."""
+"""Small checkpoints in the hub's format; each value encodes its tensor and position."""
 
 import json
 import zlib
@@ -75,13 +75,13 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def origin_bits(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """bfloat16 bits, all finite, that tell the tensor and the place in it."""
+    """Finite bfloat16 bits that depend on the tensor's name and the position in it."""
     start = zlib.crc32(name.encode())
     return ((start + np.arange(np.prod(shape), dtype=np.int64) * 7) % 0x7F00).astype("<u2").reshape(shape)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> None:
-    """Write (type, array) pairs, without a library that could correct what a test means to be wrong."""
+    """Write (type, array) pairs without a library, which could correct deliberate errors."""
     header, end = {}, 0
     for name, (dtype, array) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}

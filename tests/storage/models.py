@@ -1,10 +1,10 @@
-"""A small architecture with every kind of tensor, and its weights, every value of which says where it comes from."""
+"""A small architecture with every kind of tensor, and its weights; each value encodes its tensor and position."""
 
 from pathlib import Path
 
 import numpy as np
 
-from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.tensors import Tensor, catalogue
 from moempi.storage.weights import write_weights
 from storage.checkpoints import origin_bits
@@ -15,7 +15,7 @@ SMALL = Architecture(
     width=8,
     num_layers=3,
     max_positions=32,
-    attention=Attention(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="head"),
+    attention=AttentionShape(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="head"),
     experts=Experts(num=3, width=6, router=Router(top_k=2)),
     dense_layers=(0,),
     dense_width=70,

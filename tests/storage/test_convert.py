@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from moempi.config.architecture import Architecture, Attention, Experts, Rope, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Rope, Router
 from moempi.errors import DataError, NoInputError, StorageError
 from moempi.storage.convert import convert
 from moempi.storage.weights import WeightFile
@@ -21,7 +21,7 @@ from storage.checkpoints import (
 
 
 def expected_tensors(config):
-    """Our tensors written out by hand from the checkpoint's names, for a qwen3_moe configuration."""
+    """The expected tensors of a qwen3_moe configuration, from the checkpoint's names."""
 
     def bits(name):
         return origin_bits(f"{name}.weight", tensor_shapes(config)[f"{name}.weight"])
@@ -75,7 +75,7 @@ def test_architecture_as_configured(tmp_path):
         width=16,
         num_layers=3,
         max_positions=64,
-        attention=Attention(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm="head", rope=Rope(theta=1e6)),
+        attention=AttentionShape(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm="head", rope=Rope(theta=1e6)),
         experts=Experts(num=5, width=10, router=Router(top_k=2, renormalize=True)),
         dense_layers=(0,),
         dense_width=20,
@@ -151,7 +151,7 @@ def test_wrong_shape_is_named(tmp_path):
 
 @pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0xFFFF])
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.experts.2.up_proj.weight"])
-def test_nan_and_infinity_are_refused_and_nothing_is_left(tmp_path, name, bits):
+def test_nan_and_infinity_are_refused_and_the_target_is_unchanged(tmp_path, name, bits):
     tensors = origin_tensors(QWEN3_MOE)
     tensors[name][1].reshape(-1)[-1] = bits
     write_checkpoint(tmp_path / "hub", tensors=tensors)
@@ -219,7 +219,7 @@ def test_index_and_shards_must_agree(tmp_path):
         convert(tmp_path / "hub", tmp_path / "model.h5")
 
 
-def test_missing_files_are_no_input(tmp_path):
+def test_missing_files_are_input_errors(tmp_path):
     with pytest.raises(NoInputError, match="is not a folder"):
         convert(tmp_path / "nowhere", tmp_path / "model.h5")
     write_checkpoint(tmp_path / "hub", shards=2)

@@ -42,17 +42,17 @@ def test_one_object_per_request(tmp_path):
     }
 
 
-def test_scores_with_null_for_what_has_no_probability(tmp_path):
+def test_scores_are_null_where_there_is_no_probability(tmp_path):
     (found,) = exported(tmp_path, [make_request(0, num_tokens=0, score_top=1)])
     assert found["score"] == [None, -62.625, -62.75]
     assert found["score_top_tokens"] == [[600], [601], [602]]
 
 
-def test_nothing_to_export(tmp_path):
+def test_export_of_no_requests(tmp_path):
     assert exported(tmp_path, []) == []
 
 
-def test_failures_leave_nothing(tmp_path):
+def test_failures_leave_no_file(tmp_path):
     with pytest.raises(NoInputError):
         export(tmp_path / "missing.h5", tmp_path / "out.jsonl")
     path = merged(tmp_path / "r.h5", [make_request(0)], num_requests=1)

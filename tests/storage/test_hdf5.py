@@ -22,7 +22,7 @@ def write_one(path, *, dtype="bfloat16", shape=(10, 3), name="group/rows"):
 
 @pytest.mark.parametrize("dtype", sorted(hdf5.FILE_TYPES))
 @pytest.mark.parametrize("rows", [(0, 10), (3, 7), (9, 10), (4, 4)])
-def test_rows_come_back_as_written(tmp_path, dtype, rows):
+def test_rows_are_read_as_written(tmp_path, dtype, rows):
     write_one(tmp_path / "file.h5", dtype=dtype)
     with hdf5.open_file(tmp_path / "file.h5") as file:
         dataset = hdf5.checked_dataset(file, "group/rows", dtype=dtype, shape=(10, 3))
@@ -49,14 +49,14 @@ def test_bfloat16_reads_as_a_number_in_plain_h5py(tmp_path):
         assert file["rows"][:].tolist() == [1.0, -3.0, 0.0, 3.140625]
 
 
-def test_writing_the_wrong_type_is_a_mistake(tmp_path):
+def test_writing_the_wrong_type_raises(tmp_path):
     with h5py.File(tmp_path / "file.h5", "w") as file:
         dataset = hdf5.create_dataset(file, "rows", dtype="bfloat16", shape=(4,))
         with pytest.raises(ValueError, match="cannot be rows"):
             hdf5.write_rows(dataset, 0, np.ones(4, np.float32), dtype="bfloat16")
 
 
-def test_missing_file_folder_and_pipe_are_no_input(tmp_path):
+def test_a_missing_file_a_folder_and_a_pipe_are_input_errors(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "nowhere.h5", tmp_path, tmp_path / "pipe"):
         with pytest.raises(NoInputError, match=str(path)):
@@ -64,7 +64,7 @@ def test_missing_file_folder_and_pipe_are_no_input(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not HDF5 at all", b"\x89HDF\r\n\x1a\n" + bytes(100)])
-def test_other_files_are_refused(tmp_path, content):
+def test_files_of_another_format_are_refused(tmp_path, content):
     (tmp_path / "file.h5").write_bytes(content)
     with pytest.raises(DataError, match=r"file\.h5"):
         hdf5.open_file(tmp_path / "file.h5")
@@ -78,7 +78,7 @@ def test_other_type_or_shape_is_refused(tmp_path, dtype, shape):
 
 
 @pytest.mark.parametrize("kind", [h5t.IEEE_F16LE, h5t.STD_U16LE, h5t.IEEE_F32BE])
-def test_types_of_the_same_size_are_not_the_same(tmp_path, kind):
+def test_types_of_the_same_size_are_distinguished(tmp_path, kind):
     expected = "bfloat16" if kind.get_size() == 2 else "float32"
     with h5py.File(tmp_path / "file.h5", "w") as file:
         h5py.h5d.create(file.id, b"rows", kind, h5py.h5s.create_simple((4,)))
@@ -88,7 +88,7 @@ def test_types_of_the_same_size_are_not_the_same(tmp_path, kind):
 
 
 @pytest.mark.parametrize("value", ["", "héllo", 0, -(2**40)])
-def test_attributes_come_back(tmp_path, value):
+def test_attributes_are_read_as_written(tmp_path, value):
     with h5py.File(tmp_path / "file.h5", "w") as file:
         hdf5.write_attribute(file, "note", value)
         dataset = hdf5.create_dataset(file, "rows", dtype="uint8", shape=(1,))
@@ -140,7 +140,7 @@ def test_atomic_replaces_at_the_end_and_keeps_permissions_of_a_new_file(tmp_path
     ("raised", "seen"), [(DataError("bad"), DataError), (OSError(28, "No space left"), StorageError),
                          (KeyboardInterrupt(), KeyboardInterrupt)]
 )  # fmt: skip
-def test_atomic_leaves_nothing_behind(tmp_path, raised, seen):
+def test_atomic_leaves_no_temporary_file(tmp_path, raised, seen):
     (tmp_path / "file").write_text("old")
 
     def write():
@@ -155,28 +155,28 @@ def test_atomic_leaves_nothing_behind(tmp_path, raised, seen):
 
 
 @pytest.mark.parametrize("path", ["folder", "nowhere/file"])
-def test_atomic_refuses_what_it_cannot_replace(tmp_path, path):
+def test_atomic_refuses_a_target_that_it_cannot_replace(tmp_path, path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match=path), atomic(tmp_path / path):
         pytest.fail("the block must not run")
 
 
-def test_reserve_takes_the_room(tmp_path):
+def test_reserve_allocates_blocks(tmp_path):
     (tmp_path / "file").write_bytes(b"kept")
     reserve(tmp_path / "file", 100_000)
     assert (tmp_path / "file").stat().st_blocks * 512 >= 100_000
     assert (tmp_path / "file").read_bytes() == b"kept"
 
 
-def test_reserve_refuses_more_than_there_is(tmp_path):
-    # Beyond what any file can be: were it not refused beforehand, the system would refuse without taking a block.
+def test_reserve_refuses_more_than_the_free_space(tmp_path):
+    # Larger than any possible file: without the check ahead, the system would refuse it and allocate no block.
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="No space left on device, 9,223,372,036,854,771,712 bytes are needed"):
         reserve(tmp_path / "file", 2**63 - 4096)
     assert (tmp_path / "file").stat().st_blocks == 0
 
 
-def test_atomic_gives_back_what_was_reserved_too_much(tmp_path):
+def test_atomic_frees_unused_reserved_blocks(tmp_path):
     with atomic(tmp_path / "file") as temporary:
         temporary.write_bytes(b"kept")
         reserve(temporary, 10_000_000)

@@ -1,4 +1,4 @@
-"""Files that lie, and files with one wrong bit: refused, and nothing outside the file is read."""
+"""Hostile files and files with one flipped bit are refused, and nothing outside the file is read."""
 
 import os
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from h5py import h5d, h5p, h5s, h5t
 
-from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.tensors import catalogue
 from moempi.errors import DataError, MoempiError
 from moempi.storage import hdf5
@@ -25,7 +25,7 @@ TINY = Architecture(
     width=4,
     num_layers=2,
     max_positions=8,
-    attention=Attention(num_heads=1, num_kv_heads=1, head_dim=4),
+    attention=AttentionShape(num_heads=1, num_kv_heads=1, head_dim=4),
     experts=Experts(num=2, width=3, router=Router(top_k=1)),
     dense_layers=(0,),
     dense_width=5,
@@ -51,7 +51,7 @@ def flipped_copies(path, copy, *, count, first=0, last=None):
         yield copy
 
 
-def test_no_flipped_bit_gives_other_weights(tmp_path):
+def test_a_flipped_bit_never_gives_other_weights(tmp_path):
     write_model(tmp_path / "model.h5", TINY)
     expected = contents(tmp_path / "model.h5")
     messages = []
@@ -64,7 +64,7 @@ def test_no_flipped_bit_gives_other_weights(tmp_path):
     assert all("flipped.h5" in message for message in messages)
 
 
-def test_every_cut_is_refused(tmp_path):
+def test_a_file_truncated_anywhere_is_refused(tmp_path):
     write_model(tmp_path / "model.h5", TINY)
     whole = (tmp_path / "model.h5").read_bytes()
     for length in range(0, len(whole), 97):
@@ -73,7 +73,7 @@ def test_every_cut_is_refused(tmp_path):
             contents(tmp_path / "cut.h5")
 
 
-def test_flipped_bits_in_a_checkpoint_never_raise_anything_else(tmp_path):
+def test_flipped_bits_in_a_checkpoint_raise_only_our_errors(tmp_path):
     write_checkpoint(tmp_path / "hub")
     length = int.from_bytes((tmp_path / "hub/model.safetensors").read_bytes()[:8], "little")
     messages = []
@@ -93,7 +93,7 @@ def test_flipped_bits_in_a_checkpoint_never_raise_anything_else(tmp_path):
 
 @pytest.fixture
 def secret(tmp_path):
-    """A file outside that hostile files point to, big enough for any dataset, not read since 1970."""
+    """A file outside that hostile files refer to, big enough for any dataset, with access time 1970."""
     path = tmp_path / "secret"
     with h5py.File(path, "w") as file:
         file["rows"] = np.zeros((ROWS, SMALL.width), np.float32)
@@ -221,7 +221,7 @@ def test_hostile_weight_files_are_refused_and_read_nothing_outside(tmp_path, sec
 
 
 @pytest.mark.parametrize("name", ["external storage", "virtual dataset", "external link"])
-def test_plain_reading_would_have_read_outside(tmp_path, secret, name):
+def test_plain_h5py_reads_outside_the_file(tmp_path, secret, name):
     write_model(tmp_path / "hostile.h5")
     with h5py.File(tmp_path / "hostile.h5", "r+", libver=hdf5.WRITE_VERSION) as file:
         HOSTILE[name](file, secret)
@@ -255,7 +255,7 @@ def test_inspecting_reads_no_rows(tmp_path, secret, name):
     assert secret.stat().st_atime == 0
 
 
-def test_a_sparse_file_cannot_promise_more_than_its_checksums(tmp_path):
+def test_a_sparse_file_cannot_declare_more_rows_than_checksums(tmp_path):
     big = msgspec.structs.replace(SMALL, vocab_size=2**40)
     write_model(tmp_path / "hostile.h5")
     with h5py.File(tmp_path / "hostile.h5", "r+", libver=hdf5.WRITE_VERSION) as file:

@@ -41,7 +41,7 @@ def test_scale_follows_the_number_of_inputs(tmp_path):
         assert abs(values(weights, "norm").mean() - 1) < 0.05
 
 
-def test_no_two_blocks_are_alike(tmp_path):
+def test_all_blocks_differ(tmp_path):
     initialize(SMALL, tmp_path / "model.h5", seed=1)
     with WeightFile.open(tmp_path / "model.h5") as weights:
         blocks = [

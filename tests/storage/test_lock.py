@@ -1,4 +1,4 @@
-"""Two processes never write one results file."""
+"""The output lock: two processes never write one results file."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ os._exit(1)
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock; it dies at the end of its input."""
+    """Another process that holds the lock until its standard input ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / "r.h5")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -30,35 +30,35 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_the_second_is_refused_and_told_who_has_it(tmp_path, holder):
+def test_a_second_lock_is_refused_with_the_name_of_the_holder(tmp_path, holder):
     with pytest.raises(StorageError, match=rf"r\.h5: another run writes it \(process {holder.pid} on .*\); wait"):
         OutputLock(tmp_path / "r.h5")
 
 
-def test_a_holder_that_dies_holds_it_no_more(tmp_path, holder):
+def test_the_lock_of_a_dead_process_is_free(tmp_path, holder):
     holder.communicate()
     OutputLock(tmp_path / "r.h5").release()
 
 
-def test_release_lets_the_next_one_have_it(tmp_path):
+def test_a_released_lock_can_be_taken_again(tmp_path):
     for _ in range(2):
         lock = OutputLock(tmp_path / "r.h5")
         lock.release()
         lock.release()
 
 
-def test_a_lock_whose_folder_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
+def test_a_lock_on_a_removed_file_is_not_accepted(tmp_path, monkeypatch):
     first = OutputLock(tmp_path / "r.h5")
-    take = OutputLock._take
+    acquire = OutputLock._acquire
 
-    def take_late(self, file):
+    def acquire_late(self, file):
         monkeypatch.undo()
         remove_journals(tmp_path / "r.h5")
         first.release()
         journals_folder(tmp_path / "r.h5").mkdir()
-        take(self, file)
+        acquire(self, file)
 
-    monkeypatch.setattr(OutputLock, "_take", take_late)
+    monkeypatch.setattr(OutputLock, "_acquire", acquire_late)
     second = OutputLock(tmp_path / "r.h5")
     assert second.path.exists()
     with pytest.raises(StorageError, match="another run"):

@@ -80,7 +80,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_bad_line_becomes_an_error_and_the_others_go_on(tmp_path, line, message):
+def test_a_bad_line_becomes_an_error_and_the_others_are_read(tmp_path, line, message):
     path = write_lines(tmp_path / "p.jsonl", b"", {"id": "a", "prompt": "b"}, line, {"id": "c", "prompt": "d"})
     before, bad, after = read(path)
     assert (before.id, after.id, after.index) == ("a", "c", 2)
@@ -93,7 +93,7 @@ def test_a_bad_line_becomes_an_error_and_the_others_go_on(tmp_path, line, messag
         read(path, strict=True)
 
 
-def test_a_bad_line_keeps_its_id_where_it_has_one(tmp_path):
+def test_a_bad_line_keeps_its_id(tmp_path):
     path = write_lines(tmp_path / "p", {"id": "a", "prompt": 3}, {"id": "a", "prompt": "b"})
     assert [(prompt.id, bool(prompt.error)) for prompt in read(path)] == [("a", True), ("line-2", True)]
 
@@ -107,7 +107,7 @@ def test_the_later_of_two_equal_ids_is_bad(tmp_path):
     assert found[2].error == f"{path}:3: id 'a' was used before, at {path}:1"
 
 
-def test_a_huge_line_is_bad_and_bounded(tmp_path, monkeypatch):
+def test_a_huge_line_is_an_error_and_memory_stays_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "MAX_LINE_BYTES", 100)
     exact = b'{"prompt": "' + b"x" * 86 + b'"}'
     assert len(exact) == 100
@@ -126,7 +126,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
     assert [(prompt.text, prompt.id) for prompt in read(path, strict=True)] == [("a", "line-1"), ("b", "line-3")]
 
 
-def test_nothing_to_read(tmp_path):
+def test_empty_and_missing_files(tmp_path):
     (tmp_path / "empty").touch()
     assert read(tmp_path / "empty") == []
     for missing in (tmp_path / "missing", tmp_path):
@@ -142,7 +142,7 @@ def test_any_bytes_make_a_prompt_or_an_error(tmp_path_factory, line):
 
 
 @given(text=st.text(), name=st.text(min_size=1))
-def test_any_text_comes_back(tmp_path_factory, text, name):
+def test_any_text_is_read_as_written(tmp_path_factory, text, name):
     path = write_lines(tmp_path_factory.getbasetemp() / "text.jsonl", {"id": name, "prompt": text})
     found = read(path, strict=True)[0]
     assert (found.id, found.text) == (name, text)
@@ -171,7 +171,7 @@ def test_token_arrays_with_ids(tmp_path, ids, expected):
     assert [prompt.id for prompt in found] == expected
 
 
-def test_bad_rows_become_errors_and_the_others_go_on(tmp_path):
+def test_bad_rows_become_errors_and_the_others_are_read(tmp_path):
     ids = np.array([b"a", b"empty", b"low", b"high", b"", b"\xff", b"a", b"z"])
     path = write_arrays(tmp_path / "p.h5", [[1], [], [-1], [2**31], [1], [1], [1], [5]], ids=ids, dtype=np.int64)
     found = read(path)
@@ -211,7 +211,7 @@ def rewrite(name, value):
         rewrite("id", np.arange(3)),
     ],
 )
-def test_arrays_that_are_not_as_documented_are_refused(tmp_path, change):
+def test_arrays_of_another_format_are_refused(tmp_path, change):
     path = write_arrays(tmp_path / "p.h5", [[1, 2], [3]], ids=[1, 2])
     with h5py.File(path, "r+") as file:
         change(file)

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are quantized, or hold more than the model: conversion writes what they mean."""
+"""Conversion of checkpoints with quantized weights, or with more tensors than the model."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from moempi.arrays import narrow
 from moempi.errors import DataError
 from moempi.storage.checkpoint import CheckpointTensor
 from moempi.storage.convert import convert
-from moempi.storage.tensor_sources import E4M3, ExpertPart, Fp8Matrix, Mxfp4Experts
+from moempi.storage.tensor_sources import E4M3, Fp8Matrix, FusedExpert, Mxfp4Experts
 from moempi.storage.weights import WeightFile
 from storage.checkpoints import write_checkpoint, write_safetensors
 
@@ -45,7 +45,7 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 def deepseek_tensors():
-    """The model with one quantized matrix, a float32 correction, and a layer that predicts further tokens."""
+    """A model with one quantized matrix, a float32 correction, and a layer for multi-token prediction."""
     random = np.random.default_rng(2)
     attention = {"q_proj": (12, 160), "kv_a_proj_with_mqa": (10, 160), "kv_b_proj": (16, 8), "o_proj": (160, 8)}
     shapes = {"model.embed_tokens": (70, 160), "lm_head": (70, 160), "model.norm": (160,)}
@@ -79,7 +79,7 @@ def write_deepseek(folder, tensors, **changes):
 
 
 def float8(bits):
-    """One number of float8 e4m3fn as its definition reads."""
+    """The value of a float8 e4m3fn number, by definition."""
     sign, exponent, fraction = -1 if bits & 128 else 1, bits >> 3 & 15, bits & 7
     return sign * (fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7))
 
@@ -139,7 +139,7 @@ def test_other_quantizations_are_refused(tmp_path, quantization):
 
 
 def stored(path, **arrays):
-    """Tensors of a file with these arrays one after another."""
+    """Tensors of a file that holds these arrays contiguously."""
     path.write_bytes(b"".join(array.tobytes() for array in arrays.values()))
     kinds, tensors, offset = {"u1": "U8", "f4": "F32"}, {}, 0
     for name, array in arrays.items():
@@ -164,17 +164,17 @@ def test_four_bit_blocks(tmp_path):
         number = numbers[pair >> 4 if column % 2 else pair & 15]
         expected[expert, row, column] = number * 2.0 ** (int(scales[expert, row, column // 32]) - 127)
     np.testing.assert_array_equal(whole.read(0, 2), expected)
-    part = ExpertPart(whole, expert=1, first=1, step=2, transposed=False)
-    assert part.shape == (3, 64)
-    np.testing.assert_array_equal(part.read(1, 3), expected[1, [3, 5]])
+    expert = FusedExpert(whole, expert=1, first=1, step=2, transposed=False)
+    assert expert.shape == (3, 64)
+    np.testing.assert_array_equal(expert.read(1, 3), expected[1, [3, 5]])
 
 
-def test_a_part_of_a_fused_tensor_lies_transposed(tmp_path):
+def test_an_expert_of_a_fused_tensor_is_transposed(tmp_path):
     array = np.arange(2 * 3 * 8, dtype="<f4").reshape(2, 3, 8)
     whole = stored(tmp_path / "raw", whole=array)["whole"]
-    part = ExpertPart(whole, expert=1, first=1, step=2, transposed=True)
-    assert part.shape == (4, 3)
-    np.testing.assert_array_equal(part.read(0, 4), array[1, :, 1::2].T)
+    expert = FusedExpert(whole, expert=1, first=1, step=2, transposed=True)
+    assert expert.shape == (4, 3)
+    np.testing.assert_array_equal(expert.read(0, 4), array[1, :, 1::2].T)
 
 
 @pytest.mark.parametrize(("scales", "block"), [((2, 6, 3), 16), ((2, 6), 16), ((2, 6, 2), 8)])
@@ -183,7 +183,7 @@ def test_four_bit_blocks_need_their_scales(tmp_path, scales, block):
     assert not Mxfp4Experts(**stored(tmp_path / "raw", **arrays)).scales_fit()
 
 
-def test_rows_of_float8_may_start_anywhere(tmp_path):
+def test_float8_rows_may_start_inside_a_block(tmp_path):
     bits = np.random.default_rng(6).integers(0, 127, (300, 5)).astype(np.uint8)
     matrix = Fp8Matrix(*stored(tmp_path / "raw", bits=bits, scales=np.float32([[1], [2], [4]])).values())
     whole = matrix.read(0, 300)
@@ -191,7 +191,7 @@ def test_rows_of_float8_may_start_anywhere(tmp_path):
         np.testing.assert_array_equal(matrix.read(start, stop), whole[start:stop])
 
 
-def test_quantized_types_are_not_taken_for_numbers(tmp_path):
+def test_quantized_types_need_their_scales(tmp_path):
     write_checkpoint(tmp_path / "hub")
     write_safetensors(tmp_path / "hub/model.safetensors", {"model.norm.weight": ("U8", np.zeros(16, "u1"))})
     with pytest.raises(DataError):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.errors import StorageError
-from moempi.storage import journal as parts
+from moempi.storage import journal
 from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths
 from moempi.storage.records import RankRecord, RequestRecord
 
@@ -16,7 +16,7 @@ TEXTS = ["", "plain", "emoji \U0001f9ee", "nul \0 inside", "../../x", "line\nbre
 
 
 def make_request(index, *, num_prompt=3, num_tokens=2, top=0, score_top=None, **fields):
-    """A record in which every number says from which request, field and position it comes."""
+    """A record in which every number encodes its request, field and position."""
 
     def ids(rows, width, base):
         return (np.arange(rows * width, dtype=np.int32) + 1000 * index + base).reshape(rows, width)
@@ -61,105 +61,105 @@ def assert_same(left, right):
             assert one == other, name
 
 
-def write_part(path, written, fingerprint="run"):
+def write_journal(path, written, fingerprint="run"):
     with JournalWriter(path, fingerprint=fingerprint) as writer:
         for record in written:
             writer.append(record)
     return path
 
 
-def read_part(path):
-    with JournalReader(path) as part:
-        return [record for _, record in part.records()], part.dropped_bytes
+def read_journal(path):
+    with JournalReader(path) as reader:
+        return [record for _, record in reader.records()], reader.dropped_bytes
 
 
 def test_records_come_back_as_they_were(tmp_path):
     written = [make_request(i, top=i % 3, score_top=i if i % 2 else None) for i in range(8)]
     written.append(make_request(8, num_prompt=0, num_tokens=0, finish="error", error="why \0 not", reference="a"))
     written.append(make_rank(3))
-    found, dropped = read_part(write_part(journal_path(tmp_path / "r.h5", 3), written))
+    found, dropped = read_journal(write_journal(journal_path(tmp_path / "r.h5", 3), written))
     assert dropped == 0
     for one, other in zip(written, found, strict=True):
         assert_same(one, other)
 
 
 def test_a_record_is_found_again_at_its_offset(tmp_path):
-    path = write_part(tmp_path / "p", [make_request(i) for i in range(5)])
-    with JournalReader(path) as part:
-        offsets = [offset for offset, _ in part.records()]
+    path = write_journal(tmp_path / "p", [make_request(i) for i in range(5)])
+    with JournalReader(path) as reader:
+        offsets = [offset for offset, _ in reader.records()]
         for index in (4, 0, 2):
-            assert part.record_at(offsets[index]).index == index
+            assert reader.record_at(offsets[index]).index == index
         with pytest.raises(StorageError, match="changed"):
-            part.record_at(offsets[2] + 1)
+            reader.record_at(offsets[2] + 1)
 
 
-def test_an_empty_part_and_an_empty_request(tmp_path):
-    assert read_part(write_part(tmp_path / "none", [])) == ([], 0)
-    found, _ = read_part(write_part(tmp_path / "one", [RequestRecord(index=0, id="", finish="error")]))
+def test_an_empty_journal_and_an_empty_request(tmp_path):
+    assert read_journal(write_journal(tmp_path / "none", [])) == ([], 0)
+    found, _ = read_journal(write_journal(tmp_path / "one", [RequestRecord(index=0, id="", finish="error")]))
     assert found[0].top_tokens.shape == (0, 0)
     assert found[0].score.dtype == np.float32
 
 
-def test_a_part_torn_at_every_byte_keeps_the_records_before(tmp_path):
-    path = write_part(tmp_path / "p", [make_request(i) for i in range(3)])
+def test_a_journal_torn_at_any_byte_keeps_the_records_before(tmp_path):
+    path = write_journal(tmp_path / "p", [make_request(i) for i in range(3)])
     whole = path.read_bytes()
-    with JournalReader(path) as part:
-        start = [offset for offset, _ in part.records()][-1]
+    with JournalReader(path) as reader:
+        start = [offset for offset, _ in reader.records()][-1]
     for length in range(start, len(whole)):
         path.write_bytes(whole[:length])
-        found, dropped = read_part(path)
+        found, dropped = read_journal(path)
         assert [record.index for record in found] == [0, 1]
         assert dropped == length - start
-        write_part(path, [make_request(9)])
-        found, dropped = read_part(path)
+        write_journal(path, [make_request(9)])
+        found, dropped = read_journal(path)
         assert [record.index for record in found] == [0, 1, 9]
         assert dropped == 0
 
 
-def test_a_flipped_bit_at_every_byte_of_the_last_record_is_noticed(tmp_path):
-    path = write_part(tmp_path / "p", [make_request(i) for i in range(3)])
+def test_a_flipped_bit_at_any_byte_of_the_last_record_is_detected(tmp_path):
+    path = write_journal(tmp_path / "p", [make_request(i) for i in range(3)])
     whole = path.read_bytes()
-    with JournalReader(path) as part:
-        start = [offset for offset, _ in part.records()][-1]
-    for place in range(start, len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
-        found, dropped = read_part(path)
+    with JournalReader(path) as reader:
+        start = [offset for offset, _ in reader.records()][-1]
+    for position in range(start, len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        found, dropped = read_journal(path)
         assert [record.index for record in found] == [0, 1]
         assert dropped == len(whole) - start
 
 
 @given(tail=st.binary(min_size=1, max_size=200))
 def test_any_tail_is_dropped(tmp_path_factory, tail):
-    path = write_part(tmp_path_factory.mktemp("tail") / "p", [make_request(0)])
+    path = write_journal(tmp_path_factory.mktemp("tail") / "p", [make_request(0)])
     with path.open("ab") as file:
         file.write(tail)
-    found, dropped = read_part(path)
+    found, dropped = read_journal(path)
     assert ([record.index for record in found], dropped) == ([0], len(tail))
 
 
 def test_zeros_after_a_power_failure_are_dropped(tmp_path):
-    path = write_part(tmp_path / "p", [make_request(0)])
+    path = write_journal(tmp_path / "p", [make_request(0)])
     with path.open("ab") as file:
         file.write(bytes(4096))
-    assert read_part(path)[1] == 4096
+    assert read_journal(path)[1] == 4096
 
 
-def test_a_damaged_header_is_refused_at_every_byte(tmp_path):
-    path = write_part(tmp_path / "p", [make_request(0)])
+def test_a_header_damaged_at_any_byte_is_refused(tmp_path):
+    path = write_journal(tmp_path / "p", [make_request(0)])
     whole = path.read_bytes()
-    with JournalReader(path) as part:
-        header_bytes = next(offset for offset, _ in part.records())
-    for place in range(header_bytes):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+    with JournalReader(path) as reader:
+        header_bytes = next(offset for offset, _ in reader.records())
+    for position in range(header_bytes):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         with pytest.raises(StorageError):
             JournalReader(path)
-        path.write_bytes(whole[:place])
+        path.write_bytes(whole[:position])
         with pytest.raises(StorageError):
             JournalReader(path)
 
 
-def test_the_part_of_another_run_is_refused_and_kept(tmp_path):
-    path = write_part(tmp_path / "p", [make_request(0)], fingerprint="one")
+def test_the_journal_of_another_run_is_refused_and_kept(tmp_path):
+    path = write_journal(tmp_path / "p", [make_request(0)], fingerprint="one")
     before = path.read_bytes()
     with pytest.raises(StorageError, match="another run"):
         JournalWriter(path, fingerprint="two")
@@ -167,11 +167,11 @@ def test_the_part_of_another_run_is_refused_and_kept(tmp_path):
 
 
 def test_a_lone_surrogate_becomes_a_replacement_character(tmp_path):
-    found, _ = read_part(write_part(tmp_path / "p", [make_request(0, text="a\ud800b", error="\udfff")]))
+    found, _ = read_journal(write_journal(tmp_path / "p", [make_request(0, text="a\ud800b", error="\udfff")]))
     assert (found[0].text, found[0].error) == ("a\ufffdb", "\ufffd")
 
 
-def test_a_full_disk_leaves_whole_records(tmp_path):
+def test_a_full_disk_leaves_complete_records(tmp_path):
     path = tmp_path / "p"
     writer = JournalWriter(path, fingerprint="run")
     writer.append(make_request(0))
@@ -186,11 +186,11 @@ def test_a_full_disk_leaves_whole_records(tmp_path):
     assert path.stat().st_size == size
     writer.append(make_request(2))
     writer.close()
-    found, dropped = read_part(path)
+    found, dropped = read_journal(path)
     assert ([record.index for record in found], dropped) == ([0, 2], 0)
 
 
-def test_an_interrupt_between_two_writes_leaves_whole_records(tmp_path, monkeypatch):
+def test_an_interrupt_inside_a_record_leaves_complete_records(tmp_path, monkeypatch):
     writer = JournalWriter(tmp_path / "p", fingerprint="run")
     write = os.write
 
@@ -204,13 +204,13 @@ def test_an_interrupt_between_two_writes_leaves_whole_records(tmp_path, monkeypa
     monkeypatch.undo()
     writer.append(make_request(1))
     writer.close()
-    assert [record.index for record in read_part(tmp_path / "p")[0]] == [1]
+    assert [record.index for record in read_journal(tmp_path / "p")[0]] == [1]
 
 
-def test_the_disk_is_reached_at_most_once_a_second_and_at_close(tmp_path, monkeypatch):
+def test_records_are_synced_at_most_once_a_second_and_at_close(tmp_path, monkeypatch):
     synced, now = [], [100.0]
-    monkeypatch.setattr(parts.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(parts.os, "fdatasync", synced.append)
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(journal.os, "fdatasync", synced.append)
     writer = JournalWriter(tmp_path / "p", fingerprint="run")
     for index in range(40):
         now[0] += 0.1
@@ -221,7 +221,7 @@ def test_the_disk_is_reached_at_most_once_a_second_and_at_close(tmp_path, monkey
     assert len(synced) in (4, 5)
 
 
-def test_what_is_no_part_is_refused(tmp_path):
+def test_a_file_that_is_not_a_journal_is_refused(tmp_path):
     (tmp_path / "p").write_bytes(b"something else entirely")
     with pytest.raises(StorageError, match="not a part"):
         JournalWriter(tmp_path / "p", fingerprint="run")
@@ -232,13 +232,13 @@ def test_what_is_no_part_is_refused(tmp_path):
         JournalWriter(tmp_path / "file" / "p", fingerprint="run")
 
 
-def test_a_whole_record_that_is_not_ours_is_an_error(tmp_path):
-    path = write_part(tmp_path / "p", [])
+def test_an_intact_record_of_another_schema_is_an_error(tmp_path):
+    path = write_journal(tmp_path / "p", [])
     payload = msgspec.msgpack.encode({"type": "request", "index": "x"})
     with path.open("ab") as file:
-        file.write(parts._FRAME.pack(len(payload), parts.xxh3_64_intdigest(payload)) + payload)
+        file.write(journal._FRAME.pack(len(payload), journal.xxh3_64_intdigest(payload)) + payload)
     with pytest.raises(StorageError, match="not one of ours"):
-        read_part(path)
+        read_journal(path)
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,9 @@ def test_rank_records_that_cannot_be_stored_are_refused(fields):
         make_rank(0, **fields)
 
 
-def test_parts_are_found_in_rank_order(tmp_path):
+def test_journals_are_listed_in_rank_order(tmp_path):
     results = tmp_path / "r.h5"
     assert journal_paths(results) == []
     for rank in (12, 100000, 2):
-        write_part(journal_path(results, rank), [])
+        write_journal(journal_path(results, rank), [])
     assert [path.name for path in journal_paths(results)] == ["rank-00002.part", "rank-00012.part", "rank-100000.part"]

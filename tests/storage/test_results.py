@@ -12,13 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moempi.errors import DataError, NoInputError, StorageError
-from moempi.storage import journal_index as survey
+from moempi.storage import journal_index, results_layout
 from moempi.storage import merge as merging
-from moempi.storage import results_layout
 from moempi.storage.journal import JournalWriter, journal_path, journal_paths, remove_journals
 from moempi.storage.merge import Provenance, merge
 from moempi.storage.results import ResultFile
-from storage.test_records import TEXTS, assert_same, make_rank, make_request, write_part
+from storage.test_records import TEXTS, assert_same, make_rank, make_request, write_journal
 
 PROVENANCE = Provenance(
     job='task = "generate"  # \U0001f9ee\n',
@@ -31,14 +30,14 @@ PROVENANCE = Provenance(
 )
 
 
-def write_parts(path, *parts):
-    for rank, written in enumerate(parts):
-        write_part(journal_path(path, rank), written)
+def write_journals(path, *records_by_rank):
+    for rank, written in enumerate(records_by_rank):
+        write_journal(journal_path(path, rank), written)
     return journal_paths(path)
 
 
-def merged(path, *parts, num_requests):
-    merge(path, write_parts(path, *parts), num_requests=num_requests, provenance=PROVENANCE)
+def merged(path, *records_by_rank, num_requests):
+    merge(path, write_journals(path, *records_by_rank), num_requests=num_requests, provenance=PROVENANCE)
     remove_journals(path)
     return path
 
@@ -53,7 +52,7 @@ def assert_requests(path, expected):
         assert_same(one, other)
 
 
-def test_requests_come_back_in_input_order(tmp_path):
+def test_requests_are_read_in_input_order(tmp_path):
     requests = [make_request(i, num_prompt=i % 4 + 1, num_tokens=i % 3, top=2 if i % 3 else 0) for i in range(20)]
     requests[5] = make_request(5, num_prompt=0, num_tokens=0, finish="error", error="p.jsonl:6: bad \0")
     requests[6] = make_request(6, reference="\U0001f9ee \0 é")
@@ -63,7 +62,7 @@ def test_requests_come_back_in_input_order(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.h5"]
 
 
-def test_every_array_lies_where_the_layout_says(tmp_path):
+def test_arrays_are_stored_as_the_layout_documents(tmp_path):
     requests = [make_request(i, num_tokens=i, top=i, score_top=2, reference="") for i in range(3)]
     path = merged(
         tmp_path / "r.h5", [requests[1], make_rank(0)], [requests[2], requests[0], make_rank(1)], num_requests=3
@@ -96,7 +95,7 @@ def test_every_array_lies_where_the_layout_says(tmp_path):
         assert file.attrs["end"] == b"2026-01-02T03:05:06+00:00"
 
 
-def test_text_lies_exactly_and_readably(tmp_path):
+def test_text_is_stored_exactly_and_readably(tmp_path):
     requests = [make_request(i, id=text or "empty", text=text) for i, text in enumerate(TEXTS)]
     path = merged(tmp_path / "r.h5", requests, num_requests=len(TEXTS))
     with h5py.File(path) as file:
@@ -107,13 +106,13 @@ def test_text_lies_exactly_and_readably(tmp_path):
     assert [record.id for record in read(path)] == [text or "empty" for text in TEXTS]
 
 
-def test_nothing_at_all(tmp_path):
-    for path, parts in ((tmp_path / "a" / "none.h5", []), (tmp_path / "empty.h5", [[], []])):
-        assert_requests(merged(path, *parts, num_requests=0), [])
+def test_no_requests(tmp_path):
+    for path, records_by_rank in ((tmp_path / "a" / "none.h5", []), (tmp_path / "empty.h5", [[], []])):
+        assert_requests(merged(path, *records_by_rank, num_requests=0), [])
     assert_requests(merged(tmp_path / "ranks.h5", [make_rank(0)], num_requests=0), [])
 
 
-def test_a_resumed_run_adds_up_loads_and_keeps_each_timing(tmp_path):
+def test_a_resumed_run_sums_loads_and_keeps_each_timing(tmp_path):
     second = make_rank(0, seconds={"compute": 4.0, "idle": 2.0})
     path = merged(tmp_path / "r.h5", [make_rank(0), second], [make_rank(1)], num_requests=0)
     with h5py.File(path) as file:
@@ -130,7 +129,7 @@ def test_a_request_recorded_twice_counts_once_if_its_tokens_agree(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parts", "message"),
+    ("records_by_rank", "message"),
     [
         ([[make_request(0)], [make_request(0, num_tokens=3)]], "recorded twice, with different tokens"),
         ([[make_request(0), make_request(3)]], "2 of 4 requests have no record, the first is 1"),
@@ -138,38 +137,38 @@ def test_a_request_recorded_twice_counts_once_if_its_tokens_agree(tmp_path):
         ([[make_rank(0)], [make_rank(1, expert_load=np.zeros((1, 3), np.int64))]], "counted experts"),
     ],
 )
-def test_parts_that_cannot_be_merged_stay(tmp_path, parts, message):
+def test_journals_that_cannot_be_merged_are_kept(tmp_path, records_by_rank, message):
     path = tmp_path / "r.h5"
     with pytest.raises(StorageError, match=message):
-        merged(path, *parts, num_requests=4)
-    assert len(journal_paths(path)) == len(parts)
+        merged(path, *records_by_rank, num_requests=4)
+    assert len(journal_paths(path)) == len(records_by_rank)
     assert not path.exists()
 
 
-def test_a_torn_part_is_named_when_a_request_is_missing(tmp_path):
+def test_a_torn_journal_is_named_when_a_request_is_missing(tmp_path):
     path = tmp_path / "r.h5"
-    parts = write_parts(path, [make_request(0), make_request(1)])
-    parts[0].write_bytes(parts[0].read_bytes()[:-1])
+    journals = write_journals(path, [make_request(0), make_request(1)])
+    journals[0].write_bytes(journals[0].read_bytes()[:-1])
     with pytest.raises(StorageError, match=r"the first is 1; .*rank-00000\.part ends with \d+ torn bytes"):
-        merge(path, parts, num_requests=2, provenance=PROVENANCE)
+        merge(path, journals, num_requests=2, provenance=PROVENANCE)
 
 
-def test_parts_of_different_runs_are_refused(tmp_path):
+def test_journals_of_different_runs_are_refused(tmp_path):
     path = tmp_path / "r.h5"
-    write_part(journal_path(path, 0), [make_request(0)], fingerprint="one")
-    write_part(journal_path(path, 1), [make_request(1)], fingerprint="two")
+    write_journal(journal_path(path, 0), [make_request(0)], fingerprint="one")
+    write_journal(journal_path(path, 1), [make_request(1)], fingerprint="two")
     with pytest.raises(StorageError, match="another run"):
         merge(path, journal_paths(path), num_requests=2, provenance=PROVENANCE)
 
 
-def test_more_parts_than_are_held_open_and_many_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "MAX_OPEN_JOURNALS", 2)
+def test_more_journals_than_are_open_at_once_and_many_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_index, "MAX_OPEN_JOURNALS", 2)
     monkeypatch.setattr(results_layout, "BLOCK_BYTES", 1000)
     requests = [make_request(i, num_prompt=1 + 50 * (i % 5)) for i in range(40)]
     assert_requests(merged(tmp_path / "r.h5", *(requests[k::5] for k in range(5)), num_requests=40), requests)
 
 
-def test_a_failed_merge_leaves_the_file_that_was_there(tmp_path):
+def test_a_failed_merge_keeps_the_existing_file(tmp_path):
     path = merged(tmp_path / "r.h5", [make_request(0)], num_requests=1)
     before = path.read_bytes()
     with pytest.raises(StorageError):
@@ -193,7 +192,7 @@ except StorageError as error:
 @pytest.mark.parametrize("limit_bytes", [0, 100, 5_000, 60_000, 200_000, 250_000])
 def test_a_full_disk_is_one_clear_error(tmp_path, limit_bytes):
     path = tmp_path / "r.h5"
-    write_parts(path, [make_request(i, num_tokens=1000, text="x" * 3000) for i in range(30)])
+    write_journals(path, [make_request(i, num_tokens=1000, text="x" * 3000) for i in range(30)])
     run = [sys.executable, "-c", FULL_DISK, str(path), str(limit_bytes)]
     ended = subprocess.run(run, env={"PYTHONPATH": "tests"}, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -201,12 +200,12 @@ def test_a_full_disk_is_one_clear_error(tmp_path, limit_bytes):
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.h5.parts"]
 
 
-def test_the_room_taken_is_enough_and_given_back(tmp_path, monkeypatch):
-    taken = []
-    monkeypatch.setattr(merging, "reserve", lambda path, num_bytes: taken.append(num_bytes))
+def test_the_reserved_space_suffices_and_is_freed(tmp_path, monkeypatch):
+    reserved = []
+    monkeypatch.setattr(merging, "reserve", lambda path, num_bytes: reserved.append(num_bytes))
     requests = [make_request(i, top=3, score_top=2, reference="y" * 50, text="\0" * i) for i in range(300)]
     path = merged(tmp_path / "r.h5", requests, [make_rank(i) for i in range(50)], num_requests=300)
-    assert path.stat().st_size < taken[0]
+    assert path.stat().st_size < reserved[0]
     assert merged(tmp_path / "s.h5", requests, num_requests=300).stat().st_size < path.stat().st_size
 
 
@@ -275,7 +274,7 @@ def test_a_damaged_file_is_refused(tmp_path, change, name):
         read(path)
 
 
-def test_what_is_no_results_file_is_refused(tmp_path):
+def test_a_file_that_is_not_a_results_file_is_refused(tmp_path):
     with pytest.raises(NoInputError):
         ResultFile(tmp_path / "missing.h5")
     with h5py.File(tmp_path / "other.h5", "w"):
@@ -288,20 +287,20 @@ sizes = st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 3), st.in
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(shapes=st.lists(sizes, max_size=6), num_parts=st.integers(1, 3), order=st.randoms())
-def test_any_requests_come_back(tmp_path, shapes, num_parts, order):
+@given(shapes=st.lists(sizes, max_size=6), num_ranks=st.integers(1, 3), order=st.randoms())
+def test_any_requests_are_read_as_written(tmp_path, shapes, num_ranks, order):
     requests = [
         make_request(i, num_prompt=n, num_tokens=m, top=m and top, score_top=n and score_top, id=text, text=text)
         for i, (n, m, top, score_top, text) in enumerate(shapes)
     ]
     mixed = order.sample(requests, len(requests))
-    path = merged(tmp_path / "r.h5", *(mixed[k::num_parts] for k in range(num_parts)), num_requests=len(requests))
+    path = merged(tmp_path / "r.h5", *(mixed[k::num_ranks] for k in range(num_ranks)), num_requests=len(requests))
     assert_requests(path, requests)
 
 
-def test_a_writer_continues_the_part_of_an_unfinished_run(tmp_path):
+def test_a_writer_continues_the_journal_of_an_unfinished_run(tmp_path):
     path = tmp_path / "r.h5"
-    write_parts(path, [make_request(0)], [make_request(2)])
+    write_journals(path, [make_request(0)], [make_request(2)])
     with JournalWriter(journal_path(path, 0), fingerprint="run") as writer:
         writer.append(make_request(1))
     merge(path, journal_paths(path), num_requests=3, provenance=PROVENANCE)

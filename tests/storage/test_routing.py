@@ -1,4 +1,4 @@
-"""Recorded routing in the results file: the rows of the attempt that finished a request, once each."""
+"""Recorded routing in the results file: each request has the rows of the attempt that finished it, once."""
 
 import h5py
 import numpy as np
@@ -14,7 +14,7 @@ TOP_K = 2
 
 
 def make_routing(step, tokens, *, since=0, layers=(1, 3), rank=0):
-    """A record whose experts say request, position and layer, and whose weights say the attempt."""
+    """A record whose experts encode request, position and layer, and whose weights encode the attempt."""
     requests, positions = (np.array(column) for column in zip(*tokens, strict=True))
     layer = np.array(layers)[:, None, None]
     experts = 100 * requests[None, :, None] + 10 * positions[None, :, None] + layer + 1000 * np.arange(TOP_K)
@@ -54,7 +54,7 @@ def test_a_request_has_the_rows_of_the_attempt_that_finished_it(tmp_path):
     assert found["row"][:, 1].tolist() == [0, 0, 0, 1, 0]
 
 
-def test_stages_and_tensor_groups_fill_their_own_places(tmp_path, monkeypatch):
+def test_stages_and_tensor_groups_write_their_own_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(merge_routing, "BLOCK_BYTES", 40)
     one = [make_routing(step, [(step, 0), (step, 2)], layers=(1,), rank=0) for step in range(4)]
     other = [make_routing(step, [(step, 1)], layers=(1,), rank=1) for step in range(4)]
@@ -64,7 +64,7 @@ def test_stages_and_tensor_groups_fill_their_own_places(tmp_path, monkeypatch):
     assert found["layer"].tolist() == [1, 2, 5]
     assert found["experts"][:9, 2, 0].tolist() == [100 * i + 10 * p + 5 for i in range(3) for p in range(3)]
     assert found["rank"][:, 0].tolist() == [0, 1, 0] * 4
-    # What was lost with a node reads as nothing.
+    # Rows that were lost with a node read as the fill value.
     assert (found["experts"][9:, 1:] == -1).all()
     assert np.isnan(found["weights"][9:, 1:]).all()
     assert (found["rank"][9:, 1:] == -1).all()

@@ -1,4 +1,4 @@
-"""The state of a run, as scripts read it."""
+"""The state file of a run."""
 
 import json
 
@@ -20,14 +20,14 @@ STOPPED = RunState(
 )
 
 
-def test_it_comes_back_and_is_json(tmp_path):
+def test_a_state_is_read_as_written_and_is_json(tmp_path):
     write_state(tmp_path / "r.h5", STOPPED)
     assert read_state(tmp_path / "r.h5") == STOPPED
     assert json.loads((tmp_path / "r.h5.run.json").read_text())["state"] == "stopped"
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.h5.run.json"]
 
 
-def test_none_and_one_that_is_no_state(tmp_path):
+def test_a_missing_or_malformed_state_is_an_error(tmp_path):
     with pytest.raises(NoInputError):
         read_state(tmp_path / "r.h5")
     state_path(tmp_path / "r.h5").write_text("{}")
@@ -35,7 +35,7 @@ def test_none_and_one_that_is_no_state(tmp_path):
         read_state(tmp_path / "r.h5")
 
 
-def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+def test_only_the_files_of_a_killed_writer_are_removed(tmp_path):
     results = tmp_path / "r[1].h5"
     hidden_name(results).touch()
     hidden_name(results).mkdir()

@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def damage(model, tmp_path):
-    """Change a copy of the model with plain h5py, then try to open it."""
+    """Change a copy of the model with plain h5py, then open it."""
 
     def change_and_open(change):
         path = tmp_path / "changed.h5"
@@ -37,7 +37,7 @@ def damage(model, tmp_path):
     return change_and_open
 
 
-def test_everything_comes_back(model):
+def test_a_model_is_read_as_written(model):
     with WeightFile.open(model) as weights:
         assert weights.architecture == SMALL
         assert weights.tokenizer == '{"é": 1}'
@@ -66,13 +66,13 @@ def test_rows_outside_are_an_index_error(model, rows):
         weights.read("embedding", *rows)
 
 
-def test_the_file_does_not_depend_on_how_it_was_cut_or_when(model, tmp_path):
+def test_the_file_does_not_depend_on_the_pieces_or_the_time(model, tmp_path):
     for step in (1, 64, 1000):
         write_model(tmp_path / "again.h5", step=step)
         assert (tmp_path / "again.h5").read_bytes() == model.read_bytes()
 
 
-def test_fingerprint_tells_models_apart(tmp_path):
+def test_different_models_have_different_fingerprints(tmp_path):
     prints = {
         write_model(tmp_path / "a.h5"),
         write_model(tmp_path / "b.h5", tokenizer=""),
@@ -93,7 +93,7 @@ def test_checksums_are_xxh3_of_blocks_as_documented(model):
                 assert xxhash.xxh3_64_intdigest(rows.tobytes()) == checksums[entry["first_block"] + block]
 
 
-def test_a_damaged_row_is_named_and_its_neighbours_are_not_touched(model, tmp_path):
+def test_a_damaged_row_is_named_and_other_blocks_can_be_read(model, tmp_path):
     path = tmp_path / "damaged.h5"
     path.write_bytes(model.read_bytes())
     with h5py.File(path) as file:
@@ -177,13 +177,13 @@ def replace_dataset(name, values):
         (lambda file: file.create_group("tensors/layers/000/dense/gate2"), "gate2: does not belong"),
     ],
 )
-def test_contents_that_do_not_agree_are_refused(damage, change, message):
+def test_inconsistent_contents_are_refused(damage, change, message):
     with pytest.raises(DataError, match=message):
         damage(change)
 
 
 def rewrite(architecture=SMALL, catalogue_of=SMALL):
-    """Write texts that do not fit the tensors, with a fingerprint that fits the texts."""
+    """Write texts that contradict the tensors, with a valid fingerprint of the texts."""
     from moempi.storage import weights
 
     texts = {
@@ -216,7 +216,7 @@ def rewrite(architecture=SMALL, catalogue_of=SMALL):
         (rewrite(*2 * [msgspec.structs.replace(SMALL, vocab_size=151)]), r"embedding: its shape is \(150, 8\), not"),
     ],
 )
-def test_texts_that_do_not_fit_are_refused(damage, change, message):
+def test_texts_that_do_not_match_the_tensors_are_refused(damage, change, message):
     with pytest.raises(DataError, match=message):
         damage(change)
 
@@ -229,13 +229,13 @@ def test_texts_that_do_not_fit_are_refused(damage, change, message):
         ([(t, pieces(t, 8)[:-1]) for t in catalogue(SMALL)], "embedding has 150 rows, 144 were given"),
     ],
 )
-def test_writing_other_tensors_is_a_mistake_and_leaves_nothing(tmp_path, tensors, message):
+def test_writing_other_tensors_raises_and_leaves_no_file(tmp_path, tensors, message):
     with pytest.raises(ValueError, match=message):
         write_weights(tmp_path / "model.h5", SMALL, tokenizer="", tensors=tensors)
     assert not list(tmp_path.iterdir())
 
 
-def test_architectures_survive(tmp_path):
+def test_an_architecture_is_read_as_written(tmp_path):
     other = msgspec.structs.replace(SMALL, tied_embeddings=True, dense_layers=(), bos_token=0, eos_tokens=(1, 2))
     write_model(tmp_path / "model.h5", other)
     with WeightFile.open(tmp_path / "model.h5") as weights:

@@ -19,7 +19,7 @@ from moempi.bench import peers
 from moempi.bench.jobs import step_seconds, write_prompts
 from moempi.bench.measure import machine, ratio
 from moempi.config.job import Job
-from moempi.config.reading import convert as read_tree
+from moempi.config.reading import read_tree
 from moempi.errors import UsageError
 from moempi.observe.console import console
 from moempi.runtime.world import World
@@ -109,7 +109,7 @@ def _job(folder: Path, precision: str, sequences: int, chosen: Namespace) -> Job
         },
         "sampling": {"max_tokens": chosen.tokens, "ignore_eos": True},
     }
-    return read_tree(tree, Job, where="bench generate")
+    return read_tree(tree, Job, origin="bench generate")
 
 
 def _sleep_until_all(world: World) -> None:

@@ -19,10 +19,10 @@ from rich.table import Table
 
 from moempi.bench.jobs import step_seconds, write_prompts
 from moempi.bench.measure import machine as machine_line
-from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
-from moempi.config.reading import convert
+from moempi.config.reading import read_tree
 from moempi.config.topology_file import LEVEL_NAMES, Level, TopologyFile
 from moempi.errors import UsageError
 from moempi.fitting import fit_costs
@@ -39,7 +39,7 @@ MODEL = Architecture(
     width=512,
     num_layers=4,
     max_positions=256,
-    attention=Attention(num_heads=8, num_kv_heads=8, head_dim=64),
+    attention=AttentionShape(num_heads=8, num_kv_heads=8, head_dim=64),
     experts=Experts(num=16, width=256, router=Router(top_k=4, renormalize=True)),
     dense_layers=(0,),
     dense_width=1024,
@@ -168,7 +168,7 @@ def _job(shape: RunShape, folder: Path) -> Job:
         "exchange": {"transport": "alltoallv"},
         "topology": {"ranks_per_node": 1, "emulate": "" if shape.link == FREE else str(folder / "links.json")},
     }
-    return convert(tree, Job, where="bench plan")
+    return read_tree(tree, Job, origin="bench plan")
 
 
 def _machine(costs: Sequence[float]) -> MachineFile:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
-from moempi.config.placement_file import placement_of
+from moempi.config.placement_file import read_job_placement
 from moempi.config.reading import read_toml
 from moempi.config.size import format_size, parse_size
 from moempi.engine.kv_budget import affordable_pages
@@ -24,7 +24,7 @@ def dry_run(job: Job, nodes: Sequence[int]) -> LayoutTable:
     Raises the MoempiErrors that the run itself would raise for its layout.
     """
     architecture = architecture_of(job)
-    plan = make_layout(job, architecture, nodes, placement=placement_of(job), on_gpu=job.run.backend == "cupy")
+    plan = make_layout(job, architecture, nodes, placement=read_job_placement(job), on_gpu=job.run.backend == "cupy")
     title = (
         f"{len(nodes):,} ranks on {len(set(nodes)):,} nodes, {len(plan.grid.stages)} stages, "
         f"tensor groups of {plan.grid.tensor}; "

@@ -6,7 +6,7 @@ from itertools import groupby
 from moempi.commands.dry_run import architecture_of
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
-from moempi.config.placement_file import placement_of
+from moempi.config.placement_file import read_job_placement
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology
 from moempi.observe.forecast_table import StageLine, TotalLine, print_forecast
@@ -21,7 +21,9 @@ def forecast_job(
     Raises the MoempiErrors that the run itself would raise for its layout. Not collective.
     """
     architecture = architecture_of(job)
-    plan = make_layout(job, architecture, topology.nodes, placement=placement_of(job), on_gpu=job.run.backend == "cupy")
+    plan = make_layout(
+        job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=job.run.backend == "cupy"
+    )
     scene = Deployment(job, architecture, plan, machine, topology)
     # Prefill: every step is full of prompts' rows, which see half of their prompt on average.
     rows = job.run.batch_tokens

@@ -1,1 +1,1 @@
-"""What the user says: the job file and the model's architecture. Frozen, validated, pure."""
+"""User input: job file, architecture, machine, topology and placement files. Frozen, validated, pure."""

@@ -1,13 +1,13 @@
-"""The architecture of a model: everything about its arithmetic that is not a weight.
+"""The architecture of a model: all parameters of its arithmetic except the weights.
 
-It is written as JSON into every weight file, and as TOML by hand for `moempi init`.
+Every weight file contains it as JSON; `moempi init` reads it as TOML.
 """
 
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-LARGEST = 1.7976931348623157e308  # infinity is no size of anything
+LARGEST = 1.7976931348623157e308  # the largest finite float: rejects infinity
 
 Count = Annotated[int, Meta(ge=1)]
 Index = Annotated[int, Meta(ge=0)]
@@ -15,7 +15,7 @@ Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
 
 
 class Yarn(Struct, frozen=True, forbid_unknown_fields=True):
-    """Interpolation of the slow rotary frequencies to a longer context (YaRN, Peng et al. 2023)."""
+    """Interpolation of low rotary frequencies for a longer context (YaRN, Peng et al. 2023)."""
 
     factor: Positive
     original_positions: Count
@@ -27,8 +27,8 @@ class Yarn(Struct, frozen=True, forbid_unknown_fields=True):
 class Rope(Struct, frozen=True, forbid_unknown_fields=True):
     """Rotary position embedding (Su et al. 2021) of the first `dim` numbers of a head, all of them when 0.
 
-    The two numbers that turn together stand half of `dim` apart, or beside each other when `interleaved`. Cosines and
-    sines are multiplied by `amplitude`; the i-th frequency is divided by `divisors[i]` (LongRoPE, Ding et al. 2024).
+    The two numbers of a rotated pair are dim / 2 apart, or adjacent if `interleaved`. Cosines and sines are multiplied
+    by `amplitude`; the i-th frequency is divided by `divisors[i]` (LongRoPE, Ding et al. 2024).
     """
 
     theta: Positive = 10000.0
@@ -40,10 +40,10 @@ class Rope(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Latent(Struct, frozen=True, forbid_unknown_fields=True):
-    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are expanded from one short vector a token.
+    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are expanded from one latent vector per token.
 
-    Of a head's `head_dim` the last `rope_dim` numbers are rotated, and their keys are shared by all heads. Queries come
-    from a vector of `query_rank`, or straight from the row when 0.
+    The last `rope_dim` of a head's `head_dim` numbers are rotated, and all heads share their keys. Queries are expanded
+    from a latent vector of size `query_rank`, or computed from the row if it is 0.
     """
 
     key_value_rank: Count
@@ -53,13 +53,13 @@ class Latent(Struct, frozen=True, forbid_unknown_fields=True):
     norm_eps: Positive = 1e-6
 
 
-class Attention(Struct, frozen=True, forbid_unknown_fields=True):
-    """Multi-head attention; `num_kv_heads` below `num_heads` shares each key-value head among several heads.
+class AttentionShape(Struct, frozen=True, forbid_unknown_fields=True):
+    """Multi-head attention; with `num_kv_heads` below `num_heads`, several heads share a key-value head.
 
-    `qk_norm` normalizes queries and keys head by head, or as one vector over all heads. `biases` belong to queries,
-    keys and values, or to the output too. `clip` bounds queries, keys and values. `sinks` are learned logits, one a
-    head, that take a part of the softmax. The `windowed_layers` see the last `window` positions only. Scores are
-    multiplied by head_dim^-0.5 and by `score_factor`.
+    `qk_norm` normalizes queries and keys per head, or as one vector over all heads. `biases` are added to queries, keys
+    and values ("qkv"), or to the output too ("all"). `clip` bounds queries, keys and values. `sinks` are learned
+    logits, one per head, in the softmax's denominator. The `windowed_layers` attend to the last `window` positions
+    only. Scores are multiplied by head_dim^-0.5 and by `score_factor`.
     """
 
     num_heads: Count
@@ -82,29 +82,29 @@ class Attention(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def cached_heads(self) -> int:
-        """Key-value heads in the cache: a latent vector serves all heads."""
+        """Key-value heads in the cache; one if all heads share a latent vector."""
         return 1 if self.latent else self.num_kv_heads
 
     @property
     def cached_dim(self) -> int:
-        """Size of a cached key: of a head, or of the latent vector and the shared rotated part."""
+        """Size of a cached key: head size, or size of the latent vector plus its shared rotated part."""
         return self.latent.key_value_rank + self.latent.rope_dim if self.latent else self.head_dim
 
     @property
     def cached_values(self) -> int:
-        """Numbers that one position takes in the cache of one layer."""
+        """Numbers per position in the cache of one layer."""
         return self.cached_dim if self.latent else 2 * self.num_kv_heads * self.head_dim
 
 
 class Router(Struct, frozen=True, forbid_unknown_fields=True):
-    """How a token chooses its `top_k` experts and their weights; lowest index on a tie.
+    """Selection of the `top_k` experts of a token, the lowest index on a tie, and of their weights.
 
-    `scoring` is the softmax over all experts, the sigmoid of each, the softmax over the chosen ones, or the two-step
-    masked softmax of SparseMixer (Liu et al. 2023) with its `jitter`. Selection, not the weights, follows the scores
-    plus a float32 `correction`; with several groups it is limited to the `kept_groups` best, by their greatest score or
-    the sum of their two greatest. Weights are divided by their sum (at least `least_sum`) where `renormalize`, then
-    multiplied by `scaling`. `float32_logits` keeps the router's matrix and logits in float32, `float32_weights` the
-    weights.
+    `scoring` is the softmax over all experts, the sigmoid, the softmax over the chosen experts, or the two-step masked
+    softmax of SparseMixer (Liu et al. 2023) with its `jitter`. A float32 `correction` is added to the scores for
+    selection only. With several groups, selection is limited to the `kept_groups` groups with the largest maximum score
+    ("max") or the largest sum of two scores ("top2"). With `renormalize`, weights are divided by their sum, at least
+    `least_sum`; then they are multiplied by `scaling`. `float32_logits` keeps the router's matrix and logits in
+    float32, `float32_weights` the weights.
     """
 
     top_k: Count
@@ -132,8 +132,8 @@ class Clamp(Struct, frozen=True, forbid_unknown_fields=True):
 class Experts(Struct, frozen=True, forbid_unknown_fields=True):
     """The experts of every MoE layer: SwiGLU feed-forward networks of hidden size `width`.
 
-    A network of hidden size `shared_width`, if not 0, serves every token beside them; `shared_gate` multiplies what it
-    gives by the sigmoid of one more logit.
+    If `shared_width` is not 0, a shared expert of that hidden size processes every token; `shared_gate` multiplies its
+    output by the sigmoid of one additional logit.
     """
 
     num: Count
@@ -148,8 +148,8 @@ class Experts(Struct, frozen=True, forbid_unknown_fields=True):
 class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     """A decoder-only transformer whose layers outside `dense_layers` are Mixture-of-Experts layers.
 
-    `norm` is the root mean square norm rounded before its weight is applied, the same rounded after, or the layer norm
-    with a bias. `head_bias` is added to the logits.
+    `norm` is the root mean square norm, rounded before ("rms") or after ("rms_float32") multiplication by its weight,
+    or the layer norm with a bias ("layer"). `head_bias` is added to the logits.
     """
 
     family: str
@@ -157,7 +157,7 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     width: Count
     num_layers: Count
     max_positions: Count
-    attention: Attention
+    attention: AttentionShape
     experts: Experts
     dense_layers: tuple[Index, ...] = ()
     dense_width: Index = 0
@@ -178,11 +178,11 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(layer for layer in range(self.num_layers) if self.is_moe(layer))
 
     def window(self, layer: int) -> int:
-        """How many of the last positions `layer` sees, itself included; 0 for all."""
+        """Positions that a token of `layer` attends to, itself included; 0 for all."""
         return self.attention.window if layer in self.attention.windowed_layers else 0
 
     def problem(self) -> str | None:
-        """What makes this architecture impossible, or None: rules between fields that types cannot say."""
+        """The error in constraints between several fields, or None."""
         if any(layer >= self.num_layers for layer in (*self.dense_layers, *self.attention.windowed_layers)):
             return f"dense_layers or attention.windowed_layers name a layer beyond num_layers {self.num_layers}"
         if self.dense_layers and not self.dense_width:
@@ -193,7 +193,7 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
         return _attention_problem(self.attention) or _experts_problem(self.experts)
 
 
-def _attention_problem(attention: Attention) -> str | None:
+def _attention_problem(attention: AttentionShape) -> str | None:
     rope, latent = attention.rope, attention.latent
     dim = rope.dim or (latent.rope_dim if latent else attention.head_dim)
     if attention.num_heads % attention.num_kv_heads:
@@ -213,7 +213,7 @@ def _attention_problem(attention: Attention) -> str | None:
     return None
 
 
-def _is_plain(attention: Attention) -> bool:
+def _is_plain(attention: AttentionShape) -> bool:
     more = (attention.qk_norm != "none", attention.clip, attention.sinks, attention.windowed_layers)
     return not any(more) and attention.biases != "qkv"
 

@@ -1,4 +1,4 @@
-"""The job file: what to run, on what, and how. Names and defaults are documented in jobs/README.md."""
+"""The job file. jobs/README.md documents its keys and defaults."""
 
 from typing import Annotated, Literal
 
@@ -11,7 +11,7 @@ Size = Annotated[str, Meta(pattern=r"^(auto|[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B)$")
 
 
 class ModelSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[model]`: the weight file; `architecture` is what a dry run takes when that file is not there."""
+    """`[model]`: the weight file; `architecture` is the file that a dry run reads if there is no weight file."""
 
     weights: str
     architecture: str = ""
@@ -30,7 +30,7 @@ class OutputSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[run]`: how the ranks compute."""
+    """`[run]`: backend, precision, batching and memory."""
 
     backend: Literal["auto", "numpy", "cupy"] = "auto"
     precision: Literal["bfloat16", "float32"] = "bfloat16"
@@ -59,18 +59,19 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ScoreSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[score]`: what the score task writes beside each token's log-probability."""
+    """`[score]`: the number of likeliest tokens that the score task writes for each token."""
 
     top_n: Index = 0
 
 
 class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[exchange]`: how rows travel between ranks; `auto` takes the transport that is fastest in a probe.
+    """`[exchange]`: communication of rows between ranks; transport "auto" is the fastest in a probe.
 
-    With 2 `hops` a row crosses the network once per node and goes on to its experts inside; sums are re-associated.
-    `verify` compares checksums of all rows at both ends. With `immediate` the last experts of a stage answer straight
-    to the next stage. `buffers` says where GPUs keep rows that travel: in their own memory, for an MPI that takes it,
-    or in host memory, which they read and write over the bus; "auto" finds out.
+    With 2 `hops` a row crosses the network once per node, and a rank of that node forwards it to its experts; sums are
+    re-associated. `verify` compares checksums of all rows at sender and receiver. With `immediate`, experts of a
+    stage's last layer send their outputs directly to the next stage. `buffers` is the location of communication buffers
+    with GPUs: device memory, which needs a CUDA-aware MPI, or host memory, which GPUs access over the bus; "auto"
+    probes.
     """
 
     transport: Literal["auto", "alltoallv", "pairwise", "shared"] = "auto"
@@ -81,10 +82,10 @@ class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ParallelSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[parallel]`: how ranks form stages, tensor groups and data parallel groups.
+    """`[parallel]`: division of ranks into stages, tensor groups and data parallel groups.
 
-    `stage_layers` and `stage_ranks` say how many layers and ranks each stage has; empty means balanced by cost, and
-    even. `experts_per_rank` is the most experts of a layer that a rank may host; 0 for any number.
+    `stage_layers` and `stage_ranks` are the numbers of layers and ranks of each stage; if empty, layers are balanced by
+    cost and ranks are divided evenly. `experts_per_rank` limits the experts of a layer on a rank; 0 is no limit.
     """
 
     stages: Count = 1
@@ -95,11 +96,11 @@ class ParallelSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BalanceSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[balance]`: what may move choices away from busy experts, at a price in quality; "off" leaves the model's own.
+    """`[balance]`: routing policy that moves choices away from busy experts, at a cost in quality; "off" moves none.
 
-    "bias" adds a term to the scores that select, at most `bound`, which changes by `rate` a step at most; "capacity"
-    lets no expert take more than `capacity` times an even share of a step. `sample` requests are scored with and
-    without it at the end, to tell the price. What a row computes then depends on the rows beside it.
+    "bias" adds a term to the selection scores, at most `bound`, which changes by at most `rate` per step. "capacity"
+    limits an expert to `capacity` times the mean number of choices of a step. At the end, `sample` requests are scored
+    with and without the policy to measure the cost. With a policy, a row's result depends on the other rows.
     """
 
     mode: Literal["off", "bias", "capacity"] = "off"
@@ -110,11 +111,11 @@ class BalanceSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TopologySection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[topology]`: what to assume of the machine instead of asking it.
+    """`[topology]`: assumptions that replace detection of the machine.
 
-    `ranks_per_node` above 0 makes virtual nodes of as many ranks; `file` is a topology.json that says where the ranks
-    stand. `rank_memory` is the memory of a rank. `emulate` is a topology.json too: rows to experts take the time that
-    its links would, on top of the real exchange.
+    `ranks_per_node` above 0 makes virtual nodes of that many ranks; `file` is a topology.json with the nodes of the
+    ranks. `rank_memory` is the memory of a rank. `emulate` is a topology.json whose links delay rows to experts, in
+    addition to the real exchange.
     """
 
     ranks_per_node: Index = 0
@@ -124,22 +125,19 @@ class TopologySection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlacementSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[placement]`: where experts stand; `file` is a placement.json, empty for even shares in ascending order."""
+    """`[placement]`: ranks of the experts; `file` is a placement.json, empty for even shares in ascending order."""
 
     file: str = ""
 
 
 class TraceSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[trace]`: what to record of a run beside its answers.
-
-    `routing` keeps the experts and weights that each router chose for each token.
-    """
+    """`[trace]`: what to record besides the outputs; `routing` records each router's choices and weights per token."""
 
     routing: bool = False
 
 
 class Job(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole job file."""
+    """A job file."""
 
     model: ModelSection
     input: InputSection
@@ -157,5 +155,5 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def lanes(self) -> int:
-        """Micro-batches in flight: `auto` fills the pipeline with a pair a stage."""
+        """Micro-batches in flight; "auto" is two per stage."""
         return 2 * self.parallel.stages if self.run.micro_batches == "auto" else self.run.micro_batches

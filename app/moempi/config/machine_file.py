@@ -1,8 +1,8 @@
-"""machine.toml: what a rank and its links can do, as reached, not as printed on the box; jobs/machines has some.
+"""machine.toml: achieved, not nominal, performance of a rank and its links; jobs/machines has examples.
 
-Keys: `name`, `tflops` of products and `memory_gb_s` of a rank, `turn_us`, the host's time for each turn of a lane
-however few its rows, `reads_ahead`, whether weights are read while products are computed (GPUs) or before (a processor
-whose products pack them first), and `levels`, the links as topology.json has them.
+`tflops` and `memory_gb_s` are the arithmetic and memory rates of a rank's matrix products. `turn_us` is the host
+overhead per resumption of a lane. `reads_ahead` is true if reading of weights overlaps with arithmetic (GPUs), false if
+it comes first (a CPU whose products pack the weights). `levels` are the links, as in topology.json.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from moempi.errors import ConfigError
 
 
 class MachineFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole machine file."""
+    """A machine file."""
 
     name: str
     tflops: Positive
@@ -28,7 +28,7 @@ class MachineFile(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_machine(path: str | Path) -> MachineFile:
-    """Read a machine; raises NoInputError when it cannot be read, ConfigError that says what is wrong otherwise."""
+    """Read a machine file; raises NoInputError if it cannot be read, ConfigError if it is wrong."""
     machine = read_toml(path, MachineFile)
     if tuple(level.name for level in machine.levels) != LEVEL_NAMES:
         raise ConfigError(f"{path}: levels are not {', '.join(LEVEL_NAMES)}")

@@ -2,8 +2,8 @@
 
     {"version": 1, "num_experts": 4, "layers": [{"layer": 1, "hosted": [[0, 3], [1, 2, 3]]}]}
 
-`hosted` has one list a rank of the layer's stage, in the order in which ranks are counted (node by node). An expert
-that stands on several ranks has copies there.
+`hosted` has one list per rank of the layer's stage; ranks are counted node by node. An expert on several ranks has
+replicas there.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ class HostedLayer(Struct, frozen=True, forbid_unknown_fields=True):
     hosted: tuple[tuple[Index, ...], ...]
 
     def problem(self, num_experts: int) -> str | None:
-        """What makes this impossible for so many experts, or None."""
+        """The error that makes this impossible for `num_experts` experts, or None."""
         for rank, experts in enumerate(self.hosted):
             if len(set(experts)) < len(experts):
                 return f"layer {self.layer}: rank {rank} lists an expert twice"
@@ -42,20 +42,20 @@ class PlacementFile(Struct, frozen=True, forbid_unknown_fields=True):
     layers: tuple[HostedLayer, ...]
 
     def problem(self) -> str | None:
-        """What makes this placement impossible for any model, or None."""
+        """The error that makes this placement impossible for any model, or None."""
         numbers = [layer.layer for layer in self.layers]
         if numbers != sorted(set(numbers)):
             return "layers do not ascend"
         return next(filter(None, (layer.problem(self.num_experts) for layer in self.layers)), None)
 
 
-def placement_of(job: Job) -> PlacementFile | None:
-    """The placement that a job names, if it names any; raises like `read_placement`."""
+def read_job_placement(job: Job) -> PlacementFile | None:
+    """Read the placement file of a job, None if it names none; raises as `read_placement` does."""
     return read_placement(job.placement.file) if job.placement.file else None
 
 
 def read_placement(path: str | Path) -> PlacementFile:
-    """Read a placement; raises NoInputError when it cannot be read, ConfigError that says what is wrong otherwise."""
+    """Read a placement file; raises NoInputError if it cannot be read, ConfigError if it is wrong."""
     file = read_json(path, PlacementFile)
     problem = file.problem()
     if problem:

@@ -1,4 +1,4 @@
-"""Reading what people wrote: TOML, JSON and `section.key=value` into frozen structs, with errors they can act on."""
+"""Reading of TOML, JSON and `section.key=value` into frozen structs, with errors that name file, key and remedy."""
 
 import tomllib
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ MAX_JSON_BYTES = 64 << 20
 def read_toml(path: str | Path, kind: type[S], *, overrides: Iterable[str] = ()) -> S:
     """Read a TOML file as a `kind`; each override is `section.key=value`, the value in TOML or a bare word.
 
-    Raises NoInputError when the file cannot be read, UsageError for a malformed override, and ConfigError that names
-    file, key and the nearest right key otherwise.
+    Raises NoInputError if the file cannot be read, UsageError for a malformed override, and ConfigError that names
+    file, key and the nearest known key for anything else.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -31,13 +31,13 @@ def read_toml(path: str | Path, kind: type[S], *, overrides: Iterable[str] = ())
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for override in overrides:
         _apply(tree, override)
-    return convert(tree, kind, where=str(path))
+    return read_tree(tree, kind, origin=str(path))
 
 
 def read_json(path: str | Path, kind: type[S]) -> S:
     """Read a JSON file of at most MAX_JSON_BYTES as a `kind`.
 
-    Raises NoInputError when the file cannot be read and ConfigError that names file and key otherwise.
+    Raises NoInputError if the file cannot be read and ConfigError that names file and key for anything else.
     """
     try:
         with Path(path).open("rb") as file:
@@ -50,30 +50,30 @@ def read_json(path: str | Path, kind: type[S]) -> S:
         tree = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a JSON object: {error}") from error
-    return convert(tree, kind, where=str(path))
+    return read_tree(tree, kind, origin=str(path))
 
 
-def convert(tree: dict[str, Any], kind: type[S], *, where: str) -> S:
-    """Check a decoded tree against `kind`; raises ConfigError that starts with `where` and names the key."""
-    _refuse_unknown(tree, kind, where=where, prefix="")
+def read_tree(tree: dict[str, Any], kind: type[S], *, origin: str) -> S:
+    """Read a decoded tree as a `kind`; raises ConfigError that begins with `origin` and names the key."""
+    _refuse_unknown(tree, kind, origin=origin, prefix="")
     try:
         return msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at `$")
-        key = place.rstrip("`").lstrip(".")
-        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{message}") from error
+        message, _, path = str(error).partition(" - at `$")
+        key = path.rstrip("`").lstrip(".")
+        raise ConfigError(f"{origin}: {f'{key}: ' if key else ''}{message}") from error
 
 
-def _refuse_unknown(tree: dict[str, Any], kind: type[msgspec.Struct], *, where: str, prefix: str) -> None:
+def _refuse_unknown(tree: dict[str, Any], kind: type[msgspec.Struct], *, origin: str, prefix: str) -> None:
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in tree.items():
         if key not in fields:
             near = get_close_matches(key, fields, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}"
-            raise ConfigError(f"{where}: unknown key {prefix}{key}; {hint}")
+            raise ConfigError(f"{origin}: unknown key {prefix}{key}; {hint}")
         section = fields[key]
         if isinstance(value, dict) and isinstance(section, type) and issubclass(section, msgspec.Struct):
-            _refuse_unknown(value, section, where=where, prefix=f"{prefix}{key}.")
+            _refuse_unknown(value, section, origin=origin, prefix=f"{prefix}{key}.")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

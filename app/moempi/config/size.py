@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them."""
+"""Sizes in bytes as text with units."""
 
 UNITS = {"B": 1}
 UNITS |= {f"{prefix}B": 1000 ** (power + 1) for power, prefix in enumerate("KMGT")}
@@ -6,13 +6,13 @@ UNITS |= {f"{prefix}iB": 1024 ** (power + 1) for power, prefix in enumerate("KMG
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "512MiB" or "1.5 GB", as `config.job.Size` admits it."""
+    """Bytes of a size such as "512MiB" or "1.5 GB", a valid `config.job.Size` other than "auto"."""
     number = text.rstrip("BKMGTi").strip()
     return int(float(number) * UNITS[text[len(number) :].strip()])
 
 
 def format_size(num_bytes: float) -> str:
-    """A size for a person, such as "1.50 GiB"."""
+    """A size as text, such as "1.50 GiB"."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if num_bytes >= UNITS[unit]:
             return f"{num_bytes / UNITS[unit]:.2f} {unit}"

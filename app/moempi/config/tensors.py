@@ -1,7 +1,7 @@
-"""The catalogue: every tensor that a model of some architecture has, as it lies in a weight file.
+"""The catalogue: every tensor of a model, in the layout of the weight file.
 
-A rank's share of any tensor is a row range (axis 0), so `Share` says along what the rows may be divided. Matrices
-that map a divided axis back to the model width are stored transposed for that reason (`transposed`).
+A rank's share of a tensor is a range of rows (axis 0), and `Share` is the dimension along which rows are divided.
+Therefore matrices that map a divided dimension back to the model width are stored transposed.
 """
 
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
-from moempi.config.architecture import Architecture, Attention, Experts, Latent
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Latent
 
 BLOCK_ROWS = 64
-"""Rows of a tensor under one checksum, where nothing else divides it."""
+"""Default number of rows per checksum."""
 
 PAGE_ROWS = 64
 """Positions in a page of the key-value cache."""
 
 
 class Share(Enum):
-    """What the rows of a tensor are divided by among ranks."""
+    """The dimension along which ranks divide the rows of a tensor; ALL is not divided."""
 
     ALL = "all"
     HEADS = "heads"
@@ -30,15 +30,14 @@ class Share(Enum):
 
 
 TENSOR_PARALLEL = (Share.HEADS, Share.KV_HEADS, Share.HIDDEN, Share.VOCABULARY)
-"""What the ranks of a tensor group divide among them."""
+"""The dimensions that a tensor group divides."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One dataset of a weight file: bfloat16 unless `dtype` says otherwise.
+    """One dataset of a weight file; `shape` is the stored shape and `block_rows` the number of rows per checksum.
 
-    `shape` is as stored; `block_rows` is the number of rows under one checksum; `transposed` says that the dataset
-    holds the transpose of the (outputs, inputs) matrix that a checkpoint has.
+    If `transposed`, the dataset is the transpose of the checkpoint's (outputs, inputs) matrix.
     """
 
     name: str
@@ -79,9 +78,9 @@ def catalogue(architecture: Architecture) -> tuple[Tensor, ...]:
 
 
 def stage_tensors(architecture: Architecture, layers: range) -> Iterator[Tensor]:
-    """The tensors that ranks of a stage hold: those of its layers, and what stands before and after all layers.
+    """The tensors of a stage: those of its layers, the embedding in the first stage, norm and head in the last.
 
-    An embedding that also is the head is held once more for that.
+    A tied embedding appears again as the head.
     """
     is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
     for tensor in catalogue(architecture):
@@ -119,7 +118,7 @@ def _norm(architecture: Architecture, name: str) -> Iterator[Tensor]:
         yield Tensor(f"{name}_bias", (architecture.width,))
 
 
-def _attention_tensors(heads: Attention, width: int, path: str) -> Iterator[Tensor]:
+def _attention_tensors(heads: AttentionShape, width: int, path: str) -> Iterator[Tensor]:
     rows, kv_rows, dim = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim, heads.head_dim
     yield Tensor(f"{path}/q", (rows, width), Share.HEADS, block_rows=dim)
     yield Tensor(f"{path}/k", (kv_rows, width), Share.KV_HEADS, block_rows=dim)
@@ -139,7 +138,7 @@ def _attention_tensors(heads: Attention, width: int, path: str) -> Iterator[Tens
         yield Tensor(f"{path}/k_norm", (kv_rows,), Share.KV_HEADS, block_rows=dim)
 
 
-def _latent_tensors(heads: Attention, latent: Latent, width: int, path: str) -> Iterator[Tensor]:
+def _latent_tensors(heads: AttentionShape, latent: Latent, width: int, path: str) -> Iterator[Tensor]:
     rank, biased, rows = latent.key_value_rank, heads.biases == "all", heads.num_heads * heads.head_dim
     if latent.query_rank:
         yield from _latent_vector(f"{path}/q_latent", latent.query_rank, latent.query_rank, width, biased=biased)
@@ -159,7 +158,7 @@ def _latent_vector(name: str, rows: int, normed: int, width: int, *, biased: boo
     yield Tensor(f"{name}_norm", (normed,))
 
 
-def _output_tensors(heads: Attention, width: int, path: str) -> Iterator[Tensor]:
+def _output_tensors(heads: AttentionShape, width: int, path: str) -> Iterator[Tensor]:
     rows = heads.num_heads * heads.value_dim
     yield Tensor(f"{path}/o", (rows, width), Share.HEADS, block_rows=heads.value_dim, transposed=True)
     if heads.biases == "all":

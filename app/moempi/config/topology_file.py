@@ -1,4 +1,4 @@
-"""topology.json: how quick links are, and which ranks stand where. `moempi check -o` writes it.
+"""topology.json: latency and bandwidth of links, and node, island and switch of each rank. `moempi check -o` writes it.
 
     {"version": 2,
      "levels": [{"name": "self", "latency_us": 0.4, "bandwidth_gb_s": 9.1},
@@ -8,8 +8,9 @@
                 {"name": "network", "latency_us": 9.0, "bandwidth_gb_s": 1.1}],
      "nodes": [0, 0, 1, 1], "islands": [], "switches": []}
 
-A message of n bytes takes its level's latency and n over its bandwidth, which is that of one rank that sends. Islands
-(inside nodes) and switches (above them) are numbered like nodes; an empty list means that they are not told apart.
+A message of n bytes takes the latency of its level plus n / bandwidth; the bandwidth is that of one sending rank.
+Islands are NVLink or NUMA domains inside nodes; switches connect nodes. Both are numbered like nodes, and an empty list
+means that they are unknown.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from moempi.config.reading import read_json
 from moempi.errors import ConfigError
 
 LEVEL_NAMES = ("self", "island", "node", "switch", "network")
-"""Levels of links from near to far: to the rank itself, in its island, its node, to other nodes, other switches."""
+"""Levels of links from near to far: to the rank itself, in its island, in its node, below its switch, beyond it."""
 
 
 class Level(Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,7 +37,7 @@ class Level(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TopologyFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole topology file: its levels from near to far, and node, island and switch of each rank, node by node."""
+    """A topology file: levels from near to far, and node, island and switch of each rank (R,), counted node by node."""
 
     version: Literal[2]
     levels: tuple[Level, ...]
@@ -45,23 +46,23 @@ class TopologyFile(Struct, frozen=True, forbid_unknown_fields=True):
     switches: tuple[Index, ...] = ()
 
     def problem(self) -> str | None:
-        """What makes this topology impossible, or None."""
+        """The error that makes this topology impossible, or None."""
         if tuple(level.name for level in self.levels) != LEVEL_NAMES:
             return f"levels are not {', '.join(LEVEL_NAMES)}"
         if not self.nodes or self.nodes[0] != 0 or any(b - a not in (0, 1) for a, b in pairwise(self.nodes)):
             return "nodes do not count up from 0"
-        for name, places in (("islands", self.islands), ("switches", self.switches)):
-            if places and len(places) != len(self.nodes):
-                return f"{len(places)} {name} for {len(self.nodes)} ranks"
-        if self.islands and not _lies_in(self.islands, self.nodes):
+        for name, numbers in (("islands", self.islands), ("switches", self.switches)):
+            if numbers and len(numbers) != len(self.nodes):
+                return f"{len(numbers)} {name} for {len(self.nodes)} ranks"
+        if self.islands and not _is_nested(self.islands, self.nodes):
             return "an island lies in several nodes"
-        if self.switches and not _lies_in(self.nodes, self.switches):
+        if self.switches and not _is_nested(self.nodes, self.switches):
             return "a node hangs on several switches"
         return None
 
 
 def read_topology(path: str | Path) -> TopologyFile:
-    """Read a topology; raises NoInputError when it cannot be read, ConfigError that says what is wrong otherwise."""
+    """Read a topology file; raises NoInputError if it cannot be read, ConfigError if it is wrong."""
     file = read_json(path, TopologyFile)
     problem = file.problem()
     if problem:
@@ -69,6 +70,6 @@ def read_topology(path: str | Path) -> TopologyFile:
     return file
 
 
-def _lies_in(parts: Sequence[int], wholes: Sequence[int]) -> bool:
-    """Whether ranks of one part are of one whole."""
-    return len({*zip(parts, wholes, strict=True)}) == len({*parts})
+def _is_nested(inner: Sequence[int], outer: Sequence[int]) -> bool:
+    """Whether all ranks with the same inner number have the same outer number."""
+    return len({*zip(inner, outer, strict=True)}) == len({*inner})

@@ -7,7 +7,7 @@ from typing import Any
 from moempi.backend.select import find_island
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
-from moempi.config.placement_file import placement_of
+from moempi.config.placement_file import read_job_placement
 from moempi.config.size import parse_size
 from moempi.layout.grid import Coordinates, Grid, Stage
 from moempi.layout.layout import Layout, make_layout
@@ -76,7 +76,7 @@ def lay_out_rank(job: Job, world: World, architecture: Architecture, *, on_gpu: 
     """Lay the job out on the ranks of `world`, or their GPUs; collective. A ConfigError of it ends all ranks alike."""
     topology, ranks = world.by_node(job.topology, island=find_island(world.local_rank, on_gpu=on_gpu))
     layout = world.collectively(
-        lambda: make_layout(job, architecture, topology.nodes, placement=placement_of(job), on_gpu=on_gpu)
+        lambda: make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
     )
     return RankLayout(ranks, topology, layout, layout.grid.coordinates(ranks.rank))
 

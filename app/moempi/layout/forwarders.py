@@ -1,4 +1,4 @@
-"""The gates of two hops: which rank of each node a rank's rows enter by, and which rows cross to which node. Pure."""
+"""Forwarders of two hops: the rank of each node that receives a rank's rows, and the rows to each node. Pure."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ ABSENT = -1
 
 @dataclass(frozen=True)
 class Forwarders:
-    """The ways of one rank to every node: `nodes` (R,) are the ranks' nodes, ascending from 0 without gaps."""
+    """The forwarders of one rank; `nodes` (R,) are the ranks' nodes, ascending from 0 without gaps."""
 
     nodes: tuple[int, ...]
     rank: int
@@ -27,11 +27,11 @@ class Forwarders:
 
     @cached_property
     def ranks(self) -> IntArray:
-        """The gate on each node (N,), ascending."""
+        """The forwarder on each node (N,), ascending: the rank with this local index, or itself on its own node."""
         local = self.rank - self.members[self.nodes[self.rank]].start
-        gates = np.array([members[local % len(members)] for members in self.members])
-        gates[self.nodes[self.rank]] = self.rank
-        return gates
+        forwarders = np.array([members[local % len(members)] for members in self.members])
+        forwarders[self.nodes[self.rank]] = self.rank
+        return forwarders
 
     @property
     def node_ranks(self) -> range:
@@ -43,8 +43,8 @@ class Forwarders:
 class NodeTransfers:
     """The (token, node) pairs of one plan, ordered by node: `tokens` (P,) and `nodes` (P,).
 
-    `places` (T, N) are each token's pairs in the order of their first slots; where a token has fewer than N, the first
-    is repeated with 0 in `present` (T, N), which has 1 elsewhere.
+    `pairs` (T, N) are the indices of each token's pairs, in the order of their first slots. A token with fewer than N
+    pairs repeats its first one; `present` (T, N) is 0 for repetitions and 1 for pairs.
     """
 
     tokens: IntArray
@@ -54,13 +54,13 @@ class NodeTransfers:
 
 
 def node_transfers(nodes_of_choices: IntArray, num_nodes: int) -> NodeTransfers:
-    """The crossings of tokens whose choices are on the nodes `where` (T, K)."""
+    """The node transfers of tokens whose choices are on `nodes_of_choices` (T, K)."""
     first_slots = np.full((len(nodes_of_choices), num_nodes), nodes_of_choices.shape[1])
     for slot in reversed(range(nodes_of_choices.shape[1])):
         first_slots[np.arange(len(nodes_of_choices)), nodes_of_choices[:, slot]] = slot
     nodes, tokens = np.nonzero((first_slots < nodes_of_choices.shape[1]).T)
-    pairs = np.full(first_slots.shape, ABSENT)
-    pairs[tokens, nodes] = np.arange(len(tokens))
-    places = np.take_along_axis(pairs, np.argsort(first_slots, axis=1, kind="stable"), axis=1)
-    present = places != ABSENT
-    return NodeTransfers(tokens, nodes, np.where(present, places, places[:, :1]), present.astype(np.float32))
+    by_node = np.full(first_slots.shape, ABSENT)
+    by_node[tokens, nodes] = np.arange(len(tokens))
+    pairs = np.take_along_axis(by_node, np.argsort(first_slots, axis=1, kind="stable"), axis=1)
+    present = pairs != ABSENT
+    return NodeTransfers(tokens, nodes, np.where(present, pairs, pairs[:, :1]), present.astype(np.float32))

@@ -1,10 +1,10 @@
-"""The grid: which stage, data parallel group and place in its tensor group each rank has. Pure.
+"""The grid: pipeline stage, data parallel group and index in the tensor group of each rank. Pure.
 
-Ranks are counted node by node. A stage is a range of ranks and a range of layers; its ranks form tensor groups of
-neighbours, and each tensor group is one data parallel group. Experts of a layer are spread over all ranks of its stage.
+Ranks are counted node by node. A stage is a range of ranks and a range of layers. Consecutive ranks of a stage form
+tensor groups, and each tensor group is one data parallel group. All ranks of a stage share the experts of a layer.
 
-KV slots are numbered over all data parallel groups of the first stage. `Grid.owner` says which group of a later stage
-computes a slot, also when stages have different numbers of groups.
+KV slots are numbered over all data parallel groups of the first stage. `Grid.owner` is the group of any stage that
+computes a slot, also if stages have different numbers of groups.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """Where a rank stands: `data` counts the tensor groups of its stage, `tensor` the places in its tensor group."""
+    """Coordinates of a rank: stage, index of its tensor group in the stage, and index in the tensor group."""
 
     stage: int
     data: int
@@ -35,20 +35,20 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Grid:
-    """Stages of tensor groups; `slots_per_group` KV slots belong to each data parallel group of the first stage."""
+    """Stages of tensor groups; each data parallel group of the first stage has `slots_per_group` KV slots."""
 
     stages: tuple[Stage, ...]
     tensor: int
     slots_per_group: int
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where `rank` stands."""
+        """The coordinates of `rank`."""
         stage = next(index for index, stage in enumerate(self.stages) if rank in stage.ranks)
         data, tensor = divmod(rank - self.stages[stage].ranks.start, self.tensor)
         return Coordinates(stage, data, tensor)
 
     def rank(self, stage: int, data: int, tensor: int) -> int:
-        """Who stands there."""
+        """The rank at these coordinates."""
         return self.stages[stage].ranks.start + data * self.tensor + tensor
 
     def num_groups(self, stage: int) -> int:
@@ -61,7 +61,7 @@ class Grid:
         return self.num_groups(0) * self.slots_per_group
 
     def owner(self, stage: int, slot: int) -> int:
-        """The group of `stage` that computes `slot`: equal, contiguous shares of all slots."""
+        """The group of `stage` that computes `slot`; groups have equal, contiguous shares of all slots."""
         return slot * self.num_groups(stage) // self.num_slots
 
     def slots(self, stage: int, data: int) -> range:
@@ -77,16 +77,15 @@ class Grid:
 def make_grid(
     parallel: ParallelSection, *, layer_costs: Sequence[float], nodes: Sequence[int], slots_per_group: int
 ) -> Grid:
-    """The grid of a job on ranks whose node is nodes[rank], counted node by node.
+    """The grid of a job on ranks that are counted node by node; nodes[rank] is the node of a rank.
 
-    `layer_costs` (L,) balance the stages where the job gives no layers. A group of the first stage has
-    `slots_per_group` KV slots, or more where a later stage has more groups than there would be slots. Raises
-    ConfigError, with the numbers needed, when ranks or layers cannot be divided so, or a tensor group would leave its
-    node.
+    `layer_costs` (L,) balance the stages if the job gives no layers. A group of the first stage has `slots_per_group`
+    KV slots, or more if a later stage has more groups than there would be slots. Raises ConfigError, with the required
+    numbers, if ranks or layers cannot be divided as requested, or if a tensor group would span nodes.
     """
     stages, tensor = parallel.stages, parallel.tensor
     ranks = parallel.stage_ranks or _even_ranks(len(nodes), stages, tensor)
-    layers = parallel.stage_layers or balanced(layer_costs, stages)
+    layers = parallel.stage_layers or balanced_stages(layer_costs, stages)
     _require(len(ranks) == stages, f"parallel.stage_ranks has {len(ranks)} entries for {stages} stages")
     _require(len(layers) == stages, f"parallel.stage_layers has {len(layers)} entries for {stages} stages")
     _require(sum(ranks) == len(nodes), f"parallel.stage_ranks adds up to {sum(ranks)} ranks, there are {len(nodes)}")
@@ -100,39 +99,42 @@ def make_grid(
         group = nodes[first : first + tensor]
         _require(
             group[0] == group[-1],
-            f"ranks {first} to {first + tensor - 1} form a tensor group but stand on several nodes; "
+            f"ranks {first} to {first + tensor - 1} form a tensor group but are on several nodes; "
             f"use a number of ranks per node that {tensor} divides",
         )
     shares = zip(_ranges(layers), _ranges(ranks), strict=True)
-    # Every group of every stage computes at least one slot, so that it is told of every step.
+    # Every group of every stage computes at least one slot, so that it takes part in every step.
     slots = max(slots_per_group, *(-(-count // ranks[0]) for count in ranks))
     return Grid(tuple(Stage(own_layers, own_ranks) for own_layers, own_ranks in shares), tensor, slots)
 
 
-def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
-    """Lengths of `parts` contiguous, non-empty parts of `costs` whose greatest sum is least."""
-    _require(parts <= len(costs), f"{parts} stages need at least {parts} layers, the model has {len(costs)}")
+def balanced_stages(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    """Numbers of layers of `stages` contiguous, non-empty stages that minimize the largest sum of `costs` (L,).
+
+    Raises ConfigError if there are more stages than layers.
+    """
+    _require(stages <= len(costs), f"{stages} stages need at least {stages} layers, the model has {len(costs)}")
     sums = [0.0, *accumulate(costs)]
-    # best[end]: the least greatest sum of the first `end` costs in as many parts as said so far, and their lengths.
+    # best[end]: for the first `end` layers in `count` stages, the smallest largest sum, and the lengths that give it.
     best: list[tuple[float, tuple[int, ...]]] = [(total, (end,)) for end, total in enumerate(sums)]
-    for part in range(2, parts + 1):
+    for count in range(2, stages + 1):
         best = [
-            min(_last_part(best, sums, cut, end) for cut in range(part - 1, end)) if end >= part else (inf, ())
+            min(_with_last_stage(best, sums, cut, end) for cut in range(count - 1, end)) if end >= count else (inf, ())
             for end in range(len(sums))
         ]
     return best[-1][1]
 
 
-def _last_part(
+def _with_last_stage(
     best: Sequence[tuple[float, tuple[int, ...]]], sums: Sequence[float], cut: int, end: int
 ) -> tuple[float, tuple[int, ...]]:
-    """The best parts of the first `cut` costs, and one more part up to `end`."""
+    """The best stages of the first `cut` layers, and one more stage up to layer `end`."""
     greatest, lengths = best[cut]
     return max(greatest, sums[end] - sums[cut]), (*lengths, end - cut)
 
 
 def _even_ranks(ranks: int, stages: int, tensor: int) -> tuple[int, ...]:
-    """Ranks of each stage, whole tensor groups, the first stages one group more where they do not divide."""
+    """Ranks of each stage, in whole tensor groups; the first stages have one group more if the division is uneven."""
     _require(ranks % tensor == 0, f"{ranks} ranks cannot form tensor groups of {tensor}")
     groups = ranks // tensor
     _require(

@@ -1,4 +1,4 @@
-"""The layout of a job on given ranks: grid, placement of experts, memory. Pure: any machine can be asked for."""
+"""The layout of a job on given ranks: grid, placement of experts, memory. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from moempi.layout.placement import Placement, linear
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who holds what: the grid, and per stage the placement of each MoE layer and the memory of its fullest rank.
+    """The grid, and per stage the placement of each MoE layer and the memory of the rank that needs most.
 
-    Rows leave the stages `departing` by immediate routing.
+    Rows leave the `immediate_stages` by immediate routing.
     """
 
     grid: Grid
@@ -35,13 +35,14 @@ def make_layout(
     placement: PlacementFile | None = None,
     on_gpu: bool = False,
 ) -> Layout:
-    """Lay a job out on ranks whose node is nodes[rank], counted node by node.
+    """Lay a job out on ranks that are counted node by node; nodes[rank] is the node of a rank.
 
-    Experts stand as `placement` says, without one in even shares in ascending order. `on_gpu` tells whose memory.
-    Raises ConfigError, with the numbers needed, when the model or the job cannot be divided so.
+    Without `placement`, experts are placed in even shares in ascending order. `on_gpu`: memory for the CUDA backend
+    (bfloat16) or the CPU backend (float32). Raises ConfigError, with the required numbers, if the model or the job
+    cannot be divided as requested.
     """
-    _refuse_uneven(job, architecture)
-    _refuse_unbalanced(job, architecture)
+    _require_divisible(job, architecture)
+    _require_balanceable(job, architecture)
     grid = make_grid(
         job.parallel,
         layer_costs=[layer_cost(architecture, layer) for layer in range(architecture.num_layers)],
@@ -51,20 +52,20 @@ def make_layout(
     if placement is None:
         placements = tuple(_linear_placements(architecture, stage) for stage in grid.stages)
     else:
-        _refuse_other_model(placement, architecture)
+        _require_same_model(placement, architecture)
         placements = tuple(_placements_of_file(placement, stage) for stage in grid.stages)
-    for stage, of_stage in zip(grid.stages, placements, strict=True):
-        _refuse_crowded(job, architecture, stage, of_stage)
+    for stage, stage_placements in zip(grid.stages, placements, strict=True):
+        _require_slots(job, architecture, stage, stage_placements)
     memory = tuple(
         rank_memory(
             job,
             architecture,
             stage.layers,
-            hosted=_most_hosted(of_stage),
+            hosted=_most_hosted(stage_placements),
             groups=max(len(grid.peers(index, data, other=0)) for data in range(grid.num_groups(index))),
             on_gpu=on_gpu,
         )
-        for index, (stage, of_stage) in enumerate(zip(grid.stages, placements, strict=True))
+        for index, (stage, stage_placements) in enumerate(zip(grid.stages, placements, strict=True))
     )
     return Layout(grid, placements, memory, _immediate_stages(job, architecture, grid))
 
@@ -75,8 +76,8 @@ def _linear_placements(architecture: Architecture, stage: Stage) -> Mapping[int,
 
 
 def _placements_of_file(file: PlacementFile, stage: Stage) -> Mapping[int, Placement]:
-    """The placement of each layer of a stage, as the file has it."""
-    placed = {}
+    """The placement of each layer of a stage in the file."""
+    placements = {}
     for entry in file.layers:
         if entry.layer in stage.layers:
             if len(entry.hosted) != len(stage.ranks):
@@ -84,18 +85,18 @@ def _placements_of_file(file: PlacementFile, stage: Stage) -> Mapping[int, Place
                     f"placement.file: layer {entry.layer} is placed on {len(entry.hosted)} ranks, "
                     f"its stage has {len(stage.ranks)}; place it for this layout"
                 )
-            placed[entry.layer] = Placement(entry.hosted)
-    return placed
+            placements[entry.layer] = Placement(entry.hosted)
+    return placements
 
 
 def _most_hosted(placements: Mapping[int, Placement]) -> float:
-    """Experts of a layer on the fullest rank, the mean over its layers."""
+    """Experts per layer, as the mean over layers, on the rank with the most."""
     per_rank = zip(*([len(experts) for experts in placement.hosted] for placement in placements.values()), strict=True)
     return max(map(fmean, per_rank), default=0.0)
 
 
 def layer_cost(architecture: Architecture, layer: int) -> float:
-    """Weights that one token meets in a layer: a measure of its time."""
+    """Bytes of weights that one token uses in a layer, a measure of its time."""
     used = architecture.experts.router.top_k / architecture.experts.num
     return sum(
         tensor.num_bytes * (used if tensor.share is Share.EXPERTS else 1)
@@ -104,15 +105,15 @@ def layer_cost(architecture: Architecture, layer: int) -> float:
 
 
 def _immediate_stages(job: Job, architecture: Architecture, grid: Grid) -> tuple[int, ...]:
-    """The stages whose last layer's experts can answer straight to a next stage: those that end with such a layer."""
+    """The stages that send expert outputs directly to the next stage: all but the last that end with a MoE layer."""
     if job.exchange.immediate and job.exchange.hops > 1:
-        raise ConfigError("exchange.immediate = true lets experts answer over no gate; use exchange.hops = 1")
+        raise ConfigError("exchange.immediate = true goes with one hop only; use exchange.hops = 1")
     ends = [stage.layers[-1] for stage in grid.stages[:-1]] if job.exchange.immediate else []
     return tuple(index for index, layer in enumerate(ends) if architecture.is_moe(layer))
 
 
-def _refuse_uneven(job: Job, architecture: Architecture) -> None:
-    """A tensor group divides heads and hidden sizes evenly or not at all, and no norm over all heads."""
+def _require_divisible(job: Job, architecture: Architecture) -> None:
+    """Heads and hidden sizes must be multiples of the tensor group's size; a norm over all heads cannot be divided."""
     heads, tensor = architecture.attention, job.parallel.tensor
     if tensor > 1 and heads.qk_norm == "vector":
         raise ConfigError(
@@ -126,7 +127,7 @@ def _refuse_uneven(job: Job, architecture: Architecture) -> None:
             raise ConfigError(f"parallel.tensor = {tensor} does not divide the model's {name} of {size}")
 
 
-def _refuse_other_model(file: PlacementFile, architecture: Architecture) -> None:
+def _require_same_model(file: PlacementFile, architecture: Architecture) -> None:
     layers = tuple(entry.layer for entry in file.layers)
     if (file.num_experts, layers) != (architecture.experts.num, architecture.moe_layers):
         raise ConfigError(
@@ -136,8 +137,8 @@ def _refuse_other_model(file: PlacementFile, architecture: Architecture) -> None
         )
 
 
-def _refuse_unbalanced(job: Job, architecture: Architecture) -> None:
-    """SparseMixer's weights follow from its own choice; there are none for another."""
+def _require_balanceable(job: Job, architecture: Architecture) -> None:
+    """SparseMixer defines weights for its own choices only."""
     if job.balance.mode != "off" and architecture.experts.router.scoring == "sparsemixer":
         raise ConfigError(
             f'balance.mode = "{job.balance.mode}": the {architecture.family} router gives no weights to experts '
@@ -145,7 +146,7 @@ def _refuse_unbalanced(job: Job, architecture: Architecture) -> None:
         )
 
 
-def _refuse_crowded(job: Job, architecture: Architecture, stage: Stage, placements: Mapping[int, Placement]) -> None:
+def _require_slots(job: Job, architecture: Architecture, stage: Stage, placements: Mapping[int, Placement]) -> None:
     allowed = job.parallel.experts_per_rank
     most = max((len(experts) for placement in placements.values() for experts in placement.hosted), default=0)
     if allowed and most > allowed:

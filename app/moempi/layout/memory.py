@@ -1,4 +1,4 @@
-"""How much memory a rank needs."""
+"""The memory that a rank needs. Pure."""
 
 from dataclasses import dataclass
 from math import prod
@@ -10,9 +10,9 @@ from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tenso
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one rank: its weights, a page of its cache in all its layers, and the rows of its lanes' steps.
+    """Bytes of one rank: its weights, one page of its KV cache in all its layers, and the rows of its lanes' steps.
 
-    Its cache has a page for each of the `groups` data parallel groups of the first stage that it computes for.
+    The cache is divided among the `groups` data parallel groups of the first stage that the rank computes for.
     """
 
     weights: int
@@ -24,14 +24,14 @@ class Memory:
 def rank_memory(
     job: Job, architecture: Architecture, layers: range, *, hosted: float, groups: int, on_gpu: bool
 ) -> Memory:
-    """Memory of a rank that computes `layers` for `groups` groups and hosts `hosted` experts of a MoE layer.
+    """Memory of a rank that computes `layers` for `groups` groups and hosts `hosted` experts per MoE layer.
 
-    A GPU keeps bfloat16 as it is; the NumPy backend widens weights, cache and rows to float32.
+    `on_gpu`: size for the CUDA backend (bfloat16) or the CPU backend, which widens weights, cache and rows to float32.
     """
     tensor = job.parallel.tensor
-    portions = {Share.EXPERTS: hosted / architecture.experts.num, **dict.fromkeys(TENSOR_PARALLEL, 1 / tensor)}
-    held = stage_tensors(architecture, layers)
-    weights = sum(int(prod(tensor.shape) * portions.get(tensor.share, 1)) for tensor in held)
+    fractions = {Share.EXPERTS: hosted / architecture.experts.num, **dict.fromkeys(TENSOR_PARALLEL, 1 / tensor)}
+    tensors = stage_tensors(architecture, layers)
+    weights = sum(int(prod(tensor.shape) * fractions.get(tensor.share, 1)) for tensor in tensors)
     value_bytes = 2 if on_gpu and job.run.precision == "bfloat16" else 4
     cached = architecture.attention.cached_values // (1 if architecture.attention.latent else tensor)
     page = len(layers) * PAGE_ROWS * cached
@@ -40,7 +40,7 @@ def rank_memory(
 
 
 def _values_per_row(architecture: Architecture, tensor: int) -> int:
-    """Values that a step holds per row at most at once: around attention, or around the experts and their buffers."""
+    """The peak number of values per row of a step: in attention, or in the experts and their buffers."""
     heads, experts = architecture.attention, architecture.experts
     dim = heads.cached_dim if heads.latent else heads.head_dim
     attention = 2 * (heads.num_heads + 2 * heads.cached_heads) * dim // tensor

@@ -1,4 +1,4 @@
-"""How the rows of a step are divided among the ranks of a tensor group. Pure."""
+"""The division of a step's rows among the ranks of a tensor group. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ from moempi.arrays import IntArray
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Rows came in `contributions` (rows from each source, one after another); each is cut into `parts` alike.
+    """A division of rows into `parts`, one per rank of a tensor group.
 
-    So a sender knows which rows a receiver keeps without knowing what else the receiver gets.
+    `contributions` are the numbers of rows from each source, which are concatenated. Each contribution is divided by
+    itself, so a sender knows which rows a receiver keeps without knowing the other contributions.
     """
 
     contributions: tuple[int, ...]
@@ -41,22 +42,22 @@ class RowSplit:
 
     @cached_property
     def by_part(self) -> IntArray | None:
-        """All rows, part by part; None when that is their own order."""
+        """All rows, part by part (T,); None if this is their own order."""
         return np.concatenate(self.indices) if self.parts > 1 and len(self.contributions) > 1 else None
 
     @cached_property
     def by_row(self) -> IntArray | None:
-        """Where each row stands among the parts; None when that is its own place."""
+        """The position of each row in `by_part` (T,); None if this is its own position."""
         return None if self.by_part is None else np.argsort(self.by_part)
 
 
 def part_range(rows: int, parts: int, part: int) -> IntArray:
-    """The rows of one part of a contribution."""
+    """The rows of one part of a contribution of `rows` rows."""
     return np.arange(part * rows // parts, (part + 1) * rows // parts)
 
 
 def rows_of(lengths: Sequence[int] | IntArray, chosen: IntArray) -> IntArray:
-    """Rows of the chosen segments, where segment s has lengths[s] rows, one after another."""
+    """The rows of the chosen segments, where consecutive segments have lengths[s] rows."""
     ends = np.cumsum(lengths)
     pieces = [np.arange(ends[segment] - lengths[segment], ends[segment]) for segment in chosen.tolist()]
     return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)

@@ -1,6 +1,6 @@
-"""The schedule: the order in which lanes reach the points where rows are on the network. Pure.
+"""The schedule: the order in which lanes reach the points at which they wait for rows. Pure.
 
-Nothing that a run computes changes this order, so every rank of a stage starts its collectives in the same order.
+The order does not depend on any computed value, so all ranks of a stage start their collectives in the same order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ P = TypeVar("P")
 
 
 class Point(NamedTuple):
-    """A place in the forward pass where a lane waits for rows: the layer, -1 outside, and what travels."""
+    """A point of the forward pass at which a lane waits: layer, -1 outside layers, and phase of communication."""
 
     layer: int
     phase: str
@@ -39,8 +39,8 @@ def step_points(
 ) -> tuple[Point, ...]:
     """The points of one step of a stage that computes `layers` and exchanges rows in one hop or two, in order.
 
-    Where rows depart for the next stage by immediate routing, the last layer waits for no answers. A pipeline's stage
-    has a last point behind what it sends, so that its turn ends with nothing left to send.
+    With `immediate`, the last layer has no combine, because its outputs go to the next stage. In a pipeline, the last
+    point of a stage follows its send.
     """
     points = [AGREE if is_first else ROWS]
     for layer in layers:
@@ -58,13 +58,13 @@ def step_points(
 
 
 def schedule(num_lanes: int, step: Sequence[P], *, side_by_side: int) -> Iterator[tuple[int, P]]:
-    """For ever: `together` lanes at a time take one step, going to each of its points in turn.
+    """Yield (lane, point) endlessly: `side_by_side` lanes at a time take one step, and alternate at each of its points.
 
-    While one of them waits at a point the others compute. A stage hands a step on once its lanes have taken it, so
-    a pipeline takes few together and one stage alone takes all.
+    While one lane waits at a point, the others compute. A stage sends a step on when its lanes have completed it, so a
+    pipeline interleaves few lanes and a single stage interleaves all.
     """
-    turns = [range(first, min(first + side_by_side, num_lanes)) for first in range(0, num_lanes, side_by_side)]
-    for lanes in cycle(turns):
+    rounds = [range(first, min(first + side_by_side, num_lanes)) for first in range(0, num_lanes, side_by_side)]
+    for lanes in cycle(rounds):
         for point in step:
             for lane in lanes:
                 yield lane, point

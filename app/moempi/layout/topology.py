@@ -1,8 +1,8 @@
-"""Where ranks stand, and the levels of links between them. Pure.
+"""The topology of ranks, and the levels of links between them. Pure.
 
-A node may be divided into islands, ranks that are nearer to each other than to the rest of their node: those of one
-processor socket, or with GPUs those that NVLink joins. Nodes may hang on different switches. Either division is known
-only where it was found for every rank and divides anything; else it is left out, and its links count as the next level.
+An island is a group of ranks inside a node with faster links: a processor socket, or GPUs that NVLink connects. Nodes
+may be on different switches. Islands or switches are included only if they were detected for every rank and there are
+several of them; otherwise their links count as the next level.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ SELF, ISLAND, NODE, SWITCH, NETWORK = range(len(LEVELS))
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The node of each rank (R,), ascending from 0 without gaps; its island and its switch, or () where unknown.
+    """The node of each rank (R,), ascending from 0 without gaps; its island and its switch, or () if unknown.
 
-    Islands and switches are numbered over all nodes: an island lies in one node, a node at one switch.
+    Islands and switches are numbered over all nodes: an island is inside one node, a node on one switch.
     """
 
     nodes: tuple[int, ...]
@@ -30,57 +30,58 @@ class Topology:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes that have ranks."""
+        """Number of nodes."""
         return self.nodes[-1] + 1
 
     def levels(self, rank: int) -> IntArray:
         """The level of the link from `rank` to each rank, an index into LEVELS (R,)."""
         levels = np.full(len(self.nodes), NETWORK)
-        for level, places in ((SWITCH, self.switches), (NODE, self.nodes), (ISLAND, self.islands)):
-            if places:
-                levels[np.asarray(places) == places[rank]] = level
+        for level, numbers in ((SWITCH, self.switches), (NODE, self.nodes), (ISLAND, self.islands)):
+            if numbers:
+                levels[np.asarray(numbers) == numbers[rank]] = level
         levels[rank] = SELF
         return levels
 
     def subset(self, ranks: range) -> "Topology":
-        """That of these ranks alone."""
+        """The topology of these ranks alone."""
         nodes, islands, switches = (
-            places[ranks.start : ranks.stop] for places in (self.nodes, self.islands, self.switches)
+            numbers[ranks.start : ranks.stop] for numbers in (self.nodes, self.islands, self.switches)
         )
         return Topology(numbered(nodes), islands, switches)
 
 
 def numbered(nodes: Sequence[int]) -> tuple[int, ...]:
-    """Ascending nodes as numbers from 0 on without gaps."""
+    """Ascending nodes, renumbered from 0 without gaps."""
     return tuple(np.unique(nodes, return_inverse=True)[1].tolist())
 
 
 def arrange(nodes: Sequence[str], islands: Sequence[str], switches: Sequence[str]) -> tuple[list[int], Topology]:
-    """An order of ranks, switch by switch and node by node, and the topology of the ranks in that order.
+    """The ranks ordered by switch, then by node, and the topology of the ranks in that order.
 
-    What is found first comes first. Given are each rank's node, the island in it, and the switch, "" for unknown.
+    Arguments are the names of each rank's node, of the island in it, and of the switch, "" if unknown. Switches and
+    nodes are in the order of their first appearance.
     """
-    where = np.array([_in_order(switches) if all(switches) else [0] * len(nodes), _in_order(nodes), range(len(nodes))])
-    order = np.lexsort(where[::-1]).tolist()
+    switch_numbers = _numbers(switches) if all(switches) else [0] * len(nodes)
+    order = np.lexsort((range(len(nodes)), _numbers(nodes), switch_numbers)).tolist()
     named = [f"{node} {island}" for node, island in zip(nodes, islands, strict=True)]
     return order, Topology(
-        nodes=_in_order([nodes[rank] for rank in order]),
-        islands=_in_order([named[rank] for rank in order]) if all(islands) and len({*named}) > len({*nodes}) else (),
-        switches=_in_order([switches[rank] for rank in order]) if all(switches) and len({*switches}) > 1 else (),
+        nodes=_numbers([nodes[rank] for rank in order]),
+        islands=_numbers([named[rank] for rank in order]) if all(islands) and len({*named}) > len({*nodes}) else (),
+        switches=_numbers([switches[rank] for rank in order]) if all(switches) and len({*switches}) > 1 else (),
     )
 
 
 def virtual(num_ranks: int, ranks_per_node: int) -> Topology:
-    """Nodes of so many ranks each, and one of the rest."""
+    """Nodes of `ranks_per_node` ranks each; the last node has the remainder."""
     return Topology(tuple(rank // ranks_per_node for rank in range(num_ranks)))
 
 
 def from_file(file: TopologyFile) -> Topology:
-    """The topology that a file states."""
+    """The topology in a file."""
     return Topology(file.nodes, file.islands, file.switches)
 
 
-def _in_order(names: Sequence[str]) -> tuple[int, ...]:
-    """Names as numbers in the order of their first appearance."""
+def _numbers(names: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of names, in the order of first appearance."""
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return tuple(numbers[name] for name in names)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Cache, Segment
-from moempi.config import architecture
+from moempi.config.architecture import AttentionShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class Attention:
     `window` is the number of last positions that a query sees, 0 for all.
     """
 
-    shape: architecture.Attention
+    shape: AttentionShape
     eps: float
     qkv: Array
     output: Array

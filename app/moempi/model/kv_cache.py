@@ -7,7 +7,7 @@ import numpy as np
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend, Cache, Segment
 from moempi.comm.batch import Batch
-from moempi.config.architecture import Attention
+from moempi.config.architecture import AttentionShape
 from moempi.config.tensors import PAGE_ROWS
 
 
@@ -22,7 +22,7 @@ class KVCache:
     A slot takes `pages_for` its capacity. The scheduler must not exceed the number of pages.
     """
 
-    def __init__(self, backend: Backend, attention: Attention, *, layers: int, pages: int) -> None:
+    def __init__(self, backend: Backend, attention: AttentionShape, *, layers: int, pages: int) -> None:
         latent = attention.latent.key_value_rank if attention.latent else 0
         self.layers: Sequence[Cache] = [
             backend.cache(pages, attention.cached_heads, attention.cached_dim, latent=latent) for _ in range(layers)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Cache, Segment
-from moempi.config import architecture
+from moempi.config.architecture import AttentionShape, Latent
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,8 @@ class LatentAttention:
     the query latent, to all (p | q).
     """
 
-    shape: architecture.Attention
-    latent: architecture.Latent
+    shape: AttentionShape
+    latent: Latent
     queries: Array
     key_value_latent: Array
     key_value_norm: Array

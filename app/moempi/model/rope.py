@@ -6,11 +6,11 @@ import numpy as np
 
 from moempi.arrays import Float32Array, IntArray
 from moempi.backend.protocol import Array, Backend
-from moempi.config.architecture import Attention, Rope, Yarn
+from moempi.config.architecture import AttentionShape, Rope, Yarn
 
 
-def rope_angles(backend: Backend, attention: Attention, positions: IntArray) -> Array:
-    """Angles of rows at `positions` (T,), for `Backend.rotate`."""
+def rope_angles(backend: Backend, attention: AttentionShape, positions: IntArray) -> Array:
+    """Angles of the rows at `positions` (T,), for `Backend.rotate`."""
     rope = attention.rope
     dim = rope.dim or (attention.latent.rope_dim if attention.latent else attention.head_dim)
     return backend.rope_angles(positions, frequencies=frequencies(rope, dim=dim), amplitude=rope.amplitude)

@@ -1,1 +1,1 @@
-"""Arithmetic about runs before they run: pure, imports no MPI and no GPU."""
+"""Forecasts of runs and search for placements of experts. Pure: imports no MPI, no GPU and no files."""

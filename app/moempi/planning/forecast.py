@@ -1,4 +1,4 @@
-"""What a job would reach on a machine that need not be there: tokens a second, and what holds them up. Pure."""
+"""Forecast of a job's throughput on a machine that need not exist: tokens per second and the limiting stage. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from moempi.planning.step_cost import StepCosts, StepLoad
 
 @dataclass(frozen=True, slots=True)
 class StageForecast:
-    """One lane's step in a stage: seconds that it computes, and that its rows travel.
+    """A stage: compute and transfer seconds of one lane's step.
 
-    `waiting_s` and `overlapped_s` are a turn of all lanes that the stage takes together.
+    `waiting_s` and `overlapped_s` are the seconds for one step of all lanes that the stage interleaves, without and
+    with overlap.
     """
 
     compute_s: float
@@ -27,28 +28,28 @@ class StageForecast:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A step of every lane: `tokens` of all groups and lanes go through `stages`, each in so many `turns`."""
+    """One step of every lane: `tokens` of all groups and lanes go through all `stages`, each in `rounds` rounds."""
 
     tokens: float
     rounds: int
     stages: Sequence[StageForecast]
 
     def seconds(self, *, overlap: bool) -> float:
-        """From one step of a lane to its next, all other lanes in between.
+        """Seconds from one step of a lane to its next, with the steps of all other lanes in between.
 
-        A pipeline is held up by its slowest stage, or, with too few lanes to fill it, by the way through all stages.
+        The limit of a pipeline is its slowest stage, or the latency through all stages if it has too few lanes.
         """
-        turns = [stage.overlapped_s if overlap else stage.waiting_s for stage in self.stages]
-        return max(self.rounds * max(turns), sum(turns))
+        of_stages = [stage.overlapped_s if overlap else stage.waiting_s for stage in self.stages]
+        return max(self.rounds * max(of_stages), sum(of_stages))
 
     def tokens_per_s(self, *, overlap: bool) -> float:
-        """Tokens of all lanes in that time."""
+        """Tokens of all lanes per second."""
         return self.tokens / self.seconds(overlap=overlap)
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A job of a model, laid out on the ranks of a machine that stand as `where` says."""
+    """A job and a model, laid out on the ranks of a machine with this topology."""
 
     job: Job
     architecture: Architecture
@@ -58,26 +59,29 @@ class Deployment:
 
 
 def forecast(deployment: Deployment, *, rows: float, sequences: float, context: float) -> Forecast:
-    """What happens when every lane's step has so many rows, of so many sequences, in a group of the first stage."""
+    """Forecast steps in which every lane has `rows` rows of `sequences` sequences in each group of the first stage.
+
+    Each row attends to `context` positions.
+    """
     grid, lanes = deployment.layout.grid, deployment.job.lanes
-    together = lanes if len(grid.stages) == 1 else min(2, lanes)
+    side_by_side = lanes if len(grid.stages) == 1 else min(2, lanes)
     stages = []
     for index in range(len(grid.stages)):
         groups = grid.num_groups(0) / grid.num_groups(index)
-        legs = _phases(deployment, index, StepLoad(rows * groups, sequences * groups, context))
+        phases = _phases(deployment, index, StepLoad(rows * groups, sequences * groups, context))
         stages.append(
             StageForecast(
-                compute_s=sum(leg.compute_s for leg in legs),
-                travel_s=sum(leg.link_s + leg.latency_s for leg in legs),
-                waiting_s=waiting_s(legs, lanes=together),
-                overlapped_s=overlapped_s(legs, lanes=together),
+                compute_s=sum(phase.compute_s for phase in phases),
+                travel_s=sum(phase.link_s + phase.latency_s for phase in phases),
+                waiting_s=waiting_s(phases, lanes=side_by_side),
+                overlapped_s=overlapped_s(phases, lanes=side_by_side),
             )
         )
-    return Forecast(rows * grid.num_groups(0) * lanes, -(-lanes // together), stages)
+    return Forecast(rows * grid.num_groups(0) * lanes, -(-lanes // side_by_side), stages)
 
 
 def _phases(deployment: Deployment, index: int, load: StepLoad) -> list[Phase]:
-    """A lane's step in a stage."""
+    """The phases of one lane's step in stage `index`."""
     stages = deployment.layout.grid.stages
     stage, following = stages[index], stages[(index + 1) % len(stages)]
     placements = deployment.layout.placements[index].values()

@@ -1,7 +1,8 @@
-"""Spreading the load: copies for hot experts, and experts to ranks so that the busiest rank has least to do. Pure.
+"""Load balancing: replicas of hot experts, and experts on ranks so that the busiest rank has the least load. Pure.
 
-Copies go one by one to the expert whose copies have most to do each; experts go to the rank that has least to do, the
-busiest first (longest processing time, Graham 1969); then pairs of experts change places while that evens the load.
+Replicas are given one by one to the expert with the highest load per replica. Experts go to the rank with the least
+load, the busiest expert first (longest processing time, Graham 1969). Then pairs of experts are swapped while this
+makes the load more even.
 """
 
 from collections.abc import Sequence
@@ -11,20 +12,20 @@ import numpy as np
 from moempi.arrays import BoolArray, Float64Array, IntArray
 from moempi.layout.placement import linear
 
-MOST_EXCHANGES = 1000
-LEAST_GAIN = 1e-9
+MAX_SWAPS = 1000
+MIN_GAIN = 1e-9
 
 
 def slots_per_rank(num_experts: int, num_physical: int, num_ranks: int) -> IntArray:
-    """Experts of each rank (R,): the shares of `placement.linear`, and one more of the copies to the smallest each."""
-    room = np.array([len(hosted) for hosted in linear(num_experts, num_ranks).hosted])
+    """Physical experts of each rank (R,): the shares of `placement.linear`; each replica adds one to the smallest."""
+    slots = np.array([len(hosted) for hosted in linear(num_experts, num_ranks).hosted])
     for _ in range(num_physical - num_experts):
-        room[np.argmin(room)] += 1
-    return room
+        slots[np.argmin(slots)] += 1
+    return slots
 
 
 def replica_counts(load: Float64Array, num_physical: int, num_ranks: int) -> IntArray:
-    """How many ranks host each expert (E,), `num_keys` in all, none more than there are ranks."""
+    """Replicas of each expert (E,) with load (E,): `num_physical` in total, and at most one per rank."""
     counts = np.ones(len(load), np.int64)
     for _ in range(num_physical - len(load)):
         counts[np.argmax(np.where(counts < num_ranks, load / counts, -1.0))] += 1
@@ -32,91 +33,92 @@ def replica_counts(load: Float64Array, num_physical: int, num_ranks: int) -> Int
 
 
 def rank_loads(hosts: BoolArray, demand: Float64Array, nodes: Sequence[int]) -> Float64Array:
-    """Rows of each expert on each rank (..., R, E), where `hosts` (..., R, E) says who hosts it.
+    """Rows of each expert on each rank (..., R, E), where `hosts` (..., R, E) is true for the experts of a rank.
 
-    Rank r has demand[r, e] (R, E) rows for expert e, which go to the nearest copy, equally near ones in turns.
+    Rank r sends demand[r, e] (R, E) rows for expert e to its nearest replica, and divides them among equally near ones.
     """
     by_node = np.equal.outer(np.unique(nodes), np.array(nodes)).astype(float)
-    kept = np.where(hosts, demand, 0.0)
-    left = by_node @ (demand - kept)
-    near = by_node @ hosts
-    per_copy = np.divide(left, near, out=np.zeros_like(left), where=near > 0)
-    far = np.where(near > 0, 0.0, left).sum(axis=-2, keepdims=True) / hosts.sum(axis=-2, keepdims=True)
-    loads: Float64Array = kept + np.where(hosts, by_node.T @ per_copy + far, 0.0)
+    on_own_rank = np.where(hosts, demand, 0.0)
+    sent = by_node @ (demand - on_own_rank)
+    replicas_on_node = by_node @ hosts
+    per_replica = np.divide(sent, replicas_on_node, out=np.zeros_like(sent), where=replicas_on_node > 0)
+    far = np.where(replicas_on_node > 0, 0.0, sent).sum(axis=-2, keepdims=True) / hosts.sum(axis=-2, keepdims=True)
+    loads: Float64Array = on_own_rank + np.where(hosts, by_node.T @ per_replica + far, 0.0)
     return loads
 
 
 def assign(hosts: BoolArray, load: Float64Array, free_slots: IntArray, allowed: BoolArray) -> None:
-    """Put one more copy of each expert with `load` (E,) above 0 on the allowed (R, E) rank with room and least to do.
+    """Add one replica of each expert with `load` (E,) above 0, on the allowed (R, E) rank with the least load.
 
-    Changes hosts (R, E) and room (R,). What a rank has to do is the load of what was put there. Where no allowed rank
-    has room, any other takes it.
+    Changes hosts (R, E) and free_slots (R,). The load of a rank is the sum of the loads of the experts added to it. If
+    no allowed rank has a free slot, any other rank is used. Raises ValueError if all ranks host the expert.
     """
-    todo = np.where(hosts, load, 0.0).sum(axis=1)
+    assigned = np.where(hosts, load, 0.0).sum(axis=1)
     for expert in np.argsort(-load, kind="stable")[: np.count_nonzero(load > 0)].tolist():
         free = (free_slots > 0) & ~hosts[:, expert]
         if not free.any():
             free = _free_a_slot(hosts, free_slots, expert)
         best = free & allowed[:, expert]
-        rank = int(np.argmin(np.where(best if best.any() else free, todo, np.inf)))
+        rank = int(np.argmin(np.where(best if best.any() else free, assigned, np.inf)))
         hosts[rank, expert] = True
         free_slots[rank] -= 1
-        todo[rank] += load[expert]
+        assigned[rank] += load[expert]
 
 
 def _free_a_slot(hosts: BoolArray, free_slots: IntArray, expert: int) -> BoolArray:
-    """Where all ranks with room host the expert already: another's expert moves to one of them; who has room then."""
-    roomy = int(np.argmax(free_slots))
+    """Move another expert to a rank with free slots, all of which host `expert`; the rank with the new slot (R,)."""
+    target = int(np.argmax(free_slots))
     for rank in np.flatnonzero(~hosts[:, expert]).tolist():
-        movable = np.flatnonzero(hosts[rank] & ~hosts[roomy])
+        movable = np.flatnonzero(hosts[rank] & ~hosts[target])
         if len(movable):
-            hosts[[rank, roomy], movable[0]] = False, True
-            free_slots[[rank, roomy]] += 1, -1
+            hosts[[rank, target], movable[0]] = False, True
+            free_slots[[rank, target]] += 1, -1
             return np.isin(np.arange(len(free_slots)), rank)
-    raise ValueError(f"expert {expert} has more copies than there are ranks")
+    raise ValueError(f"expert {expert} has more replicas than there are ranks")
 
 
 def rebalance(hosts: BoolArray, demand: Float64Array, nodes: Sequence[int], *, within_nodes: bool) -> None:
-    """Let experts of the busiest rank change places with others, the best pair first, while the load gets more even.
+    """Swap experts of the busiest rank with experts of other ranks, the best pair first, while the load gets more even.
 
-    Changes hosts (R, E). The sum of the squares of the ranks' loads falls with every exchange. With `within_nodes` no
-    expert leaves its node.
+    Changes hosts (R, E). Each swap lowers the sum of the squares of the ranks' loads. With `within_nodes`, experts stay
+    on their nodes.
     """
-    where = np.array(nodes)
-    for _ in range(MOST_EXCHANGES):
-        of_expert = rank_loads(hosts, demand, nodes)
-        total = of_expert.sum(axis=1)
+    node_of_rank = np.array(nodes)
+    num_ranks = len(node_of_rank)
+    for _ in range(MAX_SWAPS):
+        loads = rank_loads(hosts, demand, nodes)
+        total = loads.sum(axis=1)
         busiest = int(np.argmax(total))
-        near = (where == where[busiest]) if within_nodes else np.ones(len(where), bool)
-        takers, theirs = np.nonzero(hosts & ~hosts[busiest] & near[:, None])
-        if not len(takers):
+        partners = (node_of_rank == node_of_rank[busiest]) if within_nodes else np.ones(num_ranks, bool)
+        ranks, experts = np.nonzero(hosts & ~hosts[busiest] & partners[:, None])
+        if not len(ranks):
             return
-        gained = np.concatenate(
+        received = np.concatenate(
             [
-                _moved(hosts, demand, nodes, other, taker, [busiest]) - of_expert[:, other]
-                for taker, other in zip(takers.tolist(), theirs.tolist(), strict=True)
+                _loads_if_moved(hosts, demand, nodes, expert, rank, [busiest]) - loads[:, expert]
+                for rank, expert in zip(ranks.tolist(), experts.tolist(), strict=True)
             ]
         )
-        best, change = (total**2).sum() * (1 - LEAST_GAIN), None
-        for mine in np.flatnonzero(hosts[busiest]).tolist():
-            given = _moved(hosts, demand, nodes, mine, busiest, range(len(where))) - of_expert[:, mine]
-            squares = ((total + given[takers] + gained) ** 2).sum(axis=1)
-            squares[hosts[takers, mine]] = np.inf
+        best, swap = (total**2).sum() * (1 - MIN_GAIN), None
+        for own in np.flatnonzero(hosts[busiest]).tolist():
+            given = _loads_if_moved(hosts, demand, nodes, own, busiest, range(num_ranks)) - loads[:, own]
+            squares = ((total + given[ranks] + received) ** 2).sum(axis=1)
+            squares[hosts[ranks, own]] = np.inf
             pair = int(np.argmin(squares))
             if squares[pair] < best:
-                best, change = squares[pair], (mine, takers[pair], theirs[pair])
-        if change is None:
+                best, swap = squares[pair], (own, ranks[pair], experts[pair])
+        if swap is None:
             return
-        mine, taker, other = change
-        hosts[[busiest, taker], [mine, other]] = False
-        hosts[[taker, busiest], [mine, other]] = True
+        own, rank, expert = swap
+        hosts[[busiest, rank], [own, expert]] = False
+        hosts[[rank, busiest], [own, expert]] = True
 
 
-def _moved(
+def _loads_if_moved(
     hosts: BoolArray, demand: Float64Array, nodes: Sequence[int], expert: int, source: int, targets: Sequence[int]
 ) -> Float64Array:
-    """Rows of one expert on each rank (targets, R) if it went from rank `source` to each of the targets."""
-    there = np.repeat(hosts[None, :, expert], len(targets), axis=0)
-    there[:, source] = False
-    there[np.arange(len(targets)), list(targets)] = True
-    return rank_loads(there[:, :, None], demand[:, expert, None], nodes)[:, :, 0]
+    """Rows of one expert on each rank (targets, R) if it moved from rank `source` to each of the targets."""
+    moved = np.repeat(hosts[None, :, expert], len(targets), axis=0)
+    moved[:, source] = False
+    moved[np.arange(len(targets)), list(targets)] = True
+    return rank_loads(moved[:, :, None], demand[:, expert, None], nodes)[:, :, 0]

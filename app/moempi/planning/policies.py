@@ -1,9 +1,9 @@
-"""Choosing where the experts of one layer stand, from its recorded routing. Pure.
+"""Placement policies: the ranks of one layer's experts, from its recorded routing. Pure.
 
-`linear` is the default of a run. `balanced` evens the load of the ranks, wherever their tokens come from. `topology`
-also gathers experts by node, with several prices on uneven nodes, and takes what `replay` foretells the least time for:
-rows of the busiest rank, bytes and messages of the busiest links. A rank hosts no more experts of a layer than an even
-share, so one at most where there are as many ranks as experts and copies.
+`linear` is the default of a run. `balanced` evens the load of the ranks, regardless of the home of the tokens.
+`topology` also co-locates experts by node, for several prices on uneven nodes, and takes the placement with the least
+time in `replay`: rows of the busiest rank, bytes and messages of the busiest links. A rank hosts at most an even share
+of a layer's physical experts, rounded up.
 """
 
 from collections.abc import Iterator
@@ -12,22 +12,23 @@ import numpy as np
 
 from moempi.arrays import BoolArray, Float64Array, IntArray
 from moempi.layout.placement import Placement, linear
-from moempi.planning.colocate import ExpertUsage, clusters, co_locate
+from moempi.planning.colocate import ExpertUsage, co_locate, greedy_nodes
 from moempi.planning.load_balance import assign, rebalance, replica_counts, slots_per_rank
 from moempi.planning.replay import Cluster, Routes, replay
 
 POLICIES = ("linear", "balanced", "topology")
-PRICES = (0.0, 0.3, 3.0)
-"""Prices of uneven nodes, in crossings, that `topology` tries."""
-SAMPLED_TOKENS = 8192
-UNUSED = 1e-6
-"""Load of an expert that no token chose: it stands somewhere all the same."""
+IMBALANCE_PRICES = (0.0, 0.3, 3.0)
+"""Prices of uneven nodes, in node transfers, that `topology` tries."""
+MAX_TOKENS = 8192
+"""Tokens that co-location looks at."""
+LEAST_DEMAND = 1e-6
+"""Demand of a rank for an expert that none of its tokens chose, so that every expert is placed."""
 
 
 def choose_placement(
     policy: str, routes: Routes, cluster: Cluster, *, num_experts: int, num_physical: int
 ) -> Placement:
-    """The placement of a policy; `num_keys` counts experts and copies, at most one of each expert on a rank."""
+    """The placement of one of POLICIES; `num_physical` counts experts and replicas, at most one of each on a rank."""
     if policy == "linear":
         return _linear(routes, cluster, num_experts, num_physical)
     if policy == "balanced":
@@ -39,14 +40,14 @@ def choose_placement(
 
 
 def _linear(routes: Routes, cluster: Cluster, num_experts: int, num_physical: int) -> Placement:
-    """Copies of the hottest experts go to the ranks that host fewest."""
+    """Even shares in ascending order; replicas of the hottest experts go to the ranks with the fewest experts."""
     demand = _demand(routes, cluster, num_experts)
     hosts = np.zeros(demand.shape, bool)
     for rank, experts in enumerate(linear(num_experts, len(hosts)).hosted):
         hosts[rank, list(experts)] = True
-    room = slots_per_rank(num_experts, num_physical, len(hosts)) - hosts.sum(axis=1)
-    more = replica_counts(demand.sum(axis=0), num_physical, len(hosts)) - 1
-    _assign_replicas(hosts, np.where(more > 0, 1.0, 0.0), more, room, by_node=None)
+    free_slots = slots_per_rank(num_experts, num_physical, len(hosts)) - hosts.sum(axis=1)
+    replicas = replica_counts(demand.sum(axis=0), num_physical, len(hosts)) - 1
+    _assign_replicas(hosts, np.where(replicas > 0, 1.0, 0.0), replicas, free_slots, by_node=None)
     return _placement(hosts)
 
 
@@ -54,57 +55,57 @@ def _balanced(routes: Routes, cluster: Cluster, num_experts: int, num_physical: 
     demand = _demand(routes, cluster, num_experts)
     hosts = np.zeros(demand.shape, bool)
     counts = replica_counts(demand.sum(axis=0), num_physical, len(hosts))
-    _assign_replicas(
-        hosts, demand.sum(axis=0) / counts, counts, slots_per_rank(num_experts, num_physical, len(hosts)), by_node=None
-    )
+    slots = slots_per_rank(num_experts, num_physical, len(hosts))
+    _assign_replicas(hosts, demand.sum(axis=0) / counts, counts, slots, by_node=None)
     rebalance(hosts, demand, cluster.nodes, within_nodes=False)
     return _placement(hosts)
 
 
 def _co_located(routes: Routes, cluster: Cluster, num_experts: int, num_physical: int) -> Iterator[Placement]:
-    """Experts by node from two starts and several prices, then evenly among the ranks of each node."""
+    """Experts on nodes from two starts and several prices, then evenly on the ranks of each node."""
     demand = _demand(routes, cluster, num_experts)
     counts = replica_counts(demand.sum(axis=0), num_physical, len(demand))
-    room = slots_per_rank(num_experts, num_physical, len(demand))
+    slots = slots_per_rank(num_experts, num_physical, len(demand))
     nodes = np.array(cluster.nodes)
-    own_room = np.bincount(nodes, slots_per_rank(num_experts, num_experts, len(demand))).astype(np.int64)
-    uses = _usage(routes, cluster, num_experts)
-    for start in (np.repeat(np.arange(cluster.topology.num_nodes), own_room), clusters(uses, own_room)):
-        for price in PRICES:
-            node_of = co_locate(uses, start, ranks_of_node=np.bincount(nodes), imbalance_price=price)
-            hosts, left = np.zeros(demand.shape, bool), room.copy()
-            assign(hosts, demand.sum(axis=0) / counts, left, nodes[:, None] == node_of)
-            _assign_replicas(hosts, demand.sum(axis=0) / counts, counts - 1, left, by_node=nodes)
+    slots_per_node = np.bincount(nodes, slots_per_rank(num_experts, num_experts, len(demand))).astype(np.int64)
+    usage = _usage(routes, cluster, num_experts)
+    consecutive = np.repeat(np.arange(cluster.topology.num_nodes), slots_per_node)
+    for start in (consecutive, greedy_nodes(usage, slots_per_node)):
+        for price in IMBALANCE_PRICES:
+            node_of = co_locate(usage, start, ranks_of_node=np.bincount(nodes), imbalance_price=price)
+            hosts, free_slots = np.zeros(demand.shape, bool), slots.copy()
+            assign(hosts, demand.sum(axis=0) / counts, free_slots, nodes[:, None] == node_of)
+            _assign_replicas(hosts, demand.sum(axis=0) / counts, counts - 1, free_slots, by_node=nodes)
             rebalance(hosts, demand, cluster.nodes, within_nodes=True)
             yield _placement(hosts)
 
 
 def _assign_replicas(
-    hosts: BoolArray, load: Float64Array, more: IntArray, free_slots: IntArray, *, by_node: IntArray | None
+    hosts: BoolArray, load: Float64Array, replicas: IntArray, free_slots: IntArray, *, by_node: IntArray | None
 ) -> None:
-    """Add `more` (E,) copies of each expert; with `by_node` (R,) first to nodes that have none."""
-    for done in range(int(more.max(initial=0))):
+    """Add `replicas` (E,) of each expert; with `by_node` (R,), nodes without the expert come first."""
+    for done in range(int(replicas.max(initial=0))):
         allowed = np.ones(hosts.shape, bool)
         if by_node is not None:
             allowed = ~np.stack([hosts[by_node == node].any(axis=0) for node in by_node])
-        assign(hosts, np.where(more > done, load, 0.0), free_slots, allowed)
+        assign(hosts, np.where(replicas > done, load, 0.0), free_slots, allowed)
 
 
 def _demand(routes: Routes, cluster: Cluster, num_experts: int) -> Float64Array:
-    """Rows that each rank has for each expert (R, E)."""
+    """Rows of each rank for each expert (R, E)."""
     num_ranks = len(cluster.nodes)
-    wanted = (routes.homes[:, None] * num_experts + routes.experts).reshape(-1)
-    counts = np.bincount(wanted, minlength=num_ranks * num_experts).reshape(num_ranks, num_experts)
-    return counts.astype(np.float64) + UNUSED
+    pairs = (routes.homes[:, None] * num_experts + routes.experts).reshape(-1)
+    counts = np.bincount(pairs, minlength=num_ranks * num_experts).reshape(num_ranks, num_experts)
+    return counts.astype(np.float64) + LEAST_DEMAND
 
 
 def _usage(routes: Routes, cluster: Cluster, num_experts: int) -> ExpertUsage:
-    """Those of some tokens, evenly drawn; with one hop each choice travels alone."""
-    every = max(1, -(-len(routes.homes) // SAMPLED_TOKENS))
-    experts, homes = routes.experts[::every], np.array(cluster.nodes)[routes.homes[::every]]
+    """The usage by a regular sample of at most MAX_TOKENS tokens; with one hop each choice is a token of its own."""
+    stride = max(1, -(-len(routes.homes) // MAX_TOKENS))
+    experts, home_nodes = routes.experts[::stride], np.array(cluster.nodes)[routes.homes[::stride]]
     if cluster.hops == 1:
-        experts, homes = experts.reshape(-1, 1), np.repeat(homes, experts.shape[1])
-    return ExpertUsage.from_choices(experts, homes, num_experts)
+        experts, home_nodes = experts.reshape(-1, 1), np.repeat(home_nodes, experts.shape[1])
+    return ExpertUsage.from_choices(experts, home_nodes, num_experts)
 
 
 def _placement(hosts: BoolArray) -> Placement:

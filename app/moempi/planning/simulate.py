@@ -1,7 +1,7 @@
-"""What a stage's lanes take with and without overlap: the schedule replayed with seconds instead of rows. Pure.
+"""The time of a stage's lanes with and without overlap: the schedule replayed with durations. Pure.
 
-The host computes for one lane at a time, in the order of the schedule; a rank's link carries one transfer after
-another. A lane goes on when what it waits for has arrived.
+The host computes for one lane at a time, in the order of the schedule. A rank's link carries one transfer after
+another. A lane continues when its transfer has arrived.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from moempi.layout.schedule import Point, schedule
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A lane's way to its next point: it computes, then something travels.
+    """One phase of a lane: `compute_s` of computing up to `point`, then a transfer.
 
-    That takes `carry_s` of the link and arrives `latency_s` later. `ahead`: it leaves by itself as soon as what
-    travelled before it has arrived, also while another lane computes (rows follow their counts so).
+    The transfer occupies the link for `link_s` and arrives `latency_s` later. An `eager` transfer starts as soon as the
+    previous one has arrived, even while another lane computes, like rows after their counts.
     """
 
     point: Point
@@ -36,23 +36,23 @@ class _Link:
 
 
 def waiting_s(phases: Sequence[Phase], *, lanes: int) -> float:
-    """Seconds in which `lanes` lanes take one step each when the host waits for all that travels."""
-    return lanes * sum(leg.compute_s + leg.link_s + leg.latency_s for leg in phases)
+    """Seconds for one step of each of `lanes` lanes if the host waits for every transfer."""
+    return lanes * sum(phase.compute_s + phase.link_s + phase.latency_s for phase in phases)
 
 
 def overlapped_s(phases: Sequence[Phase], *, lanes: int, rounds: int = 4) -> float:
-    """Seconds in which `lanes` lanes take one step side by side, in the long run.
+    """Seconds for one step of each of `lanes` interleaved lanes, in the steady state.
 
-    As a step ends where the next begins, the mean of `rounds` of them is taken after a first.
+    Consecutive steps overlap, so this is the mean of `rounds` steps after a first one.
     """
     link, host = _Link(), 0.0
     arrivals = [0.0] * lanes
     ends: list[float] = []
-    for lane, point in schedule(lanes, range(len(phases)), side_by_side=lanes):
-        leg, before = phases[point], arrivals[lane]
-        host = max(host, before) + leg.compute_s
-        arrivals[lane] = link.arrival(before if leg.eager else host, leg)
-        if leg is phases[-1] and lane == lanes - 1:
+    for lane, index in schedule(lanes, range(len(phases)), side_by_side=lanes):
+        phase, arrived = phases[index], arrivals[lane]
+        host = max(host, arrived) + phase.compute_s
+        arrivals[lane] = link.arrival(arrived if phase.eager else host, phase)
+        if phase is phases[-1] and lane == lanes - 1:
             ends.append(max(host, *arrivals))
             if len(ends) > rounds:
                 break

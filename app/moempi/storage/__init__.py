@@ -1,1 +1,1 @@
-"""The doors to disk: weight files (HDF5), checkpoints (safetensors), prompts and results."""
+"""Files: weights and results (HDF5), checkpoints (safetensors), prompts, and the journal of a run."""

@@ -1,4 +1,4 @@
-"""A checkpoint folder as the hub has it: config.json, tokenizer.json and safetensors files, none of it trusted."""
+"""A checkpoint folder in the hub's format: config.json, tokenizer.json, safetensors files. All content is untrusted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 
 from moempi.arrays import aligned_empty
 from moempi.errors import DataError, NoInputError
-from moempi.storage.hdf5 import Array
+from moempi.storage.hdf5 import AnyArray
 
-# How each safetensors type is held in memory; bfloat16 and 8-bit floating point as their bits.
-MEMORY_TYPES: dict[str, np.dtype[Any]] = {
+# The NumPy type of each safetensors type; bfloat16 and 8-bit floating point are kept as bits.
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
@@ -26,13 +26,13 @@ MEMORY_TYPES: dict[str, np.dtype[Any]] = {
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_JSON_BYTES = 1 << 28
+MAX_METADATA_BYTES = 1 << 28
 HEADER_LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """One tensor of a safetensors file: `dtype` as the format spells it, `offset` in bytes from the file's begin."""
+    """One tensor of a safetensors file: `dtype` is the format's name, `offset` is in bytes from the file's start."""
 
     path: Path
     name: str
@@ -43,11 +43,11 @@ class CheckpointTensor:
     @property
     def row_bytes(self) -> int:
         """Size of one row (index of axis 0) in bytes."""
-        return prod(self.shape[1:]) * MEMORY_TYPES[self.dtype].itemsize
+        return prod(self.shape[1:]) * NUMPY_TYPES[self.dtype].itemsize
 
-    def read(self, start: int, stop: int) -> Array:
-        """Rows [start, stop): bits for BF16 and F8_E4M3, else numbers. DataError if the file ends before."""
-        rows = aligned_empty((stop - start, *self.shape[1:]), MEMORY_TYPES[self.dtype])
+    def read(self, start: int, stop: int) -> AnyArray:
+        """Rows [start, stop): bits for BF16 and F8_E4M3, else numbers; raises DataError if the file is too short."""
+        rows = aligned_empty((stop - start, *self.shape[1:]), NUMPY_TYPES[self.dtype])
         rest = rows.reshape(-1).view(np.uint8).data
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -64,7 +64,7 @@ class CheckpointTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint folder holds; `tokenizer` is the text of tokenizer.json, "" if there is none."""
+    """The contents of a checkpoint folder; `tokenizer` is the text of tokenizer.json, "" if there is none."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -74,7 +74,7 @@ class Checkpoint:
 
     @property
     def config_path(self) -> Path:
-        """Where the configuration was read from, for messages."""
+        """Path of the configuration, for messages."""
         return self.folder / "config.json"
 
 
@@ -85,10 +85,10 @@ class _HeaderEntry(msgspec.Struct, frozen=True):
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read everything of a checkpoint folder but the tensors' values.
+    """Read a checkpoint folder except for the values of its tensors.
 
-    Raises NoInputError for files that are not there and DataError, naming file and tensor, for files that are not
-    what they should be: truncated, overlapping, of unknown types, named outside the folder, or listed differently.
+    Raises NoInputError for missing files. Raises DataError, naming file and tensor, for truncated files, overlapping
+    tensors, unknown types, file names outside the folder, and an index that disagrees with the files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -106,8 +106,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise DataError(f"{path}: is larger than {MAX_JSON_BYTES} bytes")
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise DataError(f"{path}: is larger than {MAX_METADATA_BYTES} bytes")
         return path.read_bytes()
     except OSError as error:
         raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
@@ -163,7 +163,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, CheckpointTensor]:
 
 
 def _read_header(path: Path) -> list[CheckpointTensor]:
-    """The tensors of one file: the library validates the whole header, then offsets are read and checked again."""
+    """The tensors of one file; `safe_open` validates the header, then `_checked_tensor` checks each offset again."""
     try:
         if not path.is_file():
             raise NoInputError(f"{path}: is missing or not a regular file")
@@ -176,15 +176,20 @@ def _read_header(path: Path) -> list[CheckpointTensor]:
         raise NoInputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: truncated, or not a safetensors file: {error}") from error
-    begin = HEADER_LENGTH_BYTES + length
-    return [_checked_tensor(path, name, entry, begin) for name, entry in entries.items()]
+    data_start = HEADER_LENGTH_BYTES + length
+    return [_checked_tensor(path, name, entry, data_start) for name, entry in entries.items()]
 
 
-def _checked_tensor(path: Path, name: str, entry: _HeaderEntry, begin: int) -> CheckpointTensor:
-    if entry.dtype not in MEMORY_TYPES:
-        raise DataError(f"{path}: {name}: type {entry.dtype} is not supported, only {', '.join(MEMORY_TYPES)}")
+def _checked_tensor(path: Path, name: str, entry: _HeaderEntry, data_start: int) -> CheckpointTensor:
+    if entry.dtype not in NUMPY_TYPES:
+        raise DataError(f"{path}: {name}: type {entry.dtype} is not supported, only {', '.join(NUMPY_TYPES)}")
     first, last = entry.data_offsets
-    num_bytes = prod(entry.shape) * MEMORY_TYPES[entry.dtype].itemsize
-    if min(entry.shape, default=0) < 0 or first < 0 or last - first != num_bytes or begin + last > path.stat().st_size:
+    num_bytes = prod(entry.shape) * NUMPY_TYPES[entry.dtype].itemsize
+    if (
+        min(entry.shape, default=0) < 0
+        or first < 0
+        or last - first != num_bytes
+        or data_start + last > path.stat().st_size
+    ):
         raise DataError(f"{path}: {name}: its offsets {first} to {last} do not fit its shape {entry.shape} or the file")
-    return CheckpointTensor(path, name, entry.dtype, entry.shape, begin + first)
+    return CheckpointTensor(path, name, entry.dtype, entry.shape, data_start + first)

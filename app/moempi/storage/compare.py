@@ -1,4 +1,4 @@
-"""Two results files of the same requests, side by side."""
+"""Comparison of two results files of the same requests."""
 
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,7 +14,7 @@ from moempi.storage.results import ResultFile
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`different` requests of `requests` differ in id, finish or tokens; log-probabilities by `largest` at most."""
+    """`different` of `requests` differ in id, finish or tokens; `largest` is the largest log-probability difference."""
 
     requests: int
     different: int
@@ -22,7 +22,7 @@ class Comparison:
 
 
 def compare(first: str | Path, second: str | Path) -> Comparison:
-    """Compare all requests in order; raises DataError when the files do not hold as many."""
+    """Compare all requests in order; raises DataError if the files hold different numbers of requests."""
     requests, different, largest = 0, 0, 0.0
     with ResultFile(first) as ours, ResultFile(second) as theirs:
         for one, other in zip_longest(ours.requests(), theirs.requests()):
@@ -47,7 +47,7 @@ def _same_tokens(one: RequestRecord, other: RequestRecord) -> bool:
 
 
 def _largest_difference(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """0 where both are NaN, as the first score of a prompt is; infinite where one is."""
+    """The largest absolute difference; two NaN, as in the first score of a prompt, are equal, one NaN is infinite."""
     if np.array_equal(one, other, equal_nan=True):
         return 0.0
     difference = np.abs(one.astype(np.float64) - other)

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a weight file: renamed, stacked, transposed, otherwise bit for bit."""
+"""Conversion of a checkpoint folder to a weight file: renames, stacks and transposes, keeps bfloat16 bits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ from moempi.config.families import Fused, family, read_architecture
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.errors import DataError
 from moempi.storage.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
-from moempi.storage.hdf5 import Array
-from moempi.storage.tensor_sources import ExpertPart, Fp8Matrix, Mxfp4Experts, Source
-from moempi.storage.weights import Progress, write_weights
+from moempi.storage.hdf5 import AnyArray
+from moempi.storage.tensor_sources import Fp8Matrix, FusedExpert, Mxfp4Experts, Source
+from moempi.storage.weights import OnProgress, write_weights
 
 PIECE_BYTES = 4 << 20
 FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
@@ -23,7 +23,7 @@ FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a conversion did; `num_rounded` counts the checkpoint's tensors that had to be rounded to bfloat16."""
+    """Result of a conversion; `num_rounded` counts the checkpoint's tensors that were rounded to bfloat16."""
 
     path: Path
     architecture: Architecture
@@ -34,17 +34,16 @@ class Summary:
     has_tokenizer: bool
 
 
-def convert(source: str | Path, path: str | Path, *, progress: Progress | None = None) -> Summary:
+def convert(source: str | Path, path: str | Path, *, progress: OnProgress | None = None) -> Summary:
     """Write the checkpoint in the folder `source` as the weight file `path`.
 
-    bfloat16 values are kept bit for bit; float16, float32 and quantized blocks, expanded in float32, are rounded to the
-    nearest bfloat16, ties to even.
-    Memory stays near one piece of 4 MiB, one expert's matrix, or one matrix to be transposed. Raises NoInputError,
-    DataError naming file and tensor (missing, unknown, wrong shape or type, not finite), and StorageError; then
-    `path` is as it was.
+    Keeps bfloat16 bits. Rounds float16, float32 and quantized blocks (dequantized to float32) to the nearest bfloat16,
+    ties to even. Memory holds about one piece of 4 MiB, one expert's matrix, or one matrix to transpose. Raises
+    NoInputError, DataError that names file and tensor (missing, unknown, wrong shape or type, not finite), or
+    StorageError, and leaves `path` unchanged.
     """
     checkpoint = open_checkpoint(source)
-    architecture = read_architecture(checkpoint.config, checkpoint.generation, where=str(checkpoint.config_path))
+    architecture = read_architecture(checkpoint.config, checkpoint.generation, origin=str(checkpoint.config_path))
     plan = _ConversionPlan(checkpoint, architecture).sources
     fingerprint = write_weights(
         path,
@@ -68,14 +67,14 @@ def convert(source: str | Path, path: str | Path, *, progress: Progress | None =
 
 
 class _ConversionPlan:
-    """The `sources` that fill each of our tensors; all of the checkpoint's are used, or left out by name."""
+    """The `sources` of each of our tensors; raises DataError for a tensor of the checkpoint that has no use."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
         if max(architecture.num_layers, architecture.experts.num) > len(checkpoint.tensors):
             raise DataError(f"{checkpoint.config_path}: asks for more layers or experts than the files have tensors")
         self._checkpoint = checkpoint
         self._used: set[str] = set()
-        names = family(architecture.family, where=str(checkpoint.config_path))
+        names = family(architecture.family, origin=str(checkpoint.config_path))
         self.sources = {
             tensor: tuple(self._checked(source, tensor) for source in self._sources(names.sources(tensor), tensor))
             for tensor in catalogue(architecture)
@@ -86,11 +85,11 @@ class _ConversionPlan:
 
     def _sources(self, names: tuple[str, ...] | Fused, tensor: Tensor) -> Iterator[Source]:
         if isinstance(names, Fused):
-            yield from self._parts(names, tensor)
+            yield from self._fused_experts(names, tensor)
             return
         for name in names:
             source = self._take(name)
-            yield self._expanded(source) if source.dtype == "F8_E4M3" else source
+            yield self._dequantized(source) if source.dtype == "F8_E4M3" else source
 
     def _take(self, name: str) -> CheckpointTensor:
         source = self._checkpoint.tensors.get(name)
@@ -99,13 +98,13 @@ class _ConversionPlan:
         self._used.add(name)
         return source
 
-    def _expanded(self, weight: CheckpointTensor) -> Fp8Matrix:
+    def _dequantized(self, weight: CheckpointTensor) -> Fp8Matrix:
         matrix = Fp8Matrix(weight, self._take(f"{weight.name}_scale_inv"))
         if not matrix.scales_fit():
             raise DataError(f"{matrix.path}: {matrix.name}: its scales are not one float32 a block of 128 x 128")
         return matrix
 
-    def _parts(self, fused: Fused, tensor: Tensor) -> Iterator[ExpertPart]:
+    def _fused_experts(self, fused: Fused, tensor: Tensor) -> Iterator[FusedExpert]:
         num_experts, matrices = tensor.shape[0], len(tensor.shape) == 3
         whole: CheckpointTensor | Mxfp4Experts
         if f"{fused.name}_blocks" in self._checkpoint.tensors:
@@ -116,25 +115,24 @@ class _ConversionPlan:
             whole = self._take(fused.name)
         if len(whole.shape) != len(tensor.shape) or whole.shape[0] != num_experts:
             raise DataError(f"{whole.path}: {whole.name}: its shape is {whole.shape}, not of {num_experts} experts")
-        turned = matrices and isinstance(whole, CheckpointTensor)
+        transposed = matrices and isinstance(whole, CheckpointTensor)
         for expert in range(num_experts):
-            yield ExpertPart(whole, expert, fused.first, fused.step, turned)
+            yield FusedExpert(whole, expert, fused.first, fused.step, transposed)
 
     def _checked(self, source: Source, tensor: Tensor) -> Source:
         expected = tensor.shape[1:] if tensor.share is Share.EXPERTS else tensor.shape
         expected = expected[::-1] if tensor.transposed else expected
         if isinstance(source, CheckpointTensor) and source.shape == (1, *expected):
             source = replace(source, shape=expected)
+        name = f"{source.path}: {source.name}"
         if source.shape != expected:
-            where = f"{source.path}: {source.name}"
-            raise DataError(f"{where}: its shape is {source.shape}, the configuration says {expected}")
+            raise DataError(f"{name}: its shape is {source.shape}, the configuration says {expected}")
         if source.dtype not in FLOATS:
-            where = f"{source.path}: {source.name}"
-            raise DataError(f"{where}: its type is {source.dtype}, only {', '.join(FLOATS)} is possible there")
+            raise DataError(f"{name}: its type is {source.dtype}, only {', '.join(FLOATS)} is possible there")
         return source
 
 
-def _pieces(tensor: Tensor, sources: tuple[Source, ...]) -> Iterator[Array]:
+def _pieces(tensor: Tensor, sources: tuple[Source, ...]) -> Iterator[AnyArray]:
     """The rows of `tensor` from first to last."""
     if tensor.share is Share.EXPERTS:
         for source in sources:
@@ -151,8 +149,8 @@ def _pieces(tensor: Tensor, sources: tuple[Source, ...]) -> Iterator[Array]:
             yield _values(tensor, source, start, min(start + step, rows))
 
 
-def _values(tensor: Tensor, source: Source, start: int, stop: int) -> Array:
-    """Rows of the source in the type of our tensor, all finite."""
+def _values(tensor: Tensor, source: Source, start: int, stop: int) -> AnyArray:
+    """Rows of the source in the type of our tensor; raises DataError unless all are finite."""
     rows = source.read(start, stop)
     if tensor.dtype == "bfloat16":
         values = rows if source.dtype == "BF16" else narrow(rows.astype(np.float32, copy=False))

@@ -1,4 +1,4 @@
-"""Results as JSON lines, for programs that do not read HDF5."""
+"""Export of results as JSON lines, for programs that do not read HDF5."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +14,8 @@ from moempi.storage.results import ResultFile
 def export(results_path: str | Path, out_jsonl: str | Path) -> int:
     """Write one JSON object per request, in input order, atomically; returns the number of requests.
 
-    What is not a finite number becomes null. Raises NoInputError or DataError for the results file, StorageError when
-    the output cannot be written.
+    NaN and infinity become null. Raises NoInputError or DataError for the results file, StorageError if the output
+    cannot be written.
     """
     with ResultFile(results_path) as results, atomic(out_jsonl) as temporary, temporary.open("wb") as file:
         for record in results.requests():

@@ -1,4 +1,4 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Atomic writing of files."""
 
 import ctypes
 import errno
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moempi.errors import NoInputError, StorageError
 
-BLOCK_BYTES = 512  # the unit of st_blocks
+_STAT_BLOCK_BYTES = 512  # the unit of st_blocks
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of <linux/falloc.h>
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE of <linux/fs.h>
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -21,10 +21,10 @@ _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well its file is synced to disk and becomes `path`.
+    """Give a temporary path beside `path`; if the block succeeds, sync that file to disk and rename it to `path`.
 
-    When the block raises, the temporary file is removed and whatever `path` was before stays. OSErrors of the block
-    are raised as StorageError that names `path`. Blocks until the disk has the bytes.
+    If the block raises, removes the temporary file and leaves `path` unchanged. Raises an OSError of the block as
+    StorageError that names `path`. Blocks until the disk has the bytes.
     """
     target = Path(path)
     if target.exists() and not target.is_file():
@@ -33,7 +33,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     try:
         temporary.touch(exist_ok=False)
         yield temporary
-        os.truncate(temporary, temporary.stat().st_size)  # gives back what `reserve` took beyond the end
+        os.truncate(temporary, temporary.stat().st_size)  # frees what `reserve` allocated beyond the end
         _sync(temporary)
         temporary.replace(target)
         _sync(target.parent)
@@ -45,7 +45,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def digest_file(path: str | Path) -> str:
-    """BLAKE2b digest (hex) of a file's content; raises NoInputError when it cannot be read."""
+    """BLAKE2b digest (hex) of a file's content; raises NoInputError if it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -54,12 +54,12 @@ def digest_file(path: str | Path) -> str:
 
 
 def hidden_name(target: Path) -> Path:
-    """A fresh name beside `target` for what is not to be seen under a name of its own; see `remove_hidden`."""
+    """A new hidden name beside `target` for a temporary file or folder; `remove_hidden` removes it."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
 
 
 def remove_hidden(target: str | Path) -> None:
-    """Remove what a killed process left beside `target` under hidden names; only for who alone writes `target`."""
+    """Remove hidden files that a killed process left beside `target`; the caller must be its only writer."""
     target = Path(target)
     for left in target.parent.glob(f".{escape(target.name)}.{'[0-9a-f]' * 8}.part"):
         if left.is_dir():
@@ -69,10 +69,10 @@ def remove_hidden(target: str | Path) -> None:
 
 
 def reserve(path: str | Path, num_bytes: int) -> None:
-    """Make sure that the disk has room for the first `num_bytes` bytes of the file `path`, whose size stays.
+    """Allocate disk blocks for the first `num_bytes` bytes of the file `path` without changing its size.
 
-    Raises OSError when the disk, a quota or a limit is too small. Where the system or the file system cannot reserve,
-    nothing happens: posix_fallocate would write every block there. A reservation that fails leaves nothing taken.
+    Raises OSError if the disk, a quota or a limit is too small, and then keeps no block. Does nothing if the file
+    system cannot allocate ahead: posix_fallocate would write every block there.
     """
     _require_free(Path(path), num_bytes)
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
@@ -82,23 +82,25 @@ def reserve(path: str | Path, num_bytes: int) -> None:
         arguments = file.fileno(), _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(num_bytes)
         if fallocate(*arguments):
             code = ctypes.get_errno()
-            os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size)  # it may have taken all there was
+            os.ftruncate(
+                file.fileno(), os.fstat(file.fileno()).st_size
+            )  # a failed call may have allocated all free blocks
             if code not in _CANNOT_RESERVE:
                 raise OSError(code, os.strerror(code))
 
 
 def start_writing(descriptor: int) -> None:
-    """Have the system begin to write what it holds of a file to disk; does not wait for it. A hint: never fails."""
+    """Ask the kernel to start writing a file's dirty pages to disk; does not block and never fails."""
     begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if begin is not None:
         begin(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _START_WRITING)
 
 
 def _require_free(path: Path, num_bytes: int) -> None:
-    """Refuse before anything is taken: a reservation that fails fills the disk for a moment, for everyone."""
+    """Check the free space first, because a failing reservation fills the disk for a moment, for every process."""
     status = path.stat()
-    taken = min(status.st_blocks * BLOCK_BYTES, status.st_size)
-    if num_bytes - taken > shutil.disk_usage(path.parent).free:
+    allocated = min(status.st_blocks * _STAT_BLOCK_BYTES, status.st_size)
+    if num_bytes - allocated > shutil.disk_usage(path.parent).free:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {num_bytes:,} bytes are needed")
 
 

@@ -1,8 +1,9 @@
-"""The guard at every HDF5 file: what is read is what the format promises, and lies inside the file.
+"""Safe reading and writing of HDF5 files.
 
-HDF5 can point outside a file (external storage, external links, virtual datasets), promise petabytes in a few bytes
-(chunks, filters, fill values) and run code to read (filter plugins). A dataset is accepted only if hard links lead
-to it all the way and it is contiguous, unfiltered, inside the file, and of exactly the type and shape expected.
+HDF5 can refer to data outside a file (external storage, external links, virtual datasets), declare petabytes in a few
+bytes (chunks, filters, fill values) and run code on reading (filter plugins). A dataset is therefore accepted only if
+all links on its path are hard links and it is contiguous, unfiltered, inside the file, and of the expected type and
+shape.
 """
 
 import io
@@ -21,18 +22,18 @@ from moempi.arrays import aligned_empty
 from moempi.errors import DataError, NoInputError
 from moempi.storage.files import start_writing
 
-Array = npt.NDArray[Any]
+AnyArray = npt.NDArray[Any]
 
-# The oldest file format whose metadata carries checksums: every HDF5 library since 1.10 reads it.
+# The oldest file format with checksums of metadata; every HDF5 library since 1.10 reads it.
 WRITE_VERSION = ("v110", "v110")
-SENT_AT_ONCE_BYTES = 32 << 20
+WRITEBACK_BYTES = 32 << 20
 MAX_DEPTH = 16
 MAX_OBJECTS = 1_000_000
 MAX_ATTRIBUTE_BYTES = 1 << 16
 
 
 def _bfloat16() -> Any:
-    """The file type of bfloat16: 1 sign, 8 exponent and 7 mantissa bits; any HDF5 tool reads it as a number."""
+    """The file type of bfloat16: 1 sign, 8 exponent and 7 mantissa bits, which every HDF5 tool reads as a number."""
     kind = h5t.IEEE_F32LE.copy()
     kind.set_fields(15, 7, 8, 0, 7)
     kind.set_size(2)
@@ -52,7 +53,7 @@ MEMORY_TYPES = {"bfloat16": np.uint16, "float32": np.float32, "uint8": np.uint8,
 
 @contextmanager
 def raising_data_errors(path: str | Path, what: str = "") -> Iterator[None]:
-    """Turn what h5py raises about a damaged file into DataError that names the file and `what` was being read."""
+    """Raise h5py's errors about a damaged file as DataError that names the file and the object `what`."""
     try:
         yield
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
@@ -60,9 +61,9 @@ def raising_data_errors(path: str | Path, what: str = "") -> Iterator[None]:
 
 
 def open_file(path: str | Path) -> Any:
-    """Open an HDF5 file for reading, without locks (the files are immutable); an h5py.File, to be closed.
+    """Open an HDF5 file for reading, without file locks because files are immutable; returns an h5py.File.
 
-    Raises NoInputError when there is no such file or it may not be read, DataError when it is not HDF5.
+    Raises NoInputError if the file is missing or unreadable, DataError if it is not HDF5.
     """
     path = Path(path)
     try:
@@ -76,10 +77,10 @@ def open_file(path: str | Path) -> Any:
 
 
 def walk(file: Any) -> Iterator[tuple[str, bool]]:
-    """Every object below the root, parents first, as (name, whether it is a group); names as in `layers/000/q`.
+    """Yield (name, whether it is a group) of every object below the root, parents first; names like `layers/000/q`.
 
-    Raises DataError at a link that is not hard, a group met twice, an object that is neither group nor dataset, or a
-    tree beyond MAX_DEPTH levels or MAX_OBJECTS objects.
+    Raises DataError at a link that is not hard, a group reached twice, an object that is neither group nor dataset, or
+    a tree of more than MAX_DEPTH levels or MAX_OBJECTS objects.
     """
     with raising_data_errors(file.filename):
         root = file["/"].id
@@ -103,30 +104,30 @@ def walk(file: Any) -> Iterator[tuple[str, bool]]:
 
 
 def open_dataset(file: Any, name: str) -> Any:
-    """The dataset `name`, reached through hard links only and read from this file only; an h5py.h5d.DatasetID.
+    """Open the dataset `name` through hard links only; returns an h5py.h5d.DatasetID.
 
-    Raises DataError for any other link on the way, and for storage that is not contiguous, has external files or
-    filters, is not as long as type and shape say, or reaches beyond the end of the file.
+    Raises DataError for any other link on the path, and for storage that is not contiguous, has external files or
+    filters, has another size than type and shape require, or extends beyond the end of the file.
     """
-    where = f"{file.filename}: {name}"
+    label = f"{file.filename}: {name}"
     with raising_data_errors(file.filename, name):
         group = file["/"].id
         *parents, last = name.encode().split(b"/")
-        for part in parents:
-            _require_hard(group, part, where)
-            group = h5g.open(group, part)
-        _require_hard(group, last, where)
+        for parent in parents:
+            _require_hard(group, parent, label)
+            group = h5g.open(group, parent)
+        _require_hard(group, last, label)
         dataset = h5d.open(group, last)
         problem = _storage_problem(dataset, Path(file.filename).stat().st_size)
     if problem:
-        raise DataError(f"{where}: {problem}")
+        raise DataError(f"{label}: {problem}")
     return dataset
 
 
 def checked_dataset(file: Any, name: str, *, dtype: str, shape: tuple[int, ...]) -> Any:
-    """The dataset `name` if it has exactly this type (a key of FILE_TYPES) and shape; an h5py.h5d.DatasetID.
+    """Open the dataset `name` of type `dtype` (a key of FILE_TYPES) and `shape`; returns an h5py.h5d.DatasetID.
 
-    Raises DataError otherwise, and for everything that `open_dataset` refuses.
+    Raises DataError for another type or shape, or as `open_dataset` does.
     """
     dataset = open_dataset(file, name)
     if not dataset.get_type().equal(FILE_TYPES[dtype]):
@@ -136,11 +137,8 @@ def checked_dataset(file: Any, name: str, *, dtype: str, shape: tuple[int, ...])
     return dataset
 
 
-def read_rows(dataset: Any, start: int, stop: int, *, dtype: str) -> Array:
-    """Rows [start, stop) of a checked dataset as they lie in the file, in new memory aligned to 64 bytes.
-
-    bfloat16 comes as uint16 bits.
-    """
+def read_rows(dataset: Any, start: int, stop: int, *, dtype: str) -> AnyArray:
+    """Read rows [start, stop) of a checked dataset into new memory aligned to 64 bytes; bfloat16 as uint16 bits."""
     shape = (stop - start, *dataset.shape[1:])
     rows = aligned_empty(shape, MEMORY_TYPES[dtype])
     if rows.size:
@@ -148,8 +146,8 @@ def read_rows(dataset: Any, start: int, stop: int, *, dtype: str) -> Array:
     return rows
 
 
-def read_vector(file: Any, name: str, *, dtype: str, limit: int) -> Array:
-    """A whole one-dimensional dataset of at most `limit` entries; DataError if it is anything else."""
+def read_vector(file: Any, name: str, *, dtype: str, limit: int) -> AnyArray:
+    """Read a one-dimensional dataset of at most `limit` entries; raises DataError if it is anything else."""
     with raising_data_errors(file.filename, name):
         shape = tuple(open_dataset(file, name).shape)
         if len(shape) != 1 or shape[0] > limit:
@@ -160,7 +158,7 @@ def read_vector(file: Any, name: str, *, dtype: str, limit: int) -> Array:
 def read_attribute(file: Any, name: str, *, owner: Any = None) -> str | int | float | None:
     """A scalar attribute of the root (or of the object `owner`): fixed-length text, integer or float; None if absent.
 
-    Raises DataError for variable-length text, for arrays and for more than MAX_ATTRIBUTE_BYTES bytes.
+    Raises DataError for variable-length text, for arrays, and beyond MAX_ATTRIBUTE_BYTES bytes.
     """
     with raising_data_errors(file.filename, f"attribute {name}"):
         holder = file["/"].id if owner is None else owner
@@ -181,9 +179,10 @@ def read_attribute(file: Any, name: str, *, owner: Any = None) -> str | int | fl
 
 @contextmanager
 def create_file(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """Write a new HDF5 file over `path`, which exists: an h5py.File, and a check that raises the OSError met so far.
+    """Write a new HDF5 file over the existing file `path`; gives an h5py.File and a function `require_success`.
 
-    A long writer calls the check now and then; the end of a good block does. The file is closed in any case.
+    `require_success` raises the first OSError of writing. Call it from time to time in a long block; a block that
+    succeeds ends with it. The file is always closed.
     """
     with _Output(path) as output:
         with h5py.File(output, "w", libver=WRITE_VERSION) as file:
@@ -192,7 +191,7 @@ def create_file(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
 
 
 def create_dataset(file: Any, name: str, *, dtype: str, shape: tuple[int, ...]) -> Any:
-    """Create the contiguous dataset `name` with its groups, its place in the file taken at once; a DatasetID."""
+    """Create the contiguous dataset `name` and its groups, and allocate it at once; returns a DatasetID."""
     creation = h5p.create(h5p.DATASET_CREATE)
     creation.set_layout(h5d.CONTIGUOUS)
     creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
@@ -203,8 +202,8 @@ def create_dataset(file: Any, name: str, *, dtype: str, shape: tuple[int, ...]) 
     return h5d.create(group.id, last.encode(), FILE_TYPES[dtype], h5s.create_simple(shape), creation)
 
 
-def write_rows(dataset: Any, start: int, rows: Array, *, dtype: str) -> None:
-    """Write rows (bfloat16 as uint16 bits) at row `start` of a dataset made by `create_dataset`; OSError on failure."""
+def write_rows(dataset: Any, start: int, rows: AnyArray, *, dtype: str) -> None:
+    """Write rows (bfloat16 as uint16 bits) at row `start` of a dataset from `create_dataset`; raises OSError."""
     if rows.dtype != MEMORY_TYPES[dtype] or rows.shape[1:] != tuple(dataset.shape[1:]):
         raise ValueError(f"{rows.dtype}{rows.shape} cannot be rows of a {dtype} dataset of shape {dataset.shape}")
     if rows.size:
@@ -228,19 +227,19 @@ def write_attribute(file: Any, name: str, value: str | int, *, owner: Any = None
 
 
 class _Output(io.FileIO):
-    """A file for HDF5 to write to, which keeps the first failure to itself.
+    """A file for HDF5 to write to, which records the first failure instead of raising it.
 
-    HDF5 that meets a full disk tries again when it closes the file and when the program ends, and dies of it. The disk
-    takes what was written while more is computed, so that the sync at the end finds little left.
+    After a failed write HDF5 writes again when it closes the file and when the program exits, and crashes. Writeback
+    to disk starts while the program computes more, which shortens the sync at the end.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "r+")
         self._failure: OSError | None = None
-        self._unsent = 0
+        self._unflushed = 0
 
     def write(self, content: Any) -> int:
-        """Write all of `content`, or from the first failure on nothing."""
+        """Write all of `content`, or nothing after the first failure."""
         rest = memoryview(content).cast("B")
         num_bytes = len(rest)
         try:
@@ -248,10 +247,10 @@ class _Output(io.FileIO):
                 rest = rest[super().write(rest) :]
         except OSError as error:
             self._failure = error
-        self._unsent += num_bytes
-        if self._unsent >= SENT_AT_ONCE_BYTES:
+        self._unflushed += num_bytes
+        if self._unflushed >= WRITEBACK_BYTES:
             start_writing(self.fileno())
-            self._unsent = 0
+            self._unflushed = 0
         return num_bytes
 
     def truncate(self, size: int | None = None) -> int:
@@ -263,7 +262,7 @@ class _Output(io.FileIO):
             return self.tell()
 
     def require_success(self) -> None:
-        """Raise the OSError that was kept, if any."""
+        """Raise the first OSError, if any."""
         if self._failure:
             raise self._failure
 
@@ -274,23 +273,23 @@ def _selection(dataset: Any, start: int, shape: tuple[int, ...]) -> tuple[Any, A
     return h5s.create_simple(shape), space
 
 
-def _is_group(group: Any, name: bytes, where: str) -> bool:
-    _require_hard(group, name, where)
+def _is_group(group: Any, name: bytes, label: str) -> bool:
+    _require_hard(group, name, label)
     kind = h5o.get_info(group, name).type
     if kind not in (h5o.TYPE_GROUP, h5o.TYPE_DATASET):
-        raise DataError(f"{where}: is neither a group nor a dataset")
+        raise DataError(f"{label}: is neither a group nor a dataset")
     return bool(kind == h5o.TYPE_GROUP)
 
 
-def _require_hard(group: Any, name: bytes, where: str) -> None:
+def _require_hard(group: Any, name: bytes, label: str) -> None:
     if not group.links.exists(name):
-        raise DataError(f"{where}: is missing")
+        raise DataError(f"{label}: is missing")
     if group.links.get_info(name).type != h5l.TYPE_HARD:
-        raise DataError(f"{where}: soft and external links are refused")
+        raise DataError(f"{label}: soft and external links are refused")
 
 
 def _storage_problem(dataset: Any, file_bytes: int) -> str | None:
-    """Why the bytes of a dataset cannot be trusted to be its own, or None."""
+    """Why the storage of a dataset is refused, or None."""
     creation = dataset.get_create_plist()
     if creation.get_layout() != h5d.CONTIGUOUS:
         return "only contiguous storage is read (no chunks, compact or virtual datasets)"

@@ -1,4 +1,4 @@
-"""Random weights for any architecture: the same seed gives the same file on every machine."""
+"""Random weights for any architecture; a seed gives the same file on every machine."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,27 +9,27 @@ import xxhash
 from moempi.arrays import narrow
 from moempi.config.architecture import Architecture
 from moempi.config.tensors import Tensor, catalogue
-from moempi.storage.hdf5 import Array
-from moempi.storage.weights import Progress, write_weights
+from moempi.storage.hdf5 import AnyArray
+from moempi.storage.weights import OnProgress, write_weights
 
-SPREAD = 0.1
+VECTOR_DEVIATION = 0.1
 # The sum of four uniform 16-bit integers: its mean and standard deviation.
 SUM_MEAN = 2 * 0xFFFF
 SUM_DEVIATION = float(np.sqrt((2.0**32 - 1) / 3))
 
 
-def initialize(architecture: Architecture, path: str | Path, *, seed: int, progress: Progress | None = None) -> str:
+def initialize(architecture: Architecture, path: str | Path, *, seed: int, progress: OnProgress | None = None) -> str:
     """Write a weight file of random weights without a tokenizer; returns its fingerprint.
 
     Matrices have mean 0 and standard deviation 1/sqrt(inputs); norms have mean 1, biases mean 0, both deviation 0.1.
     Every block of rows is a function of (seed, tensor name, block) alone. Memory holds one block. Raises StorageError
-    when the disk does not take it.
+    if writing fails.
     """
     tensors = ((tensor, _blocks(tensor, seed)) for tensor in catalogue(architecture))
     return write_weights(path, architecture, tokenizer="", tensors=tensors, progress=progress)
 
 
-def _blocks(tensor: Tensor, seed: int) -> Iterator[Array]:
+def _blocks(tensor: Tensor, seed: int) -> Iterator[AnyArray]:
     mean, deviation = _distribution(tensor)
     for block in range(tensor.num_blocks):
         start = block * tensor.block_rows
@@ -42,16 +42,16 @@ def _blocks(tensor: Tensor, seed: int) -> Iterator[Array]:
 
 def _distribution(tensor: Tensor) -> tuple[float, float]:
     if len(tensor.shape) == 1 or tensor.name.endswith("_bias"):
-        return float(tensor.name.endswith("norm")), SPREAD
+        return float(tensor.name.endswith("norm")), VECTOR_DEVIATION
     inputs = tensor.shape[0] if tensor.transposed else tensor.shape[-1]
     return 0.0, inputs**-0.5
 
 
-def _normal(shape: tuple[int, ...], key: tuple[int, ...]) -> Array:
-    """Close to normal float32 numbers: four uniform integers added, which no machine rounds differently."""
+def _normal(shape: tuple[int, ...], key: tuple[int, ...]) -> AnyArray:
+    """Approximately normal float32 numbers: sums of four uniform integers, which every machine computes exactly."""
     count = int(np.prod(shape))
     quarters = np.random.Philox(np.random.SeedSequence(key)).random_raw(count).view(np.uint16).reshape(count, 4)
     sums = quarters.sum(axis=1, dtype=np.int32)
-    values: Array = (sums - SUM_MEAN).astype(np.float32)
+    values: AnyArray = (sums - SUM_MEAN).astype(np.float32)
     values /= np.float32(SUM_DEVIATION)
     return values.reshape(shape)

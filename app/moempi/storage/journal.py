@@ -1,10 +1,10 @@
-"""Finished requests on their way to the results file: one append-only part per rank, beside the results file.
+"""The journal of a run: finished requests before the merge, in one append-only file per rank beside the results.
 
-A part is a header and then records, each behind its length and checksum. Whatever moment a rank is killed at, the
-records before that moment can be read back; a torn record at the end is dropped when reading and cut off when a
-writer opens the part again.
+A journal is a header followed by records, each preceded by its length and checksum. If a rank is killed at any moment,
+all records written before can be read. A reader drops a torn record at the end; a writer that opens the journal again
+truncates it.
 
-    header    magic "MOEMPART", version u32, length u32, fingerprint of the run (that many bytes), XXH3-64 of all before
+    header    magic "MOEMPART", version u32, length u32, fingerprint of the run (that many bytes), XXH3-64 of the above
     record    length u64, XXH3-64 u64 of the payload, payload (MessagePack, that many bytes)
 
 Numbers are little-endian.
@@ -16,13 +16,13 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import msgspec
 from xxhash import xxh3_64_intdigest
 
 from moempi.errors import StorageError
+from moempi.storage.closeable import Closeable
 from moempi.storage.files import atomic, hidden_name
 from moempi.storage.records import Record, decode, encode
 
@@ -37,24 +37,24 @@ _MAX_FINGERPRINT_BYTES = 4096
 
 
 def journals_folder(results_path: str | Path) -> Path:
-    """The folder of a results file's parts: `<results>.parts`."""
+    """The folder of a results file's journals: `<results>.parts`."""
     return Path(f"{results_path}.parts")
 
 
 def journal_path(results_path: str | Path, rank: int) -> Path:
-    """The part that `rank` writes."""
+    """The journal that `rank` writes."""
     return journals_folder(results_path) / f"rank-{rank:05d}.part"
 
 
 def journal_paths(results_path: str | Path) -> list[Path]:
-    """All parts beside a results file, of this run or an unfinished one before it, in rank order; possibly none."""
+    """All journals beside a results file, from this run or an unfinished earlier one, in rank order."""
     return sorted(journals_folder(results_path).glob("rank-*.part"), key=lambda path: (len(path.name), path.name))
 
 
 def remove_journals(results_path: str | Path) -> None:
-    """Remove all parts beside a results file at once, so that no later run meets a few of them; none is no error.
+    """Remove all journals beside a results file, if any, atomically: a later run finds all of them or none.
 
-    Raises StorageError when the folder cannot be removed.
+    Raises StorageError if the folder cannot be removed.
     """
     folder = journals_folder(results_path)
     try:
@@ -66,11 +66,12 @@ def remove_journals(results_path: str | Path) -> None:
         raise StorageError(f"{results_path}: is complete, but its parts cannot be removed: {error}") from error
 
 
-class JournalReader:
-    """A part opened for reading; reading never changes it.
+class JournalReader(Closeable):
+    """A journal opened for reading; reading never changes it.
 
-    `fingerprint` is the run's, `num_bytes` the file's size, `dropped_bytes` what lies after the last whole record,
-    known when `records()` is exhausted. Raises StorageError when the file cannot be read or is no part.
+    `fingerprint` identifies the run, `num_bytes` is the file's size, and `dropped_bytes` the bytes after the last
+    complete record, known once `records()` is exhausted. Raises StorageError if the file cannot be read or is not a
+    journal.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -88,12 +89,12 @@ class JournalReader:
             raise
 
     def records(self) -> Iterator[tuple[int, Record]]:
-        """Yield (offset, record) from the first to the last whole record, one in memory at a time."""
+        """Yield (offset, record) up to the last complete record, one in memory at a time; raises StorageError."""
         for offset, payload in self.payloads():
             yield offset, self._decode(offset, payload)
 
     def payloads(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, encoded record) as `records` does; checksums are verified, nothing is decoded."""
+        """Yield (offset, encoded record) like `records`: verifies checksums, decodes nothing."""
         offset = self._start
         while (payload := self._read_payload(offset)) is not None:
             yield offset, payload
@@ -101,7 +102,7 @@ class JournalReader:
         self.dropped_bytes = self.num_bytes - offset
 
     def record_at(self, offset: int) -> Record:
-        """The record at an offset that `records` gave; raises StorageError when it is not whole any more."""
+        """The record at an offset from `records`; raises StorageError if it is no longer intact."""
         payload = self._read_payload(offset)
         if payload is None:
             raise StorageError(f"{self.path}: the record at byte {offset} has changed since it was found")
@@ -110,14 +111,6 @@ class JournalReader:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _read_header(self) -> tuple[str, int]:
         head = self._file.read(_HEADER.size)
@@ -152,11 +145,12 @@ class JournalReader:
             raise StorageError(f"{self.path}: the record at byte {offset} is not one of ours: {error}") from error
 
 
-class JournalWriter:
-    """Appends records to a rank's part, creating it and its folder, or continuing it behind its last whole record.
+class JournalWriter(Closeable):
+    """Appends records to the journal of one rank.
 
-    `fingerprint` says which run the records belong to (weights, prompts, job). Raises StorageError when the part
-    belongs to another run or cannot be written. Not collective; each rank has its own.
+    Creates the file and its folder, or continues an existing journal after its last complete record. `fingerprint`
+    identifies the run (weights, prompts, job). Raises StorageError if the journal belongs to another run or cannot be
+    written. Not collective.
     """
 
     def __init__(self, path: str | Path, *, fingerprint: str) -> None:
@@ -166,7 +160,7 @@ class JournalWriter:
             if not self.path.exists():
                 with atomic(self.path) as fresh:
                     fresh.write_bytes(_header(fingerprint))
-            self._end = self._last_whole_record(fingerprint)
+            self._end = self._end_of_records(fingerprint)
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             os.ftruncate(self._file, self._end)
         except OSError as error:
@@ -174,9 +168,9 @@ class JournalWriter:
         self._synced_at = time.monotonic()
 
     def append(self, record: Record) -> None:
-        """Write one record with one system call; reach the disk at most once per second, blocking for that.
+        """Write one record with one system call; blocks for an fdatasync at most once per second.
 
-        Raises StorageError when the disk is full or fails; the part then still ends with its last whole record.
+        Raises StorageError if the disk is full or fails; the journal then ends with the last complete record.
         """
         payload = encode(record)
         try:
@@ -187,7 +181,7 @@ class JournalWriter:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Reach the disk and close; later calls do nothing. Raises StorageError when the disk fails."""
+        """Sync to disk and close; later calls do nothing. Raises StorageError if the disk fails."""
         if self._file < 0:
             return
         file, self._file = self._file, -1
@@ -198,21 +192,13 @@ class JournalWriter:
         finally:
             os.close(file)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _last_whole_record(self, fingerprint: str) -> int:
-        with JournalReader(self.path) as part:
-            if part.fingerprint != fingerprint:
+    def _end_of_records(self, fingerprint: str) -> int:
+        with JournalReader(self.path) as journal:
+            if journal.fingerprint != fingerprint:
                 raise StorageError(f"{self.path}: belongs to another run; remove {self.path.parent} to start afresh")
-            for _ in part.payloads():
+            for _ in journal.payloads():
                 pass
-            return part.num_bytes - part.dropped_bytes
+            return journal.num_bytes - journal.dropped_bytes
 
     def _write(self, record: bytes) -> None:
         rest = memoryview(record)

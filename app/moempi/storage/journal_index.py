@@ -1,4 +1,4 @@
-"""A survey of the parts before the merge: where each request's record lies, its length, and that none is missing."""
+"""The index of a run's journals, made before the merge: location and size of each request's record."""
 
 from array import array
 from collections import OrderedDict
@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
+from moempi.storage.closeable import Closeable
 from moempi.storage.journal import JournalReader
-from moempi.storage.records import RankRecord, RequestRecord, RoutingRecord
+from moempi.storage.records import RankRecord, Record, RequestRecord, RoutingRecord
 from moempi.storage.results_layout import ARRAYS, OFFSETS, TEXTS
 
 MAX_OPEN_JOURNALS = 64
@@ -25,15 +25,17 @@ METADATA_BYTES = 256 << 10
 
 NO_LOAD, NO_SHIFTS = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
 
+R = TypeVar("R", bound=Record)
+
 _ENTRY = np.dtype(
-    [("part", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("prompt_token", "i8"), ("output_token", "i8")]
+    [("journal", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("prompt_token", "i8"), ("output_token", "i8")]
     + [("computed", "i8")]
     + [(name, "i8") for name in TEXTS]
 )
 
 
-class Journals:
-    """All parts of a run, of which few are open at a time."""
+class Journals(Closeable):
+    """All journals of a run, of which at most MAX_OPEN_JOURNALS are open at a time."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self._paths = paths
@@ -44,47 +46,42 @@ class Journals:
         return len(self._paths)
 
     def open(self, number: int) -> JournalReader:
-        """The part with this number; raises StorageError when it is of another run than those before it."""
+        """The journal with this number; raises StorageError if its run differs from the run of those opened before."""
         if number not in self._opened:
             if len(self._opened) == MAX_OPEN_JOURNALS:
                 self._opened.popitem(last=False)[1].close()
-            part = self._opened[number] = JournalReader(self._paths[number])
-            self._fingerprint = self._fingerprint or part.fingerprint
-            if part.fingerprint != self._fingerprint:
-                raise StorageError(f"{part.path}: belongs to another run than {self._paths[0]}")
+            journal = self._opened[number] = JournalReader(self._paths[number])
+            self._fingerprint = self._fingerprint or journal.fingerprint
+            if journal.fingerprint != self._fingerprint:
+                raise StorageError(f"{journal.path}: belongs to another run than {self._paths[0]}")
         self._opened.move_to_end(number)
         return self._opened[number]
 
     def request_at(self, entry: Any) -> RequestRecord:
-        """The record that an entry of the survey points to."""
-        part = self.open(int(entry["part"]))
-        record = part.record_at(int(entry["offset"]))
-        if not isinstance(record, RequestRecord):
-            raise StorageError(f"{part.path}: the record at byte {entry['offset']} has changed since it was found")
-        return record
+        """The record at an entry of `JournalIndex.entries`; raises StorageError."""
+        return self._record_at(int(entry["journal"]), int(entry["offset"]), RequestRecord)
 
     def routing_at(self, journal: int, offset: int) -> RoutingRecord:
-        """The record of routing that lies there."""
+        """The routing record at an offset of a journal; raises StorageError."""
+        return self._record_at(journal, offset, RoutingRecord)
+
+    def close(self) -> None:
+        """Close the open journals."""
+        for journal in self._opened.values():
+            journal.close()
+
+    def _record_at(self, journal: int, offset: int, kind: type[R]) -> R:
         opened = self.open(journal)
         record = opened.record_at(offset)
-        if not isinstance(record, RoutingRecord):
+        if not isinstance(record, kind):
             raise StorageError(f"{opened.path}: the record at byte {offset} has changed since it was found")
         return record
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for part in self._opened.values():
-            part.close()
-
 
 class RoutingIndex:
-    """Where the records of routing lie, 40 bytes each: attempt, which layers, step, part and offset.
+    """Locations of the routing records, 40 bytes each: attempt, set of layers, step, journal and offset.
 
-    `top_k` is the number of experts of a token, 0 where nothing is recorded.
+    `top_k` is the number of experts per token, 0 if no routing is recorded.
     """
 
     def __init__(self) -> None:
@@ -94,26 +91,30 @@ class RoutingIndex:
 
     @property
     def layers(self) -> list[int]:
-        """The layers of which anything is recorded, ascending."""
+        """The layers with recorded routing, ascending."""
         return sorted({layer for layers in self._layer_sets for layer in layers})
 
     def add(self, record: RoutingRecord, *, journal: int, offset: int) -> None:
-        """Note one record."""
+        """Add the location of one record."""
         layers = self._layer_sets.setdefault(record.layers, len(self._layer_sets))
         self._entries.extend((record.since, layers, record.step, journal, offset))
         self.top_k = record.experts.shape[2]
 
     def groups(self) -> Iterator[list[tuple[int, int]]]:
-        """Part and offset of the records of one attempt and the same layers, step by step; later attempts later."""
-        places = np.frombuffer(self._entries, np.int64).reshape(-1, 5)
-        places = places[np.lexsort(places[:, 2::-1].T)]
-        for group in np.split(places, np.flatnonzero(np.diff(places[:, :2], axis=0).any(axis=1)) + 1):
-            yield [(part, offset) for part, offset in group[:, 3:].tolist()]
+        """Yield (journal, offset) of the records of one attempt and the same layers, by step; attempts in order."""
+        entries = np.frombuffer(self._entries, np.int64).reshape(-1, 5)
+        entries = entries[np.lexsort(entries[:, 2::-1].T)]
+        for group in np.split(entries, np.flatnonzero(np.diff(entries[:, :2], axis=0).any(axis=1)) + 1):
+            yield [(journal, offset) for journal, offset in group[:, 3:].tolist()]
 
 
 @dataclass(slots=True)
 class JournalIndex:
-    """What the parts hold: for each request where its record lies and how long its fields are, and what ranks did."""
+    """The contents of all journals: location and field lengths of each request's record, and the ranks' records.
+
+    `entries` (N,) has one entry per request, with journal -1 until its record is found. `expert_load` and `asked_load`
+    (layers, experts) are summed over ranks, as is `shifts`. `torn` describes journals with a torn end.
+    """
 
     entries: NDArray[Any]
     ranks: list[RankRecord] = field(default_factory=list)
@@ -127,7 +128,7 @@ class JournalIndex:
     routing: RoutingIndex = field(default_factory=RoutingIndex)
 
     def add_request(self, record: RequestRecord, *, journal: int, offset: int) -> None:
-        """Note a request that was not met before."""
+        """Add the location and lengths of a request's first record."""
         arrays = [getattr(record, name) for name in ARRAYS]
         texts = [len((getattr(record, name) or "").encode()) for name in TEXTS]
         num_bytes = sum(array.nbytes for array in arrays) + sum(texts)
@@ -138,7 +139,7 @@ class JournalIndex:
         self.scored = self.scored or len(record.score) > 0
 
     def add_rank(self, record: RankRecord) -> None:
-        """Add up one rank's expert loads and keep the rest."""
+        """Add one rank's expert loads to the sums and keep the rest of its record."""
         if not self.ranks:
             self.expert_load = np.zeros_like(record.expert_load)
         if record.expert_load.shape != self.expert_load.shape:
@@ -153,15 +154,15 @@ class JournalIndex:
         self.ranks.append(msgspec.structs.replace(record, **nothing))
 
     def add_routing(self, record: RoutingRecord, *, journal: int, offset: int) -> None:
-        """Note where the routing of one rank's step lies."""
+        """Add the location of the routing of one rank and step."""
         self.routing.add(record, journal=journal, offset=offset)
 
     def texts(self) -> list[str]:
-        """The text columns to write; references only if any was given."""
+        """The text columns to write; references only if the prompts have any."""
         return [name for name in TEXTS if name != "reference" or self.entries["reference"].any()]
 
     def arrays(self) -> list[str]:
-        """The array columns to write: likeliest tokens and scores only if any were asked for."""
+        """The array columns to write; likeliest tokens and scores only if requested."""
         dims = self.sizes()
         return [
             name
@@ -184,7 +185,7 @@ class JournalIndex:
         return sizes
 
     def file_bytes(self) -> int:
-        """An upper estimate of the file's size."""
+        """An upper bound of the file's size."""
         sizes = self.sizes()
         arrays = sum(prod(sizes[dim] for dim in ARRAYS[name].dims) * ITEM_BYTES for name in self.arrays())
         texts = sum(2 * sizes[f"{name}_byte"] for name in self.texts())
@@ -198,26 +199,26 @@ class JournalIndex:
 
 
 def index_journals(journals: Journals, num_requests: int) -> JournalIndex:
-    """Read all parts once; raises StorageError as `merge` says."""
-    survey = JournalIndex(np.zeros(num_requests, _ENTRY))
-    survey.entries["part"] = -1
+    """Read all journals once; raises StorageError as `merge` does."""
+    index = JournalIndex(np.zeros(num_requests, _ENTRY))
+    index.entries["journal"] = -1
     for number in range(len(journals)):
-        part = journals.open(number)
-        for offset, record in part.records():
+        journal = journals.open(number)
+        for offset, record in journal.records():
             if isinstance(record, RankRecord):
-                survey.add_rank(record)
+                index.add_rank(record)
             elif isinstance(record, RoutingRecord):
-                survey.add_routing(record, journal=number, offset=offset)
+                index.add_routing(record, journal=number, offset=offset)
             elif not 0 <= record.index < num_requests:
-                raise StorageError(f"{part.path}: holds request {record.index}, the job has {num_requests}")
-            elif survey.entries["part"][record.index] < 0:
-                survey.add_request(record, journal=number, offset=offset)
+                raise StorageError(f"{journal.path}: holds request {record.index}, the job has {num_requests}")
+            elif index.entries["journal"][record.index] < 0:
+                index.add_request(record, journal=number, offset=offset)
             else:
-                _require_same(journals.request_at(survey.entries[record.index]), record, part.path)
-        if part.dropped_bytes:
-            survey.torn.append(f"{part.path} ends with {part.dropped_bytes} torn bytes")
-    _require_all(survey)
-    return survey
+                _require_same(journals.request_at(index.entries[record.index]), record, journal.path)
+        if journal.dropped_bytes:
+            index.torn.append(f"{journal.path} ends with {journal.dropped_bytes} torn bytes")
+    _require_all(index)
+    return index
 
 
 def _require_same(first: RequestRecord, again: RequestRecord, path: Path) -> None:
@@ -226,7 +227,7 @@ def _require_same(first: RequestRecord, again: RequestRecord, path: Path) -> Non
 
 
 def _require_all(index: JournalIndex) -> None:
-    missing = np.flatnonzero(index.entries["part"] < 0)
+    missing = np.flatnonzero(index.entries["journal"] < 0)
     if len(missing):
         counts = f"{len(missing)} of {len(index.entries)} requests have no record, the first is {missing[0]}"
         raise StorageError("; ".join([counts, *index.torn]))

@@ -1,4 +1,4 @@
-"""The lock on a job's output: two runs never write one results file."""
+"""The lock on a job's output, so that two runs never write the same results file."""
 
 import fcntl
 import logging
@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class OutputLock:
-    """Held from its making until `release` or the end of this process, however it ends; only one at a time per output.
+    """Exclusive lock on an output, held from construction until `release` or the end of this process.
 
-    The lock is the kernel's, on a file in the folder of parts, which says who holds it. Where the file system has no
-    locks the run goes on, with a warning. Raises StorageError when another process holds it or the disk fails.
+    It is a kernel lock (flock) on a file in the journals' folder; the file names the holder. If the file system has no
+    locks, the run continues with a warning. Raises StorageError if another process holds the lock or the disk fails.
     """
 
     def __init__(self, results_path: str | Path) -> None:
@@ -23,31 +23,31 @@ class OutputLock:
         self.path = journals_folder(results_path) / "lock"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._locked()
+            self._file = self._open_locked()
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, _self_description().encode(), 0)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def release(self) -> None:
-        """Let others have it; later calls do nothing."""
+        """Release the lock; later calls do nothing."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
-    def _locked(self) -> int:
+    def _open_locked(self) -> int:
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                self._take(file)
+                self._acquire(file)
                 if _is_file_at(file, self.path):
                     return file
             except BaseException:
                 os.close(file)
                 raise
-            os.close(file)  # its holder finished and removed it meanwhile: the next file of this name counts
+            os.close(file)  # the holder finished and removed the file meanwhile: try again with a new file
 
-    def _take(self, file: int) -> None:
+    def _acquire(self, file: int) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -1,6 +1,6 @@
-"""The results file, written: the parts of all ranks become one HDF5 file that is there whole or not at all."""
+"""Atomic merge of the journals of all ranks into one results file (HDF5)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from moempi.storage.files import atomic, reserve
 from moempi.storage.hdf5 import create_file, write_attribute
 from moempi.storage.journal_index import JournalIndex, Journals, index_journals
 from moempi.storage.merge_routing import write_routing
-from moempi.storage.records import RequestRecord
+from moempi.storage.records import RankRecord, RequestRecord
 from moempi.storage.results_columns import create, create_scale, write_offsets
 from moempi.storage.results_layout import (
     ARRAYS,
@@ -34,7 +34,7 @@ from moempi.storage.results_layout import (
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where results come from: the job file's text, versions by package, ranks and hosts, the weights' fingerprint."""
+    """Provenance of results: text of the job file, package versions, ranks and hosts, fingerprint of the weights."""
 
     job: str
     versions: Mapping[str, str]
@@ -48,34 +48,34 @@ class Provenance:
 def merge(
     results_path: str | Path, journals: Sequence[str | Path], *, num_requests: int, provenance: Provenance
 ) -> None:
-    """Write the results file from the parts of all ranks, atomically; the parts stay.
+    """Write the results file atomically from the journals of all ranks; keeps the journals.
 
-    Requests 0 to `num_requests` - 1 appear in this order; memory holds about 100 bytes per request and a few MiB. Call
-    it on one rank, when all have closed their parts. Raises StorageError when a request is missing, when two records of
-    one differ in tokens, when the parts are of different runs, or when the disk fails.
+    Requests are in the order 0 to `num_requests` - 1. Memory holds about 100 bytes per request and a few MiB. Call
+    this on one rank, after all ranks have closed their journals. Raises StorageError if a request is missing, if two
+    records of a request differ in tokens, if the journals are from different runs, or if the disk fails.
     """
     with Journals(journals) as opened:
-        survey = index_journals(opened, num_requests)
+        index = index_journals(opened, num_requests)
         try:
             Path(results_path).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{results_path}: its folder cannot be made: {error.strerror}") from error
         with atomic(results_path) as temporary, create_file(temporary) as (file, require_success):
-            reserve(temporary, survey.file_bytes())
+            reserve(temporary, index.file_bytes())
             _write_provenance(file, provenance)
-            columns = _create_columns(file, survey)
-            _write_ranks(file, survey)
-            if survey.routing.top_k:
-                write_routing(file, opened, survey, require_success)
-            for start, stop in blocks(survey.entries["num_bytes"]):
+            columns = _create_columns(file, index)
+            _write_ranks(file, index)
+            if index.routing.top_k:
+                write_routing(file, opened, index, require_success)
+            for start, stop in blocks(index.entries["num_bytes"]):
                 require_success()
-                records = [opened.request_at(entry) for entry in survey.entries[start:stop]]
+                records = [opened.request_at(entry) for entry in index.entries[start:stop]]
                 for column in columns:
                     column.write(records)
 
 
 class _Column:
-    """A dataset that is written from front to back, with the rows that a function takes from each record."""
+    """A dataset that is written sequentially; `rows_of` extracts a record's rows."""
 
     def __init__(self, dataset: Any, rows_of: Callable[[RequestRecord], NDArray[Any]]) -> None:
         self._dataset = dataset
@@ -116,45 +116,57 @@ def _create_columns(file: Any, index: JournalIndex) -> list[_Column]:
     for name in index.arrays():
         kind = ARRAYS[name]
         dataset = create(file, kind.path, kind.dtype, kind.dims, kind.long_name)
-        columns.append(_Column(dataset, _rows_taker(name, width=sizes[kind.dims[1]] if kind.dims[1:] else None)))
+        columns.append(_Column(dataset, _row_extractor(name, width=sizes[kind.dims[1]] if kind.dims[1:] else None)))
     for name in index.texts():
         text = TEXTS[name]
         write_offsets(file, f"{text.exact}/offsets", index.entries[name])
         values = create(file, f"{text.exact}/values", np.uint8, (f"{name}_byte",), f"{text.long_name}, UTF-8")
         readable = create(file, text.readable, h5py.string_dtype(), ("request",), text.long_name)
-        columns += [_Column(values, _bytes_taker(name)), _Column(readable, _readable_taker(name))]
+        columns += [_Column(values, _byte_extractor(name)), _Column(readable, _readable_extractor(name))]
     return columns
 
 
 def _write_ranks(file: Any, index: JournalIndex) -> None:
-    load = create(file, "experts/load", np.int64, ("layer", "expert"), "tokens routed to each expert of each MoE layer")
-    load[...] = index.expert_load
+    dims = ("layer", "expert")
+    create(file, "experts/load", np.int64, dims, "tokens routed to each expert of each MoE layer")[...] = (
+        index.expert_load
+    )
     if index.asked_load.size:
-        asked = create(file, "experts/asked_load", np.int64, ("layer", "expert"), "tokens that routers asked it for")
-        asked[...] = index.asked_load
-        shifts = create(file, "experts/shift", np.float32, ("layer", "expert"), "term on its score at the end")
-        shifts[...] = index.shifts
+        create(file, "experts/asked_load", np.int64, dims, "tokens that routers asked it for")[...] = index.asked_load
+        create(file, "experts/shift", np.float32, dims, "term on its score at the end")[...] = index.shifts
     ranks = sorted(index.ranks, key=lambda record: record.rank)
+    _write_timing(file, ranks)
+    for name in _keys(record.balance for record in ranks):
+        figures = create(file, f"balance/{name}", np.float64, ("rank_run",), name.replace("_", " "))
+        figures[...] = [record.balance.get(name, np.nan) for record in ranks]
+    _write_placement(file, ranks)
+    for name in _keys(record.counters for record in ranks):
+        units, long_name = "B" if name.endswith("_bytes") else "1", f"{name.replace('_', ' ')} sent"
+        counts = create(file, f"network/{name}", np.int64, ("rank_run",), long_name, units=units)
+        counts[...] = [record.counters.get(name, 0) for record in ranks]
+
+
+def _write_timing(file: Any, ranks: Sequence[RankRecord]) -> None:
     dims = ("rank_run",)
     hosts = create(file, "timing/host", h5py.string_dtype(), dims, "host of the rank")
     hosts[...] = [_readable(record.host) for record in ranks]
     names = {"rank": "rank", "steps": "steps taken", "tokens": "tokens generated or scored"}
     for name, long_name in names.items():
-        dataset = create(file, f"timing/{name}", np.int64, dims, long_name)
-        dataset[...] = [getattr(record, name) for record in ranks]
-    for phase in dict.fromkeys(phase for record in ranks for phase in record.seconds):
+        create(file, f"timing/{name}", np.int64, dims, long_name)[...] = [getattr(record, name) for record in ranks]
+    for phase in _keys(record.seconds for record in ranks):
         seconds = create(file, f"timing/{phase}", np.float64, dims, f"time of the rank in {phase}", units="s")
         seconds[...] = [record.seconds.get(phase, np.nan) for record in ranks]
-    loaded = create(file, "loading/bytes", np.int64, dims, "weights that the rank read", units="B")
-    loaded[...] = [record.loaded_bytes for record in ranks]
-    took = create(file, "loading/seconds", np.float64, dims, "time until they were on the rank's machine", units="s")
-    took[...] = [record.loading_s for record in ranks]
-    for name in dict.fromkeys(name for record in ranks for name in record.balance):
-        figures = create(file, f"balance/{name}", np.float64, dims, name.replace("_", " "))
-        figures[...] = [record.balance.get(name, np.nan) for record in ranks]
-    for name in dict.fromkeys(name for record in ranks for name in record.place):
-        stood = create(file, f"placement/{name}", np.int64, dims, RANK_POSITION.get(name, name), fill=NOWHERE)
-        stood[...] = [record.place.get(name, NOWHERE) for record in ranks]
+    num_bytes = create(file, "loading/bytes", np.int64, dims, "weights that the rank read", units="B")
+    num_bytes[...] = [record.loaded_bytes for record in ranks]
+    seconds = create(file, "loading/seconds", np.float64, dims, "time until they were on the rank's machine", units="s")
+    seconds[...] = [record.loading_s for record in ranks]
+
+
+def _write_placement(file: Any, ranks: Sequence[RankRecord]) -> None:
+    for name in _keys(record.place for record in ranks):
+        long_name = RANK_POSITION.get(name, name)
+        coordinates = create(file, f"placement/{name}", np.int64, ("rank_run",), long_name, fill_value=NOWHERE)
+        coordinates[...] = [record.place.get(name, NOWHERE) for record in ranks]
     hosted = [
         (row, layer, expert)
         for row, record in enumerate(ranks)
@@ -162,36 +174,37 @@ def _write_ranks(file: Any, index: JournalIndex) -> None:
         for expert in experts
     ]
     for column, (name, long_name) in enumerate(HOSTED.items()):
-        listed = create(file, f"placement/hosted/{name}", np.int32, ("hosted",), long_name)
-        listed[...] = [entry[column] for entry in hosted]
-    for name in dict.fromkeys(name for record in ranks for name in record.counters):
-        units = "B" if name.endswith("_bytes") else "1"
-        counted = create(file, f"network/{name}", np.int64, dims, f"{name.replace('_', ' ')} sent", units=units)
-        counted[...] = [record.counters.get(name, 0) for record in ranks]
+        values = create(file, f"placement/hosted/{name}", np.int32, ("hosted",), long_name)
+        values[...] = [entry[column] for entry in hosted]
 
 
-def _rows_taker(name: str, *, width: int | None) -> Callable[[RequestRecord], NDArray[Any]]:
+def _keys(mappings: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """All keys of the mappings, in the order of their first appearance."""
+    return dict.fromkeys(key for mapping in mappings for key in mapping)
+
+
+def _row_extractor(name: str, *, width: int | None) -> Callable[[RequestRecord], NDArray[Any]]:
     kind = ARRAYS[name]
-    fill = NO_TOKEN if kind.dtype is np.int32 else np.nan
+    fill_value = NO_TOKEN if kind.dtype is np.int32 else np.nan
 
-    def take(record: RequestRecord) -> NDArray[Any]:
+    def extract(record: RequestRecord) -> NDArray[Any]:
         array: NDArray[Any] = getattr(record, name)
         num_rows = len(record.prompt if kind.dims[0] == "prompt_token" else record.tokens)
         shape = (num_rows,) if width is None else (num_rows, width)
         if array.shape == shape:
             return array
-        rows = np.full(shape, fill, kind.dtype)
+        rows = np.full(shape, fill_value, kind.dtype)
         rows[tuple(slice(size) for size in array.shape)] = array
         return rows
 
-    return take
+    return extract
 
 
-def _bytes_taker(name: str) -> Callable[[RequestRecord], NDArray[Any]]:
+def _byte_extractor(name: str) -> Callable[[RequestRecord], NDArray[Any]]:
     return lambda record: np.frombuffer((getattr(record, name) or "").encode(), np.uint8)
 
 
-def _readable_taker(name: str) -> Callable[[RequestRecord], NDArray[Any]]:
+def _readable_extractor(name: str) -> Callable[[RequestRecord], NDArray[Any]]:
     return lambda record: np.array([_readable(getattr(record, name) or "")], object)
 
 

@@ -1,7 +1,7 @@
-"""Recorded routing on its way into the results file: one row for each computed position of each request.
+"""Merge of recorded routing into the results file: one row per computed position of each request.
 
-A request that was stopped is computed anew by the next attempt at the job, whose rows replace those of the attempt
-before: what belongs to one place in the file is written in the order of the attempts.
+The next attempt at a job computes an interrupted request again, and its rows replace the rows of the earlier attempt.
+Rows are therefore written in the order of the attempts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,49 +20,50 @@ from moempi.storage.results_layout import ROUTING
 BLOCK_BYTES = 16 << 20
 
 Rows = dict[str, NDArray[Any]]
-"""Columns of /routing, of so many tokens."""
+"""Columns of /routing by name, all with the same number of rows."""
 
 
 def write_routing(file: Any, journals: Journals, index: JournalIndex, require_success: Callable[[], None]) -> None:
-    """Write /routing from all records of it; memory holds a few blocks of BLOCK_BYTES. Raises StorageError."""
+    """Write /routing from all routing records; memory holds a few blocks of BLOCK_BYTES. Raises StorageError."""
     layers = index.routing.layers
     write_offsets(file, "routing/offsets", index.entries["computed"])
     create(file, "routing/layer", np.int32, ("routed_layer",), "layer of the model")[...] = layers
     columns = {
-        name: create(file, f"routing/{name}", column.dtype, column.dims, column.long_name, fill=column.fill)
+        name: create(file, f"routing/{name}", column.dtype, column.dims, column.long_name, fill_value=column.fill_value)
         for name, column in ROUTING.items()
     }
     for group in index.routing.groups():
-        for records in _blocks(journals.routing_at(part, offset) for part, offset in group):
+        for records in _blocks(journals.routing_at(journal, offset) for journal, offset in group):
             require_success()
             first_layer, num_layers = layers.index(records[0].layers[0]), len(records[0].layers)
-            rows = _in_order(_joined(records), index.entries["computed"])
+            rows = _sorted_rows(_joined(records), index.entries["computed"])
             _write(columns, rows, slice(first_layer, first_layer + num_layers))
 
 
-def _in_order(rows: Rows, computed: NDArray[np.int64]) -> Rows:
-    """Rows with their place in the file, ascending; without those beyond what their request computed in the end."""
+def _sorted_rows(rows: Rows, computed: NDArray[np.int64]) -> Rows:
+    """Rows sorted by their `file_row`; drops positions beyond the number that the request computed in the end."""
     requests, positions = rows["request"], rows["position"]
     if len(requests) and not 0 <= requests.min() <= requests.max() < len(computed):
         raise StorageError(f"routing is recorded of a request beyond the job's {len(computed)}")
-    places = (np.cumsum(computed) - computed)[requests] + positions
-    order = np.argsort(places)
+    file_rows = (np.cumsum(computed) - computed)[requests] + positions
+    order = np.argsort(file_rows)
     order = order[positions[order] < computed[requests[order]]]
-    return {name: column[order] for name, column in (rows | {"place": places}).items()}
+    return {name: column[order] for name, column in (rows | {"file_row": file_rows}).items()}
 
 
 def _write(columns: Mapping[str, Any], rows: Rows, layers: slice) -> None:
-    """Write rows whose places ascend, neighbours at once."""
-    breaks = np.flatnonzero(np.diff(rows["place"]) != 1) + 1
-    for first, last in pairwise([0, *breaks.tolist(), len(rows["place"])]):
+    """Write rows with ascending `file_row`, each contiguous run at once."""
+    file_rows = rows["file_row"]
+    breaks = np.flatnonzero(np.diff(file_rows) != 1) + 1
+    for first, last in pairwise([0, *breaks.tolist(), len(file_rows)]):
         if first < last:
-            there = slice(int(rows["place"][first]), int(rows["place"][last - 1]) + 1)
+            target = slice(int(file_rows[first]), int(file_rows[last - 1]) + 1)
             for name, dataset in columns.items():
-                dataset[(there, layers) if dataset.ndim > 1 else there] = rows[name][first:last]
+                dataset[(target, layers) if dataset.ndim > 1 else target] = rows[name][first:last]
 
 
 def _blocks(records: Iterable[RoutingRecord]) -> Iterator[list[RoutingRecord]]:
-    """Lists of records of about BLOCK_BYTES."""
+    """Yield lists of records, each of about BLOCK_BYTES."""
     block: list[RoutingRecord] = []
     num_bytes = 0
     for record in records:
@@ -76,7 +77,7 @@ def _blocks(records: Iterable[RoutingRecord]) -> Iterator[list[RoutingRecord]]:
 
 
 def _joined(records: list[RoutingRecord]) -> Rows:
-    """The rows of records of the same layers, one after another."""
+    """The concatenated rows of records of the same layers."""
     lengths = [len(record.requests) for record in records]
     num_layers = len(records[0].layers)
     row = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])

@@ -1,4 +1,4 @@
-"""The prompts of a job: a JSONL file with one request a line, or token arrays in an HDF5 file."""
+"""The prompts of a job: a JSONL file with one request per line, or token arrays in an HDF5 file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UNKNOWN_FIELD = "Object contains unknown field `"
 
 Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
-Given = Annotated[str, Meta(min_length=1)]
+NonEmpty = Annotated[str, Meta(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
     """One request: its `index` among the file's requests, and either `text` or `tokens` (n,) int32, n > 0.
 
-    A non-empty `error` says why the line cannot be used; such a request has neither text nor tokens and is finished
-    at once, as an error.
+    A non-empty `error` is the reason why the line cannot be used; such a request has neither text nor tokens and
+    finishes immediately as an error.
     """
 
     index: int
@@ -47,14 +47,14 @@ class Prompt:
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
-    id: Given | None = None
+    id: NonEmpty | None = None
     prompt: str | None = None
     tokens: Annotated[list[Token], Meta(min_length=1)] | None = None
-    reference: Given | None = None
+    reference: NonEmpty | None = None
 
 
-class _Named(msgspec.Struct):
-    id: Given | None = None
+class _OnlyId(msgspec.Struct):
+    id: NonEmpty | None = None
 
 
 _OVERRIDES = {field.name: field.type for field in msgspec.structs.fields(Sampling)}
@@ -66,15 +66,15 @@ _LINE: type[Any] = msgspec.defstruct(
 )
 _KEYS = tuple(field.name for field in msgspec.structs.fields(_LINE))
 _LINE_DECODER = msgspec.json.Decoder(_LINE)
-_NAME_DECODER = msgspec.json.Decoder(_Named)
+_ID_DECODER = msgspec.json.Decoder(_OnlyId)
 
 
 def read_prompts(path: str | Path, *, sampling: Sampling, strict: bool) -> list[Prompt]:
-    """Read all requests of a file in order; `sampling` holds what a line does not override.
+    """Read all requests of a file in order; a line may override the keys of `sampling`.
 
-    A bad line, and a later line with an id used before, becomes a `Prompt` with an error naming file and line, and the
-    others go on; when `strict`, DataError is raised instead. Raises NoInputError when the file cannot be read,
-    DataError when an HDF5 file is not as documented in jobs/README.md.
+    A bad line, or a line with the id of an earlier one, becomes a `Prompt` with an error that names file and line; if
+    `strict`, raises DataError instead. Raises NoInputError if the file cannot be read, DataError if an HDF5 file does
+    not have the format in jobs/README.md.
     """
     prompts: list[Prompt] = []
     first_use: dict[str, str] = {}
@@ -82,11 +82,12 @@ def read_prompts(path: str | Path, *, sampling: Sampling, strict: bool) -> list[
         with Path(path).open("rb") as file:
             is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
             file.seek(0)
-            for where, fallback, prompt in _read_rows(path, sampling) if is_hdf5 else _read_lines(file, path, sampling):
-                before = first_use.setdefault(prompt.id, where)
-                if before is not where and not prompt.error:
+            rows = _read_rows(path, sampling) if is_hdf5 else _read_lines(file, path, sampling)
+            for location, fallback, prompt in rows:
+                first = first_use.setdefault(prompt.id, location)
+                if first is not location and not prompt.error:
                     prompt = _bad(
-                        prompt.index, fallback, sampling, f"{where}: id {prompt.id!r} was used before, at {before}"
+                        prompt.index, fallback, sampling, f"{location}: id {prompt.id!r} was used before, at {first}"
                     )
                 if prompt.error and strict:
                     raise DataError(prompt.error)
@@ -103,12 +104,12 @@ def _read_lines(file: BinaryIO, path: str | Path, sampling: Sampling) -> Iterato
             line = line.removeprefix(_BYTE_ORDER_MARK)
         if not line.strip():
             continue
-        where, fallback = f"{path}:{number}", f"line-{number}"
+        location, fallback = f"{path}:{number}", f"line-{number}"
         try:
             prompt = _parse(line, index, fallback, sampling)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            prompt = _bad(index, _name(line) or fallback, sampling, f"{where}: {_explain(error)}")
-        yield where, fallback, prompt
+            prompt = _bad(index, _name(line) or fallback, sampling, f"{location}: {_explain(error)}")
+        yield location, fallback, prompt
         index += 1
 
 
@@ -143,17 +144,17 @@ def _read_rows(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str,
             raise DataError(f"{path}: offsets: do not ascend from 0 to the {len(values)} entries of values")
         ids = _ids(file, num_rows=len(offsets) - 1) if "id" in dict(walk(file)) else None
     for index, (start, stop) in enumerate(pairwise(offsets)):
-        where, fallback = f"{path}: row {index}", f"row-{index}"
+        location, fallback = f"{path}: row {index}", f"row-{index}"
         tokens, name = values[start:stop], fallback if ids is None else ids[index]
         if not len(tokens):
-            prompt = _bad(index, name or fallback, sampling, f"{where}: has no tokens")
+            prompt = _bad(index, name or fallback, sampling, f"{location}: has no tokens")
         elif tokens.min() < 0 or tokens.max() > MAX_TOKEN:
-            prompt = _bad(index, name or fallback, sampling, f"{where}: holds a number that is no token id")
+            prompt = _bad(index, name or fallback, sampling, f"{location}: holds a number that is not a token id")
         elif not name:
-            prompt = _bad(index, fallback, sampling, f"{where}: its id is empty or not UTF-8")
+            prompt = _bad(index, fallback, sampling, f"{location}: its id is empty or not UTF-8")
         else:
             prompt = Prompt(index, name, None, tokens.astype(np.int32), None, sampling)
-        yield where, fallback, prompt
+        yield location, fallback, prompt
 
 
 def _integers(file: Any, name: str) -> NDArray[Any]:
@@ -186,7 +187,7 @@ def _bad(index: int, name: str, sampling: Sampling, error: str) -> Prompt:
 
 def _name(line: bytes) -> str | None:
     try:
-        return None if len(line) > MAX_LINE_BYTES else _NAME_DECODER.decode(line).id
+        return None if len(line) > MAX_LINE_BYTES else _ID_DECODER.decode(line).id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
@@ -194,10 +195,10 @@ def _name(line: bytes) -> str | None:
 def _explain(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
-    message, _, place = str(error).partition(" - at `$")
+    message, _, path = str(error).partition(" - at `$")
     if message.startswith(_UNKNOWN_FIELD):
         key = message.removeprefix(_UNKNOWN_FIELD).rstrip("`")
         near = get_close_matches(key, _KEYS, n=1, cutoff=0.5)
         return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known keys are {', '.join(_KEYS)}")
-    key = place.rstrip("`").lstrip(".")
+    key = path.rstrip("`").lstrip(".")
     return f"{key}: {message}" if key else message

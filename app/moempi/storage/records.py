@@ -1,4 +1,4 @@
-"""What becomes of one request, and what one rank did: the records of a run, and their bytes (MessagePack)."""
+"""The records of a run: one per finished request, one per rank, recorded routing; and their encoding (MessagePack)."""
 
 import re
 from typing import Any, Literal
@@ -21,12 +21,12 @@ for _empty in (_NO_LOAD, _NO_TOKENS, _NO_LOGPROBS, _NO_TOP_TOKENS, _NO_TOP_LOGPR
 
 
 class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="request"):
-    """One finished request: n prompt tokens, m generated ones, the k likeliest at each where asked.
+    """One finished request with n prompt tokens and m generated tokens.
 
-    `prompt` (n,) and `tokens` (m,) are int32; `logprobs` (m,) float32, natural logarithms; `top_tokens` (m, k) int32
-    with `top_logprobs` (m, k), or (0, 0). `score` (n,) float32 holds each prompt token's log-probability, NaN first,
-    beside `score_top_tokens` and `score_top_logprobs` (n, k); all empty when generating. `computed` positions went
-    through the model. Raises ValueError when dtypes or lengths disagree.
+    `prompt` (n,) and `tokens` (m,) are int32, `logprobs` (m,) float32 natural logarithms. `top_tokens` (m, k) int32 and
+    `top_logprobs` (m, k) hold the k likeliest tokens, (0, 0) unless requested. `score` (n,) float32 holds the prompt
+    tokens' log-probabilities, the first NaN, with `score_top_tokens` and `score_top_logprobs` (n, k); all are empty
+    when generating. `computed` positions went through the model. Raises ValueError if types or lengths disagree.
     """
 
     index: int
@@ -59,14 +59,14 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
 
 
 class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"):
-    """What one rank did, written once at the end of its run.
+    """The work of one rank, written once at the end of its run.
 
-    `expert_load` (layers, experts) int64 counts the tokens this rank routed; `seconds` holds one entry per phase (such
-    as compute, exchange, idle), `loaded_bytes` of weights took `loading_s` to be there, `counters` one per thing
-    counted (such as network_bytes) and `place` says where the rank stood (such as stage and node), each name an
-    identifier. `hosted` lists its experts of each Mixture-of-Experts layer. Where gating was balanced, `asked_load`
-    (layers, experts) counts what the routers asked for, `shifts` (layers, experts) float32 are this rank's part of the
-    terms that moved selection, and `balance` its other figures. Raises ValueError otherwise.
+    `expert_load` (layers, experts) int64 counts the tokens that this rank routed. `seconds` has one entry per phase
+    (compute, exchange, idle), `counters` one per counter (network_bytes), `place` one per coordinate of the rank
+    (stage, node); their keys are identifiers. Loading `loaded_bytes` of weights took `loading_s`. `hosted` lists the
+    rank's experts by Mixture-of-Experts layer. With a balancing routing policy, `asked_load` (layers, experts) counts
+    the routers' own choices, `shifts` (layers, experts) float32 is this rank's contribution to the final expert bias,
+    and `balance` holds further figures. Raises ValueError if types, shapes or keys are wrong.
     """
 
     rank: int
@@ -96,11 +96,11 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
 
 
 class RoutingRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="routing"):
-    """What the routers of one rank chose in one step: experts and weights of its T rows in each of `layers`.
+    """The routers' choices on one rank in one step: experts and weights of its T rows in each of `layers`.
 
-    Row t is position `positions[t]` (T,) int32 of request `requests[t]` (T,) int64; `experts` is int32 and `weights`
-    float32, (layers, T, K). Rows of the same `step` were computed together, by the attempt at the job whose first step
-    is `since`. `rank` counts node by node. Raises ValueError when dtypes or lengths disagree.
+    Row t is position `positions[t]` (T,) int32 of request `requests[t]` (T,) int64. `experts` is int32 and `weights`
+    float32, both (layers, T, K). Rows with the same `step` were computed together, in the attempt at the job whose
+    first step is `since`. `rank` counts node by node. Raises ValueError if types or lengths disagree.
     """
 
     since: int
@@ -124,7 +124,7 @@ Record = RequestRecord | RankRecord | RoutingRecord
 
 
 def encode(record: Record) -> bytes:
-    """The bytes of a record; half surrogates, which have none, become U+FFFD."""
+    """The bytes of a record; lone surrogates, which have no UTF-8 form, become U+FFFD."""
     try:
         return _ENCODER.encode(record)
     except UnicodeEncodeError:
@@ -132,7 +132,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(payload: bytes) -> Record:
-    """The record that `encode` made bytes of; raises msgspec.DecodeError when it is none."""
+    """The record in bytes from `encode`; raises msgspec.DecodeError if they are not a record."""
     return _DECODER.decode(payload)
 
 
@@ -160,7 +160,6 @@ def _unpack_array(_: type, packed: Any) -> NDArray[Any]:
 
 
 def _without_surrogates(record: Record) -> Record:
-    # A lone surrogate has no UTF-8 form; U+FFFD is what decoders put in its place.
     texts = {name: value for name, value in msgspec.structs.asdict(record).items() if isinstance(value, str)}
     changes: dict[str, Any] = {name: _SURROGATES.sub("\ufffd", text) for name, text in texts.items()}
     return msgspec.structs.replace(record, **changes)

@@ -1,26 +1,26 @@
-"""The results file, read back: its requests in input order, through the guard."""
+"""Reading a results file: its requests in input order, checked as `hdf5` describes."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import DataError
+from moempi.storage.closeable import Closeable
 from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, read_attribute, walk
 from moempi.storage.records import RequestRecord
 from moempi.storage.results_layout import ARRAYS, FORMAT, NO_TOKEN, OFFSETS, TEXTS, VERSION, blocks
 
-COUNTED = ("rank", "host", "steps", "tokens")
+NOT_PHASES = ("rank", "host", "steps", "tokens")
 
 
-class ResultFile:
-    """A results file opened for reading, through the guard.
+class ResultFile(Closeable):
+    """A results file opened for reading.
 
-    Raises NoInputError when it cannot be read and DataError when it is not a results file of layout 1.
+    Raises NoInputError if it cannot be read and DataError if it is not a results file of layout 1.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -40,7 +40,7 @@ class ResultFile:
             raise
 
     def requests(self) -> Iterator[RequestRecord]:
-        """Yield the requests in input order, a few MiB in memory at a time; DataError where the file is damaged."""
+        """Yield the requests in input order, a few MiB in memory at a time; raises DataError if the file is damaged."""
         num_bytes = sum(
             (column.num_bytes() for column in self._columns.values()), np.zeros(self.num_requests, np.int64)
         )
@@ -53,23 +53,15 @@ class ResultFile:
             yield from records
 
     def timing(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Seconds of all phases together, and steps, of each rank and attempt (R,). Raises DataError."""
+        """Sum of the seconds of all phases, and steps, per rank and attempt (R,). Raises DataError."""
         names = [name for name, _ in walk(self._file) if name.startswith("timing/")]
-        phases = [name for name in names if name.split("/")[1] not in COUNTED]
-        seconds = [checked(self._file, name, np.dtype(np.float64), 1)[:] for name in phases]
-        return np.sum(seconds, axis=0), checked(self._file, "timing/steps", np.dtype(np.int64), 1)[:]
+        phases = [name for name in names if name.split("/")[1] not in NOT_PHASES]
+        seconds = [typed_dataset(self._file, name, np.dtype(np.float64), 1)[:] for name in phases]
+        return np.sum(seconds, axis=0), typed_dataset(self._file, "timing/steps", np.dtype(np.int64), 1)[:]
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _open_columns(self) -> dict[str, "_Ragged"]:
         present = dict(walk(self._file))
@@ -87,30 +79,30 @@ class ResultFile:
 
 
 class _Ragged:
-    """A dataset whose rows belong to requests, and the offsets that say which."""
+    """A dataset with a varying number of rows per request, and the offsets of each request's rows."""
 
     def __init__(self, file: Any, offsets: str, values: str, dtype: np.dtype[Any], num_dims: int) -> None:
-        self._values = checked(file, values, dtype, num_dims)
-        self._offsets = checked(file, offsets, np.dtype(np.int64), 1)[:]
+        self._values = typed_dataset(file, values, dtype, num_dims)
+        self._offsets = typed_dataset(file, offsets, np.dtype(np.int64), 1)[:]
         starts_and_ends = len(self._offsets) > 0 and self._offsets[0] == 0 and self._offsets[-1] == len(self._values)
         if not starts_and_ends or (np.diff(self._offsets) < 0).any():
             raise DataError(f"{file.filename}: {offsets}: do not divide the {len(self._values)} rows of {values}")
         self.num_requests = len(self._offsets) - 1
 
     def num_bytes(self) -> NDArray[np.int64]:
-        """Bytes of each request."""
+        """Bytes of each request (N,)."""
         row_bytes = self._values.dtype.itemsize * int(np.prod(self._values.shape[1:]))
         num_bytes: NDArray[np.int64] = np.diff(self._offsets) * row_bytes
         return num_bytes
 
     def read(self, start: int, stop: int) -> list[NDArray[Any]]:
-        """The rows of each of the requests [start, stop)."""
+        """The rows of each request in [start, stop)."""
         bounds = self._offsets[start : stop + 1]
         return np.split(self._values[bounds[0] : bounds[-1]], bounds[1:-1] - bounds[0])
 
 
-def checked(file: Any, path: str, dtype: np.dtype[Any], num_dims: int) -> Any:
-    """A dataset through the guard; raises DataError unless it has this type and so many axes."""
+def typed_dataset(file: Any, path: str, dtype: np.dtype[Any], num_dims: int) -> Any:
+    """The dataset `path` of type `dtype` with `num_dims` axes; raises DataError if it is another, or is refused."""
     dataset = h5py.Dataset(open_dataset(file, path))
     if dataset.dtype != dtype or dataset.ndim != num_dims:
         raise DataError(

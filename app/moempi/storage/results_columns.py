@@ -1,4 +1,4 @@
-"""Datasets of a results file: contiguous, along named dimensions, each with a name and units for people."""
+"""Datasets of a results file: contiguous, along named dimensions, with the attributes long_name and units."""
 
 from typing import Any
 
@@ -10,20 +10,20 @@ from moempi.storage.hdf5 import write_attribute
 
 
 def write_offsets(file: Any, path: str, lengths: NDArray[np.int64]) -> None:
-    """Create and write the dataset that says which rows belong to which request, given their number of each."""
+    """Write the offsets (N + 1,) of each request's rows, given the number of rows per request, `lengths` (N,)."""
     dataset = create(file, path, np.int64, ("request_bound",), "request i has rows offsets[i] to offsets[i + 1] - 1")
     dataset[...] = np.concatenate(([0], np.cumsum(lengths)))
 
 
 def create(
-    file: Any, path: str, dtype: Any, dims: tuple[str, ...], long_name: str, *, units: str = "1", fill: Any = None
+    file: Any, path: str, dtype: Any, dims: tuple[str, ...], long_name: str, *, units: str = "1", fill_value: Any = None
 ) -> Any:
-    """Create a dataset along dimensions that `create_scale` made; what is never written reads as `fill`."""
+    """Create a dataset along dimensions from `create_scale`; entries that are never written read as `fill_value`."""
     creation = h5p.create(h5p.DATASET_CREATE)
     creation.set_layout(h5d.CONTIGUOUS)
     creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-    if fill is not None:
-        creation.set_fill_value(np.array(fill, dtype))
+    if fill_value is not None:
+        creation.set_fill_value(np.array(fill_value, dtype))
     dataset = file.create_dataset(path, shape=tuple(file[dim].shape[0] for dim in dims), dtype=dtype, dcpl=creation)
     for axis, dim in enumerate(dims):
         dataset.dims[axis].attach_scale(file[dim])
@@ -33,8 +33,8 @@ def create(
 
 
 def create_scale(file: Any, dim: str, size: int) -> None:
-    """Create a dimension of so many rows."""
-    # The netCDF convention for a dimension that has no coordinates; the request's index is one that has.
+    """Create a dimension of `size` rows."""
+    # The netCDF convention for a dimension without coordinates; only the request dimension has coordinates.
     name = f"This is a netCDF dimension but not a netCDF variable. {size:9d}"
     if dim == "request":
         file.create_dataset(dim, data=np.arange(size)).make_scale(dim)

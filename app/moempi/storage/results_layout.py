@@ -1,7 +1,7 @@
-"""The results file, layout 1: where everything lies, for who writes it (`merge`) and who reads it (`results`).
+"""Layout 1 of the results file, shared by its writer (`merge`) and its readers (`results`, `routing`).
 
-Ragged rows lie one after another, with offsets. Text lies twice: exactly, as UTF-8 bytes with offsets, and as a string
-dataset for people, where NUL, which HDF5 strings cannot hold, shows as U+2400. jobs/README.md has the table.
+Ragged rows are concatenated, with offsets. Text is stored twice: as UTF-8 bytes with offsets, and as a string dataset
+for people, in which U+2400 replaces NUL because HDF5 strings cannot hold it. jobs/README.md has the table.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,13 @@ NO_TOKEN = -1
 NO_EXPERT = -1
 NOWHERE = -1
 BLOCK_BYTES = 4 << 20
+RECORD_BYTES = 256
+"""Memory of a request beside its arrays and texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayColumn:
-    """Where an array of a `RequestRecord` lies; all requests' rows follow each other along the first dimension."""
+    """The dataset of an array of `RequestRecord`; the rows of all requests are concatenated on the first dimension."""
 
     path: str
     dtype: type[np.generic]
@@ -30,17 +32,17 @@ class ArrayColumn:
 
 @dataclass(frozen=True, slots=True)
 class RoutingColumn:
-    """A dataset of recorded routing: what is not known reads as `fill`."""
+    """A dataset of recorded routing; unknown entries read as `fill_value`."""
 
     dtype: type[np.generic]
     dims: tuple[str, ...]
-    fill: float
+    fill_value: float
     long_name: str
 
 
 @dataclass(frozen=True, slots=True)
 class TextColumn:
-    """Where a text of a `RequestRecord` lies: a string dataset, and a group of UTF-8 `values` and `offsets`."""
+    """The datasets of a text of `RequestRecord`: a string dataset, and a group of UTF-8 `values` and `offsets`."""
 
     readable: str
     exact: str
@@ -101,9 +103,8 @@ OFFSETS = {"prompt_token": "prompt/offsets", "output_token": "output/offsets"}
 
 
 def blocks(num_bytes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Divide requests of these sizes into ranges [start, stop) of at most BLOCK_BYTES, or one larger request."""
-    # A request without any bytes still costs its bookkeeping.
-    ends = np.cumsum(num_bytes + 256)
+    """Yield ranges [start, stop) of requests that together have at most BLOCK_BYTES, or one larger request."""
+    ends = np.cumsum(num_bytes + RECORD_BYTES)
     start = 0
     while start < len(ends):
         before = ends[start - 1] if start else 0

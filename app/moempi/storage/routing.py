@@ -1,26 +1,27 @@
-"""Recorded routing, read back from a results file through the guard, a layer at a time."""
+"""Reading recorded routing from a results file, one layer at a time."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import DataError
+from moempi.storage.closeable import Closeable
 from moempi.storage.hdf5 import open_file, raising_data_errors, read_attribute, walk
-from moempi.storage.results import checked
+from moempi.storage.results import typed_dataset
 from moempi.storage.results_layout import FORMAT, HOSTED, NO_EXPERT, ROUTING, VERSION
 
 Columns = dict[str, NDArray[Any]]
 
 
-class RoutingFile:
+class RoutingFile(Closeable):
     """The recorded routing of a results file.
 
-    `layers` are the Mixture-of-Experts layers; `ranks` the columns of /placement, one row a rank and run; `hosted`
-    those of /placement/hosted; `counters` those of /network; `compute_s` the computing of all ranks. Raises
-    NoInputError when the file cannot be read and DataError when it holds no recorded routing, or a damaged one.
+    `layers` are the Mixture-of-Experts layers. `ranks` holds the columns of /placement, one row per rank and run,
+    `hosted` the columns of /placement/hosted and `counters` the columns of /network. `compute_s` is the compute time
+    summed over all ranks. Raises NoInputError if the file cannot be read and DataError if it holds no recorded routing
+    or is damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,9 +40,10 @@ class RoutingFile:
             raise
 
     def layer(self, index: int, *, first: int = 0, last: int | None = None) -> Columns:
-        """The `rank` (T,), `row` (T,) and `experts` (T, K) of tokens `first` to `last` - 1 in one of `layers`.
+        """Read the routing of tokens `first` to `last` - 1 in layer layers[index].
 
-        Tokens whose routing was lost with a node are left out. `step` and `request` (T,) are theirs. Raises DataError.
+        Returns `rank`, `row`, `step`, `request` (T,) and `experts` (T, K). Leaves out tokens whose routing was lost
+        with a node. Raises DataError.
         """
         stop = self.num_tokens if last is None else min(last, self.num_tokens)
         with raising_data_errors(self._path, f"routing of layer {self.layers[index]}"):
@@ -62,17 +64,9 @@ class RoutingFile:
         """Close the file."""
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _open(self, names: list[str]) -> None:
         self._columns = {
-            name: checked(self._file, f"routing/{name}", np.dtype(column.dtype), len(column.dims))
+            name: typed_dataset(self._file, f"routing/{name}", np.dtype(column.dtype), len(column.dims))
             for name, column in ROUTING.items()
         }
         self.num_tokens, num_layers, self.top_k = self._columns["experts"].shape
@@ -84,7 +78,7 @@ class RoutingFile:
         self._offsets = self._vector("routing/offsets", np.int64)
         if len(self.layers) != num_layers or not len(self._offsets) or self._offsets[-1] != self.num_tokens:
             raise DataError(f"{self._path}: routing/layer or routing/offsets do not fit its experts")
-        self.num_experts: int = checked(self._file, "experts/load", np.dtype(np.int64), 2).shape[1]
+        self.num_experts: int = typed_dataset(self._file, "experts/load", np.dtype(np.int64), 2).shape[1]
         self.ranks = self._group(names, "placement/", np.int64)
         self.counters = self._group(names, "network/", np.int64)
         self.hosted = {name: self._vector(f"placement/hosted/{name}", np.int32) for name in HOSTED}
@@ -95,5 +89,5 @@ class RoutingFile:
         return {name.removeprefix(prefix): self._vector(name, dtype) for name in own}
 
     def _vector(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
-        values: NDArray[Any] = checked(self._file, name, np.dtype(dtype), 1)[:]
+        values: NDArray[Any] = typed_dataset(self._file, name, np.dtype(dtype), 1)[:]
         return values

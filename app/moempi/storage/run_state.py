@@ -1,4 +1,4 @@
-"""`<results>.run.json`: what became of a run, for scripts and people; launchers mangle exit codes, not this."""
+"""The state of a run in `<results>.run.json`, for scripts and people, because launchers may change exit codes."""
 
 import os
 from pathlib import Path
@@ -13,9 +13,10 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """One state of a run. `rank` and `phase` say who ended it and where, `reason` why; `finished` counts requests.
+    """One state of a run; `finished` counts requests.
 
-    `exit_code` is what the program meant to exit with, 0 while it runs; 75 says that running again continues.
+    `rank` is the rank that ended the run, `phase` the phase it was in, `reason` the cause. `exit_code` is the program's
+    intended exit code, 0 while it runs; 75 means that running the same job again continues it.
     """
 
     state: State
@@ -33,18 +34,18 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def state_path(results_path: str | Path) -> Path:
-    """The file that tells the state of the run that writes `results_path`."""
+    """The state file of the run that writes `results_path`."""
     return Path(f"{results_path}.run.json")
 
 
 def write_state(results_path: str | Path, state: RunState) -> None:
-    """Replace the state atomically; raises StorageError when the disk does not take it."""
+    """Replace the state atomically; raises StorageError if writing fails."""
     with atomic(state_path(results_path)) as temporary:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
 
 
 def read_state(results_path: str | Path) -> RunState:
-    """The state last written; raises NoInputError where there is none, DataError where it cannot be understood."""
+    """The state last written; raises NoInputError if there is none, DataError if it is not a valid state."""
     path = state_path(results_path)
     try:
         return msgspec.json.decode(path.read_bytes(), type=RunState)

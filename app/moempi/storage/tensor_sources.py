@@ -1,4 +1,4 @@
-"""Where a tensor's values come from: a tensor of the checkpoint, quantized blocks, or an expert of a fused one."""
+"""Sources of a tensor's values: a checkpoint's tensor, a quantized tensor, or one expert of a fused tensor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from moempi.storage.checkpoint import CheckpointTensor
-from moempi.storage.hdf5 import Array
+from moempi.storage.hdf5 import AnyArray
 
 FP8_BLOCK = 128
 MXFP4_BLOCK = 32
@@ -15,7 +15,7 @@ MXFP4_BIAS = 127
 
 
 class Source(Protocol):
-    """Rows that can be read: `dtype` as safetensors spells it, `row_bytes` in memory."""
+    """Rows that can be read; `dtype` is the safetensors name of their type."""
 
     @property
     def path(self) -> Path:
@@ -33,12 +33,12 @@ class Source(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The shape of all rows."""
 
-    def read(self, start: int, stop: int) -> Array:
-        """Rows [start, stop); DataError if the file ends before."""
+    def read(self, start: int, stop: int) -> AnyArray:
+        """Rows [start, stop); raises DataError if the file is too short."""
 
 
-def _e4m3_values() -> Array:
-    """The 256 numbers of float8 e4m3fn: sign, 4 bits of exponent with bias 7, 3 of fraction; NaN but no infinity."""
+def _e4m3_values() -> AnyArray:
+    """The 256 values of float8 e4m3fn: sign, 4 exponent bits with bias 7, 3 fraction bits; NaN but no infinity."""
     bits = np.arange(256)
     exponent, fraction = bits >> 3 & 15, (bits & 7) / 8
     values = np.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent - 7))
@@ -53,7 +53,7 @@ E2M1 = np.concatenate([E2M1, -E2M1])
 
 @dataclass(frozen=True, slots=True)
 class Fp8Matrix:
-    """A matrix of 8-bit numbers in blocks of 128 x 128 with a scale each (DeepSeek-V3, 2024, section 3.3)."""
+    """A matrix of 8-bit numbers with one scale per block of 128 x 128 (DeepSeek-V3, 2024, section 3.3)."""
 
     weight: CheckpointTensor
     scales: CheckpointTensor
@@ -72,12 +72,12 @@ class Fp8Matrix:
         return self.weight.shape
 
     def scales_fit(self) -> bool:
-        """Whether there is one float32 scale a block."""
+        """Whether there is one float32 scale per block."""
         blocks = tuple(-(-size // FP8_BLOCK) for size in self.shape)
         return len(self.shape) == 2 and self.scales.shape == blocks and self.scales.dtype == "F32"
 
-    def read(self, start: int, stop: int) -> Array:
-        values: Array = E4M3[self.weight.read(start, stop)]
+    def read(self, start: int, stop: int) -> AnyArray:
+        values: AnyArray = E4M3[self.weight.read(start, stop)]
         first = start // FP8_BLOCK
         scales = self.scales.read(first, -(-stop // FP8_BLOCK))
         by_row = scales[np.arange(start, stop) // FP8_BLOCK - first]
@@ -88,7 +88,7 @@ class Fp8Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Experts:
-    """Matrices (experts, outputs, inputs) of 4-bit numbers, two a byte, a power of two for every 32 (OCP MX, 2023)."""
+    """Matrices (experts, outputs, inputs) of 4-bit numbers, two per byte, one power of two per 32 (OCP MX, 2023)."""
 
     blocks: CheckpointTensor
     scales: CheckpointTensor
@@ -107,11 +107,11 @@ class Mxfp4Experts:
         return (*self.blocks.shape[:2], self.blocks.shape[2] * MXFP4_BLOCK)
 
     def scales_fit(self) -> bool:
-        """Whether there is one exponent a block."""
+        """Whether there is one exponent per block."""
         sizes = self.blocks.shape
         return len(sizes) == 4 and sizes[3] == MXFP4_BLOCK // 2 and self.scales.shape == sizes[:3]
 
-    def read(self, start: int, stop: int) -> Array:
+    def read(self, start: int, stop: int) -> AnyArray:
         pairs = self.blocks.read(start, stop)
         values = np.empty((*pairs.shape[:3], MXFP4_BLOCK), np.float32)
         values[..., 0::2], values[..., 1::2] = E2M1[pairs & 15], E2M1[pairs >> 4]
@@ -121,10 +121,11 @@ class Mxfp4Experts:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertPart:
-    """One expert of a tensor that holds all: of its outputs those from `first` in steps of `step`.
+class FusedExpert:
+    """One expert of a fused tensor: every `step`-th of its outputs, beginning with `first`.
 
-    The expert's matrix lies there as (outputs, inputs), or (inputs, outputs) when `transposed`; its bias as (outputs,).
+    The fused tensor holds the expert's matrix as (outputs, inputs), or as (inputs, outputs) if `transposed`, and its
+    bias as (outputs,).
     """
 
     whole: CheckpointTensor | Mxfp4Experts
@@ -150,7 +151,7 @@ class ExpertPart:
         outputs, *inputs = self.whole.shape[:0:-1] if self.transposed else self.whole.shape[1:]
         return (len(range(self.first, outputs, self.step)), *inputs)
 
-    def read(self, start: int, stop: int) -> Array:
+    def read(self, start: int, stop: int) -> AnyArray:
         matrix = self.whole.read(self.expert, self.expert + 1)[0]
         outputs = matrix.T if self.transposed else matrix
         return np.ascontiguousarray(outputs[self.first :: self.step][start:stop])

@@ -1,9 +1,8 @@
-"""Weight files: one HDF5 file a model, self-contained, every block of rows under a checksum (weights/README.md)."""
+"""Weight files: one self-contained HDF5 file per model, one checksum per block of rows (weights/README.md)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
@@ -15,23 +14,24 @@ from moempi.config.architecture import Architecture
 from moempi.config.tensors import Tensor, catalogue
 from moempi.errors import DataError
 from moempi.storage import hdf5
+from moempi.storage.closeable import Closeable
 from moempi.storage.files import atomic, reserve
-from moempi.storage.hdf5 import Array
+from moempi.storage.hdf5 import AnyArray
 
 FORMAT = "moempi weights"
 VERSION = 1
 TEXTS = {"architecture": 1 << 20, "catalogue": 1 << 26, "tokenizer": 1 << 28}
-"""The UTF-8 texts of a file, and the most bytes that each may have."""
+"""The UTF-8 texts of a file and the maximum size of each in bytes."""
 
 MAX_BLOCKS = 1 << 24
 RESERVED_METADATA_BYTES = 1 << 20
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes written so far, bytes in all) of the tensors."""
+OnProgress = Callable[[int, int], None]
+"""Called with (bytes written so far, bytes in total) of the tensors."""
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor in the file's own catalogue; its checksums are entries `first_block` onwards of `checksums`."""
+    """One tensor in the catalogue that the file stores; its checksums begin at entry `first_block` of `checksums`."""
 
     name: str
     dtype: str
@@ -41,11 +41,11 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_block: int
 
 
-class WeightFile:
-    """The door to a weight file: what model it is, and any range of rows of any tensor, verified.
+class WeightFile(Closeable):
+    """An open weight file: the model's architecture, and any range of rows of any tensor, verified by checksum.
 
-    `architecture` is the model's, `tokenizer` the text of its tokenizer.json ("" if it has none), `fingerprint` the
-    digest (hex) of everything the file holds. Use as a context manager; threads must not share one.
+    `tokenizer` is the text of tokenizer.json ("" if the model has none), `fingerprint` the hex digest of the file's
+    contents. Use it as a context manager; threads must not share one.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -62,10 +62,10 @@ class WeightFile:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a weight file and verify all of it but the tensors' rows, which are verified when read.
+        """Open a weight file and verify everything except the rows of the tensors, which `read` verifies.
 
-        Raises NoInputError when it cannot be read, DataError when it is not a whole, undamaged weight file of a
-        version this program knows.
+        Raises NoInputError if the file cannot be read, DataError if it is not a complete, undamaged weight file of a
+        supported version.
         """
         file = hdf5.open_file(path)
         try:
@@ -76,18 +76,18 @@ class WeightFile:
             raise
 
     def tensor(self, name: str) -> Tensor:
-        """Shape, type and blocks of the tensor `name`; KeyError if the model has none of that name."""
+        """Shape, type and blocks of the tensor `name`; raises KeyError if the model has no such tensor."""
         return self._tensors[name]
 
     def has(self, name: str) -> bool:
         """Whether the model has a tensor `name`."""
         return name in self._tensors
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows [start, stop) of the tensor `name`: uint16 bits for bfloat16, else float32, aligned to 64 bytes.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> AnyArray:
+        """Read rows [start, stop) of the tensor `name`: uint16 bits for bfloat16, else float32, aligned to 64 bytes.
 
-        Every block touched is read whole and compared with its checksum. Raises DataError naming file, tensor and
-        rows when one differs, IndexError for rows the tensor does not have. Blocks until read.
+        Reads whole blocks and compares each with its checksum. Raises DataError that names file, tensor and rows if a
+        checksum differs, IndexError for rows that the tensor does not have. Blocks until the rows are in memory.
         """
         tensor = self._tensors[name]
         rows, block = tensor.shape[0], tensor.block_rows
@@ -101,23 +101,15 @@ class WeightFile:
         self._verify(tensor, first, read)
         if (first, last) == (start, stop):
             return read
-        wanted = aligned_empty((stop - start, *tensor.shape[1:]), read.dtype)
-        wanted[:] = read[start - first : stop - first]
-        return wanted
+        rows_read = aligned_empty((stop - start, *tensor.shape[1:]), read.dtype)
+        rows_read[:] = read[start - first : stop - first]
+        return rows_read
 
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _verify(self, tensor: Tensor, first: int, rows: Array) -> None:
+    def _verify(self, tensor: Tensor, first: int, rows: AnyArray) -> None:
         expected = self._checksums[tensor.name][first // tensor.block_rows :]
         for index, start in enumerate(range(0, len(rows), tensor.block_rows)):
             if xxhash.xxh3_64_intdigest(rows[start : start + tensor.block_rows].data) != expected[index]:
@@ -130,14 +122,14 @@ def write_weights(
     architecture: Architecture,
     *,
     tokenizer: str,
-    tensors: Iterable[tuple[Tensor, Iterable[Array]]],
-    progress: Progress | None = None,
+    tensors: Iterable[tuple[Tensor, Iterable[AnyArray]]],
+    progress: OnProgress | None = None,
 ) -> str:
     """Write a weight file atomically and return its fingerprint.
 
-    `tensors` gives the architecture's catalogue in its order, each tensor as pieces of consecutive rows (bfloat16 as
-    uint16 bits), so memory holds one piece at a time. Raises StorageError when the disk does not take it; whatever
-    `tensors` raises passes through and leaves nothing behind.
+    `tensors` yields the tensors of the architecture's catalogue in order, each as pieces of consecutive rows (bfloat16
+    as uint16 bits), so memory holds one piece at a time. Raises StorageError if writing fails; an exception from
+    `tensors` passes through and no file is left.
     """
     planned = catalogue(architecture)
     with atomic(path) as temporary, hdf5.create_file(temporary) as (file, require_success):
@@ -168,9 +160,9 @@ def write_weights(
 
 def _write_tensors(
     planned: tuple[Tensor, ...],
-    tensors: Iterable[tuple[Tensor, Iterable[Array]]],
+    tensors: Iterable[tuple[Tensor, Iterable[AnyArray]]],
     datasets: dict[str, Any],
-    progress: Progress | None,
+    progress: OnProgress | None,
     require_success: Callable[[], None],
 ) -> Iterator[int]:
     """Write every tensor and yield the checksums of its blocks."""
@@ -190,48 +182,50 @@ def _write_tensors(
                 progress(done, total)
         if row != tensor.shape[0]:
             raise ValueError(f"{tensor.name} has {tensor.shape[0]} rows, {row} were given")
-        yield from blocks.rest()
+        yield from blocks.finish()
 
 
 class _BlockChecksums:
-    """The checksums of blocks of rows that arrive in pieces cut anywhere."""
+    """Checksums of blocks of rows, where the pieces that are added need not end at block boundaries."""
 
     def __init__(self, block_rows: int) -> None:
         self._block_rows = block_rows
         self._filled = 0
         self._digest = xxhash.xxh3_64()
 
-    def add(self, rows: Array) -> Iterator[int]:
+    def add(self, rows: AnyArray) -> Iterator[int]:
         start = 0
         while start < len(rows):
-            part = rows[start : start + self._block_rows - self._filled]
-            self._digest.update(np.ascontiguousarray(part).data)
-            self._filled += len(part)
-            start += len(part)
+            piece = rows[start : start + self._block_rows - self._filled]
+            self._digest.update(np.ascontiguousarray(piece).data)
+            self._filled += len(piece)
+            start += len(piece)
             if self._filled == self._block_rows:
-                yield from self.rest()
+                yield from self.finish()
 
-    def rest(self) -> Iterator[int]:
+    def finish(self) -> Iterator[int]:
         if self._filled:
             yield self._digest.intdigest()
             self._digest.reset()
             self._filled = 0
 
 
-def _read_contents(file: Any) -> dict[str, Array]:
-    """The datasets beside the tensors, as bytes, once format and version are known to be ours."""
+def _read_contents(file: Any) -> dict[str, AnyArray]:
+    """Check format and version, then read the datasets beside the tensors as bytes."""
     found = hdf5.read_attribute(file, "format")
     if found != FORMAT:
         raise DataError(f"{file.filename}: is not a moempi weight file (write one with `moempi convert` or `init`)")
     version = hdf5.read_attribute(file, "version")
     if version != VERSION:
-        raise DataError(f"{file.filename}: has format version {version}, this program reads {VERSION}: convert it anew")
+        raise DataError(
+            f"{file.filename}: has format version {version}, this program reads {VERSION}: convert it again"
+        )
     texts = {name: hdf5.read_vector(file, name, dtype="uint8", limit=limit) for name, limit in TEXTS.items()}
     checksums = hdf5.read_vector(file, "checksums", dtype="uint64", limit=MAX_BLOCKS)
     return {**texts, "checksums": checksums.view(np.uint8)}
 
 
-def _decode_architecture(text: Array, path: Path) -> Architecture:
+def _decode_architecture(text: AnyArray, path: Path) -> Architecture:
     try:
         architecture = msgspec.json.decode(text.data, type=Architecture)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -242,7 +236,7 @@ def _decode_architecture(text: Array, path: Path) -> Architecture:
     return architecture
 
 
-def _decode_text(text: Array, path: Path) -> str:
+def _decode_text(text: AnyArray, path: Path) -> str:
     try:
         return text.tobytes().decode()
     except UnicodeDecodeError as error:
@@ -259,8 +253,8 @@ def _encode_catalogue(tensors: tuple[Tensor, ...]) -> bytes:
     return msgspec.json.encode(entries)
 
 
-def _checked_catalogue(architecture: Architecture, text: Array, path: Path) -> tuple[Tensor, ...]:
-    """The architecture's catalogue, if the file's own says the same."""
+def _checked_catalogue(architecture: Architecture, text: AnyArray, path: Path) -> tuple[Tensor, ...]:
+    """The architecture's catalogue; raises DataError if the file's catalogue differs."""
     try:
         entries = msgspec.json.decode(text.data, type=list[Entry])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -281,14 +275,14 @@ def _fingerprint(contents: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _checked_fingerprint(file: Any, contents: dict[str, Array]) -> str:
+def _checked_fingerprint(file: Any, contents: dict[str, AnyArray]) -> str:
     fingerprint = _fingerprint(contents)
     if hdf5.read_attribute(file, "fingerprint") != fingerprint:
         raise DataError(f"{file.filename}: is damaged or was not written to its end, its fingerprint differs")
     return fingerprint
 
 
-def _split_checksums(tensors: tuple[Tensor, ...], checksums: Array, path: Path) -> dict[str, list[int]]:
+def _split_checksums(tensors: tuple[Tensor, ...], checksums: AnyArray, path: Path) -> dict[str, list[int]]:
     if len(checksums) != sum(tensor.num_blocks for tensor in tensors):
         raise DataError(f"{path}: checksums: there are {len(checksums)}, not one a block")
     ends = np.cumsum([tensor.num_blocks for tensor in tensors])

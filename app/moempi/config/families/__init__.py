@@ -1,4 +1,4 @@
-"""The model families whose checkpoints can be converted, one small table each."""
+"""The model families whose checkpoints can be converted, one file per family."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,29 +40,29 @@ FAMILIES = {
 }
 
 
-def family(model_type: object, *, where: str) -> Family:
-    """The family that a checkpoint's `model_type` names; DataError starting with `where` if it is not known."""
+def family(model_type: object, *, origin: str) -> Family:
+    """The family of a `model_type`; raises DataError that begins with `origin` if it is unknown."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise DataError(f"{where}: model_type {model_type!r} is not supported, only {known}")
+        raise DataError(f"{origin}: model_type {model_type!r} is not supported, only {known}")
     return FAMILIES[model_type]
 
 
-def read_architecture(values: Mapping[str, Any], generation: Mapping[str, Any], *, where: str) -> Architecture:
-    """The architecture that a decoded config.json (and generation_config.json, or {}) describes.
+def read_architecture(values: Mapping[str, Any], generation: Mapping[str, Any], *, origin: str) -> Architecture:
+    """The architecture in a decoded config.json and generation_config.json ({} if there is none).
 
-    Raises DataError, starting with `where`, for an unknown model type, a missing or impossible value, and an option
-    that would change the arithmetic and is not supported.
+    Raises DataError that begins with `origin` for an unknown model type, a missing or impossible value, and an
+    unsupported option that changes the arithmetic.
     """
-    read = family(values.get("model_type"), where=where).architecture
-    unchecked = read(CheckpointConfig(values, generation, where=where))
+    read = family(values.get("model_type"), origin=origin).architecture
+    unchecked = read(CheckpointConfig(values, generation, origin=origin))
     try:
         architecture = msgspec.convert(msgspec.to_builtins(unchecked), Architecture)
     except msgspec.ValidationError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"{origin}: {error}") from error
     problem = architecture.problem()
     if problem:
-        raise DataError(f"{where}: {problem}")
+        raise DataError(f"{origin}: {problem}")
     return architecture
 
 

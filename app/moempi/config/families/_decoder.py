@@ -1,8 +1,8 @@
-"""What all families read alike."""
+"""Reading of the configuration keys that all families share."""
 
 from typing import Any
 
-from moempi.config.architecture import Architecture, Attention, Experts, Rope
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Rope
 from moempi.config.families._reading import CheckpointConfig, head_dim, num_layers
 
 
@@ -10,12 +10,12 @@ def decoder(
     config: CheckpointConfig,
     family: str,
     *,
-    attention: Attention,
+    attention: AttentionShape,
     experts: Experts,
     dense_layers: tuple[int, ...] = (),
     **others: Any,
 ) -> Architecture:
-    """The architecture of a decoder whose sizes have the usual names; `others` are further fields of it."""
+    """The architecture of a decoder from the usual keys; `others` are further fields of Architecture."""
     config.require("hidden_act", "silu")
     bos = config.tokens("bos_token_id")
     fields = {
@@ -39,9 +39,9 @@ def decoder(
     )
 
 
-def heads(config: CheckpointConfig, *, rope: Rope, **others: Any) -> Attention:
-    """Attention whose heads have the usual names; `others` are further fields of it."""
-    return Attention(
+def heads(config: CheckpointConfig, *, rope: Rope, **others: Any) -> AttentionShape:
+    """AttentionShape from the usual keys; `others` are further fields of AttentionShape."""
+    return AttentionShape(
         num_heads=config.integer("num_attention_heads"),
         num_kv_heads=config.integer("num_key_value_heads"),
         head_dim=head_dim(config),
@@ -51,7 +51,7 @@ def heads(config: CheckpointConfig, *, rope: Rope, **others: Any) -> Attention:
 
 
 def all_layers_windowed(config: CheckpointConfig) -> dict[str, Any]:
-    """The fields of attention when `sliding_window` means every layer."""
+    """The window fields of AttentionShape, for families whose `sliding_window` applies to every layer."""
     if not config.has("sliding_window"):
         return {}
     return {"window": config.integer("sliding_window"), "windowed_layers": tuple(range(num_layers(config)))}

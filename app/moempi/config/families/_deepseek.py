@@ -1,8 +1,8 @@
-"""What DeepSeek-V2 and -V3 and their followers share: latent attention, and the router with a correction."""
+"""Shared by DeepSeek-V2, -V3 and related families: latent attention, and the router with a correction."""
 
 from typing import Any
 
-from moempi.config.architecture import Architecture, Attention, Experts, Latent, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Latent, Router
 from moempi.config.families._decoder import decoder
 from moempi.config.families._family import DECODER_NAMES, in_layers
 from moempi.config.families._reading import CheckpointConfig, leading_dense_layers
@@ -23,7 +23,7 @@ DEEPSEEK_NAMES = DECODER_NAMES | in_layers(
 
 
 def deepseek(config: CheckpointConfig, family: str, *, router: Router) -> Architecture:
-    """The architecture of a model with latent attention and experts from layer `first_k_dense_replace` on."""
+    """The architecture with latent attention, and experts from layer `first_k_dense_replace` on."""
     return decoder(
         config,
         family,
@@ -34,7 +34,7 @@ def deepseek(config: CheckpointConfig, family: str, *, router: Router) -> Archit
 
 
 def routed_and_shared(config: CheckpointConfig) -> dict[str, Any]:
-    """The fields of experts of which the shared ones are one network, as wide as they are together."""
+    """The size fields of Experts; the shared experts are one network with the sum of their widths."""
     width = config.integer("moe_intermediate_size")
     return {
         "num": config.integer("n_routed_experts", "num_local_experts"),
@@ -61,10 +61,10 @@ def corrected_router(config: CheckpointConfig) -> Router:
     )
 
 
-def _latent_attention(config: CheckpointConfig) -> Attention:
+def _latent_attention(config: CheckpointConfig) -> AttentionShape:
     heads, rope_dim = config.integer("num_attention_heads"), config.integer("qk_rope_head_dim")
     config.require("num_key_value_heads", heads, None)
-    return Attention(
+    return AttentionShape(
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=config.integer("qk_nope_head_dim") + rope_dim,
@@ -81,7 +81,7 @@ def _latent_attention(config: CheckpointConfig) -> Attention:
 
 
 def _score_factor(config: CheckpointConfig) -> float:
-    """The square of YaRN's magnitude at `mscale_all_dim`, which these families multiply scores by."""
+    """The square of YaRN's magnitude at `mscale_all_dim`, a factor on the attention scores."""
     scaling = scaling_of(config)
     if scaling is None or not scaling.has("mscale_all_dim"):
         return 1.0

@@ -1,4 +1,4 @@
-"""What a model family is: a way to read its config.json, and where its tensors are called what."""
+"""A model family: a reader of its config.json, and the names of its tensors."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -14,9 +14,9 @@ _THEIR_LAYER = re.compile(r"^model\.layers\.(\d{1,9})\.")
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A tensor of the checkpoint that holds all experts: of each one's outputs, those from `first` in steps of `step`.
+    """Every `step`-th output, beginning with `first`, of each expert in a checkpoint's tensor that holds all experts.
 
-    Each expert's matrix lies there as (inputs, outputs).
+    The tensor holds each expert's matrix as (inputs, outputs).
     """
 
     name: str
@@ -31,10 +31,10 @@ Names = dict[str, str | Fused]
 class Family:
     """A family of checkpoints.
 
-    `architecture` reads a checkpoint's configuration and refuses what is not supported (DataError). `names` maps our
-    tensor names to the checkpoint's, both with `{layer}`; a name with `{expert}` stands for one matrix an expert,
-    stacked in ours. `left_out` finds names of the checkpoint that the model does without; in layers beyond the last
-    of `num_layers`, which predict further tokens, all are left out where `more_layers`.
+    `architecture` reads a checkpoint's configuration and raises DataError for unsupported options. `names` maps our
+    tensor names to the checkpoint's, both with `{layer}`; a name with `{expert}` is one matrix per expert, which our
+    tensor stacks. `left_out` is a regular expression of the checkpoint's tensors that the model does not need. With
+    `more_layers`, layers beyond `num_layers` (multi-token prediction) are left out too.
     """
 
     model_type: str
@@ -44,7 +44,7 @@ class Family:
     left_out: str | None = None
 
     def sources(self, tensor: Tensor) -> tuple[str, ...] | Fused:
-        """The checkpoint's names of what `tensor` holds: one name, one an expert (row), or a part of a fused tensor."""
+        """The checkpoint's names of `tensor`: one name, one name per expert (row), or a fused tensor."""
         layer = _LAYER.match(tensor.name)
         pattern = self.names[_LAYER.sub("layers/{layer}/", tensor.name)]
         number = int(layer[1]) if layer else None
@@ -55,7 +55,7 @@ class Family:
         return (pattern.format(layer=number),)
 
     def leaves_out(self, name: str, *, num_layers: int) -> bool:
-        """Whether the checkpoint's tensor `name` is no part of the model."""
+        """Whether the checkpoint's tensor `name` is not part of the model."""
         layer = _THEIR_LAYER.match(name)
         if self.more_layers and layer and int(layer[1]) >= num_layers:
             return True
@@ -93,7 +93,7 @@ _LAYER_NAMES = {
 
 
 def in_layers(names: Mapping[str, str | Fused]) -> Names:
-    """Names inside a layer, theirs below `model.layers.N`, completed on both sides."""
+    """Full names on both sides from names inside a layer; the checkpoint's begin with `model.layers.N`."""
     return {
         f"layers/{{layer}}/{ours}": replace(theirs, name=f"model.layers.{{layer}}.{theirs.name}")
         if isinstance(theirs, Fused)
@@ -110,7 +110,7 @@ DECODER_NAMES: Names = {
     "head_bias": "lm_head.bias",
     **in_layers(_LAYER_NAMES),
 }
-"""The names that most decoder families on the hub share."""
+"""The names in most decoder families on the hub."""
 
 MIXTRAL_NAMES: Names = DECODER_NAMES | in_layers(
     {
@@ -120,4 +120,4 @@ MIXTRAL_NAMES: Names = DECODER_NAMES | in_layers(
         "experts/down": "block_sparse_moe.experts.{expert}.w2.weight",
     }
 )
-"""The names of Mixtral and of the families that follow it."""
+"""The names in Mixtral and Phi-MoE."""

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's config.json: every value is there and of its type, or the error says which is not."""
+"""Typed reading of a checkpoint's config.json, with errors that name the key."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ MAX_LAYERS = 1000
 class CheckpointConfig:
     """The content of config.json and of generation_config.json ({} if there is none), read by key.
 
-    A key may be given in several spellings; the ones present must agree. Nothing has a default: class defaults of
-    model libraries differ from what checkpoints hold. Every method raises DataError naming file and key.
+    A key may have several spellings; all that are present must agree. There are no defaults, because the class defaults
+    of model libraries differ from the checkpoints. Every method raises DataError that names file and key.
     """
 
-    def __init__(self, values: Mapping[str, Any], generation: Mapping[str, Any], *, where: str) -> None:
-        self.where = where
+    def __init__(self, values: Mapping[str, Any], generation: Mapping[str, Any], *, origin: str) -> None:
+        self.origin = origin
         self._values = values
         self._generation = generation
 
@@ -49,15 +49,15 @@ class CheckpointConfig:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether `key` is there and not null."""
+        """Whether `key` is present and not null."""
         return self._values.get(key) is not None
 
     def option(self, key: str, *, absent: bool = False) -> bool:
-        """The truth value under `key`, which checkpoints older than the option do not have."""
+        """The truth value under `key`; `absent` for checkpoints older than the option."""
         return self.flag(key) if self.has(key) else absent
 
     def constant(self, key: str, *, absent: float) -> float:
-        """The number under `key`, which checkpoints leave out where it is the family's constant `absent`."""
+        """The number under `key`; `absent`, the family's constant, if the key is missing."""
         return self.number(key) if self.has(key) else absent
 
     def integers(self, key: str) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ class CheckpointConfig:
         return tuple(values)
 
     def tokens(self, key: str) -> tuple[int, ...]:
-        """The token or tokens under `key`, of generation_config.json where it has them, as generation uses those."""
+        """The token or tokens under `key`; generation_config.json has precedence."""
         value = self._generation.get(key)
         if value is None:
             value = self._values.get(key)
@@ -89,14 +89,14 @@ class CheckpointConfig:
         return tuple(dict.fromkeys(self._integers(key, value if isinstance(value, list) else [value])))
 
     def require(self, key: str, *supported: Any) -> None:
-        """Refuse the checkpoint unless `key` has one of the values `supported`."""
+        """Raise unless `key` has one of the values `supported`."""
         value = self._values.get(key)
         if value not in supported:
             known = " or ".join(repr(choice) for choice in supported)
             raise self.error(f"{key} = {value!r} is not supported, only {known}")
 
     def refuse(self, *keys: str) -> None:
-        """Refuse the checkpoint if one of `keys` is set to something other than null, false, 0 or empty."""
+        """Raise if one of `keys` has a value other than null, false, 0 or empty."""
         for key in keys:
             if self._values.get(key):
                 raise self.error(f"{key} = {self._values[key]!r} is not supported")
@@ -108,17 +108,17 @@ class CheckpointConfig:
             return None
         if not isinstance(value, dict):
             raise self.error(f"{key} is {value!r}, not an object")
-        return CheckpointConfig(value, {}, where=f"{self.where}: {key}")
+        return CheckpointConfig(value, {}, origin=f"{self.origin}: {key}")
 
     def only(self, *known: str) -> None:
-        """Refuse the checkpoint if this object has keys beyond `known`."""
+        """Raise if this object has keys other than `known`."""
         for key in self._values:
             if key not in known and self.has(key):
                 raise self.error(f"{key} = {self._values[key]!r} is not supported")
 
     def error(self, message: str) -> DataError:
         """A DataError about this file."""
-        return DataError(f"{self.where}: {message}")
+        return DataError(f"{self.origin}: {message}")
 
     def _required(self, spellings: tuple[str, ...]) -> Any:
         found = [self._values[key] for key in spellings if self.has(key)]
@@ -135,7 +135,7 @@ class CheckpointConfig:
 
 
 def num_layers(config: CheckpointConfig) -> int:
-    """The number of layers, refused beyond MAX_LAYERS before anything is counted out layer by layer."""
+    """The number of layers, at most MAX_LAYERS."""
     number = config.integer("num_hidden_layers")
     if not 1 <= number <= MAX_LAYERS:
         raise config.error(f"num_hidden_layers is {number}, not 1 to {MAX_LAYERS}")
@@ -143,14 +143,14 @@ def num_layers(config: CheckpointConfig) -> int:
 
 
 def head_dim(config: CheckpointConfig) -> int:
-    """Size of a head: `head_dim`, else width / heads, which is how checkpoints without the key are built."""
+    """Size of a head: `head_dim`, or width / heads for checkpoints without the key."""
     if config.has("head_dim"):
         return config.integer("head_dim")
     return config.integer("hidden_size") // max(1, config.integer("num_attention_heads"))
 
 
 def dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
-    """The layers without experts: `mlp_only_layers`, and those that `decoder_sparse_step` skips."""
+    """The layers without experts: `mlp_only_layers`, and the layers that `decoder_sparse_step` skips."""
     layers = range(num_layers(config))
     step, listed = config.integer("decoder_sparse_step"), config.integers("mlp_only_layers")
     if step < 1:
@@ -161,13 +161,13 @@ def dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
 
 
 def leading_dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
-    """The layers without experts of families that begin with `first_k_dense_replace` of them."""
+    """The layers without experts: the first `first_k_dense_replace`."""
     config.require("moe_layer_freq", 1, None)
     return tuple(range(min(config.integer("first_k_dense_replace"), num_layers(config))))
 
 
 def windowed_layers(config: CheckpointConfig) -> tuple[int, ...]:
-    """The layers that `layer_types` calls sliding."""
+    """The layers of type sliding_attention in `layer_types`."""
     types = config.texts("layer_types")
     if len(types) != num_layers(config) or not set(types) <= {"sliding_attention", "full_attention"}:
         raise config.error(f"layer_types = {list(types)} is not sliding_attention or full_attention for each layer")

@@ -1,4 +1,4 @@
-"""Reading what a config.json says of the rotary embedding, in its old and new spellings."""
+"""Reading of the rotary embedding from a config.json, in its old and new spellings."""
 
 import math
 from typing import Any
@@ -13,9 +13,9 @@ _LONGROPE = ("short_factor", "long_factor", "short_mscale", "long_mscale", "orig
 
 
 def read_rope(config: CheckpointConfig, *, dim: int, interleaved: bool = False, partial: bool = False) -> Rope:
-    """The rotary embedding of `dim` numbers of a head; DataError for every kind but default, yarn and longrope.
+    """The rotary embedding of `dim` numbers of a head; raises DataError unless default, yarn or longrope.
 
-    `partial` families turn a share of the numbers, which the configuration must give; the others turn all.
+    Families with `partial` rotate the share of the numbers that the configuration gives; others rotate all.
     """
     scaling = scaling_of(config)
     kind = _kind(scaling)
@@ -40,7 +40,7 @@ def read_rope(config: CheckpointConfig, *, dim: int, interleaved: bool = False, 
 
 
 def scaling_of(config: CheckpointConfig) -> CheckpointConfig | None:
-    """The object that describes the embedding: `rope_parameters`, or `rope_scaling` as it was called before."""
+    """The object that describes the embedding: `rope_parameters`, or `rope_scaling`, its earlier name."""
     found = [section for key in ("rope_parameters", "rope_scaling") if (section := config.section(key))]
     if len({str(_kind(section)) for section in found}) > 1:
         raise config.error("rope_parameters and rope_scaling differ")
@@ -48,7 +48,7 @@ def scaling_of(config: CheckpointConfig) -> CheckpointConfig | None:
 
 
 def yarn_magnitude(factor: float, mscale: float) -> float:
-    """0.1 mscale ln(factor) + 1: how much YaRN scales attention logits' root for a context `factor` times longer."""
+    """0.1 mscale ln(factor) + 1: the factor of YaRN on queries and keys for a context `factor` times longer."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

@@ -1,6 +1,6 @@
 """DeepSeek-V3 and -R1, Moonlight, Kimi-K2: latent attention, sigmoid router with a correction, shared experts.
 
-Weights in blocks of 8-bit numbers are expanded at conversion; the layers that predict further tokens are left out.
+Conversion dequantizes weights in blocks of 8-bit numbers and leaves out the layers for multi-token prediction.
 """
 
 from dataclasses import replace

@@ -34,7 +34,7 @@ def _architecture(config: CheckpointConfig) -> Architecture:
 
 
 def _windows(config: CheckpointConfig) -> dict[str, Any]:
-    """Checkpoints without `layer_types` have windows from layer `max_window_layers` on."""
+    """The window fields of AttentionShape; without `layer_types`, windows begin at layer `max_window_layers`."""
     if not config.has("sliding_window"):
         return {}
     if config.has("layer_types"):

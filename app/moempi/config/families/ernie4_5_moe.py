@@ -31,7 +31,7 @@ def _architecture(config: CheckpointConfig) -> Architecture:
 
 
 def _dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
-    """All layers outside `moe_layer_start_index` to `moe_layer_end_index` (-1: the last) in steps of the interval."""
+    """Layers outside `moe_layer_start_index` to `moe_layer_end_index` (-1: the last), or skipped by the interval."""
     layers, step = num_layers(config), config.integer("moe_layer_interval")
     first, last = config.integer("moe_layer_start_index"), config.integer("moe_layer_end_index")
     if step < 1:

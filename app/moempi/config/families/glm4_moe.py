@@ -1,4 +1,4 @@
-"""GLM-4.5 and GLM-4.5-Air: a part of each head rotated, the router of DeepSeek-V3, shared experts."""
+"""GLM-4.5 and GLM-4.5-Air: partial rotary embedding, the router of DeepSeek-V3, shared experts."""
 
 from moempi.config.architecture import Architecture, Experts
 from moempi.config.families._decoder import decoder, heads

@@ -1,6 +1,6 @@
 """gpt-oss (gpt-oss-20b, gpt-oss-120b): attention sinks, windows in every other layer, biased experts, clamped SwiGLU.
 
-Expert weights in blocks of 4-bit numbers are expanded at conversion. The checkpoint alternates gate and up rows.
+Conversion dequantizes expert weights in blocks of 4-bit numbers. The checkpoint alternates gate and up rows.
 """
 
 from moempi.config.architecture import Architecture, Clamp, Experts, Router

@@ -1,4 +1,4 @@
-"""Mixtral (Mixtral-8x7B, Mixtral-8x22B): softmax router whose weights are renormalized and kept in float32."""
+"""Mixtral (Mixtral-8x7B, Mixtral-8x22B): softmax router with renormalized float32 weights."""
 
 from moempi.config.architecture import Architecture, Experts, Router
 from moempi.config.families._decoder import all_layers_windowed, decoder, heads

@@ -1,4 +1,4 @@
-"""OLMoE (OLMoE-1B-7B): query and key norms over all heads, softmax router, clipped projections on request."""
+"""OLMoE (OLMoE-1B-7B): query and key norms over all heads, softmax router, optionally clipped projections."""
 
 from moempi.config.architecture import Architecture, Experts, Router
 from moempi.config.families._decoder import decoder, heads

@@ -1,7 +1,7 @@
 """Phi-3.5-MoE and Phi-mini-MoE: layer norms and biases, SparseMixer router, LongRoPE.
 
-Only the short factors are used: a sequence is limited to the positions that the model was first trained on, because
-implementations differ beyond.
+Only the short factors are used, and sequences are limited to the original number of positions, because
+implementations differ beyond it.
 """
 
 from typing import Any

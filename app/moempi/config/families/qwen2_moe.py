@@ -32,7 +32,7 @@ def _architecture(config: CheckpointConfig) -> Architecture:
 
 
 def _windows(config: CheckpointConfig) -> dict[str, Any]:
-    """Implementations differ in the layers that have windows unless `layer_types` lists them."""
+    """The window fields of AttentionShape; requires `layer_types`, without which implementations differ."""
     if not config.option("use_sliding_window"):
         return {}
     if not config.has("layer_types"):
