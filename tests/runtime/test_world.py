@@ -60,17 +60,17 @@ def test_one_rank_ends_all_with_one_line(ending, code, line, tmp_path):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    ("ending", "who"),
+    ("ending", "reason"),
     [
         ("stop", "rank 1 does not answer, rank 0 waits at step 7"),
         ("late", "rank 1 is late, at step 7 (in endings.py:"),
         ("early", "all ranks wait, rank 0 at step 7"),
     ],
 )
-def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, who, tmp_path):
+def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, reason, tmp_path):
     outcome = ended(ending, tmp_path)
     assert len(outcome.lines) == 1
-    assert f"no progress for 2 s: {who}" in outcome.lines[0]
+    assert f"no progress for 2 s: {reason}" in outcome.lines[0]
     assert "at step 7" in outcome.lines[0]
     assert outcome.code == 75
 

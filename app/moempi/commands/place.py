@@ -55,7 +55,7 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--policy", choices=["linear", "balanced", "topology"], default="topology", help="(topology)")
     share = "replicas, as a share of the experts (0)"
     parser.add_argument("--replicas", type=float, default=0.0, metavar="SHARE", help=share)
-    links = "the links, as check --measure wrote them"
+    links = "the links, as check --output wrote them"
     parser.add_argument("--topology", type=Path, metavar="TOPOLOGY.json", help=links)
     parser.add_argument("--ranks", type=count, default=0, metavar="N", help="ranks of a stage (as in the run)")
     parser.add_argument("--ranks-per-node", type=count, default=0, metavar="N", help="with --ranks: ranks on a node")
