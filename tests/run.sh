@@ -13,6 +13,7 @@ source jobs/env.sh
 
 ruff check
 ruff format --check --quiet
+python tests/house_rules.py
 mypy
 lint-imports
 pytest -m "not mpi" --ignore=tests/peers "$@"

@@ -4,6 +4,7 @@ import pytest
 
 import mpirun as launching
 from moempi import __version__, cli
+from moempi.commands import inspect
 from moempi.errors import DataError
 
 
@@ -36,10 +37,10 @@ def failing(monkeypatch):
     """`failing(error)` makes the command `inspect` raise it."""
 
     def make(error):
-        def inspect(_chosen):
+        def run(_chosen):
             raise error
 
-        monkeypatch.setattr(cli, "inspect", inspect)
+        monkeypatch.setattr(inspect, "run", run)
 
     return make
 
@@ -72,6 +73,36 @@ assert cli.main(["inspect", {str(tmp_path / "none.h5")!r}]) == 66
 assert "mpi4py" not in sys.modules
 """
     assert launching.execute(*launching.python("-c", program)).code == 0
+
+
+def test_the_parser_imports_no_command():
+    program = """
+import sys
+from moempi import cli
+try:
+    cli.main(["--help"])
+except SystemExit as ending:
+    assert ending.code == 0
+assert not {"numpy", "h5py", "rich", "msgspec", "mpi4py"} & sys.modules.keys()
+"""
+    outcome = launching.execute(*launching.python("-c", program))
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_without_mpi(name):
+    program = f"""
+import sys
+from moempi import cli
+try:
+    cli.main([{name!r}, "--help"])
+except SystemExit as ending:
+    assert ending.code == 0
+assert "mpi4py" not in sys.modules
+"""
+    outcome = launching.execute(*launching.python("-c", program))
+    assert outcome.code == 0, outcome.err
+    assert f"usage: moempi {name} " in outcome.out
 
 
 @pytest.mark.mpi
@@ -111,7 +142,7 @@ def test_check_prints_ranks_and_exchange(mpirun):
     assert "job file: exchange.transport = " in outcome.out
 
 
-def test_plan_forecasts_the_mission_and_refuses_what_cannot_be():
+def test_plan_forecasts_the_mission_and_refuses_impossible_layouts():
     plan = ("plan", "jobs/mission.toml", "--machine", "jobs/machines/mission-h100.toml", "--ranks-per-node", "8")
     outcome = moempi(*plan, "--ranks", "3904")
     assert outcome.code == 0, outcome.err

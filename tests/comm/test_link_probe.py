@@ -1,4 +1,4 @@
-"""Measured links: what they foretell is their sum, and what is written can be read."""
+"""Measured links: the predicted time of an exchange, and that the written topology can be read."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ LEVELS = (
 )
 
 
-def test_an_exchange_takes_as_long_as_the_rank_with_most():
+def test_an_exchange_takes_as_long_as_its_slowest_rank():
     topology = TopologyFile(2, LEVELS, nodes=(0, 0, 1))
     sizes = np.array([[100, 0, 1000], [0, 0, 0], [0, 0, 10_000]])
     seconds = [1e-6 + 100 / 10e9 + 5e-6 + 1000 / 1e9, 0.0, 1e-6 + 10_000 / 10e9]
@@ -25,7 +25,7 @@ def test_an_exchange_takes_as_long_as_the_rank_with_most():
 
 
 def test_the_error_is_that_of_the_median_trial():
-    trials = [LinkTrial(0, foretold, 1.0) for foretold in (1.1, 0.5, 3.0)]
+    trials = [LinkTrial(0, predicted_s, 1.0) for predicted_s in (1.1, 0.5, 3.0)]
     assert median_error(trials) == pytest.approx(0.5)
 
 

@@ -1,4 +1,4 @@
-"""`moempi place`: what it predicts of a run is what the run counted, before and after experts moved."""
+"""`moempi place`: it predicts what a run counts, before and after experts move."""
 
 import h5py
 import pytest
@@ -17,7 +17,7 @@ JOB = ROOT / "jobs/abacus.toml"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """`run(ranks, name, key=value)` answers 30 questions into `<name>.h5`, recording the routing."""
+    """`run(ranks, name, key=value)` runs 30 prompts into `<name>.h5` and records the routing."""
     folder = tmp_path_factory.mktemp("place")
     convert(ROOT / "weights/abacus", folder / "abacus.h5")
     (folder / "prompts.jsonl").write_text("\n".join((ROOT / "jobs/abacus.jsonl").read_text().splitlines()[:30]))
@@ -59,7 +59,7 @@ def test_predicted_bytes_and_messages_are_those_counted(run, tmp_path, num_ranks
     for what in ("sent_bytes", "messages"):
         assert getattr(found["measured"], what) == getattr(found["as run"], what)
         assert sum(getattr(found["measured"], what)) > 0
-    # The same again where the experts have moved, and hot ones stand twice.
+    # The same after the experts have moved and busy ones have replicas.
     results = run(num_ranks, "moved", **settings, **{"placement.file": tmp_path / "placement.json"})
     again = by_name(results, PlacementRequest())
     for what in ("sent_bytes", "messages"):

@@ -43,9 +43,21 @@ def before(action: Callable[..., Any], hook: Callable[..., None]) -> Callable[..
 
 
 def main(notes: str, fault: str, rank: str, place: str, count: str, *arguments: str) -> int:
-    from moempi.runtime.monitor import MONITOR
+    from moempi.cli import main as moempi
+    from moempi.runtime.monitor import Monitor
 
-    MONITOR.fork()  # first of all, as the program does
+    fork = Monitor.fork
+
+    def fork_and_prepare(monitor: Monitor) -> None:
+        fork(monitor)  # before anything imports MPI
+        prepare(notes, fault, rank, place, count)
+
+    Monitor.fork = fork_and_prepare
+    return moempi(arguments)
+
+
+def prepare(notes: str, fault: str, rank: str, place: str, count: str) -> None:
+    """Note the process id, and make the program inject the fault when it comes to the place."""
     own_rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
     note = Path(notes, str(own_rank))
     note.with_suffix(".pid").write_text(str(os.getpid()))
@@ -78,10 +90,6 @@ def main(notes: str, fault: str, rank: str, place: str, count: str, *arguments: 
                 come()
 
         World.alive = come_to_point
-
-    from moempi.cli import main as moempi
-
-    return moempi(arguments)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,12 @@ def test_ranks_are_ordered_by_slurm_switches_before_nodes(comm, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", node)
     monkeypatch.setenv("SLURM_TOPOLOGY_ADDR", f"s0.{switch}.{node}")
     world = World(comm)
-    topology, ranks = world.by_node(TopologySection(), island="socket 0")
-    assert topology == Topology((0, 0, 1, 2), switches=(0, 0, 0, 1))  # one socket per node: no islands
+    topology, ranks = world.by_node(TopologySection(), domain="socket 0")
+    assert topology == Topology((0, 0, 1, 2), switches=(0, 0, 0, 1))  # one socket a node: nothing to tell apart
     assert ranks.allgather(comm.rank) == [0, 3, 2, 1]
-    assert world.by_node(TopologySection(), island=f"socket {comm.rank // 2}")[0].islands == (0, 1, 2, 3)
-    assert world.by_node(TopologySection(), island="socket 0" if comm.rank else "")[0].islands == ()
-    virtual, ranks = world.by_node(TopologySection(ranks_per_node=3), island="socket 0")
+    assert world.by_node(TopologySection(), domain=f"socket {comm.rank // 2}")[0].islands == (0, 1, 2, 3)
+    assert world.by_node(TopologySection(), domain="socket 0" if comm.rank else "")[0].islands == ()
+    virtual, ranks = world.by_node(TopologySection(ranks_per_node=3), domain="socket 0")
     assert virtual == Topology((0, 0, 0, 1))
     assert ranks.rank == comm.rank
     monkeypatch.setenv("SLURM_TOPOLOGY_ADDR", node)  # Slurm's value without switches

@@ -1,4 +1,4 @@
-"""The figures that a person reads, and that odd text does no harm there."""
+"""The figures of the report, and that control characters and markup in texts are escaped."""
 
 import io
 
@@ -7,13 +7,13 @@ import pytest
 from rich.console import Console
 
 from moempi.observe.run_report import (
-    Answer,
     LayoutTable,
+    OutputRow,
     Report,
     StageRow,
-    answers_table,
     imbalance,
     layout_table,
+    outputs_table,
     phase_shares,
     report_table,
     stragglers,
@@ -112,9 +112,9 @@ def test_the_layout_joins_stages_that_are_alike():
         assert words in text
 
 
-def test_answers_show_control_characters_harmlessly():
-    answers = [Answer("12+[red]30=", "42\x1b[2J", "42"), Answer("a", "b", "b"), Answer("c", "d", None)]
-    text = text_of(answers_table(answers))
+def test_outputs_show_control_characters_escaped():
+    outputs = [OutputRow("12+[red]30=", "42\x1b[2J", "42"), OutputRow("a", "b", "b"), OutputRow("c", "d", None)]
+    text = text_of(outputs_table(outputs))
     assert "\x1b" not in text
     assert "12+[red]30=" in text
     assert text.count("exact") == 1

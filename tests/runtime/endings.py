@@ -1,6 +1,6 @@
 """A program with every ending, run by test_world.py: python endings.py ENDING FOLDER.
 
-Each rank leaves its process id in FOLDER, and a mark when it is inside its guard.
+Each rank writes its process id to FOLDER, and RANK.ready when it is inside its guard. No rank has a monitor process.
 """
 
 import os
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from moempi.errors import ConfigError, DataError
+from moempi.runtime.monitor import Monitor
 from moempi.runtime.world import World
 
 
@@ -51,7 +52,7 @@ def work(world: World, ending: str) -> None:
 
 
 def main(ending: str, folder: str) -> None:
-    world = World.start(debug=ending == "debug")
+    world = World.start(Monitor(), debug=ending == "debug")
     place = Path(folder, str(world.rank))
     place.with_suffix(".pid").write_text(str(os.getpid()))
     with world.guard():

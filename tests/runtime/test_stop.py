@@ -16,19 +16,19 @@ def _handler():
     signal.signal(signal.SIGUSR1, before)
 
 
-def test_nobody_asked():
+def test_no_request():
     assert not Stop().requested
     assert not Stop(max_minutes=60).requested
 
 
-def test_a_signal_asks():
-    asked = Stop(max_minutes=60)
+def test_a_signal_is_a_request():
+    stop_request = Stop(max_minutes=60)
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert asked.requested
-    assert asked.reason == "SIGUSR1"
+    assert stop_request.requested
+    assert stop_request.reason == "SIGUSR1"
 
 
-def test_the_end_of_its_time_asks(monkeypatch):
+def test_the_end_of_its_time_is_a_request(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
     limited = Stop(max_minutes=2)

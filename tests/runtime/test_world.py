@@ -1,4 +1,4 @@
-"""Who the ranks are, and how they end together: every ending on one rank of three, under a real mpirun."""
+"""The ranks and how they end together: every ending on one rank of three, under a real mpirun."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def ended(ending: str, folder: Path) -> launching.Outcome:
 
 
 def wait_for_end(folder: Path, *, limit: float) -> None:
-    """Until no rank is left, or only a zombie that its parent has yet to bury."""
+    """Until no rank runs; a zombie counts as ended."""
     pids = [int(place.read_text()) for place in folder.glob("*.pid")]
     assert len(pids) == 3
     while alive := [pid for pid in pids if state(pid) not in "ZX"]:
@@ -60,17 +60,17 @@ def test_one_rank_ends_all_with_one_line(ending, code, line, tmp_path):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    ("ending", "who"),
+    ("ending", "reason"),
     [
         ("stop", "rank 1 does not answer, rank 0 waits at step 7"),
         ("late", "rank 1 is late, at step 7 (in endings.py:"),
         ("early", "all ranks wait, rank 0 at step 7"),
     ],
 )
-def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, who, tmp_path):
+def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, reason, tmp_path):
     outcome = ended(ending, tmp_path)
     assert len(outcome.lines) == 1
-    assert f"no progress for 2 s: {who}" in outcome.lines[0]
+    assert f"no progress for 2 s: {reason}" in outcome.lines[0]
     assert "at step 7" in outcome.lines[0]
     assert outcome.code == 75
 
@@ -131,8 +131,8 @@ def wait_for(folder: Path) -> None:
 
 
 @pytest.mark.mpi
-def test_processes_that_believe_to_be_alone_are_refused():
-    # What a launcher of another MPI leaves behind: its variables, and every process in a world of its own.
+def test_a_launch_of_another_mpi_is_refused():
+    # The variables that a launcher of another MPI sets; MPI itself connects each process only to itself.
     outcome = launching.execute(*launching.python("-m", "moempi", "check"), PMI_SIZE="4", PMI_RANK="0")
     assert outcome.code == 64
     assert len(outcome.lines) == 1
@@ -142,7 +142,7 @@ def test_processes_that_believe_to_be_alone_are_refused():
 
 
 @pytest.mark.ranks(1, 3)
-def test_places(comm, num_ranks):
+def test_nodes_and_local_rank(comm, num_ranks):
     from moempi.runtime.world import World
 
     world = World(comm)
@@ -165,7 +165,7 @@ def test_node_names_of_slurm_come_first(comm, monkeypatch):
 
 
 @pytest.mark.ranks(1, 3)
-def test_together_returns_each_ranks_value_or_ends_all_alike(comm, capfd):
+def test_collectively_returns_each_ranks_value_or_ends_all_alike(comm, capfd):
     from moempi.errors import DataError
     from moempi.runtime.world import AgreedExit, World
 

@@ -13,7 +13,7 @@ from moempi.config.tensors import catalogue
 from moempi.errors import DataError, MoempiError
 from moempi.storage import hdf5
 from moempi.storage.convert import convert
-from moempi.storage.inspect import describe
+from moempi.storage.inspect import inspect
 from moempi.storage.weights import WeightFile
 from storage.checkpoints import write_checkpoint
 from storage.models import SMALL, write_model
@@ -240,7 +240,7 @@ def test_inspecting_follows_no_links(tmp_path, secret, name):
         del file.attrs["format"]
     os.utime(secret, (0, secret.stat().st_mtime))
     with pytest.raises(DataError, match=r"hostile\.h5: tensors/"):
-        describe(tmp_path / "hostile.h5")
+        inspect(tmp_path / "hostile.h5")
     assert secret.stat().st_atime == 0
 
 
@@ -251,7 +251,7 @@ def test_inspecting_reads_no_rows(tmp_path, secret, name):
         HOSTILE[name](file, secret)
         del file.attrs["format"]
     os.utime(secret, (0, secret.stat().st_mtime))
-    describe(tmp_path / "hostile.h5")
+    inspect(tmp_path / "hostile.h5")
     assert secret.stat().st_atime == 0
 
 

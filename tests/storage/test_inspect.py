@@ -1,25 +1,11 @@
-import io
-
 import h5py
 import numpy as np
 import pytest
-from rich.console import Console
 
 from moempi.errors import DataError, NoInputError
 from moempi.storage import hdf5
-from moempi.storage.inspect import describe, num_active_parameters, num_parameters
+from moempi.storage.inspect import DatasetContents, PartSize, inspect, num_active_parameters, num_parameters
 from storage.models import SMALL, write_model
-
-
-def shown(path):
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(describe(path))
-    return console.export_text()
-
-
-def row(text, first):
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
-    return next(line[1:] for line in cells if line and line[0] == first)
 
 
 def test_parameters_are_counted():
@@ -32,12 +18,11 @@ def test_parameters_are_counted():
 
 def test_weight_file(tmp_path):
     fingerprint = write_model(tmp_path / "model.h5")
-    text = shown(tmp_path / "model.h5")
-    assert row(text, "fingerprint") == [fingerprint]
-    assert row(text, "MoE layers") == ["2 of 3"]
-    assert row(text, "experts.router.top_k") == ["2"]
-    assert row(text, "experts") == ["6", "864", "1,728"]
-    assert row(text, "dense") == ["3", "1,680", "3,360"]
+    found = inspect(tmp_path / "model.h5")
+    assert (found.path, found.fingerprint) == (tmp_path / "model.h5", fingerprint)
+    assert found.architecture == SMALL
+    assert PartSize("experts", 6, 864, 1728) in found.parts
+    assert PartSize("dense", 3, 1680, 3360) in found.parts
 
 
 def test_any_other_file(tmp_path):
@@ -48,18 +33,28 @@ def test_any_other_file(tmp_path):
         hdf5.create_dataset(file, "rows", dtype="bfloat16", shape=(3,))
         file["texts"] = ["a", "b"]
         file.attrs["pair"] = np.arange(2)
-    text = shown(tmp_path / "results.h5")
-    assert row(text, "host") == ["node [bold]7"]
-    assert row(text, "pair")[0].startswith("(not shown")
-    assert row(text, "timing/compute") == ["(4, 2)", "float32", "s"]
-    assert row(text, "rows") == ["(3,)", "bfloat16", ""]
-    assert row(text, "texts") == ["(2,)", "text", ""]
+    found = inspect(tmp_path / "results.h5")
+    assert found.attributes["host"] == "node [bold]7"
+    assert found.attributes["pair"].startswith("(not shown")
+    assert DatasetContents("timing/compute", (4, 2), "float32", "s") in found.datasets
+    assert DatasetContents("rows", (3,), "bfloat16", "") in found.datasets
+    assert DatasetContents("texts", (2,), "text", "") in found.datasets
+    assert found.num_left_out == 0
+
+
+def test_a_long_list_of_datasets_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("moempi.storage.inspect.MAX_DATASETS", 2)
+    with h5py.File(tmp_path / "results.h5", "w") as file:
+        for name in "abc":
+            hdf5.create_dataset(file, name, dtype="float32", shape=(1,))
+    found = inspect(tmp_path / "results.h5")
+    assert ([dataset.name for dataset in found.datasets], found.num_left_out) == (["a", "b"], 1)
 
 
 def test_refusals(tmp_path):
     with pytest.raises(NoInputError):
-        describe(tmp_path / "nowhere.h5")
+        inspect(tmp_path / "nowhere.h5")
     with h5py.File(tmp_path / "linked.h5", "w") as file:
         file["rows"] = h5py.ExternalLink("other.h5", "rows")
     with pytest.raises(DataError, match=r"linked\.h5: rows: soft and external links are refused"):
-        describe(tmp_path / "linked.h5")
+        inspect(tmp_path / "linked.h5")

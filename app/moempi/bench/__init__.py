@@ -1,41 +1,42 @@
-"""Benchmarks: each figure beside that of another implementation, measured in turns in the same run."""
+"""`moempi bench`: each figure beside that of another implementation, measured in turns in the same run.
 
-from argparse import ArgumentParser
-from collections.abc import Sequence
+One file a benchmark: `add_flags(parser)` and `run(world, chosen)`, which is collective and prints on rank 0.
+"""
+
+from argparse import REMAINDER, ArgumentParser, Namespace
+from importlib import import_module
 from typing import NoReturn
 
 from moempi.errors import UsageError
+from moempi.runtime.monitor import Monitor
+
+BENCHMARKS = ("layer", "generate", "exchange", "overlap", "immediate", "placement", "plan", "gpu")
 
 
 class _Parser(ArgumentParser):
-    """A parser whose errors end like those of the command line."""
+    """A parser that raises UsageError."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def main(name: str, arguments: Sequence[str]) -> int:
-    """Run the benchmark `name` on all ranks and print its figures on rank 0; returns the exit status; collective.
+def add_flags(parser: ArgumentParser) -> None:
+    """The benchmark, and its own arguments."""
+    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("arguments", nargs=REMAINDER, help="the benchmark's own arguments")
 
-    Raises UsageError for flags that the benchmark does not have.
-    """
-    from moempi.bench import exchange, generate, gpu, immediate, layer, overlap, placement, plan
+
+def run(chosen: Namespace) -> int:
+    """Run the benchmark on all ranks; collective. Raises UsageError for flags that the benchmark does not have."""
+    monitor = Monitor()
+    monitor.fork()
     from moempi.runtime.world import World
 
-    benchmark = {
-        "layer": layer,
-        "exchange": exchange,
-        "overlap": overlap,
-        "immediate": immediate,
-        "placement": placement,
-        "gpu": gpu,
-        "plan": plan,
-        "generate": generate,
-    }[name]
-    parser = _Parser(prog=f"moempi bench {name}", description=benchmark.__doc__)
+    benchmark = import_module(f"moempi.bench.{chosen.name}")
+    parser = _Parser(prog=f"moempi bench {chosen.name}", description=benchmark.__doc__)
     benchmark.add_flags(parser)
-    chosen = parser.parse_args(arguments)
-    world = World.start()
+    own = parser.parse_args(chosen.arguments)
+    world = World.start(monitor, debug=chosen.debug)
     with world.guard():
-        benchmark.run(world, chosen)
+        benchmark.run(world, own)
     return 0

@@ -1,7 +1,7 @@
-"""What links cost: latency and bandwidth of each level, measured with all ranks at work, and how well they foretell.
+"""Latency and bandwidth of each level of links, measured with all ranks at work, and how well they predict.
 
-A rank's part of an exchange takes, for every message that it sends, the latency of the link's level and the bytes over
-its bandwidth; an exchange takes as long as the rank with most.
+The model: a rank spends, for every message that it sends, the latency of the link's level plus the bytes divided by its
+bandwidth. An exchange takes as long as its slowest rank.
 """
 
 import statistics
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
-from rich.table import Table
 
 from moempi.arrays import Float64Array, IntArray, aligned_empty
 from moempi.config.topology_file import Level, TopologyFile
@@ -26,7 +25,7 @@ LEAST_PER_BYTE_S = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class LinkTrial:
-    """An exchange of random sizes: bytes in all, and seconds as foretold and as measured."""
+    """An exchange of random sizes: the bytes of all ranks, and the predicted and the measured seconds."""
 
     num_bytes: int
     predicted_s: float
@@ -34,16 +33,16 @@ class LinkTrial:
 
 
 def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list[LinkTrial]]:
-    """Measure the links among ranks that stand as `topology` says, then try the figures on other exchanges.
+    """Measure the links between the ranks of `comm`, which `topology` locates, then predict other exchanges with them.
 
-    Collective, blocks. The figures are those that best explain LESSONS random exchanges. A level that no link has takes
-    the figures of the level before it. The same on all ranks.
+    The figures are fitted to NUM_CALIBRATION random exchanges. A level without links takes the figures of the level
+    before it. The same result on all ranks. Collective, blocks.
     """
     levels = np.array([topology.levels(rank) for rank in range(comm.size)])
     random = np.random.default_rng(comm.size)
-    lessons = [_sizes(random, np.isin(levels, _some_levels(random))) for _ in range(NUM_CALIBRATION)]
-    seconds = np.array([_time(comm, sizes) for sizes in lessons])
-    loads = np.array([_loads(sizes, levels) for sizes in lessons])
+    calibration = [_sizes(random, np.isin(levels, _some_levels(random))) for _ in range(NUM_CALIBRATION)]
+    seconds = np.array([_time(comm, sizes) for sizes in calibration])
+    loads = np.array([_loads(sizes, levels) for sizes in calibration])
     latency_s, per_byte_s = np.split(fit_costs(loads, seconds), 2)
     found: list[Level] = []
     for level, name in enumerate(LEVELS):
@@ -61,7 +60,10 @@ def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list
 
 
 def predict_s(file: TopologyFile, sizes: IntArray) -> float:
-    """Seconds of an exchange in which rank s sends sizes[s, r] bytes to rank r (R, R); nothing sent costs nothing."""
+    """Predicted seconds of an exchange in which rank s sends sizes[s, r] bytes to rank r (R, R).
+
+    0 bytes are no message and cost nothing.
+    """
     topology = from_file(file)
     levels = np.array([topology.levels(rank) for rank in range(len(sizes))])
     latency_s = np.array([level.latency_us * 1e-6 for level in file.levels])[levels]
@@ -71,40 +73,31 @@ def predict_s(file: TopologyFile, sizes: IntArray) -> float:
 
 
 def median_error(trials: Sequence[LinkTrial]) -> float:
-    """How far foretold seconds are from measured ones, as a share of these, in the median trial."""
+    """Median over trials of the relative error |predicted / measured - 1|."""
     return statistics.median(abs(trial.predicted_s / trial.measured_s - 1) for trial in trials)
 
 
-def topology_table(file: TopologyFile, trials: Sequence[LinkTrial]) -> Table:
-    """The figures of each level, and below them how well they foretold the trials."""
-    table = Table("link", "latency us", "GB/s of a rank that sends", title="Links, all ranks at work")
-    for level in file.levels:
-        table.add_row(level.name, f"{level.latency_us:.1f}", f"{level.bandwidth_gb_s:.2f}")
-    table.caption = f"{len(trials)} random exchanges foretold within {median_error(trials):.0%} (median)"
-    return table
-
-
 def _some_levels(random: np.random.Generator) -> list[int]:
-    """One level or more, so that each is also seen without the others."""
+    """A random set of one level or more, so that each level also occurs without the others."""
     chosen = [level for level in range(len(LEVELS)) if random.random() < 0.6]
     return chosen or list(range(len(LEVELS)))
 
 
 def _sizes(random: np.random.Generator, where: npt.NDArray[np.bool_]) -> IntArray:
-    """Bytes of a random exchange over the links `where` (R, R): 1 KiB to 1 MiB, and a fifth of them nothing."""
+    """Bytes of a random exchange over the links `where` (R, R): 1 KiB to 1 MiB, 0 over a fifth of the links."""
     sizes = np.exp2(random.uniform(10, 20, where.shape)).astype(np.int64)
     return np.where(where & (random.random(where.shape) < 0.8), sizes, 0)
 
 
 def _loads(sizes: IntArray, levels: IntArray) -> Float64Array:
-    """Messages, then bytes, over each level by the rank that sends most bytes (2 * levels,)."""
+    """Messages over each level, then bytes over each level, of the rank that sends most bytes (2 * levels,)."""
     busiest = int(sizes.sum(axis=1).argmax())
     own = [sizes[busiest, levels[busiest] == level] for level in range(len(LEVELS))]
     return np.array([np.count_nonzero(sent) for sent in own] + [sent.sum() for sent in own], float)
 
 
 def _time(comm: MPI.Intracomm, sizes: IntArray) -> float:
-    """Median seconds, of the slowest rank, of an exchange in which rank s sends sizes[s, r] bytes to rank r."""
+    """Median seconds, on the slowest rank, of an exchange in which rank s sends sizes[s, r] bytes to rank r."""
     outward, inward = sizes[comm.rank], sizes[:, comm.rank]
     outgoing, incoming = (aligned_empty((int(counts.sum()),), np.uint8) for counts in (outward, inward))
     outgoing[:] = comm.rank % 256

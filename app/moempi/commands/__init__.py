@@ -1,1 +1,5 @@
-"""One file a command: its flags, its wiring and its tables."""
+"""One file a command: `add_flags(parser)`, `run(chosen)` and the tables that it prints.
+
+Only the file of the chosen command is imported. A command that starts MPI forks its monitor first, so it imports what
+needs MPI inside `run`.
+"""

@@ -1,4 +1,4 @@
-"""A dry run: what a job would hold where, and what would refuse it, without weights, prompts or ranks."""
+"""The dry run of `moempi run`: layout and memory of a job, and errors it would end with, without reading weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,24 +19,27 @@ from moempi.storage.weights import WeightFile
 
 
 def dry_run(job: Job, nodes: Sequence[int]) -> LayoutTable:
-    """Lay the job out on ranks whose node is nodes[rank], counted node by node. Not collective.
+    """Lay the job out on ranks whose node is nodes[rank], which ascends from 0. Not collective.
 
-    Raises the MoempiErrors that the run itself would raise for its layout.
+    Raises the MoempiErrors that the run would raise for its layout.
     """
     architecture = architecture_of(job)
-    plan = make_layout(job, architecture, nodes, placement=read_job_placement(job), on_gpu=job.run.backend == "cupy")
+    layout = make_layout(job, architecture, nodes, placement=read_job_placement(job), on_gpu=job.run.backend == "cupy")
     title = (
-        f"{len(nodes):,} ranks on {len(set(nodes)):,} nodes, {len(plan.grid.stages)} stages, "
-        f"tensor groups of {plan.grid.tensor}; "
-        f"{sum(map(sum, map(_counts, plan.placements))):,} experts in {len(architecture.moe_layers)} MoE layers, "
+        f"{len(nodes):,} ranks on {len(set(nodes)):,} nodes, {len(layout.grid.stages)} stages, "
+        f"tensor groups of {layout.grid.tensor}; "
+        f"{sum(map(sum, map(_counts, layout.placements))):,} experts in {len(architecture.moe_layers)} MoE layers, "
         f"{len(architecture.dense_layers)} dense layers"
     )
-    rows = [_row(plan, index, nodes) for index in range(len(plan.grid.stages))]
-    return LayoutTable(title, rows, refused=_refused(job, plan))
+    rows = [_row(layout, index, nodes) for index in range(len(layout.grid.stages))]
+    return LayoutTable(title, rows, refused=_memory_errors(job, layout))
 
 
 def architecture_of(job: Job) -> Architecture:
-    """That of the weight file, or where there is none the job's own description; raises their MoempiErrors."""
+    """The architecture of the weight file, or of the job's architecture file if the weight file does not exist.
+
+    Raises the MoempiErrors of reading them, and ConfigError for an impossible architecture.
+    """
     if job.model.architecture and not Path(job.model.weights).exists():
         architecture = read_toml(job.model.architecture, Architecture)
         problem = architecture.problem()
@@ -48,18 +51,18 @@ def architecture_of(job: Job) -> Architecture:
 
 
 def _counts(placements: Mapping[int, Placement]) -> list[int]:
-    """Experts of each rank and layer of a stage."""
+    """Number of experts of each rank and layer of a stage."""
     return [len(experts) for placement in placements.values() for experts in placement.hosted]
 
 
-def _row(plan: Layout, index: int, nodes: Sequence[int]) -> StageRow:
-    stage, memory = plan.grid.stages[index], plan.memory[index]
-    counts = _counts(plan.placements[index]) or [0]
+def _row(layout: Layout, index: int, nodes: Sequence[int]) -> StageRow:
+    stage, memory = layout.grid.stages[index], layout.memory[index]
+    counts = _counts(layout.placements[index]) or [0]
     return StageRow(
         layers=len(stage.layers),
         ranks=len(stage.ranks),
         nodes=_num_nodes(stage, nodes),
-        groups=plan.grid.num_groups(index),
+        groups=layout.grid.num_groups(index),
         experts=f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}",
         memory={
             "weights": memory.weights,
@@ -73,12 +76,15 @@ def _num_nodes(stage: Stage, nodes: Sequence[int]) -> int:
     return len({nodes[rank] for rank in stage.ranks})
 
 
-def _refused(job: Job, plan: Layout) -> list[str]:
-    """What the memory of a rank would refuse, where the job says how much that is; once for stages that are alike."""
+def _memory_errors(job: Job, layout: Layout) -> list[str]:
+    """The error of every stage whose ranks have too little memory, if the job says how much they have.
+
+    Stages with the same error share one text.
+    """
     if job.topology.rank_memory == "auto":
         return []
     available = parse_size(job.topology.rank_memory)
-    problems = [_problem(job, memory, available) for memory in plan.memory]
+    problems = [_memory_error(job, memory, available) for memory in layout.memory]
     return [
         f"{problem} (stage {', '.join(str(index) for index, other in enumerate(problems) if other == problem)})"
         for problem in dict.fromkeys(problems)
@@ -86,7 +92,7 @@ def _refused(job: Job, plan: Layout) -> list[str]:
     ]
 
 
-def _problem(job: Job, memory: Memory, available: int) -> str:
+def _memory_error(job: Job, memory: Memory, available: int) -> str:
     try:
         pages = affordable_pages(job, memory, available=available)
     except ConfigError as error:

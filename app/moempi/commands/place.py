@@ -1,5 +1,6 @@
-"""`moempi place`: from the recorded routing of a run to a placement for the next one, and what it would send."""
+"""`moempi place`: a placement of experts, chosen from the recorded routing of a run, and what it would send."""
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from moempi.commands.flags import count
 from moempi.config.placement_file import HostedLayer, PlacementFile
-from moempi.config.topology_file import Level, TopologyFile
+from moempi.config.topology_file import Level, TopologyFile, read_topology
 from moempi.errors import DataError, UsageError
 from moempi.layout.placement import Placement
 from moempi.layout.topology import LEVELS, Topology, from_file, numbered
-from moempi.observe.placement_table import PolicyRow
+from moempi.observe.placement_table import PolicyRow, print_policies
 from moempi.planning.policies import POLICIES, choose_placement
 from moempi.planning.replay import Cluster, ExchangeForecast, Routes, replay
 from moempi.storage.files import atomic
@@ -24,16 +26,18 @@ ASSUMED = (
     *(Level(name, 2.0, 150.0) for name in ("island", "node")),
     *(Level(name, 5.0, 25.0) for name in ("switch", "network")),
 )
-"""Links where no topology was measured: figures of the order of NVLink and 200 Gbit/s InfiniBand."""
+"""Links if no topology was measured: of the order of NVLink and 200 Gbit/s InfiniBand."""
+MAX_REPLICAS = 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
-    """What to place for: the share of `replicas` among the experts, and links as measured, if they were.
+    """The ranks and links to choose a placement for, and the number of `replicas` as a share of the experts.
 
-    An expert takes `row_s` for a row; when 0, the computing of the run is divided by all its rows at experts. With
-    `ranks` above 0 every layer is placed on so many, `ranks_per_node` on a node; else on the ranks of the run. Of each
-    layer the first `tokens` are looked at.
+    `topology` holds the measured links, None if there are none. An expert computes a row in `row_s` seconds; 0 stands
+    for the run's compute time divided by all rows that its experts computed. With `ranks` above 0 every layer is placed
+    on that many ranks, `ranks_per_node` on a node (0: all), else on the ranks of the run. Only the first `tokens` of
+    each layer are used.
     """
 
     replicas: float = 0.0
@@ -44,35 +48,72 @@ class PlacementRequest:
     tokens: int = 200_000
 
 
+def add_flags(parser: ArgumentParser) -> None:
+    """The recorded run, the policy, and the ranks and links to choose a placement for."""
+    parser.add_argument("results", type=Path, metavar="RESULTS.h5", help="of a run with trace.routing = true")
+    parser.add_argument("-o", "--out", type=Path, metavar="PLACEMENT.json", help="write the policy's placement")
+    parser.add_argument("--policy", choices=["linear", "balanced", "topology"], default="topology", help="(topology)")
+    share = "replicas, as a share of the experts (0)"
+    parser.add_argument("--replicas", type=float, default=0.0, metavar="SHARE", help=share)
+    links = "the links, as check --output wrote them"
+    parser.add_argument("--topology", type=Path, metavar="TOPOLOGY.json", help=links)
+    parser.add_argument("--ranks", type=count, default=0, metavar="N", help="ranks of a stage (as in the run)")
+    parser.add_argument("--ranks-per-node", type=count, default=0, metavar="N", help="with --ranks: ranks on a node")
+    row = "time of a row at an expert (as in the run)"
+    parser.add_argument("--row-us", type=float, default=0.0, metavar="US", help=row)
+    tokens = "use the first N tokens of each layer (200000)"
+    parser.add_argument("--tokens", type=count, default=200_000, metavar="N", help=tokens)
+
+
+def run(chosen: Namespace) -> int:
+    """Print what each policy would send and compute; write the placement of one. Raises UsageError for --replicas."""
+    if not 0 <= chosen.replicas <= MAX_REPLICAS:
+        raise UsageError(f"--replicas {chosen.replicas}: a share of the experts from 0 to {MAX_REPLICAS}")
+    request = PlacementRequest(
+        replicas=chosen.replicas,
+        topology=read_topology(chosen.topology) if chosen.topology else None,
+        ranks=chosen.ranks,
+        ranks_per_node=chosen.ranks_per_node,
+        row_s=chosen.row_us * 1e-6,
+        tokens=chosen.tokens,
+    )
+    rows = place_experts(chosen.results, request, policy=chosen.policy, out=chosen.out)
+    print_policies(rows, title=f"{chosen.results}, {chosen.replicas:.0%} replicas", levels=LEVELS)
+    return 0
+
+
 def place_experts(
     results: str | Path, request: PlacementRequest, *, policy: str, out: str | Path | None
 ) -> list[PolicyRow]:
-    """What each policy would send and compute, on routing recorded in `results`; `policy`'s placement goes to `out`.
+    """What each policy would send and compute on the routing in `results`; writes the placement of `policy` to `out`.
 
-    Raises NoInputError or DataError for the results, UsageError for ranks that cannot be, StorageError for `out`.
+    The recorded run itself comes first, unless the request is for other ranks. Raises NoInputError or DataError for the
+    results, UsageError for ranks that do not fit the topology, StorageError for `out`.
     """
     with RoutingFile(results) as file:
-        placed: dict[str, list[Placement]] = {name: [] for name in POLICIES}
+        placements: dict[str, list[Placement]] = {name: [] for name in POLICIES}
         forecasts: dict[str, list[ExchangeForecast]] = {}
         for index, layer in enumerate(file.layers):
-            machine, routes = _cluster(file, layer, request), _routes(file, index, request)
+            cluster, routes = _cluster(file, layer, request), _routes(file, index, request)
             if not request.ranks:
-                _add(forecasts, "as run", replay(routes, _recorded_placement(file, layer), machine))
+                _add(forecasts, "as run", replay(routes, _recorded_placement(file, layer), cluster))
             for name in POLICIES:
-                keys = file.num_experts + round(request.replicas * file.num_experts)
-                placement = choose_placement(name, routes, machine, num_experts=file.num_experts, num_physical=keys)
-                placed[name].append(placement)
-                _add(forecasts, name, replay(routes, placement, machine))
+                num_physical = file.num_experts + round(request.replicas * file.num_experts)
+                placement = choose_placement(
+                    name, routes, cluster, num_experts=file.num_experts, num_physical=num_physical
+                )
+                placements[name].append(placement)
+                _add(forecasts, name, replay(routes, placement, cluster))
         rows = [row_of(name, found) for name, found in forecasts.items()]
         if not request.ranks and request.tokens >= file.num_tokens:
             rows.insert(0, _measured(file.counters))
         if out is not None:
-            _write(out, file.num_experts, dict(zip(file.layers, placed[policy], strict=True)))
+            _write(out, file.num_experts, dict(zip(file.layers, placements[policy], strict=True)))
     return rows
 
 
 def row_of(name: str, forecasts: Sequence[ExchangeForecast]) -> PolicyRow:
-    """The forecasts of all layers in one row."""
+    """The sum of the forecasts of all layers, and the imbalance of each."""
     return PolicyRow(
         name,
         sent_bytes=tuple(sum(forecast.sent_bytes.sum(axis=0) for forecast in forecasts).tolist()),
@@ -87,24 +128,24 @@ def _add(forecasts: dict[str, list[ExchangeForecast]], name: str, forecast: Exch
 
 
 def _cluster(file: RoutingFile, layer: int, request: PlacementRequest) -> Cluster:
-    """The ranks that a layer is to be placed on."""
-    seats, last_layer = _stage(file, layer)
+    """The ranks to place a layer on."""
+    ranks, last_layer = _stage(file, layer)
     hops, row_bytes = (int(file.ranks[name].max()) for name in ("hops", "row_bytes"))
     choices = file.num_tokens * len(file.layers) * file.top_k
-    departs = bool(file.ranks["departs"][seats].any()) and layer == last_layer
+    is_immediate = bool(file.ranks["departs"][ranks].any()) and layer == last_layer
     return Cluster(
-        topology=_requested_topology(request) if request.ranks else _recorded_topology(file, seats),
+        topology=_requested_topology(request) if request.ranks else _recorded_topology(file, ranks),
         hops=hops,
         row_bytes=row_bytes,
         levels=request.topology.levels if request.topology else ASSUMED,
         row_s=request.row_s or file.compute_s / max(choices, 1),
-        counts_combine=not departs or bool(request.ranks),
+        counts_combine=not is_immediate or bool(request.ranks),
     )
 
 
-def _recorded_topology(file: RoutingFile, seats: list[int]) -> Topology:
-    """Where the ranks of a stage stood."""
-    nodes, islands, switches = (tuple(file.ranks[name][seats].tolist()) for name in ("node", "island", "switch"))
+def _recorded_topology(file: RoutingFile, ranks: list[int]) -> Topology:
+    """The topology of a stage's ranks in the run."""
+    nodes, islands, switches = (tuple(file.ranks[name][ranks].tolist()) for name in ("node", "island", "switch"))
     return Topology(numbered(nodes), () if NOWHERE in islands else islands, () if NOWHERE in switches else switches)
 
 
@@ -117,7 +158,7 @@ def _requested_topology(request: PlacementRequest) -> Topology:
 
 
 def _stage(file: RoutingFile, layer: int) -> tuple[list[int], int]:
-    """The rows of /placement that are the ranks of a layer's stage, in the order of their seats, and its last layer."""
+    """The rows of /placement of a layer's stage, in the rank order of the layout, and the last layer of the stage."""
     if not {"seat", "node", "island", "switch", "stage", "hops", "departs", "row_bytes"} <= file.ranks.keys():
         raise DataError("the results do not say where their ranks stood")
     if len(set(file.ranks["seat"].tolist())) < len(file.ranks["seat"]):
@@ -131,35 +172,35 @@ def _stage(file: RoutingFile, layer: int) -> tuple[list[int], int]:
 
 
 def _routes(file: RoutingFile, index: int, request: PlacementRequest) -> Routes:
-    """What was recorded of a layer; on other ranks than the run's, requests are dealt to them in turn."""
+    """The recorded routing of a layer; for other ranks than the run's, request i has its home on rank i modulo R."""
     found = file.layer(index, last=request.tokens)
     steps = np.unique(found["step"], return_inverse=True)[1]
     if request.ranks:
         rows = np.arange(len(steps))
         return Routes(found["request"] % request.ranks, rows, steps, found["experts"])
-    seats, _ = _stage(file, file.layers[index])
-    homes = found["rank"] - int(file.ranks["seat"][seats[0]])
-    if len(homes) and not 0 <= homes.min() <= homes.max() < len(seats):
+    ranks, _ = _stage(file, file.layers[index])
+    homes = found["rank"] - int(file.ranks["seat"][ranks[0]])
+    if len(homes) and not 0 <= homes.min() <= homes.max() < len(ranks):
         raise DataError(f"layer {file.layers[index]} was routed by ranks outside its stage")
     return Routes(homes, found["row"], steps, found["experts"])
 
 
 def _recorded_placement(file: RoutingFile, layer: int) -> Placement:
-    """The placement that the run itself had."""
-    seats, _ = _stage(file, layer)
+    """The placement of a layer in the run."""
+    ranks, _ = _stage(file, layer)
     of_layer = file.hosted["layer"] == layer
     rows, experts = file.hosted["row"][of_layer], file.hosted["expert"][of_layer]
-    return Placement(tuple(tuple(experts[rows == seat].tolist()) for seat in seats))
+    return Placement(tuple(tuple(experts[rows == rank].tolist()) for rank in ranks))
 
 
 def _measured(counters: Mapping[str, Iterable[int]]) -> PolicyRow:
-    """What the run itself counted."""
+    """The bytes and messages that the run counted."""
     sent = [sum(int(count) for count in counters[f"{level}_bytes"]) for level in LEVELS]
     messages = [sum(int(count) for count in counters[f"{level}_messages"]) for level in LEVELS]
     return PolicyRow("measured", tuple(sent), tuple(messages))
 
 
-def _write(out: str | Path, num_experts: int, placed: Mapping[int, Placement]) -> None:
-    layers = tuple(HostedLayer(layer, placement.hosted) for layer, placement in placed.items())
+def _write(out: str | Path, num_experts: int, placements: Mapping[int, Placement]) -> None:
+    layers = tuple(HostedLayer(layer, placement.hosted) for layer, placement in placements.items())
     with atomic(out) as temporary:
         temporary.write_bytes(msgspec.json.encode(PlacementFile(1, num_experts, layers)) + b"\n")

@@ -1,55 +1,95 @@
-"""`moempi plan`: a job on a machine that need not be there, from its files to the forecasts."""
+"""`moempi plan`: the speed of a job, forecast on a machine that a file describes."""
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from itertools import groupby
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 
 from moempi.commands.dry_run import architecture_of
+from moempi.commands.flags import add_job_flags, count, read_job
 from moempi.config.job import Job
-from moempi.config.machine_file import MachineFile
+from moempi.config.machine_file import MachineFile, read_machine
 from moempi.config.placement_file import read_job_placement
 from moempi.layout.layout import make_layout
-from moempi.layout.topology import Topology
-from moempi.observe.forecast_table import StageLine, TotalLine, print_forecast
-from moempi.planning.forecast import Deployment, Forecast, forecast
+from moempi.layout.topology import Topology, virtual
+from moempi.observe.console import console
+from moempi.planning.forecast import Deployment, Forecast, StageForecast, forecast
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The job, the machine, its ranks, and the lengths of sequences."""
+    add_job_flags(parser)
+    machine = "speeds of a rank and of the links"
+    parser.add_argument("--machine", type=Path, required=True, metavar="MACHINE.toml", help=machine)
+    parser.add_argument("--ranks", type=count, required=True, metavar="N", help="number of ranks")
+    parser.add_argument("--ranks-per-node", type=count, default=0, metavar="N", help="ranks on a node (all)")
+    parser.add_argument("--context", type=count, default=2048, metavar="N", help="decode: tokens in the cache (2048)")
+    parser.add_argument("--prompt", type=count, default=4096, metavar="N", help="prefill: tokens of a prompt (4096)")
+
+
+def run(chosen: Namespace) -> int:
+    """Print the forecast of every stage and of the whole job."""
+    job, machine = read_job(chosen), read_machine(chosen.machine)
+    topology = virtual(chosen.ranks, chosen.ranks_per_node or chosen.ranks)
+    forecasts = forecast_job(job, machine, topology, context=chosen.context, prompt=chosen.prompt)
+    note = f"A model's forecast, not a measurement, of: {machine.name}"
+    console().print(_stage_table(forecasts), _total_table(forecasts), note)
+    return 0
 
 
 def forecast_job(
     job: Job, machine: MachineFile, topology: Topology, *, context: int, prompt: int
 ) -> Mapping[str, Forecast]:
-    """Forecasts of reading prompts of `prompt` tokens and of generating with `context` tokens in the cache.
+    """Forecasts of prefill with prompts of `prompt` tokens, and of decode with `context` tokens in the cache.
 
-    Raises the MoempiErrors that the run itself would raise for its layout. Not collective.
+    Decode is left out if the job generates nothing. Raises the MoempiErrors that the run would raise for its layout.
     """
     architecture = architecture_of(job)
-    plan = make_layout(
-        job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=job.run.backend == "cupy"
-    )
-    scene = Deployment(job, architecture, plan, machine, topology)
-    # Prefill: every step is full of prompts' rows, which see half of their prompt on average.
+    on_gpu = job.run.backend == "cupy"
+    layout = make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
+    deployment = Deployment(job, architecture, layout, machine, topology)
+    # Prefill: every step is full of prompt tokens, whose mean context is half of their prompt.
     rows = job.run.batch_tokens
-    forecasts = {"prefill": forecast(scene, rows=rows, sequences=max(1.0, rows / prompt), context=prompt / 2)}
+    forecasts = {"prefill": forecast(deployment, rows=rows, sequences=max(1.0, rows / prompt), context=prompt / 2)}
     # Decode: every slot generates.
     if job.task == "generate":
-        rows_of_lane = plan.grid.slots_per_group / job.lanes
-        forecasts["decode"] = forecast(scene, rows=rows_of_lane, sequences=rows_of_lane, context=context)
+        rows_of_lane = layout.grid.slots_per_group / job.lanes
+        forecasts["decode"] = forecast(deployment, rows=rows_of_lane, sequences=rows_of_lane, context=context)
     return forecasts
 
 
-def print_what_if(forecasts: Mapping[str, Forecast], *, machine: str) -> None:
-    """Print them on stdout."""
-    stages = [line for kind, found in forecasts.items() for line in _lines(kind, found)]
-    print_forecast(stages, [_total(kind, found) for kind, found in forecasts.items()], machine=machine)
+def _stage_table(forecasts: Mapping[str, Forecast]) -> Table:
+    """One row for all adjacent stages with the same forecast."""
+    table = _table("step", "stages", "compute ms", "travel ms", "waiting ms", "overlapped ms")
+    table.caption = "a lane's step: it computes, its rows travel; a turn of a stage's lanes: waiting, overlapped"
+    for step, found in forecasts.items():
+        for name, stage in _equal_stages(found):
+            spans = (stage.compute_s, stage.travel_s, stage.waiting_s, stage.overlapped_s)
+            table.add_row(step, name, *(f"{span * 1e3:.3f}" for span in spans))
+    return table
 
 
-def _total(kind: str, found: Forecast) -> TotalLine:
-    waiting, overlapped = (found.tokens_per_s(overlap=overlap) for overlap in (False, True))
-    return TotalLine(kind, waiting, overlapped, token_s=found.seconds(overlap=True))
-
-
-def _lines(kind: str, found: Forecast) -> Iterator[StageLine]:
-    """One for all neighbouring stages that are alike."""
+def _equal_stages(found: Forecast) -> Iterator[tuple[str, StageForecast]]:
+    """The forecast of each series of adjacent stages that have the same, and the numbers of these stages."""
     first = 0
-    for stage, alike in groupby(found.stages):
-        last = first + len(list(alike)) - 1
-        yield StageLine(kind, first, last, stage.compute_s, stage.travel_s, stage.waiting_s, stage.overlapped_s)
+    for stage, equal in groupby(found.stages):
+        last = first + len(list(equal)) - 1
+        yield f"{first}" if first == last else f"{first} to {last}", stage
         first = last + 1
+
+
+def _total_table(forecasts: Mapping[str, Forecast]) -> Table:
+    """Tokens a second of the whole job without and with overlap, and the time from a sequence's token to its next."""
+    table = _table("step", "waiting token/s", "overlapped token/s", "gain", "ms a token")
+    for step, found in forecasts.items():
+        waiting, overlapped = (found.tokens_per_s(overlap=overlap) for overlap in (False, True))
+        token_ms = found.seconds(overlap=True) * 1e3
+        table.add_row(step, f"{waiting:,.0f}", f"{overlapped:,.0f}", f"{overlapped / waiting:.2f}", f"{token_ms:.1f}")
+    return table
+
+
+def _table(*head: str) -> Table:
+    return Table(*(Column(name, no_wrap=True) for name in head), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

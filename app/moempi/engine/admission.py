@@ -36,19 +36,19 @@ def _make_request(prompt: Prompt, tokenizer: TextTokenizer, architecture: Archit
             tokens = tokenizer.encode(prompt.text or "") if prompt.tokens is None else prompt.tokens.tolist()
         except DataError as refusal:
             error = str(refusal)
-    room = architecture.max_positions - len(tokens)
-    sequence = Request(prompt, tokens, min(prompt.sampling.max_tokens, room) if task == "generate" else 0)
-    error = error or _problem(tokens, room, architecture, task)
+    remaining = architecture.max_positions - len(tokens)
+    sequence = Request(prompt, tokens, min(prompt.sampling.max_tokens, remaining) if task == "generate" else 0)
+    error = error or _problem(tokens, remaining, architecture, task)
     if error:
         sequence.fail(error)
     return sequence
 
 
-def _problem(tokens: list[int], room: int, architecture: Architecture, task: str) -> str:
+def _problem(tokens: list[int], remaining: int, architecture: Architecture, task: str) -> str:
     if not tokens:
         return "the prompt has no tokens"
     if max(tokens) >= architecture.vocab_size:
         return f"token {max(tokens)} is beyond the model's vocabulary of {architecture.vocab_size}"
-    if room < (1 if task == "generate" else 0):
+    if remaining < (1 if task == "generate" else 0):
         return f"the prompt has {len(tokens)} tokens, the model has {architecture.max_positions} positions"
     return ""

@@ -74,7 +74,7 @@ class RankLayout:
 
 def lay_out_rank(job: Job, world: World, architecture: Architecture, *, on_gpu: bool) -> RankLayout:
     """Lay the job out on the ranks of `world`, or their GPUs; collective. A ConfigError of it ends all ranks alike."""
-    topology, ranks = world.by_node(job.topology, island=find_island(world.local_rank, on_gpu=on_gpu))
+    topology, ranks = world.by_node(job.topology, domain=find_island(world.local_rank, on_gpu=on_gpu))
     layout = world.collectively(
         lambda: make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
     )

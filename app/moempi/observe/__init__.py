@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress, the report at the end, log files. No MPI, and no files but the logs."""
+"""What a person sees of a run: progress, tables, log files. Needs no MPI, and writes no files but the logs."""

@@ -1,4 +1,4 @@
-"""Where text for a person goes."""
+"""Consoles on stdout and stderr."""
 
 import os
 import sys
@@ -7,15 +7,15 @@ from rich.console import Console
 
 
 def console() -> Console:
-    """A console on stdout, coloured only where a person watches.
+    """A console on stdout, with colours only on a terminal.
 
-    mpirun hands rank 0 a pseudo terminal as stdout even when its own output is a file, but never one as stderr: so
-    stderr decides, unless rich's own TTY_COMPATIBLE says more.
+    mpirun gives rank 0 a pseudo terminal as stdout even if its own output is a file, but never as stderr. So stderr
+    decides, unless rich's variable TTY_COMPATIBLE is 1.
     """
-    watched = sys.stderr.isatty() or os.environ.get("TTY_COMPATIBLE") == "1"
-    return Console(force_terminal=None if watched else False, highlight=False)
+    on_terminal = sys.stderr.isatty() or os.environ.get("TTY_COMPATIBLE") == "1"
+    return Console(force_terminal=None if on_terminal else False, highlight=False)
 
 
 def error_console() -> Console:
-    """The same on stderr."""
+    """A console on stderr."""
     return Console(stderr=True, highlight=False)

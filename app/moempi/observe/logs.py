@@ -14,9 +14,9 @@ def logs_folder(results: str | Path) -> Path:
 
 
 def log_to_files(results: str | Path, rank: int) -> None:
-    """Send what this rank logs under `moempi` to `<results>.logs/rank-00003.log`; rank 0 also warns on stderr.
+    """Write the log of this rank to `<results>.logs/rank-00003.log`; rank 0 also prints warnings on stderr.
 
-    Raises StorageError when the file cannot be made.
+    Raises StorageError if the file cannot be created.
     """
     folder = logs_folder(results)
     try:

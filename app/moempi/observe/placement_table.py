@@ -1,4 +1,4 @@
-"""What a person reads of placements: what each would send over which links, and how even it is."""
+"""The table of placements: bytes by level of link, imbalance and time of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ from moempi.observe.console import console
 
 @dataclass(frozen=True, slots=True)
 class PolicyRow:
-    """Bytes and messages of all ranks and layers, by level of links; (max - mean)/mean of the ranks' rows by layer."""
+    """One placement: bytes and messages of all ranks and layers by level of link, and the busiest rank's time.
+
+    `imbalance` is (max - mean) / mean of the ranks' rows, for each layer.
+    """
 
     name: str
     sent_bytes: tuple[int, ...]
@@ -23,14 +26,14 @@ class PolicyRow:
 
 
 def print_policies(rows: Sequence[PolicyRow], *, title: str, levels: Sequence[str]) -> None:
-    """Print one row for each placement on stdout."""
+    """Print the table on stdout."""
     console().print(policies_table(rows, title=title, levels=levels))
 
 
 def policies_table(rows: Sequence[PolicyRow], *, title: str, levels: Sequence[str]) -> Table:
-    """One row for each placement: bytes of each level, messages of the farthest, imbalance, time of the busiest.
+    """One row a placement: bytes by level, messages over the farthest, mean imbalance, time of the busiest rank.
 
-    Levels that no placement uses are left out, but for the farthest.
+    Levels without messages in any placement are left out, except the farthest.
     """
     last = len(levels) - 1
     used = [level for level in range(last) if any(row.messages[level] for row in rows)] + [last]

@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""Progress of a run on stderr."""
 
 import time
 
@@ -12,7 +12,7 @@ LINE_EVERY_S = 5.0
 
 
 class Progress:
-    """A bar on a terminal, else one plain line every few seconds, on stderr; silent unless `enabled` (rank 0)."""
+    """A bar on a terminal, elsewhere one line every LINE_EVERY_S seconds; prints nothing unless `enabled` (rank 0)."""
 
     def __init__(self, total: int, *, enabled: bool, console: Console | None = None) -> None:
         self._total = total
@@ -25,7 +25,7 @@ class Progress:
         self._task = TaskID(0)
 
     def update(self, done: int, tokens: int) -> None:
-        """Show that `done` requests are finished and `tokens` came of them; cheap, call it after every step."""
+        """Show `done` finished requests and `tokens` scored or generated tokens; cheap enough for every step."""
         self._counts = (done, tokens)
         if not self._enabled:
             return
@@ -36,7 +36,7 @@ class Progress:
             self._console.print(f"moempi: {self._text()}", soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the last state on the screen, or print a last line."""
+        """Stop the bar in its last state, or print a last line."""
         if not self._enabled:
             return
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""What a person reads before a run (its layout), at its end (its figures), and of its answers."""
+"""Tables about a run: its layout, its report, its outputs."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +17,12 @@ from moempi.config.size import format_size
 from moempi.observe.console import console
 
 NUM_STRAGGLERS = 3
-WORTH_TELLING = 0.01
+MIN_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """One stage of a layout: how much of what it has, its experts per rank and layer, its fullest rank's bytes."""
+    """One stage of a layout: its counts, its experts per rank and layer, and bytes of its fullest rank by purpose."""
 
     layers: int
     ranks: int
@@ -34,7 +34,7 @@ class StageRow:
 
 @dataclass(frozen=True, slots=True)
 class LayoutTable:
-    """Who does what in a run, stage by stage; `refused` lists what would end it."""
+    """The layout of a run by stage; `refused` lists the errors that would end the run."""
 
     title: str
     stages: Sequence[StageRow]
@@ -45,13 +45,14 @@ class LayoutTable:
 class Report:
     """The figures of a finished run.
 
-    `seconds` holds, for each phase (compute, exchange, idle), one number per rank; `expert_load` (L, E) counts the
-    tokens routed to each expert of each MoE layer by all ranks; `exact` of `referenced` answers equal their reference.
-    `hosts` are the ranks', which read `loaded_bytes` of weights, each in its `loading_s`. Requests that earlier
-    attempts finished are among `finishes`; `tokens` are of this one. `sent` counts bytes and messages of rows by level
-    of link, over all ranks; `transport` says how they went. Where gating was balanced, `asked_load` (L, E) is what the
-    routers asked for, `moved` the share of choices that went elsewhere, and `logprob_change` the mean change of a
-    token's log-probability by that, NaN if not measured.
+    `seconds` holds one number per rank (R,) for each phase (compute, exchange, idle). `expert_load` (L, E) counts the
+    tokens that all ranks routed to each expert of each MoE layer. `exact` of `referenced` outputs equal their
+    reference. `hosts` (R,) names each rank's host. The ranks read `loaded_bytes` of weights in all, each in its
+    `loading_s` (R,) seconds. `finishes` counts the requests of earlier attempts as well, `tokens` only those of this
+    attempt. `sent` counts the bytes and messages of rows by level of link, over all ranks; `transport` names their
+    transport. With a balancing routing policy, `asked_load` (L, E) is the load that the routers chose, `moved` the
+    share of choices that the policy moved to another expert, and `logprob_change` the mean change that this makes to a
+    token's log-probability, NaN if not measured.
     """
 
     results: str
@@ -75,13 +76,13 @@ class Report:
 
     @property
     def num_finished(self) -> int:
-        """Requests that are finished, by this attempt or an earlier one."""
+        """Number of finished requests, of this attempt and of earlier ones."""
         return sum(self.finishes.values())
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One request as a person reads it."""
+class OutputRow:
+    """The texts of one request: its prompt, its output, and its reference or None."""
 
     prompt: str
     text: str
@@ -89,22 +90,22 @@ class Answer:
 
 
 def print_layout(layout: LayoutTable) -> None:
-    """Print what a dry run found on stdout."""
+    """Print the layout on stdout."""
     console().print(layout_table(layout))
 
 
 def print_report(report: Report) -> None:
-    """Print the table at the end of a run on stdout."""
+    """Print the report on stdout."""
     console().print(report_table(report))
 
 
-def print_answers(answers: Iterable[Answer]) -> None:
-    """Print prompts beside what was answered on stdout."""
-    console().print(answers_table(answers))
+def print_outputs(outputs: Iterable[OutputRow]) -> None:
+    """Print prompts and outputs on stdout."""
+    console().print(outputs_table(outputs))
 
 
 def layout_table(layout: LayoutTable) -> RenderableType:
-    """One row for all neighbouring stages that are alike, then what would be refused."""
+    """One row for all adjacent stages that are equal, then one line an error."""
     purposes = list(layout.stages[0].memory) if layout.stages else []
     head = ("stages", "layers", "ranks", "nodes", "groups", "experts", *purposes)
     table = Table(*(Column(name, no_wrap=True) for name in head), box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
@@ -112,8 +113,8 @@ def layout_table(layout: LayoutTable) -> RenderableType:
     table.caption = "of a stage: layers, ranks, nodes, data parallel groups; of a rank: experts of a layer, bytes"
     table.caption_justify = "left"
     first = 0
-    for row, alike in groupby(layout.stages):
-        last = first + len(list(alike)) - 1
+    for row, equal in groupby(layout.stages):
+        last = first + len(list(equal)) - 1
         counts = (row.layers, row.ranks, row.nodes, row.groups)
         sizes = map(format_size, row.memory.values())
         table.add_row(f"{first}" if first == last else f"{first} to {last}", *map(str, counts), row.experts, *sizes)
@@ -122,7 +123,7 @@ def layout_table(layout: LayoutTable) -> RenderableType:
 
 
 def report_table(report: Report) -> RenderableType:
-    """One row per figure."""
+    """One row a figure; a figure without a value has no row."""
     table = Table("figure", "value")
     rate = report.tokens / report.wall_s if report.wall_s > 0 else 0.0
     table.add_row("tokens/s", f"{rate:,.1f}  ({report.tokens:,} tokens in {report.wall_s:.2f} s)")
@@ -134,7 +135,7 @@ def report_table(report: Report) -> RenderableType:
     for phase, low, mean, high in phase_shares(report.seconds):
         table.add_row(f"{phase}, share of time", f"{mean:.1%}  (ranks from {low:.1%} to {high:.1%})")
     for phase, slowest in stragglers(report.seconds).items():
-        ranks = ", ".join(_place(rank, report.seconds[phase][rank], report.hosts) for rank in slowest)
+        ranks = ", ".join(_rank_text(rank, report.seconds[phase][rank], report.hosts) for rank in slowest)
         table.add_row(f"{phase}, slowest ranks", ranks)
     if report.expert_load.size:
         table.add_row("expert imbalance, max/mean", _imbalance_text(report.expert_load))
@@ -159,18 +160,18 @@ def report_table(report: Report) -> RenderableType:
     return table
 
 
-def answers_table(answers: Iterable[Answer]) -> RenderableType:
-    """One row per request; control characters are escaped."""
+def outputs_table(outputs: Iterable[OutputRow]) -> RenderableType:
+    """One row a request; control characters are escaped."""
     table = Table("prompt", "answer", "reference", "")
-    for answer in answers:
-        known = answer.reference is not None
-        mark = ("exact" if answer.text == answer.reference else "differs") if known else ""
-        table.add_row(*map(_visible, (answer.prompt, answer.text, answer.reference or "")), mark)
+    for output in outputs:
+        verdict = "exact" if output.text == output.reference else "differs"
+        texts = map(_visible, (output.prompt, output.text, output.reference or ""))
+        table.add_row(*texts, "" if output.reference is None else verdict)
     return table
 
 
 def phase_shares(seconds: Mapping[str, Sequence[float]]) -> list[tuple[str, float, float, float]]:
-    """Each phase with the least, mean and greatest share that it has of a rank's time."""
+    """Each phase with the least, mean and greatest share that it takes of a rank's time."""
     totals = [sum(of_rank) for of_rank in zip(*seconds.values(), strict=True)]
     shares = {
         phase: [part / total if total > 0 else 0.0 for part, total in zip(parts, totals, strict=True)]
@@ -180,19 +181,22 @@ def phase_shares(seconds: Mapping[str, Sequence[float]]) -> list[tuple[str, floa
 
 
 def stragglers(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[int]]:
-    """The ranks that spent most time in each phase, the slowest first; phases that cost no rank 1 % are left out."""
+    """The NUM_STRAGGLERS ranks with most time in each phase, the slowest first; none for a single rank.
+
+    A phase is left out if it takes no rank more than MIN_SHARE of the longest rank's time.
+    """
     if any(len(parts) < 2 for parts in seconds.values()):
         return {}
     wall_s = max((sum(of_rank) for of_rank in zip(*seconds.values(), strict=True)), default=0.0)
     return {
         phase: sorted(range(len(parts)), key=lambda rank: -parts[rank])[:NUM_STRAGGLERS]
         for phase, parts in seconds.items()
-        if max(parts) > WORTH_TELLING * wall_s
+        if max(parts) > MIN_SHARE * wall_s
     }
 
 
 def imbalance(expert_load: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Load of the busiest expert over the mean load, per layer (L,); 1 is even, and said of a layer without tokens."""
+    """Load of the busiest expert divided by the mean load, for each layer (L,); 1 for a layer without tokens."""
     mean = expert_load.mean(axis=1)
     ratio = np.ones(len(mean))
     np.divide(expert_load.max(axis=1), mean, out=ratio, where=mean > 0)
@@ -204,7 +208,7 @@ def _imbalance_text(expert_load: NDArray[np.int64]) -> str:
     return f"{layers.mean():.2f}  (worst layer {layers.max():.2f})"
 
 
-def _place(rank: int, seconds: float, hosts: Sequence[str]) -> str:
+def _rank_text(rank: int, seconds: float, hosts: Sequence[str]) -> str:
     host = f" on {escape(hosts[rank])}" if len(set(hosts)) > 1 else ""
     return f"{rank}{host} ({seconds:.2f} s)"
 

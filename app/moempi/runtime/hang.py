@@ -1,18 +1,19 @@
-"""Why no rank moves on: who does not answer, who is late, and who waits for them. Pure."""
+"""Whether the ranks hang, and which rank is at fault, from the positions of all ranks. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-NAMED = 4
-# Reading weights and merging results may take longer than any step, this many times.
-OUTSIDE_PATIENCE = 10
+MAX_NAMED_RANKS = 4
+# Reading weights and merging results may take this many times longer than any step.
+OUTSIDE_FACTOR = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a rank stands: how many points it has passed, the last of them, what its main thread does since, how long.
+    """How far a rank has come: the number of points it has passed, and the last of them, `where`.
 
-    Ranks of one `group` pass the same points in the same order; None is outside of the steps, at the start or the end.
+    `doing` is the line that its main thread executes now, `since_s` the seconds since the last point. Ranks of one
+    `group` pass the same points in the same order; the group is None before the first step and after the last.
     """
 
     group: int | None
@@ -23,15 +24,15 @@ class Position:
 
 
 def is_hang(positions: Mapping[int, Position], size: int, *, timeout_s: float) -> bool:
-    """Whether to give up: a rank does not answer, or all have stood still for longer than they may."""
+    """Whether to abort: one of the `size` ranks gave no position, or no rank passed a point within the timeout."""
     if len(positions) < size:
         return True
-    patience = OUTSIDE_PATIENCE if any(position.group is None for position in positions.values()) else 1
-    return all(position.since_s > timeout_s * patience for position in positions.values())
+    factor = OUTSIDE_FACTOR if any(position.group is None for position in positions.values()) else 1
+    return all(position.since_s > timeout_s * factor for position in positions.values())
 
 
 def explain(positions: Mapping[int, Position], size: int) -> str:
-    """One phrase that names the ranks at fault, as far as the positions that were reported tell."""
+    """One phrase that names the ranks at fault, as far as the positions show them."""
     silent = [rank for rank in range(size) if rank not in positions]
     if silent:
         rank, position = min(positions.items())
@@ -55,5 +56,5 @@ def explain(positions: Mapping[int, Position], size: int) -> str:
 def _ranks(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]} does"
-    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
-    return f"ranks {', '.join(map(str, ranks[:NAMED]))}{more} do"
+    more = f" and {len(ranks) - MAX_NAMED_RANKS} more" if len(ranks) > MAX_NAMED_RANKS else ""
+    return f"ranks {', '.join(map(str, ranks[:MAX_NAMED_RANKS]))}{more} do"

@@ -1,19 +1,19 @@
-"""What the launcher said about this process, before MPI starts. Pure: reads a mapping like `os.environ`."""
+"""What the launcher's environment variables say about this process, before MPI starts. Pure: reads a mapping."""
 
 from collections.abc import Mapping
 
-# The names of the number of processes and of this one's place, the most specific launcher first.
+# The variables of the number of processes and of this process's rank, the most specific launcher first.
 LAUNCHERS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("PMI_SIZE", "PMI_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
-# The time that the first process has to speak before the others do, when all have the same to say.
+# How long the other ranks wait for rank 0 to print, when every rank has the same error.
 GRACE_S = 0.6
 
 
 def launch_problem(environment: Mapping[str, str], size: int) -> str | None:
-    """Say what is wrong when the launcher started another number of processes than the `size` that MPI connects."""
+    """A message if the launcher started another number of processes than the `size` that MPI connects, else None."""
     for size_name, _ in LAUNCHERS:
         launched = environment.get(size_name, "")
         if launched.isdecimal():
@@ -27,7 +27,7 @@ def launch_problem(environment: Mapping[str, str], size: int) -> str | None:
 
 
 def launched_first(environment: Mapping[str, str]) -> bool:
-    """Whether this is the first process of its launch, or the only one."""
+    """Whether this process is rank 0 of its launch, or was started without a launcher."""
     for size_name, rank_name in LAUNCHERS:
         if size_name in environment:
             return environment.get(rank_name, "0") == "0"

@@ -1,8 +1,12 @@
-"""A witness beside each rank: a small process that outlives it, so that every end has one line and only one.
+"""A monitor process beside each rank, so that a failure prints exactly one error line.
 
-A rank that is killed cannot say so, and before the ranks are connected no other can. Its witness sees the pipe between
-them close. Who wants to tell a cause, a rank or a witness, must hold the right to: a name that one process of the node
-at a time can bind, gone with its holder, so nothing is left behind. Witnesses hold it for a while after their ranks.
+A rank that is killed cannot print, and before MPI has connected the ranks no other rank can print for it. So each rank
+forks a monitor before MPI starts. The monitor blocks on a socket to its rank. If the rank dies without releasing it
+(SIGKILL, a segmentation fault), the socket closes and the monitor prints the error line.
+
+A rank or a monitor acquires the right to report before it prints: the monitor binds an abstract Unix socket, a name
+that one process of a node can hold at a time. The kernel frees the name when its holder exits. A monitor with the right
+exits HOLD_S after its rank.
 """
 
 import atexit
@@ -16,20 +20,23 @@ from contextlib import suppress
 from moempi.runtime.launcher import LAUNCHERS
 
 HOLD_S = 15.0
-"""Longer than the launcher takes to end the other ranks, whose witnesses then keep silent."""
+"""Longer than the launcher takes to kill the other ranks, whose monitors then find the right taken."""
 ACQUIRE, GRANTED, RELEASE = b"a", b"g", b"r"
 STDERR = 2
 JOB_NAMES = ("PMIX_NAMESPACE", "SLURM_JOB_ID", "SLURM_STEP_ID")
 
 
 class Monitor:
-    """This rank's end of the line to its witness; there is none where a process runs alone."""
+    """A rank's connection to its monitor process; not connected until `fork`, and never for a single process."""
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
 
     def fork(self) -> None:
-        """Start the witness, before threads and MPI, if there is none; it is released when the interpreter ends."""
+        """Start the monitor process; call it before threads and MPI start. It is released when the interpreter exits.
+
+        Does nothing if the launcher started a single process.
+        """
         rank = launched_rank(os.environ)
         if rank is None or self._socket is not None:
             return
@@ -43,7 +50,10 @@ class Monitor:
         atexit.register(self.release)
 
     def acquire_report_right(self) -> bool:
-        """Whether this rank is the first of its node that wants to tell why the program ends."""
+        """Whether this rank may print the error line; blocks until the monitor replies.
+
+        True for the first process of a node to call it, and where there is no monitor.
+        """
         if self._socket is None:
             return True
         with suppress(OSError):
@@ -52,7 +62,7 @@ class Monitor:
         return True
 
     def release(self) -> None:
-        """The rank needs its witness no more: it ends well, or others can tell of it on other nodes."""
+        """End the monitor process without an error line; safe to call twice."""
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.sendall(RELEASE)
@@ -61,7 +71,7 @@ class Monitor:
 
 
 def launched_rank(environment: Mapping[str, str]) -> int | None:
-    """This process's place among several that a launcher started; None for a single one."""
+    """This process's rank as its launcher numbers it; None if the launcher started one process, or there is none."""
     for size_name, rank_name in LAUNCHERS:
         size, rank = environment.get(size_name, ""), environment.get(rank_name, "")
         if size.isdecimal() and rank.isdecimal():
@@ -70,8 +80,8 @@ def launched_rank(environment: Mapping[str, str]) -> int | None:
 
 
 def _watch(socket_to_rank: socket.socket, error_line: str) -> None:
-    """The witness: grant its rank the right to tell, or tell of its death."""
-    os.setsid()  # signals to the rank's group are not for its witness
+    """The monitor process: acquire the right for its rank on request; print the error line if the rank dies."""
+    os.setsid()  # a signal to the rank's process group does not reach its monitor
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
@@ -94,7 +104,7 @@ def _watch(socket_to_rank: socket.socket, error_line: str) -> None:
 
 
 def _bind_report_right() -> socket.socket | None:
-    """The name, bound, if no other process of this job and node holds it."""
+    """A socket bound to the name that stands for the right; None if another process of this job and node has it."""
     job = "-".join(os.environ.get(name, "") for name in JOB_NAMES)
     name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
@@ -103,6 +113,3 @@ def _bind_report_right() -> socket.socket | None:
         name.close()
         return None
     return name
-
-
-WITNESS = Monitor()

@@ -1,7 +1,7 @@
-"""The shared-memory files of the MPI library: removed as soon as all ranks have mapped them.
+"""Removal of the MPI library's shared-memory files, as soon as all ranks have mapped them.
 
-Open MPI keeps one file per rank under /dev/shm until the rank leaves well; of a rank that is killed it would stay. A
-file that is mapped needs no name.
+Open MPI keeps one file per rank in /dev/shm and removes it in MPI_Finalize, which a killed rank never calls. A mapped
+file needs no name, so unlinking it early loses nothing.
 """
 
 from contextlib import suppress
@@ -13,7 +13,7 @@ MARK = "sm_segment."
 
 
 def unlink_segments() -> None:
-    """Remove the names of the segments that this process has mapped; call it when all ranks are connected."""
+    """Unlink the segments that this process has mapped; call it when all ranks are connected."""
     if MAPS.exists():
         for path in {line.rpartition(" ")[2] for line in MAPS.read_text().splitlines() if FOLDER + MARK in line}:
             with suppress(OSError):

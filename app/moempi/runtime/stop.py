@@ -1,4 +1,4 @@
-"""Requests to end early: SIGUSR1, as batch systems send before the time is over, or the time given to the run."""
+"""Requests to end the run early: SIGUSR1, which batch systems send before a job's time is over, or `--max-minutes`."""
 
 import signal
 import time
@@ -6,10 +6,10 @@ from types import FrameType
 
 
 class Stop:
-    """Whether this process was asked to end at the next step border. All ranks end when one of them was asked.
+    """Whether this process is requested to end after the current step. A request on one rank ends all ranks.
 
-    Make it on the main thread before MPI starts: from then on SIGUSR1 asks, and no longer kills. `max_minutes` counts
-    from here.
+    Make it on the main thread before MPI starts: from then on SIGUSR1 is a request and does not kill the process.
+    `max_minutes` counts from its construction.
     """
 
     def __init__(self, *, max_minutes: float | None = None) -> None:
@@ -20,12 +20,12 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Whether to end now; costs less than a microsecond."""
+        """Whether this process is requested to end; costs less than a microsecond."""
         return self._signalled or (self._deadline is not None and time.monotonic() >= self._deadline)
 
     @property
     def reason(self) -> str:
-        """Why this process wants to end, or that another one does."""
+        """What the request was; a fixed text if only another rank has one."""
         if self._signalled:
             return "SIGUSR1"
         return f"--max-minutes {self._max_minutes:g}" if self.requested else "another rank was asked to"

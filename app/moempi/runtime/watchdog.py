@@ -1,4 +1,7 @@
-"""The thread that ends a rank whose main thread cannot: a signal, a dead neighbour, or no progress, in an MPI call."""
+"""The thread that aborts a rank on a signal, on the death of a peer, or when its main thread makes no progress.
+
+The main thread cannot do so itself while it is blocked in an MPI call.
+"""
 
 import faulthandler
 import os
@@ -18,26 +21,26 @@ from moempi.runtime.hang import Position
 
 STDERR = 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# How long a rank that is not the first of those left waits for that one to speak and to end the program.
-SECOND_S = 2.0
+# How long a rank waits for a lower surviving rank of its host to report a dead peer and abort.
+SURVIVOR_GRACE_S = 2.0
 PERIOD_S = 0.5
 LAST_RESORT_S = 60.0
 
 
 class HangError(MoempiError):
-    """A rank made no progress for as long as `[run] timeout_s` allows (EX_TEMPFAIL)."""
+    """No rank made progress within `[run] timeout_s`, or a rank does not answer (EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class DeadRankError(MoempiError):
-    """The process of a rank is gone, without a word (EX_TEMPFAIL)."""
+    """The process of a rank died without an error line (EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class InterruptedByError(MoempiError):
-    """A person or the batch system asked the program to end; the exit code is the shell's, 128 + signal."""
+    """SIGINT or SIGTERM ended the program; the exit code is 128 + the signal's number, as in a shell."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -45,12 +48,13 @@ class InterruptedByError(MoempiError):
 
 
 class Watchdog:
-    """Watches the main thread between `start` and `stop`, from a thread of its own.
+    """Watches the main thread and the peers between `start` and `stop`, from a thread of its own.
 
-    It calls `fail` once, `stalled` when the main thread stands still, and `answer` all the time.
-    Python runs signal handlers on the main thread only, which may sit in a blocked MPI call: so the signal's number
-    is read here, from the wake-up descriptor. `peers` gives the process of each other rank on this host. `grace_s`
-    lets another rank speak first when all are struck at once.
+    It calls `fail` with the error when a signal arrives or a peer dies, `on_hang` with the timeout when the main thread
+    passes no point for that long, and `reply` in every period. Python runs signal handlers on the main thread only,
+    which may be blocked in MPI, so this thread reads the signal's number from the wake-up descriptor. `peers` are the
+    process numbers of the other ranks on this host, by rank. `grace_s` delays the report of a signal, so that rank 0
+    reports first when the launcher signals every rank.
     """
 
     def __init__(
@@ -82,17 +86,17 @@ class Watchdog:
         self._alive: dict[int, int] = {}
 
     def start(self) -> None:
-        """Take over the signals and begin to watch; main thread only."""
+        """Replace the signal handlers and start the thread; main thread only."""
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for rank, process in self._peers.items():
-            with suppress(OSError):  # not Linux, or gone already, of which MPI will tell
+            with suppress(OSError):  # not Linux, or dead already, which MPI reports
                 self._alive[os.pidfd_open(process)] = rank
         self._thread.start()
 
     def stop(self) -> None:
-        """Give the signals back and end the thread; blocks until it has ended."""
+        """Restore the signal handlers and end the thread; blocks until it has ended."""
         signal.set_wakeup_fd(-1)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -104,24 +108,24 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def limit(self, timeout_s: float, *, group: int | None) -> None:
-        """From now on, a stall is that `alive` is not called for `timeout_s` seconds. See `Position` for `group`."""
+        """From now on, `timeout_s` seconds without a call of `alive` are a hang. See `Position` for `group`."""
         self.alive(self._last[1])
         self._group = group
         self._timeout_s = timeout_s
 
     def position(self) -> Position:
-        """Where the main thread stands."""
+        """The main thread's position."""
         since, where = self._last
         return Position(self._group, self._passed, where, self._doing(), time.monotonic() - since)
 
     def alive(self, where: str) -> None:
-        """Note that the main thread has come to `where`; costs less than a microsecond."""
+        """Record that the main thread has passed the point `where`; costs less than a microsecond."""
         self._passed += 1
         self._last = (time.monotonic(), where)
 
     @property
     def where(self) -> str:
-        """Where the main thread was last."""
+        """The last point that the main thread passed."""
         return self._last[1]
 
     def _watch(self) -> None:
@@ -146,28 +150,30 @@ class Watchdog:
             self._fail(InterruptedByError(ending[0]))
 
     def _on_peer_exit(self, gone: list[int]) -> None:
-        """A neighbour died. The lowest rank of those left on the host says so."""
+        """A peer died. The lowest surviving rank of the host reports it first."""
         dead = sorted(self._alive[descriptor] for descriptor in gone)
         left = [rank for rank in self._alive.values() if rank not in dead]
         if min([*left, self._rank]) != self._rank:
-            time.sleep(SECOND_S)
+            time.sleep(SURVIVOR_GRACE_S)
         self._fail(DeadRankError(f"rank {dead[0]} is gone: its process {self._peers[dead[0]]} was killed or crashed"))
 
     def _period_s(self) -> float:
         return PERIOD_S if self._timeout_s is None else min(PERIOD_S, self._timeout_s / 4)
 
     def _check(self, timeout_s: float) -> None:
-        # The last resort, needing no interpreter: a C call that keeps the interpreter's lock also stops this thread.
+        # faulthandler's own C thread exits if a C call holds the interpreter's lock, which stops this thread as well.
         faulthandler.dump_traceback_later(timeout_s + LAST_RESORT_S, exit=True, file=STDERR)
         now, before = time.monotonic(), self._checked
         self._checked = now
         if now - before > PERIOD_S + timeout_s / 2:
-            self.alive(self._last[1])  # this process was suspended, as the batch system may do: so were the others
+            self.alive(self._last[1])  # the batch system suspended this process, and the others with it
         elif now - self._last[0] > timeout_s:
             self._on_hang(timeout_s)
             self._checked = time.monotonic()
 
     def _doing(self) -> str:
-        """The innermost Python line of the main thread."""
+        """The innermost Python line of the main thread, as file:line."""
         frame = sys._current_frames().get(self._main)
-        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame is not None else "its last breath"
+        if frame is None:
+            return "an unknown line: the main thread has ended"
+        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -1,4 +1,4 @@
-"""Who this process is among all processes of the job, and how they end together."""
+"""This process's rank among all processes of the job, and how the ranks end together."""
 
 import os
 import threading
@@ -18,31 +18,36 @@ from moempi.layout.topology import Topology, arrange, from_file, virtual
 from moempi.runtime.abort_channel import AbortChannel
 from moempi.runtime.hang import explain, is_hang
 from moempi.runtime.launcher import GRACE_S, launch_problem
-from moempi.runtime.monitor import WITNESS
+from moempi.runtime.monitor import Monitor
 from moempi.runtime.shm_cleanup import unlink_segments
 from moempi.runtime.watchdog import HangError, Watchdog
 
 T = TypeVar("T")
 
-# The time that a last line needs from this rank's pipe to the launcher before the launcher kills its readers.
+# How long the launcher may take to forward an error line before MPI_Abort makes it kill the ranks.
 LINE_TRAVEL_S = 0.2
-# How long a rank waits for others to say where they stand, at least; and as a share of the job's own patience.
+# How long a rank waits for the positions of others: at least QUERY_S, or this share of the timeout.
 QUERY_S = 1.5
 QUERY_SHARE = 0.1
 
 
 class AgreedExit(SystemExit):
-    """The exit that all ranks take together after `World.agree`: MPI is finalised as after a good run."""
+    """The exit of all ranks together in `World.raise_together`.
+
+    A SystemExit, because the error line is printed: the interpreter exits with the code and no traceback, no
+    `except Exception` catches it, and MPI is finalised as after a good run.
+    """
 
 
 class World:
-    """All ranks of the job as seen from one: `comm` a communicator of our own, `nodes` the node index of every rank.
+    """All ranks of the job, on one of them: `comm` their communicator, `nodes` the node index of every rank (R,).
 
-    `local_rank` counts the ranks of this node below this one. `split_agrees` is false when MPI finds other
-    shared-memory groups than the host names say, as happens with some launchers.
+    `local_rank` is the number of lower ranks on this node. `split_matches_nodes` is False if MPI's shared-memory groups
+    differ from the groups of equal host names, which some launchers cause. `monitor` is this rank's, if the program
+    forked one. Making a World is collective.
     """
 
-    def __init__(self, comm: MPI.Intracomm, *, debug: bool = False) -> None:
+    def __init__(self, comm: MPI.Intracomm, monitor: Monitor | None = None, *, debug: bool = False) -> None:
         self.comm = comm
         self.rank = comm.rank
         self.size = comm.size
@@ -52,6 +57,7 @@ class World:
         self.nodes = tuple(order[name] for name in names)
         self.local_rank = self.nodes[: self.rank].count(self.nodes[self.rank])
         self.split_matches_nodes = _split_matches_nodes(comm, self.nodes)
+        self._monitor = Monitor() if monitor is None else monitor
         self._debug = debug
         peers = _peers(self.rank, self.nodes, processes)
         self._watchdog = Watchdog(
@@ -67,10 +73,11 @@ class World:
         self._on_failure: Callable[[str, int], object] = lambda cause, code: None
 
     @classmethod
-    def start(cls, *, debug: bool = False) -> "World":
-        """Join the job's processes; collective.
+    def start(cls, monitor: Monitor, *, debug: bool = False) -> "World":
+        """Connect the job's processes; collective, blocks. `debug` adds the traceback to an error line.
 
-        Raises UsageError when the launcher started a different number of processes than MPI connected.
+        Raises UsageError if the launcher started another number of processes than MPI connects. If MPI does not connect
+        the ranks, one of them prints the error line and all are aborted.
         """
         problem = launch_problem(os.environ, MPI.COMM_WORLD.size)
         if problem is not None:
@@ -80,41 +87,41 @@ class World:
             comm = MPI.COMM_WORLD.Dup()
             comm.Barrier()
             unlink_segments()
-            return cls(comm, debug=debug)
+            return cls(comm, monitor, debug=debug)
         except BaseException as error:
             time.sleep(0.0 if MPI.COMM_WORLD.rank == 0 else GRACE_S)
             line = f"moempi: rank {MPI.COMM_WORLD.rank}: MPI does not connect the ranks: {_cause(error)}\n"
-            if WITNESS.acquire_report_right():
+            if monitor.acquire_report_right():
                 os.write(2, line.encode(errors="replace"))
             MPI.COMM_WORLD.Abort(_exit_code(error))
             raise
 
     @property
     def num_nodes(self) -> int:
-        """Number of nodes that the ranks run on."""
+        """Number of nodes on which ranks run."""
         return max(self.nodes) + 1
 
-    def by_node(self, section: TopologySection, *, island: str = "") -> tuple[Topology, MPI.Intracomm]:
-        """Where ranks stand when they are counted switch by switch and node by node, and a communicator in that order.
+    def by_node(self, section: TopologySection, *, domain: str = "") -> tuple[Topology, MPI.Intracomm]:
+        """The topology with its ranks ordered by switch, then by node, and a communicator in that order; collective.
 
-        Collective; `island` is this rank's in its node. Virtual nodes of `ranks_per_node` ranks are taken in the order
-        of the ranks; a file says of the ranks in their found order where they are to be taken to stand. A file that
-        does not fit ends all ranks alike.
+        `domain` names this rank's domain in its node, "" if unknown. With `ranks_per_node` the order is that of `comm`
+        and each node is virtual. With a file, the file's topology replaces the found one and the order stays. Ends all
+        ranks with NoInputError or ConfigError for a file that cannot be read or does not fit.
         """
         if section.ranks_per_node:
             order, topology = list(range(self.size)), virtual(self.size, section.ranks_per_node)
         else:
             nodes = [str(node) for node in self.nodes]
-            islands, switches = zip(*self.comm.allgather((island, _switch())), strict=True)
-            order, topology = arrange(nodes, islands, switches)
+            domains, switches = zip(*self.comm.allgather((domain, _switch())), strict=True)
+            order, topology = arrange(nodes, domains, switches)
         if section.file:
-            topology = self.collectively(lambda: _stated(section, self.size))
+            topology = self.collectively(lambda: _topology_from_file(section, self.size))
         return topology, MPI.Intracomm(self.comm.Split(0, order.index(self.rank)))
 
     def raise_together(self, error: MoempiError | None) -> None:
-        """End the program on all ranks if any rank has an `error`, else return; collective, blocks.
+        """Raise AgreedExit on all ranks if any rank has an `error`; collective, blocks.
 
-        The lowest failing rank prints its line; all ranks raise AgreedExit with its exit code.
+        The lowest rank with an error prints its line, and its exit code is that of all ranks.
         """
         first = self.comm.allreduce(self.rank if error is not None else self.size, op=MPI.MIN)
         if first == self.size:
@@ -126,24 +133,27 @@ class World:
         raise AgreedExit(code)
 
     def collectively(self, action: Callable[[], T]) -> T:
-        """Do `action` on every rank and return its value, or `agree` on the MoempiErrors it raised; collective."""
+        """Call `action` on every rank and return its value; collective, blocks.
+
+        If it raises a MoempiError on any rank, all ranks raise AgreedExit: see `raise_together`.
+        """
         self.alive(self.where)
         value: list[T] = []
-        refusal = None
+        failure = None
         try:
             value.append(action())
         except MoempiError as error:
-            refusal = error
-        self.raise_together(refusal)
+            failure = error
+        self.raise_together(failure)
         return value[0]
 
     def abort(self, error: BaseException) -> NoReturn:
-        """Print one line that names this rank and `error`, and end all ranks at once; safe from any thread."""
+        """Print one line with this rank and `error`, and abort all ranks; safe from any thread. Does not return."""
         if not self._ending.acquire(blocking=False):
-            time.sleep(60)  # the other thread of this rank is ending the program
+            time.sleep(60)  # another thread of this rank aborts the program
         code, cause = _exit_code(error), _cause(error)
         if not self._abort_channel.announced():
-            if WITNESS.acquire_report_right():
+            if self._monitor.acquire_report_right():
                 self._print_error(error, cause)
             self._abort_channel.announce()
             self._on_failure(cause, code)
@@ -152,22 +162,22 @@ class World:
         os._exit(code)
 
     def on_failure(self, write: Callable[[str, int], object]) -> None:
-        """From now on, the rank that tells the cause of a failure also calls `tell(cause, exit code)`, from any thread.
+        """From now on, the rank that reports a failure also calls `write(cause, exit code)`, from any thread.
 
-        It must return within a second or so: the other ranks wait for their end.
+        `write` must return within a second or so, because the other ranks are aborted after it.
         """
         self._on_failure = write
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around everything between `start` and the end: whatever leaves the block on one rank ends all ranks.
+        """Run everything after `start` in this block: an exception that leaves it on one rank aborts all ranks.
 
-        An AgreedExit passes. SIGINT and SIGTERM end the program with one line, also inside a blocked MPI call.
-        Collective at the end of a good block: the ranks leave together.
+        An AgreedExit passes. SIGINT and SIGTERM abort with one line, also during a blocked MPI call. Collective at the
+        end of the block, where all ranks wait for each other.
         """
         self._watchdog.start()
         if self.num_nodes > 1:
-            WITNESS.release()  # a right to tell is one node's; from here on the ranks know of each other
+            self._monitor.release()  # its report right holds on one node only; the abort channel reaches all nodes
         try:
             yield
             self.comm.Barrier()
@@ -179,23 +189,23 @@ class World:
             self._watchdog.stop()
 
     def watch(self, timeout_s: float, *, group: int | None = None) -> None:
-        """From now on, inside `guard`, ranks that stand still for `timeout_s` seconds end the program.
+        """From now on, inside `guard`, abort if the ranks hang: none calls `alive` for `timeout_s` seconds.
 
-        `group`: see `Position`; ranks of one group come to the same places, so the late one among them can be named.
+        Ranks of one `group` pass the same points in the same order, so that the report can name the late one.
         """
         self._watchdog.limit(timeout_s, group=group)
 
     def alive(self, where: str) -> None:
-        """Tell the watchdog that this rank has come to `where`, a short phrase for a person."""
+        """Record that this rank has passed the point `where`, a short phrase for a hang report."""
         self._watchdog.alive(where)
 
     @property
     def where(self) -> str:
-        """The place of which `alive` was told last."""
+        """The argument of the last call of `alive`."""
         return self._watchdog.where
 
     def _on_hang(self, timeout_s: float) -> None:
-        """End the program if nothing moves. The lowest rank that answers is in charge. From the watchdog's thread."""
+        """Abort if the ranks hang. The lowest rank that replies decides. Runs on the watchdog's thread."""
         patience_s = max(QUERY_S, QUERY_SHARE * timeout_s)
         if self.rank and self._abort_channel.query_positions(range(min(self.rank, 2)), patience_s=patience_s):
             return
@@ -227,13 +237,13 @@ def _node_name(host: str) -> str:
 
 
 def _switch() -> str:
-    """The names of the switches that lead to this node, from the top, as Slurm's topology has them; "" without one."""
+    """The switches above this node, from the top, as Slurm names them; "" if Slurm knows no topology."""
     address, node = (os.environ.get(name, "") for name in ("SLURM_TOPOLOGY_ADDR", "SLURMD_NODENAME"))
     return address.removesuffix(f".{node}") if address.endswith(f".{node}") else ""
 
 
-def _stated(section: TopologySection, size: int) -> Topology:
-    """The topology of the file, of so many ranks; raises NoInputError or ConfigError."""
+def _topology_from_file(section: TopologySection, size: int) -> Topology:
+    """The file's topology, which must have `size` ranks; raises NoInputError or ConfigError."""
     if section.ranks_per_node:
         raise ConfigError("topology.ranks_per_node and topology.file both say where ranks stand; keep one")
     topology = from_file(read_topology(section.file))
@@ -243,13 +253,13 @@ def _stated(section: TopologySection, size: int) -> Topology:
 
 
 def _process_name() -> tuple[str, int]:
-    """The name space of process numbers, and this process's number in it."""
+    """The namespace of process numbers, and this process's number in it."""
     space = Path("/proc/self/ns/pid")
     return str(space.readlink()) if space.is_symlink() else "", os.getpid()
 
 
 def _peers(rank: int, nodes: tuple[int, ...], processes: tuple[tuple[str, int], ...]) -> dict[int, int]:
-    """The processes of the other ranks that this one can watch: on its node and in its name space."""
+    """The process numbers of the other ranks on this node and in this namespace, by rank."""
     space = processes[rank][0]
     return {
         other: number

@@ -1,14 +1,12 @@
-"""What `moempi inspect` shows of a weight file, a results file, or any HDF5 file, without reading its arrays."""
+"""What a weight file, a results file or any HDF5 file holds, without reading its arrays."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from h5py import h5a, h5d, h5g, h5t
-from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
 
 from moempi.config.architecture import Architecture
 from moempi.config.tensors import Tensor, catalogue
@@ -16,19 +14,66 @@ from moempi.errors import DataError
 from moempi.storage import hdf5
 from moempi.storage.weights import FORMAT, WeightFile
 
-MAX_DATASETS_SHOWN = 2000
+MAX_DATASETS = 2000
 
 
-def describe(path: str | Path) -> RenderableType:
-    """A description of a weight file (its model, parameters, bytes) or of any other HDF5 file (its datasets).
+@dataclass(frozen=True, slots=True)
+class PartSize:
+    """The size of all tensors of one part of a model, for example of its experts."""
 
-    Raises NoInputError when the file cannot be read, DataError when it is damaged or not HDF5.
+    name: str
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightContents:
+    """A weight file's model, and the number of characters of its tokenizer, 0 without one."""
+
+    path: Path
+    fingerprint: str
+    architecture: Architecture
+    tokenizer_length: int
+    parts: Sequence[PartSize]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetContents:
+    """Name, shape and type of a dataset, and its attribute `units`, "" without one."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    units: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileContents:
+    """The attributes of an HDF5 file's root, and its first MAX_DATASETS datasets; `num_left_out` counts the rest."""
+
+    path: Path
+    attributes: Mapping[str, str]
+    datasets: Sequence[DatasetContents]
+    num_left_out: int
+
+
+def inspect(path: str | Path) -> WeightContents | FileContents:
+    """The model and its size for a weight file, the datasets for any other HDF5 file.
+
+    Raises NoInputError if the file cannot be read, DataError if it is damaged, not HDF5, or contains links.
     """
     with hdf5.open_file(path) as file:
         if hdf5.read_attribute(file, "format") != FORMAT:
-            return _datasets_table(file)
+            return _file_contents(file)
     with WeightFile.open(path) as weights:
-        return Group(_model_table(weights), _bytes_table(weights.architecture))
+        return WeightContents(
+            path=Path(weights.path),
+            fingerprint=weights.fingerprint,
+            architecture=weights.architecture,
+            tokenizer_length=len(weights.tokenizer or ""),
+            parts=_part_sizes(weights.architecture),
+        )
 
 
 def num_parameters(architecture: Architecture) -> int:
@@ -37,7 +82,7 @@ def num_parameters(architecture: Architecture) -> int:
 
 
 def num_active_parameters(architecture: Architecture) -> int:
-    """Number of weights that one token meets: of each MoE layer's experts only the `top_k` chosen."""
+    """Number of weights that one token uses: of each MoE layer's experts only `top_k`."""
     chosen, num = architecture.experts.router.top_k, architecture.experts.num
     return sum(
         prod(tensor.shape) // num * chosen if _part(tensor) == "experts" else prod(tensor.shape)
@@ -45,61 +90,44 @@ def num_active_parameters(architecture: Architecture) -> int:
     )
 
 
-def _model_table(weights: WeightFile) -> Table:
-    architecture = weights.architecture
-    table = Table("field", "value", title=escape(str(weights.path)))
-    table.add_row("fingerprint", weights.fingerprint)
-    table.add_row("parameters", f"{num_parameters(architecture):,}")
-    table.add_row("active per token", f"{num_active_parameters(architecture):,}")
-    table.add_row("MoE layers", f"{len(architecture.moe_layers)} of {architecture.num_layers}")
-    table.add_row("tokenizer", f"{len(weights.tokenizer):,} characters" if weights.tokenizer else "none")
-    for key, value in _flat(msgspec.to_builtins(architecture)):
-        table.add_row(key, escape(str(value)))
-    return table
-
-
-def _bytes_table(architecture: Architecture) -> Table:
-    table = Table("part", "tensors", "parameters", "bytes", title="parts")
+def _part_sizes(architecture: Architecture) -> list[PartSize]:
     parts: dict[str, list[Tensor]] = {}
     for tensor in catalogue(architecture):
         parts.setdefault(_part(tensor), []).append(tensor)
-    for part, tensors in parts.items():
-        sizes = sum(prod(tensor.shape) for tensor in tensors), sum(tensor.num_bytes for tensor in tensors)
-        table.add_row(part, str(len(tensors)), *(f"{size:,}" for size in sizes))
-    return table
+    return [
+        PartSize(
+            name,
+            num_tensors=len(tensors),
+            num_parameters=sum(prod(tensor.shape) for tensor in tensors),
+            num_bytes=sum(tensor.num_bytes for tensor in tensors),
+        )
+        for name, tensors in parts.items()
+    ]
 
 
 def _part(tensor: Tensor) -> str:
-    """The part of the model a tensor belongs to: `layers/003/experts/gate` to `experts`, norms together."""
+    """The part of the model that has a tensor: "experts" for `layers/003/experts/gate`, "norms" for every vector."""
     if len(tensor.shape) == 1:
         return "norms"
     return tensor.name.split("/")[2] if tensor.name.startswith("layers/") else tensor.name
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return rows
-
-
-def _datasets_table(file: Any) -> RenderableType:
-    attributes = Table("attribute", "value", title=escape(str(file.filename)))
-    for name in _attribute_names(file["/"].id):
-        attributes.add_row(escape(name), escape(_attribute(file, name)))
-    table = Table("dataset", "shape", "type", "units", title="datasets")
+def _file_contents(file: Any) -> FileContents:
     names = [name for name, is_group in hdf5.walk(file) if not is_group]
-    for name in names[:MAX_DATASETS_SHOWN]:
-        with hdf5.raising_data_errors(file.filename, name):
-            dataset = _open(file, name)
-            units = _attribute(file, "units", owner=dataset)
-            table.add_row(escape(name), str(tuple(dataset.shape)), _type_name(dataset.get_type()), escape(units))
-    more = len(names) - MAX_DATASETS_SHOWN
-    return Group(attributes, table, *([f"and {more} more"] if more > 0 else []))
+    attributes = {name: _attribute(file, name) for name in _attribute_names(file["/"].id)}
+    datasets = [_dataset_contents(file, name) for name in names[:MAX_DATASETS]]
+    return FileContents(Path(file.filename), attributes, datasets, num_left_out=max(0, len(names) - MAX_DATASETS))
+
+
+def _dataset_contents(file: Any, name: str) -> DatasetContents:
+    with hdf5.raising_data_errors(file.filename, name):
+        dataset = _open(file, name)
+        units = _attribute(file, "units", owner=dataset)
+        return DatasetContents(name, tuple(dataset.shape), _type_name(dataset.get_type()), units)
 
 
 def _open(file: Any, name: str) -> Any:
-    """A dataset that `walk` found, so behind hard links, of which only the description is read."""
+    """The dataset, opened over hard links only, as `walk` found it; its values are not read."""
     *parents, last = name.encode().split(b"/")
     group = file["/"].id
     for part in parents:

@@ -1,0 +1,43 @@
+"""`moempi check`: the ranks and the speed of their exchange, with --measure the cost of their links."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import msgspec
+
+from moempi.runtime.monitor import Monitor
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Whether to measure links, and the file to write."""
+    parser.add_argument("--measure", action="store_true", help="latency and bandwidth of each level of links")
+    parser.add_argument("--output", "-o", type=Path, metavar="topology.json", help="write them, for moempi place")
+    parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="virtual nodes of N ranks")
+
+
+def run(chosen: Namespace) -> int:
+    """Measure and print; collective."""
+    monitor = Monitor()
+    monitor.fork()
+    from moempi.backend.select import find_island
+    from moempi.comm.link_probe import measure
+    from moempi.comm.transport_probe import probe
+    from moempi.commands.check_tables import print_links, print_probe
+    from moempi.config.job import TopologySection
+    from moempi.runtime.world import World
+    from moempi.storage.files import atomic
+
+    world = World.start(monitor, debug=chosen.debug)
+    with world.guard():
+        result = probe(world)
+        if world.rank == 0:
+            print_probe(result, world)
+        if chosen.measure or chosen.output:
+            section = TopologySection(ranks_per_node=chosen.ranks_per_node)
+            file, trials = measure(*world.by_node(section, domain=find_island(world.local_rank, on_gpu=True)))
+            if world.rank == 0:
+                print_links(file, trials)
+                if chosen.output:
+                    with atomic(chosen.output) as temporary:
+                        temporary.write_bytes(msgspec.json.encode(file))
+    return 0

@@ -1,0 +1,56 @@
+"""`moempi run`: a job on all ranks, or with --dry-run the layout and memory that it would have."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from moempi.commands.flags import add_job_flags, read_job
+from moempi.config.job import Job, TopologySection
+from moempi.runtime.monitor import Monitor
+from moempi.runtime.stop import Stop
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The job, its limits, and the dry run."""
+    add_job_flags(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print layout and memory, read no weights")
+    parser.add_argument("--world", type=int, default=0, metavar="N", help="dry run as if on N ranks, without MPI")
+    parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="dry run: ranks on a node")
+    parser.add_argument("--max-minutes", type=float, metavar="N", help="end early after N minutes, with exit code 75")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first bad prompt line instead of recording it"
+    )
+
+
+def run(chosen: Namespace) -> int:
+    """Run the job; collective, unless --world makes it a dry run without MPI."""
+    if chosen.world:
+        ranks_per_node = chosen.ranks_per_node or chosen.world
+        return _show_layout(read_job(chosen), [rank // ranks_per_node for rank in range(chosen.world)])
+    monitor = Monitor()
+    monitor.fork()
+    stop = Stop(max_minutes=chosen.max_minutes)  # before MPI, whose start takes time
+    from moempi.engine.run import run_job
+    from moempi.runtime.world import World
+
+    world = World.start(monitor, debug=chosen.debug)
+    with world.guard():
+        job = world.collectively(lambda: read_job(chosen))
+        if chosen.dry_run:
+            given = TopologySection(ranks_per_node=chosen.ranks_per_node)
+            topology, _ = world.by_node(given if chosen.ranks_per_node else job.topology)
+            return world.collectively(lambda: _show_layout(job, topology.nodes) if world.rank == 0 else 0)
+        text = Path(chosen.job).read_text(encoding="utf-8")
+        overrides = "".join(f"# --set {override}\n" for override in chosen.set)
+        return run_job(job, job_text=text + overrides, world=world, stop=stop, strict=chosen.strict)
+
+
+def _show_layout(job: Job, nodes: Sequence[int]) -> int:
+    """Print the dry run on ranks whose node is nodes[rank]; the exit status."""
+    from moempi.commands.dry_run import dry_run
+    from moempi.errors import ConfigError
+    from moempi.observe.run_report import print_layout
+
+    layout = dry_run(job, nodes)
+    print_layout(layout)
+    return ConfigError.exit_code if layout.refused else 0
