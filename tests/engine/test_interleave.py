@@ -1,5 +1,7 @@
 """Lanes are resumed in the order of the schedule, and a lane at another point is an error."""
 
+from contextlib import contextmanager
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,11 +24,17 @@ def lane_of(steps, points=(A, B), *, log=None, name=None):
 def run(lanes, points, *, side_by_side):
     """The lanes in the order that they were resumed, and the points that they reached."""
     resumed, reached = [], []
+
+    @contextmanager
+    def on_queue(lane):
+        resumed.append(lane)
+        yield
+
     interleave(
         lanes,
         points,
         side_by_side=side_by_side,
-        on_resume=resumed.append,
+        on_queue=on_queue,
         on_point=lambda lane, point: reached.append((lane, point)),
     )
     return resumed, reached
@@ -69,17 +77,25 @@ def test_a_lane_that_has_returned_is_not_resumed_and_the_others_go_on():
     assert (resumed.count(0), resumed.count(1), resumed.count(2)) == (3, 7, 1)
 
 
-def test_a_lane_is_announced_before_it_computes():
+def test_a_lane_computes_on_its_queue_and_its_point_is_reported_after_that():
     log = []
-    lanes = [lane_of(1, log=log, name=0)]
+
+    @contextmanager
+    def on_queue(lane):
+        log.append(("enter", lane))
+        yield
+        log.append(("leave", lane))
+
     interleave(
-        lanes,
-        (A, B),
-        side_by_side=1,
-        on_resume=lambda lane: log.append("resumed"),
-        on_point=lambda lane, point: log.append(point),
+        [lane_of(1, (A,), log=log, name=name) for name in (0, 1)],
+        (A,),
+        side_by_side=2,
+        on_queue=on_queue,
+        on_point=lambda lane, point: log.append((lane, point)),
     )
-    assert log == ["resumed", (0, 0, A), A, "resumed", (0, 0, B), B, "resumed"]
+    first, second = ([("enter", lane), (lane, 0, A), ("leave", lane), (lane, A)] for lane in (0, 1))
+    ends = [(what, lane) for lane in (0, 1) for what in ("enter", "leave")]
+    assert log == [*first, *second, *ends]
 
 
 @pytest.mark.parametrize(

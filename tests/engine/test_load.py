@@ -138,29 +138,28 @@ def test_only_the_ends_of_the_pipeline_hold_embedding_norm_and_head(files, layer
     model, _ = load(files["biased"], layers=layers)
     assert [layer.index for layer in model.layers] == list(layers)
     assert (model.embedding is not None) == is_first
-    for held in (model.norm, model.head, model.head_bias):
-        assert (held is not None) == is_last
+    assert (model.head is not None) == is_last
 
 
 # The values, in their places
 
 
-def test_embedding_head_and_their_norm(files):
+def test_embedding_head_and_its_norm(files):
     for part in range(2):
         model, _ = load(files["biased"], part=part, parts=2)
         np.testing.assert_array_equal(model.embedding, values(files["biased"], "embedding"))
-        np.testing.assert_array_equal(model.head, values(files["biased"], "head", part, 2).T)
-        np.testing.assert_array_equal(model.head_bias, values(files["biased"], "head_bias", part, 2))
-        np.testing.assert_array_equal(model.norm.weight, values(files["biased"], "norm"))
-        np.testing.assert_array_equal(model.norm.bias, values(files["biased"], "norm_bias"))
+        np.testing.assert_array_equal(model.head.matrix, values(files["biased"], "head", part, 2).T)
+        np.testing.assert_array_equal(model.head.bias, values(files["biased"], "head_bias", part, 2))
+        np.testing.assert_array_equal(model.head.norm.weight, values(files["biased"], "norm"))
+        np.testing.assert_array_equal(model.head.norm.bias, values(files["biased"], "norm_bias"))
 
 
 def test_a_tied_head_is_a_part_of_the_embedding(files):
     for part in range(2):
         model, _ = load(files["tied"], part=part, parts=2)
         np.testing.assert_array_equal(model.embedding, values(files["tied"], "embedding"))
-        np.testing.assert_array_equal(model.head, values(files["tied"], "embedding", part, 2).T)
-        assert model.head_bias is None
+        np.testing.assert_array_equal(model.head.matrix, values(files["tied"], "embedding", part, 2).T)
+        assert model.head.bias is None
 
 
 @pytest.mark.parametrize(("name", "kind"), [("plain", "rms"), ("tied", "rms_float32"), ("biased", "layer")])

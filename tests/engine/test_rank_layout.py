@@ -19,14 +19,11 @@ MODEL = msgspec.structs.replace(SMALL, num_layers=4)  # layers 1 to 3 have three
 def lay_out(num_ranks, **parallel):
     """The layouts of all ranks, made as `lay_out_rank` makes the layout of one."""
     layout = make_layout(make_job(parallel=parallel), MODEL, [0] * num_ranks)
-    ranks = []
-    for rank in range(num_ranks):
-        coords = layout.grid.coordinates(rank)
-        of_stage = layout.placements[coords.stage], layout.memory[coords.stage]
-        communicator = SimpleNamespace(rank=rank)
-        topology = virtual(num_ranks, num_ranks)
-        ranks.append(RankLayout(communicator, topology, layout.grid, coords, *of_stage, layout.immediate_stages))
-    return ranks
+    topology = virtual(num_ranks, num_ranks)
+    return [
+        RankLayout(SimpleNamespace(rank=rank), topology, layout, layout.grid.coordinates(rank))
+        for rank in range(num_ranks)
+    ]
 
 
 @pytest.mark.parametrize(

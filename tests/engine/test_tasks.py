@@ -131,3 +131,14 @@ def test_logits_that_are_not_numbers_end_one_request_of_a_step_alone(task):
     task.accept([(broken, 2), (sound, 2)], sampled)
     assert (broken.finish, broken.error) == ("error", "the model's logits are not numbers")
     assert sound.finish != "error"
+
+
+def test_a_scored_prompt_that_fails_in_a_later_chunk_is_an_error_record_without_scores():
+    request = make_request([11, 12, 13, 14], 0)
+    SCORE.accept([(request, 2)], make_sampled([12, 13]))
+    assert request.finish is None
+    SCORE.accept([(request, 2)], make_sampled([14], logprobs=[np.nan]))
+    record = request.to_record(task="score")
+    assert (record.finish, record.error) == ("error", "the model's logits are not numbers")
+    assert (record.score.size, record.score_top_tokens.size, record.score_top_logprobs.size) == (0, 0, 0)
+    assert (record.computed, record.prompt.tolist()) == (4, [11, 12, 13, 14])

@@ -1,0 +1,108 @@
+"""A small run of the engine, made as `run_job` makes one: a random model, its requests, and all that lanes need."""
+
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
+
+from mpi4py import MPI
+
+from engine.jobs import make_job
+from engine.requests import EOS, make_request
+from moempi.backend.cpu.backend import NumpyBackend
+from moempi.comm.transfers import PendingTransfers
+from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.engine.lane import LaneContext
+from moempi.engine.lanes import Lanes, make_lanes
+from moempi.engine.load import load_model
+from moempi.engine.rank_layout import RankLayout, lay_out_rank
+from moempi.engine.recorder import Recorder
+from moempi.engine.request import Request
+from moempi.engine.scheduler import Scheduler
+from moempi.engine.shard import Shard
+from moempi.engine.tasks import Generate, Score
+from moempi.engine.tokenizer import TextTokenizer
+from moempi.runtime.world import World
+from moempi.storage.initialize import initialize
+from moempi.storage.journal import JournalWriter
+from moempi.storage.weights import WeightFile
+
+SMALL = Architecture(
+    family="random",
+    vocab_size=40,
+    width=16,
+    num_layers=4,
+    max_positions=64,
+    attention=Attention(num_heads=2, num_kv_heads=2, head_dim=8),
+    experts=Experts(num=4, width=8, router=Router(top_k=2)),
+    dense_layers=(1,),
+    dense_width=12,
+)
+PAGES = 8
+
+
+class Tokenizer(TextTokenizer):
+    """A text is the numbers of its tokens."""
+
+    def __init__(self):
+        super().__init__("", eos_tokens=(EOS,))
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+
+class Run:
+    """`requests` of the job and the `lanes` of this rank; `progress` lists what the recorder showed after each step."""
+
+    def __init__(self, folder, requests=(), *, comm=MPI.COMM_SELF, architecture=SMALL, **sections: Any):
+        sections["run"] = {"precision": "float32", "batch_tokens": 24} | sections.get("run", {})
+        sections["exchange"] = {"transport": "alltoallv"} | sections.get("exchange", {})
+        job = make_job(folder, **sections)
+        self.world = World(comm)
+        self.rank_layout: RankLayout = lay_out_rank(job, self.world, architecture, on_gpu=False)
+        pending = PendingTransfers()
+        self.backend = NumpyBackend(precision="float32", reproducible=True, progress=pending.progress)
+        model = load(folder, self.backend, self.rank_layout, architecture=architecture)
+        self.journal = JournalWriter(folder / f"{comm.rank}.part", fingerprint="run")
+        self.progress: list[tuple[int, int]] = []
+        self.recorder = Recorder(
+            self.journal,
+            task=job.task,
+            writes_records=self.rank_layout.writes_records,
+            on_progress=lambda *counts: self.progress.append(counts),
+        )
+        groups = self.rank_layout.grid.num_groups(0)
+        is_first, data = self.rank_layout.is_first_stage, self.rank_layout.coords.data
+        self.requests = list(requests)[data::groups] if is_first else []
+        self.scheduler = Scheduler(
+            self.requests,
+            lanes=job.lanes,
+            slots=self.rank_layout.grid.slots(0, data) if is_first else range(0),
+            batch_tokens=job.run.batch_tokens,
+            pages=PAGES,
+        )
+        self.stop = SimpleNamespace(requested=False)
+        task = Score(top=job.score.top_n) if job.task == "score" else Generate(Tokenizer(), top=0)
+        context = LaneContext(model, self.scheduler, task, self.recorder, self.stop)
+        self.lanes: Lanes = make_lanes(job, self.world, self.rank_layout, context, pending=pending, first_step=0)
+
+
+def load(folder, backend, rank_layout, *, architecture):
+    """This rank's share of random weights."""
+    path = folder / f"{rank_layout.ranks.rank}.h5"
+    initialize(architecture, path, seed=7)
+    with closing(WeightFile.open(path)) as file:
+        shard = Shard(file, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
+        layers, pages = rank_layout.stage.layers, PAGES * rank_layout.num_groups
+        return load_model(shard, backend, layers=layers, hosted=rank_layout.hosted, pages=pages)
+
+
+def requests_of(*lengths: int, limit: int = 3) -> list[Request]:
+    """A request for each length of a prompt."""
+    return [
+        make_request([2 + (3 * index + row) % 38 for row in range(length)], limit, index=index, ignore_eos=True)
+        for index, length in enumerate(lengths)
+    ]
+
+
+def tokens_of(requests):
+    return [request.tokens for request in requests]
