@@ -10,7 +10,7 @@ from engine.jobs import make_job
 from engine.requests import EOS, make_request
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.comm.transfers import PendingTransfers
-from moempi.config.architecture import Architecture, Attention, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.engine.lane import LaneContext
 from moempi.engine.lanes import Lanes, make_lanes
 from moempi.engine.load import load_model
@@ -32,7 +32,7 @@ SMALL = Architecture(
     width=16,
     num_layers=4,
     max_positions=64,
-    attention=Attention(num_heads=2, num_kv_heads=2, head_dim=8),
+    attention=AttentionShape(num_heads=2, num_kv_heads=2, head_dim=8),
     experts=Experts(num=4, width=8, router=Router(top_k=2)),
     dense_layers=(1,),
     dense_width=12,

@@ -7,7 +7,7 @@ from msgspec import structs
 
 from moempi.arrays import widen
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.config.architecture import Architecture, Attention, Clamp, Experts, Latent, Rope, Router
+from moempi.config.architecture import Architecture, AttentionShape, Clamp, Experts, Latent, Rope, Router
 from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tensors
 from moempi.engine.load import load_model
 from moempi.engine.shard import Shard
@@ -25,14 +25,14 @@ PLAIN = Architecture(
     width=8,
     num_layers=3,
     max_positions=64,
-    attention=Attention(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="head"),
+    attention=AttentionShape(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="head"),
     experts=Experts(num=5, width=6, router=Router(top_k=2)),
     dense_layers=(0,),
     dense_width=10,
 )
 BIASED = structs.replace(
     PLAIN,
-    attention=Attention(
+    attention=AttentionShape(
         num_heads=4, num_kv_heads=2, head_dim=4, biases="all", sinks=True, window=8, windowed_layers=(1,)
     ),
     experts=Experts(num=5, width=6, router=Router(top_k=2, bias=True), biases=True, clamp=Clamp(alpha=1.7, limit=7.0)),
@@ -42,7 +42,7 @@ BIASED = structs.replace(
 TIED = structs.replace(PLAIN, tied_embeddings=True, norm="rms_float32")
 LATENT = structs.replace(
     PLAIN,
-    attention=Attention(
+    attention=AttentionShape(
         num_heads=4,
         num_kv_heads=4,
         head_dim=6,
