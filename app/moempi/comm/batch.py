@@ -17,7 +17,7 @@ LogitRequest = SamplingRequest | int
 class Batch:
     """Rows of S sequences, one after another, in ascending order of their KV slots; a step may have no rows.
 
-    Sequence s has `lengths[s]` rows at positions from `starts[s]` on. Its KV slot is `slots[s]`, which will hold at most
+    Sequence s has `lengths[s]` rows at positions from `starts[s]` on. Its KV slot is `slots[s]`, which holds at most
     `capacities[s]` positions; it is request `requests[s]` of the job. Only the first stage has `tokens` (T,).
     `logit_rows` (N,) are the rows whose logits are needed, ascending. `logit_requests` (N) are how to sample the next
     token of each of them, or the token to score. `freed` are the slots whose sequences ended before this step. With

@@ -34,7 +34,7 @@ def takes_device_memory(exchange: ExchangeSection) -> bool:
 
 
 def trial() -> bool:
-    """Whether a separate process without the job's MPI world can send rows between device buffers; blocks for seconds."""
+    """Whether a separate process, outside the job's world, can send from device memory; blocks for seconds."""
     environment = {
         name: value
         for name, value in os.environ.items()

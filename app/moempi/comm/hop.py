@@ -15,8 +15,7 @@ from moempi.comm.transports.buffers import BufferRing
 class Hop:
     """Sends rows of `width` elements between the ranks of `comm`; `send` and `steps` are collective.
 
-    Two transfers may be pending at a time. A received transfer must be unpacked or combined once, before the next one
-    is sent.
+    Two transfers may be pending at a time. Each received transfer must be unpacked or combined exactly once.
     """
 
     def __init__(
