@@ -1,4 +1,4 @@
-"""Exchanges of any kind under test: made as a run makes them, driven to their end, compared with a plain sum."""
+"""Makes exchanges as a run does, sends rows through them, and computes the expected sums."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ WIDTH, TOP_K = 16, 3
 
 
 def make(comm, placement, *, transport, hops, nodes, islands=(), switches=(), precision="float32"):
-    """The exchange and the transfers of a lane, made as `make_lane_comm` makes them."""
+    """The exchange and the transfers of a lane, as `make_lane_comm` makes them."""
     from moempi.backend.cpu.backend import NumpyBackend
     from moempi.comm.lane_comm import ExchangeFactory
     from moempi.comm.row_shape import RowShape
@@ -32,7 +32,7 @@ def route_of(rank, num_rows, num_experts, step, *, top_k=TOP_K):
 
 
 def rows_of(rank, num_rows, step):
-    """Rows that say whose they are."""
+    """Rows whose values encode their rank, step and index."""
     rows = np.zeros((num_rows, WIDTH), np.float32)
     rows[:] = 1 + rank + step / 8
     rows[:, 0] = np.arange(num_rows)
@@ -40,7 +40,7 @@ def rows_of(rank, num_rows, step):
 
 
 def expert_output(rows, expert):
-    """The output of expert number `expert`: exact in float32, and unlike any other expert's."""
+    """The output of expert number `expert`: exact in float32, and different for each expert."""
     return rows * np.float32(expert + 1) + np.float32(expert)
 
 
@@ -52,17 +52,17 @@ def expected(rows, experts, weights):
     return total
 
 
-def through(exchange, placement, rank, rows, experts, weights, *, layer=0):
-    """Put rows through the exchange, with `expert_output` for experts; the phases passed, and what came home."""
+def exchange_rows(exchange, placement, rank, rows, experts, weights, *, layer=0):
+    """Dispatch rows, apply `expert_output`, combine; the phases in order, and the combined rows."""
     from moempi.comm.exchange import Route
 
     def forward():
         dispatch = yield from exchange.dispatch(rows, Route(layer, experts, weights))
-        arrived = yield from dispatch.rows
+        received = yield from dispatch.rows
         expert_counts = dispatch.plan.expert_counts
-        assert len(arrived) == expert_counts.sum()
-        numbers = np.repeat(np.array(placement.hosted[rank], int), expert_counts)
-        outputs = expert_output(arrived, numbers[:, None]).astype(np.float32)
+        assert len(received) == expert_counts.sum()
+        expert_of_row = np.repeat(np.array(placement.hosted[rank], int), expert_counts)
+        outputs = expert_output(received, expert_of_row[:, None]).astype(np.float32)
         return (yield from exchange.combine(outputs, dispatch.plan))
 
     phases, steps = [], forward()

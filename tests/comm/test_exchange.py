@@ -1,9 +1,9 @@
-"""Rows go to their experts and come back summed, over every transport with the same bits."""
+"""One hop: rows are dispatched to their experts and combined with the same bits over every transport."""
 
 import numpy as np
 import pytest
 
-from comm.exchanges import expected, make, route_of, rows_of, through
+from comm.exchanges import exchange_rows, expected, make, route_of, rows_of
 
 TRANSPORTS = ["alltoallv", "pairwise", "shared"]
 
@@ -14,7 +14,7 @@ def num_rows(case, rank, step):
 
 @pytest.mark.ranks(1, 2, 3, 5)
 @pytest.mark.parametrize("case", ["even", "uneven", "one", "none"])
-def test_rows_come_home_summed_in_slot_order(comm, num_ranks, case):
+def test_outputs_are_combined_in_slot_order(comm, num_ranks, case):
     from moempi.layout.placement import linear
 
     placement = linear(7, num_ranks)
@@ -23,13 +23,13 @@ def test_rows_come_home_summed_in_slot_order(comm, num_ranks, case):
         rows = rows_of(comm.rank, num_rows(case, comm.rank, step), step)
         experts, weights = route_of(comm.rank, len(rows), 7, step)
         for name, exchange in exchanges.items():
-            phases, combined = through(exchange, placement, comm.rank, rows, experts, weights)
+            phases, combined = exchange_rows(exchange, placement, comm.rank, rows, experts, weights)
             assert phases == ["counts", "dispatch", "combine"]
             assert (combined == expected(rows, experts, weights)).all(), f"{name}, step {step}"
 
 
 @pytest.mark.ranks(3)
-def test_all_rows_for_one_expert_exceed_the_shared_slot(comm, num_ranks):
+def test_rows_that_exceed_the_shared_slot_are_combined(comm, num_ranks):
     from moempi.layout.placement import linear
 
     placement = linear(3, num_ranks)
@@ -39,36 +39,36 @@ def test_all_rows_for_one_expert_exceed_the_shared_slot(comm, num_ranks):
             rows = rows_of(comm.rank, 40, step)
             experts = np.full((40, 1), 1, np.int32)
             weights = np.ones((40, 1), np.float32)
-            _, combined = through(exchange, placement, comm.rank, rows, experts, weights)
+            _, combined = exchange_rows(exchange, placement, comm.rank, rows, experts, weights)
             assert (combined == expected(rows, experts, weights)).all(), f"{name}, step {step}"
 
 
 @pytest.mark.ranks(3, 6)
-def test_counters_say_what_was_sent_where(comm, num_ranks):
+def test_counters_add_up_bytes_by_level_of_link(comm, num_ranks):
     from moempi.layout.placement import linear
 
     placement = linear(6, num_ranks)
-    places = {"island": (0, 1, 1, 2, 2, 3)[:num_ranks], "node": (0, 0, 0, 1, 1, 2)[:num_ranks]}
-    places["switch"] = (0, 0, 0, 0, 0, 1)[:num_ranks]
+    groups = {"island": (0, 1, 1, 2, 2, 3)[:num_ranks], "node": (0, 0, 0, 1, 1, 2)[:num_ranks]}
+    groups["switch"] = (0, 0, 0, 0, 0, 1)[:num_ranks]
     exchange, transfers = make(
         comm,
         placement,
         transport="pairwise",
         hops=1,
-        nodes=places["node"],
-        islands=places["island"],
-        switches=places["switch"],
+        nodes=groups["node"],
+        islands=groups["island"],
+        switches=groups["switch"],
     )
     rows = rows_of(comm.rank, 5, 0)
     experts, weights = route_of(comm.rank, 5, 6, 0)
-    through(exchange, placement, comm.rank, rows, experts, weights)
-    # Each choice goes there as one row and comes back as one: count what this rank sends, both ways.
+    exchange_rows(exchange, placement, comm.rank, rows, experts, weights)
+    # Each choice is one dispatched row and one returned row; count the rows of both kinds that this rank sends.
     all_experts = comm.allgather(experts)
-    sent = dict.fromkeys(("self", *places, "network"), 0)
+    sent = dict.fromkeys(("self", *groups, "network"), 0)
     for source, chosen in enumerate(all_experts):
         for host in (chosen // (6 // num_ranks)).reshape(-1).tolist():
-            near = (level for level, of_ranks in places.items() if of_ranks[host] == of_ranks[source])
-            level = "self" if host == source else next(near, "network")
+            shared = (level for level, of_ranks in groups.items() if of_ranks[host] == of_ranks[source])
+            level = "self" if host == source else next(shared, "network")
             sent[level] += (source == comm.rank) + (host == comm.rank)
     assert {level: transfers.counters[f"{level}_bytes"] for level in sent} == {
         level: count * rows.itemsize * rows.shape[1] for level, count in sent.items()

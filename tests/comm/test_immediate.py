@@ -1,4 +1,4 @@
-"""Immediate routing: the same bits as over the homes, on every grid that has a next stage."""
+"""Immediate routing: the same bits as with the combine on the home ranks, on grids of several stages."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ PLAIN = Architecture(
 )
 SHARED = structs.replace(PLAIN, experts=structs.replace(PLAIN.experts, shared_width=8, shared_gate=True))
 
-# Ranks of the stages, tensor parallelism: equal, unequal both ways, a last layer that is dense.
+# Ranks of each stage and tensor parallelism; the last grid has a stage whose last layer is dense.
 GRIDS = [((2, 2, 2), 1), ((1, 3), 1), ((4, 1, 1), 1), ((2, 4), 2), ((4, 2), 2), ((1, 1, 1, 1), 1)]
 
 
@@ -47,7 +47,7 @@ def tree_of(folder, model, grid, *, immediate, precision):
 
 
 @pytest.mark.ranks(6)
-def test_the_same_bits_as_over_the_homes(comm, tmp_path):
+def test_results_are_equal_with_and_without_immediate_routing(comm, tmp_path):
     folder = comm.bcast(tmp_path)
     if comm.rank == 0:
         initialize(PLAIN, folder / "plain.h5", seed=2)
@@ -56,12 +56,12 @@ def test_the_same_bits_as_over_the_homes(comm, tmp_path):
         (folder / "prompts.jsonl").write_text("\n".join(lines))
     comm.Barrier()
     for index, grid in enumerate(GRIDS):
-        members = sum(grid[0])
-        own = comm.Split(int(comm.rank >= members), comm.rank)
+        num_ranks = sum(grid[0])
+        own = comm.Split(int(comm.rank >= num_ranks), comm.rank)
         model, precision = ("plain", "shared")[index % 2], ("float32", "bfloat16")[index // 2 % 2]
         for immediate in (False, True):
             job = read_tree(tree_of(folder, model, grid, immediate=immediate, precision=precision), Job, origin="test")
-            if comm.rank < members:
+            if comm.rank < num_ranks:
                 assert run_job(job, job_text="", world=World(own), stop=Stop(), strict=True) == 0
         comm.Barrier()
         if comm.rank == 0:
@@ -72,7 +72,7 @@ def test_the_same_bits_as_over_the_homes(comm, tmp_path):
         own.Free()
 
 
-def test_rows_leave_only_stages_that_end_with_experts_and_are_not_the_last(tmp_path):
+def test_immediate_stages_end_with_a_moe_layer_and_are_not_the_last(tmp_path):
     tree = tree_of(tmp_path, "plain", ((1, 1, 1, 1), 1), immediate=True, precision="float32")
     job = read_tree(tree, Job, origin="test")
     assert make_layout(job, structs.replace(PLAIN, dense_layers=(1,)), [0] * 4).immediate_stages == (0, 2)
@@ -87,40 +87,40 @@ def test_two_hops_and_immediate_routing_exclude_each_other(tmp_path):
         make_layout(job, PLAIN, [0] * 4)
 
 
-def sent_by(random, num_rows, num_ranks, top_k):
-    """A home's choices: the rank of each (n, K), its place among all in the order of ranks, and rows to each rank."""
+def random_choices(random, num_rows, num_ranks, top_k):
+    """Choices of a home rank: expert rank (n, K), index of the choice in rank order (n, K), choices for each rank."""
     ranks = random.integers(num_ranks, size=(num_rows, top_k))
     order = np.argsort(ranks.reshape(-1), kind="stable")
-    places = np.empty(ranks.size, np.int64)
-    places[order] = np.arange(ranks.size)
-    return ranks, places.reshape(ranks.shape), np.bincount(ranks.reshape(-1), minlength=num_ranks)
+    output_rows = np.empty(ranks.size, np.int64)
+    output_rows[order] = np.arange(ranks.size)
+    return ranks, output_rows.reshape(ranks.shape), np.bincount(ranks.reshape(-1), minlength=num_ranks)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_outputs_are_received_in_the_order_in_which_experts_send_them(seed):
     random = np.random.default_rng(seed)
     num_ranks, top_k = random.integers(1, 6), 3
-    homes = [sent_by(random, random.integers(0, 9), num_ranks, top_k) for _ in range(random.integers(1, 4))]
-    # Of each home's rows some go to the owner in question; each answer is named by home, row and slot.
-    kept = [np.flatnonzero(random.random(len(ranks)) < 0.6) for ranks, _, _ in homes]
+    choices = [random_choices(random, random.integers(0, 9), num_ranks, top_k) for _ in range(random.integers(1, 4))]
+    # Some rows of each home rank belong to this owner. An output is named by home rank, row and slot.
+    kept = [np.flatnonzero(random.random(len(ranks)) < 0.6) for ranks, _, _ in choices]
     outputs = []
     for rank in range(num_ranks):
-        for home, ((ranks, places, _), rows) in enumerate(zip(homes, kept, strict=True)):
-            named = [(places[row, k], (home, row, k)) for row in rows for k in range(top_k) if ranks[row, k] == rank]
+        for home, ((ranks, order, _), rows) in enumerate(zip(choices, kept, strict=True)):
+            named = [(order[row, k], (home, row, k)) for row in rows for k in range(top_k) if ranks[row, k] == rank]
             outputs.extend(name for _, name in sorted(named))
     headers = [
-        ImmediateHeader(None, rows, places[rows], np.zeros((len(rows), top_k), np.float32), counts, shared=False)
-        for (_, places, counts), rows in zip(homes, kept, strict=True)
+        ImmediateHeader(None, rows, order[rows], np.zeros((len(rows), top_k), np.float32), counts, shared=False)
+        for (_, order, counts), rows in zip(choices, kept, strict=True)
     ]
-    where, counts = output_rows_of(headers)
+    output_rows, counts = output_rows_of(headers)
     names = [(home, row, k) for home, rows in enumerate(kept) for row in rows for k in range(top_k)]
-    assert [outputs[place] for place in where.reshape(-1)] == names
-    ranks_of_kept = [ranks[rows].reshape(-1) for (ranks, _, _), rows in zip(homes, kept, strict=True)]
+    assert [outputs[row] for row in output_rows.reshape(-1)] == names
+    ranks_of_kept = [ranks[rows].reshape(-1) for (ranks, _, _), rows in zip(choices, kept, strict=True)]
     assert counts.tolist() == np.bincount(np.concatenate(ranks_of_kept), minlength=num_ranks).tolist()
 
 
-def test_rows_of_several_homes_come_in_the_order_of_the_batch():
-    def of(*rows):
+def test_rows_of_several_home_ranks_are_ordered_as_the_batch():
+    def header(*rows):
         return ImmediateHeader(None, np.array(rows, np.int64), None, None, None, shared=False)
 
-    assert batch_order([of(0, 3), of(1, 2), of(1), of(0)], 2).tolist() == [0, 2, 3, 1, 5, 4]
+    assert batch_order([header(0, 3), header(1, 2), header(1), header(0)], 2).tolist() == [0, 2, 3, 1, 5, 4]

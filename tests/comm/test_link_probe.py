@@ -1,4 +1,4 @@
-"""Measured links: the predicted time of an exchange, and that the written topology can be read."""
+"""Measured links: the predicted time of an exchange, and the topology file."""
 
 import numpy as np
 import pytest
@@ -24,13 +24,13 @@ def test_an_exchange_takes_as_long_as_its_slowest_rank():
     assert predict_s(topology, sizes * 0) == 0.0
 
 
-def test_the_error_is_that_of_the_median_trial():
+def test_the_median_error_is_the_median_over_trials():
     trials = [LinkTrial(0, predicted_s, 1.0) for predicted_s in (1.1, 0.5, 3.0)]
     assert median_error(trials) == pytest.approx(0.5)
 
 
 @pytest.mark.mpi
-def test_check_measures_virtual_nodes_and_writes_them(mpirun, tmp_path):
+def test_check_measures_and_writes_virtual_nodes(mpirun, tmp_path):
     path = tmp_path / "topology.json"
     outcome = mpirun(4, *python("-m", "moempi", "check", "--ranks-per-node", "2", "-o", path), limit_s=120)
     assert outcome.code == 0, outcome.err

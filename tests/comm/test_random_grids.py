@@ -1,6 +1,6 @@
-"""Random small grids, lanes and workloads: each runs to its end and answers as one rank alone does.
+"""Random small grids, lanes and workloads: each run ends, with the results of a run on one rank.
 
-MOEMPI_RANDOM_GRIDS says how many.
+MOEMPI_RANDOM_GRIDS is the number of grids.
 """
 
 import os
@@ -32,7 +32,7 @@ ARCHITECTURE = Architecture(
 
 
 def random_job(dice, folder):
-    """A job, and the world it wants: uneven stages, more lanes than work, skewed and empty prompts files."""
+    """A job and its number of ranks: uneven stages, more lanes than work, skewed and empty prompts files."""
     stages, tensor = dice.randrange(1, 5), dice.choice([1, 1, 2])
     ranks = [tensor * dice.randrange(1, 4) for _ in range(stages)]
     prompts = folder / "prompts.jsonl"
@@ -58,31 +58,31 @@ def random_job(dice, folder):
     return tree, sum(ranks)
 
 
-def run(tree, comm, members):
-    """Run the job on the first `members` ranks of comm."""
-    own = comm.Split(int(comm.rank >= members), comm.rank)
-    if comm.rank < members:
+def run(tree, comm, num_ranks):
+    """Run the job on the first `num_ranks` ranks of comm."""
+    own = comm.Split(int(comm.rank >= num_ranks), comm.rank)
+    if comm.rank < num_ranks:
         run_job(read_tree(tree, Job, origin="random"), job_text="", world=World(own), stop=Stop(), strict=True)
     own.Free()
     comm.Barrier()
 
 
 @pytest.mark.ranks(12)
-def test_random_grids_end_and_agree(comm, tmp_path):
+def test_random_grids_give_the_results_of_one_rank(comm, tmp_path):
     folder = comm.bcast(tmp_path)
     if comm.rank == 0:
         initialize(ARCHITECTURE, folder / "weights.h5", seed=1)
     dice = random.Random(61)
     done = 0
     while done < NUM_GRIDS:
-        tree, members = random_job(dice, folder)
-        if members > comm.size:
+        tree, num_ranks = random_job(dice, folder)
+        if num_ranks > comm.size:
             continue
         comm.Barrier()
-        run(tree, comm, members)
-        alone = {**tree, "output": {"results": str(folder / "alone.h5")}, "parallel": {}}
-        run(alone, comm, 1)
-        found = comm.bcast(compare(folder / "out.h5", folder / "alone.h5") if comm.rank == 0 else None)
+        run(tree, comm, num_ranks)
+        single = {**tree, "output": {"results": str(folder / "single.h5")}, "parallel": {}}
+        run(single, comm, 1)
+        found = comm.bcast(compare(folder / "out.h5", folder / "single.h5") if comm.rank == 0 else None)
         assert found.different == 0, tree
         assert found.largest <= (0.0 if tree["parallel"]["tensor"] == 1 else 1e-4), tree
         done += 1

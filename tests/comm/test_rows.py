@@ -1,4 +1,4 @@
-"""Rows on their way: splits, batches and route plans against slow twins; no MPI."""
+"""Row splits, batches, placements and the expert order, compared with slow references; no MPI."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from moempi.layout.topology import Topology
 
 @pytest.mark.parametrize("contributions", [(), (0,), (7,), (3, 0, 5), (1, 1, 1, 1)])
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_a_split_takes_every_row_once_and_finds_it_again(contributions, parts):
+def test_a_split_has_every_row_once_and_restores_the_order(contributions, parts):
     split = RowSplit(contributions, parts)
     rows = np.arange(sum(contributions)) * 10
     gathered = np.concatenate([rows[index] for index in split.indices])
@@ -36,12 +36,12 @@ def batch_of(slots, lengths, starts, *, logit_rows, freed=()):
     )
 
 
-def test_positions_count_on_from_each_start():
+def test_positions_count_from_the_start_of_each_sequence():
     batch = batch_of([0, 2], [3, 2], [5, 0], logit_rows=[2])
     assert batch.positions.tolist() == [5, 6, 7, 0, 1]
 
 
-def test_parts_of_a_batch_join_to_the_whole():
+def test_joined_parts_of_a_batch_equal_the_batch():
     whole = batch_of([1, 3, 4, 9], [2, 1, 3, 2], [0, 7, 2, 1], logit_rows=[1, 2, 4, 5, 7], freed=[0, 8])
     parts = [whole.of_slots(slots) for slots in (range(4), range(4, 5), range(5, 10))]
     joined = Batch.join([part for part, _ in parts])
@@ -59,10 +59,10 @@ def test_linear_placement_hosts_every_expert_once(num_experts, num_ranks):
     assert [expert for hosted in placement.hosted for expert in hosted] == list(range(num_experts))
     sizes = [len(hosted) for hosted in placement.hosted]
     assert max(sizes) - min(sizes) <= 1
-    keys = placement.physical_ids(0, Topology((0,) * num_ranks))
+    physical_ids = placement.physical_ids(0, Topology((0,) * num_ranks))
     assert placement.replica_period == 1
     for rank, hosted in enumerate(placement.hosted):
-        assert keys[list(hosted)].tolist() == list(range(placement.bounds[rank], placement.bounds[rank + 1]))
+        assert physical_ids[list(hosted)].tolist() == list(range(placement.bounds[rank], placement.bounds[rank + 1]))
 
 
 def test_expert_order_groups_rows_by_expert_then_source():

@@ -1,4 +1,4 @@
-"""The output head of a tensor group: rows go to all ranks, parts of their logits come back to whose rows they are."""
+"""Logits in a tensor group: all ranks get all rows, and each rank gets the complete logits of its own rows."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,10 @@ LENGTH, WIDTH = 11, 4
 
 
 @pytest.mark.ranks(1, 2, 3)
-@pytest.mark.parametrize("bring", [lambda rank: 2, lambda rank: rank, lambda rank: 0, lambda rank: 5 * (rank == 0)])
-def test_logits_come_home_whole(comm, num_ranks, bring):
+@pytest.mark.parametrize(
+    "rows_of_rank", [lambda rank: 2, lambda rank: rank, lambda rank: 0, lambda rank: 5 * (rank == 0)]
+)
+def test_each_rank_gets_complete_logits_of_its_rows(comm, num_ranks, rows_of_rank):
     from moempi.backend.cpu.backend import NumpyBackend
     from moempi.comm.tensor_group import TensorGroup
     from moempi.comm.transfers import PendingTransfers, Transfers
@@ -17,12 +19,12 @@ def test_logits_come_home_whole(comm, num_ranks, bring):
     backend = NumpyBackend(precision="float32", reproducible=False)
     transfers = Transfers(backend, PendingTransfers(), overlap=True)
     group = TensorGroup(comm, backend, transfers=transfers, width=WIDTH)
-    counts = [bring(rank) for rank in range(num_ranks)]
-    # Row i of rank r holds 100 r + i; logit v of it is that and v / 16.
+    counts = [rows_of_rank(rank) for rank in range(num_ranks)]
+    # Row i of rank r holds 100 r + i; its logit v is 100 r + i + v / 16.
     own = np.repeat((100 * comm.rank + np.arange(counts[comm.rank], dtype=np.float32))[:, None], WIDTH, axis=1)
     rows = group.all_gather_rows(own, counts)
-    everyone = [100 * rank + row for rank in range(num_ranks) for row in range(counts[rank])]
-    np.testing.assert_array_equal(rows[:, 0], everyone)
+    all_rows = [100 * rank + row for rank in range(num_ranks) for row in range(counts[rank])]
+    np.testing.assert_array_equal(rows[:, 0], all_rows)
     part = part_range(LENGTH, num_ranks, comm.rank).astype(np.float32)
     whole = group.exchange_logits(rows[:, :1] + part / 16, counts, vocab_size=LENGTH)
     if any(counts):

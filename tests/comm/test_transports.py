@@ -1,4 +1,4 @@
-"""Every transport brings every row to its place: rows say where they come from and where they go."""
+"""Every transport sends every row to its destination; the rows encode source, destination, step and index."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ PATTERNS = ["even", "random", "skewed", "some empty", "nothing", "itself"]
 
 
 def transports(comm):
-    """Every transport, and `shared` in the ways that nodes and room can turn out."""
+    """Every transport, and variants of `shared`: nodes, slot size, copies, and both kinds of flags."""
     from moempi.comm.transports.alltoallv import Alltoallv
     from moempi.comm.transports.pairwise import Pairwise
     from moempi.comm.transports.shared import Shared, SlotOptions
@@ -49,7 +49,7 @@ def counts_of(pattern, size, step):
 
 
 def block(source, destination, count, step):
-    """Rows that no other pair, step or place has."""
+    """Rows that differ from the rows of any other pair, step or index."""
     rows = np.zeros((count, ROW_BYTES // 4), np.int32)
     rows[:] = np.array([source, destination, step, 0, 17, -1])
     rows[:, 3] = np.arange(count)
@@ -57,7 +57,7 @@ def block(source, destination, count, step):
 
 
 def start(transport, rank, counts, step):
-    """Start a transfer; what it waits for, where it arrives, and what should."""
+    """Start a transfer; its receipt, and the rows that should be received."""
     size = len(counts)
     outgoing = transport.outgoing(counts[rank].sum())
     assert outgoing.ctypes.data % 64 == 0 or not len(outgoing)
@@ -65,59 +65,59 @@ def start(transport, rank, counts, step):
     outgoing[:] = np.concatenate(sent)
     expected = np.concatenate([block(peer, rank, counts[peer, rank], step) for peer in range(size)])
     incoming = np.full(expected.shape, 255, np.uint8)
-    pending = transport.start(outgoing, counts[rank], incoming, counts[:, rank])
-    return pending, expected
+    receipt = transport.start(outgoing, counts[rank], incoming, counts[:, rank])
+    return receipt, expected
 
 
-def received(pending):
+def received(receipt):
     """The rows of a complete transfer."""
-    rows, places = pending.rows()
-    found = np.array(rows if places is None else rows[places])
-    pending.release()
-    return found
+    buffer, index = receipt.rows()
+    rows = np.array(buffer if index is None else buffer[index])
+    receipt.release()
+    return rows
 
 
 @pytest.mark.ranks(1, 2, 3, 5)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_every_row_arrives_at_its_place(comm, num_ranks, pattern):
+def test_every_row_is_received_in_order(comm, num_ranks, pattern):
     for name, transport in transports(comm).items():
         for step in range(6):
             counts = counts_of(pattern, num_ranks, step)
-            pending, expected = start(transport, comm.rank, counts, step)
-            pending.Wait()
-            assert pending.Test()
-            assert (received(pending) == expected).all(), f"{name}, step {step}"
+            receipt, expected = start(transport, comm.rank, counts, step)
+            receipt.Wait()
+            assert receipt.Test()
+            assert (received(receipt) == expected).all(), f"{name}, step {step}"
 
 
 @pytest.mark.ranks(2, 3)
-def test_two_transfers_are_under_way_while_ranks_are_late(comm, num_ranks):
+def test_two_transfers_are_pending_while_ranks_are_late(comm, num_ranks):
     import time
 
     for name, transport in transports(comm).items():
-        under_way = []
+        started = []
         for step in range(20):
             if step % num_ranks == comm.rank:
                 time.sleep(0.002)
-            under_way.append(start(transport, comm.rank, counts_of("random", num_ranks, step), step))
-            if len(under_way) == 2:
-                pending, expected = under_way.pop(0)
-                while not pending.Test():
+            started.append(start(transport, comm.rank, counts_of("random", num_ranks, step), step))
+            if len(started) == 2:
+                receipt, expected = started.pop(0)
+                while not receipt.Test():
                     comm.Iprobe()
-                assert (received(pending) == expected).all(), f"{name}, step {step - 1}"
-        pending, expected = under_way[0]
-        pending.Wait()
-        assert (received(pending) == expected).all()
+                assert (received(receipt) == expected).all(), f"{name}, step {step - 1}"
+        receipt, expected = started[0]
+        receipt.Wait()
+        assert (received(receipt) == expected).all()
 
 
 @pytest.mark.ranks(2)
 def test_little_shared_memory_makes_small_slots(comm, monkeypatch):
     from moempi.comm.transports import shared
 
-    for free_bytes in (0, 4 * 2 * 2 * 192):  # for nothing, and for 8 rows in each of 4 slots
+    for free_bytes in (0, 4 * 2 * 2 * 192):  # no slot, and 8 rows in each of 4 slots
         monkeypatch.setattr(shared, "_free_bytes", lambda free_bytes=free_bytes: free_bytes)
         transport = shared.Shared(comm, row_bytes=ROW_BYTES)
         assert len(transport.slots) == 4 * (free_bytes // (4 * 4 * ROW_BYTES))
         for step in range(6):
-            pending, expected = start(transport, comm.rank, counts_of("random", 2, step), step)
-            pending.Wait()
-            assert (received(pending) == expected).all()
+            receipt, expected = start(transport, comm.rank, counts_of("random", 2, step), step)
+            receipt.Wait()
+            assert (received(receipt) == expected).all()

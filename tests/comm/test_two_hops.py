@@ -1,9 +1,9 @@
-"""Two hops: the sums of one hop, and on the network each row once per node."""
+"""Two hops: the sums of one hop, and each row is sent across the network once per node."""
 
 import numpy as np
 import pytest
 
-from comm.exchanges import WIDTH, expected, make, route_of, rows_of, through
+from comm.exchanges import WIDTH, exchange_rows, expected, make, route_of, rows_of
 
 TRANSPORTS = ["alltoallv", "pairwise", "shared"]
 PHASES = ["counts", "choices", "counts inside", "dispatch", "dispatch inside", "combine", "combine across"]
@@ -11,7 +11,7 @@ NUM_EXPERTS, TOP_K = 9, 4
 
 
 def node_shapes(size):
-    """Ranks on nodes: one node, a node a rank, pairs, and unequal ones."""
+    """The ranks' nodes: one node, one node per rank, pairs, and unequal nodes."""
     yield (0,) * size
     yield tuple(range(size))
     yield tuple(rank // 2 for rank in range(size))
@@ -19,7 +19,7 @@ def node_shapes(size):
 
 
 @pytest.mark.ranks(1, 2, 3, 5)
-def test_two_hops_give_the_sums_of_one(comm, num_ranks):
+def test_two_hops_give_the_sums_of_one_hop(comm, num_ranks):
     from moempi.layout.placement import linear
     from moempi.layout.topology import numbered
 
@@ -29,14 +29,14 @@ def test_two_hops_give_the_sums_of_one(comm, num_ranks):
         for step in range(3):
             rows = rows_of(comm.rank, (3 * comm.rank + 5 * step) % 8, step)
             experts, weights = route_of(comm.rank, len(rows), NUM_EXPERTS, step, top_k=TOP_K)
-            found = [through(exchange, placement, comm.rank, rows, experts, weights) for exchange in exchanges]
+            found = [exchange_rows(exchange, placement, comm.rank, rows, experts, weights) for exchange in exchanges]
             np.testing.assert_allclose(found[0][1], expected(rows, experts, weights), rtol=1e-5)
             assert all(phases == PHASES for phases, _ in found)
             assert all((combined == found[0][1]).all() for _, combined in found), f"transports differ on {nodes}"
 
 
 @pytest.mark.ranks(3, 5)
-def test_bytes_between_nodes_are_those_of_distinct_tokens_and_nodes(comm, num_ranks):
+def test_each_token_is_sent_once_per_node(comm, num_ranks):
     from moempi.layout.placement import linear
     from moempi.layout.topology import numbered
 
@@ -46,18 +46,18 @@ def test_bytes_between_nodes_are_those_of_distinct_tokens_and_nodes(comm, num_ra
         exchange, transfers = make(comm, placement, transport="shared", hops=2, nodes=nodes)
         rows = rows_of(comm.rank, 20, 0)
         experts, weights = route_of(comm.rank, 20, NUM_EXPERTS, 0, top_k=TOP_K)
-        through(exchange, placement, comm.rank, rows, experts, weights)
+        exchange_rows(exchange, placement, comm.rank, rows, experts, weights)
         own = nodes[comm.rank]
         pairs = sum(len({nodes[hosts[expert]] for expert in chosen} - {own}) for chosen in experts.tolist())
         total = comm.allreduce(transfers.counters["network_bytes"])
-        assert total == 2 * comm.allreduce(pairs) * WIDTH * 4  # there and back
-        # One message to each other node, and one back to each row's home.
+        assert total == 2 * comm.allreduce(pairs) * WIDTH * 4  # dispatched and returned
+        # One message to each other node, and one back to each row's home rank.
         assert transfers.counters["network_messages"] <= 2 * num_ranks
         assert comm.allreduce(transfers.counters["network_messages"]) <= 2 * num_ranks * max(nodes)
 
 
 @pytest.mark.ranks(4)
-def test_bfloat16_rows_come_home_within_its_rounding(comm, num_ranks):
+def test_bfloat16_sums_differ_by_rounding_only(comm, num_ranks):
     from moempi.arrays import round_to_bfloat16
     from moempi.layout.placement import linear
 
@@ -65,7 +65,7 @@ def test_bfloat16_rows_come_home_within_its_rounding(comm, num_ranks):
     exchange, _ = make(comm, placement, transport="shared", hops=2, nodes=(0, 0, 1, 1), precision="bfloat16")
     rows = round_to_bfloat16(rows_of(comm.rank, 12, 1))
     experts, weights = route_of(comm.rank, 12, NUM_EXPERTS, 1, top_k=TOP_K)
-    _, combined = through(exchange, placement, comm.rank, rows, experts, weights)
+    _, combined = exchange_rows(exchange, placement, comm.rank, rows, experts, weights)
     np.testing.assert_allclose(combined, expected(rows, experts, weights), rtol=0.02)
 
 

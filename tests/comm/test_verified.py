@@ -1,4 +1,4 @@
-"""Rows that change on the way are noticed where they arrive, and both ranks are named."""
+"""Rows that change between sender and receiver raise an error that names both ranks."""
 
 import numpy as np
 import pytest
@@ -6,26 +6,26 @@ import pytest
 ROW_BYTES = 16
 
 
-class Damaging:
-    """A transport that changes one bit of what the last rank receives from the first."""
+class CorruptTransport:
+    """A transport that flips one bit of the rows that the last rank receives from the first."""
 
-    name = "damaging"
+    name = "corrupt"
 
     def __init__(self, comm):
         from moempi.comm.transports.alltoallv import Alltoallv
 
-        self._inner = Alltoallv(comm, row_bytes=ROW_BYTES)
-        self._strikes = comm.rank == comm.size - 1
+        self._transport = Alltoallv(comm, row_bytes=ROW_BYTES)
+        self._is_last = comm.rank == comm.size - 1
 
     def outgoing(self, rows):
-        return self._inner.outgoing(rows)
+        return self._transport.outgoing(rows)
 
     def start(self, outgoing, send_counts, incoming, recv_counts):
-        pending = self._inner.start(outgoing, send_counts, incoming, recv_counts)
-        pending.Wait()
-        if self._strikes:
+        receipt = self._transport.start(outgoing, send_counts, incoming, recv_counts)
+        receipt.Wait()
+        if self._is_last:
             incoming[1, 3] ^= 4
-        return pending
+        return receipt
 
 
 def exchange(transport, comm, *, counts=None):
@@ -38,7 +38,7 @@ def exchange(transport, comm, *, counts=None):
 
 
 @pytest.mark.ranks(1, 2, 3)
-def test_whole_rows_pass(comm, num_ranks):
+def test_unchanged_rows_raise_no_error(comm, num_ranks):
     from moempi.comm.transports.alltoallv import Alltoallv
     from moempi.comm.transports.verified import Verified
 
@@ -48,11 +48,11 @@ def test_whole_rows_pass(comm, num_ranks):
 
 
 @pytest.mark.ranks(2, 3)
-def test_a_changed_bit_names_both_ranks(comm, num_ranks):
+def test_a_changed_bit_raises_an_error_that_names_both_ranks(comm, num_ranks):
     from moempi.comm.transports.verified import Verified
     from moempi.errors import DataError
 
-    transport = Verified(Damaging(comm), comm)
+    transport = Verified(CorruptTransport(comm), comm)
     if comm.rank < num_ranks - 1:
         exchange(transport, comm)
         return
@@ -61,7 +61,7 @@ def test_a_changed_bit_names_both_ranks(comm, num_ranks):
 
 
 @pytest.mark.ranks(2)
-def test_more_rows_expected_than_sent_are_noticed(comm, num_ranks):
+def test_a_wrong_row_count_raises_an_error(comm, num_ranks):
     from moempi.comm.transports.alltoallv import Alltoallv
     from moempi.comm.transports.verified import Verified
     from moempi.errors import DataError

@@ -1,4 +1,4 @@
-"""The batch: what one lane computes in one step. Decided by the first stage, it travels with the rows. Pure."""
+"""The batch: the rows of one lane in one step. The first stage makes it, and each stage sends it with the rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ LogitRequest = SamplingRequest | int
 class Batch:
     """Rows of S sequences, one after another, in ascending order of their KV slots; a step may have no rows.
 
-    Sequence s occupies `lengths[s]` rows at positions from `starts[s]` on, and KV slot `slots[s]`, which will hold
-    `capacities[s]` positions at most. `wanted` (N,) are the rows whose logits are needed, ascending, and `asked` what
-    is asked of each: how to choose its next token, or the token to score. `freed` are the slots whose sequences ended
-    before this step; `stop` says that there is no step any more. `tokens` (T,) are those of the first stage only;
-    `requests` (S,) are the sequences' numbers among the requests of the job.
+    Sequence s has `lengths[s]` rows at positions from `starts[s]` on. Its KV slot is `slots[s]`, which holds at most
+    `capacities[s]` positions; it is request `requests[s]` of the job. Only the first stage has `tokens` (T,).
+    `logit_rows` (N,) are the rows whose logits are needed, ascending. `logit_requests` (N) are how to sample the next
+    token of each of them, or the token to score. `freed` are the slots whose sequences ended before this step. With
+    `stop` there is no step, and none follows.
     """
 
     tokens: IntArray
@@ -47,10 +47,10 @@ class Batch:
         return np.repeat(self.starts - first_rows, self.lengths) + np.arange(self.num_rows)
 
     def of_slots(self, slots: range) -> tuple[Self, IntArray]:
-        """The part of the batch whose sequences have these slots, and its rows; without tokens."""
+        """The sub-batch of the sequences with these slots, without tokens, and the indices of its rows."""
         chosen = np.flatnonzero((self.slots >= slots.start) & (self.slots < slots.stop))
         rows = rows_of(self.lengths, chosen)
-        among = np.isin(self.logit_rows, rows)
+        has_logits = np.isin(self.logit_rows, rows)
         part = type(self)(
             tokens=NONE,
             requests=self.requests[chosen],
@@ -58,21 +58,21 @@ class Batch:
             starts=self.starts[chosen],
             lengths=self.lengths[chosen],
             capacities=self.capacities[chosen],
-            logit_rows=np.searchsorted(rows, self.logit_rows[among]),
+            logit_rows=np.searchsorted(rows, self.logit_rows[has_logits]),
             freed=self.freed[(self.freed >= slots.start) & (self.freed < slots.stop)],
-            logit_requests=[asked for asked, kept in zip(self.logit_requests, among, strict=True) if kept],
+            logit_requests=[request for request, kept in zip(self.logit_requests, has_logits, strict=True) if kept],
             stop=self.stop,
         )
         return part, rows
 
     def logit_rows_of_slots(self, slots: range) -> IntArray:
-        """Which of the wanted rows belong to these slots, as indices into `wanted`."""
+        """The indices into `logit_rows` of the rows of these slots."""
         slot_of_row = np.repeat(self.slots, self.lengths)[self.logit_rows]
         return np.flatnonzero((slot_of_row >= slots.start) & (slot_of_row < slots.stop))
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """One batch of several whose slots ascend from part to part."""
+        """Join sub-batches whose slots ascend from one to the next."""
         firsts = np.cumsum([0, *(part.num_rows for part in parts)])
         return cls(
             tokens=NONE,

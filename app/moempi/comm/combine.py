@@ -1,4 +1,4 @@
-"""What a MoE layer does with its experts' outputs: here, add them up for the tokens of this rank."""
+"""The end of a MoE layer: its experts' outputs return to the rank that holds the token and are added up there."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -11,31 +11,31 @@ from moempi.layout.schedule import Point
 
 @dataclass(frozen=True, slots=True)
 class Addends:
-    """Rows (T, D) that the combined outputs are added to: of the shared experts first, then the residual."""
+    """Rows (T, D) that are added to the combined outputs: first the shared experts' rows, then the residual."""
 
     shared: Array | None
     residual: Array | None
 
 
 class Combine(Protocol):
-    """The end of a MoE layer; both calls are collective over the ranks of the stage."""
+    """The end of a MoE layer. Both calls are collective over the ranks of the stage; `plan` is the dispatch's."""
 
     def begin(self, plan: Any, addends: Addends) -> None:
-        """Called once the plan is made, before the experts compute; does not block on other ranks' rows."""
+        """Send what does not depend on the outputs, before the experts compute; does not block on other ranks' rows."""
 
     def finish(self, outputs: Array, plan: Any, addends: Addends) -> Generator[Point, None, Array]:
-        """Send the experts' outputs, in expert order, to where they are added up; the rows of this rank after that."""
+        """Send the experts' outputs, in expert order, to the ranks that add them up; the sums that this rank holds."""
 
 
 class HomeCombine:
-    """The outputs return to the rank that holds the token."""
+    """The outputs return to the home rank, which holds the token."""
 
     def __init__(self, exchange: Exchange, backend: Backend) -> None:
         self._exchange = exchange
         self._backend = backend
 
     def begin(self, plan: Any, addends: Addends) -> None:
-        """Nothing to send ahead of the outputs."""
+        """Send nothing: the home rank has the addends."""
 
     def finish(self, outputs: Array, plan: Any, addends: Addends) -> Generator[Point, None, Array]:
         """Combine the outputs, then add the shared experts' rows, then the residual."""

@@ -1,7 +1,7 @@
-"""Whether this MPI moves rows between buffers in a GPU's memory.
+"""Whether this MPI library can send rows from GPU memory.
 
-No MPI can be asked reliably, and one that does not know such memory dies of it. So a process of its own tries: it
-sends rows from one device buffer to another, to itself, and compares them.
+Libraries cannot be queried for this reliably, and a library that cannot crashes. So a separate process tries: it sends
+rows from one device buffer to another, to itself, and compares them.
 """
 
 import logging
@@ -14,31 +14,36 @@ import numpy as np
 from moempi.config.job import ExchangeSection
 
 LIMIT_S = 60.0
-LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PMI2_", "PRTE_", "HYDRA_", "SLURM_", "FLUX_")
-KEPT = ("OMPI_MCA_", "OMPI_ALLOW_")
+LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PMI2_", "PRTE_", "HYDRA_", "SLURM_", "FLUX_")
+KEPT_PREFIXES = ("OMPI_MCA_", "OMPI_ALLOW_")
 ROWS = 1 << 16
 
 
 def takes_device_memory(exchange: ExchangeSection) -> bool:
-    """Whether rows of this job travel from device memory: as the job says, or as a trial shows; blocks for seconds.
+    """Whether this job sends rows from device memory: `exchange.buffers`, or for "auto" the result of a trial.
 
-    Checksums are made, and rooms shared between processes, on the host only.
+    Never with checksums or the transport "shared", which need rows on the host. A trial blocks for seconds.
     """
     if exchange.verify or exchange.transport == "shared":
         return False
     if exchange.buffers != "auto":
         return exchange.buffers == "device"
-    answer = trial()
-    logging.getLogger(__name__).info("MPI %s device memory", "takes" if answer else "does not take")
-    return answer
+    succeeded = trial()
+    logging.getLogger(__name__).info("MPI %s device memory", "takes" if succeeded else "does not take")
+    return succeeded
 
 
 def trial() -> bool:
-    """Whether a process of its own, outside the job's world, could send rows between device buffers."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS) or name.startswith(KEPT)}
+    """Whether a separate process, outside the job's world, can send from device memory; blocks for seconds."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(KEPT_PREFIXES) or not name.startswith(LAUNCHER_PREFIXES)
+    }
     command = [sys.executable, "-m", __name__]
     try:
-        return not subprocess.run(command, env=own, capture_output=True, timeout=LIMIT_S, check=False).returncode
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=LIMIT_S, check=False)
+        return done.returncode == 0
     except subprocess.TimeoutExpired:
         return False
 
@@ -52,9 +57,9 @@ def _send_to_self() -> bool:
     sent, received = device.comm_buffer((ROWS,), np.int32), device.comm_buffer((ROWS,), np.int32)
     sent[:] = device.upload(np.arange(ROWS, dtype=np.int32))
     device.record_event().synchronize()
-    receiving = MPI.COMM_SELF.Irecv([received, MPI.INT32_T], 0)
+    request = MPI.COMM_SELF.Irecv([received, MPI.INT32_T], 0)
     MPI.COMM_SELF.Isend([sent, MPI.INT32_T], 0).Wait()
-    receiving.Wait()
+    request.Wait()
     return bool((device.download(received) == np.arange(ROWS)).all())
 
 

@@ -1,6 +1,6 @@
-"""The exchange of a MoE layer: `dispatch` rows to their experts, `combine` the experts' outputs for each row.
+"""The exchange of a MoE layer: `dispatch` sends rows to their experts, `combine` adds up the experts' outputs per row.
 
-Both are generators that yield wherever rows are on the network; the phases that they yield are their own.
+Both are generators: they yield the phase of communication that they are about to wait for.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -11,19 +11,19 @@ import numpy as np
 from mpi4py import MPI
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array
+from moempi.backend.protocol import Array, Backend
 from moempi.comm.hop import Hop
-from moempi.comm.route_plan import GroupedChoices, RoutePlan, make_plan
+from moempi.comm.route_plan import GroupedChoices, Plan, RoutePlan, make_plan
 from moempi.comm.transfers import Steps, Transfer
 from moempi.comm.transports.base import Receipt
 from moempi.layout.placement import Placement
-from moempi.layout.schedule import EXCHANGE_PHASES, INSIDE_PHASES, Point
+from moempi.layout.schedule import EXCHANGE_PHASES, Point
 from moempi.layout.topology import Topology
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The router's choices for the rows of one layer: experts (T, K) and weights (T, K), both the backend's arrays."""
+    """The router's choices for the rows of one layer: experts (T, K) and weights (T, K), both arrays of the backend."""
 
     layer: int
     experts: Array
@@ -35,9 +35,9 @@ OnRoute = Callable[[Route], None]
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Rows on their way to the experts: `rows` yields until they are here and returns them in expert order."""
+    """A dispatch that has started: `rows` yields until its rows are received and returns them in expert order."""
 
-    plan: Any
+    plan: Plan
     rows: Generator[Point, None, Array]
 
 
@@ -46,20 +46,23 @@ class Exchange(Protocol):
 
     @property
     def expert_load(self) -> Mapping[int, IntArray]:
-        """For each layer, how many choices of this rank's rows went to each expert (E,)."""
+        """For each layer, the number of choices of this rank's rows for each expert (E,)."""
 
     def dispatch(self, x: Array, route: Route) -> Generator[Point, None, Dispatch]:
-        """Send each row of x (T, D) to the experts that it chose. The plan's `expert_counts` count the rows here."""
+        """Start to send each row of x (T, D) to the K experts of its route."""
 
     def combine(self, outputs: Array, plan: Any) -> Generator[Point, None, Array]:
-        """Send the experts' outputs, in expert order, back; the weighted sum for each token (T, D), in slot order."""
+        """Return the experts' outputs, in expert order, to their tokens' ranks; each token's weighted sum (T, D).
+
+        `plan` is the plan of the dispatch. The sums are in slot order.
+        """
 
 
 class OneHop:
-    """An exchange in which every choice travels straight to the rank of its expert.
+    """An exchange that sends a row once for each of its choices, directly to the rank of the expert.
 
-    `placements` say which rank hosts which experts of each layer, `topology` where the ranks stand. `on_route` is
-    called with every route, before it is dispatched.
+    `placements` are the placements of each layer's experts on the ranks, `topology` is the ranks' topology, `phases`
+    the names of the three phases. `on_route` is called with every route before it is dispatched.
     """
 
     def __init__(
@@ -80,13 +83,8 @@ class OneHop:
         self._counts_phase, self._dispatch_phase, self._combine_phase = phases
         self._on_route = on_route
 
-    @classmethod
-    def inside(cls, hop: Hop, placements: Mapping[int, Placement], topology: Topology) -> "OneHop":
-        """The second hop of two, between the ranks of one node."""
-        return cls(hop, placements, topology, phases=INSIDE_PHASES)
-
     def dispatch(self, x: Array, route: Route) -> Generator[Point, None, Dispatch]:
-        """See `Exchange.dispatch`. Rows leave as soon as all ranks have sent their counts."""
+        """Exchange counts, then send rows as soon as the counts of all ranks are received. Collective."""
         if self._on_route is not None:
             self._on_route(route)
         placement, backend = self.placements[route.layer], self._hop.backend
@@ -102,17 +100,17 @@ class OneHop:
         return Dispatch(plan, self._received(sending, plan))
 
     def combine(self, outputs: Array, plan: RoutePlan) -> Generator[Point, None, Array]:
-        """See `Exchange.combine`."""
+        """Send outputs back to the ranks that dispatched their rows, and add them up there. Collective."""
         sending = self._hop.send(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
         yield Point(plan.layer, self._combine_phase)
         return self._hop.combine(sending.finish(), plan.output_rows, plan.weights)
 
     def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
-        """Start to exchange counts; the transfer's value is the plan of these choices. Collective."""
+        """Start to exchange counts; the transfer's value is the plan of these choices. Collective, does not block."""
         return self._hop.transfers.start(self._plan_steps(layer, choices), waiting="idle")
 
     def send(self, x: Array, plan: RoutePlan) -> Generator[Point, None, Array]:
-        """Send rows of x along a plan; the rows that arrive here, in expert order."""
+        """Send the rows of x by a plan; the rows that this rank receives, in expert order. Collective."""
         sending = self._hop.send(x, plan.source_rows, plan.send_counts, plan.recv_counts)
         return (yield from self._received(sending, plan))
 
@@ -143,7 +141,7 @@ def no_load(placements: Mapping[int, Placement]) -> dict[int, IntArray]:
     return {layer: np.zeros(placement.num_experts, np.int64) for layer, placement in placements.items()}
 
 
-def pick_replicas(backend: Any, route: Route, placement: Placement) -> Array:
-    """The choices (T, K) as indices into `Placement.physical_ids`."""
+def pick_replicas(backend: Backend, route: Route, placement: Placement) -> Array:
+    """Indices of the choices (T, K) into `Placement.physical_ids`, on the backend."""
     period = placement.replica_period
     return route.experts if period == 1 else backend.pick_replicas(route.experts, period)

@@ -1,4 +1,4 @@
-"""One hop of rows: from rank to rank of one communicator, by one transport."""
+"""One hop of rows between the ranks of one communicator, by one transport."""
 
 from functools import partial
 from typing import Any
@@ -13,9 +13,9 @@ from moempi.comm.transports.buffers import BufferRing
 
 
 class Hop:
-    """Sends rows of `width` elements between the ranks of `comm`; starting a transfer is collective.
+    """Sends rows of `width` elements between the ranks of `comm`; `send` and `steps` are collective.
 
-    Two transfers may be pending at a time.
+    Two transfers may be pending at a time. Each received transfer must be unpacked or combined exactly once.
     """
 
     def __init__(
@@ -28,11 +28,14 @@ class Hop:
         self._incoming = BufferRing(2, partial(backend.comm_buffer, width=width))
 
     def send(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Transfer[Receipt]:
-        """Start `steps`; time spent waiting for it counts as "exchange"."""
+        """Start the transfer of `steps`; the time that the host is blocked by it counts as "exchange"."""
         return self.transfers.start(self.steps(rows, index, send_counts, recv_counts), waiting="exchange")
 
     def steps(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Steps[Receipt]:
-        """Send rows[index] (all rows for None), ordered by destination; counts (R,) are rows to and from each rank."""
+        """Send rows[index], or all rows if None, which are ordered by destination; the value is the receipt.
+
+        Counts (R,) are rows to and from each rank.
+        """
         outgoing = self._transport.outgoing(int(send_counts.sum()))
         self.backend.pack(rows, index, outgoing.view(self.backend.row_dtype))
         incoming = self._incoming.take(int(recv_counts.sum()))
@@ -40,7 +43,7 @@ class Hop:
         return (yield from after_verbs(self.backend, start))
 
     def unpack(self, receipt: Receipt, order: IntArray | None) -> Array:
-        """The received rows, reordered: row i is received row order[i]; None keeps the order of arrival."""
+        """The received rows in a new order: row i is received row order[i]. None keeps the order by source."""
         buffer, rows = receipt.rows()
         unpacked = self.backend.unpack(buffer.view(self.backend.row_dtype), _compose(rows, order))
         receipt.release()
@@ -55,7 +58,7 @@ class Hop:
 
 
 def _compose(rows: IntArray | None, order: Any) -> Any:
-    """rows[order], where None stands for all in their own order."""
+    """rows[order], where None is the identity."""
     if rows is None:
         return order
     return rows if order is None else rows[order]

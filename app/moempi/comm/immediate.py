@@ -1,9 +1,8 @@
-"""Immediate routing: the experts of a stage's last layer send their outputs straight to the next stage.
+"""Immediate routing: the experts of a stage's last layer send their outputs directly to the next stage.
 
-The home rank of a row sends the row's owner in the next stage what the sum needs beside the outputs: the row itself,
-the shared experts' row, and which of the returned outputs belong to it. The experts' outputs follow without the way
-over the home rank. The owner adds up as the home rank would, in the same order and with the same roundings: the bits
-are the same.
+A row has a home rank in its stage and an owner in the next stage. The home rank sends to the owner the residual, the
+shared experts' row, and a header that says which outputs belong to the row. The experts send their outputs to the owner
+and not back to the home rank. The owner adds in the order and with the rounding of the home rank: the bits are equal.
 """
 
 from collections.abc import Collection, Generator, Sequence
@@ -32,11 +31,12 @@ SHARED, OUTPUTS = 4, 5
 
 @dataclass(frozen=True, slots=True)
 class ImmediateHeader:
-    """What the owner of n rows must know of them; sent by their home rank.
+    """The header that a home rank sends to the owner of n of its rows.
 
-    `batch` is the sub-batch that the owner's group computes, `rows` (n,) the rows' indices in it. `output_rows` (n, K)
-    are the places of their choices among all choices that the home rank sent, `send_counts` (R,) how many of those went
-    to each rank, `weights` (n, K) their factors. `shared` is whether rows of shared experts follow.
+    `batch` is the sub-batch that the owner's group computes; `rows` (n,) are the rows' indices in it. `output_rows`
+    (n, K) are the indices of their choices among all choices that the home rank dispatched, `weights` (n, K) the
+    choices' weights; `send_counts` (R,) are all choices that it dispatched to each rank. `shared` is whether rows of
+    shared experts follow.
     """
 
     batch: Batch
@@ -47,25 +47,22 @@ class ImmediateHeader:
     shared: bool
 
 
-NOTHING = np.zeros((0, 0), np.int64)
-NO_HEADER = ImmediateHeader(NO_STEP, NONE, NOTHING, NOTHING.astype(np.float32), NONE, shared=False)
+NO_CHOICES = np.zeros((0, 0), np.int64)
+STOP_HEADER = ImmediateHeader(NO_STEP, NONE, NO_CHOICES, NO_CHOICES.astype(np.float32), NONE, shared=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A rank of the next stage: its group's sub-batch, and its rows as `numbers` in that and as `rows` in the batch."""
+    """A rank of the next stage: its group's sub-batch, and its rows as indices in it and in the sender's batch."""
 
     rank: int
     batch: Batch
-    numbers: IntArray
+    rows_in_part: IntArray
     rows: IntArray
 
 
 class ImmediateLink(StageLink):
-    """A stage link in a job with immediate routing: rows leave the stages `immediate_stages` by it.
-
-    `stage` are the ranks of this rank's stage.
-    """
+    """The stage link of a job with immediate routing, which the stages in `immediate_stages` use."""
 
     def __init__(
         self,
@@ -87,81 +84,81 @@ class ImmediateLink(StageLink):
         }
 
     def combine(self, batch: Batch, split: RowSplit) -> "ImmediateCombine":
-        """The end of the stage's last layer in this step."""
+        """The end of the stage's last layer in one step."""
         own = split.indices[self._coords.tensor]
         return ImmediateCombine(self, self._stage, self._backend, owners=self.owners(batch), own=own)
 
     def stop(self) -> None:
         if self.sends_immediate:
             for owner in self.owners(NO_STEP):
-                self.send_header(owner.rank, NO_HEADER)
+                self.send_header(owner.rank, STOP_HEADER)
             self.wait_for_sends()
         else:
             super().stop()
 
     def post_receives(self) -> StepReceives:
-        """See `StageLink.post_receives`. The sizes of immediate rows are unknown until their header arrives."""
+        """Numbers of immediate rows are unknown until their headers are received, so nothing is started for them."""
         return StepReceives(()) if self._receives_immediate else super().post_receives()
 
     def receive(self, receives: StepReceives) -> tuple[Batch, RowSplit, Array]:
-        """See `StageLink.receive`; blocks also until the experts' outputs are here."""
+        """Immediate rows are received when the experts' outputs are, which are then added up."""
         if not self._receives_immediate:
             return super().receive(receives)
-        before, parts = self._coords.stage - 1, self._grid.tensor
-        homes = [self._grid.rank(before, source, part) for source in self._sources for part in range(parts)]
-        headers: list[ImmediateHeader] = [self._wait_for(home, CONTROL) for home in homes]
+        stage, parts = self._coords.stage - 1, self._grid.tensor
+        home_ranks = [self._grid.rank(stage, data, part) for data in self._source_groups for part in range(parts)]
+        headers: list[ImmediateHeader] = [self._wait_for(rank, CONTROL) for rank in home_ranks]
         batches = [header.batch for header in headers[::parts]]
-        batch, split = Batch.join(batches), RowSplit(tuple(one.num_rows for one in batches), parts)
-        return batch, split, self._sum(homes, headers, parts)
+        split = RowSplit(tuple(batch.num_rows for batch in batches), parts)
+        return Batch.join(batches), split, self._receive_sums(home_ranks, headers)
 
     def owners(self, batch: Batch) -> list[Owner]:
-        """The ranks of the next stage that compute for the slots of this rank's group."""
-        later, owners = self._coords.stage + 1, []
-        for data in self._grid.peers(self._coords.stage, self._coords.data, other=later):
-            own_batch, index = batch.of_slots(self._grid.slots(later, data))
-            for tensor in range(self._grid.tensor):
-                numbers = part_range(len(index), self._grid.tensor, tensor)
-                owners.append(Owner(self._grid.rank(later, data, tensor), own_batch, numbers, index[numbers]))
+        """The ranks of the next stage that compute the slots of this rank's group."""
+        stage, parts, owners = self._coords.stage + 1, self._grid.tensor, []
+        for data in self._grid.peers(self._coords.stage, self._coords.data, other=stage):
+            part, index = batch.of_slots(self._grid.slots(stage, data))
+            for tensor in range(parts):
+                rows = part_range(len(index), parts, tensor)
+                owners.append(Owner(self._grid.rank(stage, data, tensor), part, rows, index[rows]))
         return owners
 
     def send_header(self, owner: int, header: ImmediateHeader) -> None:
         """Send a header; does not block."""
-        self._track_send(self._comm.isend(header, owner, CONTROL), header)
+        self._send_message(header, owner, CONTROL)
 
     def send_to_owners(self, rows: Array, index: IntArray, owners: IntArray, tag: int) -> None:
-        """Send rows[index[i]] to rank owners[i], for all i, in this order to each; does not block."""
+        """Send rows[index[i]] to rank owners[i], for all i, in this order to each rank; does not block."""
         order = np.argsort(owners, kind="stable")
         outgoing = self._backend.comm_buffer(len(order), self._width)
         self._backend.pack(rows, self._backend.upload(index[order]), outgoing)
+        ranks, counts = np.unique(owners, return_counts=True)
         first = 0
-        for owner, count in zip(*(found.tolist() for found in np.unique(owners, return_counts=True)), strict=True):
+        for owner, count in zip(ranks.tolist(), counts.tolist(), strict=True):
             self._send_rows(outgoing[first : first + count], owner, tag)
             first += count
 
-    def _sum(self, homes: Sequence[int], headers: Sequence[ImmediateHeader], parts: int) -> Array:
-        """Receive the homes' rows and the experts' outputs; their sums in the order of the batch's rows."""
+    def _receive_sums(self, home_ranks: Sequence[int], headers: Sequence[ImmediateHeader]) -> Array:
+        """Receive residuals, shared experts' rows and outputs; their sums in the order of the batch's rows."""
         output_rows, counts = output_rows_of(headers)
-        first = self._grid.stages[self._coords.stage - 1].ranks.start
         num_rows = [len(header.rows) for header in headers]
-        rows, row_transfers = self._receive_from(homes, num_rows, ROWS)
-        num_shared = num_rows if headers[0].shared else [0] * len(homes)
-        shared, shared_transfers = self._receive_from(homes, num_shared, SHARED)
-        experts = range(first, first + len(counts))
-        outputs, output_transfers = self._receive_from(experts, counts.tolist(), OUTPUTS)
-        for transfer in (*row_transfers, *shared_transfers, *output_transfers):
+        residual, residual_transfers = self._receive_from(home_ranks, num_rows, ROWS)
+        num_shared = num_rows if headers[0].shared else [0] * len(home_ranks)
+        shared, shared_transfers = self._receive_from(home_ranks, num_shared, SHARED)
+        expert_ranks = self._grid.stages[self._coords.stage - 1].ranks[: len(counts)]  # a STOP_HEADER has no counts
+        outputs, output_transfers = self._receive_from(expert_ranks, counts.tolist(), OUTPUTS)
+        for transfer in (*residual_transfers, *shared_transfers, *output_transfers):
             transfer.finish()
-        backend, order = self._backend, batch_order(headers, parts)
+        backend, order = self._backend, batch_order(headers, self._grid.tensor)
         weights = np.concatenate([header.weights for header in headers])
         index = backend.upload(order)
         total = backend.combine(outputs, backend.upload(output_rows[order]), backend.upload(weights[order]))
         if headers[0].shared:
             total = backend.add(total, backend.unpack(shared, index))
-        return backend.add(backend.unpack(rows, index), total)
+        return backend.add(backend.unpack(residual, index), total)
 
     def _receive_from(
         self, sources: Sequence[int], counts: Sequence[int], tag: int
     ) -> tuple[Array, list[Transfer[Array]]]:
-        """Start to receive counts[i] rows from sources[i], for all i, one after another in a buffer."""
+        """Start to receive counts[i] rows from rank sources[i], for all i, into consecutive parts of one buffer."""
         incoming = self._buffers_by_tag[tag].take(sum(counts))
         ends = np.cumsum(counts).tolist()
         transfers = [
@@ -173,7 +170,10 @@ class ImmediateLink(StageLink):
 
 
 class ImmediateCombine:
-    """The end of a stage's last layer in one step: everything goes to the `owners` of this rank's rows `own` (n,)."""
+    """The outputs are sent to the owners of their rows.
+
+    `owners` are the owners of the rows of this rank's group, `own` (n,) the indices of this rank's rows in the batch.
+    """
 
     def __init__(
         self, link: ImmediateLink, stage: StageComm, backend: Backend, *, owners: Sequence[Owner], own: IntArray
@@ -186,51 +186,56 @@ class ImmediateCombine:
         self._owner_of_row = np.empty(len(own), np.int32)
         for owner in owners:
             self._owner_of_row[np.isin(own, owner.rows)] = owner.rank
-        self._owners_here: Transfer[Int32Array] | None = None
+        self._output_owners: Transfer[Int32Array] | None = None
 
     def begin(self, plan: RoutePlan, addends: Addends) -> None:
-        """Send the experts the owner of each row, and the owners a header, the residual and the shared experts' rows.
+        """Send each row's owner to the row's experts, and to the owners headers, residuals and shared experts' rows.
 
-        Blocks until the messages of the step before are received, and to download the plan.
+        Blocks until earlier sends are complete, and to download the plan.
         """
         self._link.wait_for_sends()
         owners = self._owner_of_row[self._backend.download(plan.source_rows)]
-        self._owners_here = self._stage.ialltoallv(owners, plan.send_counts, plan.recv_counts)
+        self._output_owners = self._stage.ialltoallv(owners, plan.send_counts, plan.recv_counts)
         output_rows, weights = self._backend.download(plan.output_rows), self._backend.download(plan.weights)
         for owner in self._owners:
-            mine = np.flatnonzero(self._owner_of_row == owner.rank)
-            numbers = owner.numbers[np.isin(owner.rows, self._own)]
-            shared = addends.shared is not None
-            header = ImmediateHeader(owner.batch, numbers, output_rows[mine], weights[mine], plan.send_counts, shared)
+            owned = self._owner_of_row == owner.rank
+            header = ImmediateHeader(
+                batch=owner.batch,
+                rows=owner.rows_in_part[np.isin(owner.rows, self._own)],
+                output_rows=output_rows[owned],
+                weights=weights[owned],
+                send_counts=plan.send_counts,
+                shared=addends.shared is not None,
+            )
             self._link.send_header(owner.rank, header)
-        every = np.arange(len(self._owner_of_row))
-        self._link.send_to_owners(addends.residual, every, self._owner_of_row, ROWS)
+        all_rows = np.arange(len(self._owner_of_row))
+        self._link.send_to_owners(addends.residual, all_rows, self._owner_of_row, ROWS)
         if addends.shared is not None:
-            self._link.send_to_owners(addends.shared, every, self._owner_of_row, SHARED)
+            self._link.send_to_owners(addends.shared, all_rows, self._owner_of_row, SHARED)
 
     def finish(self, outputs: Array, plan: RoutePlan, addends: Addends) -> Generator[Point, None, Array]:
-        """Send the outputs to the owners of their rows; none stay here (0, D). Blocks until the owners are known."""
-        yield from ()  # nothing returns here, so there is nothing to wait for
-        if self._owners_here is None:
-            raise RuntimeError("outputs are sent before the owners of their rows")
-        owners = self._owners_here.finish()
+        """Returns no rows (0, D). Blocks until the owners of the outputs' rows are received."""
+        yield from ()  # a generator like every `finish`, although no rows return to this rank
+        if self._output_owners is None:
+            raise RuntimeError("the outputs are ready before the owners of their rows were requested")
+        owners = self._output_owners.finish()
         index = np.arange(len(owners)) if plan.by_source is None else plan.by_source
         self._link.send_to_owners(outputs, index, owners, OUTPUTS)
         return outputs[:0]
 
 
 def output_rows_of(headers: Sequence[ImmediateHeader]) -> tuple[IntArray, IntArray]:
-    """The index of each choice's output (n, K) among all that come here, and how many each rank sends (R,).
+    """The index of each choice's output (n, K) among all received outputs, and the outputs from each rank (R,).
 
-    Outputs come ordered by the rank of the expert, then by home rank, then as the home rank sent the choices.
+    Outputs are received in the order of the expert's rank, then of the home rank, then of the home rank's choices.
     """
     ranks = [np.searchsorted(np.cumsum(header.send_counts), header.output_rows, side="right") for header in headers]
-    homes = [np.full(header.output_rows.shape, home) for home, header in enumerate(headers)]
+    home_of_choice = [np.full(header.output_rows.shape, home) for home, header in enumerate(headers)]
     rank_of_choice = np.concatenate(ranks)
     order = np.lexsort(
         [
             np.concatenate([header.output_rows for header in headers]).reshape(-1),
-            np.concatenate(homes).reshape(-1),
+            np.concatenate(home_of_choice).reshape(-1),
             rank_of_choice.reshape(-1),
         ]
     )
@@ -241,10 +246,10 @@ def output_rows_of(headers: Sequence[ImmediateHeader]) -> tuple[IntArray, IntArr
 
 
 def batch_order(headers: Sequence[ImmediateHeader], parts: int) -> IntArray:
-    """The received rows in the order of the batch: each group's `parts` home ranks hold some of the group's rows."""
+    """The index of each row of the batch among the received rows; a group's rows are from its `parts` home ranks."""
     pieces, first = [], 0
     for group in range(0, len(headers), parts):
-        numbers = np.concatenate([header.rows for header in headers[group : group + parts]])
-        pieces.append(first + np.argsort(numbers, kind="stable"))
-        first += len(numbers)
+        rows = np.concatenate([header.rows for header in headers[group : group + parts]])
+        pieces.append(first + np.argsort(rows, kind="stable"))
+        first += len(rows)
     return np.concatenate(pieces)

@@ -1,4 +1,4 @@
-"""The communication of one lane: its exchange, tensor group and stage link, on communicators of their own."""
+"""The communication of one lane: exchange, tensor group and stage link, on communicators of the lane."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,17 +22,19 @@ from moempi.layout.grid import Grid
 from moempi.layout.layout import Layout
 from moempi.layout.placement import Placement
 from moempi.layout.row_split import RowSplit
+from moempi.layout.schedule import INSIDE_PHASES
 from moempi.layout.topology import Topology
 
 SKEW_FACTOR = 2
-"""Size of a rank's shared-memory slot, as a multiple of the rows that uniform routing sends; more go as messages."""
+"""Rows of a shared-memory slot, as a multiple of the rows that uniform routing sends; a larger send uses messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaneComm:
-    """One lane's `exchange` and `stage`, between the ranks of its stage, its `tensor` group, and its `link` to others.
+    """One lane's `exchange` and `stage` between the ranks of a stage, `tensor` group, and `link` to other stages.
 
-    `immediate` is the link once more where the outputs of the stage's last layer go straight to the next stage.
+    `home_combine` ends every MoE layer except, with immediate routing, the stage's last. `immediate` is the link if the
+    outputs of the stage's last layer are sent directly to the next stage, else None.
     """
 
     exchange: Exchange
@@ -44,7 +46,7 @@ class LaneComm:
     immediate: ImmediateLink | None = None
 
     def last_combine(self, batch: Batch, split: RowSplit) -> Combine:
-        """What the stage's last layer does with its experts' outputs in this step."""
+        """The end of the stage's last layer in one step."""
         return self.home_combine if self.immediate is None else self.immediate.combine(batch, split)
 
 
@@ -64,7 +66,7 @@ def make_lane_comm(
     hops: int = 1,
     on_route: OnRoute | None = None,
 ) -> LaneComm:
-    """The communication of one more lane; collective over all ranks of `comm`, which stand as `topology` says."""
+    """The communication of one more lane between the ranks of `comm` with this topology; collective."""
     grid, backend, shape = layout.grid, transports.backend, transports.shape
     coords = grid.coordinates(comm.rank)
     stage = MPI.Intracomm(comm.Split(coords.stage, comm.rank))
@@ -91,7 +93,7 @@ def make_lane_comm(
         link=immediate or StageLink(comm.Dup(), grid, backend, transfers=transfers, shape=shape),
         transfers=transfers,
         home_combine=HomeCombine(exchange, backend),
-        immediate=immediate if coords.stage in layout.immediate_stages else None,
+        immediate=immediate if immediate and immediate.sends_immediate else None,
     )
 
 
@@ -104,16 +106,16 @@ class ExchangeFactory:
     on_route: OnRoute | None = None
 
     def one_hop(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], topology: Topology) -> OneHop:
-        """An exchange from rank to rank; `topology` is that of the ranks of `comm`; collective."""
+        """An exchange of one hop between the ranks of `comm` with this topology; collective."""
         return OneHop(self._hop(comm, topology), placements, topology, on_route=self.on_route)
 
     def two_hops(self, comm: MPI.Intracomm, placements: Mapping[int, Placement], topology: Topology) -> TwoHops:
-        """An exchange from node to node, and inside each; the same arguments; collective."""
+        """An exchange of two hops between the ranks of `comm` with this topology; collective."""
         node_ranks = Forwarders(topology.nodes, comm.rank).node_ranks
         node = MPI.Intracomm(comm.Split(topology.nodes[comm.rank], comm.rank))
         node_topology = topology.subset(node_ranks)
         node_placements = {layer: placement.subset(node_ranks) for layer, placement in placements.items()}
-        inside = OneHop.inside(self._hop(node, node_topology), node_placements, node_topology)
+        inside = OneHop(self._hop(node, node_topology), node_placements, node_topology, phases=INSIDE_PHASES)
         across = self._hop(comm, topology, across=True)
         return TwoHops(across, inside, placements, topology, on_route=self.on_route)
 

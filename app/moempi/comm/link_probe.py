@@ -1,7 +1,7 @@
-"""Latency and bandwidth of each level of links, measured with all ranks at work, and how well they predict.
+"""Latency and bandwidth of each level of links, measured while all ranks send, and the error of their predictions.
 
-The model: a rank spends, for every message that it sends, the latency of the link's level plus the bytes divided by its
-bandwidth. An exchange takes as long as its slowest rank.
+The model: a message costs its sender the latency of the link's level, plus the bytes divided by the level's bandwidth.
+An exchange takes as long as its slowest rank.
 """
 
 import statistics
@@ -25,7 +25,7 @@ LEAST_PER_BYTE_S = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class LinkTrial:
-    """An exchange of random sizes: the bytes of all ranks, and the predicted and the measured seconds."""
+    """An exchange of random sizes: bytes of all ranks, predicted and measured seconds."""
 
     num_bytes: int
     predicted_s: float
@@ -35,8 +35,8 @@ class LinkTrial:
 def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list[LinkTrial]]:
     """Measure the links between the ranks of `comm`, which `topology` locates, then predict other exchanges with them.
 
-    The figures are fitted to NUM_CALIBRATION random exchanges. A level without links takes the figures of the level
-    before it. The same result on all ranks. Collective, blocks.
+    The figures are fitted to NUM_CALIBRATION random exchanges. A level without links has the figures of the previous
+    level. The same result on all ranks. Collective, blocks.
     """
     levels = np.array([topology.levels(rank) for rank in range(comm.size)])
     random = np.random.default_rng(comm.size)
@@ -62,7 +62,7 @@ def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list
 def predict_s(file: TopologyFile, sizes: IntArray) -> float:
     """Predicted seconds of an exchange in which rank s sends sizes[s, r] bytes to rank r (R, R).
 
-    0 bytes are no message and cost nothing.
+    A pair with 0 bytes sends no message.
     """
     topology = from_file(file)
     levels = np.array([topology.levels(rank) for rank in range(len(sizes))])
@@ -78,7 +78,7 @@ def median_error(trials: Sequence[LinkTrial]) -> float:
 
 
 def _some_levels(random: np.random.Generator) -> list[int]:
-    """A random set of one level or more, so that each level also occurs without the others."""
+    """A random set of one level or more, so that each level is also measured without the others."""
     chosen = [level for level in range(len(LEVELS)) if random.random() < 0.6]
     return chosen or list(range(len(LEVELS)))
 
@@ -98,14 +98,14 @@ def _loads(sizes: IntArray, levels: IntArray) -> Float64Array:
 
 def _time(comm: MPI.Intracomm, sizes: IntArray) -> float:
     """Median seconds, on the slowest rank, of an exchange in which rank s sends sizes[s, r] bytes to rank r."""
-    outward, inward = sizes[comm.rank], sizes[:, comm.rank]
-    outgoing, incoming = (aligned_empty((int(counts.sum()),), np.uint8) for counts in (outward, inward))
+    send_counts, recv_counts = sizes[comm.rank], sizes[:, comm.rank]
+    outgoing, incoming = (aligned_empty((int(counts.sum()),), np.uint8) for counts in (send_counts, recv_counts))
     outgoing[:] = comm.rank % 256
     taken = []
     for _ in range(ROUNDS + 2):  # the first two open the connections
         comm.Barrier()
         begin = MPI.Wtime()
-        comm.Ialltoallv([outgoing, outward, MPI.BYTE], [incoming, inward, MPI.BYTE]).Wait()
+        comm.Ialltoallv([outgoing, send_counts, MPI.BYTE], [incoming, recv_counts, MPI.BYTE]).Wait()
         taken.append(MPI.Wtime() - begin)
     slowest: Float64Array = np.array(taken[2:])
     comm.Allreduce(MPI.IN_PLACE, slowest, op=MPI.MAX)

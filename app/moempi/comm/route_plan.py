@@ -1,7 +1,7 @@
-"""Route plans: where each row of one layer and lane goes, and how the experts' outputs come back. Pure."""
+"""Route plans: the rows of one layer and lane that each rank sends, and the way back of the experts' outputs. Pure."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,9 +12,9 @@ from moempi.arrays import IntArray
 class GroupedChoices:
     """The choices of one rank, (token, slot) pairs, sorted by physical expert.
 
-    `counts` (P,) choices of each physical expert, on the host; `source_rows` (N,) the token of each choice;
-    `output_rows` (T, K) the place of each choice in this order; `weights` (T, K). The arrays but `counts` are the
-    backend's.
+    `counts` (P,) are the choices of each physical expert, `source_rows` (N,) the token of each choice, `output_rows`
+    (T, K) the index of each choice in this order, `weights` (T, K) the choices' weights. `counts` is on the host, the
+    other arrays are the backend's.
     """
 
     counts: IntArray
@@ -23,15 +23,23 @@ class GroupedChoices:
     weights: Any
 
 
+class Plan(Protocol):
+    """The part of the plan of any exchange that its callers use."""
+
+    @property
+    def expert_counts(self) -> IntArray:
+        """The rows of each hosted expert."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoutePlan:
-    """One hop: read forwards it dispatches rows to their experts, read backwards it combines the experts' outputs.
+    """The plan of one hop: rows are dispatched by it, and the experts' outputs return in the opposite direction.
 
-    `send_counts` and `recv_counts` (R,) are rows to and from each rank, `expert_counts` the rows of each hosted expert.
-    `source_rows` (N,) is the token of each row that is sent, `output_rows` (T, K) the row of the returned outputs that
-    answers each choice, `weights` (T, K) its factor; these three are the backend's arrays. Rows arrive ordered by
-    source rank, then expert; `by_expert` permutes them to expert order and `by_source` back. Both are None where the
-    orders are the same.
+    `send_counts` and `recv_counts` (R,) are the rows dispatched to and from each rank, `expert_counts` the rows of each
+    hosted expert. `source_rows` (N,) is the token of each dispatched row, `output_rows` (T, K) the index of each
+    choice's output among the returned rows, `weights` (T, K) the choices' weights; these three are the backend's. Rows
+    are received in the order of the source rank, then of the expert. `by_expert` permutes them to expert order and
+    `by_source` back; both are None if the orders are the same.
     """
 
     layer: int
@@ -47,11 +55,11 @@ class RoutePlan:
 
 @dataclass(frozen=True, slots=True)
 class TwoHopPlan:
-    """Two hops: the rows that cross to other nodes, and the plan `inside` this rank's node of the rows that arrived.
+    """The plan of two hops: the rows that are sent to nodes, and the plan `inside` this node of the received rows.
 
-    `send_counts` and `recv_counts` (R,) are rows to and from each rank; `source_rows` (M,) is the token of each row
-    that is sent, `output_rows` (T, N) the returned row of each of a token's nodes, and `present` (T, N) is 1, or 0
-    where a token has fewer nodes.
+    `send_counts` and `recv_counts` (R,) are the rows that are sent to and from each rank across nodes. `source_rows`
+    (P,) is the token of each sent row, `output_rows` (T, N) the index among the returned rows of the row from each node
+    of a token. `present` (T, N) is 1, or 0 if the token has fewer nodes.
     """
 
     layer: int
@@ -69,7 +77,7 @@ class TwoHopPlan:
 
 
 def make_plan(layer: int, choices: GroupedChoices, counts_here: IntArray, *, bounds: IntArray) -> RoutePlan:
-    """The plan of grouped choices, given counts_here (R, experts hosted here) that all ranks sent to this one.
+    """The plan of grouped choices, given the counts_here (R, experts hosted here) that this rank has received.
 
     Rank r hosts the physical experts from bounds[r] up to bounds[r + 1] (R + 1,).
     """

@@ -1,4 +1,4 @@
-"""The sizes of the rows that the lanes of a run exchange. Pure."""
+"""The sizes of the rows that a run exchanges. Pure."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,15 @@ from moempi.layout.grid import Grid
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """Rows of `width` elements, each for `top_k` experts; a group of the first stage has up to `group_rows` a step."""
+    """Rows of `width` elements for `top_k` experts each.
+
+    A data parallel group of the first stage has at most `group_rows` rows in a step.
+    """
 
     width: int
     top_k: int
     group_rows: int
 
     def rank_rows(self, grid: Grid, stage: int, data: int) -> int:
-        """The most rows of a step that a rank of this data parallel group holds between its layers."""
+        """The most rows of a step that a rank of data parallel group `data` of `stage` holds between its layers."""
         return -(-self.group_rows * len(grid.peers(stage, data, other=0)) // grid.tensor)

@@ -1,4 +1,4 @@
-"""Which transport: the one that the job names, or the fastest of a short probe at the start."""
+"""Selects the transport: the one in the job, or the fastest in a short probe at the start."""
 
 import logging
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ ROUNDS = 9
 
 @dataclass(frozen=True, slots=True)
 class ChosenTransport:
-    """The name of a transport, and why it was taken, for a person."""
+    """The name of a transport, and the reason for the choice, for the user."""
 
     name: str
     reason: str
@@ -34,7 +34,7 @@ def choose_transport(
 ) -> ChosenTransport:
     """The job's transport, or for "auto" the fastest for rows of `width`; logged.
 
-    Collective over all ranks of `comm`, which stand as `topology` says; a probe blocks for some milliseconds.
+    Collective over the ranks of `comm`, whose topology is `topology`. A probe blocks for some milliseconds.
     """
     choice = ChosenTransport(name, "as the job says")
     if name == "auto":
@@ -56,10 +56,10 @@ def make_transport(
     slot_bytes: int,
     windows: int = 1,
 ) -> Transport:
-    """A transport for rows of the backend between the ranks of `comm`, whose node is nodes[rank]; collective.
+    """A transport for rows of the backend between the ranks of `comm` on `nodes` (R,); collective.
 
-    `room_bytes` is the most that a rank should be able to send at once through shared memory, where there will be as
-    many `windows` as this transport's.
+    "shared" uses slots of `slot_bytes`: a rank that sends more at once uses messages. `windows` is the number of such
+    transports in the run, which share the memory of the node.
     """
     row_bytes, allocate = width * backend.row_dtype.itemsize, partial(backend.comm_buffer, width=width)
     if name == Shared.name:
@@ -76,18 +76,18 @@ def make_transport(
 def fastest(
     comm: MPI.Intracomm, group: MPI.Intracomm, backend: Backend, *, width: int, nodes: tuple[int, ...]
 ) -> ChosenTransport:
-    """The transport that exchanges one row, and PROBED_BYTES a pair, soonest on the slowest rank; collective, blocks.
+    """The transport with the shortest time on the slowest rank to exchange one row, then PROBED_BYTES, per pair.
 
-    Rows are exchanged within each `group`, whose ranks' nodes are `nodes`; all ranks of `comm` get the same answer.
-    Where only GPUs address wires, ranks share no room, so "shared" is no candidate.
+    Rows are exchanged between the ranks of `group`, on `nodes` (G,). All ranks of `comm` get the same result.
+    Collective over `comm`, blocks.
     """
     names = candidates(backend)
     taken = dict.fromkeys(names, 0.0)
     row_bytes = width * backend.row_dtype.itemsize
     for rows in (1, max(1, PROBED_BYTES // row_bytes)):
         for name in names:
-            room_bytes = rows * row_bytes * group.size
-            transport = make_transport(name, group.Dup(), backend, width=width, nodes=nodes, slot_bytes=room_bytes)
+            slot_bytes = rows * row_bytes * group.size
+            transport = make_transport(name, group.Dup(), backend, width=width, nodes=nodes, slot_bytes=slot_bytes)
             taken[name] += exchange_s(transport, group, backend.comm_buffer(rows * group.size, width), rows=rows)
     slowest = np.array(list(taken.values()))
     comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
@@ -96,20 +96,20 @@ def fastest(
 
 
 def candidates(backend: Backend) -> list[str]:
-    """The transports that can carry the backend's rows."""
+    """The transports that can send the backend's rows: "shared" needs buffers on the host."""
     return [name for name in NAMES if backend.comm_buffers_on_host or name != Shared.name]
 
 
 def exchange_s(transport: Transport, group: MPI.Intracomm, incoming: Array, *, rows: int) -> float:
-    """Median seconds, on this rank, in which each pair of ranks exchanges so many rows; collective, blocks."""
+    """Median seconds on this rank to exchange `rows` rows between each pair of ranks; collective, blocks."""
     counts = np.full(group.size, rows)
     taken = []
     for _ in range(ROUNDS):
         outgoing = transport.outgoing(len(incoming))
         group.Barrier()
         begin = MPI.Wtime()
-        landing = transport.start(outgoing, counts, incoming, counts)
-        landing.Wait()
-        landing.release()
+        receipt = transport.start(outgoing, counts, incoming, counts)
+        receipt.Wait()
+        receipt.release()
         taken.append(MPI.Wtime() - begin)
     return median(taken)

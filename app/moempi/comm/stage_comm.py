@@ -10,7 +10,7 @@ from moempi.comm.transfers import Transfer, Transfers, complete
 
 
 class StageComm:
-    """The ranks of this rank's stage as one lane sees them. Every call is collective over them."""
+    """Collectives of one lane between the ranks of this rank's stage. No call blocks."""
 
     def __init__(self, comm: MPI.Intracomm, transfers: Transfers) -> None:
         self.size = comm.size
@@ -19,15 +19,15 @@ class StageComm:
         self._transfers = transfers
 
     def iallreduce_sum(self, amounts: Sequence[int]) -> Transfer[IntArray]:
-        """Start to add up amounts (n,) over the ranks; the transfer's value is the sums (n,)."""
+        """Start to add up amounts (n,) over the ranks; the transfer's value is the sums (n,). Collective."""
         own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)
         request = self._comm.Iallreduce(own, sums)
         return self._transfers.start(complete(request, sums, own), waiting="idle")
 
     def ialltoallv(self, numbers: Int32Array, send_counts: IntArray, recv_counts: IntArray) -> Transfer[Int32Array]:
-        """Start to send numbers, ordered by destination; the value is the received ones, ordered by source.
+        """Start to send numbers, ordered by destination; the value is the received numbers, ordered by source.
 
-        Counts (R,) are numbers to and from each rank.
+        Counts (R,) are the numbers to and from each rank. Collective.
         """
         incoming = np.empty(int(recv_counts.sum()), np.int32)
         request = self._comm.Ialltoallv([numbers, send_counts, MPI.INT32_T], [incoming, recv_counts, MPI.INT32_T])

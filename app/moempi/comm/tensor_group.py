@@ -1,8 +1,8 @@
 """The tensor group of one lane: ranks that hold parts of each matrix and compute the same rows together.
 
-Between the layers each rank keeps its part of the rows only (a RowSplit). `all_gather` brings all rows to all ranks of
+Between the layers each rank holds only its part of the rows (a RowSplit). `all_gather` sends all rows to all ranks of
 the group before a divided matrix, `reduce_scatter` adds up their partial results after it (Korthikanti et al. 2022,
-sequence parallelism). No row is routed to experts twice.
+sequence parallelism). So each row is dispatched to its experts by one rank only.
 """
 
 from collections.abc import Generator, Sequence
@@ -21,7 +21,7 @@ GATHER, SCATTER = TENSOR_PHASES
 
 
 class TensorGroup:
-    """A rank's view of its group; alone it moves nothing and never yields. All methods are collective."""
+    """A rank's tensor group. All methods are collective; in a group of one rank they send nothing and never yield."""
 
     def __init__(self, comm: MPI.Intracomm, backend: Backend, *, transfers: Transfers, width: int) -> None:
         self.size = comm.size
@@ -33,7 +33,7 @@ class TensorGroup:
         self._row = MPI.BYTE.Create_contiguous(width * backend.row_dtype.itemsize).Commit()
 
     def all_gather(self, x: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
-        """All rows (T, D), in the batch's order, from each rank's part."""
+        """All rows (T, D), in the batch's order, from each rank's part of them."""
         if self.size == 1:
             return x
         transfer = self._start_all_gather(x, split.counts)
@@ -41,7 +41,7 @@ class TensorGroup:
         return self._backend.unpack(transfer.finish(), split.by_row)
 
     def reduce_scatter(self, addends: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
-        """This rank's part of the sum, over the group in rank order, of results (T, D)."""
+        """This rank's part of the sum over the group, in rank order, of partial results (T, D)."""
         if self.size == 1:
             return addends
         own = split.counts[self.part]
@@ -52,16 +52,16 @@ class TensorGroup:
         return self._backend.combine(transfer.finish(), self._backend.upload(rows), self._backend.upload(ones))
 
     def all_gather_rows(self, x: Array, counts: Sequence[int]) -> Array:
-        """The rows of all ranks, of which rank i has counts[i], in rank order (sum(counts), D); blocks."""
+        """The rows of all ranks in rank order (sum(counts), D); rank i has counts[i] rows. Blocks."""
         if self.size == 1 or not any(counts):
             return x
         return self._backend.unpack(self._start_all_gather(x, counts).finish(), None)
 
     def exchange_logits(self, logits: Array, counts: Sequence[int], *, vocab_size: int) -> Array:
-        """Whole logits (counts[part], V) of this rank's rows; blocks.
+        """Complete logits (counts[part], V) of this rank's rows; blocks.
 
-        `logits` (sum(counts), own part of V) float32 are this rank's part of the vocabulary, as `part_range` divides
-        it, for the rows of all ranks.
+        `logits` (sum(counts), own part of V) float32 are the logits of all ranks' rows for this rank's part of the
+        vocabulary, which `part_range` divides.
         """
         if self.size == 1 or not any(counts):
             return logits
@@ -77,12 +77,12 @@ class TensorGroup:
         return self._backend.upload(np.concatenate(rows, axis=1))
 
     def merge_sampled(self, sampled: SampledTokens, rows: IntArray) -> SampledTokens:
-        """The sampled tokens of all ranks, ordered by row; rows (n,) are those of this rank's tokens. Blocks."""
+        """The sampled tokens of all ranks, ordered by row; `rows` (n,) are the rows of this rank's tokens. Blocks."""
         if self.size == 1:
             return sampled
         parts = self._comm.allgather((sampled, rows))
-        whole = SampledTokens.join([part for part, _ in parts])
-        return whole.take(np.argsort(np.concatenate([own for _, own in parts])))
+        joined = SampledTokens.join([part for part, _ in parts])
+        return joined.take(np.argsort(np.concatenate([rows_of_part for _, rows_of_part in parts])))
 
     def _start_all_gather(self, x: Array, counts: Sequence[int]) -> Transfer[Array]:
         return self._transfers.start(self._all_gather(x, counts), waiting="exchange")
@@ -96,7 +96,7 @@ class TensorGroup:
         return incoming
 
     def _all_to_all(self, addends: Array, split: RowSplit, own: int) -> Steps[Array]:
-        """Each rank's results for this rank's `own` rows, one rank after another."""
+        """The value is each rank's results for this rank's `own` rows, in rank order (own * size, D)."""
         outgoing = self._backend.comm_buffer(sum(split.counts), self._width)
         self._backend.pack(addends, split.by_part, outgoing)
         incoming = self._backend.comm_buffer(own * self.size, self._width)

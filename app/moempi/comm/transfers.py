@@ -1,8 +1,8 @@
-"""Transfers: communication that advances by itself, and how long the host waited for it.
+"""Transfers: communication that advances while lanes compute, and the seconds that the host waits for it.
 
-The steps of a transfer are a generator. It starts requests, yields each one that it has to wait for, and returns the
-transfer's value. `PendingTransfers.progress` advances every transfer of the rank whose request is complete; the backend
-calls it between the pieces of long verbs, so rows leave and arrive while any lane computes.
+The steps of a transfer are a generator. It starts requests, yields each request that it has to wait for, and returns
+the transfer's value. `PendingTransfers.progress` advances every transfer of the rank whose request is complete. The
+backend calls it between the pieces of long verbs, so rows are sent and received while any lane computes.
 """
 
 import os
@@ -35,15 +35,16 @@ class _EventRequest:
 
 
 def complete(request: MpiRequest, value: T, *buffers: object) -> Steps[T]:
-    """Wait for one request; returns `value`. `buffers` stay alive until the request is complete."""
+    """The steps of one request, whose value is `value`. `buffers` stay alive until the request is complete."""
     yield request
     return value
 
 
 def after_verbs(backend: Backend, start: Callable[[], R]) -> Steps[R]:
-    """Start a request once the verbs submitted before are done, wait for it, and return it.
+    """The steps of a request that is started once all submitted verbs are done; the value is the request.
 
-    The verbs fill the buffer that is sent, or read the one that is received into.
+    The verbs write the buffer that is sent, or read the buffer that is received into. Buffers that `start` refers to
+    stay alive until the request is complete.
     """
     event = backend.record_event()
     if event is not None:
@@ -54,13 +55,13 @@ def after_verbs(backend: Backend, start: Callable[[], R]) -> Steps[R]:
 
 
 class PendingTransfers:
-    """The transfers of a rank, of all its lanes, that are not finished."""
+    """The unfinished transfers of all lanes of a rank."""
 
     def __init__(self) -> None:
         self._transfers: list[Transfer[Any]] = []
 
     def add(self, transfer: "Transfer[Any]") -> None:
-        """Advance this transfer too from now on."""
+        """Advance `transfer` in each `progress` from now on."""
         self._transfers.append(transfer)
 
     def progress(self) -> None:
@@ -71,12 +72,12 @@ class PendingTransfers:
 
 
 class Transfers:
-    """The transfers of one lane: seconds that the host waited for them, and what was sent.
+    """Starts the transfers of one lane, and records what they cost.
 
-    With `overlap` off, each transfer is finished before `start` returns; nothing else changes. `waits` are seconds by
-    cause: "exchange" is rows of this layer, "pipeline" another stage, "idle" a slower rank of this stage. `counters`
-    are bytes and messages by level of link. `count_mismatch` is the rows that this rank planned to send less those
-    that it planned to receive; the sum over all ranks is 0.
+    Without `overlap`, `start` finishes each transfer before it returns; nothing else changes. `waits` are the seconds
+    that the host was blocked, by cause: "exchange" for rows of the layer, "pipeline" for another stage, "idle" for a
+    slower rank of this stage. `counters` are bytes and messages by level of link. `count_mismatch` is the number of
+    rows that this rank planned to send, less the number that it planned to receive; its sum over all ranks is 0.
     """
 
     def __init__(self, backend: Backend, pending: PendingTransfers, *, overlap: bool) -> None:
@@ -89,26 +90,27 @@ class Transfers:
         self._starts_late = backend.record_event() is not None
 
     def start(self, steps: Steps[T], *, waiting: str) -> "Transfer[T]":
-        """Start a transfer; time that the host is blocked by it counts as `waits[waiting]`."""
-        transfer = self.start_receive(steps, waiting=waiting)
+        """Start a transfer; the time that the host is blocked by it is added to `waits[waiting]`.
+
+        Blocks only without `overlap`.
+        """
+        transfer = self._start(steps, waiting)
         if not self._overlap:
             transfer.finish()
         return transfer
 
-    def start_receive(self, steps: Steps[T], *, waiting: str) -> "Transfer[T]":
-        """The same for what another stage sends in its own time: never blocks."""
-        transfer = Transfer(steps, self, self._backend, waiting=waiting)
-        self._pending.add(transfer)
-        return transfer
+    def start_between_stages(self, steps: Steps[T]) -> "Transfer[T]":
+        """Start a transfer to or from another stage, whose ranks are at other points; never blocks."""
+        return self._start(steps, "pipeline")
 
     def count_rows(self, *, sent: int, received: int) -> None:
         """Add the rows of one plan to `count_mismatch`."""
         self.count_mismatch += sent - received
 
     def wait(self, request: MpiRequest, *, waiting: str) -> None:
-        """Block until the request is complete.
+        """Block until the request is complete; the time is added to `waits[waiting]`.
 
-        With a backend whose verbs return before they are done, other transfers start meanwhile, as their events occur.
+        If verbs return before they are done, transfers of all lanes advance meanwhile, because their events can occur.
         """
         begin = perf_counter()
         if self._starts_late:
@@ -120,18 +122,23 @@ class Transfers:
         self.add_wait(waiting, perf_counter() - begin)
 
     def add_wait(self, waiting: str, seconds: float) -> None:
-        """Count seconds that the host was blocked."""
+        """Add seconds that the host was blocked to `waits[waiting]`."""
         self.waits[waiting] += seconds
 
     def progress(self) -> None:
         """Advance the transfers of all lanes; does not block."""
         self._pending.progress()
 
+    def _start(self, steps: Steps[T], waiting: str) -> "Transfer[T]":
+        transfer = Transfer(steps, self, self._backend, waiting=waiting)
+        self._pending.add(transfer)
+        return transfer
+
 
 class Transfer(Generic[T]):
-    """One transfer. Its steps run on the backend queue on which it was started, whichever lane computes meanwhile.
+    """One transfer. Its steps run on the backend queue on which it was started, whichever lane advances it.
 
-    A transfer is a request itself: the steps of another one may wait for it.
+    A transfer is itself a request, for which the steps of another transfer can wait.
     """
 
     def __init__(self, steps: Steps[T], transfers: Transfers, backend: Backend, *, waiting: str) -> None:
@@ -155,7 +162,7 @@ class Transfer(Generic[T]):
         self.finish()
 
     def finish(self) -> T:
-        """Block until the transfer is finished; its value."""
+        """Block until the transfer is finished, and return its value."""
         while not self.Test():
             self._transfers.wait(self._request, waiting=self._waiting)
         return self._value

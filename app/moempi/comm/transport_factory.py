@@ -1,4 +1,4 @@
-"""Making the transports of a run: the one that the job names, with checks, emulated links and counters around it."""
+"""Makes the transports of a run: the selected one, with checksums, emulated links and counters around it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ from moempi.layout.topology import SELF, Topology
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportFactory:
-    """Makes transports for rows of the run's `shape` by the transport `name`.
+    """Makes transports of kind `name` for rows of the run's `shape`.
 
-    `slot_rows` is the size of a rank's slot in shared memory, of which there will be one for each of `num_lanes`. With
-    `verify`, rows are checked at both ends. `links` by level are emulated; all transports of a rank share them.
+    `slot_rows` are the rows of a shared-memory slot; each of `num_lanes` has a window of slots. With `verify`, rows are
+    sent with checksums. `links` by level are emulated; all transports of a rank share them.
     """
 
     backend: Backend
@@ -35,18 +35,19 @@ class TransportFactory:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row on its way."""
+        """Bytes of a row in a comm buffer."""
         return self.shape.width * self.backend.row_dtype.itemsize
 
     def make(self, comm: MPI.Intracomm, topology: Topology, counters: Counters, *, across: bool = False) -> Transport:
-        """A transport between the ranks of `comm`, which stand as `topology` says; collective.
+        """A transport between the ranks of `comm` with this topology, which adds to `counters`; collective.
 
-        It counts into `counters`. `across` is for the first hop of two, on which no two ranks of a node exchange rows.
+        `across` is for the first hop of two, in which ranks exchange no rows with other ranks of their node: shared
+        memory would be unused.
         """
         name = "pairwise" if across and self.name == "shared" else self.name
         transport = make_transport(
             name,
-            comm.Dup(),  # a transfer may start late: the order of starts on `comm` must not depend on it
+            comm.Dup(),  # transfers start when their verbs are done: not in the program order of collectives on `comm`
             self.backend,
             width=self.shape.width,
             nodes=topology.nodes,
@@ -62,7 +63,7 @@ class TransportFactory:
 
 
 def emulated_links(section: TopologySection) -> dict[int, Link]:
-    """This rank's links to other ranks by level, from the file `topology.emulate`; none without such a file.
+    """This rank's links to other ranks by level, from the file `topology.emulate`; empty without such a file.
 
     Raises NoInputError and ConfigError of the file.
     """

@@ -1,4 +1,4 @@
-"""The ranks as MPI and the machine arrange them, and the times of exchanges between them."""
+"""Where the ranks run, and the times of exchanges between them."""
 
 import os
 import statistics
@@ -19,12 +19,12 @@ SIZES_BYTES = (0, 256, 4096, 65536, 1048576)
 ROUNDS = 20
 WIDTH = 7168
 ROWS = (1, 73)
-"""Rows of bfloat16 between each pair of ranks: 14 KB, and about 1 MB."""
+"""Rows between each pair of ranks: in bfloat16 14 KB, and about 1 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankLocation:
-    """The host of a rank, the cores that it may use, and its domain in the node, "" if unknown."""
+    """The host of a rank, the cores that it may use, and its domain in the node ("" if unknown)."""
 
     rank: int
     host: str
@@ -34,7 +34,7 @@ class RankLocation:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One Alltoallv of `num_bytes` from every rank to every rank: seconds of the slowest rank, best and median."""
+    """One Alltoallv of `num_bytes` for each pair of ranks: best and median seconds of the slowest rank."""
 
     num_bytes: int
     best_s: float
@@ -43,11 +43,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What `probe` found.
+    """The result of `probe`.
 
-    `library` is the first line of the MPI library's version, `thread_level` what it provides of `max_thread_level`.
-    `locations` are in the rank order of `topology`. `transports` gives for each transport the median seconds of an
-    exchange on the slowest rank, for each of ROWS.
+    `library` is the first line of the MPI library's version, `thread_level` the level that it provides, at most
+    `max_thread_level`. `locations` are in the rank order of `topology`. `transports` are the median seconds of an
+    exchange on the slowest rank, for each transport and each of ROWS.
     """
 
     library: str
@@ -76,14 +76,14 @@ def probe(world: World) -> ProbeResult:
 
 def time_exchange(comm: MPI.Intracomm, num_bytes: int, *, rounds: int) -> Timing:
     """Time `rounds` blocking Alltoallv of `num_bytes` for each pair of ranks; collective, blocks."""
-    outward = np.zeros(comm.size * num_bytes, np.uint8)
-    inward = np.empty_like(outward)
+    outgoing = np.zeros(comm.size * num_bytes, np.uint8)
+    incoming = np.empty_like(outgoing)
     counts = [num_bytes] * comm.size
     taken = []
     for _ in range(rounds + 2):  # the first two open the connections
         comm.Barrier()
         begin = MPI.Wtime()
-        comm.Alltoallv([outward, counts], [inward, counts])
+        comm.Alltoallv([outgoing, counts], [incoming, counts])
         taken.append(MPI.Wtime() - begin)
     slowest = np.array(taken[2:])
     comm.Allreduce(MPI.IN_PLACE, slowest, op=MPI.MAX)
@@ -91,9 +91,9 @@ def time_exchange(comm: MPI.Intracomm, num_bytes: int, *, rounds: int) -> Timing
 
 
 def _time_transports(world: World, topology: Topology, ranks: MPI.Intracomm) -> dict[str, list[float]]:
-    """Median seconds of an exchange over each transport, on the slowest rank, for each of ROWS; collective, blocks.
+    """Median seconds of an exchange on the slowest rank, for each transport and each of ROWS; collective, blocks.
 
-    The rows are in the memory of the backend that a run would select: on a GPU if there is one.
+    The rows are in comm buffers of the backend that a run would select: the CUDA backend if there is a GPU.
     """
     backend = make_backend(RunSection(), local_rank=world.local_rank, takes_device_memory=trial)
     row_bytes = WIDTH * backend.row_dtype.itemsize
@@ -104,12 +104,12 @@ def _time_transports(world: World, topology: Topology, ranks: MPI.Intracomm) -> 
         seconds = [
             exchange_s(transport, ranks, backend.comm_buffer(rows * world.size, WIDTH), rows=rows) for rows in ROWS
         ]
-        taken[name] = [float(ranks.allreduce(one, MPI.MAX)) for one in seconds]
+        taken[name] = [float(ranks.allreduce(own_s, MPI.MAX)) for own_s in seconds]
     return taken
 
 
 def _cores() -> str:
-    """The cores that this process may use, with ranges: "0-3,8"."""
+    """The cores that this process may use, as ranges: "0-3,8"."""
     cores = sorted(os.sched_getaffinity(0))
     runs: list[list[int]] = []
     for core in cores:

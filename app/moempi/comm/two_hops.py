@@ -1,9 +1,9 @@
-"""Two hops: each row crosses the network once per node, and inside the node goes on to its experts.
+"""Two hops: each row is sent across the network once per node, and inside the node to its experts.
 
-A rank's forwarder on another node is the rank with its own local index there, counted modulo the node's ranks; its
-forwarder on its own node is itself. A row goes to the forwarder of each node that hosts any of its experts, with the
-physical experts and weights of its choices there. The forwarder sends the row on to the experts, adds up their outputs
-in slot order, and returns one row. The home rank adds the nodes' rows in the order of their first slots.
+A rank's forwarder on another node is the rank with the same local index, modulo the node's ranks; on its own node it is
+the rank itself. A row is sent to the forwarder of each node that hosts any of its experts, with the physical experts
+and weights of its choices on that node. The forwarder sends the row to the experts, adds up their outputs in slot
+order, and returns one row. The home rank adds the nodes' rows in the order of their first slots.
 """
 
 from collections.abc import Generator, Mapping
@@ -29,7 +29,7 @@ COUNTS, CHOICES, COUNTS_INSIDE, DISPATCH, _, _, COMBINE_ACROSS = EXCHANGE_PHASES
 
 
 class TwoHops:
-    """An exchange of two hops: `across` the nodes of a stage, and `inside` this rank's node."""
+    """An exchange of two hops, `across` the nodes of a stage and `inside` a node; other arguments as in `OneHop`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class TwoHops:
         }
 
     def dispatch(self, x: Array, route: Route) -> Generator[Point, None, Dispatch]:
-        """See `Exchange.dispatch`; the choices travel ahead of their rows. Blocks the host to download them."""
+        """Exchange counts, then choices, then rows. Blocks the host to download the route."""
         if self._on_route is not None:
             self._on_route(route)
         layer, backend, placement = route.layer, self._across.backend, self.placements[route.layer]
@@ -61,13 +61,13 @@ class TwoHops:
         weights = backend.download(route.weights)
         np.add.at(self.expert_load[layer], placement.experts[physical], 1)
         pairs = node_transfers(self._node_of_physical[layer][physical], len(self._forwarders.ranks))
-        counting = self._start_counts(pairs)
+        exchange_of_counts = self._start_counts(pairs)
         yield Point(layer, COUNTS)
-        send_counts, recv_counts = counting.finish()
-        outgoing = _choices(pairs, self._node_of_physical[layer], physical, weights)
-        choosing = self._start_choices(outgoing, send_counts, recv_counts)
+        send_counts, recv_counts = exchange_of_counts.finish()
+        messages = _choice_messages(pairs, self._node_of_physical[layer], physical, weights)
+        exchange_of_choices = self._start_choices(messages, send_counts, recv_counts)
         yield Point(layer, CHOICES)
-        planning = self._plan_inside(layer, choosing.finish())
+        planning = self._plan_inside(layer, exchange_of_choices.finish())
         yield Point(layer, COUNTS_INSIDE)
         plan = TwoHopPlan(
             layer=layer,
@@ -82,7 +82,7 @@ class TwoHops:
         return Dispatch(plan, self._received(sending, plan))
 
     def combine(self, outputs: Array, plan: TwoHopPlan) -> Generator[Point, None, Array]:
-        """See `Exchange.combine`: first inside the node, then across."""
+        """Combine inside the node, then across the nodes."""
         rows = yield from self._inside.combine(outputs, plan.inside)
         sending = self._across.send(rows, None, plan.recv_counts, plan.send_counts)
         yield Point(plan.layer, COMBINE_ACROSS)
@@ -90,11 +90,11 @@ class TwoHops:
 
     def _received(self, sending: Transfer[Receipt], plan: TwoHopPlan) -> Generator[Point, None, Array]:
         yield Point(plan.layer, DISPATCH)
-        crossed = self._across.unpack(sending.finish(), None)
-        return (yield from self._inside.send(crossed, plan.inside))
+        rows = self._across.unpack(sending.finish(), None)
+        return (yield from self._inside.send(rows, plan.inside))
 
     def _start_counts(self, pairs: NodeTransfers) -> Transfer[tuple[IntArray, IntArray]]:
-        """Exchange how many rows cross to each rank; the value is the counts to and from each rank (R,)."""
+        """Start to exchange counts; the value is the numbers of rows to and from each rank (R,). Collective."""
         forwarders = self._forwarders.ranks
         send_counts = np.zeros(self._across.comm.size, np.int64)
         send_counts[forwarders] = np.bincount(pairs.nodes, minlength=len(forwarders))
@@ -103,6 +103,7 @@ class TwoHops:
         return self._across.transfers.start(complete(request, (send_counts, recv_counts)), waiting="idle")
 
     def _start_choices(self, outgoing: IntArray, send_counts: IntArray, recv_counts: IntArray) -> Transfer[IntArray]:
+        """Start to exchange choice messages, ordered by rank; the value is the received ones (M, 2, K). Collective."""
         incoming = np.empty((int(recv_counts.sum()), *outgoing.shape[1:]), np.int32)
         numbers = incoming.shape[1] * incoming.shape[2]
         request = self._across.comm.Ialltoallv(
@@ -110,20 +111,20 @@ class TwoHops:
         )
         return self._across.transfers.start(complete(request, incoming, outgoing), waiting="idle")
 
-    def _plan_inside(self, layer: int, choices: IntArray) -> Transfer[RoutePlan]:
-        """Plan rows whose choices (M, 2, K) have arrived: physical experts, ABSENT on another node, and weights."""
-        physical, weights = choices[:, 0], choices[:, 1].view(np.float32)
-        # The choices of this node first, still in slot order; an absent one repeats the first with no weight.
+    def _plan_inside(self, layer: int, messages: IntArray) -> Transfer[RoutePlan]:
+        """Start to plan the second hop of the rows with these choice messages (M, 2, K). Collective."""
+        physical, weights = messages[:, 0], messages[:, 1].view(np.float32)
+        # The choices on this node first, in slot order. An absent choice repeats the first one, with weight 0.
         slots = np.argsort(physical == ABSENT, axis=1, kind="stable")
         physical, weights = np.take_along_axis(physical, slots, axis=1), np.take_along_axis(weights, slots, axis=1)
         present = physical != ABSENT
-        chosen = physical[present] - self.placements[layer].bounds[self._forwarders.node_ranks.start]
-        order = np.argsort(chosen, kind="stable")
+        local_physical = physical[present] - self.placements[layer].bounds[self._forwarders.node_ranks.start]
+        order = np.argsort(local_physical, kind="stable")
         output_rows = np.empty(physical.shape, np.int64)
         output_rows[present] = np.argsort(order)
         upload = self._across.backend.upload
         grouped = GroupedChoices(
-            counts=np.bincount(chosen, minlength=len(self._inside.placements[layer].experts)),
+            counts=np.bincount(local_physical, minlength=len(self._inside.placements[layer].experts)),
             source_rows=upload(np.nonzero(present)[0][order]),
             output_rows=upload(np.where(present, output_rows, output_rows[:, :1])),
             weights=upload(np.where(present, weights, np.float32(0))),
@@ -131,12 +132,15 @@ class TwoHops:
         return self._inside.plan_from_counts(layer, grouped)
 
 
-def _choices(
+def _choice_messages(
     pairs: NodeTransfers, node_of_physical: IntArray, physical: IntArray, weights: npt.NDArray[Any]
 ) -> IntArray:
-    """What each crossing row's forwarder must know (P, 2, K), as int32: physical experts on its node, and weights."""
+    """The choices of each row for its forwarder (P, 2, K), as int32.
+
+    These are the physical experts, ABSENT if on another node, and the bits of the float32 weights.
+    """
     chosen = physical[pairs.tokens]
-    choices = np.empty((len(chosen), 2, physical.shape[1]), np.int32)
-    choices[:, 0] = np.where(node_of_physical[chosen] == pairs.nodes[:, None], chosen, ABSENT)
-    choices[:, 1] = weights[pairs.tokens].astype(np.float32, copy=False).view(np.int32)
-    return choices
+    messages = np.empty((len(chosen), 2, physical.shape[1]), np.int32)
+    messages[:, 0] = np.where(node_of_physical[chosen] == pairs.nodes[:, None], chosen, ABSENT)
+    messages[:, 1] = weights[pairs.tokens].astype(np.float32, copy=False).view(np.int32)
+    return messages

@@ -1,1 +1,1 @@
-"""Transports: ways for rows to travel between the ranks of a group, behind one `start` and one `finish`."""
+"""Transports: ways to send rows between the ranks of a group, each with the methods of `base.Transport`."""

@@ -1,9 +1,14 @@
-"""What every transport offers, and the receipt of the rows that it moves."""
+"""The interfaces of transports and of the receipts of the rows that they move, and bases for both."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from moempi.arrays import IntArray
+from mpi4py import MPI
+
+from moempi.arrays import IntArray, aligned_rows
+from moempi.comm.transports.buffers import BufferRing
 
 
 class MpiRequest(Protocol):
@@ -17,18 +22,41 @@ class MpiRequest(Protocol):
 
 
 class Receipt(MpiRequest, Protocol):
-    """What a transport starts: a request, and the received rows once it is complete."""
+    """The request of one transfer, and the received rows once it is complete."""
 
     def rows(self) -> tuple[Any, IntArray | None]:
         """An array, and the index in it of each received row, ordered by source; None if they are its first rows."""
 
     def release(self) -> None:
-        """Allow the rows to be overwritten: they have been read."""
+        """Allow the transport to overwrite the received rows. Called once, after they are read."""
+
+
+class Transport(Protocol):
+    """A way to send rows of a fixed number of bytes between the ranks of a group.
+
+    Starting a transfer is collective over the group, in the same order on all ranks. Two may be pending at a time.
+    """
+
+    name: str
+
+    def outgoing(self, rows: int) -> Any:
+        """A buffer (rows, row bytes) of uint8 for the rows of the next `start`.
+
+        The buffer is reused two transfers later. Blocks until the receivers have read the rows that it held.
+        """
+
+    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
+        """Send rows of `outgoing`, ordered by destination, and receive into `incoming`, ordered by source.
+
+        `outgoing` is the buffer that the last call of that name returned. Counts (R,) are rows to and from each rank.
+        Does not block; neither buffer may change until the receipt is complete. A transport may leave the received
+        rows elsewhere than in `incoming`: `Receipt.rows` returns where they are.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class BufferReceipt:
-    """A transfer into the receiver's own buffer."""
+    """The receipt of rows that `request` receives into the buffer `incoming`."""
 
     request: MpiRequest
     incoming: Any
@@ -43,26 +71,44 @@ class BufferReceipt:
         return self.incoming, None
 
     def release(self) -> None:
-        """Nothing to do: the buffer is the receiver's."""
+        """Do nothing: the buffer is the caller's."""
 
 
-class Transport(Protocol):
-    """A way to send rows of a fixed number of bytes between the ranks of a group.
+class BufferedTransport:
+    """A base for transports that send from two buffers in alternation.
 
-    Starting a transfer is collective over the group, in the same order on all ranks. Two may be pending at a time.
+    A row is one MPI datatype of `row_bytes`, so counts are rows and fit into an int. `allocate(rows)` makes a buffer,
+    on the host by default.
     """
 
-    name: str
+    def __init__(self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None) -> None:
+        self._comm = comm
+        self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
+        self._buffers = BufferRing(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
 
     def outgoing(self, rows: int) -> Any:
-        """A buffer (rows, row bytes) of uint8 for the rows of the next `start`, where this transport reads them best.
+        return self._buffers.take(rows)
 
-        The buffer is used again two transfers later. Blocks until the receivers have read what it held.
-        """
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
-        """Send rows of `outgoing`, ordered by destination, and receive into `incoming`, ordered by source.
+class TransportWrapper:
+    """A base for transports that add something to every transfer of another transport."""
 
-        `outgoing` is the buffer of the last call of that name. Counts (R,) are rows of each rank. Does not block; both
-        buffers stay untouched until the request is complete. The rows need not arrive in `incoming`: see `Receipt`.
-        """
+    def __init__(self, transport: Transport) -> None:
+        self.name = transport.name
+        self._transport = transport
+
+    def outgoing(self, rows: int) -> Any:
+        return self._transport.outgoing(rows)
+
+
+@dataclass(slots=True)
+class ReceiptWrapper:
+    """A base for receipts that are complete later than the `receipt` of the same rows."""
+
+    receipt: Receipt
+
+    def rows(self) -> tuple[Any, IntArray | None]:
+        return self.receipt.rows()
+
+    def release(self) -> None:
+        self.receipt.release()

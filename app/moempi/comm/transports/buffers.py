@@ -1,13 +1,13 @@
-"""Buffers for rows that are used again and again, so that the loop allocates nothing."""
+"""Reused buffers for rows, so that a step allocates none."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 class BufferRing:
-    """`count` buffers handed out in turn; what `take` returned stays untouched for `count - 1` further calls.
+    """`count` buffers that `take` returns in rotation; each one stays untouched for `count - 1` further calls.
 
-    `allocate(rows)` makes a buffer; one that is too small is replaced by a larger one.
+    `allocate(rows)` makes a buffer; a buffer that is too small is replaced by a larger one.
     """
 
     def __init__(self, count: int, allocate: Callable[[int], Any]) -> None:
@@ -16,7 +16,7 @@ class BufferRing:
         self._next = 0
 
     def take(self, rows: int) -> Any:
-        """A buffer of as many rows; what is in it is undefined."""
+        """A buffer of `rows` rows with undefined contents."""
         self._next = (self._next + 1) % len(self._buffers)
         if len(self._buffers[self._next]) < rows:
             self._buffers[self._next] = self._allocate(rows + rows // 4)

@@ -1,11 +1,11 @@
-"""Counting: another transport's rows, their bytes and messages added up by the level of link that they pass."""
+"""Counting: bytes and messages of another transport's sent rows, by the level of the link to the receiver."""
 
 from typing import Any
 
 import numpy as np
 
 from moempi.arrays import IntArray
-from moempi.comm.transports.base import Receipt, Transport
+from moempi.comm.transports.base import Receipt, Transport, TransportWrapper
 from moempi.layout.topology import LEVELS
 
 Counters = dict[str, int]
@@ -17,22 +17,18 @@ def no_counts() -> Counters:
     return {f"{level}_{what}": 0 for level in LEVELS for what in ("bytes", "messages")}
 
 
-class Counted:
-    """A transport whose sent rows are counted; `levels` (R,) are those of the links to each rank."""
+class Counted(TransportWrapper):
+    """A transport that adds each transfer to `counters`; `levels` (R,) are the levels of the links to each rank."""
 
     def __init__(self, transport: Transport, counters: Counters, *, levels: IntArray, row_bytes: int) -> None:
-        self.name = transport.name
-        self._transport = transport
+        super().__init__(transport)
         self._counters = counters
-        self._levels = levels
         self._row_bytes = row_bytes
-
-    def outgoing(self, rows: int) -> Any:
-        return self._transport.outgoing(rows)
+        self._ranks_by_level = {LEVELS[level]: np.flatnonzero(levels == level) for level in np.unique(levels)}
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
-        for level, name in enumerate(LEVELS):
-            sent = send_counts[self._levels == level]
-            self._counters[f"{name}_bytes"] += int(sent.sum()) * self._row_bytes
-            self._counters[f"{name}_messages"] += int(np.count_nonzero(sent))
+        for level, ranks in self._ranks_by_level.items():
+            sent = send_counts[ranks]
+            self._counters[f"{level}_bytes"] += int(sent.sum()) * self._row_bytes
+            self._counters[f"{level}_messages"] += int(np.count_nonzero(sent))
         return self._transport.start(outgoing, send_counts, incoming, recv_counts)

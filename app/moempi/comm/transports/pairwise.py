@@ -1,16 +1,13 @@
 """`pairwise`: one message for each pair of ranks that has rows to exchange, none for the others."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from moempi.arrays import IntArray, aligned_rows
-from moempi.comm.transports.base import BufferReceipt
-from moempi.comm.transports.buffers import BufferRing
+from moempi.arrays import IntArray
+from moempi.comm.transports.base import BufferedTransport, BufferReceipt
 
 TAGS = 1 << 14
 
@@ -28,35 +25,24 @@ class RequestGroup:
         MPI.Request.Waitall(self.requests)
 
 
-class Pairwise:
-    """Isend and Irecv for each peer with rows; the block of a rank for itself is copied at once.
-
-    `allocate(rows)` makes its buffers, on the host by default.
-    """
+class Pairwise(BufferedTransport):
+    """Irecv and Isend for each other rank that has rows; `start` copies this rank's rows for itself."""
 
     name = "pairwise"
-
-    def __init__(self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None) -> None:
-        self._comm = comm
-        self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
-        self._buffers = BufferRing(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
-        self._tag = 0
-
-    def outgoing(self, rows: int) -> Any:
-        return self._buffers.take(rows)
+    _tag = 0
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> BufferReceipt:
         self._tag = (self._tag + 1) % TAGS
         requests = []
-        landings = blocks(recv_counts)
-        for rank, (first, last) in landings.items():
+        received = blocks(recv_counts)
+        for rank, (first, last) in received.items():
             if rank != self._comm.rank:
                 requests.append(self._comm.Irecv([incoming[first:last], last - first, self._row], rank, self._tag))
         for rank, (first, last) in blocks(send_counts).items():
             if rank != self._comm.rank:
                 requests.append(self._comm.Isend([outgoing[first:last], last - first, self._row], rank, self._tag))
             else:
-                copy_rows(incoming, landings[rank], outgoing[first:last])
+                copy_rows(incoming, received[rank], outgoing[first:last])
         return BufferReceipt(RequestGroup(requests), incoming)
 
 

@@ -1,11 +1,13 @@
-"""`shared`: inside a node rows stay where their sender packed them, and the receivers read them there.
+"""`shared`: inside a node, rows stay where their sender packed them, and the receivers read them there.
 
-One window of the node holds flags (shared_flags.py) and two slots for each rank, one for even and one for odd transfer
-numbers. A sender packs its rows into its slot. It then signals each receiver the transfer's number and the first row.
-When all senders have signalled, a receiver knows the slot row of each of its rows and reads the rows there, once.
-`release` then flags the number as read, which frees the slot for the transfer after the next. Rows between nodes, and
-rows that exceed the slot, go as messages into the receiver's own buffer; the flag says so, and the receiver copies the
-other rows beside them.
+A window of shared memory holds flags (shared_flags.py) and two slots for each rank of the node, one for even and one
+for odd transfer numbers. A sender packs its rows into its slot, then signals to each receiver the number of the
+transfer and the receiver's first row in the slot. When all senders have signalled, a receiver knows the slot row of
+each of its rows and reads the rows there, once. `release` then flags the number as read, which frees the slot for the
+transfer after the next.
+
+Rows between nodes, and rows that exceed the slot, are sent as messages into the receiver's own buffer. The flag of rows
+that exceed the slot says so. In a transfer with such rows, the receiver copies all other rows into the same buffer.
 """
 
 import math
@@ -13,7 +15,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from moempi.arrays import ALIGNMENT_BYTES, IntArray, aligned_rows
-from moempi.comm.transports.buffers import BufferRing
+from moempi.arrays import ALIGNMENT_BYTES, IntArray
+from moempi.comm.transports.base import BufferedTransport
 from moempi.comm.transports.pairwise import TAGS, blocks, copy_rows
 from moempi.comm.transports.shared_flags import (
     ALL_IN_SLOTS,
@@ -36,16 +37,16 @@ from moempi.comm.transports.shared_flags import (
 SHARED_MEMORY = Path("/dev/shm")
 SLOT_BYTES = 16 << 20
 SHARE_OF_FREE = 4
-"""Of the node's shared memory that is free, one part in so many may be taken: what is written beyond it kills."""
+"""At most 1 / SHARE_OF_FREE of the free space in SHARED_MEMORY is used: a write past its end raises SIGBUS."""
 MAX_POLLS = 256
-"""Polls of the flags between two calls of MPI."""
+"""Polls of the flags between two calls to MPI."""
 
 
 @dataclass(slots=True)
 class SharedReceipt:
-    """A transfer under way: `counts` (R,) rows from each rank, which stay in the rooms where that is so for all.
+    """The receipt of `counts` (R,) rows from each rank; `in_slots` if all of them stay in their senders' slots.
 
-    `requests` are its messages; `overflow` is what this rank sends when that does not fit into its room.
+    `requests` are the messages of the transfer. `overflow` are this rank's rows for itself if its slot is too small.
     """
 
     transport: "Shared"
@@ -73,24 +74,24 @@ class SharedReceipt:
         if self.in_slots:
             self.transport.flags.release(self.number)
 
-    def _poll(self, patience: int) -> bool:
+    def _poll(self, max_polls: int) -> bool:
         if not self.signalled:
-            found = self.transport.flags.poll(self.number, max_polls=patience)
+            found = self.transport.flags.poll(self.number, max_polls=max_polls)
             if found == WAITING:
                 return False
             self.signalled = True
             self.in_slots = found == ALL_IN_SLOTS and self.transport.reads_in_place(self.counts)
             if not self.in_slots:
-                self.transport.fetch(self)
+                self.transport.copy_from_slots(self)
         return not self.requests or bool(MPI.Request.Testall(self.requests))
 
 
 @dataclass(frozen=True, slots=True)
 class SlotOptions:
-    """The shared memory of a `Shared` transport: two slots of `num_bytes` a rank.
+    """The shared memory of a `Shared` transport: two slots of `num_bytes` for each rank.
 
-    The slots are smaller where `windows` such windows would take too much of the node's shared memory. `register` is
-    called with the memory of all slots before it is used. With `in_place` off, receivers copy their rows out of it.
+    The slots are smaller if `windows` such windows would take too much of the node's shared memory. `register` is
+    called with the memory of all slots before it is used. Without `in_place`, receivers copy their rows out of it.
     """
 
     num_bytes: int = SLOT_BYTES
@@ -99,10 +100,10 @@ class SlotOptions:
     register: Callable[[npt.NDArray[np.uint8]], None] = lambda memory: None
 
 
-class Shared:
-    """Rows through a window of `comm`'s ranks on this node; nodes (R,), if given, say which ranks those are.
+class Shared(BufferedTransport):
+    """Rows through one window of shared memory per node; `nodes` (R,) are the ranks' nodes, by default all one node.
 
-    `allocate(rows)` makes the buffers of rows that exceed a slot. Making one is collective.
+    `allocate(rows)` makes the buffers of rows that exceed a slot. The constructor is collective.
     """
 
     name = "shared"
@@ -112,36 +113,28 @@ class Shared:
         comm: MPI.Intracomm,
         *,
         row_bytes: int,
-        nodes: tuple[int, ...] | None = None,
+        nodes: tuple[int, ...] = (),
         slots: SlotOptions = SlotOptions(),
         allocate: Callable[[int], Any] | None = None,
         make_flags: Callable[..., SharedFlags] = make_shared_flags,
     ) -> None:
+        super().__init__(comm, row_bytes=row_bytes, allocate=allocate)
         shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
         node_comm = MPI.Intracomm(shared.Split(nodes[comm.rank] if nodes else 0))
         shared.Free()
-        self._comm = comm
-        self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
-        self._ranks: list[int] = node_comm.allgather(comm.rank)
-        self._local_ranks = {rank: peer for peer, rank in enumerate(self._ranks)}
+        ranks: list[int] = node_comm.allgather(comm.rank)
+        self._local_ranks = {rank: local_rank for local_rank, rank in enumerate(ranks)}
         self._local_rank = node_comm.rank
         self._in_place = slots.in_place
-        self._has_others = len(self._ranks) < comm.size
-        slot_bytes = node_comm.allreduce(slots.num_bytes, MPI.MAX)  # groups of a stage can differ in their rows
-        window_bytes = node_comm.allreduce(_free_bytes() // SHARE_OF_FREE // slots.windows, MPI.MIN)
-        allowed_bytes = window_bytes // (2 * node_comm.size)
-        aligned = math.lcm(row_bytes, ALIGNMENT_BYTES)
-        self._slot_rows = min(-(-slot_bytes // aligned), allowed_bytes // aligned) * aligned // row_bytes
-        self._window, memory = _open(
-            node_comm, flags_bytes(node_comm.size), 2 * node_comm.size * self._slot_rows * row_bytes
-        )
-        words = memory[: flags_bytes(node_comm.size)]
-        self.slots = memory[len(words) :].reshape(-1, row_bytes)
+        self._spans_nodes = len(ranks) < comm.size
+        self._slot_rows = _slot_rows(node_comm, slots, row_bytes)
+        words_bytes = flags_bytes(node_comm.size)
+        self._window, memory = _open(node_comm, words_bytes, 2 * node_comm.size * self._slot_rows * row_bytes)
+        self.slots = memory[words_bytes:].reshape(-1, row_bytes)
         slots.register(self.slots)
         self.flags = make_flags(
-            words, self._ranks, own=self._local_rank, slot_rows=self._slot_rows, sync=self._window.Sync
+            memory[:words_bytes], ranks, own=self._local_rank, slot_rows=self._slot_rows, sync=self._window.Sync
         )
-        self._overflow = BufferRing(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
         self._number = 0
 
     def outgoing(self, rows: int) -> Any:
@@ -149,7 +142,7 @@ class Shared:
         while not self.flags.slot_is_free(parity):
             self.pause()
         if rows > self._slot_rows:
-            return self._overflow.take(rows)
+            return super().outgoing(rows)
         first = (2 * self._local_rank + parity) * self._slot_rows
         return self.slots[first : first + rows]
 
@@ -157,29 +150,29 @@ class Shared:
         self._number += 1
         receipt = SharedReceipt(self, self._number, incoming, recv_counts, [])
         fits = len(outgoing) <= self._slot_rows
-        if not fits or self._has_others:
+        if not fits or self._spans_nodes:
             self._exchange_messages(receipt, outgoing, send_counts, fits=fits)
         self.flags.signal(self._number, fits=fits, sent=send_counts, received=recv_counts, num_rows=len(incoming))
         return receipt
 
     def reads_in_place(self, counts: IntArray) -> bool:
-        """Whether rows that node_comm posted in their rooms are read there: those of other nodes do not lie there."""
-        return self._in_place and not (self._has_others and self._has_rows_of_other_nodes(counts))
+        """Whether rows that all lie in slots are read there: not if rows of other nodes are received beside them."""
+        return self._in_place and not (self._spans_nodes and self._has_rows_of_other_nodes(counts))
 
-    def fetch(self, receipt: SharedReceipt) -> None:
-        """All node_comm have posted: copy their rows, and ask for what comes as messages."""
+    def copy_from_slots(self, receipt: SharedReceipt) -> None:
+        """Copy the node's rows, once all are signalled, and start to receive those that exceed their slot."""
         for rank, (first, last) in blocks(receipt.counts).items():
             if rank in self._local_ranks:
                 self._copy_from(receipt, rank, first, last)
         self.flags.release(receipt.number)
 
     def pause(self) -> None:
-        """Between two looks at the board: MPI moves other transfers on, and another process may have the core."""
+        """Let MPI make progress, and other processes use this core, between two polls."""
         self._comm.Iprobe()
         os.sched_yield()
 
     def _exchange_messages(self, receipt: SharedReceipt, outgoing: Any, send_counts: IntArray, *, fits: bool) -> None:
-        """Ask for the rows of other nodes, and send what goes there or does not fit."""
+        """Start to send and receive messages: between nodes, and inside the node those that exceed this rank's slot."""
         for rank, (first, last) in blocks(receipt.counts).items():
             if rank not in self._local_ranks:
                 receipt.requests.append(self._receive(receipt, rank, first, last))
@@ -194,13 +187,13 @@ class Shared:
         return any(rank not in self._local_ranks for rank in blocks(counts))
 
     def _copy_from(self, receipt: SharedReceipt, rank: int, first: int, last: int) -> None:
-        """Copy the rows of a neighbour, or of this rank itself, to the receiver's buffer."""
-        peer = self._local_ranks[rank]
-        begin = self.flags.first_row(receipt.number, peer)
+        """Copy rows from a rank of the node, or start to receive them if they are sent as a message."""
+        local_rank = self._local_ranks[rank]
+        begin = self.flags.first_row(receipt.number, local_rank)
         if begin != BY_MESSAGE:
-            begin += (2 * peer + receipt.number % 2) * self._slot_rows
+            begin += (2 * local_rank + receipt.number % 2) * self._slot_rows
             copy_rows(receipt.incoming, (first, last), self.slots[begin : begin + last - first])
-        elif peer == self._local_rank:
+        elif local_rank == self._local_rank:
             copy_rows(receipt.incoming, (first, last), receipt.overflow)
         else:
             receipt.requests.append(self._receive(receipt, rank, first, last))
@@ -211,12 +204,22 @@ class Shared:
 
 
 def _free_bytes() -> int:
-    """What is free of the memory that MPI takes such windows from."""
+    """Free bytes in the file system from which MPI takes shared windows."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 1 << 62
 
 
+def _slot_rows(node_comm: MPI.Intracomm, slots: SlotOptions, row_bytes: int) -> int:
+    """Rows of each slot, the same on all ranks of the node; collective. Every slot begins at an aligned address."""
+    wanted_bytes = node_comm.allreduce(slots.num_bytes, MPI.MAX)  # groups of a stage can differ in their rows
+    window_bytes = node_comm.allreduce(_free_bytes() // SHARE_OF_FREE // slots.windows, MPI.MIN)
+    allowed_bytes = window_bytes // (2 * node_comm.size)
+    aligned = math.lcm(row_bytes, ALIGNMENT_BYTES)
+    rows: int = min(-(-wanted_bytes // aligned), allowed_bytes // aligned) * aligned // row_bytes
+    return rows
+
+
 def _open(node_comm: MPI.Intracomm, words_bytes: int, slots_bytes: int) -> tuple[MPI.Win, npt.NDArray[np.uint8]]:
-    """A window of all node_comm, in one piece, its words zero; collective."""
+    """A contiguous window of all ranks of the node, and its memory: words that are zero, then slots; collective."""
     whole = words_bytes + slots_bytes + ALIGNMENT_BYTES
     window = MPI.Win.Allocate_shared(whole if node_comm.rank == 0 else 0, 1, comm=node_comm)
     window.Lock_all(MPI.MODE_NOCHECK)

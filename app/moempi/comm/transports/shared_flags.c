@@ -1,10 +1,11 @@
-/* The flags of the `shared` transport: who has signalled rows for whom, and who has read them.
+/* The flags of the `shared` transport: which senders have signalled rows for which receivers, and which have been read.
  *
- * Control words lie in memory that all ranks of a node have mapped, a line of WORDS words each, with one writer:
- *   line of (owner, parity, reader)            the owner's post: number of the transfer, first row in the owner's slot
- *   line of (owner, 2 + parity, producer)      the owner has read this number of the producer's
- * `parity` is number % 2. A number is stored after what it announces (release) and read before it (acquire). Arrays by
- * parity and peer; `counts` (ranks) are rows from or to each rank of the whole group. Its twin: class SharedFlags in shared_flags.py.
+ * The words lie in memory that all ranks of a node have mapped, in lines of WORDS words. Each line has one writer:
+ *   line (sender, parity, receiver)        number of the transfer, and the receiver's first row in the sender's slot
+ *   line (receiver, 2 + parity, sender)    number of the transfer whose rows the receiver has read
+ * `parity` is number % 2. A number is stored (release) after the data that it announces, and loaded (acquire) before
+ * that data. Senders and receivers are local ranks. `sent` and `received` are rows to and from each rank of the whole
+ * group. Its twin in Python is class SharedFlags in shared_flags.py.
  */
 #include <sched.h>
 #include <stdatomic.h>
@@ -20,23 +21,23 @@ typedef _Atomic int64_t word;
 
 typedef struct {
     int64_t size, own, slot_rows;
-    int64_t numbers[2]; /* of the last transfer of each parity */
-    const int64_t *ranks; /* of each peer, ascending */
+    int64_t numbers[2];    /* of the last transfer of each parity */
+    const int64_t *ranks;  /* (size) rank in the group of each local rank, ascending */
     char *words;
-    int64_t *expected; /* (2, size) what each reader must have read before the slot is free, 0 for nothing */
-    int64_t *missing;  /* (2, size) whether rows of a peer are awaited */
-    int64_t *firsts;   /* (2, size) where they begin in their owner's slot */
-    int64_t *received;  /* (2, size) how many they are */
-    int64_t *free;     /* (2) whether the slot was seen to be free since its last post */
-    int64_t num_rows[2]; /* how many are awaited */
-    int64_t *rows[2];    /* where each of them lies among all rows of all slots */
+    int64_t *expected;     /* (2, size) number that each receiver must have read before the slot is free, or 0 */
+    int64_t *missing;      /* (2, size) whether the signal of a sender has not been seen */
+    int64_t *firsts;       /* (2, size) first row in the sender's slot, or BY_MESSAGE */
+    int64_t *received;     /* (2, size) rows from each sender */
+    int64_t *free;         /* (2) whether the slot was seen to be free since its last transfer */
+    int64_t capacities[2]; /* length of each of `rows` */
+    int64_t *rows[2];      /* index of each received row among the rows of all slots */
 } flags;
 
 static word *line(const flags *f, int64_t owner, int64_t kind, int64_t other) {
     return (word *)f->words + ((owner * 4 + kind) * f->size + other) * WORDS;
 }
 
-/* Whether all readers have read what was signalled the last time that it was this parity. */
+/* Whether all receivers have read the rows of the last transfer of this parity. */
 int flags_slot_is_free(const flags *f, int parity) {
     for (int64_t peer = 0; peer < f->size; peer++) {
         int64_t expected = f->expected[parity * f->size + peer];
@@ -46,7 +47,7 @@ int flags_slot_is_free(const flags *f, int parity) {
     return f->free[parity] = 1;
 }
 
-/* Tell the readers where their rows are, and note which rows are awaited; its own rows a rank finds at once. */
+/* Signal to the receivers where their rows are, and record which signals are missing. */
 void flags_signal(flags *f, int parity, int fits, const int64_t *sent, const int64_t *received) {
     int64_t number = f->numbers[parity] += 2, rank = 0, row = 0;
     f->free[parity] = 0;
@@ -67,9 +68,9 @@ void flags_signal(flags *f, int parity, int fits, const int64_t *sent, const int
     }
 }
 
-/* Note where each awaited row lies, by peer; 0 when some of them come as a message. */
+/* Write the index of each received row, ordered by sender; 0 if some rows are sent as messages. */
 static int find(const flags *f, int parity) {
-    int64_t *rows = f->rows[parity], *end = rows + f->num_rows[parity];
+    int64_t *rows = f->rows[parity], *end = rows + f->capacities[parity];
     for (int64_t peer = 0; peer < f->size; peer++) {
         int64_t at = parity * f->size + peer;
         if (!f->received[at])
@@ -83,7 +84,7 @@ static int find(const flags *f, int parity) {
     return 1;
 }
 
-/* At most `max_polls` polls at who has signalled. WAITING for some, or all have: ALL_IN_SLOTS are all rows, or SOME_BY_MESSAGE. */
+/* Poll the senders' flags at most `max_polls` times: WAITING, or once all have signalled, ALL_IN_SLOTS or SOME_BY_MESSAGE. */
 int flags_poll(flags *f, int parity, int max_polls) {
     int64_t number = f->numbers[parity];
     for (int polls = 1;; polls++) {
@@ -101,7 +102,7 @@ int flags_poll(flags *f, int parity, int max_polls) {
             f->missing[at] = 0;
         }
         if (!left) {
-            flags_slot_is_free(f, 1 - parity); /* the next transfer will ask */
+            flags_slot_is_free(f, 1 - parity); /* the next transfer uses that slot */
             return find(f, parity) ? ALL_IN_SLOTS : SOME_BY_MESSAGE;
         }
         if (polls >= max_polls)
@@ -111,7 +112,7 @@ int flags_poll(flags *f, int parity, int max_polls) {
     }
 }
 
-/* Tell the producers that their rows have been read. */
+/* Flag the rows of the last transfer of this parity as read. */
 void flags_release(const flags *f, int parity) {
     int64_t number = f->numbers[parity];
     for (int64_t peer = 0; peer < f->size; peer++)

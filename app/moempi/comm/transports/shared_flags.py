@@ -1,7 +1,7 @@
 """Flags of the `shared` transport in shared memory: which rows are ready to read, and which have been read.
 
-Compiled C where there is a compiler (shared_flags.c, which explains the memory layout), else the same in Python. Ranks
-with either share one set of flags.
+CompiledFlags uses C (shared_flags.c, which describes the memory layout) if it can be compiled, else SharedFlags does
+the same in Python. Ranks with either can share one set of flags.
 """
 
 import ctypes
@@ -21,19 +21,20 @@ LINE_BYTES = 64
 LINE_WORDS = LINE_BYTES // 8
 BY_MESSAGE = -1
 WAITING, ALL_IN_SLOTS, SOME_BY_MESSAGE = range(3)
-"""What a look finds: some have not posted; all rows lie in slots; some of them come as messages."""
+"""Results of a poll: not all senders have signalled; all rows are in slots; some rows are sent as messages."""
 INT64 = np.dtype(np.int64)
 
 
 def flags_bytes(size: int) -> int:
-    """Memory of the words of `size` ranks."""
+    """Bytes of the words of `size` ranks."""
     return 4 * size * size * LINE_BYTES
 
 
 class SharedFlags:
-    """One rank's view of the words, which start at zero. Places are the node's ranks in ascending order.
+    """One rank's view of the words, which start at zero.
 
-    `slot_rows` is how many rows fit into a slot; `sync` orders rows and words.
+    `ranks` are the node's ranks in the group, ascending; a local rank, such as `own`, is an index into them. A slot
+    holds `slot_rows` rows. `sync` orders memory accesses to rows and words.
     """
 
     def __init__(
@@ -50,16 +51,16 @@ class SharedFlags:
         self._rows = [np.zeros(0, np.int64), np.zeros(0, np.int64)]
 
     def slot_is_free(self, parity: int) -> bool:
-        """Whether all readers have read what was posted the last time that it was this parity."""
+        """Whether all receivers have read the rows of the last transfer of this parity."""
         return all(
-            not expected or self._words[self._line(peer, 2 + parity, self._own)] == expected
-            for peer, expected in enumerate(self._expected[parity].tolist())
+            not expected or self._words[self._line(receiver, 2 + parity, self._own)] == expected
+            for receiver, expected in enumerate(self._expected[parity].tolist())
         )
 
     def signal(self, number: int, *, fits: bool, sent: IntArray, received: IntArray, num_rows: int) -> None:
-        """Tell the readers where their rows are, or that they come as messages, and note which rows are awaited.
+        """Signal to the receivers where their rows are, or, unless the rows `fits`, that they are sent as messages.
 
-        Counts (R,) are those to and from each rank of the group; `num_rows` come in all.
+        Counts (R,) are rows to and from each rank of the group; `num_rows` is the sum of `received`.
         """
         parity, before = number % 2, np.cumsum(sent) - sent
         others = np.arange(len(self._ranks)) != self._own
@@ -67,22 +68,25 @@ class SharedFlags:
         self._missing[parity] = others & (self._received[parity] > 0)
         self._expected[parity] = np.where(others & (sent[self._ranks] > 0), number, 0)
         self._firsts[parity] = before[self._ranks] if fits else BY_MESSAGE
-        readers = np.flatnonzero(self._expected[parity]).tolist()
-        for peer in readers:
-            self._words[self._line(self._own, parity, peer) + 1] = int(self._firsts[parity, peer])
+        receivers = np.flatnonzero(self._expected[parity]).tolist()
+        for receiver in receivers:
+            self._words[self._line(self._own, parity, receiver) + 1] = int(self._firsts[parity, receiver])
         self._sync()
-        for peer in readers:
-            self._words[self._line(self._own, parity, peer)] = number
+        for receiver in receivers:
+            self._words[self._line(self._own, parity, receiver)] = number
 
     def poll(self, number: int, *, max_polls: int) -> int:
-        """WAITING, IN_ROOMS or NOT_ALL, after at most `max_polls` looks; only the compiled board looks twice."""
+        """WAITING, ALL_IN_SLOTS or SOME_BY_MESSAGE, after at most `max_polls` polls; does not block.
+
+        Only CompiledFlags polls more than once.
+        """
         parity = number % 2
-        for peer in np.flatnonzero(self._missing[parity]).tolist():
-            line = self._line(peer, parity, self._own)
+        for sender in np.flatnonzero(self._missing[parity]).tolist():
+            line = self._line(sender, parity, self._own)
             if self._words[line] == number:
                 self._sync()
-                self._firsts[parity, peer] = self._words[line + 1]
-                self._missing[parity, peer] = 0
+                self._firsts[parity, sender] = self._words[line + 1]
+                self._missing[parity, sender] = 0
         if self._missing[parity].any():
             return WAITING
         counts, firsts = self._received[parity], self._firsts[parity]
@@ -94,23 +98,23 @@ class SharedFlags:
         return ALL_IN_SLOTS
 
     def rows(self, number: int, num_rows: int) -> IntArray:
-        """Where each of the awaited rows lies among those of all slots, by peer, once a look found them IN_ROOMS.
+        """The index among the rows of all slots of each received row (num_rows,), ordered by sender.
 
-        Of so many rows; written again by the transfer after the next.
+        Valid after a poll returned ALL_IN_SLOTS, until the transfer after the next overwrites it.
         """
         return self._rows[number % 2][:num_rows]
 
     def first_row(self, number: int, local_rank: int) -> int:
-        """Where the rows of a peer begin in its slot, or BY_MESSAGE."""
+        """The first row for this rank in the slot of `local_rank`, or BY_MESSAGE."""
         return int(self._firsts[number % 2, local_rank])
 
     def release(self, number: int) -> None:
-        """Tell the producers that their rows have been read."""
+        """Flag the rows of this transfer as read."""
         parity = number % 2
         self._sync()
-        for peer in np.flatnonzero(self._received[parity]).tolist():
-            if peer != self._own:
-                self._words[self._line(self._own, 2 + parity, peer)] = number
+        for sender in np.flatnonzero(self._received[parity]).tolist():
+            if sender != self._own:
+                self._words[self._line(self._own, 2 + parity, sender)] = number
 
     def _line(self, owner: int, kind: int, other: int) -> int:
         return ((owner * 4 + kind) * len(self._ranks) + other) * LINE_WORDS
@@ -121,13 +125,13 @@ class _Fields(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("size", "own", "slot_rows")),
         ("numbers", ctypes.c_int64 * 2),
         *((name, ctypes.c_void_p) for name in ("ranks", "words", "expected", "missing", "firsts", "received", "free")),
-        ("num_rows", ctypes.c_int64 * 2),
+        ("capacities", ctypes.c_int64 * 2),
         ("rows", ctypes.c_void_p * 2),
     )
 
 
 class CompiledFlags(SharedFlags):
-    """The same by shared_flags.c, which counts the transfers itself: ctypes passes small numbers and bytes quickly."""
+    """The same in C. shared_flags.c counts the transfers itself, because ctypes passes small numbers fastest."""
 
     def __init__(
         self, words: npt.NDArray[np.uint8], ranks: Sequence[int], *, own: int, slot_rows: int, sync: Callable[[], None]
@@ -149,7 +153,7 @@ class CompiledFlags(SharedFlags):
         if num_rows > len(self._rows[parity]):
             self._rows[parity] = np.zeros(2 * num_rows, np.int64)
             self._fields.rows[parity] = self._rows[parity].ctypes.data
-            self._fields.num_rows[parity] = len(self._rows[parity])
+            self._fields.capacities[parity] = len(self._rows[parity])
         self._library.flags_signal(self._address, parity, int(fits), _words(sent), _words(received))
 
     def poll(self, number: int, *, max_polls: int) -> int:
@@ -161,21 +165,24 @@ class CompiledFlags(SharedFlags):
 
 
 def _words(counts: IntArray) -> bytes:
-    """Counts as shared_flags.c reads them; quicker to pass than an array's address."""
+    """Counts as shared_flags.c reads them; ctypes passes bytes faster than an array's address."""
     return counts.tobytes() if counts.dtype is INT64 else counts.astype(np.int64).tobytes()
 
 
 def make_shared_flags(
     words: npt.NDArray[np.uint8], ranks: Sequence[int], *, own: int, slot_rows: int, sync: Callable[[], None]
 ) -> SharedFlags:
-    """A compiled board where that can be had."""
+    """Make CompiledFlags if shared_flags.c can be compiled and loaded, else SharedFlags."""
     kind = SharedFlags if _library() is None else CompiledFlags
     return kind(words, ranks, own=own, slot_rows=slot_rows, sync=sync)
 
 
 @cache
 def _library() -> ctypes.PyDLL | None:
-    """The compiled board. Its calls are so short that they keep the interpreter to themselves."""
+    """The library of shared_flags.c, or None if it cannot be compiled or loaded.
+
+    A PyDLL holds the interpreter lock during calls, which are too short to release it.
+    """
     library = load_kernel(SOURCE)
     if library is None:
         return None
