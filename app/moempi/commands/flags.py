@@ -13,6 +13,11 @@ def add_job_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a job key")
 
 
+def add_force_flag(parser: ArgumentParser) -> None:
+    """Whether an output may replace a file that the command did not write."""
+    parser.add_argument("--force", action="store_true", help="replace an existing file of another kind")
+
+
 def read_job(chosen: Namespace) -> Job:
     """The job that the flags name; raises NoInputError, UsageError or ConfigError: see `read_toml`."""
     return read_toml(chosen.job, Job, overrides=chosen.set)

@@ -3,9 +3,12 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from moempi.commands.flags import add_force_flag
 from moempi.config.architecture import Architecture
 from moempi.config.reading import read_toml
+from moempi.storage.files import check_output
 from moempi.storage.initialize import initialize
+from moempi.storage.weights import is_weight_file
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -13,9 +16,11 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("architecture", type=Path, metavar="ARCH.toml")
     parser.add_argument("weights", type=Path, metavar="OUT.h5")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (0)")
+    add_force_flag(parser)
 
 
 def run(chosen: Namespace) -> int:
     """Write the weight file."""
+    check_output(chosen.weights, inputs=[chosen.architecture], replaceable=is_weight_file, force=chosen.force)
     initialize(read_toml(chosen.architecture, Architecture), chosen.weights, seed=chosen.seed)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from moempi.commands.flags import count
+from moempi.commands.flags import add_force_flag, count
 from moempi.config.placement_file import HostedLayer, PlacementFile
 from moempi.config.topology_file import Level, TopologyFile, read_topology
 from moempi.errors import DataError, UsageError
@@ -17,7 +17,7 @@ from moempi.layout.topology import LEVELS, Topology, from_file, numbered
 from moempi.observe.placement_table import PolicyRow, print_policies
 from moempi.planning.policies import POLICIES, choose_placement
 from moempi.planning.replay import Cluster, ExchangeForecast, Routes, replay
-from moempi.storage.files import atomic
+from moempi.storage.files import atomic, begins_with, check_output
 from moempi.storage.results_layout import NOWHERE
 from moempi.storage.routing import RoutingFile
 
@@ -28,6 +28,8 @@ ASSUMED = (
 )
 """Links if no topology was measured: of the order of NVLink and 200 Gbit/s InfiniBand."""
 MAX_REPLICAS = 8.0
+BEGIN = b'{"version":1,"num_experts":'
+"""Every output begins with this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ def add_flags(parser: ArgumentParser) -> None:
     """The recorded run, the policy, and the ranks and links to choose a placement for."""
     parser.add_argument("results", type=Path, metavar="RESULTS.h5", help="of a run with trace.routing = true")
     parser.add_argument("-o", "--out", type=Path, metavar="PLACEMENT.json", help="write the policy's placement")
+    add_force_flag(parser)
     parser.add_argument("--policy", choices=["linear", "balanced", "topology"], default="topology", help="(topology)")
     share = "replicas, as a share of the experts (0)"
     parser.add_argument("--replicas", type=float, default=0.0, metavar="SHARE", help=share)
@@ -69,6 +72,9 @@ def run(chosen: Namespace) -> int:
     """Print what each policy would send and compute; write the placement of one. Raises UsageError for --replicas."""
     if not 0 <= chosen.replicas <= MAX_REPLICAS:
         raise UsageError(f"--replicas {chosen.replicas}: a share of the experts from 0 to {MAX_REPLICAS}")
+    if chosen.out:
+        inputs = [path for path in (chosen.results, chosen.topology) if path]
+        check_output(chosen.out, inputs=inputs, replaceable=begins_with(BEGIN), force=chosen.force)
     request = PlacementRequest(
         replicas=chosen.replicas,
         topology=read_topology(chosen.topology) if chosen.topology else None,

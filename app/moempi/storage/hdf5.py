@@ -76,6 +76,15 @@ def open_file(path: str | Path) -> Any:
         return h5py.File(path, "r", locking=False)
 
 
+def has_format(path: Path, name: str) -> bool:
+    """Whether `path` is an HDF5 file whose attribute `format` is `name`."""
+    try:
+        with open_file(path) as file:
+            return read_attribute(file, "format") == name
+    except (DataError, NoInputError):
+        return False
+
+
 def walk(file: Any) -> Iterator[tuple[str, bool]]:
     """Yield (name, whether it is a group) of every object below the root, parents first; names like `layers/000/q`.
 
