@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from moempi.commands.flags import add_force_flag
+from moempi.commands.flags import MAX_RANKS, add_force_flag, whole_number
 from moempi.runtime.monitor import Monitor
 
 BEGIN = b'{"version":2,"levels":'
@@ -17,7 +17,8 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--measure", action="store_true", help="latency and bandwidth of each level of links")
     parser.add_argument("--output", "-o", type=Path, metavar="topology.json", help="write them, for moempi place")
     add_force_flag(parser)
-    parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="virtual nodes of N ranks")
+    nodes = "virtual nodes of N ranks"
+    parser.add_argument("--ranks-per-node", type=whole_number(0, MAX_RANKS), default=0, metavar="N", help=nodes)
 
 
 def run(chosen: Namespace) -> int:

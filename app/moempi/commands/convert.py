@@ -18,7 +18,6 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(chosen: Namespace) -> int:
     """Convert the checkpoint."""
-    inputs = (chosen.checkpoint, *chosen.checkpoint.glob("*"))
-    check_output(chosen.weights, inputs=inputs, replaceable=is_weight_file, force=chosen.force)
+    check_output(chosen.weights, inputs=[chosen.checkpoint], replaceable=is_weight_file, force=chosen.force)
     convert(chosen.checkpoint, chosen.weights)
     return 0

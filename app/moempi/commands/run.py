@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from moempi.commands.flags import add_force_flag, add_job_flags, read_job
+from moempi.commands.flags import MAX_RANKS, add_force_flag, add_job_flags, amount, read_job, whole_number
 from moempi.config.job import Job, TopologySection
 from moempi.runtime.monitor import Monitor
 from moempi.runtime.stop import Stop
@@ -14,9 +14,10 @@ def add_flags(parser: ArgumentParser) -> None:
     """The job, its limits, and the dry run."""
     add_job_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print layout and memory, read no weights")
-    parser.add_argument("--world", type=int, default=0, metavar="N", help="dry run as if on N ranks, without MPI")
-    parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="dry run: ranks on a node")
-    parser.add_argument("--max-minutes", type=float, metavar="N", help="end early after N minutes, with exit code 75")
+    ranks = whole_number(0, MAX_RANKS)
+    parser.add_argument("--world", type=ranks, default=0, metavar="N", help="dry run as if on N ranks, without MPI")
+    parser.add_argument("--ranks-per-node", type=ranks, default=0, metavar="N", help="dry run: ranks on a node")
+    parser.add_argument("--max-minutes", type=amount, metavar="N", help="end early after N minutes, with exit code 75")
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad prompt line instead of recording it"
     )

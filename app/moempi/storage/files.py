@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from moempi.config.input_file import open_input
 from moempi.errors import NoInputError, StorageError
 
 _STAT_BLOCK_BYTES = 512  # the unit of st_blocks
@@ -65,13 +66,13 @@ def check_output(
 
 
 def refuse_same_file(output: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raise StorageError if `output` is one of `inputs`, or lies in one that is a folder.
+    """Raise StorageError if `output` is one of `inputs`, or is or lies in an entry of one that is a folder.
 
     Files are compared by device and inode, so that hard and symbolic links make no difference.
     """
     target = _resolved(output)
     for path in inputs:
-        if _is_same(target, path):
+        if any(_is_same(target, one) for one in (path, *_entries(path))):
             raise StorageError(f"{output}: is the same file as the input {path}; choose another output")
         if any(_is_same(parent, path) for parent in target.parents):
             raise StorageError(f"{output}: lies in the input {path}; choose another output")
@@ -109,6 +110,12 @@ def _resolved(path: str | Path) -> Path:
         raise StorageError(f"{str(path)!r}: cannot be the name of a file: {error}") from error
 
 
+def _entries(path: str | Path) -> list[Path]:
+    with suppress(OSError, ValueError):
+        return list(Path(path).iterdir())
+    return []
+
+
 def _is_same(one: str | Path, other: str | Path) -> bool:
     try:
         return Path(one).samefile(other)
@@ -119,7 +126,7 @@ def _is_same(one: str | Path, other: str | Path) -> bool:
 def digest_file(path: str | Path) -> str:
     """BLAKE2b digest (hex) of a file's content; raises NoInputError if it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
+        with open_input(path) as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError as error:
         raise NoInputError(f"{path}: cannot be read: {error.strerror or error}") from error
