@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     chosen = Namespace(debug="--debug" in words)
     try:
+        _refuse_not_utf8(words)
         _parser(words).parse_args(words, chosen)
         code: int = chosen.run(chosen)
         return code
@@ -46,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130, debug=chosen.debug)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error}", MoempiError.exit_code, debug=chosen.debug)
+
+
+def _refuse_not_utf8(words: Sequence[str]) -> None:
+    """Bytes of an argument that are not UTF-8 arrive as half surrogates, which no file or table can hold."""
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise UsageError(f"{word!a}: is not UTF-8 text")
 
 
 class _Parser(ArgumentParser):

@@ -1,6 +1,7 @@
 """`moempi place`: it predicts what a run counts, before and after experts move."""
 
 import h5py
+import numpy as np
 import pytest
 
 from moempi.commands.place import PlacementRequest, place_experts
@@ -103,12 +104,42 @@ def test_damaged_routing_is_refused(run, tmp_path):
 
         return change
 
+    def replaced(name, change_values):
+        def change(file):
+            values = change_values(file[name][:])
+            del file[name]
+            file[name] = values
+
+        return change
+
     assert_refused(set_value("routing/experts", (0, 0, 0), 16), "beyond the 16 experts")
     assert_refused(set_value("routing/rank", (0, 0), 7), "outside its stage")
     assert_refused(set_value("routing/row", (0, 0), -2), "negative")
     assert_refused(set_value("placement/seat", 1, 0), "several attempts")
-    assert_refused(set_value("placement/hosted/row", slice(None), 9), "who hosted layer 3")
+    assert_refused(set_value("placement/hosted/layer", slice(None), 9), "who hosted layer 3")
+    assert_refused(set_value("placement/hosted/row", slice(None), 9), "hosted/row: is not from 0 to 1")
+    assert_refused(set_value("placement/hosted/row", 0, -1), "hosted/row: is not from 0 to 1")
+    assert_refused(set_value("placement/hosted/expert", 0, -1), "hosted/expert: is not from 0 to 15")
+    assert_refused(set_value("placement/hosted/expert", 0, 16), "hosted/expert: is not from 0 to 15")
+    assert_refused(set_value("placement/hosted/expert", 1, 0), "lists an expert twice")
+    assert_refused(set_value("placement/node", slice(None), [1, 0]), "placement/node: does not ascend")
+    assert_refused(set_value("placement/seat", 1, 7), "do not count up")
+    assert_refused(set_value("placement/hops", 0, 3), "3 hops")
+    assert_refused(set_value("placement/hops", slice(None), -1), "-1 hops")
+    assert_refused(set_value("placement/row_bytes", 0, 2**62), "bytes are impossible")
+    assert_refused(set_value("placement/row_bytes", slice(None), 0), "bytes are impossible")
+    assert_refused(set_value("timing/compute", 0, np.nan), "timing/compute: adds up to nan")
+    assert_refused(set_value("timing/compute", 0, np.inf), "timing/compute: adds up to inf")
+    assert_refused(set_value("routing/layer", 0, 5), "routing/layer: does not ascend")
+    assert_refused(set_value("routing/layer", slice(None), -1), "routing/layer: does not ascend")
+    assert_refused(set_value("routing/layer", -1, 99), "experts/load: has 6 layers")
     assert_refused(set_value("routing/offsets", -1, 3), "do not fit")
+    for name in ("network/node_bytes", "network/self_messages", "placement/hops"):
+        assert_refused(lambda file, name=name: file.move(name, f"{name}_moved"), "missing|ranks stood")
+    for name in ("placement/node", "placement/hosted/row", "placement/hosted/expert"):
+        assert_refused(replaced(name, lambda values: values[:1]), "different lengths")
+        assert_refused(replaced(name, lambda values: values[:0]), "different lengths")
+    assert_refused(replaced("experts/load", lambda values: np.zeros((0, 2**40), np.int64)), "has 0 layers")
 
 
 def test_results_without_routing_are_refused(tmp_path):

@@ -224,7 +224,7 @@ def test_missing_files_are_input_errors(tmp_path):
         convert(tmp_path / "nowhere", tmp_path / "model.h5")
     write_checkpoint(tmp_path / "hub", shards=2)
     (tmp_path / "hub/model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(NoInputError, match=r"model-00002-of-00002\.safetensors: is missing"):
+    with pytest.raises(NoInputError, match=r"model-00002-of-00002\.safetensors: cannot be read"):
         convert(tmp_path / "hub", tmp_path / "model.h5")
     (tmp_path / "hub/model.safetensors.index.json").unlink()
     with pytest.raises(NoInputError, match="has neither"):

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from moempi.bench.jobs import step_seconds, write_prompts
 from moempi.bench.measure import machine as machine_line
+from moempi.commands.flags import add_force_flag
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
@@ -31,6 +32,7 @@ from moempi.layout.topology import virtual
 from moempi.observe.console import console
 from moempi.planning.forecast import Deployment, forecast
 from moempi.runtime.world import World
+from moempi.storage.files import atomic, begins_with, check_output
 from moempi.storage.initialize import initialize
 
 MODEL = Architecture(
@@ -72,12 +74,16 @@ TEST_RUNS = tuple(
 def add_flags(parser: ArgumentParser) -> None:
     """Where to write what was learned."""
     parser.add_argument("--out", "-o", type=Path, metavar="MACHINE.toml", help="write the machine, for moempi plan")
+    add_force_flag(parser)
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each kind; the median counts (3)")
 
 
 def run(world: World, chosen: Namespace) -> None:
     """Learn, foretell, measure and print; collective, on one node."""
     world.collectively(lambda: _refuse_nodes(world.num_nodes))
+    if chosen.out:
+        allowed = {"replaceable": begins_with(b"name = "), "force": chosen.force}
+        world.collectively(lambda: check_output(chosen.out, inputs=[], **allowed) if world.rank == 0 else None)
     with tempfile.TemporaryDirectory() as own:
         bench = _Bench(world, Path(world.comm.bcast(own)))
         if world.rank == 0:
@@ -101,7 +107,8 @@ def run(world: World, chosen: Namespace) -> None:
         learned = ", ".join(f"{name} {getattr(machine, name):.3g}" for name in PARAMETERS)
         console().print(table, f"learned: {learned}; foretold within {statistics.median(errors):.0%} (median)")
         if chosen.out:
-            chosen.out.write_text(_toml(machine), encoding="utf-8")
+            with atomic(chosen.out) as temporary:
+                temporary.write_text(_toml(machine), encoding="utf-8")
 
 
 def _refuse_nodes(num_nodes: int) -> None:

@@ -5,14 +5,20 @@ from pathlib import Path
 
 import msgspec
 
+from moempi.commands.flags import MAX_RANKS, add_force_flag, whole_number
 from moempi.runtime.monitor import Monitor
+
+BEGIN = b'{"version":2,"levels":'
+"""Every output begins with this."""
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """Whether to measure links, and the file to write."""
     parser.add_argument("--measure", action="store_true", help="latency and bandwidth of each level of links")
     parser.add_argument("--output", "-o", type=Path, metavar="topology.json", help="write them, for moempi place")
-    parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="virtual nodes of N ranks")
+    add_force_flag(parser)
+    nodes = "virtual nodes of N ranks"
+    parser.add_argument("--ranks-per-node", type=whole_number(0, MAX_RANKS), default=0, metavar="N", help=nodes)
 
 
 def run(chosen: Namespace) -> int:
@@ -25,10 +31,13 @@ def run(chosen: Namespace) -> int:
     from moempi.commands.check_tables import print_links, print_probe
     from moempi.config.job import TopologySection
     from moempi.runtime.world import World
-    from moempi.storage.files import atomic
+    from moempi.storage.files import atomic, begins_with, check_output
 
     world = World.start(monitor, debug=chosen.debug)
     with world.guard():
+        if chosen.output:
+            allowed = {"replaceable": begins_with(BEGIN), "force": chosen.force}
+            world.collectively(lambda: check_output(chosen.output, inputs=[], **allowed) if world.rank == 0 else None)
         result = probe(world)
         if world.rank == 0:
             print_probe(result, world)

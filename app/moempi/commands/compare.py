@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from moempi.commands.flags import amount
 from moempi.errors import DataError
 from moempi.storage.compare import compare
 
@@ -11,7 +12,9 @@ def add_flags(parser: ArgumentParser) -> None:
     """The two files and the tolerance."""
     parser.add_argument("first", type=Path, metavar="A.h5")
     parser.add_argument("second", type=Path, metavar="B.h5")
-    parser.add_argument("--within", type=float, default=0.0, help="largest difference of log-probabilities allowed (0)")
+    parser.add_argument(
+        "--within", type=amount, default=0.0, help="largest difference of log-probabilities allowed (0)"
+    )
 
 
 def run(chosen: Namespace) -> int:

@@ -1,12 +1,11 @@
 """The dry run of `moempi run`: layout and memory of a job, and errors it would end with, without reading weights."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from moempi.config.architecture import Architecture
+from moempi.config.architecture import Architecture, read_architecture_file
+from moempi.config.input_file import file_mode
 from moempi.config.job import Job
 from moempi.config.placement_file import read_job_placement
-from moempi.config.reading import read_toml
 from moempi.config.size import format_size, parse_size
 from moempi.engine.kv_budget import affordable_pages
 from moempi.errors import ConfigError
@@ -40,12 +39,8 @@ def architecture_of(job: Job) -> Architecture:
 
     Raises the MoempiErrors of reading them, and ConfigError for an impossible architecture.
     """
-    if job.model.architecture and not Path(job.model.weights).exists():
-        architecture = read_toml(job.model.architecture, Architecture)
-        problem = architecture.problem()
-        if problem:
-            raise ConfigError(f"{job.model.architecture}: {problem}")
-        return architecture
+    if job.model.architecture and not file_mode(job.model.weights):
+        return read_architecture_file(job.model.architecture)
     with WeightFile.open(job.model.weights) as weights:
         return weights.architecture
 

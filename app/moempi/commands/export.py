@@ -3,16 +3,20 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from moempi.storage.export import export
+from moempi.commands.flags import add_force_flag
+from moempi.storage.export import BEGIN, export
+from moempi.storage.files import begins_with, check_output
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """The results file and the file of JSON lines."""
     parser.add_argument("results", type=Path, metavar="RESULTS.h5")
     parser.add_argument("lines", type=Path, metavar="OUT.jsonl")
+    add_force_flag(parser)
 
 
 def run(chosen: Namespace) -> int:
     """Write one line a request."""
+    check_output(chosen.lines, inputs=[chosen.results], replaceable=begins_with(BEGIN), force=chosen.force)
     export(chosen.results, chosen.lines)
     return 0

@@ -3,19 +3,23 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from moempi.config.architecture import Architecture
-from moempi.config.reading import read_toml
+from moempi.commands.flags import MAX_SEED, add_force_flag, whole_number
+from moempi.config.architecture import read_architecture_file
+from moempi.storage.files import check_output
 from moempi.storage.initialize import initialize
+from moempi.storage.weights import is_weight_file
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """The architecture, the weight file and the seed."""
     parser.add_argument("architecture", type=Path, metavar="ARCH.toml")
     parser.add_argument("weights", type=Path, metavar="OUT.h5")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (0)")
+    parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the random weights (0)")
+    add_force_flag(parser)
 
 
 def run(chosen: Namespace) -> int:
     """Write the weight file."""
-    initialize(read_toml(chosen.architecture, Architecture), chosen.weights, seed=chosen.seed)
+    check_output(chosen.weights, inputs=[chosen.architecture], replaceable=is_weight_file, force=chosen.force)
+    initialize(read_architecture_file(chosen.architecture), chosen.weights, seed=chosen.seed)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from moempi.commands.flags import count
+from moempi.commands.flags import add_force_flag, amount, count, whole_number
 from moempi.config.placement_file import HostedLayer, PlacementFile
 from moempi.config.topology_file import Level, TopologyFile, read_topology
 from moempi.errors import DataError, UsageError
@@ -17,7 +17,7 @@ from moempi.layout.topology import LEVELS, Topology, from_file, numbered
 from moempi.observe.placement_table import PolicyRow, print_policies
 from moempi.planning.policies import POLICIES, choose_placement
 from moempi.planning.replay import Cluster, ExchangeForecast, Routes, replay
-from moempi.storage.files import atomic
+from moempi.storage.files import atomic, begins_with, check_output
 from moempi.storage.results_layout import NOWHERE
 from moempi.storage.routing import RoutingFile
 
@@ -28,6 +28,10 @@ ASSUMED = (
 )
 """Links if no topology was measured: of the order of NVLink and 200 Gbit/s InfiniBand."""
 MAX_REPLICAS = 8.0
+MAX_STAGE_RANKS = 4096
+MAX_ROW_BYTES = 2**31 - 1
+BEGIN = b'{"version":1,"num_experts":'
+"""Every output begins with this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,22 @@ def add_flags(parser: ArgumentParser) -> None:
     """The recorded run, the policy, and the ranks and links to choose a placement for."""
     parser.add_argument("results", type=Path, metavar="RESULTS.h5", help="of a run with trace.routing = true")
     parser.add_argument("-o", "--out", type=Path, metavar="PLACEMENT.json", help="write the policy's placement")
+    add_force_flag(parser)
     parser.add_argument("--policy", choices=["linear", "balanced", "topology"], default="topology", help="(topology)")
     share = "replicas, as a share of the experts (0)"
     parser.add_argument("--replicas", type=float, default=0.0, metavar="SHARE", help=share)
     links = "the links, as check --output wrote them"
     parser.add_argument("--topology", type=Path, metavar="TOPOLOGY.json", help=links)
-    parser.add_argument("--ranks", type=count, default=0, metavar="N", help="ranks of a stage (as in the run)")
+    parser.add_argument(
+        "--ranks",
+        type=whole_number(1, MAX_STAGE_RANKS),
+        default=0,
+        metavar="N",
+        help="ranks of a stage (as in the run)",
+    )
     parser.add_argument("--ranks-per-node", type=count, default=0, metavar="N", help="with --ranks: ranks on a node")
     row = "time of a row at an expert (as in the run)"
-    parser.add_argument("--row-us", type=float, default=0.0, metavar="US", help=row)
+    parser.add_argument("--row-us", type=amount, default=0.0, metavar="US", help=row)
     tokens = "use the first N tokens of each layer (200000)"
     parser.add_argument("--tokens", type=count, default=200_000, metavar="N", help=tokens)
 
@@ -69,6 +80,9 @@ def run(chosen: Namespace) -> int:
     """Print what each policy would send and compute; write the placement of one. Raises UsageError for --replicas."""
     if not 0 <= chosen.replicas <= MAX_REPLICAS:
         raise UsageError(f"--replicas {chosen.replicas}: a share of the experts from 0 to {MAX_REPLICAS}")
+    if chosen.out:
+        inputs = [path for path in (chosen.results, chosen.topology) if path]
+        check_output(chosen.out, inputs=inputs, replaceable=begins_with(BEGIN), force=chosen.force)
     request = PlacementRequest(
         replicas=chosen.replicas,
         topology=read_topology(chosen.topology) if chosen.topology else None,
@@ -131,6 +145,8 @@ def _cluster(file: RoutingFile, layer: int, request: PlacementRequest) -> Cluste
     """The ranks to place a layer on."""
     ranks, last_layer = _stage(file, layer)
     hops, row_bytes = (int(file.ranks[name].max()) for name in ("hops", "row_bytes"))
+    if hops not in (1, 2) or not 0 < row_bytes <= MAX_ROW_BYTES:
+        raise DataError(f"placement/hops or row_bytes: {hops} hops of {row_bytes} bytes are impossible")
     choices = file.num_tokens * len(file.layers) * file.top_k
     is_immediate = bool(file.ranks["departs"][ranks].any()) and layer == last_layer
     return Cluster(
@@ -144,8 +160,10 @@ def _cluster(file: RoutingFile, layer: int, request: PlacementRequest) -> Cluste
 
 
 def _recorded_topology(file: RoutingFile, ranks: list[int]) -> Topology:
-    """The topology of a stage's ranks in the run."""
+    """The topology of a stage's ranks in the run; raises DataError if they are not counted node by node."""
     nodes, islands, switches = (tuple(file.ranks[name][ranks].tolist()) for name in ("node", "island", "switch"))
+    if list(nodes) != sorted(nodes):
+        raise DataError("placement/node: does not ascend with placement/seat")
     return Topology(numbered(nodes), () if NOWHERE in islands else islands, () if NOWHERE in switches else switches)
 
 
@@ -164,11 +182,14 @@ def _stage(file: RoutingFile, layer: int) -> tuple[list[int], int]:
     if len(set(file.ranks["seat"].tolist())) < len(file.ranks["seat"]):
         raise DataError("the results are of several attempts; record the routing of a run that was not interrupted")
     hosting = file.hosted["row"][file.hosted["layer"] == layer]
-    if not len(hosting) or not 0 <= hosting.min() <= hosting.max() < len(file.ranks["seat"]):
+    if not len(hosting):
         raise DataError(f"the results do not say who hosted layer {layer}")
     members = np.flatnonzero(file.ranks["stage"] == file.ranks["stage"][hosting[0]])
     layers = file.hosted["layer"][np.isin(file.hosted["row"], members)]
-    return members[np.argsort(file.ranks["seat"][members])].tolist(), int(layers.max())
+    ranks = members[np.argsort(file.ranks["seat"][members])]
+    if len(ranks) > MAX_STAGE_RANKS or (np.diff(file.ranks["seat"][ranks]) != 1).any():
+        raise DataError(f"placement/seat: the {len(ranks)} ranks of layer {layer} do not count up")
+    return ranks.tolist(), int(layers.max())
 
 
 def _routes(file: RoutingFile, index: int, request: PlacementRequest) -> Routes:
@@ -186,15 +207,22 @@ def _routes(file: RoutingFile, index: int, request: PlacementRequest) -> Routes:
 
 
 def _recorded_placement(file: RoutingFile, layer: int) -> Placement:
-    """The placement of a layer in the run."""
+    """The placement of a layer in the run; raises DataError if it is impossible."""
     ranks, _ = _stage(file, layer)
     of_layer = file.hosted["layer"] == layer
     rows, experts = file.hosted["row"][of_layer], file.hosted["expert"][of_layer]
-    return Placement(tuple(tuple(experts[rows == rank].tolist()) for rank in ranks))
+    hosted = tuple(tuple(experts[rows == rank].tolist()) for rank in ranks)
+    problem = HostedLayer(layer, hosted).problem(file.num_experts)
+    if problem:
+        raise DataError(f"placement/hosted: {problem}")
+    return Placement(hosted)
 
 
 def _measured(counters: Mapping[str, Iterable[int]]) -> PolicyRow:
-    """The bytes and messages that the run counted."""
+    """The bytes and messages that the run counted; raises DataError if a level is missing."""
+    missing = {f"{level}_{kind}" for level in LEVELS for kind in ("bytes", "messages")} - counters.keys()
+    if missing:
+        raise DataError(f"network/{min(missing)}: is missing")
     sent = [sum(int(count) for count in counters[f"{level}_bytes"]) for level in LEVELS]
     messages = [sum(int(count) for count in counters[f"{level}_messages"]) for level in LEVELS]
     return PolicyRow("measured", tuple(sent), tuple(messages))

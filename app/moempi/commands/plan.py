@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from moempi.commands.dry_run import architecture_of
-from moempi.commands.flags import add_job_flags, count, read_job
+from moempi.commands.flags import MAX_RANKS, add_job_flags, count, read_job, whole_number
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile, read_machine
 from moempi.config.placement_file import read_job_placement
@@ -24,7 +24,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add_job_flags(parser)
     machine = "speeds of a rank and of the links"
     parser.add_argument("--machine", type=Path, required=True, metavar="MACHINE.toml", help=machine)
-    parser.add_argument("--ranks", type=count, required=True, metavar="N", help="number of ranks")
+    parser.add_argument("--ranks", type=whole_number(1, MAX_RANKS), required=True, metavar="N", help="number of ranks")
     parser.add_argument("--ranks-per-node", type=count, default=0, metavar="N", help="ranks on a node (all)")
     parser.add_argument("--context", type=count, default=2048, metavar="N", help="decode: tokens in the cache (2048)")
     parser.add_argument("--prompt", type=count, default=4096, metavar="N", help="prefill: tokens of a prompt (4096)")

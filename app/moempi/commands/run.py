@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from moempi.commands.flags import add_job_flags, read_job
+from moempi.commands.flags import MAX_RANKS, add_force_flag, add_job_flags, amount, read_job, whole_number
 from moempi.config.job import Job, TopologySection
 from moempi.runtime.monitor import Monitor
 from moempi.runtime.stop import Stop
@@ -14,12 +14,14 @@ def add_flags(parser: ArgumentParser) -> None:
     """The job, its limits, and the dry run."""
     add_job_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print layout and memory, read no weights")
-    parser.add_argument("--world", type=int, default=0, metavar="N", help="dry run as if on N ranks, without MPI")
-    parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="dry run: ranks on a node")
-    parser.add_argument("--max-minutes", type=float, metavar="N", help="end early after N minutes, with exit code 75")
+    ranks = whole_number(0, MAX_RANKS)
+    parser.add_argument("--world", type=ranks, default=0, metavar="N", help="dry run as if on N ranks, without MPI")
+    parser.add_argument("--ranks-per-node", type=ranks, default=0, metavar="N", help="dry run: ranks on a node")
+    parser.add_argument("--max-minutes", type=amount, metavar="N", help="end early after N minutes, with exit code 75")
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad prompt line instead of recording it"
     )
+    add_force_flag(parser)
 
 
 def run(chosen: Namespace) -> int:
@@ -40,9 +42,38 @@ def run(chosen: Namespace) -> int:
             given = TopologySection(ranks_per_node=chosen.ranks_per_node)
             topology, _ = world.by_node(given if chosen.ranks_per_node else job.topology)
             return world.collectively(lambda: _show_layout(job, topology.nodes) if world.rank == 0 else 0)
+        world.collectively(lambda: _check_outputs(chosen, job) if world.rank == 0 else None)
         text = Path(chosen.job).read_text(encoding="utf-8")
         overrides = "".join(f"# --set {override}\n" for override in chosen.set)
         return run_job(job, job_text=text + overrides, world=world, stop=stop, strict=chosen.strict)
+
+
+def _check_outputs(chosen: Namespace, job: Job) -> None:
+    """Raise StorageError if a file that the run writes is one of its inputs, or cannot be written.
+
+    Makes the folder of the results.
+    """
+    from moempi.errors import StorageError
+    from moempi.observe.logs import logs_folder
+    from moempi.storage.files import check_output, refuse_same_file
+    from moempi.storage.journal import journals_folder
+    from moempi.storage.results import is_results_file
+    from moempi.storage.run_state import state_path
+
+    named = (job.model.weights, job.model.architecture, job.input.prompts)
+    assumed = (job.topology.file, job.topology.emulate, job.placement.file)
+    inputs = [chosen.job, *filter(None, named + assumed)]
+    results = Path(job.output.results)
+    try:
+        results.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise StorageError(f"{str(results)!r}: its folder cannot be made: {reason}") from error
+    check_output(results, inputs=inputs, replaceable=is_results_file, force=chosen.force)
+    check_output(state_path(results), inputs=inputs, replaceable=lambda _: True)
+    for folder in (journals_folder(results), logs_folder(results)):
+        for path in folder.rglob("*"):
+            refuse_same_file(path, inputs)
 
 
 def _show_layout(job: Job, nodes: Sequence[int]) -> int:

@@ -3,14 +3,20 @@
 Every weight file contains it as JSON; `moempi init` reads it as TOML.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from moempi.config.reading import read_toml
+from moempi.errors import ConfigError
+
 LARGEST = 1.7976931348623157e308  # the largest finite float: rejects infinity
 
-Count = Annotated[int, Meta(ge=1)]
-Index = Annotated[int, Meta(ge=0)]
+MAX_LAYERS = 1000
+
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
 
 
@@ -71,7 +77,7 @@ class AttentionShape(Struct, frozen=True, forbid_unknown_fields=True):
     clip: Positive | None = None
     sinks: bool = False
     window: Index = 0
-    windowed_layers: tuple[Index, ...] = ()
+    windowed_layers: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
     score_factor: Positive = 1.0
     latent: Latent | None = None
 
@@ -155,11 +161,11 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     family: str
     vocab_size: Count
     width: Count
-    num_layers: Count
+    num_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
     max_positions: Count
     attention: AttentionShape
     experts: Experts
-    dense_layers: tuple[Index, ...] = ()
+    dense_layers: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
     dense_width: Index = 0
     norm: Literal["rms", "rms_float32", "layer"] = "rms"
     norm_eps: Positive = 1e-6
@@ -191,6 +197,15 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
         if any(token >= self.vocab_size for token in tokens):
             return f"an end or begin token lies beyond vocab_size {self.vocab_size}"
         return _attention_problem(self.attention) or _experts_problem(self.experts)
+
+
+def read_architecture_file(path: str | Path) -> Architecture:
+    """Read an architecture in TOML; raises NoInputError if it cannot be read, ConfigError if it is impossible."""
+    architecture = read_toml(path, Architecture)
+    problem = architecture.problem()
+    if problem:
+        raise ConfigError(f"{path}: {problem}")
+    return architecture
 
 
 def _attention_problem(attention: AttentionShape) -> str | None:

@@ -4,10 +4,12 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from moempi.config.architecture import LARGEST, Count, Index, Positive
+from moempi.config.architecture import LARGEST, MAX_LAYERS, Count, Index, Positive
 
 Fraction = Annotated[float, Meta(gt=0, le=1)]
-Size = Annotated[str, Meta(pattern=r"^(auto|[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B)$")]
+Seconds = Annotated[float, Meta(gt=0, le=1e8)]
+Factor = Annotated[float, Meta(gt=0, le=1e6)]
+Size = Annotated[str, Meta(pattern=r"^(auto|[0-9]{1,15}(\.[0-9]{1,15})?\s*([KMGT]i?)?B)$", max_length=40)]
 
 
 class ModelSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,11 +38,11 @@ class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     reproducible: bool = False
     overlap: bool = True
-    micro_batches: Count | Literal["auto"] = 2
-    max_sequences: Count = 32
-    batch_tokens: Count = 512
+    micro_batches: Annotated[int, Meta(ge=1, le=4096)] | Literal["auto"] = 2
+    max_sequences: Annotated[int, Meta(ge=1, le=1_000_000)] = 32
+    batch_tokens: Annotated[int, Meta(ge=1, le=1 << 24)] = 512
     kv_memory: Size = "auto"
-    timeout_s: Positive = 300.0
+    timeout_s: Seconds = 300.0
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +90,7 @@ class ParallelSection(Struct, frozen=True, forbid_unknown_fields=True):
     cost and ranks are divided evenly. `experts_per_rank` limits the experts of a layer on a rank; 0 is no limit.
     """
 
-    stages: Count = 1
+    stages: Annotated[int, Meta(ge=1, le=MAX_LAYERS)] = 1
     stage_layers: tuple[Count, ...] = ()
     stage_ranks: tuple[Count, ...] = ()
     tensor: Count = 1
@@ -104,9 +106,9 @@ class BalanceSection(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     mode: Literal["off", "bias", "capacity"] = "off"
-    rate: Positive = 0.03
-    bound: Positive = 0.5
-    capacity: Annotated[float, Meta(ge=1, le=LARGEST)] = 1.25
+    rate: Factor = 0.03
+    bound: Factor = 0.5
+    capacity: Annotated[float, Meta(ge=1, le=1e6)] = 1.25
     sample: Index = 16
 
 

@@ -6,13 +6,11 @@ it comes first (a CPU whose products pack the weights). `levels` are the links, 
 """
 
 from pathlib import Path
-from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Struct
 
-from moempi.config.architecture import LARGEST, Positive
 from moempi.config.reading import read_toml
-from moempi.config.topology_file import LEVEL_NAMES, Level
+from moempi.config.topology_file import LEVEL_NAMES, Cost, Level, Rate
 from moempi.errors import ConfigError
 
 
@@ -20,10 +18,10 @@ class MachineFile(Struct, frozen=True, forbid_unknown_fields=True):
     """A machine file."""
 
     name: str
-    tflops: Positive
-    memory_gb_s: Positive
+    tflops: Rate
+    memory_gb_s: Rate
     levels: tuple[Level, ...]
-    turn_us: Annotated[float, Meta(ge=0, le=LARGEST)] = 0.0
+    turn_us: Cost = 0.0
     reads_ahead: bool = True
 
 

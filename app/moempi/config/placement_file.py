@@ -6,6 +6,7 @@
 replicas there.
 """
 
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +31,10 @@ class HostedLayer(Struct, frozen=True, forbid_unknown_fields=True):
                 return f"layer {self.layer}: rank {rank} lists an expert twice"
             if max(experts, default=0) >= num_experts:
                 return f"layer {self.layer}: rank {rank} lists expert {max(experts)} of {num_experts}"
-        missing = set(range(num_experts)).difference(*self.hosted)
-        return f"layer {self.layer}: no rank hosts expert {min(missing)}" if missing else None
+        hosted = set().union(*self.hosted)
+        if len(hosted) < num_experts:
+            return f"layer {self.layer}: no rank hosts expert {next(i for i in count() if i not in hosted)}"
+        return None
 
 
 class PlacementFile(Struct, frozen=True, forbid_unknown_fields=True):

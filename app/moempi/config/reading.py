@@ -1,5 +1,6 @@
 """Reading of TOML, JSON and `section.key=value` into frozen structs, with errors that name file, key and remedy."""
 
+import re
 import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,11 +9,19 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from moempi.config.input_file import read_input
 from moempi.errors import ConfigError, NoInputError, UsageError
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-MAX_JSON_BYTES = 64 << 20
+MAX_TOML_BYTES = 256 << 10
+MAX_JSON_BYTES = 4 << 20
+MAX_KEY_PARTS = 16
+MAX_KEY_LENGTH = 64  # of a key in a message
+MAX_MESSAGE_LENGTH = 200
+
+_KEY_PART = r"""(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')\s*\.\s*"""
+_LONG_KEY = re.compile(rf"(?:^|[\[{{,])\s*(?:{_KEY_PART}){{{MAX_KEY_PARTS}}}", re.MULTILINE)
 
 
 def read_toml(path: str | Path, kind: type[S], *, overrides: Iterable[str] = ()) -> S:
@@ -21,13 +30,14 @@ def read_toml(path: str | Path, kind: type[S], *, overrides: Iterable[str] = ())
     Raises NoInputError if the file cannot be read, UsageError for a malformed override, and ConfigError that names
     file, key and the nearest known key for anything else.
     """
+    content = read_input(path, limit=MAX_TOML_BYTES, too_long=ConfigError)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = content.decode()
+    except UnicodeDecodeError as error:
         raise NoInputError(f"{path}: cannot be read: {error}") from error
     try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tree = _parse_toml(text)
+    except ValueError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for override in overrides:
         _apply(tree, override)
@@ -39,16 +49,10 @@ def read_json(path: str | Path, kind: type[S]) -> S:
 
     Raises NoInputError if the file cannot be read and ConfigError that names file and key for anything else.
     """
+    content = read_input(path, limit=MAX_JSON_BYTES, too_long=ConfigError)
     try:
-        with Path(path).open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(text) > MAX_JSON_BYTES:
-        raise ConfigError(f"{path}: longer than {MAX_JSON_BYTES >> 20} MiB")
-    try:
-        tree = msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
+        tree = msgspec.json.decode(content, type=dict[str, Any])
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a JSON object: {error}") from error
     return read_tree(tree, kind, origin=str(path))
 
@@ -58,16 +62,17 @@ def read_tree(tree: dict[str, Any], kind: type[S], *, origin: str) -> S:
     _refuse_unknown(tree, kind, origin=origin, prefix="")
     try:
         return msgspec.convert(tree, kind)
-    except msgspec.ValidationError as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         message, _, path = str(error).partition(" - at `$")
         key = path.rstrip("`").lstrip(".")
-        raise ConfigError(f"{origin}: {f'{key}: ' if key else ''}{message}") from error
+        raise ConfigError(f"{origin}: {f'{key}: ' if key else ''}{message[:MAX_MESSAGE_LENGTH]}") from error
 
 
 def _refuse_unknown(tree: dict[str, Any], kind: type[msgspec.Struct], *, origin: str, prefix: str) -> None:
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in tree.items():
         if key not in fields:
+            key = key[:MAX_KEY_LENGTH]
             near = get_close_matches(key, fields, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}"
             raise ConfigError(f"{origin}: unknown key {prefix}{key}; {hint}")
@@ -80,16 +85,26 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     *sections, key = path.strip().split(".")
     if not equals or not key or not all(sections):
-        raise UsageError(f"--set {override}: write section.key=value, for example run.micro_batches=4")
+        raise UsageError(f"--set {override[:MAX_KEY_LENGTH]}: write section.key=value, for example run.micro_batches=4")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise UsageError(f"--set {override}: {section} is a value, not a section")
+            raise UsageError(f"--set {override[:MAX_KEY_LENGTH]}: {section[:MAX_KEY_LENGTH]} is a value, not a section")
     tree[key] = _toml_value(text.strip())
 
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML; raises ValueError, also for what would take the parser very long or too deep."""
+    if _LONG_KEY.search(text):
+        raise ValueError(f"a dotted key has more than {MAX_KEY_PARTS} parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -20,9 +20,12 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from moempi.config.architecture import LARGEST, Index, Positive
+from moempi.config.architecture import Index
 from moempi.config.reading import read_json
 from moempi.errors import ConfigError
+
+Cost = Annotated[float, Meta(ge=0, le=1e12)]
+Rate = Annotated[float, Meta(ge=1e-12, le=1e12)]
 
 LEVEL_NAMES = ("self", "island", "node", "switch", "network")
 """Levels of links from near to far: to the rank itself, in its island, in its node, below its switch, beyond it."""
@@ -32,8 +35,8 @@ class Level(Struct, frozen=True, forbid_unknown_fields=True):
     """One level of links."""
 
     name: Literal["self", "island", "node", "switch", "network"]
-    latency_us: Annotated[float, Meta(ge=0, le=LARGEST)]
-    bandwidth_gb_s: Positive
+    latency_us: Cost
+    bandwidth_gb_s: Rate
 
 
 class TopologyFile(Struct, frozen=True, forbid_unknown_fields=True):

@@ -71,7 +71,8 @@ class Grid:
 
     def peers(self, stage: int, data: int, *, other: int) -> tuple[int, ...]:
         """The groups of stage `other` that compute any slot of this group, ascending."""
-        return tuple(dict.fromkeys(self.owner(other, slot) for slot in self.slots(stage, data)))
+        slots = self.slots(stage, data)
+        return tuple(range(self.owner(other, slots[0]), self.owner(other, slots[-1]) + 1))
 
 
 def make_grid(

@@ -1,5 +1,6 @@
 """A checkpoint folder in the hub's format: config.json, tokenizer.json, safetensors files. All content is untrusted."""
 
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from moempi.arrays import aligned_empty
+from moempi.config.input_file import file_mode, open_input, read_input
 from moempi.errors import DataError, NoInputError
 from moempi.storage.hdf5 import AnyArray
 
@@ -91,7 +93,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     tensors, unknown types, file names outside the folder, and an index that disagrees with the files.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not stat.S_ISDIR(file_mode(folder)):
         raise NoInputError(f"{folder}: is not a folder with a checkpoint (config.json, *.safetensors)")
     config = _read_object(folder / "config.json")
     has_generation = (folder / "generation_config.json").exists()
@@ -105,30 +107,28 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_METADATA_BYTES:
-            raise DataError(f"{path}: is larger than {MAX_METADATA_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
+    return read_input(path, limit=MAX_METADATA_BYTES, too_long=DataError)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(_read_bytes(path), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON object: {error}") from error
 
 
 def _read_tokenizer(path: Path) -> str:
     if not path.exists():
         return ""
+    content = _read_bytes(path)
     try:
-        text = _read_bytes(path).decode()
+        text = content.decode()
         Tokenizer.from_str(text)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error}") from error
-    except Exception as error:  # the only class that `tokenizers` raises
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # `tokenizers` raises Exception, and a panic as a BaseException
         raise DataError(f"{path}: not a tokenizer: {error}") from error
     return text
 
@@ -165,16 +165,14 @@ def _read_shards(folder: Path, index: Path) -> dict[str, CheckpointTensor]:
 def _read_header(path: Path) -> list[CheckpointTensor]:
     """The tensors of one file; `safe_open` validates the header, then `_checked_tensor` checks each offset again."""
     try:
-        if not path.is_file():
-            raise NoInputError(f"{path}: is missing or not a regular file")
-        with safe_open(path, framework="numpy"), path.open("rb") as file:
+        with open_input(path) as file, safe_open(path, framework="numpy"):
             length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
             header = msgspec.json.decode(file.read(length), type=dict[str, Any])
         header.pop("__metadata__", None)
         entries = msgspec.convert(header, dict[str, _HeaderEntry])
     except OSError as error:
         raise NoInputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: truncated, or not a safetensors file: {error}") from error
     data_start = HEADER_LENGTH_BYTES + length
     return [_checked_tensor(path, name, entry, data_start) for name, entry in entries.items()]

@@ -10,6 +10,9 @@ from moempi.storage.files import atomic
 from moempi.storage.records import RequestRecord
 from moempi.storage.results import ResultFile
 
+BEGIN = b'{"id":'
+"""Every output begins with this."""
+
 
 def export(results_path: str | Path, out_jsonl: str | Path) -> int:
     """Write one JSON object per request, in input order, atomically; returns the number of requests.

@@ -1,4 +1,4 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and the refusal of outputs that would replace an input or cannot be written."""
 
 import ctypes
 import errno
@@ -6,11 +6,13 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from moempi.config.input_file import open_input
 from moempi.errors import NoInputError, StorageError
 
 _STAT_BLOCK_BYTES = 512  # the unit of st_blocks
@@ -23,12 +25,11 @@ _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; if the block succeeds, sync that file to disk and rename it to `path`.
 
-    If the block raises, removes the temporary file and leaves `path` unchanged. Raises an OSError of the block as
-    StorageError that names `path`. Blocks until the disk has the bytes.
+    If `path` is a symbolic link, its target is replaced and the link stays. If the block raises, removes the temporary
+    file and leaves `path` unchanged. Raises an OSError of the block as StorageError that names `path`. Blocks until the
+    disk has the bytes.
     """
-    target = Path(path)
-    if target.exists() and not target.is_file():
-        raise StorageError(f"{target}: exists and is not a regular file, choose another name")
+    target = _regular_target(path)
     temporary = hidden_name(target)
     try:
         temporary.touch(exist_ok=False)
@@ -38,16 +39,94 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.replace(target)
         _sync(target.parent)
     except OSError as error:
-        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
+def check_output(
+    path: str | Path, *, inputs: Iterable[str | Path], replaceable: Callable[[Path], bool], force: bool = False
+) -> None:
+    """Raise StorageError if `atomic(path)` would fail, or would replace a file that it must not.
+
+    Refused are one of `inputs` or a file in it if it is a folder, by any name (see `refuse_same_file`), and, unless
+    `force`, an existing file that is not empty and not `replaceable(path)`. Makes and removes a file beside `path`.
+    """
+    refuse_same_file(path, inputs)
+    target = _regular_target(path)
+    if not force and target.exists() and target.stat().st_size and not replaceable(target):
+        raise StorageError(f"{path}: exists and is not an earlier output of this command; --force replaces it")
+    trial = hidden_name(target)
+    try:
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def refuse_same_file(output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise StorageError if `output` is one of `inputs`, or is or lies in an entry of one that is a folder.
+
+    Files are compared by device and inode, so that hard and symbolic links make no difference.
+    """
+    target = _resolved(output)
+    for path in inputs:
+        if any(_is_same(target, one) for one in (path, *_entries(path))):
+            raise StorageError(f"{output}: is the same file as the input {path}; choose another output")
+        if any(_is_same(parent, path) for parent in target.parents):
+            raise StorageError(f"{output}: lies in the input {path}; choose another output")
+
+
+def begins_with(prefix: bytes) -> Callable[[Path], bool]:
+    """A test whether the file at a path begins with `prefix`."""
+
+    def begins(path: Path) -> bool:
+        with suppress(OSError), path.open("rb") as file:
+            return file.read(len(prefix)) == prefix
+        return False
+
+    return begins
+
+
+def _regular_target(path: str | Path) -> Path:
+    """The path behind all symbolic links; raises StorageError if there is something other than a regular file."""
+    target = _resolved(path)
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise StorageError(f"{path}: exists and is not a regular file, choose another name")
+    return target
+
+
+def _resolved(path: str | Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise StorageError(f"{str(path)!r}: cannot be the name of a file: {error}") from error
+
+
+def _entries(path: str | Path) -> list[Path]:
+    with suppress(OSError, ValueError):
+        return list(Path(path).iterdir())
+    return []
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
 def digest_file(path: str | Path) -> str:
     """BLAKE2b digest (hex) of a file's content; raises NoInputError if it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
+        with open_input(path) as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError as error:
         raise NoInputError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -60,7 +139,7 @@ def hidden_name(target: Path) -> Path:
 
 def remove_hidden(target: str | Path) -> None:
     """Remove hidden files that a killed process left beside `target`; the caller must be its only writer."""
-    target = Path(target)
+    target = _resolved(target)
     for left in target.parent.glob(f".{escape(target.name)}.{'[0-9a-f]' * 8}.part"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

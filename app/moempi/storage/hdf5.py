@@ -19,6 +19,7 @@ import numpy.typing as npt
 from h5py import h5a, h5d, h5g, h5l, h5o, h5p, h5s, h5t
 
 from moempi.arrays import aligned_empty
+from moempi.config.input_file import open_input
 from moempi.errors import DataError, NoInputError
 from moempi.storage.files import start_writing
 
@@ -65,15 +66,18 @@ def open_file(path: str | Path) -> Any:
 
     Raises NoInputError if the file is missing or unreadable, DataError if it is not HDF5.
     """
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise NoInputError(f"{path}: is not a regular file")
-        path.open("rb").close()
-    except OSError as error:
-        raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
+    open_input(path).close()
     with raising_data_errors(path):
         return h5py.File(path, "r", locking=False)
+
+
+def has_format(path: Path, name: str) -> bool:
+    """Whether `path` is an HDF5 file whose attribute `format` is `name`."""
+    try:
+        with open_file(path) as file:
+            return read_attribute(file, "format") == name
+    except (DataError, NoInputError):
+        return False
 
 
 def walk(file: Any) -> Iterator[tuple[str, bool]]:

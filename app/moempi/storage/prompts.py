@@ -14,6 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 from numpy.typing import NDArray
 
 from moempi.arrays import Int32Array
+from moempi.config.input_file import open_input
 from moempi.config.job import Sampling
 from moempi.errors import DataError, NoInputError
 from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, walk
@@ -79,7 +80,7 @@ def read_prompts(path: str | Path, *, sampling: Sampling, strict: bool) -> list[
     prompts: list[Prompt] = []
     first_use: dict[str, str] = {}
     try:
-        with Path(path).open("rb") as file:
+        with open_input(path) as file:
             is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
             file.seek(0)
             rows = _read_rows(path, sampling) if is_hdf5 else _read_lines(file, path, sampling)

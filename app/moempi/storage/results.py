@@ -10,11 +10,16 @@ from numpy.typing import NDArray
 
 from moempi.errors import DataError
 from moempi.storage.closeable import Closeable
-from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, read_attribute, walk
+from moempi.storage.hdf5 import has_format, open_dataset, open_file, raising_data_errors, read_attribute, walk
 from moempi.storage.records import RequestRecord
 from moempi.storage.results_layout import ARRAYS, FORMAT, NO_TOKEN, OFFSETS, TEXTS, VERSION, blocks
 
 NOT_PHASES = ("rank", "host", "steps", "tokens")
+
+
+def is_results_file(path: Path) -> bool:
+    """Whether the file at `path` says that it is a results file, of any version."""
+    return has_format(path, FORMAT)
 
 
 class ResultFile(Closeable):

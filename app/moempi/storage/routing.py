@@ -1,5 +1,6 @@
 """Reading recorded routing from a results file, one layer at a time."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from moempi.storage.closeable import Closeable
 from moempi.storage.hdf5 import open_file, raising_data_errors, read_attribute, walk
 from moempi.storage.results import typed_dataset
 from moempi.storage.results_layout import FORMAT, HOSTED, NO_EXPERT, ROUTING, VERSION
+
+MAX_SECONDS = 1e15
 
 Columns = dict[str, NDArray[Any]]
 
@@ -56,7 +59,7 @@ class RoutingFile(Closeable):
         for name in ("rank", "row", "step"):
             if len(found[name]) and found[name].min() < 0:
                 raise DataError(f"{self._path}: routing/{name}: negative")
-        if known.any() and not 0 <= found["experts"].min() <= found["experts"].max() < self.num_experts:
+        if found["experts"].size and not 0 <= found["experts"].min() <= found["experts"].max() < self.num_experts:
             raise DataError(f"{self._path}: routing/experts: beyond the {self.num_experts} experts")
         return found
 
@@ -76,13 +79,30 @@ class RoutingFile(Closeable):
                 raise DataError(f"{self._path}: routing/{name}: {dataset.shape} beside {self.num_tokens} tokens")
         self.layers = tuple(self._vector("routing/layer", np.int32).tolist())
         self._offsets = self._vector("routing/offsets", np.int64)
+        if not self.layers or any(b <= a for a, b in pairwise((-1, *self.layers))):
+            raise DataError(f"{self._path}: routing/layer: does not ascend from 0 or above")
         if len(self.layers) != num_layers or not len(self._offsets) or self._offsets[-1] != self.num_tokens:
             raise DataError(f"{self._path}: routing/layer or routing/offsets do not fit its experts")
-        self.num_experts: int = typed_dataset(self._file, "experts/load", np.dtype(np.int64), 2).shape[1]
+        num_rows, self.num_experts = typed_dataset(self._file, "experts/load", np.dtype(np.int64), 2).shape
+        if num_rows <= self.layers[-1]:
+            raise DataError(f"{self._path}: experts/load: has {num_rows} layers, routing/layer names more")
         self.ranks = self._group(names, "placement/", np.int64)
         self.counters = self._group(names, "network/", np.int64)
         self.hosted = {name: self._vector(f"placement/hosted/{name}", np.int32) for name in HOSTED}
         self.compute_s = float(self._vector("timing/compute", np.float64).sum())
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        """Raise DataError unless the columns of a group have one length, and ranks and experts are in range."""
+        for group, columns in (("placement", self.ranks), ("placement/hosted", self.hosted)):
+            if len({len(column) for column in columns.values()}) > 1:
+                raise DataError(f"{self._path}: {group}: its columns have different lengths")
+        num_ranks = len(next(iter(self.ranks.values()), ()))
+        for name, limit in (("row", num_ranks), ("expert", self.num_experts)):
+            if ((self.hosted[name] < 0) | (self.hosted[name] >= limit)).any():
+                raise DataError(f"{self._path}: placement/hosted/{name}: is not from 0 to {limit - 1}")
+        if not 0 <= self.compute_s <= MAX_SECONDS:
+            raise DataError(f"{self._path}: timing/compute: adds up to {self.compute_s:g} s")
 
     def _group(self, names: list[str], prefix: str, dtype: type[np.generic]) -> Columns:
         own = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]

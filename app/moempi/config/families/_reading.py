@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moempi.config.architecture import MAX_LAYERS
+from moempi.config.reading import MAX_MESSAGE_LENGTH
 from moempi.errors import DataError
-
-MAX_LAYERS = 1000
 
 
 class CheckpointConfig:
@@ -32,7 +32,7 @@ class CheckpointConfig:
         value = self._required(spellings)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(f"{spellings[0]} is {value!r}, not a number")
-        return float(value)
+        return self._float(spellings[0], value)
 
     def text(self, key: str) -> str:
         """The text under `key`."""
@@ -70,7 +70,7 @@ class CheckpointConfig:
         values = self._required((key,))
         if not isinstance(values, list) or any(not isinstance(v, int | float) or isinstance(v, bool) for v in values):
             raise self.error(f"{key} is {values!r}, not numbers")
-        return tuple(float(value) for value in values)
+        return tuple(self._float(key, value) for value in values)
 
     def texts(self, key: str) -> tuple[str, ...]:
         """The list of texts under `key`."""
@@ -118,7 +118,13 @@ class CheckpointConfig:
 
     def error(self, message: str) -> DataError:
         """A DataError about this file."""
-        return DataError(f"{self.origin}: {message}")
+        return DataError(f"{self.origin}: {message[:MAX_MESSAGE_LENGTH]}")
+
+    def _float(self, key: str, value: float) -> float:
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise self.error(f"{key}: {error}") from error
 
     def _required(self, spellings: tuple[str, ...]) -> Any:
         found = [self._values[key] for key in spellings if self.has(key)]
