@@ -152,3 +152,12 @@ def test_the_largest_layouts_are_quick(folder, setting):
 
 def test_results_of_other_prompts_are_not_shown(folder, capsys):
     assert ending(["show", "job.toml"], capsys) == 65
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "words", ["overlap --tokens -1", "plan --repeats 0", "placement --replicas nan", "exchange --rows 0"]
+)
+def test_hostile_options_of_benchmarks(words):
+    outcome = execute(*python("-m", "moempi", "bench", *words.split()))
+    assert (outcome.code, len(outcome.lines)) == (64, 1), outcome.err

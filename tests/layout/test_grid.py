@@ -89,3 +89,13 @@ def greatest(costs, lengths):
     """The largest sum of costs of contiguous stages with these lengths."""
     ends = [sum(lengths[: stage + 1]) for stage in range(len(lengths))]
     return max(sum(costs[end - length : end]) for end, length in zip(ends, lengths, strict=True))
+
+
+def test_peers_are_the_owners_of_every_slot():
+    for ranks in ([1, 3], [4, 6, 1], [5, 2, 7]):
+        parallel = ParallelSection(stages=len(ranks), stage_ranks=tuple(ranks), stage_layers=(1,) * len(ranks))
+        grid = make_grid(parallel, layer_costs=[1.0] * len(ranks), nodes=[0] * sum(ranks), slots_per_group=3)
+        for stage, other in product(range(len(ranks)), repeat=2):
+            for data in range(grid.num_groups(stage)):
+                owners = {grid.owner(other, slot) for slot in grid.slots(stage, data)}
+                assert grid.peers(stage, data, other=other) == tuple(sorted(owners))

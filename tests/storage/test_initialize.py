@@ -1,8 +1,10 @@
 import msgspec
 import numpy as np
+import pytest
 import xxhash
 
 from moempi.config.tensors import catalogue
+from moempi.errors import StorageError
 from moempi.storage.initialize import initialize
 from moempi.storage.weights import WeightFile
 from storage.models import SMALL
@@ -50,3 +52,9 @@ def test_all_blocks_differ(tmp_path):
             for start in range(0, tensor.shape[0], tensor.block_rows)
         ]
     assert len({block[:8] for block in blocks}) == len(blocks)
+
+
+def test_weights_that_no_disk_holds_are_refused(tmp_path):
+    with pytest.raises(StorageError, match="are needed"):
+        initialize(msgspec.structs.replace(SMALL, vocab_size=2**31 - 1, width=2**31 - 1), tmp_path / "m.h5", seed=1)
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from moempi.bench import peers
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.comm import transports
 from moempi.comm.transports.base import Transport
+from moempi.commands.flags import count
 from moempi.observe.console import console
 from moempi.runtime.world import World
 
@@ -29,8 +30,8 @@ BLOCKING, GLOO = "MPI Alltoallv", "torch gloo"
 def add_flags(parser: ArgumentParser) -> None:
     """The benchmark's own flags."""
     what = f"rows of {ROW_BYTES:,} bytes from each rank to each (1 5 18 73)"
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 5, 18, 73], metavar="N", help=what)
-    parser.add_argument("--rounds", type=int, default=101, help="measurements of each exchange (101)")
+    parser.add_argument("--rows", type=count, nargs="+", default=[1, 5, 18, 73], metavar="N", help=what)
+    parser.add_argument("--rounds", type=count, default=101, help="measurements of each exchange (101)")
 
 
 def run(world: World, chosen: Namespace) -> None:

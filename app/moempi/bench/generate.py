@@ -18,6 +18,7 @@ from rich.table import Table
 from moempi.bench import peers
 from moempi.bench.jobs import step_seconds, write_prompts
 from moempi.bench.measure import machine, ratio
+from moempi.commands.flags import count
 from moempi.config.job import Job
 from moempi.config.reading import read_tree
 from moempi.errors import UsageError
@@ -32,11 +33,11 @@ NAP_S = 0.002
 
 def add_flags(parser: ArgumentParser) -> None:
     """The batch, and how often."""
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32], metavar="B", help="batch (1 8 32)")
-    parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (32)")
-    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to generate (32)")
-    parser.add_argument("--lanes", type=int, default=1, help="run.micro_batches; one machine has little to hide (1)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (3)")
+    parser.add_argument("--sequences", type=count, nargs="+", default=[1, 8, 32], metavar="B", help="batch (1 8 32)")
+    parser.add_argument("--prompt", type=count, default=32, metavar="N", help="tokens of a prompt (32)")
+    parser.add_argument("--tokens", type=count, default=32, metavar="N", help="tokens to generate (32)")
+    parser.add_argument("--lanes", type=count, default=1, help="run.micro_batches; one machine has little to hide (1)")
+    parser.add_argument("--rounds", type=count, default=3, help="measurements of each (3)")
 
 
 def run(world: World, chosen: Namespace) -> None:

@@ -19,6 +19,7 @@ from moempi.backend.select import make_backend
 from moempi.bench import peers
 from moempi.bench.layers import random_bits
 from moempi.bench.measure import machine
+from moempi.commands.flags import count
 from moempi.config.job import RunSection
 from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
@@ -41,16 +42,18 @@ class Figure:
 
 def add_flags(parser: ArgumentParser) -> None:
     """The benchmark's own flags."""
-    parser.add_argument("--width", type=int, default=7168, metavar="D", help="width of a row (7168)")
-    parser.add_argument("--expert-width", type=int, default=2048, metavar="F", help="hidden width of an expert (2048)")
-    parser.add_argument("--heads", type=int, default=128, help="attention heads (128)")
-    parser.add_argument("--head-dim", type=int, default=128, help="numbers of a head (128)")
-    parser.add_argument("--context", type=int, default=4096, help="positions of a sequence (4096)")
-    parser.add_argument("--few", type=int, nargs="+", default=[1, 16, 64], metavar="M", help="rows of small experts")
-    parser.add_argument("--many", type=int, nargs="+", default=[1024, 4096, 16384], metavar="M", help="of large ones")
-    parser.add_argument("--sequences", type=int, default=32, help="sequences that decode at once (32)")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each contestant (9)")
-    parser.add_argument("--repeats", type=int, default=20, help="submissions of a measurement (20)")
+    parser.add_argument("--width", type=count, default=7168, metavar="D", help="width of a row (7168)")
+    parser.add_argument(
+        "--expert-width", type=count, default=2048, metavar="F", help="hidden width of an expert (2048)"
+    )
+    parser.add_argument("--heads", type=count, default=128, help="attention heads (128)")
+    parser.add_argument("--head-dim", type=count, default=128, help="numbers of a head (128)")
+    parser.add_argument("--context", type=count, default=4096, help="positions of a sequence (4096)")
+    parser.add_argument("--few", type=count, nargs="+", default=[1, 16, 64], metavar="M", help="rows of small experts")
+    parser.add_argument("--many", type=count, nargs="+", default=[1024, 4096, 16384], metavar="M", help="of large ones")
+    parser.add_argument("--sequences", type=count, default=32, help="sequences that decode at once (32)")
+    parser.add_argument("--rounds", type=count, default=9, help="measurements of each contestant (9)")
+    parser.add_argument("--repeats", type=count, default=20, help="submissions of a measurement (20)")
 
 
 def run(world: World, chosen: Namespace) -> None:

@@ -16,6 +16,7 @@ from moempi.comm.lane_comm import make_lane_comm, slot_rows
 from moempi.comm.row_shape import RowShape
 from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transport_factory import TransportFactory
+from moempi.commands.flags import MAX_COUNT, count, whole_number
 from moempi.config.job import ParallelSection
 from moempi.errors import UsageError
 from moempi.layout.grid import Grid, make_grid
@@ -33,8 +34,10 @@ def add_flags(parser: ArgumentParser) -> None:
     """The benchmark's own flags."""
     add_size_flags(parser)
     what = "rows of a rank in a step (1 8 64)"
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64], metavar="T", help=what)
-    parser.add_argument("--rounds", type=int, default=51, help="measurements of each (51)")
+    parser.add_argument(
+        "--tokens", type=whole_number(0, MAX_COUNT), nargs="+", default=[1, 8, 64], metavar="T", help=what
+    )
+    parser.add_argument("--rounds", type=count, default=51, help="measurements of each (51)")
 
 
 def run(world: World, chosen: Namespace) -> None:

@@ -17,6 +17,7 @@ from moempi.comm.combine import HomeCombine
 from moempi.comm.hop import Hop
 from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transports.alltoallv import Alltoallv
+from moempi.commands.flags import count
 from moempi.layout.placement import linear
 from moempi.observe.console import console
 from moempi.runtime.world import World
@@ -28,8 +29,8 @@ OURS, ALONE = "moempi", "moempi on one rank"
 def add_flags(parser: ArgumentParser) -> None:
     """The benchmark's own flags."""
     add_size_flags(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 16], metavar="T", help="rows in all (512 16)")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each contestant (9)")
+    parser.add_argument("--tokens", type=count, nargs="+", default=[512, 16], metavar="T", help="rows in all (512 16)")
+    parser.add_argument("--rounds", type=count, default=9, help="measurements of each contestant (9)")
 
 
 def run(world: World, chosen: Namespace) -> None:

@@ -11,6 +11,7 @@ from moempi.arrays import Bits, Float32Array, narrow, round_to_bfloat16
 from moempi.backend.protocol import Backend, Expert
 from moempi.comm.exchange import OneHop
 from moempi.comm.hop import Hop
+from moempi.commands.flags import count
 from moempi.config.architecture import Router
 from moempi.layout.placement import Placement
 from moempi.layout.schedule import Point
@@ -37,10 +38,10 @@ class Sizes:
 
 def add_size_flags(parser: ArgumentParser) -> None:
     """Flags for the sizes, with the defaults that all published figures use."""
-    parser.add_argument("--width", type=int, default=1024, metavar="D", help="width of a row (1024)")
-    parser.add_argument("--expert-width", type=int, default=512, metavar="F", help="hidden width of an expert (512)")
-    parser.add_argument("--experts", type=int, default=16, metavar="E", help="number of experts (16)")
-    parser.add_argument("--top-k", type=int, default=4, metavar="K", help="experts of a token (4)")
+    parser.add_argument("--width", type=count, default=1024, metavar="D", help="width of a row (1024)")
+    parser.add_argument("--expert-width", type=count, default=512, metavar="F", help="hidden width of an expert (512)")
+    parser.add_argument("--experts", type=count, default=16, metavar="E", help="number of experts (16)")
+    parser.add_argument("--top-k", type=count, default=4, metavar="K", help="experts of a token (4)")
 
 
 def random_bits(shape: tuple[int, int], *, key: int) -> Bits:

@@ -22,6 +22,7 @@ from moempi.comm.hop import Hop
 from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.comm.transports.emulated import EmulatedLinks, Link
+from moempi.commands.flags import count
 from moempi.engine.interleave import interleave
 from moempi.errors import UsageError
 from moempi.layout.placement import linear
@@ -42,9 +43,9 @@ POINTS = tuple(Point(0, phase) for phase in ("counts", "dispatch", "combine"))
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of the layers that communication is hidden under."""
     add_size_flags(parser)
-    parser.add_argument("--tokens", type=int, default=256, metavar="T", help="rows of a lane on a rank (256)")
-    parser.add_argument("--layers", type=int, default=4, help="layers that a lane goes through (4)")
-    parser.add_argument("--passes", type=int, default=5, help="measurements of all layers, overlap on and off (5)")
+    parser.add_argument("--tokens", type=count, default=256, metavar="T", help="rows of a lane on a rank (256)")
+    parser.add_argument("--layers", type=count, default=4, help="layers that a lane goes through (4)")
+    parser.add_argument("--passes", type=count, default=5, help="measurements of all layers, overlap on and off (5)")
 
 
 @dataclass(frozen=True, slots=True)

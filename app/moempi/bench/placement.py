@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moempi.commands.flags import amount, count
 from moempi.commands.place import ASSUMED, PlacementRequest, place_experts, row_of
 from moempi.layout.topology import LEVELS, NETWORK, Topology
 from moempi.observe.placement_table import print_policies
@@ -21,12 +22,12 @@ LOYALTY = 0.9
 
 def add_flags(parser: ArgumentParser) -> None:
     """Sizes of the made-up routing, and the results file of a run."""
-    parser.add_argument("--tokens", type=int, default=20_000, metavar="T", help="tokens of made-up routing (20000)")
-    parser.add_argument("--experts", type=int, default=64, metavar="E", help="experts (64)")
-    parser.add_argument("--top-k", type=int, default=8, metavar="K", help="experts of a token (8)")
-    parser.add_argument("--ranks", type=int, default=16, metavar="R", help="ranks (16)")
-    parser.add_argument("--ranks-per-node", type=int, default=4, metavar="N", help="ranks on a node (4)")
-    parser.add_argument("--replicas", type=float, default=0.25, help="copies for skewed routing, of experts (0.25)")
+    parser.add_argument("--tokens", type=count, default=20_000, metavar="T", help="tokens of made-up routing (20000)")
+    parser.add_argument("--experts", type=count, default=64, metavar="E", help="experts (64)")
+    parser.add_argument("--top-k", type=count, default=8, metavar="K", help="experts of a token (8)")
+    parser.add_argument("--ranks", type=count, default=16, metavar="R", help="ranks (16)")
+    parser.add_argument("--ranks-per-node", type=count, default=4, metavar="N", help="ranks on a node (4)")
+    parser.add_argument("--replicas", type=amount, default=0.25, help="copies for skewed routing, of experts (0.25)")
     parser.add_argument("--results", type=Path, metavar="RESULTS.h5", help="of a run with trace.routing = true")
 
 

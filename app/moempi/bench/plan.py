@@ -19,7 +19,7 @@ from rich.table import Table
 
 from moempi.bench.jobs import step_seconds, write_prompts
 from moempi.bench.measure import machine as machine_line
-from moempi.commands.flags import add_force_flag
+from moempi.commands.flags import add_force_flag, count
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
@@ -75,7 +75,9 @@ def add_flags(parser: ArgumentParser) -> None:
     """Where to write what was learned."""
     parser.add_argument("--out", "-o", type=Path, metavar="MACHINE.toml", help="write the machine, for moempi plan")
     add_force_flag(parser)
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each kind; the median counts (3)")
+    parser.add_argument(
+        "--repeats", type=count, default=3, metavar="N", help="runs of each kind; the median counts (3)"
+    )
 
 
 def run(world: World, chosen: Namespace) -> None:

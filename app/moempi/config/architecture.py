@@ -142,7 +142,7 @@ class Experts(Struct, frozen=True, forbid_unknown_fields=True):
     output by the sigmoid of one additional logit.
     """
 
-    num: Count
+    num: Annotated[int, Meta(ge=1, le=1 << 16)]
     width: Count
     router: Router
     biases: bool = False

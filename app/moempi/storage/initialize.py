@@ -1,5 +1,6 @@
 """Random weights for any architecture; a seed gives the same file on every machine."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import xxhash
 from moempi.arrays import narrow
 from moempi.config.architecture import Architecture
 from moempi.config.tensors import Tensor, catalogue
+from moempi.errors import StorageError
 from moempi.storage.hdf5 import AnyArray
 from moempi.storage.weights import OnProgress, write_weights
 
@@ -23,10 +25,21 @@ def initialize(architecture: Architecture, path: str | Path, *, seed: int, progr
 
     Matrices have mean 0 and standard deviation 1/sqrt(inputs); norms have mean 1, biases mean 0, both deviation 0.1.
     Every block of rows is a function of (seed, tensor name, block) alone. Memory holds one block. Raises StorageError
-    if writing fails.
+    if the weights do not fit the disk, or writing fails.
     """
+    _require_free(Path(path), sum(tensor.num_bytes for tensor in catalogue(architecture)))
     tensors = ((tensor, _blocks(tensor, seed)) for tensor in catalogue(architecture))
     return write_weights(path, architecture, tokenizer="", tensors=tensors, progress=progress)
+
+
+def _require_free(path: Path, num_bytes: int) -> None:
+    """Refuse sizes that no disk holds before a file of that size is laid out."""
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+    if num_bytes > free:
+        raise StorageError(f"{path}: cannot be written: {num_bytes:,} bytes are needed, {free:,} are free")
 
 
 def _blocks(tensor: Tensor, seed: int) -> Iterator[AnyArray]:
