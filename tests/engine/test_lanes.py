@@ -63,18 +63,18 @@ def test_any_number_of_lanes_shares_the_requests_and_generates_the_same_tokens(t
     assert set(total.values()) == {top_k * computed}
 
 
-def test_overlap_changes_when_the_host_waits_and_no_token(tmp_path):
-    runs = []
-    for overlap in (True, False):
-        run = Run(tmp_path, requests_of(*LENGTHS), run={"overlap": overlap})
-        request = SimpleNamespace(Test=lambda: bool(waits), Wait=lambda: waits.append(1))
-        waits = []
-        run.lanes.each[1].comm.transfers.start(complete(request, None), waiting="idle").Test()
-        assert bool(waits) != overlap
-        waits.append(1)
-        run.lanes.run()
-        runs.append(run)
-    assert tokens_of(runs[0].requests) == tokens_of(runs[1].requests)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_overlap_changes_when_the_host_waits_and_no_token(tmp_path, overlap):
+    run = Run(tmp_path, requests_of(*LENGTHS), run={"overlap": overlap})
+    waits = []
+    request = SimpleNamespace(Test=lambda: bool(waits), Wait=lambda: waits.append(1))
+    transfer = run.lanes.each[1].comm.transfers.start(complete(request, None), waiting="idle")
+    assert bool(waits) != overlap
+    transfer.finish()
+    run.lanes.run()
+    expected = Run(tmp_path, requests_of(*LENGTHS))
+    expected.lanes.run()
+    assert tokens_of(run.requests) == tokens_of(expected.requests)
 
 
 def test_chosen_lanes_run_alone(tmp_path):
