@@ -159,11 +159,10 @@ def test_the_last_outputs_of_an_immediate_stage_go_to_the_next_stage(comm, num_r
 @pytest.mark.ranks(2)
 def test_lanes_do_not_meet_each_other_s_messages(comm, num_ranks):
     first, second = make(comm), make(comm)
-    sums = [lane_comm.stage.iallreduce_sum([value]) for lane_comm, value in ((first, 1), (second, 10))]
-    assert [transfer.finish().tolist() for transfer in sums[::-1]] == [[20], [2]]
     rows = np.full((3, SMALL.width), 1 + comm.rank, np.float32)
-    for lane_comm in (second, first) if comm.rank else (first, second):
-        # Started in another order on each rank: only communicators of their own keep the lanes apart.
-        lane_comm.stage.iallreduce_sum([1])
+    # Started in another order on each rank: communicators of their own keep the lanes apart.
+    values = [(first, 1), (second, 10)]
+    sums = [lane_comm.stage.iallreduce_sum([value]) for lane_comm, value in (values[::-1] if comm.rank else values)]
+    assert [transfer.finish().tolist() for transfer in sums] == ([[20], [2]] if comm.rank else [[2], [20]])
     for lane_comm in (first, second):
         np.testing.assert_array_equal(dispatch_and_combine(lane_comm, 0, rows)[1], rows)

@@ -39,6 +39,7 @@ class FakeRequest:
 
     def Test(self):  # noqa: N802
         self.tests += 1
+        assert self.tests < 1000, "polled for ever"
         if self._tests_left is not None and self.tests >= self._tests_left:
             self.done = True
         if self._clock is not None and self._tests_left is not None:

@@ -1,10 +1,13 @@
 """The lanes of one rank: made from a job, interleaved until all requests are finished, whatever their number."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from engine.runs import SMALL, Run, requests_of, tokens_of
 from moempi.comm.select_transport import ChosenTransport
+from moempi.comm.transfers import complete
 from moempi.layout.schedule import step_points
 from moempi.model.router_balance import MODEL_ROUTING, BiasPolicy, CapacityPolicy
 from moempi.storage.journal import JournalReader
@@ -60,11 +63,18 @@ def test_any_number_of_lanes_shares_the_requests_and_generates_the_same_tokens(t
     assert set(total.values()) == {top_k * computed}
 
 
-def test_without_overlap_the_tokens_are_the_same(tmp_path):
-    runs = [Run(tmp_path, requests_of(*LENGTHS), run={"overlap": overlap}) for overlap in (True, False)]
-    for run in runs:
-        run.lanes.run()
-    assert tokens_of(runs[0].requests) == tokens_of(runs[1].requests)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_overlap_changes_when_the_host_waits_and_no_token(tmp_path, overlap):
+    run = Run(tmp_path, requests_of(*LENGTHS), run={"overlap": overlap})
+    waits = []
+    request = SimpleNamespace(Test=lambda: bool(waits), Wait=lambda: waits.append(1))
+    transfer = run.lanes.each[1].comm.transfers.start(complete(request, None), waiting="idle")
+    assert bool(waits) != overlap
+    transfer.finish()
+    run.lanes.run()
+    expected = Run(tmp_path, requests_of(*LENGTHS))
+    expected.lanes.run()
+    assert tokens_of(run.requests) == tokens_of(expected.requests)
 
 
 def test_chosen_lanes_run_alone(tmp_path):
