@@ -229,6 +229,17 @@ def test_an_error_of_a_step_reaches_the_start_finish_or_progress_that_runs_the_s
         pending.progress()
 
 
+def test_an_error_met_by_progress_is_raised_again_by_finish():
+    transfers, pending = make_transfers()
+    request = FakeRequest()
+    transfer = transfers.start(failing([request]), waiting="exchange")
+    request.done = True
+    with pytest.raises(OSError, match="the link is gone"):
+        pending.progress()
+    with pytest.raises(OSError, match="the link is gone"):
+        transfer.finish()
+
+
 def test_the_queue_is_the_caller_s_again_after_an_error():
     backend = FakeBackend()
     transfers, pending = make_transfers(backend)
@@ -285,7 +296,7 @@ def test_what_another_stage_sends_never_blocks_the_start():
     for overlap in (False, True):
         transfers, pending = make_transfers(overlap=overlap)
         request, log = FakeRequest(), []
-        transfer = transfers.start_receive(chain([request], log), waiting="pipeline")
+        transfer = transfers.start_between_stages(chain([request], log), waiting="pipeline")
         assert (transfer.finished, request.waited) == (False, False)
         request.done = True
         pending.progress()

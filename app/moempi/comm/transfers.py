@@ -143,6 +143,7 @@ class Transfer(Generic[T]):
 
     def __init__(self, steps: Steps[T], transfers: Transfers, backend: Backend, *, waiting: str) -> None:
         self.finished = False
+        self._failure: BaseException | None = None
         self._steps = steps
         self._transfers = transfers
         self._backend = backend
@@ -162,9 +163,11 @@ class Transfer(Generic[T]):
         self.finish()
 
     def finish(self) -> T:
-        """Block until the transfer is finished, and return its value."""
+        """Block until the transfer is finished, and return its value; raises the error of a step that failed."""
         while not self.Test():
             self._transfers.wait(self._request, waiting=self._waiting)
+        if self._failure is not None:
+            raise self._failure
         return self._value
 
     def _advance(self) -> None:
@@ -176,5 +179,9 @@ class Transfer(Generic[T]):
         except StopIteration as end:
             self.finished = True
             self._value: T = end.value
+        except BaseException as error:
+            self.finished = True
+            self._failure = error
+            raise
         finally:
             self._is_advancing = False

@@ -257,6 +257,9 @@ class _Output(io.FileIO):
             self._unflushed = 0
         return num_bytes
 
+    def flush(self) -> None:
+        """Nothing is buffered; HDF5 flushes also after a failure."""
+
     def truncate(self, size: int | None = None) -> int:
         """Set the file's size, unless writing has failed."""
         try:
