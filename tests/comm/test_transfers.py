@@ -296,7 +296,7 @@ def test_what_another_stage_sends_never_blocks_the_start():
     for overlap in (False, True):
         transfers, pending = make_transfers(overlap=overlap)
         request, log = FakeRequest(), []
-        transfer = transfers.start_between_stages(chain([request], log), waiting="pipeline")
+        transfer = transfers.start_between_stages(chain([request], log))
         assert (transfer.finished, request.waited) == (False, False)
         request.done = True
         pending.progress()
