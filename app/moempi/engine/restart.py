@@ -67,6 +67,9 @@ class Earlier:
         )
 
 
+NOTHING_EARLIER = Earlier.from_finished(np.zeros(0, _FINISHED_REQUEST))
+
+
 def run_fingerprint(job: Job, *, weights: str) -> str:
     """Digest of everything that the results depend on: weights, prompts, task, precision, sampling, score and trace.
 
