@@ -89,7 +89,7 @@ def _memory_errors(job: Job, layout: Layout) -> list[str]:
 
 def _memory_error(job: Job, memory: Memory, available: int) -> str:
     try:
-        pages = affordable_pages(job, memory, available=available)
+        pages = affordable_pages(job.run, memory, available=available)
     except ConfigError as error:
         return str(error)
     needed = memory.weights + memory.rows + pages * memory.page * memory.groups

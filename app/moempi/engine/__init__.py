@@ -1,1 +1,1 @@
-"""The run: requests become batches, lanes interleave, finished requests become records."""
+"""The run: requests become batches, interleaved lanes compute them, finished requests become records."""

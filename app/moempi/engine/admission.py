@@ -1,4 +1,4 @@
-"""The request queue of a rank: its share of the prompts, as sequences that can be computed or as finished errors."""
+"""Admission: the prompts of a rank become requests; a prompt that the model cannot compute becomes an error record."""
 
 from collections.abc import Iterable
 
@@ -13,16 +13,16 @@ from moempi.storage.prompts import Prompt
 def make_requests(
     prompts: Iterable[Prompt], tokenizer: TextTokenizer, architecture: Architecture, *, task: str
 ) -> list[Request]:
-    """Turn prompts into sequences; those that the model cannot take are finished, as errors."""
+    """A request for each prompt; the ones that the model cannot compute have failed."""
     return [_make_request(prompt, tokenizer, architecture, task) for prompt in prompts]
 
 
 def refuse_too_long(requests: Iterable[Request], *, pages: int) -> list[Request]:
-    """Fail the sequences that would not fit in the whole cache, and return them: a larger one could take them."""
-    refused = [sequence for sequence in requests if sequence.finish is None and pages_for(sequence.capacity) > pages]
-    for sequence in refused:
-        sequence.fail(
-            f"needs {pages_for(sequence.capacity)} cache pages, the rank has {pages}; "
+    """Fail the unfinished requests that need more than all `pages` of the cache, and return them."""
+    refused = [request for request in requests if request.finish is None and pages_for(request.capacity) > pages]
+    for request in refused:
+        request.fail(
+            f"needs {pages_for(request.capacity)} cache pages, the rank has {pages}; "
             "raise run.kv_memory or lower max_tokens"
         )
     return refused
@@ -34,14 +34,14 @@ def _make_request(prompt: Prompt, tokenizer: TextTokenizer, architecture: Archit
     if not error:
         try:
             tokens = tokenizer.encode(prompt.text or "") if prompt.tokens is None else prompt.tokens.tolist()
-        except DataError as refusal:
-            error = str(refusal)
+        except DataError as no_tokenizer:
+            error = str(no_tokenizer)
     remaining = architecture.max_positions - len(tokens)
-    sequence = Request(prompt, tokens, min(prompt.sampling.max_tokens, remaining) if task == "generate" else 0)
+    request = Request(prompt, tokens, min(prompt.sampling.max_tokens, remaining) if task == "generate" else 0)
     error = error or _problem(tokens, remaining, architecture, task)
     if error:
-        sequence.fail(error)
-    return sequence
+        request.fail(error)
+    return request
 
 
 def _problem(tokens: list[int], remaining: int, architecture: Architecture, task: str) -> str:

@@ -1,4 +1,4 @@
-"""Interleaving: lanes are resumed one after another, so that one computes while rows of others are on the network."""
+"""Interleaving: lanes are resumed in turn, so that one computes while the rows of others are on the network."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,11 +14,11 @@ def interleave(
     on_queue: Callable[[int], AbstractContextManager[object]] = nullcontext,
     on_point: Callable[[int, Point], None] = lambda lane, point: None,
 ) -> None:
-    """Resume the lanes in the order of the schedule until each has returned.
+    """Resume the lanes in the order of `schedule` until each has returned.
 
-    `step` are the points of one step; `side_by_side` lanes take a step at the same time. Each lane is resumed inside
-    `on_queue(lane)`, and `on_point` is called with every lane and point. Raises RuntimeError when a lane is at another
-    point than the schedule says: its ranks would no longer start their collectives in the same order.
+    `step` lists the points of one step; `side_by_side` lanes take a step at the same time. Each lane is resumed inside
+    `on_queue(lane)`; `on_point(lane, point)` is called at every point that a lane reaches. Raises RuntimeError if a
+    lane is at another point than the schedule: its ranks would start their collectives in different orders.
     """
     running = dict(enumerate(lanes))
     for lane, point in schedule(len(lanes), step, side_by_side=side_by_side):

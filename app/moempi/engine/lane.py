@@ -1,4 +1,4 @@
-"""A lane: one micro-batch after another, each a step that all ranks of a stage take together."""
+"""A lane: it takes one step after another, each with a micro-batch that all ranks of a stage compute together."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 from moempi.model.transformer import Transformer
 from moempi.runtime.stop import Stop
 
+NOTHING_SAMPLED = SampledTokens(NONE, np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
+
 
 @dataclass(frozen=True, slots=True)
 class LaneContext:
-    """What all lanes of a rank share."""
+    """The objects that all lanes of a rank share."""
 
     model: Transformer
     scheduler: Scheduler
@@ -41,11 +43,14 @@ class Lane:
     trace: RoutingTrace | None = None
 
     def steps(self) -> Generator[Point, None, None]:
-        """Take steps until no rank has work for this lane, or one was requested to stop; collective over all ranks."""
+        """Take steps until no rank has work for this lane or a rank is requested to stop; collective over all ranks.
+
+        Yields each point of a step, where this lane waits for other ranks.
+        """
         return self._first_stage_steps() if self.comm.link.is_first else self._later_stage_steps()
 
     def _first_stage_steps(self) -> Generator[Point, None, None]:
-        """Decide each step and take the tokens sampled in it. A rank without work takes every step with no rows."""
+        """Schedule each step and accept its sampled tokens. A rank without work takes every step with no rows."""
         scheduler, recorder, task = self.context.scheduler, self.context.recorder, self.context.task
         while (yield from self._agree_to_continue()):
             work = scheduler.next_work(self.index)
@@ -57,7 +62,7 @@ class Lane:
         self.comm.link.stop()
 
     def _later_stage_steps(self) -> Generator[Point, None, None]:
-        """Take each step as the stage before sends it."""
+        """Take each step with the batch and rows that the stage before sends."""
         link = self.comm.link
         receives = link.post_receives()
         while True:
@@ -74,14 +79,14 @@ class Lane:
             yield SENT
 
     def _agree_to_continue(self) -> Generator[Point, None, bool]:
-        """Whether the ranks of the first stage take another step; collective.
+        """Whether the ranks of the first stage take another step; collective over them.
 
-        Raises RuntimeError when the ranks' plans contradict each other.
+        Raises RuntimeError if the ranks planned to receive another number of rows than was sent.
         """
         link, recorder = self.comm.link, self.context.recorder
         unfinished = self.context.scheduler.unfinished(self.index)
-        stops = self.context.stop.requested or link.stop_requested()
-        amounts = (unfinished, stops, self.comm.transfers.count_mismatch, *recorder.counts)
+        stop = self.context.stop.requested or link.stop_requested()
+        amounts = (unfinished, stop, self.comm.transfers.count_mismatch, *recorder.counts)
         sums = self.comm.stage.iallreduce_sum(amounts)
         yield AGREE
         unfinished, num_stops, count_mismatch, *counts = sums.finish().tolist()
@@ -91,7 +96,7 @@ class Lane:
         return bool(unfinished) and not num_stops
 
     def _compute(self, batch: Batch, split: RowSplit, rows: Array) -> Generator[Point, None, SampledTokens]:
-        """Put a step's rows through the stage's layers and on; the first stage returns with the sampled tokens."""
+        """Compute the stage's layers and send the result on; on the first stage, return the sampled tokens."""
         part = self.comm.tensor.part
         if self.trace is not None:
             self.trace.begin_step(batch, split.indices[part])
@@ -102,14 +107,14 @@ class Lane:
         return (yield from self._send(batch, split, x))
 
     def _send(self, batch: Batch, split: RowSplit, x: Array) -> Generator[Point, None, SampledTokens]:
-        """Send the rows, or the tokens sampled from them, to the stage that needs them."""
+        """Send the rows to the next stage or, on the last, the sampled tokens to the first."""
         link = self.comm.link
         if link.is_last:
             sampled = self._sample(batch, split, x)
             if not link.is_first:
                 link.send_sampled(batch, sampled)
             return sampled
-        if self.comm.immediate is None:  # else the last layer has sent them
+        if self.comm.immediate is None:  # otherwise the last layer has sent them
             link.send(batch, (yield from self.comm.tensor.all_gather(x, split, layer=-1)))
         if not link.is_first:
             return NOTHING_SAMPLED
@@ -117,7 +122,7 @@ class Lane:
         return link.receive_sampled()
 
     def _sample(self, batch: Batch, split: RowSplit, x: Array) -> SampledTokens:
-        """Sample for the batch's logit rows; each rank of a tensor group for those in its part."""
+        """Sample a token for each logit row of the batch; each rank of a tensor group samples for its part."""
         tensor, model = self.comm.tensor, self.context.model
         if model.head is None:
             raise RuntimeError("the last stage has no head")
@@ -142,6 +147,3 @@ class Lane:
             freed=np.array(self.context.scheduler.take_freed(), np.int64),
             logit_requests=logit_requests,
         )
-
-
-NOTHING_SAMPLED = SampledTokens(NONE, np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))

@@ -1,10 +1,9 @@
-"""The lanes of a rank: each has communicators of its own, and they take their steps interleaved."""
+"""The lanes of a rank: how they are made, and how they run interleaved."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.comm.exchange import OnRoute
 from moempi.comm.lane_comm import LaneComm, make_lane_comm, slot_rows
 from moempi.comm.row_shape import RowShape
 from moempi.comm.select_transport import ChosenTransport, choose_transport
@@ -24,9 +23,9 @@ from moempi.runtime.world import World
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """The lanes `each` of a rank, which all go through the same `points` in a step.
+    """The lanes of a rank, by index in `each`; a step of any of them has the same `points`.
 
-    `transport` moves their rows, `balance` adjusts their routing, if anything does.
+    `transport` moves their rows; `balance` holds their routing policies, None if the job has none.
     """
 
     each: Sequence[Lane]
@@ -36,9 +35,9 @@ class Lanes:
     world: World
 
     def run(self, lanes: Sequence[Lane] | None = None) -> float:
-        """Interleave `lanes`, or all, until none has steps left; the seconds that it took. Collective, blocks.
+        """Interleave `lanes` (None: all) until they have no steps left, and return the seconds; collective, blocks.
 
-        Lanes of a pipeline go in pairs: see `schedule`.
+        In a pipeline two lanes at a time are interleaved, on a single stage all: see `schedule`.
         """
         lanes = self.each if lanes is None else lanes
         link = lanes[0].comm.link
@@ -68,9 +67,9 @@ def make_lanes(
     pending: PendingTransfers,
     first_step: int,
 ) -> Lanes:
-    """The lanes of this rank; collective. The steps whose routing is recorded count from `first_step`.
+    """The lanes of this rank; collective, blocks. The steps whose routing is recorded are numbered from `first_step`.
 
-    Raises NoInputError and ConfigError of the job's topology files.
+    An error in the links that the job emulates ends all ranks.
     """
     transport = choose_transport(
         job.exchange.transport,
@@ -81,7 +80,10 @@ def make_lanes(
         width=context.model.architecture.width,
     )
     transports = _transport_factory(job, world, rank_layout, context.model, name=transport.name)
-    traces = [_make_trace(job, rank_layout, context, lane, first_step=first_step) for lane in range(job.lanes)]
+    traces = [
+        _make_trace(rank_layout, context, lane, first_step=first_step, stride=job.lanes) if job.trace.routing else None
+        for lane in range(job.lanes)
+    ]
     comms = [
         make_lane_comm(
             rank_layout.ranks,
@@ -90,7 +92,7 @@ def make_lanes(
             transports=transports,
             transfers=Transfers(context.model.backend, pending, overlap=job.run.overlap),
             hops=job.exchange.hops,
-            on_route=_on_route(trace),
+            on_route=None if trace is None else trace.add_route,
         )
         for trace in traces
     ]
@@ -121,11 +123,8 @@ def _transport_factory(
 
 
 def _make_trace(
-    job: Job, rank_layout: RankLayout, context: LaneContext, lane: int, *, first_step: int
-) -> RoutingTrace | None:
-    """What records the routing of one lane; None in a job that does not ask for it."""
-    if not job.trace.routing:
-        return None
+    rank_layout: RankLayout, context: LaneContext, lane: int, *, first_step: int, stride: int
+) -> RoutingTrace:
     return RoutingTrace(
         context.recorder.append,
         context.model.backend,
@@ -133,16 +132,12 @@ def _make_trace(
         rank=rank_layout.ranks.rank,
         since=first_step,
         first_step=first_step + lane,
-        stride=job.lanes,
+        stride=stride,
     )
 
 
-def _on_route(trace: RoutingTrace | None) -> OnRoute | None:
-    return None if trace is None else trace.add_route
-
-
 def _points(rank_layout: RankLayout, model: Transformer, comm: LaneComm, *, hops: int) -> Sequence[Point]:
-    """Where a step of a lane yields."""
+    """The points of a step of one lane."""
     return step_points(
         rank_layout.stage.layers,
         model.architecture.moe_layers,

@@ -1,4 +1,4 @@
-"""Loading: a rank's share of a weight file becomes a model on its machine."""
+"""Loading: a rank reads its share of a weight file and builds its part of the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from moempi.model.transformer import Layer, Transformer
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Bytes that a rank read of its weights, and the seconds until they were verified and on its machine."""
+    """Bytes of weights that a rank read, and seconds to read, verify and copy them to the backend's memory."""
 
     num_bytes: int
     seconds: float
@@ -27,9 +27,9 @@ class Loading:
 def load_model(
     shard: Shard, backend: Backend, *, layers: range, hosted: Mapping[int, tuple[int, ...]], pages: int
 ) -> Transformer:
-    """Read this rank's share of `layers` with the experts `hosted[layer]`; `pages` is the size of the cache.
+    """Read this rank's share of `layers` with the experts hosted[layer], and allocate a cache of `pages` pages.
 
-    Raises DataError when a checksum does not hold. Not collective.
+    Raises DataError if a checksum is wrong. Not collective; blocks until the weights are in the backend's memory.
     """
     architecture = shard.architecture
     is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
@@ -98,8 +98,8 @@ def _attention(shard: Shard, backend: Backend, path: str, *, window: int) -> Att
 
 def _latent_attention(shard: Shard, backend: Backend, path: str, *, latent: Latent) -> LatentAttention:
     shape = shard.architecture.attention
-    plain = shape.head_dim - latent.rope_dim
-    expand = shard.read(f"{path}/kv_expand").reshape(-1, plain + latent.value_dim, latent.key_value_rank)
+    unrotated_dim = shape.head_dim - latent.rope_dim
+    expand = shard.read(f"{path}/kv_expand").reshape(-1, unrotated_dim + latent.value_dim, latent.key_value_rank)
     return LatentAttention(
         shape=shape,
         latent=latent,
@@ -110,8 +110,8 @@ def _latent_attention(shard: Shard, backend: Backend, path: str, *, latent: Late
         key_value_latent=backend.matrix(shard.read(f"{path}/kv_latent")),
         key_value_norm=backend.tensor(shard.read(f"{path}/kv_latent_norm")),
         key_value_bias=_optional(shard, backend, f"{path}/kv_latent_bias"),
-        absorb_keys=backend.tensor(expand[:, :plain]),
-        expand_values=backend.tensor(expand[:, plain:].transpose(0, 2, 1)),
+        absorb_keys=backend.tensor(expand[:, :unrotated_dim]),
+        expand_values=backend.tensor(expand[:, unrotated_dim:].transpose(0, 2, 1)),
         output=backend.matrix(shard.read(f"{path}/o"), transposed=True),
         output_bias=_optional(shard, backend, f"{path}/o_bias") if shard.is_first else None,
     )
@@ -144,16 +144,16 @@ def _expert(shard: Shard, backend: Backend, path: str, expert: int) -> Expert:
     def read(name: str) -> Array:
         return shard.read_expert(f"{path}/{name}", expert)
 
-    rule = shard.architecture.experts
+    experts = shard.architecture.experts
     return Expert(
         gate_up=backend.matrix(read("gate"), read("up")),
         down=backend.matrix(read("down")),
-        gate_up_bias=backend.tensor(read("gate_bias"), read("up_bias")) if rule.biases else None,
-        down_bias=backend.tensor(read("down_bias")) if rule.biases else None,
-        clamp=rule.clamp,
+        gate_up_bias=backend.tensor(read("gate_bias"), read("up_bias")) if experts.biases else None,
+        down_bias=backend.tensor(read("down_bias")) if experts.biases else None,
+        clamp=experts.clamp,
     )
 
 
 def _optional(shard: Shard, backend: Backend, *names: str) -> Array | None:
-    """The tensors of these names one after another; None in a model that has none of them."""
+    """The tensors of these names, concatenated; None if the model has none of them."""
     return backend.tensor(*(shard.read(name) for name in names)) if shard.has(names[0]) else None

@@ -1,4 +1,4 @@
-"""The rank layout: where a rank stands among all ranks of a run, and what it holds."""
+"""The rank layout: a rank's coordinates in the grid, and its layers and experts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from moempi.backend.select import find_island
 from moempi.config.architecture import Architecture
-from moempi.config.job import Job
+from moempi.config.job import Job, TopologySection
 from moempi.config.placement_file import read_job_placement
 from moempi.config.size import parse_size
 from moempi.layout.grid import Coordinates, Grid, Stage
@@ -19,10 +19,10 @@ from moempi.runtime.world import World
 
 @dataclass(frozen=True, slots=True)
 class RankLayout:
-    """Where a rank stands among all ranks of a run, and what it holds.
+    """A rank's position among all ranks of a run.
 
-    `ranks` is a communicator of all ranks, counted node by node, which stand as `topology` says; `layout` is the job's
-    layout on them, `coords` this rank's coordinates in its grid.
+    `ranks` is a communicator of all ranks, numbered node by node, `topology` their topology and `layout` the job's
+    layout on them; `coords` are this rank's coordinates in its grid.
     """
 
     ranks: Any
@@ -42,7 +42,7 @@ class RankLayout:
 
     @property
     def memory(self) -> Memory:
-        """Memory of the fullest rank of this rank's stage."""
+        """Memory of the rank of this stage that needs most."""
         return self.layout.memory[self.coords.stage]
 
     @property
@@ -53,27 +53,27 @@ class RankLayout:
     @property
     def hosted(self) -> Mapping[int, tuple[int, ...]]:
         """The experts that this rank hosts, by Mixture-of-Experts layer."""
-        own = self.ranks.rank - self.stage.ranks.start
-        return {layer: placement.hosted[own] for layer, placement in self.placements.items()}
+        stage_rank = self.ranks.rank - self.stage.ranks.start
+        return {layer: placement.hosted[stage_rank] for layer, placement in self.placements.items()}
 
     @property
     def num_groups(self) -> int:
-        """Data parallel groups of the first stage that this rank computes for."""
+        """Number of data parallel groups of the first stage that this rank computes for."""
         return len(self.grid.peers(self.coords.stage, self.coords.data, other=0))
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank's stage, the first, decides the steps."""
+        """Whether this rank is in the first stage, which schedules the requests."""
         return self.coords.stage == 0
 
     @property
     def writes_records(self) -> bool:
-        """Whether this rank writes the records of its group; one rank of a tensor group does."""
+        """Whether this rank writes its group's request records: one rank of each tensor group."""
         return self.coords.tensor == 0
 
 
 def lay_out_rank(job: Job, world: World, architecture: Architecture, *, on_gpu: bool) -> RankLayout:
-    """Lay the job out on the ranks of `world`, or their GPUs; collective. A ConfigError of it ends all ranks alike."""
+    """Lay the job out on the ranks of `world`; collective, blocks. A MoempiError of any rank ends all ranks."""
     topology, ranks = world.by_node(job.topology, domain=find_island(world.local_rank, on_gpu=on_gpu))
     layout = world.collectively(
         lambda: make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
@@ -81,8 +81,8 @@ def lay_out_rank(job: Job, world: World, architecture: Architecture, *, on_gpu: 
     return RankLayout(ranks, topology, layout, layout.grid.coordinates(ranks.rank))
 
 
-def available_bytes(job: Job, world: World, *, of_node: int) -> int:
-    """This rank's memory: what the job says, or its share of what its node has free."""
-    if job.topology.rank_memory != "auto":
-        return parse_size(job.topology.rank_memory)
+def available_bytes(section: TopologySection, world: World, *, of_node: int) -> int:
+    """This rank's memory: `rank_memory` of the job, or an equal share of the `of_node` bytes that its node has free."""
+    if section.rank_memory != "auto":
+        return parse_size(section.rank_memory)
     return of_node // world.nodes.count(world.nodes[world.rank])

@@ -1,4 +1,4 @@
-"""The ledger: what a rank has done so far, in its part of the results and in numbers."""
+"""The recorder of a rank: it writes finished requests to the journal and counts them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,9 +11,11 @@ from moempi.storage.records import Record, RequestRecord
 
 
 class Recorder:
-    """Writes each finished sequence to `part` at once. `show` hears the sums over all ranks after every step.
+    """Writes each finished request to `journal` at once, and counts steps, tokens and requests.
 
-    The ranks of a tensor group finish the same sequences; one of them `keeps_records`.
+    The ranks of a tensor group finish the same requests; only one of them has `writes_records`. Every step calls
+    `on_progress(finished, tokens)` with the sums of `counts` over all ranks. `exact` of `referenced` outputs equal
+    their reference. `disk_s` counts the seconds spent writing.
     """
 
     def __init__(
@@ -31,35 +33,35 @@ class Recorder:
         self._writes_records = writes_records
 
     def muted(self) -> "Recorder":
-        """A ledger that writes and shows nothing."""
+        """A recorder that writes and reports nothing."""
         return Recorder(self._journal, task=self._task, writes_records=False, on_progress=lambda finished, tokens: None)
 
     def add_earlier(self, earlier: Earlier) -> None:
-        """Count requests that earlier attempts finished; on one rank."""
+        """Count the requests that earlier attempts finished; for one rank of the run."""
         self.finishes.update(earlier.finishes)
         self.exact += earlier.exact
         self.referenced += earlier.referenced
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Finished requests, and tokens that came of them (scored or generated)."""
+        """Numbers of finished requests and of their tokens, scored or generated."""
         return self.finishes.total(), self.tokens
 
     def end_step(self, finished: Iterable[Request]) -> None:
-        """Enter one step and the sequences that it finished."""
+        """Count a step, and record the requests that it finished."""
         self.steps += 1
         self.record(finished)
 
     def record(self, finished: Iterable[Request]) -> None:
-        """Write finished sequences; raises StorageError when the disk does not take them."""
-        for sequence in finished if self._writes_records else ():
-            record = sequence.to_record(task=self._task)
+        """Write and count finished requests; raises StorageError if writing fails."""
+        for request in finished if self._writes_records else ():
+            record = request.to_record(task=self._task)
             self.append(record)
             self.tokens += len(record.score) + len(record.tokens)
             self._count(record)
 
     def append(self, record: Record) -> None:
-        """Write any record; raises StorageError when the disk does not take it."""
+        """Write a record of any kind; raises StorageError if writing fails."""
         begin = perf_counter()
         self._journal.append(record)
         self.disk_s += perf_counter() - begin

@@ -1,4 +1,4 @@
-"""One request on its way: its tokens, what has been computed of it, and the record it ends as."""
+"""A request: a prompt, its tokens and their state of computation, and the record that is written in the end."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,8 +22,8 @@ NO_LOGPROBS: LogprobColumns = (np.zeros(0, np.float32), np.zeros((0, 0), np.int3
 class Request:
     """A prompt of `prompt_tokens` and the tokens generated after it.
 
-    `computed` positions are in the cache of KV slot `slot`. `limit` is the most tokens to generate; a scored prompt
-    generates none.
+    The first `computed` positions are in the cache of KV slot `slot`. At most `limit` tokens are generated, none for a
+    scored prompt. `sampled` holds the sampled tokens or the scores in order. `finish` is None until it is finished.
     """
 
     prompt: Prompt
@@ -39,35 +39,35 @@ class Request:
 
     @property
     def sampling(self) -> Sampling:
-        """How its tokens are chosen."""
+        """The sampling parameters of its prompt."""
         return self.prompt.sampling
 
     @property
     def capacity(self) -> int:
-        """The most positions that it will ever have computed: the last generated token is never fed back."""
+        """The largest number of positions in the cache: the last generated token is never fed back."""
         return len(self.prompt_tokens) + max(self.limit - 1, 0)
 
     @property
     def num_waiting(self) -> int:
-        """How many of its tokens are not computed yet."""
+        """Number of tokens that are not computed yet."""
         return len(self.prompt_tokens) + len(self.tokens) - self.computed
 
     def next_tokens(self, count: int) -> list[int]:
-        """The next `count` tokens to compute: of the prompt, or the token generated last."""
+        """The next `count` tokens to compute, of the prompt or of the generated tokens."""
         length = len(self.prompt_tokens)
         if self.computed < length:
             return self.prompt_tokens[self.computed : self.computed + count]
         return self.tokens[self.computed - length : self.computed - length + count]
 
     def sampling_request(self) -> SamplingRequest:
-        """How its next token is to be chosen. The uniform number depends on seed, id and position alone."""
+        """The request to sample its next token; its uniform number is a function of seed, id and position."""
         position = len(self.prompt_tokens) + len(self.tokens)
         bits = xxhash.xxh3_64_intdigest(f"{self.sampling.seed}/{self.prompt.id}/{position}".encode())
         seen = self.prompt_tokens + self.tokens if self.sampling.repetition_penalty != 1.0 else []
         return SamplingRequest(self.sampling, (bits >> 11) * 2.0**-53, np.array(seen, np.int64))
 
     def accept(self, sampled: SampledTokens, tokenizer: TextTokenizer) -> None:
-        """Take the next token (a Picked of one row), and finish where the rules say so."""
+        """Append the next token, `sampled` with one row; finish at an end token, a stop string or the limit."""
         if not np.isfinite(sampled.logprobs).all():
             self.fail("the model's logits are not numbers")
             return
@@ -77,8 +77,7 @@ class Request:
         if token in tokenizer.eos_tokens and not self.sampling.ignore_eos:
             self.finish = "stop"
         elif self.sampling.stop:
-            whole = tokenizer.decode(self.tokens)
-            self.text, stopped = _before_stop(whole, self.sampling.stop)
+            self.text, stopped = _before_stop(tokenizer.decode(self.tokens), self.sampling.stop)
             if stopped:
                 self.finish = "stop"
                 return
@@ -88,7 +87,7 @@ class Request:
             self.text = tokenizer.decode(self.tokens)
 
     def accept_scores(self, scored: SampledTokens) -> None:
-        """Take the scores of the next prompt tokens; finished when every token has one."""
+        """Append the scores of the next prompt tokens; finish when the whole prompt is computed."""
         if not np.isfinite(scored.logprobs).all():
             self.fail("the model's logits are not numbers")
             return
@@ -97,11 +96,11 @@ class Request:
             self.finish = "length"
 
     def fail(self, error: str) -> None:
-        """End as an error record."""
+        """Finish with an error."""
         self.finish, self.error = "error", error
 
     def to_record(self, *, task: str) -> RequestRecord:
-        """What is written of it once it is finished."""
+        """The record of the finished request."""
         output = score = NO_LOGPROBS
         if task == "generate":
             output = _logprob_columns(self.sampled, first_token=True)
@@ -127,24 +126,24 @@ class Request:
 
 
 def _before_stop(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
-    """The text before the earliest stop string, and whether there is one."""
+    """The text before the first stop string, and whether the text has one."""
     ends = [end for end in (text.find(stop) for stop in stops) if end >= 0]
     return (text[: min(ends)], True) if ends else (text, False)
 
 
 def _logprob_columns(sampled: list[SampledTokens], *, first_token: bool) -> LogprobColumns:
-    """Log-probabilities, likeliest tokens and theirs, one after another.
+    """Log-probabilities, likeliest tokens and the log-probabilities of these, of all tokens in order.
 
-    Unless `first_token` has them, an entry that says nothing (NaN, token -1) stands before.
+    Without `first_token`, an empty entry (NaN, token -1) for the first token is put before them.
     """
     if not sampled:
         return NO_LOGPROBS
-    logprobs = np.concatenate([part.logprobs for part in sampled])
-    top_tokens = np.concatenate([part.top_tokens for part in sampled])
-    top_logprobs = np.concatenate([part.top_logprobs for part in sampled])
-    unknown = ((0 if first_token else 1, 0),)
+    logprobs = np.concatenate([chunk.logprobs for chunk in sampled])
+    top_tokens = np.concatenate([chunk.top_tokens for chunk in sampled])
+    top_logprobs = np.concatenate([chunk.top_logprobs for chunk in sampled])
+    missing = ((0 if first_token else 1, 0),)
     return (
-        np.pad(logprobs, unknown, constant_values=np.nan),
-        np.pad(top_tokens, (*unknown, (0, 0)), constant_values=-1),
-        np.pad(top_logprobs, (*unknown, (0, 0)), constant_values=np.nan),
+        np.pad(logprobs, missing, constant_values=np.nan),
+        np.pad(top_tokens, (*missing, (0, 0)), constant_values=-1),
+        np.pad(top_logprobs, (*missing, (0, 0)), constant_values=np.nan),
     )

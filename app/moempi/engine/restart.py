@@ -1,4 +1,4 @@
-"""Restart: one attempt at a job knows what earlier attempts finished, and tells the next one how it ended."""
+"""Restart: an attempt at a job skips what earlier attempts finished, and records its own state in `run.json`."""
 
 import logging
 import sys
@@ -30,19 +30,21 @@ log = logging.getLogger(__name__)
 
 STOPPED = 75  # EX_TEMPFAIL
 STATE_EVERY_S = 10.0
-STATE_PATIENCE_S = 1.0
+"""Seconds between updates of `run.json` during the run."""
+STATE_LIMIT_S = 1.0
+"""Seconds that a failing rank waits for `run.json` to be written."""
 FINISHES = ("stop", "length", "error")
 _FINISHED_REQUEST = np.dtype(
     [("index", "i8"), ("tokens", "i8"), ("finish", "i1"), ("referenced", "i1"), ("exact", "i1")]
 )
 
 FinishedRequests = npt.NDArray[np.void]
-"""Finished requests: index, tokens, finish (a place in FINISHES), and whether it has a reference and equals it."""
+"""Finished requests: index, tokens, index in FINISHES, whether it has a reference, whether its text equals it."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What earlier attempts at the job finished; the steps whose routing they recorded are below `next_step`."""
+    """The requests that earlier attempts at the job finished; they recorded the routing of steps below `next_step`."""
 
     indices: frozenset[int]
     finishes: Counter[str]
@@ -52,9 +54,9 @@ class Earlier:
     next_step: int = 0
 
     @classmethod
-    def from_finished(cls, done: FinishedRequests, *, next_step: int = 0) -> "Earlier":
+    def from_finished(cls, finished: FinishedRequests, *, next_step: int = 0) -> "Earlier":
         """Count each request once, however often it was recorded."""
-        once = done[np.unique(done["index"], return_index=True)[1]]
+        once = finished[np.unique(finished["index"], return_index=True)[1]]
         return cls(
             indices=frozenset(once["index"].tolist()),
             finishes=Counter(FINISHES[finish] for finish in once["finish"].tolist()),
@@ -69,12 +71,12 @@ NOTHING_EARLIER = Earlier.from_finished(np.zeros(0, _FINISHED_REQUEST))
 
 
 def run_fingerprint(job: Job, *, weights: str) -> str:
-    """Digest of everything that the results depend on: weights, prompts, task, numbers, sampling, score and trace.
+    """Digest of everything that the results depend on: weights, prompts, task, precision, sampling, score and trace.
 
-    Ranks, micro-batches and transports are not among them: a run may be continued with others. Raises NoInputError
-    when the prompts cannot be read.
+    Ranks, micro-batches and transports are left out: an attempt may change them. Raises NoInputError if the prompts
+    cannot be read.
     """
-    told = (
+    settings = (
         weights,
         digest_file(job.input.prompts),
         job.task,
@@ -84,28 +86,29 @@ def run_fingerprint(job: Job, *, weights: str) -> str:
         job.score,
         job.trace,
     )
-    return blake2b(msgspec.json.encode(told), digest_size=16).hexdigest()
+    return blake2b(msgspec.json.encode(settings), digest_size=16).hexdigest()
 
 
 def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[FinishedRequests, int]:
-    """The finished requests in these parts, and the step after those recorded; torn ends are passed over.
+    """The finished requests in these journals, and the first step number above all recorded ones.
 
-    Raises StorageError when a part belongs to a run with another fingerprint, or cannot be read.
+    Incomplete records at the end of a journal are skipped. Raises StorageError if a journal has another fingerprint or
+    cannot be read.
     """
-    done, next_step = [], 0
+    finished, next_step = [], 0
     for path in journals:
-        with JournalReader(path) as part:
-            if part.fingerprint != fingerprint:
+        with JournalReader(path) as journal:
+            if journal.fingerprint != fingerprint:
                 raise StorageError(
                     f"{path}: belongs to an unfinished run with other weights, prompts or settings; finish that run, "
                     f"remove {path.parent} to give it up, or choose another output.results"
                 )
-            for _, record in part.records():
+            for _, record in journal.records():
                 if isinstance(record, RequestRecord):
-                    done.append(_entry(record))
+                    finished.append(_entry(record))
                 elif isinstance(record, RoutingRecord):
                     next_step = max(next_step, record.step + 1)
-    return np.array(done, _FINISHED_REQUEST), next_step
+    return np.array(finished, _FINISHED_REQUEST), next_step
 
 
 def _entry(record: RequestRecord) -> tuple[int, int, int, bool, bool]:
@@ -116,10 +119,11 @@ def _entry(record: RequestRecord) -> tuple[int, int, int, bool, bool]:
 
 
 class Attempt:
-    """One attempt at a job: it alone writes the job's output until `finish` or the end of its processes.
+    """One attempt at a job, with exclusive access to the job's output until `finish` or the end of its processes.
 
-    `earlier` is what need not be computed again, `part` where this rank's records go. Making one is collective; a
-    NoInputError, DataError or StorageError of any rank (another run at work, parts of another job, the disk) ends all.
+    `earlier` holds the requests that need not be computed again, `journal` takes this rank's records. Making an attempt
+    is collective and blocks. It ends all ranks if another run holds the output, if the journals belong to another job,
+    if the ranks read different prompts or weights, or if the disk fails.
     """
 
     def __init__(self, job: Job, world: World, *, weights: str, num_requests: int) -> None:
@@ -141,14 +145,14 @@ class Attempt:
         )
         world.collectively(lambda: self.write_state("running"))
 
-    def also_writing_state(self, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        """A `show` that hears (requests finished, tokens), sums over all ranks, and has them in `run.json` too."""
+    def also_writing_state(self, on_progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """An `on_progress(finished, tokens)` that calls the given one and writes both sums to `run.json` at times."""
 
-        def both(finished: int, tokens: int) -> None:
-            show(finished, tokens)
+        def on_progress_and_write(finished: int, tokens: int) -> None:
+            on_progress(finished, tokens)
             self._update_state(finished, tokens)
 
-        return both
+        return on_progress_and_write
 
     def _update_state(self, finished: int, tokens: int) -> None:
         self._counts = (finished, tokens)
@@ -160,39 +164,42 @@ class Attempt:
                 log.warning("%s", error)
 
     def write_state(self, state: State, *, reason: str = "", exit_code: int = 0) -> None:
-        """Write `run.json`, on rank 0; raises StorageError when the disk does not take it."""
+        """Write `run.json`, on rank 0 only; raises StorageError if writing fails."""
         if self._world.rank == 0:
             write_state(self._results, self._state(state, reason=reason, exit_code=exit_code))
 
     def journals(self) -> list[Path]:
-        """The parts of this attempt and those before it. A folder's listing can lag behind what other nodes made."""
+        """The journals of this attempt and of earlier ones."""
+        # The listing of the folder may miss new files of other nodes.
         own = [journal_path(self._results, rank) for rank in range(self._world.size)]
         return list(dict.fromkeys([*journal_paths(self._results), *own]))
 
     def stop(self, stop: Stop) -> int:
-        """Some requests are not finished, because a rank was asked to stop: say so and return STOPPED; collective."""
-        asked = self._world.comm.allgather((stop.requested, stop.reason))
-        reason = max(asked)[1]
+        """End an attempt that was stopped: write the state and print a line; return STOPPED. Collective, blocks."""
+        reason = max(self._world.comm.allgather((stop.requested, stop.reason)))[1]
         self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
         if self._world.rank == 0:
-            done = f"{self._counts[0]} of {self._begin.requests} requests are finished"
-            print(f"moempi: stopped early ({reason}), {done}; run the same job again to continue", file=sys.stderr)
+            finished = f"{self._counts[0]} of {self._begin.requests} requests are finished"
+            print(f"moempi: stopped early ({reason}), {finished}; run the same job again to continue", file=sys.stderr)
         return STOPPED
 
     def finish(self) -> None:
-        """The results are complete: say so, remove the parts, let go of the output; on rank 0. Raises StorageError."""
+        """End an attempt whose results are complete: write the state, remove the journals, release the output.
+
+        For rank 0. Raises StorageError if writing fails.
+        """
         self.write_state("finished")
         remove_journals(self._results)
         if self._lock is not None:
             self._lock.release()
 
     def _scan(self, fingerprint: str) -> Earlier:
-        """What is finished, each rank reading its share of the parts; collective."""
+        """The requests in all journals, of which each rank reads its share; collective."""
         comm = self._world.comm
-        parts = comm.bcast(journal_paths(self._results) if comm.rank == 0 else None)
-        share = self._world.collectively(lambda: finished_requests(parts[comm.rank :: comm.size], fingerprint))
-        done, steps = zip(*comm.allgather(share), strict=True)
-        return Earlier.from_finished(np.concatenate(done), next_step=max(steps))
+        paths = comm.bcast(journal_paths(self._results) if comm.rank == 0 else None)
+        share = self._world.collectively(lambda: finished_requests(paths[comm.rank :: comm.size], fingerprint))
+        finished, steps = zip(*comm.allgather(share), strict=True)
+        return Earlier.from_finished(np.concatenate(finished), next_step=max(steps))
 
     def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:
         finished, tokens = self._counts
@@ -209,20 +216,20 @@ class Attempt:
         )
 
     def _write_failure(self, cause: str, exit_code: int) -> None:
-        """From the failing rank, whichever it is; gives up when the disk does not answer."""
+        """Write the state of a failed run, on the rank that failed; gives up if writing blocks."""
         state = self._state("failed", reason=cause, exit_code=exit_code)
 
         def write() -> None:
             with suppress(StorageError):
                 write_state(self._results, state)
 
-        writing = threading.Thread(target=write, daemon=True)
-        writing.start()
-        writing.join(STATE_PATIENCE_S)
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(STATE_LIMIT_S)
 
 
 def _take_output(results: str) -> OutputLock:
-    """The lock on the output, and nothing hidden left beside it by a run that was killed."""
+    """Lock the output and remove the hidden files that a killed run left beside it."""
     lock = OutputLock(results)
     remove_hidden(results)
     remove_hidden(state_path(results))

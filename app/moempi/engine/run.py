@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from time import perf_counter
 
+import msgspec
+
 from moempi.backend.protocol import Backend
 from moempi.backend.select import make_backend
 from moempi.comm.device_memory import takes_device_memory
@@ -39,32 +41,32 @@ from moempi.storage.weights import WeightFile
 def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) -> int:
     """Run a job on all ranks of `world` and return the exit status; collective, blocks until the results are written.
 
-    What earlier attempts at the job finished is not run again. When any rank is asked to `stop`, all do at the next
-    step border, the exit status is 75, and running again continues. A MoempiError that a rank meets before the first
-    step ends all ranks alike.
+    Requests that earlier attempts at the job finished are not run again. If a rank is requested to `stop`, all ranks
+    stop after the current step; the exit status is 75, and running the job again continues it. A MoempiError of any
+    rank before the first step ends all ranks.
     """
     start = datetime.now(UTC)
     world.watch(job.run.timeout_s)
-    # What the job names: every rank reads the prompts and the head of the weight file.
+    # The inputs: every rank reads the prompts and the index of the weight file.
     weights = world.collectively(lambda: WeightFile.open(job.model.weights))
     prompts = world.collectively(lambda: read_prompts(job.input.prompts, sampling=job.sampling, strict=strict))
-    # This attempt alone writes the output, and computes what earlier ones did not finish.
+    # This attempt locks the output, and computes the requests that earlier ones did not finish.
     attempt = Attempt(job, world, weights=weights.fingerprint, num_requests=len(prompts))
     world.collectively(lambda: log_to_files(job.output.results, world.rank))
-    # The machine that computes, and where this rank stands.
+    # The backend, and this rank's position in the layout.
     pending = PendingTransfers()
     backend = world.collectively(lambda: _backend(job, world, pending))
     rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
-    # The requests of its data parallel group, which the first stage alone decides about, and the cache that they need.
+    # The requests of this rank's data parallel group, which the first stage schedules, and the cache for them.
     tokenizer = TextTokenizer(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens)
     own = _own_prompts(prompts, attempt, rank_layout)
     requests = make_requests(own, tokenizer, weights.architecture, task=job.task)
     pages = _cache_pages(job, world, rank_layout, backend, requests)
     errors = [request for request in requests if request.finish]
     too_long = refuse_too_long(requests, pages=pages)
-    # The model on this rank's machine.
+    # This rank's share of the model.
     model, loading = _load(weights, backend, world, rank_layout, pages=pages)
-    # The lanes take their steps, interleaved, until no rank has work left.
+    # The lanes run interleaved until no rank has work left.
     progress = Progress(len(prompts), enabled=world.rank == 0)
     recorder = _make_recorder(job, world, rank_layout, attempt, progress)
     recorder.record(errors)
@@ -74,10 +76,10 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     world.watch(job.run.timeout_s, group=rank_layout.coords.stage)
     rank_run = RankRun(rank_layout, lanes, recorder, loading, seconds=lanes.run())
     if not scheduler.has_work:
-        recorder.record(too_long)  # only now: if this attempt stops early, the next may have more memory
+        recorder.record(too_long)  # not if this attempt stopped early: the next one may have more memory
     progress.close()
     world.watch(job.run.timeout_s)
-    # Every rank closes its journal. If the run was stopped before all is done, the journals stay for the next attempt.
+    # Every rank closes its journal. If the run was stopped, the journals stay for the next attempt.
     record = _record(job, world, rank_run, requests)
     attempt.journal.append(record)
     attempt.journal.close()
@@ -103,17 +105,17 @@ def _backend(job: Job, world: World, pending: PendingTransfers) -> Backend:
 
 
 def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankLayout) -> Sequence[Prompt]:
-    """The prompts of this rank's data parallel group that no earlier attempt finished; none beyond the first stage."""
+    """The unfinished prompts of this rank's data parallel group; none beyond the first stage."""
     if not rank_layout.is_first_stage:
         return []
-    due = [prompt for prompt in prompts if prompt.index not in attempt.earlier.indices]
-    return due[rank_layout.coords.data :: rank_layout.grid.num_groups(0)]
+    unfinished = [prompt for prompt in prompts if prompt.index not in attempt.earlier.indices]
+    return unfinished[rank_layout.coords.data :: rank_layout.grid.num_groups(0)]
 
 
 def _load(
     weights: WeightFile, backend: Backend, world: World, rank_layout: RankLayout, *, pages: int
 ) -> tuple[Transformer, Loading]:
-    """This rank's share of the model, with `pages` cache pages for each group; a MoempiError of any rank ends all."""
+    """This rank's share of the model, with `pages` cache pages for each group; collective."""
     shard = Shard(weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
     begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
     all_pages = pages * rank_layout.num_groups
@@ -122,19 +124,19 @@ def _load(
 
 
 def _cache_pages(job: Job, world: World, rank_layout: RankLayout, backend: Backend, requests: Sequence[Request]) -> int:
-    """Pages of each group of the first stage: as many as the longest of its sequences can use, and every rank affords.
+    """Cache pages of each group of the first stage: as many as its requests can use and every rank can allocate.
 
-    Collective; a ConfigError of any rank ends all.
+    Collective.
     """
-    available = available_bytes(job, world, of_node=backend.available_bytes())
-    affordable = world.collectively(lambda: affordable_pages(job, rank_layout.memory, available=available))
+    available = available_bytes(job.topology, world, of_node=backend.available_bytes())
+    affordable = world.collectively(lambda: affordable_pages(job.run, rank_layout.memory, available=available))
     useful = useful_pages(requests, slots=rank_layout.grid.slots_per_group)
     pages: int = min(world.comm.allreduce(affordable, min), world.comm.allreduce(useful, max))
     return pages
 
 
 def _make_recorder(job: Job, world: World, rank_layout: RankLayout, attempt: Attempt, progress: Progress) -> Recorder:
-    """This rank's recorder; the first rank's also counts what earlier attempts finished."""
+    """This rank's recorder; on rank 0 it counts the requests of earlier attempts as well."""
     on_progress = attempt.also_writing_state(progress.update)
     writes_records = rank_layout.writes_records
     recorder = Recorder(attempt.journal, task=job.task, writes_records=writes_records, on_progress=on_progress)
@@ -160,18 +162,17 @@ def _task(job: Job, tokenizer: TextTokenizer, prompts: Sequence[Prompt]) -> Task
 
 
 def _record(job: Job, world: World, rank_run: RankRun, requests: Sequence[Request]) -> RankRecord:
-    """What this rank did, and what balancing cost if the job asks for that; collective."""
+    """The record of this rank, with the quality cost of balancing if the job measures it; collective."""
     record = rank_record(world, rank_run, hops=job.exchange.hops)
     lanes = rank_run.lanes
-    if lanes.balance and job.balance.sample:
-        record.balance["logprob_change"] = quality_cost(
-            lanes.each, requests, world, sample=job.balance.sample, run=lanes.run
-        )
-    return record
+    if not (lanes.balance and job.balance.sample):
+        return record
+    change = quality_cost(lanes.each, requests, world, sample=job.balance.sample, run=lanes.run)
+    return msgspec.structs.replace(record, balance={**record.balance, "logprob_change": change})
 
 
 def _report(job: Job, world: World, attempt: Attempt, rank_run: RankRun, record: RankRecord) -> Report:
-    """The figures of the whole run, earlier attempts' requests counted; collective."""
+    """The figures of the whole run, including the requests of earlier attempts; collective."""
     transport = rank_run.lanes.transport
     return run_report(
         record,

@@ -1,4 +1,4 @@
-"""The scheduler of a rank: which of its requests each lane computes next. Continuous batching with chunked prefill."""
+"""The scheduler of a rank: the requests that each lane computes next. Continuous batching with chunked prefill."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -7,13 +7,15 @@ from moempi.engine.request import Request
 from moempi.model.kv_cache import pages_for
 
 Work = tuple[Request, int]
+"""A request, and its number of rows in a step."""
 
 
 class Scheduler:
-    """Deals the sequences of a data parallel group to its lanes. A sequence stays in its lane.
+    """Assigns the requests of a data parallel group to its lanes; a request stays in its lane.
 
-    Each lane gets `batch_tokens` rows a step at most; all lanes together hold as many sequences as there are `slots`
-    and `pages` pages of cache at most. A slot is refilled at once. Every sequence must fit in `pages` alone.
+    A lane computes at most `batch_tokens` rows per step. All lanes together hold at most one request per slot, and
+    their requests at most `pages` pages of cache; no request may need more than `pages`. A free slot is refilled before
+    the next step.
     """
 
     def __init__(self, requests: Iterable[Request], *, lanes: int, slots: range, batch_tokens: int, pages: int) -> None:
@@ -25,11 +27,11 @@ class Scheduler:
         self._pages = pages
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Queue more sequences, behind all others."""
+        """Append requests to the queue."""
         self._queue.extend(requests)
 
     def unfinished(self, lane: int) -> int:
-        """Requests that the lane may still have to compute."""
+        """Number of requests that the lane may still have to compute: its own and all queued ones."""
         return len(self._queue) + len(self._active[lane])
 
     @property
@@ -38,43 +40,43 @@ class Scheduler:
         return bool(self._queue) or any(self._active)
 
     def next_work(self, lane: int) -> list[Work]:
-        """The sequences of the lane's next step, each with its number of rows, in ascending order of their slots.
+        """The requests of the lane's next step, each with its number of rows, in ascending order of their slots.
 
-        Sequences that generate have a row each; what is left of the rows goes to prompts, in order of arrival.
+        A request that generates gets one row; prompts get the remaining rows, in order of admission.
         """
         self._admit(lane)
         left = self._batch_tokens
         work = []
-        for sequence in sorted(self._active[lane], key=lambda sequence: sequence.num_waiting > 1):
-            rows = min(left, sequence.num_waiting)
+        for request in sorted(self._active[lane], key=lambda request: request.num_waiting > 1):
+            rows = min(left, request.num_waiting)
             if rows:
-                work.append((sequence, rows))
+                work.append((request, rows))
                 left -= rows
         return sorted(work, key=lambda item: item[0].slot)
 
     def take_freed(self) -> list[int]:
-        """The slots whose sequences ended since the last call."""
+        """The slots whose requests finished since the last call."""
         freed, self._freed = self._freed, []
         return freed
 
     def retire(self, lane: int) -> list[Request]:
-        """Take the lane's finished sequences out; their slots and pages are free from the next step of any lane on."""
-        finished = [sequence for sequence in self._active[lane] if sequence.finish is not None]
-        self._active[lane] = [sequence for sequence in self._active[lane] if sequence.finish is None]
-        for sequence in finished:
-            self._freed.append(sequence.slot)
-            self._free_slots.append(sequence.slot)
-            self._pages += pages_for(sequence.capacity)
+        """Remove and return the lane's finished requests; their slots and pages are free from now on."""
+        finished = [request for request in self._active[lane] if request.finish is not None]
+        self._active[lane] = [request for request in self._active[lane] if request.finish is None]
+        for request in finished:
+            self._freed.append(request.slot)
+            self._free_slots.append(request.slot)
+            self._pages += pages_for(request.capacity)
         return finished
 
     def _admit(self, lane: int) -> None:
-        """Fill the lane up to its even share of what is unfinished, as far as slots and pages reach."""
+        """Admit requests up to the lane's even share of the unfinished ones, while slots and pages are free."""
         share = -(-(len(self._queue) + sum(map(len, self._active))) // len(self._active))
         while self._queue and self._free_slots and len(self._active[lane]) < share:
             pages = pages_for(self._queue[0].capacity)
             if pages > self._pages:
                 return
-            sequence = self._queue.popleft()
-            sequence.slot = self._free_slots.pop(0)
+            request = self._queue.popleft()
+            request.slot = self._free_slots.pop(0)
             self._pages -= pages
-            self._active[lane].append(sequence)
+            self._active[lane].append(request)

@@ -1,4 +1,4 @@
-"""A rank's share of a weight file: the row ranges that its place in the grid calls for."""
+"""The share of a weight file that one rank of a tensor group reads."""
 
 from typing import Any
 
@@ -11,9 +11,10 @@ from moempi.storage.weights import WeightFile
 
 
 class Shard:
-    """Part `part` of `parts` of every tensor that a tensor group divides; all of the others.
+    """Part `part` of `parts` of every tensor that a tensor group divides, and all rows of the other tensors.
 
-    `architecture` is that of the share: its attention counts the heads of this part. `num_bytes` have been read.
+    `architecture` describes the share: its attention has the number of heads of this part. `num_bytes` counts the bytes
+    read so far. Every read raises DataError, which names file and tensor, if a checksum is wrong.
     """
 
     def __init__(self, file: WeightFile, *, part: int, parts: int) -> None:
@@ -21,20 +22,20 @@ class Shard:
         self._part = part
         self._parts = parts
         self.num_bytes = 0
-        heads = file.architecture.attention
+        shape = file.architecture.attention
         self.architecture: Architecture = msgspec.structs.replace(
             file.architecture,
             attention=msgspec.structs.replace(
-                heads, num_heads=heads.num_heads // parts, num_kv_heads=heads.num_kv_heads // parts
+                shape, num_heads=shape.num_heads // parts, num_kv_heads=shape.num_kv_heads // parts
             ),
         )
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """This part's rows of a tensor, verified; raises DataError naming file and tensor."""
+        """The tensor, verified; only this part's rows if tensor groups divide it."""
         return self.read_part(name) if self._file.tensor(name).share in TENSOR_PARALLEL else self._read(name)
 
     def read_part(self, name: str) -> npt.NDArray[Any]:
-        """This part's rows of a tensor, even of one that other uses need whole: see `part_range`."""
+        """This part's rows of any tensor, verified; `part_range` divides the rows in the same way."""
         rows = self._file.tensor(name).shape[0]
         return self._read(name, self._part * rows // self._parts, (self._part + 1) * rows // self._parts)
 
@@ -44,11 +45,11 @@ class Shard:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is part 0, which alone adds what counts once in the sum of all parts."""
+        """Whether this is part 0, which alone adds the output biases: the parts' results are summed."""
         return self._part == 0
 
     def read_expert(self, name: str, expert: int) -> npt.NDArray[Any]:
-        """One expert's matrix of a stack, verified."""
+        """One expert's matrix of a stack (E, ...), verified."""
         matrix: npt.NDArray[Any] = self._read(name, expert, expert + 1)[0]
         return matrix
 

@@ -1,4 +1,4 @@
-"""The end of a run: what each rank did, where the results come from, and the figures for a person."""
+"""The end of a run: the record of each rank, the provenance of the results, and the report."""
 
 import math
 from collections import Counter
@@ -33,7 +33,7 @@ PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
 @dataclass(frozen=True, slots=True)
 class RankRun:
-    """What a rank did: the `seconds` that its lanes took for all steps, and what was recorded and loaded."""
+    """The objects of a rank's run that its record is made from; all steps took `seconds`."""
 
     rank_layout: RankLayout
     lanes: Lanes
@@ -43,7 +43,7 @@ class RankRun:
 
 
 def rank_record(world: World, run: RankRun, *, hops: int) -> RankRecord:
-    """The record of one rank: it computed whenever it was not blocked."""
+    """The record of one rank, which counts all time in which the rank was not blocked as compute."""
     lanes, model, rank_layout = run.lanes.each, run.lanes.each[0].context.model, run.rank_layout
     waits = {kind: sum(lane.comm.transfers.waits[kind] for lane in lanes) for kind in WAITS}
     waits["disk"] = run.recorder.disk_s
@@ -75,35 +75,35 @@ def rank_record(world: World, run: RankRun, *, hops: int) -> RankRecord:
 
 
 def _rank_position(rank_layout: RankLayout) -> dict[str, int]:
-    """The node, island and switch of this rank."""
-    where = rank_layout.topology
-    places = {"node": where.nodes, "island": where.islands, "switch": where.switches}
-    return {name: of_ranks[rank_layout.ranks.rank] if of_ranks else NOWHERE for name, of_ranks in places.items()}
+    """The node, island and switch of this rank, as columns of the results."""
+    topology, rank = rank_layout.topology, rank_layout.ranks.rank
+    columns = {"node": topology.nodes, "island": topology.islands, "switch": topology.switches}
+    return {name: of_ranks[rank] if of_ranks else NOWHERE for name, of_ranks in columns.items()}
 
 
 def _expert_load(lanes: Sequence[Lane], architecture: Architecture) -> NDArray[np.int64]:
     """Tokens that this rank's lanes routed to each expert of each layer (L, E)."""
     load = np.zeros((architecture.num_layers, architecture.experts.num), np.int64)
     for lane in lanes:
-        for layer, of_layer in lane.comm.exchange.expert_load.items():
-            load[layer] += of_layer
+        for layer, counts in lane.comm.exchange.expert_load.items():
+            load[layer] += counts
     return load
 
 
 def _balance_columns(balance: Balance | None, load: NDArray[np.int64], *, first_of_stage: bool) -> dict[str, Any]:
-    """What a balanced run tells besides; the shifts, which are the same on all ranks of a stage, once a stage."""
+    """The columns of a balanced run; the expert bias, equal on all ranks of a stage, from the first of them alone."""
     if balance is None:
         return {}
-    terms = balance.bias_by_layer(len(load))
+    bias = balance.bias_by_layer(len(load))
     return {
         "asked_load": balance.asked_load(len(load)),
-        "shifts": terms if first_of_stage else np.zeros_like(terms),
+        "shifts": bias if first_of_stage else np.zeros_like(bias),
         "balance": {"choices": float(load.sum()), "moved_choices": float(balance.moves.moved)},
     }
 
 
 def make_provenance(job_text: str, world: World, *, weights: str, start: datetime) -> Provenance:
-    """Where the results come from; collective."""
+    """The provenance of the results; collective, blocks."""
     return Provenance(
         job=job_text,
         versions={"moempi": __version__, **{package: version(package) for package in PACKAGES}},
@@ -125,7 +125,7 @@ def run_report(
     transport: str,
     moe_layers: Sequence[int],
 ) -> Report:
-    """The figures of the whole run; collective."""
+    """The figures of the whole run; collective, blocks."""
     records = world.comm.allgather(record)
     finishes = world.comm.allreduce(recorder.finishes)
     exact, referenced = world.comm.allreduce(np.array([recorder.exact, recorder.referenced])).tolist()
@@ -151,7 +151,7 @@ def run_report(
 
 
 def _balance_figures(records: Sequence[RankRecord], moe_layers: list[int]) -> dict[str, Any]:
-    """What balancing did over all ranks; nothing where it was off."""
+    """The figures of balancing over all ranks; empty if it was off."""
     if not records[0].balance:
         return {}
     choices, moved = (sum(one.balance[name] for one in records) for name in ("choices", "moved_choices"))

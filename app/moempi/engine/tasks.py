@@ -1,4 +1,4 @@
-"""The two tasks, generating and scoring: which rows of a step need logits, and what follows from them."""
+"""The two tasks, generate and score: the rows of a step that need logits, and what is done with the logits."""
 
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -14,10 +14,10 @@ from moempi.model.head import LMHead
 
 
 class Task(Protocol):
-    """What a run does with its prompts. `sample` is called on the last stage, the rest on the first."""
+    """What a run does with its prompts. `sample` is called on the last stage, the other methods on the first."""
 
     def logit_requests(self, work: Sequence[Work]) -> tuple[list[int], list[LogitRequest]]:
-        """The rows of a step that need logits, ascending, and for each how to sample its next token, or the target."""
+        """The rows of a step that need logits, ascending, and for each a sampling request or a target token."""
 
     def sample(
         self,
@@ -28,17 +28,17 @@ class Task(Protocol):
         *,
         counts: Sequence[int],
     ) -> SampledTokens:
-        """The tokens that follow from rows (N, D) of the last layer.
+        """The sampled tokens, or the scores, of rows (N, D) of the last layer.
 
         Collective over the tensor group, whose rank i brings counts[i] rows; blocks.
         """
 
     def accept(self, work: Sequence[Work], sampled: SampledTokens) -> None:
-        """Advance the requests of a step, given what was sampled for its logit rows."""
+        """Advance the requests of a step by the tokens sampled for its logit rows."""
 
 
 class Generate:
-    """One new token for every request whose tokens are all computed, with the `top` likeliest tokens.
+    """Samples one new token for every request whose tokens are all computed, with the `top` likeliest tokens.
 
     `top` is the largest `sampling.top_logprobs` of the job's requests.
     """
@@ -82,7 +82,7 @@ class Generate:
 
 
 class Score:
-    """The log-probability of every prompt token but the first, and the `top` likeliest tokens at each."""
+    """Scores every prompt token but the first: its log-probability, and the `top` likeliest tokens there."""
 
     def __init__(self, *, top: int) -> None:
         self._top = top

@@ -1,1 +1,1 @@
-"""The mathematics of the model, readable top to bottom, in the verbs of a backend."""
+"""The mathematics of the model, written in the verbs of a backend."""

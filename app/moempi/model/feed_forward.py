@@ -1,4 +1,4 @@
-"""The two kinds of feed-forward: dense, and a Mixture of Experts whose experts live on many ranks."""
+"""The two kinds of feed-forward: dense, and a Mixture of Experts whose experts are on many ranks."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ class Dense:
     mlp: Expert
 
     def __call__(self, backend: Backend, x: Array) -> Array:
-        """Map rows (T, D) to (T, D); a part of the hidden size gives a partial result."""
+        """Map rows x (T, D) to (T, D); with a part of the hidden width, to an addend of the result."""
         return backend.linear(backend.swiglu(backend.linear(x, self.mlp.gate_up)), self.mlp.down)
 
 
 @dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
-    """A router (D to E), the experts that this rank hosts, and the network that every row passes beside them.
+    """A router (D to E), the experts that this rank hosts, and the shared expert that computes every row.
 
-    `shared_gate` (D to 1), if there is one, decides how much of the shared network's result counts.
+    The output of the shared expert is scaled by the sigmoid of `shared_gate` (D to 1), if the model has one.
     """
 
     layer: int
@@ -48,10 +48,10 @@ class MixtureOfExperts:
         *,
         residual: Array | None = None,
     ) -> Generator[Point, None, Array]:
-        """Every row of x (T, D) to its K experts and the shared ones, and the outputs where `combine` takes them.
+        """Dispatch rows x (T, D) to their K experts, compute the experts, and combine the outputs.
 
-        Returns what `combine` leaves on this rank: (T, D), with the residual added. Yields while rows are on the
-        network.
+        `combine` adds the shared expert's output and the residual, and decides where the sums go; its rows on this rank
+        (T, D) are returned. Collective over the ranks of the stage. Yields while rows are on the network.
         """
         dispatch = yield from exchange.dispatch(x, self._route(backend, x, policy))
         addends = Addends(self._shared(backend, x), residual)

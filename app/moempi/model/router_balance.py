@@ -1,6 +1,6 @@
-"""Gating: which experts each row goes to, by the router alone or with an eye on their load.
+"""Routing policies: they choose the experts of each row, by the router alone or by the router and the experts' load.
 
-A lane has a gating of its own. All that it communicates goes once a step through the exchange, beside other rows.
+Each lane has its own policy. A balancing policy starts one small all-reduce per step on the lane's communicator.
 """
 
 from collections.abc import Sequence
@@ -17,47 +17,48 @@ from moempi.model.capacity import assign_within_quota, quotas
 
 
 class RoutingPolicy:
-    """The router alone, as the model was trained."""
+    """The model's own routing: the router alone chooses."""
 
     def begin_step(self, num_rows: int) -> None:
-        """A step begins in which this rank routes `num_rows` rows; collective, does not block."""
+        """Begin a step in which this rank routes `num_rows` rows; collective over the stage, may block."""
 
     def choose(
         self, backend: Backend, layer: int, logits: Array, router: Router, correction: Array | None
     ) -> tuple[Array, Array]:
-        """Experts (T, K) and weights (T, K) of rows with these router logits (T, E)."""
+        """Experts (T, K) and weights (T, K) of rows with router logits (T, E)."""
         return backend.choose_experts(logits, router, correction=correction)
 
     def end_step(self) -> None:
-        """All layers of the step are routed; collective, does not block."""
+        """End a step, after all of its layers; collective over the stage, may block."""
 
     def flush(self) -> None:
-        """No step follows for now; collective, blocks until what the ranks agree on is agreed."""
+        """Finish a pending all-reduce, after the last step of a run; collective over the stage, blocks."""
 
 
 MODEL_ROUTING = RoutingPolicy()
 
 
 class MoveCounter:
-    """What balancing did on this rank: choices asked for by the router, per layer and expert, and how many moved."""
+    """The router's own choices on this rank per layer and expert, and the number of choices that a policy moved."""
 
     def __init__(self, layers: Sequence[int], num_experts: int) -> None:
         self.preferred = {layer: np.zeros(num_experts, np.int64) for layer in layers}
         self.moved = 0
 
     def count(self, layer: int, preferred: IntArray, chosen: IntArray) -> None:
-        """Enter the choices (T, K) of one layer, as asked for and as made."""
+        """Add the choices (T, K) of one layer: the router's own and the policy's."""
         self.preferred[layer] += np.bincount(preferred.reshape(-1), minlength=len(self.preferred[layer]))
         kept = (chosen[:, :, None] == preferred[:, None, :]).any(axis=2)
         self.moved += int(kept.size - np.count_nonzero(kept))
 
 
 class ExpertBias:
-    """A term for each expert of each layer that moves selection from busy experts to idle ones.
+    """The selection bias `values` (L, E) of the experts of `layers`, which lowers the load of busy experts.
 
-    After each step an expert's term rises by `rate` times how far its load was below the mean, as a share of the mean
-    and at most 1, or falls likewise; it stays within `bound` (auxiliary-loss-free balancing, Wang et al. 2024, with the
-    error itself for its sign). The same on all ranks of a stage, and shared by a rank's lanes.
+    After each step, the bias of an expert changes by rate * clip((mean - load) / mean, -1, 1), where load is the
+    expert's number of choices and mean the mean over the layer's experts; it stays in [-bound, bound]. This is
+    auxiliary-loss-free balancing (Wang et al. 2024) with the error instead of its sign. The bias is equal on all ranks
+    of a stage, and shared by the lanes of a rank.
     """
 
     def __init__(self, layers: Sequence[int], num_experts: int, *, rate: float, bound: float) -> None:
@@ -67,14 +68,14 @@ class ExpertBias:
         self._bound = np.float32(bound)
 
     def update(self, load: IntArray) -> None:
-        """Learn from a step's choices (L, E), those of all ranks."""
+        """Change the bias by the choices (L, E) of one step, summed over all ranks."""
         mean = load.mean(axis=1, keepdims=True, dtype=np.float32)
         error = np.clip(1 - load.astype(np.float32) / np.maximum(mean, 1e-9), -1, 1) * (mean > 0)
         self.values = np.clip(self.values + self._rate * error, -self._bound, self._bound, dtype=np.float32)
 
 
 class BiasPolicy(RoutingPolicy):
-    """The router's scores plus `shifts` select; weights stay those of the scores."""
+    """Select by score plus expert bias; the weights are computed from the scores alone."""
 
     def __init__(self, stage: StageComm, bias: ExpertBias, moves: MoveCounter) -> None:
         self._stage = stage
@@ -84,25 +85,23 @@ class BiasPolicy(RoutingPolicy):
         self._load_sum: Transfer[IntArray] | None = None
 
     def begin_step(self, num_rows: int) -> None:
-        """See `Gating.begin_step`; takes what the ranks agreed on after the lane's last step."""
-        self.flush()
+        self.flush()  # the load of the lane's last step
 
     def choose(
         self, backend: Backend, layer: int, logits: Array, router: Router, correction: Array | None
     ) -> tuple[Array, Array]:
-        """See `Gating.choose`. Blocks the host to count."""
+        """See the base class; blocks the host to download the choices."""
         row = self._bias.layers.index(layer)
-        asked, _ = backend.choose_experts(logits, router, correction=correction)
+        preferred, _ = backend.choose_experts(logits, router, correction=correction)
         chosen, weights = backend.choose_experts(
             logits, router, correction=correction, selection_bias=self._bias.values[row]
         )
         on_host = backend.download(chosen)
-        self._moves.count(layer, backend.download(asked), on_host)
+        self._moves.count(layer, backend.download(preferred), on_host)
         self._load[row] = np.bincount(on_host.reshape(-1), minlength=self._load.shape[1])
         return chosen, weights
 
     def end_step(self) -> None:
-        """See `Gating.end_step`: begins to add up the step's load."""
         self._load_sum = self._stage.iallreduce_sum(self._load.reshape(-1).tolist())
 
     def flush(self) -> None:
@@ -112,7 +111,10 @@ class BiasPolicy(RoutingPolicy):
 
 
 class CapacityPolicy(RoutingPolicy):
-    """No expert takes more than `factor` times an even share of a step's choices; who is too many goes to the next."""
+    """Capacity limit: an expert accepts at most ceil(factor * T * K / E) choices of a step, T rows on all ranks.
+
+    The overflow goes to each token's next-best expert.
+    """
 
     def __init__(self, stage: StageComm, moves: MoveCounter, *, factor: float) -> None:
         self._stage = stage
@@ -121,7 +123,6 @@ class CapacityPolicy(RoutingPolicy):
         self._rows: Transfer[IntArray] | None = None
 
     def begin_step(self, num_rows: int) -> None:
-        """See `Gating.begin_step`: begins to tell all ranks how many rows each has."""
         own = np.zeros(self._stage.size, np.int64)
         own[self._stage.rank] = num_rows
         self._rows = self._stage.iallreduce_sum(own.tolist())
@@ -129,9 +130,9 @@ class CapacityPolicy(RoutingPolicy):
     def choose(
         self, backend: Backend, layer: int, logits: Array, router: Router, correction: Array | None
     ) -> tuple[Array, Array]:
-        """See `Gating.choose`. Blocks the host, which decides."""
+        """See the base class; blocks the host, which assigns the experts."""
         if self._rows is None:
-            raise RuntimeError("rows are routed before their step began")
+            raise RuntimeError("a layer is routed before its step began")
         ranked, _ = backend.choose_experts(
             logits, structs.replace(router, top_k=logits.shape[1]), correction=correction
         )
@@ -145,5 +146,5 @@ class CapacityPolicy(RoutingPolicy):
         )
         chosen = assign_within_quota(in_order, quota, router.top_k)
         self._moves.count(layer, in_order[:, : router.top_k], chosen)
-        on_machine = backend.upload(chosen)
-        return on_machine, backend.weigh_experts(logits, on_machine, router)
+        experts = backend.upload(chosen)
+        return experts, backend.weigh_experts(logits, experts, router)

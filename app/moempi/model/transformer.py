@@ -1,4 +1,4 @@
-"""The transformer: the forward pass reads as a straight line, and yields wherever rows are on the network."""
+"""The transformer: its forward pass is a generator that yields wherever it waits for rows of other ranks."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from moempi.model.router_balance import RoutingPolicy
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One pre-norm block; `index` counts from the first layer of the whole model."""
+    """One pre-norm block; `index` is its number in the whole model."""
 
     index: int
     attention_norm: Norm
@@ -34,10 +34,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Transformer:
-    """A model as one rank holds it: the layers of its stage, its share of them, and its cache.
+    """A rank's share of the model: its part of the layers of its stage, and their cache.
 
-    `architecture` is that of the rank's share: its attention counts this rank's heads. Only the first stage holds the
-    embedding, only the last the head.
+    `architecture` describes the share: its attention has the number of heads of this rank. `embedding` is None except
+    on the first stage, `head` except on the last.
     """
 
     architecture: Architecture
@@ -48,16 +48,18 @@ class Transformer:
     cache: KVCache
 
     def embed(self, tokens: IntArray) -> Array:
-        """Rows of tokens (T,) -> (T, D)."""
+        """The rows (T, D) of tokens (T,)."""
         return self.backend.embed(tokens, self.embedding)
 
     def forward(
         self, batch: Batch, split: RowSplit, x: Array, comm: LaneComm, policy: RoutingPolicy, last_combine: Combine
     ) -> Generator[Point, None, Array]:
-        """This rank's part of the batch's rows through the stage's layers; collective over the stage's ranks.
+        """Compute the layers of the stage for x, this rank's part of the batch's rows; collective over the stage.
 
-        Every rank of a tensor group attends all rows with its heads; between, each has its part of the rows only.
-        `last_combine` ends a MoE layer that is the stage's last; the rows that it leaves here are returned.
+        In attention and dense layers, a rank of a tensor group computes all rows with its part of the weights;
+        elsewhere it computes its part of the rows. `last_combine` combines the experts' outputs of the stage's last
+        layer. Returns this rank's part of the rows after the last layer, or what `last_combine` returns. Yields while
+        it waits for rows.
         """
         backend, tensor = self.backend, comm.tensor
         segments = self.cache.segments(batch)
