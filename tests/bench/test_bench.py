@@ -1,4 +1,4 @@
-"""The benchmarks run on tiny layers and print a row for each thing that they measure."""
+"""The benchmarks run on tiny layers, and print a row for each measurement."""
 
 from importlib.util import find_spec
 
@@ -26,22 +26,22 @@ def test_exchange_prints_every_transport(mpirun, num_ranks):
         assert text in outcome.out
 
 
-def test_overlap_prints_gains_and_a_picture(mpirun):
+def test_overlap_prints_figures_and_a_timeline(mpirun):
     flags = (*TINY, "--tokens", "6", "--layers", "2", "--passes", "2")
     outcome = mpirun(2, *python("-m", "moempi", "bench", "overlap", *flags), COLUMNS="200")
     assert outcome.code == 0, outcome.err
     assert "same bits with overlap on and off" in outcome.out
-    picture = [line for line in outcome.out.splitlines() if line.startswith("lane ")]
-    assert [line[:16] for line in picture] == [
+    timeline = [line for line in outcome.out.splitlines() if line.startswith("lane ")]
+    assert [line[:16] for line in timeline] == [
         f"lane {lane} {what}" for lane in range(2) for what in ("computes ", "on a link")
     ]
-    assert all("█" in line for line in picture[::2])
-    assert all("─" in line for line in picture[1::2])
+    assert all("█" in line for line in timeline[::2])
+    assert all("─" in line for line in timeline[1::2])
     alone = mpirun(1, *python("-m", "moempi", "bench", "overlap", *flags))
     assert (alone.code, len(alone.lines)) == (64, 1)
 
 
-def test_immediate_prints_what_it_saves_between_two_stages(mpirun):
+def test_immediate_measures_two_stages_and_refuses_an_odd_number_of_ranks(mpirun):
     command = python("-m", "moempi", "bench", "immediate", *TINY, "--tokens", "0", "3", "--rounds", "2")
     outcome = mpirun(4, *command, COLUMNS="200")
     assert outcome.code == 0, outcome.err
@@ -59,7 +59,7 @@ def test_a_wrong_flag_is_a_usage_error(mpirun):
     assert "--tokns" in outcome.lines[0]
 
 
-def test_generate_compares_tokens_or_says_what_is_missing(mpirun):
+def test_generate_compares_tokens_or_names_the_missing_packages(mpirun):
     flags = ("--sequences", "2", "--prompt", "4", "--tokens", "3", "--rounds", "1")
     outcome = mpirun(2, *python("-m", "moempi", "bench", "generate", *flags), COLUMNS="200", limit_s=120)
     if find_spec("transformers") is None:

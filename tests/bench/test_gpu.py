@@ -1,4 +1,4 @@
-"""`moempi bench gpu`: all figures, here at small sizes on the SIMT device; refused where there is no GPU."""
+"""`moempi bench gpu`: all figures, at small sizes on the SIMT device; without a GPU it is refused."""
 
 from argparse import ArgumentParser
 
@@ -21,13 +21,13 @@ def test_all_figures_are_measured():
     assert all(figure.seconds > 0 for figure in figures)
 
 
-def test_it_needs_a_gpu():
+def test_without_a_gpu_it_is_a_configuration_error():
     outcome = mpirun(1, *python("-m", "moempi", "bench", "gpu"), CUDA_VISIBLE_DEVICES="")
     assert outcome.code == 78
     assert len(outcome.lines) == 1
 
 
-def test_check_says_why_no_gpu_is_used():
+def test_check_reports_why_no_gpu_is_used():
     outcome = mpirun(1, *python("-m", "moempi", "check"), CUDA_VISIBLE_DEVICES="")
     assert outcome.code == 0, outcome.err
     assert "no GPU is used" in outcome.out

@@ -1,4 +1,4 @@
-"""`moempi bench plan`: what it learns from lessons, and that runs over an emulated link take the link's time."""
+"""`moempi bench plan`: the machine fitted to runs, its predictions, and runs over an emulated link."""
 
 from pathlib import Path
 
@@ -9,17 +9,17 @@ from moempi.config.machine_file import read_machine
 from moempi.storage.initialize import initialize
 
 
-def test_the_machine_is_found_from_what_it_foretells(tmp_path):
+def test_a_machine_fitted_to_its_own_predictions_predicts_the_same(tmp_path):
     true = _machine((20.0, 0.3, 40.0))
-    found = fit([(trial, predict_s(trial, true, 2)) for trial in CALIBRATION_RUNS], 2)
-    for trial in (*CALIBRATION_RUNS, RunShape(32, lanes=4), RunShape(1)):
-        assert predict_s(trial, found, 2) == pytest.approx(predict_s(trial, true, 2), rel=0.01)
-    (tmp_path / "machine.toml").write_text(_toml(found))
-    assert read_machine(tmp_path / "machine.toml") == found
-    assert all(getattr(found, name) > 0 for name in PARAMETERS)
+    fitted = fit([(shape, predict_s(shape, true, 2)) for shape in CALIBRATION_RUNS], 2)
+    for shape in (*CALIBRATION_RUNS, RunShape(32, lanes=4), RunShape(1)):
+        assert predict_s(shape, fitted, 2) == pytest.approx(predict_s(shape, true, 2), rel=0.01)
+    (tmp_path / "machine.toml").write_text(_toml(fitted))
+    assert read_machine(tmp_path / "machine.toml") == fitted
+    assert all(getattr(fitted, name) > 0 for name in PARAMETERS)
 
 
-def test_a_slow_link_is_foretold_and_hidden():
+def test_the_time_of_a_slow_link_is_predicted_and_overlap_hides_some_of_it():
     machine = _machine((20.0, 0.3, 40.0))
     free, off, on = (
         predict_s(RunShape(32, overlap=overlap, link=link), machine, 2)
@@ -31,7 +31,7 @@ def test_a_slow_link_is_foretold_and_hidden():
 
 
 @pytest.mark.ranks(2)
-def test_a_run_over_an_emulated_link_takes_its_time(comm, tmp_path):
+def test_a_run_over_an_emulated_link_takes_the_time_of_the_link(comm, tmp_path):
     from moempi.runtime.world import World
 
     bench = _Bench(World(comm), Path(comm.bcast(tmp_path)))

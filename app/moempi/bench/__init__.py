@@ -1,6 +1,6 @@
-"""`moempi bench`: each figure beside that of another implementation, measured in turns in the same run.
+"""`moempi bench`: figures of moempi and of other implementations, measured alternately in the same run.
 
-One file a benchmark: `add_flags(parser)` and `run(world, chosen)`, which is collective and prints on rank 0.
+Each benchmark is a module with `add_flags(parser)` and `run(world, chosen)`, which is collective and prints on rank 0.
 """
 
 from argparse import REMAINDER, ArgumentParser, Namespace
@@ -21,13 +21,13 @@ class _Parser(ArgumentParser):
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """The benchmark, and its own arguments."""
+    """The name of the benchmark, and the arguments for it."""
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("arguments", nargs=REMAINDER, help="the benchmark's own arguments")
 
 
 def run(chosen: Namespace) -> int:
-    """Run the benchmark on all ranks; collective. Raises UsageError for flags that the benchmark does not have."""
+    """Run the benchmark; collective, blocks. Raises UsageError for flags that the benchmark does not have."""
     monitor = Monitor()
     monitor.fork()
     from moempi.runtime.world import World

@@ -1,4 +1,4 @@
-"""`moempi bench exchange`: every transport beside MPI's own Alltoallv and torch's gloo."""
+"""`moempi bench exchange`: every transport, MPI's blocking Alltoallv, and torch's gloo."""
 
 import pkgutil
 from argparse import ArgumentParser, Namespace
@@ -22,8 +22,9 @@ from moempi.runtime.world import World
 
 ROW_BYTES = 14336
 BUFFERS = 2
+"""Buffers that a transport uses alternately."""
 IN_A_ROW = 116
-"""Exchanges of a turn, as many as a step of 58 MoE layers has."""
+"""Number of exchanges in a measurement: dispatch and combine of 58 MoE layers."""
 BLOCKING, GLOO = "MPI Alltoallv", "torch gloo"
 
 
@@ -42,9 +43,9 @@ def run(world: World, chosen: Namespace) -> None:
         caption=machine(world),
     )
     gloo = peers.start_gloo(world)
-    made = {name: make(world.comm.Dup(), row_bytes=ROW_BYTES) for name, make in found_transports().items()}
+    transport_by_name = {name: make(world.comm.Dup(), row_bytes=ROW_BYTES) for name, make in found_transports().items()}
     for num_rows in chosen.rows:
-        for row in _measure(world, made, num_rows, gloo, rounds=chosen.rounds):
+        for row in _measure(world, transport_by_name, num_rows, gloo, rounds=chosen.rounds):
             table.add_row(*row)
     peers.stop_gloo(gloo)
     if world.rank == 0:
@@ -52,7 +53,7 @@ def run(world: World, chosen: Namespace) -> None:
 
 
 def found_transports() -> dict[str, Callable[..., Transport]]:
-    """Every class in the transports package that has a fixed `name` and is made from a communicator and row size."""
+    """The classes of the transports package that have a fixed `name`; they take a communicator and `row_bytes`."""
     found: dict[str, Callable[..., Transport]] = {}
     member: Any
     for module in pkgutil.iter_modules(transports.__path__, f"{transports.__name__}."):
@@ -62,21 +63,24 @@ def found_transports() -> dict[str, Callable[..., Transport]]:
     return found
 
 
-def _measure(world: World, made: Mapping[str, Transport], num_rows: int, gloo: Any, *, rounds: int) -> list[list[str]]:
+def _measure(
+    world: World, transport_by_name: Mapping[str, Transport], num_rows: int, gloo: Any, *, rounds: int
+) -> list[list[str]]:
+    """The cells of one table row for each transport; collective."""
     comm, counts = world.comm, np.full(world.size, num_rows)
     outgoing, incoming = (aligned_empty((world.size * num_rows, ROW_BYTES), np.uint8) for _ in range(2))
     outgoing[:] = world.rank
-    for transport in made.values():
+    for transport in transport_by_name.values():
         _check(world, transport, counts, incoming)
     contestants: dict[str, Callable[[], object]] = {
-        name: partial(_exchange, transport, counts, incoming) for name, transport in made.items()
+        name: partial(_exchange, transport, counts, incoming) for name, transport in transport_by_name.items()
     }
     sizes = counts * ROW_BYTES
     contestants[BLOCKING] = partial(comm.Alltoallv, [outgoing, sizes], [incoming, sizes])
     if gloo is not None:
         contestants[GLOO] = peers.gloo_exchange(gloo, outgoing, incoming)
-    turns = {name: partial(_repeat, exchange) for name, exchange in contestants.items()}
-    taken = alternate(world, turns, rounds=rounds)
+    repeated = {name: partial(_repeat, exchange) for name, exchange in contestants.items()}
+    taken = alternate(world, repeated, rounds=rounds)
     return [
         [
             f"{num_rows * ROW_BYTES:,}",
@@ -84,7 +88,7 @@ def _measure(world: World, made: Mapping[str, Transport], num_rows: int, gloo: A
             *(_us(taken[column]) if column in taken else "" for column in (name, BLOCKING, GLOO)),
             *(f"{ratio(taken[other], taken[name]):.2f}" if other in taken else "" for other in (BLOCKING, GLOO)),
         ]
-        for name in made
+        for name in transport_by_name
     ]
 
 
@@ -95,23 +99,23 @@ def _repeat(exchange: Callable[[], object]) -> None:
 
 def _exchange(transport: Transport, counts: Any, incoming: Any) -> None:
     outgoing = transport.outgoing(len(incoming))
-    landing = transport.start(outgoing, counts, incoming, counts)
-    landing.Wait()
-    landing.release()
+    receipt = transport.start(outgoing, counts, incoming, counts)
+    receipt.Wait()
+    receipt.release()
 
 
 def _check(world: World, transport: Transport, counts: Any, incoming: Any) -> None:
-    """Send each rank's number through all buffers of a transport; raises RuntimeError unless it arrives; collective."""
+    """Send each rank's number with every buffer of a transport; raises RuntimeError if another arrives; collective."""
     sources = np.repeat(np.arange(world.size) % 256, counts)
     for _ in range(BUFFERS):
         outgoing = transport.outgoing(len(incoming))
         outgoing[:] = world.rank % 256
-        landing = transport.start(outgoing, counts, incoming, counts)
-        landing.Wait()
-        rows, places = landing.rows()
-        if ((rows[: len(sources)] if places is None else rows[places]) != sources[:, None]).any():
-            raise RuntimeError(f"rows arrived wrong over {transport.name}")
-        landing.release()
+        receipt = transport.start(outgoing, counts, incoming, counts)
+        receipt.Wait()
+        rows, index = receipt.rows()
+        if ((rows[: len(sources)] if index is None else rows[index]) != sources[:, None]).any():
+            raise RuntimeError(f"transport {transport.name} delivered wrong rows")
+        receipt.release()
 
 
 def _us(taken: list[float]) -> str:

@@ -1,6 +1,6 @@
-"""`moempi bench generate`: tokens a second of whole runs beside transformers' generate: weights, batch and cores alike.
+"""`moempi bench generate`: tokens per second of whole runs and of transformers' generate, with equal weights and cores.
 
-A small random Qwen3-MoE is saved by transformers, converted, and asked for the same greedy tokens by both, in turns.
+Transformers saves a small random Qwen3-MoE, which moempi converts; both generate greedy tokens alternately.
 Transformers has as many threads as there are ranks, which sleep meanwhile.
 """
 
@@ -16,11 +16,10 @@ import numpy as np
 from rich.table import Table
 
 from moempi.bench import peers
-from moempi.bench.jobs import step_seconds, write_prompts
+from moempi.bench.jobs import WEIGHTS, make_job, step_seconds, write_prompts
 from moempi.bench.measure import machine, ratio
 from moempi.commands.flags import count
 from moempi.config.job import Job
-from moempi.config.reading import read_tree
 from moempi.errors import UsageError
 from moempi.observe.console import console
 from moempi.runtime.world import World
@@ -28,7 +27,7 @@ from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
 
 VOCABULARY = 512
-NAP_S = 0.002
+POLL_S = 0.002
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -41,8 +40,8 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(world: World, chosen: Namespace) -> None:
-    """Measure and print; collective, on one node. Raises UsageError where transformers is not installed."""
-    world.collectively(lambda: _refuse(world))
+    """Measure and print; collective. Raises UsageError on several nodes or without transformers."""
+    world.collectively(lambda: _check_usage(world))
     table = Table(
         *("precision", "batch", "moempi", "transformers", "ratio", "same tokens"),
         title=f"Tokens/s, {chosen.tokens} after prompts of {chosen.prompt}: {world.size} ranks, as many threads",
@@ -52,7 +51,7 @@ def run(world: World, chosen: Namespace) -> None:
         folder = Path(world.comm.bcast(own))
         if world.rank == 0:
             peers.save_model(folder / "model", vocabulary=VOCABULARY)
-            convert(folder / "model", folder / "model.h5")
+            convert(folder / "model", folder / WEIGHTS)
         _sleep_until_all(world)
         for precision in ("float32", "bfloat16"):
             for sequences in chosen.sequences:
@@ -62,7 +61,7 @@ def run(world: World, chosen: Namespace) -> None:
         console().print(table)
 
 
-def _refuse(world: World) -> None:
+def _check_usage(world: World) -> None:
     if world.num_nodes > 1:
         raise UsageError("bench generate compares cores of one node; start it on one")
     if not peers.has_transformers():
@@ -70,7 +69,7 @@ def _refuse(world: World) -> None:
 
 
 def _compare(world: World, folder: Path, precision: str, sequences: int, chosen: Namespace) -> list[str]:
-    """Figures of one batch: ours, theirs, how many times theirs, and the share of equal tokens; collective."""
+    """The cells of one batch: both rates, their ratio, and the share of equal tokens; collective."""
     prompts = np.random.default_rng(sequences).integers(0, VOCABULARY, (sequences, chosen.prompt))
     job = _job(folder, precision, sequences, chosen)
     theirs: dict[str, Callable[[], Any]] = {}
@@ -84,7 +83,7 @@ def _compare(world: World, folder: Path, precision: str, sequences: int, chosen:
         taken["moempi"].append(step_seconds(world, job)[0])
         for name, generate in theirs.items():
             begin = time.perf_counter()
-            found = generate()
+            generated = generate()
             taken[name].append(time.perf_counter() - begin)
         _sleep_until_all(world)
     if world.rank:
@@ -92,29 +91,24 @@ def _compare(world: World, folder: Path, precision: str, sequences: int, chosen:
     taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first warms up
     best = min(theirs, key=lambda name: median(taken[name]))
     with ResultFile(job.output.results) as results:
-        same = np.mean([record.tokens == row for record, row in zip(results.requests(), found, strict=True)])
+        same = np.mean([record.tokens == row for record, row in zip(results.requests(), generated, strict=True)])
     rates = (sequences * chosen.tokens / median(taken[name]) for name in ("moempi", best))
     return [*(f"{rate:,.0f}" for rate in rates), f"{ratio(taken[best], taken['moempi']):.2f}", f"{same:.1%}"]
 
 
 def _job(folder: Path, precision: str, sequences: int, chosen: Namespace) -> Job:
-    tree = {
-        "model": {"weights": str(folder / "model.h5")},
-        "input": {"prompts": str(folder / "prompts.jsonl")},
-        "output": {"results": str(folder / "results.h5")},
-        "run": {
-            "backend": "numpy",
-            "precision": precision,
-            "max_sequences": max(sequences, chosen.lanes),
-            "micro_batches": chosen.lanes,
-        },
-        "sampling": {"max_tokens": chosen.tokens, "ignore_eos": True},
+    run = {
+        "backend": "numpy",
+        "precision": precision,
+        "max_sequences": max(sequences, chosen.lanes),
+        "micro_batches": chosen.lanes,
     }
-    return read_tree(tree, Job, origin="bench generate")
+    sampling = {"max_tokens": chosen.tokens, "ignore_eos": True}
+    return make_job(folder, origin="bench generate", run=run, sampling=sampling)
 
 
 def _sleep_until_all(world: World) -> None:
-    """A barrier that leaves the cores to who is still at work."""
+    """A barrier in which waiting ranks leave their cores to the others."""
     request = world.comm.Ibarrier()
     while not request.Test():
-        time.sleep(NAP_S)
+        time.sleep(POLL_S)

@@ -1,7 +1,7 @@
-"""`moempi bench gpu`: the parts of a layer on one GPU, beside what the GPU's own copy and cuBLAS do in the same run.
+"""`moempi bench gpu`: the parts of a layer on one GPU, and the GPU's own copy and cuBLAS in the same run.
 
-Sizes are the mission's by default. Every figure is the median over rounds of many submissions in a row, the contestants
-in turn. Where torch sees the GPU, its way of the same is measured too.
+The default sizes are of a layer with width 7,168. Every figure is the median over rounds in which the contestants run
+alternately, each many times in a row. If torch can use the GPU, its expert is measured as well.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -17,8 +17,8 @@ from moempi.backend.cuda.backend import CudaBackend, Matrix
 from moempi.backend.protocol import Array, Expert, Segment
 from moempi.backend.select import make_backend
 from moempi.bench import peers
-from moempi.bench.layers import random_bits
 from moempi.bench.measure import machine
+from moempi.bench.random_layer import random_bits
 from moempi.commands.flags import count
 from moempi.config.job import RunSection
 from moempi.config.tensors import PAGE_ROWS
@@ -27,17 +27,19 @@ from moempi.observe.console import console
 from moempi.runtime.world import World
 
 Run = Callable[[], object]
+SLOTS = 8
+"""Outputs that are combined into one row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row of the table: what was done, `amount` of `unit` a second, beside the best another way reached."""
+    """One row of the table: a part of a layer, its work, median seconds, rate, and a comparison."""
 
     name: str
     work: str
     seconds: float
     rate: str
-    beside: str
+    comparison: str
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -57,23 +59,23 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(world: World, chosen: Namespace) -> None:
-    """Measure on the first rank's GPU and print; collective. Raises ConfigError where there is none."""
+    """Measure on the GPU of rank 0 and print; collective. Raises ConfigError without a GPU."""
     backend = world.collectively(lambda: _backend(world))
     figures = measure(backend, chosen) if world.rank == 0 else []
     world.comm.Barrier()
     if world.rank == 0:
         table = Table(*("measure", "work", "us", "rate", "beside"), title=backend.device.name, caption=machine(world))
         for figure in figures:
-            table.add_row(figure.name, figure.work, f"{figure.seconds * 1e6:.1f}", figure.rate, figure.beside)
+            table.add_row(figure.name, figure.work, f"{figure.seconds * 1e6:.1f}", figure.rate, figure.comparison)
         console().print(table)
 
 
 def _backend(world: World) -> CudaBackend:
-    section = RunSection(backend="cupy")
-    made = make_backend(section, local_rank=world.local_rank, takes_device_memory=lambda: True)
-    if not isinstance(made, CudaBackend):
+    run = RunSection(backend="cupy")
+    backend = make_backend(run, local_rank=world.local_rank, takes_device_memory=lambda: True)
+    if not isinstance(backend, CudaBackend):
         raise ConfigError("bench gpu needs a GPU")
-    return made
+    return backend
 
 
 def measure(backend: CudaBackend, sizes: Namespace) -> list[Figure]:
@@ -84,14 +86,14 @@ def measure(backend: CudaBackend, sizes: Namespace) -> list[Figure]:
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """Times contestants in turn; a measurement is `repeats` submissions and one wait."""
+    """Times contestants alternately; a measurement is `repeats` submissions and one wait for the GPU."""
 
     backend: CudaBackend
     rounds: int
     repeats: int
 
     def seconds(self, *contestants: Run) -> list[float]:
-        """The median seconds of one submission of each."""
+        """The median seconds of one submission of each contestant; blocks."""
         taken: list[list[float]] = [[] for _ in contestants]
         for _ in range(self.rounds + 1):
             for times, contestant in zip(taken, contestants, strict=True):
@@ -104,64 +106,64 @@ class _Clock:
         return [median(times[1:]) for times in taken]
 
     def rows(self, *shape: int) -> Array:
-        """Random rows."""
+        """Random bfloat16 values of this shape on the GPU."""
         count = int(np.prod(shape))
         return self.backend.device.upload(random_bits((1, count), key=count).reshape(shape))
 
 
 def _experts(clock: _Clock, sizes: Namespace) -> list[Figure]:
-    """G1 and G2: an expert, beside its two products alone and beside torch."""
+    """An expert, compared with its two matrix products alone and with torch."""
     backend, width, hidden = clock.backend, sizes.width, sizes.expert_width
     bits = random_bits((2 * hidden, width), key=1), random_bits((width, hidden), key=2)
     gate_up, down = (backend.matrix(part) for part in bits)
     expert, figures = Expert(gate_up, down), []
     for num_rows in (*sizes.few, *sizes.many):
         x, counts = clock.rows(num_rows, width), np.array([num_rows])
-        both, mapped = clock.rows(num_rows, 2 * hidden), clock.rows(num_rows, width)
+        hidden_rows, outputs = clock.rows(num_rows, 2 * hidden), clock.rows(num_rows, width)
 
-        def products(x: Array = x, both: Array = both, mapped: Array = mapped) -> None:
-            for given, matrix, out in ((x, gate_up, both), (both[:, :hidden], down, mapped)):
+        def products(x: Array = x, hidden_rows: Array = hidden_rows, outputs: Array = outputs) -> None:
+            for rows, matrix, out in ((x, gate_up, hidden_rows), (hidden_rows[:, :hidden], down, outputs)):
                 assert isinstance(matrix, Matrix)
-                backend.device.product(given, matrix.values, out, transposed=matrix.transposed)
+                backend.device.product(rows, matrix.values, out, transposed=matrix.transposed)
 
         torch_expert = peers.gpu_expert(*bits, num_rows)
-        ways = [lambda x=x, counts=counts: backend.expert_mlp(x, [expert], counts), products]
-        ours, cublas, *torch = clock.seconds(*ways, *([torch_expert] if torch_expert else []))
+        contestants = [lambda x=x, counts=counts: backend.expert_mlp(x, [expert], counts), products]
+        ours, cublas, *torch = clock.seconds(*contestants, *([torch_expert] if torch_expert else []))
         rate = 6 * num_rows * width * hidden / ours / 1e12
-        beside = f"{cublas / ours:.2f} of its products alone" + "".join(f", torch x {t / ours:.2f}" for t in torch)
-        figures.append(Figure("expert", f"{num_rows:,} rows", ours, f"{rate:.1f} TFLOP/s", beside))
+        comparison = f"{cublas / ours:.2f} of its products alone" + "".join(f", torch x {t / ours:.2f}" for t in torch)
+        figures.append(Figure("expert", f"{num_rows:,} rows", ours, f"{rate:.1f} TFLOP/s", comparison))
     return figures
 
 
 def _packing(clock: _Clock, sizes: Namespace) -> list[Figure]:
-    """G3: gathering rows, and the weighted sum of 8 answers a row, beside the device's copy of as many bytes."""
-    backend, slots = clock.backend, 8
+    """Packing rows, and combining SLOTS outputs per row, compared with the device's copy by their bytes per second."""
+    backend = clock.backend
     num_rows = max(sizes.many)
-    x, wire, copied = (clock.rows(num_rows, sizes.width) for _ in range(3))
+    x, buffer, copied = (clock.rows(num_rows, sizes.width) for _ in range(3))
     order = backend.upload(np.random.default_rng(0).permutation(num_rows))
-    places = backend.upload(np.random.default_rng(1).integers(0, num_rows, (num_rows // slots, slots)))
-    weights = backend.upload(np.full((num_rows // slots, slots), 0.125, np.float32))
+    output_rows = backend.upload(np.random.default_rng(1).integers(0, num_rows, (num_rows // SLOTS, SLOTS)))
+    weights = backend.upload(np.full((num_rows // SLOTS, SLOTS), 1 / SLOTS, np.float32))
     pack, combine, copy = clock.seconds(
-        lambda: backend.pack(x, order, wire),
-        lambda: backend.combine(wire, places, weights),
+        lambda: backend.pack(x, order, buffer),
+        lambda: backend.combine(buffer, output_rows, weights),
         lambda: backend.device.copy(x, copied),
     )
-    num_bytes = 2 * num_rows * sizes.width * 2
-    read = num_rows * sizes.width * 2 * (1 + 1 / slots)
+    pack_bytes = 2 * num_rows * sizes.width * 2
+    combine_bytes = num_rows * sizes.width * 2 * (1 + 1 / SLOTS)
     return [
-        Figure("pack", f"{num_rows:,} rows", pack, _rate(num_bytes, pack), f"{copy / pack:.2f} of the copy rate"),
+        Figure("pack", f"{num_rows:,} rows", pack, _rate(pack_bytes, pack), f"{copy / pack:.2f} of the copy rate"),
         Figure(
             "combine",
-            f"{num_rows // slots:,} rows of {slots}",
+            f"{num_rows // SLOTS:,} rows of {SLOTS}",
             combine,
-            _rate(read, combine),
-            f"{read / combine / (num_bytes / copy):.2f} of the copy rate",
+            _rate(combine_bytes, combine),
+            f"{combine_bytes / combine / (pack_bytes / copy):.2f} of the copy rate",
         ),
     ]
 
 
 def _decode(clock: _Clock, sizes: Namespace) -> Figure:
-    """G4: one new row of each sequence over its whole context, beside the device's copy rate."""
+    """Attention of one new row per sequence to its whole context, compared with the device's copy rate."""
     backend, pages = clock.backend, -(-sizes.context // PAGE_ROWS)
     segments = [
         Segment(number, 1, sizes.context - 1, np.arange(number * pages, (number + 1) * pages))
@@ -175,13 +177,13 @@ def _decode(clock: _Clock, sizes: Namespace) -> Figure:
         lambda: backend.device.copy(cache.keys, copied),
     )
     num_bytes = sizes.sequences * sizes.context * sizes.heads * sizes.head_dim * 4
-    beside = f"{num_bytes / attend / (2 * copied.nbytes / copy):.2f} of the copy rate"
+    comparison = f"{num_bytes / attend / (2 * copied.nbytes / copy):.2f} of the copy rate"
     work = f"{sizes.sequences} sequences of {sizes.context:,}"
-    return Figure("decode attention", work, attend, _rate(num_bytes, attend), beside)
+    return Figure("decode attention", work, attend, _rate(num_bytes, attend), comparison)
 
 
 def _prefill(clock: _Clock, sizes: Namespace) -> Figure:
-    """G5: all rows of one sequence; half the products of full attention."""
+    """Causal attention of all rows of one sequence, which has half the products of full attention."""
     backend, pages = clock.backend, -(-sizes.context // PAGE_ROWS)
     segments = [Segment(0, sizes.context, 0, np.arange(pages))]
     cache = backend.cache(pages, sizes.heads, sizes.head_dim)

@@ -1,4 +1,4 @@
-"""`moempi bench immediate`: what a step gains when a stage's last experts answer straight to the next stage."""
+"""`moempi bench immediate`: time that a step saves if experts send their outputs directly to the next stage."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from rich.table import Table
 
 from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.bench.layers import Sizes, add_size_flags, finish, make_layer, make_rows
 from moempi.bench.measure import alternate, machine, ratio
+from moempi.bench.random_layer import Sizes, add_size_flags, make_layer, make_rows, run_to_end
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.lane_comm import make_lane_comm, slot_rows
 from moempi.comm.row_shape import RowShape
@@ -28,6 +28,7 @@ from moempi.observe.console import console
 from moempi.runtime.world import World
 
 HOMES, IMMEDIATE = "over the homes", "immediate"
+"""The two routes of the outputs: combined on the token's home rank and sent on, or sent directly."""
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -41,8 +42,8 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(world: World, chosen: Namespace) -> None:
-    """Measure and print; collective. Raises RuntimeError when immediate routing changes a result."""
-    world.collectively(lambda: _refuse_odd(world.size))
+    """Measure and print; collective. Raises RuntimeError if immediate routing changes a result."""
+    world.collectively(lambda: _check_usage(world.size))
     sizes = Sizes.of(chosen)
     table = Table(
         *("rows", f"{HOMES} us", f"{IMMEDIATE} us", "saved us", f"{HOMES} / {IMMEDIATE}"),
@@ -51,29 +52,33 @@ def run(world: World, chosen: Namespace) -> None:
     )
     grid = make_grid(ParallelSection(stages=2), layer_costs=[1, 1], nodes=world.nodes, slots_per_group=1)
     for tokens in chosen.tokens:
-        ways = {
-            HOMES: _way(world, grid, sizes, tokens, immediate_stages=()),
-            IMMEDIATE: _way(world, grid, sizes, tokens, immediate_stages=(0,)),
+        steps = {
+            HOMES: _make_step(world, grid, sizes, tokens, immediate_stages=()),
+            IMMEDIATE: _make_step(world, grid, sizes, tokens, immediate_stages=(0,)),
         }
-        if (ways[HOMES]() != ways[IMMEDIATE]()).any():
+        if (steps[HOMES]() != steps[IMMEDIATE]()).any():
             raise RuntimeError("immediate routing changed a result")
-        taken = alternate(world, ways, rounds=chosen.rounds)
-        spans = [median(taken[name]) * 1e6 for name in (HOMES, IMMEDIATE)]
+        taken = alternate(world, steps, rounds=chosen.rounds)
+        homes_us, immediate_us = (median(taken[name]) * 1e6 for name in (HOMES, IMMEDIATE))
+        figures = (homes_us, immediate_us, homes_us - immediate_us)
         gain = ratio(taken[HOMES], taken[IMMEDIATE])
-        table.add_row(str(tokens), *(f"{span:.0f}" for span in (*spans, spans[0] - spans[1])), f"{gain:.2f}")
+        table.add_row(str(tokens), *(f"{figure:.0f}" for figure in figures), f"{gain:.2f}")
     if world.rank == 0:
         console().print(table)
 
 
-def _refuse_odd(num_ranks: int) -> None:
+def _check_usage(num_ranks: int) -> None:
     if num_ranks % 2:
         raise UsageError(f"bench immediate measures between two stages, {num_ranks} ranks do not form two equal ones")
 
 
-def _way(
+def _make_step(
     world: World, grid: Grid, sizes: Sizes, tokens: int, *, immediate_stages: tuple[int, ...]
 ) -> Callable[[], Float32Array]:
-    """What takes rows through a layer of the first stage and into the second, and returns what arrived there."""
+    """A function that computes a layer on the first stage and sends its rows; on the second it returns them.
+
+    On the first stage it returns its input rows. Both calls are collective.
+    """
     pending = PendingTransfers()
     backend = NumpyBackend(precision="bfloat16", reproducible=False, progress=pending.progress)
     placement = linear(sizes.num_experts, world.size // 2)
@@ -106,9 +111,9 @@ def _way(
 
     def send() -> Float32Array:
         combine = comm.last_combine(batch, RowSplit((tokens,), 1))
-        passed = finish(layer.forward(backend, rows, comm.exchange, combine, residual=rows))
+        outputs = run_to_end(layer.forward(backend, rows, comm.exchange, combine, residual=rows))
         if comm.immediate is None:
-            comm.link.send(batch, passed)
+            comm.link.send(batch, outputs)
         return rows
 
     return send

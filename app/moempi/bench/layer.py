@@ -1,4 +1,4 @@
-"""`moempi bench layer`: one Mixture-of-Experts layer, router to combine, beside the block that transformers has."""
+"""`moempi bench layer`: one Mixture-of-Experts layer, from router to combine, and the same block of transformers."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from rich.table import Table
 from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.bench import peers
-from moempi.bench.layers import Sizes, add_size_flags, finish, make_exchange, make_layer, make_rows
 from moempi.bench.measure import alternate, machine, product_clock, ratio
+from moempi.bench.random_layer import Sizes, add_size_flags, make_exchange, make_layer, make_rows, run_to_end
 from moempi.comm.combine import HomeCombine
 from moempi.comm.hop import Hop
 from moempi.comm.transfers import PendingTransfers, Transfers
@@ -34,7 +34,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(world: World, chosen: Namespace) -> None:
-    """Measure and print; collective. The rows are shared evenly among the ranks; the peer computes on rank 0 alone."""
+    """Measure and print; collective. The rows are divided evenly among the ranks; transformers runs on rank 0 alone."""
     sizes = Sizes.of(chosen)
     table = Table(
         *("T", "precision", "moempi ms", "in GEMM", "one rank ms", "ranks gain", "peer ms", "peer", "peer / moempi"),
@@ -49,15 +49,16 @@ def run(world: World, chosen: Namespace) -> None:
 
 
 def _measure(world: World, sizes: Sizes, num_rows: int, precision: str, rounds: int) -> list[str]:
+    """The cells of one table row; collective."""
     rows = make_rows(num_rows, sizes.width)
     bounds = [rank * num_rows // world.size for rank in range(world.size + 1)]
     ours = partial(layer_on(world, sizes, precision), rows[bounds[world.rank] : bounds[world.rank + 1]])
     contestants: dict[str, Callable[[], object]] = {OURS: ours}
     if world.size > 1:
-        lone = partial(layer_on(world, sizes, precision, alone=True), rows)
-        contestants[ALONE] = lone if world.rank == 0 else _nothing
+        alone = partial(layer_on(world, sizes, precision, alone=True), rows)
+        contestants[ALONE] = alone if world.rank == 0 else _do_nothing
     blocks = peers.moe_blocks(sizes, rows, precision=precision)
-    contestants |= {name: block if world.rank == 0 else _nothing for name, block in blocks.items()}
+    contestants |= {name: block if world.rank == 0 else _do_nothing for name, block in blocks.items()}
     taken = alternate(world, contestants, rounds=rounds)
     share = _gemm_share(world, ours, rounds=rounds)
     best = min(blocks, key=lambda name: median(taken[name]), default=None)
@@ -75,7 +76,7 @@ def _measure(world: World, sizes: Sizes, num_rows: int, precision: str, rounds: 
 def layer_on(
     world: World, sizes: Sizes, precision: str, *, alone: bool = False
 ) -> Callable[[Float32Array], Float32Array]:
-    """A function that puts this rank's rows through the layer; collective, unless each rank is `alone`."""
+    """A function that computes the layer for this rank's rows; its calls are collective unless each rank is `alone`."""
     comm = world.comm.Create_group(world.comm.group.Incl([world.rank])) if alone else world.comm.Dup()
     pending = PendingTransfers()
     backend = NumpyBackend(precision=precision, reproducible=False, progress=pending.progress)
@@ -87,14 +88,14 @@ def layer_on(
     layer = make_layer(sizes, backend, hosted=placement.hosted[comm.rank])
 
     def compute(rows: Float32Array) -> Float32Array:
-        result: Float32Array = finish(layer.forward(backend, rows, exchange, combine))
+        result: Float32Array = run_to_end(layer.forward(backend, rows, exchange, combine))
         return result
 
     return compute
 
 
 def _gemm_share(world: World, compute: Callable[[], object], *, rounds: int) -> float:
-    """The share of the layer's time that is inside matrix products, the median over rounds on this rank."""
+    """The share of matrix products in the layer's time: the median over rounds on this rank; collective."""
     shares = []
     for _ in range(rounds):
         world.comm.Barrier()
@@ -109,5 +110,5 @@ def _ms(taken: list[float]) -> str:
     return f"{median(taken) * 1e3:.2f}"
 
 
-def _nothing() -> None:
-    """What the other ranks do while rank 0 computes alone."""
+def _do_nothing() -> None:
+    """The turn of the other ranks while rank 0 computes alone."""

@@ -1,4 +1,4 @@
-"""Measuring: contestants take turns, so that a busy machine slows all of them alike, and medians are compared."""
+"""Measuring: the contestants run alternately, so that a busy machine slows all of them, and medians are compared."""
 
 import os
 import platform
@@ -22,9 +22,9 @@ Contestants = Mapping[str, Callable[[], object]]
 
 
 def alternate(world: World, contestants: Contestants, *, rounds: int) -> dict[str, list[float]]:
-    """Run every contestant in turn, `rounds` times after one round of warming up; collective, blocks.
+    """Run all contestants one after another, in one round to warm up and `rounds` that count; collective, blocks.
 
-    The names are the same on all ranks. Returns the seconds of each run: those of the slowest rank.
+    The names are the same on all ranks. Returns the seconds of each counted run on its slowest rank.
     """
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
@@ -38,20 +38,20 @@ def alternate(world: World, contestants: Contestants, *, rounds: int) -> dict[st
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
-    """How many times faster ours is: the median over rounds of theirs / ours."""
+    """The speedup of ours: the median over rounds of theirs / ours."""
     return median(their / our for their, our in zip(theirs, ours, strict=True))
 
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds spent in what it watches."""
+    """Seconds spent in the timed functions."""
 
     seconds: float = 0.0
 
 
 @contextmanager
 def product_clock() -> Iterator[Clock]:
-    """Within the block, the clock counts the time inside matrix products: NumPy's and those of packed matrices."""
+    """Inside the block, the clock counts the time of matrix products: of NumPy and of packed matrices."""
     clock, matmul, packed = Clock(), np.matmul, PackedMatrix.product
 
     def timed(product: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def product_clock() -> Iterator[Clock]:
 
 
 def machine(world: World) -> str:
-    """What the figures were measured on, in one line."""
+    """Processor, ranks and versions of the packages, in one line."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     return (
@@ -79,8 +79,8 @@ def machine(world: World) -> str:
 
 
 def _processor() -> str:
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
 

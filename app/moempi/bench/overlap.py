@@ -1,4 +1,4 @@
-"""`moempi bench overlap`: how much of a slow network two interleaved lanes hide; layers over an emulated link."""
+"""`moempi bench overlap`: the communication that two interleaved lanes hide, in layers over an emulated link."""
 
 import math
 from argparse import ArgumentParser, Namespace
@@ -14,8 +14,8 @@ from rich.table import Table
 
 from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import Matrix, NumpyBackend
-from moempi.bench.layers import Sizes, add_size_flags, make_exchange, make_layer, make_rows, random_bits
 from moempi.bench.measure import alternate, machine, ratio
+from moempi.bench.random_layer import Sizes, add_size_flags, make_exchange, make_layer, make_rows, random_bits
 from moempi.comm.combine import HomeCombine
 from moempi.comm.exchange import OneHop
 from moempi.comm.hop import Hop
@@ -26,7 +26,7 @@ from moempi.commands.flags import count
 from moempi.engine.interleave import interleave
 from moempi.errors import UsageError
 from moempi.layout.placement import linear
-from moempi.layout.schedule import Point
+from moempi.layout.schedule import EXCHANGE_PHASES, Point
 from moempi.layout.topology import NODE, Topology
 from moempi.model.feed_forward import MixtureOfExperts
 from moempi.observe.console import console
@@ -35,13 +35,14 @@ from moempi.runtime.world import World
 LANES = 2
 LATENCY_S = 20e-6
 COMMUNICATION = 0.9
+"""Seconds on the emulated link per second of compute."""
 LABEL_WIDTH = 18
 COMPUTING, BLOCKING, OVERLAPPED = "computing", "blocking", "overlapped"
-POINTS = tuple(Point(0, phase) for phase in ("counts", "dispatch", "combine"))
+POINTS = tuple(Point(0, phase) for phase in EXCHANGE_PHASES[1])
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """The flags of the layers that communication is hidden under."""
+    """The benchmark's own flags."""
     add_size_flags(parser)
     parser.add_argument("--tokens", type=count, default=256, metavar="T", help="rows of a lane on a rank (256)")
     parser.add_argument("--layers", type=count, default=4, help="layers that a lane goes through (4)")
@@ -50,7 +51,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """Two lanes of a rank, each with its own rows and communicator, over one emulated link."""
+    """Two lanes of a rank, each with its own rows and communicator, which share one emulated link."""
 
     backend: NumpyBackend
     projections: tuple[Matrix, Matrix]
@@ -62,14 +63,14 @@ class Rig:
     timeline: "Timeline"
 
     def pass_through(self) -> list[Float32Array]:
-        """Put the rows of all lanes through the layers; what came out of each lane; collective."""
-        passed = list(self.rows)
-        lanes = [self._lane(passed, lane) for lane in range(LANES)]
+        """Compute all layers for the rows of all lanes, and return the outputs of each lane; collective."""
+        outputs = list(self.rows)
+        lanes = [self._lane(outputs, lane) for lane in range(LANES)]
         interleave(lanes, POINTS, side_by_side=LANES)
-        return passed
+        return outputs
 
     def watch(self) -> "Timeline":
-        """The same, and what each lane did when; collective."""
+        """Compute all layers once more, and return the timeline of the lanes; collective."""
         self.timeline.clear()
         lanes = [self._lane(list(self.rows), lane) for lane in range(LANES)]
         interleave(lanes, POINTS, side_by_side=LANES, on_queue=self._span)
@@ -77,44 +78,44 @@ class Rig:
 
     @contextmanager
     def _span(self, lane: int) -> Iterator[None]:
-        """Time in which a lane computes, without the time that the host waited; a lane waits before it computes."""
+        """Record the time in which a lane computes; a lane first waits, which does not count."""
         begin, waited = perf_counter(), sum(self.transfers.waits.values())
         yield
         waited_here = sum(self.transfers.waits.values()) - waited
         self.timeline.add_computing(lane, begin + waited_here, perf_counter())
 
-    def _lane(self, passed: list[Float32Array], lane: int) -> Generator[Point, None, None]:
+    def _lane(self, outputs: list[Float32Array], lane: int) -> Generator[Point, None, None]:
         into, out = self.projections
-        backend, width = self.backend, passed[lane].shape[1]
+        backend, width = self.backend, outputs[lane].shape[1]
         for _ in range(self.num_layers):
-            projected = backend.linear(passed[lane], into)[:, :width]
+            projected = backend.linear(outputs[lane], into)[:, :width]
             x = backend.linear(np.ascontiguousarray(projected), out)
             exchange = self.exchanges[lane]
-            passed[lane] = yield from self.experts.forward(backend, x, exchange, HomeCombine(exchange, backend))
+            outputs[lane] = yield from self.experts.forward(backend, x, exchange, HomeCombine(exchange, backend))
 
 
 class Timeline:
-    """Spans of seconds in which each lane computed, and in which its rows were on the link."""
+    """The intervals in which each lane computed, and in which its rows were on the link."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Remove all intervals; the timeline begins now."""
         self._begin = perf_counter()
         self._computing: list[list[tuple[float, float]]] = [[] for _ in range(LANES)]
         self._travelling: list[list[tuple[float, float]]] = [[] for _ in range(LANES)]
 
     def add_computing(self, lane: int, begin: float, end: float) -> None:
-        """A lane computed from `begin` to `end`."""
+        """Add an interval in which a lane computed."""
         self._computing[lane].append((begin, end))
 
     def add_transfer(self, lane: int, start: float, arrival: float) -> None:
-        """Rows of a lane were on the link from `start` to `arrival`."""
+        """Add an interval in which rows of a lane were on the link."""
         self._travelling[lane].append((start, arrival))
 
     def lines(self, *, width: int) -> list[str]:
-        """A picture: two lines a lane, `width` characters each."""
+        """Two lines per lane, with a bar of `width` characters for compute and one for the link."""
         spans = [*self._computing, *self._travelling]
         end = max(last for lane in spans for _, last in lane)
         scale = width / (end - self._begin)
@@ -122,26 +123,26 @@ class Timeline:
         def line(lane: Sequence[tuple[float, float]], symbol: str) -> str:
             marks = [" "] * width
             for first, last in lane:
-                for place in range(round((first - self._begin) * scale), round((last - self._begin) * scale)):
-                    marks[min(place, width - 1)] = symbol
+                for column in range(round((first - self._begin) * scale), round((last - self._begin) * scale)):
+                    marks[min(column, width - 1)] = symbol
             return "".join(marks)
 
         return [
-            f"lane {lane} {what} {line(found[lane], mark)}"
+            f"lane {lane} {what} {line(intervals[lane], mark)}"
             for lane in range(LANES)
-            for what, found, mark in (("computes ", self._computing, "█"), ("on a link", self._travelling, "─"))
+            for what, intervals, mark in (("computes ", self._computing, "█"), ("on a link", self._travelling, "─"))
         ]
 
 
 def run(world: World, chosen: Namespace) -> None:
-    """Measure and print; collective. Raises RuntimeError when overlap changes a result.
+    """Measure and print; collective. Raises RuntimeError if overlap changes a result, UsageError on one rank.
 
-    A layer is the projections of an attention (D to 3D, D to D) and the experts. The computing alone is measured
-    first, over the ranks' own memory; then the link is given the bandwidth that makes communication 0.9 of it.
+    A layer is two projections (D to 3D, D to D) and the experts. Its compute time is measured first, over a link
+    without cost. Then the link gets the bandwidth at which communication takes COMMUNICATION of the compute time.
     """
-    free, slow = Link(0.0, math.inf), Link(LATENCY_S, math.inf)
     if world.size == 1:
         raise UsageError("bench overlap measures between ranks; start it on 2 or more")
+    free, slow = Link(0.0, math.inf), Link(LATENCY_S, math.inf)
     rigs = {
         name: make_rig(world, Sizes.of(chosen), link, tokens=chosen.tokens, num_layers=chosen.layers, overlap=overlap)
         for name, link, overlap in ((COMPUTING, free, False), (BLOCKING, slow, False), (OVERLAPPED, slow, True))
@@ -160,7 +161,7 @@ def run(world: World, chosen: Namespace) -> None:
 
 
 def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers: int, overlap: bool) -> Rig:
-    """The same weights and rows each time; collective."""
+    """A rig with lanes over `link`; its weights and rows are the same in every call. Collective."""
     pending, timeline = PendingTransfers(), Timeline()
     backend = NumpyBackend(precision="bfloat16", reproducible=False, progress=pending.progress)
     placement = linear(sizes.num_experts, world.size)
@@ -189,7 +190,7 @@ def make_rig(world: World, sizes: Sizes, link: Link, *, tokens: int, num_layers:
 
 
 def _bandwidth(world: World, link: Link, transfer: Callable[[], object], *, seconds: float) -> float:
-    """Bytes per second with which all transfers of one pass take `seconds`; collective."""
+    """Bytes per second at which all transfers of one pass take `seconds`; collective."""
     link.bytes_per_s, link.busy_s = 1e9, 0.0
     transfer()
     busy_s: float = max(world.comm.allgather(link.busy_s))

@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: the same work done by torch and transformers, where these are installed."""
+"""The same work done by torch and transformers, if they are installed."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moempi.arrays import Float32Array, widen
-from moempi.bench.layers import Sizes, expert_bits, router_bits
+from moempi.bench.random_layer import Sizes, expert_bits, router_bits
 from moempi.runtime.world import World
 
 # batched_mm copies the weights of every (token, expert) pair and is never the best on a CPU.
@@ -26,9 +26,9 @@ def has_transformers() -> bool:
 
 
 def moe_blocks(sizes: Sizes, rows: Float32Array, *, precision: str) -> dict[str, Callable[[], Any]]:
-    """Transformers' Qwen3-MoE block with our weights, by experts implementation, applied to rows (T, D), one thread.
+    """Transformers' Qwen3-MoE block with our weights on rows (T, D), in one thread; by experts implementation.
 
-    Empty where torch or transformers is missing.
+    Empty if torch or transformers is not installed.
     """
     if not has_transformers():
         return {}
@@ -64,7 +64,7 @@ def moe_blocks(sizes: Sizes, rows: Float32Array, *, precision: str) -> dict[str,
 
 
 def save_model(folder: Path, *, vocabulary: int) -> None:
-    """A random Qwen3-MoE of 4 layers, width 512, and 16 experts of 256, of which a token takes 4."""
+    """Save a random Qwen3-MoE of 4 layers, width 512, and 16 experts of width 256, 4 per token."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -94,7 +94,10 @@ def save_model(folder: Path, *, vocabulary: int) -> None:
 def generators(
     folder: Path, prompts: Any, *, tokens: int, precision: str, threads: int
 ) -> dict[str, Callable[[], Any]]:
-    """Transformers' greedy generate on prompts (B, P), by experts implementation; each gives the new tokens (B, N)."""
+    """Transformers' greedy generation for `prompts` (batch, length), by experts implementation.
+
+    Each function returns the new tokens (batch, tokens).
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -102,25 +105,25 @@ def generators(
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision)).eval()
-    given = torch.from_numpy(prompts)
+    inputs = torch.from_numpy(prompts)
 
     def generate(implementation: str) -> Any:
         model.config._experts_implementation = implementation
         with torch.no_grad():
-            found = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+            generated = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
                 do_sample=False,
             )
-        return found[:, prompts.shape[1] :].numpy()
+        return generated[:, prompts.shape[1] :].numpy()
 
     return {f"transformers {name}": partial(generate, name) for name in EXPERTS_IMPLEMENTATIONS}
 
 
 def gpu_expert(gate_up: Any, down: Any, num_rows: int) -> Callable[[], Any] | None:
-    """Torch's way of one expert on `num_rows` rows of the GPU, given its stored bits; None where torch sees none."""
+    """Torch's expert with these bfloat16 bits on `num_rows` random rows on the GPU; None if torch cannot use a GPU."""
     if not has_torch():
         return None
     import torch
@@ -138,7 +141,7 @@ def gpu_expert(gate_up: Any, down: Any, num_rows: int) -> Callable[[], Any] | No
 
 
 def start_gloo(world: World) -> Any:
-    """Torch's gloo process group of the same ranks, or None without torch or on several nodes; collective."""
+    """Torch's gloo process group of the same ranks; None without torch or on several nodes. Collective."""
     if not has_torch() or world.num_nodes > 1:
         return None
     import torch.distributed as dist
@@ -152,7 +155,7 @@ def start_gloo(world: World) -> Any:
 
 
 def gloo_exchange(gloo: Any, outgoing: Any, incoming: Any) -> Callable[[], Any]:
-    """The function that sends an equal share of `outgoing` to every rank."""
+    """A function that sends an equal share of `outgoing` to every rank; its calls are collective."""
     import torch
 
     sent, received = torch.from_numpy(outgoing), torch.from_numpy(incoming)
@@ -160,6 +163,6 @@ def gloo_exchange(gloo: Any, outgoing: Any, incoming: Any) -> Callable[[], Any]:
 
 
 def stop_gloo(gloo: Any) -> None:
-    """Leave the process group, if there is one; collective."""
+    """End the process group, None for no group; collective."""
     if gloo is not None:
         gloo.destroy_process_group()

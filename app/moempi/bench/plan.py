@@ -1,7 +1,7 @@
-"""`moempi bench plan`: how far the forecasts of `moempi plan` are from runs, on this machine with emulated links.
+"""`moempi bench plan`: forecasts of `moempi plan` and measured times of the same runs, on this machine.
 
-A few runs of a random model teach what a rank can do; other runs, with other rows, links, lanes and overlap, are then
-foretold before they happen.
+A machine is fitted to a few runs of a random model. Other runs, with other rows, lanes, overlap and emulated links, are
+then predicted and measured.
 """
 
 import json
@@ -11,19 +11,17 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 from rich.table import Table
 
-from moempi.bench.jobs import step_seconds, write_prompts
+from moempi.bench.jobs import WEIGHTS, make_job, step_seconds, write_prompts
 from moempi.bench.measure import machine as machine_line
 from moempi.commands.flags import add_force_flag, count
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
-from moempi.config.reading import read_tree
 from moempi.config.topology_file import LEVEL_NAMES, Level, TopologyFile
 from moempi.errors import UsageError
 from moempi.fitting import fit_costs
@@ -49,13 +47,14 @@ MODEL = Architecture(
 STEPS = 12
 FREE = (0.0, 1000.0)
 PARAMETERS = ("tflops", "memory_gb_s", "turn_us")
-NOTHING = 1e-9
-"""Of a second, where one is the unit: what is left out of a sum still divides."""
+"""The fitted keys of a machine file."""
+NEGLIGIBLE_S = 1e-9
+"""The smallest fitted cost: a machine file holds its reciprocal."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunShape:
-    """A run: sequences of each rank, lanes, whether they overlap, latency (us) and bandwidth (GB/s) of the links."""
+    """A run: sequences per rank, lanes, overlap, and latency (us) and bandwidth (GB/s) of the emulated links."""
 
     sequences: int
     lanes: int = 2
@@ -72,7 +71,7 @@ TEST_RUNS = tuple(
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """Where to write what was learned."""
+    """The benchmark's own flags."""
     parser.add_argument("--out", "-o", type=Path, metavar="MACHINE.toml", help="write the machine, for moempi plan")
     add_force_flag(parser)
     parser.add_argument(
@@ -81,73 +80,74 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(world: World, chosen: Namespace) -> None:
-    """Learn, foretell, measure and print; collective, on one node."""
-    world.collectively(lambda: _refuse_nodes(world.num_nodes))
+    """Fit, predict, measure and print; collective. Raises UsageError on several nodes."""
+    world.collectively(lambda: _check_usage(world.num_nodes))
     if chosen.out:
         allowed = {"replaceable": begins_with(b"name = "), "force": chosen.force}
         world.collectively(lambda: check_output(chosen.out, inputs=[], **allowed) if world.rank == 0 else None)
     with tempfile.TemporaryDirectory() as own:
         bench = _Bench(world, Path(world.comm.bcast(own)))
         if world.rank == 0:
-            initialize(MODEL, bench.folder / "model.h5", seed=1)
+            initialize(MODEL, bench.folder / WEIGHTS, seed=1)
         world.comm.Barrier()
-        machine = fit([(trial, bench.seconds(trial, chosen.repeats)) for trial in CALIBRATION_RUNS], world.size)
+        machine = fit([(shape, bench.seconds(shape, chosen.repeats)) for shape in CALIBRATION_RUNS], world.size)
         table = Table(
-            *("sequences", "lanes", "overlap", "link us, GB/s", "foretold ms", "measured ms", "foretold / measured"),
+            *("sequences", "lanes", "overlap", "link us, GB/s", "forecast ms", "measured ms", "forecast / measured"),
             title=f"A token of all sequences, {world.size} ranks, {MODEL.num_layers} layers of width {MODEL.width}",
             caption=machine_line(world),
         )
         errors = []
-        for trial in TEST_RUNS:
-            foretold, measured = predict_s(trial, machine, world.size), bench.seconds(trial, chosen.repeats)
-            errors.append(abs(foretold / measured - 1))
-            link = f"{trial.link[0]:g}, {trial.link[1]:g}"
-            figures = (f"{foretold * 1e3:.1f}", f"{measured * 1e3:.1f}", f"{foretold / measured:.2f}")
-            table.add_row(str(trial.sequences), str(trial.lanes), "on" if trial.overlap else "off", link, *figures)
+        for shape in TEST_RUNS:
+            predicted, measured = predict_s(shape, machine, world.size), bench.seconds(shape, chosen.repeats)
+            errors.append(abs(predicted / measured - 1))
+            link = f"{shape.link[0]:g}, {shape.link[1]:g}"
+            figures = (f"{predicted * 1e3:.1f}", f"{measured * 1e3:.1f}", f"{predicted / measured:.2f}")
+            table.add_row(str(shape.sequences), str(shape.lanes), "on" if shape.overlap else "off", link, *figures)
         world.comm.Barrier()
     if world.rank == 0:
-        learned = ", ".join(f"{name} {getattr(machine, name):.3g}" for name in PARAMETERS)
-        console().print(table, f"learned: {learned}; foretold within {statistics.median(errors):.0%} (median)")
+        fitted = ", ".join(f"{name} {getattr(machine, name):.3g}" for name in PARAMETERS)
+        console().print(table, f"fitted: {fitted}; median error of the forecasts {statistics.median(errors):.0%}")
         if chosen.out:
             with atomic(chosen.out) as temporary:
                 temporary.write_text(_toml(machine), encoding="utf-8")
 
 
-def _refuse_nodes(num_nodes: int) -> None:
+def _check_usage(num_nodes: int) -> None:
     if num_nodes > 1:
         raise UsageError("bench plan emulates links between ranks of one node; start it on one")
 
 
 def predict_s(shape: RunShape, machine: MachineFile, num_ranks: int) -> float:
-    """Seconds in which all sequences get a token."""
-    where = virtual(num_ranks, 1)
+    """Predicted seconds in which all sequences get one token."""
+    topology = virtual(num_ranks, 1)
     job = _job(shape, Path())
-    plan = make_layout(job, MODEL, where.nodes)
-    scene = Deployment(job, MODEL, plan, _linked(machine, shape.link), where)
+    layout = make_layout(job, MODEL, topology.nodes)
+    deployment = Deployment(job, MODEL, layout, _linked(machine, shape.link), topology)
     rows = shape.sequences / shape.lanes
-    return forecast(scene, rows=rows, sequences=rows, context=STEPS / 2).seconds(overlap=shape.overlap)
+    return forecast(deployment, rows=rows, sequences=rows, context=STEPS / 2).seconds(overlap=shape.overlap)
 
 
 def fit(calibration: Sequence[tuple[RunShape, float]], num_ranks: int) -> MachineFile:
-    """The machine that best explains how long the lessons took, in which nothing overlaps and links cost nothing.
+    """The machine whose predictions are closest to the seconds of the calibration runs.
 
-    Their time is then a sum: of arithmetic, of memory, and of turns. A part without cost gets one of NOTHING.
+    These runs have no overlap and links without cost, so their time is a sum of three costs: arithmetic, memory traffic
+    and host overhead. Each cost is at least NEGLIGIBLE_S.
     """
-    units = [_machine([1.0 if one == index else NOTHING for one in range(3)]) for index in range(3)]
-    amounts = np.array([[predict_s(trial, unit, num_ranks) for unit in units] for trial, _ in calibration])
+    units = [_machine([1.0 if other == index else NEGLIGIBLE_S for other in range(3)]) for index in range(3)]
+    amounts = np.array([[predict_s(shape, unit, num_ranks) for unit in units] for shape, _ in calibration])
     costs = fit_costs(amounts, np.array([seconds for _, seconds in calibration]))
-    return _machine(np.maximum(costs, NOTHING).tolist())
+    return _machine(np.maximum(costs, NEGLIGIBLE_S).tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """Runs jobs in a folder that all ranks see."""
+    """Runs jobs in a folder that all ranks can read."""
 
     world: World
     folder: Path
 
     def seconds(self, shape: RunShape, repeats: int) -> float:
-        """Median seconds in which all sequences got a token; collective."""
+        """Median seconds in which all sequences get one token, over `repeats` runs; collective."""
         return statistics.median(self._run(shape) for _ in range(repeats))
 
     def _run(self, shape: RunShape) -> float:
@@ -163,28 +163,26 @@ class _Bench:
 
 
 def _job(shape: RunShape, folder: Path) -> Job:
-    tree: dict[str, Any] = {
-        "model": {"weights": str(folder / "model.h5")},
-        "input": {"prompts": str(folder / "prompts.jsonl")},
-        "output": {"results": str(folder / "results.h5")},
-        "run": {
+    return make_job(
+        folder,
+        origin="bench plan",
+        run={
             "backend": "numpy",
             "micro_batches": shape.lanes,
             "max_sequences": shape.sequences,
             "overlap": shape.overlap,
         },
-        "sampling": {"max_tokens": STEPS, "ignore_eos": True},
-        "exchange": {"transport": "alltoallv"},
-        "topology": {"ranks_per_node": 1, "emulate": "" if shape.link == FREE else str(folder / "links.json")},
-    }
-    return read_tree(tree, Job, origin="bench plan")
+        sampling={"max_tokens": STEPS, "ignore_eos": True},
+        exchange={"transport": "alltoallv"},
+        topology={"ranks_per_node": 1, "emulate": "" if shape.link == FREE else str(folder / "links.json")},
+    )
 
 
 def _machine(costs: Sequence[float]) -> MachineFile:
-    """The machine on which 10^12 operations, 10^9 bytes, and 10^6 turns take so many seconds."""
-    operations_s, bytes_s, turns_s = costs
+    """The machine with these costs: seconds of 10^12 operations, of 10^9 bytes, and of 10^6 host overheads."""
+    operations_s, bytes_s, overheads_s = costs
     name, levels = "this machine, as learned from runs", _levels(FREE)
-    return MachineFile(name, 1 / operations_s, 1 / bytes_s, levels, turn_us=turns_s, reads_ahead=False)
+    return MachineFile(name, 1 / operations_s, 1 / bytes_s, levels, turn_us=overheads_s, reads_ahead=False)
 
 
 def _linked(machine: MachineFile, link: tuple[float, float]) -> MachineFile:
@@ -192,7 +190,7 @@ def _linked(machine: MachineFile, link: tuple[float, float]) -> MachineFile:
 
 
 def _levels(link: tuple[float, float]) -> tuple[Level, ...]:
-    """Every level costs nothing but the farthest."""
+    """The levels of a machine in which only the farthest one has a cost."""
     near = [Level(name, *FREE) for name in LEVEL_NAMES[:-1]]  # type: ignore[arg-type]
     return (*near, Level("network", *link))
 

@@ -1,4 +1,4 @@
-"""A transfer over an emulated link arrives when its clock says so, intact."""
+"""Emulated links: rows arrive unchanged, no earlier than latency and bandwidth allow."""
 
 import time
 
@@ -30,11 +30,11 @@ def test_a_link_carries_one_transfer_after_another():
 
 
 def test_a_transfer_is_not_complete_before_its_arrival():
-    arriving = DelayedReceipt(Complete(), time.perf_counter() + 0.05)
-    assert not arriving.Test()
-    arriving.Wait()
-    assert time.perf_counter() >= arriving.arrival
-    assert arriving.Test()
+    receipt = DelayedReceipt(Complete(), time.perf_counter() + 0.05)
+    assert not receipt.Test()
+    receipt.Wait()
+    assert time.perf_counter() >= receipt.arrival
+    assert receipt.Test()
 
 
 @pytest.mark.ranks(1, 3)
@@ -59,7 +59,7 @@ def test_rows_use_the_links_of_their_level(comm):
     links = {NODE: Link(latency_s=0.0, bytes_per_s=1e6), NETWORK: Link(latency_s=0.0, bytes_per_s=1e5)}
     levels = Topology((0, 0, 1, 1)).levels(comm.rank)
     transport = EmulatedLinks(Alltoallv(comm, row_bytes=8), links, levels=levels, row_bytes=8)
-    counts = np.choose(levels, [50, 0, 10, 0, 5])  # to itself, inside the node, to each of the other
+    counts = np.choose(levels, [50, 0, 10, 0, 5])  # rows to itself, inside the node, to each rank of the other node
     rows = np.zeros(70, np.int64)
     transport.start(rows, counts, np.empty_like(rows), counts).Wait()
     assert links[NODE].busy_s == pytest.approx(80 / 1e6)

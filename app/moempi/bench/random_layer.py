@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts layer with random weights, the same for any number of ranks, and rows to put through it."""
+"""A Mixture-of-Experts layer with random weights, equal for any number of ranks, and random rows."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Generator
@@ -18,12 +18,13 @@ from moempi.layout.schedule import Point
 from moempi.layout.topology import Topology
 from moempi.model.feed_forward import MixtureOfExperts
 
-SPREAD = 0.03
+WEIGHT_DEVIATION = 0.03
+"""Standard deviation of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes of a layer: width D, E experts of width F, of which a token chooses K."""
+    """The sizes of a layer: width D, expert width F, E experts, K chosen per token."""
 
     width: int
     expert_width: int
@@ -32,12 +33,12 @@ class Sizes:
 
     @classmethod
     def of(cls, chosen: Namespace) -> "Sizes":
-        """The sizes that `add_size_flags` read."""
+        """The sizes given by the flags of `add_size_flags`."""
         return cls(chosen.width, chosen.expert_width, chosen.experts, chosen.top_k)
 
 
 def add_size_flags(parser: ArgumentParser) -> None:
-    """Flags for the sizes, with the defaults that all published figures use."""
+    """Add flags for the sizes; the defaults are the sizes of the published figures."""
     parser.add_argument("--width", type=count, default=1024, metavar="D", help="width of a row (1024)")
     parser.add_argument("--expert-width", type=count, default=512, metavar="F", help="hidden width of an expert (512)")
     parser.add_argument("--experts", type=count, default=16, metavar="E", help="number of experts (16)")
@@ -45,8 +46,8 @@ def add_size_flags(parser: ArgumentParser) -> None:
 
 
 def random_bits(shape: tuple[int, int], *, key: int) -> Bits:
-    """A matrix of random bfloat16 weights; the same for the same key."""
-    return narrow(np.random.default_rng(key).standard_normal(shape, np.float32) * np.float32(SPREAD))
+    """A matrix of random bfloat16 weights, a function of shape and key."""
+    return narrow(np.random.default_rng(key).standard_normal(shape, np.float32) * np.float32(WEIGHT_DEVIATION))
 
 
 def router_bits(sizes: Sizes) -> Bits:
@@ -55,13 +56,13 @@ def router_bits(sizes: Sizes) -> Bits:
 
 
 def expert_bits(sizes: Sizes, expert: int) -> tuple[Bits, Bits]:
-    """One expert's gate and up (2F, D) and down (D, F)."""
+    """One expert's matrices: gate and up (2F, D), down (D, F)."""
     gate_up = random_bits((2 * sizes.expert_width, sizes.width), key=2 * expert + 1)
     return gate_up, random_bits((sizes.width, sizes.expert_width), key=2 * expert + 2)
 
 
 def make_layer(sizes: Sizes, backend: Backend, *, hosted: tuple[int, ...]) -> MixtureOfExperts:
-    """The layer as the rank that hosts these experts holds it."""
+    """The layer on the rank that hosts these experts."""
     experts = []
     for expert in hosted:
         gate_up, down = expert_bits(sizes, expert)
@@ -71,17 +72,17 @@ def make_layer(sizes: Sizes, backend: Backend, *, hosted: tuple[int, ...]) -> Mi
 
 
 def make_exchange(hop: Hop, placement: Placement) -> OneHop:
-    """An exchange of one layer between ranks of one node."""
+    """The exchange of one layer in one hop; all ranks count as ranks of one node."""
     return OneHop(hop, {0: placement}, Topology((0,) * hop.comm.size))
 
 
 def make_rows(num_rows: int, width: int, *, seed: int = 0) -> Float32Array:
-    """Rows (T, D) that bfloat16 can hold."""
+    """Random rows (T, D), float32 values that bfloat16 represents exactly."""
     return round_to_bfloat16(np.random.default_rng(seed).standard_normal((num_rows, width), np.float32))
 
 
-def finish(steps: Generator[Point, None, Any]) -> Any:
-    """Drive one lane alone to its end; what it returned."""
+def run_to_end(steps: Generator[Point, None, Any]) -> Any:
+    """Resume one lane until it returns, and return its value."""
     while True:
         try:
             next(steps)
