@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moempi.config.job import Job
-from moempi.config.reading import convert
+from moempi.config.reading import read_tree
 
 
 def make_job(folder: Path = Path(), **sections: Any) -> Job:
@@ -14,4 +14,4 @@ def make_job(folder: Path = Path(), **sections: Any) -> Job:
         "input": {"prompts": str(folder / "prompts.jsonl")},
         "output": {"results": str(folder / "results.h5")},
     }
-    return convert(files | sections, Job, where="test")
+    return read_tree(files | sections, Job, origin="test")

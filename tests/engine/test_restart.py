@@ -8,7 +8,7 @@ import pytest
 from moempi.config.tensors import catalogue
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
-from moempi.storage.journal import journal_paths
+from moempi.storage.journal import JournalReader, journal_paths
 from moempi.storage.results import ResultFile
 from moempi.storage.run_state import read_state
 from moempi.storage.weights import WeightFile, write_weights
@@ -35,6 +35,15 @@ def run(weights, tmp_path):
         return mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *words, *options))
 
     return run
+
+
+def run_until_stopped(weights, results, folder, *, place, count):
+    """Run on two ranks until rank 0 has reached `place` for the `count`-th time; returns the exit code."""
+    (folder / "notes").mkdir()
+    settings = {"model.weights": weights, "output.results": results, "run.precision": "float32"}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [ROOT / "tests/faults/inject_fault.py", folder / "notes", "SIGUSR1", "0", place, str(count)]
+    return mpirun(2, *python(*command, "run", JOB, *words)).code
 
 
 @pytest.mark.mpi
@@ -111,6 +120,48 @@ def test_parts_of_other_settings_are_refused_and_kept(run, tmp_path):
     assert len(outcome.lines) == 1
     assert "belongs to an unfinished run with other weights, prompts or settings" in outcome.lines[0]
     assert [path.read_bytes() for path in journal_paths(tmp_path / "r.h5")][: len(before)] == before
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("place", ["length", "checksum", "payload"])
+def test_a_flipped_bit_loses_one_request_and_the_next_attempt_computes_it(weights, run, tmp_path, place):
+    """The damage is named once, also if the attempts have other numbers of ranks, and the damaged bytes are kept."""
+    results = tmp_path / "r.h5"
+    assert run(2, "whole").code == 0
+    assert run_until_stopped(weights, results, tmp_path, place="append", count=20) == 75
+    path = journal_paths(results)[0]
+    with JournalReader(path) as journal:
+        offset = [offset for offset, _ in journal.records()][2]
+    damaged = bytearray(path.read_bytes())
+    damaged[offset + {"length": 1, "checksum": 9, "payload": 40}[place]] ^= 1
+    path.write_bytes(damaged)
+    before = read_state(results).finished
+    outcome = run(3, "r", "--max-minutes", "0")
+    assert outcome.code == 75
+    warnings = [line for line in outcome.lines if "damaged" in line]
+    assert warnings == [
+        f"moempi: {path} is damaged at byte {offset}, the records behind it are kept; "
+        "its lost requests are computed again"
+    ]
+    assert read_state(results).finished == before - 1
+    assert path.read_bytes().startswith(damaged)
+    assert run(1, "r").code == 0
+    found = compare(tmp_path / "whole.h5", results)
+    assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
+
+
+@pytest.mark.mpi
+def test_a_damaged_header_is_refused(run, tmp_path):
+    assert run(2, "r", "--max-minutes", "0").code == 75
+    path = journal_paths(tmp_path / "r.h5")[1]
+    damaged = bytearray(path.read_bytes())
+    damaged[20] ^= 1
+    path.write_bytes(damaged)
+    outcome = run(2, "r")
+    assert outcome.code == 74
+    assert outcome.lines == [f"moempi: rank 1: {path}: its header is damaged; {JournalReader.REMEDY}"]
+    path.unlink()
+    assert run(2, "r").code == 0
 
 
 @pytest.mark.mpi

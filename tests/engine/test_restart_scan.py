@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.jobs import make_job
 from moempi.engine.restart import NOTHING_EARLIER, Earlier, finished_requests, run_fingerprint
 from moempi.errors import NoInputError, StorageError
-from moempi.storage.journal import JournalWriter, journal_path
+from moempi.storage.journal import JournalReader, JournalWriter, journal_path
 from moempi.storage.records import RankRecord, RequestRecord, RoutingRecord
 
 RANK = RankRecord(rank=0, host="n", expert_load=np.zeros((1, 2), np.int64), seconds={}, steps=1, tokens=2)
@@ -50,7 +50,7 @@ def write_journal(path, *records, fingerprint="run"):
 
 
 def earlier_of(*journals):
-    done, next_step = finished_requests(journals, "run")
+    done, next_step, _ = finished_requests(journals, "run")
     return Earlier.from_finished(done, next_step=next_step)
 
 
@@ -117,6 +117,20 @@ def test_a_torn_record_at_the_end_is_passed_over(tmp_path):
     path = write_journal(tmp_path / "0", request(1, tokens=2), request(2, tokens=3))
     path.write_bytes(path.read_bytes()[:-1])
     assert earlier_of(path).indices == {1}
+    assert finished_requests([path], "run")[2][0].startswith(f"{path} ends with")
+
+
+def test_requests_behind_damage_are_finished_and_the_damage_is_reported(tmp_path):
+    path = write_journal(tmp_path / "0", request(1, tokens=2), request(2, tokens=3), request(3, tokens=1))
+    with JournalReader(path) as journal:
+        offset = [offset for offset, _ in journal.records()][1]
+    octets = bytearray(path.read_bytes())
+    octets[offset + 30] ^= 1
+    path.write_bytes(octets)
+    assert earlier_of(path).indices == {1, 3}
+    sound = write_journal(tmp_path / "1", request(7))
+    problems = finished_requests([path, sound], "run")[2]
+    assert problems == [f"{path} is damaged at byte {offset}, the records behind it are kept"]
 
 
 @pytest.mark.parametrize("position", [0, 1])

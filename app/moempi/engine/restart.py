@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -87,12 +88,13 @@ def run_fingerprint(job: Job, *, weights: str) -> str:
     return blake2b(msgspec.json.encode(told), digest_size=16).hexdigest()
 
 
-def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[FinishedRequests, int]:
-    """The finished requests in these parts, and the step after those recorded; torn ends are passed over.
+def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[FinishedRequests, int, list[str]]:
+    """The finished requests in these journals, the step after those recorded, and a sentence about each bad journal.
 
-    Raises StorageError when a part belongs to a run with another fingerprint, or cannot be read.
+    Damage and torn ends are passed over. Raises StorageError when a part belongs to a run with another fingerprint, or
+    cannot be read.
     """
-    done, next_step = [], 0
+    done, next_step, problems = [], 0, []
     for path in journals:
         with JournalReader(path) as part:
             if part.fingerprint != fingerprint:
@@ -105,7 +107,9 @@ def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[Finis
                     done.append(_entry(record))
                 elif isinstance(record, RoutingRecord):
                     next_step = max(next_step, record.step + 1)
-    return np.array(done, _FINISHED_REQUEST), next_step
+            if part.problem:
+                problems.append(part.problem)
+    return np.array(done, _FINISHED_REQUEST), next_step, problems
 
 
 def _entry(record: RequestRecord) -> tuple[int, int, int, bool, bool]:
@@ -130,6 +134,7 @@ class Attempt:
         )
         self._counts = (0, 0)
         self._state_due = time.monotonic() + STATE_EVERY_S
+        self._problems: list[str] = []
         fingerprint = world.collectively(lambda: run_fingerprint(job, weights=weights))
         world.collectively(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
         self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
@@ -164,6 +169,11 @@ class Attempt:
         if self._world.rank == 0:
             write_state(self._results, self._state(state, reason=reason, exit_code=exit_code))
 
+    def warn_of_damage(self) -> None:
+        """Log on rank 0 which journals of earlier attempts are damaged or have a torn end."""
+        for problem in self._problems if self._world.rank == 0 else ():
+            log.warning("%s; its lost requests are computed again", problem)
+
     def journals(self) -> list[Path]:
         """The parts of this attempt and those before it. A folder's listing can lag behind what other nodes made."""
         own = [journal_path(self._results, rank) for rank in range(self._world.size)]
@@ -191,7 +201,8 @@ class Attempt:
         comm = self._world.comm
         parts = comm.bcast(journal_paths(self._results) if comm.rank == 0 else None)
         share = self._world.collectively(lambda: finished_requests(parts[comm.rank :: comm.size], fingerprint))
-        done, steps = zip(*comm.allgather(share), strict=True)
+        done, steps, problems = zip(*comm.allgather(share), strict=True)
+        self._problems = sorted(chain.from_iterable(problems))
         return Earlier.from_finished(np.concatenate(done), next_step=max(steps))
 
     def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:

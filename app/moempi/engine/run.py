@@ -51,6 +51,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     # This attempt alone writes the output, and computes what earlier ones did not finish.
     attempt = Attempt(job, world, weights=weights.fingerprint, num_requests=len(prompts))
     world.collectively(lambda: log_to_files(job.output.results, world.rank))
+    attempt.warn_of_damage()
     # The machine that computes, and where this rank stands.
     pending = PendingTransfers()
     backend = world.collectively(lambda: _backend(job, world, pending))
