@@ -1,6 +1,7 @@
 """A run that was stopped or killed goes on where it was; requests that are not numbers end alone."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from moempi.storage.journal import JournalReader, journal_paths
 from moempi.storage.results import ResultFile
 from moempi.storage.run_state import read_state
 from moempi.storage.weights import WeightFile, write_weights
-from mpirun import ROOT, mpirun, python
+from mpirun import ROOT, execute, mpirun, python
 
 JOB = ROOT / "jobs/abacus.toml"
 NOT_A_NUMBER = 0x7FC0
@@ -37,13 +38,13 @@ def run(weights, tmp_path):
     return run
 
 
-def run_until_stopped(weights, results, folder, *, place, count):
-    """Run on two ranks until rank 0 has reached `place` for the `count`-th time; returns the exit code."""
+def run_with_fault(weights, results, folder, *, fault, rank, place, count):
+    """Run on two ranks with a fault when `rank` reaches `place` for the `count`-th time."""
     (folder / "notes").mkdir()
     settings = {"model.weights": weights, "output.results": results, "run.precision": "float32"}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    command = [ROOT / "tests/faults/inject_fault.py", folder / "notes", "SIGUSR1", "0", place, str(count)]
-    return mpirun(2, *python(*command, "run", JOB, *words)).code
+    command = [ROOT / "tests/faults/inject_fault.py", folder / "notes", fault, str(rank), place, str(count)]
+    return mpirun(2, *python(*command, "run", JOB, *words))
 
 
 @pytest.mark.mpi
@@ -128,7 +129,8 @@ def test_a_flipped_bit_loses_one_request_and_the_next_attempt_computes_it(weight
     """The damage is named once, also if the attempts have other numbers of ranks, and the damaged bytes are kept."""
     results = tmp_path / "r.h5"
     assert run(2, "whole").code == 0
-    assert run_until_stopped(weights, results, tmp_path, place="append", count=20) == 75
+    stopped = run_with_fault(weights, results, tmp_path, fault="SIGUSR1", rank=0, place="append", count=20)
+    assert stopped.code == 75
     path = journal_paths(results)[0]
     with JournalReader(path) as journal:
         offset = [offset for offset, _ in journal.records()][2]
@@ -162,6 +164,41 @@ def test_a_damaged_header_is_refused(run, tmp_path):
     assert outcome.lines == [f"moempi: rank 1: {path}: its header is damaged; {JournalReader.REMEDY}"]
     path.unlink()
     assert run(2, "r").code == 0
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("fault", "rank", "place"),
+    [("SIGKILL", 0, "finish"), ("SIGTERM", 0, "finish"), ("SIGKILL", 1, "finish"), ("SIGKILL", 0, "remove")],
+)
+def test_a_fault_after_the_results_are_in_place_leaves_a_finished_run(weights, run, tmp_path, fault, rank, place):
+    """Between the results' appearance and the state, on another rank, and before the journals are removed."""
+    results = tmp_path / "r.h5"
+    outcome = run_with_fault(weights, results, tmp_path, fault=fault, rank=rank, place=place, count=1)
+    if fault == "SIGTERM":
+        assert outcome.code == 0
+    state = read_state(results)
+    assert (state.state, state.exit_code, state.finished, state.reason) == ("finished", 0, 256, "")
+    assert run(3, "r").code == 0
+    assert run(2, "whole").code == 0
+    found = compare(tmp_path / "whole.h5", results)
+    assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
+    assert not journal_paths(results)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("ranks", "stdout"), [(1, "> /dev/full"), (1, ">&-"), (1, "| true"), (2, "> /dev/full")])
+def test_results_are_whole_even_if_stdout_cannot_be_written(weights, tmp_path, ranks, stdout):
+    results = tmp_path / "r.h5"
+    settings = {"model.weights": weights, "output.results": results}
+    words = [str(word) for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = shlex.join(map(str, python("-m", "moempi", "run", JOB, *words)))
+    launch = f"mpirun -n {ranks} " if ranks > 1 else ""
+    outcome = execute("bash", "-c", f"set -o pipefail; {launch}{command} {stdout}")
+    assert outcome.code == 0, outcome.err
+    assert read_state(results).state == "finished"
+    with ResultFile(results) as file:
+        assert len(list(file.requests())) == 256
 
 
 @pytest.mark.mpi

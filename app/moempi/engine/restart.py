@@ -25,7 +25,7 @@ from moempi.storage.files import digest_file, remove_hidden
 from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths, remove_journals
 from moempi.storage.lock import OutputLock
 from moempi.storage.records import RequestRecord, RoutingRecord
-from moempi.storage.run_state import RunState, State, state_path, write_state
+from moempi.storage.run_state import RunState, State, finished, is_replaced, results_identity, state_path, write_state
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,12 @@ class Attempt:
         self._results = job.output.results
         self._world = world
         self._begin = RunState(
-            state="running", requests=num_requests, world_size=world.size, started=_now(), updated=_now()
+            state="running",
+            requests=num_requests,
+            world_size=world.size,
+            started=_now(),
+            updated=_now(),
+            replaces=results_identity(self._results),
         )
         self._counts = (0, 0)
         self._state_due = time.monotonic() + STATE_EVERY_S
@@ -174,6 +179,11 @@ class Attempt:
         for problem in self._problems if self._world.rank == 0 else ():
             log.warning("%s; its lost requests are computed again", problem)
 
+    def warn_of_new_damage(self, problems: Iterable[str]) -> None:
+        """Log the problems that the merge found and that were not there when the attempt began."""
+        for problem in sorted(set(problems) - set(self._problems)):
+            log.warning("%s; the results are whole", problem)
+
     def journals(self) -> list[Path]:
         """The parts of this attempt and those before it. A folder's listing can lag behind what other nodes made."""
         own = [journal_path(self._results, rank) for rank in range(self._world.size)]
@@ -190,9 +200,15 @@ class Attempt:
         return STOPPED
 
     def finish(self) -> None:
-        """The results are complete: say so, remove the parts, let go of the output; on rank 0. Raises StorageError."""
-        self.write_state("finished")
-        remove_journals(self._results)
+        """Record that the results are in place, and remove the journals and the lock; call it on rank 0.
+
+        A failure is a warning: the results are whole, and the next attempt merges left journals again.
+        """
+        try:
+            self.write_state("finished")
+            remove_journals(self._results)
+        except StorageError as error:
+            log.warning("the results are whole, but %s", error)
         if self._lock is not None:
             self._lock.release()
 
@@ -219,17 +235,26 @@ class Attempt:
             updated=_now(),
         )
 
-    def _write_failure(self, cause: str, exit_code: int) -> None:
-        """From the failing rank, whichever it is; gives up when the disk does not answer."""
-        state = self._state("failed", reason=cause, exit_code=exit_code)
+    def _write_failure(self, cause: str, exit_code: int) -> int:
+        """Write on the failing rank that the run failed, unless its results are in place; returns the exit code.
+
+        Rank 0 may put them in place meanwhile, so they are looked for before and after. Gives up if the disk blocks.
+        """
+        state, replaces = self._state("failed", reason=cause, exit_code=exit_code), self._begin.replaces or ""
+        codes = [exit_code]
 
         def write() -> None:
             with suppress(StorageError):
-                write_state(self._results, state)
+                if not is_replaced(self._results, replaces):
+                    write_state(self._results, state)
+                if is_replaced(self._results, replaces):
+                    codes.append(0)
+                    write_state(self._results, finished(state))
 
         writing = threading.Thread(target=write, daemon=True)
         writing.start()
         writing.join(STATE_PATIENCE_S)
+        return codes[-1]
 
 
 def _take_output(results: str) -> OutputLock:
