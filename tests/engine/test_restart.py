@@ -113,10 +113,11 @@ def test_what_earlier_runs_finished_is_counted_but_not_run_again(run, tmp_path):
 
 
 @pytest.mark.mpi
-def test_parts_of_other_settings_are_refused_and_kept(run, tmp_path):
+@pytest.mark.parametrize("changed", [{"sampling.max_tokens": 3}, {"balance.mode": "bias"}, {"exchange.hops": 2}])
+def test_parts_of_other_settings_are_refused_and_kept(run, tmp_path, changed):
     assert run(2, "r", "--max-minutes", "0").code == 75
     before = [path.read_bytes() for path in journal_paths(tmp_path / "r.h5")]
-    outcome = run(3, "r", **{"sampling.max_tokens": 3})
+    outcome = run(3, "r", **changed)
     assert outcome.code == 74
     assert len(outcome.lines) == 1
     assert "belongs to an unfinished run with other weights, prompts or settings" in outcome.lines[0]

@@ -12,12 +12,14 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moempi.config.job import Job
+from moempi.backend.select import find_gpus
+from moempi.config.job import Job, result_keys
 from moempi.errors import DataError, StorageError
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
@@ -70,22 +72,12 @@ NOTHING_EARLIER = Earlier.from_finished(np.zeros(0, _FINISHED_REQUEST))
 
 
 def run_fingerprint(job: Job, *, weights: str) -> str:
-    """Digest of everything that the results depend on: weights, prompts, task, numbers, sampling, score and trace.
+    """Digest of everything that the results depend on: weights, prompts, and the job's `result_keys`.
 
-    Ranks, micro-batches and transports are not among them: a run may be continued with others. Raises NoInputError
-    when the prompts cannot be read.
+    Raises NoInputError if the prompts cannot be read.
     """
-    told = (
-        weights,
-        digest_file(job.input.prompts),
-        job.task,
-        job.run.precision,
-        job.run.reproducible,
-        job.sampling,
-        job.score,
-        job.trace,
-    )
-    return blake2b(msgspec.json.encode(told), digest_size=16).hexdigest()
+    contents = (weights, digest_file(job.input.prompts), result_keys(job))
+    return blake2b(msgspec.json.encode(contents), digest_size=16).hexdigest()
 
 
 def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[FinishedRequests, int, list[str]]:
@@ -129,6 +121,13 @@ class Attempt:
     def __init__(self, job: Job, world: World, *, weights: str, num_requests: int) -> None:
         self._results = job.output.results
         self._world = world
+        self._counts = (0, 0)
+        self._state_due = time.monotonic() + STATE_EVERY_S
+        self._problems: list[str] = []
+        resolved = _with_resolved_backend(job, world)
+        fingerprint = world.collectively(lambda: run_fingerprint(resolved, weights=weights))
+        world.collectively(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
+        self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
         self._begin = RunState(
             state="running",
             requests=num_requests,
@@ -137,12 +136,6 @@ class Attempt:
             updated=_now(),
             replaces=results_identity(self._results),
         )
-        self._counts = (0, 0)
-        self._state_due = time.monotonic() + STATE_EVERY_S
-        self._problems: list[str] = []
-        fingerprint = world.collectively(lambda: run_fingerprint(job, weights=weights))
-        world.collectively(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
-        self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
         world.on_failure(self._write_failure)
         self.earlier = self._scan(fingerprint)
         self._counts = (len(self.earlier.indices), 0)
@@ -255,6 +248,14 @@ class Attempt:
         writing.start()
         writing.join(STATE_PATIENCE_S)
         return codes[-1]
+
+
+def _with_resolved_backend(job: Job, world: World) -> Job:
+    """The job with the backend that "auto" selects; it stays "auto" if ranks differ. Collective."""
+    on_gpu = job.run.backend != "numpy" and find_gpus()[0] > 0
+    backends: set[Literal["numpy", "cupy"]] = set(world.comm.allgather("cupy" if on_gpu else "numpy"))
+    backend = backends.pop() if len(backends) == 1 else "auto"
+    return msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, backend=backend))
 
 
 def _take_output(results: str) -> OutputLock:
