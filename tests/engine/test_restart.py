@@ -1,6 +1,7 @@
 """A run that was stopped or killed goes on where it was; requests that are not numbers end alone."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -8,11 +9,11 @@ import pytest
 from moempi.config.tensors import catalogue
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
-from moempi.storage.journal import journal_paths
+from moempi.storage.journal import JournalReader, journal_paths
 from moempi.storage.results import ResultFile
 from moempi.storage.run_state import read_state
 from moempi.storage.weights import WeightFile, write_weights
-from mpirun import ROOT, mpirun, python
+from mpirun import ROOT, execute, mpirun, python
 
 JOB = ROOT / "jobs/abacus.toml"
 NOT_A_NUMBER = 0x7FC0
@@ -35,6 +36,15 @@ def run(weights, tmp_path):
         return mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *words, *options))
 
     return run
+
+
+def run_with_fault(weights, results, folder, *, fault, rank, place, count):
+    """Run on two ranks with a fault when `rank` reaches `place` for the `count`-th time."""
+    (folder / "notes").mkdir()
+    settings = {"model.weights": weights, "output.results": results, "run.precision": "float32"}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [ROOT / "tests/faults/inject_fault.py", folder / "notes", fault, str(rank), place, str(count)]
+    return mpirun(2, *python(*command, "run", JOB, *words))
 
 
 @pytest.mark.mpi
@@ -103,14 +113,93 @@ def test_what_earlier_runs_finished_is_counted_but_not_run_again(run, tmp_path):
 
 
 @pytest.mark.mpi
-def test_parts_of_other_settings_are_refused_and_kept(run, tmp_path):
+@pytest.mark.parametrize("changed", [{"sampling.max_tokens": 3}, {"balance.mode": "bias"}, {"exchange.hops": 2}])
+def test_parts_of_other_settings_are_refused_and_kept(run, tmp_path, changed):
     assert run(2, "r", "--max-minutes", "0").code == 75
     before = [path.read_bytes() for path in journal_paths(tmp_path / "r.h5")]
-    outcome = run(3, "r", **{"sampling.max_tokens": 3})
+    outcome = run(3, "r", **changed)
     assert outcome.code == 74
     assert len(outcome.lines) == 1
     assert "belongs to an unfinished run with other weights, prompts or settings" in outcome.lines[0]
     assert [path.read_bytes() for path in journal_paths(tmp_path / "r.h5")][: len(before)] == before
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("place", ["length", "checksum", "payload"])
+def test_a_flipped_bit_loses_one_request_and_the_next_attempt_computes_it(weights, run, tmp_path, place):
+    """The damage is named once, also if the attempts have other numbers of ranks, and the damaged bytes are kept."""
+    results = tmp_path / "r.h5"
+    assert run(2, "whole").code == 0
+    stopped = run_with_fault(weights, results, tmp_path, fault="SIGUSR1", rank=0, place="append", count=20)
+    assert stopped.code == 75
+    path = journal_paths(results)[0]
+    with JournalReader(path) as journal:
+        offset = [offset for offset, _ in journal.records()][2]
+    damaged = bytearray(path.read_bytes())
+    damaged[offset + {"length": 1, "checksum": 9, "payload": 40}[place]] ^= 1
+    path.write_bytes(damaged)
+    before = read_state(results).finished
+    outcome = run(3, "r", "--max-minutes", "0")
+    assert outcome.code == 75
+    warnings = [line for line in outcome.lines if "damaged" in line]
+    assert warnings == [
+        f"moempi: {path} is damaged at byte {offset}, the records behind it are kept; "
+        "its lost requests are computed again"
+    ]
+    assert read_state(results).finished == before - 1
+    assert path.read_bytes().startswith(damaged)
+    assert run(1, "r").code == 0
+    found = compare(tmp_path / "whole.h5", results)
+    assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
+
+
+@pytest.mark.mpi
+def test_a_damaged_header_is_refused(run, tmp_path):
+    assert run(2, "r", "--max-minutes", "0").code == 75
+    path = journal_paths(tmp_path / "r.h5")[1]
+    damaged = bytearray(path.read_bytes())
+    damaged[20] ^= 1
+    path.write_bytes(damaged)
+    outcome = run(2, "r")
+    assert outcome.code == 74
+    assert outcome.lines == [f"moempi: rank 1: {path}: its header is damaged; {JournalReader.REMEDY}"]
+    path.unlink()
+    assert run(2, "r").code == 0
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("fault", "rank", "place"),
+    [("SIGKILL", 0, "finish"), ("SIGTERM", 0, "finish"), ("SIGKILL", 1, "finish"), ("SIGKILL", 0, "remove")],
+)
+def test_a_fault_after_the_results_are_in_place_leaves_a_finished_run(weights, run, tmp_path, fault, rank, place):
+    """Between the results' appearance and the state, on another rank, and before the journals are removed."""
+    results = tmp_path / "r.h5"
+    outcome = run_with_fault(weights, results, tmp_path, fault=fault, rank=rank, place=place, count=1)
+    if fault == "SIGTERM":
+        assert outcome.code == 0
+    state = read_state(results)
+    assert (state.state, state.exit_code, state.finished, state.reason) == ("finished", 0, 256, "")
+    assert run(3, "r").code == 0
+    assert run(2, "whole").code == 0
+    found = compare(tmp_path / "whole.h5", results)
+    assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
+    assert not journal_paths(results)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("ranks", "stdout"), [(1, "> /dev/full"), (1, ">&-"), (1, "| true"), (2, "> /dev/full")])
+def test_results_are_whole_even_if_stdout_cannot_be_written(weights, tmp_path, ranks, stdout):
+    results = tmp_path / "r.h5"
+    settings = {"model.weights": weights, "output.results": results}
+    words = [str(word) for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = shlex.join(map(str, python("-m", "moempi", "run", JOB, *words)))
+    launch = f"mpirun -n {ranks} " if ranks > 1 else ""
+    outcome = execute("bash", "-c", f"set -o pipefail; {launch}{command} {stdout}")
+    assert outcome.code == 0, outcome.err
+    assert read_state(results).state == "finished"
+    with ResultFile(results) as file:
+        assert len(list(file.requests())) == 256
 
 
 @pytest.mark.mpi

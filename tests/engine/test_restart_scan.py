@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.jobs import make_job
+from moempi.config.job import CHANGES_RESULTS, KEEPS_RESULTS
 from moempi.engine.restart import NOTHING_EARLIER, Earlier, finished_requests, run_fingerprint
 from moempi.errors import NoInputError, StorageError
-from moempi.storage.journal import JournalWriter, journal_path
+from moempi.storage.journal import JournalReader, JournalWriter, journal_path
 from moempi.storage.records import RankRecord, RequestRecord, RoutingRecord
 
 RANK = RankRecord(rank=0, host="n", expert_load=np.zeros((1, 2), np.int64), seconds={}, steps=1, tokens=2)
@@ -50,7 +51,7 @@ def write_journal(path, *records, fingerprint="run"):
 
 
 def earlier_of(*journals):
-    done, next_step = finished_requests(journals, "run")
+    done, next_step, _ = finished_requests(journals, "run")
     return Earlier.from_finished(done, next_step=next_step)
 
 
@@ -117,6 +118,20 @@ def test_a_torn_record_at_the_end_is_passed_over(tmp_path):
     path = write_journal(tmp_path / "0", request(1, tokens=2), request(2, tokens=3))
     path.write_bytes(path.read_bytes()[:-1])
     assert earlier_of(path).indices == {1}
+    assert finished_requests([path], "run")[2][0].startswith(f"{path} ends with")
+
+
+def test_requests_behind_damage_are_finished_and_the_damage_is_reported(tmp_path):
+    path = write_journal(tmp_path / "0", request(1, tokens=2), request(2, tokens=3), request(3, tokens=1))
+    with JournalReader(path) as journal:
+        offset = [offset for offset, _ in journal.records()][1]
+    octets = bytearray(path.read_bytes())
+    octets[offset + 30] ^= 1
+    path.write_bytes(octets)
+    assert earlier_of(path).indices == {1, 3}
+    sound = write_journal(tmp_path / "1", request(7))
+    problems = finished_requests([path, sound], "run")[2]
+    assert problems == [f"{path} is damaged at byte {offset}, the records behind it are kept"]
 
 
 @pytest.mark.parametrize("position", [0, 1])
@@ -157,27 +172,57 @@ def test_the_same_job_has_the_same_fingerprint(job):
     assert run_fingerprint(job, weights="w") == run_fingerprint(with_keys(job, "run"), weights="w")
 
 
-CHANGED_RESULTS = [
-    ("run", "precision", "float32"),
-    ("run", "reproducible", True),
-    ("sampling", "max_tokens", 17),
-    ("sampling", "temperature", 0.5),
-    ("sampling", "top_k", 3),
-    ("sampling", "top_p", 0.5),
-    ("sampling", "min_p", 0.5),
-    ("sampling", "repetition_penalty", 1.5),
-    ("sampling", "seed", 1),
-    ("sampling", "stop", ("x",)),
-    ("sampling", "ignore_eos", True),
-    ("sampling", "top_logprobs", 1),
-    ("score", "top_n", 1),
-    ("trace", "routing", True),
-]
+OTHER_VALUES = {
+    "task": "score",
+    "run.backend": "numpy",
+    "run.precision": "float32",
+    "sampling.stop": ("x",),
+    "balance.mode": "bias",
+    "exchange.transport": "pairwise",
+    "exchange.hops": 2,
+    "exchange.buffers": "host",
+    "run.micro_batches": 5,
+    "parallel.stage_layers": (1,),
+    "parallel.stage_ranks": (1,),
+    "run.kv_memory": "1GB",
+    "topology.rank_memory": "1GB",
+}
 
 
-@pytest.mark.parametrize(("section", "key", "value"), CHANGED_RESULTS)
-def test_a_setting_that_changes_results_changes_the_fingerprint(job, section, key, value):
-    assert run_fingerprint(with_keys(job, section, **{key: value}), weights="w") != run_fingerprint(job, weights="w")
+def all_keys(struct, prefix=""):
+    """Dotted key and value of every key of a job, sections opened."""
+    for name in struct.__struct_fields__:
+        value = getattr(struct, name)
+        if isinstance(value, msgspec.Struct):
+            yield from all_keys(value, f"{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def changed(job, key, value):
+    """The job with another valid value of a key."""
+    if key in OTHER_VALUES:
+        other = OTHER_VALUES[key]
+    elif isinstance(value, bool):
+        other = not value
+    else:
+        other = f"other-{value}" if isinstance(value, str) else value + 1 if isinstance(value, int) else value / 2 + 0.3
+    section, _, name = key.partition(".")
+    return with_keys(job, section, **{name: other}) if name else msgspec.structs.replace(job, **{section: other})
+
+
+def test_every_key_of_a_job_is_declared_once(job):
+    declared = [*CHANGES_RESULTS, *KEEPS_RESULTS]
+    assert sorted(declared) == sorted(key for key, _ in all_keys(job))
+
+
+def test_exactly_the_keys_that_change_results_change_the_fingerprint(job):
+    fingerprint = run_fingerprint(job, weights="w")
+    for key, value in all_keys(job):
+        other = changed(job, key, value)
+        assert other != job, key
+        if key != "input.prompts":
+            assert (run_fingerprint(other, weights="w") != fingerprint) == (key in CHANGES_RESULTS), key
 
 
 def test_task_weights_and_prompts_change_the_fingerprint(job, tmp_path):
@@ -200,7 +245,7 @@ def test_task_weights_and_prompts_change_the_fingerprint(job, tmp_path):
         ("run", {"batch_tokens": 9}),
         ("run", {"kv_memory": "1GB"}),
         ("run", {"timeout_s": 9.0}),
-        ("parallel", {"stages": 2, "tensor": 2}),
+        ("parallel", {"stages": 2}),
         ("exchange", {"transport": "pairwise", "verify": True}),
         ("topology", {"ranks_per_node": 2}),
         ("placement", {"file": "placement.json"}),

@@ -18,6 +18,7 @@ CALLS = {
     "prompts": ("moempi.storage.prompts", "read_prompts"),
     "weights": ("moempi.engine.load", "load_model"),
     "merge": ("moempi.storage.merge", "merge"),
+    "remove": ("moempi.storage.journal", "remove_journals"),
 }
 
 
@@ -81,6 +82,8 @@ def prepare(notes: str, fault: str, rank: str, place: str, count: str) -> None:
         setattr(module, CALLS[place][1], before(getattr(module, CALLS[place][1]), come))
     elif place == "append":
         JournalWriter.append = before(JournalWriter.append, come)
+    elif place == "finish":
+        World.finish = before(World.finish, come)
     else:
         alive = World.alive
 

@@ -2,11 +2,12 @@
 
 import json
 
+import msgspec
 import pytest
 
 from moempi.errors import DataError, NoInputError
-from moempi.storage.files import hidden_name, remove_hidden
-from moempi.storage.run_state import RunState, read_state, state_path, write_state
+from moempi.storage.files import atomic, hidden_name, remove_hidden
+from moempi.storage.run_state import RunState, read_state, results_identity, state_path, write_state
 
 STOPPED = RunState(
     state="stopped",
@@ -33,6 +34,25 @@ def test_a_missing_or_malformed_state_is_an_error(tmp_path):
     state_path(tmp_path / "r.h5").write_text("{}")
     with pytest.raises(DataError, match="not the state of a run"):
         read_state(tmp_path / "r.h5")
+
+
+@pytest.mark.parametrize("state", ["running", "failed"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_is_finished_once_its_results_are_in_place(tmp_path, state, earlier):
+    results = tmp_path / "r.h5"
+    if earlier:
+        results.write_bytes(b"earlier")
+    begin = msgspec.structs.replace(STOPPED, state=state, replaces=results_identity(results))
+    write_state(results, begin)
+    assert read_state(results) == begin
+    with atomic(results) as temporary:
+        temporary.write_bytes(b"results")
+    found = read_state(results)
+    assert (found.state, found.finished, found.exit_code, found.reason) == ("finished", 9, 0, "")
+    write_state(results, msgspec.structs.replace(begin, state="stopped"))
+    assert read_state(results).state == "stopped"
+    write_state(results, msgspec.structs.replace(begin, replaces=None))
+    assert read_state(results).state == state
 
 
 def test_only_the_files_of_a_killed_writer_are_removed(tmp_path):

@@ -1,7 +1,8 @@
 """The job file. jobs/README.md documents its keys and defaults."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from moempi.config.architecture import LARGEST, MAX_LAYERS, Count, Index, Positive
@@ -159,3 +160,68 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
     def lanes(self) -> int:
         """Micro-batches in flight; "auto" is two per stage."""
         return 2 * self.parallel.stages if self.run.micro_batches == "auto" else self.run.micro_batches
+
+
+CHANGES_RESULTS = (
+    "task",
+    "run.backend",
+    "run.precision",
+    "run.reproducible",
+    "sampling.max_tokens",
+    "sampling.temperature",
+    "sampling.top_k",
+    "sampling.top_p",
+    "sampling.min_p",
+    "sampling.repetition_penalty",
+    "sampling.seed",
+    "sampling.stop",
+    "sampling.ignore_eos",
+    "sampling.top_logprobs",
+    "score.top_n",
+    "exchange.hops",
+    "parallel.tensor",
+    "balance.mode",
+    "balance.rate",
+    "balance.bound",
+    "balance.capacity",
+    "balance.sample",
+    "trace.routing",
+)
+"""Keys that change a result, if only by the order of a sum: all attempts at a job have the same values."""
+
+KEEPS_RESULTS = (
+    "model.weights",
+    "model.architecture",
+    "input.prompts",
+    "output.results",
+    "run.overlap",
+    "run.micro_batches",
+    "run.max_sequences",
+    "run.batch_tokens",
+    "run.kv_memory",
+    "run.timeout_s",
+    "exchange.transport",
+    "exchange.verify",
+    "exchange.buffers",
+    "exchange.immediate",
+    "parallel.stages",
+    "parallel.stage_layers",
+    "parallel.stage_ranks",
+    "parallel.experts_per_rank",
+    "topology.ranks_per_node",
+    "topology.file",
+    "topology.rank_memory",
+    "topology.emulate",
+    "placement.file",
+)
+"""Keys that may change between attempts. Weights and prompts count by content, not by name."""
+
+
+def result_keys(job: Job) -> dict[str, Any]:
+    """The values of CHANGES_RESULTS by key."""
+    values: dict[str, Any] = msgspec.to_builtins(job)
+    flat = {}
+    for key in CHANGES_RESULTS:
+        section, _, name = key.partition(".")
+        flat[key] = values[section][name] if name else values[section]
+    return flat

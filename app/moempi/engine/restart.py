@@ -10,13 +10,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moempi.config.job import Job
+from moempi.backend.select import find_gpus
+from moempi.config.job import Job, result_keys
 from moempi.errors import DataError, StorageError
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
@@ -24,7 +27,7 @@ from moempi.storage.files import digest_file, remove_hidden
 from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths, remove_journals
 from moempi.storage.lock import OutputLock
 from moempi.storage.records import RequestRecord, RoutingRecord
-from moempi.storage.run_state import RunState, State, state_path, write_state
+from moempi.storage.run_state import RunState, State, finished, is_replaced, results_identity, state_path, write_state
 
 log = logging.getLogger(__name__)
 
@@ -71,31 +74,21 @@ NOTHING_EARLIER = Earlier.from_finished(np.zeros(0, _FINISHED_REQUEST))
 
 
 def run_fingerprint(job: Job, *, weights: str) -> str:
-    """Digest of everything that the results depend on: weights, prompts, task, precision, sampling, score and trace.
+    """Digest of everything that the results depend on: weights, prompts, and the job's `result_keys`.
 
-    Ranks, micro-batches and transports are left out: an attempt may change them. Raises NoInputError if the prompts
+    Raises NoInputError if the prompts cannot be read.
+    """
+    contents = (weights, digest_file(job.input.prompts), result_keys(job))
+    return blake2b(msgspec.json.encode(contents), digest_size=16).hexdigest()
+
+
+def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[FinishedRequests, int, list[str]]:
+    """The finished requests, the first step number above all recorded ones, and a sentence about each bad journal.
+
+    Damage and incomplete records at the end are skipped. Raises StorageError if a journal has another fingerprint or
     cannot be read.
     """
-    settings = (
-        weights,
-        digest_file(job.input.prompts),
-        job.task,
-        job.run.precision,
-        job.run.reproducible,
-        job.sampling,
-        job.score,
-        job.trace,
-    )
-    return blake2b(msgspec.json.encode(settings), digest_size=16).hexdigest()
-
-
-def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[FinishedRequests, int]:
-    """The finished requests in these journals, and the first step number above all recorded ones.
-
-    Incomplete records at the end of a journal are skipped. Raises StorageError if a journal has another fingerprint or
-    cannot be read.
-    """
-    finished, next_step = [], 0
+    finished, next_step, problems = [], 0, []
     for path in journals:
         with JournalReader(path) as journal:
             if journal.fingerprint != fingerprint:
@@ -108,7 +101,9 @@ def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[Finis
                     finished.append(_entry(record))
                 elif isinstance(record, RoutingRecord):
                     next_step = max(next_step, record.step + 1)
-    return np.array(finished, _FINISHED_REQUEST), next_step
+            if journal.problem:
+                problems.append(journal.problem)
+    return np.array(finished, _FINISHED_REQUEST), next_step, problems
 
 
 def _entry(record: RequestRecord) -> tuple[int, int, int, bool, bool]:
@@ -129,14 +124,21 @@ class Attempt:
     def __init__(self, job: Job, world: World, *, weights: str, num_requests: int) -> None:
         self._results = job.output.results
         self._world = world
-        self._begin = RunState(
-            state="running", requests=num_requests, world_size=world.size, started=_now(), updated=_now()
-        )
         self._counts = (0, 0)
         self._state_due = time.monotonic() + STATE_EVERY_S
-        fingerprint = world.collectively(lambda: run_fingerprint(job, weights=weights))
+        self._problems: list[str] = []
+        resolved = _with_resolved_backend(job, world)
+        fingerprint = world.collectively(lambda: run_fingerprint(resolved, weights=weights))
         world.collectively(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
         self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
+        self._begin = RunState(
+            state="running",
+            requests=num_requests,
+            world_size=world.size,
+            started=_now(),
+            updated=_now(),
+            replaces=results_identity(self._results),
+        )
         world.on_failure(self._write_failure)
         self.earlier = self._scan(fingerprint)
         self._counts = (len(self.earlier.indices), 0)
@@ -168,6 +170,16 @@ class Attempt:
         if self._world.rank == 0:
             write_state(self._results, self._state(state, reason=reason, exit_code=exit_code))
 
+    def warn_of_damage(self) -> None:
+        """Log on rank 0 which journals of earlier attempts are damaged or have a torn end."""
+        for problem in self._problems if self._world.rank == 0 else ():
+            log.warning("%s; its lost requests are computed again", problem)
+
+    def warn_of_new_damage(self, problems: Iterable[str]) -> None:
+        """Log the problems that the merge found and that were not there when the attempt began."""
+        for problem in sorted(set(problems) - set(self._problems)):
+            log.warning("%s; the results are whole", problem)
+
     def journals(self) -> list[Path]:
         """The journals of this attempt and of earlier ones."""
         # The listing of the folder may miss new files of other nodes.
@@ -186,10 +198,13 @@ class Attempt:
     def finish(self) -> None:
         """End an attempt whose results are complete: write the state, remove the journals, release the output.
 
-        For rank 0. Raises StorageError if writing fails.
+        For rank 0. A failure is a warning: the results are whole, and the next attempt merges left journals again.
         """
-        self.write_state("finished")
-        remove_journals(self._results)
+        try:
+            self.write_state("finished")
+            remove_journals(self._results)
+        except StorageError as error:
+            log.warning("the results are whole, but %s", error)
         if self._lock is not None:
             self._lock.release()
 
@@ -198,7 +213,8 @@ class Attempt:
         comm = self._world.comm
         paths = comm.bcast(journal_paths(self._results) if comm.rank == 0 else None)
         share = self._world.collectively(lambda: finished_requests(paths[comm.rank :: comm.size], fingerprint))
-        finished, steps = zip(*comm.allgather(share), strict=True)
+        finished, steps, problems = zip(*comm.allgather(share), strict=True)
+        self._problems = sorted(chain.from_iterable(problems))
         return Earlier.from_finished(np.concatenate(finished), next_step=max(steps))
 
     def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:
@@ -215,17 +231,34 @@ class Attempt:
             updated=_now(),
         )
 
-    def _write_failure(self, cause: str, exit_code: int) -> None:
-        """Write the state of a failed run, on the rank that failed; gives up if writing blocks."""
-        state = self._state("failed", reason=cause, exit_code=exit_code)
+    def _write_failure(self, cause: str, exit_code: int) -> int:
+        """Write on the failing rank that the run failed, unless its results are in place; returns the exit code.
+
+        Rank 0 may put them in place meanwhile, so they are looked for before and after. Gives up if writing blocks.
+        """
+        state, replaces = self._state("failed", reason=cause, exit_code=exit_code), self._begin.replaces or ""
+        codes = [exit_code]
 
         def write() -> None:
             with suppress(StorageError):
-                write_state(self._results, state)
+                if not is_replaced(self._results, replaces):
+                    write_state(self._results, state)
+                if is_replaced(self._results, replaces):
+                    codes.append(0)
+                    write_state(self._results, finished(state))
 
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
         writer.join(STATE_LIMIT_S)
+        return codes[-1]
+
+
+def _with_resolved_backend(job: Job, world: World) -> Job:
+    """The job with the backend that "auto" selects; it stays "auto" if ranks differ. Collective."""
+    on_gpu = job.run.backend != "numpy" and find_gpus()[0] > 0
+    backends: set[Literal["numpy", "cupy"]] = set(world.comm.allgather("cupy" if on_gpu else "numpy"))
+    backend = backends.pop() if len(backends) == 1 else "auto"
+    return msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, backend=backend))
 
 
 def _take_output(results: str) -> OutputLock:

@@ -1,7 +1,12 @@
 """A whole job, from the files it names to the results file."""
 
+import logging
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from time import perf_counter
 
 import msgspec
@@ -32,10 +37,12 @@ from moempi.observe.progress import Progress
 from moempi.observe.run_report import Report, print_report
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
-from moempi.storage.merge import merge
+from moempi.storage.merge import Provenance, merge
 from moempi.storage.prompts import Prompt, read_prompts
 from moempi.storage.records import RankRecord
 from moempi.storage.weights import WeightFile
+
+log = logging.getLogger(__name__)
 
 
 def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) -> int:
@@ -53,6 +60,7 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     # This attempt locks the output, and computes the requests that earlier ones did not finish.
     attempt = Attempt(job, world, weights=weights.fingerprint, num_requests=len(prompts))
     world.collectively(lambda: log_to_files(job.output.results, world.rank))
+    attempt.warn_of_damage()
     # The backend, and this rank's position in the layout.
     pending = PendingTransfers()
     backend = world.collectively(lambda: _backend(job, world, pending))
@@ -88,11 +96,33 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
         return attempt.stop(stop)
     # The results: rank 0 merges all journals.
     provenance = make_provenance(job_text, world, weights=weights.fingerprint, start=start)
+    _write_results(job, world, attempt, num_requests=len(prompts), provenance=provenance)
     if world.rank == 0:
-        merge(job.output.results, attempt.journals(), num_requests=len(prompts), provenance=provenance)
-        attempt.finish()
-        print_report(report)
+        _print(report)
     return 0
+
+
+def _write_results(job: Job, world: World, attempt: Attempt, *, num_requests: int, provenance: Provenance) -> None:
+    """Put the results in place; collective. Nothing that fails afterwards changes the state or the exit code."""
+    if world.rank == 0:
+        problems = merge(job.output.results, attempt.journals(), num_requests=num_requests, provenance=provenance)
+        world.finish()
+        attempt.finish()
+        attempt.warn_of_new_damage(problems)
+    world.comm.Barrier()
+    world.finish()
+
+
+def _print(report: Report) -> None:
+    """Print the report; if stdout cannot be written, warn, and let the interpreter flush it to nowhere."""
+    try:
+        print_report(report)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError, SystemExit) as error:  # rich exits if stdout is a closed pipe
+        log.warning("the results are whole, but the report cannot be printed: %s", error)
+        with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _backend(job: Job, world: World, pending: PendingTransfers) -> Backend:

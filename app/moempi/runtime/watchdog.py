@@ -95,6 +95,12 @@ class Watchdog:
                 self._alive[os.pidfd_open(process)] = rank
         self._thread.start()
 
+    def ignore_signals(self) -> None:
+        """Ignore the signals that end a program until the process ends; main thread only."""
+        self._handlers.clear()
+        for number in (*SIGNALS, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
     def stop(self) -> None:
         """Restore the signal handlers and end the thread; blocks until it has ended."""
         signal.set_wakeup_fd(-1)

@@ -70,7 +70,8 @@ class World:
         )
         self._ending = threading.Lock()
         self._abort_channel = AbortChannel(comm, peers, self._watchdog.position)
-        self._on_failure: Callable[[str, int], object] = lambda cause, code: None
+        self._on_failure: Callable[[str, int], int] = lambda cause, code: code
+        self._is_finished = False
 
     @classmethod
     def start(cls, monitor: Monitor, *, debug: bool = False) -> "World":
@@ -152,21 +153,33 @@ class World:
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # another thread of this rank aborts the program
         code, cause = _exit_code(error), _cause(error)
-        if not self._abort_channel.announced():
+        if self._is_finished:
+            code = 0
+        elif not self._abort_channel.announced():
             if self._monitor.acquire_report_right():
                 self._print_error(error, cause)
             self._abort_channel.announce()
-            self._on_failure(cause, code)
+            code = self._on_failure(cause, code)
             time.sleep(LINE_TRAVEL_S)
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)
 
-    def on_failure(self, write: Callable[[str, int], object]) -> None:
+    def on_failure(self, write: Callable[[str, int], int]) -> None:
         """From now on, the rank that reports a failure also calls `write(cause, exit code)`, from any thread.
 
-        `write` must return within a second or so, because the other ranks are aborted after it.
+        `write` returns the exit code to use. It must return within a second or so, because the other ranks are aborted
+        after it.
         """
         self._on_failure = write
+
+    def finish(self) -> None:
+        """The work is done: from now on no failure is reported, the exit code is 0, and signals are ignored.
+
+        Main thread only.
+        """
+        self._is_finished = True
+        self._watchdog.ignore_signals()
+        self._monitor.release()
 
     @contextmanager
     def guard(self) -> Iterator[None]:

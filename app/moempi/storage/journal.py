@@ -1,8 +1,9 @@
 """The journal of a run: finished requests before the merge, in one append-only file per rank beside the results.
 
 A journal is a header followed by records, each preceded by its length and checksum. If a rank is killed at any moment,
-all records written before can be read. A reader drops a torn record at the end; a writer that opens the journal again
-truncates it.
+all records written before can be read. Bytes that are no whole record are either damage, if a whole record follows
+them, or the journal's bad end. A reader passes over both and reports them. A writer that opens the journal again
+removes a record that was cut off at the end, and keeps all other bytes: it appends after them.
 
     header    magic "MOEMPART", version u32, length u32, fingerprint of the run (that many bytes), XXH3-64 of the above
     record    length u64, XXH3-64 u64 of the payload, payload (MessagePack, that many bytes)
@@ -11,6 +12,7 @@ Numbers are little-endian.
 """
 
 import os
+import re
 import shutil
 import struct
 import time
@@ -34,6 +36,18 @@ _HEADER = struct.Struct("<8sII")
 _FRAME = struct.Struct("<QQ")
 _DIGEST = struct.Struct("<Q")
 _MAX_FINGERPRINT_BYTES = 4096
+
+# A payload is a MessagePack map whose first key is "type"; the head of the map has 1 or 3 bytes.
+_FIRST_KEY = re.compile(rb"\xa4type")
+_MAP_HEAD_BYTES = (1, 3)
+_FIRST_KEY_BYTES = 5
+# Limits of the search behind damage: memory, and work in bytes. Verifying a record counts its length, at least a page;
+# reading a length that does not fit the file counts _HEADER_CHARGE.
+_WINDOW_BYTES = 1 << 20
+_PAGE_BYTES = 4096
+_HEADER_CHARGE = 512
+_SEARCH_FACTOR = 16
+_SEARCH_BYTES = 64 << 20
 
 
 def journals_folder(results_path: str | Path) -> Path:
@@ -69,37 +83,65 @@ def remove_journals(results_path: str | Path) -> None:
 class JournalReader(Closeable):
     """A journal opened for reading; reading never changes it.
 
-    `fingerprint` identifies the run, `num_bytes` is the file's size, and `dropped_bytes` the bytes after the last
-    complete record, known once `records()` is exhausted. Raises StorageError if the file cannot be read or is not a
-    journal.
+    `fingerprint` identifies the run and `num_bytes` is the file's size. Known once `records()` is exhausted:
+    `damaged_at` is the offset of the first damage or -1, `damages` the number of damaged places, and `dropped_bytes`
+    the size of the bad end. Raises StorageError if the file cannot be read or is not a journal.
     """
+
+    REMEDY = "move it out of its folder to compute its requests again"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise StorageError(f"{path}: is not a regular file; {self.REMEDY}")
             self._file: BinaryIO = self.path.open("rb")
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
         self.num_bytes = os.fstat(self._file.fileno()).st_size
         self.dropped_bytes = 0
+        self.damaged_at = -1
+        self.damages = 0
+        self._search_bytes = _SEARCH_BYTES + _SEARCH_FACTOR * self.num_bytes
         try:
             self.fingerprint, self._start = self._read_header()
         except BaseException:
             self._file.close()
             raise
 
+    @property
+    def problem(self) -> str:
+        """One sentence about damage and a bad end, once `records()` is exhausted; "" for a sound journal."""
+        problems = []
+        if self.damages:
+            places = f" and in {self.damages - 1} more places" if self.damages > 1 else ""
+            problems.append(f"is damaged at byte {self.damaged_at}{places}, the records behind it are kept")
+        if self.dropped_bytes:
+            problems.append(f"ends with {self.dropped_bytes} torn bytes at byte {self.num_bytes - self.dropped_bytes}")
+        return f"{self.path} {' and '.join(problems)}" if problems else ""
+
     def records(self) -> Iterator[tuple[int, Record]]:
-        """Yield (offset, record) up to the last complete record, one in memory at a time; raises StorageError."""
+        """Yield (offset, record) of all whole records, one in memory at a time; raises StorageError."""
         for offset, payload in self.payloads():
             yield offset, self._decode(offset, payload)
 
     def payloads(self) -> Iterator[tuple[int, bytes]]:
         """Yield (offset, encoded record) like `records`: verifies checksums, decodes nothing."""
+        self.damaged_at, self.damages, self.dropped_bytes = -1, 0, 0
         offset = self._start
-        while (payload := self._read_payload(offset)) is not None:
-            yield offset, payload
-            offset += _FRAME.size + len(payload)
-        self.dropped_bytes = self.num_bytes - offset
+        while offset < self.num_bytes:
+            payload = self._read_payload(offset)
+            if payload is not None:
+                yield offset, payload
+                offset += _FRAME.size + len(payload)
+                continue
+            resumed = self._resume(offset)
+            if resumed is None:
+                self.dropped_bytes = self.num_bytes - offset
+                return
+            self.damaged_at = offset if self.damaged_at < 0 else self.damaged_at
+            self.damages += 1
+            offset = resumed
 
     def record_at(self, offset: int) -> Record:
         """The record at an offset from `records`; raises StorageError if it is no longer intact."""
@@ -108,35 +150,107 @@ class JournalReader(Closeable):
             raise StorageError(f"{self.path}: the record at byte {offset} has changed since it was found")
         return self._decode(offset, payload)
 
+    @property
+    def append_at(self) -> int:
+        """The offset at which a writer continues, once `records()` is exhausted.
+
+        A record that was cut off at the end of the file is overwritten: its length leads beyond the end, or its bytes
+        are zeros that a power failure left.
+        """
+        end = self.num_bytes - self.dropped_bytes
+        tail = self._read(end, _WINDOW_BYTES)
+        beyond = len(tail) < _FRAME.size or end + _FRAME.size + _FRAME.unpack_from(tail)[0] > self.num_bytes
+        zeros = len(tail) == self.dropped_bytes and not any(tail)
+        return end if beyond or zeros else self.num_bytes
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
     def _read_header(self) -> tuple[str, int]:
-        head = self._file.read(_HEADER.size)
+        head = self._read(0, _HEADER.size)
         if len(head) < _HEADER.size or not head.startswith(MAGIC):
-            raise StorageError(f"{self.path}: not a part of a results file")
+            raise StorageError(f"{self.path}: not a part of a results file, or its header is damaged; {self.REMEDY}")
         _, version, length = _HEADER.unpack(head)
+        fingerprint = self._read(_HEADER.size, min(length, _MAX_FINGERPRINT_BYTES))
+        start = _HEADER.size + len(fingerprint) + _DIGEST.size
+        if self._read(start - _DIGEST.size, _DIGEST.size) != _DIGEST.pack(xxh3_64_intdigest(head + fingerprint)):
+            raise StorageError(f"{self.path}: its header is damaged; {self.REMEDY}")
         if version != VERSION:
-            raise StorageError(f"{self.path}: part version {version}, this program reads {VERSION}")
-        fingerprint = self._file.read(min(length, _MAX_FINGERPRINT_BYTES))
-        if self._file.read(_DIGEST.size) != _DIGEST.pack(xxh3_64_intdigest(head + fingerprint)):
-            raise StorageError(f"{self.path}: its header is damaged")
-        return fingerprint.decode(), self._file.tell()
+            raise StorageError(f"{self.path}: part version {version}, this program reads {VERSION}; {self.REMEDY}")
+        return fingerprint.decode(errors="replace"), start
 
-    def _read_payload(self, offset: int) -> bytes | None:
+    def _read(self, offset: int, num_bytes: int) -> bytes:
         try:
             self._file.seek(offset)
-            frame = self._file.read(_FRAME.size)
-            if len(frame) < _FRAME.size:
-                return None
-            length, digest = _FRAME.unpack(frame)
-            if length > self.num_bytes - offset - _FRAME.size:
-                return None
-            payload = self._file.read(length)
+            return self._file.read(num_bytes)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def _read_payload(self, offset: int) -> bytes | None:
+        """The payload of the frame at `offset` if it is whole, else None."""
+        frame = self._read(offset, _FRAME.size)
+        if len(frame) < _FRAME.size:
+            return None
+        length, digest = _FRAME.unpack(frame)
+        if length > self.num_bytes - offset - _FRAME.size:
+            return None
+        payload = self._read(offset + _FRAME.size, length)
         return payload if len(payload) == length and xxh3_64_intdigest(payload) == digest else None
+
+    def _resume(self, damaged_at: int) -> int | None:
+        """The offset of the first whole record behind damage; None if there is none.
+
+        If the damaged frame's own length leads to a whole record or to the end of the file, its text may contain the
+        bytes of another journal: a record before that place counts only if records follow it up to that place.
+        """
+        end = self._own_end(damaged_at)
+        for offset in self._frames_after(damaged_at):
+            if offset >= end or self._leads_to(offset, end):
+                return offset
+        return None
+
+    def _own_end(self, offset: int) -> int:
+        """The end of the damaged frame at `offset` by its own length; 0 if that is not a border between records."""
+        frame = self._read(offset, _FRAME.size)
+        if len(frame) < _FRAME.size:
+            return 0
+        end: int = offset + _FRAME.size + _FRAME.unpack(frame)[0]
+        whole = end == self.num_bytes or (end < self.num_bytes and self._verified_payload(end) is not None)
+        return end if whole else 0
+
+    def _leads_to(self, offset: int, end: int) -> bool:
+        """Whether whole records follow each other from `offset` to `end`."""
+        while offset < end and (payload := self._verified_payload(offset)) is not None:
+            offset += _FRAME.size + len(payload)
+        return offset == end
+
+    def _frames_after(self, damaged_at: int) -> Iterator[int]:
+        """Yield the offsets of whole records behind `damaged_at`, found by the first key of their payloads."""
+        position, size = damaged_at + 1, _PAGE_BYTES
+        while position < self.num_bytes:
+            window = self._read(position, size)
+            for match in _FIRST_KEY.finditer(window):
+                for head in _MAP_HEAD_BYTES:
+                    offset = position + match.start() - head - _FRAME.size
+                    if offset > damaged_at and self._verified_payload(offset) is not None:
+                        yield offset
+            position += size - _FIRST_KEY_BYTES + 1
+            size = min(2 * size, _WINDOW_BYTES)
+
+    def _verified_payload(self, offset: int) -> bytes | None:
+        """Like `_read_payload`, but counts its work; raises StorageError beyond the limit of a search."""
+        frame = self._read(offset, _FRAME.size)
+        length = _FRAME.unpack(frame)[0] if len(frame) == _FRAME.size else self.num_bytes
+        if length > self.num_bytes - offset - _FRAME.size:
+            self._search_bytes -= _HEADER_CHARGE
+            payload = None
+        else:
+            self._search_bytes -= max(length, _PAGE_BYTES)
+            payload = self._read_payload(offset)
+        if self._search_bytes < 0:
+            raise StorageError(f"{self.path}: is damaged in too many places; {self.REMEDY}")
+        return payload
 
     def _decode(self, offset: int, payload: bytes) -> Record:
         try:
@@ -148,9 +262,9 @@ class JournalReader(Closeable):
 class JournalWriter(Closeable):
     """Appends records to the journal of one rank.
 
-    Creates the file and its folder, or continues an existing journal after its last complete record. `fingerprint`
-    identifies the run (weights, prompts, job). Raises StorageError if the journal belongs to another run or cannot be
-    written. Not collective.
+    Creates the file and its folder, or continues an existing journal at its end; see `JournalReader.append_at`.
+    `fingerprint` identifies the run (weights, prompts, job). Raises StorageError if the journal belongs to another run
+    or cannot be written. Not collective.
     """
 
     def __init__(self, path: str | Path, *, fingerprint: str) -> None:
@@ -170,7 +284,8 @@ class JournalWriter(Closeable):
     def append(self, record: Record) -> None:
         """Write one record with one system call; blocks for an fdatasync at most once per second.
 
-        Raises StorageError if the disk is full or fails; the journal then ends with the last complete record.
+        Raises StorageError if the disk is full or fails; the journal then ends with the last complete record. Also
+        raises it, within a second, if the file was removed or replaced.
         """
         payload = encode(record)
         try:
@@ -181,11 +296,15 @@ class JournalWriter(Closeable):
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Sync to disk and close; later calls do nothing. Raises StorageError if the disk fails."""
+        """Sync to disk and close; later calls do nothing.
+
+        Raises StorageError if the disk fails, or if the file was removed or replaced.
+        """
         if self._file < 0:
             return
         file, self._file = self._file, -1
         try:
+            self._require_in_place(file)
             os.fdatasync(file)
         except OSError as error:
             raise self._failure(error) from error
@@ -198,7 +317,7 @@ class JournalWriter(Closeable):
                 raise StorageError(f"{self.path}: belongs to another run; remove {self.path.parent} to start afresh")
             for _ in journal.payloads():
                 pass
-            return journal.num_bytes - journal.dropped_bytes
+            return journal.append_at
 
     def _write(self, record: bytes) -> None:
         rest = memoryview(record)
@@ -210,7 +329,16 @@ class JournalWriter(Closeable):
             raise
         self._end += len(record)
 
+    def _require_in_place(self, file: int) -> None:
+        try:
+            in_place = os.path.samestat(os.fstat(file), self.path.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            in_place = False
+        if not in_place:
+            raise StorageError(f"{self.path}: was removed or replaced during the run, its records are lost; run again")
+
     def _sync(self) -> None:
+        self._require_in_place(self._file)
         os.fdatasync(self._file)
         self._synced_at = time.monotonic()
 

@@ -113,7 +113,7 @@ class JournalIndex:
     """The contents of all journals: location and field lengths of each request's record, and the ranks' records.
 
     `entries` (N,) has one entry per request, with journal -1 until its record is found. `expert_load` and `asked_load`
-    (layers, experts) are summed over ranks, as is `shifts`. `torn` describes journals with a torn end.
+    (layers, experts) are summed over ranks, as is `shifts`. `problems` describes damaged journals and torn ends.
     """
 
     entries: NDArray[Any]
@@ -124,7 +124,7 @@ class JournalIndex:
     top: int = 0
     score_top: int = 0
     scored: bool = False
-    torn: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     routing: RoutingIndex = field(default_factory=RoutingIndex)
 
     def add_request(self, record: RequestRecord, *, journal: int, offset: int) -> None:
@@ -215,8 +215,8 @@ def index_journals(journals: Journals, num_requests: int) -> JournalIndex:
                 index.add_request(record, journal=number, offset=offset)
             else:
                 _require_same(journals.request_at(index.entries[record.index]), record, journal.path)
-        if journal.dropped_bytes:
-            index.torn.append(f"{journal.path} ends with {journal.dropped_bytes} torn bytes")
+        if journal.problem:
+            index.problems.append(journal.problem)
     _require_all(index)
     return index
 
@@ -230,4 +230,4 @@ def _require_all(index: JournalIndex) -> None:
     missing = np.flatnonzero(index.entries["journal"] < 0)
     if len(missing):
         counts = f"{len(missing)} of {len(index.entries)} requests have no record, the first is {missing[0]}"
-        raise StorageError("; ".join([counts, *index.torn]))
+        raise StorageError("; ".join([counts, *index.problems]))

@@ -47,12 +47,13 @@ class Provenance:
 
 def merge(
     results_path: str | Path, journals: Sequence[str | Path], *, num_requests: int, provenance: Provenance
-) -> None:
+) -> list[str]:
     """Write the results file atomically from the journals of all ranks; keeps the journals.
 
-    Requests are in the order 0 to `num_requests` - 1. Memory holds about 100 bytes per request and a few MiB. Call
-    this on one rank, after all ranks have closed their journals. Raises StorageError if a request is missing, if two
-    records of a request differ in tokens, if the journals are from different runs, or if the disk fails.
+    Returns one sentence for each journal that is damaged or has a torn end. Requests are in the order 0 to
+    `num_requests` - 1. Memory holds about 100 bytes per request and a few MiB. Call this on one rank, after all ranks
+    have closed their journals. Raises StorageError if a request is missing, if two records of a request differ in
+    tokens, if the journals are from different runs, or if the disk fails.
     """
     with Journals(journals) as opened:
         index = index_journals(opened, num_requests)
@@ -72,6 +73,7 @@ def merge(
                 records = [opened.request_at(entry) for entry in index.entries[start:stop]]
                 for column in columns:
                     column.write(records)
+        return index.problems
 
 
 class _Column:
