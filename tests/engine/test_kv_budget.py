@@ -55,13 +55,13 @@ def test_no_choice_of_running_requests_uses_more(pages, slots, data):
 @pytest.mark.parametrize(("available", "pages"), [(1625, 10), (1624, 9), (500, 1)])
 def test_auto_gives_the_cache_four_fifths_of_the_memory_beside_weights_and_rows(available, pages):
     memory = Memory(weights=300, page=50, rows=75, groups=2)
-    assert affordable_pages(make_job(), memory, available=available) == pages
+    assert affordable_pages(make_job().run, memory, available=available) == pages
 
 
 @pytest.mark.parametrize(("groups", "pages"), [(1, 10), (2, 5), (3, 3), (10, 1)])
 def test_a_stated_size_is_divided_among_the_groups_whatever_is_available(groups, pages):
     memory = Memory(weights=10**9, page=100, rows=10**9, groups=groups)
-    assert affordable_pages(make_job(run={"kv_memory": "1KB"}), memory, available=0) == pages
+    assert affordable_pages(make_job(run={"kv_memory": "1KB"}).run, memory, available=0) == pages
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_stated_size_is_divided_among_the_groups_whatever_is_available(groups,
 def test_memory_for_less_than_a_page_is_an_error_that_names_the_numbers(kv_memory, available):
     memory = Memory(weights=2 * GIB, page=5 * GIB // 2, rows=GIB // 2, groups=2)
     with pytest.raises(ConfigError) as error:
-        affordable_pages(make_job(run={"kv_memory": kv_memory}), memory, available=available)
+        affordable_pages(make_job(run={"kv_memory": kv_memory}).run, memory, available=available)
     assert str(error.value) == (
         f"no room for the cache: weights 2.00 GiB, rows 512.00 MiB, a page 5.00 GiB, "
         f"memory {available / GIB:.2f} GiB, run.kv_memory {kv_memory}; "
@@ -81,6 +81,6 @@ def test_memory_for_less_than_a_page_is_an_error_that_names_the_numbers(kv_memor
 
 def test_one_page_is_enough():
     memory = Memory(weights=0, page=1000, rows=0, groups=1)
-    assert affordable_pages(make_job(run={"kv_memory": "1KB"}), memory, available=0) == 1
+    assert affordable_pages(make_job(run={"kv_memory": "1KB"}).run, memory, available=0) == 1
     with pytest.raises(ConfigError):
-        affordable_pages(make_job(run={"kv_memory": "999B"}), memory, available=0)
+        affordable_pages(make_job(run={"kv_memory": "999B"}).run, memory, available=0)

@@ -78,12 +78,12 @@ def test_a_smaller_later_stage_computes_for_several_groups_of_the_first(stage_ra
 )
 def test_the_ranks_of_a_node_share_its_memory(nodes, shares):
     worlds = [SimpleNamespace(rank=rank, nodes=nodes) for rank in range(len(nodes))]
-    assert [available_bytes(make_job(), world, of_node=900) for world in worlds] == shares
+    assert [available_bytes(make_job().topology, world, of_node=900) for world in worlds] == shares
 
 
 def test_the_memory_that_the_job_states_counts_alone():
     job = make_job(topology={"rank_memory": "2KiB"})
-    assert available_bytes(job, SimpleNamespace(rank=0, nodes=(0, 0)), of_node=900) == 2048
+    assert available_bytes(job.topology, SimpleNamespace(rank=0, nodes=(0, 0)), of_node=900) == 2048
 
 
 @pytest.mark.ranks(4)
@@ -98,7 +98,7 @@ def test_all_ranks_of_a_world_lay_themselves_out_alike(comm):
     assert own.coords == layout.grid.coordinates(comm.rank)
     assert own.placements == layout.placements[own.coords.stage]
     assert own.memory == layout.memory[own.coords.stage]
-    assert available_bytes(job, world, of_node=400) == 100
+    assert available_bytes(job.topology, world, of_node=400) == 100
 
 
 @pytest.mark.ranks(4)
