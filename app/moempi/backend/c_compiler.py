@@ -1,42 +1,245 @@
-"""Small C kernels, compiled on first use with the C compiler (`CC`, else `cc`) into the user's cache folder."""
+"""Small C kernels, compiled on first use with the C compiler (`CC`, else `cc`) and kept in the user's cache folder.
+
+A kept file is the compiled library, followed by the library's hash. Its name holds the source's hash, the machine and
+the compiler. It is checked, then loaded from a copy in memory, because another process may cut or replace the file
+later. Only files and folders of this user or of the owner of the installed package are used.
+"""
 
 import ctypes
+import logging
 import os
+import platform
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import xxhash
 
-COMPILE_LIMIT_S = 60
+COMPILE_LIMIT_S = 20.0
+RETRY_S = 24 * 3600.0
+"""How long a compiler that did not end is not started again."""
+HASH_BYTES = 16
+MAX_BYTES = 64 << 20
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+log = logging.getLogger(__name__)
+
+
+class _CompilerError(Exception):
+    """No library can be compiled; the message is the reason."""
 
 
 def load_kernel(source: Path) -> ctypes.CDLL | None:
-    """Load the library of one C file, compiled on first use. Not collective.
+    """Load the library of one C file, compiled on first use. Not collective; blocks for up to 2 COMPILE_LIMIT_S.
 
-    Returns None if the library cannot be compiled or loaded. Raises OSError if `source` cannot be read: the package is
-    damaged, and the fallback must not hide it.
+    Returns None if the library cannot be compiled or loaded, and logs a warning with the reason. Raises OSError if
+    `source` cannot be read: the package is damaged, and the fallback must not hide it.
     """
     code = source.read_bytes()
     try:
-        return ctypes.CDLL(str(_compiled(source, code)))
-    except (OSError, subprocess.SubprocessError):
+        return _kept_or_compiled(source, code)
+    except (_CompilerError, OSError) as error:
+        _warn(f"compiled kernels are off, the run is slower: {' '.join(str(error).split())}")
         return None
 
 
-def _compiled(source: Path, code: bytes) -> Path:
-    """Compile the library and return its path; several ranks may do so at once. Raises OSError or SubprocessError."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "moempi"
-    library = folder / f"{source.stem}-{xxhash.xxh3_64_hexdigest(code)}.so"
-    if not library.exists():
-        compiler = os.environ.get("CC") or shutil.which("cc")
-        if not compiler:
-            raise FileNotFoundError("no C compiler")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as build:
-            made = Path(build) / library.name
-            command = [*compiler.split(), "-O3", "-shared", "-fPIC", "-o", str(made), str(source)]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_LIMIT_S)
-            made.replace(library)
+def _kept_or_compiled(source: Path, code: bytes) -> ctypes.CDLL:
+    """The kept library, else a compiled one, which is kept; several ranks may do so at once."""
+    trusted = {os.geteuid(), source.stat().st_uid}
+    folder = _cache_folder(trusted)
+    begin = f"{source.stem}-{xxhash.xxh3_64_hexdigest(code)}-{platform.machine()}"
+    try:
+        compiler = _compiler(folder)
+        identity = _identity(compiler)
+    except _CompilerError:
+        library = _load_kept(folder, f"{begin}-*.so", trusted)  # one of any compiler, if none can be started
+        if library is None:
+            raise
+        return library
+    name = f"{begin}-{identity}.so"
+    library = _load_kept(folder, name, trusted)
+    if library is None:
+        content = _compile(compiler, source, folder)
+        library = _load(content, source.stem)
+        if folder:
+            _keep(content, folder / name)
     return library
+
+
+@cache
+def _warn(text: str) -> None:
+    """Log a warning once."""
+    log.warning("%s", text)
+
+
+def _cache_folder(trusted: set[int]) -> Path | None:
+    """The folder of kept libraries; None if it cannot be made or another user could write to it."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  # Path.expanduser may raise
+    folder = Path(base) / "moempi"
+    if not folder.is_absolute():
+        return None
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        problem = _problem(folder.stat(), trusted)
+    except OSError as error:
+        log.info("%s: no compiled kernels are kept: %s", folder, error.strerror)
+        return None
+    if problem:
+        _warn(f"{folder}: not used for compiled kernels: {problem}")
+    return None if problem else folder
+
+
+def _problem(found: os.stat_result, trusted: set[int]) -> str:
+    """Why a file or folder is not trusted; "" if it is."""
+    if found.st_uid not in trusted:
+        return f"it belongs to user {found.st_uid}"
+    return "other users may write to it" if found.st_mode & WRITABLE_BY_OTHERS else ""
+
+
+def _load_kept(folder: Path | None, pattern: str, trusted: set[int]) -> ctypes.CDLL | None:
+    """The first kept library of a name that is whole, trusted and loadable; None if there is none."""
+    for path in sorted(folder.glob(pattern)) if folder else ():
+        content = _read_kept(path, trusted)
+        if content is not None:
+            try:
+                return _load(content, path.stem)
+            except OSError as error:
+                log.info("%s: not loaded: %s", path, error)
+    return None
+
+
+def _read_kept(path: Path, trusted: set[int]) -> bytes | None:
+    """The library in a kept file; None if the file is absent, damaged or not trusted."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return None
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if problem := _problem(os.fstat(file.fileno()), trusted):
+                _warn(f"{path}: not loaded: {problem}")
+                return None
+            content = file.read(MAX_BYTES)
+    except OSError:
+        return None
+    library, digest = content[:-HASH_BYTES], content[-HASH_BYTES:]
+    if digest != xxhash.xxh3_128_digest(library):
+        log.info("%s: damaged, compiled again", path)
+        return None
+    return library
+
+
+def _load(library: bytes, name: str) -> ctypes.CDLL:
+    """Load a library from memory; raises OSError."""
+    # The descriptor stays open: the loader identifies a library by its path, and a second one needs another number.
+    descriptor = os.memfd_create(name)
+    with os.fdopen(descriptor, "wb", closefd=False) as file:
+        file.write(library)
+    try:
+        return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+def _keep(library: bytes, path: Path) -> None:
+    """Write a library and its hash under its name, whole or not at all. A failure is logged and nothing else."""
+    made = None
+    try:
+        descriptor, made = tempfile.mkstemp(dir=path.parent)  # mode 0600
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(library + xxhash.xxh3_128_digest(library))
+            file.flush()
+            os.fsync(descriptor)
+        Path(made).replace(path)
+    except OSError as error:
+        log.info("%s: not kept: %s", path, error.strerror)
+        if made is not None:
+            with suppress(OSError):
+                Path(made).unlink()
+
+
+def _compiler(folder: Path | None) -> list[str]:
+    """The words of the compiler's command; raises _CompilerError if there is none or it did not end lately."""
+    compiler = (os.environ.get("CC") or shutil.which("cc") or "").split()
+    if not compiler:
+        raise _CompilerError("there is no C compiler (cc, or set CC)")
+    if compiler[0] in _unending():
+        raise _CompilerError(_unending_text(compiler))
+    with suppress(OSError):
+        if abs(time.time() - _marker(compiler, folder).stat().st_mtime) < RETRY_S:
+            raise _CompilerError(_unending_text(compiler))
+    return compiler
+
+
+def _identity(compiler: list[str]) -> str:
+    """A hash of the compiler's command and program, and of the processor's features if the code depends on them.
+
+    The program is not started: its size and time tell versions apart, and every rank comes here. Raises
+    _CompilerError if there is no such program.
+    """
+    program = shutil.which(compiler[0])
+    if program is None:
+        raise _CompilerError(f"{compiler[0]} cannot be started: there is no such program")
+    found = os.stat(program)  # noqa: PTH116
+    features = ""
+    if any("=native" in word for word in compiler):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = (*compiler, program, str(found.st_size), str(found.st_mtime_ns), features)
+    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+
+
+def _compile(compiler: list[str], source: Path, folder: Path | None) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="moempi-") as build:
+        made = Path(build) / "kernel.so"
+        output = _run([*compiler, "-O3", "-shared", "-fPIC", "-o", str(made), str(source)], compiler, folder)
+        if not made.is_file():
+            raise _CompilerError(f"{compiler[0]} does not compile {source.name}: {output.strip()[:200]}")
+        return made.read_bytes()
+
+
+def _run(command: list[str], compiler: list[str], folder: Path | None) -> str:
+    """Run a command of the compiler and return its output; ends it with its children after COMPILE_LIMIT_S.
+
+    Raises _CompilerError if the command cannot be started or does not end.
+    """
+    with tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            raise _CompilerError(f"{compiler[0]} cannot be started: {error.strerror}") from error
+        try:
+            process.wait(COMPILE_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            _unending().add(compiler[0])
+            with suppress(OSError):
+                _marker(compiler, folder).touch(mode=0o600)
+            raise _CompilerError(_unending_text(compiler)) from None
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return output.read(1 << 16).decode(errors="replace")
+
+
+@cache
+def _unending() -> set[str]:
+    """The compilers that did not end in this process; `_marker` is for the processes after it."""
+    return set()
+
+
+def _marker(compiler: list[str], folder: Path | None) -> Path:
+    """The file that is made if a compiler does not end; no file if there is no folder."""
+    return (folder or Path("/dev/null")) / f"{xxhash.xxh3_64_hexdigest(' '.join(compiler).encode())}.unending"
+
+
+def _unending_text(compiler: list[str]) -> str:
+    return f"{compiler[0]} did not end within {COMPILE_LIMIT_S:g} s; it is started again after a day"

@@ -5,7 +5,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # How long the launcher may take to forward an error line before MPI_Abort makes it kill the ranks.
 LINE_TRAVEL_S = 0.2
+# How long an abort may take: the terminal, the disk or MPI may block it.
+ABORT_LIMIT_S = 15.0
 # How long a rank waits for the positions of others: at least QUERY_S, or this share of the timeout.
 QUERY_S = 1.5
 QUERY_SHARE = 0.1
@@ -155,7 +157,8 @@ class World:
         code, cause = _exit_code(error), _cause(error)
         if self._is_finished:
             code = 0
-        elif not self._abort_channel.announced():
+        _exit_after(ABORT_LIMIT_S, code)
+        if not self._is_finished and not self._abort_channel.announced():
             if self._monitor.acquire_report_right():
                 self._print_error(error, cause)
             self._abort_channel.announce()
@@ -286,6 +289,14 @@ def _split_matches_nodes(comm: MPI.Intracomm, nodes: tuple[int, ...]) -> bool:
     agrees = shared.size == nodes.count(nodes[comm.rank])
     shared.Free()
     return bool(comm.allreduce(agrees, op=MPI.LAND))
+
+
+def _exit_after(limit_s: float, code: int) -> None:
+    """Exit with `code` after `limit_s`, whatever the other threads wait for."""
+    timer = threading.Timer(limit_s, os._exit, [code])
+    timer.daemon = True
+    with suppress(RuntimeError):  # no more threads
+        timer.start()
 
 
 def _cause(error: BaseException) -> str:

@@ -5,6 +5,7 @@ products.
 """
 
 import ctypes
+import logging
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from moempi.backend.c_compiler import load_kernel
 
 SOURCE = Path(__file__).with_name("bf16_product.c")
 PANEL = 64
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,4 +81,7 @@ def _kernel() -> Any:
     library.pack.argtypes = [pointer, pointer, count, count, count, flag]
     library.product.argtypes = [pointer, pointer, pointer, pointer, count, count, count, flag]
     library.pack.restype = library.product.restype = None
-    return library if library.supported() else None
+    if not library.supported():
+        log.info("matrices are not packed: the processor has no AVX512-BF16")
+        return None
+    return library

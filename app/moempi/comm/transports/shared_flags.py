@@ -186,6 +186,6 @@ def _library() -> ctypes.PyDLL | None:
     library = load_kernel(SOURCE)
     if library is None:
         return None
-    flags = ctypes.PyDLL(library._name)
+    flags = ctypes.PyDLL(library._name, handle=library._handle)
     flags.flags_signal.restype = flags.flags_release.restype = None
     return flags
