@@ -81,10 +81,10 @@ def test_a_folder_of_somebody_else_is_not_used(squat, tmp_path, monkeypatch):
             if squat == "another user":
                 os.chown(folder, 12345, -1)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(squatted))
-    monkeypatch.setenv("TMPDIR", str(own))
+    monkeypatch.setenv("PMIX_NAMESPACE", f"job-{os.getpid()}")
     held = module._lock_report_right()
     assert held is not None
-    assert Path(f"/proc/self/fd/{held}").readlink() == own / folder.name / "reports"
+    assert Path(f"/proc/self/fd/{held}").readlink() == Path("/tmp", folder.name, "reports")
     # The lock is one for every other process of the job.
     other = "from moempi.runtime import monitor; print(monitor._lock_report_right())"
     assert subprocess.check_output([sys.executable, "-c", other], text=True) == "None\n"

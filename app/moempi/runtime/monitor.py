@@ -30,6 +30,8 @@ ACQUIRE_LIMIT_S = 1.0
 """How long a rank waits for a reply or the end of its monitor, which may be stopped."""
 ACQUIRE, GRANTED, RELEASE = b"a", b"g", b"r"
 STDERR = 2
+FOLDERS = ("/tmp", "/dev/shm")
+"""Parents of the user's folder of locks if XDG_RUNTIME_DIR cannot be used. The folder stays; its file is empty."""
 JOB_NAMES = ("PMIX_NAMESPACE", "SLURM_JOB_ID", "SLURM_STEP_ID")
 
 
@@ -136,7 +138,7 @@ def _lock_report_right() -> int | None:
     job = "-".join(os.environ.get(name, "") for name in JOB_NAMES)
     node = os.uname().nodename
     offset = int.from_bytes(hashlib.blake2b(f"{node} {job}".encode(), digest_size=7).digest())
-    for base in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"), "/tmp", "/dev/shm"):
+    for base in (os.environ.get("XDG_RUNTIME_DIR"), *FOLDERS):
         if not base:
             continue
         file = _open_private(os.path.join(base, f"moempi-{os.geteuid()}"))  # noqa: PTH118  # kept free of pathlib
