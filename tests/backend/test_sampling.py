@@ -46,3 +46,24 @@ def test_repetition_penalty_lowers_seen_tokens_of_either_sign():
     np.testing.assert_allclose(scores, [1.0, -4.0, 3.0])
     request = SamplingRequest(Sampling(repetition_penalty=2.0), 0.0, np.array([0]))
     assert sample_token(np.array([2.0, 1.5], np.float32), request) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [[np.nan, 1.0, 2.0], [np.inf, 1.0, 2.0], [-np.inf] * 3, [np.nan] * 3])
+def test_logits_without_a_finite_maximum_give_a_token_and_no_error(bad, temperature):
+    sampling = Sampling(temperature=temperature, top_p=0.9, min_p=0.1, top_k=2)
+    assert sample_token(np.array(bad, np.float32), SamplingRequest(sampling, 0.7, NO_TOKENS)) == 0
+
+
+def test_logits_of_minus_infinity_are_never_drawn():
+    logits = np.array([-np.inf, 1.0, -np.inf, 1.5], np.float32)
+    drawn = {sample_token(logits, SamplingRequest(Sampling(temperature=1.0), uniform, NO_TOKENS)) for uniform in GRID}
+    assert drawn == {1, 3}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-39])
+def test_a_temperature_near_zero_takes_the_likeliest_token(temperature):
+    for uniform in (0.0, 0.5, 0.999999):
+        assert sample_token(LOGITS, SamplingRequest(Sampling(temperature=temperature), uniform, NO_TOKENS)) == 1
+    large = np.array([1e30, 3e30, 2e30], np.float32)
+    assert sample_token(large, SamplingRequest(Sampling(temperature=temperature), 0.5, NO_TOKENS)) == 1

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from engine.requests import EOS, abacus_tokenizer, make_prompt, make_request, make_sampled
 from moempi.engine.request import Request
 from moempi.engine.tokenizer import TextTokenizer
+from moempi.errors import DataError
 
 NO_TOKENIZER = TextTokenizer("", eos_tokens=(EOS,))
 
@@ -230,3 +231,16 @@ def test_a_request_that_failed_before_its_first_step_has_empty_columns(task):
     record = request.to_record(task=task)
     assert (record.finish, record.error, record.computed) == ("error", "why not", 0)
     assert record.prompt.size == record.tokens.size == record.logprobs.size == record.score.size == 0
+
+
+@pytest.mark.parametrize("stop", [(), ("x",)])
+def test_tokens_that_cannot_be_decoded_end_the_request_with_an_error(stop, monkeypatch):
+    def fail(tokens):
+        raise DataError("the tokenizer cannot decode the tokens: a panic")
+
+    tokenizer = abacus_tokenizer()
+    monkeypatch.setattr(tokenizer, "decode", fail)
+    request = make_request([1, 2], 1, stop=stop)
+    request.accept(make_sampled([5]), tokenizer)
+    assert (request.finish, request.error) == ("error", "the tokenizer cannot decode the tokens: a panic")
+    assert request.to_record(task="generate").finish == "error"

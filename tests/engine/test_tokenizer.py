@@ -1,5 +1,6 @@
 """Text to tokens and back with a real tokenizer, and without one."""
 
+import copy
 import json
 
 import pytest
@@ -62,3 +63,63 @@ def test_without_a_tokenizer_text_is_refused_and_tokens_have_no_text():
         tokenizer.encode("12")
     assert tokenizer.decode([1, 2, 3]) == ""
     assert tokenizer.eos_tokens == {5, 7}
+
+
+def failing_tokenizer(kind):
+    """The shipped tokenizer with a part that raises an Exception, or panics, when it is used."""
+    tree = copy.deepcopy(TOKENIZER)
+    if kind == "panic":  # a template that inserts a special token which it does not define
+        template = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+        sequence = {"Sequence": {"id": "A", "type_id": 0}}
+        tree["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [template, sequence],
+            "pair": [],
+            "special_tokens": {"other": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+        }
+    else:
+        tree["model"] = {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "vocab": {"a": 0},
+        }
+        tree["model"]["max_input_chars_per_word"] = 100
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize("kind", ["panic", "exception"])
+def test_a_text_that_the_tokenizer_cannot_take_is_a_data_error_with_its_reason(kind, capfd):
+    tokenizer = TextTokenizer(failing_tokenizer(kind), eos_tokens=())
+    with pytest.raises(DataError, match=r"the tokenizer cannot encode the prompt: \S") as refused:
+        tokenizer.encode("zz")
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 300
+
+
+def test_tokens_that_the_tokenizer_cannot_decode_are_a_data_error(monkeypatch):
+    class Panic(BaseException):
+        """Like the panics of the tokenizer's library, no Exception."""
+
+    class Broken:
+        encode_special_tokens = True
+
+        def decode(self, tokens, *, skip_special_tokens):
+            raise Panic("no such token\nat line 3")
+
+    tokenizer = abacus_tokenizer()
+    monkeypatch.setattr(tokenizer, "_tokenizer", Broken())
+    with pytest.raises(DataError, match=r"^the tokenizer cannot decode the tokens: no such token$"):
+        tokenizer.decode([1])
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_a_text_is_tokenized_stays_an_interrupt(interrupt, monkeypatch):
+    class Interrupted:
+        def encode(self, text):
+            raise interrupt
+
+    tokenizer = abacus_tokenizer()
+    monkeypatch.setattr(tokenizer, "_tokenizer", Interrupted())
+    with pytest.raises(interrupt):
+        tokenizer.encode("1")

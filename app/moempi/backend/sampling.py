@@ -11,14 +11,24 @@ from moempi.backend.protocol import SamplingRequest
 
 
 def sample_token(logits: Float32Array, request: SamplingRequest) -> int:
-    """Sample the next token from logits (V,): the most likely if temperature is 0, else by `request.uniform`."""
+    """Sample the next token from logits (V,): the most likely if temperature is 0, else by `request.uniform`.
+
+    Logits whose maximum is not a finite number give token 0, whose log-probability then is not finite either.
+    """
     sampling = request.sampling
     scores = logits
+    if not np.isfinite(logits.max()):
+        return 0
     if sampling.repetition_penalty != 1.0:
         scores = penalized(scores, request.seen, penalty=sampling.repetition_penalty)
+    likeliest = int(np.argmax(scores))
     if sampling.temperature == 0.0:
-        return int(np.argmax(scores))
-    tokens, probabilities = _candidates(scores.astype(np.float64) / sampling.temperature, request)
+        return likeliest
+    with np.errstate(over="ignore"):
+        scaled = scores.astype(np.float64) / sampling.temperature
+    if not np.isfinite(scaled[likeliest]):  # the temperature is so low that no other token has a chance
+        return likeliest
+    tokens, probabilities = _candidates(scaled, request)
     cumulative = np.cumsum(probabilities)
     drawn = int(np.searchsorted(cumulative, request.uniform * cumulative[-1], side="right"))
     return int(tokens[min(drawn, len(tokens) - 1)])

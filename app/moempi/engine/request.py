@@ -10,6 +10,7 @@ import xxhash
 from moempi.backend.protocol import SampledTokens, SamplingRequest
 from moempi.config.job import Sampling
 from moempi.engine.tokenizer import TextTokenizer
+from moempi.errors import DataError
 from moempi.storage.prompts import Prompt
 from moempi.storage.records import RequestRecord
 
@@ -67,10 +68,19 @@ class Request:
         return SamplingRequest(self.sampling, (bits >> 11) * 2.0**-53, np.array(seen, np.int64))
 
     def accept(self, sampled: SampledTokens, tokenizer: TextTokenizer) -> None:
-        """Append the next token, `sampled` with one row; finish at an end token, a stop string or the limit."""
+        """Append the next token, `sampled` with one row; finish at an end token, a stop string or the limit.
+
+        Finish with an error if the model's logits are not numbers, or the tokens cannot be decoded.
+        """
         if not np.isfinite(sampled.logprobs).all():
             self.fail("the model's logits are not numbers")
             return
+        try:
+            self._append(sampled, tokenizer)
+        except DataError as error:
+            self.fail(str(error))
+
+    def _append(self, sampled: SampledTokens, tokenizer: TextTokenizer) -> None:
         token = int(sampled.tokens[0])
         self.tokens.append(token)
         self.sampled.append(sampled)

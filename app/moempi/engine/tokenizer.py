@@ -1,10 +1,14 @@
 """Text to tokens and back, with the tokenizer of the weight file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tokenizers import Tokenizer
 
 from moempi.errors import DataError
+
+MAX_REASON = 200
+"""Characters of a tokenizer's own error text that an error record keeps."""
 
 
 class TextTokenizer:
@@ -17,11 +21,30 @@ class TextTokenizer:
             self._tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text; names of special tokens in it are plain text. Raises DataError without a tokenizer."""
+        """Tokens of a text; names of special tokens in it are plain text.
+
+        Raises DataError without a tokenizer, or if the tokenizer fails.
+        """
         if self._tokenizer is None:
             raise DataError("the weight file holds no tokenizer; give the prompt as tokens")
-        return list(self._tokenizer.encode(text).ids)
+        with _raising_data_errors("encode the prompt"):
+            return list(self._tokenizer.encode(text).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens without the special ones; empty without a tokenizer."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True) if self._tokenizer else ""
+        """Text of tokens without the special ones; empty without a tokenizer. Raises DataError if it fails."""
+        if self._tokenizer is None:
+            return ""
+        with _raising_data_errors("decode the tokens"):
+            return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+@contextmanager
+def _raising_data_errors(action: str) -> Iterator[None]:
+    """Raise what the tokenizer raises as DataError; a panic of its library is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise DataError(f"the tokenizer cannot {action}: {reason[:MAX_REASON]}") from error
