@@ -127,10 +127,10 @@ class Attempt:
         self._counts = (0, 0)
         self._state_due = time.monotonic() + STATE_EVERY_S
         self._problems: list[str] = []
+        self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
         resolved = _with_resolved_backend(job, world)
         fingerprint = world.collectively(lambda: run_fingerprint(resolved, weights=weights))
         world.collectively(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
-        self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
         self._begin = RunState(
             state="running",
             requests=num_requests,
