@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from comm.exchanges import expected, make, route_of, rows_of, through
+from comm.exchanges import exchange_rows, expected, make, route_of, rows_of
 
 NUM_EXPERTS = 7
 
@@ -87,7 +87,7 @@ def test_any_placement_gives_the_same_sums(comm, num_ranks, hops):
         for step in range(3):
             rows = rows_of(comm.rank, (5 * comm.rank + 7 * step) % 11, step)
             experts, weights = route_of(comm.rank, len(rows), NUM_EXPERTS, step)
-            _, combined = through(exchange, placement, comm.rank, rows, experts, weights)
+            _, combined = exchange_rows(exchange, placement, comm.rank, rows, experts, weights)
             if hops == 1:
                 assert (combined == expected(rows, experts, weights)).all()
             else:
