@@ -215,7 +215,7 @@ def test_a_finished_run_runs_anew(run, tmp_path):
 @pytest.mark.mpi
 @pytest.mark.parametrize("task", ["generate", "score"])
 def test_logits_that_are_not_numbers_end_one_request_alone(run, weights, tmp_path, task):
-    broken, token = tmp_path / "broken.h5", "z"
+    broken, token = tmp_path / "broken-weights.h5", "z"
     with WeightFile.open(weights) as file:
         number = json.loads(file.tokenizer)["model"]["vocab"][token]
         embedding = file.read("embedding")
