@@ -1,6 +1,7 @@
 """The state file of a run."""
 
 import json
+import os
 
 import msgspec
 import pytest
@@ -33,6 +34,30 @@ def test_a_missing_or_malformed_state_is_an_error(tmp_path):
         read_state(tmp_path / "r.h5")
     state_path(tmp_path / "r.h5").write_text("{}")
     with pytest.raises(DataError, match="not the state of a run"):
+        read_state(tmp_path / "r.h5")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"null",
+        b'{"state": "gone"}',
+        b'{"state": ' + b"1" * 5000 + b"}",
+        b" " * (2 << 20),
+    ],
+)
+def test_a_state_that_no_run_wrote_is_one_clear_error(tmp_path, content):
+    state_path(tmp_path / "r.h5").write_bytes(content)
+    with pytest.raises(DataError, match=r"r\.h5\.run\.json: is"):
+        read_state(tmp_path / "r.h5")
+
+
+def test_a_state_that_is_no_regular_file_is_not_read(tmp_path):
+    os.mkfifo(state_path(tmp_path / "r.h5"))
+    with pytest.raises(NoInputError, match="not a regular file"):
         read_state(tmp_path / "r.h5")
 
 

@@ -10,8 +10,11 @@ from typing import Literal
 
 import msgspec
 
-from moempi.errors import DataError, NoInputError
+from moempi.config.input_file import read_input
+from moempi.errors import DataError
 from moempi.storage.files import atomic
+
+MAX_BYTES = 1 << 20
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -70,11 +73,10 @@ def read_state(results_path: str | Path) -> RunState:
     Raises NoInputError if there is no state, DataError if it is not a valid one.
     """
     path = state_path(results_path)
+    content = read_input(path, limit=MAX_BYTES, too_long=DataError)
     try:
-        state = msgspec.json.decode(path.read_bytes(), type=RunState)
-    except OSError as error:
-        raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+        state = msgspec.json.decode(content, type=RunState)
+    except (ValueError, RecursionError) as error:  # msgspec's errors, and text that is not UTF-8
         raise DataError(f"{path}: is not the state of a run: {error}") from error
     interrupted = state.state in ("running", "failed") and state.replaces is not None
     if interrupted and is_replaced(results_path, state.replaces or ""):
