@@ -45,7 +45,8 @@ def run(chosen: Namespace) -> int:
         world.collectively(lambda: _check_outputs(chosen, job) if world.rank == 0 else None)
         text = Path(chosen.job).read_text(encoding="utf-8")
         overrides = "".join(f"# --set {override}\n" for override in chosen.set)
-        return run_job(job, job_text=text + overrides, world=world, stop=stop, strict=chosen.strict)
+        job_text = text + overrides
+        return run_job(job, job_text=job_text, world=world, stop=stop, strict=chosen.strict, on_finished=world.finish)
 
 
 def _check_outputs(chosen: Namespace, job: Job) -> None:

@@ -116,12 +116,13 @@ def _entry(record: RequestRecord) -> tuple[int, int, int, bool, bool]:
 class Attempt:
     """One attempt at a job, with exclusive access to the job's output until `finish` or the end of its processes.
 
-    `earlier` holds the requests that need not be computed again, `journal` takes this rank's records. Making an attempt
-    is collective and blocks. It ends all ranks if another run holds the output, if the journals belong to another job,
-    if the ranks read different prompts or weights, or if the disk fails.
+    The job has `num_requests`; `earlier` holds those that need not be computed again, `journal` takes this rank's
+    records. Making an attempt is collective and blocks. It ends all ranks if another run holds the output, if the
+    journals belong to another job, if the ranks read different prompts or weights, or if the disk fails.
     """
 
     def __init__(self, job: Job, world: World, *, weights: str, num_requests: int) -> None:
+        self.num_requests = num_requests
         self._results = job.output.results
         self._world = world
         self._counts = (0, 0)

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,12 +45,20 @@ from moempi.storage.weights import WeightFile
 log = logging.getLogger(__name__)
 
 
-def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) -> int:
+def run_job(
+    job: Job,
+    *,
+    job_text: str,
+    world: World,
+    stop: Stop,
+    strict: bool,
+    on_finished: Callable[[], None] = lambda: None,
+) -> int:
     """Run a job on all ranks of `world` and return the exit status; collective, blocks until the results are written.
 
     Requests that earlier attempts at the job finished are not run again. If a rank is requested to `stop`, all ranks
     stop after the current step; the exit status is 75, and running the job again continues it. A MoempiError of any
-    rank before the first step ends all ranks.
+    rank before the first step ends all ranks. `on_finished` is called on each rank once the results are in place.
     """
     start = datetime.now(UTC)
     world.watch(job.run.timeout_s)
@@ -72,7 +80,6 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
     pages = _cache_pages(job, world, rank_layout, backend, requests)
     errors = [request for request in requests if request.finish]
     too_long = refuse_too_long(requests, pages=pages)
-    # This rank's share of the model.
     model, loading = _load(weights, backend, world, rank_layout, pages=pages)
     # The lanes run interleaved until no rank has work left.
     progress = Progress(len(prompts), enabled=world.rank == 0)
@@ -96,21 +103,35 @@ def run_job(job: Job, *, job_text: str, world: World, stop: Stop, strict: bool) 
         return attempt.stop(stop)
     # The results: rank 0 merges all journals.
     provenance = make_provenance(job_text, world, weights=weights.fingerprint, start=start)
-    _write_results(job, world, attempt, num_requests=len(prompts), provenance=provenance)
-    if world.rank == 0:
-        _print(report)
+    _write_results(job.output.results, world, attempt, report, provenance=provenance, on_finished=on_finished)
     return 0
 
 
-def _write_results(job: Job, world: World, attempt: Attempt, *, num_requests: int, provenance: Provenance) -> None:
-    """Put the results in place; collective. Nothing that fails afterwards changes the state or the exit code."""
+def _write_results(
+    results: str,
+    world: World,
+    attempt: Attempt,
+    report: Report,
+    *,
+    provenance: Provenance,
+    on_finished: Callable[[], None],
+) -> None:
+    """Put the results in place, then print the report; collective.
+
+    A failure after the results are in place is not this job's, and does not change its state.
+    """
     if world.rank == 0:
-        problems = merge(job.output.results, attempt.journals(), num_requests=num_requests, provenance=provenance)
-        world.finish()
+        journals = attempt.journals()
+        problems = merge(results, journals, num_requests=attempt.num_requests, provenance=provenance)
+        on_finished()
         attempt.finish()
         attempt.warn_of_new_damage(problems)
     world.comm.Barrier()
-    world.finish()
+    if world.rank > 0:
+        on_finished()
+    world.on_failure(None)
+    if world.rank == 0:
+        _print(report)
 
 
 def _print(report: Report) -> None:

@@ -72,7 +72,7 @@ class World:
         )
         self._ending = threading.Lock()
         self._abort_channel = AbortChannel(comm, peers, self._watchdog.position)
-        self._on_failure: Callable[[str, int], int] = lambda cause, code: code
+        self._on_failure: Callable[[str, int], int] = _same_code
         self._is_finished = False
 
     @classmethod
@@ -167,16 +167,16 @@ class World:
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)
 
-    def on_failure(self, write: Callable[[str, int], int]) -> None:
+    def on_failure(self, write: Callable[[str, int], int] | None) -> None:
         """From now on, the rank that reports a failure also calls `write(cause, exit code)`, from any thread.
 
-        `write` returns the exit code to use. It must return within a second or so, because the other ranks are aborted
-        after it.
+        `write` returns the exit code to use; None stands for nothing to call. It must return within a second or so,
+        because the other ranks are aborted after it.
         """
-        self._on_failure = write
+        self._on_failure = write or _same_code
 
     def finish(self) -> None:
-        """The work is done: from now on no failure is reported, the exit code is 0, and signals are ignored.
+        """The process has done its work: until its end no failure is reported, the exit code is 0, signals are ignored.
 
         Main thread only.
         """
@@ -289,6 +289,10 @@ def _split_matches_nodes(comm: MPI.Intracomm, nodes: tuple[int, ...]) -> bool:
     agrees = shared.size == nodes.count(nodes[comm.rank])
     shared.Free()
     return bool(comm.allreduce(agrees, op=MPI.LAND))
+
+
+def _same_code(_cause: str, code: int) -> int:
+    return code
 
 
 def _exit_after(limit_s: float, code: int) -> None:
