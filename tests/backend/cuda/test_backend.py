@@ -156,6 +156,8 @@ def cached(pair, *, heads, dim, lengths, scattered, latent=0):
         (6, 1, 24, [(130, 3), (20, 20)]),  # many heads on one, few new rows
         (4, 2, 32, [(40, 40), (200, 130), (17, 16), (90, 1)]),  # prefill in tiles, and a single row
         (2, 2, 128, [(70, 70)]),
+        (4, 2, 64, [(330, 200), (90, 1), (17, 17)]),  # tiles of warpgroups
+        (2, 1, 128, [(300, 140)]),
     ],
 )
 def test_attention_equals_the_cpu(pair, query_heads, heads, dim, lengths, window, scattered):
@@ -168,6 +170,17 @@ def test_attention_equals_the_cpu(pair, query_heads, heads, dim, lengths, window
         actual = pair.gpu.attend(gpu_queries, caches[1], segments, sinks=gpu_sinks if with_sinks else None, **rule)
         assert actual.shape == expected.shape
         np.testing.assert_allclose(pair.host(actual), expected, atol=0.012 if pair.is_bfloat16 else 2e-6)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_tile_kernels_are_equal(device, monkeypatch, dim):
+    pair = Pair(device, "bfloat16")
+    caches, segments = cached(pair, heads=2, dim=dim, lengths=[(260, 200), (64, 64)], scattered=True)
+    _, queries = pair.values(264, 2, dim, seed=3)
+    of_warpgroups = pair.host(pair.gpu.attend(queries, caches[1], segments, scale=dim**-0.5))
+    monkeypatch.setattr(device, "has_warpgroups", False)
+    of_warps = pair.host(pair.gpu.attend(queries, caches[1], list(segments), scale=dim**-0.5))
+    np.testing.assert_allclose(of_warpgroups, of_warps, atol=0.008)
 
 
 def test_attention_over_a_latent_cache_equals_the_cpu(pair):

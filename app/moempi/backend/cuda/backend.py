@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.cuda.attention_layout import AttentionLayout, fits_tiles, head_dims, is_latent, lay_out_rows
+from moempi.backend.cuda.attention_layout import AttentionLayout, head_dims, is_latent, lay_out_rows, tile_kernel
 from moempi.backend.cuda.device import Argument, Device, Grid, Kernel
 from moempi.backend.protocol import (
     Array,
@@ -237,10 +237,18 @@ class CudaBackend:
         out = self._rows((*queries.shape[:2], cache.values.shape[-1]))
         layout = self._attention_layout(cache, segments)
         kv_heads = np.int32(cache.keys.shape[1])
-        given = (queries, cache.keys, cache.values, sinks, layout.tiles, layout.pages, out)
-        grid = (len(layout.tiles), out.shape[1], 1)
-        rule = (kv_heads, np.float32(scale), np.int32(window))
-        self._launch("attention_tiles", "attend_tiles", grid, 128, *given, *rule, **head_dims(cache))
+        if len(layout.tiles):
+            kernel = layout.tile_kernel
+            assert kernel is not None
+            given = (queries, cache.keys, cache.values, sinks, layout.tiles, layout.pages, out)
+            rule = (kv_heads, np.float32(scale), np.int32(window))
+            self.device.launch(
+                Kernel(f"{kernel.file}.cu", "attend_tiles", tuple(head_dims(cache).items())),
+                (len(layout.tiles), out.shape[1], 1),
+                kernel.threads,
+                (*given, *rule),
+                shared_bytes=kernel.shared_bytes(cache),
+            )
         self._attend_rows(queries, cache, layout, out, scale=scale, window=window, sinks=sinks)
         return out
 
@@ -280,8 +288,8 @@ class CudaBackend:
         """The layout of a step's rows is the same in all layers, so it is kept until the queue's next step."""
         layout = self._layouts.get(self.queue)
         if layout is None or layout.segments is not segments:
-            can_tile = fits_tiles(cache) and not self.reproducible
-            layout = self._layouts[self.queue] = lay_out_rows(segments, can_tile=can_tile, upload=self.upload)
+            kernel = None if self.reproducible else tile_kernel(cache, has_warpgroups=self.device.has_warpgroups)
+            layout = self._layouts[self.queue] = lay_out_rows(segments, tile_kernel=kernel, upload=self.upload)
         return layout
 
     # Experts
@@ -371,12 +379,11 @@ class CudaBackend:
         outputs, first = self._rows(rows.shape), 0
         for expert, count in zip(experts, counts.tolist(), strict=True):
             if count:
-                some = slice(first, first + count)
-                hidden = self.swiglu(self.linear(rows[some], expert.gate_up, expert.gate_up_bias), expert.clamp)
+                own, out = (_rows_from(whole, first, count) for whole in (rows, outputs))
+                hidden = self.swiglu(self.linear(own, expert.gate_up, expert.gate_up_bias), expert.clamp)
                 if expert.down_bias is not None:
-                    width = np.int32(rows.shape[1])
-                    self._by_vector("elementwise", "fill_rows", outputs[some], expert.down_bias, outputs[some], width)
-                self._product(hidden, expert.down, outputs[some], accumulate=expert.down_bias is not None)
+                    self._by_vector("elementwise", "fill_rows", out, expert.down_bias, out, np.int32(rows.shape[1]))
+                self._product(hidden, expert.down, out, accumulate=expert.down_bias is not None)
                 first += count
         return outputs
 
@@ -411,6 +418,10 @@ class CudaBackend:
         """Compute out (T, N) = x (T, K) times the matrix; with `accumulate`, add it to `out`."""
         if x.dtype != matrix.values.dtype:
             x = self._widened(x)
+        if not self.reproducible:
+            if len(x):
+                self.device.product(x, matrix.values, out, transposed=matrix.transposed, accumulate=accumulate)
+            return
         for rows, whole in self._calls(len(x)):
             if whole:
                 self.device.product(
@@ -485,6 +496,11 @@ class CudaBackend:
         if all(grid):
             kernel = Kernel(f"{file}.cu", name, (*self._constants, *constants.items()))
             self.device.launch(kernel, grid, threads, arguments)
+
+
+def _rows_from(whole: Array, first: int, count: int) -> Array:
+    """Rows [first, first + count); a view takes the host longer than the comparison."""
+    return whole if count == len(whole) else whole[first : first + count]
 
 
 def _threads(width: int) -> int:

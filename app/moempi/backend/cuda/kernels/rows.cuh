@@ -18,10 +18,21 @@ __device__ inline float infinity() { return __uint_as_float(0x7f800000u); }
 __device__ inline float widen(float number) { return number; }
 __device__ inline float widen(unsigned short bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
 
+#ifdef __CUDACC__  // tests/simt/simt.h has CPU twins of the same names
+// The bits of a number rounded to bfloat16; NaN stays NaN.
 __device__ inline unsigned short bfloat16_bits(float number) {
-  const unsigned bits = __float_as_uint(number);
-  return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(number));
+  return bits;
 }
+
+// Two numbers rounded to bfloat16, `low` in the lower half.
+__device__ inline unsigned bfloat16_pair(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+#endif
 
 __device__ inline void narrow(float number, float* out) { *out = number; }
 __device__ inline void narrow(float number, unsigned short* out) { *out = bfloat16_bits(number); }
