@@ -27,7 +27,7 @@ class TileKernel:
 
     def shared_bytes(self, cache: Cache) -> int:
         """Size of the dynamic shared memory of a block."""
-        return self.stages * PAGE_ROWS * sum(head_dims(cache).values()) * cache.keys.itemsize
+        return self.stages * PAGE_ROWS * sum(head_dims(cache).values()) * int(cache.keys.itemsize)
 
 
 WARP_TILES = TileKernel("attention_tiles", rows=64, threads=128, widths=range(16, 129, 16))

@@ -45,8 +45,9 @@ class CompiledKernel:
         self._pointer = self._function.ptr
         self._shared_bytes = shared_bytes
         self._pack = struct.Struct("=" + "".join(map(_format, arguments))).pack_into
-        self._words = np.zeros(len(arguments) * WORD_BYTES, np.uint8)
-        self._addresses = self._words.ctypes.data + WORD_BYTES * np.arange(len(arguments), dtype=np.uint64)
+        self._words = bytearray(len(arguments) * WORD_BYTES)
+        first = np.frombuffer(self._words, np.uint8).ctypes.data
+        self._addresses = np.array([first + WORD_BYTES * number for number in range(len(arguments))], np.uint64)
         self._parameters = int(self._addresses.ctypes.data)
 
     def __call__(self, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
@@ -63,7 +64,9 @@ def compiled(kernel: Kernel, architecture: str) -> bytes:
     options = (*OPTIONS, f"-arch={architecture}", *kernel.defines)
     text = "\n".join((*options, str(nvrtc.getVersion()), kernel.source))
     folder = kept_folder({os.geteuid(), Path(__file__).stat().st_uid})
-    path = folder and folder / f"{Path(kernel.file).stem}-{architecture}-{xxhash.xxh3_128_hexdigest(text)}.cubin"
+    path = (
+        folder and folder / f"{Path(kernel.file).stem}-{architecture}-{xxhash.xxh3_128_hexdigest(text.encode())}.cubin"
+    )
     code = read_kept(path, {os.geteuid()}) if path else None
     if code is None:
         code = _compile(kernel, options)
