@@ -226,11 +226,17 @@ inline float __uint_as_float(unsigned bits) {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 using std::max;
 using std::min;
+
+// The conversions of kernels/rows.cuh. Every NaN becomes the one that the GPU makes.
+inline unsigned short bfloat16_bits(float number) {
+  const unsigned bits = __float_as_uint(number);
+  return std::isnan(number) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline unsigned bfloat16_pair(float low, float high) {
+  return bfloat16_bits(low) | static_cast<unsigned>(bfloat16_bits(high)) << 16;
+}
 
 // The matrix instructions of kernels/tensor_core.cuh.
 namespace simt {

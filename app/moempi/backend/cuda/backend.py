@@ -32,10 +32,16 @@ from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
 PRODUCT_ROWS = 64
+SEGMENT_BYTES = 8192
+"""Bytes of a row per block of the kernels that copy rows; equals SEGMENT_BYTES of kernels/rows.cuh."""
 FLAT_NUMBERS = 2048
 """Numbers per block of a flat kernel."""
+COMBINED_NUMBERS = 1024
+"""Numbers of a row per block of `combine`."""
 SPLIT_KEYS = 256
 """Keys per block of kernels/attention.cu."""
+MOST_BLOCKS = 65_535
+"""Blocks of a grid along its second or third axis."""
 PARTIAL_BYTES = 64 << 20
 """Memory for the partial results of kernels/attention.cu; more rows are attended in several launches."""
 SPLIT_HEADS = 4
@@ -265,16 +271,22 @@ class CudaBackend:
         rule = (np.int32(heads), np.int32(kv_heads), np.int32(value_stride), np.float32(scale), np.int32(window))
         for rows in layout.single_rows:
             splits = -(-max(s.start + s.length for s in layout.segments if s.row in rows) // SPLIT_KEYS)
-            step = max(1, PARTIAL_BYTES // (heads * splits * value_dim * 4))
+            partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
+            step = max(1, min(MOST_BLOCKS, PARTIAL_BYTES // max(1, partial_bytes)))
             for first in range(rows.start, rows.stop, step):
                 some = slice(first, min(first + step, rows.stop))
                 num_rows = some.stop - first
-                sums = self.device.empty((num_rows, heads, splits, value_dim), np.float32)
-                stats = self.device.empty((num_rows, heads, splits, 2), np.float32)
-                given = (queries[some], cache.keys, cache.values, layout.spans[some], layout.pages, sums, stats)
-                self._launch("attention", "attend_rows", (num_rows, head_rounds, splits), 128, *given, *rule, **dims)
-                merged = (sums, stats, sinks, out[some], np.int32(splits))
-                self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
+                sums = stats = None
+                if splits > 1:
+                    sums = self.device.empty((num_rows, heads, splits, value_dim), np.float32)
+                    stats = self.device.empty((num_rows, heads, splits, 2), np.float32)
+                given = (queries[some], cache.keys, cache.values, sinks, layout.spans[some], layout.pages)
+                results = (sums, stats, out[some])
+                grid = (head_rounds, splits, num_rows)
+                self._launch("attention", "attend_rows", grid, 128, *given, *results, *rule, **dims)
+                if splits > 1:
+                    merged = (sums, stats, sinks, out[some], np.int32(splits))
+                    self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
 
     def _attention_layout(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
         """The layout of a step's rows is the same in all layers, so it is kept until the queue's next step."""
@@ -347,7 +359,7 @@ class CudaBackend:
 
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
         on_device = index if index is None or self.device.holds(index) else self.upload(index)
-        self._by_token("packing", "take_rows", out, rows, on_device, out, np.int32(prod(out.shape[1:])))
+        self._by_segment("packing", "take_rows", out, rows, on_device, out, np.int32(prod(out.shape[1:])))
 
     def unpack(self, buffer: Array, index: Array | None) -> Array:
         out = self._rows((len(buffer) if index is None else len(index), *buffer.shape[1:]))
@@ -364,7 +376,8 @@ class CudaBackend:
     def combine(self, buffer: Array, output_rows: Array, weights: Array) -> Array:
         out = self._rows((len(output_rows), buffer.shape[1]))
         sizes = (np.int32(output_rows.shape[1]), np.int32(buffer.shape[1]))
-        self._by_token("packing", "combine", out, buffer, output_rows, weights, out, *sizes)
+        grid = (len(out), -(-buffer.shape[1] // COMBINED_NUMBERS), 1)
+        self._launch("packing", "combine", grid, 128, buffer, output_rows, weights, out, *sizes)
         return out
 
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
@@ -476,6 +489,11 @@ class CudaBackend:
     def _by_token(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
         """Launch one block per row of `out`."""
         self._launch(file, name, (len(out), 1, 1), _threads(prod(out.shape[1:])), *arguments)
+
+    def _by_segment(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
+        """Launch one block per SEGMENT_BYTES of each row of `out`."""
+        row_bytes = prod(out.shape[1:]) * out.itemsize
+        self._launch(file, name, (len(out), -(-row_bytes // SEGMENT_BYTES), 1), 128, *arguments)
 
     def _flat(self, name: str, count: int, *arguments: Argument) -> None:
         """Launch one thread per eight of `count` numbers; `count` is the kernel's last argument."""

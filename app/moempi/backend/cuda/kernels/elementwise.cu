@@ -46,19 +46,14 @@ extern "C" __global__ void copy_columns(const row* x, row* out, int heads, int w
                                         long long head_stride, int first, int out_width) {
   const row* vector = x + vector_start(blockIdx.x, heads, token_stride, head_stride);
   row* to = out + static_cast<long long>(blockIdx.x) * out_width + first;
-  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-    float numbers[8];
-    load8(vector + column, width - column, numbers);
-    store8(to + column, width - column, numbers);
-  }
+  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8)
+    copy8(vector + column, to + column, width - column);
 }
 
 extern "C" __global__ void fill_rows(const row* bias, row* out, int width) {
-  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-    float numbers[8];
-    load8(bias + column, width - column, numbers);
-    store8(out + static_cast<long long>(blockIdx.x) * width + column, width - column, numbers);
-  }
+  row* to = out + static_cast<long long>(blockIdx.x) * width;
+  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8)
+    copy8(bias + column, to + column, width - column);
 }
 
 extern "C" __global__ void add_bias(float* product, const row* bias, int width) {
