@@ -226,6 +226,8 @@ inline float __uint_as_float(unsigned bits) {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline float __fdividef(float dividend, float divisor) { return dividend / divisor; }
 using std::max;
 using std::min;
 

@@ -49,7 +49,7 @@ def pair(request, device):
     return Pair(device, request.param)
 
 
-@pytest.mark.parametrize("width", [1, 7, 64, 301, 2048])
+@pytest.mark.parametrize("width", [1, 7, 64, 301, 2048, 20_000])
 @pytest.mark.parametrize("rounded", [True, False])
 def test_rms_norm_equals_the_cpu(pair, width, rounded):
     (x, on_gpu), (weight, gpu_weight) = pair.values(5, width), pair.values(width, seed=1)
@@ -112,10 +112,18 @@ def test_swiglu_equals_the_cpu(pair, hidden, clamp):
     pair.close(pair.gpu.swiglu(on_gpu, clamp), pair.cpu.swiglu(x, clamp), units=2)
 
 
+def test_clamped_swiglu_keeps_nan(pair):
+    x = np.array([[np.nan, 1.0, 1.0, np.nan]], np.float32)
+    on_gpu = pair.gpu.device.upload(narrow(x) if pair.is_bfloat16 else x)
+    assert np.isnan(pair.host(pair.gpu.swiglu(on_gpu, Clamp(alpha=1.702, limit=1.5)))).all()
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("pairs", [4, 8])
-def test_rotation_equals_the_cpu(pair, interleaved, pairs):
-    x, on_gpu = pair.values(5, 3, 20)
+@pytest.mark.parametrize(
+    ("pairs", "dims"), [(4, slice(2, 18)), (8, slice(2, 18)), (8, slice(8, 48)), (32, slice(0, 64))]
+)
+def test_rotation_equals_the_cpu(pair, interleaved, pairs, dims):
+    x, on_gpu = pair.values(5, 3, 72)
     positions, frequencies = np.array([0, 1, 7, 4000, 100_000]), np.float32(10_000) ** -np.linspace(0, 1, pairs)
     angles = (
         backend.rope_angles(positions, frequencies=frequencies.astype(np.float32), amplitude=1.2)
@@ -124,8 +132,8 @@ def test_rotation_equals_the_cpu(pair, interleaved, pairs):
     cpu_angles, gpu_angles = angles
     for on_gpu_angles, expected in zip(gpu_angles, cpu_angles, strict=True):
         np.testing.assert_allclose(pair.host(on_gpu_angles), expected[:, 0], atol=3e-7)
-    expected = pair.cpu.rotate(x[..., 2:18], cpu_angles, interleaved=interleaved)
-    pair.close(pair.gpu.rotate(on_gpu[..., 2:18], gpu_angles, interleaved=interleaved), expected, units=2)
+    expected = pair.cpu.rotate(x[..., dims], cpu_angles, interleaved=interleaved)
+    pair.close(pair.gpu.rotate(on_gpu[..., dims], gpu_angles, interleaved=interleaved), expected, units=2)
 
 
 def cached(pair, *, heads, dim, lengths, scattered, latent=0):
@@ -214,6 +222,20 @@ def test_keys_beyond_a_row_and_before_its_window_are_not_read_into_it(pair):
     pair.gpu.extend_cache(caches[1], nan[:110], nan[:110], [Segment(0, 110, 0, segments[0].pages)])
     after = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25, window=90))
     np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("first", [0, 8, 3])
+def test_a_cache_is_extended_by_strided_rows_of_any_alignment(pair, first):
+    segments = [Segment(0, 70, 3, np.array([1, 0]))]
+    (rows, gpu_rows), (packed, gpu_packed) = pair.values(70, 3, 40), pair.values(70, 200, seed=1)
+    parts = [(rows[..., first : first + 24], packed[:, first : first + 72].reshape(70, 3, 24))]
+    parts.append((gpu_rows[..., first : first + 24], gpu_packed[:, first : first + 72].reshape(70, 3, 24)))
+    cache = pair.gpu.cache(2, 3, 24)
+    pair.gpu.extend_cache(cache, *parts[1], segments)
+    expected = np.zeros((2, 64, 3, 24), np.float32)
+    for held, new in zip((cache.keys, cache.values), parts[0], strict=True):
+        expected[1, 3:], expected[0, :9] = new[:61], new[61:]
+        np.testing.assert_array_equal(pair.host(held).reshape(expected.shape), expected)
 
 
 def test_cleared_pages_are_zero(pair):

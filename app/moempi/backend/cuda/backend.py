@@ -36,6 +36,8 @@ SEGMENT_BYTES = 8192
 """Bytes of a row per block of the kernels that copy rows; equals SEGMENT_BYTES of kernels/rows.cuh."""
 FLAT_NUMBERS = 2048
 """Numbers per block of a flat kernel."""
+ROTATED_NUMBERS = 2048
+"""Numbers of a row per block of `rotate`."""
 COMBINED_NUMBERS = 1024
 """Numbers of a row per block of `combine`."""
 SPLIT_KEYS = 256
@@ -148,7 +150,9 @@ class CudaBackend:
     def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
         out = self._rows(x.shape)
         sizes = (*_extents(x), np.float32(eps), np.int32(rounded))
-        self._by_vector("norm", "rms_norm", out, x, weight, out, *sizes)
+        width = x.shape[-1]
+        grid = (prod(x.shape) // width, 1, 1)
+        self._launch("norm", "rms_norm", grid, min(512, _threads(-(-width // 4))), x, weight, out, *sizes)
         return out
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
@@ -220,14 +224,16 @@ class CudaBackend:
         out = self._rows(x.shape)
         heads, dim, *strides = _extents(x)
         sizes = (heads, dim, np.int32(angles[0].shape[1]), *strides, np.int32(interleaved))
-        self._by_token("rope", "rotate", out, x, *angles, out, *sizes)
+        grid = (len(x), -(-prod(x.shape[1:]) // ROTATED_NUMBERS), 1)
+        self._launch("rope", "rotate", grid, 128, x, *angles, out, *sizes)
         return out
 
     def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
         layout = self._attention_layout(cache, segments)
         for new, held in ((keys, cache.keys), (values, cache.values)):
             if new is not None:
-                self._by_token("kv_cache", "extend_cache", new, new, held, layout.spans, layout.pages, *_extents(new))
+                given = (new, held, layout.spans, layout.pages)
+                self._by_segment("kv_cache", "extend_cache", new, *given, *_extents(new))
 
     def attend(
         self,
@@ -485,10 +491,6 @@ class CudaBackend:
         """Launch one block per vector of `out`."""
         width = out.shape[-1]
         self._launch(file, name, (prod(out.shape) // width, 1, 1), _threads(width), *arguments)
-
-    def _by_token(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
-        """Launch one block per row of `out`."""
-        self._launch(file, name, (len(out), 1, 1), _threads(prod(out.shape[1:])), *arguments)
 
     def _by_segment(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
         """Launch one block per SEGMENT_BYTES of each row of `out`."""

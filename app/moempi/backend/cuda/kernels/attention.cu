@@ -92,9 +92,11 @@ __device__ inline void score_page(const row* page, int stride, const float (*que
 __device__ inline void exponentiate(float (*scores)[HEADS], int head, int first, int last, float* stats) {
   const int low = threadIdx.x % WARP_THREADS, high = low + WARP_THREADS;
   const bool sees_low = low >= first && low < last, sees_high = high >= first && high < last;
-  float low_weight = sees_low ? scores[low][head] : -infinity(), high_weight = sees_high ? scores[high][head] : -infinity();
-  const float highest = warp_max(fmaxf(low_weight, high_weight));
-  low_weight = sees_low ? expf(low_weight - highest) : 0.0f, high_weight = sees_high ? expf(high_weight - highest) : 0.0f;
+  const float low_score = sees_low ? scores[low][head] : -infinity();
+  const float high_score = sees_high ? scores[high][head] : -infinity();
+  const float highest = warp_max(fmaxf(low_score, high_score));
+  const float low_weight = sees_low ? expf(low_score - highest) : 0.0f;
+  const float high_weight = sees_high ? expf(high_score - highest) : 0.0f;
   scores[low][head] = low_weight, scores[high][head] = high_weight;
   const float total = warp_sum(low_weight + high_weight);
   if (low == 0) stats[0] = highest, stats[1] = total;

@@ -118,6 +118,16 @@ __device__ inline void load8(const Number* from, long long left, float* numbers)
   unpack8(fetch8(from, left), numbers);
 }
 
+// Fetch COUNT eights of a row, blockDim.x eights apart, from column `first` on; beyond `width` they are zero.
+template <int COUNT>
+__device__ inline void fetch_eights(Eight<row>* held, const row* from, int first, int width) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const int column = first + i * static_cast<int>(blockDim.x) * 8;
+    held[i] = fetch8(from + column, width - column);
+  }
+}
+
 // Write the first `left` of eight numbers.
 __device__ inline void store8(unsigned short* to, long long left, const float* numbers) {
   if (left >= 8 && is_aligned(to)) {
@@ -210,6 +220,7 @@ __device__ inline float block_sum(float value) { return over_block<true>(value);
 __device__ inline float block_max(float value) { return over_block<false>(value); }
 
 // Offset of vector `vector` in an array (tokens, heads, width) of which only the last axis is contiguous.
-__device__ inline long long vector_start(long long vector, int heads, long long token_stride, long long head_stride) {
-  return vector / heads * token_stride + vector % heads * head_stride;
+__device__ inline long long vector_start(unsigned vector, unsigned heads, long long token_stride, long long head_stride) {
+  const unsigned token = heads == 1 ? vector : vector / heads;
+  return token * token_stride + (vector - token * heads) * head_stride;
 }
