@@ -211,6 +211,13 @@ inline unsigned __ballot_sync(unsigned, int holds) {
   for (int lane = 0; lane < simt::WARP; ++lane) votes |= static_cast<unsigned>(all.of(lane) != 0) << lane;
   return votes;
 }
+template <class T>
+unsigned __match_any_sync(unsigned, T value) {
+  const auto all = simt::exchange(value);
+  unsigned same = 0;
+  for (int lane = 0; lane < simt::WARP; ++lane) same |= static_cast<unsigned>(all.of(lane) == value) << lane;
+  return same;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline unsigned __float_as_uint(float value) {

@@ -12,6 +12,7 @@ from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.protocol import Expert, SamplingRequest, Segment
 from moempi.config.architecture import Clamp, Router
 from moempi.config.job import Sampling
+from moempi.errors import ConfigError
 
 PRECISIONS = ("bfloat16", "float32")
 
@@ -290,8 +291,8 @@ def test_the_router_equals_the_cpu(pair, router, rows):
         )
 
 
-@pytest.mark.parametrize("rows", [0, 1, 33, 700])
-@pytest.mark.parametrize("num_ids", [1, 5, 40])
+@pytest.mark.parametrize("rows", [0, 1, 33, 700, 3000])
+@pytest.mark.parametrize("num_ids", [1, 5, 300, 2500])
 def test_group_and_pick_replicas_equal_the_cpu(pair, rows, num_ids):
     rng = np.random.default_rng(rows)
     experts, physical_ids = rng.integers(0, 16, (rows, 3)).astype(np.int32), rng.integers(0, num_ids, 16)
@@ -304,6 +305,12 @@ def test_group_and_pick_replicas_equal_the_cpu(pair, rows, num_ids):
     np.testing.assert_array_equal(actual[2], expected[2])
     replicas = pair.gpu.pick_replicas(pair.gpu.upload(experts), 3)
     np.testing.assert_array_equal(pair.gpu.download(replicas), pair.cpu.pick_replicas(experts, 3))
+
+
+def test_group_refuses_more_experts_than_its_kernel_takes(device):
+    gpu = Pair(device, "bfloat16").gpu
+    with pytest.raises(ConfigError, match="at most 8192"):
+        gpu.group(gpu.upload(np.zeros((1, 1), np.int32)), np.arange(8193))
 
 
 @pytest.mark.parametrize("width", [1, 12, 300, 9000])

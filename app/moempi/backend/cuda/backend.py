@@ -30,6 +30,7 @@ from moempi.backend.protocol import (
 from moempi.backend.sampling import sample_token
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
+from moempi.errors import ConfigError
 
 PRODUCT_ROWS = 64
 SEGMENT_BYTES = 8192
@@ -48,6 +49,10 @@ PARTIAL_BYTES = 64 << 20
 """Memory for the partial results of kernels/attention.cu; more rows are attended in several launches."""
 SPLIT_HEADS = 4
 """Query heads that share a key-value head and a block of kernels/attention.cu."""
+GROUPED_CHOICES = 8
+"""Choices per thread of kernels/grouping.cu; more than a block's are sorted by several blocks."""
+MOST_IDS = 8192
+"""Physical experts of a layer that kernels/grouping.cu sorts by."""
 ROUTER_ROWS = 4
 """Rows per block of kernels/router.cu."""
 SCORING = {"softmax": 0, "sigmoid": 1, "softmax_chosen": 2}
@@ -336,7 +341,7 @@ class CudaBackend:
     def pick_replicas(self, experts: Array, period: int) -> Array:
         out = self.device.empty(experts.shape, np.int32)
         count, sizes = prod(out.shape), map(np.int32, (prod(out.shape), out.shape[1], period))
-        self._launch("grouping", "pick_replicas", (-(-count // 256), 1, 1), 256, experts, out, *sizes)
+        self._launch("grouping", "pick_replicas", (-(-count // 256), 1, 1), 256, experts, out, *sizes, IDS=64)
         return out
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
@@ -352,10 +357,25 @@ class CudaBackend:
         if not choices:
             return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(physical_ids), np.int64)
         source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
-        counts = self.device.empty((len(physical_ids),), np.int32)
-        given = (experts, self.upload(physical_ids), source_rows, output_rows, counts)
-        sizes = (np.int32(choices), np.int32(slots))
-        self._launch("grouping", "group", (len(physical_ids), 1, 1), 256, *given, *sizes)
+        counts, num_ids = self.device.empty((len(physical_ids),), np.int32), np.int32(len(physical_ids))
+        ids = max(64, 1 << (len(physical_ids) - 1).bit_length())
+        if ids > MOST_IDS:
+            raise ConfigError(
+                f"a layer has {len(physical_ids)} physical experts; the GPU backend takes at most {MOST_IDS}: "
+                "use fewer replicas"
+            )
+        threads = 32 * min(8, MOST_IDS // ids)
+        blocks = min(1024, -(-choices // (threads * GROUPED_CHOICES)))
+        given, before = (experts, self.upload(physical_ids)), None
+        if blocks > 1:
+            before = self.device.empty((len(physical_ids), blocks), np.int32)
+            counted = (*given, before, np.int32(choices), num_ids)
+            self._launch("grouping", "count_choices", (blocks, 1, 1), threads, *counted, IDS=ids)
+            scan_threads = 32 * -(-blocks // 32)
+            scanned = (before, counts, np.int32(blocks))
+            self._launch("grouping", "scan_blocks", (len(physical_ids), 1, 1), scan_threads, *scanned, IDS=ids)
+        results, sizes = (source_rows, output_rows, counts), (np.int32(choices), np.int32(slots), num_ids)
+        self._launch("grouping", "group", (blocks, 1, 1), threads, *given, before, *results, *sizes, IDS=ids)
         return source_rows, output_rows, self.download(counts).astype(np.int64)
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
