@@ -193,7 +193,7 @@ def _store(out: Any, values: npt.NDArray[np.float64]) -> None:
 @cache
 def _library(kernel: Kernel) -> ctypes.CDLL:
     """The kernel's file with its constants, compiled once for all processes of this user."""
-    names = re.findall(r"__global__ void (?:__launch_bounds__\([\w, ]+\)\s*)?(\w+)\(", kernel.source)
+    names = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", kernel.source)
     launchers = "".join(
         f'extern "C" void launch_{name}(const unsigned* shape, void** values, const char* letters) '
         f"{{ simt::launch({name}, shape, values, letters); }}\n"

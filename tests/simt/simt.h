@@ -220,6 +220,13 @@ inline unsigned __ballot_sync(unsigned, int holds) {
   for (int lane = 0; lane < simt::WARP; ++lane) votes |= static_cast<unsigned>(all.of(lane) != 0) << lane;
   return votes;
 }
+template <class T>
+unsigned __match_any_sync(unsigned, T value) {
+  const auto all = simt::exchange(value);
+  unsigned same = 0;
+  for (int lane = 0; lane < simt::WARP; ++lane) same |= static_cast<unsigned>(all.of(lane) == value) << lane;
+  return same;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline unsigned __float_as_uint(float value) {
@@ -244,11 +251,19 @@ inline unsigned bfloat16_pair(float low, float high) {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline float __fdividef(float dividend, float divisor) { return dividend / divisor; }
 using std::max;
 using std::min;
+
+// The conversions of kernels/rows.cuh. Every NaN becomes the one that the GPU makes.
+inline unsigned short bfloat16_bits(float number) {
+  const unsigned bits = __float_as_uint(number);
+  return std::isnan(number) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline unsigned bfloat16_pair(float low, float high) {
+  return bfloat16_bits(low) | static_cast<unsigned>(bfloat16_bits(high)) << 16;
+}
 
 // The matrix instructions of kernels/tensor_core.cuh.
 namespace simt {

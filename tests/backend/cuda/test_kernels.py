@@ -11,7 +11,7 @@ from mpirun import ROOT, python
 from simt.device import SimtDevice
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-SHAPES = (("EXPERTS", 64), ("HEAD_DIM", 128), ("VALUE_DIM", 128), ("HEADS", 4))
+SHAPES = (("EXPERTS", 64), ("IDS", 64), ("HEAD_DIM", 128), ("VALUE_DIM", 128), ("HEADS", 4))
 BFLOAT16_ONLY = {"attention_tiles.cu", "attention_warpgroups.cu"}
 HOPPER_ONLY = {"attention_warpgroups.cu"}
 
@@ -30,7 +30,7 @@ def test_nvrtc_compiles_the_kernels(file, precision, architecture):
     kernel = Kernel(file, "", (*precision, *SHAPES))
     program = nvrtc.createProgram(kernel.source, file, [], [])
     try:
-        nvrtc.compileProgram(program, ["-std=c++17", f"-arch={architecture}", *kernel.defines])
+        nvrtc.compileProgram(program, ["-std=c++17", "-ftz=true", f"-arch={architecture}", *kernel.defines])
     except nvrtc.NVRTCError:
         pytest.fail(nvrtc.getProgramLog(program), pytrace=False)
     assert nvrtc.getCUBIN(program)

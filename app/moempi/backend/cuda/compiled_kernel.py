@@ -19,7 +19,7 @@ from cupy_backends.cuda.libs import nvrtc
 from moempi.backend.cuda.device import Argument, Grid, Kernel
 from moempi.backend.kept_files import keep, kept_folder, read_kept
 
-OPTIONS = ("-std=c++17",)
+OPTIONS = ("-std=c++17", "-ftz=true")
 WORD_BYTES = 8
 """Bytes of every argument in the memory that the driver reads; a smaller one is padded."""
 FORMATS = {np.dtype(np.int32): "i4x", np.dtype(np.int64): "q", np.dtype(np.float32): "f4x"}
