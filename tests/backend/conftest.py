@@ -1,4 +1,5 @@
 import os
+from functools import cache
 
 import pytest
 
@@ -7,13 +8,25 @@ from simt.device import SimtDevice
 ON_GPU = os.environ.get("MOEMPI_TEST_DEVICE") == "cuda"
 
 
-@pytest.fixture(params=["GPU"] if ON_GPU else ["forwards", "backwards"])
+@pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else ["forwards", "backwards"])
 def device(request, monkeypatch):
     """A GPU, or the SIMT device with the threads of a block in ascending or descending order."""
     if ON_GPU:
-        from moempi.backend.cuda.cupy_device import CupyDevice
-
-        return CupyDevice(0, pinned=True)
+        return gpu(pinned=request.param == "host buffers")
     if request.param == "backwards":
         monkeypatch.setenv("SIMT_REVERSE", "1")
     return SimtDevice()
+
+
+def gpu(*, pinned):
+    """The GPU, whose stream and cuBLAS handle all tests share."""
+    device = make_gpu(pinned)
+    device.use_queue(0)  # CuPy's current stream is that of the device that was used last
+    return device
+
+
+@cache
+def make_gpu(pinned):
+    from moempi.backend.cuda.cupy_device import CupyDevice
+
+    return CupyDevice(0, pinned=pinned)

@@ -31,6 +31,7 @@ from moempi.engine.shard import Shard
 from moempi.engine.summary import RankRun, make_provenance, rank_record, run_report
 from moempi.engine.tasks import Generate, Score, Task
 from moempi.engine.tokenizer import TextTokenizer
+from moempi.engine.warm_up import warm_up
 from moempi.model.transformer import Transformer
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
@@ -81,6 +82,7 @@ def run_job(
     errors = [request for request in requests if request.finish]
     too_long = refuse_too_long(requests, pages=pages)
     model, loading = _load(weights, backend, world, rank_layout, pages=pages)
+    warm_up(model, world, lanes=job.lanes)
     # The lanes run interleaved until no rank has work left.
     progress = Progress(len(prompts), enabled=world.rank == 0)
     recorder = _make_recorder(job, world, rank_layout, attempt, progress)
