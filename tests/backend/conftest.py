@@ -1,5 +1,6 @@
 import os
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 
@@ -8,11 +9,18 @@ from simt.device import SimtDevice
 ON_GPU = os.environ.get("MOEMPI_TEST_DEVICE") == "cuda"
 
 
-@pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else ["forwards", "backwards"])
+ON_CPU = ["forwards", "backwards", "cupy arrays"] if find_spec("cupy") else ["forwards", "backwards"]
+
+
+@pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else ON_CPU)
 def device(request, monkeypatch):
-    """A GPU, or the SIMT device with the threads of a block in ascending or descending order."""
+    """A GPU, or the SIMT device: threads of a block in ascending or descending order, or CuPy's arrays."""
     if ON_GPU:
         return gpu(pinned=request.param == "host buffers")
+    if request.param == "cupy arrays":
+        from simt.cupy_arrays import CupyArrayDevice
+
+        return CupyArrayDevice(pinned=False)
     if request.param == "backwards":
         monkeypatch.setenv("SIMT_REVERSE", "1")
     return SimtDevice()

@@ -81,8 +81,7 @@ def run_job(
     pages = _cache_pages(job, world, rank_layout, backend, requests)
     errors = [request for request in requests if request.finish]
     too_long = refuse_too_long(requests, pages=pages)
-    model, loading = _load(weights, backend, world, rank_layout, pages=pages)
-    warm_up(model, world, lanes=job.lanes)
+    model, loading = _load(weights, backend, world, rank_layout, pages=pages, lanes=job.lanes)
     # The lanes run interleaved until no rank has work left.
     progress = Progress(len(prompts), enabled=world.rank == 0)
     recorder = _make_recorder(job, world, rank_layout, attempt, progress)
@@ -168,14 +167,16 @@ def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankL
 
 
 def _load(
-    weights: WeightFile, backend: Backend, world: World, rank_layout: RankLayout, *, pages: int
+    weights: WeightFile, backend: Backend, world: World, rank_layout: RankLayout, *, pages: int, lanes: int
 ) -> tuple[Transformer, Loading]:
-    """This rank's share of the model, with `pages` cache pages for each group; collective."""
+    """This rank's share of the model, with `pages` cache pages for each group, ready for all lanes; collective."""
     shard = Shard(weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
     begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
     all_pages = pages * rank_layout.num_groups
     model = world.collectively(lambda: load_model(shard, backend, layers=layers, hosted=hosted, pages=all_pages))
-    return model, Loading(shard.num_bytes, perf_counter() - begin)
+    loading = Loading(shard.num_bytes, perf_counter() - begin)
+    warm_up(model, world, lanes=lanes)
+    return model, loading
 
 
 def _cache_pages(job: Job, world: World, rank_layout: RankLayout, backend: Backend, requests: Sequence[Request]) -> int:

@@ -349,13 +349,14 @@ class CudaBackend:
         self._by_router("weigh_experts", logits.shape[1], *given, *rule, *_weighing(router), rounds)
         return weights
 
-    def group(self, experts: Array, physical_ids: IntArray) -> tuple[Array, Array, IntArray]:
+    def group(self, experts: Array, physical_ids: Array) -> tuple[Array, Array, IntArray]:
         choices, slots = prod(experts.shape), experts.shape[1]
         if not choices:
             return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(physical_ids), np.int64)
         source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
         counts = self.device.empty((len(physical_ids),), np.int32)
-        given = (experts, self.upload(physical_ids), source_rows, output_rows, counts)
+        ids = physical_ids if self.device.holds(physical_ids) else self.upload(physical_ids)
+        given = (experts, ids, source_rows, output_rows, counts)
         sizes = (np.int32(choices), np.int32(slots))
         self._launch("grouping", "group", (len(physical_ids), 1, 1), 256, *given, *sizes)
         return source_rows, output_rows, self.download(counts).astype(np.int64)

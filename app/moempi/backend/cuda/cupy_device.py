@@ -47,7 +47,7 @@ class CupyDevice:
                 f'run.backend = "cupy": {self.name} has no bfloat16; it takes compute capability 8.0 or more'
             )
         self.comm_buffers_on_host = pinned
-        self._uuid = properties["uuid"][:16].hex()
+        self._uuid = properties.get("uuid", b"")[:16].hex()
         self._queues: dict[int, tuple[cupy.cuda.Stream, int]] = {}
         self.use_queue(0)
 
@@ -89,8 +89,9 @@ class CupyDevice:
 
     def upload(self, values: npt.NDArray[Any]) -> Array:
         """Up to STAGED_BYTES through pinned memory that CuPy keeps until the copy is done; blocks for larger arrays."""
+        values = np.ascontiguousarray(values)
         if values.nbytes <= STAGED_BYTES:
-            return cupy.asarray(np.ascontiguousarray(values))
+            return cupy.asarray(values)
         resident = cupy.empty(values.shape, values.dtype)
         resident.set(values, stream=self._stream)
         self._stream.synchronize()
