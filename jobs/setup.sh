@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv at the repository's root, or brings it up to date: bash jobs/setup.sh [EXTRA...]
 # EXTRAs are those of pyproject.toml; without any, `local convert`. On a cluster, with the site's MPI loaded:
-#     bash jobs/setup.sh convert cuda
+#     bash jobs/setup.sh convert cuda12
 # Does nothing when pyproject.toml is unchanged and the extras are there. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,4 +1,6 @@
 import os
+from functools import cache
+from importlib.util import find_spec
 
 import pytest
 
@@ -7,13 +9,32 @@ from simt.device import SimtDevice
 ON_GPU = os.environ.get("MOEMPI_TEST_DEVICE") == "cuda"
 
 
-@pytest.fixture(params=["GPU"] if ON_GPU else ["forwards", "backwards"])
-def device(request, monkeypatch):
-    """A GPU, or the SIMT device with the threads of a block in ascending or descending order."""
-    if ON_GPU:
-        from moempi.backend.cuda.cupy_device import CupyDevice
+ON_CPU = ["forwards", "backwards", "cupy arrays"] if find_spec("cupy") else ["forwards", "backwards"]
 
-        return CupyDevice(0, pinned=True)
+
+@pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else ON_CPU)
+def device(request, monkeypatch):
+    """A GPU, or the SIMT device: threads of a block in ascending or descending order, or CuPy's arrays."""
+    if ON_GPU:
+        return gpu(pinned=request.param == "host buffers")
+    if request.param == "cupy arrays":
+        from simt.cupy_arrays import CupyArrayDevice
+
+        return CupyArrayDevice(pinned=False)
     if request.param == "backwards":
         monkeypatch.setenv("SIMT_REVERSE", "1")
     return SimtDevice()
+
+
+def gpu(*, pinned):
+    """The GPU, whose stream and cuBLAS handle all tests share."""
+    device = make_gpu(pinned)
+    device.use_queue(0)  # CuPy's current stream is that of the device that was used last
+    return device
+
+
+@cache
+def make_gpu(pinned):
+    from moempi.backend.cuda.cupy_device import CupyDevice
+
+    return CupyDevice(0, pinned=pinned)

@@ -50,18 +50,31 @@ class Tokenizer(TextTokenizer):
         return " ".join(map(str, tokens))
 
 
+def numpy_backend(progress):
+    return NumpyBackend(precision="float32", reproducible=True, progress=progress)
+
+
 class Run:
     """`requests` of the job and the `lanes` of this rank; `progress` lists what the recorder showed after each step."""
 
-    def __init__(self, folder, requests=(), *, comm=MPI.COMM_SELF, architecture=SMALL, **sections: Any):
+    def __init__(
+        self,
+        folder,
+        requests=(),
+        *,
+        comm=MPI.COMM_SELF,
+        architecture=SMALL,
+        make_backend=numpy_backend,
+        **sections: Any,
+    ):
         sections["run"] = {"precision": "float32", "batch_tokens": 24} | sections.get("run", {})
         sections["exchange"] = {"transport": "alltoallv"} | sections.get("exchange", {})
         job = make_job(folder, **sections)
         self.world = World(comm)
         self.rank_layout: RankLayout = lay_out_rank(job, self.world, architecture, on_gpu=False)
         pending = PendingTransfers()
-        self.backend = NumpyBackend(precision="float32", reproducible=True, progress=pending.progress)
-        model = load(folder, self.backend, self.rank_layout, architecture=architecture)
+        self.backend = make_backend(pending.progress)
+        self.model = load(folder, self.backend, self.rank_layout, architecture=architecture)
         self.journal = JournalWriter(folder / f"{comm.rank}.part", fingerprint="run")
         self.progress: list[tuple[int, int]] = []
         self.recorder = Recorder(
@@ -82,7 +95,7 @@ class Run:
         )
         self.stop = SimpleNamespace(requested=False)
         task = Score(top=job.score.top_n) if job.task == "score" else Generate(Tokenizer(), top=0)
-        context = LaneContext(model, self.scheduler, task, self.recorder, self.stop)
+        context = LaneContext(self.model, self.scheduler, task, self.recorder, self.stop)
         self.lanes: Lanes = make_lanes(job, self.world, self.rank_layout, context, pending=pending, first_step=0)
 
 

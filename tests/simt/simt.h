@@ -239,15 +239,6 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-// Rounding to bfloat16, as kernels/rows.cuh does with CUDA's instructions.
-inline unsigned short bfloat16_bits(float number) {
-  const unsigned bits = __float_as_uint(number);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
-  return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-inline unsigned bfloat16_pair(float low, float high) {
-  return bfloat16_bits(low) | static_cast<unsigned>(bfloat16_bits(high)) << 16;
-}
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };

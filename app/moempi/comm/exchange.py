@@ -80,6 +80,7 @@ class OneHop:
         self._physical_ids = {
             layer: placed.physical_ids(hop.comm.rank, topology) for layer, placed in placements.items()
         }
+        self._ids_on_backend: dict[int, Array] = {}
         self._counts_phase, self._dispatch_phase, self._combine_phase = phases
         self._on_route = on_route
 
@@ -88,7 +89,7 @@ class OneHop:
         if self._on_route is not None:
             self._on_route(route)
         placement, backend = self.placements[route.layer], self._hop.backend
-        physical_ids = self._physical_ids[route.layer]
+        physical_ids = self._uploaded_ids(route.layer)
         source_rows, output_rows, counts = backend.group(pick_replicas(backend, route, placement), physical_ids)
         choices = GroupedChoices(counts[: len(placement.experts)], source_rows, output_rows, route.weights)
         np.add.at(self.expert_load[route.layer], placement.experts, choices.counts)
@@ -113,6 +114,12 @@ class OneHop:
         """Send the rows of x by a plan; the rows that this rank receives, in expert order. Collective."""
         sending = self._hop.send(x, plan.source_rows, plan.send_counts, plan.recv_counts)
         return (yield from self._received(sending, plan))
+
+    def _uploaded_ids(self, layer: int) -> Array:
+        """The physical ids of a layer, which each step needs; uploaded once, on the lane's own queue."""
+        if layer not in self._ids_on_backend:
+            self._ids_on_backend[layer] = self._hop.backend.upload(self._physical_ids[layer])
+        return self._ids_on_backend[layer]
 
     def _plan_steps(self, layer: int, choices: GroupedChoices) -> Steps[RoutePlan]:
         comm, bounds = self._hop.comm, self.placements[layer].bounds

@@ -79,9 +79,10 @@ class ImmediateLink(StageLink):
         self._stage = stage
         self.sends_immediate = self._coords.stage in immediate_stages
         self._receives_immediate = self._coords.stage - 1 in immediate_stages
-        self._buffers_by_tag = {
-            tag: BufferRing(1, partial(backend.comm_buffer, width=shape.width)) for tag in (ROWS, SHARED, OUTPUTS)
-        }
+        allocate = partial(backend.comm_buffer, width=shape.width)
+        self._incoming_by_tag = {tag: BufferRing(1, allocate) for tag in (ROWS, SHARED, OUTPUTS)}
+        # Each tag is sent once a step, after the sends of earlier steps are complete.
+        self._outgoing_by_tag = {tag: BufferRing(1, allocate) for tag in (ROWS, SHARED, OUTPUTS)}
 
     def combine(self, batch: Batch, split: RowSplit) -> "ImmediateCombine":
         """The end of the stage's last layer in one step."""
@@ -128,7 +129,7 @@ class ImmediateLink(StageLink):
     def send_to_owners(self, rows: Array, index: IntArray, owners: IntArray, tag: int) -> None:
         """Send rows[index[i]] to rank owners[i], for all i, in this order to each rank; does not block."""
         order = np.argsort(owners, kind="stable")
-        outgoing = self._backend.comm_buffer(len(order), self._width)
+        outgoing = self._outgoing_by_tag[tag].take(len(order))
         self._backend.pack(rows, self._backend.upload(index[order]), outgoing)
         ranks, counts = np.unique(owners, return_counts=True)
         first = 0
@@ -159,7 +160,7 @@ class ImmediateLink(StageLink):
         self, sources: Sequence[int], counts: Sequence[int], tag: int
     ) -> tuple[Array, list[Transfer[Array]]]:
         """Start to receive counts[i] rows from rank sources[i], for all i, into consecutive parts of one buffer."""
-        incoming = self._buffers_by_tag[tag].take(sum(counts))
+        incoming = self._incoming_by_tag[tag].take(sum(counts))
         ends = np.cumsum(counts).tolist()
         transfers = [
             self._receive_rows(incoming[end - count : end], source, tag)

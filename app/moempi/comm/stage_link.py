@@ -16,6 +16,7 @@ from moempi.backend.protocol import Array, Backend, SampledTokens
 from moempi.comm.batch import NO_STEP, Batch
 from moempi.comm.row_shape import RowShape
 from moempi.comm.transfers import Steps, Transfer, Transfers, after_verbs, complete
+from moempi.comm.transports.buffers import BufferRing
 from moempi.layout.grid import Grid
 from moempi.layout.row_split import RowSplit, part_range
 
@@ -47,8 +48,10 @@ class StageLink:
         self._coords = coords
         self._backend = backend
         self._transfers = transfers
-        self._width = shape.width
         self._row = MPI.BYTE.Create_contiguous(shape.width * backend.row_dtype.itemsize).Commit()
+        self._owner_groups = () if self.is_last else grid.peers(coords.stage, coords.data, other=coords.stage + 1)
+        # `send` takes each of them once, after all earlier sends are complete.
+        self._outgoing = BufferRing(max(1, len(self._owner_groups)), partial(backend.comm_buffer, width=shape.width))
         self._sent: list[Transfer[Any]] = []
         self._has_requested_stop = self._stop_requested = False
         stage = coords.stage - 1
@@ -65,10 +68,10 @@ class StageLink:
         """
         self.wait_for_sends()
         stage, tensor = self._coords.stage + 1, self._coords.tensor
-        for data in self._grid.peers(self._coords.stage, self._coords.data, other=stage):
+        for data in self._owner_groups:
             part, index = batch.of_slots(self._grid.slots(stage, data))
             index = index[part_range(len(index), self._grid.tensor, tensor)]
-            outgoing = self._backend.comm_buffer(len(index), self._width)
+            outgoing = self._outgoing.take(len(index))
             self._backend.pack(rows, self._backend.upload(index), outgoing)
             owner = self._grid.rank(stage, data, tensor)
             self._send_message(part, owner, CONTROL)
@@ -77,7 +80,7 @@ class StageLink:
     def stop(self) -> None:
         """Announce to the next stage, if there is one, that no step follows; blocks until all sends are complete."""
         if not self.is_last:
-            self.send(NO_STEP, self._backend.unpack(self._backend.comm_buffer(0, self._width), None))
+            self.send(NO_STEP, self._backend.unpack(self._outgoing.take(0), None))
         self.wait_for_sends()
 
     def request_stop(self) -> None:

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend, SampledTokens
 from moempi.comm.transfers import Steps, Transfer, Transfers, after_verbs, complete
+from moempi.comm.transports.buffers import BufferRing
 from moempi.layout.row_split import RowSplit, part_range
 from moempi.layout.schedule import TENSOR_PHASES, Point
 
@@ -21,7 +22,10 @@ GATHER, SCATTER = TENSOR_PHASES
 
 
 class TensorGroup:
-    """A rank's tensor group. All methods are collective; in a group of one rank they send nothing and never yield."""
+    """A rank's tensor group. All methods are collective; in a group of one rank they send nothing and never yield.
+
+    Each transfer is finished, and its verbs are submitted, before the next one starts on the same queue.
+    """
 
     def __init__(self, comm: MPI.Intracomm, backend: Backend, *, transfers: Transfers, width: int) -> None:
         self.size = comm.size
@@ -29,7 +33,9 @@ class TensorGroup:
         self._comm = comm
         self._backend = backend
         self._transfers = transfers
-        self._width = width
+        allocate = partial(backend.comm_buffer, width=width)
+        self._outgoing, self._incoming = BufferRing(2, allocate), BufferRing(2, allocate)
+        self._addends: tuple[Array, Array] | None = None
         self._row = MPI.BYTE.Create_contiguous(width * backend.row_dtype.itemsize).Commit()
 
     def all_gather(self, x: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
@@ -47,9 +53,7 @@ class TensorGroup:
         own = split.counts[self.part]
         transfer = self._transfers.start(self._all_to_all(addends, split, own), waiting="exchange")
         yield Point(layer, SCATTER)
-        rows = np.arange(own)[:, None] + np.arange(self.size) * own
-        ones = np.ones(rows.shape, np.float32)
-        return self._backend.combine(transfer.finish(), self._backend.upload(rows), self._backend.upload(ones))
+        return self._backend.combine(transfer.finish(), *self._sum_of_parts(own))
 
     def all_gather_rows(self, x: Array, counts: Sequence[int]) -> Array:
         """The rows of all ranks in rank order (sum(counts), D); rank i has counts[i] rows. Blocks."""
@@ -84,22 +88,27 @@ class TensorGroup:
         joined = SampledTokens.join([part for part, _ in parts])
         return joined.take(np.argsort(np.concatenate([rows_of_part for _, rows_of_part in parts])))
 
+    def _sum_of_parts(self, own: int) -> tuple[Array, Array]:
+        """The rows (own, size) that `combine` adds up, and weights of 1; kept, as all layers of a step need them."""
+        if self._addends is None or len(self._addends[0]) != own:
+            rows = np.arange(own)[:, None] + np.arange(self.size) * own
+            self._addends = self._backend.upload(rows), self._backend.upload(np.ones(rows.shape, np.float32))
+        return self._addends
+
     def _start_all_gather(self, x: Array, counts: Sequence[int]) -> Transfer[Array]:
         return self._transfers.start(self._all_gather(x, counts), waiting="exchange")
 
     def _all_gather(self, x: Array, counts: Sequence[int]) -> Steps[Array]:
-        outgoing = self._backend.comm_buffer(counts[self.part], self._width)
+        outgoing, incoming = self._outgoing.take(counts[self.part]), self._incoming.take(sum(counts))
         self._backend.pack(x, None, outgoing)
-        incoming = self._backend.comm_buffer(sum(counts), self._width)
         sent, received = [outgoing, len(outgoing), self._row], [incoming, list(counts), self._row]
         yield from after_verbs(self._backend, partial(self._comm.Iallgatherv, sent, received))
         return incoming
 
     def _all_to_all(self, addends: Array, split: RowSplit, own: int) -> Steps[Array]:
         """The value is each rank's results for this rank's `own` rows, in rank order (own * size, D)."""
-        outgoing = self._backend.comm_buffer(sum(split.counts), self._width)
+        outgoing, incoming = self._outgoing.take(sum(split.counts)), self._incoming.take(own * self.size)
         self._backend.pack(addends, split.by_part, outgoing)
-        incoming = self._backend.comm_buffer(own * self.size, self._width)
         sent, received = [outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row]
         yield from after_verbs(self._backend, partial(self._comm.Ialltoallv, sent, received))
         return incoming

@@ -12,7 +12,7 @@ from time import perf_counter
 import msgspec
 
 from moempi.backend.protocol import Backend
-from moempi.backend.select import make_backend
+from moempi.backend.select import count_gpus, make_backend
 from moempi.comm.device_memory import takes_device_memory
 from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
@@ -31,6 +31,7 @@ from moempi.engine.shard import Shard
 from moempi.engine.summary import RankRun, make_provenance, rank_record, run_report
 from moempi.engine.tasks import Generate, Score, Task
 from moempi.engine.tokenizer import TextTokenizer
+from moempi.engine.warm_up import warm_up
 from moempi.model.transformer import Transformer
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
@@ -71,7 +72,7 @@ def run_job(
     attempt.warn_of_damage()
     # The backend, and this rank's position in the layout.
     pending = PendingTransfers()
-    backend = world.collectively(lambda: _backend(job, world, pending))
+    backend = _backend(job, world, pending)
     rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
     # The requests of this rank's data parallel group, which the first stage schedules, and the cache for them.
     tokenizer = TextTokenizer(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens)
@@ -80,7 +81,7 @@ def run_job(
     pages = _cache_pages(job, world, rank_layout, backend, requests)
     errors = [request for request in requests if request.finish]
     too_long = refuse_too_long(requests, pages=pages)
-    model, loading = _load(weights, backend, world, rank_layout, pages=pages)
+    model, loading = _load(weights, backend, world, rank_layout, pages=pages, lanes=job.lanes)
     # The lanes run interleaved until no rank has work left.
     progress = Progress(len(prompts), enabled=world.rank == 0)
     recorder = _make_recorder(job, world, rank_layout, attempt, progress)
@@ -147,11 +148,13 @@ def _print(report: Report) -> None:
 
 
 def _backend(job: Job, world: World, pending: PendingTransfers) -> Backend:
-    return make_backend(
-        job.run,
-        local_rank=world.local_rank,
-        takes_device_memory=lambda: takes_device_memory(job.exchange),
-        progress=pending.progress,
+    """This rank's backend; collective, blocks. All ranks have comm buffers in device memory, or all on the host."""
+    gpus = world.collectively(lambda: count_gpus(job.run))
+    device_buffers = takes_device_memory(job.exchange, world, has_gpu=gpus > 0)
+    return world.collectively(
+        lambda: make_backend(
+            job.run, local_rank=world.local_rank, device_buffers=device_buffers, progress=pending.progress
+        )
     )
 
 
@@ -164,14 +167,16 @@ def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankL
 
 
 def _load(
-    weights: WeightFile, backend: Backend, world: World, rank_layout: RankLayout, *, pages: int
+    weights: WeightFile, backend: Backend, world: World, rank_layout: RankLayout, *, pages: int, lanes: int
 ) -> tuple[Transformer, Loading]:
-    """This rank's share of the model, with `pages` cache pages for each group; collective."""
+    """This rank's share of the model, with `pages` cache pages for each group, ready for all lanes; collective."""
     shard = Shard(weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
     begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
     all_pages = pages * rank_layout.num_groups
     model = world.collectively(lambda: load_model(shard, backend, layers=layers, hosted=hosted, pages=all_pages))
-    return model, Loading(shard.num_bytes, perf_counter() - begin)
+    loading = Loading(shard.num_bytes, perf_counter() - begin)
+    warm_up(model, world, lanes=lanes)
+    return model, loading
 
 
 def _cache_pages(job: Job, world: World, rank_layout: RankLayout, backend: Backend, requests: Sequence[Request]) -> int:
@@ -179,7 +184,7 @@ def _cache_pages(job: Job, world: World, rank_layout: RankLayout, backend: Backe
 
     Collective.
     """
-    available = available_bytes(job.topology, world, of_node=backend.available_bytes())
+    available = available_bytes(job.topology, world, backend)
     affordable = world.collectively(lambda: affordable_pages(job.run, rank_layout.memory, available=available))
     useful = useful_pages(requests, slots=rank_layout.grid.slots_per_group)
     pages: int = min(world.comm.allreduce(affordable, min), world.comm.allreduce(useful, max))

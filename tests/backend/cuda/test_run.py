@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
+from moempi.storage.results import ResultFile
 from mpirun import ROOT, mpirun, python
 
 
@@ -24,6 +26,7 @@ def run(tmp_path_factory):
             "output.results": folder / f"{name}.h5",
             "run.batch_tokens": 48,
             "run.max_sequences": 8,
+            "sampling.top_logprobs": 2,
             "run.timeout_s": 60,
             "exchange.transport": "alltoallv",
             "exchange.buffers": "auto" if buffers == "device" else "host",
@@ -51,8 +54,21 @@ def test_tokens_are_the_same_as_on_the_cpu(run, two_ranks):
     on_numpy = run(1, "numpy", program=("-m", "moempi"), **{"run.backend": "numpy"})
     difference = compare(on_numpy, two_ranks)
     assert difference.requests == 24
-    assert difference.different == 0
+    assert difference.different == num_ties(on_numpy, two_ranks, within=0.05)
     assert difference.largest < 0.05
+
+
+def num_ties(first, second, *, within):
+    """Requests whose first different token is in both runs the likeliest but for `within` in log-probability."""
+    ties = 0
+    with ResultFile(first) as ours, ResultFile(second) as theirs:
+        for one, other in zip(ours.requests(), theirs.requests(), strict=True):
+            different = np.flatnonzero(one.tokens[: len(other.tokens)] != other.tokens[: len(one.tokens)])
+            if len(different):
+                row = different[0]
+                runner_up = dict(zip(one.top_tokens[row].tolist(), one.top_logprobs[row].tolist(), strict=True))
+                ties += runner_up.get(int(other.tokens[row]), -np.inf) > one.logprobs[row] - within
+    return ties
 
 
 @pytest.mark.parametrize(
@@ -85,6 +101,21 @@ def test_float32_results_are_the_same_on_any_grid(run, alone, num_ranks, setting
     difference = compare(alone, run(num_ranks, name, buffers="device", **{"run.precision": "float32"}, **settings))
     assert difference.different == 0
     assert difference.largest <= within
+
+
+def test_a_kernel_s_fault_ends_all_ranks_at_once(alone, tmp_path):
+    named = {
+        "model.weights": alone.with_name("abacus.h5"),
+        "output.results": tmp_path / "none.h5",
+        "run.timeout_s": 300,
+    }
+    options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
+    command = python("tests/simt/run.py", "run", ROOT / "jobs/abacus.toml", *options)
+    outcome = mpirun(2, *command, limit_s=60, PYTHONPATH="tests", MOEMPI_SIMT_FAULT="1:300")
+    assert outcome.code not in (0, 75)
+    assert "moempi: rank 1: " in outcome.err
+    assert "illegal memory access" in outcome.err
+    assert not (tmp_path / "none.h5").exists()
 
 
 def test_a_missing_gpu_is_reported_in_one_line(alone, tmp_path):

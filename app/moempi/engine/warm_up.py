@@ -1,0 +1,83 @@
+"""Warm-up: the verbs of this rank's layers run before the first step, so that no rank waits while another compiles.
+
+A machine that compiles kernels on first use, or sets up a queue on first use, does so here.
+"""
+
+import numpy as np
+
+from moempi.backend.protocol import Array, Segment
+from moempi.config.tensors import PAGE_ROWS
+from moempi.model.feed_forward import MixtureOfExperts
+from moempi.model.rope import rope_angles
+from moempi.model.router_balance import MODEL_ROUTING
+from moempi.model.transformer import Transformer
+from moempi.runtime.world import World
+
+NUM_ROWS = (1, PAGE_ROWS)
+"""Rows of a sequence in decode and in prefill, which attention computes by different kernels."""
+
+
+def warm_up(model: Transformer, world: World, *, lanes: int) -> None:
+    """Run each verb of the model's layers on the queues of all lanes; collective, blocks.
+
+    Does nothing with a backend whose verbs are complete when they return: it compiles nothing. The first rank of a node
+    comes first, so that the others find compiled kernels. The cache must have no sequence; its first page is written.
+    """
+    is_first = world.local_rank == 0
+    world.collectively(lambda: _run_all(model, lanes) if is_first else None)
+    world.collectively(lambda: None if is_first else _run_all(model, lanes))
+
+
+def _run_all(model: Transformer, lanes: int) -> None:
+    backend = model.backend
+    if backend.record_event() is None:
+        return
+    for lane in range(lanes):
+        with backend.on_queue(lane):
+            for num_rows in NUM_ROWS:
+                _run_layers(model, num_rows)
+            done = backend.record_event()
+            if done is not None:
+                done.synchronize()
+
+
+def _run_layers(model: Transformer, num_rows: int) -> None:
+    """Compute rows of zeros, of one sequence in the first page of the cache; the results are dropped."""
+    backend, architecture = model.backend, model.architecture
+    x = backend.tensor(np.zeros((num_rows, architecture.width), np.uint16))
+    segments = (Segment(0, num_rows, 0, np.zeros(1, np.int64)),)
+    angles = rope_angles(backend, architecture.attention, np.arange(num_rows))
+    for layer, cache in zip(model.layers, model.cache.layers, strict=True):
+        if len(cache.keys):
+            rows = layer.attention_norm(backend, x)
+            backend.add(x, layer.attention(backend, rows, angles, cache, segments))
+        rows = layer.feed_forward_norm(backend, x)
+        if isinstance(layer.feed_forward, MixtureOfExperts):
+            _run_experts(model, layer.feed_forward, rows)
+        else:
+            layer.feed_forward(backend, rows)
+    if model.embedding is not None:
+        model.embed(np.zeros(num_rows, np.int64))
+    if model.head is not None:
+        logits = backend.logits(model.head.norm(backend, x), model.head.matrix, model.head.bias)
+        backend.score(logits, np.zeros(num_rows, np.int64), top=1)
+
+
+def _run_experts(model: Transformer, experts: MixtureOfExperts, x: Array) -> None:
+    """The router, the exchange's packing and sums, and each expert and shared expert of this rank."""
+    backend, hosted = model.backend, len(experts.experts)
+    logits = backend.router_logits(x, experts.router, experts.rule, bias=experts.router_bias)
+    chosen, weights = MODEL_ROUTING.choose(backend, experts.layer, logits, experts.rule, experts.router_correction)
+    source_rows, output_rows, _ = backend.group(chosen, np.arange(model.architecture.experts.num))
+    buffer = backend.comm_buffer(len(source_rows), model.architecture.width)
+    backend.pack(x, source_rows, buffer)
+    rows = backend.unpack(buffer, None)
+    for expert in range(hosted):
+        counts = np.zeros(hosted, np.int64)
+        counts[expert] = len(rows)
+        backend.expert_mlp(rows, experts.experts, counts)
+    backend.add(x, backend.combine(buffer, output_rows, weights))
+    if experts.shared is not None:
+        shared = experts.shared(backend, x)
+        if experts.shared_gate is not None:
+            backend.scale_by_sigmoid(shared, backend.linear(x, experts.shared_gate))

@@ -1,0 +1,64 @@
+"""After the warm-up, a run launches no kernel for the first time, and its tokens are those without a warm-up."""
+
+import pytest
+from msgspec import structs
+
+from engine.runs import SMALL, Run, requests_of, tokens_of
+from moempi.backend.cuda.backend import CudaBackend
+from moempi.config.architecture import AttentionShape, Latent
+from moempi.engine.warm_up import warm_up
+from simt.device import SimtDevice
+
+TILED = structs.replace(SMALL, attention=AttentionShape(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm="head"))
+LATENT = structs.replace(
+    SMALL,
+    attention=AttentionShape(
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=12,
+        latent=Latent(key_value_rank=16, rope_dim=4, value_dim=8, query_rank=8),
+    ),
+    experts=structs.replace(SMALL.experts, shared_width=8, shared_gate=True),
+)
+
+
+class WatchedDevice(SimtDevice):
+    """A SIMT device with the kernels that were launched."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = set()
+
+    def launch(self, kernel, grid, threads, arguments):
+        self.kernels.add(kernel)
+        super().launch(kernel, grid, threads, arguments)
+
+
+@pytest.mark.parametrize("architecture", [SMALL, TILED, LATENT], ids=["small", "tiled", "latent"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_run_launches_no_kernel_for_the_first_time(tmp_path, architecture, precision):
+    device = WatchedDevice()
+
+    def make_backend(progress):
+        return CudaBackend(device, precision=precision, reproducible=False, progress=progress)
+
+    tokens = []
+    for is_warm in (True, False):
+        requests = requests_of(20, 3, 17)
+        run = Run(tmp_path, requests, architecture=architecture, make_backend=make_backend, run={"micro_batches": 2})
+        if is_warm:
+            warm_up(run.model, run.world, lanes=2)
+        warm = set(device.kernels)
+        run.lanes.run()
+        run.journal.close()
+        (tmp_path / "0.part").unlink()
+        assert device.kernels == warm
+        tokens.append(tokens_of(requests))
+    assert tokens[0] == tokens[1]
+    assert all(tokens[0])
+
+
+def test_the_cpu_backend_needs_no_warm_up(tmp_path):
+    run = Run(tmp_path, requests_of(4))
+    run.backend.tensor = None
+    warm_up(run.model, run.world, lanes=1)

@@ -1,0 +1,78 @@
+"""The SIMT device with real CuPy arrays, over host memory: CuPy's slicing, views, strides and errors without a GPU.
+
+Only the arrays are CuPy's; the work is done as on the SIMT device. An operation that CuPy would compute on a GPU fails.
+"""
+
+import cupy
+import numpy as np
+
+from simt.device import SimtDevice, _fresh
+
+
+class HostView:
+    """NumPy's view of the host memory of a CuPy array, which stays alive with it."""
+
+    def __init__(self, array):
+        self.array = array
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (array.data.ptr, False),
+            "strides": array.strides,
+        }
+
+
+def on_host(values):
+    """A NumPy view of any argument that is a CuPy array."""
+    if not isinstance(values, cupy.ndarray):
+        return values
+    return np.asarray(HostView(values)) if values.size else np.empty(values.shape, values.dtype)
+
+
+class CupyArrayDevice(SimtDevice):
+    """A SIMT device whose arrays are `cupy.ndarray`; if `pinned`, comm buffers are NumPy arrays."""
+
+    name = "CuPy arrays on the CPU"
+
+    def _resident(self, values):
+        owner = cupy.cuda.UnownedMemory(values.ctypes.data if values.size else 0, values.nbytes, values, 0)
+        return cupy.ndarray(values.shape, values.dtype, cupy.cuda.MemoryPointer(owner, 0))
+
+    def empty(self, shape, dtype):
+        return self._resident(_fresh(shape, dtype))
+
+    def holds(self, values):
+        return isinstance(values, cupy.ndarray)
+
+    def upload(self, values):
+        resident, copied = self.empty(values.shape, values.dtype), values.copy()
+        self._queue.submit(lambda: np.copyto(on_host(resident), copied))
+        return resident
+
+    def download(self, values):
+        return super().download(on_host(values))
+
+    def start_download(self, values):
+        return super().start_download(on_host(values))
+
+    def copy(self, values, out):
+        assert values.flags.c_contiguous
+        assert out.flags.c_contiguous
+        super().copy(on_host(values), on_host(out))
+
+    def launch(self, kernel, grid, threads, arguments):
+        super().launch(kernel, grid, threads, [on_host(argument) for argument in arguments])
+
+    def product(self, x, matrix, out, *, transposed, accumulate=False):
+        """As cuBLAS, which takes rows of x that are strided, and a matrix and results that are not."""
+        assert x.strides[-1] == x.itemsize
+        assert matrix.flags.c_contiguous
+        assert out.flags.c_contiguous
+        super().product(*map(on_host, (x, matrix, out)), transposed=transposed, accumulate=accumulate)
+
+    def products(self, x, matrices, out):
+        assert x.strides[-1] == x.itemsize
+        assert matrices.flags.c_contiguous
+        assert out.flags.c_contiguous
+        super().products(*map(on_host, (x, matrices, out)))
