@@ -1,24 +1,130 @@
 """`moempi bench gpu`: all figures, at small sizes on the SIMT device; without a GPU it is refused."""
 
+import json
 from argparse import ArgumentParser
+from importlib.util import find_spec
+from types import SimpleNamespace
 
+import pytest
+from mpi4py import MPI
+
+from bench.gpu_timer import HostTimer
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.bench import gpu
+from moempi.bench.device_calls import record_calls, replay
+from moempi.bench.gpu_clock import EventClock
+from moempi.bench.gpu_report import KERNELS, OURS, Case, measure_case, write_json
+from moempi.bench.random_values import PAGE_NUMBERS, RandomValues
+from moempi.bench.torch_peers import TorchPeers
 from mpirun import mpirun, python
 from simt.device import SimtDevice
 
+SMALL = [
+    *("--width", "64", "--expert-width", "32", "--heads", "2", "--head-dim", "16", "--context", "70"),
+    *("--experts", "4", "--top-k", "2", "--few", "1", "--many", "16", "--sequences", "2", "--rounds", "1"),
+    *("--repeats", "3", "--layer-heads", "2", "--layer-lanes", "1", "2", "--layer-sequences", "2"),
+    *("--layer-context", "70", "--block-rows", "6"),
+]
 
-def test_all_figures_are_measured():
+
+@pytest.fixture
+def backend():
+    return CudaBackend(SimtDevice(pinned=False), precision="bfloat16", reproducible=False)
+
+
+def parse(*flags):
     parser = ArgumentParser()
     gpu.add_flags(parser)
-    small = ["--width", "64", "--expert-width", "32", "--heads", "2", "--head-dim", "16", "--context", "70"]
-    sizes = parser.parse_args(
-        [*small, "--few", "1", "--many", "16", "--sequences", "2", "--rounds", "1", "--repeats", "1"]
-    )
-    figures = gpu.measure(CudaBackend(SimtDevice(), precision="bfloat16", reproducible=False), sizes)
-    names = ["expert", "expert", "pack", "combine", "decode attention", "prefill attention"]
-    assert [figure.name for figure in figures] == names
-    assert all(figure.seconds > 0 for figure in figures)
+    return parser.parse_args([*SMALL, *flags])
+
+
+def figures_of(backend, torch, *flags):
+    timer = HostTimer(backend)
+    return list(gpu.measure(backend, timer, TorchPeers(torch), MPI.COMM_SELF, parse(*flags)))
+
+
+def test_all_parts_are_measured_without_torch(backend):
+    figures = figures_of(backend, None)
+    assert [figure.note for figure in figures if "failed" in figure.note] == []
+    measured = {figure.part for figure in figures if figure.gpu_us or figure.wall_us}
+    small = {"rms_norm", "add", "swiglu", "rotate", "extend_cache", "choose_experts", "group"}
+    assert measured == {
+        *("copy", "expert", "pack", "combine", "decode attention", "prefill attention", "layer", "MoE layer"),
+        *small,
+    }
+    layers = [figure for figure in figures if figure.part == "layer" and figure.contestant == OURS]
+    assert len(layers) == 4  # decode and prefill, one lane and two
+    assert all("launches, the host works" in figure.note for figure in layers)
+    assert all(figure.wall_us > 0 for figure in layers)
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs torch and transformers")
+def test_torch_computes_the_same():
+    import torch
+
+    device = SimtDevice(pinned=False, eager=True)  # torch copies indices at once, which a stream would order
+    figures = figures_of(CudaBackend(device, precision="bfloat16", reproducible=False), torch)
+    notes = {(figure.part, figure.work, figure.contestant): figure.note for figure in figures}
+    assert not [key for key, note in notes.items() if "DIFFERENT" in note or "not compared" in note], notes
+    compared = {(part, contestant) for (part, _, contestant), note in notes.items() if "same within" in note}
+    parts = ("expert", "pack", "combine", "rms_norm", "add", "swiglu")
+    assert {(part, "torch") for part in parts} <= compared
+    assert {("prefill attention", "torch flash"), ("MoE layer", "transformers grouped_mm")} <= compared
+    assert notes["decode attention", "2 sequences of 70, 2 heads", "torch cudnn"].startswith("failed: ")
+
+
+def test_a_longer_spin_hides_the_submission(backend):
+    timer = HostTimer(backend, hidden_after_s=0.02)
+    timing = EventClock(timer, rounds=2, most_repeats=3).compare({OURS: lambda: None})[OURS]
+    assert not timing.host_bound
+    assert timing.repeats == 3
+    assert max(timer.spins) >= 0.02
+    never = EventClock(HostTimer(backend, hidden_after_s=9.0), rounds=1, most_repeats=8).compare({OURS: lambda: None})
+    assert never[OURS].host_bound
+    assert never[OURS].repeats == 1
+
+
+def test_a_contestant_that_fails_has_its_error_and_the_others_their_times(backend):
+    def fail():
+        raise RuntimeError("out of memory\nsecond line")
+
+    timer = HostTimer(backend)
+    bench = SimpleNamespace(backend=backend, clock=EventClock(timer, rounds=1, most_repeats=2), peers=TorchPeers(None))
+    case = Case("part", "work", 8.0, "GB/s", {OURS: lambda: None, "torch": fail}, wall_repeats=1)
+    ours, theirs = measure_case(bench, "part", lambda: case, copy_rate=2.0)
+    assert ours.gpu_us is not None
+    assert theirs.note == "failed: RuntimeError: out of memory"
+    (failed,) = measure_case(bench, "part", fail, copy_rate=None)
+    assert (failed.part, failed.note) == ("part", "failed: RuntimeError: out of memory")
+
+
+def test_recorded_calls_compute_the_same_again(backend):
+    x = RandomValues(backend.device).rows(3, 8)
+    outputs = []
+    calls = record_calls(backend, lambda: outputs.append(backend.add(x, x)))
+    assert [call.method for call in calls] == ["launch"]
+    expected = backend.download(outputs[0]).copy()
+    outputs[0][:] = 0
+    replay(calls)
+    assert (backend.download(outputs[0]) == expected).all()
+    assert expected.any()
+    assert len(record_calls(backend, lambda: backend.add(x, x))) == 1
+
+
+def test_random_values_fill_an_array_of_any_size(backend):
+    values = backend.download(RandomValues(backend.device).rows(2 * PAGE_NUMBERS + 5))
+    assert (values[:PAGE_NUMBERS] == values[PAGE_NUMBERS : 2 * PAGE_NUMBERS]).all()
+    assert (values[:5] == values[-5:]).all()
+    assert len(set(values[:1000].tolist())) > 100
+
+
+def test_figures_are_written_as_json(backend, tmp_path):
+    figures = figures_of(backend, None, "--parts", "packing", "small")
+    write_json(tmp_path / "figures.json", figures)
+    records = json.loads((tmp_path / "figures.json").read_text())
+    assert len(records) == len(figures)
+    group = next(entry for entry in records if entry["part"] == "group" and entry["contestant"] == KERNELS)
+    assert group["gpu_us"] > 0
 
 
 def test_without_a_gpu_it_is_a_configuration_error():
