@@ -1,0 +1,53 @@
+"""`moempi bench overlap` on a device with queues: one rank, whose rows take the time of an emulated link."""
+
+from argparse import ArgumentParser
+from types import SimpleNamespace
+
+import pytest
+from mpi4py import MPI
+
+from bench.gpu_timer import HostTimer
+from moempi.backend.cuda.backend import CudaBackend
+from moempi.bench import overlap
+from moempi.bench.random_layer import Sizes
+from moempi.bench.timeline import Timeline
+from moempi.comm.transfers import PendingTransfers
+from simt.device import SimtDevice
+
+WORLD = SimpleNamespace(comm=MPI.COMM_SELF, size=1, rank=0, num_nodes=1)
+TINY = ("--width", "32", "--expert-width", "16", "--experts", "4", "--top-k", "2", "--tokens", "6", "--layers", "2")
+
+
+@pytest.mark.parametrize("num_lanes", [2, 4])
+def test_lanes_on_a_device_are_measured_on_one_rank(num_lanes, capsys):
+    parser = ArgumentParser()
+    overlap.add_flags(parser)
+    chosen = parser.parse_args([*TINY, "--passes", "1", "--link", "0.5", "0.9", "--lanes", str(num_lanes)])
+    backend, pending = (
+        CudaBackend(SimtDevice(pinned=False), precision="bfloat16", reproducible=False),
+        PendingTransfers(),
+    )
+    stack = overlap.make_stack(backend, pending, Sizes.of(chosen), hosted=(0, 1, 2, 3), timer=HostTimer(backend))
+    records = list(overlap.measure(WORLD, stack, chosen, num_lanes=num_lanes))
+    assert [record["link"] for record in records] == [0.5, 0.9]
+    for record in records:
+        assert record["same_bits"]
+        assert record["lanes"] == num_lanes
+        assert record["link_ms"] == pytest.approx(record["link"] * records[0]["link_ms"] / 0.5)
+        assert record["compute_ms"] > 0
+        assert record["blocking_ms"] > record["link_ms"]  # no row arrives before the link has carried it
+        assert record["overlapped_ms"] > record["link_ms"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lane ")]
+    assert len(lines) == 2 * 2 * num_lanes
+    assert all("█" in line for line in lines[::2])
+    assert all("─" in line for line in lines[1::2])
+
+
+def test_the_hidden_share_is_the_time_on_the_link_in_which_any_lane_computes():
+    timeline = Timeline(2)
+    assert timeline.hidden() == 0.0
+    timeline.add_transfer(0, 0.0, 4.0)
+    timeline.add_transfer(1, 3.0, 8.0)
+    timeline.add_computing(0, 5.0, 7.0)
+    timeline.add_computing(1, 6.0, 10.0)
+    assert timeline.hidden() == pytest.approx(3 / 8)
