@@ -175,7 +175,7 @@ class _Rig:
 
     def host_us(self, num_calls: int) -> str:
         """Launches and microseconds in which the host worked, not waited, per layer and lane; `num_calls` in all."""
-        downloading, download = 0.0, self._backend.device.download
+        downloading, download = 0.0, self._backend.download
 
         def timed(values: Array) -> Any:
             nonlocal downloading
@@ -186,7 +186,7 @@ class _Rig:
 
         self._timer.synchronize()
         waited, begin = self._waited_s(), perf_counter()
-        with patch.object(self._backend.device, "download", timed):
+        with patch.object(self._backend, "download", timed):
             for _ in range(HOST_PASSES):
                 self.run()
         taken = perf_counter() - begin - (self._waited_s() - waited) - downloading
