@@ -10,10 +10,10 @@ from mpi4py import MPI
 
 from bench.gpu_timer import HostTimer
 from moempi.backend.cuda.backend import CudaBackend
-from moempi.bench import gpu
+from moempi.bench import gpu, gpu_timer
 from moempi.bench.device_calls import record_calls, replay
 from moempi.bench.gpu_clock import EventClock
-from moempi.bench.gpu_report import KERNELS, OURS, Case, measure_case, write_json
+from moempi.bench.gpu_report import KERNELS, OURS, Case, measure_case
 from moempi.bench.random_values import PAGE_NUMBERS, RandomValues
 from moempi.bench.torch_peers import TorchPeers
 from mpirun import mpirun, python
@@ -36,6 +36,10 @@ def parse(*flags):
     parser = ArgumentParser()
     gpu.add_flags(parser)
     return parser.parse_args([*SMALL, *flags])
+
+
+def fail():
+    raise RuntimeError("out of memory\nsecond line")
 
 
 def figures_of(backend, torch, *flags):
@@ -85,9 +89,6 @@ def test_a_longer_spin_hides_the_submission(backend):
 
 
 def test_a_contestant_that_fails_has_its_error_and_the_others_their_times(backend):
-    def fail():
-        raise RuntimeError("out of memory\nsecond line")
-
     timer = HostTimer(backend)
     bench = SimpleNamespace(backend=backend, clock=EventClock(timer, rounds=1, most_repeats=2), peers=TorchPeers(None))
     case = Case("part", "work", 8.0, "GB/s", {OURS: lambda: None, "torch": fail}, wall_repeats=1)
@@ -118,11 +119,19 @@ def test_random_values_fill_an_array_of_any_size(backend):
     assert len(set(values[:1000].tolist())) > 100
 
 
-def test_figures_are_written_as_json(backend, tmp_path):
-    figures = figures_of(backend, None, "--parts", "packing", "small")
-    write_json(tmp_path / "figures.json", figures)
-    records = json.loads((tmp_path / "figures.json").read_text())
-    assert len(records) == len(figures)
+def test_the_command_prints_a_table_and_writes_json(backend, tmp_path, capsys, monkeypatch):
+    world = SimpleNamespace(comm=MPI.COMM_SELF, size=1, rank=0, num_nodes=1, collectively=lambda action: action())
+    monkeypatch.setattr(gpu, "_backend", lambda world: backend)
+    monkeypatch.setattr(gpu_timer, "CudaTimer", lambda: HostTimer(backend))
+    monkeypatch.setattr(gpu, "find_torch", fail)
+    monkeypatch.setenv("COLUMNS", "200")
+    path = tmp_path / "figures.json"
+    gpu.run(world, parse("--parts", "packing", "small", "--json", str(path)))
+    captured = capsys.readouterr()
+    assert "torch: failed: RuntimeError: out of memory" in captured.err
+    assert "pack | 16 rows | moempi | " in captured.err
+    assert "its kernels alone" in captured.out
+    records = json.loads(path.read_text())
     group = next(entry for entry in records if entry["part"] == "group" and entry["contestant"] == KERNELS)
     assert group["gpu_us"] > 0
 
@@ -137,3 +146,13 @@ def test_check_reports_why_no_gpu_is_used():
     outcome = mpirun(1, *python("-m", "moempi", "check"), CUDA_VISIBLE_DEVICES="")
     assert outcome.code == 0, outcome.err
     assert "no GPU is used" in outcome.out
+
+
+def test_nvrtc_compiles_the_spin():
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
+    program = nvrtc.createProgram(gpu_timer.SPIN, "spin.cu", [], [])
+    nvrtc.compileProgram(program, ["-std=c++17", "-arch=sm_90"])
+    ptx = nvrtc.getPTX(program)
+    ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
+    assert ptx.count("%clock64") == 2  # read before the loop and in it
+    assert "@%p" in ptx

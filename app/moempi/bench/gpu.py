@@ -16,7 +16,7 @@ from rich.table import Table
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.select import make_backend
 from moempi.bench.gpu_attention import decode_cases, prefill_cases
-from moempi.bench.gpu_clock import EventClock, Timer
+from moempi.bench.gpu_clock import EventClock, Timer, describe
 from moempi.bench.gpu_layer import block_cases, layer_cases
 from moempi.bench.gpu_parts import Make, copy_case, expert_cases, packing_cases, small_cases
 from moempi.bench.gpu_report import COPY, Bench, Figure, cells, measure_case, table, write_json
@@ -74,7 +74,7 @@ def run(world: World, chosen: Namespace) -> None:
         from moempi.bench.gpu_timer import CudaTimer
 
         figures = []
-        for figure in measure(backend, CudaTimer(), TorchPeers(find_torch()), alone, chosen):
+        for figure in measure(backend, CudaTimer(), _peers(), alone, chosen):
             figures.append(figure)
             error_console().print(" | ".join(cells(figure)), soft_wrap=True)
             if chosen.json is not None:
@@ -89,6 +89,15 @@ def _backend(world: World) -> CudaBackend:
     if not isinstance(backend, CudaBackend):
         raise ConfigError("bench gpu needs a GPU")
     return backend
+
+
+def _peers() -> TorchPeers:
+    """Torch's contestants; none, with a line on stderr, if torch does not load."""
+    try:
+        return TorchPeers(find_torch())
+    except Exception as error:
+        error_console().print(f"torch: {describe(error)}")
+        return TorchPeers(None)
 
 
 def measure(backend: CudaBackend, timer: Timer, peers: TorchPeers, comm: Any, chosen: Namespace) -> Iterator[Figure]:

@@ -100,7 +100,15 @@ def _measured(bench: Bench, case: Case, copy_rate: float | None) -> list[Figure]
     figures = [
         _figure(case, name, timings.get(name), walls.get(name), copy_rate=copy_rate, ours=ours) for name in contestants
     ]
+    remarks |= _fastest_peer(figures)
     return [_with_note(_compared(bench, case, figure), remarks.get(figure.contestant, "")) for figure in figures]
+
+
+def _fastest_peer(figures: Sequence[Figure]) -> dict[str, str]:
+    """A remark on the fastest of several other implementations."""
+    peers = {figure.contestant: figure.times_ours for figure in figures if figure.contestant.startswith("torch ")}
+    taken = {name: times for name, times in peers.items() if times is not None}
+    return {min(taken, key=lambda name: taken[name]): "the fastest of torch"} if len(peers) > 1 and taken else {}
 
 
 def _ours_s(timings: Mapping[str, Timing], walls: Mapping[str, list[float] | str]) -> float | None:
