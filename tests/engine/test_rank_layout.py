@@ -73,17 +73,32 @@ def test_a_smaller_later_stage_computes_for_several_groups_of_the_first(stage_ra
     assert [rank.num_groups for rank in ranks] == num_groups
 
 
+def memory(memory_id, num_bytes=900):
+    return SimpleNamespace(memory_id=memory_id, available_bytes=lambda: num_bytes)
+
+
 @pytest.mark.parametrize(
-    ("nodes", "shares"), [((0,), [900]), ((0, 0, 0, 1), [300, 300, 300, 900]), ((0, 1), [900] * 2)]
+    ("nodes", "memory_ids", "shares"),
+    [
+        ((0,), ["host"], [900]),
+        ((0, 0, 0, 1), ["host"] * 4, [300, 300, 300, 900]),
+        ((0, 1), ["host"] * 2, [900] * 2),
+        ((0, 0, 1, 1), ["01:00", "02:00"] * 2, [900] * 4),
+        ((0, 0, 0), ["01:00", "02:00", "01:00"], [450, 900, 450]),
+        ((0, 0), ["01:00", "host"], [900, 900]),
+    ],
 )
-def test_the_ranks_of_a_node_share_its_memory(nodes, shares):
-    worlds = [SimpleNamespace(rank=rank, nodes=nodes) for rank in range(len(nodes))]
-    assert [available_bytes(make_job().topology, world, of_node=900) for world in worlds] == shares
+def test_the_ranks_of_a_node_share_each_of_its_memories(nodes, memory_ids, shares):
+    comm = SimpleNamespace(allgather=lambda _: list(zip(nodes, memory_ids, strict=True)))
+    worlds = [SimpleNamespace(rank=rank, nodes=nodes, comm=comm) for rank in range(len(nodes))]
+    backends = map(memory, memory_ids)
+    found = [available_bytes(make_job().topology, *pair) for pair in zip(worlds, backends, strict=True)]
+    assert found == shares
 
 
 def test_the_memory_that_the_job_states_counts_alone():
     job = make_job(topology={"rank_memory": "2KiB"})
-    assert available_bytes(job.topology, SimpleNamespace(rank=0, nodes=(0, 0)), of_node=900) == 2048
+    assert available_bytes(job.topology, SimpleNamespace(rank=0, nodes=(0, 0)), memory("host")) == 2048
 
 
 @pytest.mark.ranks(4)
@@ -98,7 +113,8 @@ def test_all_ranks_of_a_world_lay_themselves_out_alike(comm):
     assert own.coords == layout.grid.coordinates(comm.rank)
     assert own.placements == layout.placements[own.coords.stage]
     assert own.memory == layout.memory[own.coords.stage]
-    assert available_bytes(job.topology, world, of_node=400) == 100
+    assert available_bytes(job.topology, world, memory("host", 400)) == 100
+    assert available_bytes(job.topology, world, memory(f"GPU {comm.rank // 2}", 400)) == 200
 
 
 @pytest.mark.ranks(4)

@@ -37,16 +37,18 @@ class SimtDevice:
     """A `moempi.backend.cuda.device.Device` on the CPU; if `pinned`, comm buffers are host memory.
 
     If `eager`, work is done when it is submitted, and `peak_bytes` is the peak of a GPU; otherwise submitted work keeps
-    its arrays alive.
+    its arrays alive. With `fault_at`, that launch ends in a fault, after which every event of the device raises.
     """
 
     name = "SIMT on the CPU"
+    memory_id = "SIMT"
 
-    def __init__(self, *, pinned: bool = True, eager: bool = False) -> None:
+    def __init__(self, *, pinned: bool = True, eager: bool = False, fault_at: int = 0) -> None:
         self.comm_buffers_on_host = pinned
         self._eager = eager
         self._queues: dict[int, Queue] = {}
-        self.live_bytes = self.peak_bytes = 0
+        self.live_bytes = self.peak_bytes = self._launches = 0
+        self._fault_at = fault_at
         self.use_queue(0)
 
     def available_bytes(self) -> int:
@@ -77,10 +79,22 @@ class SimtDevice:
         self._queue.run()
         return np.array(values)
 
+    def start_download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        on_host = _fresh(values.shape, values.dtype)
+        self._queue.submit(lambda: np.copyto(on_host, values))
+        return on_host
+
+    def free_unused(self) -> None:
+        """Memory is freed with its arrays."""
+
     def copy(self, values: Any, out: Any) -> None:
         self._queue.submit(lambda: np.copyto(out, values))
 
     def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
+        self._launches += 1
+        if self._launches == self._fault_at:
+            self._queue.submit(_fault)
+            return
         run = getattr(_library(kernel), f"launch_{kernel.name}")
         shape = (ctypes.c_uint * 6)(*grid, threads, 1, 1)
         letters = "".join("p" if _is_pointer(argument) else LETTERS[argument.dtype] for argument in arguments)
@@ -135,7 +149,8 @@ class Queue:
     def run(self, until: int | None = None) -> None:
         """Do all submitted work, or the first `until` pieces."""
         while self._waiting and (until is None or self.done < until):
-            self._waiting.popleft()()
+            self._waiting[0]()  # a fault stays, so that the queue raises again and again
+            self._waiting.popleft()
 
     @property
     def done(self) -> int:
@@ -155,6 +170,10 @@ class QueueEvent:
 
     def synchronize(self) -> None:
         self._queue.run(self._count)
+
+
+def _fault() -> None:
+    raise RuntimeError("an illegal memory access was encountered")
 
 
 def _fresh(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

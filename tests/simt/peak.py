@@ -13,8 +13,8 @@ found = {}
 lay_out_rank, load_model = engine.lay_out_rank, engine.load_model
 
 
-def make_backend(run, **_):
-    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible)
+def make_backend(run, *, progress, **_):
+    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible, progress=progress)
 
 
 def watch_layout(*arguments, **named):

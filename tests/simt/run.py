@@ -1,6 +1,7 @@
 """The whole program on the SIMT device: `python tests/simt/run.py run JOB.toml ...`, with or without mpirun.
 
-With MOEMPI_SIMT_BUFFERS=device, comm buffers are device memory. With MOEMPI_TEST_DEVICE=cuda the program runs on a GPU.
+With MOEMPI_SIMT_BUFFERS=device, comm buffers are device memory. MOEMPI_SIMT_FAULT=r:n is a fault of the n-th launch of
+the r-th rank. With MOEMPI_TEST_DEVICE=cuda the program runs on a GPU.
 """
 
 import os
@@ -12,9 +13,11 @@ from moempi.cli import main
 from simt.device import SimtDevice
 
 
-def make_backend(run, **_):
-    device = SimtDevice(pinned=os.environ.get("MOEMPI_SIMT_BUFFERS") != "device")
-    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible)
+def make_backend(run, *, local_rank, progress, **_):
+    rank, launch = os.environ.get("MOEMPI_SIMT_FAULT", "0:0").split(":")
+    fault_at = int(launch) if int(rank) == local_rank else 0
+    device = SimtDevice(pinned=os.environ.get("MOEMPI_SIMT_BUFFERS") != "device", fault_at=fault_at)
+    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible, progress=progress)
 
 
 if os.environ.get("MOEMPI_TEST_DEVICE") != "cuda":

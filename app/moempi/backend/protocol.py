@@ -104,13 +104,16 @@ class MemoryVerbs(Protocol):
     """Weights, caches, buffers and queues."""
 
     def available_bytes(self) -> int:
-        """Free memory of the machine in bytes, shared by all ranks on the node."""
+        """Free memory in bytes, shared by all ranks on the node whose backends have the same `memory_id`."""
 
     def tensor(self, *stored: Stored) -> Array:
         """Load stored values, bfloat16 bits (uint16) or float32, joined along axis 0."""
 
     def matrix(self, *stored: Stored, transposed: bool = False) -> Array:
         """Load stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
+
+    def finish_loading(self) -> None:
+        """Free memory that only loading needed. Blocks the host until the loaded tensors can be used on any queue."""
 
     def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
         """Allocate a zeroed cache of `pages` pages; if `latent`, values are the first `latent` numbers of the keys."""
@@ -291,3 +294,5 @@ class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, ExpertVerbs, TokenVerbs, Pr
     """Element type of rows in comm buffers: uint16 (bfloat16 bits) or float32."""
     comm_buffers_on_host: bool
     """Whether the host can read and write comm buffers."""
+    memory_id: str
+    """Identifies the memory that holds weights, caches and rows, among all memories of the node."""

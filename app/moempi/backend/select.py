@@ -1,8 +1,10 @@
 """Selects the backend of a run, and finds the GPUs of the node."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda.backend import CudaBackend
@@ -11,30 +13,40 @@ from moempi.backend.protocol import Backend
 from moempi.config.job import RunSection
 from moempi.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 
 def make_backend(
     run: RunSection,
     *,
     local_rank: int,
-    takes_device_memory: Callable[[], bool],
+    device_buffers: bool,
     progress: Callable[[], None] = lambda: None,
 ) -> Backend:
-    """Make the backend that the job names; "auto" uses a GPU if there is one.
+    """Make the backend that the job names; "auto" uses a GPU if there is one, and warns if one seems to be unused.
 
-    Rank i of a node uses GPU i modulo the number of GPUs. `takes_device_memory()`, called only for a GPU, returns
-    whether MPI can send from device memory. The backend calls `progress` between the pieces of long verbs. Raises
-    ConfigError if the job requires a GPU and there is none.
+    Rank i of a node uses GPU i modulo the number of GPUs. With a GPU, comm buffers are in device memory if
+    `device_buffers`, which must be the same on all ranks, else in host memory. The backend calls `progress` while a
+    verb computes or waits for long. Raises ConfigError if the job requires a GPU and there is none.
     """
-    gpus, problem = (0, "") if run.backend == "numpy" else find_gpus()
-    if run.backend == "cupy" and problem:
-        raise ConfigError(f'run.backend = "cupy": {problem}; use "auto" or "numpy"')
+    gpus = count_gpus(run)
     if not gpus:
+        if run.backend == "auto" and local_rank == 0 and _seems_to_have_gpu():
+            log.warning("this node seems to have a GPU, but the CPU is used: %s", find_gpus()[1])
         return NumpyBackend(precision=run.precision, reproducible=run.reproducible, progress=progress)
     from moempi.backend.cuda.cupy_device import CupyDevice
 
-    device = CupyDevice(local_rank % gpus, pinned=not takes_device_memory())
-    logging.getLogger(__name__).info("backend cupy on %s", device.name)
-    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible)
+    device = CupyDevice(local_rank % gpus, pinned=not device_buffers)
+    log.info("backend cupy on %s", device.name)
+    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible, progress=progress)
+
+
+def count_gpus(run: RunSection) -> int:
+    """The number of GPUs of this node that the run can use; raises ConfigError if there is none and it requires one."""
+    gpus, problem = (0, "") if run.backend == "numpy" else find_gpus()
+    if run.backend == "cupy" and problem:
+        raise ConfigError(f'run.backend = "cupy": {problem}; use "auto" or "numpy"')
+    return gpus
 
 
 def find_gpus() -> tuple[int, str]:
@@ -57,6 +69,10 @@ def find_island(local_rank: int, *, on_gpu: bool) -> str:
     from moempi.backend.cuda.cupy_device import bus_id
 
     return gpu_island(bus_id(local_rank % gpus))
+
+
+def _seems_to_have_gpu() -> bool:
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 
 def describe_gpus() -> list[str]:

@@ -85,7 +85,7 @@ def run(world: World, chosen: Namespace) -> None:
 
 def _backend(world: World) -> CudaBackend:
     run = RunSection(backend="cupy")
-    backend = make_backend(run, local_rank=world.local_rank, takes_device_memory=lambda: True)
+    backend = make_backend(run, local_rank=world.local_rank, device_buffers=True)
     if not isinstance(backend, CudaBackend):
         raise ConfigError("bench gpu needs a GPU")
     return backend

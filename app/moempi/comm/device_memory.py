@@ -1,7 +1,7 @@
 """Whether this MPI library can send rows from GPU memory.
 
 Libraries cannot be queried for this reliably, and a library that cannot crashes. So a separate process tries: it sends
-rows from one device buffer to another, to itself, and compares them.
+rows from one device buffer to another, to itself, with every kind of call that a run makes, and compares them.
 """
 
 import logging
@@ -10,27 +10,36 @@ import subprocess
 import sys
 
 import numpy as np
+from mpi4py import MPI
 
+from moempi.backend.protocol import Array
+from moempi.comm.transports.base import MpiRequest
+from moempi.comm.transports.pairwise import RequestGroup
 from moempi.config.job import ExchangeSection
+from moempi.runtime.world import World
 
 LIMIT_S = 60.0
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PMI2_", "PRTE_", "HYDRA_", "SLURM_", "FLUX_")
 KEPT_PREFIXES = ("OMPI_MCA_", "OMPI_ALLOW_")
 ROWS = 1 << 16
 
+log = logging.getLogger(__name__)
 
-def takes_device_memory(exchange: ExchangeSection) -> bool:
-    """Whether this job sends rows from device memory: `exchange.buffers`, or for "auto" the result of a trial.
 
-    Never with checksums or the transport "shared", which need rows on the host. A trial blocks for seconds.
+def takes_device_memory(exchange: ExchangeSection, world: World, *, has_gpu: bool) -> bool:
+    """Whether all ranks send rows from device memory: `exchange.buffers`, or for "auto" the results of trials.
+
+    The first rank of each node makes one, and all ranks send from device memory only if every trial succeeds and every
+    rank `has_gpu`. Never with checksums or the transport "shared", which need rows on the host. Collective; a trial
+    blocks for seconds.
     """
-    if exchange.verify or exchange.transport == "shared":
+    if exchange.verify or exchange.transport == "shared" or exchange.buffers == "host":
         return False
-    if exchange.buffers != "auto":
-        return exchange.buffers == "device"
-    succeeded = trial()
-    logging.getLogger(__name__).info("MPI %s device memory", "takes" if succeeded else "does not take")
-    return succeeded
+    own = has_gpu and (exchange.buffers == "device" or world.local_rank > 0 or trial())
+    agreed: int = world.comm.allreduce(int(own), MPI.MIN)
+    if has_gpu and world.rank == 0:
+        log.info("comm buffers are in %s memory", "device" if agreed else "host")
+    return bool(agreed)
 
 
 def trial() -> bool:
@@ -49,18 +58,35 @@ def trial() -> bool:
 
 
 def _send_to_self() -> bool:
-    from mpi4py import MPI
-
     from moempi.backend.cuda.cupy_device import CupyDevice
 
-    device = CupyDevice(0, pinned=False)
-    sent, received = device.comm_buffer((ROWS,), np.int32), device.comm_buffer((ROWS,), np.int32)
-    sent[:] = device.upload(np.arange(ROWS, dtype=np.int32))
-    device.record_event().synchronize()
-    request = MPI.COMM_SELF.Irecv([received, MPI.INT32_T], 0)
-    MPI.COMM_SELF.Isend([sent, MPI.INT32_T], 0).Wait()
-    request.Wait()
-    return bool((device.download(received) == np.arange(ROWS)).all())
+    device, sent = CupyDevice(0, pinned=False), np.arange(ROWS, dtype=np.int32)
+    outgoing = device.comm_buffer((ROWS,), np.int32)
+    device.copy(device.upload(sent), outgoing)
+    for start in (start_message, start_alltoallv, start_allgatherv):
+        incoming = device.comm_buffer((ROWS,), np.int32)
+        device.copy(device.upload(np.zeros_like(sent)), incoming)
+        device.record_event().synchronize()
+        start(MPI.COMM_SELF, outgoing, incoming).Wait()
+        if not np.array_equal(device.download(incoming), sent):
+            return False
+    return True
+
+
+def start_message(comm: MPI.Intracomm, outgoing: Array, incoming: Array) -> MpiRequest:
+    """A message to itself, of the kind of `Pairwise` and of the links between stages."""
+    received = comm.Irecv([incoming, MPI.INT32_T], comm.rank)
+    return RequestGroup([comm.Isend([outgoing, MPI.INT32_T], comm.rank), received])
+
+
+def start_alltoallv(comm: MPI.Intracomm, outgoing: Array, incoming: Array) -> MpiRequest:
+    """The collective of the transport `Alltoallv` and of tensor groups, in a group of one rank."""
+    return comm.Ialltoallv([outgoing, [ROWS], MPI.INT32_T], [incoming, [ROWS], MPI.INT32_T])
+
+
+def start_allgatherv(comm: MPI.Intracomm, outgoing: Array, incoming: Array) -> MpiRequest:
+    """The other collective of tensor groups, in a group of one rank."""
+    return comm.Iallgatherv([outgoing, ROWS, MPI.INT32_T], [incoming, [ROWS], MPI.INT32_T])
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from moempi.backend.select import find_island, make_backend
-from moempi.comm.device_memory import trial
+from moempi.backend.select import count_gpus, find_island, make_backend
+from moempi.comm.device_memory import takes_device_memory
 from moempi.comm.select_transport import candidates, exchange_s, make_transport
-from moempi.config.job import RunSection, TopologySection
+from moempi.config.job import ExchangeSection, RunSection, TopologySection
 from moempi.layout.topology import Topology
 from moempi.runtime.world import World
 
@@ -95,7 +95,8 @@ def _time_transports(world: World, topology: Topology, ranks: MPI.Intracomm) -> 
 
     The rows are in comm buffers of the backend that a run would select: the CUDA backend if there is a GPU.
     """
-    backend = make_backend(RunSection(), local_rank=world.local_rank, takes_device_memory=trial)
+    device_buffers = takes_device_memory(ExchangeSection(), world, has_gpu=count_gpus(RunSection()) > 0)
+    backend = make_backend(RunSection(), local_rank=world.local_rank, device_buffers=device_buffers)
     row_bytes = WIDTH * backend.row_dtype.itemsize
     taken = {}
     for name in candidates(backend):

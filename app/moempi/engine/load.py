@@ -41,9 +41,7 @@ def load_model(
         head=_head(shard, backend) if is_last else None,
         cache=KVCache(backend, architecture.attention, layers=len(layers), pages=pages),
     )
-    loaded = backend.record_event()
-    if loaded is not None:
-        loaded.synchronize()  # the lanes compute on other queues, which do not wait for this one
+    backend.finish_loading()  # the lanes compute on other queues, which do not wait for this one
     return model
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moempi.backend.protocol import Backend
 from moempi.backend.select import find_island
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, TopologySection
@@ -81,8 +82,12 @@ def lay_out_rank(job: Job, world: World, architecture: Architecture, *, on_gpu: 
     return RankLayout(ranks, topology, layout, layout.grid.coordinates(ranks.rank))
 
 
-def available_bytes(section: TopologySection, world: World, *, of_node: int) -> int:
-    """This rank's memory: `rank_memory` of the job, or an equal share of the `of_node` bytes that its node has free."""
+def available_bytes(section: TopologySection, world: World, backend: Backend) -> int:
+    """This rank's memory: `rank_memory` of the job, or an equal share of what is free in the memory of its backend.
+
+    The ranks of a node whose backends have the same memory share it. Collective.
+    """
     if section.rank_memory != "auto":
         return parse_size(section.rank_memory)
-    return of_node // world.nodes.count(world.nodes[world.rank])
+    memories = world.comm.allgather((world.nodes[world.rank], backend.memory_id))
+    return backend.available_bytes() // memories.count(memories[world.rank])

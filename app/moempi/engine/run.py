@@ -12,7 +12,7 @@ from time import perf_counter
 import msgspec
 
 from moempi.backend.protocol import Backend
-from moempi.backend.select import make_backend
+from moempi.backend.select import count_gpus, make_backend
 from moempi.comm.device_memory import takes_device_memory
 from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
@@ -71,7 +71,7 @@ def run_job(
     attempt.warn_of_damage()
     # The backend, and this rank's position in the layout.
     pending = PendingTransfers()
-    backend = world.collectively(lambda: _backend(job, world, pending))
+    backend = _backend(job, world, pending)
     rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
     # The requests of this rank's data parallel group, which the first stage schedules, and the cache for them.
     tokenizer = TextTokenizer(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens)
@@ -147,11 +147,13 @@ def _print(report: Report) -> None:
 
 
 def _backend(job: Job, world: World, pending: PendingTransfers) -> Backend:
-    return make_backend(
-        job.run,
-        local_rank=world.local_rank,
-        takes_device_memory=lambda: takes_device_memory(job.exchange),
-        progress=pending.progress,
+    """This rank's backend; collective, blocks. All ranks have comm buffers in device memory, or all on the host."""
+    gpus = world.collectively(lambda: count_gpus(job.run))
+    device_buffers = takes_device_memory(job.exchange, world, has_gpu=gpus > 0)
+    return world.collectively(
+        lambda: make_backend(
+            job.run, local_rank=world.local_rank, device_buffers=device_buffers, progress=pending.progress
+        )
     )
 
 
@@ -179,7 +181,7 @@ def _cache_pages(job: Job, world: World, rank_layout: RankLayout, backend: Backe
 
     Collective.
     """
-    available = available_bytes(job.topology, world, of_node=backend.available_bytes())
+    available = available_bytes(job.topology, world, backend)
     affordable = world.collectively(lambda: affordable_pages(job.run, rank_layout.memory, available=available))
     useful = useful_pages(requests, slots=rank_layout.grid.slots_per_group)
     pages: int = min(world.comm.allreduce(affordable, min), world.comm.allreduce(useful, max))

@@ -87,6 +87,21 @@ def test_float32_results_are_the_same_on_any_grid(run, alone, num_ranks, setting
     assert difference.largest <= within
 
 
+def test_a_kernel_s_fault_ends_all_ranks_at_once(alone, tmp_path):
+    named = {
+        "model.weights": alone.with_name("abacus.h5"),
+        "output.results": tmp_path / "none.h5",
+        "run.timeout_s": 300,
+    }
+    options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
+    command = python("tests/simt/run.py", "run", ROOT / "jobs/abacus.toml", *options)
+    outcome = mpirun(2, *command, limit_s=60, PYTHONPATH="tests", MOEMPI_SIMT_FAULT="1:300")
+    assert outcome.code not in (0, 75)
+    assert "moempi: rank 1: " in outcome.err
+    assert "illegal memory access" in outcome.err
+    assert not (tmp_path / "none.h5").exists()
+
+
 def test_a_missing_gpu_is_reported_in_one_line(alone, tmp_path):
     named = {
         "run.backend": "cupy",

@@ -42,6 +42,7 @@ class NumpyBackend:
 
     name = "numpy"
     comm_buffers_on_host = True
+    memory_id = "host"
 
     def __init__(self, *, precision: str, reproducible: bool, progress: Callable[[], None] = lambda: None) -> None:
         self.is_bfloat16 = precision == "bfloat16"
@@ -71,6 +72,9 @@ class NumpyBackend:
         width = sum(part.shape[1] for part in parts)
         joined = aligned_empty((parts[0].shape[0], width), np.float32)
         return np.concatenate(parts, axis=1, out=joined)
+
+    def finish_loading(self) -> None:
+        """Tensors are loaded when `tensor` returns."""
 
     def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
         keys = np.zeros((pages * PAGE_ROWS, kv_heads, head_dim), np.float32)

@@ -1,11 +1,13 @@
 """The GPU backend: CUDA kernels on a `Device`, and matrix products by the device's library.
 
 Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `group`, `sample` and
-`score` returns when its work is submitted. Matrices stay as they are stored. The bits of a product depend on the number
+`score` returns when its work is submitted; while these four wait, they call `progress`, so that the transfers of all
+lanes advance. Matrices stay as they are stored. The bits of a product depend on the number
 of rows of the call. `reproducible` therefore makes only calls of PRODUCT_ROWS rows, and attends row by row.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -63,13 +65,17 @@ class CudaBackend:
 
     name = "cupy"
 
-    def __init__(self, device: Device, *, precision: str, reproducible: bool) -> None:
+    def __init__(
+        self, device: Device, *, precision: str, reproducible: bool, progress: Callable[[], None] = lambda: None
+    ) -> None:
         self.device = device
+        self.memory_id = device.memory_id
         self.comm_buffers_on_host = device.comm_buffers_on_host
         self.is_bfloat16 = precision == "bfloat16"
         self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
         self._constants: tuple[tuple[str, int | None], ...] = () if self.is_bfloat16 else (("FLOAT32_ROWS", None),)
+        self._progress = progress
         self._queue = 0
         self._layouts: dict[int, AttentionLayout] = {}
 
@@ -129,10 +135,24 @@ class CudaBackend:
     def upload(self, values: npt.NDArray[Any]) -> Array:
         """Integers become int32, floats float32."""
         kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
-        return self.device.upload(values.astype(kind))
+        return self.device.upload(values.astype(kind, copy=False))
 
     def download(self, values: Array) -> npt.NDArray[Any]:
-        return self.device.download(values)
+        (on_host,) = self._download(values)
+        return on_host
+
+    def _download(self, *arrays: Array) -> list[npt.NDArray[Any]]:
+        """Copies of all arrays, for which the host waits once."""
+        on_host = [self.device.start_download(values) for values in arrays]
+        event = self.device.record_event()
+        while not event.is_done():
+            self._progress()
+            os.sched_yield()
+        return [values.copy() for values in on_host]
+
+    def finish_loading(self) -> None:
+        self.device.record_event().synchronize()
+        self.device.free_unused()
 
     # Rows
 
@@ -403,7 +423,7 @@ class CudaBackend:
         found = (tokens, logprobs, top_tokens, top_logprobs)
         given = (logits, self.upload(targets), *found)
         self._launch("tokens", "score", (rows, 1, 1), 1024, *given, np.int32(vocabulary), np.int32(top))
-        return SampledTokens(*(self.download(values) for values in found))
+        return SampledTokens(*self._download(*found))
 
     # Products
 

@@ -3,7 +3,9 @@
 CuPy keeps compiled kernels in its cache folder, so a kernel is compiled once for each GPU architecture and model shape.
 """
 
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -21,6 +23,10 @@ REAL = {np.dtype(np.uint16): 14, np.dtype(np.float32): 0}
 COMPUTE_32F, DEFAULT_ALGORITHM = 68, -1
 PLAIN, TRANSPOSED = 0, 1
 ONE, ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+NOT_READY = 600
+"""cudaErrorNotReady: work before the event is not done."""
+STAGED_BYTES = 16 << 20
+"""Largest array that is uploaded through pinned memory, which CuPy rounds up to a power of two and keeps."""
 
 
 class CupyDevice:
@@ -41,11 +47,17 @@ class CupyDevice:
                 f'run.backend = "cupy": {self.name} has no bfloat16; it takes compute capability 8.0 or more'
             )
         self.comm_buffers_on_host = pinned
+        self._uuid = properties["uuid"][:16].hex()
         self._queues: dict[int, tuple[cupy.cuda.Stream, int]] = {}
         self.use_queue(0)
 
+    @property
+    def memory_id(self) -> str:
+        """The PCI address, and the UUID, which differs for the parts of a divided GPU."""
+        return f"{self._device.pci_bus_id} {self._uuid}"
+
     def available_bytes(self) -> int:
-        return int(self._device.mem_info[0]) * count_devices()
+        return int(self._device.mem_info[0])
 
     def use_queue(self, number: int) -> None:
         if number not in self._queues:
@@ -69,17 +81,37 @@ class CupyDevice:
         return np.asarray(_PinnedMemory(num_bytes)).view(dtype)[:count].reshape(shape)
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
-        cupy.cuda.runtime.hostRegister(memory.ctypes.data, memory.nbytes, cupy.cuda.runtime.hostAllocPortable)
+        if memory.nbytes:  # the driver refuses an empty range
+            cupy.cuda.runtime.hostRegister(memory.ctypes.data, memory.nbytes, cupy.cuda.runtime.hostAllocPortable)
 
     def holds(self, values: Array) -> bool:
         return isinstance(values, cupy.ndarray)
 
     def upload(self, values: npt.NDArray[Any]) -> Array:
-        """Through pinned memory that CuPy keeps until the copy is done."""
-        return cupy.asarray(np.ascontiguousarray(values))
+        """Up to STAGED_BYTES through pinned memory that CuPy keeps until the copy is done; blocks for larger arrays."""
+        if values.nbytes <= STAGED_BYTES:
+            return cupy.asarray(np.ascontiguousarray(values))
+        resident = cupy.empty(values.shape, values.dtype)
+        resident.set(values, stream=self._stream)
+        self._stream.synchronize()
+        return resident
 
     def download(self, values: Array) -> npt.NDArray[Any]:
         return cupy.asnumpy(values, stream=self._stream)  # type: ignore[no-any-return]
+
+    def start_download(self, values: Array) -> npt.NDArray[Any]:
+        """To pinned memory of CuPy's pool, which returns there with the array."""
+        if not values.size:
+            return np.empty(values.shape, values.dtype)
+        memory = cupy.cuda.alloc_pinned_memory(values.nbytes)
+        on_host = np.frombuffer(memory, values.dtype, values.size).reshape(values.shape)
+        values.get(stream=self._stream, out=on_host, blocking=False)
+        return on_host
+
+    def free_unused(self) -> None:
+        cupy.cuda.alloc_pinned_memory(1)  # CuPy looks for completed uploads only when it allocates
+        cupy.get_default_pinned_memory_pool().free_all_blocks()
+        cupy.get_default_memory_pool().free_all_blocks()
 
     def copy(self, values: Array, out: Array) -> None:
         out.data.copy_from_device_async(values.data, values.nbytes)
@@ -148,6 +180,8 @@ class CupyDevice:
 class _PinnedMemory:
     """Page-locked host memory, which has the same address on the GPU."""
 
+    _address = 0
+
     def __init__(self, num_bytes: int) -> None:
         num_bytes = -(-num_bytes // 4) * 4  # a multiple of every element size
         self._address = cupy.cuda.runtime.hostAlloc(num_bytes, cupy.cuda.runtime.hostAllocPortable)
@@ -159,17 +193,24 @@ class _PinnedMemory:
         }
 
     def __del__(self) -> None:
-        cupy.cuda.runtime.freeHost(self._address)
+        if not sys.is_finalizing():
+            with suppress(cupy.cuda.runtime.CUDARuntimeError):  # after a kernel's fault, which its event has raised
+                cupy.cuda.runtime.freeHost(self._address)
 
 
 class StreamEvent:
-    """A CUDA event."""
+    """A CUDA event. Its methods raise CUDARuntimeError after a kernel's fault."""
 
     def __init__(self, event: Any) -> None:
         self._event = event
 
     def is_done(self) -> bool:
-        return bool(self._event.done)
+        """CuPy's `Event.done` is False after a fault too, so the status of the query is read here."""
+        status = cupy.cuda.runtime.eventQuery(self._event.ptr)
+        if status == NOT_READY:
+            return False
+        cupy.cuda.runtime.check_status(status)
+        return True
 
     def synchronize(self) -> None:
         self._event.synchronize()

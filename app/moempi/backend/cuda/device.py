@@ -55,8 +55,12 @@ class Device(Protocol):
     name: str
     comm_buffers_on_host: bool
 
+    @property
+    def memory_id(self) -> str:
+        """Identifies the device's memory among all of the node."""
+
     def available_bytes(self) -> int:
-        """Free memory of the node's devices in bytes, estimated as this device's free memory times their number."""
+        """Free memory of the device in bytes."""
 
     def use_queue(self, number: int) -> None:
         """Make `number` the current queue."""
@@ -68,7 +72,10 @@ class Device(Protocol):
         """Allocate contiguous memory that both kernels and MPI can address; freeing it waits for the device."""
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Make host memory that the caller allocated addressable by kernels until the process ends."""
+        """Make host memory that the caller allocated addressable by kernels until the process ends.
+
+        Empty memory needs nothing.
+        """
 
     def holds(self, values: Array) -> bool:
         """Whether an array is in device memory."""
@@ -78,6 +85,12 @@ class Device(Protocol):
 
     def download(self, values: Array) -> npt.NDArray[Any]:
         """Copy to the host. Blocks the host until all work submitted to the queue before is done."""
+
+    def start_download(self, values: Array) -> npt.NDArray[Any]:
+        """Submit a copy to new host memory, which holds the values once an event recorded behind the copy is done."""
+
+    def free_unused(self) -> None:
+        """Return memory that only completed work used to the system."""
 
     def copy(self, values: Array, out: Array) -> None:
         """Submit a copy between contiguous arrays of equal size."""

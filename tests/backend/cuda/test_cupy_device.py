@@ -1,0 +1,65 @@
+"""The calls to CUDA whose meaning a machine without a GPU can check, with a driver that returns what the test says."""
+
+import sys
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+cupy = pytest.importorskip("cupy")
+NAME = "moempi.backend.cuda.cupy_device"
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The module, also where cuBLAS is not installed: no product is computed here."""
+    try:
+        return import_module(NAME)
+    except ImportError:
+        monkeypatch.setitem(vars(import_module("cupy_backends.cuda.libs")), "cublas", ModuleType("cublas"))
+        module = import_module(NAME)
+        monkeypatch.delitem(sys.modules, NAME)
+        return module
+
+
+def return_statuses(monkeypatch, name, statuses):
+    remaining = iter(statuses)
+    monkeypatch.setattr(cupy.cuda.runtime, name, lambda *_: next(remaining))
+
+
+def test_an_event_after_a_fault_raises_and_is_not_pending_for_ever(monkeypatch, device):
+    event = device.StreamEvent(SimpleNamespace(ptr=1, done=False))
+    return_statuses(monkeypatch, "eventQuery", [600, 0, 700, 719])
+    assert not event.is_done()
+    assert event.is_done()
+    for _ in range(2):
+        with pytest.raises(cupy.cuda.runtime.CUDARuntimeError):
+            event.is_done()
+
+
+def test_no_empty_memory_is_registered(monkeypatch, device):
+    registered = []
+    monkeypatch.setattr(cupy.cuda.runtime, "hostRegister", lambda *given: registered.append(given[1]))
+    for num_bytes in (0, 64):
+        device.CupyDevice.register_host_memory(None, np.zeros(num_bytes, np.uint8))
+    assert registered == [64]
+
+
+def test_pinned_memory_is_freed_once_and_quietly_after_a_fault(monkeypatch, device):
+    freed = []
+
+    def free(address):
+        freed.append(address)
+        raise cupy.cuda.runtime.CUDARuntimeError(700)
+
+    monkeypatch.setattr(cupy.cuda.runtime, "hostAlloc", lambda *_: 4096)
+    monkeypatch.setattr(cupy.cuda.runtime, "freeHost", free)
+    monkeypatch.setattr("sys.unraisablehook", lambda args: pytest.fail(str(args)))
+    memory = device._PinnedMemory(8)
+    del memory
+    assert freed == [4096]
+    monkeypatch.setattr("sys.is_finalizing", lambda: True)
+    memory = device._PinnedMemory(8)
+    del memory
+    assert freed == [4096]
