@@ -16,6 +16,7 @@ from moempi.bench.gpu_clock import EventClock
 from moempi.bench.gpu_report import KERNELS, OURS, Case, measure_case
 from moempi.bench.random_values import PAGE_NUMBERS, RandomValues
 from moempi.bench.torch_peers import TorchPeers
+from moempi.comm.transfers import PendingTransfers
 from mpirun import mpirun, python
 from simt.device import SimtDevice
 
@@ -27,9 +28,19 @@ SMALL = [
 ]
 
 
+def make_backend(pending, **options):
+    device = SimtDevice(pinned=False, **options)
+    return CudaBackend(device, precision="bfloat16", reproducible=False, progress=pending.progress)
+
+
 @pytest.fixture
-def backend():
-    return CudaBackend(SimtDevice(pinned=False), precision="bfloat16", reproducible=False)
+def pending():
+    return PendingTransfers()
+
+
+@pytest.fixture
+def backend(pending):
+    return make_backend(pending)
 
 
 def parse(*flags):
@@ -42,13 +53,12 @@ def fail():
     raise RuntimeError("out of memory\nsecond line")
 
 
-def figures_of(backend, torch, *flags):
-    timer = HostTimer(backend)
-    return list(gpu.measure(backend, timer, TorchPeers(torch), MPI.COMM_SELF, parse(*flags)))
+def figures_of(backend, torch, pending):
+    return list(gpu.measure(backend, HostTimer(backend), TorchPeers(torch), pending, MPI.COMM_SELF, parse()))
 
 
-def test_all_parts_are_measured_without_torch(backend):
-    figures = figures_of(backend, None)
+def test_all_parts_are_measured_without_torch(backend, pending):
+    figures = figures_of(backend, None, pending)
     assert [figure.note for figure in figures if "failed" in figure.note] == []
     measured = {figure.part for figure in figures if figure.gpu_us or figure.wall_us}
     small = {"rms_norm", "add", "swiglu", "rotate", "extend_cache", "choose_experts", "group"}
@@ -63,11 +73,11 @@ def test_all_parts_are_measured_without_torch(backend):
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs torch and transformers")
-def test_torch_computes_the_same():
+def test_torch_computes_the_same(pending):
     import torch
 
-    device = SimtDevice(pinned=False, eager=True)  # torch copies indices at once, which a stream would order
-    figures = figures_of(CudaBackend(device, precision="bfloat16", reproducible=False), torch)
+    backend = make_backend(pending, eager=True)  # torch copies indices at once, which a stream would order
+    figures = figures_of(backend, torch, pending)
     notes = {(figure.part, figure.work, figure.contestant): figure.note for figure in figures}
     assert not [key for key, note in notes.items() if "DIFFERENT" in note or "not compared" in note], notes
     compared = {(part, contestant) for (part, _, contestant), note in notes.items() if "same within" in note}
@@ -121,7 +131,7 @@ def test_random_values_fill_an_array_of_any_size(backend):
 
 def test_the_command_prints_a_table_and_writes_json(backend, tmp_path, capsys, monkeypatch):
     world = SimpleNamespace(comm=MPI.COMM_SELF, size=1, rank=0, num_nodes=1, collectively=lambda action: action())
-    monkeypatch.setattr(gpu, "_backend", lambda world: backend)
+    monkeypatch.setattr(gpu, "_backend", lambda *_: backend)
     monkeypatch.setattr(gpu_timer, "CudaTimer", lambda: HostTimer(backend))
     monkeypatch.setattr(gpu, "find_torch", fail)
     monkeypatch.setenv("COLUMNS", "200")

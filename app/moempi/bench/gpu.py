@@ -23,6 +23,7 @@ from moempi.bench.gpu_report import COPY, Bench, Figure, cells, measure_case, ta
 from moempi.bench.measure import machine
 from moempi.bench.random_values import RandomValues
 from moempi.bench.torch_peers import TorchPeers, find_torch
+from moempi.comm.transfers import PendingTransfers
 from moempi.commands.flags import count
 from moempi.config.job import RunSection
 from moempi.errors import ConfigError
@@ -68,13 +69,14 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure on the GPU of rank 0 and print; collective. Raises ConfigError without a GPU."""
-    backend = world.collectively(lambda: _backend(world))
+    pending = PendingTransfers()
+    backend = world.collectively(lambda: _backend(world, pending))
     alone = world.comm.Split(world.rank, 0)
     if world.rank == 0:
         from moempi.bench.gpu_timer import CudaTimer
 
         figures = []
-        for figure in measure(backend, CudaTimer(), _peers(), alone, chosen):
+        for figure in measure(backend, CudaTimer(), _peers(), pending, alone, chosen):
             figures.append(figure)
             error_console().print(" | ".join(cells(figure)), soft_wrap=True)
             if chosen.json is not None:
@@ -83,9 +85,9 @@ def run(world: World, chosen: Namespace) -> None:
     world.comm.Barrier()
 
 
-def _backend(world: World) -> CudaBackend:
+def _backend(world: World, pending: PendingTransfers) -> CudaBackend:
     run = RunSection(backend="cupy")
-    backend = make_backend(run, local_rank=world.local_rank, device_buffers=True)
+    backend = make_backend(run, local_rank=world.local_rank, device_buffers=True, progress=pending.progress)
     if not isinstance(backend, CudaBackend):
         raise ConfigError("bench gpu needs a GPU")
     return backend
@@ -100,10 +102,15 @@ def _peers() -> TorchPeers:
         return TorchPeers(None)
 
 
-def measure(backend: CudaBackend, timer: Timer, peers: TorchPeers, comm: Any, chosen: Namespace) -> Iterator[Figure]:
-    """Yield all figures of one GPU as they are measured; `comm` is a communicator of this rank alone."""
+def measure(
+    backend: CudaBackend, timer: Timer, peers: TorchPeers, pending: PendingTransfers, comm: Any, chosen: Namespace
+) -> Iterator[Figure]:
+    """Yield all figures of one GPU as they are measured.
+
+    The backend advances the `pending` transfers of the layers; `comm` is a communicator of this rank alone.
+    """
     clock = EventClock(timer, rounds=chosen.rounds, most_repeats=chosen.repeats)
-    bench = Bench(backend, clock, RandomValues(backend.device), peers)
+    bench = Bench(backend, clock, RandomValues(backend.device), peers, pending)
     with peers.on_stream(timer.stream):
         copied = measure_case(bench, COPY, lambda: copy_case(bench, chosen), copy_rate=None)
         yield from copied

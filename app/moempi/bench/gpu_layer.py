@@ -26,7 +26,7 @@ from moempi.comm.combine import HomeCombine
 from moempi.comm.hop import Hop
 from moempi.comm.lane_comm import LaneComm, make_lane_comm
 from moempi.comm.row_shape import RowShape
-from moempi.comm.transfers import PendingTransfers, Transfers
+from moempi.comm.transfers import Transfers
 from moempi.comm.transport_factory import TransportFactory
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.engine.interleave import interleave
@@ -143,14 +143,13 @@ class _Rig:
         layout = Layout(grid, (dict.fromkeys(stage.layers, linear(1, 1)),), (), ())
         shape = RowShape(model.architecture.width, top_k=1, group_rows=num_rows)
         transports = _LoopbackFactory(backend=bench.backend, name=Loopback.name, shape=shape, slot_rows=num_rows)
-        pending = PendingTransfers()
         self._comms: Sequence[LaneComm] = [
             make_lane_comm(
                 comm,
                 layout,
                 Topology((0,)),
                 transports=transports,
-                transfers=Transfers(bench.backend, pending, overlap=True),
+                transfers=Transfers(bench.backend, bench.pending, overlap=True),
             )
             for _ in range(lanes)
         ]
@@ -253,7 +252,7 @@ def _block(
         router=Matrix(router, False),
         experts=[Expert(Matrix(gate_up[e], False), Matrix(down[e], False)) for e in range(sizes.experts)],
     )
-    transfers = Transfers(backend, PendingTransfers(), overlap=True)
+    transfers = Transfers(backend, bench.pending, overlap=True)
     transport = Loopback(partial(backend.comm_buffer, width=sizes.width))
     hop = Hop(comm, backend, transfers=transfers, transport=transport, width=sizes.width)
     exchange = make_exchange(hop, linear(sizes.experts, 1))

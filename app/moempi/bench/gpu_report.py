@@ -14,6 +14,7 @@ from moempi.bench.device_calls import record_calls, replay
 from moempi.bench.gpu_clock import EventClock, Run, Timing, describe
 from moempi.bench.random_values import RandomValues
 from moempi.bench.torch_peers import TorchPeers
+from moempi.comm.transfers import PendingTransfers
 
 OURS, COPY, KERNELS = "moempi", "copy", "its kernels alone"
 TOLERANCE = 0.05
@@ -22,12 +23,13 @@ TOLERANCE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all cases are measured with."""
+    """What all cases are measured with; the backend advances the `pending` transfers while the host waits."""
 
     backend: CudaBackend
     clock: EventClock
     values: RandomValues
     peers: TorchPeers
+    pending: PendingTransfers
 
 
 @dataclass(frozen=True, slots=True)

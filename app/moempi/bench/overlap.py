@@ -188,7 +188,7 @@ def _backend(world: World, name: Literal["numpy", "cupy"], pending: PendingTrans
     return make_backend(
         run,
         local_rank=world.local_rank,
-        takes_device_memory=lambda: world.size == 1,
+        device_buffers=world.size == 1,
         progress=pending.progress,
     )
 
