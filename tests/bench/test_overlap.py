@@ -1,5 +1,6 @@
 """`moempi bench overlap` on a device with queues: one rank, whose rows take the time of an emulated link."""
 
+import json
 from argparse import ArgumentParser
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from moempi.bench import overlap
 from moempi.bench.random_layer import Sizes
 from moempi.bench.timeline import Timeline
 from moempi.comm.transfers import PendingTransfers
+from mpirun import ROOT, python
 from simt.device import SimtDevice
 
 WORLD = SimpleNamespace(comm=MPI.COMM_SELF, size=1, rank=0, num_nodes=1)
@@ -51,3 +53,32 @@ def test_the_hidden_share_is_the_time_on_the_link_in_which_any_lane_computes():
     timeline.add_computing(0, 5.0, 7.0)
     timeline.add_computing(1, 6.0, 10.0)
     assert timeline.hidden() == pytest.approx(3 / 8)
+
+
+SCRIPT = """
+import sys
+from bench.gpu_timer import HostTimer
+from moempi.backend.cuda.backend import CudaBackend
+from moempi.bench import gpu_timer, overlap
+from moempi.cli import main
+from simt.device import SimtDevice
+
+def make_backend(run, *, local_rank, device_buffers, progress):
+    device = SimtDevice(pinned=not device_buffers)
+    backend = CudaBackend(device, precision=run.precision, reproducible=run.reproducible, progress=progress)
+    gpu_timer.CudaTimer = lambda: HostTimer(backend)
+    return backend
+
+overlap.make_backend = make_backend
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("num_ranks", "transport"), [(1, "alltoallv"), (2, "alltoallv"), (2, "shared")])
+def test_the_command_runs_on_a_device(mpirun, tmp_path, num_ranks, transport):
+    flags = ("--backend", "cupy", "--passes", "1", "--transport", transport, "--json", str(tmp_path / "figures.json"))
+    command = python("-c", SCRIPT, "bench", "overlap", *TINY, *flags)
+    outcome = mpirun(num_ranks, *command, COLUMNS="200", PYTHONPATH=str(ROOT / "tests"))
+    assert outcome.code == 0, outcome.err
+    (record,) = json.loads((tmp_path / "figures.json").read_text())
+    assert (record["ranks"], record["backend"], record["same_bits"]) == (num_ranks, "cupy", True)

@@ -6,6 +6,7 @@ which the contestants run alternately. Torch is measured if it can use the GPU. 
 note, and the others go on. Each figure is also printed to stderr when it is measured.
 """
 
+import gc
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--few", type=count, nargs="+", default=[1, 16, 64], metavar="M", help="rows of small experts (1 16 64)")
     add("--many", type=count, nargs="+", default=[1024, 4096, 16384], metavar="M", help="of large ones")
     add("--sequences", type=count, nargs="+", default=[32], help="sequences that decode at once (32)")
-    add("--layers", type=count, default=2, help="layers that a lane goes through (2)")
+    add("--layers", type=count, default=8, help="most layers that a lane goes through (8)")
     add("--layer-heads", type=count, nargs="+", default=[16, 128], metavar="H", help="heads of whole layers (16 128)")
     add("--layer-lanes", type=count, nargs="+", default=[1, 2], metavar="N", help="lanes of whole layers (1 2)")
     add("--layer-sequences", type=count, default=64, help="sequences of a lane that decode in whole layers (64)")
@@ -111,6 +112,8 @@ def measure(
     """
     clock = EventClock(timer, rounds=chosen.rounds, most_repeats=chosen.repeats)
     bench = Bench(backend, clock, RandomValues(backend.device), peers, pending)
+    gc.collect()
+    gc.freeze()  # so that the collections below are short
     with peers.on_stream(timer.stream):
         copied = measure_case(bench, COPY, lambda: copy_case(bench, chosen), copy_rate=None)
         yield from copied
@@ -118,6 +121,7 @@ def measure(
         for part in chosen.parts:
             for name, make in PARTS[part](bench, chosen, comm):
                 yield from measure_case(bench, name, make, copy_rate=copy_rate)
+                gc.collect()
                 peers.free_memory()
                 timer.free_memory()
 

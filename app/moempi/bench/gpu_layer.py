@@ -29,6 +29,7 @@ from moempi.comm.row_shape import RowShape
 from moempi.comm.transfers import Transfers
 from moempi.comm.transport_factory import TransportFactory
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
+from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.interleave import interleave
 from moempi.layout.grid import Grid, Stage
 from moempi.layout.layout import Layout
@@ -44,6 +45,8 @@ from moempi.model.router_balance import MODEL_ROUTING
 from moempi.model.transformer import Layer, Transformer
 
 HOST_PASSES = 5
+CACHE_BYTES = 24e9
+"""Memory for the caches of all layers and lanes, which limits the number of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +75,27 @@ def layer_cases(bench: Bench, sizes: Namespace, comm: Any) -> Iterator[Make]:
 
 
 def _layer(bench: Bench, sizes: Namespace, comm: Any, *, step: Step, heads: int, lanes: int) -> Case:
+    pages = lanes * step.sequences * pages_for(step.context)
+    layers = max(1, min(sizes.layers, int(CACHE_BYTES / (pages * PAGE_ROWS * heads * sizes.head_dim * 4))))
     architecture = Architecture(
         family="benchmark",
         vocab_size=1,
         width=sizes.width,
-        num_layers=sizes.layers,
+        num_layers=layers,
         max_positions=step.context,
         attention=AttentionShape(num_heads=heads, num_kv_heads=heads, head_dim=sizes.head_dim),
         experts=Experts(num=1, width=sizes.expert_width, router=Router(top_k=1, renormalize=True)),
     )
-    model = _random_model(bench, architecture, pages=lanes * step.sequences * pages_for(step.context))
+    model = _random_model(bench, architecture, pages=pages)
     rig = _Rig(bench, model, comm, step=step, lanes=lanes)
     return Case(
         "layer",
-        f"{step.name}, {step.sequences * step.rows:,} rows, {heads} heads, {lanes} lanes",
+        f"{step.name}, {step.sequences * step.rows:,} rows, {heads} heads, {lanes} lanes, {layers} layers",
         0,
         "",
         {OURS: rig.run},
-        units=lanes * sizes.layers,
-        wall_repeats=3,
+        units=lanes * layers,
+        wall_repeats=2,
         blocks=True,
         remark=rig.host_us,
     )
