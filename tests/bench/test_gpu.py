@@ -13,7 +13,7 @@ from moempi.backend.cuda.backend import CudaBackend
 from moempi.bench import gpu, gpu_timer
 from moempi.bench.device_calls import record_calls, replay
 from moempi.bench.gpu_clock import EventClock
-from moempi.bench.gpu_report import KERNELS, OURS, Case, measure_case
+from moempi.bench.gpu_report import KERNELS, OURS, Case, Figure, measure_case
 from moempi.bench.random_values import PAGE_NUMBERS, RandomValues
 from moempi.bench.torch_peers import TorchPeers
 from moempi.comm.transfers import PendingTransfers
@@ -50,7 +50,7 @@ def parse(*flags):
 
 
 def fail():
-    raise RuntimeError("out of memory\nsecond line")
+    raise RuntimeError("out of memory [/limit]\nsecond line")
 
 
 def figures_of(backend, torch, pending):
@@ -104,9 +104,9 @@ def test_a_contestant_that_fails_has_its_error_and_the_others_their_times(backen
     case = Case("part", "work", 8.0, "GB/s", {OURS: lambda: None, "torch": fail}, wall_repeats=1)
     ours, theirs = measure_case(bench, "part", lambda: case, copy_rate=2.0)
     assert ours.gpu_us is not None
-    assert theirs.note == "failed: RuntimeError: out of memory"
+    assert theirs.note == "failed: RuntimeError: out of memory [/limit]"
     (failed,) = measure_case(bench, "part", fail, copy_rate=None)
-    assert (failed.part, failed.note) == ("part", "failed: RuntimeError: out of memory")
+    assert (failed.part, failed.note) == ("part", "failed: RuntimeError: out of memory [/limit]")
 
 
 def test_recorded_calls_compute_the_same_again(backend):
@@ -138,7 +138,7 @@ def test_the_command_prints_a_table_and_writes_json(backend, tmp_path, capsys, m
     path = tmp_path / "figures.json"
     gpu.run(world, parse("--parts", "packing", "small", "--json", str(path)))
     captured = capsys.readouterr()
-    assert "torch: failed: RuntimeError: out of memory" in captured.err
+    assert "torch: failed: RuntimeError: out of memory [/limit]" in captured.err
     assert "pack | 16 rows | moempi | " in captured.err
     assert "its kernels alone" in captured.out
     records = json.loads(path.read_text())
@@ -166,3 +166,16 @@ def test_nvrtc_compiles_the_spin():
     ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
     assert ptx.count("%clock64") == 2  # read before the loop and in it
     assert "@%p" in ptx
+
+
+def test_an_error_outside_a_case_leaves_the_figures_so_far(tmp_path, capsys, monkeypatch):
+    def measured():
+        yield Figure("pack", "16 rows", OURS, note="failed: RuntimeError: [/limit]")
+        fail()
+
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(RuntimeError):
+        gpu._measure_and_print(measured(), title="device", caption="machine", path=tmp_path / "figures.json")
+    assert "failed: RuntimeError: [/limit]" in capsys.readouterr().out
+    records = json.loads((tmp_path / "figures.json").read_text())
+    assert [record["part"] for record in records] == ["machine", "pack"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.text import Text
 
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.select import make_backend
@@ -76,14 +76,25 @@ def run(world: World, chosen: Namespace) -> None:
     if world.rank == 0:
         from moempi.bench.gpu_timer import CudaTimer
 
-        figures = []
-        for figure in measure(backend, CudaTimer(), _peers(), pending, alone, chosen):
-            figures.append(figure)
-            error_console().print(" | ".join(cells(figure)), soft_wrap=True)
-            if chosen.json is not None:
-                write_json(chosen.json, figures)
-        console().print(_table(backend.device.name, machine(world), figures))
+        measured = measure(backend, CudaTimer(), _peers(), pending, alone, chosen)
+        _measure_and_print(measured, title=backend.device.name, caption=machine(world), path=chosen.json)
     world.comm.Barrier()
+
+
+def _measure_and_print(measured: Iterator[Figure], *, title: str, caption: str, path: Path | None) -> None:
+    """Print each figure to stderr and write all so far to `path`; then, also after an error, print their table."""
+    figures = [Figure("machine", "", "", note=f"{title}, {caption}")]
+    try:
+        for figure in measured:
+            figures.append(figure)
+            error_console().print(" | ".join(cells(figure)), soft_wrap=True, markup=False)
+            if path is not None:
+                write_json(path, figures)
+    finally:
+        whole = table(title, caption)
+        for figure in figures[1:]:
+            whole.add_row(*map(Text, cells(figure)))
+        console().print(whole)
 
 
 def _backend(world: World, pending: PendingTransfers) -> CudaBackend:
@@ -99,7 +110,7 @@ def _peers() -> TorchPeers:
     try:
         return TorchPeers(find_torch())
     except Exception as error:
-        error_console().print(f"torch: {describe(error)}")
+        error_console().print(f"torch: {describe(error)}", markup=False)
         return TorchPeers(None)
 
 
@@ -124,10 +135,3 @@ def measure(
                 gc.collect()
                 peers.free_memory()
                 timer.free_memory()
-
-
-def _table(title: str, caption: str, figures: list[Figure]) -> Table:
-    whole = table(title, caption)
-    for figure in figures:
-        whole.add_row(*cells(figure))
-    return whole
