@@ -132,8 +132,10 @@ class CudaBackend:
     def comm_buffer(self, rows: int, width: int) -> Array:
         return self.device.comm_buffer((rows, width), self.row_dtype)
 
-    def upload(self, values: npt.NDArray[Any]) -> Array:
-        """Integers become int32, floats float32."""
+    def upload(self, values: Array) -> Array:
+        """Integers become int32, floats float32. An array of the device is returned as it is."""
+        if self.device.holds(values):
+            return values
         kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
         return self.device.upload(values.astype(kind, copy=False))
 
@@ -355,8 +357,7 @@ class CudaBackend:
             return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(physical_ids), np.int64)
         source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
         counts = self.device.empty((len(physical_ids),), np.int32)
-        ids = physical_ids if self.device.holds(physical_ids) else self.upload(physical_ids)
-        given = (experts, ids, source_rows, output_rows, counts)
+        given = (experts, self.upload(physical_ids), source_rows, output_rows, counts)
         sizes = (np.int32(choices), np.int32(slots))
         self._launch("grouping", "group", (len(physical_ids), 1, 1), 256, *given, *sizes)
         return source_rows, output_rows, self.download(counts).astype(np.int64)
