@@ -50,9 +50,9 @@ class Pairwise(BufferedTransport):
         return BufferReceipt(RequestGroup(requests), incoming)
 
 
-def memory_of(buffer: Any) -> MPI.buffer:
-    """The memory of a contiguous array, in a form that mpi4py takes without asking the array."""
-    return MPI.buffer.frombuffer(buffer)
+def memory_of(buffer: Any) -> MPI.buffer | None:
+    """The memory of a contiguous array, in a form that mpi4py takes without asking the array; None if it is empty."""
+    return MPI.buffer.frombuffer(buffer) if len(buffer) else None
 
 
 def blocks(counts: IntArray) -> dict[int, tuple[int, int]]:
