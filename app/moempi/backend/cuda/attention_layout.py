@@ -30,16 +30,17 @@ class AttentionLayout:
 def lay_out_rows(
     segments: Sequence[Segment], *, can_tile: bool, upload: Callable[[IntArray], Array]
 ) -> AttentionLayout:
-    """Lay out the rows of a step; segments of at least LEAST_TILE_ROWS rows are tiled if `can_tile`."""
+    """Lay out the rows of a step in one upload; segments of at least LEAST_TILE_ROWS rows are tiled if `can_tile`."""
     first_pages = np.cumsum([0, *(len(segment.pages) for segment in segments)])[:-1].tolist()
     tiled = [can_tile and segment.length >= LEAST_TILE_ROWS for segment in segments]
-    return AttentionLayout(
-        segments,
-        upload(_spans(segments, first_pages)),
-        upload(np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int32)])),
-        upload(_tiles(segments, first_pages, tiled)),
-        _single_rows(segments, tiled),
+    pages = np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int64)])
+    # The widest rows come first, so that every row is aligned to its size.
+    parts = (_tiles(segments, first_pages, tiled), _spans(segments, first_pages), pages)
+    whole, ends = upload(np.concatenate([part.reshape(-1) for part in parts])), np.cumsum([part.size for part in parts])
+    tiles, spans, pages = (
+        whole[end - part.size : end].reshape(part.shape) for part, end in zip(parts, ends.tolist(), strict=True)
     )
+    return AttentionLayout(segments, spans, pages, tiles, _single_rows(segments, tiled))
 
 
 def fits_tiles(cache: Cache) -> bool:
