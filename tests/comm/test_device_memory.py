@@ -1,6 +1,7 @@
 """All ranks send from device memory, or none does: ranks that differ would wait for different messages."""
 
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -64,3 +65,19 @@ def test_a_trial_that_hangs_or_fails_is_no_error(monkeypatch):
     assert not device_memory.trial()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -11))
     assert not device_memory.trial()
+
+
+@pytest.mark.ranks(1)
+def test_the_trial_compares_what_every_call_moves(comm, monkeypatch):
+    """On the SIMT device, whose device memory any MPI can address; then with calls that move nothing."""
+    from types import SimpleNamespace
+
+    from simt.device import SimtDevice
+
+    module = SimpleNamespace(CupyDevice=lambda number, pinned: SimtDevice(pinned=pinned))
+    monkeypatch.setitem(sys.modules, "moempi.backend.cuda.cupy_device", module)
+    assert device_memory._send_to_self()
+    for name in ("start_message", "start_alltoallv", "start_allgatherv"):
+        with monkeypatch.context() as patch:
+            patch.setattr(device_memory, name, lambda *_: SimpleNamespace(Wait=lambda: None))
+            assert not device_memory._send_to_self()

@@ -54,17 +54,21 @@ class AttentionLayout:
 def lay_out_rows(
     segments: Sequence[Segment], *, tile_kernel: TileKernel | None, upload: Callable[[IntArray], Array]
 ) -> AttentionLayout:
-    """Lay out the rows of a step; segments of at least LEAST_TILE_ROWS rows are tiled if there is a kernel for them."""
+    """Lay out the rows of a step in one upload; `tile_kernel` takes segments of at least LEAST_TILE_ROWS rows."""
     first_pages = np.cumsum([0, *(len(segment.pages) for segment in segments)])[:-1].tolist()
     tiled = [tile_kernel is not None and segment.length >= LEAST_TILE_ROWS for segment in segments]
-    return AttentionLayout(
-        segments,
-        upload(_spans(segments, first_pages)),
-        upload(np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int32)])),
-        upload(_tiles(segments, first_pages, tiled, rows=tile_kernel.rows if tile_kernel else 0)),
-        tile_kernel,
-        _single_rows(segments, tiled),
+    pages = np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int64)])
+    # The widest rows come first, so that every row is aligned to its size.
+    parts = (
+        _tiles(segments, first_pages, tiled, rows=tile_kernel.rows if tile_kernel else 1),
+        _spans(segments, first_pages),
+        pages,
     )
+    whole, ends = upload(np.concatenate([part.reshape(-1) for part in parts])), np.cumsum([part.size for part in parts])
+    tiles, spans, pages = (
+        whole[end - part.size : end].reshape(part.shape) for part, end in zip(parts, ends.tolist(), strict=True)
+    )
+    return AttentionLayout(segments, spans, pages, tiles, tile_kernel, _single_rows(segments, tiled))
 
 
 def tile_kernel(cache: Cache, *, has_warpgroups: bool) -> TileKernel | None:
@@ -97,7 +101,7 @@ def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Seque
     tiles = [
         (segment.row + first, segment.start + first, min(rows, segment.length - first), page)
         for segment, page, is_tiled in zip(segments, first_pages, tiled, strict=True)
-        for first in range(0, segment.length if is_tiled else 0, rows or 1)
+        for first in range(0, segment.length if is_tiled else 0, rows)
     ]
     return np.array(tiles, np.int64).reshape(-1, 4)
 

@@ -145,8 +145,10 @@ class CudaBackend:
     def comm_buffer(self, rows: int, width: int) -> Array:
         return self.device.comm_buffer((rows, width), self.row_dtype)
 
-    def upload(self, values: npt.NDArray[Any]) -> Array:
-        """Integers become int32, floats float32."""
+    def upload(self, values: Array) -> Array:
+        """Integers become int32, floats float32. An array of the device is returned as it is."""
+        if self.device.holds(values):
+            return values
         kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
         return self.device.upload(values.astype(kind, copy=False))
 
@@ -394,8 +396,7 @@ class CudaBackend:
             )
         threads = 32 * min(8, MOST_IDS // ids)
         blocks = min(1024, -(-choices // (threads * GROUPED_CHOICES)))
-        on_device = physical_ids if self.device.holds(physical_ids) else self.upload(physical_ids)
-        given, before = (experts, on_device), None
+        given, before = (experts, self.upload(physical_ids)), None
         if blocks > 1:
             before = self.device.empty((len(physical_ids), blocks), np.int32)
             counted = (*given, before, np.int32(choices), num_ids)

@@ -26,7 +26,11 @@ class RequestGroup:
 
 
 class Pairwise(BufferedTransport):
-    """Irecv and Isend for each other rank that has rows; `start` copies this rank's rows for itself."""
+    """Irecv and Isend for each other rank that has rows; `start` copies this rank's rows for itself.
+
+    Messages name the memory of a whole buffer and the first row, because mpi4py takes long to find the memory of an
+    array, above all of one on a device.
+    """
 
     name = "pairwise"
     _tag = 0
@@ -34,16 +38,21 @@ class Pairwise(BufferedTransport):
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> BufferReceipt:
         self._tag = (self._tag + 1) % TAGS
         requests = []
-        received = blocks(recv_counts)
+        received, source, target = blocks(recv_counts), memory_of(outgoing), memory_of(incoming)
         for rank, (first, last) in received.items():
             if rank != self._comm.rank:
-                requests.append(self._comm.Irecv([incoming[first:last], last - first, self._row], rank, self._tag))
+                requests.append(self._comm.Irecv([target, (last - first, first), self._row], rank, self._tag))
         for rank, (first, last) in blocks(send_counts).items():
             if rank != self._comm.rank:
-                requests.append(self._comm.Isend([outgoing[first:last], last - first, self._row], rank, self._tag))
+                requests.append(self._comm.Isend([source, (last - first, first), self._row], rank, self._tag))
             else:
                 copy_rows(incoming, received[rank], outgoing[first:last])
         return BufferReceipt(RequestGroup(requests), incoming)
+
+
+def memory_of(buffer: Any) -> MPI.buffer | None:
+    """The memory of a contiguous array, in a form that mpi4py takes without asking the array; None if it is empty."""
+    return MPI.buffer.frombuffer(buffer) if len(buffer) else None
 
 
 def blocks(counts: IntArray) -> dict[int, tuple[int, int]]:
