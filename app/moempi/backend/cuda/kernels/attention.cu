@@ -22,7 +22,7 @@ __device__ constexpr int power_of_two(int least) { return least <= 1 ? 1 : 2 * p
 
 // Warp lanes that read one row of `eights` times eight numbers; all work if a power of two from 8 on divides `eights`.
 __device__ constexpr int lanes_of_row(int eights) {
-  return eights % 32 == 0 ? 32 : eights % 16 == 0 ? 16 : eights % 8 == 0 ? 8 : min(32, power_of_two(eights));
+  return eights % 32 == 0 ? 32 : eights % 16 == 0 ? 16 : eights % 8 == 0 ? 8 : eights < 32 ? power_of_two(eights) : 32;
 }
 
 // How a warp reads a page of rows of DIM numbers: LANES lanes read a row in STEPS steps, each lane eight numbers a
@@ -37,8 +37,8 @@ typedef Reading<HEAD_DIM> Keys;
 typedef Reading<VALUE_DIM> Values;
 
 // Blocks per multiprocessor that leave each thread the registers for its sums and for IN_FLIGHT loads.
-const int EIGHTS_HELD = HEADS * Values::STEPS + (Keys::STEPS > 1);
-const int LEAST_BLOCKS = EIGHTS_HELD == 1 ? 8 : EIGHTS_HELD <= 4 ? 5 : EIGHTS_HELD <= 9 ? 4 : 2;
+const int EIGHTS_HELD = (HEADS * Values::STEPS + (Keys::STEPS > 1)) * static_cast<int>(sizeof(row)) / 2;
+const int LEAST_BLOCKS = EIGHTS_HELD == 1 ? 8 : EIGHTS_HELD <= 3 ? 5 : EIGHTS_HELD <= 9 ? 4 : 2;
 const bool IS_WHOLE = HEAD_DIM % 8 == 0 && VALUE_DIM % 8 == 0;  // all eights of the cache exist and are aligned
 
 // Fetch the eights of the IN_FLIGHT rows of a page from `own_row` on; in place of a row outside [first, last), the
@@ -61,6 +61,7 @@ __device__ inline void score_page(const row* page, int stride, const float (*que
   const int lane = threadIdx.x % WARP_THREADS, own_key = lane / Keys::LANES, own_eight = lane % Keys::LANES;
   for (int group = first / Keys::GROUP * Keys::GROUP; group < last; group += Keys::GROUP) {
     float sums[Keys::IN_FLIGHT][HEADS] = {};
+#pragma unroll 1
     for (int step = 0; step < Keys::STEPS; ++step) {
       const int eight = step * Keys::LANES + own_eight;
       Eight<row> held[Keys::IN_FLIGHT];
