@@ -43,6 +43,7 @@ struct Fiber {
   State state = State::done;
   unsigned shuffles = 0;
   bool started = false;
+  std::vector<std::pair<unsigned short*, const unsigned short*>> copies;  // begun, and not awaited
   jmp_buf state_at_switch;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -114,6 +115,7 @@ inline void run_block(int threads, bool reverse) {
     fiber.warp = thread / WARP;
     fiber.state = State::running;
     fiber.shuffles = 0;
+    fiber.copies.clear();
   }
   for (;;) {
     const int warps = threads / WARP;
@@ -290,5 +292,9 @@ inline void multiply_add(float* c, const unsigned* a, const unsigned* b) {
 }
 inline void load_matrices(unsigned* to, const unsigned short* from) { simt::load_eights<false>(to, from); }
 inline void load_transposed(unsigned* to, const unsigned short* from) { simt::load_eights<true>(to, from); }
-inline void begin_copy(unsigned short* to, const unsigned short* from) { std::memcpy(to, from, 16); }
-inline void await_copies() {}
+// A copy arrives as late as a GPU may let it: when its thread waits.
+inline void begin_copy(unsigned short* to, const unsigned short* from) { simt::current->copies.emplace_back(to, from); }
+inline void await_copies() {
+  for (const auto& [to, from] : simt::current->copies) std::memcpy(to, from, 16);
+  simt::current->copies.clear();
+}

@@ -73,6 +73,26 @@ def test_a_missing_barrier_changes_the_result(monkeypatch):
     assert (results[0] != results[1]).any()
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_asynchronous_copy_arrives_when_its_thread_waits(monkeypatch, waits):
+    source = (
+        Kernel("tensor_core.cuh", "").source
+        + """extern "C" __global__ void copy_eight(const unsigned short* from, unsigned short* to, int waits) {
+          __shared__ __align__(16) unsigned short held[32 * 8];
+          for (int i = 0; i < 8; ++i) held[threadIdx.x * 8 + i] = 0;
+          begin_copy(held + threadIdx.x * 8, from + threadIdx.x * 8);
+          if (waits) await_copies();
+          for (int i = 0; i < 8; ++i) to[threadIdx.x * 8 + i] = held[threadIdx.x * 8 + i];
+        }"""
+    )
+    monkeypatch.setattr(Kernel, "source", source)
+    device, rows = SimtDevice(), np.arange(1, 257, dtype=np.uint16)
+    out = device.empty((256,), np.uint16)
+    kernel = Kernel("tensor_core.cuh", "copy_eight", (("COPY", None),))
+    device.launch(kernel, (1, 1, 1), 32, (device.upload(rows), out, np.int32(waits)))
+    np.testing.assert_array_equal(device.download(out), rows if waits else 0)
+
+
 def test_a_launch_with_wrong_arguments_ends_the_program():
     code = (
         "import numpy as np; from simt.device import SimtDevice; from moempi.backend.cuda.device import Kernel\n"
