@@ -55,12 +55,31 @@ __device__ inline void fetch_rows(Eight<row>* held, const row* page, int stride,
   }
 }
 
+// Sums of COUNT values over each LANES adjacent warp lanes: in place of its values, lane l of the LANES gets the sums from
+// number l * COUNT / LANES on, at least one. Each step moves half of the values that are left, so there are fewer
+// shuffles than in a sum at a time.
+template <int COUNT, int LANES>
+__device__ inline void scatter_sums(float* values) {
+  if constexpr (LANES > 1) {
+    const int APART = LANES / 2, LEFT = COUNT > 1 ? COUNT / 2 : 1;
+    const bool keeps_upper = COUNT > 1 && threadIdx.x & APART;
+#pragma unroll
+    for (int i = 0; i < LEFT; ++i) {
+      const float upper = values[COUNT > 1 ? i + LEFT : i];
+      const float kept = keeps_upper ? upper : values[i], sent = keeps_upper ? values[i] : upper;
+      values[i] = kept + __shfl_xor_sync(FULL_WARP, sent, APART);
+    }
+    scatter_sums<LEFT, APART>(values);
+  }
+}
+
 // Scores of the page's keys [first, last) with HEADS queries, into scores[key][head].
 __device__ inline void score_page(const row* page, int stride, const float (*queries)[Keys::EIGHTS * 8],
                                   float (*scores)[HEADS], int first, int last) {
   const int lane = threadIdx.x % WARP_THREADS, own_key = lane / Keys::LANES, own_eight = lane % Keys::LANES;
+  const int COUNT = power_of_two(Keys::IN_FLIGHT * HEADS), OWN_SUMS = COUNT > Keys::LANES ? COUNT / Keys::LANES : 1;
   for (int group = first / Keys::GROUP * Keys::GROUP; group < last; group += Keys::GROUP) {
-    float sums[Keys::IN_FLIGHT][HEADS] = {};
+    float sums[COUNT] = {};  // number i * HEADS + head
 #pragma unroll 1
     for (int step = 0; step < Keys::STEPS; ++step) {
       const int eight = step * Keys::LANES + own_eight;
@@ -74,17 +93,15 @@ __device__ inline void score_page(const row* page, int stride, const float (*que
 #pragma unroll
         for (int head = 0; head < HEADS; ++head)
 #pragma unroll
-          for (int n = 0; n < 8; ++n) sums[i][head] += queries[head][eight * 8 + n] * numbers[n];
+          for (int n = 0; n < 8; ++n) sums[i * HEADS + head] += queries[head][eight * 8 + n] * numbers[n];
       }
     }
+    scatter_sums<COUNT, Keys::LANES>(sums);
 #pragma unroll
-    for (int i = 0; i < Keys::IN_FLIGHT; ++i)
-#pragma unroll
-      for (int head = 0; head < HEADS; ++head) {
-        float sum = sums[i][head];
-        for (int apart = Keys::LANES / 2; apart; apart /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, apart);
-        if (own_eight == 0) scores[group + i * Keys::TOGETHER + own_key][head] = sum;
-      }
+    for (int i = 0; i < OWN_SUMS; ++i) {
+      const int number = own_eight * COUNT / Keys::LANES + i, key = group + number / HEADS * Keys::TOGETHER + own_key;
+      if (number < Keys::IN_FLIGHT * HEADS) scores[key][number % HEADS] = sums[i];
+    }
   }
 }
 
