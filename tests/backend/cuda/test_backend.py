@@ -225,6 +225,17 @@ def test_a_row_within_one_split_does_not_depend_on_a_longer_one_beside_it(pair, 
     np.testing.assert_array_equal(alone[0], together[0])
 
 
+@pytest.mark.parametrize("limit", ["MOST_BLOCKS", "PARTIAL_BYTES"])
+def test_rows_of_several_launches_equal_those_of_one(device, monkeypatch, limit):
+    pair = Pair(device, "bfloat16", reproducible=True)
+    caches, segments = cached(pair, heads=2, dim=16, lengths=[(300, 7)], scattered=True)
+    _, queries = pair.values(7, 2, 16, seed=3)
+    together = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25))
+    monkeypatch.setattr(f"moempi.backend.cuda.backend.{limit}", 3 if limit == "MOST_BLOCKS" else 600)
+    apart = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25))
+    np.testing.assert_array_equal(apart, together)
+
+
 def test_keys_beyond_a_row_and_before_its_window_are_not_read_into_it(pair):
     caches, segments = cached(pair, heads=2, dim=16, lengths=[(200, 1)], scattered=False)
     _, queries = pair.values(1, 2, 16, seed=3)

@@ -22,7 +22,7 @@ __device__ constexpr int power_of_two(int least) { return least <= 1 ? 1 : 2 * p
 
 // Warp lanes that read one row of `eights` times eight numbers; all work if a power of two from 8 on divides `eights`.
 __device__ constexpr int lanes_of_row(int eights) {
-  return eights % 32 == 0 ? 32 : eights % 16 == 0 ? 16 : eights % 8 == 0 ? 8 : min(32, power_of_two(eights));
+  return eights % 32 == 0 ? 32 : eights % 16 == 0 ? 16 : eights % 8 == 0 ? 8 : eights < 32 ? power_of_two(eights) : 32;
 }
 
 // How a warp reads a page of rows of DIM numbers: LANES lanes read a row in STEPS steps, each lane eight numbers a
@@ -37,8 +37,8 @@ typedef Reading<HEAD_DIM> Keys;
 typedef Reading<VALUE_DIM> Values;
 
 // Blocks per multiprocessor that leave each thread the registers for its sums and for IN_FLIGHT loads.
-const int EIGHTS_HELD = HEADS * Values::STEPS + (Keys::STEPS > 1);
-const int LEAST_BLOCKS = EIGHTS_HELD == 1 ? 8 : EIGHTS_HELD <= 4 ? 5 : EIGHTS_HELD <= 9 ? 4 : 2;
+const int EIGHTS_HELD = (HEADS * Values::STEPS + (Keys::STEPS > 1)) * static_cast<int>(sizeof(row)) / 2;
+const int LEAST_BLOCKS = EIGHTS_HELD == 1 ? 8 : EIGHTS_HELD <= 3 ? 5 : EIGHTS_HELD <= 9 ? 4 : 2;
 const bool IS_WHOLE = HEAD_DIM % 8 == 0 && VALUE_DIM % 8 == 0;  // all eights of the cache exist and are aligned
 
 // Fetch the eights of the IN_FLIGHT rows of a page from `own_row` on; in place of a row outside [first, last), the
@@ -55,12 +55,32 @@ __device__ inline void fetch_rows(Eight<row>* held, const row* page, int stride,
   }
 }
 
+// Sums of COUNT values over each LANES adjacent warp lanes: in place of its values, lane l of the LANES gets the sums from
+// number l * COUNT / LANES on, at least one. Each step moves half of the values that are left, so there are fewer
+// shuffles than in a sum at a time.
+template <int COUNT, int LANES>
+__device__ inline void scatter_sums(float* values) {
+  if constexpr (LANES > 1) {
+    const int APART = LANES / 2, LEFT = COUNT > 1 ? COUNT / 2 : 1;
+    const bool keeps_upper = COUNT > 1 && threadIdx.x & APART;
+#pragma unroll
+    for (int i = 0; i < LEFT; ++i) {
+      const float upper = values[COUNT > 1 ? i + LEFT : i];
+      const float kept = keeps_upper ? upper : values[i], sent = keeps_upper ? values[i] : upper;
+      values[i] = kept + __shfl_xor_sync(FULL_WARP, sent, APART);
+    }
+    scatter_sums<LEFT, APART>(values);
+  }
+}
+
 // Scores of the page's keys [first, last) with HEADS queries, into scores[key][head].
 __device__ inline void score_page(const row* page, int stride, const float (*queries)[Keys::EIGHTS * 8],
                                   float (*scores)[HEADS], int first, int last) {
   const int lane = threadIdx.x % WARP_THREADS, own_key = lane / Keys::LANES, own_eight = lane % Keys::LANES;
+  const int COUNT = power_of_two(Keys::IN_FLIGHT * HEADS), OWN_SUMS = COUNT > Keys::LANES ? COUNT / Keys::LANES : 1;
   for (int group = first / Keys::GROUP * Keys::GROUP; group < last; group += Keys::GROUP) {
-    float sums[Keys::IN_FLIGHT][HEADS] = {};
+    float sums[COUNT] = {};  // number i * HEADS + head
+#pragma unroll 1
     for (int step = 0; step < Keys::STEPS; ++step) {
       const int eight = step * Keys::LANES + own_eight;
       Eight<row> held[Keys::IN_FLIGHT];
@@ -73,17 +93,15 @@ __device__ inline void score_page(const row* page, int stride, const float (*que
 #pragma unroll
         for (int head = 0; head < HEADS; ++head)
 #pragma unroll
-          for (int n = 0; n < 8; ++n) sums[i][head] += queries[head][eight * 8 + n] * numbers[n];
+          for (int n = 0; n < 8; ++n) sums[i * HEADS + head] += queries[head][eight * 8 + n] * numbers[n];
       }
     }
+    scatter_sums<COUNT, Keys::LANES>(sums);
 #pragma unroll
-    for (int i = 0; i < Keys::IN_FLIGHT; ++i)
-#pragma unroll
-      for (int head = 0; head < HEADS; ++head) {
-        float sum = sums[i][head];
-        for (int apart = Keys::LANES / 2; apart; apart /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, apart);
-        if (own_eight == 0) scores[group + i * Keys::TOGETHER + own_key][head] = sum;
-      }
+    for (int i = 0; i < OWN_SUMS; ++i) {
+      const int number = own_eight * COUNT / Keys::LANES + i, key = group + number / HEADS * Keys::TOGETHER + own_key;
+      if (number < Keys::IN_FLIGHT * HEADS) scores[key][number % HEADS] = sums[i];
+    }
   }
 }
 
