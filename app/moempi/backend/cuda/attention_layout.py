@@ -31,7 +31,7 @@ class TileKernel:
 
 
 WARP_TILES = TileKernel("attention_tiles", rows=64, threads=128, widths=range(16, 129, 16))
-WARPGROUP_TILES = TileKernel("attention_warpgroups", rows=128, threads=256, widths=(64, 128), stages=3)
+WARPGROUP_TILES = TileKernel("attention_warpgroups", rows=128, threads=256, widths=(64, 128), stages=4)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,19 +10,35 @@
 #include "paging.cuh"
 #include "warpgroup.cuh"
 
-const int THREADS = 256, TILE = 128, WARP_ROWS = 16, STAGES = 3;
+const int THREADS = 256, TILE = 128, WARP_ROWS = 16, PAGES_AHEAD = 3, STAGES = PAGES_AHEAD + 1;
 const int KEY_NUMBERS = PAGE_ROWS * HEAD_DIM, PAGE_NUMBERS = PAGE_ROWS * (HEAD_DIM + VALUE_DIM);
 const int PANEL_BYTES = PAGE_ROWS * PANEL_ROW_BYTES;
 const float LOG2_E = 1.44269504f;
 
+// The pieces (eight numbers) of a page's rows that a thread copies: the same piece of every STEP-th row. The rows of a
+// page are `stride` numbers apart. STEP is a multiple of SWIZZLE_ROWS, so that only the row changes the place.
 template <int DIM>
-__device__ inline void begin_rows(unsigned short* to, const row* cache, int page, int kv_head, int kv_heads) {
-  for (int piece = threadIdx.x; piece < PAGE_ROWS * DIM / 8; piece += THREADS) {
-    const int key = piece / (DIM / 8), eight = piece % (DIM / 8);
-    const long long from = (static_cast<long long>(page) * PAGE_ROWS + key) * kv_heads + kv_head;
-    begin_copy(to + panel_offset(key, eight, PAGE_ROWS), cache + from * DIM + eight * 8);
+struct CopiedPieces {
+  static const int EIGHTS = DIM / 8, STEP = THREADS / EIGHTS;
+  const unsigned short* from;
+  unsigned short* to;
+  long long page_stride, step_stride;
+
+  __device__ CopiedPieces(const row* cache, unsigned short* staged, int kv_head, int kv_heads) {
+    const int first = threadIdx.x / EIGHTS, eight = threadIdx.x % EIGHTS;
+    const long long stride = static_cast<long long>(kv_heads) * DIM;
+    from = cache + first * stride + kv_head * DIM + eight * 8;
+    to = staged + panel_offset(first, eight, PAGE_ROWS);
+    page_stride = PAGE_ROWS * stride, step_stride = STEP * stride;
   }
-}
+
+  __device__ void begin(int page, int stage) const {
+    const unsigned short* piece = from + page * page_stride;
+#pragma unroll
+    for (int step = 0; step < PAGE_ROWS / STEP; ++step, piece += step_stride)
+      begin_copy(to + stage * PAGE_NUMBERS + step * STEP * PANEL_WIDTH, piece);
+  }
+};
 
 // A row of the scores is spread over a group of four warp lanes.
 __device__ inline float group_max(float value) {
@@ -74,9 +90,10 @@ struct RowStats {
   float highest[2], total[2];
 };
 
-// Turn a page's scores, multiplied by `scale`, into probabilities, and rescale `mixed` to the new highest scores.
-__device__ inline void weigh(float (*scores)[4], unsigned (*probabilities)[4], float (*mixed)[4], RowStats& stats,
-                             float scale, const int* least, const int* most) {
+// Turn a page's scores, multiplied by `scale`, into probabilities relative to the highest score so far. `shrinks` rescale
+// earlier sums to it. A row sees the keys from `least` to `most` of the page.
+__device__ inline void weigh(float (*scores)[4], float* shrinks, RowStats& stats, float scale, const int* least,
+                             const int* most) {
   const int t = threadIdx.x % 4;
   const bool is_masked = least[0] > 0 || least[1] > 0 || min(most[0], most[1]) < PAGE_ROWS - 1;
 #pragma unroll
@@ -107,11 +124,11 @@ __device__ inline void weigh(float (*scores)[4], unsigned (*probabilities)[4], f
         sum += score;
       }
     stats.total[half] = sum;
-#pragma unroll
-    for (int eights = 0; eights < VALUE_DIM / 8; ++eights)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) mixed[eights][2 * half + i] *= shrink;
+    shrinks[half] = shrink;
   }
+}
+
+__device__ inline void round_probabilities(unsigned (*probabilities)[4], const float (*scores)[4]) {
 #pragma unroll
   for (int step = 0; step < PAGE_ROWS / 16; ++step) {
     const float *low = scores[2 * step], *high = scores[2 * step + 1];
@@ -132,50 +149,60 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int first_page = window ? max(0, position - window + 1) / PAGE_ROWS : 0;
   const int num_pages = (position + count - 1) / PAGE_ROWS + 1 - first_page;
   pages += first_page;
+  const CopiedPieces<HEAD_DIM> copied_keys(keys, staged, kv_head, kv_heads);
+  const CopiedPieces<VALUE_DIM> copied_values(values, staged + KEY_NUMBERS, kv_head, kv_heads);
   const auto begin_page = [&](int page) {
     if (page < num_pages) {
-      unsigned short* to = staged + page % STAGES * PAGE_NUMBERS;
-      begin_rows<HEAD_DIM>(to, keys, pages[page], kv_head, kv_heads);
-      begin_rows<VALUE_DIM>(to + KEY_NUMBERS, values, pages[page], kv_head, kv_heads);
+      const int stage = page % STAGES, number = pages[page];
+      copied_keys.begin(number, stage);
+      copied_values.begin(number, stage);
     }
     end_copies();
   };
-  begin_page(0);
-  begin_page(1);
+  for (int page = 0; page < PAGES_AHEAD; ++page) begin_page(page);
   unsigned query_fragments[HEAD_DIM / 16][4];
   load_queries(query_fragments, queries + (static_cast<long long>(first_row) * heads + head) * HEAD_DIM, warp * WARP_ROWS,
                count, heads);
-  float mixed[VALUE_DIM / 8][4] = {}, scores[PAGE_ROWS / 8][4], next_scores[PAGE_ROWS / 8][4];
+  float mixed[VALUE_DIM / 8][4] = {}, scores[PAGE_ROWS / 8][4];
+  unsigned probabilities[PAGE_ROWS / 16][4];
   RowStats stats = {{-infinity(), -infinity()}, {0.0f, 0.0f}};
   const unsigned shared = shared_address(staged);
-  await_groups_but<1>();
-  publish_copies();
-  __syncthreads();
-  start_scores(scores, query_fragments, shared);
-  await_products();
-  for (int page = 0; page < num_pages; ++page) {
-    const unsigned stage = shared + page % STAGES * PAGE_NUMBERS * 2;
-    const unsigned next_stage = shared + (page + 1) % STAGES * PAGE_NUMBERS * 2;
-    await_groups_but<0>();
-    publish_copies();
-    __syncthreads();  // page + 1 is there; all warps have read page - 1, whose place page + 2 takes
-    begin_page(page + 2);
-    const bool has_next = page + 1 < num_pages;
-    if (has_next) start_scores(next_scores, query_fragments, next_stage);
+  // The highest scores of page `page`, after its scores are there and before its probabilities are multiplied.
+  const auto weigh_page = [&](int page, float* shrinks) {
     int least[2], most[2];
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int own = position + warp * WARP_ROWS + g + half * 8 - (first_page + page) * PAGE_ROWS;
       least[half] = window ? own - window + 1 : 0, most[half] = own;
     }
-    unsigned probabilities[PAGE_ROWS / 16][4];
-    weigh(scores, probabilities, mixed, stats, scale * LOG2_E, least, most);
-    start_values(mixed, probabilities, stage + KEY_NUMBERS * 2);
-    await_products();
+    weigh(scores, shrinks, stats, scale * LOG2_E, least, most);
+  };
+  float shrinks[2];
+  await_groups_but<PAGES_AHEAD - 1>();
+  publish_copies();
+  __syncthreads();
+  start_scores(scores, query_fragments, shared);
+  await_products_but<0>();
+  weigh_page(0, shrinks);
+  round_probabilities(probabilities, scores);
+  for (int page = 0; page + 1 < num_pages; ++page) {
+    await_groups_but<PAGES_AHEAD - 2>();
+    publish_copies();
+    __syncthreads();  // page + 1 is there; all warps have read page - 1, whose place the new page takes
+    begin_page(page + PAGES_AHEAD);
+    start_scores(scores, query_fragments, shared + (page + 1) % STAGES * PAGE_NUMBERS * 2);
+    start_values(mixed, probabilities, shared + (page % STAGES * PAGE_NUMBERS + KEY_NUMBERS) * 2);
+    await_products_but<1>();  // the scores
+    weigh_page(page + 1, shrinks);
+    await_products_but<0>();
 #pragma unroll
-    for (int eights = 0; eights < PAGE_ROWS / 8; ++eights)
+    for (int eights = 0; eights < VALUE_DIM / 8; ++eights)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[eights][i] = next_scores[eights][i];
+      for (int i = 0; i < 4; ++i) mixed[eights][i] *= shrinks[i / 2];
+    round_probabilities(probabilities, scores);
   }
+  start_values(mixed, probabilities, shared + ((num_pages - 1) % STAGES * PAGE_NUMBERS + KEY_NUMBERS) * 2);
+  await_products_but<0>();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int query = warp * WARP_ROWS + g + half * 8;

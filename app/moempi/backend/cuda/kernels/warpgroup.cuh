@@ -3,8 +3,8 @@
 //
 // A warpgroup multiplies a (64 x 16, in registers) with b (16 x N, in shared memory) and adds to c (64 x N, registers).
 // Warp w has rows 16 w to 16 w + 15 of a and c, in the fragments of tensor_core.cuh; c[j] has columns 8 j to 8 j + 7.
-// Instructions run from `begin_products` and `end_products` on in the background; their registers may be used again
-// after `await_products`.
+// The instructions between `begin_products` and `end_products` are a group, which runs in the background. Its registers
+// may be used again after `await_products_but<N>`, which waits for all groups but the last N.
 //
 // Shared memory holds panels of 64 numbers (128 bytes) a row, aligned to 1,024 bytes. The 16-byte pieces of a row are
 // permuted (128-byte swizzle), so that the eight rows read together are in different banks; see `panel_offset`.
@@ -41,7 +41,14 @@ __device__ inline void publish_copies() { asm volatile("fence.proxy.async.shared
 
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ inline void await_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int N>
+__device__ inline void await_products_but() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Compute a register before the instructions that follow. The compiler must not do so in the middle of a group.
+__device__ inline void settle(unsigned& number) { asm volatile("" : "+r"(number)::"memory"); }
+__device__ inline void settle(float& number) { asm volatile("" : "+f"(number)::"memory"); }
 
 #define C4(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define C32(c, j) C4(c, j), C4(c, j + 1), C4(c, j + 2), C4(c, j + 3), C4(c, j + 4), C4(c, j + 5), C4(c, j + 6), C4(c, j + 7)
