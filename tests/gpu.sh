@@ -13,7 +13,7 @@ export PYTHONPATH="$PWD/app${PYTHONPATH:+:$PYTHONPATH}"
 python3 -c "import cupy, mpi4py, pytest"
 python3 -m moempi check
 export MOEMPI_TEST_DEVICE=cuda
-python3 -m pytest tests/backend/cuda/test_backend.py tests/backend/cuda/test_run.py tests/model/test_recorded.py "$@"
+python3 -m pytest tests/backend/cuda/test_cupy_device.py tests/backend/cuda/test_backend.py tests/backend/cuda/test_run.py tests/model/test_recorded.py "$@"
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck synccheck; do
         compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m pytest -q tests/backend/cuda/test_backend.py
