@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What needs a GPU: bash tests/gpu.sh. Where there is no network, MOEMPI_SETUP=skip uses the packages that .venv or the
-# python3 of PATH has. MOEMPI_EXTRAS="local cuda13" installs for CUDA 13, without `local` for the site's MPI. The verbs and whole runs on the device, the kernels under compute-sanitizer where
+# What needs a GPU: bash tests/gpu.sh. The verbs and whole runs on the device, the kernels under compute-sanitizer where
 # it is installed, and the figures of `moempi bench gpu`. Several ranks share a GPU where there are more ranks than GPUs.
+# MOEMPI_EXTRAS="local cuda13" installs for CUDA 13, without `local` for the site's MPI. Where there is no network,
+# MOEMPI_SETUP=skip uses the packages of .venv, or of the python3 in PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
