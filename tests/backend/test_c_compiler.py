@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moempi.backend import c_compiler
+from moempi.backend import c_compiler, kept_files
 from moempi.backend.c_compiler import load_kernel
 
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
@@ -21,7 +21,7 @@ HANG = '#!/bin/sh\nsleep 400 & echo $! >> "{pids}"; wait\n'
 def cache_home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
-    c_compiler._warn.cache_clear()
+    kept_files.warn_once.cache_clear()
     c_compiler._unending.cache_clear()
 
 

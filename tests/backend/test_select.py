@@ -1,7 +1,6 @@
 """The selection of the backend, and what the user is told of a GPU that is not used."""
 
 import logging
-import tempfile
 
 import pytest
 
@@ -40,34 +39,3 @@ def test_a_required_gpu_that_is_not_found_is_an_error_and_the_others_count_none(
     with pytest.raises(ConfigError, match="libcublas"):
         select.count_gpus(RunSection(backend="cupy"))
     assert [select.count_gpus(RunSection(backend=name)) for name in ("auto", "numpy")] == [0, 0]
-
-
-@pytest.fixture
-def temporary(monkeypatch, tmp_path):
-    """The folder for compiled kernels that the user gets if `tmp_path` is the node's temporary folder."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("CUPY_CACHE_DIR", "")  # so that the test's end removes what it sets
-    monkeypatch.delenv("CUPY_CACHE_DIR")
-    return tmp_path / f"moempi-cupy-{select.os.geteuid()}"
-
-
-def test_compiled_kernels_are_kept_on_the_node_unless_the_user_names_a_folder(temporary, monkeypatch):
-    select.keep_kernels_on_node()
-    assert select.os.environ["CUPY_CACHE_DIR"] == str(temporary)
-    assert temporary.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setenv("CUPY_CACHE_DIR", "/elsewhere")
-    select.keep_kernels_on_node()
-    assert select.os.environ["CUPY_CACHE_DIR"] == "/elsewhere"
-
-
-@pytest.mark.parametrize("kind", ["file", "link", "writable"])
-def test_no_kernels_are_taken_from_a_folder_of_others(temporary, tmp_path, kind):
-    if kind == "file":
-        temporary.write_text("")
-    elif kind == "link":
-        temporary.symlink_to(tmp_path)
-    else:
-        temporary.mkdir()
-        temporary.chmod(0o777)
-    select.keep_kernels_on_node()
-    assert "CUPY_CACHE_DIR" not in select.os.environ

@@ -29,9 +29,9 @@ class WatchedDevice(SimtDevice):
         super().__init__()
         self.kernels = set()
 
-    def launch(self, kernel, grid, threads, arguments):
+    def launch(self, kernel, grid, threads, arguments, **options):
         self.kernels.add(kernel)
-        super().launch(kernel, grid, threads, arguments)
+        super().launch(kernel, grid, threads, arguments, **options)
 
 
 @pytest.mark.parametrize("architecture", [SMALL, TILED, LATENT], ids=["small", "tiled", "latent"])

@@ -61,8 +61,8 @@ class CupyArrayDevice(SimtDevice):
         assert out.flags.c_contiguous
         super().copy(on_host(values), on_host(out))
 
-    def launch(self, kernel, grid, threads, arguments):
-        super().launch(kernel, grid, threads, [on_host(argument) for argument in arguments])
+    def launch(self, kernel, grid, threads, arguments, **options):
+        super().launch(kernel, grid, threads, [on_host(argument) for argument in arguments], **options)
 
     def product(self, x, matrix, out, *, transposed, accumulate=False):
         """As cuBLAS, which takes rows of x that are strided, and a matrix and results that are not."""

@@ -26,6 +26,7 @@ from moempi.backend.cuda.device import Argument, Grid, Kernel
 HEADER = Path(__file__).with_name("simt.h")
 LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
 LETTERS = {np.dtype(np.int32): "i", np.dtype(np.int64): "l", np.dtype(np.float32): "f"}
+MOST_SHARED_BYTES = 227 << 10  # of a block of an H100
 FRESH = 0xFF  # every byte of memory before its first write: NaN in either precision, -1 as an index
 
 
@@ -43,8 +44,11 @@ class SimtDevice:
     name = "SIMT on the CPU"
     memory_id = "SIMT"
 
-    def __init__(self, *, pinned: bool = True, eager: bool = False, fault_at: int = 0) -> None:
+    def __init__(
+        self, *, pinned: bool = True, eager: bool = False, fault_at: int = 0, has_warpgroups: bool = True
+    ) -> None:
         self.comm_buffers_on_host = pinned
+        self.has_warpgroups = has_warpgroups
         self._eager = eager
         self._queues: dict[int, Queue] = {}
         self.live_bytes = self.peak_bytes = self._launches = 0
@@ -90,7 +94,10 @@ class SimtDevice:
     def copy(self, values: Any, out: Any) -> None:
         self._queue.submit(lambda: np.copyto(out, values))
 
-    def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
+    def launch(
+        self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument], *, shared_bytes: int = 0
+    ) -> None:
+        assert shared_bytes <= MOST_SHARED_BYTES
         self._launches += 1
         if self._launches == self._fault_at:
             self._queue.submit(_fault)
@@ -207,7 +214,7 @@ def _store(out: Any, values: npt.NDArray[np.float64]) -> None:
 @cache
 def _library(kernel: Kernel) -> ctypes.CDLL:
     """The kernel's file with its constants, compiled once for all processes of this user."""
-    names = re.findall(r"__global__ void (?:__launch_bounds__\(\w+\)\s*)?(\w+)\(", kernel.source)
+    names = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", kernel.source)
     launchers = "".join(
         f'extern "C" void launch_{name}(const unsigned* shape, void** values, const char* letters) '
         f"{{ simt::launch({name}, shape, values, letters); }}\n"

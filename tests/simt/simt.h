@@ -37,17 +37,25 @@ struct Index {
 
 enum class State { running, at_warp_barrier, at_block_barrier, done };
 
+struct Copy {
+  unsigned short* to;
+  const unsigned short* from;
+};
+
 struct Fiber {
   Index index{};
   int lane = 0, warp = 0;
   State state = State::done;
   unsigned shuffles = 0;
   bool started = false;
+  std::vector<Copy> copies;
+  std::vector<size_t> groups;
   jmp_buf state_at_switch;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
 };
 
+alignas(1024) inline unsigned char dynamic_shared[228 << 10];
 inline Fiber fibers[MOST_THREADS];
 inline Fiber* current = nullptr;
 inline jmp_buf scheduler;
@@ -114,6 +122,7 @@ inline void run_block(int threads, bool reverse) {
     fiber.warp = thread / WARP;
     fiber.state = State::running;
     fiber.shuffles = 0;
+    fiber.copies.clear(), fiber.groups.clear();
   }
   for (;;) {
     const int warps = threads / WARP;
@@ -211,6 +220,13 @@ inline unsigned __ballot_sync(unsigned, int holds) {
   for (int lane = 0; lane < simt::WARP; ++lane) votes |= static_cast<unsigned>(all.of(lane) != 0) << lane;
   return votes;
 }
+template <class T>
+unsigned __match_any_sync(unsigned, T value) {
+  const auto all = simt::exchange(value);
+  unsigned same = 0;
+  for (int lane = 0; lane < simt::WARP; ++lane) same |= static_cast<unsigned>(all.of(lane) == value) << lane;
+  return same;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline unsigned __float_as_uint(float value) {
@@ -226,11 +242,19 @@ inline float __uint_as_float(unsigned bits) {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline float __fdividef(float dividend, float divisor) { return dividend / divisor; }
 using std::max;
 using std::min;
+
+// The conversions of kernels/rows.cuh. Every NaN becomes the one that the GPU makes.
+inline unsigned short bfloat16_bits(float number) {
+  const unsigned bits = __float_as_uint(number);
+  return std::isnan(number) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline unsigned bfloat16_pair(float low, float high) {
+  return bfloat16_bits(low) | static_cast<unsigned>(bfloat16_bits(high)) << 16;
+}
 
 // The matrix instructions of kernels/tensor_core.cuh.
 namespace simt {
@@ -275,5 +299,71 @@ inline void multiply_add(float* c, const unsigned* a, const unsigned* b) {
 }
 inline void load_matrices(unsigned* to, const unsigned short* from) { simt::load_eights<false>(to, from); }
 inline void load_transposed(unsigned* to, const unsigned short* from) { simt::load_eights<true>(to, from); }
-inline void begin_copy(unsigned short* to, const unsigned short* from) { std::memcpy(to, from, 16); }
-inline void await_copies() {}
+
+// Asynchronous copies to shared memory. A copy is done when its thread waits for it, so a missing wait is visible.
+inline void begin_copy(unsigned short* to, const unsigned short* from) {
+  simt::current->copies.push_back({to, from});
+}
+inline void end_copies() { simt::current->groups.push_back(simt::current->copies.size()); }
+template <int N>
+void await_groups_but() {
+  auto &copies = simt::current->copies;
+  auto &groups = simt::current->groups;
+  if (groups.size() <= N) return;
+  const size_t num_groups = groups.size() - N, done = groups[num_groups - 1];
+  for (size_t i = 0; i < done; ++i) std::memcpy(copies[i].to, copies[i].from, 16);
+  copies.erase(copies.begin(), copies.begin() + done);
+  groups.erase(groups.begin(), groups.begin() + num_groups);
+  for (size_t& end : groups) end -= done;
+}
+inline void await_copies() {
+  end_copies();
+  await_groups_but<0>();
+}
+inline float fast_exp2(float number) { return std::exp2(number); }
+
+#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(simt::dynamic_shared)
+
+// The matrix instructions of kernels/warpgroup.cuh, done at once. A shared address is an offset in dynamic memory.
+inline unsigned shared_address(const void* from) {
+  return static_cast<unsigned>(static_cast<const unsigned char*>(from) - simt::dynamic_shared);
+}
+inline void publish_copies() {}
+inline void begin_products() {}
+inline void end_products() {}
+inline void await_products() {}
+
+namespace simt {
+
+// The number at (k, n) of the matrix that `b` describes, with the 128-byte swizzle.
+inline float number_at(unsigned long long b, int k, int n, bool are_rows_n) {
+  const unsigned start = (b & 0x3fff) << 4, panels = (b >> 16 & 0x3fff) << 4, groups = (b >> 32 & 0x3fff) << 4;
+  if (b >> 62 != 1) fail("a matrix descriptor without the 128-byte swizzle");
+  const unsigned plain = are_rows_n ? start + n / 8 * groups + n % 8 * 128 + k * 2
+                                    : start + n / 64 * panels + n % 64 * 2 + k / 8 * groups + k % 8 * 128;
+  unsigned short bits;
+  std::memcpy(&bits, dynamic_shared + (plain ^ (plain >> 7 & 7) << 4), sizeof bits);
+  return half_of(bits, 0);
+}
+
+inline void multiply_described(float (*c)[4], const unsigned* a, unsigned long long b, int width, bool are_rows_n) {
+  const int g = current->lane / 4, t = current->lane % 4;
+  float rows[2][16];
+  fragment_rows(a, g, rows);
+  for (int j = 0; j < width / 8; ++j)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 16; ++k) c[j][i] += rows[i / 2][k] * number_at(b, k, 8 * j + 2 * t + i % 2, are_rows_n);
+}
+
+}  // namespace simt
+
+template <int N>
+struct Width;
+inline void multiply_rows(float (*c)[4], const unsigned* a, unsigned long long b, int adds) {
+  if (!adds) std::memset(c, 0, 8 * sizeof *c);
+  simt::multiply_described(c, a, b, 64, true);
+}
+template <int N>
+void multiply_columns(float (*c)[4], const unsigned* a, unsigned long long b, Width<N>) {
+  simt::multiply_described(c, a, b, N, false);
+}

@@ -1,8 +1,7 @@
 """Small C kernels, compiled on first use with the C compiler (`CC`, else `cc`) and kept in the user's cache folder.
 
-A kept file is the compiled library, followed by the library's hash. Its name holds the source's hash, the machine and
-the compiler. It is checked, then loaded from a copy in memory, because another process may cut or replace the file
-later. Only files and folders of this user or of the owner of the installed package are used.
+The name of a kept library (see kept_files.py) holds the source's hash, the machine and the compiler. It is loaded from
+a copy in memory, because another process may cut or replace the file later.
 """
 
 import ctypes
@@ -11,7 +10,6 @@ import os
 import platform
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 import time
@@ -21,12 +19,11 @@ from pathlib import Path
 
 import xxhash
 
+from moempi.backend.kept_files import keep, kept_folder, read_kept, warn_once
+
 COMPILE_LIMIT_S = 20.0
 RETRY_S = 24 * 3600.0
 """How long a compiler that did not end is not started again."""
-HASH_BYTES = 16
-MAX_BYTES = 64 << 20
-WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +42,14 @@ def load_kernel(source: Path) -> ctypes.CDLL | None:
     try:
         return _kept_or_compiled(source, code)
     except (_CompilerError, OSError) as error:
-        _warn(f"compiled kernels are off, the run is slower: {' '.join(str(error).split())}")
+        warn_once(f"compiled kernels are off, the run is slower: {' '.join(str(error).split())}")
         return None
 
 
 def _kept_or_compiled(source: Path, code: bytes) -> ctypes.CDLL:
     """The kept library, else a compiled one, which is kept; several ranks may do so at once."""
     trusted = {os.geteuid(), source.stat().st_uid}
-    folder = _cache_folder(trusted)
+    folder = kept_folder(trusted)
     begin = f"{source.stem}-{xxhash.xxh3_64_hexdigest(code)}-{platform.machine()}"
     try:
         compiler = _compiler(folder)
@@ -68,69 +65,20 @@ def _kept_or_compiled(source: Path, code: bytes) -> ctypes.CDLL:
         content = _compile(compiler, source, folder)
         library = _load(content, source.stem)
         if folder:
-            _keep(content, folder / name)
+            keep(content, folder / name)
     return library
-
-
-@cache
-def _warn(text: str) -> None:
-    """Log a warning once."""
-    log.warning("%s", text)
-
-
-def _cache_folder(trusted: set[int]) -> Path | None:
-    """The folder of kept libraries; None if it cannot be made or another user could write to it."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  # Path.expanduser may raise
-    folder = Path(base) / "moempi"
-    if not folder.is_absolute():
-        return None
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        problem = _problem(folder.stat(), trusted)
-    except OSError as error:
-        log.info("%s: no compiled kernels are kept: %s", folder, error.strerror)
-        return None
-    if problem:
-        _warn(f"{folder}: not used for compiled kernels: {problem}")
-    return None if problem else folder
-
-
-def _problem(found: os.stat_result, trusted: set[int]) -> str:
-    """Why a file or folder is not trusted; "" if it is."""
-    if found.st_uid not in trusted:
-        return f"it belongs to user {found.st_uid}"
-    return "other users may write to it" if found.st_mode & WRITABLE_BY_OTHERS else ""
 
 
 def _load_kept(folder: Path | None, pattern: str, trusted: set[int]) -> ctypes.CDLL | None:
     """The first kept library of a name that is whole, trusted and loadable; None if there is none."""
     for path in sorted(folder.glob(pattern)) if folder else ():
-        content = _read_kept(path, trusted)
+        content = read_kept(path, trusted)
         if content is not None:
             try:
                 return _load(content, path.stem)
             except OSError as error:
                 log.info("%s: not loaded: %s", path, error)
     return None
-
-
-def _read_kept(path: Path, trusted: set[int]) -> bytes | None:
-    """The library in a kept file; None if the file is absent, damaged or not trusted."""
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return None
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            if problem := _problem(os.fstat(file.fileno()), trusted):
-                _warn(f"{path}: not loaded: {problem}")
-                return None
-            content = file.read(MAX_BYTES)
-    except OSError:
-        return None
-    library, digest = content[:-HASH_BYTES], content[-HASH_BYTES:]
-    if digest != xxhash.xxh3_128_digest(library):
-        log.info("%s: damaged, compiled again", path)
-        return None
-    return library
 
 
 def _load(library: bytes, name: str) -> ctypes.CDLL:
@@ -144,23 +92,6 @@ def _load(library: bytes, name: str) -> ctypes.CDLL:
     except OSError:
         os.close(descriptor)
         raise
-
-
-def _keep(library: bytes, path: Path) -> None:
-    """Write a library and its hash under its name, whole or not at all. A failure is logged and nothing else."""
-    made = None
-    try:
-        descriptor, made = tempfile.mkstemp(dir=path.parent)  # mode 0600
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(library + xxhash.xxh3_128_digest(library))
-            file.flush()
-            os.fsync(descriptor)
-        Path(made).replace(path)
-    except OSError as error:
-        log.info("%s: not kept: %s", path, error.strerror)
-        if made is not None:
-            with suppress(OSError):
-                Path(made).unlink()
 
 
 def _compiler(folder: Path | None) -> list[str]:

@@ -1,12 +1,8 @@
 """Selects the backend of a run, and finds the GPUs of the node."""
 
 import logging
-import os
 import shutil
-import stat
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,29 +53,12 @@ def find_gpus() -> tuple[int, str]:
     """The number of GPUs that CuPy finds on this node, and the reason if it is 0."""
     if find_spec("cupy") is None:
         return 0, "CuPy is not installed"
-    keep_kernels_on_node()
     try:
         from moempi.backend.cuda.cupy_device import count_devices
     except ImportError as error:
         return 0, f"CuPy does not load: {str(error).splitlines()[0]}"
     count = count_devices()
     return count, "" if count else "CuPy finds no CUDA device"
-
-
-def keep_kernels_on_node() -> None:
-    """Before CuPy is imported: keep compiled kernels in the node's temporary folder, unless CUPY_CACHE_DIR is set.
-
-    CuPy would keep them in the home folder, which all nodes share. A folder to which others can write is not used.
-    """
-    if "CUPY_CACHE_DIR" in os.environ:
-        return
-    folder = Path(tempfile.gettempdir()) / f"moempi-cupy-{os.geteuid()}"
-    with suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not others_write:
-            os.environ["CUPY_CACHE_DIR"] = str(folder)
 
 
 def find_island(local_rank: int, *, on_gpu: bool) -> str:

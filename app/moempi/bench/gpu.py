@@ -1,197 +1,137 @@
-"""`moempi bench gpu`: the parts of a layer on one GPU, and the GPU's own copy and cuBLAS in the same run.
+"""`moempi bench gpu`: the parts of a layer and whole layers on one GPU, beside its own copy, cuBLAS and torch.
 
-The default sizes are of a layer with width 7,168. Every figure is the median over rounds in which the contestants run
-alternately, each many times in a row. If torch can use the GPU, its expert is measured as well.
+The default sizes are of a layer with width 7,168. Times on the GPU are by its own clock, of calls that were submitted
+before the first of them began; "host us" is the host's time to submit one. Every figure is the median over rounds in
+which the contestants run alternately. Torch is measured if it can use the GPU. A part that fails has its error as a
+note, and the others go on. Each figure is also printed to stderr when it is measured.
 """
 
+import gc
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-from rich.table import Table
+from rich.text import Text
 
-from moempi.backend.cuda.backend import CudaBackend, Matrix
-from moempi.backend.protocol import Array, Expert, Segment
+from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.select import make_backend
-from moempi.bench import peers
+from moempi.bench.gpu_attention import decode_cases, prefill_cases
+from moempi.bench.gpu_clock import EventClock, Timer, describe
+from moempi.bench.gpu_layer import block_cases, layer_cases
+from moempi.bench.gpu_parts import Make, copy_case, expert_cases, packing_cases, small_cases
+from moempi.bench.gpu_report import COPY, Bench, Figure, cells, measure_case, table, write_json
 from moempi.bench.measure import machine
-from moempi.bench.random_layer import random_bits
+from moempi.bench.random_values import RandomValues
+from moempi.bench.torch_peers import TorchPeers, find_torch
+from moempi.comm.transfers import PendingTransfers
 from moempi.commands.flags import count
 from moempi.config.job import RunSection
-from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
-from moempi.observe.console import console
+from moempi.observe.console import console, error_console
 from moempi.runtime.world import World
 
-Run = Callable[[], object]
-SLOTS = 8
-"""Outputs that are combined into one row."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One row of the table: a part of a layer, its work, median seconds, rate, and a comparison."""
-
-    name: str
-    work: str
-    seconds: float
-    rate: str
-    comparison: str
+Cases = Callable[[Bench, Namespace, Any], Iterator[Make]]
+PARTS: Mapping[str, Cases] = {
+    "experts": lambda bench, sizes, _: expert_cases(bench, sizes),
+    "packing": lambda bench, sizes, _: packing_cases(bench, sizes),
+    "small": lambda bench, sizes, _: small_cases(bench, sizes),
+    "decode": lambda bench, sizes, _: decode_cases(bench, sizes),
+    "prefill": lambda bench, sizes, _: prefill_cases(bench, sizes),
+    "layer": layer_cases,
+    "blocks": block_cases,
+}
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """The benchmark's own flags."""
-    parser.add_argument("--width", type=count, default=7168, metavar="D", help="width of a row (7168)")
-    parser.add_argument(
-        "--expert-width", type=count, default=2048, metavar="F", help="hidden width of an expert (2048)"
-    )
-    parser.add_argument("--heads", type=count, default=128, help="attention heads (128)")
-    parser.add_argument("--head-dim", type=count, default=128, help="numbers of a head (128)")
-    parser.add_argument("--context", type=count, default=4096, help="positions of a sequence (4096)")
-    parser.add_argument("--few", type=count, nargs="+", default=[1, 16, 64], metavar="M", help="rows of small experts")
-    parser.add_argument("--many", type=count, nargs="+", default=[1024, 4096, 16384], metavar="M", help="of large ones")
-    parser.add_argument("--sequences", type=count, default=32, help="sequences that decode at once (32)")
-    parser.add_argument("--rounds", type=count, default=9, help="measurements of each contestant (9)")
-    parser.add_argument("--repeats", type=count, default=20, help="submissions of a measurement (20)")
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="what to measure (all)")
+    add("--json", type=Path, metavar="FILE", help="also write all figures to FILE, as a list")
+    add("--width", type=count, default=7168, metavar="D", help="width of a row (7168)")
+    add("--expert-width", type=count, default=2048, metavar="F", help="hidden width of an expert (2048)")
+    add("--experts", type=count, default=64, metavar="E", help="experts of the router and the MoE layer (64)")
+    add("--top-k", type=count, default=8, metavar="K", help="experts of a token (8)")
+    add("--heads", type=count, default=128, help="attention heads (128)")
+    add("--head-dim", type=count, default=128, help="numbers of a head (128)")
+    add("--context", type=count, default=4096, help="positions of a sequence (4096)")
+    add("--few", type=count, nargs="+", default=[1, 16, 64], metavar="M", help="rows of small experts (1 16 64)")
+    add("--many", type=count, nargs="+", default=[1024, 4096, 16384], metavar="M", help="of large ones")
+    add("--sequences", type=count, nargs="+", default=[32], help="sequences that decode at once (32)")
+    add("--layers", type=count, default=8, help="most layers that a lane goes through (8)")
+    add("--layer-heads", type=count, nargs="+", default=[16, 128], metavar="H", help="heads of whole layers (16 128)")
+    add("--layer-lanes", type=count, nargs="+", default=[1, 2], metavar="N", help="lanes of whole layers (1 2)")
+    add("--layer-sequences", type=count, default=64, help="sequences of a lane that decode in whole layers (64)")
+    add("--layer-context", type=count, default=2048, help="their positions (2048)")
+    add("--block-rows", type=count, nargs="+", default=[64, 256, 8192], metavar="T", help="rows of MoE layers")
+    add("--rounds", type=count, default=5, help="measurements of each contestant (5)")
+    add("--repeats", type=count, default=50, help="most calls of a measurement (50)")
 
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure on the GPU of rank 0 and print; collective. Raises ConfigError without a GPU."""
-    backend = world.collectively(lambda: _backend(world))
-    figures = measure(backend, chosen) if world.rank == 0 else []
-    world.comm.Barrier()
+    pending = PendingTransfers()
+    backend = world.collectively(lambda: _backend(world, pending))
+    alone = world.comm.Split(world.rank, 0)
     if world.rank == 0:
-        table = Table(*("measure", "work", "us", "rate", "beside"), title=backend.device.name, caption=machine(world))
-        for figure in figures:
-            table.add_row(figure.name, figure.work, f"{figure.seconds * 1e6:.1f}", figure.rate, figure.comparison)
-        console().print(table)
+        from moempi.bench.gpu_timer import CudaTimer
+
+        measured = measure(backend, CudaTimer(), _peers(), pending, alone, chosen)
+        _measure_and_print(measured, title=backend.device.name, caption=machine(world), path=chosen.json)
+    world.comm.Barrier()
 
 
-def _backend(world: World) -> CudaBackend:
+def _measure_and_print(measured: Iterator[Figure], *, title: str, caption: str, path: Path | None) -> None:
+    """Print each figure to stderr and write all so far to `path`; then, also after an error, print their table."""
+    figures = [Figure("machine", "", "", note=f"{title}, {caption}")]
+    try:
+        for figure in measured:
+            figures.append(figure)
+            error_console().print(" | ".join(cells(figure)), soft_wrap=True, markup=False)
+            if path is not None:
+                write_json(path, figures)
+    finally:
+        whole = table(title, caption)
+        for figure in figures[1:]:
+            whole.add_row(*map(Text, cells(figure)))
+        console().print(whole)
+
+
+def _backend(world: World, pending: PendingTransfers) -> CudaBackend:
     run = RunSection(backend="cupy")
-    backend = make_backend(run, local_rank=world.local_rank, device_buffers=True)
+    backend = make_backend(run, local_rank=world.local_rank, device_buffers=True, progress=pending.progress)
     if not isinstance(backend, CudaBackend):
         raise ConfigError("bench gpu needs a GPU")
     return backend
 
 
-def measure(backend: CudaBackend, sizes: Namespace) -> list[Figure]:
-    """All figures of one GPU."""
-    clock = _Clock(backend, rounds=sizes.rounds, repeats=sizes.repeats)
-    return [*_experts(clock, sizes), *_packing(clock, sizes), _decode(clock, sizes), _prefill(clock, sizes)]
+def _peers() -> TorchPeers:
+    """Torch's contestants; none, with a line on stderr, if torch does not load."""
+    try:
+        return TorchPeers(find_torch())
+    except Exception as error:
+        error_console().print(f"torch: {describe(error)}", markup=False)
+        return TorchPeers(None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Clock:
-    """Times contestants alternately; a measurement is `repeats` submissions and one wait for the GPU."""
+def measure(
+    backend: CudaBackend, timer: Timer, peers: TorchPeers, pending: PendingTransfers, comm: Any, chosen: Namespace
+) -> Iterator[Figure]:
+    """Yield all figures of one GPU as they are measured.
 
-    backend: CudaBackend
-    rounds: int
-    repeats: int
-
-    def seconds(self, *contestants: Run) -> list[float]:
-        """The median seconds of one submission of each contestant; blocks."""
-        taken: list[list[float]] = [[] for _ in contestants]
-        for _ in range(self.rounds + 1):
-            for times, contestant in zip(taken, contestants, strict=True):
-                self.backend.record_event().synchronize()
-                begin = perf_counter()
-                for _ in range(self.repeats):
-                    contestant()
-                self.backend.record_event().synchronize()
-                times.append((perf_counter() - begin) / self.repeats)
-        return [median(times[1:]) for times in taken]
-
-    def rows(self, *shape: int) -> Array:
-        """Random bfloat16 values of this shape on the GPU."""
-        count = int(np.prod(shape))
-        return self.backend.device.upload(random_bits((1, count), key=count).reshape(shape))
-
-
-def _experts(clock: _Clock, sizes: Namespace) -> list[Figure]:
-    """An expert, compared with its two matrix products alone and with torch."""
-    backend, width, hidden = clock.backend, sizes.width, sizes.expert_width
-    bits = random_bits((2 * hidden, width), key=1), random_bits((width, hidden), key=2)
-    gate_up, down = (backend.matrix(part) for part in bits)
-    expert, figures = Expert(gate_up, down), []
-    for num_rows in (*sizes.few, *sizes.many):
-        x, counts = clock.rows(num_rows, width), np.array([num_rows])
-        hidden_rows, outputs = clock.rows(num_rows, 2 * hidden), clock.rows(num_rows, width)
-
-        def products(x: Array = x, hidden_rows: Array = hidden_rows, outputs: Array = outputs) -> None:
-            for rows, matrix, out in ((x, gate_up, hidden_rows), (hidden_rows[:, :hidden], down, outputs)):
-                assert isinstance(matrix, Matrix)
-                backend.device.product(rows, matrix.values, out, transposed=matrix.transposed)
-
-        torch_expert = peers.gpu_expert(*bits, num_rows)
-        contestants = [lambda x=x, counts=counts: backend.expert_mlp(x, [expert], counts), products]
-        ours, cublas, *torch = clock.seconds(*contestants, *([torch_expert] if torch_expert else []))
-        rate = 6 * num_rows * width * hidden / ours / 1e12
-        comparison = f"{cublas / ours:.2f} of its products alone" + "".join(f", torch x {t / ours:.2f}" for t in torch)
-        figures.append(Figure("expert", f"{num_rows:,} rows", ours, f"{rate:.1f} TFLOP/s", comparison))
-    return figures
-
-
-def _packing(clock: _Clock, sizes: Namespace) -> list[Figure]:
-    """Packing rows, and combining SLOTS outputs per row, compared with the device's copy by their bytes per second."""
-    backend = clock.backend
-    num_rows = max(sizes.many)
-    x, buffer, copied = (clock.rows(num_rows, sizes.width) for _ in range(3))
-    order = backend.upload(np.random.default_rng(0).permutation(num_rows))
-    output_rows = backend.upload(np.random.default_rng(1).integers(0, num_rows, (num_rows // SLOTS, SLOTS)))
-    weights = backend.upload(np.full((num_rows // SLOTS, SLOTS), 1 / SLOTS, np.float32))
-    pack, combine, copy = clock.seconds(
-        lambda: backend.pack(x, order, buffer),
-        lambda: backend.combine(buffer, output_rows, weights),
-        lambda: backend.device.copy(x, copied),
-    )
-    pack_bytes = 2 * num_rows * sizes.width * 2
-    combine_bytes = num_rows * sizes.width * 2 * (1 + 1 / SLOTS)
-    return [
-        Figure("pack", f"{num_rows:,} rows", pack, _rate(pack_bytes, pack), f"{copy / pack:.2f} of the copy rate"),
-        Figure(
-            "combine",
-            f"{num_rows // SLOTS:,} rows of {SLOTS}",
-            combine,
-            _rate(combine_bytes, combine),
-            f"{combine_bytes / combine / (pack_bytes / copy):.2f} of the copy rate",
-        ),
-    ]
-
-
-def _decode(clock: _Clock, sizes: Namespace) -> Figure:
-    """Attention of one new row per sequence to its whole context, compared with the device's copy rate."""
-    backend, pages = clock.backend, -(-sizes.context // PAGE_ROWS)
-    segments = [
-        Segment(number, 1, sizes.context - 1, np.arange(number * pages, (number + 1) * pages))
-        for number in range(sizes.sequences)
-    ]
-    cache = backend.cache(sizes.sequences * pages, sizes.heads, sizes.head_dim)
-    queries = clock.rows(sizes.sequences, sizes.heads, sizes.head_dim)
-    copied = clock.rows(*cache.keys.shape)
-    attend, copy = clock.seconds(
-        lambda: backend.attend(queries, cache, segments, scale=sizes.head_dim**-0.5),
-        lambda: backend.device.copy(cache.keys, copied),
-    )
-    num_bytes = sizes.sequences * sizes.context * sizes.heads * sizes.head_dim * 4
-    comparison = f"{num_bytes / attend / (2 * copied.nbytes / copy):.2f} of the copy rate"
-    work = f"{sizes.sequences} sequences of {sizes.context:,}"
-    return Figure("decode attention", work, attend, _rate(num_bytes, attend), comparison)
-
-
-def _prefill(clock: _Clock, sizes: Namespace) -> Figure:
-    """Causal attention of all rows of one sequence, which has half the products of full attention."""
-    backend, pages = clock.backend, -(-sizes.context // PAGE_ROWS)
-    segments = [Segment(0, sizes.context, 0, np.arange(pages))]
-    cache = backend.cache(pages, sizes.heads, sizes.head_dim)
-    queries = clock.rows(sizes.context, sizes.heads, sizes.head_dim)
-    (attend,) = clock.seconds(lambda: backend.attend(queries, cache, segments, scale=sizes.head_dim**-0.5))
-    flops = 2 * sizes.context**2 * sizes.heads * sizes.head_dim
-    return Figure("prefill attention", f"{sizes.context:,} rows", attend, f"{flops / attend / 1e12:.1f} TFLOP/s", "")
-
-
-def _rate(num_bytes: float, seconds: float) -> str:
-    return f"{num_bytes / seconds / 1e9:,.1f} GB/s"
+    The backend advances the `pending` transfers of the layers; `comm` is a communicator of this rank alone.
+    """
+    clock = EventClock(timer, rounds=chosen.rounds, most_repeats=chosen.repeats)
+    bench = Bench(backend, clock, RandomValues(backend.device), peers, pending)
+    gc.collect()
+    gc.freeze()  # so that the collections below are short
+    with peers.on_stream(timer.stream):
+        copied = measure_case(bench, COPY, lambda: copy_case(bench, chosen), copy_rate=None)
+        yield from copied
+        copy_rate = copied[0].rate
+        for part in chosen.parts:
+            for name, make in PARTS[part](bench, chosen, comm):
+                yield from measure_case(bench, name, make, copy_rate=copy_rate)
+                gc.collect()
+                peers.free_memory()
+                timer.free_memory()

@@ -33,18 +33,9 @@ def moe_blocks(sizes: Sizes, rows: Float32Array, *, precision: str) -> dict[str,
     if not has_transformers():
         return {}
     import torch
-    from transformers import Qwen3MoeConfig
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
     torch.set_num_threads(1)
-    config = Qwen3MoeConfig(
-        hidden_size=sizes.width,
-        moe_intermediate_size=sizes.expert_width,
-        num_experts=sizes.num_experts,
-        num_experts_per_tok=sizes.top_k,
-        norm_topk_prob=True,
-    )
-    block = Qwen3MoeSparseMoeBlock(config).eval()
+    config, block = make_moe_block(sizes)
     networks = [expert_bits(sizes, expert) for expert in range(sizes.num_experts)]
     with torch.no_grad():
         block.gate.weight.copy_(torch.from_numpy(widen(router_bits(sizes))))
@@ -61,6 +52,21 @@ def moe_blocks(sizes: Sizes, rows: Float32Array, *, precision: str) -> dict[str,
             return block(x)[0]
 
     return {f"transformers {name}": partial(apply, name) for name in EXPERTS_IMPLEMENTATIONS}
+
+
+def make_moe_block(sizes: Sizes) -> tuple[Any, Any]:
+    """The configuration and the Qwen3-MoE block of transformers, with weights of its own, on torch's default device."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    config = Qwen3MoeConfig(
+        hidden_size=sizes.width,
+        moe_intermediate_size=sizes.expert_width,
+        num_experts=sizes.num_experts,
+        num_experts_per_tok=sizes.top_k,
+        norm_topk_prob=True,
+    )
+    return config, Qwen3MoeSparseMoeBlock(config).eval()
 
 
 def save_model(folder: Path, *, vocabulary: int) -> None:
@@ -120,24 +126,6 @@ def generators(
         return generated[:, prompts.shape[1] :].numpy()
 
     return {f"transformers {name}": partial(generate, name) for name in EXPERTS_IMPLEMENTATIONS}
-
-
-def gpu_expert(gate_up: Any, down: Any, num_rows: int) -> Callable[[], Any] | None:
-    """Torch's expert with these bfloat16 bits on `num_rows` random rows on the GPU; None if torch cannot use a GPU."""
-    if not has_torch():
-        return None
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    first, second = (torch.from_numpy(widen(bits)).to("cuda", torch.bfloat16).T for bits in (gate_up, down))
-    x = torch.randn(num_rows, first.shape[0], device="cuda", dtype=torch.bfloat16)
-
-    def apply() -> Any:
-        gate, up = (x @ first).chunk(2, dim=1)
-        return torch.nn.functional.silu(gate) * up @ second
-
-    return apply
 
 
 def start_gloo(world: World) -> Any:

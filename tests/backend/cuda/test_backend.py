@@ -12,6 +12,7 @@ from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.protocol import Expert, SamplingRequest, Segment
 from moempi.config.architecture import Clamp, Router
 from moempi.config.job import Sampling
+from moempi.errors import ConfigError
 
 PRECISIONS = ("bfloat16", "float32")
 
@@ -49,7 +50,7 @@ def pair(request, device):
     return Pair(device, request.param)
 
 
-@pytest.mark.parametrize("width", [1, 7, 64, 301, 2048])
+@pytest.mark.parametrize("width", [1, 7, 64, 301, 2048, 20_000])
 @pytest.mark.parametrize("rounded", [True, False])
 def test_rms_norm_equals_the_cpu(pair, width, rounded):
     (x, on_gpu), (weight, gpu_weight) = pair.values(5, width), pair.values(width, seed=1)
@@ -112,10 +113,18 @@ def test_swiglu_equals_the_cpu(pair, hidden, clamp):
     pair.close(pair.gpu.swiglu(on_gpu, clamp), pair.cpu.swiglu(x, clamp), units=2)
 
 
+def test_clamped_swiglu_keeps_nan(pair):
+    x = np.array([[np.nan, 1.0, 1.0, np.nan]], np.float32)
+    on_gpu = pair.gpu.device.upload(narrow(x) if pair.is_bfloat16 else x)
+    assert np.isnan(pair.host(pair.gpu.swiglu(on_gpu, Clamp(alpha=1.702, limit=1.5)))).all()
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("pairs", [4, 8])
-def test_rotation_equals_the_cpu(pair, interleaved, pairs):
-    x, on_gpu = pair.values(5, 3, 20)
+@pytest.mark.parametrize(
+    ("pairs", "dims"), [(4, slice(2, 18)), (8, slice(2, 18)), (8, slice(8, 48)), (32, slice(0, 64))]
+)
+def test_rotation_equals_the_cpu(pair, interleaved, pairs, dims):
+    x, on_gpu = pair.values(5, 3, 72)
     positions, frequencies = np.array([0, 1, 7, 4000, 100_000]), np.float32(10_000) ** -np.linspace(0, 1, pairs)
     angles = (
         backend.rope_angles(positions, frequencies=frequencies.astype(np.float32), amplitude=1.2)
@@ -124,8 +133,8 @@ def test_rotation_equals_the_cpu(pair, interleaved, pairs):
     cpu_angles, gpu_angles = angles
     for on_gpu_angles, expected in zip(gpu_angles, cpu_angles, strict=True):
         np.testing.assert_allclose(pair.host(on_gpu_angles), expected[:, 0], atol=3e-7)
-    expected = pair.cpu.rotate(x[..., 2:18], cpu_angles, interleaved=interleaved)
-    pair.close(pair.gpu.rotate(on_gpu[..., 2:18], gpu_angles, interleaved=interleaved), expected, units=2)
+    expected = pair.cpu.rotate(x[..., dims], cpu_angles, interleaved=interleaved)
+    pair.close(pair.gpu.rotate(on_gpu[..., dims], gpu_angles, interleaved=interleaved), expected, units=2)
 
 
 def cached(pair, *, heads, dim, lengths, scattered, latent=0):
@@ -156,6 +165,10 @@ def cached(pair, *, heads, dim, lengths, scattered, latent=0):
         (6, 1, 24, [(130, 3), (20, 20)]),  # many heads on one, few new rows
         (4, 2, 32, [(40, 40), (200, 130), (17, 16), (90, 1)]),  # prefill in tiles, and a single row
         (2, 2, 128, [(70, 70)]),
+        (4, 2, 64, [(330, 200), (90, 1), (17, 17)]),  # tiles of warpgroups
+        (2, 1, 128, [(300, 140)]),
+        (2, 2, 20, [(300, 1), (70, 2)]),  # rows that are not aligned
+        (3, 1, 264, [(130, 1)]),  # rows that a warp reads in several steps
     ],
 )
 def test_attention_equals_the_cpu(pair, query_heads, heads, dim, lengths, window, scattered):
@@ -170,11 +183,23 @@ def test_attention_equals_the_cpu(pair, query_heads, heads, dim, lengths, window
         np.testing.assert_allclose(pair.host(actual), expected, atol=0.012 if pair.is_bfloat16 else 2e-6)
 
 
-def test_attention_over_a_latent_cache_equals_the_cpu(pair):
-    caches, segments = cached(pair, heads=1, dim=40, lengths=[(80, 80), (300, 1)], scattered=True, latent=32)
-    queries, gpu_queries = pair.values(81, 5, 40, seed=3)
-    expected = pair.cpu.attend(queries, caches[0], segments, scale=0.2)
-    actual = pair.gpu.attend(gpu_queries, caches[1], segments, scale=0.2)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_tile_kernels_are_equal(device, monkeypatch, dim):
+    pair = Pair(device, "bfloat16")
+    caches, segments = cached(pair, heads=2, dim=dim, lengths=[(260, 200), (64, 64)], scattered=True)
+    _, queries = pair.values(264, 2, dim, seed=3)
+    of_warpgroups = pair.host(pair.gpu.attend(queries, caches[1], segments, scale=dim**-0.5))
+    monkeypatch.setattr(device, "has_warpgroups", False)
+    of_warps = pair.host(pair.gpu.attend(queries, caches[1], list(segments), scale=dim**-0.5))
+    np.testing.assert_allclose(of_warpgroups, of_warps, atol=0.008)
+
+
+@pytest.mark.parametrize(("dim", "latent"), [(40, 32), (576, 512)])
+def test_attention_over_a_latent_cache_equals_the_cpu(pair, dim, latent):
+    caches, segments = cached(pair, heads=1, dim=dim, lengths=[(20, 20), (300, 1)], scattered=True, latent=latent)
+    queries, gpu_queries = pair.values(21, 5, dim, seed=3)
+    expected = pair.cpu.attend(queries, caches[0], segments, scale=0.04)
+    actual = pair.gpu.attend(gpu_queries, caches[1], segments, scale=0.04)
     np.testing.assert_allclose(pair.host(actual), expected, atol=0.012 if pair.is_bfloat16 else 2e-6)
 
 
@@ -187,6 +212,55 @@ def test_a_reproducible_row_of_attention_does_not_depend_on_its_batch(device):
         alone = [Segment(0, 1, segments[0].start + row, segments[0].pages)]
         single = pair.gpu.download(pair.gpu.attend(queries[row : row + 1], caches[1], alone, scale=0.25))
         np.testing.assert_array_equal(single[0], together[row])
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_a_row_within_one_split_does_not_depend_on_a_longer_one_beside_it(pair, with_sinks):
+    """Alone its output is written at once; beside a row of several splits it is merged."""
+    caches, segments = cached(pair, heads=2, dim=16, lengths=[(200, 1), (600, 1)], scattered=True)
+    _, queries = pair.values(2, 4, 16, seed=3)
+    sinks = pair.values(4)[1] if with_sinks else None
+    together = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25, sinks=sinks))
+    alone = pair.gpu.download(pair.gpu.attend(queries[:1], caches[1], segments[:1], scale=0.25, sinks=sinks))
+    np.testing.assert_array_equal(alone[0], together[0])
+
+
+@pytest.mark.parametrize("limit", ["MOST_BLOCKS", "PARTIAL_BYTES"])
+def test_rows_of_several_launches_equal_those_of_one(device, monkeypatch, limit):
+    pair = Pair(device, "bfloat16", reproducible=True)
+    caches, segments = cached(pair, heads=2, dim=16, lengths=[(300, 7)], scattered=True)
+    _, queries = pair.values(7, 2, 16, seed=3)
+    together = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25))
+    monkeypatch.setattr(f"moempi.backend.cuda.backend.{limit}", 3 if limit == "MOST_BLOCKS" else 600)
+    apart = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25))
+    np.testing.assert_array_equal(apart, together)
+
+
+def test_keys_beyond_a_row_and_before_its_window_are_not_read_into_it(pair):
+    caches, segments = cached(pair, heads=2, dim=16, lengths=[(200, 1)], scattered=False)
+    _, queries = pair.values(1, 2, 16, seed=3)
+    before = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25, window=90))
+    nan, later = pair.gpu.upload(np.full((200, 2, 16), np.nan, np.float32)), [Segment(0, 56, 200, segments[0].pages)]
+    if pair.is_bfloat16:
+        nan = pair.gpu.device.upload(np.full((200, 2, 16), 0x7FFF, np.uint16))
+    pair.gpu.extend_cache(caches[1], nan[:56], nan[:56], later)
+    pair.gpu.extend_cache(caches[1], nan[:110], nan[:110], [Segment(0, 110, 0, segments[0].pages)])
+    after = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25, window=90))
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("first", [0, 8, 3])
+def test_a_cache_is_extended_by_strided_rows_of_any_alignment(pair, first):
+    segments = [Segment(0, 70, 3, np.array([1, 0]))]
+    (rows, gpu_rows), (packed, gpu_packed) = pair.values(70, 3, 40), pair.values(70, 200, seed=1)
+    parts = [(rows[..., first : first + 24], packed[:, first : first + 72].reshape(70, 3, 24))]
+    parts.append((gpu_rows[..., first : first + 24], gpu_packed[:, first : first + 72].reshape(70, 3, 24)))
+    cache = pair.gpu.cache(2, 3, 24)
+    pair.gpu.extend_cache(cache, *parts[1], segments)
+    expected = np.zeros((2, 64, 3, 24), np.float32)
+    for held, new in zip((cache.keys, cache.values), parts[0], strict=True):
+        expected[1, 3:], expected[0, :9] = new[:61], new[61:]
+        np.testing.assert_array_equal(pair.host(held).reshape(expected.shape), expected)
 
 
 def test_cleared_pages_are_zero(pair):
@@ -241,8 +315,8 @@ def test_the_router_equals_the_cpu(pair, router, rows):
         )
 
 
-@pytest.mark.parametrize("rows", [0, 1, 33, 700])
-@pytest.mark.parametrize("num_ids", [1, 5, 40])
+@pytest.mark.parametrize("rows", [0, 1, 33, 700, 3000])
+@pytest.mark.parametrize("num_ids", [1, 5, 300, 2500])
 def test_group_and_pick_replicas_equal_the_cpu(pair, rows, num_ids):
     rng = np.random.default_rng(rows)
     experts, physical_ids = rng.integers(0, 16, (rows, 3)).astype(np.int32), rng.integers(0, num_ids, 16)
@@ -257,7 +331,13 @@ def test_group_and_pick_replicas_equal_the_cpu(pair, rows, num_ids):
     np.testing.assert_array_equal(pair.gpu.download(replicas), pair.cpu.pick_replicas(experts, 3))
 
 
-@pytest.mark.parametrize("width", [1, 12, 300])
+def test_group_refuses_more_experts_than_its_kernel_takes(device):
+    gpu = Pair(device, "bfloat16").gpu
+    with pytest.raises(ConfigError, match="at most 8192"):
+        gpu.group(gpu.upload(np.zeros((1, 1), np.int32)), np.arange(8193))
+
+
+@pytest.mark.parametrize("width", [1, 12, 300, 9000])
 def test_packing_and_unpacking_leave_rows_unchanged(pair, width):
     rows = np.arange(9 * width, dtype=np.float32).reshape(9, width) % 256
     on_gpu = pair.gpu.device.upload(narrow(rows) if pair.is_bfloat16 else rows)
@@ -280,12 +360,34 @@ def test_a_comm_buffer_is_written_once_the_event_is_done(pair):
     assert np.isfinite(widen(written) if pair.is_bfloat16 else written).all()
 
 
-def test_combine_equals_the_cpu(pair):
-    (buffer, gpu_buffer), output_rows = pair.values(20, 50), np.random.default_rng(1).integers(0, 20, (7, 3))
-    weights = np.random.default_rng(2).random((7, 3), np.float32)
+@pytest.mark.parametrize(("width", "slots"), [(50, 3), (2056, 8), (24, 19)])
+def test_combine_equals_the_cpu(pair, width, slots):
+    (buffer, gpu_buffer), output_rows = pair.values(20, width), np.random.default_rng(1).integers(0, 20, (7, slots))
+    weights = np.random.default_rng(2).random((7, slots), np.float32)
     sent = narrow(buffer) if pair.is_bfloat16 else buffer
     expected = pair.cpu.combine(sent, output_rows, weights)
     pair.close(pair.gpu.combine(gpu_buffer, pair.gpu.upload(output_rows), pair.gpu.upload(weights)), expected)
+
+
+def test_the_nan_of_a_gpu_stays_nan(device):
+    """Arithmetic on a GPU makes the NaN 0x7fffffff; rounding by adding to its bits would make it -0."""
+    pair = Pair(device, "bfloat16")
+    nan = np.array([[0x7FFFFFFF]], np.uint32).view(np.float32)
+    buffer, rows = pair.values(1, 50)[1], pair.gpu.upload(np.zeros((1, 1), np.int32))
+    assert np.isnan(pair.host(pair.gpu.combine(buffer, rows, pair.gpu.upload(nan)))).all()
+    assert np.isnan(pair.host(pair.gpu.combine(buffer[:, :7], rows, pair.gpu.upload(nan)))).all()
+    router = Router(top_k=1, scoring="sigmoid")
+    logits = pair.gpu.router_logits(pair.gpu.upload(nan), pair.gpu.matrix(np.ones((12, 1), np.float32)), router)
+    assert np.isnan(pair.host(logits)).all()
+    assert np.isnan(pair.gpu.download(pair.gpu.weigh_experts(logits, rows, router))).all()
+
+
+def test_copies_leave_bits_unchanged(device):
+    """Padded products copy floats as two-byte halves, which may look like NaN."""
+    x = np.random.default_rng(0).normal(size=(9, 700)).astype(np.float32)
+    x.view(np.uint16)[:, ::2] |= 0x7F81
+    pair = Pair(device, "float32")
+    np.testing.assert_array_equal(pair.host(pair.gpu._padded(pair.gpu.upload(x)))[:9], x)
 
 
 @pytest.mark.parametrize("biased", [False, True])

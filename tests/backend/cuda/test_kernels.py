@@ -1,5 +1,6 @@
 """The CUDA sources compile for every supported architecture, and the SIMT device finds a missing barrier."""
 
+import re
 import subprocess
 
 import numpy as np
@@ -11,24 +12,53 @@ from mpirun import ROOT, python
 from simt.device import SimtDevice
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-SHAPES = (("EXPERTS", 64), ("HEAD_DIM", 128), ("VALUE_DIM", 128), ("HEADS", 4))
-BFLOAT16_ONLY = {"attention_tiles.cu"}
+SHAPES = {"EXPERTS": 64, "IDS": 64, "HEAD_DIM": 128, "VALUE_DIM": 128, "HEADS": 4}
+BFLOAT16_ONLY = {"attention_tiles.cu", "attention_warpgroups.cu"}
+HOPPER_ONLY = {"attention_warpgroups.cu"}
+REGISTERS = 65_536
+"""Registers of a multiprocessor: a block of more cannot be launched."""
+MOST_THREADS = {"rms_norm": 512, "attend_rows": 128, "attend_tiles": 256, "combine": 128, "rotate": 128, "group": 256}
+"""Threads of the largest block of a kernel; 1,024 of the others."""
+
+
+def compile_kernels(file, architecture, constants):
+    """Compile a file with CuPy's options, without spills; return the registers of a thread of each kernel."""
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
+    kernel = Kernel(file, "", tuple(constants.items()))
+    program = nvrtc.createProgram(kernel.source, file, [], [])
+    options = ["-std=c++17", "-ftz=true", f"-arch={architecture}", "--ptxas-options=-v", *kernel.defines]
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program), pytrace=False)
+    log = nvrtc.getProgramLog(program)
+    assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}, log
+    return dict(re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("precision", [(), (("FLOAT32_ROWS", None),)], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", [{}, {"FLOAT32_ROWS": None}], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("file", sorted(path.name for path in KERNELS.glob("*.cu")))
-def test_nvrtc_compiles_the_kernels(file, precision, architecture):
+def test_nvrtc_compiles_the_kernels_for_blocks_that_can_be_launched(file, precision, architecture):
     if precision and file in BFLOAT16_ONLY:
         pytest.skip("this kernel takes bfloat16 alone")
-    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
-    kernel = Kernel(file, "", (*precision, *SHAPES))
-    program = nvrtc.createProgram(kernel.source, file, [], [])
-    try:
-        nvrtc.compileProgram(program, ["-std=c++17", f"-arch={architecture}", *kernel.defines])
-    except nvrtc.NVRTCError:
-        pytest.fail(nvrtc.getProgramLog(program), pytrace=False)
-    assert nvrtc.getPTX(program)
+    if file in HOPPER_ONLY:
+        if architecture != "sm_90":
+            pytest.skip("this kernel is for compute capability 9.0 alone")
+        architecture += "a"
+    registers = compile_kernels(file, architecture, {**precision, **SHAPES})
+    assert registers
+    for name, count in registers.items():
+        assert -(-int(count) // 8) * 8 * MOST_THREADS.get(name, 1024) <= REGISTERS, name
+
+
+@pytest.mark.parametrize("precision", [{}, {"FLOAT32_ROWS": None}], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 4), (128, 128, 1), (192, 128, 1), (256, 256, 4), (576, 512, 4), (80, 80, 1), (20, 20, 4)]
+)
+def test_attention_of_other_shapes_keeps_its_registers(shape, precision):
+    constants = dict(zip(("HEAD_DIM", "VALUE_DIM", "HEADS"), shape, strict=True))
+    assert "attend_rows" in compile_kernels("attention.cu", "sm_90", {**precision, **constants})
 
 
 def test_a_missing_barrier_changes_the_result(monkeypatch):
@@ -46,6 +76,26 @@ def test_a_missing_barrier_changes_the_result(monkeypatch):
         device.launch(Kernel("norm.cu", "rms_norm", (("BROKEN", 1),)), (3, 1, 1), 128, (x, weight, out, *sizes))
         results.append(device.download(out))
     assert (results[0] != results[1]).any()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_asynchronous_copy_arrives_when_its_thread_waits(monkeypatch, waits):
+    source = (
+        Kernel("tensor_core.cuh", "").source
+        + """extern "C" __global__ void copy_eight(const unsigned short* from, unsigned short* to, int waits) {
+          __shared__ __align__(16) unsigned short held[32 * 8];
+          for (int i = 0; i < 8; ++i) held[threadIdx.x * 8 + i] = 0;
+          begin_copy(held + threadIdx.x * 8, from + threadIdx.x * 8);
+          if (waits) await_copies();
+          for (int i = 0; i < 8; ++i) to[threadIdx.x * 8 + i] = held[threadIdx.x * 8 + i];
+        }"""
+    )
+    monkeypatch.setattr(Kernel, "source", source)
+    device, rows = SimtDevice(), np.arange(1, 257, dtype=np.uint16)
+    out = device.empty((256,), np.uint16)
+    kernel = Kernel("tensor_core.cuh", "copy_eight", (("COPY", None),))
+    device.launch(kernel, (1, 1, 1), 32, (device.upload(rows), out, np.int32(waits)))
+    np.testing.assert_array_equal(device.download(out), rows if waits else 0)
 
 
 def test_a_launch_with_wrong_arguments_ends_the_program():

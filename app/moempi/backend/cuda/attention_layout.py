@@ -7,8 +7,31 @@ import numpy as np
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Cache, Segment
+from moempi.config.tensors import PAGE_ROWS
 
-TILE_ROWS, LEAST_TILE_ROWS, MOST_TILE_DIM = 64, 16, 128
+LEAST_TILE_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TileKernel:
+    """A kernel for tiles of queries: its file, queries of a tile, threads of a block, the widths of heads it takes.
+
+    `stages` is the number of cache pages in its dynamic shared memory.
+    """
+
+    file: str
+    rows: int
+    threads: int
+    widths: Sequence[int]
+    stages: int = 0
+
+    def shared_bytes(self, cache: Cache) -> int:
+        """Size of the dynamic shared memory of a block."""
+        return self.stages * PAGE_ROWS * sum(head_dims(cache).values()) * int(cache.keys.itemsize)
+
+
+WARP_TILES = TileKernel("attention_tiles", rows=64, threads=128, widths=range(16, 129, 16))
+WARPGROUP_TILES = TileKernel("attention_warpgroups", rows=128, threads=256, widths=(64, 128), stages=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,36 +39,44 @@ class AttentionLayout:
     """The layout of the rows of `segments`; `spans`, `pages` and `tiles` are int32 arrays on the device.
 
     `spans` (T, 2): position of each row, and the index in `pages` of its sequence's first page. `tiles` (n, 4): first
-    row, its position, number of rows, and the index of the first page of each tile of kernels/attention_tiles.cu.
-    `single_rows`: the runs of adjacent rows that are in no tile.
+    row, its position, number of rows, and the index of the first page of each tile of `tile_kernel`. `single_rows`: the
+    runs of adjacent rows that are in no tile.
     """
 
     segments: Sequence[Segment]
     spans: Array
     pages: Array
     tiles: Array
+    tile_kernel: TileKernel | None
     single_rows: Sequence[range]
 
 
 def lay_out_rows(
-    segments: Sequence[Segment], *, can_tile: bool, upload: Callable[[IntArray], Array]
+    segments: Sequence[Segment], *, tile_kernel: TileKernel | None, upload: Callable[[IntArray], Array]
 ) -> AttentionLayout:
-    """Lay out the rows of a step in one upload; segments of at least LEAST_TILE_ROWS rows are tiled if `can_tile`."""
+    """Lay out the rows of a step in one upload; `tile_kernel` takes segments of at least LEAST_TILE_ROWS rows."""
     first_pages = np.cumsum([0, *(len(segment.pages) for segment in segments)])[:-1].tolist()
-    tiled = [can_tile and segment.length >= LEAST_TILE_ROWS for segment in segments]
+    tiled = [tile_kernel is not None and segment.length >= LEAST_TILE_ROWS for segment in segments]
     pages = np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int64)])
     # The widest rows come first, so that every row is aligned to its size.
-    parts = (_tiles(segments, first_pages, tiled), _spans(segments, first_pages), pages)
+    parts = (
+        _tiles(segments, first_pages, tiled, rows=tile_kernel.rows if tile_kernel else 1),
+        _spans(segments, first_pages),
+        pages,
+    )
     whole, ends = upload(np.concatenate([part.reshape(-1) for part in parts])), np.cumsum([part.size for part in parts])
     tiles, spans, pages = (
         whole[end - part.size : end].reshape(part.shape) for part, end in zip(parts, ends.tolist(), strict=True)
     )
-    return AttentionLayout(segments, spans, pages, tiles, _single_rows(segments, tiled))
+    return AttentionLayout(segments, spans, pages, tiles, tile_kernel, _single_rows(segments, tiled))
 
 
-def fits_tiles(cache: Cache) -> bool:
-    """Whether kernels/attention_tiles.cu takes the widths of this cache."""
-    return all(dim % 16 == 0 and dim <= MOST_TILE_DIM for dim in head_dims(cache).values()) and not is_latent(cache)
+def tile_kernel(cache: Cache, *, has_warpgroups: bool) -> TileKernel | None:
+    """The kernel for tiles of queries on this device with this bfloat16 cache; None if none takes its widths."""
+    kernels = (WARPGROUP_TILES, WARP_TILES) if has_warpgroups else (WARP_TILES,)
+    widths = head_dims(cache).values()
+    fitting = (kernel for kernel in kernels if all(width in kernel.widths for width in widths))
+    return None if is_latent(cache) else next(fitting, None)
 
 
 def head_dims(cache: Cache) -> dict[str, int]:
@@ -66,11 +97,11 @@ def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:
     return np.concatenate(spans or [np.zeros((0, 2), np.int64)])
 
 
-def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool]) -> IntArray:
+def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool], *, rows: int) -> IntArray:
     tiles = [
-        (segment.row + first, segment.start + first, min(TILE_ROWS, segment.length - first), page)
+        (segment.row + first, segment.start + first, min(rows, segment.length - first), page)
         for segment, page, is_tiled in zip(segments, first_pages, tiled, strict=True)
-        for first in range(0, segment.length if is_tiled else 0, TILE_ROWS)
+        for first in range(0, segment.length if is_tiled else 0, rows)
     ]
     return np.array(tiles, np.int64).reshape(-1, 4)
 

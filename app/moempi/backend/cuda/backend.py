@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.cuda.attention_layout import AttentionLayout, fits_tiles, head_dims, is_latent, lay_out_rows
+from moempi.backend.cuda.attention_layout import AttentionLayout, head_dims, is_latent, lay_out_rows, tile_kernel
 from moempi.backend.cuda.device import Argument, Device, Grid, Kernel
 from moempi.backend.protocol import (
     Array,
@@ -32,16 +32,29 @@ from moempi.backend.protocol import (
 from moempi.backend.sampling import sample_token
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
+from moempi.errors import ConfigError
 
 PRODUCT_ROWS = 64
+SEGMENT_BYTES = 8192
+"""Bytes of a row per block of the kernels that copy rows; equals SEGMENT_BYTES of kernels/rows.cuh."""
 FLAT_NUMBERS = 2048
 """Numbers per block of a flat kernel."""
+ROTATED_NUMBERS = 2048
+"""Numbers of a row per block of `rotate`."""
+COMBINED_NUMBERS = 1024
+"""Numbers of a row per block of `combine`."""
 SPLIT_KEYS = 256
 """Keys per block of kernels/attention.cu."""
+MOST_BLOCKS = 65_535
+"""Blocks of a grid along its second or third axis."""
 PARTIAL_BYTES = 64 << 20
 """Memory for the partial results of kernels/attention.cu; more rows are attended in several launches."""
 SPLIT_HEADS = 4
 """Query heads that share a key-value head and a block of kernels/attention.cu."""
+GROUPED_CHOICES = 8
+"""Choices per thread of kernels/grouping.cu; more than a block's are sorted by several blocks."""
+MOST_IDS = 8192
+"""Physical experts of a layer that kernels/grouping.cu sorts by."""
 ROUTER_ROWS = 4
 """Rows per block of kernels/router.cu."""
 SCORING = {"softmax": 0, "sigmoid": 1, "softmax_chosen": 2}
@@ -164,7 +177,9 @@ class CudaBackend:
     def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
         out = self._rows(x.shape)
         sizes = (*_extents(x), np.float32(eps), np.int32(rounded))
-        self._by_vector("norm", "rms_norm", out, x, weight, out, *sizes)
+        width = x.shape[-1]
+        grid = (prod(x.shape) // width, 1, 1)
+        self._launch("norm", "rms_norm", grid, min(512, _threads(-(-width // 4))), x, weight, out, *sizes)
         return out
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
@@ -236,14 +251,16 @@ class CudaBackend:
         out = self._rows(x.shape)
         heads, dim, *strides = _extents(x)
         sizes = (heads, dim, np.int32(angles[0].shape[1]), *strides, np.int32(interleaved))
-        self._by_token("rope", "rotate", out, x, *angles, out, *sizes)
+        grid = (len(x), -(-prod(x.shape[1:]) // ROTATED_NUMBERS), 1)
+        self._launch("rope", "rotate", grid, 128, x, *angles, out, *sizes)
         return out
 
     def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
         layout = self._attention_layout(cache, segments)
         for new, held in ((keys, cache.keys), (values, cache.values)):
             if new is not None:
-                self._by_token("kv_cache", "extend_cache", new, new, held, layout.spans, layout.pages, *_extents(new))
+                given = (new, held, layout.spans, layout.pages)
+                self._by_segment("kv_cache", "extend_cache", new, *given, *_extents(new))
 
     def attend(
         self,
@@ -259,10 +276,18 @@ class CudaBackend:
         out = self._rows((*queries.shape[:2], cache.values.shape[-1]))
         layout = self._attention_layout(cache, segments)
         kv_heads = np.int32(cache.keys.shape[1])
-        given = (queries, cache.keys, cache.values, sinks, layout.tiles, layout.pages, out)
-        grid = (len(layout.tiles), out.shape[1], 1)
-        rule = (kv_heads, np.float32(scale), np.int32(window))
-        self._launch("attention_tiles", "attend_tiles", grid, 128, *given, *rule, **head_dims(cache))
+        if len(layout.tiles):
+            kernel = layout.tile_kernel
+            assert kernel is not None
+            given = (queries, cache.keys, cache.values, sinks, layout.tiles, layout.pages, out)
+            rule = (kv_heads, np.float32(scale), np.int32(window))
+            self.device.launch(
+                Kernel(f"{kernel.file}.cu", "attend_tiles", tuple(head_dims(cache).items())),
+                (len(layout.tiles), out.shape[1], 1),
+                kernel.threads,
+                (*given, *rule),
+                shared_bytes=kernel.shared_bytes(cache),
+            )
         self._attend_rows(queries, cache, layout, out, scale=scale, window=window, sinks=sinks)
         return out
 
@@ -287,23 +312,29 @@ class CudaBackend:
         rule = (np.int32(heads), np.int32(kv_heads), np.int32(value_stride), np.float32(scale), np.int32(window))
         for rows in layout.single_rows:
             splits = -(-max(s.start + s.length for s in layout.segments if s.row in rows) // SPLIT_KEYS)
-            step = max(1, PARTIAL_BYTES // (heads * splits * value_dim * 4))
+            partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
+            step = max(1, min(MOST_BLOCKS, PARTIAL_BYTES // max(1, partial_bytes)))
             for first in range(rows.start, rows.stop, step):
                 some = slice(first, min(first + step, rows.stop))
                 num_rows = some.stop - first
-                sums = self.device.empty((num_rows, heads, splits, value_dim), np.float32)
-                stats = self.device.empty((num_rows, heads, splits, 2), np.float32)
-                given = (queries[some], cache.keys, cache.values, layout.spans[some], layout.pages, sums, stats)
-                self._launch("attention", "attend_rows", (num_rows, head_rounds, splits), 128, *given, *rule, **dims)
-                merged = (sums, stats, sinks, out[some], np.int32(splits))
-                self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
+                sums = stats = None
+                if splits > 1:
+                    sums = self.device.empty((num_rows, heads, splits, value_dim), np.float32)
+                    stats = self.device.empty((num_rows, heads, splits, 2), np.float32)
+                given = (queries[some], cache.keys, cache.values, sinks, layout.spans[some], layout.pages)
+                results = (sums, stats, out[some])
+                grid = (head_rounds, splits, num_rows)
+                self._launch("attention", "attend_rows", grid, 128, *given, *results, *rule, **dims)
+                if splits > 1:
+                    merged = (sums, stats, sinks, out[some], np.int32(splits))
+                    self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
 
     def _attention_layout(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
         """The layout of a step's rows is the same in all layers, so it is kept until the queue's next step."""
         layout = self._layouts.get(self.queue)
         if layout is None or layout.segments is not segments:
-            can_tile = fits_tiles(cache) and not self.reproducible
-            layout = self._layouts[self.queue] = lay_out_rows(segments, can_tile=can_tile, upload=self.upload)
+            kernel = None if self.reproducible else tile_kernel(cache, has_warpgroups=self.device.has_warpgroups)
+            layout = self._layouts[self.queue] = lay_out_rows(segments, tile_kernel=kernel, upload=self.upload)
         return layout
 
     # Experts
@@ -340,7 +371,7 @@ class CudaBackend:
     def pick_replicas(self, experts: Array, period: int) -> Array:
         out = self.device.empty(experts.shape, np.int32)
         count, sizes = prod(out.shape), map(np.int32, (prod(out.shape), out.shape[1], period))
-        self._launch("grouping", "pick_replicas", (-(-count // 256), 1, 1), 256, experts, out, *sizes)
+        self._launch("grouping", "pick_replicas", (-(-count // 256), 1, 1), 256, experts, out, *sizes, IDS=64)
         return out
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
@@ -356,10 +387,25 @@ class CudaBackend:
         if not choices:
             return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(physical_ids), np.int64)
         source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
-        counts = self.device.empty((len(physical_ids),), np.int32)
-        given = (experts, self.upload(physical_ids), source_rows, output_rows, counts)
-        sizes = (np.int32(choices), np.int32(slots))
-        self._launch("grouping", "group", (len(physical_ids), 1, 1), 256, *given, *sizes)
+        counts, num_ids = self.device.empty((len(physical_ids),), np.int32), np.int32(len(physical_ids))
+        ids = max(64, 1 << (len(physical_ids) - 1).bit_length())
+        if ids > MOST_IDS:
+            raise ConfigError(
+                f"a layer has {len(physical_ids)} physical experts; the GPU backend takes at most {MOST_IDS}: "
+                "use fewer replicas"
+            )
+        threads = 32 * min(8, MOST_IDS // ids)
+        blocks = min(1024, -(-choices // (threads * GROUPED_CHOICES)))
+        given, before = (experts, self.upload(physical_ids)), None
+        if blocks > 1:
+            before = self.device.empty((len(physical_ids), blocks), np.int32)
+            counted = (*given, before, np.int32(choices), num_ids)
+            self._launch("grouping", "count_choices", (blocks, 1, 1), threads, *counted, IDS=ids)
+            scan_threads = 32 * -(-blocks // 32)
+            scanned = (before, counts, np.int32(blocks))
+            self._launch("grouping", "scan_blocks", (len(physical_ids), 1, 1), scan_threads, *scanned, IDS=ids)
+        results, sizes = (source_rows, output_rows, counts), (np.int32(choices), np.int32(slots), num_ids)
+        self._launch("grouping", "group", (blocks, 1, 1), threads, *given, before, *results, *sizes, IDS=ids)
         return source_rows, output_rows, self.download(counts).astype(np.int64)
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
@@ -369,7 +415,7 @@ class CudaBackend:
 
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
         on_device = index if index is None or self.device.holds(index) else self.upload(index)
-        self._by_token("packing", "take_rows", out, rows, on_device, out, np.int32(prod(out.shape[1:])))
+        self._by_segment("packing", "take_rows", out, rows, on_device, out, np.int32(prod(out.shape[1:])))
 
     def unpack(self, buffer: Array, index: Array | None) -> Array:
         out = self._rows((len(buffer) if index is None else len(index), *buffer.shape[1:]))
@@ -386,19 +432,19 @@ class CudaBackend:
     def combine(self, buffer: Array, output_rows: Array, weights: Array) -> Array:
         out = self._rows((len(output_rows), buffer.shape[1]))
         sizes = (np.int32(output_rows.shape[1]), np.int32(buffer.shape[1]))
-        self._by_token("packing", "combine", out, buffer, output_rows, weights, out, *sizes)
+        grid = (len(out), -(-buffer.shape[1] // COMBINED_NUMBERS), 1)
+        self._launch("packing", "combine", grid, 128, buffer, output_rows, weights, out, *sizes)
         return out
 
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
         outputs, first = self._rows(rows.shape), 0
         for expert, count in zip(experts, counts.tolist(), strict=True):
             if count:
-                some = slice(first, first + count)
-                hidden = self.swiglu(self.linear(rows[some], expert.gate_up, expert.gate_up_bias), expert.clamp)
+                own, out = (_rows_from(whole, first, count) for whole in (rows, outputs))
+                hidden = self.swiglu(self.linear(own, expert.gate_up, expert.gate_up_bias), expert.clamp)
                 if expert.down_bias is not None:
-                    width = np.int32(rows.shape[1])
-                    self._by_vector("elementwise", "fill_rows", outputs[some], expert.down_bias, outputs[some], width)
-                self._product(hidden, expert.down, outputs[some], accumulate=expert.down_bias is not None)
+                    self._by_vector("elementwise", "fill_rows", out, expert.down_bias, out, np.int32(rows.shape[1]))
+                self._product(hidden, expert.down, out, accumulate=expert.down_bias is not None)
                 first += count
         return outputs
 
@@ -433,6 +479,10 @@ class CudaBackend:
         """Compute out (T, N) = x (T, K) times the matrix; with `accumulate`, add it to `out`."""
         if x.dtype != matrix.values.dtype:
             x = self._widened(x)
+        if not self.reproducible:
+            if len(x):
+                self.device.product(x, matrix.values, out, transposed=matrix.transposed, accumulate=accumulate)
+            return
         for rows, whole in self._calls(len(x)):
             if whole:
                 self.device.product(
@@ -495,9 +545,10 @@ class CudaBackend:
         width = out.shape[-1]
         self._launch(file, name, (prod(out.shape) // width, 1, 1), _threads(width), *arguments)
 
-    def _by_token(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
-        """Launch one block per row of `out`."""
-        self._launch(file, name, (len(out), 1, 1), _threads(prod(out.shape[1:])), *arguments)
+    def _by_segment(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
+        """Launch one block per SEGMENT_BYTES of each row of `out`."""
+        row_bytes = prod(out.shape[1:]) * out.itemsize
+        self._launch(file, name, (len(out), -(-row_bytes // SEGMENT_BYTES), 1), 128, *arguments)
 
     def _flat(self, name: str, count: int, *arguments: Argument) -> None:
         """Launch one thread per eight of `count` numbers; `count` is the kernel's last argument."""
@@ -507,6 +558,11 @@ class CudaBackend:
         if all(grid):
             kernel = Kernel(f"{file}.cu", name, (*self._constants, *constants.items()))
             self.device.launch(kernel, grid, threads, arguments)
+
+
+def _rows_from(whole: Array, first: int, count: int) -> Array:
+    """Rows [first, first + count); a view takes the host longer than the comparison."""
+    return whole if count == len(whole) else whole[first : first + count]
 
 
 def _threads(width: int) -> int:

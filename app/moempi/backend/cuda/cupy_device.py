@@ -1,12 +1,8 @@
-"""An NVIDIA GPU through CuPy: memory and streams, products by cuBLAS, kernels compiled by NVRTC.
-
-CuPy keeps compiled kernels in its cache folder, so a kernel is compiled once for each GPU architecture and model shape.
-"""
+"""An NVIDIA GPU through CuPy: memory and streams, products by cuBLAS, kernels of `compiled_kernel`."""
 
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import cupy
@@ -14,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from cupy_backends.cuda.libs import cublas
 
+from moempi.backend.cuda.compiled_kernel import CompiledKernel
 from moempi.backend.cuda.device import Argument, Grid, Kernel
 from moempi.backend.protocol import Array
 from moempi.errors import ConfigError
@@ -50,6 +47,9 @@ class CupyDevice:
                 f'run.backend = "cupy": {self.name} has no bfloat16; it takes compute capability 8.0 or more'
             )
         self.comm_buffers_on_host = pinned
+        self.has_warpgroups = capability == "9.0"
+        self._architecture = "sm_90a" if self.has_warpgroups else f"sm_{capability.replace('.', '')}"
+        self._kernels: dict[Kernel, CompiledKernel] = {}
         self._uuid = properties.get("uuid", b"")[:16].hex()
         self._queues: dict[int, tuple[cupy.cuda.Stream, int]] = {}
         self.use_queue(0)
@@ -72,7 +72,7 @@ class CupyDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """From CuPy's pool, which calls the driver only until it holds enough for the largest step."""
-        return cupy.empty(shape, dtype)
+        return cupy.ndarray(shape, dtype)
 
     def comm_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Not from a pool, because freeing it must wait for the device."""
@@ -120,8 +120,15 @@ class CupyDevice:
     def copy(self, values: Array, out: Array) -> None:
         out.data.copy_from_device_async(values.data, values.nbytes)
 
-    def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
-        _compiled(kernel)(grid, (threads, 1, 1), tuple(_word(argument) for argument in arguments))
+    def launch(
+        self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument], *, shared_bytes: int = 0
+    ) -> None:
+        compiled = self._kernels.get(kernel)
+        if compiled is None:
+            compiled = self._kernels[kernel] = CompiledKernel(
+                kernel, architecture=self._architecture, arguments=arguments, shared_bytes=shared_bytes
+            )
+        compiled(grid, threads, self._stream.ptr, arguments)
 
     def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool, accumulate: bool = False) -> None:
         """The arrays of cuBLAS are column-major, so it computes out' = matrix x'."""
@@ -254,16 +261,3 @@ def describe() -> list[str]:
 
 def _can_access(number: int, other: int) -> bool:
     return bool(cupy.cuda.runtime.deviceCanAccessPeer(number, other))
-
-
-@cache
-def _compiled(kernel: Kernel) -> Any:
-    return cupy.RawKernel(kernel.source, kernel.name, options=("-std=c++17", *kernel.defines))
-
-
-def _word(argument: Argument) -> Any:
-    if argument is None:
-        return np.uint64(0)
-    if isinstance(argument, cupy.ndarray):
-        return np.uint64(argument.data.ptr)
-    return np.uint64(argument.ctypes.data) if isinstance(argument, np.ndarray) else argument

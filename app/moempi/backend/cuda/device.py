@@ -54,6 +54,8 @@ class Device(Protocol):
 
     name: str
     comm_buffers_on_host: bool
+    has_warpgroups: bool
+    """Whether it runs kernels/warpgroup.cuh."""
 
     @property
     def memory_id(self) -> str:
@@ -95,8 +97,13 @@ class Device(Protocol):
     def copy(self, values: Array, out: Array) -> None:
         """Submit a copy between contiguous arrays of equal size."""
 
-    def launch(self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument]) -> None:
-        """Submit a kernel on `grid` blocks of `threads` threads; arrays become addresses, None a null pointer."""
+    def launch(
+        self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument], *, shared_bytes: int = 0
+    ) -> None:
+        """Submit a kernel on `grid` blocks of `threads` threads; arrays become addresses, None a null pointer.
+
+        `shared_bytes` is the size of the block's dynamic shared memory, the same in every launch of a kernel.
+        """
 
     def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool, accumulate: bool = False) -> None:
         """Submit out (T, N) = x (T, K) times matrix (N, K), or (K, N) when `transposed`; sums are in float32.

@@ -26,7 +26,7 @@ __device__ inline void begin_page(unsigned short* to, const row* cache, int page
 }
 
 __device__ inline unsigned pair(float low, float high) {
-  return bfloat16_bits(low) | static_cast<unsigned>(bfloat16_bits(high)) << 16;
+  return bfloat16_pair(low, high);
 }
 
 // A row of the scores is spread over a group of four warp lanes.

@@ -12,18 +12,23 @@
 //                     config.architecture.Clamp                                         NumPy: swiglu
 //
 // Launch: functions of `count` numbers, ceil(count / 2048) blocks of 256, eight numbers per thread; the others, one
-// block per row (T) or vector (T * H), threads as in packing.cu.
+// block per row (T) or vector (T * H) of ceil(width / 8) threads, rounded up to whole warps, at most 1,024.
 #include "rows.cuh"
 
 __device__ inline long long first_of_thread() {
   return (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
 }
 
+// NaN stays NaN, which fminf and fmaxf would hide.
+__device__ inline float clamped(float number, float least, float most) {
+  return number > most ? most : number < least ? least : number;
+}
+
 extern "C" __global__ void add(const row* x, const row* y, row* out, long long count) {
   const long long at = first_of_thread();
+  const Eight<row> held_x = fetch8(x + at, count - at), held_y = fetch8(y + at, count - at);
   float a[8], b[8];
-  load8(x + at, count - at, a);
-  load8(y + at, count - at, b);
+  unpack8(held_x, a), unpack8(held_y, b);
   for (int i = 0; i < 8; ++i) a[i] += b[i];
   store8(out + at, count - at, a);
 }
@@ -34,10 +39,7 @@ extern "C" __global__ void clip(const row* x, row* out, int heads, int width, lo
   for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
     float numbers[8];
     load8(vector + column, width - column, numbers);
-    // NaN stays NaN, which fminf and fmaxf would hide
-    for (int i = 0; i < 8; ++i)
-      numbers[i] = numbers[i] > limit ? limit : numbers[i] < -limit ? -limit : numbers[i];
-    for (int i = 0; i < 8; ++i) numbers[i] = stored(numbers[i]);
+    for (int i = 0; i < 8; ++i) numbers[i] = clamped(numbers[i], -limit, limit);
     store8(out + static_cast<long long>(blockIdx.x) * width + column, width - column, numbers);
   }
 }
@@ -46,19 +48,14 @@ extern "C" __global__ void copy_columns(const row* x, row* out, int heads, int w
                                         long long head_stride, int first, int out_width) {
   const row* vector = x + vector_start(blockIdx.x, heads, token_stride, head_stride);
   row* to = out + static_cast<long long>(blockIdx.x) * out_width + first;
-  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-    float numbers[8];
-    load8(vector + column, width - column, numbers);
-    store8(to + column, width - column, numbers);
-  }
+  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8)
+    copy8(vector + column, to + column, width - column);
 }
 
 extern "C" __global__ void fill_rows(const row* bias, row* out, int width) {
-  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-    float numbers[8];
-    load8(bias + column, width - column, numbers);
-    store8(out + static_cast<long long>(blockIdx.x) * width + column, width - column, numbers);
-  }
+  row* to = out + static_cast<long long>(blockIdx.x) * width;
+  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8)
+    copy8(bias + column, to + column, width - column);
 }
 
 extern "C" __global__ void add_bias(float* product, const row* bias, int width) {
@@ -67,8 +64,11 @@ extern "C" __global__ void add_bias(float* product, const row* bias, int width) 
 }
 
 extern "C" __global__ void round_floats(float* numbers, long long count) {
-  const long long first = first_of_thread();
-  for (long long at = first; at < first + 8 && at < count; ++at) numbers[at] = stored(numbers[at]);
+  const long long at = first_of_thread();
+  float rounded[8];
+  load8(numbers + at, count - at, rounded);
+  for (int i = 0; i < 8; ++i) rounded[i] = stored(rounded[i]);
+  store8(numbers + at, count - at, rounded);
 }
 
 extern "C" __global__ void widen_rows(const unsigned short* x, float* out, long long count) {
@@ -80,11 +80,11 @@ extern "C" __global__ void widen_rows(const unsigned short* x, float* out, long 
 
 extern "C" __global__ void scale_by_sigmoid(const row* x, const row* logits, row* out, int width) {
   const long long start = static_cast<long long>(blockIdx.x) * width;
-  const float divisor = 1.0f + expf(-widen(logits[blockIdx.x]));
+  const float sigmoid = 1.0f / (1.0f + expf(-widen(logits[blockIdx.x])));
   for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
     float numbers[8];
     load8(x + start + column, width - column, numbers);
-    for (int i = 0; i < 8; ++i) numbers[i] /= divisor;
+    for (int i = 0; i < 8; ++i) numbers[i] *= sigmoid;
     store8(out + start + column, width - column, numbers);
   }
 }
@@ -92,17 +92,18 @@ extern "C" __global__ void scale_by_sigmoid(const row* x, const row* logits, row
 extern "C" __global__ void swiglu(const row* gate_up, row* out, int hidden, float alpha, float limit) {
   const row* both = gate_up + static_cast<long long>(blockIdx.x) * 2 * hidden;
   for (int column = threadIdx.x * 8; column < hidden; column += blockDim.x * 8) {
+    const Eight<row> held_gates = fetch8(both + column, hidden - column);
+    const Eight<row> held_ups = fetch8(both + hidden + column, hidden - column);
     float gates[8], ups[8];
-    load8(both + column, hidden - column, gates);
-    load8(both + hidden + column, hidden - column, ups);
+    unpack8(held_gates, gates), unpack8(held_ups, ups);
     for (int i = 0; i < 8; ++i) {
       float exponent = gates[i];
       if (alpha != 0.0f) {
-        gates[i] = fminf(gates[i], limit);
-        ups[i] = fmaxf(fminf(ups[i], limit), -limit) + 1.0f;
+        gates[i] = clamped(gates[i], -infinity(), limit);
+        ups[i] = clamped(ups[i], -limit, limit) + 1.0f;
         exponent = gates[i] * alpha;
       }
-      gates[i] = gates[i] / (1.0f + expf(-exponent)) * ups[i];
+      gates[i] = __fdividef(gates[i], 1.0f + expf(-exponent)) * ups[i];
     }
     store8(out + static_cast<long long>(blockIdx.x) * hidden + column, hidden - column, gates);
   }

@@ -3,33 +3,50 @@
 //   take_rows   out[i] = rows[index[i]], or rows[i] without an index            NumPy: embed, take_rows, pack, unpack
 //   combine     out[t] = sum over k, in order, of weights[t, k] * buffer[output_rows[t, k]]     NumPy: combine
 //
-// Shapes: out (n, D), index (n), output_rows and weights (n, K). A block writes one row, eight numbers per thread. Rows
-// in pinned host memory cross the bus once.
-// Launch: n blocks of ceil(D / 8) threads, rounded up to whole warps, at most 1,024.
+// Shapes: out (n, D), index (n), output_rows and weights (n, K). Rows in pinned host memory cross the bus once.
+// Launch: take_rows (n, segments of a row) blocks of SEGMENT_THREADS; combine (n, ceil(D / 1024)) blocks of 128, eight
+// numbers per thread.
 #include "rows.cuh"
 
+const int SLOTS_IN_FLIGHT = 8;
+
 extern "C" __global__ void take_rows(const row* rows, const int* index, row* out, int width) {
-  const long long from = (index ? index[blockIdx.x] : static_cast<long long>(blockIdx.x)) * width;
-  const long long to = static_cast<long long>(blockIdx.x) * width;
-  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-    float numbers[8];
-    load8(rows + from + column, width - column, numbers);
-    store8(out + to + column, width - column, numbers);
-  }
+  const long long from = index ? index[blockIdx.x] : static_cast<long long>(blockIdx.x);
+  copy_segment(rows + from * width, out + static_cast<long long>(blockIdx.x) * width, blockIdx.y, width);
+}
+
+// total += weight * the eight numbers
+__device__ inline void add_weighted(float* total, float weight, const Eight<row>& eight) {
+  float numbers[8];
+  unpack8(eight, numbers);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) total[i] += weight * numbers[i];
 }
 
 extern "C" __global__ void combine(const row* buffer, const int* output_rows, const float* weights, row* out,
                                    int slots, int width) {
+  const int column = (blockIdx.y * blockDim.x + threadIdx.x) * 8, lane = threadIdx.x % WARP_THREADS;
   const long long token = blockIdx.x;
-  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-    float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    for (int slot = 0; slot < slots; ++slot) {
-      const float weight = weights[token * slots + slot];
-      float numbers[8];
-      const long long from = static_cast<long long>(output_rows[token * slots + slot]) * width + column;
-      load8(buffer + from, width - column, numbers);
-      for (int i = 0; i < 8; ++i) total[i] += weight * numbers[i];
+  const bool is_whole = column < width && width % 8 == 0 && is_aligned(buffer);
+  float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (int first = 0; first < slots; first += SLOTS_IN_FLIGHT) {
+    // A warp lane reads one slot's row and weight for all.
+    const long long own_slot = token * slots + min(first + lane % SLOTS_IN_FLIGHT, slots - 1);
+    const int own_row = output_rows[own_slot];
+    const float own_weight = weights[own_slot];
+    const row* from[SLOTS_IN_FLIGHT];
+    Eight<row> held[SLOTS_IN_FLIGHT];
+#pragma unroll
+    for (int i = 0; i < SLOTS_IN_FLIGHT; ++i) {
+      from[i] = buffer + static_cast<long long>(__shfl_sync(FULL_WARP, own_row, i)) * width + column;
+      if (is_whole && first + i < slots) held[i] = read8(from[i]);
     }
-    store8(out + token * width + column, width - column, total);
+#pragma unroll
+    for (int i = 0; i < SLOTS_IN_FLIGHT; ++i) {
+      const float weight = __shfl_sync(FULL_WARP, own_weight, i);
+      if (is_whole && first + i < slots) add_weighted(total, weight, held[i]);
+      else if (column < width && first + i < slots) add_weighted(total, weight, fetch8(from[i], width - column));
+    }
   }
+  if (column < width) store8(out + token * width + column, width - column, total);
 }

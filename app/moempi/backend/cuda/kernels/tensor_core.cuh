@@ -34,11 +34,26 @@ __device__ inline void load_transposed(unsigned* to, const unsigned short* from)
                : "memory");
 }
 
-// Start to copy 16 bytes to shared memory; `await_copies` waits for all copies that this thread started.
+// Start to copy 16 bytes to shared memory. `end_copies` makes a group of the copies that this thread has started since
+// the last group; `await_copies` waits for all copies of this thread, `await_groups_but<N>` for all groups but the last N.
 __device__ inline void begin_copy(unsigned short* to, const unsigned short* from) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
 __device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ inline void await_groups_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// 2 to the power of a number, to about 22 bits.
+__device__ inline float fast_exp2(float number) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(number));
+  return power;
+}
+
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(1024) type name[]
 #endif

@@ -1,0 +1,101 @@
+"""Kernels compiled by NVRTC for the GPU at hand, and their launches through the driver.
+
+A kernel is compiled once for each GPU architecture and model shape, and kept in the user's cache folder.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+import xxhash
+from cupy.cuda.function import Module
+from cupy_backends.cuda.api import driver
+from cupy_backends.cuda.libs import nvrtc
+
+from moempi.backend.cuda.device import Argument, Grid, Kernel
+from moempi.backend.kept_files import keep, kept_folder, read_kept
+
+OPTIONS = ("-std=c++17", "-ftz=true")
+WORD_BYTES = 8
+"""Bytes of every argument in the memory that the driver reads; a smaller one is padded."""
+FORMATS = {np.dtype(np.int32): "i4x", np.dtype(np.int64): "q", np.dtype(np.float32): "f4x"}
+ADDRESS = "Q"
+DEFAULT_SHARED_BYTES = 48 << 10
+"""Shared memory of a block that needs no permission."""
+
+
+class CompiledKernel:
+    """One kernel, loaded on the current GPU.
+
+    Its calls cost the host a few microseconds: the arguments are packed into memory that is made once.
+    """
+
+    def __init__(self, kernel: Kernel, *, architecture: str, arguments: Sequence[Argument], shared_bytes: int) -> None:
+        """`arguments` are the arguments of any call: they give the types."""
+        self._module = Module()
+        self._module.load(compiled(kernel, architecture))
+        self._function = self._module.get_function(kernel.name)
+        if shared_bytes > DEFAULT_SHARED_BYTES:
+            permission = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            driver.funcSetAttribute(self._function.ptr, permission, shared_bytes)
+        self._pointer = self._function.ptr
+        self._shared_bytes = shared_bytes
+        self._pack = struct.Struct("=" + "".join(map(_format, arguments))).pack_into
+        self._words = bytearray(len(arguments) * WORD_BYTES)
+        first = np.frombuffer(self._words, np.uint8).ctypes.data
+        self._addresses = np.array([first + WORD_BYTES * number for number in range(len(arguments))], np.uint64)
+        self._parameters = int(self._addresses.ctypes.data)
+
+    def __call__(self, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
+        """Submit one launch to a stream."""
+        self._pack(self._words, 0, *map(_word, arguments))
+        driver.launchKernel(self._pointer, *grid, threads, 1, 1, self._shared_bytes, stream, self._parameters, 0)
+
+
+def compiled(kernel: Kernel, architecture: str) -> bytes:
+    """The machine code of a kernel's file for an architecture such as "sm_90"; kept, or compiled in about a second.
+
+    Raises RuntimeError with the compiler's messages if it does not compile.
+    """
+    options = (*OPTIONS, f"-arch={architecture}", *kernel.defines)
+    text = "\n".join((*options, str(nvrtc.getVersion()), kernel.source))
+    folder = kept_folder({os.geteuid(), Path(__file__).stat().st_uid})
+    path = (
+        folder and folder / f"{Path(kernel.file).stem}-{architecture}-{xxhash.xxh3_128_hexdigest(text.encode())}.cubin"
+    )
+    code = read_kept(path, {os.geteuid()}) if path else None
+    if code is None:
+        code = _compile(kernel, options)
+        if path:
+            keep(code, path)
+    return code
+
+
+def _compile(kernel: Kernel, options: Sequence[str]) -> bytes:
+    program = nvrtc.createProgram(kernel.source, kernel.file, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return bytes(nvrtc.getCUBIN(program))
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{kernel.file} does not compile: {nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _format(argument: Argument) -> str:
+    if argument is None or isinstance(argument, cupy.ndarray | np.ndarray):
+        return ADDRESS
+    return FORMATS[argument.dtype]
+
+
+def _word(argument: Argument) -> Any:
+    """An address, or the number itself."""
+    if isinstance(argument, cupy.ndarray):
+        return argument.data.ptr
+    if isinstance(argument, np.ndarray):
+        return argument.ctypes.data
+    return 0 if argument is None else argument
