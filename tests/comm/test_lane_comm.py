@@ -1,5 +1,7 @@
 """The communication of a lane: which ranks its parts join, and where the last layer's outputs go."""
 
+import time
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -7,6 +9,8 @@ from mpi4py import MPI
 from engine.jobs import make_job
 from engine.runs import SMALL
 from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.cuda.backend import CudaBackend
+from moempi.comm import stage_link
 from moempi.comm.batch import NO_STEP
 from moempi.comm.combine import HomeCombine
 from moempi.comm.exchange import OneHop, Route
@@ -20,6 +24,7 @@ from moempi.comm.two_hops import TwoHops
 from moempi.layout.layout import make_layout
 from moempi.layout.row_split import RowSplit
 from moempi.layout.topology import virtual
+from simt.device import SimtDevice
 
 SHAPE = RowShape(SMALL.width, top_k=2, group_rows=10)
 
@@ -28,8 +33,16 @@ def layout_of(num_ranks, **sections):
     return make_layout(make_job(**sections), SMALL, [0] * num_ranks)
 
 
-def make(comm, *, hops=1, ranks_per_node=2, on_route=None, **sections):
-    backend = NumpyBackend(precision="float32", reproducible=True)
+def numpy_backend():
+    return NumpyBackend(precision="float32", reproducible=True)
+
+
+def simt_backend():
+    return CudaBackend(SimtDevice(), precision="float32", reproducible=True)
+
+
+def make(comm, *, hops=1, ranks_per_node=2, on_route=None, make_backend=numpy_backend, **sections):
+    backend = make_backend()
     transfers = Transfers(backend, PendingTransfers(), overlap=True)
     return make_lane_comm(
         comm,
@@ -166,3 +179,25 @@ def test_lanes_do_not_meet_each_other_s_messages(comm, num_ranks):
     assert [transfer.finish().tolist() for transfer in sums] == ([[20], [2]] if comm.rank else [[2], [20]])
     for lane_comm in (first, second):
         np.testing.assert_array_equal(dispatch_and_combine(lane_comm, 0, rows)[1], rows)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("make_backend", "least_s", "most_s"), [(numpy_backend, 1e-3, 5e-3), (simt_backend, 0.0, 50e-6)]
+)
+def test_a_rank_sleeps_briefly_while_events_can_start_transfers(comm, monkeypatch, make_backend, least_s, most_s):
+    naps = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        time.sleep(seconds)
+
+    monkeypatch.setattr(stage_link, "sleep", sleep)
+    link = make(comm, make_backend=make_backend, parallel={"stages": 2}).link
+    if comm.rank == 0:
+        time.sleep(0.1)
+        link.stop()
+    else:
+        batch, _, _ = link.receive(link.post_receives())
+        assert batch.stop
+        assert least_s <= max(naps) <= most_s

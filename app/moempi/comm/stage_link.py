@@ -25,6 +25,8 @@ SPIN_S = 200e-6
 """Seconds of waiting for a message before the process sleeps."""
 NAP_S = 5e-3
 """Longest sleep between two probes."""
+EVENT_NAP_S = 50e-6
+"""Longest sleep if verbs return before they are done: events that occur meanwhile start transfers of other lanes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class StageLink:
         self._coords = coords
         self._backend = backend
         self._transfers = transfers
+        self._longest_nap_s = NAP_S if backend.record_event() is None else EVENT_NAP_S
         self._row = MPI.BYTE.Create_contiguous(shape.width * backend.row_dtype.itemsize).Commit()
         self._owner_groups = () if self.is_last else grid.peers(coords.stage, coords.data, other=coords.stage + 1)
         # `send` takes each of them once, after all earlier sends are complete.
@@ -141,7 +144,7 @@ class StageLink:
         while (message := self._comm.improbe(source, tag)) is None:
             self._transfers.progress()
             if (waited := perf_counter() - begin) > SPIN_S:
-                sleep(min(waited / 8, NAP_S))
+                sleep(min(waited / 8, self._longest_nap_s))
         self._transfers.add_wait("pipeline", perf_counter() - begin)
         return message.recv()
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moempi.backend.cuda.attention_layout import lay_out_rows
+from moempi.backend.cuda.attention_layout import WARP_TILES, lay_out_rows
 from moempi.backend.protocol import Segment
 from simt.device import SimtDevice
 
@@ -11,20 +11,20 @@ SEGMENTS = [Segment(0, 1, 70, np.array([4, 9])), Segment(1, 66, 10, np.array([3,
 
 
 @pytest.mark.parametrize("segments", [SEGMENTS, SEGMENTS[:1], []])
-@pytest.mark.parametrize("can_tile", [True, False])
-def test_a_step_is_one_upload(segments, can_tile):
+@pytest.mark.parametrize("tile_kernel", [WARP_TILES, None])
+def test_a_step_is_one_upload(segments, tile_kernel):
     device, uploads = SimtDevice(eager=True), []
 
     def upload(values):
         uploads.append(values)
         return device.upload(values.astype(np.int32))
 
-    layout = lay_out_rows(segments, can_tile=can_tile, upload=upload)
+    layout = lay_out_rows(segments, tile_kernel=tile_kernel, upload=upload)
     assert len(uploads) == 1
     positions = [position for s in segments for position in range(s.start, s.start + s.length)]
     assert layout.spans.shape == (len(positions), 2)
     assert layout.spans[:, 0].tolist() == positions
     assert layout.pages.tolist() == [page for s in segments for page in s.pages]
-    tiles = [[1, 10, 64, 2], [65, 74, 2, 2]] if can_tile and len(segments) == 3 else []
+    tiles = [[1, 10, 64, 2], [65, 74, 2, 2]] if tile_kernel and len(segments) == 3 else []
     assert layout.tiles.tolist() == tiles
     assert layout.tiles.ctypes.data % 16 == layout.spans.ctypes.data % 8 == 0

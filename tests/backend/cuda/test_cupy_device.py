@@ -1,5 +1,10 @@
-"""The calls to CUDA whose meaning a machine without a GPU can check, with a driver that returns what the test says."""
+"""The calls to CUDA whose meaning a machine without a GPU can check, with a driver that returns what the test says.
 
+On a GPU, a real fault as well.
+"""
+
+import os
+import subprocess
 import sys
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -63,3 +68,19 @@ def test_pinned_memory_is_freed_once_and_quietly_after_a_fault(monkeypatch, devi
     memory = device._PinnedMemory(8)
     del memory
     assert freed == [4096]
+
+
+@pytest.mark.skipif(os.environ.get("MOEMPI_TEST_DEVICE") != "cuda", reason="needs a GPU")
+def test_a_real_fault_is_an_error_at_once():
+    """In a process of its own, because a fault ends the process's use of the GPU."""
+    code = (
+        "import numpy as np; from moempi.backend.cuda.backend import CudaBackend\n"
+        "from moempi.backend.cuda.cupy_device import CupyDevice\n"
+        "backend = CudaBackend(CupyDevice(0, pinned=True), precision='bfloat16', reproducible=False)\n"
+        "rows = backend.tensor(np.zeros((8, 64), np.uint16)); print(backend.download(rows).sum())\n"
+        "backend.download(backend.take_rows(rows, np.array([1 << 30])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "0\n"
+    assert done.returncode == 1
+    assert "cudaErrorIllegalAddress" in done.stderr

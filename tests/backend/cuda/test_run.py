@@ -1,6 +1,7 @@
 """Whole runs on the CUDA kernels: the tokens of the CPU backend, and the same bits with any transport and buffers."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -103,6 +104,17 @@ def test_float32_results_are_the_same_on_any_grid(run, alone, num_ranks, setting
     assert difference.largest <= within
 
 
+def test_reproducible_bits_do_not_depend_on_the_number_of_lanes(run):
+    """Each lane computes on a stream of its own, at the same time as the others."""
+    first, *others = [
+        run(1, f"{lanes} lanes", **{"run.reproducible": "true", "run.micro_batches": lanes}) for lanes in (1, 2, 4)
+    ]
+    for other in others:
+        difference = compare(first, other)
+        assert (difference.different, difference.largest) == (0, 0.0)
+
+
+@pytest.mark.skipif(os.environ.get("MOEMPI_TEST_DEVICE") == "cuda", reason="the fault is one of the SIMT device")
 def test_a_kernel_s_fault_ends_all_ranks_at_once(alone, tmp_path):
     named = {
         "model.weights": alone.with_name("abacus.h5"),

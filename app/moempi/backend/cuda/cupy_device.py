@@ -29,6 +29,9 @@ STAGED_BYTES = 16 << 20
 class CupyDevice:
     """One GPU; queues are non-blocking streams, each with its own cuBLAS handle.
 
+    With a handle for each stream, the bits of a product do not depend on what other streams do (cuBLAS, "Results
+    reproducibility").
+
     If `pinned`, comm buffers are pinned host memory, which the GPU reads and writes over the bus, for an MPI that takes
     no device pointers; otherwise they are device memory. Raises ConfigError below compute capability 8.0.
     """
