@@ -55,8 +55,8 @@ __device__ inline void fetch_rows(Eight<row>* held, const row* page, int stride,
   }
 }
 
-// Sums of COUNT values over each LANES adjacent warp lanes: in place of its values, lane l of the LANES gets the sums from
-// number l * COUNT / LANES on, at least one. Each step moves half of the values that are left, so there are fewer
+// Sums of COUNT values over each LANES adjacent warp lanes: in place of its values, lane l of the LANES gets the sums
+// from number l * COUNT / LANES on, at least one. Each step moves half of the values that are left, so there are fewer
 // shuffles than in a sum at a time.
 template <int COUNT, int LANES>
 __device__ inline void scatter_sums(float* values) {

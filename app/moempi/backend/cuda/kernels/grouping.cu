@@ -8,10 +8,10 @@
 //
 // Shapes: experts, output_rows and out (T, K), source_rows (T * K), physical_ids by expert, counts by physical id,
 // counts_before (ids, blocks). A block has an equal run of the choices, and each of its warps an equal part of the run;
-// a warp sorts 32 choices at a time. IDS, a compile-time constant of at most 8,192, is at least the number of ids. There
-// are no atomics, so the order is the same in every run.
-// Launch: count_choices and group `blocks` blocks of 32 * WARPS threads, where WARPS = min(8, 8192 / IDS); scan_blocks a
-// block per id of `blocks` threads, rounded up to whole warps, at most 1,024. With one block, group alone, with null
+// a warp sorts 32 choices at a time. IDS, a compile-time constant of at most 8,192, is at least the number of ids.
+// There are no atomics, so the order is the same in every run.
+// Launch: count_choices and group `blocks` blocks of 32 * WARPS threads, where WARPS = min(8, 8192 / IDS); scan_blocks
+// a block per id of `blocks` threads, rounded up to whole warps, at most 1,024. With one block, group alone, with null
 // counts_before. pick_replicas ceil(T * K / 256) blocks of 256.
 #include "rows.cuh"
 

@@ -220,7 +220,8 @@ __device__ inline float block_sum(float value) { return over_block<true>(value);
 __device__ inline float block_max(float value) { return over_block<false>(value); }
 
 // Offset of vector `vector` in an array (tokens, heads, width) of which only the last axis is contiguous.
-__device__ inline long long vector_start(unsigned vector, unsigned heads, long long token_stride, long long head_stride) {
+__device__ inline long long vector_start(unsigned vector, unsigned heads, long long token_stride,
+                                         long long head_stride) {
   const unsigned token = heads == 1 ? vector : vector / heads;
   return token * token_stride + (vector - token * heads) * head_stride;
 }
