@@ -64,12 +64,12 @@ class CupyArrayDevice(SimtDevice):
     def launch(self, kernel, grid, threads, arguments, **options):
         super().launch(kernel, grid, threads, [on_host(argument) for argument in arguments], **options)
 
-    def product(self, x, matrix, out, *, transposed, accumulate=False):
+    def product(self, x, matrix, out, *, transposed):
         """As cuBLAS, which takes rows of x that are strided, and a matrix and results that are not."""
         assert x.strides[-1] == x.itemsize
         assert matrix.flags.c_contiguous
         assert out.flags.c_contiguous
-        super().product(*map(on_host, (x, matrix, out)), transposed=transposed, accumulate=accumulate)
+        super().product(*map(on_host, (x, matrix, out)), transposed=transposed)
 
     def products(self, x, matrices, out):
         assert x.strides[-1] == x.itemsize

@@ -110,11 +110,11 @@ class SimtDevice:
         keep = (words, arguments)
         self._queue.submit(lambda keep=keep: run(shape, addresses, letters.encode()))
 
-    def product(self, x: Any, matrix: Any, out: Any, *, transposed: bool, accumulate: bool = False) -> None:
+    def product(self, x: Any, matrix: Any, out: Any, *, transposed: bool) -> None:
         def run() -> None:
             held = _floats(matrix)
             product = _floats(x) @ (held if transposed else held.T)
-            _store(out, product + _floats(out) if accumulate else product)
+            _store(out, product)
 
         assert x.dtype == matrix.dtype
         self._queue.submit(run)

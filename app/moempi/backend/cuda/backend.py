@@ -189,9 +189,7 @@ class CudaBackend:
 
     def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
         out = self._rows((len(x), matrix.outputs))
-        if bias is not None:
-            self._by_vector("elementwise", "fill_rows", out, bias, out, np.int32(matrix.outputs))
-        self._product(x, matrix, out, accumulate=bias is not None)
+        self._biased_product(x, matrix, bias, out)
         return out
 
     def linear_heads(self, x: Array, matrices: Array) -> Array:
@@ -442,9 +440,7 @@ class CudaBackend:
             if count:
                 own, out = (_rows_from(whole, first, count) for whole in (rows, outputs))
                 hidden = self.swiglu(self.linear(own, expert.gate_up, expert.gate_up_bias), expert.clamp)
-                if expert.down_bias is not None:
-                    self._by_vector("elementwise", "fill_rows", out, expert.down_bias, out, np.int32(rows.shape[1]))
-                self._product(hidden, expert.down, out, accumulate=expert.down_bias is not None)
+                self._biased_product(hidden, expert.down, expert.down_bias, out)
                 first += count
         return outputs
 
@@ -475,24 +471,31 @@ class CudaBackend:
 
     # Products
 
-    def _product(self, x: Array, matrix: Matrix, out: Array, *, accumulate: bool = False) -> None:
-        """Compute out (T, N) = x (T, K) times the matrix; with `accumulate`, add it to `out`."""
+    def _biased_product(self, x: Array, matrix: Matrix, bias: Array | None, out: Array) -> None:
+        """Compute out (T, N) = x (T, K) times the matrix, plus the bias, rounded once.
+
+        cuBLAS does not add the bias: it would round the product before.
+        """
+        if bias is None:
+            self._product(x, matrix, out)
+        else:
+            product = self._float_product(x, matrix, None)
+            self._by_vector("elementwise", "round_biased", out, product, bias, out, np.int32(matrix.outputs))
+
+    def _product(self, x: Array, matrix: Matrix, out: Array) -> None:
+        """Compute out (T, N) = x (T, K) times the matrix."""
         if x.dtype != matrix.values.dtype:
             x = self._widened(x)
         if not self.reproducible:
             if len(x):
-                self.device.product(x, matrix.values, out, transposed=matrix.transposed, accumulate=accumulate)
+                self.device.product(x, matrix.values, out, transposed=matrix.transposed)
             return
         for rows, whole in self._calls(len(x)):
             if whole:
-                self.device.product(
-                    x[rows], matrix.values, out[rows], transposed=matrix.transposed, accumulate=accumulate
-                )
+                self.device.product(x[rows], matrix.values, out[rows], transposed=matrix.transposed)
             else:
                 padded, result = self._padded(x[rows]), self.device.empty((PRODUCT_ROWS, *out.shape[1:]), out.dtype)
-                if accumulate:
-                    self._copy(out[rows], result[: rows.stop - rows.start])
-                self.device.product(padded, matrix.values, result, transposed=matrix.transposed, accumulate=accumulate)
+                self.device.product(padded, matrix.values, result, transposed=matrix.transposed)
                 self._copy(result[: rows.stop - rows.start], out[rows])
 
     def _calls(self, num_rows: int) -> list[tuple[slice, bool]]:

@@ -130,7 +130,7 @@ class CupyDevice:
             )
         compiled(grid, threads, self._stream.ptr, arguments)
 
-    def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool, accumulate: bool = False) -> None:
+    def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool) -> None:
         """The arrays of cuBLAS are column-major, so it computes out' = matrix x'."""
         rows, outputs = out.shape
         cublas.gemmEx(
@@ -147,7 +147,7 @@ class CupyDevice:
             x.data.ptr,
             REAL[x.dtype],
             x.strides[0] // x.itemsize,
-            (ONE if accumulate else ZERO).ctypes.data,
+            ZERO.ctypes.data,
             out.data.ptr,
             REAL[out.dtype],
             outputs,

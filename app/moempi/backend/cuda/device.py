@@ -105,11 +105,10 @@ class Device(Protocol):
         `shared_bytes` is the size of the block's dynamic shared memory, the same in every launch of a kernel.
         """
 
-    def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool, accumulate: bool = False) -> None:
+    def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool) -> None:
         """Submit out (T, N) = x (T, K) times matrix (N, K), or (K, N) when `transposed`; sums are in float32.
 
-        Rows of x may be strided. With `accumulate` the product is added to `out` and rounded once. x and matrix are
-        both bfloat16 or both float32; out is either.
+        Rows of x may be strided. x and matrix are both bfloat16 or both float32; out is either.
         """
 
     def products(self, x: Array, matrices: Array, out: Array) -> None:

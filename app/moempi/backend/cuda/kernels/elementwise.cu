@@ -3,7 +3,7 @@
 //   add               out = x + y                                                       NumPy: add
 //   clip              out = min(max(x, -limit), limit), x (T, H, W) with strides        NumPy: clip
 //   copy_columns      out[.., first:first + W] = x (T, H, W)                            NumPy: join_columns
-//   fill_rows         out[t] = bias (N); a product is then added to it                  NumPy: linear
+//   round_biased      out = product (T, N) + bias (N), rounded once; the product is float  NumPy: linear
 //   add_bias          product (T, N) += bias (N); the product is float                  NumPy: router_logits, logits
 //   round_floats      each float rounded to the precision of rows                       NumPy: _stored
 //   widen_rows        out = x (bfloat16 bits) as float                                  NumPy: moempi.arrays.widen
@@ -52,10 +52,15 @@ extern "C" __global__ void copy_columns(const row* x, row* out, int heads, int w
     copy8(vector + column, to + column, width - column);
 }
 
-extern "C" __global__ void fill_rows(const row* bias, row* out, int width) {
-  row* to = out + static_cast<long long>(blockIdx.x) * width;
-  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8)
-    copy8(bias + column, to + column, width - column);
+extern "C" __global__ void round_biased(const float* product, const row* bias, row* out, int width) {
+  const long long first = static_cast<long long>(blockIdx.x) * width;
+  for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
+    float sums[8], addends[8];
+    load8(product + first + column, width - column, sums);
+    load8(bias + column, width - column, addends);
+    for (int i = 0; i < 8; ++i) sums[i] += addends[i];
+    store8(out + first + column, width - column, sums);
+  }
 }
 
 extern "C" __global__ void add_bias(float* product, const row* bias, int width) {
