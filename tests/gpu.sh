@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# What needs a GPU: bash tests/gpu.sh. The verbs and whole runs on the device, the kernels under compute-sanitizer where
-# it is installed, and the figures of `moempi bench gpu`. Several ranks share a GPU where there are more ranks than GPUs.
-# MOEMPI_EXTRAS="local cuda13" installs for CUDA 13, without `local` for the site's MPI. Where there is no network,
-# MOEMPI_SETUP=skip uses the packages of .venv, or of the python3 in PATH.
+# Runs everything that needs a GPU, in about five minutes: bash tests/gpu.sh [FOLDER]
+#
+# The backend's verbs and whole runs on the GPU; the kernels under compute-sanitizer, if it is installed; the figures of
+# `moempi bench gpu` and `moempi bench overlap`, into FOLDER (results/gpu) as JSON. More ranks than GPUs share a GPU.
+#
+# MOEMPI_SETUP=skip uses the packages of .venv, or of the python3 of PATH, where there is no network.
+# MOEMPI_EXTRAS="local cuda13" installs for CUDA 13; without `local` the site's MPI is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,16 +13,30 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ "${MOEMPI_SETUP:-}" = skip ] || bash jobs/setup.sh ${MOEMPI_EXTRAS:-local cuda12} convert test
 # shellcheck source=jobs/env.sh
 source jobs/env.sh
-export PYTHONPATH="$PWD/app${PYTHONPATH:+:$PYTHONPATH}"
+folder=${1:-results/gpu}
+mkdir -p "$folder"
+export PYTHONPATH="$PWD/app${PYTHONPATH:+:$PYTHONPATH}" MOEMPI_TEST_DEVICE=cuda
 python3 -c "import cupy, mpi4py, pytest"
 python3 -m moempi check
-export MOEMPI_TEST_DEVICE=cuda
-python3 -m pytest tests/backend/cuda/test_cupy_device.py tests/backend/cuda/test_backend.py tests/backend/cuda/test_run.py tests/model/test_recorded.py "$@"
+python3 -m pytest -q tests/backend/cuda/test_backend.py tests/backend/cuda/test_cupy_device.py
+python3 -m pytest -q tests/backend/cuda/test_run.py tests/model/test_recorded.py
+
 if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck synccheck; do
-        compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m pytest -q tests/backend/cuda/test_backend.py
+    tools=(memcheck racecheck synccheck) running=()
+    for tool in "${tools[@]}"; do # side by side: they mostly wait for the host
+        compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            python3 -m pytest -q tests/backend/cuda/test_backend.py >"$folder/$tool.txt" 2>&1 &
+        running+=($!)
+    done
+    for number in "${!tools[@]}"; do
+        wait "${running[$number]}" || { tail -n 50 "$folder/${tools[$number]}.txt" && exit 1; }
+        echo "gpu: ${tools[$number]}: $(grep SUMMARY "$folder/${tools[$number]}.txt")"
     done
 else
     echo "gpu: compute-sanitizer is not installed, skipped"
 fi
-python3 -m moempi bench gpu
+
+python3 -m moempi bench gpu --parts experts packing small decode prefill --json "$folder/parts.json"
+python3 -m moempi bench gpu --parts layer blocks --json "$folder/layers.json"
+python3 -m moempi bench overlap --backend cupy --width 7168 --expert-width 2048 --experts 8 --top-k 8 --tokens 1024 \
+    --lanes 2 4 --link 0.55 0.9 --json "$folder/overlap.json"

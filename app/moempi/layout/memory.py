@@ -35,15 +35,21 @@ def rank_memory(
     value_bytes = 2 if on_gpu and job.run.precision == "bfloat16" else 4
     cached = architecture.attention.cached_values // (1 if architecture.attention.latent else tensor)
     page = len(layers) * PAGE_ROWS * cached
-    rows = groups * job.lanes * job.run.batch_tokens * _values_per_row(architecture, tensor)
+    values = _values_per_row(architecture, tensor, rounds_later=on_gpu and value_bytes == 2)
+    rows = groups * job.lanes * job.run.batch_tokens * values
     return Memory(weights * value_bytes, page * value_bytes, rows * value_bytes, groups)
 
 
-def _values_per_row(architecture: Architecture, tensor: int) -> int:
-    """The peak number of values per row of a step: in attention, or in the experts and their buffers."""
+def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bool) -> int:
+    """The peak number of values per row of a step: in attention, or in the experts and their buffers.
+
+    With `rounds_later` a product with a bias is first float32, twice the size of the rounded values beside it.
+    """
     heads, experts = architecture.attention, architecture.experts
     dim = heads.cached_dim if heads.latent else heads.head_dim
-    attention = 2 * (heads.num_heads + 2 * heads.cached_heads) * dim // tensor
-    routed = experts.router.top_k * (3 * experts.width + 4 * architecture.width) + 3 * experts.shared_width
+    projections = 3 if rounds_later and heads.biases != "none" else 2
+    attention = projections * (heads.num_heads + 2 * heads.cached_heads) * dim // tensor
+    hidden, rows = (6, 6) if rounds_later and experts.biases else (3, 4)
+    routed = experts.router.top_k * (hidden * experts.width + rows * architecture.width) + 3 * experts.shared_width
     feed_forward = max(3 * architecture.dense_width, routed) // tensor
     return 4 * architecture.width + max(attention, feed_forward)
