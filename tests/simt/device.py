@@ -7,6 +7,7 @@ or transfer that reads a result too early finds the pattern of fresh memory.
 import ctypes
 import os
 import re
+import struct
 import subprocess
 import weakref
 from collections import deque
@@ -21,11 +22,11 @@ import numpy.typing as npt
 import xxhash
 
 from moempi.arrays import aligned_empty, narrow, widen
-from moempi.backend.cuda.device import Argument, Grid, Kernel
+from moempi.backend.cuda.device import ADDRESS, FORMATS, WORD_BYTES, Argument, Grid, Kernel
 
 HEADER = Path(__file__).with_name("simt.h")
 LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
-LETTERS = {np.dtype(np.int32): "i", np.dtype(np.int64): "l", np.dtype(np.float32): "f"}
+LETTERS = {ADDRESS: "p", FORMATS["int"]: "i", FORMATS["long long"]: "l", FORMATS["float"]: "f"}
 MOST_SHARED_BYTES = 227 << 10  # of a block of an H100
 FRESH = 0xFF  # every byte of memory before its first write: NaN in either precision, -1 as an index
 
@@ -104,9 +105,11 @@ class SimtDevice:
             return
         run = getattr(_library(kernel), f"launch_{kernel.name}")
         shape = (ctypes.c_uint * 6)(*grid, threads, 1, 1)
-        letters = "".join("p" if _is_pointer(argument) else LETTERS[argument.dtype] for argument in arguments)
-        words = [_word(argument) for argument in arguments]
-        addresses = (ctypes.c_void_p * len(words))(*(word.ctypes.data for word in words))
+        formats = kernel.parameters
+        letters = "".join(LETTERS[format] for format in formats)
+        words = ctypes.create_string_buffer(struct.pack("=" + "".join(formats), *map(_word, arguments)))
+        first = ctypes.addressof(words)
+        addresses = (ctypes.c_void_p * len(formats))(*(first + WORD_BYTES * number for number in range(len(formats))))
         keep = (words, arguments)
         self._queue.submit(lambda keep=keep: run(shape, addresses, letters.encode()))
 
@@ -189,16 +192,11 @@ def _fresh(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return values
 
 
-def _is_pointer(argument: Argument) -> bool:
-    return argument is None or isinstance(argument, np.ndarray)
-
-
-def _word(argument: Argument) -> npt.NDArray[Any]:
-    if argument is None:
-        return np.zeros(1, np.uint64)
+def _word(argument: Argument) -> Any:
+    """An address, or the number itself."""
     if isinstance(argument, np.ndarray):
-        return np.array([argument.ctypes.data], np.uint64)
-    return np.array([argument])
+        return argument.ctypes.data
+    return 0 if argument is None else argument
 
 
 def _floats(values: Any) -> npt.NDArray[np.float64]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
 from moempi.backend.cuda.attention_layout import AttentionLayout, head_dims, is_latent, lay_out_rows, tile_kernel
-from moempi.backend.cuda.device import Argument, Device, Grid, Kernel
+from moempi.backend.cuda.device import Argument, Device, Grid, find_kernel
 from moempi.backend.protocol import (
     Array,
     Cache,
@@ -117,7 +117,7 @@ class CudaBackend:
         numbers = PAGE_ROWS * prod(cache.keys.shape[1:])
         index = self.upload(pages)
         for held in (cache.keys,) if is_latent(cache) else (cache.keys, cache.values):
-            self._launch("kv_cache", "clear_pages", (len(pages), 1, 1), 1024, held, index, np.int64(numbers))
+            self._launch("kv_cache", "clear_pages", (len(pages), 1, 1), 1024, held, index, numbers)
 
     @property
     def queue(self) -> int:
@@ -176,7 +176,7 @@ class CudaBackend:
 
     def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
         out = self._rows(x.shape)
-        sizes = (*_extents(x), np.float32(eps), np.int32(rounded))
+        sizes = (*_extents(x), eps, rounded)
         width = x.shape[-1]
         grid = (prod(x.shape) // width, 1, 1)
         self._launch("norm", "rms_norm", grid, min(512, _threads(-(-width // 4))), x, weight, out, *sizes)
@@ -184,7 +184,7 @@ class CudaBackend:
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
         out = self._rows(x.shape)
-        self._by_vector("norm", "layer_norm", out, x, weight, bias, out, *_extents(x), np.float32(eps))
+        self._by_vector("norm", "layer_norm", out, x, weight, bias, out, *_extents(x), eps)
         return out
 
     def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
@@ -205,14 +205,14 @@ class CudaBackend:
 
     def clip(self, x: Array, limit: float) -> Array:
         out = self._rows(x.shape)
-        self._by_vector("elementwise", "clip", out, x, out, *_extents(x), np.float32(limit))
+        self._by_vector("elementwise", "clip", out, x, out, *_extents(x), limit)
         return out
 
     def join_columns(self, *parts: Array) -> Array:
         width = sum(part.shape[-1] for part in parts)
         out, first = self._rows((*parts[0].shape[:-1], width)), 0
         for part in parts:
-            sizes = (*_extents(part), np.int32(first), np.int32(width))
+            sizes = (*_extents(part), first, width)
             self._by_vector("elementwise", "copy_columns", out, part, out, *sizes)
             first += part.shape[-1]
         return out
@@ -226,13 +226,13 @@ class CudaBackend:
         hidden = gate_up.shape[1] // 2
         out = self._rows((len(gate_up), hidden))
         alpha, limit = (clamp.alpha, clamp.limit) if clamp else (0.0, 0.0)
-        rule = (np.int32(hidden), np.float32(alpha), np.float32(limit))
+        rule = (hidden, alpha, limit)
         self._by_vector("elementwise", "swiglu", out, gate_up, out, *rule)
         return out
 
     def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
         out = self._rows(x.shape)
-        self._by_vector("elementwise", "scale_by_sigmoid", out, x, logits, out, np.int32(x.shape[1]))
+        self._by_vector("elementwise", "scale_by_sigmoid", out, x, logits, out, x.shape[1])
         return out
 
     # Attention
@@ -240,7 +240,7 @@ class CudaBackend:
     def rope_angles(self, positions: IntArray, *, frequencies: Float32Array, amplitude: float) -> tuple[Array, Array]:
         shape = (len(positions), len(frequencies))
         cosines, sines = self.device.empty(shape, np.float32), self.device.empty(shape, np.float32)
-        sizes = (np.int32(shape[0]), np.int32(shape[1]), np.float32(amplitude))
+        sizes = (shape[0], shape[1], amplitude)
         given = (self.upload(positions), self.upload(frequencies))
         self._launch("rope", "rope_angles", (-(-prod(shape) // 256), 1, 1), 256, *given, cosines, sines, *sizes)
         return cosines, sines
@@ -248,7 +248,7 @@ class CudaBackend:
     def rotate(self, x: Array, angles: tuple[Array, Array], *, interleaved: bool = False) -> Array:
         out = self._rows(x.shape)
         heads, dim, *strides = _extents(x)
-        sizes = (heads, dim, np.int32(angles[0].shape[1]), *strides, np.int32(interleaved))
+        sizes = (heads, dim, angles[0].shape[1], *strides, interleaved)
         grid = (len(x), -(-prod(x.shape[1:]) // ROTATED_NUMBERS), 1)
         self._launch("rope", "rotate", grid, 128, x, *angles, out, *sizes)
         return out
@@ -273,14 +273,14 @@ class CudaBackend:
         """A sequence of many new rows is attended in tiles on tensor cores, one of few row by row."""
         out = self._rows((*queries.shape[:2], cache.values.shape[-1]))
         layout = self._attention_layout(cache, segments)
-        kv_heads = np.int32(cache.keys.shape[1])
+        kv_heads = cache.keys.shape[1]
         if len(layout.tiles):
             kernel = layout.tile_kernel
             assert kernel is not None
             given = (queries, cache.keys, cache.values, sinks, layout.tiles, layout.pages, out)
-            rule = (kv_heads, np.float32(scale), np.int32(window))
+            rule = (kv_heads, scale, window)
             self.device.launch(
-                Kernel(f"{kernel.file}.cu", "attend_tiles", tuple(head_dims(cache).items())),
+                find_kernel(f"{kernel.file}.cu", "attend_tiles", tuple(head_dims(cache).items())),
                 (len(layout.tiles), out.shape[1], 1),
                 kernel.threads,
                 (*given, *rule),
@@ -307,7 +307,7 @@ class CudaBackend:
         head_rounds = kv_heads * -(-(heads // kv_heads) // together)
         value_stride = cache.keys.shape[-1] if is_latent(cache) else value_dim
         dims = {**head_dims(cache), "HEADS": together}
-        rule = (np.int32(heads), np.int32(kv_heads), np.int32(value_stride), np.float32(scale), np.int32(window))
+        rule = (heads, kv_heads, value_stride, scale, window)
         for rows in layout.single_rows:
             splits = -(-max(s.start + s.length for s in layout.segments if s.row in rows) // SPLIT_KEYS)
             partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
@@ -324,7 +324,7 @@ class CudaBackend:
                 grid = (head_rounds, splits, num_rows)
                 self._launch("attention", "attend_rows", grid, 128, *given, *results, *rule, **dims)
                 if splits > 1:
-                    merged = (sums, stats, sinks, out[some], np.int32(splits))
+                    merged = (sums, stats, sinks, out[some], splits)
                     self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
 
     def _attention_layout(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
@@ -354,28 +354,28 @@ class CudaBackend:
         rows, num_experts = logits.shape
         experts = self.device.empty((rows, router.top_k), np.int32)
         weights = self.device.empty((rows, router.top_k), np.float32)
-        rounds = np.int32(self.is_bfloat16 and not router.float32_weights)
+        rounds = self.is_bfloat16 and not router.float32_weights
         if router.scoring == "sparsemixer":
-            rule: tuple[Argument, ...] = (np.int32(rows), np.float32(router.jitter), rounds)
+            rule: tuple[Argument, ...] = (rows, router.jitter, rounds)
             self._by_router("choose_sparsemixer", num_experts, logits, experts, weights, *rule)
             return experts, weights
         bias = None if selection_bias is None else self.upload(selection_bias)
         groups = (router.num_groups, router.kept_groups, 2 if router.group_score == "top2" else 1)
-        rule = (np.int32(rows), np.int32(router.top_k), np.int32(SCORING[router.scoring]), *map(np.int32, groups))
+        rule = (rows, router.top_k, SCORING[router.scoring], *groups)
         given = (logits, correction, bias, experts, weights)
         self._by_router("choose_experts", num_experts, *given, *rule, *_weighing(router), rounds)
         return experts, weights
 
     def pick_replicas(self, experts: Array, period: int) -> Array:
         out = self.device.empty(experts.shape, np.int32)
-        count, sizes = prod(out.shape), map(np.int32, (prod(out.shape), out.shape[1], period))
+        count, sizes = prod(out.shape), (prod(out.shape), out.shape[1], period)
         self._launch("grouping", "pick_replicas", (-(-count // 256), 1, 1), 256, experts, out, *sizes, IDS=64)
         return out
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
         weights = self.device.empty(experts.shape, np.float32)
-        rule = (np.int32(len(experts)), np.int32(experts.shape[1]), np.int32(SCORING[router.scoring]))
-        rounds = np.int32(self.is_bfloat16 and not router.float32_weights)
+        rule = (len(experts), experts.shape[1], SCORING[router.scoring])
+        rounds = self.is_bfloat16 and not router.float32_weights
         given = (logits, experts, weights)
         self._by_router("weigh_experts", logits.shape[1], *given, *rule, *_weighing(router), rounds)
         return weights
@@ -385,7 +385,7 @@ class CudaBackend:
         if not choices:
             return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(physical_ids), np.int64)
         source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
-        counts, num_ids = self.device.empty((len(physical_ids),), np.int32), np.int32(len(physical_ids))
+        counts, num_ids = self.device.empty((len(physical_ids),), np.int32), len(physical_ids)
         ids = max(64, 1 << (len(physical_ids) - 1).bit_length())
         if ids > MOST_IDS:
             raise ConfigError(
@@ -397,12 +397,12 @@ class CudaBackend:
         given, before = (experts, self.upload(physical_ids)), None
         if blocks > 1:
             before = self.device.empty((len(physical_ids), blocks), np.int32)
-            counted = (*given, before, np.int32(choices), num_ids)
+            counted = (*given, before, choices, num_ids)
             self._launch("grouping", "count_choices", (blocks, 1, 1), threads, *counted, IDS=ids)
             scan_threads = 32 * -(-blocks // 32)
-            scanned = (before, counts, np.int32(blocks))
+            scanned = (before, counts, blocks)
             self._launch("grouping", "scan_blocks", (len(physical_ids), 1, 1), scan_threads, *scanned, IDS=ids)
-        results, sizes = (source_rows, output_rows, counts), (np.int32(choices), np.int32(slots), num_ids)
+        results, sizes = (source_rows, output_rows, counts), (choices, slots, num_ids)
         self._launch("grouping", "group", (blocks, 1, 1), threads, *given, before, *results, *sizes, IDS=ids)
         return source_rows, output_rows, self.download(counts).astype(np.int64)
 
@@ -413,7 +413,7 @@ class CudaBackend:
 
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
         on_device = index if index is None or self.device.holds(index) else self.upload(index)
-        self._by_segment("packing", "take_rows", out, rows, on_device, out, np.int32(prod(out.shape[1:])))
+        self._by_segment("packing", "take_rows", out, rows, on_device, out, prod(out.shape[1:]))
 
     def unpack(self, buffer: Array, index: Array | None) -> Array:
         out = self._rows((len(buffer) if index is None else len(index), *buffer.shape[1:]))
@@ -429,7 +429,7 @@ class CudaBackend:
 
     def combine(self, buffer: Array, output_rows: Array, weights: Array) -> Array:
         out = self._rows((len(output_rows), buffer.shape[1]))
-        sizes = (np.int32(output_rows.shape[1]), np.int32(buffer.shape[1]))
+        sizes = (output_rows.shape[1], buffer.shape[1])
         grid = (len(out), -(-buffer.shape[1] // COMBINED_NUMBERS), 1)
         self._launch("packing", "combine", grid, 128, buffer, output_rows, weights, out, *sizes)
         return out
@@ -466,7 +466,7 @@ class CudaBackend:
         top_logprobs = self.device.empty((rows, top), np.float32)
         found = (tokens, logprobs, top_tokens, top_logprobs)
         given = (logits, self.upload(targets), *found)
-        self._launch("tokens", "score", (rows, 1, 1), 1024, *given, np.int32(vocabulary), np.int32(top))
+        self._launch("tokens", "score", (rows, 1, 1), 1024, *given, vocabulary, top)
         return SampledTokens(*self._download(*found))
 
     # Products
@@ -480,7 +480,7 @@ class CudaBackend:
             self._product(x, matrix, out)
         else:
             product = self._float_product(x, matrix, None)
-            self._by_vector("elementwise", "round_biased", out, product, bias, out, np.int32(matrix.outputs))
+            self._by_vector("elementwise", "round_biased", out, product, bias, out, matrix.outputs)
 
     def _product(self, x: Array, matrix: Matrix, out: Array) -> None:
         """Compute out (T, N) = x (T, K) times the matrix."""
@@ -511,7 +511,7 @@ class CudaBackend:
         out = self.device.empty((len(x), matrix.outputs), np.float32)
         self._product(x, matrix, out)
         if bias is not None:
-            self._by_vector("elementwise", "add_bias", out, out, bias, np.int32(matrix.outputs))
+            self._by_vector("elementwise", "add_bias", out, out, bias, matrix.outputs)
         return out
 
     def _padded(self, x: Array) -> Array:
@@ -523,10 +523,10 @@ class CudaBackend:
         """Copy rows of 2 or 4 bytes a number, which may be strided, to contiguous memory, as 2-byte halves."""
         halves = x.itemsize // 2
         heads, width, *strides = (int(size) for size in _extents(x))
-        sizes = (np.int32(heads), np.int32(width * halves), *(np.int64(stride * halves) for stride in strides))
-        kernel = Kernel("elementwise.cu", "copy_columns")
+        sizes = (heads, width * halves, *(stride * halves for stride in strides))
+        kernel = find_kernel("elementwise.cu", "copy_columns")
         if len(x):
-            end = (np.int32(0), np.int32(width * halves))
+            end = (0, width * halves)
             self.device.launch(kernel, (len(x) * heads, 1, 1), _threads(width * halves), (x, out, *sizes, *end))
 
     # Launches
@@ -555,11 +555,11 @@ class CudaBackend:
 
     def _flat(self, name: str, count: int, *arguments: Argument) -> None:
         """Launch one thread per eight of `count` numbers; `count` is the kernel's last argument."""
-        self._launch("elementwise", name, (-(-count // FLAT_NUMBERS), 1, 1), 256, *arguments, np.int64(count))
+        self._launch("elementwise", name, (-(-count // FLAT_NUMBERS), 1, 1), 256, *arguments, count)
 
     def _launch(self, file: str, name: str, grid: Grid, threads: int, *arguments: Argument, **constants: int) -> None:
         if all(grid):
-            kernel = Kernel(f"{file}.cu", name, (*self._constants, *constants.items()))
+            kernel = find_kernel(f"{file}.cu", name, (*self._constants, *constants.items()))
             self.device.launch(kernel, grid, threads, arguments)
 
 
@@ -573,12 +573,12 @@ def _threads(width: int) -> int:
     return int(min(1024, 32 * -(-width // 256)))
 
 
-def _extents(x: Array) -> tuple[np.int32, np.int32, np.int64, np.int64]:
+def _extents(x: Array) -> tuple[int, int, int, int]:
     """Heads, width, row stride and head stride, in numbers, of (T, D) or (T, H, D)."""
     heads = x.shape[1] if x.ndim == 3 else 1
     head_stride = x.strides[1] // x.itemsize if x.ndim == 3 else 0
-    return np.int32(heads), np.int32(x.shape[-1]), np.int64(x.strides[0] // x.itemsize), np.int64(head_stride)
+    return heads, x.shape[-1], x.strides[0] // x.itemsize, head_stride
 
 
-def _weighing(router: Router) -> tuple[np.int32, np.float32, np.float32]:
-    return np.int32(router.renormalize), np.float32(router.least_sum), np.float32(router.scaling)
+def _weighing(router: Router) -> tuple[bool, float, float]:
+    return router.renormalize, router.least_sum, router.scaling

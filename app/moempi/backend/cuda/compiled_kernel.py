@@ -16,14 +16,10 @@ from cupy.cuda.function import Module
 from cupy_backends.cuda.api import driver
 from cupy_backends.cuda.libs import nvrtc
 
-from moempi.backend.cuda.device import Argument, Grid, Kernel
+from moempi.backend.cuda.device import WORD_BYTES, Argument, Grid, Kernel
 from moempi.backend.kept_files import keep, kept_folder, read_kept
 
 OPTIONS = ("-std=c++17", "-ftz=true")
-WORD_BYTES = 8
-"""Bytes of every argument in the memory that the driver reads; a smaller one is padded."""
-FORMATS = {np.dtype(np.int32): "i4x", np.dtype(np.int64): "q", np.dtype(np.float32): "f4x"}
-ADDRESS = "Q"
 DEFAULT_SHARED_BYTES = 48 << 10
 """Shared memory of a block that needs no permission."""
 
@@ -34,8 +30,7 @@ class CompiledKernel:
     Its calls cost the host a few microseconds: the arguments are packed into memory that is made once.
     """
 
-    def __init__(self, kernel: Kernel, *, architecture: str, arguments: Sequence[Argument], shared_bytes: int) -> None:
-        """`arguments` are the arguments of any call: they give the types."""
+    def __init__(self, kernel: Kernel, *, architecture: str, shared_bytes: int) -> None:
         self._module = Module()
         self._module.load(compiled(kernel, architecture))
         self._function = self._module.get_function(kernel.name)
@@ -44,10 +39,11 @@ class CompiledKernel:
             driver.funcSetAttribute(self._function.ptr, permission, shared_bytes)
         self._pointer = self._function.ptr
         self._shared_bytes = shared_bytes
-        self._pack = struct.Struct("=" + "".join(map(_format, arguments))).pack_into
-        self._words = bytearray(len(arguments) * WORD_BYTES)
+        formats = kernel.parameters
+        self._pack = struct.Struct("=" + "".join(formats)).pack_into
+        self._words = bytearray(len(formats) * WORD_BYTES)
         first = np.frombuffer(self._words, np.uint8).ctypes.data
-        self._addresses = np.array([first + WORD_BYTES * number for number in range(len(arguments))], np.uint64)
+        self._addresses = np.array([first + WORD_BYTES * number for number in range(len(formats))], np.uint64)
         self._parameters = int(self._addresses.ctypes.data)
 
     def __call__(self, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
@@ -86,16 +82,11 @@ def _compile(kernel: Kernel, options: Sequence[str]) -> bytes:
         nvrtc.destroyProgram(program)
 
 
-def _format(argument: Argument) -> str:
-    if argument is None or isinstance(argument, cupy.ndarray | np.ndarray):
-        return ADDRESS
-    return FORMATS[argument.dtype]
-
-
 def _word(argument: Argument) -> Any:
     """An address, or the number itself."""
-    if isinstance(argument, cupy.ndarray):
-        return argument.data.ptr
-    if isinstance(argument, np.ndarray):
-        return argument.ctypes.data
+    kind = type(argument)
+    if kind is cupy.ndarray:
+        return argument.data.ptr  # type: ignore[union-attr]
+    if kind is np.ndarray:
+        return argument.ctypes.data  # type: ignore[union-attr]
     return 0 if argument is None else argument

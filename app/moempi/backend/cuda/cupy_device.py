@@ -19,7 +19,9 @@ REAL = {np.dtype(np.uint16): 14, np.dtype(np.float32): 0}
 """cudaDataType of bfloat16 bits and of float."""
 COMPUTE_32F, DEFAULT_ALGORITHM = 68, -1
 PLAIN, TRANSPOSED = 0, 1
-ONE, ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+FACTORS = np.array([1, 0], np.float32)
+ONE, ZERO = FACTORS.ctypes.data, FACTORS[1:].ctypes.data
+"""Addresses of the factors of a product and of the results before it."""
 NOT_READY = 600
 """cudaErrorNotReady: work before the event is not done."""
 STAGED_BYTES = 16 << 20
@@ -126,7 +128,7 @@ class CupyDevice:
         compiled = self._kernels.get(kernel)
         if compiled is None:
             compiled = self._kernels[kernel] = CompiledKernel(
-                kernel, architecture=self._architecture, arguments=arguments, shared_bytes=shared_bytes
+                kernel, architecture=self._architecture, shared_bytes=shared_bytes
             )
         compiled(grid, threads, self._stream.ptr, arguments)
 
@@ -140,14 +142,14 @@ class CupyDevice:
             outputs,
             rows,
             x.shape[1],
-            ONE.ctypes.data,
+            ONE,
             matrix.data.ptr,
             REAL[matrix.dtype],
             matrix.shape[1],
             x.data.ptr,
             REAL[x.dtype],
             x.strides[0] // x.itemsize,
-            ZERO.ctypes.data,
+            ZERO,
             out.data.ptr,
             REAL[out.dtype],
             outputs,
@@ -165,7 +167,7 @@ class CupyDevice:
             outputs,
             rows,
             x.shape[2],
-            ONE.ctypes.data,
+            ONE,
             matrices.data.ptr,
             kind,
             outputs,
@@ -174,7 +176,7 @@ class CupyDevice:
             kind,
             x.strides[0] // x.itemsize,
             x.strides[1] // x.itemsize,
-            ZERO.ctypes.data,
+            ZERO,
             out.data.ptr,
             kind,
             heads * outputs,

@@ -1,7 +1,9 @@
 """The machine below the CUDA backend: memory, queues of work, matrix products, and launches of kernels."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +15,12 @@ from moempi.backend.protocol import Array, Event
 KERNELS = Path(__file__).with_name("kernels")
 
 
-@dataclass(frozen=True, slots=True)
+FORMATS = {"int": "i4x", "long long": "q", "float": "f4x"}
+"""Format of a kernel's parameter in the module `struct`, padded to WORD_BYTES; a pointer is an ADDRESS."""
+ADDRESS, WORD_BYTES = "Q", 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
     """A kernel of `kernels/<file>`, compiled with these constants: `-DNAME=value`, or `-DNAME` for None."""
 
@@ -27,9 +34,23 @@ class Kernel:
         return tuple(f"-D{name}" if value is None else f"-D{name}={value}" for name, value in self.constants)
 
     @property
+    def parameters(self) -> tuple[str, ...]:
+        """The format of each parameter, from the source."""
+        found = re.search(rf"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?{self.name}\(([^)]*)\)", self.source)
+        assert found, f"{self.file} has no kernel {self.name}"
+        types = [" ".join(parameter.split()[:-1]) for parameter in found[1].split(",")]
+        return tuple(ADDRESS if "*" in given else FORMATS[given] for given in types)
+
+    @property
     def source(self) -> str:
         """The text of the file, with each header that it includes inserted once."""
         return _with_headers(self.file, set())
+
+
+@cache
+def find_kernel(file: str, name: str, constants: tuple[tuple[str, int | None], ...] = ()) -> Kernel:
+    """The one Kernel of these constants, so that devices know a kernel again by its identity."""
+    return Kernel(file, name, constants)
 
 
 def _with_headers(file: str, seen: set[str]) -> str:
@@ -42,7 +63,7 @@ def _with_headers(file: str, seen: set[str]) -> str:
 
 
 Grid = tuple[int, int, int]
-Argument = Array | np.int32 | np.int64 | np.float32 | None
+Argument = Array | int | float | None
 
 
 class Device(Protocol):
