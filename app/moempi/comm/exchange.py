@@ -81,6 +81,7 @@ class OneHop:
             layer: placed.physical_ids(hop.comm.rank, topology) for layer, placed in placements.items()
         }
         self._ids_on_backend: dict[int, Array] = {}
+        self._num_counts = {layer: _num_counts(placed, hop.comm) for layer, placed in placements.items()}
         self._counts_phase, self._dispatch_phase, self._combine_phase = phases
         self._on_route = on_route
 
@@ -123,13 +124,10 @@ class OneHop:
 
     def _plan_steps(self, layer: int, choices: GroupedChoices) -> Steps[RoutePlan]:
         comm, bounds = self._hop.comm, self.placements[layer].bounds
-        sizes = np.diff(bounds)
+        sent, received = self._num_counts[layer]
         counts = choices.counts.astype(np.int64, copy=False)
-        counts_here = np.empty((comm.size, sizes[comm.rank]), np.int64)
-        yield comm.Ialltoallv(
-            [counts, sizes, MPI.INT64_T],
-            [counts_here, np.full(comm.size, counts_here.shape[1]), MPI.INT64_T],
-        )
+        counts_here = np.empty((comm.size, received[0]), np.int64)
+        yield comm.Ialltoallv([counts, sent, MPI.INT64_T], [counts_here, received, MPI.INT64_T])
         self._hop.transfers.count_rows(sent=int(counts.sum()), received=int(counts_here.sum()))
         return make_plan(layer, choices, counts_here, bounds=bounds)
 
@@ -141,6 +139,12 @@ class OneHop:
     def _received(self, sending: Transfer[Receipt], plan: RoutePlan) -> Generator[Point, None, Array]:
         yield Point(plan.layer, self._dispatch_phase)
         return self._hop.unpack(sending.finish(), plan.by_expert)
+
+
+def _num_counts(placement: Placement, comm: MPI.Intracomm) -> tuple[Sequence[int], Sequence[int]]:
+    """How many counts this rank sends to each rank, one for each expert there, and receives from each."""
+    hosted = np.diff(placement.bounds).tolist()
+    return hosted, [hosted[comm.rank]] * comm.size
 
 
 def no_load(placements: Mapping[int, Placement]) -> dict[int, IntArray]:

@@ -174,8 +174,11 @@ class Transfer(Generic[T]):
         """Run the steps to their next request. A verb among them may call `progress`, which skips this transfer."""
         self._is_advancing = True
         try:
-            with self._backend.on_queue(self._queue):
+            if self._backend.queue == self._queue:
                 self._request = next(self._steps)
+            else:
+                with self._backend.on_queue(self._queue):
+                    self._request = next(self._steps)
         except StopIteration as end:
             self.finished = True
             self._value: T = end.value

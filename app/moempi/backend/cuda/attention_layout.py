@@ -35,12 +35,19 @@ WARPGROUP_TILES = TileKernel("attention_warpgroups", rows=128, threads=256, widt
 
 
 @dataclass(frozen=True, slots=True)
+class SingleRows:
+    """A run of adjacent rows that are in no tile, and the largest number of keys that one of them sees."""
+
+    rows: range
+    most_keys: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionLayout:
     """The layout of the rows of `segments`; `spans`, `pages` and `tiles` are int32 arrays on the device.
 
     `spans` (T, 2): position of each row, and the index in `pages` of its sequence's first page. `tiles` (n, 4): first
-    row, its position, number of rows, and the index of the first page of each tile of `tile_kernel`. `single_rows`: the
-    runs of adjacent rows that are in no tile.
+    row, its position, number of rows, and the index of the first page of each tile of `tile_kernel`.
     """
 
     segments: Sequence[Segment]
@@ -48,7 +55,7 @@ class AttentionLayout:
     pages: Array
     tiles: Array
     tile_kernel: TileKernel | None
-    single_rows: Sequence[range]
+    single_rows: Sequence[SingleRows]
 
 
 def lay_out_rows(
@@ -90,11 +97,11 @@ def is_latent(cache: Cache) -> bool:
 
 
 def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:
-    spans = [
-        np.stack([np.arange(segment.start, segment.start + segment.length), np.full(segment.length, page)], axis=1)
-        for segment, page in zip(segments, first_pages, strict=True)
-    ]
-    return np.concatenate(spans or [np.zeros((0, 2), np.int64)])
+    lengths = np.array([segment.length for segment in segments], np.int64)
+    starts = np.array([segment.start for segment in segments], np.int64)
+    first_rows = np.cumsum(lengths) - lengths
+    positions = np.arange(lengths.sum()) + np.repeat(starts - first_rows, lengths)
+    return np.stack([positions, np.repeat(np.array(first_pages, np.int64), lengths)], axis=1)
 
 
 def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool], *, rows: int) -> IntArray:
@@ -106,12 +113,14 @@ def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Seque
     return np.array(tiles, np.int64).reshape(-1, 4)
 
 
-def _single_rows(segments: Sequence[Segment], tiled: Sequence[bool]) -> Sequence[range]:
+def _single_rows(segments: Sequence[Segment], tiled: Sequence[bool]) -> Sequence[SingleRows]:
     """Runs of adjacent rows of segments that are not tiled."""
-    runs: list[range] = []
+    runs: list[SingleRows] = []
     for segment, is_tiled in zip(segments, tiled, strict=True):
-        rows = range(segment.row, segment.row + segment.length)
-        if rows and not is_tiled:
-            is_adjacent = bool(runs) and runs[-1].stop == rows.start
-            runs.append(range(runs.pop().start, rows.stop) if is_adjacent else rows)
+        first, end, keys = segment.row, segment.row + segment.length, segment.start + segment.length
+        if segment.length and not is_tiled:
+            if runs and runs[-1].rows.stop == first:
+                before = runs.pop()
+                first, keys = before.rows.start, max(keys, before.most_keys)
+            runs.append(SingleRows(range(first, end), keys))
     return runs

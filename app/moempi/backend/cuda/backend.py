@@ -308,8 +308,8 @@ class CudaBackend:
         value_stride = cache.keys.shape[-1] if is_latent(cache) else value_dim
         dims = {**head_dims(cache), "HEADS": together}
         rule = (heads, kv_heads, value_stride, scale, window)
-        for rows in layout.single_rows:
-            splits = -(-max(s.start + s.length for s in layout.segments if s.row in rows) // SPLIT_KEYS)
+        for run in layout.single_rows:
+            rows, splits = run.rows, -(-run.most_keys // SPLIT_KEYS)
             partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
             step = max(1, min(MOST_BLOCKS, PARTIAL_BYTES // max(1, partial_bytes)))
             for first in range(rows.start, rows.stop, step):
