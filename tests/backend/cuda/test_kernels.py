@@ -11,12 +11,16 @@ from moempi.backend.cuda.device import KERNELS, Kernel, find_kernel
 from simt.device import SimtDevice
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-SHAPES = {"EXPERTS": 64, "IDS": 64, "HEAD_DIM": 128, "VALUE_DIM": 128, "HEADS": 4}
-BFLOAT16_ONLY = {"attention_tiles.cu", "attention_warpgroups.cu"}
+SHAPES = {"EXPERTS": 64, "ROWS": 16, "IDS": 64, "HEAD_DIM": 128, "VALUE_DIM": 128, "HEADS": 4}
+BFLOAT16_ONLY = {"few_rows.cu", "attention_tiles.cu", "attention_warpgroups.cu"}
 HOPPER_ONLY = {"attention_warpgroups.cu"}
 REGISTERS = 65_536
 """Registers of a multiprocessor: a block of more cannot be launched."""
-MOST_THREADS = {"rms_norm": 512, "attend_rows": 128, "attend_tiles": 256, "combine": 128, "rotate": 128, "group": 256}
+MOST_THREADS = {
+    **dict.fromkeys(("attend_rows", "combine", "rotate"), 128),
+    **dict.fromkeys(("attend_tiles", "group", "multiply_few"), 256),
+    "rms_norm": 512,
+}
 """Threads of the largest block of a kernel; 1,024 of the others."""
 
 
