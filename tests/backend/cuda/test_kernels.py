@@ -17,7 +17,7 @@ HOPPER_ONLY = {"attention_warpgroups.cu"}
 REGISTERS = 65_536
 """Registers of a multiprocessor: a block of more cannot be launched."""
 MOST_THREADS = {
-    **dict.fromkeys(("attend_rows", "combine", "rotate"), 128),
+    **dict.fromkeys(("attend_rows", "combine", "rotate", "add_splits", "swiglu_splits"), 128),
     **dict.fromkeys(("attend_tiles", "group", "multiply_few"), 256),
     "rms_norm": 512,
 }
@@ -63,6 +63,12 @@ def test_nvrtc_compiles_the_kernels_for_blocks_that_can_be_launched(file, precis
 def test_attention_of_other_shapes_keeps_its_registers(shape, precision):
     constants = dict(zip(("HEAD_DIM", "VALUE_DIM", "HEADS"), shape, strict=True))
     assert "attend_rows" in compile_kernels("attention.cu", "sm_90", {**precision, **constants})
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+def test_products_of_few_rows_keep_their_registers(rows):
+    registers = compile_kernels("few_rows.cu", "sm_90", {"ROWS": rows})
+    assert int(registers["multiply_few"]) <= 128  # two blocks of a multiprocessor
 
 
 def test_a_missing_barrier_changes_the_result(monkeypatch):

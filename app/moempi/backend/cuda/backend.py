@@ -39,8 +39,10 @@ SEGMENT_BYTES = 8192
 """Bytes of a row per block of the kernels that copy rows; equals SEGMENT_BYTES of kernels/rows.cuh."""
 FEW_ROWS, FEW_ROWS_WEIGHTS = 64, 1 << 22
 """Most rows of kernels/few_rows.cu, and least weights of its matrices: cuBLAS is as fast on small ones."""
-FEW_ROWS_OUTPUTS, FEW_ROWS_CHUNK, FEW_ROWS_BLOCKS = 128, 128, 264
-"""Outputs of a block of kernels/few_rows.cu, inputs that it reads ahead, and blocks that fill a GPU."""
+FEW_ROWS_OUTPUTS, FEW_ROWS_CHUNK, FEW_ROWS_BLOCKS = 128, 64, 264
+"""Outputs of a block of kernels/few_rows.cu, inputs of a chunk, and the most blocks that run at once (on an H100)."""
+SUMMED_NUMBERS = 1024
+"""Numbers of a row per block of the kernels that add splits."""
 FLAT_NUMBERS = 2048
 """Numbers per block of a flat kernel."""
 ROTATED_NUMBERS = 2048
@@ -457,8 +459,8 @@ class CudaBackend:
         alpha, limit = (expert.clamp.alpha, expert.clamp.limit) if expert.clamp else (0.0, 0.0)
         partial, splits = self._multiply_few(rows, expert.gate_up)
         sums = (partial, expert.gate_up_bias, out, splits, hidden)
-        grid, threads = (len(rows), 1, 1), _threads(hidden)
-        self._launch("few_rows", "swiglu_splits", grid, threads, *sums, alpha, limit, ROWS=_few_rows(rows))
+        grid = (len(rows), -(-hidden // SUMMED_NUMBERS), 1)
+        self._launch("few_rows", "swiglu_splits", grid, 128, *sums, alpha, limit, ROWS=_few_rows(rows))
         return out
 
     # Tokens
@@ -495,8 +497,8 @@ class CudaBackend:
         """
         if self._are_few(x, matrix):
             partial, splits = self._multiply_few(x, matrix)
-            sums, grid, threads = (partial, bias, out, splits, matrix.outputs), (len(x), 1, 1), _threads(matrix.outputs)
-            self._launch("few_rows", "add_splits", grid, threads, *sums, ROWS=_few_rows(x))
+            sums, grid = (partial, bias, out, splits, matrix.outputs), (len(x), -(-matrix.outputs // SUMMED_NUMBERS), 1)
+            self._launch("few_rows", "add_splits", grid, 128, *sums, ROWS=_few_rows(x))
         elif bias is None:
             self._product(x, matrix, out)
         else:
@@ -509,18 +511,21 @@ class CudaBackend:
             return False
         outputs, inputs = map(int, matrix.values.shape)
         is_contiguous = bool(x.strides[0] == inputs * x.itemsize and x.dtype == matrix.values.dtype)
-        return is_contiguous and outputs * inputs >= FEW_ROWS_WEIGHTS and inputs % 32 == 0 and outputs % 8 == 0
+        return is_contiguous and outputs * inputs >= FEW_ROWS_WEIGHTS and inputs % FEW_ROWS_CHUNK == outputs % 16 == 0
 
     def _multiply_few(self, x: Array, matrix: Matrix) -> tuple[Array, int]:
         """Sums (splits, T, N) of x (T, K) times the matrix, over a part of the inputs each; and their number."""
         outputs, inputs = matrix.values.shape
-        chunks, blocks = -(-inputs // FEW_ROWS_CHUNK), -(-outputs // FEW_ROWS_OUTPUTS)
-        chunks_of_split = -(-chunks // max(1, min(chunks, round(FEW_ROWS_BLOCKS / blocks))))
+        chunks, blocks = inputs // FEW_ROWS_CHUNK, -(-outputs // FEW_ROWS_OUTPUTS)
+        chunks_of_split = -(-chunks // max(1, FEW_ROWS_BLOCKS // blocks))
         splits = -(-chunks // chunks_of_split)
         partial = self.device.empty((splits, len(x), outputs), np.float32)
-        sizes = (len(x), outputs, inputs, chunks_of_split * FEW_ROWS_CHUNK)
-        given = (x, matrix.values, partial)
-        self._launch("few_rows", "multiply_few", (blocks, splits, 1), 256, *given, *sizes, ROWS=_few_rows(x))
+        arguments = (x, matrix.values, partial, len(x), outputs, inputs, chunks_of_split * FEW_ROWS_CHUNK)
+        rows = _few_rows(x)
+        stages = 5 if rows <= 32 else 4  # as in the kernel
+        shared_bytes = stages * (FEW_ROWS_OUTPUTS + rows) * FEW_ROWS_CHUNK * x.itemsize
+        kernel = find_kernel("few_rows.cu", "multiply_few", (("ROWS", rows),))
+        self.device.launch(kernel, (blocks, splits, 1), 256, arguments, shared_bytes=shared_bytes)
         return partial, splits
 
     def _product(self, x: Array, matrix: Matrix, out: Array) -> None:
@@ -611,7 +616,7 @@ def _rows_from(whole: Array, first: int, count: int) -> Array:
 
 def _few_rows(x: Array) -> int:
     """The constant ROWS of kernels/few_rows.cu for the rows of x."""
-    return 16 if len(x) <= 16 else FEW_ROWS
+    return 16 if len(x) <= 16 else 32 if len(x) <= 32 else FEW_ROWS
 
 
 def _threads(width: int) -> int:
