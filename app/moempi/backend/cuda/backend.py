@@ -41,6 +41,8 @@ FEW_ROWS, FEW_ROWS_WEIGHTS = 64, 1 << 22
 """Most rows of kernels/few_rows.cu, and least weights of its matrices: cuBLAS is as fast on small ones."""
 FEW_ROWS_OUTPUTS, FEW_ROWS_CHUNK, FEW_ROWS_BLOCKS = 128, 64, 264
 """Outputs of a block of kernels/few_rows.cu, inputs of a chunk, and the most blocks that run at once (on an H100)."""
+FEW_ROWS_STAGES = {16: 5, 32: 5, 64: 4}
+"""Chunks in shared memory, of which two blocks fit on an H100, for each constant ROWS of kernels/few_rows.cu."""
 SUMMED_NUMBERS = 1024
 """Numbers of a row per block of the kernels that add splits."""
 FLAT_NUMBERS = 2048
@@ -522,8 +524,7 @@ class CudaBackend:
         partial = self.device.empty((splits, len(x), outputs), np.float32)
         arguments = (x, matrix.values, partial, len(x), outputs, inputs, chunks_of_split * FEW_ROWS_CHUNK)
         rows = _few_rows(x)
-        stages = 5 if rows <= 32 else 4  # as in the kernel
-        shared_bytes = stages * (FEW_ROWS_OUTPUTS + rows) * FEW_ROWS_CHUNK * x.itemsize
+        shared_bytes = FEW_ROWS_STAGES[rows] * (FEW_ROWS_OUTPUTS + rows) * FEW_ROWS_CHUNK * x.itemsize
         kernel = find_kernel("few_rows.cu", "multiply_few", (("ROWS", rows),))
         self.device.launch(kernel, (blocks, splits, 1), 256, arguments, shared_bytes=shared_bytes)
         return partial, splits

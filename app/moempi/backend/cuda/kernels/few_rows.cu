@@ -32,7 +32,8 @@ struct Source {
 };
 
 // Outputs beyond the last have the last one's weights, and are not written.
-__device__ inline Source find_source(const row* x, const row* matrix, int num_rows, int outputs, int inputs, int begin) {
+__device__ inline Source find_source(const row* x, const row* matrix, int num_rows, int outputs, int inputs,
+                                     int begin) {
   const int own_row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
   Source source;
   for (int i = 0; i < BLOCK_OUTPUTS / ROW_STEP; ++i) {
@@ -46,16 +47,20 @@ __device__ inline Source find_source(const row* x, const row* matrix, int num_ro
   return source;
 }
 
-// Begin to copy the chunk that begins `ahead` inputs on: 128 rows of weights, then those of x. Rows of x beyond the last
-// are not copied.
-__device__ inline void begin_chunk(unsigned short* stage, const Source& source, int ahead) {
-  unsigned short* to = stage + source.place;
+// Begin to copy the weights of the chunk that begins `ahead` inputs on.
+__device__ inline void begin_weights(unsigned short* stage, const Source& source, int ahead) {
 #pragma unroll
-  for (int i = 0; i < BLOCK_OUTPUTS / ROW_STEP; ++i) begin_copy(to + i * ROW_STEP * CHUNK, source.weights[i] + ahead);
+  for (int i = 0; i < BLOCK_OUTPUTS / ROW_STEP; ++i)
+    begin_copy(stage + source.place + i * ROW_STEP * CHUNK, source.weights[i] + ahead);
+}
+
+// Begin to copy the chunk's part of x, which is behind the weights. Rows beyond the last are not copied.
+__device__ inline void begin_x(unsigned short* stage, const Source& source, int ahead) {
 #pragma unroll
   for (int step = 0; step < ROWS; step += ROW_STEP)
     if (step < source.rows_left)
-      begin_copy(to + (BLOCK_OUTPUTS + step) * CHUNK, source.x + step / ROW_STEP * source.x_step + ahead);
+      begin_copy(stage + source.place + (BLOCK_OUTPUTS + step) * CHUNK,
+                 source.x + step / ROW_STEP * source.x_step + ahead);
 }
 
 // sums (16 x 8 TILES per warp) += the warp's weights times x, over one chunk.
@@ -86,7 +91,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   float sums[TILES][4] = {};
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
-    if (stage * CHUNK < length) begin_chunk(stages + stage * STAGE_NUMBERS, source, stage * CHUNK);
+    if (stage * CHUNK < length) {
+      begin_weights(stages + stage * STAGE_NUMBERS, source, stage * CHUNK);
+      begin_x(stages + stage * STAGE_NUMBERS, source, stage * CHUNK);
+    }
     end_copies();
   }
   int reads = 0, fills = (STAGES - 1) * STAGE_NUMBERS;
@@ -95,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     await_groups_but<STAGES - 2>();
     __syncthreads();  // the chunk is there; all warps have read the one before, whose place the next takes
     const int ahead = at + (STAGES - 1) * CHUNK;
-    if (ahead < length) begin_chunk(stages + fills, source, ahead);
+    if (ahead < length) begin_weights(stages + fills, source, ahead), begin_x(stages + fills, source, ahead);
     end_copies();
     multiply_chunk(sums, stages + reads);
     fills = reads;
