@@ -41,7 +41,7 @@ FEW_ROWS, FEW_ROWS_WEIGHTS = 64, 1 << 22
 """Most rows of kernels/few_rows.cu, and least weights of its matrices: cuBLAS is as fast on small ones."""
 FEW_ROWS_OUTPUTS, FEW_ROWS_CHUNK, FEW_ROWS_BLOCKS = 128, 64, 264
 """Outputs of a block of kernels/few_rows.cu, inputs of a chunk, and the most blocks that run at once (on an H100)."""
-FEW_ROWS_STAGES = {16: 5, 32: 5, 64: 4}
+FEW_ROWS_STAGES = {16: 5, 32: 4, 64: 4}
 """Chunks in shared memory, of which two blocks fit on an H100, for each constant ROWS of kernels/few_rows.cu."""
 SUMMED_NUMBERS = 1024
 """Numbers of a row per block of the kernels that add splits."""

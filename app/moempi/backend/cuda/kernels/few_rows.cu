@@ -19,7 +19,7 @@
 
 const int THREADS = 256, WARP_OUTPUTS = 16, BLOCK_OUTPUTS = THREADS / WARP_THREADS * WARP_OUTPUTS;
 const int CHUNK = 64, PIECES = CHUNK / 8, ROW_STEP = THREADS / PIECES, TILES = ROWS / 8;
-const int STAGES = ROWS <= 32 ? 5 : 4, STAGE_NUMBERS = (BLOCK_OUTPUTS + ROWS) * CHUNK;
+const int STAGES = ROWS == 16 ? 5 : 4, STAGE_NUMBERS = (BLOCK_OUTPUTS + ROWS) * CHUNK;
 // Splits whose numbers are fetched together.
 const int TOGETHER = 8;
 
