@@ -92,18 +92,23 @@ class CupyDevice:
     def holds(self, values: Array) -> bool:
         return isinstance(values, cupy.ndarray)
 
+    # CuPy allocates memory for its current stream, and uploads on it. A call that takes a stream may leave the null
+    # stream as the current one, for which no queue waits: so copies name their stream themselves.
+
     def upload(self, values: npt.NDArray[Any]) -> Array:
         """Up to STAGED_BYTES through pinned memory that CuPy keeps until the copy is done; blocks for larger arrays."""
         values = np.ascontiguousarray(values)
         if values.nbytes <= STAGED_BYTES:
             return cupy.asarray(values)
-        resident = cupy.empty(values.shape, values.dtype)
-        resident.set(values, stream=self._stream)
+        resident = cupy.ndarray(values.shape, values.dtype)
+        resident.data.copy_from_host_async(values.ctypes.data, values.nbytes, self._stream)
         self._stream.synchronize()
         return resident
 
     def download(self, values: Array) -> npt.NDArray[Any]:
-        return cupy.asnumpy(values, stream=self._stream)  # type: ignore[no-any-return]
+        on_host = self.start_download(values)
+        self._stream.synchronize()
+        return on_host.copy()
 
     def start_download(self, values: Array) -> npt.NDArray[Any]:
         """To pinned memory of CuPy's pool, which returns there with the array."""
@@ -111,7 +116,8 @@ class CupyDevice:
             return np.empty(values.shape, values.dtype)
         memory = cupy.cuda.alloc_pinned_memory(values.nbytes)
         on_host = np.frombuffer(memory, values.dtype, values.size).reshape(values.shape)
-        values.get(stream=self._stream, out=on_host, blocking=False)
+        held = values if values.flags.c_contiguous else cupy.ascontiguousarray(values)
+        held.data.copy_to_host_async(on_host.ctypes.data, held.nbytes, self._stream)
         return on_host
 
     def free_unused(self) -> None:
@@ -120,7 +126,7 @@ class CupyDevice:
         cupy.get_default_memory_pool().free_all_blocks()
 
     def copy(self, values: Array, out: Array) -> None:
-        out.data.copy_from_device_async(values.data, values.nbytes)
+        out.data.copy_from_device_async(values.data, values.nbytes, self._stream)
 
     def launch(
         self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument], *, shared_bytes: int = 0
