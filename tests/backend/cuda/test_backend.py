@@ -8,7 +8,6 @@ import pytest
 
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.backend.cuda import backend as cuda_backend
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.protocol import Expert, SamplingRequest, Segment
 from moempi.config.architecture import Clamp, Router
@@ -83,41 +82,6 @@ def test_linear_equals_the_cpu(device, precision, reproducible, rows):
     for matrix in (pair.gpu.matrix(weight, extra), pair.gpu.matrix(weight.T, extra.T, transposed=True)):
         pair.close(pair.gpu.linear(on_gpu, matrix), pair.cpu.linear(x, expected))
         pair.close(pair.gpu.linear(on_gpu, matrix, gpu_bias), pair.cpu.linear(x, expected, bias))
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), [(144, 576), (16, 64), (256, 1088)])
-@pytest.mark.parametrize(("rows", "blocks"), [(1, 4), (16, 264), (17, 4), (33, 264), (64, 4)])
-def test_products_of_few_rows_equal_the_cpu(device, monkeypatch, rows, blocks, outputs, inputs, biased):
-    monkeypatch.setattr(cuda_backend, "FEW_ROWS_WEIGHTS", 0)
-    monkeypatch.setattr(cuda_backend, "FEW_ROWS_BLOCKS", blocks)  # splits of many chunks, or many splits of one chunk
-    pair = Pair(device, "bfloat16")
-    (x, on_gpu), (bias, gpu_bias) = pair.values(rows, inputs), pair.values(outputs, seed=3)
-    weight = narrow(pair.values(outputs, inputs, seed=1)[0])
-    matrices = pair.cpu.matrix(weight), pair.gpu.matrix(weight)
-    assert pair.gpu._are_few(on_gpu, matrices[1])
-    expected = pair.cpu.linear(x, matrices[0], bias if biased else None)
-    actual = pair.gpu.linear(on_gpu, matrices[1], gpu_bias if biased else None)
-    pair.close(actual, expected, units=2)
-    last = pair.gpu.linear(on_gpu[-1:], matrices[1], gpu_bias if biased else None)
-    np.testing.assert_array_equal(pair.host(last)[0], pair.host(actual)[-1])  # whatever the number of rows
-
-
-@pytest.mark.parametrize("clamp", [None, Clamp(alpha=1.702, limit=1.5)])
-@pytest.mark.parametrize("rows", [3, 40])
-def test_an_expert_of_few_rows_equals_the_cpu(device, monkeypatch, rows, clamp):
-    monkeypatch.setattr(cuda_backend, "FEW_ROWS_WEIGHTS", 0)
-    pair = Pair(device, "bfloat16")
-    x, on_gpu = pair.values(rows, 192, scale=0.2)
-    matrices = [narrow(pair.values(*shape, seed=shape[0])[0]) for shape in ((128, 192), (192, 64))]
-    biases = [pair.values(size, seed=size) for size in (128, 192)]
-    experts = [
-        Expert(*map(made.matrix, matrices), *(bias[which] for bias in biases), clamp)
-        for which, made in enumerate((pair.cpu, pair.gpu))
-    ]
-    counts = np.array([rows])
-    expected = pair.cpu.expert_mlp(x, experts[:1], counts)
-    pair.close(pair.gpu.expert_mlp(on_gpu, experts[1:], counts), expected, units=3)
 
 
 @pytest.mark.parametrize("rows", [0, 3, 70])

@@ -37,14 +37,6 @@ from moempi.errors import ConfigError
 PRODUCT_ROWS = 64
 SEGMENT_BYTES = 8192
 """Bytes of a row per block of the kernels that copy rows; equals SEGMENT_BYTES of kernels/rows.cuh."""
-FEW_ROWS, FEW_ROWS_WEIGHTS = 64, 1 << 22
-"""Most rows of kernels/few_rows.cu, and least weights of its matrices: cuBLAS is as fast on small ones."""
-FEW_ROWS_OUTPUTS, FEW_ROWS_CHUNK, FEW_ROWS_BLOCKS = 128, 64, 264
-"""Outputs of a block of kernels/few_rows.cu, inputs of a chunk, and the most blocks that run at once (on an H100)."""
-FEW_ROWS_STAGES = {16: 5, 32: 4, 64: 4}
-"""Chunks in shared memory, of which two blocks fit on an H100, for each constant ROWS of kernels/few_rows.cu."""
-SUMMED_NUMBERS = 1024
-"""Numbers of a row per block of the kernels that add splits."""
 FLAT_NUMBERS = 2048
 """Numbers per block of a flat kernel."""
 ROTATED_NUMBERS = 2048
@@ -447,23 +439,10 @@ class CudaBackend:
         for expert, count in zip(experts, counts.tolist(), strict=True):
             if count:
                 own, out = (_rows_from(whole, first, count) for whole in (rows, outputs))
-                hidden = self._hidden(own, expert)
+                hidden = self.swiglu(self.linear(own, expert.gate_up, expert.gate_up_bias), expert.clamp)
                 self._biased_product(hidden, expert.down, expert.down_bias, out)
                 first += count
         return outputs
-
-    def _hidden(self, rows: Array, expert: Expert) -> Array:
-        """The hidden rows of an expert."""
-        if not self._are_few(rows, expert.gate_up):
-            return self.swiglu(self.linear(rows, expert.gate_up, expert.gate_up_bias), expert.clamp)
-        hidden = expert.gate_up.outputs // 2
-        out = self._rows((len(rows), hidden))
-        alpha, limit = (expert.clamp.alpha, expert.clamp.limit) if expert.clamp else (0.0, 0.0)
-        partial, splits = self._multiply_few(rows, expert.gate_up)
-        sums = (partial, expert.gate_up_bias, out, splits, hidden)
-        grid = (len(rows), -(-hidden // SUMMED_NUMBERS), 1)
-        self._launch("few_rows", "swiglu_splits", grid, 128, *sums, alpha, limit, ROWS=_few_rows(rows))
-        return out
 
     # Tokens
 
@@ -497,37 +476,11 @@ class CudaBackend:
 
         cuBLAS does not add the bias: it would round the product before.
         """
-        if self._are_few(x, matrix):
-            partial, splits = self._multiply_few(x, matrix)
-            sums, grid = (partial, bias, out, splits, matrix.outputs), (len(x), -(-matrix.outputs // SUMMED_NUMBERS), 1)
-            self._launch("few_rows", "add_splits", grid, 128, *sums, ROWS=_few_rows(x))
-        elif bias is None:
+        if bias is None:
             self._product(x, matrix, out)
         else:
             product = self._float_product(x, matrix, None)
             self._by_vector("elementwise", "round_biased", out, product, bias, out, matrix.outputs)
-
-    def _are_few(self, x: Array, matrix: Matrix) -> bool:
-        """Whether kernels/few_rows.cu takes this product: few rows, whose bits may depend on their number."""
-        if self.reproducible or not 0 < len(x) <= FEW_ROWS or matrix.transposed:
-            return False
-        outputs, inputs = map(int, matrix.values.shape)
-        is_contiguous = bool(x.strides[0] == inputs * x.itemsize and x.dtype == matrix.values.dtype)
-        return is_contiguous and outputs * inputs >= FEW_ROWS_WEIGHTS and inputs % FEW_ROWS_CHUNK == outputs % 16 == 0
-
-    def _multiply_few(self, x: Array, matrix: Matrix) -> tuple[Array, int]:
-        """Sums (splits, T, N) of x (T, K) times the matrix, over a part of the inputs each; and their number."""
-        outputs, inputs = matrix.values.shape
-        chunks, blocks = inputs // FEW_ROWS_CHUNK, -(-outputs // FEW_ROWS_OUTPUTS)
-        chunks_of_split = -(-chunks // max(1, FEW_ROWS_BLOCKS // blocks))
-        splits = -(-chunks // chunks_of_split)
-        partial = self.device.empty((splits, len(x), outputs), np.float32)
-        arguments = (x, matrix.values, partial, len(x), outputs, inputs, chunks_of_split * FEW_ROWS_CHUNK)
-        rows = _few_rows(x)
-        shared_bytes = FEW_ROWS_STAGES[rows] * (FEW_ROWS_OUTPUTS + rows) * FEW_ROWS_CHUNK * x.itemsize
-        kernel = find_kernel("few_rows.cu", "multiply_few", (("ROWS", rows),))
-        self.device.launch(kernel, (blocks, splits, 1), 256, arguments, shared_bytes=shared_bytes)
-        return partial, splits
 
     def _product(self, x: Array, matrix: Matrix, out: Array) -> None:
         """Compute out (T, N) = x (T, K) times the matrix."""
@@ -613,11 +566,6 @@ class CudaBackend:
 def _rows_from(whole: Array, first: int, count: int) -> Array:
     """Rows [first, first + count); a view takes the host longer than the comparison."""
     return whole if count == len(whole) else whole[first : first + count]
-
-
-def _few_rows(x: Array) -> int:
-    """The constant ROWS of kernels/few_rows.cu for the rows of x."""
-    return 16 if len(x) <= 16 else 32 if len(x) <= 32 else FEW_ROWS
 
 
 def _threads(width: int) -> int:
