@@ -116,11 +116,12 @@ def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Seque
 def _single_rows(segments: Sequence[Segment], tiled: Sequence[bool]) -> Sequence[SingleRows]:
     """Runs of adjacent rows of segments that are not tiled."""
     runs: list[SingleRows] = []
+    first = end = most_keys = 0
     for segment, is_tiled in zip(segments, tiled, strict=True):
-        first, end, keys = segment.row, segment.row + segment.length, segment.start + segment.length
         if segment.length and not is_tiled:
-            if runs and runs[-1].rows.stop == first:
-                before = runs.pop()
-                first, keys = before.rows.start, max(keys, before.most_keys)
-            runs.append(SingleRows(range(first, end), keys))
-    return runs
+            if segment.row != end:
+                runs.append(SingleRows(range(first, end), most_keys))
+                first, most_keys = segment.row, 0
+            end, most_keys = segment.row + segment.length, max(most_keys, segment.start + segment.length)
+    runs.append(SingleRows(range(first, end), most_keys))
+    return [run for run in runs if run.rows]

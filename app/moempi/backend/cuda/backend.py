@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -317,18 +318,18 @@ class CudaBackend:
             partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
             step = max(1, min(MOST_BLOCKS, PARTIAL_BYTES // max(1, partial_bytes)))
             for first in range(rows.start, rows.stop, step):
-                some = slice(first, min(first + step, rows.stop))
-                num_rows = some.stop - first
+                num_rows = min(step, rows.stop - first)
+                own, spans, attended = (_rows_from(x, first, num_rows) for x in (queries, layout.spans, out))
                 sums = stats = None
                 if splits > 1:
                     sums = self.device.empty((num_rows, heads, splits, value_dim), np.float32)
                     stats = self.device.empty((num_rows, heads, splits, 2), np.float32)
-                given = (queries[some], cache.keys, cache.values, sinks, layout.spans[some], layout.pages)
-                results = (sums, stats, out[some])
+                given = (own, cache.keys, cache.values, sinks, spans, layout.pages)
+                results = (sums, stats, attended)
                 grid = (head_rounds, splits, num_rows)
                 self._launch("attention", "attend_rows", grid, 128, *given, *results, *rule, **dims)
                 if splits > 1:
-                    merged = (sums, stats, sinks, out[some], splits)
+                    merged = (sums, stats, sinks, attended, splits)
                     self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
 
     def _attention_layout(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
@@ -514,11 +515,9 @@ class CudaBackend:
     def _multiply_few(self, x: Array, matrix: Matrix) -> tuple[Array, int]:
         """Sums (splits, T, N) of x (T, K) times the matrix, over a part of the inputs each; and their number."""
         outputs, inputs = matrix.values.shape
-        chunks, blocks = -(-inputs // FEW_ROWS_CHUNK), -(-outputs // FEW_ROWS_OUTPUTS)
-        chunks_of_split = -(-chunks // max(1, min(chunks, round(FEW_ROWS_BLOCKS / blocks))))
-        splits = -(-chunks // chunks_of_split)
+        blocks, splits, split_inputs = _few_rows_grid(outputs, inputs)
         partial = self.device.empty((splits, len(x), outputs), np.float32)
-        sizes = (len(x), outputs, inputs, chunks_of_split * FEW_ROWS_CHUNK)
+        sizes = (len(x), outputs, inputs, split_inputs)
         given = (x, matrix.values, partial)
         self._launch("few_rows", "multiply_few", (blocks, splits, 1), 256, *given, *sizes, ROWS=_few_rows(x))
         return partial, splits
@@ -607,6 +606,14 @@ class CudaBackend:
 def _rows_from(whole: Array, first: int, count: int) -> Array:
     """Rows [first, first + count); a view takes the host longer than the comparison."""
     return whole if count == len(whole) else whole[first : first + count]
+
+
+@cache
+def _few_rows_grid(outputs: int, inputs: int) -> tuple[int, int, int]:
+    """Blocks of outputs, parts of the inputs, and inputs of a part, of kernels/few_rows.cu."""
+    chunks, blocks = -(-inputs // FEW_ROWS_CHUNK), -(-outputs // FEW_ROWS_OUTPUTS)
+    chunks_of_split = -(-chunks // max(1, min(chunks, round(FEW_ROWS_BLOCKS / blocks))))
+    return blocks, -(-chunks // chunks_of_split), chunks_of_split * FEW_ROWS_CHUNK
 
 
 def _few_rows(x: Array) -> int:

@@ -48,7 +48,11 @@ class CompiledKernel:
 
     def __call__(self, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
         """Submit one launch to a stream."""
-        self._pack(self._words, 0, *map(_word, arguments))
+        words = [
+            argument.data.ptr if type(argument) is cupy.ndarray else _word(argument)  # most arguments are arrays
+            for argument in arguments
+        ]
+        self._pack(self._words, 0, *words)
         driver.launchKernel(self._pointer, *grid, threads, 1, 1, self._shared_bytes, stream, self._parameters, 0)
 
 

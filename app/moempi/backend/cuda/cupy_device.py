@@ -22,6 +22,8 @@ PLAIN, TRANSPOSED = 0, 1
 FACTORS = np.array([1, 0], np.float32)
 ONE, ZERO = FACTORS.ctypes.data, FACTORS[1:].ctypes.data
 """Addresses of the factors of a product and of the results before it."""
+TO_HOST = 2
+"""cudaMemcpyDeviceToHost."""
 NOT_READY = 600
 """cudaErrorNotReady: work before the event is not done."""
 STAGED_BYTES = 16 << 20
@@ -109,9 +111,10 @@ class CupyDevice:
         """To pinned memory of CuPy's pool, which returns there with the array."""
         if not values.size:
             return np.empty(values.shape, values.dtype)
+        assert values.flags.c_contiguous
         memory = cupy.cuda.alloc_pinned_memory(values.nbytes)
         on_host = np.frombuffer(memory, values.dtype, values.size).reshape(values.shape)
-        values.get(stream=self._stream, out=on_host, blocking=False)
+        cupy.cuda.runtime.memcpyAsync(memory.ptr, values.data.ptr, values.nbytes, TO_HOST, self._stream.ptr)
         return on_host
 
     def free_unused(self) -> None:
