@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, compress
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def lay_out_rows(
     segments: Sequence[Segment], *, tile_kernel: TileKernel | None, upload: Callable[[IntArray], Array]
 ) -> AttentionLayout:
     """Lay out the rows of a step in one upload; `tile_kernel` takes segments of at least LEAST_TILE_ROWS rows."""
-    first_pages = np.cumsum([0, *(len(segment.pages) for segment in segments)])[:-1].tolist()
+    first_pages = list(accumulate((len(segment.pages) for segment in segments), initial=0))[:-1]
     tiled = [tile_kernel is not None and segment.length >= LEAST_TILE_ROWS for segment in segments]
     pages = np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int64)])
     # The widest rows come first, so that every row is aligned to its size.
@@ -107,8 +108,8 @@ def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:
 def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool], *, rows: int) -> IntArray:
     tiles = [
         (segment.row + first, segment.start + first, min(rows, segment.length - first), page)
-        for segment, page, is_tiled in zip(segments, first_pages, tiled, strict=True)
-        for first in range(0, segment.length if is_tiled else 0, rows)
+        for segment, page in compress(zip(segments, first_pages, strict=True), tiled)
+        for first in range(0, segment.length, rows)
     ]
     return np.array(tiles, np.int64).reshape(-1, 4)
 

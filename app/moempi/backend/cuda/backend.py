@@ -96,6 +96,7 @@ class CudaBackend:
         self._progress = progress
         self._queue = 0
         self._layouts: dict[int, AttentionLayout] = {}
+        self._frequencies: dict[tuple[int, bytes], Array] = {}
 
     # Memory
 
@@ -246,9 +247,16 @@ class CudaBackend:
         shape = (len(positions), len(frequencies))
         cosines, sines = self.device.empty(shape, np.float32), self.device.empty(shape, np.float32)
         sizes = (shape[0], shape[1], amplitude)
-        given = (self.upload(positions), self.upload(frequencies))
+        given = (self.upload(positions), self._uploaded_frequencies(frequencies))
         self._launch("rope", "rope_angles", (-(-prod(shape) // 256), 1, 1), 256, *given, cosines, sines, *sizes)
         return cosines, sines
+
+    def _uploaded_frequencies(self, frequencies: Float32Array) -> Array:
+        """The frequencies of a model, which each step needs; uploaded once for each queue, whose work is in order."""
+        key = (self.queue, frequencies.tobytes())
+        if key not in self._frequencies:
+            self._frequencies[key] = self.upload(frequencies)
+        return self._frequencies[key]
 
     def rotate(self, x: Array, angles: tuple[Array, Array], *, interleaved: bool = False) -> Array:
         out = self._rows(x.shape)
