@@ -102,7 +102,9 @@ def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:
     starts = np.array([segment.start for segment in segments], np.int64)
     first_rows = np.cumsum(lengths) - lengths
     positions = np.arange(lengths.sum()) + np.repeat(starts - first_rows, lengths)
-    return np.stack([positions, np.repeat(np.array(first_pages, np.int64), lengths)], axis=1)
+    spans = np.empty((len(positions), 2), np.int64)
+    spans[:, 0], spans[:, 1] = positions, np.repeat(np.array(first_pages, np.int64), lengths)
+    return spans
 
 
 def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool], *, rows: int) -> IntArray:
