@@ -8,7 +8,7 @@ result. A verb submits its work and returns; only verbs documented as "Blocks th
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +40,7 @@ class Cache:
     values: Array
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """The new rows of one sequence in a step: rows [row, row + length) are at positions [start, start + length).
 
     `pages` lists the cache pages of the sequence; position p is row p % PAGE_ROWS of page pages[p // PAGE_ROWS].

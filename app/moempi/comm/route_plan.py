@@ -82,10 +82,12 @@ def make_plan(layer: int, choices: GroupedChoices, counts_here: IntArray, *, bou
     Rank r hosts the physical experts from bounds[r] up to bounds[r + 1] (R + 1,).
     """
     by_expert, by_source = expert_order(counts_here)
-    before = np.concatenate([[0], np.cumsum(choices.counts)])
+    before = np.zeros(len(choices.counts) + 1, np.int64)
+    choices.counts.cumsum(out=before[1:])
+    first_rows = before[bounds]
     return RoutePlan(
         layer=layer,
-        send_counts=np.diff(before[bounds]),
+        send_counts=first_rows[1:] - first_rows[:-1],
         recv_counts=counts_here.sum(axis=1),
         expert_counts=counts_here.sum(axis=0),
         source_rows=choices.source_rows,

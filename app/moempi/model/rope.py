@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al. 2021): frequencies and angles."""
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -16,13 +17,19 @@ def rope_angles(backend: Backend, attention: AttentionShape, positions: IntArray
     return backend.rope_angles(positions, frequencies=frequencies(rope, dim=dim), amplitude=rope.amplitude)
 
 
+@cache
 def frequencies(rope: Rope, *, dim: int) -> Float32Array:
-    """theta^(-2i / dim) for i = 0 .. dim / 2 - 1, rescaled by `rope`; float32, the precision used in training."""
+    """theta^(-2i / dim) for i = 0 .. dim / 2 - 1, rescaled by `rope`; float32, the precision used in training.
+
+    Each step needs them, so they are computed once; read-only.
+    """
     periods = np.float32(rope.theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
     if rope.divisors:
         periods = periods * np.array(rope.divisors, np.float32)
     plain: Float32Array = (np.float32(1) / periods).astype(np.float32)
-    return plain if rope.yarn is None else _interpolated(plain, periods, rope.yarn, theta=rope.theta)
+    result = plain if rope.yarn is None else _interpolated(plain, periods, rope.yarn, theta=rope.theta)
+    result.flags.writeable = False
+    return result
 
 
 def _interpolated(plain: Float32Array, periods: Float32Array, yarn: Yarn, *, theta: float) -> Float32Array:

@@ -137,6 +137,19 @@ def test_rotation_equals_the_cpu(pair, interleaved, pairs, dims):
     pair.close(pair.gpu.rotate(on_gpu[..., dims], gpu_angles, interleaved=interleaved), expected, units=2)
 
 
+def test_frequencies_are_uploaded_once_for_each_queue(pair, monkeypatch):
+    positions, frequencies, uploads = np.arange(3), np.array([1.0, 0.5], np.float32), []
+    upload = pair.gpu.device.upload
+    monkeypatch.setattr(pair.gpu.device, "upload", lambda values: uploads.append(values.dtype.name) or upload(values))
+    for queue in (0, 1, 0, 1):
+        with pair.gpu.on_queue(queue):
+            cosines, _ = pair.gpu.rope_angles(positions, frequencies=frequencies, amplitude=1.0)
+            np.testing.assert_allclose(pair.host(cosines), np.cos(np.outer(positions, frequencies)), atol=3e-7)
+    assert uploads.count("float32") == 2
+    other, _ = pair.gpu.rope_angles(positions, frequencies=2 * frequencies, amplitude=1.0)
+    np.testing.assert_allclose(pair.host(other), np.cos(np.outer(positions, 2 * frequencies)), atol=3e-7)
+
+
 def cached(pair, *, heads, dim, lengths, scattered, latent=0):
     """Filled caches of both backends, and the segments of their last rows; pages are not adjacent if `scattered`."""
     page_counts = [-(-total // 64) for total, _ in lengths]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, compress
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def lay_out_rows(
     segments: Sequence[Segment], *, tile_kernel: TileKernel | None, upload: Callable[[IntArray], Array]
 ) -> AttentionLayout:
     """Lay out the rows of a step in one upload; `tile_kernel` takes segments of at least LEAST_TILE_ROWS rows."""
-    first_pages = np.cumsum([0, *(len(segment.pages) for segment in segments)])[:-1].tolist()
+    first_pages = list(accumulate((len(segment.pages) for segment in segments), initial=0))[:-1]
     tiled = [tile_kernel is not None and segment.length >= LEAST_TILE_ROWS for segment in segments]
     pages = np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int64)])
     # The widest rows come first, so that every row is aligned to its size.
@@ -101,14 +102,16 @@ def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:
     starts = np.array([segment.start for segment in segments], np.int64)
     first_rows = np.cumsum(lengths) - lengths
     positions = np.arange(lengths.sum()) + np.repeat(starts - first_rows, lengths)
-    return np.stack([positions, np.repeat(np.array(first_pages, np.int64), lengths)], axis=1)
+    spans = np.empty((len(positions), 2), np.int64)
+    spans[:, 0], spans[:, 1] = positions, np.repeat(np.array(first_pages, np.int64), lengths)
+    return spans
 
 
 def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool], *, rows: int) -> IntArray:
     tiles = [
         (segment.row + first, segment.start + first, min(rows, segment.length - first), page)
-        for segment, page, is_tiled in zip(segments, first_pages, tiled, strict=True)
-        for first in range(0, segment.length if is_tiled else 0, rows)
+        for segment, page in compress(zip(segments, first_pages, strict=True), tiled)
+        for first in range(0, segment.length, rows)
     ]
     return np.array(tiles, np.int64).reshape(-1, 4)
 
@@ -116,11 +119,12 @@ def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Seque
 def _single_rows(segments: Sequence[Segment], tiled: Sequence[bool]) -> Sequence[SingleRows]:
     """Runs of adjacent rows of segments that are not tiled."""
     runs: list[SingleRows] = []
+    first = end = most_keys = 0
     for segment, is_tiled in zip(segments, tiled, strict=True):
-        first, end, keys = segment.row, segment.row + segment.length, segment.start + segment.length
         if segment.length and not is_tiled:
-            if runs and runs[-1].rows.stop == first:
-                before = runs.pop()
-                first, keys = before.rows.start, max(keys, before.most_keys)
-            runs.append(SingleRows(range(first, end), keys))
-    return runs
+            if segment.row != end:
+                runs.append(SingleRows(range(first, end), most_keys))
+                first, most_keys = segment.row, 0
+            end, most_keys = segment.row + segment.length, max(most_keys, segment.start + segment.length)
+    runs.append(SingleRows(range(first, end), most_keys))
+    return [run for run in runs if run.rows]

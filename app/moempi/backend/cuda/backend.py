@@ -2,8 +2,8 @@
 
 Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `group`, `sample` and
 `score` returns when its work is submitted; while these four wait, they call `progress`, so that the transfers of all
-lanes advance. Matrices stay as they are stored. The bits of a product depend on the number
-of rows of the call. `reproducible` therefore makes only calls of PRODUCT_ROWS rows, and attends row by row.
+lanes advance. Matrices stay as they are stored. The bits of a product depend on the number of rows of the call.
+`reproducible` therefore makes only calls of PRODUCT_ROWS rows, and attends row by row.
 """
 
 import os
@@ -91,6 +91,7 @@ class CudaBackend:
         self._progress = progress
         self._queue = 0
         self._layouts: dict[int, AttentionLayout] = {}
+        self._frequencies: dict[tuple[int, bytes], Array] = {}
 
     # Memory
 
@@ -241,9 +242,16 @@ class CudaBackend:
         shape = (len(positions), len(frequencies))
         cosines, sines = self.device.empty(shape, np.float32), self.device.empty(shape, np.float32)
         sizes = (shape[0], shape[1], amplitude)
-        given = (self.upload(positions), self.upload(frequencies))
+        given = (self.upload(positions), self._uploaded_frequencies(frequencies))
         self._launch("rope", "rope_angles", (-(-prod(shape) // 256), 1, 1), 256, *given, cosines, sines, *sizes)
         return cosines, sines
+
+    def _uploaded_frequencies(self, frequencies: Float32Array) -> Array:
+        """The frequencies of a model, which each step needs; uploaded once for each queue, whose work is in order."""
+        key = (self.queue, frequencies.tobytes())
+        if key not in self._frequencies:
+            self._frequencies[key] = self.upload(frequencies)
+        return self._frequencies[key]
 
     def rotate(self, x: Array, angles: tuple[Array, Array], *, interleaved: bool = False) -> Array:
         out = self._rows(x.shape)
@@ -313,18 +321,18 @@ class CudaBackend:
             partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
             step = max(1, min(MOST_BLOCKS, PARTIAL_BYTES // max(1, partial_bytes)))
             for first in range(rows.start, rows.stop, step):
-                some = slice(first, min(first + step, rows.stop))
-                num_rows = some.stop - first
+                num_rows = min(step, rows.stop - first)
+                own, spans, attended = (_rows_from(x, first, num_rows) for x in (queries, layout.spans, out))
                 sums = stats = None
                 if splits > 1:
                     sums = self.device.empty((num_rows, heads, splits, value_dim), np.float32)
                     stats = self.device.empty((num_rows, heads, splits, 2), np.float32)
-                given = (queries[some], cache.keys, cache.values, sinks, layout.spans[some], layout.pages)
-                results = (sums, stats, out[some])
+                given = (own, cache.keys, cache.values, sinks, spans, layout.pages)
+                results = (sums, stats, attended)
                 grid = (head_rounds, splits, num_rows)
                 self._launch("attention", "attend_rows", grid, 128, *given, *results, *rule, **dims)
                 if splits > 1:
-                    merged = (sums, stats, sinks, out[some], splits)
+                    merged = (sums, stats, sinks, attended, splits)
                     self._launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)
 
     def _attention_layout(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:

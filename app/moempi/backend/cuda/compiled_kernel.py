@@ -48,7 +48,7 @@ class CompiledKernel:
 
     def __call__(self, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
         """Submit one launch to a stream."""
-        self._pack(self._words, 0, *map(_word, arguments))
+        self._pack(self._words, 0, *_words(arguments))
         driver.launchKernel(self._pointer, *grid, threads, 1, 1, self._shared_bytes, stream, self._parameters, 0)
 
 
@@ -82,11 +82,13 @@ def _compile(kernel: Kernel, options: Sequence[str]) -> bytes:
         nvrtc.destroyProgram(program)
 
 
-def _word(argument: Argument) -> Any:
-    """An address, or the number itself."""
-    kind = type(argument)
-    if kind is cupy.ndarray:
-        return argument.data.ptr  # type: ignore[union-attr]
-    if kind is np.ndarray:
-        return argument.ctypes.data  # type: ignore[union-attr]
-    return 0 if argument is None else argument
+def _words(arguments: Sequence[Any]) -> list[Any]:
+    """Addresses of arrays, 0 for None, and numbers as they are."""
+    return [
+        argument.data.ptr
+        if (kind := type(argument)) is cupy.ndarray
+        else argument.ctypes.data
+        if kind is np.ndarray
+        else argument or 0
+        for argument in arguments
+    ]

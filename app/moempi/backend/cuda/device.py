@@ -110,7 +110,10 @@ class Device(Protocol):
         """Copy to the host. Blocks the host until all work submitted to the queue before is done."""
 
     def start_download(self, values: Array) -> npt.NDArray[Any]:
-        """Submit a copy to new host memory, which holds the values once an event recorded behind the copy is done."""
+        """Submit a copy to new host memory.
+
+        The memory holds the values once an event recorded behind the copy is done.
+        """
 
     def free_unused(self) -> None:
         """Return memory that only completed work used to the system."""

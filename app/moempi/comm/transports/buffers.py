@@ -13,11 +13,14 @@ class BufferRing:
     def __init__(self, count: int, allocate: Callable[[int], Any]) -> None:
         self._allocate = allocate
         self._buffers = [allocate(0) for _ in range(count)]
+        self._taken = list(self._buffers)  # views of the buffers; a view takes longer than a look at the last one
         self._next = 0
 
     def take(self, rows: int) -> Any:
         """A buffer of `rows` rows with undefined contents."""
-        self._next = (self._next + 1) % len(self._buffers)
-        if len(self._buffers[self._next]) < rows:
-            self._buffers[self._next] = self._allocate(rows + rows // 4)
-        return self._buffers[self._next][:rows]
+        number = self._next = (self._next + 1) % len(self._buffers)
+        if len(self._buffers[number]) < rows:
+            self._buffers[number] = self._allocate(rows + rows // 4)
+        if len(self._taken[number]) != rows:
+            self._taken[number] = self._buffers[number][:rows]
+        return self._taken[number]
