@@ -3,14 +3,14 @@
 //   attend_tiles   softmax(q k * scale) v of a tile of up to 128 queries of one head, page by page of the cache
 //
 // The same function and shapes as attention_tiles.cu, with tiles of 128 queries. HEAD_DIM and VALUE_DIM are 64 or 128. A
-// warpgroup has 64 queries; both multiply with the same pages. While the probabilities of one page are computed, the
-// tensor cores multiply the keys of the next, and the page after it is copied.
-// Launch: (n, H) blocks of 256, STAGES * PAGE_BYTES of dynamic shared memory. NumPy twin: attend; plain CUDA twin:
-// attend_rows.
+// warpgroup has 64 queries; both multiply with the same pages. While the tensor cores multiply the values of one page,
+// the probabilities of the next are computed, and the pages after it are copied.
+// Launch: (n, H) blocks of 256, and STAGES pages of keys and values in dynamic shared memory. NumPy twin: attend; plain
+// CUDA twin: attend_rows.
 #include "paging.cuh"
 #include "warpgroup.cuh"
 
-const int THREADS = 256, TILE = 128, WARP_ROWS = 16, PAGES_AHEAD = 3, STAGES = PAGES_AHEAD + 1;
+const int THREADS = 256, WARP_ROWS = 16, PAGES_AHEAD = 3, STAGES = PAGES_AHEAD + 1;
 const int KEY_NUMBERS = PAGE_ROWS * HEAD_DIM, PAGE_NUMBERS = PAGE_ROWS * (HEAD_DIM + VALUE_DIM);
 const int PANEL_BYTES = PAGE_ROWS * PANEL_ROW_BYTES;
 const float LOG2_E = 1.44269504f;

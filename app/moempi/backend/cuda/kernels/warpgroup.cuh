@@ -46,10 +46,6 @@ __device__ inline void await_products_but() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Compute a register before the instructions that follow. The compiler must not do so in the middle of a group.
-__device__ inline void settle(unsigned& number) { asm volatile("" : "+r"(number)::"memory"); }
-__device__ inline void settle(float& number) { asm volatile("" : "+f"(number)::"memory"); }
-
 #define C4(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define C32(c, j) C4(c, j), C4(c, j + 1), C4(c, j + 2), C4(c, j + 3), C4(c, j + 4), C4(c, j + 5), C4(c, j + 6), C4(c, j + 7)
 
