@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs everything that needs a GPU, in about five minutes: bash tests/gpu.sh [FOLDER]
+# Runs everything that needs a GPU: bash tests/gpu.sh [FOLDER]
 #
 # The backend's verbs and whole runs on the GPU; the kernels under compute-sanitizer, if it is installed; the figures of
 # `moempi bench gpu` and `moempi bench overlap`, into FOLDER (results/gpu) as JSON. More ranks than GPUs share a GPU.
 #
 # MOEMPI_SETUP=skip uses the packages of .venv, or of the python3 of PATH, where there is no network.
-# MOEMPI_EXTRAS="local cuda13" installs for CUDA 13; without `local` the site's MPI is used.
+# MOEMPI_EXTRAS="local cuda13" installs for CUDA 13; without `local` the site's MPI is used. With `peers` in it,
+# torch and transformers are measured as well.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,6 +24,7 @@ python3 -m pytest -q tests/backend/cuda/test_run.py tests/model/test_recorded.py
 
 if command -v compute-sanitizer >/dev/null; then
     tools=(memcheck racecheck synccheck) running=()
+    trap 'kill "${running[@]}" 2>/dev/null || true' EXIT
     for tool in "${tools[@]}"; do # side by side: they mostly wait for the host
         compute-sanitizer --tool "$tool" --error-exitcode 1 \
             python3 -m pytest -q tests/backend/cuda/test_backend.py >"$folder/$tool.txt" 2>&1 &

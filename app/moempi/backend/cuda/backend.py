@@ -2,8 +2,9 @@
 
 Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `group`, `sample` and
 `score` returns when its work is submitted; while these four wait, they call `progress`, so that the transfers of all
-lanes advance. Matrices stay as they are stored. The bits of a product depend on the number of rows of the call.
-`reproducible` therefore makes only calls of PRODUCT_ROWS rows, and attends row by row.
+lanes advance. `finish_loading` and the upload of a large array block without it. Matrices stay as they are stored. The
+bits of a product depend on the number of rows of the call. `reproducible` therefore makes only calls of PRODUCT_ROWS
+rows, and attends row by row.
 """
 
 import os

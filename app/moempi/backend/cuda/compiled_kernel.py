@@ -27,7 +27,7 @@ DEFAULT_SHARED_BYTES = 48 << 10
 class CompiledKernel:
     """One kernel, loaded on the current GPU.
 
-    Its calls cost the host a few microseconds: the arguments are packed into memory that is made once.
+    The arguments of a call are packed into memory that is made once.
     """
 
     def __init__(self, kernel: Kernel, *, architecture: str, shared_bytes: int) -> None:
