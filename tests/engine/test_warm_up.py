@@ -7,6 +7,7 @@ from engine.runs import SMALL, Run, requests_of, tokens_of
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.config.architecture import AttentionShape, Latent
 from moempi.engine.warm_up import warm_up
+from moempi.layout.placement import Placement
 from simt.device import SimtDevice
 
 TILED = structs.replace(SMALL, attention=AttentionShape(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm="head"))
@@ -47,7 +48,7 @@ def test_a_run_launches_no_kernel_for_the_first_time(tmp_path, architecture, pre
         requests = requests_of(20, 3, 17)
         run = Run(tmp_path, requests, architecture=architecture, make_backend=make_backend, run={"micro_batches": 2})
         if is_warm:
-            warm_up(run.model, run.world, lanes=2)
+            warm_up(run.model, run.world, placements=run.rank_layout.placements, lanes=2)
         warm = set(device.kernels)
         run.lanes.run()
         run.journal.close()
@@ -61,4 +62,25 @@ def test_a_run_launches_no_kernel_for_the_first_time(tmp_path, architecture, pre
 def test_the_cpu_backend_needs_no_warm_up(tmp_path):
     run = Run(tmp_path, requests_of(4))
     run.backend.tensor = None
-    warm_up(run.model, run.world, lanes=1)
+    warm_up(run.model, run.world, placements=run.rank_layout.placements, lanes=1)
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "constants"),
+    [
+        (0, {"group": {"IDS": 64}}),
+        (1, {"group": {"IDS": 64}, "pick_replicas": {"IDS": 64}}),
+        (30, {"group": {"IDS": 128}, "pick_replicas": {"IDS": 64}}),
+    ],
+)
+def test_the_warm_up_groups_by_as_many_ids_as_a_run(tmp_path, num_replicas, constants):
+    device, placement = WatchedDevice(), Placement((tuple(range(40)), tuple(range(num_replicas))))
+
+    def make_backend(progress):
+        return CudaBackend(device, precision="bfloat16", reproducible=False, progress=progress)
+
+    architecture = structs.replace(SMALL, experts=structs.replace(SMALL.experts, num=40))
+    run = Run(tmp_path, architecture=architecture, make_backend=make_backend)
+    warm_up(run.model, run.world, placements=dict.fromkeys(run.rank_layout.placements, placement), lanes=1)
+    found = {kernel.name: dict(kernel.constants) for kernel in device.kernels if kernel.file == "grouping.cu"}
+    assert found == constants

@@ -243,13 +243,13 @@ class ExpertVerbs(Protocol):
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
         """Compute the router's weights (T, K) of given experts (T, K)."""
 
-    def group(self, experts: Array, physical_ids: Array) -> tuple[Array, Array, IntArray]:
+    def group(self, experts: Array, physical_ids: Array, *, num_ids: int) -> tuple[Array, Array, IntArray]:
         """Sort the T * K choices by physical_ids[expert], stably. Blocks the host for the counts.
 
-        The ids are a host array or from `upload`.
+        The ids are a host array or from `upload`, and less than `num_ids`.
 
         Returns the source row of each sorted choice (T * K,), the sorted position of each choice (T, K), and a host
-        array of the number of choices per physical id (len(physical_ids),).
+        array of the number of choices per physical id (num_ids,).
         """
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:

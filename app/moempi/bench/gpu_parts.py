@@ -203,7 +203,7 @@ def _group(bench: Bench, sizes: Namespace, num_rows: int) -> Case:
     """The verb waits for the counts, so its kernels are submitted without it; torch's stable sort is beside them."""
     chosen = np.random.default_rng(0).random((num_rows, sizes.experts)).argsort(axis=1)[:, : sizes.top_k]
     experts, ids = bench.backend.upload(chosen), np.arange(sizes.experts)
-    contestants = {OURS: lambda: bench.backend.group(experts, ids), **bench.peers.group(experts)}
+    contestants = {OURS: lambda: bench.backend.group(experts, ids, num_ids=len(ids)), **bench.peers.group(experts)}
     return Case(
         "group",
         f"{chosen.size:,} choices",

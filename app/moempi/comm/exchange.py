@@ -91,8 +91,9 @@ class OneHop:
             self._on_route(route)
         placement, backend = self.placements[route.layer], self._hop.backend
         physical_ids = self._uploaded_ids(route.layer)
-        source_rows, output_rows, counts = backend.group(pick_replicas(backend, route, placement), physical_ids)
-        choices = GroupedChoices(counts[: len(placement.experts)], source_rows, output_rows, route.weights)
+        experts, num_ids = pick_replicas(backend, route, placement), len(placement.experts)
+        source_rows, output_rows, counts = backend.group(experts, physical_ids, num_ids=num_ids)
+        choices = GroupedChoices(counts, source_rows, output_rows, route.weights)
         np.add.at(self.expert_load[route.layer], placement.experts, choices.counts)
         planning = self.plan_from_counts(route.layer, choices)
         sending = self._hop.transfers.start(self._send_when_planned(x, planning), waiting="exchange")

@@ -81,7 +81,7 @@ def run_job(
     pages = _cache_pages(job, world, rank_layout, backend, requests)
     errors = [request for request in requests if request.finish]
     too_long = refuse_too_long(requests, pages=pages)
-    model, loading = _load(weights, backend, world, rank_layout, pages=pages, lanes=job.lanes)
+    model, loading = _load(weights, backend, world, rank_layout, job, pages=pages)
     # The lanes run interleaved until no rank has work left.
     progress = Progress(len(prompts), enabled=world.rank == 0)
     recorder = _make_recorder(job, world, rank_layout, attempt, progress)
@@ -167,7 +167,7 @@ def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankL
 
 
 def _load(
-    weights: WeightFile, backend: Backend, world: World, rank_layout: RankLayout, *, pages: int, lanes: int
+    weights: WeightFile, backend: Backend, world: World, rank_layout: RankLayout, job: Job, *, pages: int
 ) -> tuple[Transformer, Loading]:
     """This rank's share of the model, with `pages` cache pages for each group, ready for all lanes; collective."""
     shard = Shard(weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
@@ -175,7 +175,8 @@ def _load(
     all_pages = pages * rank_layout.num_groups
     model = world.collectively(lambda: load_model(shard, backend, layers=layers, hosted=hosted, pages=all_pages))
     loading = Loading(shard.num_bytes, perf_counter() - begin)
-    warm_up(model, world, lanes=lanes)
+    grouped = rank_layout.placements if job.exchange.hops == 1 else {}
+    warm_up(model, world, placements=grouped, lanes=job.lanes)
     return model, loading
 
 

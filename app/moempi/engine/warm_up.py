@@ -3,10 +3,15 @@
 A machine that compiles kernels on first use, or sets up a queue on first use, does so here.
 """
 
+from collections.abc import Mapping
+from functools import partial
+
 import numpy as np
 
 from moempi.backend.protocol import Array, Segment
+from moempi.comm.exchange import Route, pick_replicas
 from moempi.config.tensors import PAGE_ROWS
+from moempi.layout.placement import Placement
 from moempi.model.feed_forward import MixtureOfExperts
 from moempi.model.rope import rope_angles
 from moempi.model.router_balance import MODEL_ROUTING
@@ -17,31 +22,34 @@ NUM_ROWS = (1, PAGE_ROWS)
 """Rows of a sequence in decode and in prefill, which attention computes by different kernels."""
 
 
-def warm_up(model: Transformer, world: World, *, lanes: int) -> None:
+def warm_up(model: Transformer, world: World, *, placements: Mapping[int, Placement], lanes: int) -> None:
     """Run each verb of the model's layers on the queues of all lanes; collective, blocks.
 
-    Does nothing with a backend whose verbs are complete when they return: it compiles nothing. The first rank of a node
-    comes first, so that the others find compiled kernels. The cache must have no sequence; its first page is written.
+    `placements` are those of the layers whose choices the backend groups by physical experts. Does nothing with a
+    backend whose verbs are complete when they return: it compiles nothing. The first rank of a node comes first, so
+    that the others find compiled kernels. The cache must have no sequence; its first page is written. A MoempiError of
+    any rank ends all ranks, such as too many physical experts for the backend.
     """
     is_first = world.local_rank == 0
-    world.collectively(lambda: _run_all(model, lanes) if is_first else None)
-    world.collectively(lambda: None if is_first else _run_all(model, lanes))
+    run = partial(_run_all, model, placements, lanes)
+    world.collectively(lambda: run() if is_first else None)
+    world.collectively(lambda: None if is_first else run())
 
 
-def _run_all(model: Transformer, lanes: int) -> None:
+def _run_all(model: Transformer, placements: Mapping[int, Placement], lanes: int) -> None:
     backend = model.backend
     if backend.record_event() is None:
         return
     for lane in range(lanes):
         with backend.on_queue(lane):
             for num_rows in NUM_ROWS:
-                _run_layers(model, num_rows)
+                _run_layers(model, placements, num_rows)
             done = backend.record_event()
             if done is not None:
                 done.synchronize()
 
 
-def _run_layers(model: Transformer, num_rows: int) -> None:
+def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_rows: int) -> None:
     """Compute rows of zeros, of one sequence in the first page of the cache; the results are dropped."""
     backend, architecture = model.backend, model.architecture
     x = backend.tensor(np.zeros((num_rows, architecture.width), np.uint16))
@@ -53,7 +61,7 @@ def _run_layers(model: Transformer, num_rows: int) -> None:
             backend.add(x, layer.attention(backend, rows, angles, cache, segments))
         rows = layer.feed_forward_norm(backend, x)
         if isinstance(layer.feed_forward, MixtureOfExperts):
-            _run_experts(model, layer.feed_forward, rows)
+            _run_experts(model, layer.feed_forward, placements.get(layer.index), rows)
         else:
             layer.feed_forward(backend, rows)
     if model.embedding is not None:
@@ -63,12 +71,16 @@ def _run_layers(model: Transformer, num_rows: int) -> None:
         backend.score(logits, np.zeros(num_rows, np.int64), top=1)
 
 
-def _run_experts(model: Transformer, experts: MixtureOfExperts, x: Array) -> None:
+def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Placement | None, x: Array) -> None:
     """The router, the exchange's packing and sums, and each expert and shared expert of this rank."""
     backend, hosted = model.backend, len(experts.experts)
     logits = backend.router_logits(x, experts.router, experts.rule, bias=experts.router_bias)
     chosen, weights = MODEL_ROUTING.choose(backend, experts.layer, logits, experts.rule, experts.router_correction)
-    source_rows, output_rows, _ = backend.group(chosen, np.arange(model.architecture.experts.num))
+    num_choices = num_ids = model.architecture.experts.num
+    if placement is not None:
+        chosen = pick_replicas(backend, Route(experts.layer, chosen, weights), placement)
+        num_choices, num_ids = num_ids * placement.replica_period, len(placement.experts)
+    source_rows, output_rows, _ = backend.group(chosen, np.arange(num_choices) % num_ids, num_ids=num_ids)
     buffer = backend.comm_buffer(len(source_rows), model.architecture.width)
     backend.pack(x, source_rows, buffer)
     rows = backend.unpack(buffer, None)

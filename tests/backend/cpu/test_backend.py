@@ -237,7 +237,7 @@ def test_rows_are_packed_unpacked_and_combined_by_index(backend):
 
 @BACKENDS
 def test_group_sorts_choices_stably(backend):
-    source_rows, output_rows, counts = backend.group(np.array([[0, 1], [1, 2], [0, 2]]), np.array([2, 0, 1]))
+    source_rows, output_rows, counts = backend.group(np.array([[0, 1], [1, 2], [0, 2]]), np.array([2, 0, 1]), num_ids=3)
     np.testing.assert_array_equal(source_rows, [0, 1, 1, 2, 0, 2])
     np.testing.assert_array_equal(output_rows, [[4, 0], [1, 2], [5, 3]])
     np.testing.assert_array_equal(counts, [2, 2, 2])

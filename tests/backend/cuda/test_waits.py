@@ -17,7 +17,7 @@ def test_transfers_advance_while_the_host_waits_for_a_verb():
     transfers, rows = Transfers(backend, pending, overlap=True), backend.tensor(np.zeros((4, 8), np.uint16))
     logits, experts = backend.tensor(np.zeros((3, 7), np.float32)), backend.upload(np.arange(24).reshape(8, 3))
     for wait in (
-        lambda: backend.group(experts, np.arange(24)),
+        lambda: backend.group(experts, np.arange(24), num_ids=24),
         lambda: backend.score(logits, np.array([1, 2, 3]), top=2),
         lambda: backend.download(backend.add(logits, logits)),
     ):
@@ -37,7 +37,10 @@ def test_a_fault_is_raised_by_every_wait():
     backend = CudaBackend(SimtDevice(fault_at=1), precision="bfloat16", reproducible=False)
     rows = backend.tensor(np.zeros((4, 8), np.uint16))
     total = backend.add(rows, rows)
-    for wait in (lambda: backend.download(total), lambda: backend.group(backend.upload(np.eye(2)), np.arange(2))):
+    for wait in (
+        lambda: backend.download(total),
+        lambda: backend.group(backend.upload(np.eye(2)), np.arange(2), num_ids=2),
+    ):
         with pytest.raises(RuntimeError, match="illegal memory access"):
             wait()
     with pytest.raises(RuntimeError, match="illegal memory access"):

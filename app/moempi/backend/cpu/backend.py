@@ -264,7 +264,7 @@ class NumpyBackend:
         weights = weights_of(logits, experts, router)
         return weights if router.float32_weights else self._stored(weights)
 
-    def group(self, experts: IntArray, physical_ids: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    def group(self, experts: IntArray, physical_ids: IntArray, *, num_ids: int) -> tuple[IntArray, IntArray, IntArray]:
         chosen = physical_ids[experts.reshape(-1)]
         order = np.argsort(chosen, kind="stable")
         output_rows = np.empty_like(order)
@@ -272,7 +272,7 @@ class NumpyBackend:
         return (
             order // experts.shape[1],
             output_rows.reshape(experts.shape),
-            np.bincount(chosen, minlength=len(physical_ids)),
+            np.bincount(chosen, minlength=num_ids),
         )
 
     def take_rows(self, rows: Float32Array, index: IntArray) -> Float32Array:

@@ -389,28 +389,26 @@ class CudaBackend:
         self._by_router("weigh_experts", logits.shape[1], *given, *rule, *_weighing(router), rounds)
         return weights
 
-    def group(self, experts: Array, physical_ids: Array) -> tuple[Array, Array, IntArray]:
+    def group(self, experts: Array, physical_ids: Array, *, num_ids: int) -> tuple[Array, Array, IntArray]:
         choices, slots = prod(experts.shape), experts.shape[1]
         if not choices:
-            return self.upload(np.zeros(0, np.int32)), experts, np.zeros(len(physical_ids), np.int64)
+            return self.upload(np.zeros(0, np.int32)), experts, np.zeros(num_ids, np.int64)
         source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
-        counts, num_ids = self.device.empty((len(physical_ids),), np.int32), len(physical_ids)
-        ids = max(64, 1 << (len(physical_ids) - 1).bit_length())
+        counts, ids = self.device.empty((num_ids,), np.int32), max(64, 1 << (num_ids - 1).bit_length())
         if ids > MOST_IDS:
             raise ConfigError(
-                f"a layer has {len(physical_ids)} physical experts; the GPU backend takes at most {MOST_IDS}: "
-                "use fewer replicas"
+                f"a layer has {num_ids} physical experts; the GPU backend takes at most {MOST_IDS}: use fewer replicas"
             )
         threads = 32 * min(8, MOST_IDS // ids)
         blocks = min(1024, -(-choices // (threads * GROUPED_CHOICES)))
         given, before = (experts, self.upload(physical_ids)), None
         if blocks > 1:
-            before = self.device.empty((len(physical_ids), blocks), np.int32)
+            before = self.device.empty((num_ids, blocks), np.int32)
             counted = (*given, before, choices, num_ids)
             self._launch("grouping", "count_choices", (blocks, 1, 1), threads, *counted, IDS=ids)
             scan_threads = 32 * -(-blocks // 32)
             scanned = (before, counts, blocks)
-            self._launch("grouping", "scan_blocks", (len(physical_ids), 1, 1), scan_threads, *scanned, IDS=ids)
+            self._launch("grouping", "scan_blocks", (num_ids, 1, 1), scan_threads, *scanned, IDS=ids)
         results, sizes = (source_rows, output_rows, counts), (choices, slots, num_ids)
         self._launch("grouping", "group", (blocks, 1, 1), threads, *given, before, *results, *sizes, IDS=ids)
         return source_rows, output_rows, self.download(counts).astype(np.int64)
