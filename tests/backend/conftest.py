@@ -29,7 +29,7 @@ def device(request, monkeypatch):
 def gpu(*, pinned):
     """The GPU, whose stream and cuBLAS handle all tests share."""
     device = make_gpu(pinned)
-    device.use_queue(0)  # CuPy's current stream is that of the device that was used last
+    device.use_queue(0)  # the last device that a test used has set CuPy's current stream
     return device
 
 

@@ -1,4 +1,4 @@
-"""The selection of the backend, and what the user is told of a GPU that is not used."""
+"""The selection of the backend, and the warning that a GPU is not used."""
 
 import logging
 

@@ -36,8 +36,9 @@ def test_each_rank_gets_complete_logits_of_its_rows(comm, num_ranks, rows_of_ran
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("pinned", [True, False])
 def test_steps_of_equal_size_allocate_no_comm_buffer(comm, num_ranks, pinned):
-    """And each step's rows are its own, although its buffers are those of the steps before."""
+    """The buffers are reused, and the rows of a step are not those of an earlier one."""
     from moempi.backend.cuda.backend import CudaBackend
+    from moempi.bench.random_layer import run_to_end
     from moempi.comm.tensor_group import TensorGroup
     from moempi.comm.transfers import PendingTransfers, Transfers
     from moempi.layout.row_split import RowSplit
@@ -50,13 +51,6 @@ def test_steps_of_equal_size_allocate_no_comm_buffer(comm, num_ranks, pinned):
             CountingBackend.allocated += 1
             return super().comm_buffer(rows, width)
 
-    def finish(steps):
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return end.value
-
     pending = PendingTransfers()
     backend = CountingBackend(
         SimtDevice(pinned=pinned), precision="float32", reproducible=True, progress=pending.progress
@@ -68,9 +62,9 @@ def test_steps_of_equal_size_allocate_no_comm_buffer(comm, num_ranks, pinned):
         split = RowSplit((rows, 2), num_ranks)
         whole = np.arange(rows + 2, dtype=np.float32)[:, None] + np.full(WIDTH, 100.0 * step, np.float32)
         own = split.indices[comm.rank]
-        gathered = finish(group.all_gather(backend.tensor(whole[own]), split, layer=0))
+        gathered = run_to_end(group.all_gather(backend.tensor(whole[own]), split, layer=0))
         np.testing.assert_array_equal(backend.download(gathered), whole)
-        summed = finish(group.reduce_scatter(backend.tensor(whole * (1 + comm.rank)), split, layer=0))
+        summed = run_to_end(group.reduce_scatter(backend.tensor(whole * (1 + comm.rank)), split, layer=0))
         np.testing.assert_array_equal(backend.download(summed), 3 * whole[own])
         allocated.append(CountingBackend.allocated)
     assert allocated[1:] == allocated[1:2] * 4

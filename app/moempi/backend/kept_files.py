@@ -1,7 +1,7 @@
 """Compiled kernels that are kept in the user's cache folder, so that each is compiled once.
 
-A kept file is the compiled content, followed by its hash. Only files and folders of this user, or of the owner of the
-installed package, are used.
+A kept file is the compiled content, followed by its hash. Only files and folders of users whom the caller trusts are
+used.
 """
 
 import logging

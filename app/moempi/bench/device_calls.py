@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -12,15 +11,6 @@ from moempi.backend.cuda.backend import CudaBackend
 METHODS = ("launch", "product", "products", "copy")
 """The methods of a device that submit one kernel or copy."""
 Call = Callable[..., None]
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceCall:
-    """A call of one of METHODS, on a queue; it keeps its arrays, so submitting it again computes the same."""
-
-    method: str
-    queue: int
-    submit: Callable[[], None]
 
 
 @contextmanager
@@ -33,14 +23,17 @@ def around_calls(backend: CudaBackend, around: Callable[[str, Call], Call]) -> I
         yield
 
 
-def record_calls(backend: CudaBackend, run: Callable[[], object]) -> list[DeviceCall]:
-    """Run once, and return the calls to the device in the order of their submission."""
-    calls: list[DeviceCall] = []
+def record_calls(backend: CudaBackend, run: Callable[[], object]) -> list[Callable[[], None]]:
+    """Run once, and return the calls of METHODS in the order of their submission.
 
-    def around(name: str, method: Call) -> Call:
+    A call keeps its arrays, so submitting it again computes the same.
+    """
+    calls: list[Callable[[], None]] = []
+
+    def around(_: str, method: Call) -> Call:
         def call(*arguments: Any, **options: Any) -> None:
             submit = partial(method, *arguments, **options)
-            calls.append(DeviceCall(name, backend.queue, submit))
+            calls.append(submit)
             submit()
 
         return call
@@ -50,7 +43,7 @@ def record_calls(backend: CudaBackend, run: Callable[[], object]) -> list[Device
     return calls
 
 
-def replay(calls: Sequence[DeviceCall]) -> None:
+def replay(calls: Sequence[Callable[[], None]]) -> None:
     """Submit all calls to the current queue, one after another."""
-    for call in calls:
-        call.submit()
+    for submit in calls:
+        submit()

@@ -6,7 +6,7 @@ host's work, but no network.
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -20,7 +20,7 @@ from moempi.bench.gpu_parts import NORM_EPS, Make
 from moempi.bench.gpu_report import OURS, Bench, Case
 from moempi.bench.loopback import Loopback
 from moempi.bench.random_layer import WEIGHT_DEVIATION, Sizes, make_exchange, run_to_end
-from moempi.bench.random_values import RandomValues
+from moempi.bench.random_values import RandomValues, random_layer, random_matrix
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.combine import HomeCombine
 from moempi.comm.hop import Hop
@@ -104,22 +104,17 @@ def _layer(bench: Bench, sizes: Namespace, comm: Any, *, step: Step, heads: int,
 def _random_model(bench: Bench, architecture: Architecture, *, pages: int) -> Transformer:
     """A model without embedding and head, whose layers share their weights: more than a GPU's cache holds."""
     backend, shape, width = bench.backend, architecture.attention, architecture.width
-    rows = partial(bench.values.rows, deviation=WEIGHT_DEVIATION)
     heads = shape.num_heads * shape.head_dim
     norm = Norm("rms", NORM_EPS, bench.values.rows(width))
-    qkv, output = Matrix(rows(3 * heads, width), False), Matrix(rows(width, heads), False)
-    hidden = architecture.experts.width
-    expert = Expert(Matrix(rows(2 * hidden, width), False), Matrix(rows(width, hidden), False))
-    router = Matrix(rows(architecture.experts.num, width), False)
+    qkv, output = random_matrix(bench.values, 3 * heads, width), random_matrix(bench.values, width, heads)
+    experts = random_layer(bench.values, Sizes(width, architecture.experts.width, num_experts=1, top_k=1), num_hosted=1)
     layers = [
         Layer(
             index=index,
             attention_norm=norm,
             attention=Attention(shape=shape, eps=NORM_EPS, qkv=qkv, output=output),
             feed_forward_norm=norm,
-            feed_forward=MixtureOfExperts(
-                layer=index, rule=architecture.experts.router, router=router, experts=(expert,)
-            ),
+            feed_forward=replace(experts, layer=index),
         )
         for index in range(architecture.num_layers)
     ]

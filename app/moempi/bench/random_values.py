@@ -48,13 +48,15 @@ def random_matrix(values: RandomValues, outputs: int, inputs: int) -> Matrix:
     return Matrix(values.rows(outputs, inputs, deviation=WEIGHT_DEVIATION), False)
 
 
+def random_expert(values: RandomValues, sizes: Sizes) -> Expert:
+    """An expert with random weights."""
+    width, hidden = sizes.width, sizes.expert_width
+    return Expert(random_matrix(values, 2 * hidden, width), random_matrix(values, width, hidden))
+
+
 def random_layer(values: RandomValues, sizes: Sizes, *, num_hosted: int) -> MixtureOfExperts:
     """A MoE layer on a rank that hosts `num_hosted` of its experts."""
-    width, hidden = sizes.width, sizes.expert_width
-    experts = [
-        Expert(random_matrix(values, 2 * hidden, width), random_matrix(values, width, hidden))
-        for _ in range(num_hosted)
-    ]
+    experts = [random_expert(values, sizes) for _ in range(num_hosted)]
     rule = Router(top_k=sizes.top_k, renormalize=True)
-    router = random_matrix(values, sizes.num_experts, width)
+    router = random_matrix(values, sizes.num_experts, sizes.width)
     return MixtureOfExperts(layer=0, rule=rule, router=router, experts=experts)

@@ -6,6 +6,7 @@ A kernel is compiled once for each GPU architecture and model shape, and kept in
 import os
 import struct
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cupy_backends.cuda.libs import nvrtc
 
 from moempi.backend.cuda.device import WORD_BYTES, Argument, Grid, Kernel
 from moempi.backend.kept_files import keep, kept_folder, read_kept
+from moempi.errors import ConfigError
 
 OPTIONS = ("-std=c++17", "-ftz=true")
 DEFAULT_SHARED_BYTES = 48 << 10
@@ -32,7 +34,7 @@ class CompiledKernel:
 
     def __init__(self, kernel: Kernel, *, architecture: str, shared_bytes: int) -> None:
         self._module = Module()
-        self._module.load(compiled(kernel, architecture))
+        self._module.load(compiled(kernel.file, kernel.constants, architecture))
         self._function = self._module.get_function(kernel.name)
         if shared_bytes > DEFAULT_SHARED_BYTES:
             permission = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -52,11 +54,18 @@ class CompiledKernel:
         driver.launchKernel(self._pointer, *grid, threads, 1, 1, self._shared_bytes, stream, self._parameters, 0)
 
 
-def compiled(kernel: Kernel, architecture: str) -> bytes:
-    """The machine code of a kernel's file for an architecture such as "sm_90"; kept, or compiled in about a second.
+@cache
+def compiled(file: str, constants: tuple[tuple[str, int | None], ...], architecture: str) -> bytes:
+    """The machine code of a file with these constants for an architecture such as "sm_90".
 
-    Raises RuntimeError with the compiler's messages if it does not compile.
+    It is kept, or compiled in about a second. Raises RuntimeError with the compiler's messages if it does not compile,
+    ConfigError if the compiler is older than the architecture.
     """
+    number = int("".join(filter(str.isdigit, architecture)))
+    if number not in nvrtc.getSupportedArchs():
+        version = ".".join(map(str, nvrtc.getVersion()))
+        raise ConfigError(f"the compiler NVRTC {version} does not know {architecture}: install CuPy for a newer CUDA")
+    kernel = Kernel(file, "", constants)
     options = (*OPTIONS, f"-arch={architecture}", *kernel.defines)
     text = "\n".join((*options, str(nvrtc.getVersion()), kernel.source))
     folder = kept_folder({os.geteuid(), Path(__file__).stat().st_uid})

@@ -166,9 +166,9 @@ struct Merge {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
-    attend_rows(const row* queries, const row* keys, const row* values, const row* sinks,
-                                       const int* spans, const int* pages, float* sums, float* stats, row* out,
-                                       int heads, int kv_heads, int value_stride, float scale, int window) {
+    attend_rows(const row* queries, const row* keys, const row* values, const row* sinks, const int* spans,
+                const int* pages, float* sums, float* stats, row* out, int heads, int kv_heads, int value_stride,
+                float scale, int window) {
   __shared__ __align__(16) float scaled[HEADS][Keys::EIGHTS * 8], all_scores[WARPS][PAGE_ROWS][HEADS];
   __shared__ __align__(16) float partial[WARPS][Values::EIGHTS * 8], warp_stats[HEADS][WARPS][2];
   const long long token = blockIdx.z;

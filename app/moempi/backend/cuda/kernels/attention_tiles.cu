@@ -8,13 +8,11 @@
 // they are multiplied with the values. A warp has 16 queries. A page's values are copied while its keys are multiplied,
 // the next page's keys while its values are.
 // Launch: (n, H) blocks of 128. NumPy twin: attend; plain CUDA twin: attend_rows.
-#include "paging.cuh"
-#include "tensor_core.cuh"
+#include "attention_rows.cuh"
 
-const int THREADS = 128, TILE = 64, WARP_ROWS = 16;
+const int THREADS = 128, TILE = 64;
 // Rows of shared memory are padded so that they start in different banks.
 const int KEY_WIDTH = HEAD_DIM + 8, VALUE_WIDTH = VALUE_DIM + 8;
-const float LOG2_E = 1.44269504f;
 
 template <int DIM, int WIDTH>
 __device__ inline void begin_page(unsigned short* to, const row* cache, int page, int kv_head, int kv_heads) {
@@ -23,31 +21,6 @@ __device__ inline void begin_page(unsigned short* to, const row* cache, int page
     const long long from = (static_cast<long long>(page) * PAGE_ROWS + key) * kv_heads + kv_head;
     begin_copy(to + key * WIDTH + column, cache + from * DIM + column);
   }
-}
-
-__device__ inline unsigned pair(float low, float high) {
-  return bfloat16_pair(low, high);
-}
-
-// A row of the scores is spread over a group of four warp lanes.
-__device__ inline float group_max(float value) {
-  value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 1));
-  return fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 2));
-}
-__device__ inline float group_sum(float value) {
-  value += __shfl_xor_sync(FULL_WARP, value, 1);
-  return value + __shfl_xor_sync(FULL_WARP, value, 2);
-}
-
-// The queries of a warp as fragments; rows beyond the end of the tile are zero.
-__device__ inline void load_queries(unsigned (*fragments)[4], const row* queries, int first, int count, int heads) {
-  const int lane = threadIdx.x % WARP_THREADS, g = lane / 4, t = lane % 4;
-  for (int step = 0; step < HEAD_DIM / 16; ++step)
-    for (int part = 0; part < 4; ++part) {
-      const int query = first + g + part % 2 * 8, column = step * 16 + part / 2 * 8 + 2 * t;
-      const row* from = queries + static_cast<long long>(query) * heads * HEAD_DIM + column;
-      fragments[step][part] = query < count ? *reinterpret_cast<const unsigned*>(from) : 0u;
-    }
 }
 
 // scores (16 x 64 per warp) = queries times the page's keys.
@@ -72,7 +45,7 @@ __device__ inline void multiply_values(float (*mixed)[4], const float (*scores)[
 #pragma unroll
   for (int step = 0; step < TILE / 16; ++step) {
     const float *low = scores[2 * step], *high = scores[2 * step + 1];
-    const unsigned a[4] = {pair(low[0], low[1]), pair(low[2], low[3]), pair(high[0], high[1]), pair(high[2], high[3])};
+    const unsigned a[4] = {bfloat16_pair(low[0], low[1]), bfloat16_pair(low[2], low[3]), bfloat16_pair(high[0], high[1]), bfloat16_pair(high[2], high[3])};
 #pragma unroll
     for (int eights = 0; eights < VALUE_DIM / 8; eights += 2) {
       unsigned fragment[4];
@@ -145,6 +118,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     row* to = out + (static_cast<long long>(first_row + query) * heads + head) * VALUE_DIM;
     for (int eights = 0; eights < VALUE_DIM / 8; ++eights)
       *reinterpret_cast<unsigned*>(to + eights * 8 + 2 * t) =
-          pair(mixed[eights][2 * half] * factor / divisor, mixed[eights][2 * half + 1] * factor / divisor);
+          bfloat16_pair(mixed[eights][2 * half] * factor / divisor, mixed[eights][2 * half + 1] * factor / divisor);
   }
 }

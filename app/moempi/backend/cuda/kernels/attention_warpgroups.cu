@@ -7,13 +7,12 @@
 // the probabilities of the next are computed, and the pages after it are copied.
 // Launch: (n, H) blocks of 256, and STAGES pages of keys and values in dynamic shared memory. NumPy twin: attend; plain
 // CUDA twin: attend_rows.
-#include "paging.cuh"
+#include "attention_rows.cuh"
 #include "warpgroup.cuh"
 
-const int THREADS = 256, WARP_ROWS = 16, PAGES_AHEAD = 3, STAGES = PAGES_AHEAD + 1;
+const int THREADS = 256, PAGES_AHEAD = 3, STAGES = PAGES_AHEAD + 1;
 const int KEY_NUMBERS = PAGE_ROWS * HEAD_DIM, PAGE_NUMBERS = PAGE_ROWS * (HEAD_DIM + VALUE_DIM);
 const int PANEL_BYTES = PAGE_ROWS * PANEL_ROW_BYTES;
-const float LOG2_E = 1.44269504f;
 
 // The pieces (eight numbers) of a page's rows that a thread copies: the same piece of every STEP-th row. The rows of a
 // page are `stride` numbers apart. STEP is a multiple of SWIZZLE_ROWS, so that only the row changes the place.
@@ -39,29 +38,6 @@ struct CopiedPieces {
       begin_copy(to + stage * PAGE_NUMBERS + step * STEP * PANEL_WIDTH, piece);
   }
 };
-
-// A row of the scores is spread over a group of four warp lanes.
-__device__ inline float group_max(float value) {
-  value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 1));
-  return fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 2));
-}
-__device__ inline float group_sum(float value) {
-  value += __shfl_xor_sync(FULL_WARP, value, 1);
-  return value + __shfl_xor_sync(FULL_WARP, value, 2);
-}
-
-// The queries of a warp as fragments; rows beyond the end of the tile are zero.
-__device__ inline void load_queries(unsigned (*fragments)[4], const row* queries, int first, int count, int heads) {
-  const int lane = threadIdx.x % WARP_THREADS, g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int step = 0; step < HEAD_DIM / 16; ++step)
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const int query = first + g + part % 2 * 8, column = step * 16 + part / 2 * 8 + 2 * t;
-      const row* from = queries + static_cast<long long>(query) * heads * HEAD_DIM + column;
-      fragments[step][part] = query < count ? *reinterpret_cast<const unsigned*>(from) : 0u;
-    }
-}
 
 // Start scores (64 x 64 per warpgroup) = queries times the page's keys.
 __device__ inline void start_scores(float (*scores)[4], const unsigned (*queries)[4], unsigned keys) {
