@@ -14,7 +14,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from moempi.backend.cuda.backend import CudaBackend, Matrix
+from moempi.backend.cuda.backend import CudaBackend
+from moempi.backend.cuda.products import Matrix
 from moempi.backend.protocol import Array, Expert
 from moempi.bench.gpu_parts import NORM_EPS, Make
 from moempi.bench.gpu_report import OURS, Bench, Case

@@ -5,8 +5,8 @@ from math import prod
 import numpy as np
 
 from moempi.arrays import narrow
-from moempi.backend.cuda.backend import Matrix
 from moempi.backend.cuda.device import Device
+from moempi.backend.cuda.products import Matrix
 from moempi.backend.protocol import Array, Expert
 from moempi.bench.random_layer import WEIGHT_DEVIATION, Sizes
 from moempi.config.architecture import Router

@@ -399,7 +399,7 @@ def test_copies_leave_bits_unchanged(device):
     x = np.random.default_rng(0).normal(size=(9, 700)).astype(np.float32)
     x.view(np.uint16)[:, ::2] |= 0x7F81
     pair = Pair(device, "float32")
-    np.testing.assert_array_equal(pair.host(pair.gpu._padded(pair.gpu.upload(x)))[:9], x)
+    np.testing.assert_array_equal(pair.host(pair.gpu._products._padded(pair.gpu.upload(x)))[:9], x)
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -16,7 +16,7 @@
 #include "paging.cuh"
 
 const int THREADS = 128, WARPS = THREADS / WARP_THREADS;
-const int SPLIT = WARPS * PAGE_ROWS;  // keys per block; equals SPLIT_KEYS of cuda/backend.py
+const int SPLIT = WARPS * PAGE_ROWS;  // keys per block; equals SPLIT_KEYS of cuda/attention.py
 
 __device__ constexpr int power_of_two(int least) { return least <= 1 ? 1 : 2 * power_of_two((least + 1) / 2); }
 

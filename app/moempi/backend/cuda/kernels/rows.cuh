@@ -168,7 +168,7 @@ __device__ inline void copy8(const row* from, row* to, int left) {
 // A row is copied in segments: a block of SEGMENT_THREADS copies SEGMENT_BYTES, and each thread has several 16-byte
 // loads in flight.
 const int SEGMENT_THREADS = 128, SEGMENT_LOADS = 4;
-const int SEGMENT_BYTES = SEGMENT_THREADS * SEGMENT_LOADS * 16;  // equals SEGMENT_BYTES of cuda/backend.py
+const int SEGMENT_BYTES = SEGMENT_THREADS * SEGMENT_LOADS * 16;  // equals SEGMENT_BYTES of cuda/launches.py
 
 // Copy segment `segment` of a row of `width` numbers.
 __device__ inline void copy_segment(const row* from, row* to, int segment, int width) {

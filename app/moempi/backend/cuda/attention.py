@@ -1,0 +1,92 @@
+"""Attention over a paged cache: tiles of many queries on tensor cores, single rows in blocks of keys."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moempi.backend.cuda.attention_layout import AttentionLayout, SingleRows, TileKernel, head_dims, is_latent
+from moempi.backend.cuda.device import find_kernel
+from moempi.backend.cuda.launches import Launches, extents, rows_from
+from moempi.backend.protocol import Array, Cache
+
+SPLIT_KEYS = 256
+"""Keys per block of kernels/attention.cu."""
+MOST_BLOCKS = 65_535
+"""Blocks of a grid along its second or third axis."""
+PARTIAL_BYTES = 64 << 20
+"""Memory for the partial results of kernels/attention.cu; more rows are attended in several launches."""
+SPLIT_HEADS = 4
+"""Query heads that share a key-value head and a block of kernels/attention.cu."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The factor of the scores, the number of positions that a row sees (0: all), and the sinks (heads,) if any."""
+
+    scale: float
+    window: int
+    sinks: Array | None
+
+
+class PagedAttention:
+    """The kernels that write and read the cache."""
+
+    def __init__(self, launches: Launches) -> None:
+        self._launches = launches
+        self._device = launches.device
+
+    def extend_cache(self, cache: Cache, keys: Array, values: Array | None, layout: AttentionLayout) -> None:
+        """Write the new rows' keys and values (T, heads, dim); without values, a latent cache's keys alone."""
+        for new, held in ((keys, cache.keys), (values, cache.values)):
+            if new is not None:
+                given = (new, held, layout.spans, layout.pages)
+                self._launches.by_segment("kv_cache", "extend_cache", new, *given, *extents(new))
+
+    def attend(self, queries: Array, cache: Cache, layout: AttentionLayout, rule: Rule) -> Array:
+        """The outputs (T, H, value dim) of queries (T, H, dim)."""
+        out = self._launches.rows((*queries.shape[:2], cache.values.shape[-1]))
+        if layout.tile_kernel is not None and len(layout.tiles):
+            self._attend_tiles(queries, cache, layout, layout.tile_kernel, rule, out)
+        for run in layout.single_rows:
+            self._attend_rows(queries, cache, layout, run, rule, out)
+        return out
+
+    def _attend_tiles(
+        self, queries: Array, cache: Cache, layout: AttentionLayout, kernel: TileKernel, rule: Rule, out: Array
+    ) -> None:
+        given = (queries, cache.keys, cache.values, rule.sinks, layout.tiles, layout.pages, out)
+        self._device.launch(
+            find_kernel(f"{kernel.file}.cu", "attend_tiles", tuple(head_dims(cache).items())),
+            (len(layout.tiles), out.shape[1], 1),
+            kernel.threads,
+            (*given, cache.keys.shape[1], rule.scale, rule.window),
+            shared_bytes=kernel.shared_bytes(cache),
+        )
+
+    def _attend_rows(
+        self, queries: Array, cache: Cache, layout: AttentionLayout, run: SingleRows, rule: Rule, out: Array
+    ) -> None:
+        """Attend single rows in blocks of keys, as many rows per launch as PARTIAL_BYTES holds."""
+        _, heads, value_dim = out.shape
+        kv_heads = cache.keys.shape[1]
+        together = min(SPLIT_HEADS, heads // kv_heads)
+        head_rounds = kv_heads * -(-(heads // kv_heads) // together)
+        value_stride = cache.keys.shape[-1] if is_latent(cache) else value_dim
+        dims = {**head_dims(cache), "HEADS": together}
+        sizes = (heads, kv_heads, value_stride, rule.scale, rule.window)
+        rows, splits = run.rows, -(-run.most_keys // SPLIT_KEYS)
+        partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
+        step = max(1, min(MOST_BLOCKS, PARTIAL_BYTES // max(1, partial_bytes)))
+        for first in range(rows.start, rows.stop, step):
+            num_rows = min(step, rows.stop - first)
+            own, spans, attended = (rows_from(x, first, num_rows) for x in (queries, layout.spans, out))
+            sums = stats = None
+            if splits > 1:
+                sums = self._device.empty((num_rows, heads, splits, value_dim), np.float32)
+                stats = self._device.empty((num_rows, heads, splits, 2), np.float32)
+            given = (own, cache.keys, cache.values, rule.sinks, spans, layout.pages)
+            results, grid = (sums, stats, attended), (head_rounds, splits, num_rows)
+            self._launches.launch("attention", "attend_rows", grid, 128, *given, *results, *sizes, **dims)
+            if splits > 1:
+                merged = (sums, stats, rule.sinks, attended, splits)
+                self._launches.launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)

@@ -1,0 +1,88 @@
+"""Launches of the kernels: their grids and blocks for rows, vectors and flat arrays."""
+
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.backend.cuda.device import Argument, Device, Grid, find_kernel
+from moempi.backend.protocol import Array
+
+SEGMENT_BYTES = 8192
+"""Bytes of a row per block of the kernels that copy rows; equals SEGMENT_BYTES of kernels/rows.cuh."""
+FLAT_NUMBERS = 2048
+"""Numbers per block of a flat kernel."""
+ROUTER_ROWS = 4
+"""Rows per block of kernels/router.cu."""
+
+
+class Launches:
+    """Submits kernels to a device, compiled for rows of one type: bfloat16 bits (uint16) or float32."""
+
+    def __init__(self, device: Device, *, row_dtype: npt.DTypeLike) -> None:
+        self.device = device
+        self._row_dtype = np.dtype(row_dtype)
+        is_float32 = self._row_dtype == np.float32
+        self._constants: tuple[tuple[str, int | None], ...] = (("FLOAT32_ROWS", None),) if is_float32 else ()
+
+    def rows(self, shape: tuple[int, ...]) -> Array:
+        """Allocate rows."""
+        return self.device.empty(shape, self._row_dtype)
+
+    def widened(self, rows: Array) -> Array:
+        """bfloat16 bits as float32."""
+        out = self.device.empty(rows.shape, np.float32)
+        self.flat("widen_rows", prod(out.shape), rows, out)
+        return out
+
+    def copy(self, x: Array, out: Array) -> None:
+        """Copy rows of 2 or 4 bytes a number, which may be strided, to contiguous memory, as 2-byte halves."""
+        halves = x.itemsize // 2
+        heads, width, *strides = (int(size) for size in extents(x))
+        sizes = (heads, width * halves, *(stride * halves for stride in strides))
+        kernel = find_kernel("elementwise.cu", "copy_columns")
+        if len(x):
+            end = (0, width * halves)
+            self.device.launch(kernel, (len(x) * heads, 1, 1), block_threads(width * halves), (x, out, *sizes, *end))
+
+    def by_router(self, name: str, num_experts: int, *arguments: Argument) -> None:
+        """Launch one warp per row of the first argument."""
+        rows = len(arguments[0])  # type: ignore[arg-type]
+        self.launch("router", name, (-(-rows // ROUTER_ROWS), 1, 1), 128, *arguments, EXPERTS=num_experts)
+
+    def by_vector(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
+        """Launch one block per vector of `out`."""
+        width = out.shape[-1]
+        self.launch(file, name, (prod(out.shape) // width, 1, 1), block_threads(width), *arguments)
+
+    def by_segment(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
+        """Launch one block per SEGMENT_BYTES of each row of `out`."""
+        row_bytes = prod(out.shape[1:]) * out.itemsize
+        self.launch(file, name, (len(out), -(-row_bytes // SEGMENT_BYTES), 1), 128, *arguments)
+
+    def flat(self, name: str, count: int, *arguments: Argument) -> None:
+        """Launch one thread per eight of `count` numbers; `count` is the kernel's last argument."""
+        self.launch("elementwise", name, (-(-count // FLAT_NUMBERS), 1, 1), 256, *arguments, count)
+
+    def launch(self, file: str, name: str, grid: Grid, threads: int, *arguments: Argument, **constants: int) -> None:
+        """Launch a kernel with these compile-time constants; an empty grid launches nothing."""
+        if all(grid):
+            kernel = find_kernel(f"{file}.cu", name, (*self._constants, *constants.items()))
+            self.device.launch(kernel, grid, threads, arguments)
+
+
+def rows_from(whole: Array, first: int, count: int) -> Array:
+    """Rows [first, first + count); a view takes the host longer than the comparison."""
+    return whole if count == len(whole) else whole[first : first + count]
+
+
+def block_threads(width: int) -> int:
+    """Threads of a block for `width` numbers, eight per thread: whole warps, at most 1,024."""
+    return int(min(1024, 32 * -(-width // 256)))
+
+
+def extents(x: Array) -> tuple[int, int, int, int]:
+    """Heads, width, row stride and head stride, in numbers, of (T, D) or (T, H, D)."""
+    heads = x.shape[1] if x.ndim == 3 else 1
+    head_stride = x.strides[1] // x.itemsize if x.ndim == 3 else 0
+    return heads, x.shape[-1], x.strides[0] // x.itemsize, head_stride

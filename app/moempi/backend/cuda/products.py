@@ -1,0 +1,92 @@
+"""Matrix products by the device's library.
+
+The bits of a product depend on the number of rows of the call. `reproducible` products are therefore calls of
+PRODUCT_ROWS rows each, the last one padded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from moempi.backend.cuda.launches import Launches, rows_from
+from moempi.backend.protocol import Array
+
+PRODUCT_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix as stored: (outputs, inputs), or (inputs, outputs) when `transposed`."""
+
+    values: Array
+    transposed: bool
+
+    @property
+    def outputs(self) -> int:
+        """Width of a product with the matrix."""
+        return int(self.values.shape[1 if self.transposed else 0])
+
+
+class Products:
+    """Products of rows with matrices."""
+
+    def __init__(self, launches: Launches, *, reproducible: bool) -> None:
+        self._launches = launches
+        self._device = launches.device
+        self._reproducible = reproducible
+
+    def product(self, x: Array, matrix: Matrix, out: Array) -> None:
+        """Compute out (T, N) = x (T, K) times the matrix."""
+        if x.dtype != matrix.values.dtype:
+            x = self._launches.widened(x)
+        for first, count, is_whole in self._calls(len(x)):
+            own, result = rows_from(x, first, count), rows_from(out, first, count)
+            if is_whole:
+                self._device.product(own, matrix.values, result, transposed=matrix.transposed)
+            else:
+                padded = self._device.empty((PRODUCT_ROWS, *out.shape[1:]), out.dtype)
+                self._device.product(self._padded(own), matrix.values, padded, transposed=matrix.transposed)
+                self._launches.copy(padded[:count], result)
+
+    def biased(self, x: Array, matrix: Matrix, bias: Array | None, out: Array) -> None:
+        """Compute out (T, N) = x (T, K) times the matrix, plus the bias, rounded once.
+
+        cuBLAS does not add the bias: it would round the product before.
+        """
+        if bias is None:
+            self.product(x, matrix, out)
+        else:
+            product = self.in_float(x, matrix, None)
+            self._launches.by_vector("elementwise", "round_biased", out, product, bias, out, matrix.outputs)
+
+    def in_float(self, x: Array, matrix: Matrix, bias: Array | None) -> Array:
+        """The product in float32, plus the bias."""
+        out = self._device.empty((len(x), matrix.outputs), np.float32)
+        self.product(x, matrix, out)
+        if bias is not None:
+            self._launches.by_vector("elementwise", "add_bias", out, out, bias, matrix.outputs)
+        return out
+
+    def by_head(self, x: Array, matrices: Array, out: Array) -> None:
+        """Compute out (T, H, N) = x (T, H, K) times matrices (H, K, N), head by head."""
+        for first, count, is_whole in self._calls(len(x)):
+            own, result = rows_from(x, first, count), rows_from(out, first, count)
+            if is_whole:
+                self._device.products(own, matrices, result)
+            else:
+                padded = self._launches.rows((PRODUCT_ROWS, *out.shape[1:]))
+                self._device.products(self._padded(own), matrices, padded)
+                self._launches.copy(padded[:count], result)
+
+    def _calls(self, num_rows: int) -> Iterator[tuple[int, int, bool]]:
+        """The first row and the number of rows of each call, and whether it needs no padding."""
+        step = PRODUCT_ROWS if self._reproducible else max(1, num_rows)
+        for first in range(0, num_rows, step):
+            count = min(step, num_rows - first)
+            yield first, count, count == step
+
+    def _padded(self, x: Array) -> Array:
+        padded = self._device.empty((PRODUCT_ROWS, *x.shape[1:]), x.dtype)
+        self._launches.copy(x, padded[: len(x)])
+        return padded
