@@ -113,13 +113,12 @@ def test_recorded_calls_compute_the_same_again(backend):
     x = RandomValues(backend.device).rows(3, 8)
     outputs = []
     calls = record_calls(backend, lambda: outputs.append(backend.add(x, x)))
-    assert [call.method for call in calls] == ["launch"]
+    assert len(calls) == 1
     expected = backend.download(outputs[0]).copy()
     outputs[0][:] = 0
     replay(calls)
     assert (backend.download(outputs[0]) == expected).all()
     assert expected.any()
-    assert len(record_calls(backend, lambda: backend.add(x, x))) == 1
 
 
 def test_random_values_fill_an_array_of_any_size(backend):

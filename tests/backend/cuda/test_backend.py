@@ -244,7 +244,7 @@ def test_rows_of_several_launches_equal_those_of_one(device, monkeypatch, limit)
     caches, segments = cached(pair, heads=2, dim=16, lengths=[(300, 7)], scattered=True)
     _, queries = pair.values(7, 2, 16, seed=3)
     together = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25))
-    monkeypatch.setattr(f"moempi.backend.cuda.backend.{limit}", 3 if limit == "MOST_BLOCKS" else 600)
+    monkeypatch.setattr(f"moempi.backend.cuda.attention.{limit}", 3 if limit == "MOST_BLOCKS" else 600)
     apart = pair.gpu.download(pair.gpu.attend(queries, caches[1], segments, scale=0.25))
     np.testing.assert_array_equal(apart, together)
 
