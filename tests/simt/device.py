@@ -22,11 +22,11 @@ import numpy.typing as npt
 import xxhash
 
 from moempi.arrays import aligned_empty, narrow, widen
-from moempi.backend.cuda.device import ADDRESS, FORMATS, WORD_BYTES, Argument, Grid, Kernel
+from moempi.backend.cuda.device import ADDRESS, FORMATS, Argument, ExpertTable, Grid, Kernel
 
 HEADER = Path(__file__).with_name("simt.h")
 LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
-LETTERS = {ADDRESS: "p", FORMATS["int"]: "i", FORMATS["long long"]: "l", FORMATS["float"]: "f"}
+LETTERS = {ADDRESS: "p", FORMATS["int"]: "i", FORMATS["long long"]: "l", FORMATS["float"]: "f", FORMATS["Experts"]: "s"}
 MOST_SHARED_BYTES = 227 << 10  # of a block of an H100
 FRESH = 0xFF  # every byte of memory before its first write: NaN in either precision, -1 as an index
 
@@ -60,6 +60,7 @@ class SimtDevice:
         return 4 << 30
 
     def use_queue(self, number: int) -> None:
+        self.queue = number
         self._queue = self._queues.setdefault(number, Queue(eager=self._eager))
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
@@ -96,8 +97,16 @@ class SimtDevice:
         self._queue.submit(lambda: np.copyto(out, values))
 
     def launch(
-        self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument], *, shared_bytes: int = 0
+        self,
+        kernel: Kernel,
+        grid: Grid,
+        threads: int,
+        arguments: Sequence[Argument],
+        *,
+        shared_bytes: int = 0,
+        early: bool = False,
     ) -> None:
+        """An `early` launch is an ordinary one."""
         assert shared_bytes <= MOST_SHARED_BYTES
         self._launches += 1
         if self._launches == self._fault_at:
@@ -109,7 +118,7 @@ class SimtDevice:
         letters = "".join(LETTERS[format] for format in formats)
         words = ctypes.create_string_buffer(struct.pack("=" + "".join(formats), *map(_word, arguments)))
         first = ctypes.addressof(words)
-        addresses = (ctypes.c_void_p * len(formats))(*(first + WORD_BYTES * number for number in range(len(formats))))
+        addresses = (ctypes.c_void_p * len(formats))(*(first + offset for offset in kernel.offsets))
         keep = (words, arguments)
         self._queue.submit(lambda keep=keep: run(shape, addresses, letters.encode()))
 
@@ -194,6 +203,8 @@ def _fresh(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 def _word(argument: Argument) -> Any:
     """An address, or the number itself."""
+    if isinstance(argument, ExpertTable):
+        return argument.pack(_word)
     if isinstance(argument, np.ndarray):
         return argument.ctypes.data
     return 0 if argument is None else argument

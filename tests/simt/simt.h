@@ -141,7 +141,8 @@ constexpr char letter() {
   if constexpr (std::is_pointer_v<T>) return 'p';
   else if constexpr (std::is_same_v<T, int>) return 'i';
   else if constexpr (std::is_same_v<T, long long>) return 'l';
-  else return std::is_same_v<T, float> ? 'f' : '?';
+  else if constexpr (std::is_same_v<T, float>) return 'f';
+  else return std::is_class_v<T> ? 's' : '?';
 }
 
 // Run a kernel on a grid: `shape` is grid x y z, block x y z; `letters` are the types of the given arguments.
@@ -242,6 +243,16 @@ inline float __uint_as_float(unsigned bits) {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
+inline int atomicAdd(int* sum, int addend) { return std::exchange(*sum, *sum + addend); }
+inline void __threadfence() {}
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __fdividef(float dividend, float divisor) { return dividend / divisor; }
 using std::max;
@@ -304,6 +315,7 @@ inline void load_transposed(unsigned* to, const unsigned short* from) { simt::lo
 inline void begin_copy(unsigned short* to, const unsigned short* from) {
   simt::current->copies.push_back({to, from});
 }
+inline void begin_copy_once(unsigned short* to, const unsigned short* from) { begin_copy(to, from); }
 inline void end_copies() { simt::current->groups.push_back(simt::current->copies.size()); }
 template <int N>
 void await_groups_but() {
@@ -320,6 +332,8 @@ inline void await_copies() {
   end_copies();
   await_groups_but<0>();
 }
+inline void start_successor() {}
+inline void await_predecessors() {}
 inline float fast_exp2(float number) { return std::exp2(number); }
 
 #define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(simt::dynamic_shared)
@@ -363,6 +377,14 @@ struct Width;
 inline void multiply_rows(float (*c)[4], const unsigned* a, unsigned long long b, int adds) {
   if (!adds) std::memset(c, 0, 8 * sizeof *c);
   simt::multiply_described(c, a, b, 64, true);
+}
+template <int N>
+void multiply_shared(float (*c)[4], unsigned long long a, unsigned long long b, Width<N>) {
+  const int first = simt::current->warp % 4 * 16 + simt::current->lane / 4, t = simt::current->lane % 4;
+  for (int j = 0; j < N / 8; ++j)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 16; ++k)
+        c[j][i] += simt::number_at(a, k, first + i / 2 * 8, true) * simt::number_at(b, k, 8 * j + 2 * t + i % 2, true);
 }
 template <int N>
 void multiply_columns(float (*c)[4], const unsigned* a, unsigned long long b, Width<N>) {

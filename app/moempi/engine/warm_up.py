@@ -84,10 +84,13 @@ def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Place
     buffer = backend.comm_buffer(len(source_rows), model.architecture.width)
     backend.pack(x, source_rows, buffer)
     rows = backend.unpack(buffer, None)
-    for expert in range(hosted):
-        counts = np.zeros(hosted, np.int64)
-        counts[expert] = len(rows)
-        backend.expert_mlp(rows, experts.experts, counts)
+    num_rows = len(rows)
+    while hosted and num_rows:  # a backend may compute few rows by other kernels
+        for expert in range(hosted):
+            counts = np.zeros(hosted, np.int64)
+            counts[expert] = num_rows
+            backend.expert_mlp(rows[:num_rows], experts.experts, counts)
+        num_rows //= 2
     backend.add(x, backend.combine(buffer, output_rows, weights))
     if experts.shared is not None:
         shared = experts.shared(backend, x)

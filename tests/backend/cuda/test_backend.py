@@ -8,6 +8,7 @@ import pytest
 
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.protocol import Expert, SamplingRequest, Segment
 from moempi.config.architecture import Clamp, Router
@@ -414,6 +415,74 @@ def test_expert_mlp_equals_the_cpu(pair, biased):
     counts = np.array([5, 0, 11, 1])
     expected = pair.cpu.expert_mlp(x, experts, counts)
     pair.close(pair.gpu.expert_mlp(on_gpu, gpu_experts, counts), expected, units=3)
+
+
+def few_experts(pair, width, hidden, number, *, clamp=None, biased=True):
+    """Experts for both backends whose matrices kernels/few_rows.cu takes."""
+    experts, gpu_experts = [], []
+    for seed in range(number):
+        shapes = ((2 * hidden, width), (width, hidden))
+        matrices = [narrow(pair.values(*shape, seed=seed * 9 + shape[0], scale=0.2)[0]) for shape in shapes]
+        biases = [narrow(pair.values(size, seed=seed)[0]) for size in (2 * hidden, width)] if biased else [None, None]
+        for backend, made in ((pair.cpu, experts), (pair.gpu, gpu_experts)):
+            held = [None if bias is None else backend.tensor(bias) for bias in biases]
+            made.append(Expert(*map(backend.matrix, matrices), *held, clamp))
+    return experts, gpu_experts
+
+
+@pytest.mark.parametrize(("blocks", "experts_at_once"), [(1, 32), (7, 2), (132, 32)])
+@pytest.mark.parametrize(("width", "hidden"), [(192, 64), (64, 320), (320, 128)])
+def test_experts_of_few_rows_equal_the_cpu(device, monkeypatch, width, hidden, blocks, experts_at_once):
+    monkeypatch.setattr(few_rows, "BLOCKS", blocks)
+    monkeypatch.setattr(few_rows, "MOST_EXPERTS", experts_at_once)
+    pair = Pair(device, "bfloat16")
+    experts, gpu_experts = few_experts(pair, width, hidden, 6, biased=blocks > 1)
+    counts = np.array([5, 0, 64, 16, 65, 1])
+    x, on_gpu = pair.values(int(counts.sum()), width)
+    outputs = pair.gpu.expert_mlp(on_gpu, gpu_experts, counts)
+    expected = pair.cpu.expert_mlp(x, experts, counts)
+    pair.close(outputs, expected, units=5)  # the hidden rows are rounded before they add up
+    last = pair.gpu.expert_mlp(on_gpu[-1:], gpu_experts, np.array([0, 0, 0, 0, 0, 1]))
+    np.testing.assert_array_equal(pair.host(last)[0], pair.host(outputs)[-1])  # whatever the number of rows and experts
+
+
+def test_experts_of_few_rows_keep_to_their_memory(device, monkeypatch):
+    pair = Pair(device, "bfloat16")
+    _, experts = few_experts(pair, 128, 64, 5)
+    counts = np.array([17, 3, 40, 1, 20])
+    _, on_gpu = pair.values(int(counts.sum()), 128)
+    together = pair.host(pair.gpu.expert_mlp(on_gpu, experts, counts))
+    monkeypatch.setattr(few_rows, "PARTIAL_BYTES", 1)
+    np.testing.assert_array_equal(pair.host(pair.gpu.expert_mlp(on_gpu, experts, counts)), together)
+
+
+def test_experts_of_few_rows_need_warpgroups(device, monkeypatch):
+    monkeypatch.setattr(device, "has_warpgroups", False)
+    pair = Pair(device, "bfloat16")
+    experts, gpu_experts = few_experts(pair, 128, 64, 1)
+    x, on_gpu = pair.values(3, 128)
+    monkeypatch.setattr(few_rows.FewRows, "_launch", None)
+    pair.close(pair.gpu.expert_mlp(on_gpu, gpu_experts, np.array([3])), pair.cpu.expert_mlp(x, experts, np.array([3])))
+
+
+@pytest.mark.parametrize("clamp", [None, Clamp(alpha=1.702, limit=1.5)])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64])
+def test_an_expert_of_few_rows_clamps_as_the_cpu(device, rows, clamp):
+    pair = Pair(device, "bfloat16")
+    experts, gpu_experts = few_experts(pair, 128, 64, 1, clamp=clamp)
+    x, on_gpu = pair.values(rows, 128)
+    outputs = pair.gpu.expert_mlp(on_gpu, gpu_experts, np.array([rows]))
+    pair.close(outputs, pair.cpu.expert_mlp(x, experts, np.array([rows])), units=3)
+
+
+def test_reproducible_experts_take_their_rows_in_launches_of_few(device):
+    pair = Pair(device, "bfloat16", reproducible=True)
+    experts, gpu_experts = few_experts(pair, 128, 64, 2)
+    x, on_gpu = pair.values(150, 128)
+    outputs = pair.gpu.expert_mlp(on_gpu, gpu_experts, np.array([3, 147]))
+    pair.close(outputs, pair.cpu.expert_mlp(x, experts, np.array([3, 147])), units=3)
+    fewer = pair.gpu.expert_mlp(on_gpu[50:], gpu_experts, np.array([0, 100]))
+    np.testing.assert_array_equal(pair.host(fewer), pair.host(outputs)[50:])
 
 
 @pytest.mark.parametrize("vocabulary", [3, 5000])

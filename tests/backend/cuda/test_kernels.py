@@ -11,12 +11,16 @@ from moempi.backend.cuda.device import KERNELS, Kernel, find_kernel
 from simt.device import SimtDevice
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-SHAPES = {"EXPERTS": 64, "IDS": 64, "HEAD_DIM": 128, "VALUE_DIM": 128, "HEADS": 4}
-BFLOAT16_ONLY = {"attention_tiles.cu", "attention_warpgroups.cu"}
-HOPPER_ONLY = {"attention_warpgroups.cu"}
+SHAPES = {"EXPERTS": 64, "IDS": 64, "HEAD_DIM": 128, "VALUE_DIM": 128, "HEADS": 4, "ROWS": 64}
+HOPPER_ONLY = {"attention_warpgroups.cu", "few_rows.cu"}
+BFLOAT16_ONLY = {"attention_tiles.cu", *HOPPER_ONLY}
 REGISTERS = 65_536
 """Registers of a multiprocessor: a block of more cannot be launched."""
-MOST_THREADS = {"rms_norm": 512, "attend_rows": 128, "attend_tiles": 256, "combine": 128, "rotate": 128, "group": 256}
+MOST_THREADS = {
+    **dict.fromkeys(("attend_rows", "combine", "rotate"), 128),
+    **dict.fromkeys(("attend_tiles", "group", "multiply_few", "gate_up_few"), 256),
+    "rms_norm": 512,
+}
 """Threads of the largest block of a kernel; 1,024 of the others."""
 
 
@@ -59,6 +63,11 @@ def test_nvrtc_compiles_the_kernels_for_blocks_that_can_be_launched(file, precis
 def test_attention_of_other_shapes_keeps_its_registers(shape, precision):
     constants = dict(zip(("HEAD_DIM", "VALUE_DIM", "HEADS"), shape, strict=True))
     assert "attend_rows" in compile_kernels("attention.cu", "sm_90", {**precision, **constants})
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_experts_of_few_rows_keep_their_registers(rows):
+    assert compile_kernels("few_rows.cu", "sm_90a", {"ROWS": rows}).keys() == {"multiply_few", "gate_up_few"}
 
 
 def test_a_missing_barrier_changes_the_result(monkeypatch):

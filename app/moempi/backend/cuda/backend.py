@@ -20,6 +20,7 @@ from moempi.arrays import Float32Array, IntArray
 from moempi.backend.cuda.attention import PagedAttention, Rule
 from moempi.backend.cuda.attention_layout import AttentionLayout, is_latent, lay_out_rows, tile_kernel
 from moempi.backend.cuda.device import Argument, Device
+from moempi.backend.cuda.few_rows import ExpertRows, FewRows, expert_rows
 from moempi.backend.cuda.launches import Launches, block_threads, extents, rows_from
 from moempi.backend.cuda.products import Matrix, Products
 from moempi.backend.protocol import (
@@ -65,8 +66,8 @@ class CudaBackend:
         self._launches = Launches(device, row_dtype=self.row_dtype)
         self._attention = PagedAttention(self._launches)
         self._products = Products(self._launches, reproducible=self.reproducible)
+        self._few_rows = FewRows(self._launches, always=self.reproducible)
         self._progress = progress
-        self._queue = 0
         self._layouts: dict[int, AttentionLayout] = {}
         self._frequencies: dict[tuple[int, bytes], Array] = {}
 
@@ -99,20 +100,16 @@ class CudaBackend:
 
     @property
     def queue(self) -> int:
-        return self._queue
+        return self.device.queue
 
     @contextmanager
     def on_queue(self, number: int) -> Iterator[None]:
-        before = self._queue
-        self._use_queue(number)
+        before = self.queue
+        self.device.use_queue(number)
         try:
             yield
         finally:
-            self._use_queue(before)
-
-    def _use_queue(self, number: int) -> None:
-        self._queue = number
-        self.device.use_queue(number)
+            self.device.use_queue(before)
 
     def record_event(self) -> Event:
         return self.device.record_event()
@@ -357,14 +354,20 @@ class CudaBackend:
         return out
 
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
-        outputs, first = self._launches.rows(rows.shape), 0
-        for expert, count in zip(experts, counts.tolist(), strict=True):
-            if count:
-                own, out = (rows_from(whole, first, count) for whole in (rows, outputs))
-                hidden = self.swiglu(self.linear(own, expert.gate_up, expert.gate_up_bias), expert.clamp)
-                self._products.biased(hidden, expert.down, expert.down_bias, out)
-                first += count
+        outputs, few = self._launches.rows(rows.shape), []
+        for own in expert_rows(experts, counts.tolist()):
+            if self._few_rows.takes(own):
+                few.append(own)
+            else:
+                self._expert_of_many(rows, own, outputs)
+        self._few_rows.expert_mlps(rows, few, outputs)
         return outputs
+
+    def _expert_of_many(self, rows: Array, own: ExpertRows, outputs: Array) -> None:
+        x, out = (rows_from(whole, own.first, own.count) for whole in (rows, outputs))
+        expert = own.expert
+        hidden = self.swiglu(self.linear(x, expert.gate_up, expert.gate_up_bias), expert.clamp)
+        self._products.biased(hidden, expert.down, expert.down_bias, out)
 
     # Tokens
 

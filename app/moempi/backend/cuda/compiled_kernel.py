@@ -3,6 +3,7 @@
 A kernel is compiled once for each GPU architecture and model shape, and kept in the user's cache folder.
 """
 
+import ctypes
 import os
 import struct
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from cupy.cuda.function import Module
 from cupy_backends.cuda.api import driver
 from cupy_backends.cuda.libs import nvrtc
 
-from moempi.backend.cuda.device import WORD_BYTES, Argument, Grid, Kernel
+from moempi.backend.cuda.device import Argument, ExpertTable, Grid, Kernel
 from moempi.backend.kept_files import keep, kept_folder, read_kept
 from moempi.errors import ConfigError
 
@@ -42,16 +43,22 @@ class CompiledKernel:
         self._pointer = self._function.ptr
         self._shared_bytes = shared_bytes
         formats = kernel.parameters
-        self._pack = struct.Struct("=" + "".join(formats)).pack_into
-        self._words = bytearray(len(formats) * WORD_BYTES)
+        packed = struct.Struct("=" + "".join(formats))
+        self._pack, self._words = packed.pack_into, bytearray(packed.size)
         first = np.frombuffer(self._words, np.uint8).ctypes.data
-        self._addresses = np.array([first + WORD_BYTES * number for number in range(len(formats))], np.uint64)
+        self._addresses = np.array([first + offset for offset in kernel.offsets], np.uint64)
         self._parameters = int(self._addresses.ctypes.data)
 
-    def __call__(self, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
-        """Submit one launch to a stream."""
+    def __call__(
+        self, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument], *, early: bool = False
+    ) -> None:
+        """Submit one launch to a stream; one that is `early` begins while the kernel before it ends."""
         self._pack(self._words, 0, *_words(arguments))
-        driver.launchKernel(self._pointer, *grid, threads, 1, 1, self._shared_bytes, stream, self._parameters, 0)
+        shape = (*grid, threads, 1, 1, self._shared_bytes)
+        if early:
+            _launch_early(self._pointer, shape, stream, self._parameters)
+        else:
+            driver.launchKernel(self._pointer, *shape, stream, self._parameters, 0)
 
 
 @cache
@@ -92,12 +99,39 @@ def _compile(kernel: Kernel, options: Sequence[str]) -> bytes:
 
 
 def _words(arguments: Sequence[Any]) -> list[Any]:
-    """Addresses of arrays, 0 for None, and numbers as they are."""
+    """Addresses of arrays, 0 for None, packed tables, and numbers as they are."""
     return [
         argument.data.ptr
         if (kind := type(argument)) is cupy.ndarray
         else argument.ctypes.data
         if kind is np.ndarray
+        else argument.pack(_address)
+        if kind is ExpertTable
         else argument or 0
         for argument in arguments
     ]
+
+
+def _address(values: Any) -> int:
+    return 0 if values is None else int(values.data.ptr)
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+"""CUlaunchAttributeID of a launch that begins early."""
+EARLY = ctypes.create_string_buffer(struct.pack("=i4xi", PROGRAMMATIC_STREAM_SERIALIZATION, 1), 72)
+"""One CUlaunchAttribute: its value begins at byte 8."""
+CONFIG = struct.Struct("=7I4xQQI4x")
+"""CUlaunchConfig: grid, block, dynamic shared memory, stream, and the attributes."""
+
+
+@cache
+def _launch_kernel_ex() -> Any:
+    """The driver's cuLaunchKernelEx (CUDA 11.8), which CuPy does not offer."""
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return function
+
+
+def _launch_early(function: int, shape: Sequence[int], stream: int, parameters: int) -> None:
+    config = CONFIG.pack(*shape, stream, ctypes.addressof(EARLY), 1)
+    driver.check_status(_launch_kernel_ex()(config, function, parameters, None))

@@ -69,6 +69,7 @@ class CupyDevice:
             stream, handle = cupy.cuda.Stream(non_blocking=True), cublas.create()
             cublas.setStream(handle, stream.ptr)
             self._queues[number] = (stream, handle)
+        self.queue = number
         self._stream, self._handle = self._queues[number]
         self._stream.use()
 
@@ -129,14 +130,21 @@ class CupyDevice:
         out.data.copy_from_device_async(values.data, values.nbytes, self._stream)
 
     def launch(
-        self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument], *, shared_bytes: int = 0
+        self,
+        kernel: Kernel,
+        grid: Grid,
+        threads: int,
+        arguments: Sequence[Argument],
+        *,
+        shared_bytes: int = 0,
+        early: bool = False,
     ) -> None:
         compiled = self._kernels.get(kernel)
         if compiled is None:
             compiled = self._kernels[kernel] = CompiledKernel(
                 kernel, architecture=self._architecture, shared_bytes=shared_bytes
             )
-        compiled(grid, threads, self._stream.ptr, arguments)
+        compiled(grid, threads, self._stream.ptr, arguments, early=early)
 
     def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool) -> None:
         """The arrays of cuBLAS are column-major, so it computes out' = matrix x'."""

@@ -1,9 +1,11 @@
 """The machine below the CUDA backend: memory, queues of work, matrix products, and launches of kernels."""
 
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +17,11 @@ from moempi.backend.protocol import Array, Event
 KERNELS = Path(__file__).with_name("kernels")
 
 
-FORMATS = {"int": "i4x", "long long": "q", "float": "f4x"}
-"""Format of a kernel's parameter in the module `struct`, padded to WORD_BYTES; a pointer is an ADDRESS."""
-ADDRESS, WORD_BYTES = "Q", 8
+MOST_EXPERTS = 32
+"""Experts of the struct Experts of kernels/few_rows.cu."""
+FORMATS = {"int": "i4x", "long long": "q", "float": "f4x", "Experts": f"{MOST_EXPERTS * (2 * 8 + 3 * 4)}s"}
+"""Format of a kernel's parameter in the module `struct`, padded to a multiple of 8 bytes; a pointer is an ADDRESS."""
+ADDRESS = "Q"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +46,11 @@ class Kernel:
         return tuple(ADDRESS if "*" in given else FORMATS[given] for given in types)
 
     @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each parameter begins when all are packed, in bytes."""
+        return tuple(accumulate((struct.calcsize(f"={given}") for given in self.parameters[:-1]), initial=0))
+
+    @property
     def source(self) -> str:
         """The text of the file, with each header that it includes inserted once."""
         return _with_headers(self.file, set())
@@ -62,8 +71,33 @@ def _with_headers(file: str, seen: set[str]) -> str:
     return "".join(_with_headers(line.split('"')[1], seen) if line.startswith('#include "') else line for line in lines)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertTable:
+    """The argument `Experts` of kernels/few_rows.cu: expert e has `counts[e]` rows of x, from `x_starts[e]` on."""
+
+    matrices: Sequence[Array]
+    biases: Sequence[Array | None]
+    x_starts: Sequence[int]
+    out_starts: Sequence[int]
+    counts: Sequence[int]
+
+    def pack(self, address: Callable[[Array | None], int]) -> bytes:
+        """The struct; `address` returns an array's address on the device."""
+        number = len(self.counts)
+        unused = MOST_EXPERTS - number
+        addresses, starts = f"{number}Q{8 * unused}x", f"{number}i{4 * unused}x"
+        return struct.pack(
+            f"={2 * addresses}{3 * starts}",
+            *map(address, self.matrices),
+            *map(address, self.biases),
+            *self.x_starts,
+            *self.out_starts,
+            *self.counts,
+        )
+
+
 Grid = tuple[int, int, int]
-Argument = Array | int | float | None
+Argument = Array | ExpertTable | int | float | None
 
 
 class Device(Protocol):
@@ -74,6 +108,8 @@ class Device(Protocol):
     """
 
     name: str
+    queue: int
+    """The number of the current queue."""
     comm_buffers_on_host: bool
     has_warpgroups: bool
     """Whether it runs kernels/warpgroup.cuh."""
@@ -122,11 +158,19 @@ class Device(Protocol):
         """Submit a copy between contiguous arrays of equal size."""
 
     def launch(
-        self, kernel: Kernel, grid: Grid, threads: int, arguments: Sequence[Argument], *, shared_bytes: int = 0
+        self,
+        kernel: Kernel,
+        grid: Grid,
+        threads: int,
+        arguments: Sequence[Argument],
+        *,
+        shared_bytes: int = 0,
+        early: bool = False,
     ) -> None:
         """Submit a kernel on `grid` blocks of `threads` threads; arrays become addresses, None a null pointer.
 
-        `shared_bytes` is the size of the block's dynamic shared memory, the same in every launch of a kernel.
+        `shared_bytes` is the size of the block's dynamic shared memory, the same in every launch of a kernel. A kernel
+        that is `early` waits by itself for the work before it (kernels/early_launch.cuh), which needs warpgroups.
         """
 
     def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool) -> None:

@@ -5,7 +5,7 @@ PRODUCT_ROWS rows each, the last one padded.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from moempi.backend.cuda.launches import Launches, rows_from
 from moempi.backend.protocol import Array
 
 PRODUCT_ROWS = 64
+PANEL_WIDTH = 64
+"""Inputs of a panel of kernels/warpgroup.cuh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,12 @@ class Matrix:
 
     values: Array
     transposed: bool
+    has_panels: bool = field(init=False)
+    """Whether kernels/few_rows.cu takes it: bfloat16 rows of whole panels."""
+
+    def __post_init__(self) -> None:
+        is_bfloat16, width = self.values.dtype == np.uint16, self.values.shape[-1]
+        object.__setattr__(self, "has_panels", is_bfloat16 and not self.transposed and width % PANEL_WIDTH == 0)
 
     @property
     def outputs(self) -> int:

@@ -13,15 +13,10 @@
 //
 // Launch: functions of `count` numbers, ceil(count / 2048) blocks of 256, eight numbers per thread; the others, one
 // block per row (T) or vector (T * H) of ceil(width / 8) threads, rounded up to whole warps, at most 1,024.
-#include "rows.cuh"
+#include "swiglu.cuh"
 
 __device__ inline long long first_of_thread() {
   return (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
-}
-
-// NaN stays NaN, which fminf and fmaxf would hide.
-__device__ inline float clamped(float number, float least, float most) {
-  return number > most ? most : number < least ? least : number;
 }
 
 extern "C" __global__ void add(const row* x, const row* y, row* out, long long count) {
@@ -101,15 +96,7 @@ extern "C" __global__ void swiglu(const row* gate_up, row* out, int hidden, floa
     const Eight<row> held_ups = fetch8(both + hidden + column, hidden - column);
     float gates[8], ups[8];
     unpack8(held_gates, gates), unpack8(held_ups, ups);
-    for (int i = 0; i < 8; ++i) {
-      float exponent = gates[i];
-      if (alpha != 0.0f) {
-        gates[i] = clamped(gates[i], -infinity(), limit);
-        ups[i] = clamped(ups[i], -limit, limit) + 1.0f;
-        exponent = gates[i] * alpha;
-      }
-      gates[i] = __fdividef(gates[i], 1.0f + expf(-exponent)) * ups[i];
-    }
+    for (int i = 0; i < 8; ++i) gates[i] = swiglu_of(gates[i], ups[i], alpha, limit);
     store8(out + static_cast<long long>(blockIdx.x) * hidden + column, hidden - column, gates);
   }
 }

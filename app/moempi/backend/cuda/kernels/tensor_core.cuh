@@ -41,6 +41,15 @@ __device__ inline void begin_copy(unsigned short* to, const unsigned short* from
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
+// The same for memory that no one reads again soon: it leaves the L2 cache first.
+__device__ inline void begin_copy_once(unsigned short* to, const unsigned short* from) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "l"(policy)
+               : "memory");
+}
+
 __device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>

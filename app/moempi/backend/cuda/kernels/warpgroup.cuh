@@ -1,7 +1,8 @@
 // The asynchronous matrix instructions of a warpgroup (four warps) on compute capability 9.0. tests/simt/simt.h has CPU
 // twins of the same names.
 //
-// A warpgroup multiplies a (64 x 16, in registers) with b (16 x N, in shared memory) and adds to c (64 x N, registers).
+// A warpgroup multiplies a (64 x 16, in registers or shared memory) with b (16 x N, in shared memory) and adds to c
+// (64 x N, in registers).
 // Warp w has rows 16 w to 16 w + 15 of a and c, in the fragments of tensor_core.cuh; c[j] has columns 8 j to 8 j + 7.
 // The instructions between `begin_products` and `end_products` are a group, which runs in the background. Its registers
 // may be used again after `await_products_but<N>`, which waits for all groups but the last N.
@@ -47,7 +48,8 @@ __device__ inline void await_products_but() {
 }
 
 #define C4(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
-#define C32(c, j) C4(c, j), C4(c, j + 1), C4(c, j + 2), C4(c, j + 3), C4(c, j + 4), C4(c, j + 5), C4(c, j + 6), C4(c, j + 7)
+#define C16(c, j) C4(c, j), C4(c, j + 1), C4(c, j + 2), C4(c, j + 3)
+#define C32(c, j) C16(c, j), C16(c, j + 4)
 
 // c (64 x 64) += a * b if `adds`, else c = a * b; the rows of b' are panel rows (b is k-major).
 __device__ inline void multiply_rows(float (*c)[4], const unsigned* a, unsigned long long b, int adds) {
@@ -80,6 +82,33 @@ __device__ inline void multiply_columns(float (*c)[4], const unsigned* a, unsign
       : C32(c, 0), C32(c, 8)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+
+// c (64 x N) += a * b, both in shared memory: the rows of a and of b' are panel rows.
+__device__ inline void multiply_shared(float (*c)[4], unsigned long long a, unsigned long long b, Width<16>) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"
+      : C4(c, 0), C4(c, 1)
+      : "l"(a), "l"(b));
+}
+
+__device__ inline void multiply_shared(float (*c)[4], unsigned long long a, unsigned long long b, Width<32>) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"
+      : C16(c, 0)
+      : "l"(a), "l"(b));
+}
+
+__device__ inline void multiply_shared(float (*c)[4], unsigned long long a, unsigned long long b, Width<64>) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"
+      "%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
+      : C32(c, 0)
+      : "l"(a), "l"(b));
+}
 #undef C4
+#undef C16
 #undef C32
 #endif
