@@ -16,7 +16,15 @@ BFLOAT16_ONLY = {"attention_tiles.cu", "attention_warpgroups.cu"}
 HOPPER_ONLY = {"attention_warpgroups.cu"}
 REGISTERS = 65_536
 """Registers of a multiprocessor: a block of more cannot be launched."""
-MOST_THREADS = {"rms_norm": 512, "attend_rows": 128, "attend_tiles": 256, "combine": 128, "rotate": 128, "group": 256}
+MOST_THREADS = {
+    "rms_norm": 512,
+    "add_rms_norm": 512,
+    "attend_rows": 128,
+    "attend_tiles": 256,
+    "combine": 128,
+    "rotate": 128,
+    "group": 256,
+}
 """Threads of the largest block of a kernel; 1,024 of the others."""
 
 
