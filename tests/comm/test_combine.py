@@ -1,5 +1,7 @@
 """Outputs that return home: the shared experts' rows are added first, then the residual, each rounded."""
 
+from functools import reduce
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,22 +17,23 @@ POINTS = [Point(3, "combine"), Point(3, "combine across")]
 
 
 class FakeExchange:
-    """Yields POINTS, and returns `rows` for the combined outputs."""
+    """Yields POINTS, and returns `rows` for the combined outputs, plus the addends."""
 
-    def __init__(self, rows):
+    def __init__(self, rows, backend):
         self.rows = rows
+        self.backend = backend
         self.calls = []
 
-    def combine(self, outputs, plan):
+    def combine(self, outputs, plan, addends):
         self.calls.append((outputs, plan))
         yield from POINTS
-        return self.rows
+        return reduce(self.backend.add, addends, self.rows)
 
 
 def combine(rows, *, shared=None, residual=None, precision="float32"):
     """What HomeCombine returns, and the points that it yielded."""
-    exchange = FakeExchange(rows)
-    home = HomeCombine(exchange, NumpyBackend(precision=precision, reproducible=True))
+    exchange = FakeExchange(rows, NumpyBackend(precision=precision, reproducible=True))
+    home = HomeCombine(exchange)
     addends = Addends(shared, residual)
     assert home.begin(PLAN, addends) is None
     assert exchange.calls == []

@@ -161,6 +161,11 @@ class RowVerbs(Protocol):
         With `rounded`, the quotient is rounded to the run's precision before it is multiplied.
         """
 
+    def add_rms_norm(
+        self, x: Array, y: Array, weight: Array, *, eps: float, rounded: bool = True
+    ) -> tuple[Array, Array]:
+        """Add x and y, both (T, D), and normalize the sum; the bits of `add` and of `rms_norm` of what it returns."""
+
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
         """Compute (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias over the last axis (Ba et al. 2016)."""
 
@@ -264,8 +269,11 @@ class ExpertVerbs(Protocol):
     def join(self, parts: Sequence[Array]) -> Array:
         """Concatenate the rows of all parts into new memory."""
 
-    def combine(self, buffer: Array, output_rows: Array, weights: Array) -> Array:
-        """Sum weights[t, k] * buffer[output_rows[t, k]] over k, in slot order in float32 -> (T, D)."""
+    def combine(self, buffer: Array, output_rows: Array, weights: Array, addends: Sequence[Array] = ()) -> Array:
+        """Sum weights[t, k] * buffer[output_rows[t, k]] over k, in slot order in float32 -> (T, D).
+
+        Then add at most two `addends` (T, D) one after the other; each sum is rounded, as by `add`.
+        """
 
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
         """Apply experts[e] to the next counts[e] rows, for e = 0, 1, ...; (sum(counts), D) -> (sum(counts), D)."""

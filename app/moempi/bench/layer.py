@@ -84,7 +84,7 @@ def layer_on(
     transfers = Transfers(backend, pending, overlap=True)
     transport = Alltoallv(comm, row_bytes=sizes.width * backend.row_dtype.itemsize)
     exchange = make_exchange(Hop(comm, backend, transfers=transfers, transport=transport, width=sizes.width), placement)
-    combine = HomeCombine(exchange, backend)
+    combine = HomeCombine(exchange)
     layer = make_layer(sizes, backend, hosted=placement.hosted[comm.rank])
 
     def compute(rows: Float32Array) -> Float32Array:

@@ -1,10 +1,10 @@
 """The end of a MoE layer: its experts' outputs return to the rank that holds the token and are added up there."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Array
 from moempi.comm.exchange import Exchange
 from moempi.layout.schedule import Point
 
@@ -15,6 +15,10 @@ class Addends:
 
     shared: Array | None
     residual: Array | None
+
+    def in_order(self) -> Sequence[Array]:
+        """The addends that there are."""
+        return [rows for rows in (self.shared, self.residual) if rows is not None]
 
 
 class Combine(Protocol):
@@ -30,16 +34,12 @@ class Combine(Protocol):
 class HomeCombine:
     """The outputs return to the home rank, which holds the token."""
 
-    def __init__(self, exchange: Exchange, backend: Backend) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._backend = backend
 
     def begin(self, plan: Any, addends: Addends) -> None:
         """Send nothing: the home rank has the addends."""
 
     def finish(self, outputs: Array, plan: Any, addends: Addends) -> Generator[Point, None, Array]:
         """Combine the outputs, then add the shared experts' rows, then the residual."""
-        rows = yield from self._exchange.combine(outputs, plan)
-        if addends.shared is not None:
-            rows = self._backend.add(rows, addends.shared)
-        return rows if addends.residual is None else self._backend.add(addends.residual, rows)
+        return (yield from self._exchange.combine(outputs, plan, addends.in_order()))

@@ -51,10 +51,11 @@ class Exchange(Protocol):
     def dispatch(self, x: Array, route: Route) -> Generator[Point, None, Dispatch]:
         """Start to send each row of x (T, D) to the K experts of its route."""
 
-    def combine(self, outputs: Array, plan: Any) -> Generator[Point, None, Array]:
+    def combine(self, outputs: Array, plan: Any, addends: Sequence[Array] = ()) -> Generator[Point, None, Array]:
         """Return the experts' outputs, in expert order, to their tokens' ranks; each token's weighted sum (T, D).
 
-        `plan` is the plan of the dispatch. The sums are in slot order.
+        `plan` is the plan of the dispatch. The sums are in slot order; then the addends (T, D) are added in order, at
+        most two. All sums are rounded as by `Backend.combine`.
         """
 
 
@@ -102,11 +103,11 @@ class OneHop:
         sending.Test()
         return Dispatch(plan, self._received(sending, plan))
 
-    def combine(self, outputs: Array, plan: RoutePlan) -> Generator[Point, None, Array]:
+    def combine(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Generator[Point, None, Array]:
         """Send outputs back to the ranks that dispatched their rows, and add them up there. Collective."""
         sending = self._hop.send(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
         yield Point(plan.layer, self._combine_phase)
-        return self._hop.combine(sending.finish(), plan.output_rows, plan.weights)
+        return self._hop.combine(sending.finish(), plan.output_rows, plan.weights, addends)
 
     def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
         """Start to exchange counts; the transfer's value is the plan of these choices. Collective, does not block."""

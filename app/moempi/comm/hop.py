@@ -1,5 +1,6 @@
 """One hop of rows between the ranks of one communicator, by one transport."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -49,10 +50,11 @@ class Hop:
         receipt.release()
         return unpacked
 
-    def combine(self, receipt: Receipt, output_rows: Array, weights: Array) -> Array:
-        """Weighted sums (T, D) of the received rows output_rows (T, K), in slot order."""
+    def combine(self, receipt: Receipt, output_rows: Array, weights: Array, addends: Sequence[Array] = ()) -> Array:
+        """Weighted sums (T, D) of the received rows output_rows (T, K), in slot order, plus the addends (T, D)."""
         buffer, rows = receipt.rows()
-        combined = self.backend.combine(buffer.view(self.backend.row_dtype), _compose(rows, output_rows), weights)
+        received = buffer.view(self.backend.row_dtype)
+        combined = self.backend.combine(received, _compose(rows, output_rows), weights, addends)
         receipt.release()
         return combined
 

@@ -151,10 +151,9 @@ class ImmediateLink(StageLink):
         backend, order = self._backend, batch_order(headers, self._grid.tensor)
         weights = np.concatenate([header.weights for header in headers])
         index = backend.upload(order)
-        total = backend.combine(outputs, backend.upload(output_rows[order]), backend.upload(weights[order]))
-        if headers[0].shared:
-            total = backend.add(total, backend.unpack(shared, index))
-        return backend.add(backend.unpack(residual, index), total)
+        addends = Addends(backend.unpack(shared, index) if headers[0].shared else None, backend.unpack(residual, index))
+        choices = backend.upload(output_rows[order]), backend.upload(weights[order])
+        return backend.combine(outputs, *choices, addends.in_order())
 
     def _receive_from(
         self, sources: Sequence[int], counts: Sequence[int], tag: int

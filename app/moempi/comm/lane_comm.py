@@ -92,7 +92,7 @@ def make_lane_comm(
         tensor=TensorGroup(tensor, backend, transfers=transfers, width=shape.width),
         link=immediate or StageLink(comm.Dup(), grid, backend, transfers=transfers, shape=shape),
         transfers=transfers,
-        home_combine=HomeCombine(exchange, backend),
+        home_combine=HomeCombine(exchange),
         immediate=immediate if immediate and immediate.sends_immediate else None,
     )
 

@@ -6,7 +6,7 @@ and weights of its choices on that node. The forwarder sends the row to the expe
 order, and returns one row. The home rank adds the nodes' rows in the order of their first slots.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,12 +81,12 @@ class TwoHops:
         sending = self._across.send(x, plan.source_rows, send_counts, recv_counts)
         return Dispatch(plan, self._received(sending, plan))
 
-    def combine(self, outputs: Array, plan: TwoHopPlan) -> Generator[Point, None, Array]:
+    def combine(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array] = ()) -> Generator[Point, None, Array]:
         """Combine inside the node, then across the nodes."""
         rows = yield from self._inside.combine(outputs, plan.inside)
         sending = self._across.send(rows, None, plan.recv_counts, plan.send_counts)
         yield Point(plan.layer, COMBINE_ACROSS)
-        return self._across.combine(sending.finish(), plan.output_rows, plan.present)
+        return self._across.combine(sending.finish(), plan.output_rows, plan.present, addends)
 
     def _received(self, sending: Transfer[Receipt], plan: TwoHopPlan) -> Generator[Point, None, Array]:
         yield Point(plan.layer, DISPATCH)

@@ -56,14 +56,14 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
     segments = (Segment(0, num_rows, 0, np.zeros(1, np.int64)),)
     angles = rope_angles(backend, architecture.attention, np.arange(num_rows))
     for layer, cache in zip(model.layers, model.cache.layers, strict=True):
+        rows = layer.attention_norm(backend, x)
         if len(cache.keys):
-            rows = layer.attention_norm(backend, x)
-            backend.add(x, layer.attention(backend, rows, angles, cache, segments))
-        rows = layer.feed_forward_norm(backend, x)
+            rows = layer.attention(backend, rows, angles, cache, segments)
+        _, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
         if isinstance(layer.feed_forward, MixtureOfExperts):
             _run_experts(model, layer.feed_forward, placements.get(layer.index), rows)
         else:
-            layer.feed_forward(backend, rows)
+            backend.add(x, layer.feed_forward(backend, rows))
     if model.embedding is not None:
         model.embed(np.zeros(num_rows, np.int64))
     if model.head is not None:
@@ -91,7 +91,7 @@ def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Place
             counts[expert] = num_rows
             backend.expert_mlp(rows[:num_rows], experts.experts, counts)
         num_rows //= 2
-    backend.add(x, backend.combine(buffer, output_rows, weights))
+    backend.combine(buffer, output_rows, weights, (x, x))
     if experts.shared is not None:
         shared = experts.shared(backend, x)
         if experts.shared_gate is not None:

@@ -20,3 +20,10 @@ class Norm:
         if self.kind == "layer":
             return backend.layer_norm(x, self.weight, self.bias, eps=self.eps)
         return backend.rms_norm(x, self.weight, eps=self.eps, rounded=self.kind == "rms")
+
+    def of_sum(self, backend: Backend, x: Array, y: Array) -> tuple[Array, Array]:
+        """Add rows x and y (T, D); the sum, and the sum normalized."""
+        if self.kind == "layer":
+            total = backend.add(x, y)
+            return total, self(backend, total)
+        return backend.add_rms_norm(x, y, self.weight, eps=self.eps, rounded=self.kind == "rms")

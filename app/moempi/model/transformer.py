@@ -68,8 +68,8 @@ class Transformer:
             rows = layer.attention_norm(backend, x)
             rows = yield from tensor.all_gather(rows, split, layer=layer.index)
             rows = layer.attention(backend, rows, angles, cache, segments)
-            x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, layer=layer.index)))
-            rows = layer.feed_forward_norm(backend, x)
+            rows = yield from tensor.reduce_scatter(rows, split, layer=layer.index)
+            x, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 combine = last_combine if layer is self.layers[-1] else comm.home_combine
                 x = yield from layer.feed_forward.forward(backend, rows, comm.exchange, combine, policy, residual=x)

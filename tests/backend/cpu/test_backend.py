@@ -232,7 +232,11 @@ def test_rows_are_packed_unpacked_and_combined_by_index(backend):
         weights[0, 0] * rows[5] + weights[0, 1] * rows[3],
         weights[1, 0] * rows[0] + weights[1, 1] * rows[0],
     ]
-    close(backend, backend.combine(buffer, output_rows, weights), np.stack(expected))
+    combined = backend.combine(buffer, output_rows, weights)
+    close(backend, combined, np.stack(expected))
+    shared, residual = backend.add(combined, combined), backend.add(combined[::-1], combined)
+    added = backend.combine(buffer, output_rows, weights, (shared, residual))
+    np.testing.assert_array_equal(added, backend.add(backend.add(combined, shared), residual))
 
 
 @BACKENDS

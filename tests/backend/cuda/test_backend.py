@@ -3,6 +3,8 @@
 tests/gpu.sh runs the same tests on a GPU.
 """
 
+from functools import reduce
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,10 @@ class Pair:
         np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * largest * 0.02)
 
 
+def assert_same_bits(pair, actual, expected):
+    np.testing.assert_array_equal(pair.gpu.download(actual), pair.gpu.download(expected))
+
+
 @pytest.fixture(params=PRECISIONS)
 def pair(request, device):
     return Pair(device, request.param)
@@ -63,6 +69,33 @@ def test_rms_norm_of_strided_heads_equals_the_cpu(pair):
     (x, on_gpu), (weight, gpu_weight) = pair.values(6, 90), pair.values(10, seed=1)
     heads, gpu_heads = (rows[:, 20:80].reshape(6, 6, 10) for rows in (x, on_gpu))
     pair.close(pair.gpu.rms_norm(gpu_heads, gpu_weight, eps=1e-6), pair.cpu.rms_norm(heads, weight, eps=1e-6), units=2)
+
+
+@pytest.mark.parametrize("width", [1, 7, 301, 2048, 20_000])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_add_rms_norm_has_the_bits_of_a_sum_and_its_norm(pair, width, rounded):
+    (x, gpu_x), (y, gpu_y), (weight, gpu_weight) = (
+        pair.values(5, width),
+        pair.values(5, width, seed=1),
+        pair.values(width),
+    )
+    total, normalized = pair.gpu.add_rms_norm(gpu_x, gpu_y, gpu_weight, eps=1e-5, rounded=rounded)
+    separate = pair.gpu.add(gpu_x, gpu_y)
+    assert_same_bits(pair, total, separate)
+    assert_same_bits(pair, normalized, pair.gpu.rms_norm(separate, gpu_weight, eps=1e-5, rounded=rounded))
+    expected_total, expected = pair.cpu.add_rms_norm(x, y, weight, eps=1e-5, rounded=rounded)
+    pair.close(total, expected_total)
+    pair.close(normalized, expected, units=2)
+
+
+def test_add_rms_norm_of_strided_rows_equals_the_cpu(pair):
+    (x, gpu_x), (y, gpu_y), (weight, gpu_weight) = pair.values(6, 90), pair.values(6, 71, seed=1), pair.values(50)
+    expected = pair.cpu.add_rms_norm(x[:, 3:53], y[:, 8:58], weight, eps=1e-6)
+    actual = pair.gpu.add_rms_norm(gpu_x[:, 3:53], gpu_y[:, 8:58], gpu_weight, eps=1e-6)
+    pair.close(actual[0], expected[0])
+    pair.close(actual[1], expected[1], units=2)
+    none = pair.gpu.add_rms_norm(gpu_x[:0], gpu_x[:0], gpu_x[0], eps=1e-6)
+    assert [rows.shape for rows in none] == [(0, 90), (0, 90)]
 
 
 @pytest.mark.parametrize("width", [9, 256])
@@ -380,6 +413,20 @@ def test_combine_equals_the_cpu(pair, width, slots):
     sent = narrow(buffer) if pair.is_bfloat16 else buffer
     expected = pair.cpu.combine(sent, output_rows, weights)
     pair.close(pair.gpu.combine(gpu_buffer, pair.gpu.upload(output_rows), pair.gpu.upload(weights)), expected)
+
+
+@pytest.mark.parametrize("num_addends", [1, 2])
+@pytest.mark.parametrize("width", [1, 7, 301, 2048, 20_000])
+def test_combine_adds_with_the_bits_of_separate_sums(pair, width, num_addends):
+    (buffer, gpu_buffer), output_rows = pair.values(20, width), np.random.default_rng(1).integers(0, 20, (7, 3))
+    weights = np.random.default_rng(2).random((7, 3), np.float32)
+    addends, gpu_addends = zip(*[pair.values(7, width, seed=3 + n) for n in range(num_addends)], strict=True)
+    choices = pair.gpu.upload(output_rows), pair.gpu.upload(weights)
+    actual = pair.gpu.combine(gpu_buffer, *choices, gpu_addends)
+    assert_same_bits(pair, actual, reduce(pair.gpu.add, gpu_addends, pair.gpu.combine(gpu_buffer, *choices)))
+    sent = narrow(buffer) if pair.is_bfloat16 else buffer
+    expected = pair.cpu.combine(sent, output_rows, weights, addends)
+    pair.close(actual, expected, units=2)
 
 
 def test_the_nan_of_a_gpu_stays_nan(device):

@@ -19,7 +19,7 @@ REGISTERS = 65_536
 MOST_THREADS = {
     **dict.fromkeys(("attend_rows", "combine", "rotate"), 128),
     **dict.fromkeys(("attend_tiles", "group", "multiply_few", "gate_up_few"), 256),
-    "rms_norm": 512,
+    **dict.fromkeys(("rms_norm", "add_rms_norm"), 512),
 }
 """Threads of the largest block of a kernel; 1,024 of the others."""
 

@@ -9,6 +9,7 @@ in blocks of BLOCK positions and PAGE_ROWS keys: results are then the same bits 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ class NumpyBackend:
         normalized = self._stored(x / scale) if rounded else x / scale
         normalized *= weight
         return self._stored(normalized)
+
+    def add_rms_norm(
+        self, x: Float32Array, y: Float32Array, weight: Float32Array, *, eps: float, rounded: bool = True
+    ) -> tuple[Float32Array, Float32Array]:
+        total = self.add(x, y)
+        return total, self.rms_norm(total, weight, eps=eps, rounded=rounded)
 
     def layer_norm(self, x: Float32Array, weight: Float32Array, bias: Float32Array, *, eps: float) -> Float32Array:
         centred = x - x.mean(axis=-1, keepdims=True)
@@ -294,7 +301,13 @@ class NumpyBackend:
     def join(self, parts: Sequence[Float32Array]) -> Float32Array:
         return np.concatenate(parts)
 
-    def combine(self, buffer: npt.NDArray[Any], output_rows: IntArray, weights: Float32Array) -> Float32Array:
+    def combine(
+        self,
+        buffer: npt.NDArray[Any],
+        output_rows: IntArray,
+        weights: Float32Array,
+        addends: Sequence[Float32Array] = (),
+    ) -> Float32Array:
         total = np.zeros((output_rows.shape[0], buffer.shape[1]), np.float32)
         for first in range(0, len(total), CACHED_ROWS):
             block = slice(first, first + CACHED_ROWS)
@@ -302,7 +315,7 @@ class NumpyBackend:
                 rows = self.unpack(buffer, output_rows[block, slot])
                 rows *= weights[block, slot, None]
                 total[block] += rows
-        return self._stored(total)
+        return reduce(self.add, addends, self._stored(total))
 
     def expert_mlp(self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray) -> Float32Array:
         outputs = np.empty_like(rows)

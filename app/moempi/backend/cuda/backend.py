@@ -21,7 +21,7 @@ from moempi.backend.cuda.attention import PagedAttention, Rule
 from moempi.backend.cuda.attention_layout import AttentionLayout, is_latent, lay_out_rows, tile_kernel
 from moempi.backend.cuda.device import Argument, Device
 from moempi.backend.cuda.few_rows import ExpertRows, FewRows, expert_rows
-from moempi.backend.cuda.launches import Launches, block_threads, extents, rows_from
+from moempi.backend.cuda.launches import Launches, extents, rows_from
 from moempi.backend.cuda.products import Matrix, Products
 from moempi.backend.protocol import (
     Array,
@@ -151,11 +151,17 @@ class CudaBackend:
 
     def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
         out = self._launches.rows(x.shape)
-        sizes = (*extents(x), eps, rounded)
-        width = x.shape[-1]
-        grid = (prod(x.shape) // width, 1, 1)
-        self._launches.launch("norm", "rms_norm", grid, min(512, block_threads(-(-width // 4))), x, weight, out, *sizes)
+        self._launches.by_norm("rms_norm", out, x, weight, out, *extents(x), eps, rounded)
         return out
+
+    def add_rms_norm(
+        self, x: Array, y: Array, weight: Array, *, eps: float, rounded: bool = True
+    ) -> tuple[Array, Array]:
+        total, out = self._launches.rows(x.shape), self._launches.rows(x.shape)
+        (*_, width, x_stride, _), (*_, y_stride, _) = extents(x), extents(y)
+        sizes = (width, x_stride, y_stride, eps, rounded)
+        self._launches.by_norm("add_rms_norm", out, x, y, weight, total, out, *sizes)
+        return total, out
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
         out = self._launches.rows(x.shape)
@@ -346,11 +352,12 @@ class CudaBackend:
             first += len(part)
         return out
 
-    def combine(self, buffer: Array, output_rows: Array, weights: Array) -> Array:
+    def combine(self, buffer: Array, output_rows: Array, weights: Array, addends: Sequence[Array] = ()) -> Array:
         out = self._launches.rows((len(output_rows), buffer.shape[1]))
+        given = (buffer, output_rows, weights, *addends, *[None] * (2 - len(addends)))
         sizes = (output_rows.shape[1], buffer.shape[1])
         grid = (len(out), -(-buffer.shape[1] // COMBINED_NUMBERS), 1)
-        self._launches.launch("packing", "combine", grid, 128, buffer, output_rows, weights, out, *sizes)
+        self._launches.launch("packing", "combine", grid, 128, *given, out, *sizes)
         return out
 
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:

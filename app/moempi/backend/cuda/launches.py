@@ -55,6 +55,12 @@ class Launches:
         width = out.shape[-1]
         self.launch(file, name, (prod(out.shape) // width, 1, 1), block_threads(width), *arguments)
 
+    def by_norm(self, name: str, out: Array, *arguments: Argument) -> None:
+        """Launch one block per vector of `out`; a thread takes several eights, whose loads overlap."""
+        width = out.shape[-1]
+        threads = min(512, block_threads(-(-width // 4)))
+        self.launch("norm", name, (prod(out.shape) // width, 1, 1), threads, *arguments)
+
     def by_segment(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
         """Launch one block per SEGMENT_BYTES of each row of `out`."""
         row_bytes = prod(out.shape[1:]) * out.itemsize

@@ -1,9 +1,11 @@
 // Rows selected by an index, and weighted sums of experts' outputs.
 //
 //   take_rows   out[i] = rows[index[i]], or rows[i] without an index            NumPy: embed, take_rows, pack, unpack
-//   combine     out[t] = sum over k, in order, of weights[t, k] * buffer[output_rows[t, k]]     NumPy: combine
+//   combine     out[t] = sum over k, in order, of weights[t, k] * buffer[output_rows[t, k]]; then `first` and
+//               `second`, if they are not null, are added; each sum is rounded    NumPy: combine
 //
-// Shapes: out (n, D), index (n), output_rows and weights (n, K). Rows in pinned host memory cross the bus once.
+// Shapes: out, first and second (n, D), index (n), output_rows and weights (n, K). Rows in pinned host memory cross the
+// bus once.
 // Launch: take_rows (n, segments of a row) blocks of SEGMENT_THREADS; combine (n, ceil(D / 1024)) blocks of 128, eight
 // numbers per thread.
 #include "rows.cuh"
@@ -23,15 +25,24 @@ __device__ inline void add_weighted(float* total, float weight, const Eight<row>
   for (int i = 0; i < 8; ++i) total[i] += weight * numbers[i];
 }
 
-extern "C" __global__ void combine(const row* buffer, const int* output_rows, const float* weights, row* out,
-                                   int slots, int width) {
+// Round the eight numbers of total, then add those of an addend, which may be null.
+__device__ inline void add_rounded(float* total, const row* addend, long long at, int left) {
+  if (!addend) return;
+  float numbers[8];
+  load8(addend + at, left, numbers);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) total[i] = stored(total[i]) + numbers[i];
+}
+
+extern "C" __global__ void combine(const row* buffer, const int* output_rows, const float* weights, const row* first,
+                                   const row* second, row* out, int slots, int width) {
   const int column = (blockIdx.y * blockDim.x + threadIdx.x) * 8, lane = threadIdx.x % WARP_THREADS;
   const long long token = blockIdx.x;
   const bool is_whole = column < width && width % 8 == 0 && is_aligned(buffer);
   float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  for (int first = 0; first < slots; first += SLOTS_IN_FLIGHT) {
+  for (int slot = 0; slot < slots; slot += SLOTS_IN_FLIGHT) {
     // A warp lane reads one slot's row and weight for all.
-    const long long own_slot = token * slots + min(first + lane % SLOTS_IN_FLIGHT, slots - 1);
+    const long long own_slot = token * slots + min(slot + lane % SLOTS_IN_FLIGHT, slots - 1);
     const int own_row = output_rows[own_slot];
     const float own_weight = weights[own_slot];
     const row* from[SLOTS_IN_FLIGHT];
@@ -39,14 +50,17 @@ extern "C" __global__ void combine(const row* buffer, const int* output_rows, co
 #pragma unroll
     for (int i = 0; i < SLOTS_IN_FLIGHT; ++i) {
       from[i] = buffer + static_cast<long long>(__shfl_sync(FULL_WARP, own_row, i)) * width + column;
-      if (is_whole && first + i < slots) held[i] = read8(from[i]);
+      if (is_whole && slot + i < slots) held[i] = read8(from[i]);
     }
 #pragma unroll
     for (int i = 0; i < SLOTS_IN_FLIGHT; ++i) {
       const float weight = __shfl_sync(FULL_WARP, own_weight, i);
-      if (is_whole && first + i < slots) add_weighted(total, weight, held[i]);
-      else if (column < width && first + i < slots) add_weighted(total, weight, fetch8(from[i], width - column));
+      if (is_whole && slot + i < slots) add_weighted(total, weight, held[i]);
+      else if (column < width && slot + i < slots) add_weighted(total, weight, fetch8(from[i], width - column));
     }
   }
-  if (column < width) store8(out + token * width + column, width - column, total);
+  if (column >= width) return;
+  add_rounded(total, first, token * width + column, width - column);
+  add_rounded(total, second, token * width + column, width - column);
+  store8(out + token * width + column, width - column, total);
 }
