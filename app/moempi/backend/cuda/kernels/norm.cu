@@ -5,8 +5,8 @@
 //   layer_norm   (x - mean(x)) / sqrt(variance(x) + eps) times weight plus bias          NumPy: layer_norm
 //
 // A block norms one vector and writes it contiguously; strides are in numbers.
-// Launch: T * H blocks; layer_norm threads as in elementwise.cu; the others ceil(width / 32) threads, rounded up to whole
-// warps, at most 512.
+// Launch: T * H blocks; layer_norm threads as in elementwise.cu; the others ceil(width / 32) threads, rounded up to
+// whole warps, at most 512.
 #include "rows.cuh"
 
 const int IN_FLIGHT = 4;
