@@ -1,9 +1,9 @@
 // CUDA's execution model on one CPU thread, for tests: kernels compile with a C++ compiler and really run.
 //
 // Every CUDA thread of a block is a fiber. Fibers switch only at barriers, shuffles and votes, so a run is
-// deterministic; with SIMT_REVERSE set in the environment they run from the last to the first. A kernel that lacks a
-// barrier gives a different result in one of the two orders. A barrier that not all threads of the block (or lanes of
-// the warp) reach ends the program with a message. Shared memory is static: one block runs at a time.
+// deterministic; with SIMT_REVERSE set in the environment fibers and blocks run from the last to the first. A kernel
+// that lacks a barrier gives a different result in one of the two orders. A barrier that not all threads of the block
+// (or lanes of the warp) reach ends the program with a message. Shared memory is static: one block runs at a time.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -166,7 +166,7 @@ void launch(void (*kernel)(Arguments...), const unsigned* shape, void** values, 
   for (unsigned z = 0; z < shape[2]; ++z)
     for (unsigned y = 0; y < shape[1]; ++y)
       for (unsigned x = 0; x < shape[0]; ++x) {
-        block_index = {x, y, z};
+        block_index = reverse ? Index{shape[0] - 1 - x, shape[1] - 1 - y, shape[2] - 1 - z} : Index{x, y, z};
         run_block(static_cast<int>(threads), reverse);
       }
 }

@@ -85,11 +85,10 @@ def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Place
     backend.pack(x, source_rows, buffer)
     rows = backend.unpack(buffer, None)
     num_rows = len(rows)
-    while hosted and num_rows:  # a backend may compute few rows by other kernels
-        for expert in range(hosted):
-            counts = np.zeros(hosted, np.int64)
-            counts[expert] = num_rows
-            backend.expert_mlp(rows[:num_rows], experts.experts, counts)
+    while hosted and num_rows:  # a backend may compute few rows by other kernels, and several experts together
+        counts = np.full(hosted, num_rows // hosted)
+        counts[0] += num_rows % hosted
+        backend.expert_mlp(rows[:num_rows], experts.experts, counts)
         num_rows //= 2
     backend.combine(buffer, output_rows, weights, (x, x))
     if experts.shared is not None:

@@ -500,7 +500,11 @@ def test_experts_of_few_rows_keep_to_their_memory(device, monkeypatch):
     _, on_gpu = pair.values(int(counts.sum()), 128)
     together = pair.host(pair.gpu.expert_mlp(on_gpu, experts, counts))
     monkeypatch.setattr(few_rows, "PARTIAL_BYTES", 1)
+    launches = []
+    launch = few_rows.FewRows._launch
+    monkeypatch.setattr(few_rows.FewRows, "_launch", lambda *given: (launches.append(given), launch(*given)))
     np.testing.assert_array_equal(pair.host(pair.gpu.expert_mlp(on_gpu, experts, counts)), together)
+    assert len(launches) == 2 * len(experts)
 
 
 def test_experts_of_few_rows_need_warpgroups(device, monkeypatch):
@@ -514,7 +518,9 @@ def test_experts_of_few_rows_need_warpgroups(device, monkeypatch):
 
 @pytest.mark.parametrize("clamp", [None, Clamp(alpha=1.702, limit=1.5)])
 @pytest.mark.parametrize("rows", [1, 16, 17, 64])
-def test_an_expert_of_few_rows_clamps_as_the_cpu(device, rows, clamp):
+def test_an_expert_of_few_rows_clamps_as_the_cpu(device, monkeypatch, rows, clamp):
+    if device.has_warpgroups:
+        monkeypatch.setattr(CudaBackend, "_expert_of_many", None)
     pair = Pair(device, "bfloat16")
     experts, gpu_experts = few_experts(pair, 128, 64, 1, clamp=clamp)
     x, on_gpu = pair.values(rows, 128)
@@ -522,7 +528,9 @@ def test_an_expert_of_few_rows_clamps_as_the_cpu(device, rows, clamp):
     pair.close(outputs, pair.cpu.expert_mlp(x, experts, np.array([rows])), units=3)
 
 
-def test_reproducible_experts_take_their_rows_in_launches_of_few(device):
+def test_reproducible_experts_take_their_rows_in_launches_of_few(device, monkeypatch):
+    if device.has_warpgroups:
+        monkeypatch.setattr(CudaBackend, "_expert_of_many", None)
     pair = Pair(device, "bfloat16", reproducible=True)
     experts, gpu_experts = few_experts(pair, 128, 64, 2)
     x, on_gpu = pair.values(150, 128)

@@ -170,7 +170,8 @@ class Device(Protocol):
         """Submit a kernel on `grid` blocks of `threads` threads; arrays become addresses, None a null pointer.
 
         `shared_bytes` is the size of the block's dynamic shared memory, the same in every launch of a kernel. A kernel
-        that is `early` waits by itself for the work before it (kernels/early_launch.cuh), which needs warpgroups.
+        that is `early` waits by itself for the work before it (kernels/early_launch.cuh), which needs
+        compute capability 9.0.
         """
 
     def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool) -> None:

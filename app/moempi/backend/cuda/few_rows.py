@@ -21,7 +21,7 @@ BLOCKS = 132
 """Blocks that a matrix is divided into if it has fewer tiles: the multiprocessors of an H100. The same on every GPU,
 since a row's bits depend on it."""
 PARTIAL_BYTES = 64 << 20
-"""Memory for the sums of splits; more experts are computed in several launches."""
+"""About the most memory of a queue for the sums of splits; more experts are computed in several launches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class FewRows:
         self._always = always
         self._has_warpgroups = launches.device.has_warpgroups
         self._arrived: dict[int, Array] = {}
+        self._sums: dict[int, Array] = {}
 
     def takes(self, own: ExpertRows) -> bool:
         """Whether the kernels compute these rows."""
@@ -80,8 +81,7 @@ class FewRows:
             down = divide("multiply_few", width, hidden, most_rows, BLOCKS)
             partial = max(gate_up.partial, down.partial)
             together = min(len(parts), MOST_EXPERTS, max(1, PARTIAL_BYTES // (partial * THREADS * 16)))
-            sums = self._device.empty((together * partial, THREADS, 4), np.float32)
-            self._expert_mlps(rows, parts[:together], out, gate_up, down, sums)
+            self._expert_mlps(rows, parts[:together], out, gate_up, down, self._memory(together * partial))
             parts = parts[together:]
 
     def _expert_mlps(
@@ -114,6 +114,14 @@ class FewRows:
             shared_bytes=division.shared_bytes,
             early=True,
         )
+
+    def _memory(self, needed: int) -> Array:
+        """The queue's memory for sums of splits, which is kept; it grows by doubling."""
+        queue = self._device.queue
+        if queue not in self._sums or len(self._sums[queue]) < needed:
+            size = 1 << (needed - 1).bit_length()
+            self._sums[queue] = self._device.empty((size, THREADS, 4), np.float32)
+        return self._sums[queue]
 
     def _zeros(self, needed: int) -> Array:
         """The queue's counters of the warps that have written their sums, which are zero between launches."""

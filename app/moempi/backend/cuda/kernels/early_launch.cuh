@@ -2,7 +2,7 @@
 //
 // A kernel that is launched `early` may begin when all blocks of the kernel before it in its queue have called
 // start_successor or ended. It reads nothing that the kernels before it write, and writes nothing, until
-// await_predecessors returns. Source: PTX ISA, "griddepcontrol".
+// await_predecessors returns: before, it may read weights, which no kernel writes. Source: PTX ISA, "griddepcontrol".
 #pragma once
 
 #ifdef __CUDACC__

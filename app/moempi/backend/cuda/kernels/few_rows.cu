@@ -147,6 +147,7 @@ __device__ inline bool add_splits(float (*sums)[4], float4* partial, int* arrive
     if (before == splits - 1) *count = 0;
   }
   if (__shfl_sync(FULL_WARP, before, 0) != splits - 1) return false;
+  __syncwarp();  // lane 0's fence before the others' reads
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile)
     for (int i = 0; i < 4; ++i) sums[tile][i] = 0.0f;

@@ -41,7 +41,7 @@ __device__ inline void begin_copy(unsigned short* to, const unsigned short* from
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
-// The same for memory that no one reads again soon: it leaves the L2 cache first.
+// The same for memory that is mostly read once: it leaves the L2 cache first.
 __device__ inline void begin_copy_once(unsigned short* to, const unsigned short* from) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   unsigned long long policy;
