@@ -21,6 +21,7 @@ LATENT = structs.replace(
     ),
     experts=structs.replace(SMALL.experts, shared_width=8, shared_gate=True),
 )
+PANELS = structs.replace(SMALL, width=64, experts=structs.replace(SMALL.experts, width=64))
 
 
 class WatchedDevice(SimtDevice):
@@ -35,7 +36,7 @@ class WatchedDevice(SimtDevice):
         super().launch(kernel, grid, threads, arguments, **options)
 
 
-@pytest.mark.parametrize("architecture", [SMALL, TILED, LATENT], ids=["small", "tiled", "latent"])
+@pytest.mark.parametrize("architecture", [SMALL, TILED, LATENT, PANELS], ids=["small", "tiled", "latent", "panels"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_a_run_launches_no_kernel_for_the_first_time(tmp_path, architecture, precision):
     device = WatchedDevice()
@@ -84,3 +85,18 @@ def test_the_warm_up_groups_by_as_many_ids_as_a_run(tmp_path, num_replicas, cons
     warm_up(run.model, run.world, placements=dict.fromkeys(run.rank_layout.placements, placement), lanes=1)
     found = {kernel.name: dict(kernel.constants) for kernel in device.kernels if kernel.file == "grouping.cu"}
     assert found == constants
+
+
+def test_the_warm_up_computes_experts_of_every_number_of_rows(tmp_path):
+    """The kernels of few rows have a constant for the rows of the largest expert; more rows are the library's."""
+    device = WatchedDevice()
+
+    def make_backend(progress):
+        return CudaBackend(device, precision="bfloat16", reproducible=False, progress=progress)
+
+    run = Run(tmp_path, requests_of(3), architecture=PANELS, make_backend=make_backend)
+    warm_up(run.model, run.world, placements=run.rank_layout.placements, lanes=1)
+    few = {(kernel.name, kernel.constants) for kernel in device.kernels if kernel.file == "few_rows.cu"}
+    names = ("gate_up_few", "multiply_few")
+    assert few == {(name, (("ROWS", rows),)) for name in names for rows in (16, 32, 64)}
+    assert "swiglu" in {kernel.name for kernel in device.kernels}

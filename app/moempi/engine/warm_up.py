@@ -25,10 +25,10 @@ NUM_ROWS = (1, PAGE_ROWS)
 def warm_up(model: Transformer, world: World, *, placements: Mapping[int, Placement], lanes: int) -> None:
     """Run each verb of the model's layers on the queues of all lanes; collective, blocks.
 
-    `placements` are those of the layers whose choices the backend groups by physical experts. Does nothing with a
-    backend whose verbs are complete when they return: it compiles nothing. The first rank of a node comes first, so
-    that the others find compiled kernels. The cache must have no sequence; its first page is written. A MoempiError of
-    any rank ends all ranks, such as too many physical experts for the backend.
+    `placements` has the placement of each layer whose choices the backend groups by physical experts. Does nothing
+    with a backend whose verbs are complete when they return: it compiles nothing. The first rank of a node comes
+    first, so that the others find compiled kernels. The cache must have no sequence; its first page is written. A
+    MoempiError of any rank ends all ranks, such as too many physical experts for the backend.
     """
     is_first = world.local_rank == 0
     run = partial(_run_all, model, placements, lanes)
@@ -85,11 +85,14 @@ def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Place
     backend.pack(x, source_rows, buffer)
     rows = backend.unpack(buffer, None)
     num_rows = len(rows)
-    while hosted and num_rows:  # a backend may compute few rows by other kernels, and several experts together
-        counts = np.full(hosted, num_rows // hosted)
-        counts[0] += num_rows % hosted
+    while hosted and num_rows:  # a backend may compute few rows by other kernels
+        counts = np.zeros(hosted, np.int64)
+        counts[0] = num_rows
         backend.expert_mlp(rows[:num_rows], experts.experts, counts)
         num_rows //= 2
+    together = min(hosted, len(rows))  # and several experts in one launch
+    if together:
+        backend.expert_mlp(rows[:together], experts.experts, (np.arange(hosted) < together).astype(np.int64))
     backend.combine(buffer, output_rows, weights, (x, x))
     if experts.shared is not None:
         shared = experts.shared(backend, x)

@@ -493,6 +493,15 @@ def test_experts_of_few_rows_equal_the_cpu(device, monkeypatch, width, hidden, b
     np.testing.assert_array_equal(pair.host(last)[0], pair.host(outputs)[-1])  # whatever the number of rows and experts
 
 
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1]])
+def test_experts_and_counts_of_other_lengths_are_refused(pair, counts):
+    x, on_gpu = pair.values(3, 128)
+    experts, gpu_experts = few_experts(pair, 128, 64, 2)
+    for backend, rows, given in ((pair.cpu, x, experts), (pair.gpu, on_gpu, gpu_experts)):
+        with pytest.raises(ValueError, match="zip"):
+            backend.expert_mlp(rows, given, np.array(counts))
+
+
 def test_experts_of_few_rows_keep_to_their_memory(device, monkeypatch):
     pair = Pair(device, "bfloat16")
     _, experts = few_experts(pair, 128, 64, 5)

@@ -3,8 +3,8 @@
 Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `group`, `sample` and
 `score` returns when its work is submitted; while these four wait, they call `progress`, so that the transfers of all
 lanes advance. `finish_loading` and the upload of a large array block without it. Matrices stay as they are stored. With
-`reproducible`, each row's bits are independent of the other rows: products.py makes calls of one size, and attention
-goes row by row.
+`reproducible`, each row's bits are independent of the other rows: products.py makes calls of one size, few_rows.py
+computes experts in parts of few rows where it can, and attention goes row by row.
 """
 
 import os

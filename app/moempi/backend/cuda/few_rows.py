@@ -34,9 +34,12 @@ class ExpertRows:
 
 
 def expert_rows(experts: Sequence[Expert], counts: Sequence[int]) -> list[ExpertRows]:
-    """The rows of each expert that has some: counts[0] of the first, then counts[1] of the second, and so on."""
-    firsts = accumulate(counts, initial=0)
-    return [ExpertRows(*own) for own in zip(experts, firsts, counts, strict=False) if own[2]]
+    """The rows of each expert that has some: counts[0] of the first, then counts[1] of the second, and so on.
+
+    Raises ValueError if there are not as many counts as experts.
+    """
+    own = zip(experts, counts, accumulate(counts), strict=True)
+    return [ExpertRows(expert, end - count, count) for expert, count, end in own if count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class FewRows:
         return is_few and self._has_warpgroups and own.expert.gate_up.has_panels and own.expert.down.has_panels
 
     def expert_mlps(self, rows: Array, chosen: Sequence[ExpertRows], out: Array) -> None:
-        """Compute the chosen rows of out (T, D) from those of rows (T, D); all experts have one shape."""
+        """Compute the chosen rows of out (T, D) from the same rows of `rows` (T, D); all experts have one shape."""
         parts: list[ExpertRows] = []
         for own in chosen:
             parts += [own] if own.count <= MOST_ROWS else _divided(own)
@@ -81,7 +84,7 @@ class FewRows:
             down = divide("multiply_few", width, hidden, most_rows, BLOCKS)
             partial = max(gate_up.partial, down.partial)
             together = min(len(parts), MOST_EXPERTS, max(1, PARTIAL_BYTES // (partial * THREADS * 16)))
-            self._expert_mlps(rows, parts[:together], out, gate_up, down, self._memory(together * partial))
+            self._expert_mlps(rows, parts[:together], out, gate_up, down, self._partial_sums(together * partial))
             parts = parts[together:]
 
     def _expert_mlps(
@@ -104,7 +107,7 @@ class FewRows:
         self, division: Division, x: Array, out: Array, sums: Array, table: ExpertTable, rule: tuple[float, ...]
     ) -> None:
         num_experts = len(table.counts)
-        arrived = self._zeros(num_experts * division.tiles * WARPS)
+        arrived = self._arrivals(num_experts * division.tiles * WARPS)
         sizes = (num_experts, out.shape[1], x.shape[1], division.split_inputs)
         self._device.launch(
             division.kernel,
@@ -115,7 +118,7 @@ class FewRows:
             early=True,
         )
 
-    def _memory(self, needed: int) -> Array:
+    def _partial_sums(self, needed: int) -> Array:
         """The queue's memory for sums of splits, which is kept; it grows by doubling."""
         queue = self._device.queue
         if queue not in self._sums or len(self._sums[queue]) < needed:
@@ -123,7 +126,7 @@ class FewRows:
             self._sums[queue] = self._device.empty((size, THREADS, 4), np.float32)
         return self._sums[queue]
 
-    def _zeros(self, needed: int) -> Array:
+    def _arrivals(self, needed: int) -> Array:
         """The queue's counters of the warps that have written their sums, which are zero between launches."""
         queue = self._device.queue
         if queue not in self._arrived or len(self._arrived[queue]) < needed:

@@ -45,7 +45,8 @@ __device__ inline void multiply_values(float (*mixed)[4], const float (*scores)[
 #pragma unroll
   for (int step = 0; step < TILE / 16; ++step) {
     const float *low = scores[2 * step], *high = scores[2 * step + 1];
-    const unsigned a[4] = {bfloat16_pair(low[0], low[1]), bfloat16_pair(low[2], low[3]), bfloat16_pair(high[0], high[1]), bfloat16_pair(high[2], high[3])};
+    const unsigned a[4] = {bfloat16_pair(low[0], low[1]), bfloat16_pair(low[2], low[3]),
+                           bfloat16_pair(high[0], high[1]), bfloat16_pair(high[2], high[3])};
 #pragma unroll
     for (int eights = 0; eights < VALUE_DIM / 8; eights += 2) {
       unsigned fragment[4];
