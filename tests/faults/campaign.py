@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mpirun as launching
 from faults import merging
-from faults.inject_fault import FAULTS, POINTS
+from faults.inject_fault import FAULTS, POINTS, RELEASE
 from faults.rehearsal import BrokenError, Rehearsal, is_alive, require
 
 Case = tuple[str, Callable[[], object]]
@@ -65,10 +65,9 @@ def kill_cases(rehearsal: Rehearsal, dice: random.Random, kills: int) -> Iterato
 
 def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> None:
     results = rehearsal.fresh()
-    process = rehearsal.start(results, "none", rank=-1, point="agree", count=1, num_ranks=RANKS)
+    process = rehearsal.start(results, "none", num_ranks=RANKS)
     note = results.parent / "notes" / f"{rank}.pid"
-    while not note.exists() or not note.read_text():
-        time.sleep(0.01)
+    wait_for(note, process)
     time.sleep(delay * rehearsal.seconds)
     if process.poll() is not None or not is_alive(int(note.read_text())):
         launching.end(process)
@@ -79,6 +78,13 @@ def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> Non
         os.kill(int(note.read_text()), signal.SIGKILL)
     rehearsal.require_clean_end(process, results, injected_at=time.time())
     rehearsal.finish(results, num_ranks=ranks_after)
+
+
+def wait_for(note: Path, process: "subprocess.Popen[str]") -> None:
+    """Wait until a run has written a note; raises BrokenError if it ends before."""
+    while not note.exists() or not note.read_text():
+        require(process.poll() is None, f"ends before it writes {note.name}")
+        time.sleep(0.001)
 
 
 def disk_cases(rehearsal: Rehearsal) -> Iterator[Case]:
@@ -131,12 +137,16 @@ def folder_cases(rehearsal: Rehearsal) -> Iterator[Case]:
 
     def in_use() -> None:
         results = rehearsal.fresh()
-        first = rehearsal.start(results, "none", rank=-1, point="agree", count=1, num_ranks=2)
-        while not Path(f"{results}.run.json").exists():
-            time.sleep(0.01)
-        require_refusal(rehearsal, results, words="another run writes it")
-        first.communicate(timeout=60)
-        shutil.rmtree(results.parent / "notes")
+        notes = results.parent / "notes"
+        first = rehearsal.start(results, "hold", rank=0, num_ranks=2, timeout_s=2 * launching.LIMIT_S)
+        try:
+            wait_for(notes / "0.injected", first)
+            require_refusal(rehearsal, results, words="another run writes it")
+        finally:
+            (notes / RELEASE).touch()
+            _, err = first.communicate(timeout=launching.LIMIT_S)
+        require(first.returncode == 0, f"the first run is disturbed: {err}")
+        shutil.rmtree(notes)
         rehearsal.require_same(results)
 
     yield "folder that is a file", below_a_file

@@ -1,7 +1,8 @@
 """The real program with a fault in it: python inject_fault.py NOTES FAULT RANK PLACE COUNT run JOB.toml ...
 
 FAULT is injected at the COUNT-th time that RANK comes to PLACE; RANK -1 is none. Each rank leaves its process id in
-the folder NOTES, with the names of the shared-memory files that it has mapped, and when the fault was injected.
+the folder NOTES, with the names of the shared-memory files that it has mapped, and when the fault was injected. Two
+faults disturb nothing: "none" only notes when RANK came to PLACE, "hold" waits there for the file RELEASE in NOTES.
 """
 
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 FAULTS = ("exception", "exit", "memory", "SIGKILL", "SIGSEGV", "SIGSTOP")
 POINTS = ("counts", "dispatch", "combine", "agree")
+RELEASE = "release"
+"""The file in NOTES that ends the fault "hold"."""
 CALLS = {
     "prompts": ("moempi.storage.prompts", "read_prompts"),
     "weights": ("moempi.engine.load", "load_model"),
@@ -22,8 +25,14 @@ CALLS = {
 }
 
 
-def inject(fault: str) -> None:
+def inject(fault: str, notes: Path) -> None:
     match fault:
+        case "none":
+            return
+        case "hold":
+            while not (notes / RELEASE).exists():
+                time.sleep(0.01)
+            return
         case "exception":
             raise ValueError("injected")
         case "exit":
@@ -70,7 +79,7 @@ def prepare(notes: str, fault: str, rank: str, place: str, count: str) -> None:
             maps = Path("/proc/self/maps").read_text().splitlines()
             note.with_suffix(".shm").write_text("\n".join(line.split()[5] for line in maps if "/dev/shm/" in line))
             note.with_suffix(".injected").write_text(str(time.time()))
-            inject(fault)
+            inject(fault, note.parent)
 
     from importlib import import_module
 

@@ -13,6 +13,7 @@ from moempi.storage.convert import convert
 
 PROGRAM = Path(__file__).with_name("inject_fault.py")
 END_S = 10.0
+TIMEOUT_S = 4.0  # a busy machine may pause for two
 PROGRESS = re.compile(r"moempi: \d+/\d+ requests, ")
 
 
@@ -50,22 +51,33 @@ class Rehearsal:
         folder.mkdir()
         return folder / "r.h5"
 
-    def command(self, results: Path) -> list[str]:
+    def command(self, results: Path, *, timeout_s: float = TIMEOUT_S) -> list[str]:
         settings = {
             "model.weights": str(self.weights),
             "input.prompts": str(self.prompts),
             "output.results": str(results),
             "run.precision": "float32",
-            "run.timeout_s": "4",  # a busy machine may pause for two
+            "run.timeout_s": str(timeout_s),
             "exchange.transport": "alltoallv",
         }
         return ["run", "jobs/abacus.toml", *(word for item in settings.items() for word in ("--set", "=".join(item)))]
 
-    def start(self, results: Path, fault: str, *, rank: int, point: str, count: int, num_ranks: int):
+    def start(
+        self,
+        results: Path,
+        fault: str,
+        *,
+        rank: int = -1,
+        point: str = "agree",
+        count: int = 1,
+        num_ranks: int,
+        timeout_s: float = TIMEOUT_S,
+    ) -> "subprocess.Popen[str]":
         """Start a run with a fault at the `count`-th time that `rank` reaches `point`."""
         (results.parent / "tmp").mkdir(exist_ok=True)
         (results.parent / "notes").mkdir(exist_ok=True)
-        command = [PROGRAM, results.parent / "notes", fault, str(rank), point, str(count), *self.command(results)]
+        command = [PROGRAM, results.parent / "notes", fault, str(rank), point, str(count)]
+        command += self.command(results, timeout_s=timeout_s)
         environment = {"TMPDIR": str(results.parent / "tmp"), "PYTHONUNBUFFERED": "1"}
         return launching.start("mpirun", "-n", str(num_ranks), *launching.python(*command), **environment)
 
