@@ -28,6 +28,9 @@ stage_weights() {
 # progress JOB.toml [OPTION...]   "STATE FINISHED EXIT_CODE" of the job's last run; "none 0 0" before the first.
 progress() { moempi state "$@" 2>/dev/null || echo none 0 0; }
 
+# is_own_code CODE   whether CODE is one that moempi ends with, and not a launcher's: all ranks have ended.
+is_own_code() { [ "$1" -eq 0 ] || { [ "$1" -ge 64 ] && [ "$1" -le 78 ]; }; }
+
 # requeue REASON
 requeue() {
     echo "batch: $1, requeueing"
@@ -52,8 +55,13 @@ run_job() {
     local child=$!
     trap 'kill -USR1 "$child" 2>/dev/null' USR1 # srun and mpirun pass it on to their ranks
     while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends wait, not the child
-    trap - USR1
-    read -r state after asked _ < <(progress "$@")
+    trap : USR1
+    # A launcher that dies may leave ranks, and a run that was killed on another node counts as running for a while.
+    for _ in {1..40}; do
+        read -r state after asked _ < <(progress "$@")
+        [ "$state" = running ] && ! is_own_code "$code" || break
+        sleep 10
+    done
     if [ "$code" -ne 0 ] && [ "$asked" = 75 ]; then
         if [ "$after" -gt "$before" ]; then
             requeue "$after requests are finished ($before before)"

@@ -1,19 +1,22 @@
 """A run that was stopped or killed goes on where it was; requests that are not numbers end alone."""
 
 import json
+import os
 import shlex
+import time
 
 import numpy as np
 import pytest
 
+from moempi.cli import main
 from moempi.config.tensors import catalogue
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
 from moempi.storage.journal import JournalReader, journal_paths
 from moempi.storage.results import ResultFile
-from moempi.storage.run_state import read_state
+from moempi.storage.run_state import read_state, state_path
 from moempi.storage.weights import WeightFile, write_weights
-from mpirun import ROOT, execute, mpirun, python
+from mpirun import ROOT, end, execute, mpirun, python, start
 
 JOB = ROOT / "jobs/abacus.toml"
 NOT_A_NUMBER = 0x7FC0
@@ -200,6 +203,33 @@ def test_results_are_whole_even_if_stdout_cannot_be_written(weights, tmp_path, r
     assert read_state(results).state == "finished"
     with ResultFile(results) as file:
         assert len(list(file.requests())) == 256
+
+
+@pytest.mark.mpi
+def test_a_run_that_is_killed_whole_has_failed_and_continues(weights, run, tmp_path, capfd):
+    results = tmp_path / "r.h5"
+    settings = {"model.weights": weights, "output.results": results, "run.precision": "float32"}
+    words = [str(word) for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    process = start(*python("-m", "moempi", "run", JOB, *words))
+    try:
+        while not state_path(results).exists() or read_state(results).finished == 0:
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert read_state(results).state == "running"
+        process.kill()
+    finally:
+        end(process)
+    finished = read_state(results).finished
+    assert 0 < finished < 256
+    assert main(["state", str(JOB), *words]) == 0
+    found = capfd.readouterr().out
+    assert found.startswith(
+        f"failed {finished} 75 killed: process {process.pid} on {os.uname().nodename} was last alive"
+    )
+    assert run(3, "r").code == 0
+    assert run(2, "whole").code == 0
+    found = compare(tmp_path / "whole.h5", results)
+    assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
 
 
 @pytest.mark.mpi

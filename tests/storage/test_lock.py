@@ -1,13 +1,15 @@
 """The output lock: two processes never write one results file."""
 
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from moempi.errors import StorageError
 from moempi.storage.journal import journals_folder, remove_journals
-from moempi.storage.lock import OutputLock
+from moempi.storage.lock import OutputLock, is_locked, lock_path
 
 HOLDER = """
 import os, sys
@@ -63,6 +65,44 @@ def test_a_lock_on_a_removed_file_is_not_accepted(tmp_path, monkeypatch):
     assert second.path.exists()
     with pytest.raises(StorageError, match="another run"):
         OutputLock(tmp_path / "r.h5")
+
+
+def test_whether_a_lock_is_held_can_be_queried(tmp_path, holder):
+    assert is_locked(tmp_path / "r.h5") is True
+    holder.communicate()
+    assert is_locked(tmp_path / "r.h5") is False
+    remove_journals(tmp_path / "r.h5")
+    assert is_locked(tmp_path / "r.h5") is False
+    assert not journals_folder(tmp_path / "r.h5").exists()
+
+
+def test_queries_never_keep_a_run_from_its_lock(tmp_path):
+    ended = threading.Event()
+
+    def query():
+        while not ended.is_set():
+            is_locked(tmp_path / "r.h5")
+
+    threads = [threading.Thread(target=query) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(300):
+            OutputLock(tmp_path / "r.h5").release()
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_lock_that_cannot_be_opened_is_unknown_and_a_fifo_does_not_block(tmp_path):
+    lock = lock_path(tmp_path / "r.h5")
+    lock.parent.mkdir()
+    lock.symlink_to(lock)
+    assert is_locked(tmp_path / "r.h5") is None
+    lock.unlink()
+    os.mkfifo(lock)
+    assert is_locked(tmp_path / "r.h5") is False
 
 
 def test_an_output_that_cannot_be_locked(tmp_path):

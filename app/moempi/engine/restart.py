@@ -1,6 +1,7 @@
 """Restart: an attempt at a job skips what earlier attempts finished, and records its own state in `run.json`."""
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -27,13 +28,24 @@ from moempi.storage.files import digest_file, remove_hidden
 from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths, remove_journals
 from moempi.storage.lock import OutputLock
 from moempi.storage.records import RequestRecord, RoutingRecord
-from moempi.storage.run_state import RunState, State, finished, is_replaced, results_identity, state_path, write_state
+from moempi.storage.run_state import (
+    TOUCH_EVERY_S,
+    RunState,
+    State,
+    finished,
+    is_replaced,
+    results_identity,
+    state_path,
+    touch_state,
+    write_state,
+)
 
 log = logging.getLogger(__name__)
 
 STOPPED = 75  # EX_TEMPFAIL
-STATE_EVERY_S = 10.0
-"""Seconds between updates of `run.json` during the run."""
+STATE_PAUSE_S = 1.0
+STATE_MAX_PAUSE_S = 10.0
+"""Seconds between updates of `run.json`: they double, so that also the state of a short run shows its progress."""
 STATE_LIMIT_S = 1.0
 """Seconds that a failing rank waits for `run.json` to be written."""
 FINISHES = ("stop", "length", "error")
@@ -126,7 +138,9 @@ class Attempt:
         self._results = job.output.results
         self._world = world
         self._counts = (0, 0)
-        self._state_due = time.monotonic() + STATE_EVERY_S
+        self._state_pause_s = STATE_PAUSE_S
+        self._state_due = time.monotonic() + STATE_PAUSE_S
+        self._ended = threading.Event()
         self._problems: list[str] = []
         self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
         resolved = _with_resolved_backend(job, world)
@@ -138,6 +152,9 @@ class Attempt:
             world_size=world.size,
             started=_now(),
             updated=_now(),
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            host=os.uname().nodename,
+            process=os.getpid(),
             replaces=results_identity(self._results),
         )
         world.on_failure(self._write_failure)
@@ -147,6 +164,8 @@ class Attempt:
             lambda: JournalWriter(journal_path(self._results, world.rank), fingerprint=fingerprint)
         )
         world.collectively(lambda: self.write_state("running"))
+        if world.rank == 0:
+            threading.Thread(target=self._touch_state, name="state", daemon=True).start()
 
     def also_writing_state(self, on_progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
         """An `on_progress(finished, tokens)` that calls the given one and writes both sums to `run.json` at times."""
@@ -160,11 +179,17 @@ class Attempt:
     def _update_state(self, finished: int, tokens: int) -> None:
         self._counts = (finished, tokens)
         if self._world.rank == 0 and time.monotonic() >= self._state_due:
-            self._state_due = time.monotonic() + STATE_EVERY_S
+            self._state_pause_s = min(2 * self._state_pause_s, STATE_MAX_PAUSE_S)
+            self._state_due = time.monotonic() + self._state_pause_s
             try:
                 self.write_state("running")
             except StorageError as error:
                 log.warning("%s", error)
+
+    def _touch_state(self) -> None:
+        # A thread, because weights are read and results merged for longer than SILENT_S without a step.
+        while not self._ended.wait(TOUCH_EVERY_S):
+            touch_state(self._results)
 
     def write_state(self, state: State, *, reason: str = "", exit_code: int = 0) -> None:
         """Write `run.json`, on rank 0 only; raises StorageError if writing fails."""
@@ -190,6 +215,7 @@ class Attempt:
     def stop(self, stop: Stop) -> int:
         """End an attempt that was stopped: write the state and print a line; return STOPPED. Collective, blocks."""
         reason = max(self._world.comm.allgather((stop.requested, stop.reason)))[1]
+        self._ended.set()
         self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
         if self._world.rank == 0:
             finished = f"{self._counts[0]} of {self._begin.requests} requests are finished"
@@ -201,6 +227,7 @@ class Attempt:
 
         For rank 0. A failure is a warning: the results are whole, and the next attempt merges left journals again.
         """
+        self._ended.set()
         try:
             self.write_state("finished")
             remove_journals(self._results)

@@ -1,8 +1,13 @@
-"""The lock on a job's output, so that two runs never write the same results file."""
+"""The lock on a job's output, so that two runs never write the same results file.
+
+It is a lock of an open file description: like flock, it ends with the process that opened the file, but whether it is
+held can be queried without acquiring it.
+"""
 
 import fcntl
 import logging
 import os
+import struct
 from pathlib import Path
 
 from moempi.errors import StorageError
@@ -10,22 +15,56 @@ from moempi.storage.journal import journals_folder
 
 log = logging.getLogger(__name__)
 
+_FLOCK = struct.Struct("hhqqi0q")  # l_type, l_whence, l_start, l_len (0: the whole file), l_pid of <fcntl.h>
+_WHOLE_FILE = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
+def lock_path(results_path: str | Path) -> Path:
+    """The file whose lock the run that writes `results_path` holds."""
+    return journals_folder(results_path) / "lock"
+
+
+def is_locked(results_path: str | Path) -> bool | None:
+    """Whether a run holds the lock on an output; None if that is unknown, as on a file system without locks.
+
+    Other nodes' runs are seen only where the file system shares its locks. Never keeps another run from the lock.
+    """
+    try:
+        file = os.open(lock_path(results_path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+    try:
+        kind: int = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, _WHOLE_FILE))[0]
+        return kind != fcntl.F_UNLCK
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
+def process_name(process: int, host: str, job: str) -> str:
+    """How messages name a process: its number, its host, and its Slurm job unless `job` is ""."""
+    return f"process {process} on {host}" + (f", Slurm job {job}" if job else "")
+
 
 class OutputLock:
     """Exclusive lock on an output, held from construction until `release` or the end of this process.
 
-    It is a kernel lock (flock) on a file in the journals' folder; the file names the holder. If the file system has no
-    locks, the run continues with a warning. Raises StorageError if another process holds the lock or the disk fails.
+    The locked file is in the journals' folder and names the holder. If the file system has no locks, the run continues
+    with a warning. Raises StorageError if another process holds the lock or the disk fails.
     """
 
     def __init__(self, results_path: str | Path) -> None:
         self._results = results_path
-        self.path = journals_folder(results_path) / "lock"
+        self.path = lock_path(results_path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._open_locked()
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, _self_description().encode(), 0)
+            own_name = process_name(os.getpid(), os.uname().nodename, os.environ.get("SLURM_JOB_ID", ""))
+            os.pwrite(self._file, own_name.encode(), 0)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
 
@@ -49,7 +88,7 @@ class OutputLock:
 
     def _acquire(self, file: int) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
         except BlockingIOError as error:
             holder = os.pread(file, 1024, 0).decode(errors="replace").strip() or "it does not say which"
             raise StorageError(
@@ -57,11 +96,6 @@ class OutputLock:
             ) from error
         except OSError as error:
             log.warning("%s: no lock: %s; start no second run of this job", self.path, error.strerror)
-
-
-def _self_description() -> str:
-    job = os.environ.get("SLURM_JOB_ID")
-    return f"process {os.getpid()} on {os.uname().nodename}" + (f", Slurm job {job}" if job else "")
 
 
 def _is_file_at(file: int, path: Path) -> bool:

@@ -1,20 +1,31 @@
 """The state of a run in `<results>.run.json`, for scripts and people, because launchers may change exit codes.
 
-A run is finished as soon as its results file is in place. If the run is killed before it has written that state, a
-reader infers it: the results file is then another one than the file that was there when the run began.
+A run that is killed cannot write how it ended, so a reader infers it. A run is finished as soon as its results file is
+in place, which is then another one than the file that was there when the run began. Otherwise it is dead if the lock
+on its output is free. Some file systems have no locks, or none that other nodes see. There a run on the reader's host
+is dead if its process is gone, and a run on another host if it has not touched its state file for SILENT_S.
 """
 
 import os
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from moempi.config.input_file import read_input
-from moempi.errors import DataError
+from moempi.errors import DataError, NoInputError
 from moempi.storage.files import atomic
+from moempi.storage.lock import is_locked, process_name
 
 MAX_BYTES = 1 << 20
+MAX_PROCESS = 2**31 - 1
+TOUCH_EVERY_S = 10.0
+"""Seconds after which a live run touches its state file."""
+SILENT_S = 300.0
+"""Seconds without a touch after which a run without a lock is dead: many touches, because a disk may block one."""
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -23,8 +34,9 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """One state of a run; `finished` counts requests.
 
     `rank` is the rank that ended the run, `phase` the phase it was in, `reason` the cause. `exit_code` is the program's
-    intended exit code, 0 while it runs; 75 means that running the same job again continues it. `replaces` is the
-    `results_identity` when the run began, and None if the run was of a version that did not record it.
+    intended exit code, 0 while it runs; 75 means that running the same job again continues it. `host`, `process` and
+    `job` name the writer. `replaces` is the `results_identity` when the run began. A version that did not record them
+    leaves `host` empty and `replaces` None.
     """
 
     state: State
@@ -38,7 +50,9 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     started: str
     updated: str
-    job: str = os.environ.get("SLURM_JOB_ID", "")
+    job: str = ""
+    host: str = ""
+    process: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROCESS)] = 0
     replaces: str | None = None
 
 
@@ -67,21 +81,25 @@ def write_state(results_path: str | Path, state: RunState) -> None:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
 
 
+def touch_state(results_path: str | Path) -> None:
+    """Record in the state file's time of change that its run is alive; does nothing if that fails."""
+    with suppress(OSError):
+        os.utime(state_path(results_path))
+
+
 def read_state(results_path: str | Path) -> RunState:
-    """The state last written, or "finished" if the run's results are in place.
+    """The state last written; "finished" if the run's results are in place, "failed" if it was killed before.
 
     Raises NoInputError if there is no state, DataError if it is not a valid one.
     """
-    path = state_path(results_path)
-    content = read_input(path, limit=MAX_BYTES, too_long=DataError)
-    try:
-        state = msgspec.json.decode(content, type=RunState)
-    except (ValueError, RecursionError) as error:  # msgspec's errors, and text that is not UTF-8
-        raise DataError(f"{path}: is not the state of a run: {error}") from error
+    state, touched = _read(state_path(results_path))
+    dead = state.state == "running" and _is_dead(results_path, state, touched=touched)
+    if dead and _read(state_path(results_path))[0] != state:
+        return read_state(results_path)  # it ended by itself, or another one began
     interrupted = state.state in ("running", "failed") and state.replaces is not None
     if interrupted and is_replaced(results_path, state.replaces or ""):
         return finished(state)
-    return state
+    return _killed(state, touched=touched) if dead else state
 
 
 def finished(state: RunState) -> RunState:
@@ -89,3 +107,42 @@ def finished(state: RunState) -> RunState:
     return msgspec.structs.replace(
         state, state="finished", finished=state.requests, reason="", phase="", rank=0, exit_code=0
     )
+
+
+def _killed(state: RunState, *, touched: float) -> RunState:
+    name = process_name(state.process, state.host, state.job)
+    at = datetime.fromtimestamp(touched, UTC).isoformat(timespec="seconds")
+    return msgspec.structs.replace(
+        state, state="failed", reason=f"killed: {name} was last alive at {at}", exit_code=os.EX_TEMPFAIL
+    )
+
+
+def _read(path: Path) -> tuple[RunState, float]:
+    """The state last written, and when its file was last touched, in seconds since the epoch."""
+    content = read_input(path, limit=MAX_BYTES, too_long=DataError)
+    try:
+        return msgspec.json.decode(content, type=RunState), path.stat().st_mtime
+    except OSError as error:
+        raise NoInputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # msgspec's errors, and text that is not UTF-8
+        raise DataError(f"{path}: is not the state of a run: {error}") from error
+
+
+def _is_dead(results_path: str | Path, state: RunState, *, touched: float) -> bool:
+    """Whether the run that wrote "running" has been killed; False if its version did not record its host."""
+    locked = is_locked(results_path)
+    if locked or not state.host:
+        return False
+    if state.host == os.uname().nodename and (locked is not None or not _exists(state.process)):
+        return True
+    return time.time() - touched > SILENT_S
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # of another user
+    return True
