@@ -1,6 +1,9 @@
 """A whole job inside a program that goes on afterwards, as a benchmark does."""
 
+import os
 import signal
+import threading
+import time
 
 from mpi4py import MPI
 
@@ -10,7 +13,35 @@ from moempi.engine.run import run_job
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.initialize import initialize
-from moempi.storage.run_state import read_state
+from moempi.storage.merge import merge
+from moempi.storage.run_state import read_state, state_path
+
+
+def test_a_run_touches_its_state_in_a_long_phase_without_steps(tmp_path, monkeypatch):
+    initialize(SMALL, tmp_path / "weights.h5", seed=1)
+    (tmp_path / "prompts.jsonl").write_text('{"tokens": [1, 2, 3]}')
+    job = make_job(tmp_path, exchange={"transport": "alltoallv"}, sampling={"max_tokens": 2, "ignore_eos": True})
+    state, touched = state_path(job.output.results), []
+
+    def merge_slowly(*arguments, **named):
+        os.utime(state, (0, 0))
+        limit = time.monotonic() + 10
+        while not touched and time.monotonic() < limit:
+            touched.extend([True] * (state.stat().st_mtime > 0))
+        return merge(*arguments, **named)
+
+    monkeypatch.setattr("moempi.engine.restart.TOUCH_EVERY_S", 0.01)
+    monkeypatch.setattr("moempi.engine.run.merge", merge_slowly)
+    usr1 = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert run_job(job, job_text="", world=World(MPI.COMM_SELF), stop=Stop(), strict=True) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, usr1)
+    assert touched
+    for thread in threading.enumerate():
+        if thread.name == "state":
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def test_after_a_finished_job_the_program_still_fails_and_is_still_interrupted(tmp_path):

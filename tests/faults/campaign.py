@@ -1,4 +1,4 @@
-"""The fault campaign: python tests/faults/campaign.py [--seed N] [--kills N] [--every N]
+"""The fault campaign: python tests/faults/campaign.py [--seed N] [--kills N] [--endings N] [--every N]
 
 Disturbs the real program in every way below. Each time the program must end soon, with a non-zero exit code and one
 line that names the cause, and leave nothing behind; and a second run must give the results of an undisturbed run, each
@@ -24,9 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mpirun as launching
-from faults import merging
+from faults import ending, merging
 from faults.inject_fault import FAULTS, POINTS, RELEASE
-from faults.rehearsal import BrokenError, Rehearsal, is_alive, require
+from faults.rehearsal import BrokenError, Rehearsal, is_alive, require, wait_for
 
 Case = tuple[str, Callable[[], object]]
 
@@ -78,13 +78,6 @@ def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> Non
         os.kill(int(note.read_text()), signal.SIGKILL)
     rehearsal.require_clean_end(process, results, injected_at=time.time())
     rehearsal.finish(results, num_ranks=ranks_after)
-
-
-def wait_for(note: Path, process: "subprocess.Popen[str]") -> None:
-    """Wait until a run has written a note; raises BrokenError if it ends before."""
-    while not note.exists() or not note.read_text():
-        require(process.poll() is None, f"ends before it writes {note.name}")
-        time.sleep(0.001)
 
 
 def disk_cases(rehearsal: Rehearsal) -> Iterator[Case]:
@@ -173,7 +166,7 @@ def launch_wrongly(name: str) -> None:
     require((outcome.code, len(outcome.lines)) == (64, 1), f"exit code {outcome.code}: {outcome.err}")
 
 
-def cases(rehearsal: Rehearsal, dice: random.Random, kills: int) -> Iterator[Case]:
+def cases(rehearsal: Rehearsal, dice: random.Random, kills: int, endings: int) -> Iterator[Case]:
     yield from injected_cases(rehearsal)
     yield from kill_cases(rehearsal, dice, kills)
     if os.geteuid() == 0:
@@ -181,14 +174,15 @@ def cases(rehearsal: Rehearsal, dice: random.Random, kills: int) -> Iterator[Cas
     yield from folder_cases(rehearsal)
     yield from launcher_cases()
     yield from merging.cases(rehearsal.folder)
+    yield from ending.cases(rehearsal, dice, endings)
 
 
-def run(*, seed: int, kills: int, every: int, folder: Path) -> tuple[Counter[str], Counter[str]]:
+def run(*, seed: int, kills: int, endings: int, every: int, folder: Path) -> tuple[Counter[str], Counter[str]]:
     """Counts of cases tried and passed per fault; prints failures on stderr."""
     tried: Counter[str] = Counter()
     passed: Counter[str] = Counter()
     dice = random.Random(seed)
-    for number, (name, check) in enumerate(cases(Rehearsal(folder), dice, kills)):
+    for number, (name, check) in enumerate(cases(Rehearsal(folder), dice, kills, endings)):
         if (number + seed) % every and tried[name]:
             continue
         tried[name] += 1
@@ -218,10 +212,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=60, help="kills at random times (60)")
+    parser.add_argument("--endings", type=int, default=50, help="signals between the last token and the end (50)")
     parser.add_argument("--every", type=int, default=1, help="try each N-th case, and each fault at least once")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moempi-faults.") as folder:
-        tried, passed = run(seed=chosen.seed, kills=chosen.kills, every=chosen.every, folder=Path(folder))
+        tried, passed = run(
+            seed=chosen.seed, kills=chosen.kills, endings=chosen.endings, every=chosen.every, folder=Path(folder)
+        )
     print(table(tried, passed))
     return int(not all_passed(tried, passed))
 

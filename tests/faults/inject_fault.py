@@ -20,6 +20,7 @@ RELEASE = "release"
 CALLS = {
     "prompts": ("moempi.storage.prompts", "read_prompts"),
     "weights": ("moempi.engine.load", "load_model"),
+    "record": ("moempi.engine.summary", "rank_record"),  # after the last token
     "merge": ("moempi.storage.merge", "merge"),
     "remove": ("moempi.storage.journal", "remove_journals"),
 }

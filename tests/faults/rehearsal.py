@@ -105,18 +105,30 @@ class Rehearsal:
 
     def finish(self, results: Path, *, num_ranks: int, compare: bool = True) -> None:
         """Run the remaining requests on `num_ranks` ranks, and compare with the undisturbed results."""
-        command = launching.python("-m", "moempi", *self.command(results))
+        command = launching.python("-m", "moempi", *self.command(results, timeout_s=launching.LIMIT_S))
         outcome = launching.mpirun(num_ranks, *command)
         require(outcome.code == 0, f"does not finish: {outcome.lines}")
         if compare:
             self.require_same(results)
 
     def require_same(self, results: Path) -> None:
+        """Require the undisturbed results, and nothing left beside them."""
+        self.require_equal(results)
+        left = {entry.name for entry in results.parent.iterdir()} - {"r.h5", "r.h5.logs", "r.h5.run.json", "tmp"}
+        require(not left, f"leaves {left}")
+
+    def require_equal(self, results: Path) -> None:
+        """Require the undisturbed results."""
         compared = launching.execute(*launching.python("-m", "moempi", "compare", self.reference, results))
         same = f"{self.num_prompts} requests, 0 differ in tokens; log-probabilities within 0\n"
         require(compared.out == same, f"differs: {compared.out}{compared.err}")
-        left = {entry.name for entry in results.parent.iterdir()} - {"r.h5", "r.h5.logs", "r.h5.run.json", "tmp"}
-        require(not left, f"leaves {left}")
+
+
+def wait_for(note: Path, process: "subprocess.Popen[str]") -> None:
+    """Wait until a run has written a note; raises BrokenError if it ends before."""
+    while not note.exists() or not note.read_text():
+        require(process.poll() is None, f"ends before it writes {note.name}")
+        time.sleep(0.001)
 
 
 def is_alive(process: int) -> bool:

@@ -1,7 +1,9 @@
 """The ranks and how they end together: every ending on one rank of three, under a real mpirun."""
 
 import os
+import shlex
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -98,18 +100,34 @@ def test_debug_prints_the_traceback(tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("rank", [0, 2])
-def test_an_interrupt_ends_all_ranks_with_one_line(rank, tmp_path):
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGHUP)])
+def test_a_signal_ends_all_ranks_with_one_line(rank, number, tmp_path):
     process = launching.start("mpirun", "-n", "3", *launching.python(ENDINGS, "waiting", tmp_path))
     wait_for(tmp_path)
     begin = time.monotonic()
-    os.kill(int((tmp_path / f"{rank}.pid").read_text()), signal.SIGINT)
+    os.kill(int((tmp_path / f"{rank}.pid").read_text()), number)
     _, err = process.communicate(timeout=END_S)
     assert [line for line in err.splitlines() if line.startswith("moempi: ")] == [
-        f"moempi: rank {rank}: ended by SIGINT"
+        f"moempi: rank {rank}: ended by {number.name}"
     ]
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     wait_for_end(tmp_path, limit=begin + END_S)
+
+
+@pytest.mark.mpi
+def test_a_hangup_does_not_end_a_run_that_ignores_it(tmp_path):
+    command = launching.python(ENDINGS, "waiting", tmp_path)
+    process = launching.start("bash", "-c", f"trap '' HUP; exec {shlex.join(map(str, command))}")
+    try:
+        wait_for(tmp_path, num_ranks=1)
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=1.0)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=END_S)
+        assert process.returncode == 143
+    finally:
+        launching.end(process)
 
 
 @pytest.mark.mpi
@@ -122,10 +140,10 @@ def test_an_interrupted_launcher_leaves_no_rank(tmp_path):
     wait_for_end(tmp_path, limit=time.monotonic() + END_S)
 
 
-def wait_for(folder: Path) -> None:
-    """Until all three ranks are inside their guard."""
+def wait_for(folder: Path, *, num_ranks: int = 3) -> None:
+    """Until all ranks are inside their guard."""
     limit = time.monotonic() + 30
-    while len(list(folder.glob("*.ready"))) < 3:
+    while len(list(folder.glob("*.ready"))) < num_ranks:
         assert time.monotonic() < limit, "the ranks do not start"
         time.sleep(0.05)
 

@@ -20,7 +20,7 @@ from moempi.errors import MoempiError
 from moempi.runtime.hang import Position
 
 STDERR = 2
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # How long a rank waits for a lower surviving rank of its host to report a dead peer and abort.
 SURVIVOR_GRACE_S = 2.0
 PERIOD_S = 0.5
@@ -40,7 +40,7 @@ class DeadRankError(MoempiError):
 
 
 class InterruptedByError(MoempiError):
-    """SIGINT or SIGTERM ended the program; the exit code is 128 + the signal's number, as in a shell."""
+    """One of SIGNALS ended the program; the exit code is 128 + the signal's number, as in a shell."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -88,7 +88,8 @@ class Watchdog:
     def start(self) -> None:
         """Replace the signal handlers and start the thread; main thread only."""
         for number in SIGNALS:
-            self._handlers[number] = signal.signal(number, lambda _number, _frame: None)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._handlers[number] = signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for rank, process in self._peers.items():
             with suppress(OSError):  # not Linux, or dead already, which MPI reports
@@ -98,7 +99,7 @@ class Watchdog:
     def ignore_signals(self) -> None:
         """Ignore the signals that end a program until the process ends; main thread only."""
         self._handlers.clear()
-        for number in (*SIGNALS, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def stop(self) -> None:

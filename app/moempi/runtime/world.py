@@ -188,8 +188,8 @@ class World:
     def guard(self) -> Iterator[None]:
         """Run everything after `start` in this block: an exception that leaves it on one rank aborts all ranks.
 
-        An AgreedExit passes. SIGINT and SIGTERM abort with one line, also during a blocked MPI call. Collective at the
-        end of the block, where all ranks wait for each other.
+        An AgreedExit passes. SIGINT, SIGTERM and SIGHUP abort with one line, also during a blocked MPI call. Collective
+        at the end of the block, where all ranks wait for each other.
         """
         self._watchdog.start()
         if self.num_nodes > 1:
