@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Makes .venv at the repository's root, or brings it up to date: bash jobs/setup.sh [EXTRA...]
+# Makes .venv at the repository's root, or brings it up to date: bash jobs/setup.sh [--unlocked] [EXTRA...]
 # EXTRAs are those of pyproject.toml; without any, `local convert`. On a cluster, with the site's MPI loaded:
 #     bash jobs/setup.sh convert cuda12
-# Does nothing when pyproject.toml is unchanged and the extras are there. PYTHON names the interpreter.
+# Installs the versions of jobs/lock/, wheels with the recorded sha256 only. --unlocked takes whatever satisfies
+# pyproject.toml instead, for a system that the lock does not serve; that .venv stays unlocked until it is removed.
+# Does nothing when pyproject.toml and the lock are unchanged and the extras are there. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stamp=.venv/installed.txt # first line: checksum of pyproject.toml and the lock, or `unlocked` and of pyproject.toml; then the extras
+sum=$(cat pyproject.toml jobs/lock/*.txt | cksum)
+if [ "${1:-}" = --unlocked ] || grep -qs '^unlocked ' "$stamp"; then
+    sum="unlocked $(cksum <pyproject.toml)"
+fi
+[ "${1:-}" != --unlocked ] || shift
 
 [ $# -gt 0 ] || set -- local convert
 for extra in "$@"; do
     grep -q "^$extra = \[" pyproject.toml || { echo "setup: pyproject.toml has no extra $extra" >&2; exit 64; }
 done
-stamp=.venv/installed.txt # first line: checksum of pyproject.toml; then the extras, one a line
-sum=$(cksum <pyproject.toml)
 
 installed=""
 if [ -f "$stamp" ]; then
@@ -25,5 +32,12 @@ fi
 extras=$(printf '%s\n' "$installed" "$@" | sed '/^$/d' | sort -u)
 echo "setup: installing moempi with $(echo "$extras" | paste -sd ' ') into .venv"
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(echo "$extras" | paste -sd ,)]"
+pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+if [ "${sum#unlocked}" = "$sum" ]; then
+    # shellcheck disable=SC2046,SC2086 # a list of options
+    pip --require-hashes --only-binary :all: $(printf -- '-r jobs/lock/%s.txt\n' moempi $extras)
+    pip --no-deps --no-build-isolation --editable .
+else
+    pip --editable ".[$(echo "$extras" | paste -sd ,)]"
+fi
 printf '%s\n' "$sum" "$extras" >"$stamp"

@@ -277,7 +277,7 @@ def train(resume: bool) -> None:
     optimizer = make_optimizer(model)
     first, seconds = 0, 0.0
     if resume:
-        state = torch.load(STATE_FILE, weights_only=False)
+        state = torch.load(STATE_FILE, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         rng.setstate(state["rng"])

@@ -18,6 +18,7 @@ from moempi.layout.topology import Topology, arrange, from_file, virtual
 from moempi.runtime.abort_channel import AbortChannel
 from moempi.runtime.hang import explain, is_hang
 from moempi.runtime.launcher import GRACE_S, launch_problem
+from moempi.runtime.messages import restrict_messages
 from moempi.runtime.monitor import Monitor
 from moempi.runtime.shm_cleanup import unlink_segments
 from moempi.runtime.watchdog import HangError, Watchdog
@@ -50,6 +51,7 @@ class World:
     """
 
     def __init__(self, comm: MPI.Intracomm, monitor: Monitor | None = None, *, debug: bool = False) -> None:
+        restrict_messages()
         self.comm = comm
         self.rank = comm.rank
         self.size = comm.size
