@@ -1,7 +1,6 @@
 """Restart: an attempt at a job skips what earlier attempts finished, and records its own state in `run.json`."""
 
 import logging
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from moempi.backend.select import find_gpus
 from moempi.config.job import Job, result_keys
 from moempi.errors import DataError, StorageError
+from moempi.printing import one_line, print_error
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.files import digest_file, remove_hidden
@@ -193,7 +193,7 @@ class Attempt:
         self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
         if self._world.rank == 0:
             finished = f"{self._counts[0]} of {self._begin.requests} requests are finished"
-            print(f"moempi: stopped early ({reason}), {finished}; run the same job again to continue", file=sys.stderr)
+            print_error(f"stopped early ({reason}), {finished}; run the same job again to continue")
         return STOPPED
 
     def finish(self) -> None:
@@ -223,7 +223,7 @@ class Attempt:
         return msgspec.structs.replace(
             self._begin,
             state=state,
-            reason=reason,
+            reason=one_line(reason),
             rank=self._world.rank,
             phase="" if state == "finished" else self._world.where,
             finished=finished,
