@@ -26,20 +26,27 @@ TEXTS = {"id": NUL, "text": NUL, "reference": NUL}
 JOB = "[model]\nweights = 'weights.h5'\n[input]\nprompts = 'prompts.jsonl'\n[output]\nresults = 'results.h5'\n"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The current folder, whose own name is hostile, with files for every command, whose texts are hostile."""
-    path = tmp_path / HOSTILE
-    path.mkdir(parents=True)
-    monkeypatch.chdir(path)
-    monkeypatch.setenv("COLUMNS", "2000")
-    shutil.copytree(ROOT / "tests/fixtures/qwen3_moe", "hub")
-    assert main(["convert", "hub", "weights.h5"]) == 0
-    Path("job.toml").write_text(JOB)
-    Path("prompts.jsonl").write_text(json.dumps({"id": NUL, "tokens": [1, 2], "reference": NUL}) + "\n")
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with files for every command, whose texts are hostile."""
+    path = tmp_path_factory.mktemp("files")
+    shutil.copytree(ROOT / "tests/fixtures/qwen3_moe", path / "hub")
+    assert main(["convert", str(path / "hub"), str(path / "weights.h5")]) == 0
+    (path / "job.toml").write_text(JOB)
+    (path / "prompts.jsonl").write_text(json.dumps({"id": NUL, "tokens": [1, 2], "reference": NUL}) + "\n")
     merged(path / "results.h5", [make_request(0, **TEXTS)], num_requests=1)
     machine = (ROOT / "jobs/machines/mission-h100.toml").read_text()
-    Path("machine.toml").write_text(f"name = {json.dumps(NUL)}\n" + machine[machine.index("tflops") :])
+    (path / "machine.toml").write_text(f"name = {json.dumps(NUL)}\n" + machine[machine.index("tflops") :])
+    return path
+
+
+@pytest.fixture
+def folder(files, tmp_path, monkeypatch):
+    """The current folder: a copy of the files, in a folder whose own name is hostile."""
+    path = tmp_path / HOSTILE
+    shutil.copytree(files, path)
+    monkeypatch.chdir(path)
+    monkeypatch.setenv("COLUMNS", "2000")
     return path
 
 
