@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from moempi.backend.select import find_gpus
 from moempi.config.job import Job, result_keys
 from moempi.errors import DataError, StorageError
+from moempi.printing import one_line, print_error, printable
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.files import digest_file, remove_hidden
@@ -152,8 +152,8 @@ class Attempt:
             world_size=world.size,
             started=_now(),
             updated=_now(),
-            job=os.environ.get("SLURM_JOB_ID", ""),
-            host=os.uname().nodename,
+            job=printable(os.environ.get("SLURM_JOB_ID", "")),
+            host=printable(os.uname().nodename),
             process=os.getpid(),
             replaces=results_identity(self._results),
         )
@@ -219,7 +219,7 @@ class Attempt:
         self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
         if self._world.rank == 0:
             finished = f"{self._counts[0]} of {self._begin.requests} requests are finished"
-            print(f"moempi: stopped early ({reason}), {finished}; run the same job again to continue", file=sys.stderr)
+            print_error(f"stopped early ({reason}), {finished}; run the same job again to continue")
         return STOPPED
 
     def finish(self) -> None:
@@ -250,7 +250,7 @@ class Attempt:
         return msgspec.structs.replace(
             self._begin,
             state=state,
-            reason=reason,
+            reason=one_line(reason),
             rank=self._world.rank,
             phase="" if state == "finished" else self._world.where,
             finished=finished,

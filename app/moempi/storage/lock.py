@@ -11,6 +11,7 @@ import struct
 from pathlib import Path
 
 from moempi.errors import StorageError
+from moempi.printing import printable
 from moempi.storage.journal import journals_folder
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def is_locked(results_path: str | Path) -> bool | None:
 
 def process_name(process: int, host: str, job: str) -> str:
     """How messages name a process: its number, its host, and its Slurm job unless `job` is ""."""
-    return f"process {process} on {host}" + (f", Slurm job {job}" if job else "")
+    return printable(f"process {process} on {host}" + (f", Slurm job {job}" if job else ""))
 
 
 class OutputLock:
