@@ -131,10 +131,11 @@ def test_a_request_recorded_twice_counts_once_if_its_tokens_agree(tmp_path):
 @pytest.mark.parametrize(
     ("records_by_rank", "message"),
     [
-        ([[make_request(0)], [make_request(0, num_tokens=3)]], "recorded twice, with different tokens"),
         ([[make_request(0), make_request(3)]], "2 of 4 requests have no record, the first is 1"),
-        ([[make_request(4)]], "holds request 4, the job has 4"),
-        ([[make_rank(0)], [make_rank(1, expert_load=np.zeros((1, 3), np.int64))]], "counted experts"),
+        (
+            [[make_request(4)]],
+            "4 of 4 requests have no record.*of request 4, the job has 4; run the same job again",
+        ),
     ],
 )
 def test_journals_that_cannot_be_merged_are_kept(tmp_path, records_by_rank, message):
