@@ -154,6 +154,20 @@ def test_a_torn_journal_is_named_when_a_request_is_missing(tmp_path):
         merge(path, journals, num_requests=2, provenance=PROVENANCE)
 
 
+def test_a_merge_that_is_refused_at_its_end_keeps_the_earlier_results(tmp_path):
+    path = merged(tmp_path / "r.h5", [make_request(0, text="earlier")], num_requests=1)
+    before, journals = path.read_bytes(), write_journals(path, [make_request(0, text="later")])
+
+    def refuse(written):
+        assert written.parent == tmp_path
+        raise StorageError("another run may write it")
+
+    with pytest.raises(StorageError, match="another run"):
+        merge(path, journals, num_requests=1, provenance=PROVENANCE, before_replace=refuse)
+    assert path.read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["r.h5", "r.h5.parts"]
+
+
 def test_journals_of_different_runs_are_refused(tmp_path):
     path = tmp_path / "r.h5"
     write_journal(journal_path(path, 0), [make_request(0)], fingerprint="one")

@@ -1,6 +1,7 @@
 """Restart: an attempt at a job skips what earlier attempts finished, and records its own state in `run.json`."""
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -65,6 +66,8 @@ class Attempt:
         self.num_requests = num_requests
         self._routed_layers = len(weights.architecture.moe_layers) if job.trace.routing else 0
         self._num_unrouted = 0
+        self._may_replace = False
+        self._written: os.stat_result | None = None
         self._results = job.output.results
         self._world = world
         self._counts = (0, 0)
@@ -143,6 +146,15 @@ class Attempt:
             print(f"moempi: stopped early ({reason}), {finished}; run the same job again to continue", file=sys.stderr)
         return STOPPED
 
+    def begin_results(self) -> None:
+        """From now on rank 0 may put the results in place: all ranks have closed their journals."""
+        self._may_replace = True
+
+    def before_replace(self, results: Path) -> None:
+        """Raise StorageError if another run may write the output by now; `results` are the new ones. For rank 0."""
+        self._require_lock()
+        self._written = results.stat()
+
     def finish(self) -> None:
         """End an attempt whose results are complete: write the state, remove the journals, release the output.
 
@@ -150,6 +162,7 @@ class Attempt:
         """
         try:
             self.write_state("finished")
+            self._require_lock()  # otherwise they are another run's
             remove_journals(self._results)
         except StorageError as error:
             log.warning("the results are whole, but %s", error)
@@ -191,14 +204,13 @@ class Attempt:
 
         Rank 0 may put them in place meanwhile, so they are looked for before and after. Gives up if writing blocks.
         """
-        state, replaces = self._state("failed", reason=cause, exit_code=exit_code), self._begin.replaces or ""
-        codes = [exit_code]
+        state, codes = self._state("failed", reason=cause, exit_code=exit_code), [exit_code]
 
         def write() -> None:
             with suppress(StorageError):
-                if not is_replaced(self._results, replaces):
+                if not self._results_in_place():
                     write_state(self._results, state)
-                if is_replaced(self._results, replaces):
+                if self._results_in_place():
                     codes.append(0)
                     write_state(self._results, finished(state))
 
@@ -206,6 +218,18 @@ class Attempt:
         writer.start()
         writer.join(STATE_LIMIT_S)
         return codes[-1]
+
+    def _results_in_place(self) -> bool:
+        """Whether this attempt's results are in place; ranks above 0 take new results for their own."""
+        if self._world.rank > 0:
+            return self._may_replace and is_replaced(self._results, self._begin.replaces or "")
+        with suppress(OSError):
+            return self._written is not None and os.path.samestat(self._written, Path(self._results).stat())
+        return False
+
+    def _require_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.require_in_place()
 
 
 def _with_resolved_backend(job: Job, world: World) -> Job:

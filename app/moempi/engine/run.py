@@ -121,9 +121,15 @@ def _write_results(
 
     A failure after the results are in place is not this job's, and does not change its state.
     """
+    attempt.begin_results()
     if world.rank == 0:
-        journals = attempt.journals()
-        problems = merge(results, journals, num_requests=attempt.num_requests, provenance=provenance)
+        problems = merge(
+            results,
+            attempt.journals(),
+            num_requests=attempt.num_requests,
+            provenance=provenance,
+            before_replace=attempt.before_replace,
+        )
         on_finished()
         attempt.finish()
         attempt.warn_of_new_damage(problems)

@@ -26,7 +26,7 @@ from xxhash import xxh3_64_intdigest
 
 from moempi.errors import StorageError
 from moempi.storage.closeable import Closeable
-from moempi.storage.files import atomic, hidden_name
+from moempi.storage.files import atomic, hidden_name, is_in_place
 from moempi.storage.records import Record, decode, encode
 
 MAGIC = b"MOEMPART"
@@ -363,11 +363,7 @@ class JournalWriter(Closeable):
         self._end += len(record)
 
     def _require_in_place(self, file: int) -> None:
-        try:
-            in_place = os.path.samestat(os.fstat(file), self.path.stat())
-        except (FileNotFoundError, NotADirectoryError):
-            in_place = False
-        if not in_place:
+        if not is_in_place(file, self.path):
             raise StorageError(f"{self.path}: was removed or replaced during the run, its records are lost; run again")
 
     def _sync(self) -> None:

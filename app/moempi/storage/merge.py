@@ -47,14 +47,20 @@ class Provenance:
 
 
 def merge(
-    results_path: str | Path, journals: Sequence[str | Path], *, num_requests: int, provenance: Provenance
+    results_path: str | Path,
+    journals: Sequence[str | Path],
+    *,
+    num_requests: int,
+    provenance: Provenance,
+    before_replace: Callable[[Path], None] = lambda file: None,
 ) -> list[Problem]:
     """Write the results file atomically from the journals of all ranks; keeps the journals.
 
     Returns the problems of journals: damage, a torn end, a record that cannot be used, two records of a request that
     differ in tokens. Requests are in the order 0 to `num_requests` - 1. Memory holds about 100 bytes per request and a
-    few MiB. Call this on one rank, after all ranks have closed their journals. Raises StorageError if a request is
-    missing, if the journals are from different runs, or if the disk fails.
+    few MiB. Call this on one rank, after all ranks have closed their journals. Calls `before_replace` with the new
+    file's temporary path; if that raises, an earlier results file stays. Raises StorageError if a request is missing,
+    if the journals are from different runs, or if the disk fails.
     """
     with Journals(journals) as opened:
         index = index_journals(opened, num_requests)
@@ -74,6 +80,7 @@ def merge(
                 records = [opened.request_at(entry) for entry in index.entries[start:stop]]
                 for column in columns:
                     column.write(records)
+            before_replace(temporary)
         return index.problems
 
 
