@@ -149,7 +149,7 @@ def test_of_two_records_with_other_tokens_that_of_the_latest_attempt_is_used_and
     problems = merge(results, [first, second], num_requests=1, provenance=PROVENANCE)
     offset = second.read_bytes().index(encode(records[1])) - 16
     assert list(map(str, problems)) == [
-        f"{second} holds a record at byte {offset} of request 0 (request-0) with other tokens than in {first} at byte "
+        f"{second} holds a record at byte {offset} of request 0 with other tokens than in {first} at byte "
         f"{offset}, {'it' if used else 'the latter'} is used"
     ]
     (record,) = read(results)

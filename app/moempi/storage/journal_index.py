@@ -244,9 +244,7 @@ def _add_again(index: JournalIndex, record: RequestRecord, journals: Journals, *
     if not (np.array_equal(first.tokens, record.tokens) and np.array_equal(first.prompt, record.prompt)):
         other = f"{journals.open(int(entry['journal'])).path} at byte {entry['offset']}"
         used = "it" if is_later else "the latter"
-        reader.report(
-            offset, f"of request {record.index} ({record.id}) with other tokens than in {other}, {used} is used"
-        )
+        reader.report(offset, f"of request {record.index} with other tokens than in {other}, {used} is used")
 
 
 def _require_all(index: JournalIndex) -> None:
