@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+import shutil
+import signal
 import time
 
 import numpy as np
@@ -12,7 +14,7 @@ from moempi.cli import main
 from moempi.config.tensors import catalogue
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
-from moempi.storage.journal import JournalReader, journal_paths
+from moempi.storage.journal import JournalReader, journal_paths, journals_folder
 from moempi.storage.results import ResultFile
 from moempi.storage.run_state import read_state, state_path
 from moempi.storage.weights import WeightFile, write_weights
@@ -41,13 +43,22 @@ def run(weights, tmp_path):
     return run
 
 
-def run_with_fault(weights, results, folder, *, fault, rank, place, count):
-    """Run on two ranks with a fault when `rank` reaches `place` for the `count`-th time."""
+def command_with_fault(weights, results, folder, *, fault, rank, place, count):
+    """The command of a run with a fault when `rank` reaches `place` for the `count`-th time."""
     (folder / "notes").mkdir()
     settings = {"model.weights": weights, "output.results": results, "run.precision": "float32"}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     command = [ROOT / "tests/faults/inject_fault.py", folder / "notes", fault, str(rank), place, str(count)]
-    return mpirun(2, *python(*command, "run", JOB, *words))
+    return python(*command, "run", JOB, *words)
+
+
+def run_with_fault(*given, **fault):
+    return mpirun(2, *command_with_fault(*given, **fault))
+
+
+def start_with_fault(*given, **fault):
+    """Start a run on one rank; the caller ends it."""
+    return start("mpirun", "-n", "1", *command_with_fault(*given, rank=0, **fault))
 
 
 @pytest.mark.mpi
@@ -230,6 +241,25 @@ def test_a_run_that_is_killed_whole_has_failed_and_continues(weights, run, tmp_p
     assert run(2, "whole").code == 0
     found = compare(tmp_path / "whole.h5", results)
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
+
+
+@pytest.mark.parametrize(("place", "count"), [("append", 20), ("merge", 1)])
+def test_a_run_that_lost_its_output_to_another_run_replaces_nothing(weights, run, tmp_path, place, count):
+    """Its parts are removed while it is stopped by a signal, and another run finishes, before the first goes on."""
+    results, notes = tmp_path / "r.h5", tmp_path / "notes"
+    first = start_with_fault(weights, results, tmp_path, fault="SIGSTOP", place=place, count=count)
+    while not (notes / "0.injected").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    shutil.rmtree(journals_folder(results))
+    assert run(2, "r", **{"sampling.max_tokens": 1}).code == 0
+    os.kill(int((notes / "0.pid").read_text()), signal.SIGCONT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 74, err
+    assert read_state(results).state == "finished"
+    with ResultFile(results) as file:
+        assert max(len(record.tokens) for record in file.requests()) == 1
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.mpi

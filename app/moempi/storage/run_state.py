@@ -17,6 +17,7 @@ import msgspec
 
 from moempi.config.input_file import read_input
 from moempi.errors import DataError, NoInputError
+from moempi.printing import printable
 from moempi.storage.files import atomic
 from moempi.storage.lock import is_locked, process_name
 
@@ -133,7 +134,7 @@ def _is_dead(results_path: str | Path, state: RunState, *, touched: float) -> bo
     locked = is_locked(results_path)
     if locked or not state.host:
         return False
-    if state.host == os.uname().nodename and (locked is not None or not _exists(state.process)):
+    if state.host == printable(os.uname().nodename) and (locked is not None or not _exists(state.process)):
         return True
     return time.time() - touched > SILENT_S
 
