@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from moempi.arrays import IntArray
 from moempi.backend.select import find_gpus
 from moempi.config.job import Job, result_keys
 from moempi.errors import DataError, StorageError
@@ -45,11 +46,14 @@ FinishedRequests = npt.NDArray[np.void]
 """Finished requests: index, tokens, index in FINISHES, whether it has a reference, whether its text equals it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Earlier:
-    """The requests that earlier attempts at the job finished; they recorded the routing of steps below `next_step`."""
+    """The requests that earlier attempts at the job finished; they recorded the routing of steps below `next_step`.
 
-    indices: frozenset[int]
+    `indices` (n,) ascend.
+    """
+
+    indices: IntArray
     finishes: Counter[str]
     tokens: int
     referenced: int
@@ -61,7 +65,7 @@ class Earlier:
         """Count each request once, however often it was recorded."""
         once = finished[np.unique(finished["index"], return_index=True)[1]]
         return cls(
-            indices=frozenset(once["index"].tolist()),
+            indices=once["index"].copy(),
             finishes=Counter(FINISHES[finish] for finish in once["finish"].tolist()),
             tokens=int(once["tokens"].sum()),
             referenced=int(once["referenced"].sum()),
