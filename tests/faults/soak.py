@@ -33,14 +33,14 @@ WARM_UP_S = 60.0
 GROWTH_BYTES = 2_000_000
 JOURNAL_CHANGE = 0.05
 PROMPTS_PER_MINUTE = 20_000
-"""More than the ranks can compute: the run is stopped."""
+"""More than the ranks compute, unless they are fast: then the run ends early."""
 KINDS = {
     "generate": {"exchange.transport": "shared"},
     "stages": {"exchange.transport": "pairwise", "exchange.immediate": "true", "parallel.stages": "2"},
     "balance": {"exchange.transport": "alltoallv", "balance.mode": "bias", "parallel.tensor": "2"},
     "score": {"exchange.transport": "shared", "task": "score", "score.top_n": "3"},
 }
-SEQUENCES = 8
+SEQUENCES = 16
 MAX_TOKENS = 60
 PROMPTS = (
     {},
@@ -113,7 +113,7 @@ def soak(folder: Path, kind: str, *, seconds: float) -> list[Sample]:
         _, err = process.communicate(timeout=60)
     finally:
         launching.end(process)
-    require(process.returncode == 75, f"exit code {process.returncode}: {err}")
+    require(process.returncode in (75, 0), f"exit code {process.returncode}: {err}")
     return samples
 
 
