@@ -1,5 +1,7 @@
 """Every transport sends every row to its destination; the rows encode source, destination, step and index."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -121,3 +123,45 @@ def test_little_shared_memory_makes_small_slots(comm, monkeypatch):
             receipt, expected = start(transport, comm.rank, counts_of("random", 2, step), step)
             receipt.Wait()
             assert (received(receipt) == expected).all()
+
+
+def shared_mappings():
+    """The mappings of shared memory of this process."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line]
+
+
+def next_handle(comm):
+    """MPI's number for the next communicator: the lowest that is free."""
+    duplicate = comm.Dup()
+    handle = duplicate.py2f()
+    duplicate.Free()
+    return handle
+
+
+@pytest.mark.ranks(1, 3)
+def test_a_freed_transport_leaves_no_communicator_and_no_shared_memory(comm, num_ranks):
+    from moempi.comm.transports.verified import Verified
+
+    before = next_handle(comm), shared_mappings()
+    made = [Verified(transport, comm) for transport in transports(comm).values()]
+    assert next_handle(comm) > before[0]
+    for transport in made:
+        receipt, expected = start(transport, comm.rank, counts_of("even", comm.size, 0), 0)
+        receipt.Wait()
+        assert (received(receipt) == expected).all()
+        transport.free()
+    assert (next_handle(comm), shared_mappings()) == before
+
+
+@pytest.mark.ranks(2)
+def test_the_probes_of_a_run_and_of_moempi_check_leave_no_communicator_and_no_shared_memory(comm, num_ranks):
+    from moempi.backend.cpu.backend import NumpyBackend
+    from moempi.comm.select_transport import fastest
+    from moempi.comm.transport_probe import probe
+    from moempi.runtime.world import World
+
+    world, backend = World(comm), NumpyBackend(precision="bfloat16", reproducible=False)
+    for action in (lambda: fastest(comm, comm, backend, width=16, nodes=(0, 0)), lambda: probe(world)):
+        before = next_handle(comm), shared_mappings()
+        action()
+        assert (next_handle(comm), shared_mappings()) == before

@@ -37,7 +37,7 @@ def make_prompt(
 
 def make_request(tokens: Sequence[int], limit: int, *, index: int = 0, name: str = "q0", **sampling: Any) -> Request:
     prompt = make_prompt(tokens=tokens, index=index, name=name, **sampling)
-    return Request(prompt, list(tokens), limit)
+    return Request(prompt, np.array(tokens, np.int32), limit)
 
 
 def make_sampled(tokens: Sequence[int], *, logprobs: Sequence[float] | None = None, top: int = 0) -> SampledTokens:

@@ -30,14 +30,14 @@ def recorded(journal):
 
 
 def finished(index, tokens=(5, 6), *, finish="length", text="", reference=None):
-    request = Request(make_prompt(tokens=[9, 8, 7], index=index, reference=reference), [9, 8, 7], 4)
+    request = Request(make_prompt(tokens=[9, 8, 7], index=index, reference=reference), np.array([9, 8, 7], np.int32), 4)
     request.tokens, request.sampled = list(tokens), [make_sampled(tokens)]
     request.finish, request.text = finish, text
     return request
 
 
 def scored(index):
-    request = Request(make_prompt(tokens=[9, 8, 7], index=index), [9, 8, 7], 0)
+    request = Request(make_prompt(tokens=[9, 8, 7], index=index), np.array([9, 8, 7], np.int32), 0)
     request.computed, request.sampled, request.finish = 3, [make_sampled([8, 7])], "length"
     return request
 
@@ -120,7 +120,7 @@ def test_requests_of_earlier_attempts_are_added_without_their_tokens(journal):
     recorder = recorder_of(journal)
     recorder.record([finished(9, reference="42", text="42")])
     earlier = Earlier(
-        indices=frozenset({1, 2, 3}), finishes=Counter(stop=2, length=1), tokens=70, referenced=3, exact=2, next_step=5
+        indices=np.array([1, 2, 3]), finishes=Counter(stop=2, length=1), tokens=70, referenced=3, exact=2, next_step=5
     )
     recorder.add_earlier(earlier)
     assert counters(recorder) == (0, 2, {"length": 2, "stop": 2}, 4, 3)

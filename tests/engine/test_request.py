@@ -214,7 +214,7 @@ def test_a_score_that_is_not_finite_ends_the_request_without_scores():
 
 def test_a_generated_record_has_a_row_for_each_generated_token():
     prompt = make_prompt(tokens=[9, 8], index=6, name="line-7", reference="42", top_logprobs=2)
-    record = generate(Request(prompt, [9, 8], 3), [5, 6, 7], top=2).to_record(task="generate")
+    record = generate(Request(prompt, np.array([9, 8], np.int32), 3), [5, 6, 7], top=2).to_record(task="generate")
     assert (record.index, record.id, record.reference) == (6, "line-7", "42")
     assert (record.finish, record.error, record.computed) == ("length", "", 4)
     assert (record.prompt.tolist(), record.tokens.tolist()) == ([9, 8], [5, 6, 7])

@@ -14,7 +14,7 @@ from moempi.storage.prompts import Prompt
 
 def sequence(index, length, limit):
     prompt = Prompt(index, f"q{index}", None, np.arange(length, dtype=np.int32), None, Sampling())
-    return Request(prompt, list(range(1000 * index, 1000 * index + length)), limit)
+    return Request(prompt, np.arange(1000 * index, 1000 * index + length, dtype=np.int32), limit)
 
 
 def run(sequences, *, lanes, slots, batch_tokens, pages):
@@ -52,7 +52,7 @@ def test_every_token_is_computed_once_and_in_order():
         steps = run(sequences, lanes=lanes, slots=slots, batch_tokens=dice.choice([1, 8, 64]), pages=5)
         for item in sequences:
             fed = [token for _, work in steps for other, tokens in work if other is item for token in tokens]
-            assert fed == item.prompt_tokens + [-n for n in range(1, item.limit)]
+            assert fed == item.prompt_tokens.tolist() + [-n for n in range(1, item.limit)]
             assert len({lane for lane, work in steps if any(other is item for other, _ in work)}) == 1
 
 

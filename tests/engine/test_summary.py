@@ -30,7 +30,7 @@ from moempi.storage.results_layout import NOWHERE
 NUM_EXPERTS = SMALL.experts.num
 TOPOLOGY = Topology(nodes=(0, 0, 1, 1), islands=(0, 1, 2, 3), switches=(0, 0, 5, 5))
 EARLIER = Earlier(
-    indices=frozenset({1, 2, 3}), finishes=Counter(stop=2, length=1), tokens=70, referenced=3, exact=2, next_step=5
+    indices=np.array([1, 2, 3]), finishes=Counter(stop=2, length=1), tokens=70, referenced=3, exact=2, next_step=5
 )
 
 

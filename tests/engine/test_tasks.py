@@ -116,7 +116,7 @@ def test_every_score_belongs_to_its_token_whatever_the_batches(lengths, batch_to
         record = request.to_record(task="score")
         assert record.finish == "length"
         assert np.isnan(record.score[0])
-        np.testing.assert_array_equal(record.score[1:], -np.array(request.prompt_tokens[1:], np.float32))
+        np.testing.assert_array_equal(record.score[1:], -request.prompt_tokens[1:].astype(np.float32))
         np.testing.assert_array_equal(record.score_top_tokens[1:, 0], request.prompt_tokens[1:])
 
 

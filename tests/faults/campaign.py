@@ -1,10 +1,13 @@
-"""The fault campaign: python tests/faults/campaign.py [--seed N] [--kills N] [--endings N] [--every N]
+"""The fault campaign:
+
+    python tests/faults/campaign.py [--seed N] [--kills N] [--endings N] [--every N] [--soak MINUTES]
 
 Disturbs the real program in every way below. Each time the program must end soon, with a non-zero exit code and one
 line that names the cause, and leave nothing behind; and a second run must give the results of an undisturbed run, each
 request once. Prints a table: fault, tried, passed. Seeded; `--every 5` tries every fifth case.
 
 A kill at a random time may come after the end of the run. Such kills are counted in a separate row, not as passed.
+A soak follows: see soak.py.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mpirun as launching
-from faults import ending, merging
+from faults import ending, merging, soak
 from faults.inject_fault import FAULTS, POINTS, RELEASE
 from faults.rehearsal import BrokenError, Rehearsal, is_alive, require, wait_for
 
@@ -214,13 +217,17 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60, help="kills at random times (60)")
     parser.add_argument("--endings", type=int, default=50, help="signals between the last token and the end (50)")
     parser.add_argument("--every", type=int, default=1, help="try each N-th case, and each fault at least once")
+    parser.add_argument("--soak", type=float, default=10.0, metavar="MINUTES", help="length of the soak (10); 0: none")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moempi-faults.") as folder:
         tried, passed = run(
             seed=chosen.seed, kills=chosen.kills, endings=chosen.endings, every=chosen.every, folder=Path(folder)
         )
-    print(table(tried, passed))
-    return int(not all_passed(tried, passed))
+    print(table(tried, passed), flush=True)
+    with tempfile.TemporaryDirectory(prefix="moempi-soak.") as folder:
+        grown = soak.run(["generate"], minutes=chosen.soak, folder=Path(folder)) if chosen.soak else []
+    print("\n".join(grown))
+    return int(bool(grown) or not all_passed(tried, passed))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,9 @@ class SimtDevice:
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         """All host memory is addressable."""
 
+    def unregister_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
+        """All host memory is addressable."""
+
     def holds(self, values: npt.NDArray[Any]) -> bool:
         return isinstance(values, Resident)
 

@@ -134,7 +134,10 @@ class MemoryVerbs(Protocol):
         """
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Make host memory that the caller allocated usable by `pack` and `unpack` until the process ends."""
+        """Make host memory that the caller allocated usable by `pack` and `unpack`, until it is unregistered."""
+
+    def unregister_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Undo `register_host_memory`, before the caller frees the memory. Blocks the host until no verb uses it."""
 
     def comm_buffer(self, rows: int, width: int) -> Array:
         """Allocate a contiguous, 64-byte aligned buffer (rows, width) of `row_dtype` that MPI can read and write.

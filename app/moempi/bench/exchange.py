@@ -43,7 +43,7 @@ def run(world: World, chosen: Namespace) -> None:
         caption=machine(world),
     )
     gloo = peers.start_gloo(world)
-    transport_by_name = {name: make(world.comm.Dup(), row_bytes=ROW_BYTES) for name, make in found_transports().items()}
+    transport_by_name = {name: make(world.comm, row_bytes=ROW_BYTES) for name, make in found_transports().items()}
     for num_rows in chosen.rows:
         for row in _measure(world, transport_by_name, num_rows, gloo, rounds=chosen.rounds):
             table.add_row(*row)

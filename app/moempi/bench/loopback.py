@@ -35,3 +35,6 @@ class Loopback:
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> BufferReceipt:
         """A receipt, already complete, of the rows of `outgoing`."""
         return BufferReceipt(_Done(), outgoing)
+
+    def free(self) -> None:
+        """Nothing needs to be freed."""

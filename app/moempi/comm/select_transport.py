@@ -68,6 +68,7 @@ def make_transport(
             windows=windows,
             in_place=backend.record_event() is None,
             register=backend.register_host_memory,
+            unregister=backend.unregister_host_memory,
         )
         return Shared(comm, row_bytes=row_bytes, nodes=nodes, slots=slots, allocate=allocate)
     return (Alltoallv if name == Alltoallv.name else Pairwise)(comm, row_bytes=row_bytes, allocate=allocate)
@@ -87,8 +88,9 @@ def fastest(
     for rows in (1, max(1, PROBED_BYTES // row_bytes)):
         for name in names:
             slot_bytes = rows * row_bytes * group.size
-            transport = make_transport(name, group.Dup(), backend, width=width, nodes=nodes, slot_bytes=slot_bytes)
+            transport = make_transport(name, group, backend, width=width, nodes=nodes, slot_bytes=slot_bytes)
             taken[name] += exchange_s(transport, group, backend.comm_buffer(rows * group.size, width), rows=rows)
+            transport.free()
     slowest = np.array(list(taken.values()))
     comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
     ranking = sorted(zip(slowest.tolist(), names, strict=True))

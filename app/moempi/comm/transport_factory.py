@@ -47,7 +47,7 @@ class TransportFactory:
         name = "pairwise" if across and self.name == "shared" else self.name
         transport = make_transport(
             name,
-            comm.Dup(),  # transfers start when their verbs are done: not in the program order of collectives on `comm`
+            comm,
             self.backend,
             width=self.shape.width,
             nodes=topology.nodes,

@@ -63,7 +63,7 @@ def probe(world: World) -> ProbeResult:
     """Locate the ranks and time exchanges between them; the same result on all ranks. Collective, blocks."""
     domain = find_island(world.local_rank, on_gpu=True)
     topology, ranks = world.by_node(TopologySection(), domain=domain)
-    return ProbeResult(
+    result = ProbeResult(
         library=MPI.Get_library_version().splitlines()[0].rstrip("\0"),
         thread_level=MPI.Query_thread(),
         max_thread_level=MPI.THREAD_MULTIPLE,
@@ -72,6 +72,8 @@ def probe(world: World) -> ProbeResult:
         transports=_time_transports(world, topology, ranks),
         timings=[time_exchange(world.comm, num_bytes, rounds=ROUNDS) for num_bytes in SIZES_BYTES],
     )
+    ranks.Free()
+    return result
 
 
 def time_exchange(comm: MPI.Intracomm, num_bytes: int, *, rounds: int) -> Timing:
@@ -101,10 +103,11 @@ def _time_transports(world: World, topology: Topology, ranks: MPI.Intracomm) -> 
     taken = {}
     for name in candidates(backend):
         slot_bytes = max(ROWS) * row_bytes * world.size
-        transport = make_transport(name, ranks.Dup(), backend, width=WIDTH, nodes=topology.nodes, slot_bytes=slot_bytes)
+        transport = make_transport(name, ranks, backend, width=WIDTH, nodes=topology.nodes, slot_bytes=slot_bytes)
         seconds = [
             exchange_s(transport, ranks, backend.comm_buffer(rows * world.size, WIDTH), rows=rows) for rows in ROWS
         ]
+        transport.free()
         taken[name] = [float(ranks.allreduce(own_s, MPI.MAX)) for own_s in seconds]
     return taken
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable
 
+import numpy as np
+
+from moempi.arrays import IntArray
 from moempi.config.architecture import Architecture
-from moempi.engine.request import Request
+from moempi.engine.request import NO_TOKENS, Request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
 from moempi.model.kv_cache import pages_for
@@ -29,26 +32,31 @@ def refuse_too_long(requests: Iterable[Request], *, pages: int) -> list[Request]
 
 
 def _make_request(prompt: Prompt, tokenizer: TextTokenizer, architecture: Architecture, task: str) -> Request:
-    tokens: list[int] = []
+    tokens: IntArray = NO_TOKENS
     error = prompt.error
     if not error:
         try:
-            tokens = tokenizer.encode(prompt.text or "") if prompt.tokens is None else prompt.tokens.tolist()
+            tokens = _encode(prompt.text or "", tokenizer) if prompt.tokens is None else prompt.tokens
         except DataError as no_tokenizer:
             error = str(no_tokenizer)
     remaining = architecture.max_positions - len(tokens)
-    request = Request(prompt, tokens, min(prompt.sampling.max_tokens, remaining) if task == "generate" else 0)
+    limit = min(prompt.sampling.max_tokens, remaining) if task == "generate" else 0
+    request = Request(prompt, tokens.astype(np.int32, copy=False), limit)
     error = error or _problem(tokens, remaining, architecture, task)
     if error:
         request.fail(error)
     return request
 
 
-def _problem(tokens: list[int], remaining: int, architecture: Architecture, task: str) -> str:
-    if not tokens:
+def _encode(text: str, tokenizer: TextTokenizer) -> IntArray:
+    return np.array(tokenizer.encode(text), np.int64)
+
+
+def _problem(tokens: IntArray, remaining: int, architecture: Architecture, task: str) -> str:
+    if not len(tokens):
         return "the prompt has no tokens"
-    if max(tokens) >= architecture.vocab_size:
-        return f"token {max(tokens)} is beyond the model's vocabulary of {architecture.vocab_size}"
+    if tokens.max() >= architecture.vocab_size:
+        return f"token {tokens.max()} is beyond the model's vocabulary of {architecture.vocab_size}"
     if remaining < (1 if task == "generate" else 0):
         return f"the prompt has {len(tokens)} tokens, the model has {architecture.max_positions} positions"
     return ""

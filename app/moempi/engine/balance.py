@@ -94,7 +94,7 @@ def quality_cost(
 
 def _fits_again(request: Request) -> bool:
     """Whether all tokens fit in the pages that the request held; its last token was never in the cache."""
-    return pages_for(len(request.prompt_tokens) + len(request.tokens)) <= pages_for(request.capacity)
+    return pages_for(len(request.all_tokens)) <= pages_for(request.capacity)
 
 
 def _scoring(lane: Lane) -> Lane:
@@ -107,7 +107,7 @@ def _scores(
     lanes: Sequence[Lane], requests: Sequence[Request], run: Callable[[Sequence[Lane]], object]
 ) -> list[Float64Array]:
     """Log-probabilities of each request's tokens; empty for a request that a stop of the run left unfinished."""
-    again = [Request(request.prompt, request.prompt_tokens + request.tokens, limit=0) for request in requests]
+    again = [Request(request.prompt, request.all_tokens, limit=0) for request in requests]
     lanes[0].context.scheduler.submit(again)
     run(lanes)
     scores = []

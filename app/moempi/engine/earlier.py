@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from moempi.arrays import IntArray
 from moempi.engine.routed_rows import RoutedRows
 from moempi.errors import StorageError
 from moempi.storage.journal import JournalReader, Problem
@@ -26,11 +27,14 @@ FinishedRequests = npt.NDArray[np.void]
 FINISHES, whether it has a reference, whether its text equals it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Earlier:
-    """The requests that earlier attempts at the job finished; all their steps are below `next_step`."""
+    """The requests that earlier attempts at the job finished; all their steps are below `next_step`.
 
-    indices: frozenset[int]
+    `indices` (n,) ascend.
+    """
+
+    indices: IntArray
     finishes: Counter[str]
     tokens: int
     referenced: int
@@ -42,7 +46,7 @@ class Earlier:
         """Count each request once, as its latest attempt recorded it."""
         once = _latest(finished)
         return cls(
-            indices=frozenset(once["index"].tolist()),
+            indices=once["index"].copy(),
             finishes=Counter(FINISHES[finish] for finish in once["finish"].tolist()),
             tokens=int(once["tokens"].sum()),
             referenced=int(once["referenced"].sum()),

@@ -50,16 +50,18 @@ class Lane:
         return self._first_stage_steps() if self.comm.link.is_first else self._later_stage_steps()
 
     def _first_stage_steps(self) -> Generator[Point, None, None]:
-        """Schedule each step and accept its sampled tokens. A rank without work takes every step with no rows."""
-        scheduler, recorder, task = self.context.scheduler, self.context.recorder, self.context.task
         while (yield from self._agree_to_continue()):
-            work = scheduler.next_work(self.index)
-            batch = self._batch(work)
-            split = RowSplit((batch.num_rows,), self.comm.tensor.size)
-            rows = self.context.model.embed(batch.tokens[split.indices[self.comm.tensor.part]])
-            task.accept(work, (yield from self._compute(batch, split, rows)))
-            recorder.end_step(scheduler.retire(self.index))
+            yield from self._first_stage_step()
         self.comm.link.stop()
+
+    def _first_stage_step(self) -> Generator[Point, None, None]:
+        """Schedule a step and accept its sampled tokens. A rank without work takes every step with no rows."""
+        work = self.context.scheduler.next_work(self.index)
+        batch = self._batch(work)
+        split = RowSplit((batch.num_rows,), self.comm.tensor.size)
+        rows = self.context.model.embed(batch.tokens[split.indices[self.comm.tensor.part]])
+        self.context.task.accept(work, (yield from self._compute(batch, split, rows)))
+        self.context.recorder.end_step(self.context.scheduler.retire(self.index))
 
     def _later_stage_steps(self) -> Generator[Point, None, None]:
         """Take each step with the batch and rows that the stage before sends."""

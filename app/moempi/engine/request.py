@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from moempi.arrays import Int32Array
 from moempi.backend.protocol import SampledTokens, SamplingRequest
 from moempi.config.job import Sampling
 from moempi.engine.tokenizer import TextTokenizer
@@ -16,19 +17,20 @@ from moempi.storage.records import RequestRecord
 
 LogprobColumns = tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
+NO_TOKENS: Int32Array = np.zeros(0, np.int32)
 NO_LOGPROBS: LogprobColumns = (np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
 
 
 @dataclass(slots=True)
 class Request:
-    """A prompt of `prompt_tokens` and the tokens generated after it.
+    """A prompt of `prompt_tokens` (n,) and the tokens generated after it.
 
     The first `computed` positions are in the cache of KV slot `slot`. At most `limit` tokens are generated, none for a
     scored prompt. `sampled` holds the sampled tokens or the scores in order. `finish` is None until it is finished.
     """
 
     prompt: Prompt
-    prompt_tokens: list[int]
+    prompt_tokens: Int32Array
     limit: int
     slot: int = -1
     computed: int = 0
@@ -53,19 +55,25 @@ class Request:
         """Number of tokens that are not computed yet."""
         return len(self.prompt_tokens) + len(self.tokens) - self.computed
 
+    @property
+    def all_tokens(self) -> Int32Array:
+        """The tokens of the prompt, then the generated tokens (n + m,)."""
+        return np.concatenate([self.prompt_tokens, np.array(self.tokens, np.int32)])
+
     def next_tokens(self, count: int) -> list[int]:
         """The next `count` tokens to compute, of the prompt or of the generated tokens."""
         length = len(self.prompt_tokens)
         if self.computed < length:
-            return self.prompt_tokens[self.computed : self.computed + count]
+            tokens: list[int] = self.prompt_tokens[self.computed : self.computed + count].tolist()
+            return tokens
         return self.tokens[self.computed - length : self.computed - length + count]
 
     def sampling_request(self) -> SamplingRequest:
         """The request to sample its next token; its uniform number is a function of seed, id and position."""
         position = len(self.prompt_tokens) + len(self.tokens)
         bits = xxhash.xxh3_64_intdigest(f"{self.sampling.seed}/{self.prompt.id}/{position}".encode())
-        seen = self.prompt_tokens + self.tokens if self.sampling.repetition_penalty != 1.0 else []
-        return SamplingRequest(self.sampling, (bits >> 11) * 2.0**-53, np.array(seen, np.int64))
+        seen = self.all_tokens if self.sampling.repetition_penalty != 1.0 else NO_TOKENS
+        return SamplingRequest(self.sampling, (bits >> 11) * 2.0**-53, seen)
 
     def accept(self, sampled: SampledTokens, tokenizer: TextTokenizer) -> None:
         """Append the next token, `sampled` with one row; finish at an end token, a stop string or the limit.
@@ -125,7 +133,7 @@ class Request:
             since=since,
             reference=self.prompt.reference,
             text=self.text,
-            prompt=np.array(self.prompt_tokens, np.int32),
+            prompt=self.prompt_tokens,
             tokens=np.array(self.tokens, np.int32),
             logprobs=output[0],
             top_tokens=output[1],

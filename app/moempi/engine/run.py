@@ -3,13 +3,15 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
 import msgspec
+import numpy as np
 
 from moempi.backend.protocol import Backend
 from moempi.backend.select import count_gpus, make_backend
@@ -76,18 +78,20 @@ def run_job(
     rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
     # The requests of this rank's data parallel group, which the first stage schedules, and the cache for them.
     tokenizer = TextTokenizer(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens)
+    task = _task(job, tokenizer, prompts)
     own = _own_prompts(prompts, attempt, rank_layout)
     requests = make_requests(own, tokenizer, weights.architecture, task=job.task)
     pages = _cache_pages(job, world, rank_layout, backend, requests)
-    errors = [request for request in requests if request.finish]
-    too_long = refuse_too_long(requests, pages=pages)
     model, loading = _load(weights, backend, world, rank_layout, job, pages=pages)
     # The lanes run interleaved until no rank has work left.
-    progress = Progress(len(prompts), enabled=world.rank == 0)
+    progress = Progress(attempt.num_requests, enabled=world.rank == 0)
     recorder = _make_recorder(job, world, rank_layout, attempt, progress)
-    recorder.record(errors)
+    recorder.record(request for request in requests if request.finish)
+    too_long = refuse_too_long(requests, pages=pages)
     scheduler = _scheduler(job, rank_layout, requests, pages=pages)
-    context = LaneContext(model, scheduler, _task(job, tokenizer, prompts), recorder, stop)
+    sample = _quality_sample(job, requests)
+    del prompts, own, requests  # from here on the scheduler alone holds a request, until it is finished
+    context = LaneContext(model, scheduler, task, recorder, stop)
     lanes = make_lanes(job, world, rank_layout, context, pending=pending, first_step=attempt.earlier.next_step)
     world.watch(job.run.timeout_s, group=rank_layout.coords.stage)
     rank_run = RankRun(rank_layout, lanes, recorder, loading, seconds=lanes.run())
@@ -96,11 +100,9 @@ def run_job(
     progress.close()
     world.watch(job.run.timeout_s)
     # Every rank closes its journal. If the run was stopped, the journals stay for the next attempt.
-    record = _record(job, world, rank_run, requests)
-    attempt.journal.append(record)
-    attempt.journal.close()
+    record = _close_journal(job, world, attempt, rank_run, sample=sample)
     report = _report(job, world, attempt, rank_run, record)
-    if report.num_finished < len(prompts):
+    if report.num_finished < attempt.num_requests:
         return attempt.stop(stop)
     # The results: rank 0 merges all journals.
     provenance = make_provenance(job_text, world, weights=weights.fingerprint, start=start)
@@ -168,8 +170,9 @@ def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankL
     """The unfinished prompts of this rank's data parallel group; none beyond the first stage."""
     if not rank_layout.is_first_stage:
         return []
-    unfinished = [prompt for prompt in prompts if prompt.index not in attempt.earlier.indices]
-    return unfinished[rank_layout.coords.data :: rank_layout.grid.num_groups(0)]
+    unfinished = np.setdiff1d(np.arange(len(prompts)), attempt.earlier.indices)
+    own = unfinished[rank_layout.coords.data :: rank_layout.grid.num_groups(0)]
+    return [prompts[index] for index in own.tolist()]
 
 
 def _load(
@@ -230,14 +233,23 @@ def _task(job: Job, tokenizer: TextTokenizer, prompts: Sequence[Prompt]) -> Task
     return Generate(tokenizer, top=max((prompt.sampling.top_logprobs for prompt in prompts), default=0))
 
 
-def _record(job: Job, world: World, rank_run: RankRun, requests: Sequence[Request]) -> RankRecord:
-    """The record of this rank, with the quality cost of balancing if the job measures it; collective."""
-    record = rank_record(world, rank_run, hops=job.exchange.hops)
-    lanes = rank_run.lanes
-    if not (lanes.balance and job.balance.sample):
-        return record
-    change = quality_cost(lanes.each, requests, world, sample=job.balance.sample, run=lanes.run)
-    return msgspec.structs.replace(record, balance={**record.balance, "logprob_change": change})
+def _quality_sample(job: Job, requests: Iterable[Request]) -> list[Request]:
+    """The first requests to compute, as many as the quality cost of balancing needs; they outlive their records."""
+    measured = job.balance.sample if job.balance.mode != "off" else 0
+    return list(islice((request for request in requests if not request.finish), measured))
+
+
+def _close_journal(
+    job: Job, world: World, attempt: Attempt, rank_run: RankRun, *, sample: Sequence[Request]
+) -> RankRecord:
+    """Append the record of this rank, with the quality cost of balancing if the job measures it; collective."""
+    record, lanes = rank_record(world, rank_run, hops=job.exchange.hops), rank_run.lanes
+    if lanes.balance and job.balance.sample:
+        change = quality_cost(lanes.each, sample, world, sample=job.balance.sample, run=lanes.run)
+        record = msgspec.structs.replace(record, balance={**record.balance, "logprob_change": change})
+    attempt.journal.append(record)
+    attempt.journal.close()
+    return record
 
 
 def _report(job: Job, world: World, attempt: Attempt, rank_run: RankRun, record: RankRecord) -> Report:

@@ -93,7 +93,7 @@ class Score:
         logit_requests: list[LogitRequest] = []
         first = 0
         for request, count in work:
-            targets = request.prompt_tokens[request.computed + 1 : request.computed + 1 + count]
+            targets = request.prompt_tokens[request.computed + 1 : request.computed + 1 + count].tolist()
             rows.extend(range(first, first + len(targets)))
             logit_requests.extend(targets)
             first += count

@@ -43,12 +43,16 @@ def test_an_event_after_a_fault_raises_and_is_not_pending_for_ever(monkeypatch, 
             event.is_done()
 
 
-def test_no_empty_memory_is_registered(monkeypatch, device):
-    registered = []
-    monkeypatch.setattr(cupy.cuda.runtime, "hostRegister", lambda *given: registered.append(given[1]))
+def test_memory_is_registered_and_unregistered_unless_it_is_empty(monkeypatch, device):
+    calls = []
+    for name in ("hostRegister", "hostUnregister", "deviceSynchronize"):
+        monkeypatch.setattr(cupy.cuda.runtime, name, lambda *given, name=name: calls.append((name, *given[:2])))
     for num_bytes in (0, 64):
-        device.CupyDevice.register_host_memory(None, np.zeros(num_bytes, np.uint8))
-    assert registered == [64]
+        memory = np.zeros(num_bytes, np.uint8)
+        device.CupyDevice.register_host_memory(None, memory)
+        device.CupyDevice.unregister_host_memory(None, memory)
+    address = memory.ctypes.data
+    assert calls == [("hostRegister", address, 64), ("deviceSynchronize",), ("hostUnregister", address)]
 
 
 def test_pinned_memory_is_freed_once_and_quietly_after_a_fault(monkeypatch, device):

@@ -99,6 +99,9 @@ class NumpyBackend:
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         """All host memory is usable."""
 
+    def unregister_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
+        """All host memory is usable."""
+
     def comm_buffer(self, rows: int, width: int) -> npt.NDArray[Any]:
         return aligned_empty((rows, width), self.row_dtype)
 

@@ -117,6 +117,9 @@ class CudaBackend:
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         self.device.register_host_memory(memory)
 
+    def unregister_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
+        self.device.unregister_host_memory(memory)
+
     def comm_buffer(self, rows: int, width: int) -> Array:
         return self.device.comm_buffer((rows, width), self.row_dtype)
 

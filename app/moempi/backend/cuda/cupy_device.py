@@ -90,6 +90,11 @@ class CupyDevice:
         if memory.nbytes:  # the driver refuses an empty range
             cupy.cuda.runtime.hostRegister(memory.ctypes.data, memory.nbytes, cupy.cuda.runtime.hostAllocPortable)
 
+    def unregister_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
+        if memory.nbytes:
+            cupy.cuda.runtime.deviceSynchronize()
+            cupy.cuda.runtime.hostUnregister(memory.ctypes.data)
+
     def holds(self, values: Array) -> bool:
         return isinstance(values, cupy.ndarray)
 

@@ -131,10 +131,13 @@ class Device(Protocol):
         """Allocate contiguous memory that both kernels and MPI can address; freeing it waits for the device."""
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Make host memory that the caller allocated addressable by kernels until the process ends.
+        """Make host memory that the caller allocated addressable by kernels, until it is unregistered.
 
         Empty memory needs nothing.
         """
+
+    def unregister_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Undo `register_host_memory`; blocks until the device is done with all work."""
 
     def holds(self, values: Array) -> bool:
         """Whether an array is in device memory."""

@@ -53,6 +53,9 @@ class Transport(Protocol):
         rows elsewhere than in `incoming`: `Receipt.rows` returns where they are.
         """
 
+    def free(self) -> None:
+        """Free communicators and memory, once all transfers are complete and released; collective, blocks."""
+
 
 @dataclass(frozen=True, slots=True)
 class BufferReceipt:
@@ -75,19 +78,24 @@ class BufferReceipt:
 
 
 class BufferedTransport:
-    """A base for transports that send from two buffers in alternation.
+    """A base for transports that send from two buffers in alternation; the constructor is collective.
 
-    A row is one MPI datatype of `row_bytes`, so counts are rows and fit into an int. `allocate(rows)` makes a buffer,
-    on the host by default.
+    They send over a duplicate of `comm`: transfers start when their verbs are done, not in the program order of the
+    collectives on `comm`. A row is one MPI datatype of `row_bytes`, so counts are rows and fit into an int.
+    `allocate(rows)` makes a buffer, on the host by default.
     """
 
     def __init__(self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None) -> None:
-        self._comm = comm
+        self._comm = comm.Dup()
         self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
         self._buffers = BufferRing(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
 
     def outgoing(self, rows: int) -> Any:
         return self._buffers.take(rows)
+
+    def free(self) -> None:
+        self._row.Free()
+        self._comm.Free()
 
 
 class TransportWrapper:
@@ -99,6 +107,9 @@ class TransportWrapper:
 
     def outgoing(self, rows: int) -> Any:
         return self._transport.outgoing(rows)
+
+    def free(self) -> None:
+        self._transport.free()
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,15 @@ class SlotOptions:
     """The shared memory of a `Shared` transport: two slots of `num_bytes` for each rank.
 
     The slots are smaller if `windows` such windows would take too much of the node's shared memory. `register` is
-    called with the memory of all slots before it is used. Without `in_place`, receivers copy their rows out of it.
+    called with the memory of all slots before it is used, `unregister` before it is freed. Without `in_place`,
+    receivers copy their rows out of it.
     """
 
     num_bytes: int = SLOT_BYTES
     windows: int = 1
     in_place: bool = True
     register: Callable[[npt.NDArray[np.uint8]], None] = lambda memory: None
+    unregister: Callable[[npt.NDArray[np.uint8]], None] = lambda memory: None
 
 
 class Shared(BufferedTransport):
@@ -120,7 +123,7 @@ class Shared(BufferedTransport):
     ) -> None:
         super().__init__(comm, row_bytes=row_bytes, allocate=allocate)
         shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        node_comm = MPI.Intracomm(shared.Split(nodes[comm.rank] if nodes else 0))
+        self._node_comm = node_comm = MPI.Intracomm(shared.Split(nodes[comm.rank] if nodes else 0))
         shared.Free()
         ranks: list[int] = node_comm.allgather(comm.rank)
         self._local_ranks = {rank: local_rank for local_rank, rank in enumerate(ranks)}
@@ -132,10 +135,18 @@ class Shared(BufferedTransport):
         self._window, memory = _open(node_comm, words_bytes, 2 * node_comm.size * self._slot_rows * row_bytes)
         self.slots = memory[words_bytes:].reshape(-1, row_bytes)
         slots.register(self.slots)
+        self._unregister = partial(slots.unregister, self.slots)
         self.flags = make_flags(
             memory[:words_bytes], ranks, own=self._local_rank, slot_rows=self._slot_rows, sync=self._window.Sync
         )
         self._number = 0
+
+    def free(self) -> None:
+        self._unregister()
+        self._window.Unlock_all()
+        self._window.Free()
+        self._node_comm.Free()
+        super().free()
 
     def outgoing(self, rows: int) -> Any:
         parity = (self._number + 1) % 2

@@ -24,6 +24,10 @@ class Verified(TransportWrapper):
         super().__init__(transport)
         self._comm = comm.Dup()
 
+    def free(self) -> None:
+        self._comm.Free()
+        super().free()
+
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> "CheckedReceipt":
         """Completing the receipt raises DataError, which names both ranks, if rows or counts differ."""
         sent = _checksums(outgoing, send_counts)

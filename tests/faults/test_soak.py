@@ -1,0 +1,11 @@
+"""A short form of the soak; the long one: python tests/faults/soak.py."""
+
+import pytest
+
+from faults import soak
+
+
+@pytest.mark.mpi
+def test_nothing_grows_during_two_minutes(tmp_path, capfd):
+    grown = soak.run(["generate"], minutes=2, folder=tmp_path)
+    assert not grown, f"{grown}\n{capfd.readouterr().out}"
