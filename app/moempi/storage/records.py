@@ -16,6 +16,7 @@ _NO_LOGPROBS = np.zeros(0, np.float32)
 _NO_TOP_TOKENS = np.zeros((0, 0), np.int32)
 _NO_TOP_LOGPROBS = np.zeros((0, 0), np.float32)
 _NO_LOAD = np.zeros((0, 0), np.int64)
+_DTYPES = tuple(np.dtype(kind).str for kind in (np.int32, np.int64, np.float32))
 for _empty in (_NO_LOAD, _NO_TOKENS, _NO_LOGPROBS, _NO_TOP_TOKENS, _NO_TOP_LOGPROBS):
     _empty.flags.writeable = False
 
@@ -133,7 +134,10 @@ def encode(record: Record) -> bytes:
 
 def decode(payload: bytes) -> Record:
     """The record in bytes from `encode`; raises msgspec.DecodeError if they are not a record."""
-    return _DECODER.decode(payload)
+    try:
+        return _DECODER.decode(payload)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(f"a text is not UTF-8: {error}") from error
 
 
 def _expect(
@@ -156,7 +160,9 @@ def _pack_array(array: object) -> tuple[str, tuple[int, ...], bytes]:
 
 def _unpack_array(_: type, packed: Any) -> NDArray[Any]:
     dtype, shape, values = packed
-    return np.frombuffer(values, np.dtype(dtype)).reshape(shape)
+    if dtype not in _DTYPES:
+        raise ValueError(f"an array of type {dtype!r}")
+    return np.frombuffer(values, dtype).reshape(shape)
 
 
 def _without_surrogates(record: Record) -> Record:
