@@ -8,7 +8,9 @@ import pytest
 
 from moempi.cli import main
 from moempi.printing import MAX_LINE_LENGTH
+from moempi.storage.results import ResultFile
 from mpirun import ROOT, execute, python
+from storage.models import write_model
 from storage.test_records import make_request
 from storage.test_results import merged
 
@@ -80,11 +82,14 @@ def test_inputs_that_are_no_regular_files(folder, capsys, command, place):
     "file",
     ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"],
 )
-@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "link to nowhere"])
 def test_checkpoint_files_that_are_no_regular_files(folder, capsys, file, kind):
     path = folder / "hub" / file
     path.unlink(missing_ok=True)
-    {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
+    if kind in ("fifo", "folder"):
+        (os.mkfifo if kind == "fifo" else os.mkdir)(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
     assert ending(["convert", "hub", "out.h5"], capsys) == 66
 
 
@@ -153,6 +158,17 @@ def test_the_largest_layouts_are_quick(folder, setting):
 
 def test_results_of_other_prompts_are_not_shown(folder, capsys):
     assert ending(["show", "job.toml"], capsys) == 65
+
+
+@pytest.mark.mpi
+def test_weights_whose_products_overflow_end_requests_without_warnings(folder):
+    (folder / "weights.h5").unlink()
+    write_model(folder / "weights.h5", tokenizer="")  # any bits as numbers, up to 1e38
+    outcome = execute("env", "-C", folder, *python("-m", "moempi", "run", "job.toml", "--force"))
+    assert outcome.code == 0, outcome.err
+    assert outcome.lines == outcome.err.splitlines()
+    with ResultFile(folder / "results.h5") as results:
+        assert [record.error for record in results.requests()] == ["the model's logits are not numbers"]
 
 
 @pytest.mark.mpi

@@ -38,7 +38,9 @@ ANY = [*TOML_READERS, *JSON_READERS]
 
 
 @pytest.mark.parametrize("read", ANY)
-@pytest.mark.parametrize("name", ["fifo", "folder", "missing", "/dev/zero", "/dev/null/x", "\0", "n" * 300, "loop"])
+@pytest.mark.parametrize(
+    "name", ["fifo", "folder", "missing", "/dev/zero", "/dev/null/x", "\0", "n" * 300, "n" * 5000, "loop"]
+)
 def test_only_regular_files_are_opened(tmp_path, read, name):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
@@ -66,6 +68,8 @@ def test_only_regular_files_are_opened(tmp_path, read, name):
         b"\0",
         b"",
         b"#" * (MAX_TOML_BYTES + 1),
+        b"\n" * MAX_TOML_BYTES,
+        b"\t\n" * 100_000 + b"a" + b" " * 50_000,
     ],
     ids=lambda content: content[:12].decode(errors="replace"),
 )

@@ -88,6 +88,12 @@ def failing_tokenizer(kind):
     return json.dumps(tree)
 
 
+@pytest.mark.parametrize("text", ["{}", "[", "\0", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'])
+def test_a_text_that_is_no_tokenizer_is_a_data_error_that_names_the_weight_file(text):
+    with pytest.raises(DataError, match=r"^model\.h5: its tokenizer cannot be read: \S"):
+        TextTokenizer(text, eos_tokens=(), origin="model.h5")
+
+
 @pytest.mark.parametrize("kind", ["panic", "exception"])
 def test_a_text_that_the_tokenizer_cannot_take_is_a_data_error_with_its_reason(kind, capfd):
     tokenizer = TextTokenizer(failing_tokenizer(kind), eos_tokens=())

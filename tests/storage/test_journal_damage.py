@@ -4,6 +4,7 @@ import shutil
 import time
 from contextlib import suppress
 
+import msgspec
 import pytest
 
 from moempi.errors import StorageError
@@ -237,3 +238,27 @@ def test_damage_behind_a_read_record_is_found_when_it_is_read_again(sound):
         path.write_bytes(flipped(whole, 8 * (records[1][0] + 30)))
         with pytest.raises(StorageError, match="has changed"):
             reader.record_at(records[1][0])
+
+
+def packed_as(**changes):
+    """The payload of a record with other values of some fields."""
+    return msgspec.msgpack.encode(msgspec.msgpack.decode(encode(RECORDS[0])) | changes)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        packed_as(id="?").replace(b"\xa1?", b"\xa1\xff"),
+        packed_as(prompt=["a", [1], b"a"]),
+        packed_as(prompt=["|O", [1], b"\0" * 8]),
+        packed_as(prompt=[["<i4"], [1], b"\0" * 4]),
+        packed_as(prompt=["<i4", [-1], b"\0" * 5]),
+    ],
+    ids=["text that is not UTF-8", "type alias", "objects", "compound type", "shape"],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_payload_with_a_right_checksum_that_is_no_record_is_refused(sound, payload):
+    path, whole, _ = sound
+    path.write_bytes(whole + frame(payload))
+    with pytest.raises(StorageError, match=f"the record at byte {len(whole)} is not one of ours"):
+        read_journal(path)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.config.job import Sampling
-from moempi.errors import DataError, NoInputError
+from moempi.errors import MAX_MESSAGE_LENGTH, DataError, NoInputError
 from moempi.storage import prompts
 from moempi.storage.prompts import read_prompts
 
@@ -167,6 +167,20 @@ def test_any_text_is_read_as_written(tmp_path_factory, text, name):
     path = write_lines(tmp_path_factory.getbasetemp() / "text.jsonl", {"id": name, "prompt": text})
     found = read(path, strict=True)[0]
     assert (found.id, found.text) == (name, text)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{"id": "x" * 50_000, "prompt": "a"}, {"id": "x" * 50_000, "prompt": "b"}],
+        [{"prompt": "a"}, {"prompt": "b", "k" * 50_000: 1}],
+    ],
+)
+def test_an_error_names_file_and_line_and_is_short(tmp_path, lines):
+    path = write_lines(tmp_path / "p.jsonl", *lines)
+    bad = read(path)[1]
+    assert bad.error.startswith(f"{path}:2: ")
+    assert len(bad.error) <= MAX_MESSAGE_LENGTH
 
 
 def write_arrays(path, rows, *, ids=None, dtype=np.int32):

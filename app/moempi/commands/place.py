@@ -1,7 +1,7 @@
 """`moempi place`: a placement of experts, chosen from the recorded routing of a run, and what it would send."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +120,7 @@ def place_experts(
                 _add(forecasts, name, replay(routes, placement, cluster))
         rows = [row_of(name, found) for name, found in forecasts.items()]
         if not request.ranks and request.tokens >= file.num_tokens:
-            rows.insert(0, _measured(file.counters))
+            rows.insert(0, _measured(file))
         if out is not None:
             _write(out, file.num_experts, dict(zip(file.layers, placements[policy], strict=True)))
     return rows
@@ -146,7 +146,7 @@ def _cluster(file: RoutingFile, layer: int, request: PlacementRequest) -> Cluste
     ranks, last_layer = _stage(file, layer)
     hops, row_bytes = (int(file.ranks[name].max()) for name in ("hops", "row_bytes"))
     if hops not in (1, 2) or not 0 < row_bytes <= MAX_ROW_BYTES:
-        raise DataError(f"placement/hops or row_bytes: {hops} hops of {row_bytes} bytes are impossible")
+        raise DataError(f"{file.path}: placement/hops or row_bytes: {hops} hops of {row_bytes} bytes are impossible")
     choices = file.num_tokens * len(file.layers) * file.top_k
     is_immediate = bool(file.ranks["departs"][ranks].any()) and layer == last_layer
     return Cluster(
@@ -163,7 +163,7 @@ def _recorded_topology(file: RoutingFile, ranks: list[int]) -> Topology:
     """The topology of a stage's ranks in the run; raises DataError if they are not counted node by node."""
     nodes, islands, switches = (tuple(file.ranks[name][ranks].tolist()) for name in ("node", "island", "switch"))
     if list(nodes) != sorted(nodes):
-        raise DataError("placement/node: does not ascend with placement/seat")
+        raise DataError(f"{file.path}: placement/node: does not ascend with placement/seat")
     return Topology(numbered(nodes), () if NOWHERE in islands else islands, () if NOWHERE in switches else switches)
 
 
@@ -178,17 +178,17 @@ def _requested_topology(request: PlacementRequest) -> Topology:
 def _stage(file: RoutingFile, layer: int) -> tuple[list[int], int]:
     """The rows of /placement of a layer's stage, in the rank order of the layout, and the last layer of the stage."""
     if not {"seat", "node", "island", "switch", "stage", "hops", "departs", "row_bytes"} <= file.ranks.keys():
-        raise DataError("the results do not say where their ranks stood")
+        raise DataError(f"{file.path}: does not say where its ranks were")
     if len(set(file.ranks["seat"].tolist())) < len(file.ranks["seat"]):
-        raise DataError("the results are of several attempts; record the routing of a run that was not interrupted")
+        raise DataError(f"{file.path}: is of several attempts; record the routing of a run that was not interrupted")
     hosting = file.hosted["row"][file.hosted["layer"] == layer]
     if not len(hosting):
-        raise DataError(f"the results do not say who hosted layer {layer}")
+        raise DataError(f"{file.path}: does not say who hosted layer {layer}")
     members = np.flatnonzero(file.ranks["stage"] == file.ranks["stage"][hosting[0]])
     layers = file.hosted["layer"][np.isin(file.hosted["row"], members)]
     ranks = members[np.argsort(file.ranks["seat"][members])]
     if len(ranks) > MAX_STAGE_RANKS or (np.diff(file.ranks["seat"][ranks]) != 1).any():
-        raise DataError(f"placement/seat: the {len(ranks)} ranks of layer {layer} do not count up")
+        raise DataError(f"{file.path}: placement/seat: the {len(ranks)} ranks of layer {layer} do not count up")
     return ranks.tolist(), int(layers.max())
 
 
@@ -202,7 +202,7 @@ def _routes(file: RoutingFile, index: int, request: PlacementRequest) -> Routes:
     ranks, _ = _stage(file, file.layers[index])
     homes = found["rank"] - int(file.ranks["seat"][ranks[0]])
     if len(homes) and not 0 <= homes.min() <= homes.max() < len(ranks):
-        raise DataError(f"layer {file.layers[index]} was routed by ranks outside its stage")
+        raise DataError(f"{file.path}: layer {file.layers[index]} was routed by ranks outside its stage")
     return Routes(homes, found["row"], steps, found["experts"])
 
 
@@ -214,17 +214,17 @@ def _recorded_placement(file: RoutingFile, layer: int) -> Placement:
     hosted = tuple(tuple(experts[rows == rank].tolist()) for rank in ranks)
     problem = HostedLayer(layer, hosted).problem(file.num_experts)
     if problem:
-        raise DataError(f"placement/hosted: {problem}")
+        raise DataError(f"{file.path}: placement/hosted: {problem}")
     return Placement(hosted)
 
 
-def _measured(counters: Mapping[str, Iterable[int]]) -> PolicyRow:
+def _measured(file: RoutingFile) -> PolicyRow:
     """The bytes and messages that the run counted; raises DataError if a level is missing."""
-    missing = {f"{level}_{kind}" for level in LEVELS for kind in ("bytes", "messages")} - counters.keys()
+    missing = {f"{level}_{kind}" for level in LEVELS for kind in ("bytes", "messages")} - file.counters.keys()
     if missing:
-        raise DataError(f"network/{min(missing)}: is missing")
-    sent = [sum(int(count) for count in counters[f"{level}_bytes"]) for level in LEVELS]
-    messages = [sum(int(count) for count in counters[f"{level}_messages"]) for level in LEVELS]
+        raise DataError(f"{file.path}: network/{min(missing)}: is missing")
+    sent = [sum(int(count) for count in file.counters[f"{level}_bytes"]) for level in LEVELS]
+    messages = [sum(int(count) for count in file.counters[f"{level}_messages"]) for level in LEVELS]
     return PolicyRow("measured", tuple(sent), tuple(messages))
 
 

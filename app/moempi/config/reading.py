@@ -20,8 +20,9 @@ MAX_KEY_PARTS = 16
 MAX_KEY_LENGTH = 64  # of a key in a message
 MAX_MESSAGE_LENGTH = 200
 
-_KEY_PART = r"""(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')\s*\.\s*"""
-_LONG_KEY = re.compile(rf"(?:^|[\[{{,])\s*(?:{_KEY_PART}){{{MAX_KEY_PARTS}}}", re.MULTILINE)
+# Possessive quantifiers, and no line breaks among the blanks: no text makes the search take more than linear time.
+_KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
+_LONG_KEY = re.compile(rf"(?:^|[\[{{,])[ \t]*+(?:{_KEY_PART}){{{MAX_KEY_PARTS}}}", re.MULTILINE)
 
 
 def read_toml(path: str | Path, kind: type[S], *, overrides: Iterable[str] = ()) -> S:

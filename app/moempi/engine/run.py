@@ -48,6 +48,7 @@ from moempi.storage.weights import WeightFile
 log = logging.getLogger(__name__)
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # such numbers end as logits, which are checked
 def run_job(
     job: Job,
     *,
@@ -77,7 +78,7 @@ def run_job(
     backend = _backend(job, world, pending)
     rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
     # The requests of this rank's data parallel group, which the first stage schedules, and the cache for them.
-    tokenizer = TextTokenizer(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens)
+    tokenizer = world.collectively(lambda: _tokenizer(weights))
     task = _task(job, tokenizer, prompts)
     own = _own_prompts(prompts, attempt, rank_layout)
     requests = make_requests(own, tokenizer, weights.architecture, task=job.task)
@@ -164,6 +165,10 @@ def _backend(job: Job, world: World, pending: PendingTransfers) -> Backend:
             job.run, local_rank=world.local_rank, device_buffers=device_buffers, progress=pending.progress
         )
     )
+
+
+def _tokenizer(weights: WeightFile) -> TextTokenizer:
+    return TextTokenizer(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens, origin=str(weights.path))
 
 
 def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankLayout) -> Sequence[Prompt]:

@@ -12,11 +12,15 @@ MAX_REASON = 200
 
 
 class TextTokenizer:
-    """A tokenizer, "" for none, and the tokens that end a text; without one, only prompts of tokens can be run."""
+    """A tokenizer, "" for none, and the tokens that end a text; without one, only prompts of tokens can be run.
 
-    def __init__(self, tokenizer: str, *, eos_tokens: Sequence[int]) -> None:
+    Raises DataError that names the file `origin` for a text that is not a tokenizer.
+    """
+
+    def __init__(self, tokenizer: str, *, eos_tokens: Sequence[int], origin: str = "the weight file") -> None:
         self.eos_tokens = frozenset(eos_tokens)
-        self._tokenizer = Tokenizer.from_str(tokenizer) if tokenizer else None
+        with _raising_data_errors(f"{origin}: its tokenizer cannot be read"):
+            self._tokenizer = Tokenizer.from_str(tokenizer) if tokenizer else None
         if self._tokenizer is not None:
             self._tokenizer.encode_special_tokens = True
 
@@ -27,19 +31,19 @@ class TextTokenizer:
         """
         if self._tokenizer is None:
             raise DataError("the weight file holds no tokenizer; give the prompt as tokens")
-        with _raising_data_errors("encode the prompt"):
+        with _raising_data_errors("the tokenizer cannot encode the prompt"):
             return list(self._tokenizer.encode(text).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens without the special ones; empty without a tokenizer. Raises DataError if it fails."""
         if self._tokenizer is None:
             return ""
-        with _raising_data_errors("decode the tokens"):
+        with _raising_data_errors("the tokenizer cannot decode the tokens"):
             return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 @contextmanager
-def _raising_data_errors(action: str) -> Iterator[None]:
+def _raising_data_errors(problem: str) -> Iterator[None]:
     """Raise what the tokenizer raises as DataError; a panic of its library is no Exception."""
     try:
         yield
@@ -47,4 +51,4 @@ def _raising_data_errors(action: str) -> Iterator[None]:
         raise
     except BaseException as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise DataError(f"the tokenizer cannot {action}: {reason[:MAX_REASON]}") from error
+        raise DataError(f"{problem}: {reason[:MAX_REASON]}") from error

@@ -1,5 +1,6 @@
 """A checkpoint folder in the hub's format: config.json, tokenizer.json, safetensors files. All content is untrusted."""
 
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not stat.S_ISDIR(file_mode(folder)):
         raise NoInputError(f"{folder}: is not a folder with a checkpoint (config.json, *.safetensors)")
     config = _read_object(folder / "config.json")
-    has_generation = (folder / "generation_config.json").exists()
+    has_generation = _is_named(folder / "generation_config.json")
     return Checkpoint(
         folder,
         config,
@@ -104,6 +105,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         _read_tokenizer(folder / "tokenizer.json"),
         _read_headers(folder),
     )
+
+
+def _is_named(path: Path) -> bool:
+    """Whether the folder names this file; what a link to nowhere names is missing, not left out."""
+    return os.path.lexists(path)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -118,7 +124,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: Path) -> str:
-    if not path.exists():
+    if not _is_named(path):
         return ""
     content = _read_bytes(path)
     try:
@@ -135,9 +141,9 @@ def _read_tokenizer(path: Path) -> str:
 
 def _read_headers(folder: Path) -> dict[str, CheckpointTensor]:
     index = folder / INDEX_FILE
-    if index.exists():
+    if _is_named(index):
         return _read_shards(folder, index)
-    if (folder / SINGLE_FILE).exists():
+    if _is_named(folder / SINGLE_FILE):
         return {tensor.name: tensor for tensor in _read_header(folder / SINGLE_FILE)}
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise DataError(f"{folder}: holds pickled weights, which can run code; save them as safetensors first")

@@ -19,7 +19,7 @@ Columns = dict[str, NDArray[Any]]
 
 
 class RoutingFile(Closeable):
-    """The recorded routing of a results file.
+    """The recorded routing of the results file `path`.
 
     `layers` are the Mixture-of-Experts layers. `ranks` holds the columns of /placement, one row per rank and run,
     `hosted` the columns of /placement/hosted and `counters` the columns of /network. `compute_s` is the compute time
@@ -28,7 +28,7 @@ class RoutingFile(Closeable):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = path
+        self.path = path
         self._file = open_file(path)
         try:
             if (read_attribute(self._file, "format"), read_attribute(self._file, "version")) != (FORMAT, VERSION):
@@ -49,7 +49,7 @@ class RoutingFile(Closeable):
         with a node. Raises DataError.
         """
         stop = self.num_tokens if last is None else min(last, self.num_tokens)
-        with raising_data_errors(self._path, f"routing of layer {self.layers[index]}"):
+        with raising_data_errors(self.path, f"routing of layer {self.layers[index]}"):
             names = ("rank", "row", "experts")
             found: Columns = {name: self._columns[name][first:stop, index] for name in names}
         found["step"] = self._columns["step"][first:stop]
@@ -58,9 +58,9 @@ class RoutingFile(Closeable):
         found = {name: column[known].astype(np.int64) for name, column in found.items()}
         for name in ("rank", "row", "step"):
             if len(found[name]) and found[name].min() < 0:
-                raise DataError(f"{self._path}: routing/{name}: negative")
+                raise DataError(f"{self.path}: routing/{name}: negative")
         if found["experts"].size and not 0 <= found["experts"].min() <= found["experts"].max() < self.num_experts:
-            raise DataError(f"{self._path}: routing/experts: beyond the {self.num_experts} experts")
+            raise DataError(f"{self.path}: routing/experts: beyond the {self.num_experts} experts")
         return found
 
     def close(self) -> None:
@@ -76,16 +76,16 @@ class RoutingFile(Closeable):
         shapes = {"step": (self.num_tokens,), "weights": self._columns["experts"].shape}
         for name, dataset in self._columns.items():
             if name != "experts" and dataset.shape != shapes.get(name, (self.num_tokens, num_layers)):
-                raise DataError(f"{self._path}: routing/{name}: {dataset.shape} beside {self.num_tokens} tokens")
+                raise DataError(f"{self.path}: routing/{name}: {dataset.shape} beside {self.num_tokens} tokens")
         self.layers = tuple(self._vector("routing/layer", np.int32).tolist())
         self._offsets = self._vector("routing/offsets", np.int64)
         if not self.layers or any(b <= a for a, b in pairwise((-1, *self.layers))):
-            raise DataError(f"{self._path}: routing/layer: does not ascend from 0 or above")
+            raise DataError(f"{self.path}: routing/layer: does not ascend from 0 or above")
         if len(self.layers) != num_layers or not len(self._offsets) or self._offsets[-1] != self.num_tokens:
-            raise DataError(f"{self._path}: routing/layer or routing/offsets do not fit its experts")
+            raise DataError(f"{self.path}: routing/layer or routing/offsets do not fit its experts")
         num_rows, self.num_experts = typed_dataset(self._file, "experts/load", np.dtype(np.int64), 2).shape
         if num_rows <= self.layers[-1]:
-            raise DataError(f"{self._path}: experts/load: has {num_rows} layers, routing/layer names more")
+            raise DataError(f"{self.path}: experts/load: has {num_rows} layers, routing/layer names more")
         self.ranks = self._group(names, "placement/", np.int64)
         self.counters = self._group(names, "network/", np.int64)
         self.hosted = {name: self._vector(f"placement/hosted/{name}", np.int32) for name in HOSTED}
@@ -96,13 +96,13 @@ class RoutingFile(Closeable):
         """Raise DataError unless the columns of a group have one length, and ranks and experts are in range."""
         for group, columns in (("placement", self.ranks), ("placement/hosted", self.hosted)):
             if len({len(column) for column in columns.values()}) > 1:
-                raise DataError(f"{self._path}: {group}: its columns have different lengths")
+                raise DataError(f"{self.path}: {group}: its columns have different lengths")
         num_ranks = len(next(iter(self.ranks.values()), ()))
         for name, limit in (("row", num_ranks), ("expert", self.num_experts)):
             if ((self.hosted[name] < 0) | (self.hosted[name] >= limit)).any():
-                raise DataError(f"{self._path}: placement/hosted/{name}: is not from 0 to {limit - 1}")
+                raise DataError(f"{self.path}: placement/hosted/{name}: is not from 0 to {limit - 1}")
         if not 0 <= self.compute_s <= MAX_SECONDS:
-            raise DataError(f"{self._path}: timing/compute: adds up to {self.compute_s:g} s")
+            raise DataError(f"{self.path}: timing/compute: adds up to {self.compute_s:g} s")
 
     def _group(self, names: list[str], prefix: str, dtype: type[np.generic]) -> Columns:
         own = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
