@@ -24,7 +24,6 @@ _NO_LOGPROBS = np.zeros(0, np.float32)
 _NO_TOP_TOKENS = np.zeros((0, 0), np.int32)
 _NO_TOP_LOGPROBS = np.zeros((0, 0), np.float32)
 _NO_LOAD = np.zeros((0, 0), np.int64)
-_DTYPES = tuple(np.dtype(kind).str for kind in (np.int32, np.int64, np.float32))
 for _empty in (_NO_LOAD, _NO_TOKENS, _NO_LOGPROBS, _NO_TOP_TOKENS, _NO_TOP_LOGPROBS):
     _empty.flags.writeable = False
 
