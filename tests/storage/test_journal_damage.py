@@ -257,8 +257,11 @@ def packed_as(**changes):
     ids=["text that is not UTF-8", "type alias", "objects", "compound type", "shape"],
 )
 @pytest.mark.filterwarnings("error")
-def test_a_payload_with_a_right_checksum_that_is_no_record_is_refused(sound, payload):
-    path, whole, _ = sound
-    path.write_bytes(whole + frame(payload))
-    with pytest.raises(StorageError, match=f"the record at byte {len(whole)} is not one of ours"):
-        read_journal(path)
+def test_a_payload_with_a_right_checksum_that_is_no_record_is_passed_over_and_reported(sound, payload):
+    path, whole, records = sound
+    path.write_bytes(whole + frame(payload) + frame(encode(RECORDS[0])))
+    with JournalReader(path) as reader:
+        assert len(list(reader.records())) == len(records) + 1
+        (problem,) = map(str, reader.problems)
+    assert f"byte {len(whole)}" in problem
+    assert "cannot be used" in problem
