@@ -123,7 +123,13 @@ def _write_results(
     """
     if world.rank == 0:
         journals = attempt.journals()
-        problems = merge(results, journals, num_requests=attempt.num_requests, provenance=provenance)
+        problems = merge(
+            results,
+            journals,
+            num_requests=attempt.num_requests,
+            provenance=provenance,
+            before_rename=world.wait_if_aborting,
+        )
         on_finished()
         attempt.finish()
         attempt.warn_of_new_damage(problems)

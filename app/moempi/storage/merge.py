@@ -46,14 +46,20 @@ class Provenance:
 
 
 def merge(
-    results_path: str | Path, journals: Sequence[str | Path], *, num_requests: int, provenance: Provenance
+    results_path: str | Path,
+    journals: Sequence[str | Path],
+    *,
+    num_requests: int,
+    provenance: Provenance,
+    before_rename: Callable[[], object] = lambda: None,
 ) -> list[str]:
     """Write the results file atomically from the journals of all ranks; keeps the journals.
 
-    Returns one sentence for each journal that is damaged or has a torn end. Requests are in the order 0 to
-    `num_requests` - 1. Memory holds about 100 bytes per request and a few MiB. Call this on one rank, after all ranks
-    have closed their journals. Raises StorageError if a request is missing, if two records of a request differ in
-    tokens, if the journals are from different runs, or if the disk fails.
+    Calls `before_rename` when the file is complete on disk and not yet in place. Returns one sentence for each journal
+    that is damaged or has a torn end. Requests are in the order 0 to `num_requests` - 1. Memory holds about 100 bytes
+    per request and a few MiB. Call this on one rank, after all ranks have closed their journals. Raises StorageError if
+    a request is missing, if two records of a request differ in tokens, if the journals are from different runs, or if
+    the disk fails.
     """
     with Journals(journals) as opened:
         index = index_journals(opened, num_requests)
@@ -61,7 +67,8 @@ def merge(
             Path(results_path).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{results_path}: its folder cannot be made: {error.strerror}") from error
-        with atomic(results_path) as temporary, create_file(temporary) as (file, require_success):
+        placing = atomic(results_path, before_rename=before_rename)
+        with placing as temporary, create_file(temporary) as (file, require_success):
             reserve(temporary, index.file_bytes())
             _write_provenance(file, provenance)
             columns = _create_columns(file, index)
