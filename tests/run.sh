@@ -4,7 +4,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if ! command -v g++ >/dev/null; then # runs the CUDA kernels on the CPU
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "tests: install a C++ compiler (g++)" >&2; exit 69; }
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "tests: install a C++ compiler (g++)" >&2
+        exit 69
+    fi
     apt-get update -qq && apt-get install -y -qq g++ >/dev/null
 fi
 bash jobs/setup.sh local convert kernels test
