@@ -15,14 +15,18 @@ launch() {
     fi
 }
 
-# stage_weights   copies $MOEMPI_STAGE to every node's $MOEMPI_SCRATCH (or $TMPDIR) and prints the option that uses it.
+# stage_weights   copies $MOEMPI_STAGE to every node's $MOEMPI_SCRATCH (or $TMPDIR); `staged` is then the option that uses
+# the copy. A step that sleeps on every node ends with the job, however that ends, and its epilog removes the copy.
+staged=()
 stage_weights() {
-    if [ -n "${MOEMPI_STAGE:-}" ]; then
-        local scratch=${MOEMPI_SCRATCH:-${TMPDIR:-/tmp}}
-        local copy=$scratch/$SLURM_JOB_ID-${MOEMPI_STAGE##*/}
-        sbcast --force "$MOEMPI_STAGE" "$copy"
-        printf '%s\n' --set "model.weights=$copy"
-    fi
+    [ -n "${MOEMPI_STAGE:-}" ] || return 0
+    export MOEMPI_STAGED=${MOEMPI_SCRATCH:-${TMPDIR:-/tmp}}/$SLURM_JOB_ID-${MOEMPI_STAGE##*/}
+    srun --overlap --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        --task-epilog="$PWD/jobs/unstage.sh" sleep infinity </dev/null >/dev/null 2>&1 &
+    local sleeper=$!
+    sbcast --force "$MOEMPI_STAGE" "$MOEMPI_STAGED"
+    kill -0 "$sleeper" 2>/dev/null || echo "batch: srun starts no step, so $MOEMPI_STAGED stays on the nodes" >&2
+    staged=(--set "model.weights=$MOEMPI_STAGED")
 }
 
 # progress JOB.toml [OPTION...]   "STATE FINISHED EXIT_CODE" of the job's last run; "none 0 0" before the first.
@@ -40,13 +44,13 @@ requeue() {
 # run_job JOB.toml [OPTION...]   runs the job in this allocation. When it ends early with exit code 75 (time over, a
 # rank lost) and has finished more requests than before, requeues the batch job, which then continues.
 run_job() {
-    local state before after code asked staged
+    local state before after code asked
     read -r state before _ < <(progress "$@")
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$state" = finished ]; then
         echo "batch: the results are complete already"
         return 0
     fi
-    mapfile -t staged < <(stage_weights)
+    stage_weights
     if [ -n "$asked_early" ]; then
         requeue "asked to stop before the start"
         return 75
@@ -59,7 +63,7 @@ run_job() {
     # A launcher that dies may leave ranks, and a run that was killed on another node counts as running for a while.
     for _ in {1..40}; do
         read -r state after asked _ < <(progress "$@")
-        [ "$state" = running ] && ! is_own_code "$code" || break
+        if [ "$state" != running ] || is_own_code "$code"; then break; fi
         sleep 10
     done
     if [ "$code" -ne 0 ] && [ "$asked" = 75 ]; then

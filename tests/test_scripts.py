@@ -1,11 +1,37 @@
-"""The shell scripts are free of what shellcheck knows."""
+"""The shell scripts: no finding of shellcheck; words stay whole; endings are told apart.
 
+Small commands stand for Slurm's; tests/slurm runs the batch scripts under a real Slurm.
+"""
+
+import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from mpirun import ROOT
+
+COMMANDS = {
+    # moempi state prints the next line of STATES, the last one again and again; moempi run notes its arguments.
+    "moempi": """
+        if [ "$1" = state ]; then
+            state=$(head -n 1 "$STATES")
+            [ "$(wc -l <"$STATES")" = 1 ] || sed -i 1d "$STATES"
+            echo "$state"
+            printf '%s\\0' "${@:2}" >"$NOTES/state"
+        else
+            printf '%s\\0' "${@:2}" >"$NOTES/run"
+            exit "$CODE"
+        fi""",
+    "srun": """
+        while [ "${1:0:1}" = - ]; do shift; done
+        exec "$@" """,
+    "sbcast": 'cp "$2" "$3"',
+    "scontrol": 'echo "$@" >"$NOTES/scontrol"',
+    "sleep": 'echo "$@" >>"$NOTES/sleep"',
+}
+AWKWARD = ["a b", "a\nb", 'a"b', "a'b", "*", "$(a)", "-a", " a ", ""]
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -16,3 +42,129 @@ def test_shellcheck_is_silent():
         ["shellcheck", "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (checked.returncode, checked.stdout) == (0, "")
+
+
+class Script:
+    """A script that sources batch.sh, run with COMMANDS; `notes` are the files that they wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.notes = folder, folder / "notes"
+        self.notes.mkdir()
+        for name, text in COMMANDS.items():
+            command = folder / "bin" / name
+            command.parent.mkdir(exist_ok=True)
+            command.write_text(f"#!/usr/bin/env bash\n{text}\n")
+            command.chmod(0o755)
+
+    def run(
+        self,
+        *words: str,
+        states: str,
+        code: int = 0,
+        script: str = 'source "$ROOT/jobs/batch.sh"; run_job "$@"',
+        **given,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the script in its folder; the job has each of the `states` in turn, its run ends with `code`."""
+        (self.folder / "states").write_text(states)
+        environment = {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "ROOT": str(ROOT),
+            "NOTES": str(self.notes),
+            "STATES": str(self.folder / "states"),
+            "CODE": str(code),
+            "SLURM_JOB_ID": "17",
+            "SLURM_NTASKS": "4",
+            "SLURM_JOB_NUM_NODES": "2",
+        }
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script, "script", *words],
+            cwd=self.folder,
+            env=environment | given,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def words(self, name: str) -> list[str]:
+        return (self.notes / name).read_text().split("\0")[:-1]
+
+
+@pytest.fixture
+def script(tmp_path):
+    return Script(tmp_path)
+
+
+def test_a_batch_job_passes_its_words_on_unchanged(script):
+    words = ["job.toml", *(word for value in AWKWARD for word in ("--set", f"output.results={value}"))]
+    outcome = script.run(*words, states="finished 1 0\n")
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert script.words("state") == words
+    assert script.words("run") == words
+
+
+@pytest.mark.parametrize("scratch", ["a b", "a\nb", "*"])
+def test_staged_weights_may_have_any_name(script, scratch):
+    (script.folder / scratch).mkdir()
+    (script.folder / 'w "1".h5').write_text("weights")
+    outcome = script.run(
+        "job.toml", states="finished 1 0\n", MOEMPI_STAGE='w "1".h5', MOEMPI_SCRATCH=str(script.folder / scratch)
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    copy = script.folder / scratch / '17-w "1".h5'
+    assert script.words("run") == ["job.toml", "--set", f"model.weights={copy}"]
+    assert copy.read_text() == "weights"
+    subprocess.run([ROOT / "jobs/unstage.sh"], env={**os.environ, "MOEMPI_STAGED": str(copy)}, check=True)
+    assert not copy.exists()
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "ends_with", "requeued", "waits"),
+    [
+        ("none 0 0\nfailed 5 75 killed: process 1 on n1\n", 137, 75, True, 0),
+        ("running 3 0\nrunning 5 0\nrunning 5 0\nfailed 5 75 killed\n", 137, 75, True, 2),
+        ("running 5 0\nrunning 5 0\nfinished 9 0\n", 137, 137, False, 1),
+        ("failed 5 75 killed\nfailed 5 75 killed\n", 137, 137, False, 0),
+        ("failed 5 75 killed\nfailed 5 70 ValueError\n", 70, 70, False, 0),
+        ("running 5 0\n", 74, 74, False, 0),  # another run holds the output
+        ("failed 5 75 killed\nfinished 9 0\n", 0, 0, False, 0),
+    ],
+)
+def test_a_batch_job_continues_a_run_that_was_killed(script, states, code, ends_with, requeued, waits):
+    """Also if it counts as running for a while; not if no request was finished since the start."""
+    outcome = script.run("job.toml", states=states, code=code, SLURM_RESTART_COUNT="1")
+    assert outcome.returncode == ends_with, outcome.stderr
+    assert (script.notes / "scontrol").exists() == requeued
+    slept = script.notes / "sleep"
+    assert (slept.read_text().count("10\n") if slept.exists() else 0) == waits
+
+
+def test_a_requeued_job_whose_results_are_complete_does_not_run_again(script):
+    outcome = script.run("job.toml", states="finished 9 0\n", SLURM_RESTART_COUNT="1")
+    assert outcome.returncode == 0
+    assert not (script.notes / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["{1}\n\n{3}\n{4}\n{5}\n{6}\n{7}\n{8}", "{1}\n", "{1}\n{2}\n{3}\n"])
+def test_shards_of_an_array_keep_the_numbers_of_lines(script, text):
+    """Each shard begins with a blank line for each line before; its own lines follow."""
+    (script.folder / "-my prompts.jsonl").write_text(text)
+    (script.folder / "jobs").symlink_to(ROOT / "jobs")
+    lines = {}
+    for shard in range(3):
+        outcome = script.run(
+            "job.toml",
+            "./-my prompts.jsonl",
+            "3",
+            states="none 0 0\n",
+            script=(ROOT / "jobs/array.sbatch").read_text().replace("source jobs/env.sh", ""),
+            SLURM_SUBMIT_DIR=str(script.folder),
+            SLURM_ARRAY_TASK_ID=str(shard),
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        name = f"results/-my prompts.{shard}-of-3"
+        assert script.words("run")[1:] == ["--set", f"input.prompts={name}.jsonl", "--set", f"output.results={name}.h5"]
+        for number, line in enumerate((script.folder / f"{name}.jsonl").read_text().splitlines()):
+            if line:
+                assert number not in lines
+                lines[number] = line
+    assert lines == {number: line for number, line in enumerate(text.splitlines()) if line}

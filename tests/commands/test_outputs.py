@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import tomllib
 
+import h5py
 import pytest
 
 from moempi.cli import main
@@ -118,3 +120,12 @@ def test_results_are_written_through_a_link_and_replaced(folder):
     assert (folder / "link.h5").is_symlink()
     assert (folder / "target.h5").is_file()
     assert run_in(folder, "output.results=notes", force=True).code == 0
+
+
+@pytest.mark.mpi
+def test_overrides_of_several_lines_are_recorded_as_comments_of_the_job(folder):
+    results = "a b\n'*\"$(c)\n=.h5"
+    assert run_in(folder, f"output.results={results}", "sampling.stop=[\n'a',\n]").code == 0
+    with h5py.File(folder / results) as file:
+        job = tomllib.loads(file.attrs["job"].decode())
+    assert job == tomllib.loads((folder / "job.toml").read_text())

@@ -56,6 +56,7 @@ def test_the_shipped_job_can_be_read():
         ("run.timeout_s=1", 1.0),
         ("run.reproducible=true", True),
         ("run.kv_memory=1.5 GiB", "1.5 GiB"),
+        ("run.kv_memory='''\n1 GiB'''", "1 GiB"),
     ],
 )
 def test_overrides_take_toml_values_and_bare_words(job_file, override, value):
@@ -67,6 +68,17 @@ def test_overrides_take_toml_values_and_bare_words(job_file, override, value):
 def test_overrides_may_create_a_section_and_a_list(job_file):
     job = read_toml(job_file(SMALLEST), Job, overrides=["score.top_n=3", 'sampling.stop=["a", "b"]', "task=score"])
     assert (job.task, job.score.top_n, job.sampling.stop) == ("score", 3, ("a", "b"))
+
+
+@pytest.mark.parametrize("path", ["a b", "a\nb", 'a"b', "a'b", "a#b=c", "*", "$(a)", "1\nx = 2"])
+def test_a_path_in_an_override_stays_as_it_is(job_file, path):
+    job = read_toml(job_file(SMALLEST), Job, overrides=[f"output.results={path}"])
+    assert job.output.results == path
+
+
+def test_an_override_of_two_keys_is_refused(job_file):
+    with pytest.raises(ConfigError, match="micro_batches"):
+        read_toml(job_file(SMALLEST), Job, overrides=["run.micro_batches=4\nx = 2"])
 
 
 @pytest.mark.parametrize("override", ["run.micro_batches", "=4", "run..x=4", "task.name=4", ".a=1"])

@@ -202,6 +202,30 @@ def test_a_fault_after_the_results_are_in_place_leaves_a_finished_run(weights, r
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_while_the_results_are_put_in_place_leaves_all_of_the_end_or_nothing(weights, tmp_path, rank):
+    """Rank 0 goes on in the moment between the error line and the end of the ranks."""
+    results, notes = tmp_path / "r.h5", tmp_path / "notes"
+    notes.mkdir()
+    settings = {"model.weights": weights, "output.results": results, "run.precision": "float32"}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [ROOT / "tests/faults/inject_fault.py", notes, "hold", "0", "rename", "1", "run", JOB, *words]
+    process = start("mpirun", "-n", "2", *python(*command))
+    try:
+        while not (notes / "0.injected").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(int((notes / f"{rank}.pid").read_text()), signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+    finally:
+        end(process)
+    assert "ended by SIGTERM" in err
+    state = read_state(results)
+    expected = (0, "finished") if results.exists() else (143, "failed")
+    assert (process.returncode, state.exit_code, state.state) == (expected[0], *expected)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize(("ranks", "stdout"), [(1, "> /dev/full"), (1, ">&-"), (1, "| true"), (2, "> /dev/full")])
 def test_results_are_whole_even_if_stdout_cannot_be_written(weights, tmp_path, ranks, stdout):
     results = tmp_path / "r.h5"

@@ -1,5 +1,6 @@
 """Signals to a run at random moments between its last token and its end, after which state and results must agree."""
 
+import functools
 import itertools
 import os
 import random
@@ -21,18 +22,22 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 
 
 def cases(rehearsal: Rehearsal, dice: random.Random, endings: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Each signal to each target in turn."""
+    """Each signal to each target in turn, by turns around the moment when the results appear and up to the end."""
     pairs = itertools.cycle((number, target) for number in SIGNALS for target in TARGETS)
-    seconds: list[float] = []
-    for number, target in itertools.islice(pairs, endings):
-        rank, share = dice.randrange(RANKS), dice.random() ** 2  # most of the time is the end of MPI
+    undisturbed = functools.cache(lambda: durations(rehearsal))
+    for index, (number, target) in enumerate(itertools.islice(pairs, endings)):
+        rank, share = dice.randrange(RANKS), dice.random()
 
         def check(
-            number: signal.Signals = number, target: str = target, rank: int = rank, share: float = share
+            index: int = index,
+            number: signal.Signals = number,
+            target: str = target,
+            rank: int = rank,
+            share: float = share,
         ) -> None:
-            if not seconds:
-                seconds.append(duration(rehearsal))
-            end_early(rehearsal, number, target, rank=rank, delay_s=share * seconds[0])
+            to_results, to_end = undisturbed()
+            delay_s = share * (to_end if index % 2 else 2 * to_results)
+            end_early(rehearsal, number, target, rank=rank, delay_s=delay_s)
 
         yield f"{number.name} to {target} at the end", check
 
@@ -44,12 +49,17 @@ def start(rehearsal: Rehearsal, results: Path) -> "subprocess.Popen[str]":
     return process
 
 
-def duration(rehearsal: Rehearsal) -> float:
-    """Seconds from the last token to the end of an undisturbed run."""
-    process = start(rehearsal, rehearsal.fresh())
+def durations(rehearsal: Rehearsal) -> tuple[float, float]:
+    """Seconds from the last token to the results and to the end of an undisturbed run."""
+    results = rehearsal.fresh()
+    process = start(rehearsal, results)
     begin = time.monotonic()
+    while not results.exists():
+        require(process.poll() is None, "ends without results")
+        time.sleep(0.001)
+    to_results = time.monotonic() - begin
     process.communicate(timeout=launching.LIMIT_S)
-    return time.monotonic() - begin
+    return to_results, time.monotonic() - begin
 
 
 def end_early(rehearsal: Rehearsal, number: signal.Signals, target: str, *, rank: int, delay_s: float) -> None:

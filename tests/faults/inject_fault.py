@@ -84,6 +84,7 @@ def prepare(notes: str, fault: str, rank: str, place: str, count: str) -> None:
 
     from importlib import import_module
 
+    from moempi.runtime.abort_channel import AbortChannel
     from moempi.runtime.world import World
     from moempi.storage.journal import JournalWriter
 
@@ -92,6 +93,9 @@ def prepare(notes: str, fault: str, rank: str, place: str, count: str) -> None:
         setattr(module, CALLS[place][1], before(getattr(module, CALLS[place][1]), come))
     elif place == "append":
         JournalWriter.append = before(JournalWriter.append, come)
+    elif place == "rename":  # of the complete results file; "hold" ends there when a rank announces its error line
+        World.wait_if_aborting = before(World.wait_if_aborting, come)
+        AbortChannel.announce = before(AbortChannel.announce, lambda _: note.with_name(RELEASE).touch())
     elif place == "finish":
         World.finish = before(World.finish, come)
     else:

@@ -62,10 +62,10 @@ class Batch:
             "run.precision": "float32",
         }
 
-    def submit(self, *options: str, launcher: str = "srun") -> str:
+    def submit(self, *options: str, launcher: str = "srun", **environment: str) -> str:
         where = ["--nodes=2", "--ntasks-per-node=2", "--time=5", f"--output={self.log}", *options]
         settings = [word for key, value in self.settings.items() for word in ("--set", f"{key}={value}")]
-        environment = os.environ | {"MOEMPI_LAUNCHER": launcher}
+        environment = os.environ | {"MOEMPI_LAUNCHER": launcher} | environment
         command = ["sbatch", "--parsable", *where, "jobs/moempi.sbatch", "jobs/abacus.toml", *settings]
         ran = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
         return ran.stdout.strip()
@@ -110,7 +110,10 @@ def prompts(folder) -> Path:
     place = folder / "prompts.jsonl"
     with place.open("w") as file:
         for number in range(NUM_PROMPTS):
-            file.write(json.dumps(lines[number % len(lines)] | {"id": f"question-{number}"}) + "\n")
+            line = lines[number % len(lines)] | {"id": f"question-{number}"}
+            if number % 2:
+                del line["id"]
+            file.write(json.dumps(line) + "\n")
     return place
 
 
@@ -134,6 +137,42 @@ def test_two_requeues_in_a_row(folder, prompts, undisturbed):
     assert wait_for_end(job)["ExitCode"] == "0:0", batch.said()
     assert batch.said().count("requests are finished; run the same job again to continue") == 2
     batch.assert_as(undisturbed)
+
+
+def test_a_run_that_is_killed_whole(folder, prompts, undisturbed):
+    """Its state says "running", and no rank is left to write another."""
+    batch = Batch(folder, "killed", prompts)
+    job = batch.submit()
+    wait_for(lambda: (state := batch.state()) is not None and state.finished > 0, what="the first finished requests")
+    output_of("scancel", "--signal=KILL", f"{job}.0")
+    wait_for_requeue(job, 1)
+    assert wait_for_end(job)["ExitCode"] == "0:0", batch.said()
+    assert batch.said().count("requeueing") == 1
+    batch.assert_as(undisturbed)
+
+
+@pytest.mark.parametrize("ending", ["finished", "requeued", "failed", "cancelled", "killed"])
+def test_staged_weights_are_removed_from_the_nodes(folder, prompts, ending):
+    scratch = folder / f"scratch of {ending}"
+    scratch.mkdir()
+    batch = Batch(folder, f"staged-{ending}", prompts if ending != "failed" else folder / "missing.jsonl")
+    batch.settings["model.weights"] = folder / "missing.h5"
+    stage = {"MOEMPI_STAGE": str(folder / "weights.h5"), "MOEMPI_SCRATCH": str(scratch)}
+    job = batch.submit(launcher="mpirun" if ending == "finished" else "srun", **stage)
+    wait_for(lambda: list(scratch.iterdir()), what="a copy of the weights")
+    if ending in ("requeued", "cancelled", "killed"):
+        batch.wait_for_new_records()
+    match ending:
+        case "requeued":
+            output_of("scancel", "--batch", "--signal=USR1", job)
+            wait_for_requeue(job, 1)
+        case "cancelled":
+            output_of("scancel", job)
+        case "killed":
+            output_of("scancel", "--batch", "--signal=KILL", job)
+    ended = wait_for_end(job)
+    assert (ended["JobState"] == "COMPLETED") == (ending in ("finished", "requeued")), batch.said()
+    wait_for(lambda: not list(scratch.iterdir()), limit_s=20.0, what="the removal of the copies")
 
 
 def test_a_node_that_goes_down(folder, prompts, undisturbed):

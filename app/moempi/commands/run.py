@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 
 from moempi.commands.flags import MAX_RANKS, add_force_flag, add_job_flags, amount, read_job, whole_number
 from moempi.config.job import Job, TopologySection
@@ -44,8 +45,8 @@ def run(chosen: Namespace) -> int:
             return world.collectively(lambda: _show_layout(job, topology.nodes) if world.rank == 0 else 0)
         world.collectively(lambda: _check_outputs(chosen, job) if world.rank == 0 else None)
         text = Path(chosen.job).read_text(encoding="utf-8")
-        overrides = "".join(f"# --set {override}\n" for override in chosen.set)
-        job_text = text + overrides
+        overrides = "".join(f"--set {override}\n" for override in chosen.set)
+        job_text = text + indent(overrides, "# ", lambda _: True)  # also the second line of an override
         return run_job(job, job_text=job_text, world=world, stop=stop, strict=chosen.strict, on_finished=world.finish)
 
 

@@ -2,18 +2,19 @@
 
 from argparse import ArgumentParser, Namespace
 
-from moempi.commands.flags import add_job_flags, read_job
+from moempi.commands import run as run_command
+from moempi.commands.flags import read_job
 from moempi.printing import print_line
 from moempi.storage.run_state import read_state
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """The job."""
-    add_job_flags(parser)
+    """The flags of `moempi run`, so that scripts can pass the same arguments to both; only the job counts."""
+    run_command.add_flags(parser)
 
 
 def run(chosen: Namespace) -> int:
     """Print state, number of finished requests, exit code and reason."""
     state = read_state(read_job(chosen).output.results)
-    print_line(f"{state.state} {state.finished} {state.exit_code} {state.reason}")
+    print_line(" ".join([state.state, str(state.finished), str(state.exit_code), *state.reason.split()]))
     return 0

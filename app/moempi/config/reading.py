@@ -96,9 +96,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _toml_value(text: str) -> Any:
     try:
-        return _parse_toml(f"value = {text}")["value"]
+        tree = _parse_toml(f"value = {text}")
     except ValueError:
         return text
+    return tree["value"] if len(tree) == 1 else text  # a second line is a key of its own
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

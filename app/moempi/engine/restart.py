@@ -176,7 +176,11 @@ class Attempt:
         self._may_replace = True
 
     def before_replace(self, results: Path) -> None:
-        """Raise StorageError if another run may write the output by now; `results` are the new ones. For rank 0."""
+        """Raise StorageError if another run may write the output by now; `results` are the new ones. For rank 0.
+
+        Blocks if a rank is about to abort all ranks.
+        """
+        self._world.wait_if_aborting()
         self._require_lock()
         self._written = results.stat()
 

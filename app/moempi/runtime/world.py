@@ -25,8 +25,11 @@ from moempi.runtime.watchdog import HangError, Watchdog
 
 T = TypeVar("T")
 
-# How long the launcher may take to forward an error line before MPI_Abort makes it kill the ranks.
+# How long the launcher may take to forward an error line before MPI_Abort makes it kill the ranks, and how long the
+# announcement may take to reach rank 0.
 LINE_TRAVEL_S = 0.2
+# How long the rank that has announced its error line may take to abort with its exit code.
+ANNOUNCER_LIMIT_S = 2.0
 # How long an abort may take: the terminal, the disk or MPI may block it.
 ABORT_LIMIT_S = 15.0
 # How long a rank waits for the positions of others: at least QUERY_S, or this share of the timeout.
@@ -159,14 +162,25 @@ class World:
         if self._is_finished:
             code = 0
         _exit_after(ABORT_LIMIT_S, code)
-        if not self._is_finished and not self._abort_channel.announced():
-            if self._monitor.acquire_report_right():
-                self._print_error(error, cause)
-            self._abort_channel.announce()
-            code = self._on_failure(cause, code)
-            time.sleep(LINE_TRAVEL_S)
+        if not self._is_finished:
+            if self._abort_channel.announced():
+                time.sleep(ANNOUNCER_LIMIT_S)
+            else:
+                if self._monitor.acquire_report_right():
+                    self._print_error(error, cause)
+                self._abort_channel.announce()
+                time.sleep(LINE_TRAVEL_S)
+                code = self._on_failure(cause, code)
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)
+
+    def wait_if_aborting(self) -> None:
+        """Block if a rank is about to abort all ranks, so that nothing happens after `on_failure` has looked.
+
+        Main thread only; call it before a step of less than LINE_TRAVEL_S that no failure may follow.
+        """
+        if self._ending.locked() or self._abort_channel.announced():
+            time.sleep(ABORT_LIMIT_S)
 
     def on_failure(self, write: Callable[[str, int], int] | None) -> None:
         """From now on, the rank that reports a failure also calls `write(cause, exit code)`, from any thread.

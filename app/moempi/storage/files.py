@@ -22,12 +22,12 @@ _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, *, before_replace: Callable[[Path], object] = lambda file: None) -> Iterator[Path]:
     """Give a temporary path beside `path`; if the block succeeds, sync that file to disk and rename it to `path`.
 
-    If `path` is a symbolic link, its target is replaced and the link stays. If the block raises, removes the temporary
-    file and leaves `path` unchanged. Raises an OSError of the block as StorageError that names `path`. Blocks until the
-    disk has the bytes.
+    Calls `before_replace` with the temporary path between the two. If `path` is a symbolic link, its target is replaced
+    and the link stays. If the block raises, removes the temporary file and leaves `path` unchanged. Raises an OSError
+    of the block as StorageError that names `path`. Blocks until the disk has the bytes.
     """
     target = _regular_target(path)
     temporary = hidden_name(target)
@@ -36,6 +36,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.truncate(temporary, temporary.stat().st_size)  # frees what `reserve` allocated beyond the end
         _sync(temporary)
+        before_replace(temporary)
         temporary.replace(target)
         _sync(target.parent)
     except OSError as error:

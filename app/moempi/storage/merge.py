@@ -52,15 +52,15 @@ def merge(
     *,
     num_requests: int,
     provenance: Provenance,
-    before_replace: Callable[[Path], None] = lambda file: None,
+    before_replace: Callable[[Path], object] = lambda file: None,
 ) -> list[Problem]:
     """Write the results file atomically from the journals of all ranks; keeps the journals.
 
     Returns the problems of journals: damage, a torn end, a record that cannot be used, two records of a request that
     differ in tokens. Requests are in the order 0 to `num_requests` - 1. Memory holds about 100 bytes per request and a
-    few MiB. Call this on one rank, after all ranks have closed their journals. Calls `before_replace` with the new
-    file's temporary path; if that raises, an earlier results file stays. Raises StorageError if a request is missing,
-    if the journals are from different runs, or if the disk fails.
+    few MiB. Call this on one rank, after all ranks have closed their journals. Calls `before_replace` with the path of
+    the new file, which is whole on disk and not yet in place; if that raises, an earlier results file stays. Raises
+    StorageError if a request is missing, if the journals are from different runs, or if the disk fails.
     """
     with Journals(journals) as opened:
         index = index_journals(opened, num_requests)
@@ -68,7 +68,8 @@ def merge(
             Path(results_path).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{results_path}: its folder cannot be made: {error.strerror}") from error
-        with atomic(results_path) as temporary, create_file(temporary) as (file, require_success):
+        placing = atomic(results_path, before_replace=before_replace)
+        with placing as temporary, create_file(temporary) as (file, require_success):
             reserve(temporary, index.file_bytes())
             _write_provenance(file, provenance)
             columns = _create_columns(file, index)
@@ -80,7 +81,6 @@ def merge(
                 records = [opened.request_at(entry) for entry in index.entries[start:stop]]
                 for column in columns:
                     column.write(records)
-            before_replace(temporary)
         return index.problems
 
 
