@@ -5,6 +5,7 @@ or transfer that reads a result too early finds the pattern of fresh memory.
 """
 
 import ctypes
+import math
 import os
 import re
 import struct
@@ -21,12 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from moempi.arrays import aligned_empty, narrow, widen
+from moempi.arrays import narrow, widen
 from moempi.backend.cuda.device import ADDRESS, FORMATS, Argument, ExpertTable, Grid, Kernel
 
 HEADER = Path(__file__).with_name("simt.h")
 LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
 LETTERS = {ADDRESS: "p", FORMATS["int"]: "i", FORMATS["long long"]: "l", FORMATS["float"]: "f", FORMATS["Experts"]: "s"}
+OPTIONS = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+OPTIONS += os.environ.get("MOEMPI_SIMT_OPTIONS", "").split()  # tests/sanitize.sh
 MOST_SHARED_BYTES = 227 << 10  # of a block of an H100
 FRESH = 0xFF  # every byte of memory before its first write: NaN in either precision, -1 as an index
 
@@ -116,7 +119,7 @@ class SimtDevice:
             self._queue.submit(_fault)
             return
         run = getattr(_library(kernel), f"launch_{kernel.name}")
-        shape = (ctypes.c_uint * 6)(*grid, threads, 1, 1)
+        shape = (ctypes.c_uint * 7)(*grid, threads, 1, 1, shared_bytes)
         formats = kernel.parameters
         letters = "".join(LETTERS[format] for format in formats)
         words = ctypes.create_string_buffer(struct.pack("=" + "".join(formats), *map(_word, arguments)))
@@ -199,9 +202,9 @@ def _fault() -> None:
 
 
 def _fresh(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    values = aligned_empty(shape, dtype)
-    values.reshape(-1).view(np.uint8)[:] = FRESH
-    return values
+    # Nothing lies between an array and what a sanitizer puts beside it.
+    memory = np.full(math.prod(shape) * np.dtype(dtype).itemsize, FRESH, np.uint8)
+    return memory.view(dtype).reshape(shape)
 
 
 def _word(argument: Argument) -> Any:
@@ -233,14 +236,13 @@ def _library(kernel: Kernel) -> ctypes.CDLL:
         for name in names
     )
     text = f"{HEADER.read_text()}\n{kernel.source}\n{launchers}"
-    digest = xxhash.xxh3_64_hexdigest((text + " ".join(kernel.defines)).encode())
+    digest = xxhash.xxh3_64_hexdigest((text + " ".join([*OPTIONS, *kernel.defines])).encode())
     library = LIBRARIES / f"{Path(kernel.file).stem}-{digest}.so"
     if not library.exists():
         LIBRARIES.mkdir(mode=0o700, exist_ok=True)
         with TemporaryDirectory(dir=LIBRARIES) as build:
             source, made = Path(build) / "kernel.cpp", Path(build) / library.name
             source.write_text(text.replace("#pragma once", ""))
-            options = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-            subprocess.run(["g++", *options, *kernel.defines, "-o", str(made), str(source)], check=True)
+            subprocess.run(["g++", *OPTIONS, *kernel.defines, "-o", str(made), str(source)], check=True)
             made.replace(library)
     return ctypes.CDLL(str(library))

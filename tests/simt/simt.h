@@ -7,6 +7,9 @@
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -29,7 +32,7 @@
 
 namespace simt {
 
-constexpr int WARP = 32, MOST_THREADS = 1024, STACK_BYTES = 64 << 10;
+constexpr int WARP = 32, MOST_THREADS = 1024, STACK_BYTES = 64 << 10, ALIGNMENT_BYTES = 16;
 
 struct Index {
   unsigned x, y, z;
@@ -67,6 +70,10 @@ inline void* body_arguments = nullptr;
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "simt: %s (block %u %u %u)\n", message, block_index.x, block_index.y, block_index.z);
   std::abort();
+}
+
+inline void require_aligned(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % ALIGNMENT_BYTES) fail("an address is not aligned to 16 bytes");
 }
 
 inline void wait(State state) {
@@ -145,7 +152,16 @@ constexpr char letter() {
   else return std::is_class_v<T> ? 's' : '?';
 }
 
-// Run a kernel on a grid: `shape` is grid x y z, block x y z; `letters` are the types of the given arguments.
+// The kernel may use the first `bytes` of dynamic shared memory; AddressSanitizer reports the use of more.
+inline void limit_dynamic_shared([[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(dynamic_shared, bytes);
+  ASAN_POISON_MEMORY_REGION(dynamic_shared + bytes, sizeof dynamic_shared - bytes);
+#endif
+}
+
+// Run a kernel on a grid: `shape` is grid x y z, block x y z, bytes of dynamic shared memory; `letters` are the types of
+// the given arguments.
 template <class... Arguments, size_t... Numbers>
 void launch(void (*kernel)(Arguments...), const unsigned* shape, void** values, const char* letters,
             std::index_sequence<Numbers...>) {
@@ -162,6 +178,7 @@ void launch(void (*kernel)(Arguments...), const unsigned* shape, void** values, 
   const unsigned threads = shape[3] * shape[4] * shape[5];
   if (!shape[0] || !shape[1] || !shape[2]) fail("an empty grid");
   if (threads % WARP || !threads || threads > MOST_THREADS) fail("a block is 1 to 32 whole warps");
+  limit_dynamic_shared(shape[6]);
   const bool reverse = std::getenv("SIMT_REVERSE") != nullptr;
   for (unsigned z = 0; z < shape[2]; ++z)
     for (unsigned y = 0; y < shape[1]; ++y)
@@ -284,6 +301,7 @@ inline void fragment_rows(const unsigned* a, int g, float (*rows)[16]) {
 
 template <bool TRANSPOSED>
 void load_eights(unsigned* to, const unsigned short* from) {
+  require_aligned(from);
   const auto addresses = exchange(from);
   const int g = current->lane / 4, t = current->lane % 4;
   for (int matrix = 0; matrix < 4; ++matrix) {
@@ -313,6 +331,7 @@ inline void load_transposed(unsigned* to, const unsigned short* from) { simt::lo
 
 // Asynchronous copies to shared memory. A copy is done when its thread waits for it, so a missing wait is visible.
 inline void begin_copy(unsigned short* to, const unsigned short* from) {
+  simt::require_aligned(to), simt::require_aligned(from);
   simt::current->copies.push_back({to, from});
 }
 inline void begin_copy_once(unsigned short* to, const unsigned short* from) { begin_copy(to, from); }

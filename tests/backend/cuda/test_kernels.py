@@ -1,13 +1,17 @@
 """The CUDA sources compile for every supported architecture, and the SIMT device finds a missing barrier."""
 
+import os
 import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from moempi.arrays import narrow
 from moempi.backend.cuda.device import KERNELS, Kernel, find_kernel
+from mpirun import ROOT
 from simt.device import SimtDevice
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -119,3 +123,37 @@ def test_the_parameters_of_a_kernel_are_those_of_its_source():
     assert find_kernel("packing.cu", "take_rows").parameters == ("Q", "Q", "Q", "i4x")
     with pytest.raises(AssertionError, match=r"packing.cu has no kernel take_row$"):
         _ = find_kernel("packing.cu", "take_row").parameters
+
+
+@pytest.mark.skipif("-fsanitize" not in os.environ.get("MOEMPI_SIMT_OPTIONS", ""), reason="for tests/sanitize.sh")
+@pytest.mark.parametrize(("num_read", "beyond"), [(32, None), (33, "heap-buffer-overflow"), (97, "use-after-poison")])
+def test_the_sanitizer_reports_what_a_kernel_reads_beyond_an_array(num_read, beyond):
+    """Of `from`, which has 32 numbers, and of the dynamic shared memory, which has 64."""
+    program = f"""
+import numpy as np
+from moempi.backend.cuda.device import Kernel
+from mpirun import ROOT
+from simt.device import SimtDevice
+source = '''
+extern "C" __global__ void sum(const float* from, float* to, int count) {{
+  DYNAMIC_SHARED(float, held);
+  if (threadIdx.x) return;
+  for (int i = 0; i < 64; ++i) held[i] = 0;
+  for (int i = 0; i < count; ++i) to[0] += count > 64 ? held[i % 65] : from[i];
+}}'''
+Kernel.source = source
+device = SimtDevice()
+device.launch(Kernel("edge.cu", "sum"), (1, 1, 1), 32,
+              (device.upload(np.ones(32, np.float32)), device.upload(np.zeros(1, np.float32)), {num_read}),
+              shared_bytes=256)
+device.download(device.empty((1,), np.float32))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT / 'app'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode == 0) == (beyond is None), ended.stderr
+    assert beyond is None or f"AddressSanitizer: {beyond}" in ended.stderr

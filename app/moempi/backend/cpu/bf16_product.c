@@ -105,7 +105,7 @@ void product(
     const float *x, uint32_t *pairs, const uint16_t *packed, float *out, long rows, long inputs, long outputs,
     int rounded) {
     long num_pairs = (inputs + 1) / 2;
-    long run = CACHED_PAIRS / num_pairs / ROWS * ROWS;
+    long run = CACHED_PAIRS / (num_pairs > 0 ? num_pairs : 1) / ROWS * ROWS;
     if (run < 4 * ROWS)
         run = 4 * ROWS;
     for (long t = 0; t < rows; t += run) {
