@@ -1,4 +1,4 @@
-"""The fault campaign: python tests/faults/campaign.py [--seed N] [--kills N] [--every N]
+"""The fault campaign: python tests/faults/campaign.py [--seed N] [--kills N] [--flips N] [--every N]
 
 Disturbs the real program in every way below. Each time the program must end soon, with a non-zero exit code and one
 line that names the cause, and leave nothing behind; and a second run must give the results of an undisturbed run, each
@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mpirun as launching
-from faults import merging
+from faults import damaging, merging
 from faults.inject_fault import FAULTS, POINTS
 from faults.rehearsal import BrokenError, Rehearsal, is_alive, require
 
@@ -163,7 +163,7 @@ def launch_wrongly(name: str) -> None:
     require((outcome.code, len(outcome.lines)) == (64, 1), f"exit code {outcome.code}: {outcome.err}")
 
 
-def cases(rehearsal: Rehearsal, dice: random.Random, kills: int) -> Iterator[Case]:
+def cases(rehearsal: Rehearsal, dice: random.Random, kills: int, flips: int) -> Iterator[Case]:
     yield from injected_cases(rehearsal)
     yield from kill_cases(rehearsal, dice, kills)
     if os.geteuid() == 0:
@@ -171,14 +171,15 @@ def cases(rehearsal: Rehearsal, dice: random.Random, kills: int) -> Iterator[Cas
     yield from folder_cases(rehearsal)
     yield from launcher_cases()
     yield from merging.cases(rehearsal.folder)
+    yield from damaging.cases(rehearsal, dice, flips)
 
 
-def run(*, seed: int, kills: int, every: int, folder: Path) -> tuple[Counter[str], Counter[str]]:
+def run(*, seed: int, kills: int, flips: int, every: int, folder: Path) -> tuple[Counter[str], Counter[str]]:
     """Counts of cases tried and passed per fault; prints failures on stderr."""
     tried: Counter[str] = Counter()
     passed: Counter[str] = Counter()
     dice = random.Random(seed)
-    for number, (name, check) in enumerate(cases(Rehearsal(folder), dice, kills)):
+    for number, (name, check) in enumerate(cases(Rehearsal(folder), dice, kills, flips)):
         if (number + seed) % every and tried[name]:
             continue
         tried[name] += 1
@@ -208,10 +209,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=60, help="kills at random times (60)")
+    parser.add_argument("--flips", type=int, default=50, help="bits flipped in journals (50)")
     parser.add_argument("--every", type=int, default=1, help="try each N-th case, and each fault at least once")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moempi-faults.") as folder:
-        tried, passed = run(seed=chosen.seed, kills=chosen.kills, every=chosen.every, folder=Path(folder))
+        tried, passed = run(
+            seed=chosen.seed, kills=chosen.kills, flips=chosen.flips, every=chosen.every, folder=Path(folder)
+        )
     print(table(tried, passed))
     return int(not all_passed(tried, passed))
 

@@ -50,7 +50,7 @@ class Rehearsal:
         folder.mkdir()
         return folder / "r.h5"
 
-    def command(self, results: Path) -> list[str]:
+    def command(self, results: Path, **settings: str) -> list[str]:
         settings = {
             "model.weights": str(self.weights),
             "input.prompts": str(self.prompts),
@@ -58,14 +58,15 @@ class Rehearsal:
             "run.precision": "float32",
             "run.timeout_s": "4",  # a busy machine may pause for two
             "exchange.transport": "alltoallv",
-        }
+        } | settings
         return ["run", "jobs/abacus.toml", *(word for item in settings.items() for word in ("--set", "=".join(item)))]
 
-    def start(self, results: Path, fault: str, *, rank: int, point: str, count: int, num_ranks: int):
+    def start(self, results: Path, fault: str, *, rank: int, point: str, count: int, num_ranks: int, **settings: str):
         """Start a run with a fault at the `count`-th time that `rank` reaches `point`."""
         (results.parent / "tmp").mkdir(exist_ok=True)
         (results.parent / "notes").mkdir(exist_ok=True)
-        command = [PROGRAM, results.parent / "notes", fault, str(rank), point, str(count), *self.command(results)]
+        command = [PROGRAM, results.parent / "notes", fault, str(rank), point, str(count)]
+        command += self.command(results, **settings)
         environment = {"TMPDIR": str(results.parent / "tmp"), "PYTHONUNBUFFERED": "1"}
         return launching.start("mpirun", "-n", str(num_ranks), *launching.python(*command), **environment)
 
@@ -91,13 +92,17 @@ class Rehearsal:
         shutil.rmtree(notes)
         return lines[0]
 
-    def finish(self, results: Path, *, num_ranks: int, compare: bool = True) -> None:
-        """Run the remaining requests on `num_ranks` ranks, and compare with the undisturbed results."""
-        command = launching.python("-m", "moempi", *self.command(results))
-        outcome = launching.mpirun(num_ranks, *command)
+    def launch(self, results: Path, *, num_ranks: int, **settings: str) -> launching.Outcome:
+        """Run the remaining requests on `num_ranks` ranks."""
+        return launching.mpirun(num_ranks, *launching.python("-m", "moempi", *self.command(results, **settings)))
+
+    def finish(self, results: Path, *, num_ranks: int, compare: bool = True, **settings: str) -> launching.Outcome:
+        """Launch, require that the run succeeds, and compare with the undisturbed results."""
+        outcome = self.launch(results, num_ranks=num_ranks, **settings)
         require(outcome.code == 0, f"does not finish: {outcome.lines}")
         if compare:
             self.require_same(results)
+        return outcome
 
     def require_same(self, results: Path) -> None:
         compared = launching.execute(*launching.python("-m", "moempi", "compare", self.reference, results))

@@ -7,6 +7,6 @@ from faults import campaign
 
 @pytest.mark.mpi
 def test_every_kind_of_fault_once(tmp_path, capfd):
-    tried, passed = campaign.run(seed=0, kills=4, every=40, folder=tmp_path)
+    tried, passed = campaign.run(seed=0, kills=4, flips=6, every=40, folder=tmp_path)
     assert campaign.all_passed(tried, passed), capfd.readouterr().err
     assert {"exception", "SIGSTOP", "SIGKILL at any time", "folder that is a file"} <= tried.keys()
