@@ -1,6 +1,6 @@
 """The fault campaign:
 
-    python tests/faults/campaign.py [--seed N] [--kills N] [--endings N] [--every N] [--soak MINUTES]
+    python tests/faults/campaign.py [--seed N] [--kills N] [--endings N] [--flips N] [--every N] [--soak MINUTES]
 
 Disturbs the real program in every way below. Each time the program must end soon, with a non-zero exit code and one
 line that names the cause, and leave nothing behind; and a second run must give the results of an undisturbed run, each
@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mpirun as launching
-from faults import ending, merging, soak
+from faults import damaging, ending, merging, soak
 from faults.inject_fault import FAULTS, POINTS, RELEASE
 from faults.rehearsal import BrokenError, Rehearsal, is_alive, require, wait_for
 
@@ -169,7 +169,7 @@ def launch_wrongly(name: str) -> None:
     require((outcome.code, len(outcome.lines)) == (64, 1), f"exit code {outcome.code}: {outcome.err}")
 
 
-def cases(rehearsal: Rehearsal, dice: random.Random, kills: int, endings: int) -> Iterator[Case]:
+def cases(rehearsal: Rehearsal, dice: random.Random, *, kills: int, endings: int, flips: int) -> Iterator[Case]:
     yield from injected_cases(rehearsal)
     yield from kill_cases(rehearsal, dice, kills)
     if os.geteuid() == 0:
@@ -178,14 +178,18 @@ def cases(rehearsal: Rehearsal, dice: random.Random, kills: int, endings: int) -
     yield from launcher_cases()
     yield from merging.cases(rehearsal.folder)
     yield from ending.cases(rehearsal, dice, endings)
+    yield from damaging.cases(rehearsal, dice, flips)
 
 
-def run(*, seed: int, kills: int, endings: int, every: int, folder: Path) -> tuple[Counter[str], Counter[str]]:
+def run(
+    *, seed: int, kills: int, endings: int, flips: int, every: int, folder: Path
+) -> tuple[Counter[str], Counter[str]]:
     """Counts of cases tried and passed per fault; prints failures on stderr."""
     tried: Counter[str] = Counter()
     passed: Counter[str] = Counter()
     dice = random.Random(seed)
-    for number, (name, check) in enumerate(cases(Rehearsal(folder), dice, kills, endings)):
+    all_cases = cases(Rehearsal(folder), dice, kills=kills, endings=endings, flips=flips)
+    for number, (name, check) in enumerate(all_cases):
         if (number + seed) % every and tried[name]:
             continue
         tried[name] += 1
@@ -216,12 +220,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=60, help="kills at random times (60)")
     parser.add_argument("--endings", type=int, default=50, help="signals between the last token and the end (50)")
+    parser.add_argument("--flips", type=int, default=50, help="bits flipped in journals (50)")
     parser.add_argument("--every", type=int, default=1, help="try each N-th case, and each fault at least once")
     parser.add_argument("--soak", type=float, default=10.0, metavar="MINUTES", help="length of the soak (10); 0: none")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moempi-faults.") as folder:
         tried, passed = run(
-            seed=chosen.seed, kills=chosen.kills, endings=chosen.endings, every=chosen.every, folder=Path(folder)
+            seed=chosen.seed,
+            kills=chosen.kills,
+            endings=chosen.endings,
+            flips=chosen.flips,
+            every=chosen.every,
+            folder=Path(folder),
         )
     print(table(tried, passed), flush=True)
     with tempfile.TemporaryDirectory(prefix="moempi-soak.") as folder:

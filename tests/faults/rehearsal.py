@@ -51,7 +51,7 @@ class Rehearsal:
         folder.mkdir()
         return folder / "r.h5"
 
-    def command(self, results: Path, *, timeout_s: float = TIMEOUT_S) -> list[str]:
+    def command(self, results: Path, *, timeout_s: float = TIMEOUT_S, **settings: str) -> list[str]:
         settings = {
             "model.weights": str(self.weights),
             "input.prompts": str(self.prompts),
@@ -59,7 +59,7 @@ class Rehearsal:
             "run.precision": "float32",
             "run.timeout_s": str(timeout_s),
             "exchange.transport": "alltoallv",
-        }
+        } | settings
         return ["run", "jobs/abacus.toml", *(word for item in settings.items() for word in ("--set", "=".join(item)))]
 
     def start(
@@ -72,12 +72,13 @@ class Rehearsal:
         count: int = 1,
         num_ranks: int,
         timeout_s: float = TIMEOUT_S,
+        **settings: str,
     ) -> "subprocess.Popen[str]":
         """Start a run with a fault at the `count`-th time that `rank` reaches `point`."""
         (results.parent / "tmp").mkdir(exist_ok=True)
         (results.parent / "notes").mkdir(exist_ok=True)
         command = [PROGRAM, results.parent / "notes", fault, str(rank), point, str(count)]
-        command += self.command(results, timeout_s=timeout_s)
+        command += self.command(results, timeout_s=timeout_s, **settings)
         environment = {"TMPDIR": str(results.parent / "tmp"), "PYTHONUNBUFFERED": "1"}
         return launching.start("mpirun", "-n", str(num_ranks), *launching.python(*command), **environment)
 
@@ -103,13 +104,18 @@ class Rehearsal:
         shutil.rmtree(notes)
         return lines[0]
 
-    def finish(self, results: Path, *, num_ranks: int, compare: bool = True) -> None:
-        """Run the remaining requests on `num_ranks` ranks, and compare with the undisturbed results."""
-        command = launching.python("-m", "moempi", *self.command(results, timeout_s=launching.LIMIT_S))
-        outcome = launching.mpirun(num_ranks, *command)
+    def launch(self, results: Path, *, num_ranks: int, **settings: str) -> launching.Outcome:
+        """Run the remaining requests on `num_ranks` ranks."""
+        command = self.command(results, timeout_s=launching.LIMIT_S, **settings)
+        return launching.mpirun(num_ranks, *launching.python("-m", "moempi", *command))
+
+    def finish(self, results: Path, *, num_ranks: int, compare: bool = True, **settings: str) -> launching.Outcome:
+        """Launch, require that the run succeeds, and compare with the undisturbed results."""
+        outcome = self.launch(results, num_ranks=num_ranks, **settings)
         require(outcome.code == 0, f"does not finish: {outcome.lines}")
         if compare:
             self.require_same(results)
+        return outcome
 
     def require_same(self, results: Path) -> None:
         """Require the undisturbed results, and nothing left beside them."""
