@@ -40,7 +40,7 @@ STRANGE_SHARE = 0.01
 TARGETS = ("/dev/zero", "/", "nowhere", "/proc/self/mem", "loop")
 MORE_SHARE = 0.4
 """The share of inputs that are used in a second way."""
-HEAD = f"{'class':14} {'inputs':>7} accepted findings slowest s grown MB  refused by exit code"
+HEAD = f"{'class':14} {'inputs':>7} accepted findings slowest s         grown MB  refused by exit code"
 PANIC = re.compile(r"\n?thread '[^']*' (?:\(\d+\) )?panicked at [^\n]*\n[^\n]*\n(?:note: [^\n]*\n)?")
 
 
@@ -64,7 +64,7 @@ class Score:
     accepted: int = 0
     codes: Counter[int] = field(default_factory=Counter)
     findings: list[Ending] = field(default_factory=list)
-    slowest_s: float = 0.0
+    slowest: Ending = Ending(-1)
     grown_bytes: int = 0
 
     def add(self, ending: Ending) -> None:
@@ -73,7 +73,7 @@ class Score:
         self.codes.update(ending.codes[:1])
         if ending.finding:
             self.findings.append(ending)
-        self.slowest_s = max(self.slowest_s, ending.seconds)
+        self.slowest = max(self.slowest, ending, key=lambda one: one.seconds)
         self.grown_bytes = max(self.grown_bytes, ending.grown_bytes)
 
     @property
@@ -84,8 +84,9 @@ class Score:
     def row(self) -> str:
         """A line below HEAD."""
         codes = " ".join(f"{code}:{count}" for code, count in sorted(self.codes.items()))
-        figures = f"{self.inputs:7} {self.share:8.1%} {len(self.findings):8} {self.slowest_s:9.2f}"
-        return f"{self.name:14} {figures} {self.grown_bytes / 1e6:8.0f}  {codes}"
+        slowest = f"{self.slowest.seconds:9.2f} #{self.slowest.index:<6}"
+        figures = f"{self.inputs:7} {self.share:8.1%} {len(self.findings):8} {slowest} {self.grown_bytes / 1e6:8.0f}"
+        return f"{self.name:14} {figures}  {codes}"
 
 
 def fuzz(subject: Subject, indices: Sequence[int], *, seed: int, folder: Path, save: Path | None = None) -> Score:

@@ -77,7 +77,7 @@ class JournalFile(Subject):
             case 1 | 2:
                 tree = msgspec.msgpack.decode(payloads[index])
                 names = [name for name, value in tree.items() if isinstance(value, list) and len(value) == 3]
-                packed = tree[random.choice(names)]
+                packed = tree[random.choice(names)] if names else [0, 0, b"a"]
                 match random.randrange(3):
                     case 0:
                         packed[0] = random.choice(TYPES)

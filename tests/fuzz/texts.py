@@ -236,7 +236,7 @@ class TopologyFile(Subject):
 
     name = "topology"
     file = "topology.json"
-    codes = (64, 66, 78)
+    codes = (64, 66, 74, 78)
     named = ("topology.json", "--ranks")
     commands = ("place ../seeds/results.h5 --topology topology.json --ranks 4 -o out.json",)
 

@@ -1,13 +1,19 @@
 """The records of a run: one per finished request, one per rank, recorded routing; and their encoding (MessagePack)."""
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from moempi.arrays import Float32Array, Int32Array
+
+# The ranges of the columns that hold these numbers in a results file.
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Index = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Index32 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -30,11 +36,11 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     when generating. `computed` positions went through the model. Raises ValueError if types or lengths disagree.
     """
 
-    index: int
+    index: Index
     id: str
     finish: Literal["stop", "length", "error"]
     error: str = ""
-    computed: int = 0
+    computed: Index = 0
     reference: str | None = None
     text: str = ""
     prompt: Int32Array = _NO_TOKENS
@@ -48,6 +54,8 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
 
     def __post_init__(self) -> None:
         n, m = len(self.prompt), len(self.tokens)
+        if self.computed > n + m:
+            raise ValueError(f"{self.computed} positions are computed of {n + m} tokens")
         k, score_k = self.top_tokens.shape[-1], self.score_top_tokens.shape[-1]
         _expect("prompt", self.prompt, np.int32, (n,))
         _expect("tokens", self.tokens, np.int32, (m,))
@@ -70,17 +78,17 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     and `balance` holds further figures. Raises ValueError if types, shapes or keys are wrong.
     """
 
-    rank: int
+    rank: Index32
     host: str
     expert_load: NDArray[np.int64]
     seconds: dict[str, float]
-    loaded_bytes: int = 0
+    loaded_bytes: Index = 0
     loading_s: float = 0.0
-    steps: int
-    tokens: int
-    counters: dict[str, int] = {}
-    place: dict[str, int] = {}
-    hosted: dict[int, tuple[int, ...]] = {}
+    steps: Index
+    tokens: Index
+    counters: dict[str, Int64] = {}
+    place: dict[str, Int64] = {}
+    hosted: dict[Index32, tuple[Index32, ...]] = {}
     asked_load: NDArray[np.int64] = _NO_LOAD
     shifts: Float32Array = _NO_TOP_LOGPROBS
     balance: dict[str, float] = {}
@@ -104,10 +112,10 @@ class RoutingRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="ro
     first step is `since`. `rank` counts node by node. Raises ValueError if types or lengths disagree.
     """
 
-    since: int
-    step: int
-    rank: int
-    layers: tuple[int, ...]
+    since: Index
+    step: Index
+    rank: Index32
+    layers: tuple[Index32, ...]
     requests: NDArray[np.int64]
     positions: Int32Array
     experts: Int32Array
