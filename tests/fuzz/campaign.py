@@ -37,10 +37,12 @@ PACKET_BYTES = 1 << 16
 ADDRESS_BYTES = 8 << 30
 FILE_BYTES = 64 << 20
 STRANGE_SHARE = 0.01
+"""The share of inputs that are no regular file."""
 TARGETS = ("/dev/zero", "/", "nowhere", "/proc/self/mem", "loop")
 MORE_SHARE = 0.4
 """The share of inputs that are used in a second way."""
 HEAD = f"{'class':14} {'inputs':>7} accepted findings slowest s         grown MB  refused by exit code"
+# What the tokenizers' library writes when it panics, also where the caller makes that a refusal.
 PANIC = re.compile(r"\n?thread '[^']*' (?:\(\d+\) )?panicked at [^\n]*\n[^\n]*\n(?:note: [^\n]*\n)?")
 
 

@@ -209,9 +209,7 @@ class CheckpointFolder(Subject):
         where = {name: files[index % 2] for index, name in enumerate(model.tensors)}
         for file in files:
             tensors = {name: tensor for name, tensor in model.tensors.items() if where[name] == file}
-            (folder / file).write_bytes(
-                safetensors(to_json(header_of(tensors)), b"".join(one[2] for one in tensors.values()))
-            )
+            (folder / file).write_bytes(safetensors(to_json(header_of(tensors)), content_of(tensors)))
         if random.random() < 0.4:
             strange = (
                 "../a.safetensors",

@@ -1,6 +1,7 @@
 """Jobs, architectures, machines, placements, topologies and states of runs: TOML and JSON."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -90,6 +91,7 @@ class JobFile(Subject):
         if chance < 0.05:
             flat["output.results"] = random.choice(RESULTS)
             Path("loop").symlink_to("loop")
+            os.mkfifo("fifo")
         tree: dict[str, Any] = {}
         for key, value in flat.items():
             section, _, name = key.rpartition(".")
