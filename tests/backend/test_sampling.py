@@ -1,5 +1,8 @@
 """The rules of sampling, each against its definition."""
 
+import warnings
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -67,3 +70,20 @@ def test_a_temperature_near_zero_takes_the_likeliest_token(temperature):
         assert sample_token(LOGITS, SamplingRequest(Sampling(temperature=temperature), uniform, NO_TOKENS)) == 1
     large = np.array([1e30, 3e30, 2e30], np.float32)
     assert sample_token(large, SamplingRequest(Sampling(temperature=temperature), 0.5, NO_TOKENS)) == 1
+
+
+EXTREME_LOGITS = [[0, 0, 0], [0, -1, -2], [3e38, 1, -3e38], [-3e38, -3e38, -3e38], [1e-40, 0, -1e-40]]
+EXTREME_PENALTIES = [5e-324, 1e-300, 1e-38, 1e38, 1e39, 1.7e308]
+EXTREME_TEMPERATURES = [0.0, 5e-324, 1e-300, 1.0, 1e300, 1.7e308]
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_p": 5e-324}, {"min_p": 1.0}, {"min_p": 1e-300}, {"top_k": 2**63 - 1}])
+def test_the_largest_and_smallest_rules_give_a_token_without_a_warning(rules):
+    seen = np.array([0, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for logits, penalty, temperature in product(EXTREME_LOGITS, EXTREME_PENALTIES, EXTREME_TEMPERATURES):
+            row = np.array(logits, np.float32)
+            assert not np.isnan(penalized(row, seen, penalty=penalty)).any()
+            sampling = Sampling(repetition_penalty=penalty, temperature=temperature, **rules)
+            assert 0 <= sample_token(row, SamplingRequest(sampling, 0.99, seen)) < 3

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from engine.requests import make_prompt, make_sampled
+from moempi.engine.earlier import Earlier
 from moempi.engine.recorder import Recorder
 from moempi.engine.request import Request
-from moempi.engine.restart import Earlier
 from moempi.errors import StorageError
 from moempi.storage.journal import JournalReader, JournalWriter
 from moempi.storage.records import RankRecord

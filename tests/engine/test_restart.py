@@ -1,7 +1,11 @@
 """A run that was stopped or killed goes on where it was; requests that are not numbers end alone."""
 
 import json
+import os
 import shlex
+import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -9,11 +13,11 @@ import pytest
 from moempi.config.tensors import catalogue
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
-from moempi.storage.journal import JournalReader, journal_paths
+from moempi.storage.journal import JournalReader, journal_paths, journals_folder
 from moempi.storage.results import ResultFile
 from moempi.storage.run_state import read_state
 from moempi.storage.weights import WeightFile, write_weights
-from mpirun import ROOT, execute, mpirun, python
+from mpirun import ROOT, execute, mpirun, python, start
 
 JOB = ROOT / "jobs/abacus.toml"
 NOT_A_NUMBER = 0x7FC0
@@ -38,13 +42,22 @@ def run(weights, tmp_path):
     return run
 
 
-def run_with_fault(weights, results, folder, *, fault, rank, place, count):
-    """Run on two ranks with a fault when `rank` reaches `place` for the `count`-th time."""
+def command_with_fault(weights, results, folder, *, fault, rank, place, count):
+    """The command of a run with a fault when `rank` reaches `place` for the `count`-th time."""
     (folder / "notes").mkdir()
     settings = {"model.weights": weights, "output.results": results, "run.precision": "float32"}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     command = [ROOT / "tests/faults/inject_fault.py", folder / "notes", fault, str(rank), place, str(count)]
-    return mpirun(2, *python(*command, "run", JOB, *words))
+    return python(*command, "run", JOB, *words)
+
+
+def run_with_fault(*given, **fault):
+    return mpirun(2, *command_with_fault(*given, **fault))
+
+
+def start_with_fault(*given, **fault):
+    """Start a run on one rank; the caller ends it."""
+    return start("mpirun", "-n", "1", *command_with_fault(*given, rank=0, **fault))
 
 
 @pytest.mark.mpi
@@ -200,6 +213,26 @@ def test_results_are_whole_even_if_stdout_cannot_be_written(weights, tmp_path, r
     assert read_state(results).state == "finished"
     with ResultFile(results) as file:
         assert len(list(file.requests())) == 256
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("place", "count"), [("append", 20), ("merge", 1)])
+def test_a_run_that_lost_its_output_to_another_run_replaces_nothing(weights, run, tmp_path, place, count):
+    """Its parts are removed while it is stopped by a signal, and another run finishes, before the first goes on."""
+    results, notes = tmp_path / "r.h5", tmp_path / "notes"
+    first = start_with_fault(weights, results, tmp_path, fault="SIGSTOP", place=place, count=count)
+    while not (notes / "0.injected").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    shutil.rmtree(journals_folder(results))
+    assert run(2, "r", **{"sampling.max_tokens": 1}).code == 0
+    os.kill(int((notes / "0.pid").read_text()), signal.SIGCONT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 74, err
+    assert read_state(results).state == "finished"
+    with ResultFile(results) as file:
+        assert max(len(record.tokens) for record in file.requests()) == 1
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.mpi

@@ -6,7 +6,7 @@ import pytest
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.exchange import Route
-from moempi.engine.restart import finished_requests
+from moempi.engine.earlier import finished_requests
 from moempi.engine.routing_trace import RoutingTrace
 from moempi.errors import StorageError
 from moempi.storage.journal import JournalReader, JournalWriter
@@ -118,7 +118,7 @@ def test_lanes_of_an_attempt_write_no_step_twice_and_the_next_attempt_follows_th
             take_step(trace, TWO)
     with JournalReader(path) as reader:
         assert [record.step for _, record in reader.records()] == [20, 21, 22, 23, 24]
-    assert finished_requests([path], "run")[1] == 25
+    assert finished_requests([path], "run", 10)[1] == 25
 
 
 def test_a_disk_that_takes_no_record_is_a_storage_error(tmp_path):

@@ -16,10 +16,10 @@ from moempi.backend.cpu.backend import NumpyBackend
 from moempi.comm.transfers import WAITS, PendingTransfers, Transfers
 from moempi.comm.transports.counted import no_counts
 from moempi.engine.balance import Balance
+from moempi.engine.earlier import NOTHING_EARLIER, Earlier
 from moempi.engine.load import Loading
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
-from moempi.engine.restart import NOTHING_EARLIER, Earlier
 from moempi.engine.summary import PACKAGES, RankRun, make_provenance, rank_record, run_report
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology

@@ -32,7 +32,7 @@ def inject(fault: str) -> None:
             raise MemoryError
     os.kill(os.getpid(), signal.Signals[fault])
     if fault != "SIGUSR1":
-        time.sleep(60)  # a signal may arrive a moment later
+        time.sleep(1 if fault == "SIGSTOP" else 60)  # a signal may arrive a moment later
 
 
 def before(action: Callable[..., Any], hook: Callable[..., None]) -> Callable[..., Any]:

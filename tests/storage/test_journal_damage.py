@@ -23,6 +23,10 @@ def scan(path):
         return list(reader.payloads()), reader
 
 
+def sentences(reader):
+    return list(map(str, reader.problems))
+
+
 def frame(payload):
     return journal._FRAME.pack(len(payload), journal.xxh3_64_intdigest(payload)) + payload
 
@@ -50,10 +54,10 @@ def test_every_flipped_bit_loses_its_record_alone_and_is_reported(sound):
         assert found == records[:hit] + records[hit + 1 :], bit
         if hit < len(records) - 1:
             assert (reader.damaged_at, reader.damages, reader.dropped_bytes) == (offsets[hit], 1, 0), bit
-            assert reader.problem == f"{path} is damaged at byte {offsets[hit]}, the records behind it are kept"
+            assert sentences(reader) == [f"{path} is damaged at byte {offsets[hit]}, the records behind it are kept"]
         else:
             assert (reader.damages, reader.dropped_bytes) == (0, len(whole) - offsets[hit]), bit
-            assert reader.problem.startswith(f"{path} ends with")
+            assert [sentence.startswith(f"{path} ends with") for sentence in sentences(reader)] == [True]
 
 
 def test_every_flipped_bit_of_the_header_is_refused_with_a_remedy(sound):
@@ -107,7 +111,7 @@ def test_several_damaged_places_are_counted(sound):
     found, reader = scan(path)
     assert found == [records[hit] for hit in (1, 4, 5)]
     assert (reader.damaged_at, reader.damages) == (records[0][0], 2)
-    assert "and in 1 more places" in reader.problem
+    assert "and in 1 more places" in sentences(reader)[0]
 
 
 def test_bytes_that_are_added_removed_or_zeroed_lose_no_other_record(sound):

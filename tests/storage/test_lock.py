@@ -1,5 +1,6 @@
 """The output lock: two processes never write one results file."""
 
+import shutil
 import subprocess
 import sys
 
@@ -69,3 +70,23 @@ def test_an_output_that_cannot_be_locked(tmp_path):
     (tmp_path / "r.h5.parts").touch()
     with pytest.raises(StorageError, match="cannot be written"):
         OutputLock(tmp_path / "r.h5")
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        lambda lock: lock.path.unlink(),
+        lambda lock: shutil.rmtree(lock.path.parent),
+        lambda lock: lock.path.parent.rename(lock.path.parent.with_name("elsewhere")),
+        lambda lock: (shutil.rmtree(lock.path.parent), lock.path.parent.touch()),
+        lambda lock: (shutil.rmtree(lock.path.parent), OutputLock(lock._results)),
+    ],
+    ids=["file removed", "folder removed", "folder moved", "folder replaced", "held by another"],
+)
+def test_a_lock_that_loses_its_name_is_an_error(tmp_path, disturb):
+    lock = OutputLock(tmp_path / "r.h5")
+    lock.require_in_place()
+    left = disturb(lock)
+    with pytest.raises(StorageError, match="was removed or replaced during the run, another run may write"):
+        lock.require_in_place()
+    del left

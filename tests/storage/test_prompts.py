@@ -67,6 +67,7 @@ BAD_LINES = [
     (b'{"id": "bad", "promt": "a"}', "unknown key promt; did you mean prompt?"),
     (b'{"id": "bad", "prompt": "a", "zzzzzz": 1}', "unknown key zzzzzz; known keys are id, prompt, tokens"),
     (b'{"id": "bad", "prompt": "a", "temperature": NaN}', "malformed"),
+    (b'{"id": "bad", "prompt": "a", "top_logprobs": 21}', "top_logprobs: 21 is more than 20; raise sampling.top_lo"),
     (b'{"id": "bad", "prompt": "a", "temperature": 1e999}', "out of range"),
     (b'{"id": "bad", "prompt": "a", "temperature": -1}', "temperature: Expected `float` >= 0"),
     (b'{"id": "bad", "prompt": "a", "top_p": 0}', "top_p: Expected `float` > 0"),
@@ -96,6 +97,26 @@ def test_a_bad_line_becomes_an_error_and_the_others_are_read(tmp_path, line, mes
 def test_a_bad_line_keeps_its_id(tmp_path):
     path = write_lines(tmp_path / "p", {"id": "a", "prompt": 3}, {"id": "a", "prompt": "b"})
     assert [(prompt.id, bool(prompt.error)) for prompt in read(path)] == [("a", True), ("line-2", True)]
+
+
+@pytest.mark.parametrize(("of_job", "limit"), [(0, 20), (5, 20), (30, 30), (2**40, 2**40)])
+def test_no_line_widens_the_columns_of_all_requests(tmp_path, of_job, limit):
+    """The results have as many likeliest tokens at each token as the request that wants most."""
+    path = write_lines(tmp_path / "p", *({"prompt": "a", "top_logprobs": number} for number in (0, limit, limit + 1)))
+    prompts = read_prompts(path, sampling=Sampling(top_logprobs=of_job), strict=False)
+    assert [bool(prompt.error) for prompt in prompts] == [False, False, True]
+    assert max(prompt.sampling.top_logprobs for prompt in prompts) == max(limit, of_job)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [[{"k" * (1 << 20): 1}], [{"`" * (1 << 20): 1}], [{"id": "i" * (1 << 20), "prompt": "a"}] * 2],
+    ids=["key", "quotes", "id"],
+)
+def test_an_error_shows_the_beginning_of_a_long_name(tmp_path, lines):
+    error = read(write_lines(tmp_path / "p", *lines))[-1].error
+    assert error
+    assert len(error) < 1000
 
 
 def test_the_later_of_two_equal_ids_is_bad(tmp_path):

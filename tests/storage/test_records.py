@@ -232,13 +232,18 @@ def test_a_file_that_is_not_a_journal_is_refused(tmp_path):
         JournalWriter(tmp_path / "file" / "p", fingerprint="run")
 
 
-def test_an_intact_record_of_another_schema_is_an_error(tmp_path):
+def test_an_intact_record_of_another_schema_is_passed_over_and_reported(tmp_path):
     path = write_journal(tmp_path / "p", [])
     payload = msgspec.msgpack.encode({"type": "request", "index": "x"})
     with path.open("ab") as file:
         file.write(journal._FRAME.pack(len(payload), journal.xxh3_64_intdigest(payload)) + payload)
-    with pytest.raises(StorageError, match="not one of ours"):
-        read_journal(path)
+    with JournalReader(path) as reader:
+        assert list(reader.records()) == []
+        assert [str(problem).split(": ")[0] for problem in reader.problems] == [
+            f"{path} holds a record at byte 27 that cannot be used"
+        ]
+        with pytest.raises(StorageError, match="cannot be used"):
+            reader.record_at(27)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 import h5py
 import numpy as np
-import pytest
 
-from moempi.errors import StorageError
 from moempi.storage import merge_routing
 from moempi.storage.records import RoutingRecord
 from storage.test_records import make_rank, make_request
@@ -76,6 +74,7 @@ def test_requests_that_computed_nothing_have_no_rows(tmp_path):
     assert found["offsets"].tolist() == [0, 0, 1]
 
 
-def test_a_request_beyond_the_job_is_refused(tmp_path):
-    with pytest.raises(StorageError, match="beyond the job's 1"):
-        merged(tmp_path / "r.h5", [make_routing(0, [(4, 0)]), make_request(0, computed=1)], num_requests=1)
+def test_layers_that_are_not_neighbours_are_written_to_their_own_columns(tmp_path):
+    records = [make_routing(0, [(0, 0)], layers=(1, 5)), make_routing(0, [(0, 0)], layers=(3,), rank=1)]
+    found = read(merged(tmp_path / "r.h5", [*records, make_request(0, computed=1)], num_requests=1))
+    assert found["experts"][0, :, 0].tolist() == [1, 3, 5]

@@ -9,6 +9,8 @@ import numpy.typing as npt
 from moempi.arrays import Float32Array
 from moempi.backend.protocol import SamplingRequest
 
+_LEAST_PENALTY, _LARGEST_PENALTY = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 
 def sample_token(logits: Float32Array, request: SamplingRequest) -> int:
     """Sample the next token from logits (V,): the most likely if temperature is 0, else by `request.uniform`.
@@ -35,10 +37,15 @@ def sample_token(logits: Float32Array, request: SamplingRequest) -> int:
 
 
 def penalized(logits: Float32Array, seen: npt.NDArray[np.integer], *, penalty: float) -> Float32Array:
-    """Penalize `seen` tokens: divide a positive logit by `penalty`, multiply a negative one (Keskar et al. 2019)."""
+    """Penalize `seen` tokens: divide a positive logit by `penalty`, multiply a negative one (Keskar et al. 2019).
+
+    A penalty beyond the range of float32 counts as the nearest number in it: 0 times infinity is not a number.
+    """
     scores = logits.copy()
     tokens = np.unique(seen)
-    scores[tokens] = np.where(scores[tokens] > 0, scores[tokens] / penalty, scores[tokens] * penalty)
+    penalty = min(max(penalty, _LEAST_PENALTY), _LARGEST_PENALTY)
+    with np.errstate(over="ignore"):
+        scores[tokens] = np.where(scores[tokens] > 0, scores[tokens] / penalty, scores[tokens] * penalty)
     return scores
 
 

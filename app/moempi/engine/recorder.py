@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from time import perf_counter
 
+from moempi.engine.earlier import Earlier
 from moempi.engine.request import Request
-from moempi.engine.restart import Earlier
 from moempi.storage.journal import JournalWriter
 from moempi.storage.records import Record, RequestRecord
 
@@ -15,11 +15,17 @@ class Recorder:
 
     The ranks of a tensor group finish the same requests; only one of them has `writes_records`. Every step calls
     `on_progress(finished, tokens)` with the sums of `counts` over all ranks. `exact` of `referenced` outputs equal
-    their reference. `disk_s` counts the seconds spent writing.
+    their reference. `disk_s` counts the seconds spent writing. The first step of this attempt at the job is `since`.
     """
 
     def __init__(
-        self, journal: JournalWriter, *, task: str, writes_records: bool, on_progress: Callable[[int, int], None]
+        self,
+        journal: JournalWriter,
+        *,
+        task: str,
+        writes_records: bool,
+        on_progress: Callable[[int, int], None],
+        since: int = 0,
     ) -> None:
         self.steps = 0
         self.tokens = 0
@@ -31,6 +37,7 @@ class Recorder:
         self._journal = journal
         self._task = task
         self._writes_records = writes_records
+        self._since = since
 
     def muted(self) -> "Recorder":
         """A recorder that writes and reports nothing."""
@@ -55,7 +62,7 @@ class Recorder:
     def record(self, finished: Iterable[Request]) -> None:
         """Write and count finished requests; raises StorageError if writing fails."""
         for request in finished if self._writes_records else ():
-            record = request.to_record(task=self._task)
+            record = self._to_record(request)
             self.append(record)
             self.tokens += len(record.score) + len(record.tokens)
             self._count(record)
@@ -65,6 +72,15 @@ class Recorder:
         begin = perf_counter()
         self._journal.append(record)
         self.disk_s += perf_counter() - begin
+
+    def _to_record(self, request: Request) -> RequestRecord:
+        """The record of a finished request, or of an error if its values fit in none: it ends alone."""
+        try:
+            return request.to_record(task=self._task, since=self._since)
+        except ValueError as error:
+            failed = Request(request.prompt, request.prompt_tokens, limit=0)
+            failed.fail(f"its results cannot be recorded: {error}")
+            return failed.to_record(task=self._task, since=self._since)
 
     def _count(self, record: RequestRecord) -> None:
         self.finishes[record.finish] += 1

@@ -109,8 +109,8 @@ class Request:
         """Finish with an error."""
         self.finish, self.error = "error", error
 
-    def to_record(self, *, task: str) -> RequestRecord:
-        """The record of the finished request."""
+    def to_record(self, *, task: str, since: int = 0) -> RequestRecord:
+        """The record of the finished request, of the attempt at the job whose first step is `since`."""
         output = score = NO_LOGPROBS
         if task == "generate":
             output = _logprob_columns(self.sampled, first_token=True)
@@ -122,6 +122,7 @@ class Request:
             finish=self.finish or "error",
             error=self.error,
             computed=self.computed,
+            since=since,
             reference=self.prompt.reference,
             text=self.text,
             prompt=np.array(self.prompt_tokens, np.int32),

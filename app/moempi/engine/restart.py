@@ -1,13 +1,12 @@
 """Restart: an attempt at a job skips what earlier attempts finished, and records its own state in `run.json`."""
 
 import logging
+import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from itertools import chain
@@ -16,18 +15,25 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from moempi.backend.select import find_gpus
 from moempi.config.job import Job, result_keys
+from moempi.engine.earlier import Earlier, finished_requests, with_routing
+from moempi.engine.routed_rows import RoutedRows
 from moempi.errors import DataError, StorageError
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.files import digest_file, remove_hidden
-from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths, remove_journals
+from moempi.storage.journal import (
+    JournalWriter,
+    Problem,
+    journal_path,
+    journal_paths,
+    remove_journals,
+)
 from moempi.storage.lock import OutputLock
-from moempi.storage.records import RequestRecord, RoutingRecord
 from moempi.storage.run_state import RunState, State, finished, is_replaced, results_identity, state_path, write_state
+from moempi.storage.weights import WeightFile
 
 log = logging.getLogger(__name__)
 
@@ -36,41 +42,6 @@ STATE_EVERY_S = 10.0
 """Seconds between updates of `run.json` during the run."""
 STATE_LIMIT_S = 1.0
 """Seconds that a failing rank waits for `run.json` to be written."""
-FINISHES = ("stop", "length", "error")
-_FINISHED_REQUEST = np.dtype(
-    [("index", "i8"), ("tokens", "i8"), ("finish", "i1"), ("referenced", "i1"), ("exact", "i1")]
-)
-
-FinishedRequests = npt.NDArray[np.void]
-"""Finished requests: index, tokens, index in FINISHES, whether it has a reference, whether its text equals it."""
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """The requests that earlier attempts at the job finished; they recorded the routing of steps below `next_step`."""
-
-    indices: frozenset[int]
-    finishes: Counter[str]
-    tokens: int
-    referenced: int
-    exact: int
-    next_step: int = 0
-
-    @classmethod
-    def from_finished(cls, finished: FinishedRequests, *, next_step: int = 0) -> "Earlier":
-        """Count each request once, however often it was recorded."""
-        once = finished[np.unique(finished["index"], return_index=True)[1]]
-        return cls(
-            indices=frozenset(once["index"].tolist()),
-            finishes=Counter(FINISHES[finish] for finish in once["finish"].tolist()),
-            tokens=int(once["tokens"].sum()),
-            referenced=int(once["referenced"].sum()),
-            exact=int(once["exact"].sum()),
-            next_step=next_step,
-        )
-
-
-NOTHING_EARLIER = Earlier.from_finished(np.zeros(0, _FINISHED_REQUEST))
 
 
 def run_fingerprint(job: Job, *, weights: str) -> str:
@@ -82,55 +53,29 @@ def run_fingerprint(job: Job, *, weights: str) -> str:
     return blake2b(msgspec.json.encode(contents), digest_size=16).hexdigest()
 
 
-def finished_requests(journals: Iterable[Path], fingerprint: str) -> tuple[FinishedRequests, int, list[str]]:
-    """The finished requests, the first step number above all recorded ones, and a sentence about each bad journal.
-
-    Damage and incomplete records at the end are skipped. Raises StorageError if a journal has another fingerprint or
-    cannot be read.
-    """
-    finished, next_step, problems = [], 0, []
-    for path in journals:
-        with JournalReader(path) as journal:
-            if journal.fingerprint != fingerprint:
-                raise StorageError(
-                    f"{path}: belongs to an unfinished run with other weights, prompts or settings; finish that run, "
-                    f"remove {path.parent} to give it up, or choose another output.results"
-                )
-            for _, record in journal.records():
-                if isinstance(record, RequestRecord):
-                    finished.append(_entry(record))
-                elif isinstance(record, RoutingRecord):
-                    next_step = max(next_step, record.step + 1)
-            if journal.problem:
-                problems.append(journal.problem)
-    return np.array(finished, _FINISHED_REQUEST), next_step, problems
-
-
-def _entry(record: RequestRecord) -> tuple[int, int, int, bool, bool]:
-    tokens = len(record.score) + len(record.tokens)
-    referenced = record.reference is not None
-    exact = referenced and record.text == record.reference
-    return record.index, tokens, FINISHES.index(record.finish), referenced, exact
-
-
 class Attempt:
     """One attempt at a job, with exclusive access to the job's output until `finish` or the end of its processes.
 
     The job has `num_requests`; `earlier` holds those that need not be computed again, `journal` takes this rank's
-    records. Making an attempt is collective and blocks. It ends all ranks if another run holds the output, if the
-    journals belong to another job, if the ranks read different prompts or weights, or if the disk fails.
+    records. If the job records routing, a finished request whose routing was lost is not among the earlier ones. Making
+    an attempt is collective and blocks. It ends all ranks if another run holds the output, if the journals belong to
+    another job, if the ranks read different prompts or weights, or if the disk fails.
     """
 
-    def __init__(self, job: Job, world: World, *, weights: str, num_requests: int) -> None:
+    def __init__(self, job: Job, world: World, weights: WeightFile, *, num_requests: int) -> None:
         self.num_requests = num_requests
+        self._routed_layers = len(weights.architecture.moe_layers) if job.trace.routing else 0
+        self._num_unrouted = 0
+        self._may_replace = False
+        self._written: os.stat_result | None = None
         self._results = job.output.results
         self._world = world
         self._counts = (0, 0)
         self._state_due = time.monotonic() + STATE_EVERY_S
-        self._problems: list[str] = []
+        self._problems: list[Problem] = []
         self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
         resolved = _with_resolved_backend(job, world)
-        fingerprint = world.collectively(lambda: run_fingerprint(resolved, weights=weights))
+        fingerprint = world.collectively(lambda: run_fingerprint(resolved, weights=weights.fingerprint))
         world.collectively(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
         self._begin = RunState(
             state="running",
@@ -172,14 +117,19 @@ class Attempt:
             write_state(self._results, self._state(state, reason=reason, exit_code=exit_code))
 
     def warn_of_damage(self) -> None:
-        """Log on rank 0 which journals of earlier attempts are damaged or have a torn end."""
-        for problem in self._problems if self._world.rank == 0 else ():
+        """Log on rank 0 the problems of journals of earlier attempts, and how many requests lost their routing."""
+        if self._world.rank > 0:
+            return
+        for problem in self._problems:
             log.warning("%s; its lost requests are computed again", problem)
+        if self._num_unrouted:
+            log.warning("%d finished requests lost recorded routing; they are computed again", self._num_unrouted)
 
-    def warn_of_new_damage(self, problems: Iterable[str]) -> None:
+    def warn_of_new_damage(self, problems: Iterable[Problem]) -> None:
         """Log the problems that the merge found and that were not there when the attempt began."""
+        routing = ", routing that is lost is -1" if self._routed_layers else ""
         for problem in sorted(set(problems) - set(self._problems)):
-            log.warning("%s; the results are whole", problem)
+            log.warning("%s; all requests are in the results%s", problem, routing)
 
     def journals(self) -> list[Path]:
         """The journals of this attempt and of earlier ones."""
@@ -196,6 +146,15 @@ class Attempt:
             print(f"moempi: stopped early ({reason}), {finished}; run the same job again to continue", file=sys.stderr)
         return STOPPED
 
+    def begin_results(self) -> None:
+        """From now on rank 0 may put the results in place: all ranks have closed their journals."""
+        self._may_replace = True
+
+    def before_replace(self, results: Path) -> None:
+        """Raise StorageError if another run may write the output by now; `results` are the new ones. For rank 0."""
+        self._require_lock()
+        self._written = results.stat()
+
     def finish(self) -> None:
         """End an attempt whose results are complete: write the state, remove the journals, release the output.
 
@@ -203,6 +162,7 @@ class Attempt:
         """
         try:
             self.write_state("finished")
+            self._require_lock()  # otherwise they are another run's
             remove_journals(self._results)
         except StorageError as error:
             log.warning("the results are whole, but %s", error)
@@ -213,10 +173,17 @@ class Attempt:
         """The requests in all journals, of which each rank reads its share; collective."""
         comm = self._world.comm
         paths = comm.bcast(journal_paths(self._results) if comm.rank == 0 else None)
-        share = self._world.collectively(lambda: finished_requests(paths[comm.rank :: comm.size], fingerprint))
+        routed = RoutedRows(self.num_requests) if self._routed_layers else None
+        share = self._world.collectively(
+            lambda: finished_requests(paths[comm.rank :: comm.size], fingerprint, self.num_requests, routed=routed)
+        )
         finished, steps, problems = zip(*comm.allgather(share), strict=True)
         self._problems = sorted(chain.from_iterable(problems))
-        return Earlier.from_finished(np.concatenate(finished), next_step=max(steps))
+        requests = np.concatenate(finished)
+        if routed is not None:
+            num_rows = routed.reduce(comm.allreduce)
+            requests, self._num_unrouted = with_routing(requests, num_rows, num_layers=self._routed_layers)
+        return Earlier.from_finished(requests, next_step=max(steps))
 
     def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:
         finished, tokens = self._counts
@@ -237,14 +204,13 @@ class Attempt:
 
         Rank 0 may put them in place meanwhile, so they are looked for before and after. Gives up if writing blocks.
         """
-        state, replaces = self._state("failed", reason=cause, exit_code=exit_code), self._begin.replaces or ""
-        codes = [exit_code]
+        state, codes = self._state("failed", reason=cause, exit_code=exit_code), [exit_code]
 
         def write() -> None:
             with suppress(StorageError):
-                if not is_replaced(self._results, replaces):
+                if not self._results_in_place():
                     write_state(self._results, state)
-                if is_replaced(self._results, replaces):
+                if self._results_in_place():
                     codes.append(0)
                     write_state(self._results, finished(state))
 
@@ -252,6 +218,18 @@ class Attempt:
         writer.start()
         writer.join(STATE_LIMIT_S)
         return codes[-1]
+
+    def _results_in_place(self) -> bool:
+        """Whether this attempt's results are in place; ranks above 0 take new results for their own."""
+        if self._world.rank > 0:
+            return self._may_replace and is_replaced(self._results, self._begin.replaces or "")
+        with suppress(OSError):
+            return self._written is not None and os.path.samestat(self._written, Path(self._results).stat())
+        return False
+
+    def _require_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.require_in_place()
 
 
 def _with_resolved_backend(job: Job, world: World) -> Job:

@@ -69,7 +69,7 @@ def run_job(
     weights = world.collectively(lambda: WeightFile.open(job.model.weights))
     prompts = world.collectively(lambda: read_prompts(job.input.prompts, sampling=job.sampling, strict=strict))
     # This attempt locks the output, and computes the requests that earlier ones did not finish.
-    attempt = Attempt(job, world, weights=weights.fingerprint, num_requests=len(prompts))
+    attempt = Attempt(job, world, weights, num_requests=len(prompts))
     world.collectively(lambda: log_to_files(job.output.results, world.rank))
     attempt.warn_of_damage()
     # The backend, and this rank's position in the layout.
@@ -123,9 +123,15 @@ def _write_results(
 
     A failure after the results are in place is not this job's, and does not change its state.
     """
+    attempt.begin_results()
     if world.rank == 0:
-        journals = attempt.journals()
-        problems = merge(results, journals, num_requests=attempt.num_requests, provenance=provenance)
+        problems = merge(
+            results,
+            attempt.journals(),
+            num_requests=attempt.num_requests,
+            provenance=provenance,
+            before_replace=attempt.before_replace,
+        )
         on_finished()
         attempt.finish()
         attempt.warn_of_new_damage(problems)
@@ -202,7 +208,13 @@ def _make_recorder(job: Job, world: World, rank_layout: RankLayout, attempt: Att
     """This rank's recorder; on rank 0 it counts the requests of earlier attempts as well."""
     on_progress = attempt.also_writing_state(progress.update)
     writes_records = rank_layout.writes_records
-    recorder = Recorder(attempt.journal, task=job.task, writes_records=writes_records, on_progress=on_progress)
+    recorder = Recorder(
+        attempt.journal,
+        task=job.task,
+        writes_records=writes_records,
+        on_progress=on_progress,
+        since=attempt.earlier.next_step,
+    )
     if world.rank == 0:
         recorder.add_earlier(attempt.earlier)
     return recorder

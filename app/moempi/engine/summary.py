@@ -16,12 +16,12 @@ from moempi.comm.transfers import WAITS
 from moempi.comm.transports.counted import no_counts
 from moempi.config.architecture import Architecture
 from moempi.engine.balance import Balance
+from moempi.engine.earlier import Earlier
 from moempi.engine.lane import Lane
 from moempi.engine.lanes import Lanes
 from moempi.engine.load import Loading
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
-from moempi.engine.restart import Earlier
 from moempi.observe.run_report import Report
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance

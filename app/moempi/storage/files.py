@@ -78,6 +78,14 @@ def refuse_same_file(output: str | Path, inputs: Iterable[str | Path]) -> None:
             raise StorageError(f"{output}: lies in the input {path}; choose another output")
 
 
+def is_in_place(file: int, path: Path) -> bool:
+    """Whether `path` still names the open file of this descriptor: it was not removed or replaced since."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def begins_with(prefix: bytes) -> Callable[[Path], bool]:
     """A test whether the file at a path begins with `prefix`."""
 

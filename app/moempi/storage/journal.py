@@ -15,17 +15,18 @@ import os
 import re
 import shutil
 import struct
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
 from xxhash import xxh3_64_intdigest
 
 from moempi.errors import StorageError
 from moempi.storage.closeable import Closeable
-from moempi.storage.files import atomic, hidden_name
+from moempi.storage.files import atomic, hidden_name, is_in_place
 from moempi.storage.records import Record, decode, encode
 
 MAGIC = b"MOEMPART"
@@ -80,6 +81,18 @@ def remove_journals(results_path: str | Path) -> None:
         raise StorageError(f"{results_path}: is complete, but its parts cannot be removed: {error}") from error
 
 
+@dataclass(frozen=True, order=True)
+class Problem:
+    """A sentence about a journal; two are equal if they are about the same byte of the same file."""
+
+    path: Path
+    offset: int
+    sentence: str = field(compare=False)
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
 class JournalReader(Closeable):
     """A journal opened for reading; reading never changes it.
 
@@ -102,6 +115,8 @@ class JournalReader(Closeable):
         self.dropped_bytes = 0
         self.damaged_at = -1
         self.damages = 0
+        self._reported = 0
+        self._first_reported = (-1, "")
         self._search_bytes = _SEARCH_BYTES + _SEARCH_FACTOR * self.num_bytes
         try:
             self.fingerprint, self._start = self._read_header()
@@ -110,24 +125,45 @@ class JournalReader(Closeable):
             raise
 
     @property
-    def problem(self) -> str:
-        """One sentence about damage and a bad end, once `records()` is exhausted; "" for a sound journal."""
-        problems = []
+    def problems(self) -> list[Problem]:
+        """The first damage, the bad end and the first reported record, once `records()` is exhausted."""
+        found = []
         if self.damages:
             places = f" and in {self.damages - 1} more places" if self.damages > 1 else ""
-            problems.append(f"is damaged at byte {self.damaged_at}{places}, the records behind it are kept")
+            found.append(
+                (self.damaged_at, f"is damaged at byte {self.damaged_at}{places}, the records behind it are kept")
+            )
         if self.dropped_bytes:
-            problems.append(f"ends with {self.dropped_bytes} torn bytes at byte {self.num_bytes - self.dropped_bytes}")
-        return f"{self.path} {' and '.join(problems)}" if problems else ""
+            end = self.num_bytes - self.dropped_bytes
+            found.append((end, f"ends with {self.dropped_bytes} torn bytes at byte {end}"))
+        if self._reported:
+            offset, what = self._first_reported
+            more = f" (and {self._reported - 1} more records)" if self._reported > 1 else ""
+            found.append((offset, f"holds a record at byte {offset} {what}{more}"))
+        return [Problem(self.path, offset, f"{self.path} {what}") for offset, what in found]
 
-    def records(self) -> Iterator[tuple[int, Record]]:
-        """Yield (offset, record) of all whole records, one in memory at a time; raises StorageError."""
+    def records(self, *, num_requests: int = sys.maxsize) -> Iterator[tuple[int, Record]]:
+        """Yield (offset, record) of all whole records that can be used, one in memory at a time.
+
+        Reports the others and those of a request beyond `num_requests`. Raises StorageError.
+        """
         for offset, payload in self.payloads():
-            yield offset, self._decode(offset, payload)
+            try:
+                record = decode(payload, num_requests=num_requests)
+            except ValueError as error:
+                self.report(offset, f"that cannot be used: {error}")
+            else:
+                yield offset, record
+
+    def report(self, offset: int, what: str) -> None:
+        """Add a whole record to `problems`, with `what` is wrong about it."""
+        if not self._reported:
+            self._first_reported = (offset, what)
+        self._reported += 1
 
     def payloads(self) -> Iterator[tuple[int, bytes]]:
         """Yield (offset, encoded record) like `records`: verifies checksums, decodes nothing."""
-        self.damaged_at, self.damages, self.dropped_bytes = -1, 0, 0
+        self.damaged_at, self.damages, self.dropped_bytes, self._reported = -1, 0, 0, 0
         offset = self._start
         while offset < self.num_bytes:
             payload = self._read_payload(offset)
@@ -148,7 +184,10 @@ class JournalReader(Closeable):
         payload = self._read_payload(offset)
         if payload is None:
             raise StorageError(f"{self.path}: the record at byte {offset} has changed since it was found")
-        return self._decode(offset, payload)
+        try:
+            return decode(payload)
+        except ValueError as error:
+            raise StorageError(f"{self.path}: the record at byte {offset} cannot be used: {error}") from error
 
     @property
     def append_at(self) -> int:
@@ -252,12 +291,6 @@ class JournalReader(Closeable):
             raise StorageError(f"{self.path}: is damaged in too many places; {self.REMEDY}")
         return payload
 
-    def _decode(self, offset: int, payload: bytes) -> Record:
-        try:
-            return decode(payload)
-        except msgspec.DecodeError as error:
-            raise StorageError(f"{self.path}: the record at byte {offset} is not one of ours: {error}") from error
-
 
 class JournalWriter(Closeable):
     """Appends records to the journal of one rank.
@@ -330,11 +363,7 @@ class JournalWriter(Closeable):
         self._end += len(record)
 
     def _require_in_place(self, file: int) -> None:
-        try:
-            in_place = os.path.samestat(os.fstat(file), self.path.stat())
-        except (FileNotFoundError, NotADirectoryError):
-            in_place = False
-        if not in_place:
+        if not is_in_place(file, self.path):
             raise StorageError(f"{self.path}: was removed or replaced during the run, its records are lost; run again")
 
     def _sync(self) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moempi.errors import StorageError
 from moempi.storage.closeable import Closeable
-from moempi.storage.journal import JournalReader
+from moempi.storage.journal import JournalReader, Problem
 from moempi.storage.records import RankRecord, Record, RequestRecord, RoutingRecord
 from moempi.storage.results_layout import ARRAYS, OFFSETS, TEXTS
 
@@ -29,7 +29,7 @@ R = TypeVar("R", bound=Record)
 
 _ENTRY = np.dtype(
     [("journal", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("prompt_token", "i8"), ("output_token", "i8")]
-    + [("computed", "i8")]
+    + [("computed", "i8"), ("since", "i8")]
     + [(name, "i8") for name in TEXTS]
 )
 
@@ -95,7 +95,11 @@ class RoutingIndex:
         return sorted({layer for layers in self._layer_sets for layer in layers})
 
     def add(self, record: RoutingRecord, *, journal: int, offset: int) -> None:
-        """Add the location of one record."""
+        """Add the location of one record with rows; raises ValueError if its `top_k` differs from the others'."""
+        if not len(record.requests):
+            return
+        if self.top_k not in (0, record.experts.shape[2]):
+            raise ValueError(f"it has {record.experts.shape[2]} experts per token, others have {self.top_k}")
         layers = self._layer_sets.setdefault(record.layers, len(self._layer_sets))
         self._entries.extend((record.since, layers, record.step, journal, offset))
         self.top_k = record.experts.shape[2]
@@ -113,7 +117,7 @@ class JournalIndex:
     """The contents of all journals: location and field lengths of each request's record, and the ranks' records.
 
     `entries` (N,) has one entry per request, with journal -1 until its record is found. `expert_load` and `asked_load`
-    (layers, experts) are summed over ranks, as is `shifts`. `problems` describes damaged journals and torn ends.
+    (layers, experts) are summed over ranks, as is `shifts`. `problems` describes damage and records that are not used.
     """
 
     entries: NDArray[Any]
@@ -124,26 +128,30 @@ class JournalIndex:
     top: int = 0
     score_top: int = 0
     scored: bool = False
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     routing: RoutingIndex = field(default_factory=RoutingIndex)
 
     def add_request(self, record: RequestRecord, *, journal: int, offset: int) -> None:
-        """Add the location and lengths of a request's first record."""
+        """Add the location and lengths of a request's record, in the place of one that was added before."""
         arrays = [getattr(record, name) for name in ARRAYS]
         texts = [len((getattr(record, name) or "").encode()) for name in TEXTS]
         num_bytes = sum(array.nbytes for array in arrays) + sum(texts)
-        lengths = len(record.prompt), len(record.tokens), record.computed
+        lengths = len(record.prompt), len(record.tokens), record.computed, record.since
         self.entries[record.index] = (journal, offset, num_bytes, *lengths, *texts)
-        self.top = max(self.top, record.top_tokens.shape[1])
-        self.score_top = max(self.score_top, record.score_top_tokens.shape[1])
+        # Without tokens, a width is a number without values behind it.
+        self.top = max(self.top, record.top_tokens.shape[1] if record.top_tokens.size else 0)
+        self.score_top = max(self.score_top, record.score_top_tokens.shape[1] if record.score_top_tokens.size else 0)
         self.scored = self.scored or len(record.score) > 0
 
     def add_rank(self, record: RankRecord) -> None:
-        """Add one rank's expert loads to the sums and keep the rest of its record."""
+        """Add one rank's expert loads to the sums and keep the rest of its record.
+
+        Raises ValueError if it counts other layers or experts than the records before.
+        """
         if not self.ranks:
             self.expert_load = np.zeros_like(record.expert_load)
         if record.expert_load.shape != self.expert_load.shape:
-            raise StorageError(
+            raise ValueError(
                 f"rank {record.rank} counted experts as {record.expert_load.shape}, others as {self.expert_load.shape}"
             )
         self.expert_load += record.expert_load
@@ -154,7 +162,7 @@ class JournalIndex:
         self.ranks.append(msgspec.structs.replace(record, **nothing))
 
     def add_routing(self, record: RoutingRecord, *, journal: int, offset: int) -> None:
-        """Add the location of the routing of one rank and step."""
+        """Add the location of the routing of one rank and step; raises ValueError as `RoutingIndex.add` does."""
         self.routing.add(record, journal=journal, offset=offset)
 
     def texts(self) -> list[str]:
@@ -199,35 +207,48 @@ class JournalIndex:
 
 
 def index_journals(journals: Journals, num_requests: int) -> JournalIndex:
-    """Read all journals once; raises StorageError as `merge` does."""
+    """Read all journals once; raises StorageError as `merge` does.
+
+    A record that cannot be used, or contradicts others, is passed over and reported: it is no reason to end a job. Of
+    several records of a request, the first of its latest attempt is used: the recorded routing is that attempt's too.
+    """
     index = JournalIndex(np.zeros(num_requests, _ENTRY))
     index.entries["journal"] = -1
     for number in range(len(journals)):
         journal = journals.open(number)
-        for offset, record in journal.records():
-            if isinstance(record, RankRecord):
-                index.add_rank(record)
-            elif isinstance(record, RoutingRecord):
-                index.add_routing(record, journal=number, offset=offset)
-            elif not 0 <= record.index < num_requests:
-                raise StorageError(f"{journal.path}: holds request {record.index}, the job has {num_requests}")
-            elif index.entries["journal"][record.index] < 0:
-                index.add_request(record, journal=number, offset=offset)
-            else:
-                _require_same(journals.request_at(index.entries[record.index]), record, journal.path)
-        if journal.problem:
-            index.problems.append(journal.problem)
+        for offset, record in journal.records(num_requests=num_requests):
+            try:
+                if isinstance(record, RankRecord):
+                    index.add_rank(record)
+                elif isinstance(record, RoutingRecord):
+                    index.add_routing(record, journal=number, offset=offset)
+                elif index.entries["journal"][record.index] < 0:
+                    index.add_request(record, journal=number, offset=offset)
+                else:
+                    _add_again(index, record, journals, journal=number, offset=offset)
+            except ValueError as error:
+                journal.report(offset, f"that cannot be used: {error}")
+        index.problems += journal.problems
     _require_all(index)
     return index
 
 
-def _require_same(first: RequestRecord, again: RequestRecord, path: Path) -> None:
-    if not (np.array_equal(first.tokens, again.tokens) and np.array_equal(first.prompt, again.prompt)):
-        raise StorageError(f"{path}: request {again.index} ({again.id}) is recorded twice, with different tokens")
+def _add_again(index: JournalIndex, record: RequestRecord, journals: Journals, *, journal: int, offset: int) -> None:
+    """Add another record of a request if its attempt is a later one; report both if they differ in tokens."""
+    entry = index.entries[record.index].copy()
+    reader = journals.open(journal)  # before the other one, which then does not close it
+    first = journals.request_at(entry)
+    is_later = record.since > first.since
+    if is_later:
+        index.add_request(record, journal=journal, offset=offset)
+    if not (np.array_equal(first.tokens, record.tokens) and np.array_equal(first.prompt, record.prompt)):
+        other = f"{journals.open(int(entry['journal'])).path} at byte {entry['offset']}"
+        used = "it" if is_later else "the latter"
+        reader.report(offset, f"of request {record.index} with other tokens than in {other}, {used} is used")
 
 
 def _require_all(index: JournalIndex) -> None:
     missing = np.flatnonzero(index.entries["journal"] < 0)
     if len(missing):
         counts = f"{len(missing)} of {len(index.entries)} requests have no record, the first is {missing[0]}"
-        raise StorageError("; ".join([counts, *index.problems]))
+        raise StorageError("; ".join([counts, *map(str, index.problems), "run the same job again to compute them"]))

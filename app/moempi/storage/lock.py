@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from moempi.errors import StorageError
+from moempi.storage.files import is_in_place
 from moempi.storage.journal import journals_folder
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,17 @@ class OutputLock:
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
 
+    def require_in_place(self) -> None:
+        """Raise StorageError if the file was removed or replaced: another run may hold the output as well."""
+        try:
+            in_place = is_in_place(self._file, self.path)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if not in_place:
+            raise StorageError(
+                f"{self.path}: was removed or replaced during the run, another run may write {self._results}; run again"
+            )
+
     def release(self) -> None:
         """Release the lock; later calls do nothing."""
         if self._file >= 0:
@@ -40,7 +52,7 @@ class OutputLock:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 self._acquire(file)
-                if _is_file_at(file, self.path):
+                if is_in_place(file, self.path):
                     return file
             except BaseException:
                 os.close(file)
@@ -62,10 +74,3 @@ class OutputLock:
 def _self_description() -> str:
     job = os.environ.get("SLURM_JOB_ID")
     return f"process {os.getpid()} on {os.uname().nodename}" + (f", Slurm job {job}" if job else "")
-
-
-def _is_file_at(file: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False

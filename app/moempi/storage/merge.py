@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moempi.errors import StorageError
 from moempi.storage.files import atomic, reserve
 from moempi.storage.hdf5 import create_file, write_attribute
+from moempi.storage.journal import Problem
 from moempi.storage.journal_index import JournalIndex, Journals, index_journals
 from moempi.storage.merge_routing import write_routing
 from moempi.storage.records import RankRecord, RequestRecord
@@ -46,14 +47,20 @@ class Provenance:
 
 
 def merge(
-    results_path: str | Path, journals: Sequence[str | Path], *, num_requests: int, provenance: Provenance
-) -> list[str]:
+    results_path: str | Path,
+    journals: Sequence[str | Path],
+    *,
+    num_requests: int,
+    provenance: Provenance,
+    before_replace: Callable[[Path], None] = lambda file: None,
+) -> list[Problem]:
     """Write the results file atomically from the journals of all ranks; keeps the journals.
 
-    Returns one sentence for each journal that is damaged or has a torn end. Requests are in the order 0 to
-    `num_requests` - 1. Memory holds about 100 bytes per request and a few MiB. Call this on one rank, after all ranks
-    have closed their journals. Raises StorageError if a request is missing, if two records of a request differ in
-    tokens, if the journals are from different runs, or if the disk fails.
+    Returns the problems of journals: damage, a torn end, a record that cannot be used, two records of a request that
+    differ in tokens. Requests are in the order 0 to `num_requests` - 1. Memory holds about 100 bytes per request and a
+    few MiB. Call this on one rank, after all ranks have closed their journals. Calls `before_replace` with the new
+    file's temporary path; if that raises, an earlier results file stays. Raises StorageError if a request is missing,
+    if the journals are from different runs, or if the disk fails.
     """
     with Journals(journals) as opened:
         index = index_journals(opened, num_requests)
@@ -73,6 +80,7 @@ def merge(
                 records = [opened.request_at(entry) for entry in index.entries[start:stop]]
                 for column in columns:
                     column.write(records)
+            before_replace(temporary)
         return index.problems
 
 
@@ -196,7 +204,8 @@ def _row_extractor(name: str, *, width: int | None) -> Callable[[RequestRecord],
         if array.shape == shape:
             return array
         rows = np.full(shape, fill_value, kind.dtype)
-        rows[tuple(slice(size) for size in array.shape)] = array
+        if array.size:
+            rows[tuple(slice(size) for size in array.shape)] = array
         return rows
 
     return extract

@@ -4,14 +4,13 @@ The next attempt at a job computes an interrupted request again, and its rows re
 Rows are therefore written in the order of the attempts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moempi.errors import StorageError
 from moempi.storage.journal_index import JournalIndex, Journals
 from moempi.storage.records import RoutingRecord
 from moempi.storage.results_columns import create, write_offsets
@@ -35,31 +34,36 @@ def write_routing(file: Any, journals: Journals, index: JournalIndex, require_su
     for group in index.routing.groups():
         for records in _blocks(journals.routing_at(journal, offset) for journal, offset in group):
             require_success()
-            first_layer, num_layers = layers.index(records[0].layers[0]), len(records[0].layers)
             rows = _sorted_rows(_joined(records), index.entries["computed"])
-            _write(columns, rows, slice(first_layer, first_layer + num_layers))
+            _write(columns, rows, [layers.index(layer) for layer in records[0].layers])
 
 
 def _sorted_rows(rows: Rows, computed: NDArray[np.int64]) -> Rows:
     """Rows sorted by their `file_row`; drops positions beyond the number that the request computed in the end."""
     requests, positions = rows["request"], rows["position"]
-    if len(requests) and not 0 <= requests.min() <= requests.max() < len(computed):
-        raise StorageError(f"routing is recorded of a request beyond the job's {len(computed)}")
     file_rows = (np.cumsum(computed) - computed)[requests] + positions
     order = np.argsort(file_rows)
     order = order[positions[order] < computed[requests[order]]]
     return {name: column[order] for name, column in (rows | {"file_row": file_rows}).items()}
 
 
-def _write(columns: Mapping[str, Any], rows: Rows, layers: slice) -> None:
-    """Write rows with ascending `file_row`, each contiguous run at once."""
-    file_rows = rows["file_row"]
-    breaks = np.flatnonzero(np.diff(file_rows) != 1) + 1
-    for first, last in pairwise([0, *breaks.tolist(), len(file_rows)]):
+def _write(columns: Mapping[str, Any], rows: Rows, layers: Sequence[int]) -> None:
+    """Write rows with ascending `file_row` to these layers of the file, each contiguous range at once."""
+    for source, target in _ranges(rows["file_row"]):
+        for name, dataset in columns.items():
+            if dataset.ndim == 1:
+                dataset[target] = rows[name][source]
+                continue
+            for of_rows, of_file in _ranges(np.array(layers)):
+                dataset[target, of_file] = rows[name][source, of_rows]
+
+
+def _ranges(indices: NDArray[np.int64]) -> Iterator[tuple[slice, slice]]:
+    """Yield the places of consecutive ascending `indices`, and the range that they are."""
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    for first, last in pairwise([0, *breaks.tolist(), len(indices)]):
         if first < last:
-            target = slice(int(file_rows[first]), int(file_rows[last - 1]) + 1)
-            for name, dataset in columns.items():
-                dataset[(target, layers) if dataset.ndim > 1 else target] = rows[name][first:last]
+            yield slice(first, last), slice(int(indices[first]), int(indices[last - 1]) + 1)
 
 
 def _blocks(records: Iterable[RoutingRecord]) -> Iterator[list[RoutingRecord]]:

@@ -21,6 +21,10 @@ from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, wa
 
 MAX_LINE_BYTES = 64 << 20
 MAX_TOKEN = 2**31 - 1
+MAX_TOP_LOGPROBS = 20
+"""Likeliest tokens that a line may request, if the job has fewer: the largest number widens all requests' columns."""
+MAX_SHOWN = 100
+"""Characters of a key or an id that an error shows."""
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -87,9 +91,8 @@ def read_prompts(path: str | Path, *, sampling: Sampling, strict: bool) -> list[
             for location, fallback, prompt in rows:
                 first = first_use.setdefault(prompt.id, location)
                 if first is not location and not prompt.error:
-                    prompt = _bad(
-                        prompt.index, fallback, sampling, f"{location}: id {prompt.id!r} was used before, at {first}"
-                    )
+                    error = f"{location}: id {prompt.id[:MAX_SHOWN]!r} was used before, at {first}"
+                    prompt = _bad(prompt.index, fallback, sampling, error)
                 if prompt.error and strict:
                     raise DataError(prompt.error)
                 prompts.append(prompt)
@@ -127,6 +130,11 @@ def _parse(line: bytes, index: int, fallback: str, sampling: Sampling) -> Prompt
     request = _LINE_DECODER.decode(line)
     if (request.prompt is None) == (request.tokens is None):
         raise msgspec.DecodeError("give either prompt or tokens")
+    limit = max(MAX_TOP_LOGPROBS, sampling.top_logprobs)
+    if request.top_logprobs is not UNSET and request.top_logprobs > limit:
+        raise msgspec.DecodeError(
+            f"top_logprobs: {request.top_logprobs} is more than {limit}; raise sampling.top_logprobs in the job file"
+        )
     given = {key: value for key in _OVERRIDES if (value := getattr(request, key)) is not UNSET}
     return Prompt(
         index=index,
@@ -198,7 +206,7 @@ def _explain(error: Exception) -> str:
         return "not UTF-8"
     message, _, path = str(error).partition(" - at `$")
     if message.startswith(_UNKNOWN_FIELD):
-        key = message.removeprefix(_UNKNOWN_FIELD).rstrip("`")
+        key = message.removeprefix(_UNKNOWN_FIELD)[:MAX_SHOWN].rstrip("`")
         near = get_close_matches(key, _KEYS, n=1, cutoff=0.5)
         return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known keys are {', '.join(_KEYS)}")
     key = path.rstrip("`").lstrip(".")

@@ -1,6 +1,8 @@
 """The records of a run: one per finished request, one per rank, recorded routing; and their encoding (MessagePack)."""
 
 import re
+import sys
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -10,19 +12,18 @@ from numpy.typing import NDArray
 
 from moempi.arrays import Float32Array, Int32Array
 
-# The ranges of the columns that hold these numbers in a results file.
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Index = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Index32 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+SmallCount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_DTYPES = ("<i4", "<i8", "<f4")
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
 _NO_TOP_TOKENS = np.zeros((0, 0), np.int32)
 _NO_TOP_LOGPROBS = np.zeros((0, 0), np.float32)
 _NO_LOAD = np.zeros((0, 0), np.int64)
-_DTYPES = tuple(np.dtype(kind).str for kind in (np.int32, np.int64, np.float32))
 for _empty in (_NO_LOAD, _NO_TOKENS, _NO_LOGPROBS, _NO_TOP_TOKENS, _NO_TOP_LOGPROBS):
     _empty.flags.writeable = False
 
@@ -33,14 +34,16 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     `prompt` (n,) and `tokens` (m,) are int32, `logprobs` (m,) float32 natural logarithms. `top_tokens` (m, k) int32 and
     `top_logprobs` (m, k) hold the k likeliest tokens, (0, 0) unless requested. `score` (n,) float32 holds the prompt
     tokens' log-probabilities, the first NaN, with `score_top_tokens` and `score_top_logprobs` (n, k); all are empty
-    when generating. `computed` positions went through the model. Raises ValueError if types or lengths disagree.
+    when generating. `computed` positions went through the model, in the attempt at the job whose first step is `since`.
+    Raises ValueError if types or lengths disagree.
     """
 
-    index: Index
+    index: Count
     id: str
     finish: Literal["stop", "length", "error"]
     error: str = ""
-    computed: Index = 0
+    computed: Count = 0
+    since: Count = 0
     reference: str | None = None
     text: str = ""
     prompt: Int32Array = _NO_TOKENS
@@ -55,7 +58,7 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     def __post_init__(self) -> None:
         n, m = len(self.prompt), len(self.tokens)
         if self.computed > n + m:
-            raise ValueError(f"{self.computed} positions are computed of {n + m} tokens")
+            raise ValueError(f"computed is {self.computed}, of {n + m} tokens")
         k, score_k = self.top_tokens.shape[-1], self.score_top_tokens.shape[-1]
         _expect("prompt", self.prompt, np.int32, (n,))
         _expect("tokens", self.tokens, np.int32, (m,))
@@ -78,17 +81,17 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     and `balance` holds further figures. Raises ValueError if types, shapes or keys are wrong.
     """
 
-    rank: Index32
+    rank: Count
     host: str
     expert_load: NDArray[np.int64]
     seconds: dict[str, float]
-    loaded_bytes: Index = 0
+    loaded_bytes: Count = 0
     loading_s: float = 0.0
-    steps: Index
-    tokens: Index
+    steps: Count
+    tokens: Count
     counters: dict[str, Int64] = {}
     place: dict[str, Int64] = {}
-    hosted: dict[Index32, tuple[Index32, ...]] = {}
+    hosted: dict[SmallCount, tuple[SmallCount, ...]] = {}
     asked_load: NDArray[np.int64] = _NO_LOAD
     shifts: Float32Array = _NO_TOP_LOGPROBS
     balance: dict[str, float] = {}
@@ -109,13 +112,14 @@ class RoutingRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="ro
 
     Row t is position `positions[t]` (T,) int32 of request `requests[t]` (T,) int64. `experts` is int32 and `weights`
     float32, both (layers, T, K). Rows with the same `step` were computed together, in the attempt at the job whose
-    first step is `since`. `rank` counts node by node. Raises ValueError if types or lengths disagree.
+    first step is `since`. `rank` counts node by node; `layers` ascend. Raises ValueError if types or lengths disagree
+    or a position is negative.
     """
 
-    since: Index
-    step: Index
-    rank: Index32
-    layers: tuple[Index32, ...]
+    since: Count
+    step: Count
+    rank: SmallCount
+    layers: tuple[SmallCount, ...]
     requests: NDArray[np.int64]
     positions: Int32Array
     experts: Int32Array
@@ -127,6 +131,10 @@ class RoutingRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="ro
         _expect("positions", self.positions, np.int32, (rows,))
         _expect("experts", self.experts, np.int32, (len(self.layers), rows, top_k))
         _expect("weights", self.weights, np.float32, self.experts.shape)
+        if any(below >= above for below, above in pairwise(self.layers)):
+            raise ValueError(f"layers {self.layers} do not ascend")
+        if rows and self.positions.min() < 0:
+            raise ValueError(f"position {self.positions.min()} is negative")
 
 
 Record = RequestRecord | RankRecord | RoutingRecord
@@ -140,12 +148,28 @@ def encode(record: Record) -> bytes:
         return _ENCODER.encode(_without_surrogates(record))
 
 
-def decode(payload: bytes) -> Record:
-    """The record in bytes from `encode`; raises msgspec.DecodeError if they are not a record."""
+def decode(payload: bytes, *, num_requests: int = sys.maxsize) -> Record:
+    """The record in bytes from `encode`.
+
+    Raises ValueError if they are not a record that this program can use, or one of a request beyond `num_requests`.
+    """
     try:
-        return _DECODER.decode(payload)
-    except UnicodeDecodeError as error:
-        raise msgspec.DecodeError(f"a text is not UTF-8: {error}") from error
+        record = _DECODER.decode(payload)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    for request in _requests_of(record):
+        if not 0 <= request < num_requests:
+            raise ValueError(f"it is of request {request}, the job has {num_requests}")
+    return record
+
+
+def _requests_of(record: Record) -> tuple[int, ...]:
+    """The request of a record, or the first and the last in input order."""
+    if isinstance(record, RequestRecord):
+        return (record.index,)
+    if isinstance(record, RoutingRecord) and len(record.requests):
+        return int(record.requests.min()), int(record.requests.max())
+    return ()
 
 
 def _expect(
@@ -168,8 +192,8 @@ def _pack_array(array: object) -> tuple[str, tuple[int, ...], bytes]:
 
 def _unpack_array(_: type, packed: Any) -> NDArray[Any]:
     dtype, shape, values = packed
-    if dtype not in _DTYPES:
-        raise ValueError(f"an array of type {dtype!r}")
+    if dtype not in _DTYPES or not shape:
+        raise ValueError(f"an array of type {dtype!r} and shape {shape!r}")
     return np.frombuffer(values, dtype).reshape(shape)
 
 

@@ -1,0 +1,108 @@
+"""What earlier attempts at a job finished, as their journals say."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.engine.routed_rows import RoutedRows
+from moempi.errors import StorageError
+from moempi.storage.journal import JournalReader, Problem
+from moempi.storage.records import RequestRecord, RoutingRecord
+
+FINISHES = ("stop", "length", "error")
+_FINISHED_REQUEST = np.dtype(
+    [
+        *((name, "i8") for name in ("index", "since", "tokens", "computed")),
+        *((name, "i1") for name in ("finish", "referenced", "exact")),
+    ]
+)
+
+FinishedRequests = npt.NDArray[np.void]
+"""Finished requests: index, first step of the attempt, number of tokens, number of computed positions, index in
+FINISHES, whether it has a reference, whether its text equals it."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The requests that earlier attempts at the job finished; all their steps are below `next_step`."""
+
+    indices: frozenset[int]
+    finishes: Counter[str]
+    tokens: int
+    referenced: int
+    exact: int
+    next_step: int = 0
+
+    @classmethod
+    def from_finished(cls, finished: FinishedRequests, *, next_step: int = 0) -> "Earlier":
+        """Count each request once, as its latest attempt recorded it."""
+        once = _latest(finished)
+        return cls(
+            indices=frozenset(once["index"].tolist()),
+            finishes=Counter(FINISHES[finish] for finish in once["finish"].tolist()),
+            tokens=int(once["tokens"].sum()),
+            referenced=int(once["referenced"].sum()),
+            exact=int(once["exact"].sum()),
+            next_step=next_step,
+        )
+
+
+def finished_requests(
+    journals: Iterable[Path], fingerprint: str, num_requests: int, *, routed: RoutedRows | None = None
+) -> tuple[FinishedRequests, int, list[Problem]]:
+    """The finished requests, the first step number above those of earlier attempts, and the problems of journals.
+
+    Damage, incomplete records at the end and records that cannot be used are passed over. Recorded routing is counted
+    in `routed`, if given. Raises StorageError if a journal has another fingerprint or cannot be read.
+    """
+    finished, next_step, problems = [], 0, []
+    for path in journals:
+        with JournalReader(path) as journal:
+            if journal.fingerprint != fingerprint:
+                raise StorageError(
+                    f"{path}: belongs to an unfinished run with other weights, prompts or settings; finish that run, "
+                    f"remove {path.parent} to give it up, or choose another output.results"
+                )
+            for _, record in journal.records(num_requests=num_requests):
+                if isinstance(record, RequestRecord):
+                    finished.append(_entry(record))
+                    next_step = max(next_step, record.since + 1)
+                elif isinstance(record, RoutingRecord):
+                    next_step = max(next_step, record.step + 1)
+                    if routed is not None:
+                        routed.add(record)
+            problems += journal.problems
+    return np.array(finished, _FINISHED_REQUEST), next_step, problems
+
+
+def with_routing(
+    finished: FinishedRequests, num_rows: npt.NDArray[np.int64], *, num_layers: int
+) -> tuple[FinishedRequests, int]:
+    """The requests whose routing is recorded for all computed positions and `num_layers` layers; how many are not.
+
+    `num_rows` (N,) is from `RoutedRows`. What was lost is recorded again by computing these requests again.
+    """
+    once = _latest(finished)
+    whole = num_rows[once["index"]] >= num_layers * once["computed"]
+    return once[whole], int((~whole).sum())
+
+
+def _latest(finished: FinishedRequests) -> FinishedRequests:
+    """The first entry of the latest attempt for each request, by index."""
+    ordered = finished[np.lexsort((-finished["since"], finished["index"]))]
+    return ordered[np.diff(ordered["index"], prepend=-1) > 0]
+
+
+def _entry(record: RequestRecord) -> tuple[int, int, int, int, int, bool, bool]:
+    tokens = len(record.score) + len(record.tokens)
+    referenced = record.reference is not None
+    exact = referenced and record.text == record.reference
+    finish = FINISHES.index(record.finish)
+    return record.index, record.since, tokens, record.computed, finish, referenced, exact
+
+
+NOTHING_EARLIER = Earlier.from_finished(np.zeros(0, _FINISHED_REQUEST))
