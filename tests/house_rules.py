@@ -3,6 +3,9 @@
 One word has one meaning. WORDS lists words that used to name something for which the field has a term, with that term;
 none may be part of the name of a module, class, function, parameter or attribute. NAMES lists whole names of the same
 kind whose words are otherwise in use. KEPT lists names that are keys of files, which never change.
+
+Text of a file reaches a terminal or a log escaped. SINKS lists calls that would pass it on raw, with the modules of the
+package that may call them because they escape it.
 """
 
 import ast
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "app/moempi"
 MAX_LINES = 60
 
 WORDS = {
@@ -115,6 +119,21 @@ KEPT = {
     "asked_load": "a column of the results and of journals",
     "shifts": "a column of journals",
 }
+SINKS: dict[str, tuple[str, ...]] = {
+    "print": ("printing.py",),
+    "traceback.print_exc": (),
+    "traceback.print_exception": (),
+    "sys.stdout.write": (),
+    "sys.stderr.write": (),
+    "os.write": ("printing.py", "storage/journal.py"),
+    "Console": (),
+    "Text": (),
+    "Text.from_markup": (),
+    "logging.basicConfig": (),
+    "logging.Formatter": (),
+    "logging.FileHandler": ("observe/logs.py",),
+    "logging.StreamHandler": ("observe/logs.py",),
+}
 
 
 def names(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -160,6 +179,10 @@ def breaches(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= MAX_LINES:
             yield f"{where}:{node.lineno}: {node.name} has more than {MAX_LINES} lines"
+        if isinstance(node, ast.Call) and path.is_relative_to(PACKAGE):
+            call = ast.unparse(node.func)
+            if call in SINKS and path.relative_to(PACKAGE).as_posix() not in SINKS[call]:
+                yield f"{where}:{node.lineno}: {call} does not escape: use moempi.printing or moempi.observe"
 
 
 def main() -> int:

@@ -65,20 +65,25 @@ def execute(*command: str | Path, limit_s: float = LIMIT_S, **environment: str) 
 
 def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
     """Start a command as `execute` does, without waiting; the caller ends it."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TTY_", "FORCE_COLOR"))}
-    # This checkout's program, installed or not.
-    paths = (environment.get("PYTHONPATH"), str(ROOT / "app"), os.environ.get("PYTHONPATH"))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
-        env=inherited | ENVIRONMENT | environment,
+        env=variables(**environment),
         text=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+
+
+def variables(**environment: str) -> dict[str, str]:
+    """The environment of a command that `start` starts."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TTY_", "FORCE_COLOR"))}
+    # This checkout's program, installed or not.
+    paths = (environment.get("PYTHONPATH"), str(ROOT / "app"), os.environ.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return inherited | ENVIRONMENT | environment
 
 
 def end(process: subprocess.Popen[str]) -> tuple[str, str]:

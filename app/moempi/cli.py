@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,6 +10,8 @@ from typing import Any, NoReturn
 
 from moempi import __version__
 from moempi.errors import MoempiError, UsageError
+from moempi.observe.logs import log_to_stderr
+from moempi.printing import escape_unencodable, print_error, print_traceback
 from moempi.runtime.launcher import GRACE_S, launched_first
 
 COMMANDS = {
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     chosen = Namespace(debug="--debug" in words)
+    escape_unencodable()
+    log_to_stderr()
     try:
         _refuse_not_utf8(words)
         _parser(words).parse_args(words, chosen)
@@ -87,7 +90,7 @@ def _fail(text: str, code: int, *, debug: bool = False, once: bool = False) -> i
     if once and not launched_first(os.environ):
         time.sleep(GRACE_S)  # exiting earlier would make the launcher kill rank 0 before it has printed
         return code
-    if debug:
-        traceback.print_exc()
-    print(f"moempi: {' '.join(text.split())}", file=sys.stderr)
+    if debug and (error := sys.exception()):
+        print_traceback(error)
+    print_error(text)
     return code

@@ -28,7 +28,8 @@ from random import Random
 from typing import Any
 
 from fuzz.subject import Subject
-from moempi.errors import MAX_MESSAGE_LENGTH, MoempiError
+from moempi.errors import MoempiError
+from moempi.printing import MAX_LINE_LENGTH, one_line
 from mpirun import execute, python
 
 LIMIT_S = 20.0
@@ -127,7 +128,7 @@ def _run_command(subject: Subject, index: int, command: str, folder: Path) -> En
     except AssertionError as error:
         return Ending(index, finding=f"{command}: {error}", seconds=LIMIT_S)
     code, lines = outcome.code, PANIC.sub("", outcome.err).splitlines()
-    own = all(line.startswith("moempi: ") and len(line) < 2 * MAX_MESSAGE_LENGTH for line in lines)
+    own = all(line.startswith("moempi: ") and len(line) < 2 * MAX_LINE_LENGTH for line in lines)
     says = code == 0 or len(lines) == 1 or (not lines and outcome.out)  # a table may say what is refused
     wrong = code not in (0, *subject.codes) or not own or not says
     finding = f"{command}: exit code {code}, {len(lines)} lines: {outcome.err[-1000:]}" if wrong else ""
@@ -243,11 +244,9 @@ def _peak_bytes() -> int:
 
 
 def _message_finding(subject: Subject, error: MoempiError) -> str:
-    text = str(error)
+    text = one_line(str(error))
     if error.exit_code not in subject.codes:
         return f"exit code {error.exit_code}: {text[:200]}"
-    if not 0 < len(text) <= MAX_MESSAGE_LENGTH:
-        return f"a message of {len(text)} characters: {text[:200]}"
     names = subject.named or (subject.file,)
     if not any(name in text for name in names):
         return f"a message that names none of {names}: {text[:200]}"

@@ -4,8 +4,10 @@ import logging
 
 import pytest
 
+from hostile import HOSTILE, assert_printable
 from moempi.errors import StorageError
 from moempi.observe.logs import log_to_files, logs_folder
+from mpirun import execute, python
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +40,26 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "a.h5.logs").write_text("a file")
     with pytest.raises(StorageError, match=r"a\.h5\.logs"):
         log_to_files(tmp_path / "a.h5", 0)
+
+
+def test_a_record_is_one_printable_line(tmp_path, capsys):
+    log_to_files(tmp_path / "a.h5", 0)
+    logging.getLogger("moempi").warning("%s: torn", f"{HOSTILE}\0\udcff")
+    in_file, on_stderr = (logs_folder(tmp_path / "a.h5") / "rank-00000.log").read_text(), capsys.readouterr().err
+    for text in (in_file, on_stderr):
+        assert_printable(text)
+        assert text.count("\n") == 1
+        assert text.endswith("\\x00\\udcff: torn\n")
+
+
+def test_warnings_before_the_log_files_are_lines_too():
+    program = """
+import logging, sys
+from moempi.observe.logs import log_to_stderr
+log_to_stderr()
+logging.getLogger("moempi.storage").warning(sys.argv[1])
+"""
+    err = execute(*python("-c", program, HOSTILE)).err
+    assert_printable(err)
+    assert err.startswith("moempi: a\\x01")
+    assert err.count("\n") == 1

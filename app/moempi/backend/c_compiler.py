@@ -122,7 +122,7 @@ def _identity(compiler: list[str]) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     parts = (*compiler, program, str(found.st_size), str(found.st_mtime_ns), features)
-    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+    return xxhash.xxh3_64_hexdigest(os.fsencode("\n".join(parts)))
 
 
 def _compile(compiler: list[str], source: Path, folder: Path | None) -> bytes:
@@ -169,7 +169,7 @@ def _unending() -> set[str]:
 
 def _marker(compiler: list[str], folder: Path | None) -> Path:
     """The file that is made if a compiler does not end; no file if there is no folder."""
-    return (folder or Path("/dev/null")) / f"{xxhash.xxh3_64_hexdigest(' '.join(compiler).encode())}.unending"
+    return (folder or Path("/dev/null")) / f"{xxhash.xxh3_64_hexdigest(os.fsencode(' '.join(compiler)))}.unending"
 
 
 def _unending_text(compiler: list[str]) -> str:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.select import make_backend
 from moempi.bench.gpu_attention import decode_cases, prefill_cases
@@ -87,13 +85,13 @@ def _measure_and_print(measured: Iterator[Figure], *, title: str, caption: str, 
     try:
         for figure in measured:
             figures.append(figure)
-            error_console().print(" | ".join(cells(figure)), soft_wrap=True, markup=False)
+            error_console().print(" | ".join(cells(figure)), soft_wrap=True)
             if path is not None:
                 write_json(path, figures)
     finally:
         whole = table(title, caption)
         for figure in figures[1:]:
-            whole.add_row(*map(Text, cells(figure)))
+            whole.add_row(*cells(figure))
         console().print(whole)
 
 
@@ -110,7 +108,7 @@ def _peers() -> TorchPeers:
     try:
         return TorchPeers(find_torch())
     except Exception as error:
-        error_console().print(f"torch: {describe(error)}", markup=False)
+        error_console().print(f"torch: {describe(error)}")
         return TorchPeers(None)
 
 

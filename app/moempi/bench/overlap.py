@@ -342,5 +342,5 @@ def _print(world: World, record: Mapping[str, Any], timeline: Timeline) -> None:
     table.add_row(*(f"{span:.1f}" for span in spans), *(f"{gain:.2f}" for gain in gains))
     console().print(table)
     for line in timeline.lines(width=console().width - LABEL_WIDTH):
-        console().print(line, highlight=False)
+        console().print(line)
     console().print(f"While rows are on the link, a lane of this rank computes {record['hidden']:.0%} of the time.")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moempi.commands.flags import amount
 from moempi.errors import DataError
+from moempi.printing import print_line
 from moempi.storage.compare import compare
 
 
@@ -21,5 +22,5 @@ def run(chosen: Namespace) -> int:
     """Print the differences; the exit status is that of a DataError if they are larger than allowed."""
     found = compare(chosen.first, chosen.second)
     within = f"log-probabilities within {found.largest:.3g}"
-    print(f"{found.requests} requests, {found.different} differ in tokens; {within}")
+    print_line(f"{found.requests} requests, {found.different} differ in tokens; {within}")
     return DataError.exit_code if found.different or found.largest > chosen.within else 0

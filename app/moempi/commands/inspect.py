@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.markup import escape
+from rich.console import Group
 from rich.table import Table
 
 from moempi.observe.console import console
@@ -38,14 +38,14 @@ def run(chosen: Namespace) -> int:
 
 def _model_table(weights: WeightContents) -> Table:
     architecture = weights.architecture
-    table = Table("field", "value", title=escape(str(weights.path)))
+    table = Table("field", "value", title=str(weights.path))
     table.add_row("fingerprint", weights.fingerprint)
     table.add_row("parameters", f"{num_parameters(architecture):,}")
     table.add_row("active per token", f"{num_active_parameters(architecture):,}")
     table.add_row("MoE layers", f"{len(architecture.moe_layers)} of {architecture.num_layers}")
     table.add_row("tokenizer", f"{weights.tokenizer_length:,} characters" if weights.tokenizer_length else "none")
     for key, value in _fields(msgspec.to_builtins(architecture)):
-        table.add_row(key, escape(str(value)))
+        table.add_row(key, str(value))
     return table
 
 
@@ -66,14 +66,14 @@ def _part_table(weights: WeightContents) -> Table:
 
 
 def _attribute_table(file: FileContents) -> Table:
-    table = Table("attribute", "value", title=escape(str(file.path)))
+    table = Table("attribute", "value", title=str(file.path))
     for name, value in file.attributes.items():
-        table.add_row(escape(name), escape(value))
+        table.add_row(name, Group(*value.split("\n")))
     return table
 
 
 def _dataset_table(file: FileContents) -> Table:
     table = Table("dataset", "shape", "type", "units", title="datasets")
     for dataset in file.datasets:
-        table.add_row(escape(dataset.name), str(dataset.shape), dataset.dtype, escape(dataset.units))
+        table.add_row(dataset.name, str(dataset.shape), dataset.dtype, dataset.units)
     return table

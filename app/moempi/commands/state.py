@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 
 from moempi.commands.flags import add_job_flags, read_job
+from moempi.printing import print_line
 from moempi.storage.run_state import read_state
 
 
@@ -14,5 +15,5 @@ def add_flags(parser: ArgumentParser) -> None:
 def run(chosen: Namespace) -> int:
     """Print state, number of finished requests, exit code and reason."""
     state = read_state(read_job(chosen).output.results)
-    print(state.state, state.finished, state.exit_code, state.reason)
+    print_line(f"{state.state} {state.finished} {state.exit_code} {state.reason}")
     return 0

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from moempi.config.job import Job, result_keys
 from moempi.engine.earlier import Earlier, finished_requests, with_routing
 from moempi.engine.routed_rows import RoutedRows
 from moempi.errors import DataError, StorageError
+from moempi.printing import one_line, print_error
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.files import digest_file, remove_hidden
@@ -143,7 +143,7 @@ class Attempt:
         self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
         if self._world.rank == 0:
             finished = f"{self._counts[0]} of {self._begin.requests} requests are finished"
-            print(f"moempi: stopped early ({reason}), {finished}; run the same job again to continue", file=sys.stderr)
+            print_error(f"stopped early ({reason}), {finished}; run the same job again to continue")
         return STOPPED
 
     def begin_results(self) -> None:
@@ -190,7 +190,7 @@ class Attempt:
         return msgspec.structs.replace(
             self._begin,
             state=state,
-            reason=reason,
+            reason=one_line(reason),
             rank=self._world.rank,
             phase="" if state == "finished" else self._world.where,
             finished=finished,

@@ -9,12 +9,11 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Column, Table
 
 from moempi.config.size import format_size
 from moempi.observe.console import console
+from moempi.printing import print_line
 
 NUM_STRAGGLERS = 3
 MIN_SHARE = 0.01
@@ -90,8 +89,10 @@ class OutputRow:
 
 
 def print_layout(layout: LayoutTable) -> None:
-    """Print the layout on stdout."""
+    """Print the layout on stdout, then one line an error."""
     console().print(layout_table(layout))
+    for reason in layout.refused:
+        print_line(f"refused: {reason}")
 
 
 def print_report(report: Report) -> None:
@@ -104,12 +105,12 @@ def print_outputs(outputs: Iterable[OutputRow]) -> None:
     console().print(outputs_table(outputs))
 
 
-def layout_table(layout: LayoutTable) -> RenderableType:
-    """One row for all adjacent stages that are equal, then one line an error."""
+def layout_table(layout: LayoutTable) -> Table:
+    """One row for all adjacent stages that are equal."""
     purposes = list(layout.stages[0].memory) if layout.stages else []
     head = ("stages", "layers", "ranks", "nodes", "groups", "experts", *purposes)
     table = Table(*(Column(name, no_wrap=True) for name in head), box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
-    table.title, table.title_justify = escape(layout.title), "left"
+    table.title, table.title_justify = layout.title, "left"
     table.caption = "of a stage: layers, ranks, nodes, data parallel groups; of a rank: experts of a layer, bytes"
     table.caption_justify = "left"
     first = 0
@@ -119,10 +120,10 @@ def layout_table(layout: LayoutTable) -> RenderableType:
         sizes = map(format_size, row.memory.values())
         table.add_row(f"{first}" if first == last else f"{first} to {last}", *map(str, counts), row.experts, *sizes)
         first = last + 1
-    return Group(table, *(f"refused: {escape(reason)}" for reason in layout.refused))
+    return table
 
 
-def report_table(report: Report) -> RenderableType:
+def report_table(report: Report) -> Table:
     """One row a figure; a figure without a value has no row."""
     table = Table("figure", "value")
     rate = report.tokens / report.wall_s if report.wall_s > 0 else 0.0
@@ -151,21 +152,21 @@ def report_table(report: Report) -> RenderableType:
         share = report.exact / report.referenced
         table.add_row("exact matches", f"{report.exact:,} of {report.referenced:,}  ({share:.1%})")
     if report.transport:
-        table.add_row("transport", escape(report.transport))
+        table.add_row("transport", report.transport)
     for level in [name.removesuffix("_bytes") for name in report.sent if name.endswith("_bytes")]:
         size, messages = format_size(report.sent[f"{level}_bytes"]), report.sent[f"{level}_messages"]
         if messages:
             table.add_row(f"rows to experts, {level}", f"{size} in {messages:,} messages")
-    table.add_row("results", escape(report.results))
+    table.add_row("results", report.results)
     return table
 
 
-def outputs_table(outputs: Iterable[OutputRow]) -> RenderableType:
-    """One row a request; control characters are escaped."""
+def outputs_table(outputs: Iterable[OutputRow]) -> Table:
+    """One row a request."""
     table = Table("prompt", "answer", "reference", "")
     for output in outputs:
         verdict = "exact" if output.text == output.reference else "differs"
-        texts = map(_visible, (output.prompt, output.text, output.reference or ""))
+        texts = (output.prompt, output.text, output.reference or "")
         table.add_row(*texts, "" if output.reference is None else verdict)
     return table
 
@@ -209,9 +210,5 @@ def _imbalance_text(expert_load: NDArray[np.int64]) -> str:
 
 
 def _rank_text(rank: int, seconds: float, hosts: Sequence[str]) -> str:
-    host = f" on {escape(hosts[rank])}" if len(set(hosts)) > 1 else ""
+    host = f" on {hosts[rank]}" if len(set(hosts)) > 1 else ""
     return f"{rank}{host} ({seconds:.2f} s)"
-
-
-def _visible(text: str) -> str:
-    return escape("".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text))

@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
+from moempi.printing import STDERR, write_error
 from moempi.runtime.launcher import LAUNCHERS
 
 HOLD_S = 15.0
@@ -29,7 +30,6 @@ HOLD_S = 15.0
 ACQUIRE_LIMIT_S = 1.0
 """How long a rank waits for a reply or the end of its monitor, which may be stopped."""
 ACQUIRE, GRANTED, RELEASE = b"a", b"g", b"r"
-STDERR = 2
 FOLDERS = ("/tmp", "/dev/shm")
 """Parents of the user's folder of locks if XDG_RUNTIME_DIR cannot be used. The folder stays; its file is empty."""
 JOB_NAMES = ("PMIX_NAMESPACE", "SLURM_JOB_ID", "SLURM_STEP_ID")
@@ -55,7 +55,7 @@ class Monitor:
         if self._process == 0:
             self._socket.close()
             with suppress(BaseException):
-                _watch(theirs, f"moempi: rank {rank} is gone: its process {os.getppid()} was killed or crashed\n")
+                _watch(theirs, f"rank {rank} is gone: its process {os.getppid()} was killed or crashed")
             os._exit(0)
         theirs.close()
         self._socket.settimeout(ACQUIRE_LIMIT_S)
@@ -109,8 +109,8 @@ def launched_rank(environment: Mapping[str, str]) -> int | None:
     return None
 
 
-def _watch(socket_to_rank: socket.socket, error_line: str) -> None:
-    """The monitor process: acquire the right for its rank on request; print the error line if the rank dies."""
+def _watch(socket_to_rank: socket.socket, error: str) -> None:
+    """The monitor process: acquire the right for its rank on request; print the error if the rank dies."""
     os.setsid()  # a signal to the rank's process group does not reach its monitor
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -127,7 +127,7 @@ def _watch(socket_to_rank: socket.socket, error_line: str) -> None:
     if held is None:
         held = _lock_report_right()
         if held is not None:
-            os.write(STDERR, error_line.encode())
+            write_error(error)
     os.close(STDERR)
     if held is not None:
         time.sleep(HOLD_S)
@@ -137,7 +137,7 @@ def _lock_report_right() -> int | None:
     """The descriptor that holds the right, -1 if no folder can be used; None if another process of the job has it."""
     job = "-".join(os.environ.get(name, "") for name in JOB_NAMES)
     node = os.uname().nodename
-    offset = int.from_bytes(hashlib.blake2b(f"{node} {job}".encode(), digest_size=7).digest())
+    offset = int.from_bytes(hashlib.blake2b(os.fsencode(f"{node} {job}"), digest_size=7).digest())
     for base in (os.environ.get("XDG_RUNTIME_DIR"), *FOLDERS):
         if not base:
             continue

@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from moempi.config.job import TopologySection
 from moempi.config.topology_file import read_topology
 from moempi.errors import ConfigError, MoempiError, UsageError
 from moempi.layout.topology import Topology, arrange, from_file, virtual
+from moempi.printing import print_traceback, write_error
 from moempi.runtime.abort_channel import AbortChannel
 from moempi.runtime.hang import explain, is_hang
 from moempi.runtime.launcher import GRACE_S, launch_problem
@@ -93,9 +93,8 @@ class World:
             return cls(comm, monitor, debug=debug)
         except BaseException as error:
             time.sleep(0.0 if MPI.COMM_WORLD.rank == 0 else GRACE_S)
-            line = f"moempi: rank {MPI.COMM_WORLD.rank}: MPI does not connect the ranks: {_cause(error)}\n"
             if monitor.acquire_report_right():
-                os.write(2, line.encode(errors="replace"))
+                write_error(f"rank {MPI.COMM_WORLD.rank}: MPI does not connect the ranks: {_cause(error)}")
             MPI.COMM_WORLD.Abort(_exit_code(error))
             raise
 
@@ -238,10 +237,9 @@ class World:
 
     def _print_error(self, error: BaseException, cause: str) -> None:
         if self._debug:
-            traceback.print_exception(error)
+            print_traceback(error)
         place = f"rank {self.rank}: " if self.size > 1 else ""
-        # One write: lines of several ranks do not mix.
-        os.write(2, f"moempi: {place}{' '.join(cause.split())}\n".encode(errors="replace"))
+        write_error(f"{place}{cause}")
 
 
 def _node_name(host: str) -> str:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from moempi.errors import StorageError
+from moempi.printing import printable
 from moempi.storage.files import is_in_place
 from moempi.storage.journal import journals_folder
 
@@ -26,7 +27,7 @@ class OutputLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._open_locked()
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, _self_description().encode(), 0)
+            os.pwrite(self._file, printable(_self_description()).encode(), 0)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
 

@@ -12,6 +12,7 @@ import msgspec
 
 from moempi.config.input_file import read_input
 from moempi.errors import DataError
+from moempi.printing import printable
 from moempi.storage.files import atomic
 
 MAX_BYTES = 1 << 20
@@ -38,7 +39,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     started: str
     updated: str
-    job: str = os.environ.get("SLURM_JOB_ID", "")
+    job: str = printable(os.environ.get("SLURM_JOB_ID", ""))
     replaces: str | None = None
 
 
