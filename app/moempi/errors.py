@@ -1,18 +1,10 @@
 """Errors that are not bugs of the program: a one-line message, and an exit code of sysexits.h."""
 
-MAX_MESSAGE_LENGTH = 1000
-
 
 class MoempiError(Exception):
-    """An error whose message names the problem, its location and the remedy; `exit_code` is the exit status.
-
-    Names and texts of a file are part of many messages, and may be of any length: a message is `shortened`.
-    """
+    """An error whose message names the problem, its location and the remedy; `exit_code` is the exit status."""
 
     exit_code = 70
-
-    def __init__(self, message: str) -> None:
-        super().__init__(shortened(message))
 
 
 class UsageError(MoempiError):
@@ -43,11 +35,3 @@ class ConfigError(MoempiError):
     """The job file, the architecture or the requested machine cannot be used (EX_CONFIG)."""
 
     exit_code = 78
-
-
-def shortened(message: str) -> str:
-    """A message without its middle if it is longer than MAX_MESSAGE_LENGTH: files are named first, reasons last."""
-    if len(message) <= MAX_MESSAGE_LENGTH:
-        return message
-    kept = MAX_MESSAGE_LENGTH // 2 - 10
-    return f"{message[:kept]} [...] {message[-kept:]}"

@@ -38,9 +38,7 @@ ANY = [*TOML_READERS, *JSON_READERS]
 
 
 @pytest.mark.parametrize("read", ANY)
-@pytest.mark.parametrize(
-    "name", ["fifo", "folder", "missing", "/dev/zero", "/dev/null/x", "\0", "n" * 300, "n" * 5000, "loop"]
-)
+@pytest.mark.parametrize("name", ["fifo", "folder", "missing", "/dev/zero", "/dev/null/x", "\0", "n" * 300, "loop"])
 def test_only_regular_files_are_opened(tmp_path, read, name):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()

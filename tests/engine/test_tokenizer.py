@@ -88,6 +88,18 @@ def failing_tokenizer(kind):
     return json.dumps(tree)
 
 
+PADDING = {"direction": "Right", "pad_to_multiple_of": 1 << 30, "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize("side", ["Left", "Right"])
+@pytest.mark.parametrize("length", [3, 40, 10**9])
+def test_a_prompt_is_neither_truncated_nor_padded(side, length):
+    truncation = {"direction": side, "max_length": length, "strategy": "LongestFirst", "stride": 0}
+    padding = PADDING | {"direction": side, "strategy": {"Fixed": length}}
+    tokenizer = TextTokenizer(json.dumps(TOKENIZER | {"truncation": truncation, "padding": padding}), eos_tokens=())
+    assert tokenizer.encode("12+34=") == abacus_tokenizer().encode("12+34=")
+
+
 @pytest.mark.parametrize("text", ["{}", "[", "\0", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'])
 def test_a_text_that_is_no_tokenizer_is_a_data_error_that_names_the_weight_file(text):
     with pytest.raises(DataError, match=r"^model\.h5: its tokenizer cannot be read: \S"):

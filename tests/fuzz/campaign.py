@@ -28,7 +28,8 @@ from random import Random
 from typing import Any
 
 from fuzz.subject import Subject
-from moempi.errors import MAX_MESSAGE_LENGTH, MoempiError
+from moempi.errors import MoempiError
+from moempi.printing import MAX_LINE_LENGTH, one_line
 from mpirun import execute, python
 
 LIMIT_S = 20.0
@@ -37,10 +38,12 @@ PACKET_BYTES = 1 << 16
 ADDRESS_BYTES = 8 << 30
 FILE_BYTES = 64 << 20
 STRANGE_SHARE = 0.01
+"""The share of inputs that are no regular file."""
 TARGETS = ("/dev/zero", "/", "nowhere", "/proc/self/mem", "loop")
 MORE_SHARE = 0.4
 """The share of inputs that are used in a second way."""
-HEAD = f"{'class':14} {'inputs':>7} accepted findings slowest s grown MB  refused by exit code"
+HEAD = f"{'class':14} {'inputs':>7} accepted findings slowest s         grown MB  refused by exit code"
+# What the tokenizers' library writes when it panics, also where the caller makes that a refusal.
 PANIC = re.compile(r"\n?thread '[^']*' (?:\(\d+\) )?panicked at [^\n]*\n[^\n]*\n(?:note: [^\n]*\n)?")
 
 
@@ -64,7 +67,7 @@ class Score:
     accepted: int = 0
     codes: Counter[int] = field(default_factory=Counter)
     findings: list[Ending] = field(default_factory=list)
-    slowest_s: float = 0.0
+    slowest: Ending = Ending(-1)
     grown_bytes: int = 0
 
     def add(self, ending: Ending) -> None:
@@ -73,7 +76,7 @@ class Score:
         self.codes.update(ending.codes[:1])
         if ending.finding:
             self.findings.append(ending)
-        self.slowest_s = max(self.slowest_s, ending.seconds)
+        self.slowest = max(self.slowest, ending, key=lambda one: one.seconds)
         self.grown_bytes = max(self.grown_bytes, ending.grown_bytes)
 
     @property
@@ -84,8 +87,9 @@ class Score:
     def row(self) -> str:
         """A line below HEAD."""
         codes = " ".join(f"{code}:{count}" for code, count in sorted(self.codes.items()))
-        figures = f"{self.inputs:7} {self.share:8.1%} {len(self.findings):8} {self.slowest_s:9.2f}"
-        return f"{self.name:14} {figures} {self.grown_bytes / 1e6:8.0f}  {codes}"
+        slowest = f"{self.slowest.seconds:9.2f} #{self.slowest.index:<6}"
+        figures = f"{self.inputs:7} {self.share:8.1%} {len(self.findings):8} {slowest} {self.grown_bytes / 1e6:8.0f}"
+        return f"{self.name:14} {figures}  {codes}"
 
 
 def fuzz(subject: Subject, indices: Sequence[int], *, seed: int, folder: Path, save: Path | None = None) -> Score:
@@ -124,7 +128,7 @@ def _run_command(subject: Subject, index: int, command: str, folder: Path) -> En
     except AssertionError as error:
         return Ending(index, finding=f"{command}: {error}", seconds=LIMIT_S)
     code, lines = outcome.code, PANIC.sub("", outcome.err).splitlines()
-    own = all(line.startswith("moempi: ") and len(line) < 2 * MAX_MESSAGE_LENGTH for line in lines)
+    own = all(line.startswith("moempi: ") and len(line) < 2 * MAX_LINE_LENGTH for line in lines)
     says = code == 0 or len(lines) == 1 or (not lines and outcome.out)  # a table may say what is refused
     wrong = code not in (0, *subject.codes) or not own or not says
     finding = f"{command}: exit code {code}, {len(lines)} lines: {outcome.err[-1000:]}" if wrong else ""
@@ -240,11 +244,9 @@ def _peak_bytes() -> int:
 
 
 def _message_finding(subject: Subject, error: MoempiError) -> str:
-    text = str(error)
+    text = one_line(str(error))
     if error.exit_code not in subject.codes:
         return f"exit code {error.exit_code}: {text[:200]}"
-    if not 0 < len(text) <= MAX_MESSAGE_LENGTH:
-        return f"a message of {len(text)} characters: {text[:200]}"
     names = subject.named or (subject.file,)
     if not any(name in text for name in names):
         return f"a message that names none of {names}: {text[:200]}"

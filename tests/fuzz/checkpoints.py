@@ -209,9 +209,7 @@ class CheckpointFolder(Subject):
         where = {name: files[index % 2] for index, name in enumerate(model.tensors)}
         for file in files:
             tensors = {name: tensor for name, tensor in model.tensors.items() if where[name] == file}
-            (folder / file).write_bytes(
-                safetensors(to_json(header_of(tensors)), b"".join(one[2] for one in tensors.values()))
-            )
+            (folder / file).write_bytes(safetensors(to_json(header_of(tensors)), content_of(tensors)))
         if random.random() < 0.4:
             strange = (
                 "../a.safetensors",
@@ -239,7 +237,7 @@ class CheckpointFolder(Subject):
         with WeightFile.open("out.h5") as file:
             found = {tensor.name: file.read(tensor.name) for tensor in catalogue(file.architecture)}
         path = Path("hub/model.safetensors")
-        if path.exists() and "embedding" in found:
+        if not Path("hub/model.safetensors.index.json").exists():
             expected = self.independent(path.read_bytes(), "model.embed_tokens.weight")
             require(expected is None or found["embedding"].tobytes() == expected, "a tensor has other values")
 

@@ -17,6 +17,9 @@ from fuzz.campaign import HEAD, fuzz, fuzz_commands
 from fuzz.seeds import seeded_folder
 from fuzz.subjects import SUBJECTS
 
+MAX_SHOWN = 20
+"""Findings of a class that are printed."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +41,7 @@ def main() -> int:
             else:
                 score = fuzz(subject, indices, seed=chosen.seed, folder=folder, save=chosen.save.resolve())
             print(score.row(), flush=True)
-            for ending in score.findings:
+            for ending in score.findings[:MAX_SHOWN]:
                 print(f"    {name} --seed {chosen.seed} --only {ending.index}: {ending.finding!r}", flush=True)
             num_findings += len(score.findings)
     return bool(num_findings)

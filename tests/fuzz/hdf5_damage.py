@@ -74,6 +74,25 @@ def change_type(random: Random, file: Any, name: str) -> None:
     file.create_dataset(name, data=np.zeros(shape, random.choice(TYPES)))
 
 
+def declare_odd_type(random: Random, file: Any, name: str) -> None:
+    """Numbers of a size or with bits that NumPy does not have."""
+    shape = file[name].shape
+    del file[name]
+    kind = random.choice((h5t.STD_I32LE, h5t.STD_U64BE, h5t.IEEE_F32LE)).copy()
+    if random.random() < 0.5:
+        kind.set_size(random.choice((1, 3, 5, 7, 9, 16)))
+    else:
+        kind.set_precision(random.choice((1, 7, 12, 24, 31)))
+    owner, _, last = name.rpartition("/")
+    h5d.create(file[owner or "/"].id, last.encode(), kind, h5s.create_simple(shape), _early())
+
+
+def _early() -> Any:
+    creation = h5p.create(h5p.DATASET_CREATE)
+    creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    return creation
+
+
 def change_shape(random: Random, file: Any, name: str) -> None:
     values = file[name][...]
     del file[name]
@@ -173,7 +192,8 @@ def change_attribute(random: Random, file: Any, name: str) -> None:
 
 
 CHANGES: tuple[Callable[[Random, Any, str], None], ...] = (
-    change_values, change_values, change_values, change_values, change_values, change_type, change_shape, declare,
+    change_values, change_values, change_values, change_values, change_values, change_type, declare_odd_type,
+    change_shape, declare,
     change_storage, change_link, remove, put_group, add_object, move, change_attribute, change_attribute,
 )  # fmt: skip
 

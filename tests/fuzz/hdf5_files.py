@@ -120,6 +120,7 @@ class ResultsFile(Subject):
 
     name = "results"
     file = "results.h5"
+    codes = (65, 66, 74)
     commands = (
         "inspect results.h5",
         "show job.toml",

@@ -15,7 +15,8 @@ from fuzz.mutation import BOUNDARIES, damaged, mutated
 from fuzz.seeds import REQUESTS, records
 from fuzz.subject import Subject, Use, main, require
 from moempi.backend.kept_files import MAX_BYTES, keep, kept_folder, read_kept
-from moempi.engine.restart import Earlier, finished_requests
+from moempi.engine.earlier import Earlier, finished_requests
+from moempi.errors import StorageError
 from moempi.storage import journal
 from moempi.storage.journal import JournalReader, JournalWriter
 from moempi.storage.merge import merge
@@ -49,7 +50,7 @@ class JournalFile(Subject):
 
     name = "journal"
     file = "rank-00000.part"
-    codes = (74,)
+    codes = (StorageError.exit_code,)
     named = ("rank-00000.part", "rank ", "requests have no record", "routing")
 
     def __init__(self, _: Path) -> None:
@@ -77,7 +78,7 @@ class JournalFile(Subject):
             case 1 | 2:
                 tree = msgspec.msgpack.decode(payloads[index])
                 names = [name for name, value in tree.items() if isinstance(value, list) and len(value) == 3]
-                packed = tree[random.choice(names)]
+                packed = tree[random.choice(names)] if names else [0, 0, b"a"]
                 match random.randrange(3):
                     case 0:
                         packed[0] = random.choice(TYPES)
@@ -110,12 +111,16 @@ class JournalFile(Subject):
     def uses(self, known: bool) -> Sequence[Use]:
         return (partial(self.count, known), self.merge, self.go_on)
 
-    def count(self, known: bool) -> None:
-        finished, next_step, _ = finished_requests([Path("rank-00000.part")], FINGERPRINT)
+    def count(self, known: bool) -> int:
+        """Count the finished requests; a journal with problems, which a run warns of, counts as refused."""
+        path = Path("rank-00000.part")
+        finished, next_step, problems = finished_requests([path], FINGERPRINT, REQUESTS)
         Earlier.from_finished(finished, next_step=next_step)
+        require(all(path.name in str(problem) for problem in problems), "a problem does not name the journal")
         with JournalReader("rank-00000.part") as reader:
             found = [xxh3_64_intdigest(payload) for _, payload in reader.payloads()]
         require(not known or self.digests.issuperset(found), "damage gives another record")
+        return StorageError.exit_code if problems else 0
 
     def merge(self) -> None:
         merge("results.h5", ["rank-00000.part"], num_requests=REQUESTS, provenance=PROVENANCE)
@@ -138,7 +143,7 @@ class KeptKernel(Subject):
 
     name = "kernel"
     file = "moempi/kernel.so"
-    codes = (74,)
+    codes = (StorageError.exit_code,)
 
     def __init__(self, seeds: Path) -> None:
         keep(b"\x7fELF" + bytes(range(256)) * 20, seeds / "kernel.so")
@@ -178,7 +183,7 @@ class KeptKernel(Subject):
         folder = kept_folder(trusted)
         compiled = read_kept(folder / "kernel.so", trusted) if folder else None
         require(compiled in (None, self.content[:-16]), "a damaged kernel is loaded")
-        return 0 if compiled else 74
+        return 0 if compiled else StorageError.exit_code
 
 
 SUBJECTS = (JournalFile, KeptKernel)

@@ -13,7 +13,7 @@ from fuzz.subject import Subject, Use, require
 from moempi.config.job import Sampling
 from moempi.engine.admission import make_requests, refuse_too_long
 from moempi.engine.tokenizer import TextTokenizer
-from moempi.errors import MAX_MESSAGE_LENGTH
+from moempi.printing import MAX_LINE_LENGTH
 from moempi.storage.prompts import read_prompts
 from moempi.storage.records import decode, encode
 
@@ -32,7 +32,7 @@ def use_prompts(path: str) -> None:
     require([prompt.index for prompt in prompts] == list(range(len(prompts))), "indices do not count up")
     for prompt in prompts:
         if prompt.error:
-            require(len(prompt.error) <= MAX_MESSAGE_LENGTH, f"an error of {len(prompt.error)} characters")
+            require(len(prompt.error) <= MAX_LINE_LENGTH, f"an error of {len(prompt.error)} characters")
             require(prompt.error.startswith(path), "an error does not name the file")
             require(prompt.text is prompt.tokens is None, "a refused prompt has a text")
         else:

@@ -81,7 +81,6 @@ def write_seeds(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text(
         "".join(f'{{"id": "request-{i}", "prompt": "1+{i}="}}\n' for i in range(REQUESTS))
     )
-    (folder / "topology.json").write_text(json.dumps(TOPOLOGY))
     (folder / "machine.toml").write_bytes(to_toml(Random(0), MACHINE))
     write_results(folder / "results.h5")
 
@@ -111,6 +110,4 @@ def _rank(rank):
 def _routing(rank):
     tokens = [(request, position) for request in range(rank, REQUESTS, RANKS) for position in range(TOKENS)]
     record = make_routing(0, tokens, layers=MOE_LAYERS, rank=rank)
-    return type(record)(
-        **{name: getattr(record, name) for name in record.__struct_fields__} | {"experts": record.experts % 4}
-    )
+    return msgspec.structs.replace(record, experts=record.experts % ARCHITECTURE.experts.num)

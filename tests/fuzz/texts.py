@@ -1,6 +1,7 @@
 """Jobs, architectures, machines, placements, topologies and states of runs: TOML and JSON."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -90,6 +91,7 @@ class JobFile(Subject):
         if chance < 0.05:
             flat["output.results"] = random.choice(RESULTS)
             Path("loop").symlink_to("loop")
+            os.mkfifo("fifo")
         tree: dict[str, Any] = {}
         for key, value in flat.items():
             section, _, name = key.rpartition(".")
@@ -236,7 +238,7 @@ class TopologyFile(Subject):
 
     name = "topology"
     file = "topology.json"
-    codes = (64, 66, 78)
+    codes = (64, 66, 74, 78)
     named = ("topology.json", "--ranks")
     commands = ("place ../seeds/results.h5 --topology topology.json --ranks 4 -o out.json",)
 

@@ -31,7 +31,10 @@ class TokenizerFile(Subject):
         folder.mkdir()
         (folder / "config.json").write_bytes(self.config)
         (folder / "model.safetensors").write_bytes(self.weights)
-        tree = mutated(random, random.choice(TOKENIZERS))
+        tree = random.choice(TOKENIZERS)
+        if random.random() < 0.2:
+            tree = tree | {"truncation": random.choice(TRUNCATIONS), "padding": random.choice(PADDINGS)}
+        tree = mutated(random, tree)
         if random.random() < 0.4:
             _set_patterns(random, tree)
         text = to_json(tree)
@@ -62,6 +65,15 @@ def _set_patterns(random: Random, tree: Any) -> None:
             _set_patterns(random, entry)
 
 
+TRUNCATIONS = tuple(
+    {"direction": "Right", "max_length": most, "strategy": "LongestFirst", "stride": stride}
+    for most, stride in ((3, 0), (3, 5), (0, 0), (2**62, 0))
+)
+PADDINGS = tuple(
+    {"direction": "Left", "strategy": strategy, "pad_to_multiple_of": multiple, "pad_id": 0, "pad_type_id": 0}
+    | {"pad_token": "<pad>"}
+    for strategy, multiple in (("BatchLongest", None), ("BatchLongest", 10**10), ({"Fixed": 10**10}, None))
+)
 PATTERNS = (
     "(a+)+$", "(a|a)*b", "(?:a?){30}a{30}", "", "(", r"\p{", r"[\x00-\x{10ffff}]*", "(?<=a{1,1000})b", "a{100000}",
     "((((a{100}){100}){100}){100})", "$", "^", "(?=)", r"\1(a)", r"(?:\s|\s)*x", r"(\w+\s?)+!", "(a|b|ab)*c", ".*.*.*=",

@@ -253,8 +253,22 @@ def packed_as(**changes):
         packed_as(prompt=["|O", [1], b"\0" * 8]),
         packed_as(prompt=[["<i4"], [1], b"\0" * 4]),
         packed_as(prompt=["<i4", [-1], b"\0" * 5]),
+        packed_as(index=2**63),
+        packed_as(index=-1),
+        packed_as(computed=-1),
+        packed_as(computed=1000),
     ],
-    ids=["text that is not UTF-8", "type alias", "objects", "compound type", "shape"],
+    ids=[
+        "text",
+        "type alias",
+        "objects",
+        "compound type",
+        "shape",
+        "large index",
+        "index",
+        "computed",
+        "more computed",
+    ],
 )
 @pytest.mark.filterwarnings("error")
 def test_a_payload_with_a_right_checksum_that_is_no_record_is_passed_over_and_reported(sound, payload):

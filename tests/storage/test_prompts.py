@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.config.job import Sampling
-from moempi.errors import MAX_MESSAGE_LENGTH, DataError, NoInputError
+from moempi.errors import DataError, NoInputError
+from moempi.printing import MAX_LINE_LENGTH
 from moempi.storage import prompts
 from moempi.storage.prompts import read_prompts
 
@@ -180,7 +181,7 @@ def test_an_error_names_file_and_line_and_is_short(tmp_path, lines):
     path = write_lines(tmp_path / "p.jsonl", *lines)
     bad = read(path)[1]
     assert bad.error.startswith(f"{path}:2: ")
-    assert len(bad.error) <= MAX_MESSAGE_LENGTH
+    assert len(bad.error) <= MAX_LINE_LENGTH
 
 
 def write_arrays(path, rows, *, ids=None, dtype=np.int32):

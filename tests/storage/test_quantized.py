@@ -177,6 +177,12 @@ def test_an_expert_of_a_fused_tensor_is_transposed(tmp_path):
     np.testing.assert_array_equal(expert.read(0, 4), array[1, :, 1::2].T)
 
 
+@pytest.mark.filterwarnings("error")
+def test_four_bit_numbers_beyond_float32_are_infinite_without_a_warning(tmp_path):
+    arrays = {"blocks": np.full((1, 1, 1, 16), 0x77, np.uint8), "scales": np.full((1, 1, 1), 255, np.uint8)}
+    assert np.isinf(Mxfp4Experts(**stored(tmp_path / "raw", **arrays)).read(0, 1)).all()
+
+
 @pytest.mark.parametrize(("scales", "block"), [((2, 6, 3), 16), ((2, 6), 16), ((2, 6, 2), 8)])
 def test_four_bit_blocks_need_their_scales(tmp_path, scales, block):
     arrays = {"blocks": np.zeros((2, 6, 2, block), np.uint8), "scales": np.zeros(scales, np.uint8)}

@@ -320,3 +320,18 @@ def test_a_writer_continues_the_journal_of_an_unfinished_run(tmp_path):
         writer.append(make_request(1))
     merge(path, journal_paths(path), num_requests=3, provenance=PROVENANCE)
     assert_requests(path, [make_request(i) for i in range(3)])
+
+
+@pytest.mark.parametrize("path", ["prompt/tokens", "output/logprobs", "requests/utf8/id/values", "output/offsets"])
+def test_numbers_of_a_size_that_numpy_does_not_have_are_refused(tmp_path, path):
+    merged(tmp_path / "r.h5", [make_request(0), make_rank(0)], num_requests=1)
+    kind = h5py.h5t.STD_I32LE.copy()
+    kind.set_size(3)
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    with h5py.File(tmp_path / "r.h5", "r+") as file:
+        shape = file[path].shape
+        del file[path]
+        h5py.h5d.create(file.id, path.encode(), kind, h5py.h5s.create_simple(shape), creation)
+    with pytest.raises(DataError, match=rf"r\.h5: {path}: damaged or not as written"):
+        read(tmp_path / "r.h5")

@@ -14,6 +14,8 @@ MAX_REASON = 200
 class TextTokenizer:
     """A tokenizer, "" for none, and the tokens that end a text; without one, only prompts of tokens can be run.
 
+    Truncation and padding that its file asks for are for training: a prompt is encoded whole, and nothing else.
+
     Raises DataError that names the file `origin` for a text that is not a tokenizer.
     """
 
@@ -23,6 +25,8 @@ class TextTokenizer:
             self._tokenizer = Tokenizer.from_str(tokenizer) if tokenizer else None
         if self._tokenizer is not None:
             self._tokenizer.encode_special_tokens = True
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; names of special tokens in it are plain text.

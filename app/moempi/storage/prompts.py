@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moempi.arrays import Int32Array
 from moempi.config.input_file import open_input
 from moempi.config.job import Sampling
-from moempi.errors import DataError, NoInputError, shortened
+from moempi.errors import DataError, NoInputError
 from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, walk
 
 MAX_LINE_BYTES = 64 << 20
@@ -191,7 +191,7 @@ def _id_text(entry: int | bytes) -> str:
 
 
 def _bad(index: int, name: str, sampling: Sampling, error: str) -> Prompt:
-    return Prompt(index, name, text=None, tokens=None, reference=None, sampling=sampling, error=shortened(error))
+    return Prompt(index=index, id=name, text=None, tokens=None, reference=None, sampling=sampling, error=error)
 
 
 def _name(line: bytes) -> str | None:

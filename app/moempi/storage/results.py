@@ -109,10 +109,10 @@ class _Ragged:
 def typed_dataset(file: Any, path: str, dtype: np.dtype[Any], num_dims: int) -> Any:
     """The dataset `path` of type `dtype` with `num_dims` axes; raises DataError if it is another, or is refused."""
     dataset = h5py.Dataset(open_dataset(file, path))
-    if dataset.dtype != dtype or dataset.ndim != num_dims:
-        raise DataError(
-            f"{file.filename}: {path}: is {dataset.dtype} {dataset.shape}, not {dtype} with {num_dims} axes"
-        )
+    with raising_data_errors(file.filename, path):  # a damaged type may have no equal in NumPy
+        found = dataset.dtype
+    if found != dtype or dataset.ndim != num_dims:
+        raise DataError(f"{file.filename}: {path}: is {found} {dataset.shape}, not {dtype} with {num_dims} axes")
     return dataset
 
 

@@ -116,7 +116,8 @@ class Mxfp4Experts:
         values = np.empty((*pairs.shape[:3], MXFP4_BLOCK), np.float32)
         values[..., 0::2], values[..., 1::2] = E2M1[pairs & 15], E2M1[pairs >> 4]
         exponents = self.scales.read(start, stop).astype(np.int32) - MXFP4_BIAS
-        np.ldexp(values, exponents[..., None], out=values)
+        with np.errstate(over="ignore"):
+            np.ldexp(values, exponents[..., None], out=values)
         return values.reshape(stop - start, *self.shape[1:])
 
 
