@@ -7,6 +7,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from fuzz.mutation import damaged_text, mutated, to_json
 from fuzz.seeds import ARCHITECTURE, JOB, TOKENIZER
 from fuzz.subject import Subject, Use, require
@@ -50,7 +52,9 @@ def use_prompts(path: str) -> None:
                 )
             record = request.to_record(task=task)
             again = decode(encode(record))
-            require(again.id == record.id and again.prompt.tolist() == request.prompt_tokens, "a record is another")
+            require(
+                again.id == record.id and np.array_equal(again.prompt, request.prompt_tokens), "a record is another"
+            )
     read_prompts(path, sampling=Sampling(), strict=True)
 
 
