@@ -16,6 +16,7 @@ import pytest
 from hostile import HOSTILE, MARKUP, STYLE, assert_printable
 from moempi.cli import main
 from moempi.storage import hdf5
+from moempi.storage.lock import _WHOLE_FILE
 from moempi.storage.run_state import RunState, write_state
 from mpirun import LIMIT_S, ROOT, python, variables
 from storage.test_records import make_request
@@ -295,7 +296,7 @@ def test_the_holder_of_an_output(folder):
     with lock.open("w") as file:
         file.write(NUL)
         file.flush()
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
         code, _, err = run_job()
     assert (code, err.count("moempi: ")) == (74, 1)
     assert r"z\x00); wait for its end" in err

@@ -234,7 +234,7 @@ def write(subject: Subject, random: Random) -> Any:
     known = subject.write(random)
     if random.random() < STRANGE_SHARE:
         path = Path(subject.file)
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         random.choice((os.mkfifo, os.mkdir, *(partial(os.symlink, target) for target in TARGETS)))(path)
     return known
 

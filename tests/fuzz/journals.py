@@ -45,6 +45,15 @@ TYPES = (
 SHAPES: tuple[Any, ...] = ([], [0], [-1], [2**62], [1, 2, 3], [0, 0], [2**63], ["a"], 5, None, [2**40, 0], [1] * 70)
 
 
+def decoded(payload: bytes) -> dict[str, Any]:
+    """The keys and values of a record; empty if the payload has been damaged before."""
+    try:
+        tree = msgspec.msgpack.decode(payload)
+    except ValueError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 class JournalFile(Subject):
     """A journal: its requests are counted and merged, the results exported; a writer continues it."""
 
@@ -72,11 +81,11 @@ class JournalFile(Subject):
     def change(self, random: Random, payloads: list[bytes]) -> None:
         """Change one payload, or their number and order."""
         index = random.randrange(len(payloads))
-        match random.randrange(8):
+        tree = decoded(payloads[index])
+        match random.randrange(8) if tree else 0:
             case 0:
                 payloads[index] = damaged(random, payloads[index])
             case 1 | 2:
-                tree = msgspec.msgpack.decode(payloads[index])
                 names = [name for name, value in tree.items() if isinstance(value, list) and len(value) == 3]
                 packed = tree[random.choice(names)] if names else [0, 0, b"a"]
                 match random.randrange(3):
@@ -90,7 +99,7 @@ class JournalFile(Subject):
                         )
                 payloads[index] = msgspec.msgpack.encode(tree)
             case 3 | 4 | 5:
-                payloads[index] = self.encoded(mutated(random, msgspec.msgpack.decode(payloads[index]), changes=1))
+                payloads[index] = self.encoded(mutated(random, tree, changes=1))
             case 6:
                 payloads.insert(index, random.choice(payloads))
             case _:
