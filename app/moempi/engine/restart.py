@@ -84,6 +84,7 @@ class Attempt:
         self._counts = (0, 0)
         self._state_pause_s = STATE_PAUSE_S
         self._state_due = time.monotonic() + STATE_PAUSE_S
+        self._state_error = False
         self._ended = threading.Event()
         self._problems: list[Problem] = []
         self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
@@ -127,8 +128,11 @@ class Attempt:
             self._state_due = time.monotonic() + self._state_pause_s
             try:
                 self.write_state("running")
+                self._state_error = False
             except StorageError as error:
-                log.warning("%s", error)
+                if self._state_error:  # a full disk ends the run before, at the next record
+                    log.warning("%s", error)
+                self._state_error = True
 
     def _touch_state(self) -> None:
         # A thread, because weights are read and results merged for longer than SILENT_S without a step.
