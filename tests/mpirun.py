@@ -70,6 +70,7 @@ def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
         cwd=ROOT,
         env=variables(**environment),
         text=True,
+        errors="backslashreplace",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -135,7 +135,7 @@ def test_damaged_routing_is_refused(run, tmp_path):
     assert_refused(set_value("routing/layer", -1, 99), "experts/load: has 6 layers")
     assert_refused(set_value("routing/offsets", -1, 3), "do not fit")
     for name in ("network/node_bytes", "network/self_messages", "placement/hops"):
-        assert_refused(lambda file, name=name: file.move(name, f"{name}_moved"), "missing|ranks stood")
+        assert_refused(lambda file, name=name: file.move(name, f"{name}_moved"), "missing|ranks were")
     for name in ("placement/node", "placement/hosted/row", "placement/hosted/expert"):
         assert_refused(replaced(name, lambda values: values[:1]), "different lengths")
         assert_refused(replaced(name, lambda values: values[:0]), "different lengths")
