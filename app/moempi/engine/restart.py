@@ -176,7 +176,7 @@ class Attempt:
         return STOPPED
 
     def begin_results(self) -> None:
-        """From now on rank 0 may put the results in place: all ranks have closed their journals."""
+        """This rank has closed its journal; once all ranks have, rank 0 may put the results in place."""
         self._may_replace = True
 
     def before_replace(self, results: Path) -> None:

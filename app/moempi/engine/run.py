@@ -102,6 +102,7 @@ def run_job(
     world.watch(job.run.timeout_s)
     # Every rank closes its journal. If the run was stopped, the journals stay for the next attempt.
     record = _close_journal(job, world, attempt, rank_run, sample=sample)
+    attempt.begin_results()
     report = _report(job, world, attempt, rank_run, record)
     if report.num_finished < attempt.num_requests:
         return attempt.stop(stop)
@@ -124,7 +125,6 @@ def _write_results(
 
     A failure after the results are in place is not this job's, and does not change its state.
     """
-    attempt.begin_results()
     if world.rank == 0:
         problems = merge(
             results,
