@@ -142,6 +142,7 @@ def test_two_requeues_in_a_row(folder, prompts, undisturbed):
 def test_a_run_that_is_killed_whole(folder, prompts, undisturbed):
     """Its state says "running", and no rank is left to write another."""
     batch = Batch(folder, "killed", prompts)
+    batch.settings["run.max_sequences"] = 4  # so that it is not finished before it is killed
     job = batch.submit()
     wait_for(lambda: (state := batch.state()) is not None and state.finished > 0, what="the first finished requests")
     output_of("scancel", "--signal=KILL", f"{job}.0")
