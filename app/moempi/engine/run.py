@@ -102,7 +102,6 @@ def run_job(
     world.watch(job.run.timeout_s)
     # Every rank closes its journal. If the run was stopped, the journals stay for the next attempt.
     record = _close_journal(job, world, attempt, rank_run, sample=sample)
-    attempt.begin_results()
     report = _report(job, world, attempt, rank_run, record)
     if report.num_finished < attempt.num_requests:
         return attempt.stop(stop)
@@ -254,6 +253,7 @@ def _close_journal(
         record = msgspec.structs.replace(record, balance={**record.balance, "logprob_change": change})
     attempt.journal.append(record)
     attempt.journal.close()
+    attempt.begin_results()
     return record
 
 
