@@ -60,7 +60,7 @@ def exchange(flags, number, counts, group_ranks, *, fits=True):
 )
 @pytest.mark.parametrize("step", [1, 3])
 def test_transfers_of_edge_sizes(kinds, step):
-    """Rows of 0, 1 and many, some rows to no one, ranks of other nodes between those of this one."""
+    """Each rank sends 0, 1 or many rows to each other rank; ranks of other nodes are numbered between these."""
     group_ranks = list(range(step - 1, step * len(kinds), step))
     flags, size, random = make_flags(kinds, group_ranks), step * len(kinds), np.random.default_rng(step)
     sizes = [np.zeros((size, size), np.int64), np.eye(size, dtype=np.int64), np.ones((size, size), np.int64)]

@@ -169,7 +169,7 @@ def zero_page(stopped: StoppedRun, dice: random.Random, *, at_end: bool) -> None
 
 
 def duplicate(stopped: StoppedRun, dice: random.Random) -> None:
-    """Records of one journal behind those of the other."""
+    """The records of one journal are appended to another one."""
     results = stopped.copy()
     for span in dice.sample(stopped.of_kind(RequestRecord), 5):
         with journal_path(results, 1 - span.rank).open("ab") as file:

@@ -58,7 +58,7 @@ class Earlier:
 def finished_requests(
     journals: Iterable[Path], fingerprint: str, num_requests: int, *, routed: RoutedRows | None = None
 ) -> tuple[FinishedRequests, int, list[Problem]]:
-    """The finished requests, the first step number above those of earlier attempts, and the problems of journals.
+    """Read the journals: their finished requests, the first step number that no attempt has used, and their problems.
 
     Damage, incomplete records at the end and records that cannot be used are passed over. Recorded routing is counted
     in `routed`, if given. Raises StorageError if a journal has another fingerprint or cannot be read.

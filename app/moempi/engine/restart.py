@@ -184,9 +184,9 @@ class Attempt:
 
         Blocks if a rank is about to abort all ranks.
         """
-        self._world.wait_if_aborting()
         self._require_lock()
         self._written = results.stat()
+        self._world.wait_if_aborting()  # last, so that the results are in place at once after it
 
     def finish(self) -> None:
         """End an attempt whose results are complete: write the state, remove the journals, release the output.

@@ -145,7 +145,7 @@ class JournalReader(Closeable):
     def records(self, *, num_requests: int = sys.maxsize) -> Iterator[tuple[int, Record]]:
         """Yield (offset, record) of all whole records that can be used, one in memory at a time.
 
-        Reports the others and those of a request beyond `num_requests`. Raises StorageError.
+        A record that cannot be used, or of a request beyond `num_requests`, is added to `problems`. Raises StorageError.
         """
         for offset, payload in self.payloads():
             try:
