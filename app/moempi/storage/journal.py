@@ -145,7 +145,8 @@ class JournalReader(Closeable):
     def records(self, *, num_requests: int = sys.maxsize) -> Iterator[tuple[int, Record]]:
         """Yield (offset, record) of all whole records that can be used, one in memory at a time.
 
-        A record that cannot be used, or of a request beyond `num_requests`, is added to `problems`. Raises StorageError.
+        A record that cannot be used, or is of a request beyond `num_requests`, is added to `problems`. Raises
+        StorageError.
         """
         for offset, payload in self.payloads():
             try:
