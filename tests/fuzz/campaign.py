@@ -46,6 +46,9 @@ HEAD = f"{'class':14} {'inputs':>7} accepted findings slowest s         grown MB
 # What the tokenizers' library writes when it panics, also where the caller makes that a refusal.
 PANIC = re.compile(r"\n?thread '[^']*' (?:\(\d+\) )?panicked at [^\n]*\n[^\n]*\n(?:note: [^\n]*\n)?")
 
+# Read by that library at a process's first panic, which may be an earlier test's.
+os.environ["RUST_BACKTRACE"] = "0"
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -182,7 +185,6 @@ def _work(subject: Subject, indices: Sequence[int], *, seed: int, folder: Path, 
 
 def _limit(stderr: int) -> None:
     """Limit the memory and the files of this process, and count warnings as text on stderr."""
-    os.environ["RUST_BACKTRACE"] = "0"
     os.dup2(stderr, 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115

@@ -6,6 +6,7 @@ Each rank writes its process id to FOLDER, and RANK.ready when it is inside its 
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def end_by(ending: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def finish_while_aborting(world: World) -> None:
+    world.on_failure(lambda cause, code: code)
+    threading.Thread(target=world.abort, args=[KeyboardInterrupt()], daemon=True).start()
+    time.sleep(0.1)  # its line is printed, and the abort follows
+    world.finish()
+    world.on_failure(None)
+    time.sleep(60)
+
+
 def work(world: World, ending: str) -> None:
     if ending == "good":
         return
@@ -43,6 +53,8 @@ def work(world: World, ending: str) -> None:
         for step in range(14):
             world.alive(f"step {step}")
             time.sleep(0.2)
+    elif world.rank == 1 and ending == "finish":
+        finish_while_aborting(world)
     elif world.rank == 1 and ending != "waiting":
         end_by(ending)
     else:

@@ -93,6 +93,11 @@ def test_a_good_run_is_silent(ending, tmp_path):
 
 
 @pytest.mark.mpi
+def test_work_that_is_done_before_an_abort_ends_with_0(tmp_path):
+    assert ended("finish", tmp_path).code == 0
+
+
+@pytest.mark.mpi
 def test_debug_prints_the_traceback(tmp_path):
     outcome = ended("debug", tmp_path)
     assert "Traceback" in outcome.err

@@ -170,7 +170,7 @@ class World:
                     self._print_error(error, cause)
                 self._abort_channel.announce()
                 time.sleep(LINE_TRAVEL_S)
-                code = self._on_failure(cause, code)
+                code = 0 if self._is_finished else self._on_failure(cause, code)  # the job may finish meanwhile
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)
 
