@@ -82,3 +82,39 @@ def test_the_command_runs_on_a_device(mpirun, tmp_path, num_ranks, transport):
     assert outcome.code == 0, outcome.err
     (record,) = json.loads((tmp_path / "figures.json").read_text())
     assert (record["ranks"], record["backend"], record["same_bits"]) == (num_ranks, "cupy", True)
+
+
+def test_whole_runs_of_a_layout_are_measured(mpirun, tmp_path):
+    layout = ("--stages", "2", "--hops", "2", "--tensor", "2", "--ranks-per-node", "2", "--layers", "1", "--steps", "2")
+    flags = (
+        "--width",
+        "128",
+        "--experts",
+        "4",
+        "--passes",
+        "1",
+        "--link",
+        "0.5",
+        "--json",
+        str(tmp_path / "figures.json"),
+    )
+    outcome = mpirun(8, *python("-m", "moempi", "bench", "overlap", *TINY, *layout, *flags), COLUMNS="200")
+    assert outcome.code == 0, outcome.err
+    (record,) = json.loads((tmp_path / "figures.json").read_text())
+    assert {name: record[name] for name in ("ranks", "stages", "hops", "tensor", "ranks_per_node", "lanes")} == {
+        "ranks": 8,
+        "stages": 2,
+        "hops": 2,
+        "tensor": 2,
+        "ranks_per_node": 2,
+        "lanes": 2,
+    }
+    assert record["overlapped_ms"] > record["link_ms"] > 0  # no row arrives before the link has carried it
+
+
+def test_whole_runs_are_measured_with_numpy_only(mpirun):
+    outcome = mpirun(1, *python("-m", "moempi", "bench", "overlap", "--backend", "cupy", "--hops", "2"))
+    assert outcome.lines == [
+        "moempi: bench overlap measures whole runs with NumPy only; leave out --backend, or the layout"
+    ]
+    assert outcome.code == 64

@@ -5,8 +5,10 @@ import numpy as np
 WIDTH, TOP_K = 16, 3
 
 
-def make(comm, placement, *, transport, hops, nodes, islands=(), switches=(), precision="float32"):
-    """The exchange and the transfers of a lane, as `make_lane_comm` makes them."""
+def make(
+    comm, placement, *, transport, hops, nodes, islands=(), switches=(), precision="float32", links=None, pending=None
+):
+    """The exchange and the transfers of a lane, as `make_lane_comm` makes them; `links` by level are emulated."""
     from moempi.backend.cpu.backend import NumpyBackend
     from moempi.comm.lane_comm import ExchangeFactory
     from moempi.comm.row_shape import RowShape
@@ -14,11 +16,12 @@ def make(comm, placement, *, transport, hops, nodes, islands=(), switches=(), pr
     from moempi.comm.transport_factory import TransportFactory
     from moempi.layout.topology import Topology
 
-    pending = PendingTransfers()
+    pending = pending or PendingTransfers()
     backend = NumpyBackend(precision=precision, reproducible=True, progress=pending.progress)
-    transfers = Transfers(backend, pending, overlap=True)
+    transfers = Transfers(backend, pending)
     shape = RowShape(WIDTH, top_k=TOP_K, group_rows=20)
-    factory = ExchangeFactory(TransportFactory(backend=backend, name=transport, shape=shape, slot_rows=64), transfers)
+    transports = TransportFactory(backend=backend, name=transport, shape=shape, slot_rows=64, links=links or {})
+    factory = ExchangeFactory(transports, transfers)
     make_exchange = factory.one_hop if hops == 1 else factory.two_hops
     return make_exchange(comm, {0: placement}, Topology(nodes, islands, switches)), transfers
 
@@ -57,18 +60,17 @@ def exchange_rows(exchange, placement, rank, rows, experts, weights, *, layer=0)
     from moempi.comm.exchange import Route
 
     def forward():
-        dispatch = yield from exchange.dispatch(rows, Route(layer, experts, weights))
-        received = yield from dispatch.rows
-        expert_counts = dispatch.plan.expert_counts
+        received, plan = yield from exchange.dispatch(rows, Route(layer, experts, weights))
+        expert_counts = plan.expert_counts
         assert len(received) == expert_counts.sum()
         expert_of_row = np.repeat(np.array(placement.hosted[rank], int), expert_counts)
         outputs = expert_output(received, expert_of_row[:, None]).astype(np.float32)
-        return (yield from exchange.combine(outputs, dispatch.plan))
+        return (yield from exchange.combine(outputs, plan))
 
     phases, steps = [], forward()
     while True:
         try:
-            point = next(steps)
+            wait = next(steps)
         except StopIteration as end:
             return phases, end.value
-        phases.append(point.phase)
+        phases.append(wait.point.phase)

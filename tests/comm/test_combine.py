@@ -13,7 +13,7 @@ from moempi.comm.combine import Addends, HomeCombine
 from moempi.layout.schedule import Point
 
 PLAN, OUTPUTS = object(), object()
-POINTS = [Point(3, "combine"), Point(3, "combine across")]
+POINTS = [Point(3, "combine")]
 
 
 class FakeExchange:

@@ -10,7 +10,7 @@ from engine.jobs import make_job
 from engine.runs import SMALL
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda.backend import CudaBackend
-from moempi.comm import stage_link
+from moempi.comm import transfers as transfers_module
 from moempi.comm.batch import NO_STEP
 from moempi.comm.combine import HomeCombine
 from moempi.comm.exchange import OneHop, Route
@@ -43,7 +43,7 @@ def simt_backend():
 
 def make(comm, *, hops=1, ranks_per_node=2, on_route=None, make_backend=numpy_backend, **sections):
     backend = make_backend()
-    transfers = Transfers(backend, PendingTransfers(), overlap=True)
+    transfers = Transfers(backend, PendingTransfers())
     return make_lane_comm(
         comm,
         layout_of(comm.size, **sections),
@@ -70,9 +70,8 @@ def dispatch_and_combine(lane_comm, layer, rows):
     route = Route(layer, experts, np.full(experts.shape, 0.5, np.float32))
 
     def forward():
-        dispatch = yield from lane_comm.exchange.dispatch(rows, route)
-        arrived = yield from dispatch.rows
-        return (yield from lane_comm.exchange.combine(arrived, dispatch.plan))
+        arrived, plan = yield from lane_comm.exchange.dispatch(rows, route)
+        return (yield from lane_comm.exchange.combine(arrived, plan))
 
     return route, finish(forward())
 
@@ -192,12 +191,11 @@ def test_a_rank_sleeps_briefly_while_events_can_start_transfers(comm, monkeypatc
         naps.append(seconds)
         time.sleep(seconds)
 
-    monkeypatch.setattr(stage_link, "sleep", sleep)
+    monkeypatch.setattr(transfers_module, "sleep", sleep)
     link = make(comm, make_backend=make_backend, parallel={"stages": 2}).link
     if comm.rank == 0:
         time.sleep(0.1)
         link.stop()
     else:
-        batch, _, _ = link.receive(link.post_receives())
-        assert batch.stop
+        assert link.start_receive().finish().batch.stop
         assert least_s <= max(naps) <= most_s

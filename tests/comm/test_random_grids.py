@@ -46,13 +46,15 @@ def random_job(dice, folder):
         "run": {
             "precision": "float32",
             "overlap": dice.random() < 0.8,
-            "micro_batches": dice.choice([1, 2, 3, 5, "auto"]),
+            "micro_batches": dice.choice([1, 2, 3, 5, 8, "auto"]),
+            "lanes": dice.choice(["auto", "auto", 1, 2, 3]),
             "max_sequences": dice.choice([1, 2, 8]),
             "batch_tokens": dice.choice([1, 7, 64]) if sum(lengths) < 60 else 64,
             "timeout_s": 20.0,
         },
         "sampling": {"max_tokens": dice.choice([1, 3])},
-        "exchange": {"immediate": dice.random() < 0.5},
+        "exchange": dice.choice([{}, {"hops": 1}, {"immediate": True}, {"immediate": True}, {"hops": 2}, {"hops": 2}]),
+        "topology": {"ranks_per_node": tensor * dice.choice([1, 2, 3])},
         "parallel": {"stages": stages, "tensor": tensor, "stage_ranks": ranks},
     }
     return tree, sum(ranks)
@@ -80,9 +82,11 @@ def test_random_grids_give_the_results_of_one_rank(comm, tmp_path):
             continue
         comm.Barrier()
         run(tree, comm, num_ranks)
-        single = {**tree, "output": {"results": str(folder / "single.h5")}, "parallel": {}}
+        alone = {"output": {"results": str(folder / "single.h5")}, "parallel": {}, "exchange": {}, "topology": {}}
+        single = tree | alone
         run(single, comm, 1)
         found = comm.bcast(compare(folder / "out.h5", folder / "single.h5") if comm.rank == 0 else None)
         assert found.different == 0, tree
-        assert found.largest <= (0.0 if tree["parallel"]["tensor"] == 1 else 1e-4), tree
+        exact = tree["parallel"]["tensor"] == tree["exchange"].get("hops", 1) == 1
+        assert found.largest <= (0.0 if exact else 1e-4), tree
         done += 1

@@ -12,25 +12,28 @@ LENGTH, WIDTH = 11, 4
 )
 def test_each_rank_gets_complete_logits_of_its_rows(comm, num_ranks, rows_of_rank):
     from moempi.backend.cpu.backend import NumpyBackend
+    from moempi.bench.random_layer import run_to_end
     from moempi.comm.tensor_group import TensorGroup
     from moempi.comm.transfers import PendingTransfers, Transfers
     from moempi.layout.row_split import part_range
+    from moempi.layout.schedule import HEAD_POINTS
+
+    head_rows, logits, _ = HEAD_POINTS
 
     backend = NumpyBackend(precision="float32", reproducible=False)
-    transfers = Transfers(backend, PendingTransfers(), overlap=True)
+    transfers = Transfers(backend, PendingTransfers())
     group = TensorGroup(comm, backend, transfers=transfers, width=WIDTH)
     counts = [rows_of_rank(rank) for rank in range(num_ranks)]
     # Row i of rank r holds 100 r + i; its logit v is 100 r + i + v / 16.
     own = np.repeat((100 * comm.rank + np.arange(counts[comm.rank], dtype=np.float32))[:, None], WIDTH, axis=1)
-    rows = group.all_gather_rows(own, counts)
+    rows = run_to_end(group.all_gather_rows(own, counts, head_rows))
     all_rows = [100 * rank + row for rank in range(num_ranks) for row in range(counts[rank])]
     np.testing.assert_array_equal(rows[:, 0], all_rows)
     part = part_range(LENGTH, num_ranks, comm.rank).astype(np.float32)
-    whole = group.exchange_logits(rows[:, :1] + part / 16, counts, vocab_size=LENGTH)
-    if any(counts):
-        assert whole.shape == (counts[comm.rank], LENGTH)
-        np.testing.assert_array_equal(whole, own[:, :1] + np.arange(LENGTH, dtype=np.float32) / 16)
-    assert len(whole) == counts[comm.rank]
+    own_logits = rows[:, :1] + part / 16
+    whole = run_to_end(group.exchange_logits(own_logits, counts, vocab_size=LENGTH, point=logits))
+    assert whole.shape == (counts[comm.rank], LENGTH)
+    np.testing.assert_array_equal(whole, own[:, :1] + np.arange(LENGTH, dtype=np.float32) / 16)
 
 
 @pytest.mark.ranks(2)
@@ -42,6 +45,7 @@ def test_steps_of_equal_size_allocate_no_comm_buffer(comm, num_ranks, pinned):
     from moempi.comm.tensor_group import TensorGroup
     from moempi.comm.transfers import PendingTransfers, Transfers
     from moempi.layout.row_split import RowSplit
+    from moempi.layout.schedule import Point
     from simt.device import SimtDevice
 
     class CountingBackend(CudaBackend):
@@ -55,16 +59,16 @@ def test_steps_of_equal_size_allocate_no_comm_buffer(comm, num_ranks, pinned):
     backend = CountingBackend(
         SimtDevice(pinned=pinned), precision="float32", reproducible=True, progress=pending.progress
     )
-    group = TensorGroup(comm, backend, transfers=Transfers(backend, pending, overlap=True), width=WIDTH)
+    group = TensorGroup(comm, backend, transfers=Transfers(backend, pending), width=WIDTH)
     allocated = []
     for step in range(5):
         rows = 7 if step < 4 else 5
         split = RowSplit((rows, 2), num_ranks)
         whole = np.arange(rows + 2, dtype=np.float32)[:, None] + np.full(WIDTH, 100.0 * step, np.float32)
         own = split.indices[comm.rank]
-        gathered = run_to_end(group.all_gather(backend.tensor(whole[own]), split, layer=0))
+        gathered = run_to_end(group.all_gather(backend.tensor(whole[own]), split, Point(0, "gather")))
         np.testing.assert_array_equal(backend.download(gathered), whole)
-        summed = run_to_end(group.reduce_scatter(backend.tensor(whole * (1 + comm.rank)), split, layer=0))
+        summed = run_to_end(group.reduce_scatter(backend.tensor(whole * (1 + comm.rank)), split, Point(0, "scatter")))
         np.testing.assert_array_equal(backend.download(summed), 3 * whole[own])
         allocated.append(CountingBackend.allocated)
     assert allocated[1:] == allocated[1:2] * 4

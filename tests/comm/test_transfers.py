@@ -27,29 +27,23 @@ def clock(monkeypatch):
 
 
 class FakeRequest:
-    """A request that is complete when the test says so, after `tests_left` more tests, or after a wait of `seconds`."""
+    """A request that is complete when the test says so, or at the test number `tests_left`, after `seconds`."""
 
     def __init__(self, *, clock=None, seconds=0.0, tests_left=None):
         self.done = False
-        self.waited = False
         self.tests = 0
         self._clock = clock
         self._seconds = seconds
-        self._tests_left = tests_left
+        self._tests_left = 2 if seconds else tests_left
 
     def Test(self):  # noqa: N802
         self.tests += 1
         assert self.tests < 1000, "polled for ever"
-        if self._tests_left is not None and self.tests >= self._tests_left:
+        if not self.done and self._tests_left is not None and self.tests >= self._tests_left:
             self.done = True
-        if self._clock is not None and self._tests_left is not None:
-            self._clock.now += 1.0
+            if self._clock is not None:
+                self._clock.now += self._seconds
         return self.done
-
-    def Wait(self):  # noqa: N802
-        self.done = self.waited = True
-        if self._clock is not None:
-            self._clock.now += self._seconds
 
 
 class FakeEvent:
@@ -86,9 +80,9 @@ class FakeBackend:
         return self.events[-1][1]
 
 
-def make_transfers(backend=None, *, overlap=True):
+def make_transfers(backend=None):
     pending = PendingTransfers()
-    return Transfers(backend or FakeBackend(), pending, overlap=overlap), pending
+    return Transfers(backend or FakeBackend(), pending), pending
 
 
 def chain(requests, log, value=None):
@@ -120,17 +114,16 @@ def test_progress_runs_each_step_once_its_request_is_complete():
     requests[3].done = True
     pending.progress()
     assert (log, transfer.finished) == ([0, 1, 2, 3], True)
-    assert not any(request.waited for request in requests)
 
 
 def test_every_lane_s_transfers_advance_whichever_lane_calls_progress():
     pending = PendingTransfers()
-    lanes = [Transfers(FakeBackend(), pending, overlap=True) for _ in range(2)]
+    lanes = [Transfers(FakeBackend(), pending) for _ in range(2)]
     requests, logs = [FakeRequest(), FakeRequest()], ([], [])
     for lane, request, log in zip(lanes, requests, logs, strict=True):
         lane.start(chain([request], log), waiting="exchange")
     requests[0].done = requests[1].done = True
-    lanes[1].progress()
+    pending.progress()
     assert logs == ([0], [0])
 
 
@@ -177,7 +170,7 @@ def test_a_step_that_calls_progress_advances_the_other_transfers_and_not_itself(
 
 def test_a_transfer_waits_for_another_one():
     transfers, pending = make_transfers()
-    request, second, log = FakeRequest(), FakeRequest(), []
+    request, second, log = FakeRequest(), FakeRequest(tests_left=3), []
     inner = transfers.start(chain([request], log, "plan"), waiting="idle")
 
     def steps():
@@ -192,14 +185,15 @@ def test_a_transfer_waits_for_another_one():
     request.done = True
     pending.progress()
     assert log == [0, "plan"]
+    assert not outer.finished
     assert outer.finish() == "rows"
-    assert second.waited
+    assert second.tests == 3
 
 
 @pytest.mark.parametrize("first_waits", [False, True])
 def test_a_request_that_another_transfer_must_finish_first_is_waited_for(first_waits):
     transfers, _ = make_transfers()
-    request, log = FakeRequest(), []
+    request, log = FakeRequest(tests_left=4), []
     inner = transfers.start(chain([request], log, "plan"), waiting="idle")
     outer = transfers.start(complete(inner, "rows"), waiting="exchange")
     transfers_in_order = (outer, inner) if first_waits else (inner, outer)
@@ -219,7 +213,7 @@ def test_an_error_of_a_step_reaches_the_start_finish_or_progress_that_runs_the_s
     transfers, pending = make_transfers()
     with pytest.raises(OSError, match="the link is gone"):
         transfers.start(failing([]), waiting="exchange")
-    transfer = transfers.start(failing([FakeRequest()]), waiting="exchange")
+    transfer = transfers.start(failing([FakeRequest(tests_left=3)]), waiting="exchange")
     with pytest.raises(OSError, match="the link is gone"):
         transfer.finish()
     request = FakeRequest()
@@ -273,54 +267,69 @@ def test_no_wait_is_counted_for_a_transfer_that_arrived_meanwhile(clock):
     transfer = transfers.start(chain([request], []), waiting="exchange")
     request.done = True
     transfer.finish()
-    assert (request.waited, sum(transfers.waits.values())) == (False, 0.0)
+    assert (request.tests, sum(transfers.waits.values())) == (1, 0.0)
 
 
 def test_waits_of_lanes_are_counted_apart(clock):
     pending = PendingTransfers()
-    lanes = [Transfers(FakeBackend(), pending, overlap=True) for _ in range(2)]
+    lanes = [Transfers(FakeBackend(), pending) for _ in range(2)]
     lanes[1].start(chain([FakeRequest(clock=clock, seconds=3.0)], []), waiting="pipeline").finish()
     assert [lane.waits["pipeline"] for lane in lanes] == [0.0, 3.0]
 
 
-def test_without_overlap_a_transfer_is_finished_when_start_returns(clock):
-    transfers, _ = make_transfers(overlap=False)
-    requests, log = [FakeRequest(clock=clock, seconds=1.0), FakeRequest(clock=clock, seconds=2.0)], []
-    transfer = transfers.start(chain(requests, log, "rows"), waiting="exchange")
-    assert (transfer.finished, log) == (True, [0, 1])
-    assert transfers.waits["exchange"] == 3.0
-    assert transfer.finish() == "rows"
-
-
-def test_what_another_stage_sends_never_blocks_the_start():
-    for overlap in (False, True):
-        transfers, pending = make_transfers(overlap=overlap)
-        request, log = FakeRequest(), []
-        transfer = transfers.start_between_stages(chain([request], log))
-        assert (transfer.finished, request.waited) == (False, False)
-        request.done = True
-        pending.progress()
-        assert (transfer.finished, log) == (True, [0])
-
-
-def test_a_host_whose_verbs_are_complete_blocks_in_mpi():
-    transfers, _ = make_transfers(FakeBackend(late=False))
-    request = FakeRequest()
-    transfers.start(chain([request], []), waiting="exchange").finish()
-    assert (request.waited, request.tests) == (True, 2)  # before and after the wait
-
-
-def test_a_host_whose_verbs_are_not_complete_advances_other_transfers_while_it_waits(clock):
-    transfers, _ = make_transfers(FakeBackend(late=True))
+@pytest.mark.parametrize("late", [False, True])
+def test_other_transfers_advance_while_the_host_waits(clock, late):
+    transfers, _ = make_transfers(FakeBackend(late=late))
     other, log = FakeRequest(tests_left=2), []
     transfers.start(chain([other], log), waiting="exchange")
-    request = FakeRequest(clock=clock, tests_left=5)
-    transfer = transfers.start(complete(request, "rows"), waiting="idle")
+    request = FakeRequest(clock=clock, seconds=3.0)
+    transfer = transfers.start(chain([FakeRequest(tests_left=4), request], [], "rows"), waiting="idle")
     assert transfer.finish() == "rows"
     assert log == [0]
-    assert not request.waited
-    assert 0.0 < transfers.waits["idle"] <= clock.now - 100.0
-    assert transfers.waits["exchange"] == 0.0
+    assert transfers.waits == {"idle": 3.0, "exchange": 0.0, "pipeline": 0.0}
+
+
+def test_a_wait_for_any_returns_the_first_that_is_finished_and_counts_for_it(clock):
+    pending = PendingTransfers()
+    lanes = [Transfers(FakeBackend(), pending) for _ in range(2)]
+    slow = lanes[0].start(chain([FakeRequest(tests_left=500)], []), waiting="exchange")
+    fast = lanes[1].start(chain([FakeRequest(clock=clock, seconds=2.0)], []), waiting="pipeline")
+    assert pending.wait_for_any({4: slow, 7: fast}) == 7
+    assert [sum(lane.waits.values()) for lane in lanes] == [0.0, 2.0]
+    assert not slow.finished
+
+
+def test_a_wait_counts_by_the_cause_that_it_began_with(clock):
+    transfers, _ = make_transfers()
+    counts = transfers.start(chain([FakeRequest(clock=clock, seconds=2.0)], [], "counts"), waiting="idle")
+    rows = FakeRequest(clock=clock, seconds=1.0)
+    assert transfers.start(chain([counts, rows], [])).waiting == "idle"
+    transfer = transfers.start(chain([rows], []))
+    assert transfer.waiting == "exchange"
+
+
+@pytest.mark.parametrize(
+    ("waiting", "late", "naps"), [("exchange", False, False), ("pipeline", False, True), ("pipeline", True, True)]
+)
+def test_the_process_sleeps_only_while_it_waits_for_another_stage(monkeypatch, waiting, late, naps):
+    slept = []
+    monkeypatch.setattr(module, "sleep", slept.append)
+    monkeypatch.setattr(module, "SPIN_S", -1.0)
+    transfers, _ = make_transfers(FakeBackend(late=late))
+    transfers.start(chain([FakeRequest(tests_left=9)], []), waiting=waiting).finish()
+    assert bool(slept) == naps
+    assert all(seconds <= (module.EVENT_NAP_S if late else module.NAP_S) for seconds in slept)
+
+
+def test_a_lane_yields_its_point_and_then_has_the_value():
+    transfers, _ = make_transfers()
+    lane = transfers.start(chain([FakeRequest(tests_left=2)], [], "rows")).received("point")
+    wait = next(lane)
+    assert wait.point == "point"
+    assert not wait.transfer.finished
+    with pytest.raises(StopIteration) as end:
+        next(lane)
+    assert end.value.value == "rows"
 
 
 # Events and queues
@@ -351,11 +360,10 @@ def test_a_request_after_verbs_starts_when_their_event_has_occurred():
 
 def test_a_request_after_verbs_that_are_complete_starts_at_once():
     transfers, _ = make_transfers()
-    request = FakeRequest()
+    request = FakeRequest(tests_left=2)
     transfer = transfers.start(after_verbs(FakeBackend(), lambda: request), waiting="exchange")
     assert not transfer.finished
     assert transfer.finish() is request
-    assert request.waited
 
 
 def test_steps_run_on_the_queue_of_their_start_and_leave_the_queue_as_it_was():
@@ -368,7 +376,7 @@ def test_steps_run_on_the_queue_of_their_start_and_leave_the_queue_as_it_was():
             yield request
             queues.append(backend.queue)
 
-    requests = [FakeRequest(), FakeRequest()]
+    requests = [FakeRequest(), FakeRequest(tests_left=3)]
     with backend.on_queue(3):
         transfer = transfers.start(steps(requests), waiting="exchange")
     assert backend.queue == 0

@@ -125,6 +125,46 @@ def test_little_shared_memory_makes_small_slots(comm, monkeypatch):
             assert (received(receipt) == expected).all()
 
 
+@pytest.mark.ranks(2)
+def test_a_shared_slot_can_be_sent_from_again_once_its_rows_are_read(comm, num_ranks):
+    from moempi.comm.transports.shared import Shared
+
+    transport = Shared(comm, row_bytes=ROW_BYTES)
+    counts = np.ones((2, 2), np.int64)
+    receipts = []
+    for step in range(2):
+        assert transport.can_send()
+        receipts.append(start(transport, comm.rank, counts, step)[0])
+        receipts[-1].Wait()
+    comm.Barrier()
+    assert not transport.can_send()
+    comm.Barrier()
+    received(receipts[0])
+    comm.Barrier()
+    assert transport.can_send()
+    received(receipts[1])
+
+
+@pytest.mark.ranks(2)
+def test_a_hop_whose_slot_is_not_free_waits_without_blocking(comm, num_ranks):
+    from moempi.backend.cpu.backend import NumpyBackend
+    from moempi.comm.hop import Hop
+    from moempi.comm.transfers import PendingTransfers, Transfers
+    from moempi.comm.transports.shared import Shared
+
+    backend, width = NumpyBackend(precision="float32", reproducible=True), ROW_BYTES // 4
+    transport = Shared(comm, row_bytes=ROW_BYTES)
+    hop = Hop(comm, backend, transfers=Transfers(backend, PendingTransfers()), transport=transport, width=width)
+    rows, counts = np.full((2, width), 1.0 + comm.rank, np.float32), np.ones(2, np.int64)
+    receipts = [hop.send(rows, None, counts, counts).finish() for _ in range(2)]
+    third = hop.send(rows, None, counts, counts)  # neither of the others has been read
+    assert not third.Test()
+    comm.Barrier()
+    for receipt in receipts:
+        assert hop.unpack(receipt, None)[:, 0].tolist() == [1.0, 2.0]
+    assert hop.unpack(third.finish(), None)[:, 0].tolist() == [1.0, 2.0]
+
+
 def shared_mappings():
     """The mappings of shared memory of this process."""
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line]

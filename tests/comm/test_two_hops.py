@@ -6,7 +6,7 @@ import pytest
 from comm.exchanges import WIDTH, exchange_rows, expected, make, route_of, rows_of
 
 TRANSPORTS = ["alltoallv", "pairwise", "shared"]
-PHASES = ["counts", "choices", "counts inside", "dispatch", "dispatch inside", "combine", "combine across"]
+PHASES = ["dispatch", "combine"]
 NUM_EXPERTS, TOP_K = 9, 4
 
 

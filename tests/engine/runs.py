@@ -14,6 +14,7 @@ from moempi.config.architecture import Architecture, AttentionShape, Experts, Ro
 from moempi.engine.lane import LaneContext
 from moempi.engine.lanes import Lanes, make_lanes
 from moempi.engine.load import load_model
+from moempi.engine.micro_batches import MicroBatches
 from moempi.engine.rank_layout import RankLayout, lay_out_rank
 from moempi.engine.recorder import Recorder
 from moempi.engine.request import Request
@@ -88,7 +89,7 @@ class Run:
         self.requests = list(requests)[data::groups] if is_first else []
         self.scheduler = Scheduler(
             self.requests,
-            lanes=job.lanes,
+            micro_batches=job.num_micro_batches,
             slots=self.rank_layout.grid.slots(0, data) if is_first else range(0),
             batch_tokens=job.run.batch_tokens,
             pages=PAGES,
@@ -97,6 +98,12 @@ class Run:
         task = Score(top=job.score.top_n) if job.task == "score" else Generate(Tokenizer(), top=0)
         context = LaneContext(self.model, self.scheduler, task, self.recorder, self.stop)
         self.lanes: Lanes = make_lanes(job, self.world, self.rank_layout, context, pending=pending, first_step=0)
+
+    def points(self, lane: int = 0):
+        """Run one lane alone; the points that it reaches."""
+        micro_batches = MicroBatches(self.scheduler.num_micro_batches, num_lanes=len(self.lanes.each))
+        for wait in self.lanes.each[lane].steps(micro_batches):
+            yield wait.point
 
 
 def load(folder, backend, rank_layout, *, architecture):

@@ -115,7 +115,7 @@ def test_routing_that_moves_nothing_costs_nothing_and_leaves_no_trace(tmp_path):
     assert cost(run) == 0.0
     assert [request.tokens for request in run.requests] == tokens
     assert (run.recorder.steps, run.recorder.counts) == (steps, counts)
-    assert not run.scheduler.has_work
+    assert not run.scheduler.num_unfinished
 
 
 def test_routing_that_moves_choices_costs_a_finite_amount(tmp_path):

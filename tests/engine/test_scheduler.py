@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import pytest
 
 from moempi.config.job import Sampling
 from moempi.config.tensors import PAGE_ROWS
@@ -19,7 +20,7 @@ def sequence(index, length, limit):
 
 def run(sequences, *, lanes, slots, batch_tokens, pages):
     """Take steps until all is done; each step is (lane, [(sequence, tokens)]); generation is a counter."""
-    scheduler = Scheduler(sequences, lanes=lanes, slots=range(slots), batch_tokens=batch_tokens, pages=pages)
+    scheduler = Scheduler(sequences, micro_batches=lanes, slots=range(slots), batch_tokens=batch_tokens, pages=pages)
     steps, held = [], {}
     while any(scheduler.unfinished(lane) for lane in range(lanes)):
         for lane in range(lanes):
@@ -70,3 +71,9 @@ def test_long_prompts_leave_rows_to_those_that_generate():
 def test_lanes_share_few_requests_evenly():
     steps = run([sequence(i, 2, 3) for i in range(6)], lanes=3, slots=16, batch_tokens=64, pages=16)
     assert [len(work) for _, work in steps[:3]] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("slots", "pages"), [(6, 99), (99, 6)])
+def test_lanes_share_few_slots_or_pages_evenly(slots, pages):
+    steps = run([sequence(i, 2, 3) for i in range(24)], lanes=3, slots=slots, batch_tokens=64, pages=pages)
+    assert [len(work) for _, work in steps] == [2] * len(steps)

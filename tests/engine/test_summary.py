@@ -44,9 +44,9 @@ def make_recorder(*, steps=0, tokens=0, disk_s=0.0, **finishes):
 def make_lane(*, waits=(0.0, 0.0, 0.0), sent=0, load=(), immediate=None):
     """A lane that has waited, sent `sent` messages over the network, and routed `load` (layer, expert) choices."""
     backend = NumpyBackend(precision="bfloat16", reproducible=True)
-    transfers = Transfers(backend, PendingTransfers(), overlap=True)
+    transfers = Transfers(backend, PendingTransfers())
     for kind, seconds in zip(WAITS, waits, strict=True):
-        transfers.add_wait(kind, seconds)
+        transfers.waits[kind] += seconds
     transfers.counters["network_messages"] += sent
     expert_load = {layer: np.zeros(NUM_EXPERTS, np.int64) for layer in SMALL.moe_layers}
     for layer, expert in load:

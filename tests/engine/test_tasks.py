@@ -24,8 +24,8 @@ def next_token(request):
 
 def take_steps(task, requests, sample, *, batch_tokens):
     """Schedule, sample and accept until every request is finished."""
-    scheduler = Scheduler(requests, lanes=1, slots=range(4), batch_tokens=batch_tokens, pages=8)
-    while scheduler.has_work:
+    scheduler = Scheduler(requests, micro_batches=1, slots=range(4), batch_tokens=batch_tokens, pages=8)
+    while scheduler.num_unfinished:
         work = scheduler.next_work(0)
         rows, logit_requests = task.logit_requests(work)
         assert len(rows) == len(logit_requests)

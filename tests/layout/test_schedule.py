@@ -1,56 +1,122 @@
-"""The schedule, and the interleaving of lanes in its order."""
-
-from itertools import islice
+"""The points of a step, and the order in which lanes are resumed."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moempi.engine.interleave import interleave
-from moempi.layout.schedule import AGREE, ROWS, SENT, TOKENS, Point, schedule, step_points
+from moempi.layout.schedule import AGREE, GATHER_OUTPUT, HEAD_POINTS, ROWS, TOKENS, LaneOrder, Point, step_points
 
-FIRST, SECOND = Point(0, "counts"), Point(0, "combine")
+DISPATCH, COMBINE = Point(0, "dispatch"), Point(0, "combine")
+STEP = (AGREE, DISPATCH, COMBINE)
 
 
 def test_points_of_a_single_stage():
     points = step_points(range(3), (1, 2), tensor=1, is_first=True, is_last=True)
-    assert points == (AGREE, *(Point(layer, phase) for layer in (1, 2) for phase in ("counts", "dispatch", "combine")))
+    assert points == (AGREE, *(Point(layer, phase) for layer in (1, 2) for phase in ("dispatch", "combine")))
 
 
-def test_points_of_a_pipeline_end_after_the_send():
-    assert step_points(range(1), (), tensor=1, is_first=True, is_last=False) == (AGREE, TOKENS)
-    assert step_points(range(1), (), tensor=1, is_first=False, is_last=True) == (ROWS, SENT)
-    divided = step_points(range(1), (), tensor=2, is_first=False, is_last=False)
-    assert [point.phase for point in divided] == ["rows", "gather", "scatter", "gather", "scatter", "gather", "sent"]
+def test_points_of_a_pipeline_begin_with_what_another_stage_sends():
+    assert step_points(range(1), (), tensor=1, is_first=True, is_last=False) == (TOKENS, AGREE)
+    assert step_points(range(1), (), tensor=1, is_first=False, is_last=True) == (ROWS,)
+
+
+def test_a_tensor_group_gathers_what_it_sends_or_samples():
+    divided = tuple(Point(0, phase) for phase in ("gather", "scatter", "gather", "scatter"))
+    assert step_points(range(1), (), tensor=2, is_first=False, is_last=False) == (ROWS, *divided, GATHER_OUTPUT)
+    assert step_points(range(1), (), tensor=2, is_first=False, is_last=True) == (ROWS, *divided, *HEAD_POINTS)
 
 
 def test_immediate_routing_has_no_last_combine():
     points = step_points(range(2), (0, 1), tensor=2, is_first=False, is_last=False, immediate=True)
-    layer = ["gather", "scatter", "counts", "dispatch"]
-    assert [point.phase for point in points] == ["rows", *layer, "combine", *layer, "sent"]
+    layer = ["gather", "scatter", "dispatch"]
+    assert [point.phase for point in points] == ["rows", *layer, "combine", *layer]
 
 
-def test_lanes_alternate_at_each_point_and_pairs_follow_each_other():
-    order = list(islice(schedule(3, (FIRST, SECOND), side_by_side=2), 8))
-    assert order == [
-        (0, FIRST), (1, FIRST), (0, SECOND), (1, SECOND), (2, FIRST), (2, SECOND), (0, FIRST), (1, FIRST),
-    ]  # fmt: skip
+def test_lanes_are_resumed_in_rotation_and_one_that_is_not_ready_is_passed_over():
+    order = LaneOrder(3, STEP)
+    assert order.candidates() == [0]  # the first step begins in order
+    for lane in range(3):
+        order.resume(lane)
+        order.wait(lane, DISPATCH)
+    assert order.candidates() == [0, 1, 2]
+    order.resume(1)  # 0 is not ready
+    order.wait(1, DISPATCH)
+    assert order.candidates() == [2, 0, 1]
 
 
-def lane(name, steps, log):
-    for step in range(steps):
-        log.append((name, step, "to first"))
-        yield FIRST
-        log.append((name, step, "to second"))
-        yield SECOND
+@pytest.mark.parametrize("point", [AGREE, TOKENS, ROWS, COMBINE])
+def test_a_lane_leaves_the_ends_of_a_step_after_the_lane_before_it(point):
+    order = LaneOrder(2, STEP)
+    for lane in range(2):
+        order.resume(lane)
+        order.wait(lane, DISPATCH)
+    order.resume(1)
+    order.wait(1, point)
+    assert order.candidates() == [0]  # though lane 1 has arrived first
+    order.resume(0)
+    order.wait(0, point)
+    assert order.candidates() == [0]
+    order.resume(0)
+    order.wait(0, DISPATCH)
+    assert order.candidates() == [1, 0]
 
 
-def test_interleave_runs_lanes_of_different_lengths_to_their_end():
-    log, reached = [], []
-    lanes = [lane("a", 2, log), lane("b", 1, log)]
-    interleave(lanes, (FIRST, SECOND), side_by_side=2, on_point=lambda *at: reached.append(at))
-    assert [entry[0] for entry in log] == ["a", "b", "a", "b", "a", "a"]
-    assert len(reached) == 6
+def test_a_lane_that_has_ended_is_not_waited_for():
+    order = LaneOrder(3, STEP)
+    order.resume(0)
+    order.end(0)
+    assert order.candidates() == [1]
+    order.resume(1)
+    order.wait(1, COMBINE)
+    order.resume(2)
+    order.end(2)
+    assert order.candidates() == [1]
+    order.resume(1)
+    order.end(1)
+    assert order.candidates() == []
 
 
-def test_a_lane_at_another_point_is_an_error():
-    with pytest.raises(RuntimeError, match="the schedule says"):
-        interleave([lane("a", 1, [])], (SECOND, FIRST), side_by_side=1)
+def test_without_overlap_a_lane_takes_a_whole_step_before_another_is_resumed():
+    order, resumed = LaneOrder(2, STEP, overlap=False), []
+    index = [2, 2]
+    for _ in range(9):
+        (lane,) = order.candidates()[:1]
+        assert order.candidates() == [lane] or STEP[index[lane]] == COMBINE or index[lane] == 0
+        order.resume(lane)
+        index[lane] = (index[lane] + 1) % 3
+        order.wait(lane, STEP[index[lane]])
+        resumed.append((lane, STEP[index[lane]].phase))
+    assert resumed[2:8] == [(lane, phase) for lane in (0, 1) for phase in ("dispatch", "combine", "agree")]
+
+
+@settings(deadline=None)
+@given(
+    steps=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    tensor=st.integers(1, 2),
+    position=st.tuples(st.booleans(), st.booleans()),
+    choices=st.lists(st.integers(0, 3), min_size=400, max_size=400),
+    overlap=st.booleans(),
+)
+def test_steps_begin_and_end_in_the_same_order_whatever_arrives_first(steps, tensor, position, choices, overlap):
+    is_first, is_last = position
+    points = step_points(range(3), (1, 2), tensor=tensor, is_first=is_first, is_last=is_last)
+    order = LaneOrder(len(steps), points, overlap=overlap)
+    at, left = [len(points) - 1] * len(steps), [count * len(points) for count in steps]
+    begun, ended = [], []
+    for choice in choices:
+        candidates = order.candidates()
+        if not candidates:
+            break
+        lane = candidates[choice % len(candidates)]
+        ended += [lane] if at[lane] == len(points) - 1 else []
+        begun += [lane] if at[lane] == 0 else []
+        order.resume(lane)
+        if not left[lane]:
+            order.end(lane)
+            continue
+        at[lane], left[lane] = (at[lane] + 1) % len(points), left[lane] - 1
+        order.wait(lane, points[at[lane]])
+    assert not order.candidates()
+    rounds = [[lane for lane, count in enumerate(steps) if count >= number] for number in range(max(steps) + 1)]
+    assert ended == [lane for lanes in rounds for lane in lanes]
+    assert begun == [lane for lanes in rounds[1:] for lane in lanes]

@@ -6,6 +6,7 @@ from mpi4py import MPI
 
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.protocol import SamplingRequest
+from moempi.bench.random_layer import run_to_end
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.config.job import Sampling
@@ -54,7 +55,7 @@ def make_head(comm=MPI.COMM_SELF, *, biased=True):
         bias=None if bias is None else bias[own],
         vocab_size=VOCAB,
     )
-    transfers = Transfers(backend, PendingTransfers(), overlap=True)
+    transfers = Transfers(backend, PendingTransfers())
     return head, TensorGroup(comm, backend, transfers=transfers, width=WIDTH), backend
 
 
@@ -80,7 +81,7 @@ def greedy(count):
 def test_the_sampled_tokens_are_the_twin_s_likeliest(biased):
     head, tensor, _ = make_head(biased=biased)
     x = rows_of(0, 9)
-    sampled = head.sample(x, greedy(9), tensor=tensor, counts=[9], top=TOP)
+    sampled = run_to_end(head.sample(x, greedy(9), tensor=tensor, counts=[9], top=TOP))
     logprobs = twin_logprobs(x, biased=biased)
     np.testing.assert_array_equal(sampled.tokens, logprobs.argmax(axis=1))
     np.testing.assert_allclose(sampled.logprobs, logprobs.max(axis=1), rtol=0, atol=1e-4)
@@ -92,7 +93,7 @@ def test_each_row_is_sampled_by_its_own_request():
     x = np.repeat(rows_of(0, 1), 6, axis=0)
     uniforms = [0.0, 0.1, 0.4, 0.6, 0.9, 0.99]
     requests = [SamplingRequest(Sampling(temperature=1.0), uniform, np.zeros(0, np.int64)) for uniform in uniforms]
-    sampled = head.sample(x, requests, tensor=tensor, counts=[6], top=0)
+    sampled = run_to_end(head.sample(x, requests, tensor=tensor, counts=[6], top=0))
     logprobs = twin_logprobs(x)[0]
     order = np.argsort(-logprobs)
     drawn = order[np.searchsorted(np.exp(logprobs[order]).cumsum(), uniforms, side="right")]
@@ -106,7 +107,7 @@ def test_each_row_is_sampled_by_its_own_request():
 def test_the_scores_are_the_twin_s_log_probabilities_of_the_targets(biased, count):
     head, tensor, _ = make_head(biased=biased)
     x, targets = rows_of(1, count), targets_of(1, count)
-    scored = head.score(x, targets, tensor=tensor, counts=[count], top=TOP)
+    scored = run_to_end(head.score(x, targets, tensor=tensor, counts=[count], top=TOP))
     logprobs = twin_logprobs(x, biased=biased)
     np.testing.assert_array_equal(scored.tokens, targets)
     np.testing.assert_allclose(scored.logprobs, logprobs[np.arange(count), targets], rtol=0, atol=1e-4)
@@ -117,10 +118,10 @@ def test_pieces_of_scored_rows_have_the_bits_of_one_piece(monkeypatch):
     head, tensor, backend = make_head()
     count = 2 * SCORED_ROWS + 7
     x, targets = rows_of(2, count), targets_of(2, count)
-    in_pieces = head.score(x, targets, tensor=tensor, counts=[count], top=TOP)
+    in_pieces = run_to_end(head.score(x, targets, tensor=tensor, counts=[count], top=TOP))
     assert backend.logit_rows == [SCORED_ROWS, SCORED_ROWS, 7]
     monkeypatch.setattr(module, "SCORED_ROWS", 10 * SCORED_ROWS)
-    whole = head.score(x, targets, tensor=tensor, counts=[count], top=TOP)
+    whole = run_to_end(head.score(x, targets, tensor=tensor, counts=[count], top=TOP))
     assert backend.logit_rows[3:] == [count]
     for name in ("tokens", "logprobs", "top_tokens", "top_logprobs"):
         np.testing.assert_array_equal(getattr(in_pieces, name), getattr(whole, name))
@@ -130,8 +131,8 @@ def test_no_rows_give_no_tokens_and_no_scores():
     head, tensor, _ = make_head()
     x = rows_of(0, 0)
     for tokens in (
-        head.sample(x, [], tensor=tensor, counts=[0], top=TOP),
-        head.score(x, targets_of(0, 0), tensor=tensor, counts=[0], top=TOP),
+        run_to_end(head.sample(x, [], tensor=tensor, counts=[0], top=TOP)),
+        run_to_end(head.score(x, targets_of(0, 0), tensor=tensor, counts=[0], top=TOP)),
     ):
         assert (len(tokens.tokens), len(tokens.logprobs), tokens.top_tokens.shape) == (0, 0, (0, TOP))
 
@@ -145,12 +146,12 @@ def test_a_tensor_group_samples_and_scores_as_one_rank_does(comm, num_ranks, cou
     x, targets = rows_of(comm.rank, own), targets_of(comm.rank, own)
     pairs = [
         (
-            head.sample(x, greedy(own), tensor=tensor, counts=counts, top=TOP),
-            alone.sample(x, greedy(own), tensor=one_rank, counts=[own], top=TOP),
+            run_to_end(head.sample(x, greedy(own), tensor=tensor, counts=counts, top=TOP)),
+            run_to_end(alone.sample(x, greedy(own), tensor=one_rank, counts=[own], top=TOP)),
         ),
         (
-            head.score(x, targets, tensor=tensor, counts=counts, top=TOP),
-            alone.score(x, targets, tensor=one_rank, counts=[own], top=TOP),
+            run_to_end(head.score(x, targets, tensor=tensor, counts=counts, top=TOP)),
+            run_to_end(alone.score(x, targets, tensor=one_rank, counts=[own], top=TOP)),
         ),
     ]
     for divided, whole in pairs:

@@ -99,6 +99,18 @@ class Event(Protocol):
         """Block the host until all work submitted before the event is done."""
 
 
+@dataclass(frozen=True, slots=True)
+class Download:
+    """Host memory that holds copies of a backend's arrays once `event` is done, or at once if there is none."""
+
+    event: Event | None
+    memory: Sequence[npt.NDArray[Any]]
+
+    def values(self) -> list[npt.NDArray[Any]]:
+        """The copied arrays, in memory of their own; the event must be done."""
+        return list(self.memory) if self.event is None else [values.copy() for values in self.memory]
+
+
 class MemoryVerbs(Protocol):
     """Weights, caches, buffers and queues."""
 
@@ -150,6 +162,9 @@ class MemoryVerbs(Protocol):
 
     def download(self, values: Array) -> npt.NDArray[Any]:
         """Return a host array of equal values. Blocks the host."""
+
+    def start_download(self, *arrays: Array) -> Download:
+        """Submit copies of arrays to the host."""
 
 
 class RowVerbs(Protocol):
@@ -251,13 +266,13 @@ class ExpertVerbs(Protocol):
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
         """Compute the router's weights (T, K) of given experts (T, K)."""
 
-    def group(self, experts: Array, physical_ids: Array, *, num_ids: int) -> tuple[Array, Array, IntArray]:
-        """Sort the T * K choices by physical_ids[expert], stably. Blocks the host for the counts.
+    def group(self, experts: Array, physical_ids: Array, *, num_ids: int) -> tuple[Array, Array, Array]:
+        """Sort the T * K choices by physical_ids[expert], stably.
 
         The ids are a host array or from `upload`, and less than `num_ids`.
 
-        Returns the source row of each sorted choice (T * K,), the sorted position of each choice (T, K), and a host
-        array of the number of choices per physical id (num_ids,).
+        Returns the source row of each sorted choice (T * K,), the sorted position of each choice (T, K), and the number
+        of choices per physical id (num_ids,).
         """
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:

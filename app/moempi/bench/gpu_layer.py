@@ -27,7 +27,7 @@ from moempi.comm.combine import HomeCombine
 from moempi.comm.hop import Hop
 from moempi.comm.lane_comm import LaneComm, make_lane_comm
 from moempi.comm.row_shape import RowShape
-from moempi.comm.transfers import Transfers
+from moempi.comm.transfers import Transfers, Waits
 from moempi.comm.transport_factory import TransportFactory
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.tensors import PAGE_ROWS
@@ -150,13 +150,14 @@ class _Rig:
                 layout,
                 Topology((0,)),
                 transports=transports,
-                transfers=Transfers(bench.backend, bench.pending, overlap=True),
+                transfers=Transfers(bench.backend, bench.pending),
             )
             for _ in range(lanes)
         ]
         self._batches = [_batch(step, first_slot=lane * step.sequences) for lane in range(lanes)]
         self._rows = [bench.values.rows(num_rows, shape.width) for _ in range(lanes)]
-        self._points = tuple(Point(layer, phase) for layer in stage.layers for phase in EXCHANGE_PHASES[1])
+        self._points = tuple(Point(layer, phase) for layer in stage.layers for phase in EXCHANGE_PHASES)
+        self._pending = bench.pending
         _fill_cache(model, self._batches, bench.values)
 
     def run(self) -> None:
@@ -164,11 +165,11 @@ class _Rig:
         interleave(
             [self._lane(lane) for lane in range(len(self._comms))],
             self._points,
-            side_by_side=len(self._comms),
+            pending=self._pending,
             on_queue=self._backend.on_queue,
         )
 
-    def _lane(self, lane: int) -> Any:
+    def _lane(self, lane: int) -> Waits[None]:
         batch, comm = self._batches[lane], self._comms[lane]
         split = RowSplit((batch.num_rows,), 1)
         yield from self._model.forward(batch, split, self._rows[lane], comm, MODEL_ROUTING, comm.home_combine)
@@ -253,7 +254,7 @@ def _block(
         router=Matrix(router, False),
         experts=[Expert(Matrix(gate_up[e], False), Matrix(down[e], False)) for e in range(sizes.experts)],
     )
-    transfers = Transfers(backend, bench.pending, overlap=True)
+    transfers = Transfers(backend, bench.pending)
     transport = Loopback(partial(backend.comm_buffer, width=sizes.width))
     hop = Hop(comm, backend, transfers=transfers, transport=transport, width=sizes.width)
     exchange = make_exchange(hop, linear(sizes.experts, 1))

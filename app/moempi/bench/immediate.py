@@ -91,11 +91,11 @@ def _make_step(
         Layout(grid, ({0: placement}, {0: placement}), memory=(), immediate_stages=immediate_stages),
         Topology(world.nodes),
         transports=transports,
-        transfers=Transfers(backend, pending, overlap=True),
+        transfers=Transfers(backend, pending),
     )
     coords = grid.coordinates(world.rank)
     if coords.stage:
-        return lambda: comm.link.receive(comm.link.post_receives())[2]
+        return lambda: comm.link.start_receive().finish().rows
     layer = make_layer(sizes, backend, hosted=placement.hosted[world.rank])
     rows = make_rows(tokens, sizes.width, seed=world.rank)
     batch = Batch(

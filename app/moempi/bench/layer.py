@@ -81,7 +81,7 @@ def layer_on(
     pending = PendingTransfers()
     backend = NumpyBackend(precision=precision, reproducible=False, progress=pending.progress)
     placement = linear(sizes.num_experts, comm.size)
-    transfers = Transfers(backend, pending, overlap=True)
+    transfers = Transfers(backend, pending)
     transport = Alltoallv(comm, row_bytes=sizes.width * backend.row_dtype.itemsize)
     exchange = make_exchange(Hop(comm, backend, transfers=transfers, transport=transport, width=sizes.width), placement)
     combine = HomeCombine(exchange)

@@ -32,6 +32,10 @@ class Loopback:
         """A buffer for the next `start`, reused two transfers later."""
         return self._buffers.take(rows)
 
+    def can_send(self) -> bool:
+        """Whether the next buffer is free: always."""
+        return True
+
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> BufferReceipt:
         """A receipt, already complete, of the rows of `outgoing`."""
         return BufferReceipt(_Done(), outgoing)

@@ -2,11 +2,12 @@
 
 With `--backend cupy` the lanes compute on a GPU; `compute` is then the time of the kernels alone, without the host's
 other work. One rank is enough there: the rows that it sends to itself stay in device memory and take the link's time.
+With a flag of the layout, whole runs are measured instead of layers alone.
 """
 
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from moempi.backend.select import make_backend
 from moempi.bench.device_calls import around_calls, record_calls, replay
 from moempi.bench.gpu_clock import Timer
 from moempi.bench.gpu_report import write_json
+from moempi.bench.layout_overlap import add_layout_flags, has_layout, measure_layout
 from moempi.bench.loopback import Loopback
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.bench.random_layer import Sizes, add_size_flags, make_exchange, make_layer, make_rows, random_bits
@@ -34,7 +36,7 @@ from moempi.comm.combine import HomeCombine
 from moempi.comm.exchange import OneHop
 from moempi.comm.hop import Hop
 from moempi.comm.select_transport import NAMES, make_transport
-from moempi.comm.transfers import PendingTransfers, Transfers
+from moempi.comm.transfers import PendingTransfers, Transfers, Waits
 from moempi.comm.transports.base import Transport
 from moempi.comm.transports.emulated import EmulatedLinks, Link
 from moempi.commands.flags import amount, count
@@ -51,7 +53,7 @@ from moempi.runtime.world import World
 LATENCY_S = 20e-6
 LABEL_WIDTH = 18
 COMPUTING, BLOCKING, OVERLAPPED = "computing", "blocking", "overlapped"
-POINTS = tuple(Point(0, phase) for phase in EXCHANGE_PHASES[1])
+POINTS = tuple(Point(0, phase) for phase in EXCHANGE_PHASES)
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -65,6 +67,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--passes", type=count, default=5, help="measurements of all layers, overlap on and off (5)")
     add("--link", type=amount, nargs="+", default=[0.9], metavar="X", help="link seconds per second of compute (0.9)")
     add("--transport", choices=NAMES, default="alltoallv", help="carries the rows between ranks (alltoallv)")
+    add_layout_flags(parser)
     add("--json", type=Path, metavar="FILE", help="also write all figures to FILE, as a list")
 
 
@@ -96,10 +99,10 @@ class Rig:
 
     stack: Stack
     exchanges: Sequence[OneHop]
-    transfers: Transfers
     rows: Sequence[Array]
     num_layers: int
     timeline: Timeline
+    overlap: bool
 
     def pass_through(self) -> list[Array]:
         """Compute all layers for the rows of all lanes, and return the outputs of each lane; collective, blocks."""
@@ -136,17 +139,16 @@ class Rig:
 
     def _interleave(self, outputs: list[Array], on_queue: Callable[[int], Any]) -> None:
         lanes = [self._lane(outputs, lane) for lane in range(len(self.rows))]
-        interleave(lanes, POINTS, side_by_side=len(lanes), on_queue=on_queue)
+        interleave(lanes, POINTS, pending=self.stack.pending, overlap=self.overlap, on_queue=on_queue)
 
     @contextmanager
     def _span(self, lane: int) -> Iterator[None]:
-        """Record the time in which a lane computes; a lane first waits, which does not count."""
-        begin, waited = perf_counter(), sum(self.transfers.waits.values())
+        """Record the time in which a lane computes."""
+        begin = perf_counter()
         yield
-        waited_here = sum(self.transfers.waits.values()) - waited
-        self.timeline.add_computing(lane, begin + waited_here, perf_counter())
+        self.timeline.add_computing(lane, begin, perf_counter())
 
-    def _lane(self, outputs: list[Array], lane: int) -> Generator[Point, None, None]:
+    def _lane(self, outputs: list[Array], lane: int) -> Waits[None]:
         into, out = self.stack.projections
         backend, width = self.stack.backend, outputs[lane].shape[1]
         for _ in range(self.num_layers):
@@ -166,6 +168,17 @@ def run(world: World, chosen: Namespace) -> None:
     """
     if world.size == 1 and chosen.backend == "numpy":
         raise UsageError("bench overlap measures between ranks; start it on 2 or more, or use --backend cupy")
+    if has_layout(chosen) and chosen.backend != "numpy":
+        raise UsageError("bench overlap measures whole runs with NumPy only; leave out --backend, or the layout")
+    records: list[Mapping[str, Any]] = []
+    for record in measure_layout(world, chosen) if has_layout(chosen) else measure_layers(world, chosen):
+        records.append(record)
+        if world.rank == 0 and chosen.json is not None:
+            write_json(chosen.json, records)
+
+
+def measure_layers(world: World, chosen: Namespace) -> Iterator[Mapping[str, Any]]:
+    """Measure layers alone with each number of lanes; collective."""
     pending = PendingTransfers()
     backend = world.collectively(lambda: _backend(world, chosen.backend, pending))
     timer: Timer | None = None
@@ -174,12 +187,8 @@ def run(world: World, chosen: Namespace) -> None:
 
         timer = CudaTimer()
     stack = make_stack(backend, pending, Sizes.of(chosen), hosted=_hosted(world, chosen), timer=timer)
-    records: list[Mapping[str, Any]] = []
     for num_lanes in chosen.lanes:
-        for record in measure(world, stack, chosen, num_lanes=num_lanes):
-            records.append(record)
-            if world.rank == 0 and chosen.json is not None:
-                write_json(chosen.json, records)
+        yield from measure(world, stack, chosen, num_lanes=num_lanes)
 
 
 def _backend(world: World, name: Literal["numpy", "cupy"], pending: PendingTransfers) -> Backend:
@@ -258,7 +267,7 @@ def make_rig(world: World, stack: Stack, chosen: Namespace, link: Link, *, num_l
     """A rig with lanes over `link`; its rows are the same in every call. Collective."""
     backend, timeline = stack.backend, Timeline(num_lanes)
     width, placement = chosen.width, linear(chosen.experts, world.size)
-    transfers = Transfers(backend, stack.pending, overlap=overlap)
+    transfers = Transfers(backend, stack.pending)
     row_bytes = width * backend.row_dtype.itemsize
     levels = Topology((0,) * world.size).levels(world.rank)
     exchanges = []
@@ -279,7 +288,7 @@ def make_rig(world: World, stack: Stack, chosen: Namespace, link: Link, *, num_l
         for lane in range(num_lanes)
     ]
     stack.synchronize(1)
-    return Rig(stack, exchanges, transfers, rows, chosen.layers, timeline)
+    return Rig(stack, exchanges, rows, chosen.layers, timeline, overlap)
 
 
 def _transport(comm: Any, backend: Backend, chosen: Namespace) -> Transport:

@@ -1,9 +1,8 @@
 """A Mixture-of-Experts layer with random weights, equal for any number of ranks, and random rows."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,13 +10,14 @@ from moempi.arrays import Bits, Float32Array, narrow, round_to_bfloat16
 from moempi.backend.protocol import Backend, Expert
 from moempi.comm.exchange import OneHop
 from moempi.comm.hop import Hop
+from moempi.comm.transfers import Waits
 from moempi.commands.flags import count
 from moempi.config.architecture import Router
 from moempi.layout.placement import Placement
-from moempi.layout.schedule import Point
 from moempi.layout.topology import Topology
 from moempi.model.feed_forward import MixtureOfExperts
 
+T = TypeVar("T")
 WEIGHT_DEVIATION = 0.03
 """Standard deviation of the weights."""
 
@@ -81,10 +81,11 @@ def make_rows(num_rows: int, width: int, *, seed: int = 0) -> Float32Array:
     return round_to_bfloat16(np.random.default_rng(seed).standard_normal((num_rows, width), np.float32))
 
 
-def run_to_end(steps: Generator[Point, None, Any]) -> Any:
+def run_to_end(steps: Waits[T]) -> T:
     """Resume one lane until it returns, and return its value."""
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            return end.value
+            value: T = end.value
+            return value

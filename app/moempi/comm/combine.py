@@ -1,12 +1,12 @@
 """The end of a MoE layer: its experts' outputs return to the rank that holds the token and are added up there."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moempi.backend.protocol import Array
 from moempi.comm.exchange import Exchange
-from moempi.layout.schedule import Point
+from moempi.comm.transfers import Waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Combine(Protocol):
     def begin(self, plan: Any, addends: Addends) -> None:
         """Send what does not depend on the outputs, before the experts compute; does not block on other ranks' rows."""
 
-    def finish(self, outputs: Array, plan: Any, addends: Addends) -> Generator[Point, None, Array]:
+    def finish(self, outputs: Array, plan: Any, addends: Addends) -> Waits[Array]:
         """Send the experts' outputs, in expert order, to the ranks that add them up; the sums that this rank holds."""
 
 
@@ -40,6 +40,6 @@ class HomeCombine:
     def begin(self, plan: Any, addends: Addends) -> None:
         """Send nothing: the home rank has the addends."""
 
-    def finish(self, outputs: Array, plan: Any, addends: Addends) -> Generator[Point, None, Array]:
+    def finish(self, outputs: Array, plan: Any, addends: Addends) -> Waits[Array]:
         """Combine the outputs, then add the shared experts' rows, then the residual."""
         return (yield from self._exchange.combine(outputs, plan, addends.in_order()))

@@ -1,11 +1,11 @@
 """The exchange of a MoE layer: `dispatch` sends rows to their experts, `combine` adds up the experts' outputs per row.
 
-Both are generators: they yield the phase of communication that they are about to wait for.
+Each of the two is one transfer, which advances by itself through all its steps: counts, then rows, on one hop or two.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from mpi4py import MPI
@@ -13,12 +13,13 @@ from mpi4py import MPI
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.hop import Hop
-from moempi.comm.route_plan import GroupedChoices, Plan, RoutePlan, make_plan
-from moempi.comm.transfers import Steps, Transfer
-from moempi.comm.transports.base import Receipt
+from moempi.comm.route_plan import GroupedChoices, RoutePlan, make_plan
+from moempi.comm.transfers import IDLE, Steps, Transfer, Waits, downloaded
 from moempi.layout.placement import Placement
 from moempi.layout.schedule import EXCHANGE_PHASES, Point
 from moempi.layout.topology import Topology
+
+DISPATCH, COMBINE = EXCHANGE_PHASES
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +34,27 @@ class Route:
 OnRoute = Callable[[Route], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
-    """A dispatch that has started: `rows` yields until its rows are received and returns them in expert order."""
+class Dispatched(NamedTuple):
+    """The rows that this rank's experts compute, in expert order, and the plan by which they were sent."""
 
-    plan: Plan
-    rows: Generator[Point, None, Array]
+    rows: Array
+    plan: Any
 
 
 class Exchange(Protocol):
-    """Moves the rows of one lane between the ranks of a stage; every call is collective over them."""
+    """Moves the rows of one lane between the ranks of a stage; every call is collective over them and does not block.
+
+    A call starts a transfer. The generator that it returns yields once, then returns the transfer's value.
+    """
 
     @property
     def expert_load(self) -> Mapping[int, IntArray]:
         """For each layer, the number of choices of this rank's rows for each expert (E,)."""
 
-    def dispatch(self, x: Array, route: Route) -> Generator[Point, None, Dispatch]:
-        """Start to send each row of x (T, D) to the K experts of its route."""
+    def dispatch(self, x: Array, route: Route) -> Waits[Dispatched]:
+        """Send each row of x (T, D) to the K experts of its route."""
 
-    def combine(self, outputs: Array, plan: Any, addends: Sequence[Array] = ()) -> Generator[Point, None, Array]:
+    def combine(self, outputs: Array, plan: Any, addends: Sequence[Array] = ()) -> Waits[Array]:
         """Return the experts' outputs, in expert order, to their tokens' ranks; each token's weighted sum (T, D).
 
         `plan` is the plan of the dispatch. The sums are in slot order; then the addends (T, D) are added in order, at
@@ -62,8 +65,8 @@ class Exchange(Protocol):
 class OneHop:
     """An exchange that sends a row once for each of its choices, directly to the rank of the expert.
 
-    `placements` are the placements of each layer's experts on the ranks, `topology` is the ranks' topology, `phases`
-    the names of the three phases. `on_route` is called with every route before it is dispatched.
+    `placements` are the placements of each layer's experts on the ranks, `topology` is the ranks' topology. `on_route`
+    is called with every route before it is dispatched.
     """
 
     def __init__(
@@ -72,7 +75,6 @@ class OneHop:
         placements: Mapping[int, Placement],
         topology: Topology,
         *,
-        phases: Sequence[str] = EXCHANGE_PHASES[1],
         on_route: OnRoute | None = None,
     ) -> None:
         self.placements = placements
@@ -83,40 +85,45 @@ class OneHop:
         }
         self._ids_on_backend: dict[int, Array] = {}
         self._num_counts = {layer: _num_counts(placed, hop.comm) for layer, placed in placements.items()}
-        self._counts_phase, self._dispatch_phase, self._combine_phase = phases
         self._on_route = on_route
 
-    def dispatch(self, x: Array, route: Route) -> Generator[Point, None, Dispatch]:
-        """Exchange counts, then send rows as soon as the counts of all ranks are received. Collective."""
+    def dispatch(self, x: Array, route: Route) -> Waits[Dispatched]:
+        """Exchange counts, then send rows as soon as the counts of all ranks are received."""
         if self._on_route is not None:
             self._on_route(route)
-        placement, backend = self.placements[route.layer], self._hop.backend
-        physical_ids = self._uploaded_ids(route.layer)
-        experts, num_ids = pick_replicas(backend, route, placement), len(placement.experts)
-        source_rows, output_rows, counts = backend.group(experts, physical_ids, num_ids=num_ids)
-        choices = GroupedChoices(counts, source_rows, output_rows, route.weights)
-        np.add.at(self.expert_load[route.layer], placement.experts, choices.counts)
-        planning = self.plan_from_counts(route.layer, choices)
-        sending = self._hop.transfers.start(self._send_when_planned(x, planning), waiting="exchange")
-        yield Point(route.layer, self._counts_phase)
-        plan = planning.finish()
-        sending.Test()
-        return Dispatch(plan, self._received(sending, plan))
+        transfer = self._hop.transfers.start(self._dispatch_steps(x, route))
+        return transfer.received(Point(route.layer, DISPATCH))
 
-    def combine(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Generator[Point, None, Array]:
-        """Send outputs back to the ranks that dispatched their rows, and add them up there. Collective."""
-        sending = self._hop.send(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
-        yield Point(plan.layer, self._combine_phase)
-        return self._hop.combine(sending.finish(), plan.output_rows, plan.weights, addends)
+    def combine(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Waits[Array]:
+        """Send outputs back to the ranks that dispatched their rows, and add them up there."""
+        transfer = self._hop.transfers.start(self.combine_steps(outputs, plan, addends))
+        return transfer.received(Point(plan.layer, COMBINE))
 
     def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
         """Start to exchange counts; the transfer's value is the plan of these choices. Collective, does not block."""
-        return self._hop.transfers.start(self._plan_steps(layer, choices), waiting="idle")
+        return self._hop.transfers.start(self._plan_steps(layer, choices), waiting=IDLE)
 
-    def send(self, x: Array, plan: RoutePlan) -> Generator[Point, None, Array]:
-        """Send the rows of x by a plan; the rows that this rank receives, in expert order. Collective."""
-        sending = self._hop.send(x, plan.source_rows, plan.send_counts, plan.recv_counts)
-        return (yield from self._received(sending, plan))
+    def send_steps(self, x: Array, plan: RoutePlan) -> Steps[Array]:
+        """Send the rows of x by a plan; the value is the rows that this rank receives, in expert order. Collective."""
+        receipt = yield from self._hop.send_steps(x, plan.source_rows, plan.send_counts, plan.recv_counts)
+        return self._hop.unpack(receipt, plan.by_expert)
+
+    def combine_steps(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Steps[Array]:
+        """The steps of `combine`."""
+        receipt = yield from self._hop.send_steps(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
+        return self._hop.combine(receipt, plan.output_rows, plan.weights, addends)
+
+    def _dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
+        layer, placement, backend = route.layer, self.placements[route.layer], self._hop.backend
+        experts, num_ids = pick_replicas(backend, route, placement), len(placement.experts)
+        source_rows, output_rows, counts = backend.group(experts, self._uploaded_ids(layer), num_ids=num_ids)
+        (counts,) = yield from downloaded(backend, counts)
+        choices = GroupedChoices(counts.astype(np.int64, copy=False), source_rows, output_rows, route.weights)
+        np.add.at(self.expert_load[layer], placement.experts, choices.counts)
+        planning = self.plan_from_counts(layer, choices)
+        yield planning
+        plan = planning.finish()
+        return Dispatched((yield from self.send_steps(x, plan)), plan)
 
     def _uploaded_ids(self, layer: int) -> Array:
         """The physical ids of a layer, which each step needs; uploaded once, on the lane's own queue."""
@@ -127,20 +134,10 @@ class OneHop:
     def _plan_steps(self, layer: int, choices: GroupedChoices) -> Steps[RoutePlan]:
         comm, bounds = self._hop.comm, self.placements[layer].bounds
         sent, received = self._num_counts[layer]
-        counts = choices.counts.astype(np.int64, copy=False)
         counts_here = np.empty((comm.size, received[0]), np.int64)
-        yield comm.Ialltoallv([counts, sent, MPI.INT64_T], [counts_here, received, MPI.INT64_T])
-        self._hop.transfers.count_rows(sent=int(counts.sum()), received=int(counts_here.sum()))
+        yield comm.Ialltoallv([choices.counts, sent, MPI.INT64_T], [counts_here, received, MPI.INT64_T])
+        self._hop.transfers.count_rows(sent=int(choices.counts.sum()), received=int(counts_here.sum()))
         return make_plan(layer, choices, counts_here, bounds=bounds)
-
-    def _send_when_planned(self, x: Array, planning: Transfer[RoutePlan]) -> Steps[Receipt]:
-        yield planning
-        plan = planning.finish()
-        return (yield from self._hop.steps(x, plan.source_rows, plan.send_counts, plan.recv_counts))
-
-    def _received(self, sending: Transfer[Receipt], plan: RoutePlan) -> Generator[Point, None, Array]:
-        yield Point(plan.layer, self._dispatch_phase)
-        return self._hop.unpack(sending.finish(), plan.by_expert)
 
 
 def _num_counts(placement: Placement, comm: MPI.Intracomm) -> tuple[Sequence[int], Sequence[int]]:

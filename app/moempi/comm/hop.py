@@ -8,13 +8,13 @@ from mpi4py import MPI
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
-from moempi.comm.transfers import Steps, Transfer, Transfers, after_verbs
+from moempi.comm.transfers import Condition, Steps, Transfer, Transfers, after_verbs
 from moempi.comm.transports.base import Receipt, Transport
 from moempi.comm.transports.buffers import BufferRing
 
 
 class Hop:
-    """Sends rows of `width` elements between the ranks of `comm`; `send` and `steps` are collective.
+    """Sends rows of `width` elements between the ranks of `comm`; `send` and `send_steps` are collective.
 
     Two transfers may be pending at a time. Each received transfer must be unpacked or combined exactly once.
     """
@@ -29,14 +29,18 @@ class Hop:
         self._incoming = BufferRing(2, partial(backend.comm_buffer, width=width))
 
     def send(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Transfer[Receipt]:
-        """Start the transfer of `steps`; the time that the host is blocked by it counts as "exchange"."""
-        return self.transfers.start(self.steps(rows, index, send_counts, recv_counts), waiting="exchange")
+        """Start the transfer of `send_steps`."""
+        return self.transfers.start(self.send_steps(rows, index, send_counts, recv_counts))
 
-    def steps(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Steps[Receipt]:
+    def send_steps(
+        self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray
+    ) -> Steps[Receipt]:
         """Send rows[index], or all rows if None, which are ordered by destination; the value is the receipt.
 
         Counts (R,) are rows to and from each rank.
         """
+        if not self._transport.can_send():
+            yield Condition(self._transport.can_send)
         outgoing = self._transport.outgoing(int(send_counts.sum()))
         self.backend.pack(rows, index, outgoing.view(self.backend.row_dtype))
         incoming = self._incoming.take(int(recv_counts.sum()))

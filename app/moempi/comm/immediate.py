@@ -5,7 +5,7 @@ shared experts' row, and a header that says which outputs belong to the row. The
 and not back to the home rank. The owner adds in the order and with the rounding of the home rank: the bits are equal.
 """
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,12 +19,11 @@ from moempi.comm.combine import Addends
 from moempi.comm.route_plan import RoutePlan
 from moempi.comm.row_shape import RowShape
 from moempi.comm.stage_comm import StageComm
-from moempi.comm.stage_link import CONTROL, ROWS, StageLink, StepReceives
-from moempi.comm.transfers import Transfer, Transfers
+from moempi.comm.stage_link import CONTROL, ROWS, StageLink, StageStep
+from moempi.comm.transfers import Steps, Transfer, Transfers, Waits
 from moempi.comm.transports.buffers import BufferRing
 from moempi.layout.grid import Grid
 from moempi.layout.row_split import RowSplit, part_range
-from moempi.layout.schedule import Point
 
 SHARED, OUTPUTS = 4, 5
 
@@ -97,20 +96,18 @@ class ImmediateLink(StageLink):
         else:
             super().stop()
 
-    def post_receives(self) -> StepReceives:
-        """Numbers of immediate rows are unknown until their headers are received, so nothing is started for them."""
-        return StepReceives(()) if self._receives_immediate else super().post_receives()
-
-    def receive(self, receives: StepReceives) -> tuple[Batch, RowSplit, Array]:
-        """Immediate rows are received when the experts' outputs are, which are then added up."""
+    def _receive_steps(self) -> Steps[StageStep]:
+        """Numbers of immediate rows are unknown until their headers are received; then their sums are computed."""
         if not self._receives_immediate:
-            return super().receive(receives)
+            return (yield from super()._receive_steps())
         stage, parts = self._coords.stage - 1, self._grid.tensor
         home_ranks = [self._grid.rank(stage, data, part) for data in self._source_groups for part in range(parts)]
-        headers: list[ImmediateHeader] = [self._wait_for(rank, CONTROL) for rank in home_ranks]
+        headers: list[ImmediateHeader] = []
+        for rank in home_ranks:
+            headers.append((yield from self._message_steps(rank, CONTROL)))
         batches = [header.batch for header in headers[::parts]]
         split = RowSplit(tuple(batch.num_rows for batch in batches), parts)
-        return Batch.join(batches), split, self._receive_sums(home_ranks, headers)
+        return StageStep(Batch.join(batches), split, (yield from self._sum_steps(home_ranks, headers)))
 
     def owners(self, batch: Batch) -> list[Owner]:
         """The ranks of the next stage that compute the slots of this rank's group."""
@@ -137,7 +134,7 @@ class ImmediateLink(StageLink):
             self._send_rows(outgoing[first : first + count], owner, tag)
             first += count
 
-    def _receive_sums(self, home_ranks: Sequence[int], headers: Sequence[ImmediateHeader]) -> Array:
+    def _sum_steps(self, home_ranks: Sequence[int], headers: Sequence[ImmediateHeader]) -> Steps[Array]:
         """Receive residuals, shared experts' rows and outputs; their sums in the order of the batch's rows."""
         output_rows, counts = output_rows_of(headers)
         num_rows = [len(header.rows) for header in headers]
@@ -146,8 +143,7 @@ class ImmediateLink(StageLink):
         shared, shared_transfers = self._receive_from(home_ranks, num_shared, SHARED)
         expert_ranks = self._grid.stages[self._coords.stage - 1].ranks[: len(counts)]  # a STOP_HEADER has no counts
         outputs, output_transfers = self._receive_from(expert_ranks, counts.tolist(), OUTPUTS)
-        for transfer in (*residual_transfers, *shared_transfers, *output_transfers):
-            transfer.finish()
+        yield from (*residual_transfers, *shared_transfers, *output_transfers)
         backend, order = self._backend, batch_order(headers, self._grid.tensor)
         weights = np.concatenate([header.weights for header in headers])
         index = backend.upload(order)
@@ -157,7 +153,7 @@ class ImmediateLink(StageLink):
 
     def _receive_from(
         self, sources: Sequence[int], counts: Sequence[int], tag: int
-    ) -> tuple[Array, list[Transfer[Array]]]:
+    ) -> tuple[Array, list[Transfer[MPI.Request]]]:
         """Start to receive counts[i] rows from rank sources[i], for all i, into consecutive parts of one buffer."""
         incoming = self._incoming_by_tag[tag].take(sum(counts))
         ends = np.cumsum(counts).tolist()
@@ -213,7 +209,7 @@ class ImmediateCombine:
         if addends.shared is not None:
             self._link.send_to_owners(addends.shared, all_rows, self._owner_of_row, SHARED)
 
-    def finish(self, outputs: Array, plan: RoutePlan, addends: Addends) -> Generator[Point, None, Array]:
+    def finish(self, outputs: Array, plan: RoutePlan, addends: Addends) -> Waits[Array]:
         """Returns no rows (0, D). Blocks until the owners of the outputs' rows are received."""
         yield from ()  # a generator like every `finish`, although no rows return to this rank
         if self._output_owners is None:

@@ -22,7 +22,6 @@ from moempi.layout.grid import Grid
 from moempi.layout.layout import Layout
 from moempi.layout.placement import Placement
 from moempi.layout.row_split import RowSplit
-from moempi.layout.schedule import INSIDE_PHASES
 from moempi.layout.topology import Topology
 
 SKEW_FACTOR = 2
@@ -115,7 +114,7 @@ class ExchangeFactory:
         node = MPI.Intracomm(comm.Split(topology.nodes[comm.rank], comm.rank))
         node_topology = topology.subset(node_ranks)
         node_placements = {layer: placement.subset(node_ranks) for layer, placement in placements.items()}
-        inside = OneHop(self._hop(node, node_topology), node_placements, node_topology, phases=INSIDE_PHASES)
+        inside = OneHop(self._hop(node, node_topology), node_placements, node_topology)
         across = self._hop(comm, topology, across=True)
         return TwoHops(across, inside, placements, topology, on_route=self.on_route)
 

@@ -57,15 +57,14 @@ class RoutePlan:
 class TwoHopPlan:
     """The plan of two hops: the rows that are sent to nodes, and the plan `inside` this node of the received rows.
 
-    `send_counts` and `recv_counts` (R,) are the rows that are sent to and from each rank across nodes. `source_rows`
-    (P,) is the token of each sent row, `output_rows` (T, N) the index among the returned rows of the row from each node
-    of a token. `present` (T, N) is 1, or 0 if the token has fewer nodes.
+    `send_counts` and `recv_counts` (R,) are the rows that are sent to and from each rank across nodes. `output_rows`
+    (T, N) is the index among the returned rows of the row from each node of a token, `present` (T, N) is 1, or 0 if the
+    token has fewer nodes.
     """
 
     layer: int
     send_counts: IntArray
     recv_counts: IntArray
-    source_rows: Any
     output_rows: Any
     present: Any
     inside: RoutePlan

@@ -6,7 +6,7 @@ import numpy as np
 from mpi4py import MPI
 
 from moempi.arrays import Int32Array, IntArray
-from moempi.comm.transfers import Transfer, Transfers, complete
+from moempi.comm.transfers import IDLE, Transfer, Transfers, complete
 
 
 class StageComm:
@@ -22,7 +22,7 @@ class StageComm:
         """Start to add up amounts (n,) over the ranks; the transfer's value is the sums (n,). Collective."""
         own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)
         request = self._comm.Iallreduce(own, sums)
-        return self._transfers.start(complete(request, sums, own), waiting="idle")
+        return self._transfers.start(complete(request, sums, own), waiting=IDLE)
 
     def ialltoallv(self, numbers: Int32Array, send_counts: IntArray, recv_counts: IntArray) -> Transfer[Int32Array]:
         """Start to send numbers, ordered by destination; the value is the received numbers, ordered by source.
@@ -31,4 +31,4 @@ class StageComm:
         """
         incoming = np.empty(int(recv_counts.sum()), np.int32)
         request = self._comm.Ialltoallv([numbers, send_counts, MPI.INT32_T], [incoming, recv_counts, MPI.INT32_T])
-        return self._transfers.start(complete(request, incoming, numbers), waiting="idle")
+        return self._transfers.start(complete(request, incoming, numbers), waiting=IDLE)

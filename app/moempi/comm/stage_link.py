@@ -5,35 +5,28 @@ messages does not depend on data. A sender's rows are divided into parts as a Ro
 is sent from rank j of one tensor group to rank j of the other.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from time import perf_counter, sleep
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
 from moempi.backend.protocol import Array, Backend, SampledTokens
 from moempi.comm.batch import NO_STEP, Batch
 from moempi.comm.row_shape import RowShape
-from moempi.comm.transfers import Steps, Transfer, Transfers, after_verbs, complete
+from moempi.comm.transfers import PIPELINE, Condition, Steps, Transfer, Transfers, after_verbs, complete
 from moempi.comm.transports.buffers import BufferRing
 from moempi.layout.grid import Grid
 from moempi.layout.row_split import RowSplit, part_range
 
 CONTROL, ROWS, SAMPLED, STOP = 1, 2, 3, 6
-SPIN_S = 200e-6
-"""Seconds of waiting for a message before the process sleeps."""
-NAP_S = 5e-3
-"""Longest sleep between two probes."""
-EVENT_NAP_S = 50e-6
-"""Longest sleep if verbs return before they are done: events that occur meanwhile start transfers of other lanes."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepReceives:
-    """The pending rows of a step: one transfer per source, into a buffer for the most rows that the source can send."""
+class StageStep(NamedTuple):
+    """A step as a stage receives it: the batch, the division of its rows, and this rank's part of them."""
 
-    transfers: tuple[Transfer[Array], ...]
+    batch: Batch
+    split: RowSplit
+    rows: Array
 
 
 class StageLink:
@@ -50,13 +43,13 @@ class StageLink:
         self._coords = coords
         self._backend = backend
         self._transfers = transfers
-        self._longest_nap_s = NAP_S if backend.record_event() is None else EVENT_NAP_S
         self._row = MPI.BYTE.Create_contiguous(shape.width * backend.row_dtype.itemsize).Commit()
         self._owner_groups = () if self.is_last else grid.peers(coords.stage, coords.data, other=coords.stage + 1)
         # `send` takes each of them once, after all earlier sends are complete.
         self._outgoing = BufferRing(max(1, len(self._owner_groups)), partial(backend.comm_buffer, width=shape.width))
         self._sent: list[Transfer[Any]] = []
         self._has_requested_stop = self._stop_requested = False
+        self._receiving_sampled: Transfer[SampledTokens] | None = None
         stage = coords.stage - 1
         self._source_groups = () if self.is_first else grid.peers(coords.stage, coords.data, other=stage)
         self._sources = [grid.rank(stage, data, coords.tensor) for data in self._source_groups]
@@ -99,20 +92,9 @@ class StageLink:
             self._stop_requested = True
         return self._stop_requested
 
-    def post_receives(self) -> StepReceives:
-        """Start to receive the rows of the next step; does not block."""
-        pairs = zip(self._sources, self._buffers, strict=True)
-        return StepReceives(tuple(self._receive_rows(buffer, source, ROWS) for source, buffer in pairs))
-
-    def receive(self, receives: StepReceives) -> tuple[Batch, RowSplit, Array]:
-        """Block until a step is received; its batch, the division of its rows, and this rank's part of them."""
-        batches: list[Batch] = [self._wait_for(source, CONTROL) for source in self._sources]
-        split = RowSplit(tuple(batch.num_rows for batch in batches), self._grid.tensor)
-        parts = []
-        for batch, transfer in zip(batches, receives.transfers, strict=True):
-            own = len(part_range(batch.num_rows, self._grid.tensor, self._coords.tensor))
-            parts.append(self._backend.unpack(transfer.finish()[:own], None))
-        return Batch.join(batches), split, self._backend.join(parts)
+    def start_receive(self) -> Transfer[StageStep]:
+        """Start to receive the next step; does not block."""
+        return self._transfers.start(self._receive_steps(), waiting=PIPELINE)
 
     def send_sampled(self, batch: Batch, sampled: SampledTokens) -> None:
         """Send the tokens sampled for the batch's logit rows to the first stage.
@@ -124,13 +106,11 @@ class StageLink:
             part = sampled.take(batch.logit_rows_of_slots(self._grid.slots(0, data)))
             self._send_message(part, self._grid.rank(0, data, self._coords.tensor), SAMPLED)
 
-    def receive_sampled(self) -> SampledTokens:
-        """Block until the sampled tokens of this group's step are received, in the batch's order."""
-        last = len(self._grid.stages) - 1
-        groups = self._grid.peers(0, self._coords.data, other=last)
-        return SampledTokens.join(
-            [self._wait_for(self._grid.rank(last, data, self._coords.tensor), SAMPLED) for data in groups]
-        )
+    def start_receive_sampled(self) -> Transfer[SampledTokens]:
+        """Start to receive the sampled tokens of this group's next step, in the batch's order; does not block."""
+        steps = self._receive_sampled_steps(self._receiving_sampled)
+        self._receiving_sampled = self._transfers.start(steps, waiting=PIPELINE)
+        return self._receiving_sampled
 
     def wait_for_sends(self) -> None:
         """Block until all sends so far are complete."""
@@ -138,31 +118,48 @@ class StageLink:
             transfer.finish()
         self._sent.clear()
 
-    def _wait_for(self, source: int, tag: int) -> Any:
-        """Block until a message is received. A long wait sleeps, so that other ranks on this core can run."""
-        begin = perf_counter()
-        while (message := self._comm.improbe(source, tag)) is None:
-            self._transfers.progress()
-            if (waited := perf_counter() - begin) > SPIN_S:
-                sleep(min(waited / 8, self._longest_nap_s))
-        self._transfers.add_wait("pipeline", perf_counter() - begin)
-        return message.recv()
+    def _receive_steps(self) -> Steps[StageStep]:
+        """The rows are received into buffers for the most rows that each source can send."""
+        pairs = zip(self._sources, self._buffers, strict=True)
+        receiving = [self._receive_rows(buffer, source, ROWS) for source, buffer in pairs]
+        batches: list[Batch] = []
+        for source in self._sources:
+            batches.append((yield from self._message_steps(source, CONTROL)))
+        split = RowSplit(tuple(batch.num_rows for batch in batches), self._grid.tensor)
+        parts = []
+        for batch, buffer, transfer in zip(batches, self._buffers, receiving, strict=True):
+            yield transfer
+            own = len(part_range(batch.num_rows, self._grid.tensor, self._coords.tensor))
+            parts.append(self._backend.unpack(buffer[:own], None))
+        return StageStep(Batch.join(batches), split, self._backend.join(parts))
+
+    def _receive_sampled_steps(self, before: Transfer[SampledTokens] | None) -> Steps[SampledTokens]:
+        """Each message belongs to the earliest step without tokens: wait until those `before` are received."""
+        if before is not None:
+            yield before
+        last = len(self._grid.stages) - 1
+        parts: list[SampledTokens] = []
+        for data in self._grid.peers(0, self._coords.data, other=last):
+            source = self._grid.rank(last, data, self._coords.tensor)
+            parts.append((yield from self._message_steps(source, SAMPLED)))
+        return SampledTokens.join(parts)
+
+    def _message_steps(self, source: int, tag: int) -> Steps[Any]:
+        """Receive an object, once it has arrived."""
+        yield Condition(partial(self._comm.iprobe, source, tag))
+        return self._comm.recv(source=source, tag=tag)
 
     def _send_message(self, message: object, rank: int, tag: int) -> None:
         """Send an object; does not block."""
         request = self._comm.isend(message, rank, tag)
-        self._sent.append(self._transfers.start_between_stages(complete(request, None)))
+        self._sent.append(self._transfers.start(complete(request, None), waiting=PIPELINE))
 
     def _send_rows(self, rows: Array, rank: int, tag: int) -> None:
         """Send the rows of a buffer once they are written; does not block."""
         start = partial(self._comm.Isend, [rows, len(rows), self._row], rank, tag)
-        self._sent.append(self._transfers.start_between_stages(after_verbs(self._backend, start)))
+        self._sent.append(self._transfers.start(after_verbs(self._backend, start), waiting=PIPELINE))
 
-    def _receive_rows(self, buffer: Array, source: int, tag: int) -> Transfer[Array]:
-        """Receive into a buffer once no verb reads it; the value is the buffer. Does not block."""
-        return self._transfers.start_between_stages(self._receive_steps(buffer, source, tag))
-
-    def _receive_steps(self, buffer: Array, source: int, tag: int) -> Steps[Array]:
-        message = [buffer, len(buffer), self._row]
-        yield from after_verbs(self._backend, partial(self._comm.Irecv, message, source, tag))
-        return buffer
+    def _receive_rows(self, buffer: Array, source: int, tag: int) -> Transfer[MPI.Request]:
+        """Receive into a buffer once no verb reads it; does not block."""
+        start = partial(self._comm.Irecv, [buffer, len(buffer), self._row], source, tag)
+        return self._transfers.start(after_verbs(self._backend, start), waiting=PIPELINE)

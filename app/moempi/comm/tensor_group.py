@@ -5,24 +5,22 @@ the group before a divided matrix, `reduce_scatter` adds up their partial result
 sequence parallelism). So each row is dispatched to its experts by one rank only.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 from mpi4py import MPI
 
-from moempi.arrays import IntArray
+from moempi.arrays import Float32Array, Int32Array, IntArray
 from moempi.backend.protocol import Array, Backend, SampledTokens
-from moempi.comm.transfers import Steps, Transfer, Transfers, after_verbs, complete
+from moempi.comm.transfers import Steps, Transfers, Waits, after_verbs, downloaded
 from moempi.comm.transports.buffers import BufferRing
 from moempi.layout.row_split import RowSplit, part_range
-from moempi.layout.schedule import TENSOR_PHASES, Point
-
-GATHER, SCATTER = TENSOR_PHASES
+from moempi.layout.schedule import Point
 
 
 class TensorGroup:
-    """A rank's tensor group. All methods are collective; in a group of one rank they send nothing and never yield.
+    """A rank's tensor group. All methods are collective and yield once, at `point`; in a group of one rank, never.
 
     Each transfer is finished, and its verbs are submitted, before the next one starts on the same queue.
     """
@@ -38,55 +36,48 @@ class TensorGroup:
         self._addends: tuple[Array, Array] | None = None
         self._row = MPI.BYTE.Create_contiguous(width * backend.row_dtype.itemsize).Commit()
 
-    def all_gather(self, x: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
+    def all_gather(self, x: Array, split: RowSplit, point: Point) -> Waits[Array]:
         """All rows (T, D), in the batch's order, from each rank's part of them."""
         if self.size == 1:
             return x
-        transfer = self._start_all_gather(x, split.counts)
-        yield Point(layer, GATHER)
-        return self._backend.unpack(transfer.finish(), split.by_row)
+        gathered = yield from self._transfers.start(self._all_gather(x, split.counts)).received(point)
+        return self._backend.unpack(gathered, split.by_row)
 
-    def reduce_scatter(self, addends: Array, split: RowSplit, *, layer: int) -> Generator[Point, None, Array]:
+    def reduce_scatter(self, addends: Array, split: RowSplit, point: Point) -> Waits[Array]:
         """This rank's part of the sum over the group, in rank order, of partial results (T, D)."""
         if self.size == 1:
             return addends
         own = split.counts[self.part]
-        transfer = self._transfers.start(self._all_to_all(addends, split, own), waiting="exchange")
-        yield Point(layer, SCATTER)
-        return self._backend.combine(transfer.finish(), *self._sum_of_parts(own))
+        parts = yield from self._transfers.start(self._all_to_all(addends, split, own)).received(point)
+        return self._backend.combine(parts, *self._sum_of_parts(own))
 
-    def all_gather_rows(self, x: Array, counts: Sequence[int]) -> Array:
-        """The rows of all ranks in rank order (sum(counts), D); rank i has counts[i] rows. Blocks."""
-        if self.size == 1 or not any(counts):
+    def all_gather_rows(self, x: Array, counts: Sequence[int], point: Point) -> Waits[Array]:
+        """The rows of all ranks in rank order (sum(counts), D); rank i has counts[i] rows."""
+        if self.size == 1:
             return x
-        return self._backend.unpack(self._start_all_gather(x, counts).finish(), None)
+        gathered = yield from self._transfers.start(self._all_gather(x, counts)).received(point)
+        return self._backend.unpack(gathered, None)
 
-    def exchange_logits(self, logits: Array, counts: Sequence[int], *, vocab_size: int) -> Array:
-        """Complete logits (counts[part], V) of this rank's rows; blocks.
+    def exchange_logits(self, logits: Array, counts: Sequence[int], *, vocab_size: int, point: Point) -> Waits[Array]:
+        """Complete logits (counts[part], V) of this rank's rows.
 
         `logits` (sum(counts), own part of V) float32 are the logits of all ranks' rows for this rank's part of the
         vocabulary, which `part_range` divides.
         """
-        if self.size == 1 or not any(counts):
+        if self.size == 1:
             return logits
-        lengths = [len(part_range(vocab_size, self.size, part)) for part in range(self.size)]
-        own = counts[self.part]
-        outgoing = np.ascontiguousarray(self._backend.download(logits), np.float32)
-        incoming = np.empty(own * vocab_size, np.float32)
-        sent = [outgoing, [count * lengths[self.part] for count in counts], MPI.FLOAT]
-        request = self._comm.Ialltoallv(sent, [incoming, [own * length for length in lengths], MPI.FLOAT])
-        self._transfers.start(complete(request, incoming, outgoing), waiting="exchange").finish()
-        pieces = np.split(incoming, own * np.cumsum(lengths)[:-1])
-        rows = [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)]
-        return self._backend.upload(np.concatenate(rows, axis=1))
+        steps = self._exchange_logits(logits, counts, vocab_size=vocab_size)
+        return self._backend.upload((yield from self._transfers.start(steps).received(point)))
 
-    def merge_sampled(self, sampled: SampledTokens, rows: IntArray) -> SampledTokens:
-        """The sampled tokens of all ranks, ordered by row; `rows` (n,) are the rows of this rank's tokens. Blocks."""
+    def merge_sampled(
+        self, sampled: SampledTokens, rows_of_part: Sequence[IntArray], point: Point
+    ) -> Waits[SampledTokens]:
+        """The sampled tokens of all ranks, ordered by row; those of rank i are of the rows rows_of_part[i]."""
         if self.size == 1:
             return sampled
-        parts = self._comm.allgather((sampled, rows))
-        joined = SampledTokens.join([part for part, _ in parts])
-        return joined.take(np.argsort(np.concatenate([rows_of_part for _, rows_of_part in parts])))
+        counts = list(map(len, rows_of_part))
+        joined = yield from self._transfers.start(self._gather_sampled(sampled, counts)).received(point)
+        return joined.take(np.argsort(np.concatenate(rows_of_part)))
 
     def _sum_of_parts(self, own: int) -> tuple[Array, Array]:
         """The rows (own, size) that `combine` adds up, and weights of 1; kept, as all layers of a step need them."""
@@ -94,9 +85,6 @@ class TensorGroup:
             rows = np.arange(own)[:, None] + np.arange(self.size) * own
             self._addends = self._backend.upload(rows), self._backend.upload(np.ones(rows.shape, np.float32))
         return self._addends
-
-    def _start_all_gather(self, x: Array, counts: Sequence[int]) -> Transfer[Array]:
-        return self._transfers.start(self._all_gather(x, counts), waiting="exchange")
 
     def _all_gather(self, x: Array, counts: Sequence[int]) -> Steps[Array]:
         outgoing, incoming = self._outgoing.take(counts[self.part]), self._incoming.take(sum(counts))
@@ -112,3 +100,32 @@ class TensorGroup:
         sent, received = [outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row]
         yield from after_verbs(self._backend, partial(self._comm.Ialltoallv, sent, received))
         return incoming
+
+    def _exchange_logits(self, logits: Array, counts: Sequence[int], *, vocab_size: int) -> Steps[Float32Array]:
+        lengths = [len(part_range(vocab_size, self.size, part)) for part in range(self.size)]
+        own = counts[self.part]
+        (on_host,) = yield from downloaded(self._backend, logits)
+        outgoing, incoming = np.ascontiguousarray(on_host, np.float32), np.empty(own * vocab_size, np.float32)
+        sent = [outgoing, [count * lengths[self.part] for count in counts], MPI.FLOAT]
+        yield self._comm.Ialltoallv(sent, [incoming, [own * length for length in lengths], MPI.FLOAT])
+        pieces = np.split(incoming, own * np.cumsum(lengths)[:-1])
+        rows = [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)]
+        return np.concatenate(rows, axis=1)
+
+    def _gather_sampled(self, sampled: SampledTokens, counts: Sequence[int]) -> Steps[SampledTokens]:
+        logprobs, top_logprobs = (_bits(values) for values in (sampled.logprobs[:, None], sampled.top_logprobs))
+        outgoing = np.concatenate([sampled.tokens[:, None], logprobs, sampled.top_tokens, top_logprobs], axis=1)
+        outgoing, width = outgoing.astype(np.int32, copy=False), outgoing.shape[1]
+        incoming = np.empty((sum(counts), width), np.int32)
+        received = [incoming, [count * width for count in counts], MPI.INT32_T]
+        yield self._comm.Iallgatherv([outgoing, outgoing.size, MPI.INT32_T], received)
+        tokens, logprobs, top_tokens, top_logprobs = np.split(incoming, [1, 2, 1 + width // 2], axis=1)
+        return SampledTokens(tokens[:, 0], _floats(logprobs)[:, 0], top_tokens, _floats(top_logprobs))
+
+
+def _bits(values: Float32Array) -> Int32Array:
+    return np.ascontiguousarray(values, np.float32).view(np.int32)
+
+
+def _floats(bits: Int32Array) -> Float32Array:
+    return np.ascontiguousarray(bits).view(np.float32)

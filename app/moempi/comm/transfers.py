@@ -2,42 +2,51 @@
 
 The steps of a transfer are a generator. It starts requests, yields each request that it has to wait for, and returns
 the transfer's value. `PendingTransfers.progress` advances every transfer of the rank whose request is complete. The
-backend calls it between the pieces of long verbs, so rows are sent and received while any lane computes.
+backend calls it between the pieces of long verbs, and so does every wait of the host: rows are sent, forwarded and
+received while any lane computes or waits.
 """
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from time import perf_counter
-from typing import Any, Generic, TypeVar
+from time import perf_counter, sleep
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from moempi.backend.protocol import Backend, Event
-from moempi.comm.transports.base import MpiRequest
+import numpy.typing as npt
+
+from moempi.backend.protocol import Array, Backend
+from moempi.comm.transports.base import Completion
 from moempi.comm.transports.counted import Counters, no_counts
+from moempi.layout.schedule import Point
 
 T = TypeVar("T")
-R = TypeVar("R", bound=MpiRequest)
-Steps = Generator[MpiRequest, None, T]
-WAITS = ("exchange", "pipeline", "idle")
+R = TypeVar("R", bound=Completion)
+Steps = Generator[Completion, None, T]
+EXCHANGE, PIPELINE, IDLE = WAITS = ("exchange", "pipeline", "idle")
+SPIN_S = 200e-6
+"""Seconds of waiting for another stage before the process sleeps."""
+NAP_S = 5e-3
+"""Longest sleep between two looks at a transfer from another stage."""
+EVENT_NAP_S = 50e-6
+"""Longest sleep if verbs return before they are done: events that occur meanwhile start transfers of other lanes."""
 
 
 @dataclass(frozen=True, slots=True)
-class _EventRequest:
-    """An event of the backend as a request."""
+class Condition:
+    """A request that is complete once `Test()` is true; it does not block."""
 
-    event: Event
-
-    def Test(self) -> bool:  # noqa: N802
-        return self.event.is_done()
-
-    def Wait(self) -> None:  # noqa: N802
-        self.event.synchronize()
+    Test: Callable[[], bool]
 
 
-def complete(request: MpiRequest, value: T, *buffers: object) -> Steps[T]:
+def complete(request: Completion, value: T, *buffers: object) -> Steps[T]:
     """The steps of one request, whose value is `value`. `buffers` stay alive until the request is complete."""
     yield request
     return value
+
+
+def nothing() -> Steps[Any]:
+    """No steps: the transfer is finished when it starts, and has no value."""
+    yield from ()
 
 
 def after_verbs(backend: Backend, start: Callable[[], R]) -> Steps[R]:
@@ -48,10 +57,18 @@ def after_verbs(backend: Backend, start: Callable[[], R]) -> Steps[R]:
     """
     event = backend.record_event()
     if event is not None:
-        yield _EventRequest(event)
+        yield Condition(event.is_done)
     request = start()
     yield request
     return request
+
+
+def downloaded(backend: Backend, *arrays: Array) -> Steps[list[npt.NDArray[Any]]]:
+    """The steps of a copy of the backend's arrays to the host; the value is the copies."""
+    download = backend.start_download(*arrays)
+    if download.event is not None:
+        yield Condition(download.event.is_done)
+    return download.values()
 
 
 class PendingTransfers:
@@ -70,69 +87,53 @@ class PendingTransfers:
         for transfer in self._transfers:
             transfer.Test()
 
+    def wait_for_any(self, transfers: Mapping[int, "Transfer[Any]"]) -> int:
+        """Block until one of these transfers is finished, and return its key. All transfers advance meanwhile.
+
+        The time is added to the waits of that transfer, by its cause when the host began to wait.
+        """
+        begin = perf_counter()
+        causes = {key: transfer.waiting for key, transfer in transfers.items()}
+        longest_nap_s = min(transfer.longest_nap_s for transfer in transfers.values())
+        while True:
+            for key, transfer in transfers.items():
+                if transfer.Test():
+                    transfer.add_wait(causes[key], perf_counter() - begin)
+                    return key
+            self.progress()
+            if longest_nap_s and (waited_s := perf_counter() - begin) > SPIN_S:
+                sleep(min(waited_s / 8, longest_nap_s))  # other ranks on this core can run
+            else:
+                os.sched_yield()
+
 
 class Transfers:
     """Starts the transfers of one lane, and records what they cost.
 
-    Without `overlap`, `start` finishes each transfer before it returns; nothing else changes. `waits` are the seconds
-    that the host was blocked, by cause: "exchange" for rows of the layer, "pipeline" for another stage, "idle" for a
-    slower rank of this stage. `counters` are bytes and messages by level of link. `count_mismatch` is the number of
-    rows that this rank planned to send, less the number that it planned to receive; its sum over all ranks is 0.
+    `waits` are the seconds that the host was blocked, by cause: "exchange" for rows of the layer, "pipeline" for
+    another stage, "idle" for a slower rank of this stage. `counters` are bytes and messages by level of link.
+    `count_mismatch` is the number of rows that this rank planned to send, less the number that it planned to receive;
+    its sum over all ranks is 0.
     """
 
-    def __init__(self, backend: Backend, pending: PendingTransfers, *, overlap: bool) -> None:
+    def __init__(self, backend: Backend, pending: PendingTransfers) -> None:
+        self.backend = backend
+        self.pending = pending
         self.waits = dict.fromkeys(WAITS, 0.0)
         self.counters: Counters = no_counts()
         self.count_mismatch = 0
-        self._backend = backend
-        self._pending = pending
-        self._overlap = overlap
-        self._starts_late = backend.record_event() is not None
+        self.longest_nap_s = NAP_S if backend.record_event() is None else EVENT_NAP_S
 
-    def start(self, steps: Steps[T], *, waiting: str) -> "Transfer[T]":
-        """Start a transfer; the time that the host is blocked by it is added to `waits[waiting]`.
-
-        Blocks only without `overlap`.
-        """
-        transfer = self._start(steps, waiting)
-        if not self._overlap:
-            transfer.finish()
+    def start(self, steps: Steps[T], *, waiting: str = EXCHANGE) -> "Transfer[T]":
+        """Start a transfer; the time that the host is blocked by it is added to `waits[waiting]`. Does not block."""
+        transfer = Transfer(steps, self, waiting=waiting)
+        if not transfer.finished:
+            self.pending.add(transfer)
         return transfer
-
-    def start_between_stages(self, steps: Steps[T]) -> "Transfer[T]":
-        """Start a transfer to or from another stage, whose ranks are at other points; never blocks."""
-        return self._start(steps, "pipeline")
 
     def count_rows(self, *, sent: int, received: int) -> None:
         """Add the rows of one plan to `count_mismatch`."""
         self.count_mismatch += sent - received
-
-    def wait(self, request: MpiRequest, *, waiting: str) -> None:
-        """Block until the request is complete; the time is added to `waits[waiting]`.
-
-        If verbs return before they are done, transfers of all lanes advance meanwhile, because their events can occur.
-        """
-        begin = perf_counter()
-        if self._starts_late:
-            while not request.Test():
-                self.progress()
-                os.sched_yield()
-        else:
-            request.Wait()
-        self.add_wait(waiting, perf_counter() - begin)
-
-    def add_wait(self, waiting: str, seconds: float) -> None:
-        """Add seconds that the host was blocked to `waits[waiting]`."""
-        self.waits[waiting] += seconds
-
-    def progress(self) -> None:
-        """Advance the transfers of all lanes; does not block."""
-        self._pending.progress()
-
-    def _start(self, steps: Steps[T], waiting: str) -> "Transfer[T]":
-        transfer = Transfer(steps, self, self._backend, waiting=waiting)
-        self._pending.add(transfer)
-        return transfer
 
 
 class Transfer(Generic[T]):
@@ -141,16 +142,30 @@ class Transfer(Generic[T]):
     A transfer is itself a request, for which the steps of another transfer can wait.
     """
 
-    def __init__(self, steps: Steps[T], transfers: Transfers, backend: Backend, *, waiting: str) -> None:
+    def __init__(self, steps: Steps[T], transfers: Transfers, *, waiting: str) -> None:
         self.finished = False
         self._failure: BaseException | None = None
         self._steps = steps
         self._transfers = transfers
-        self._backend = backend
-        self._queue = backend.queue
+        self._backend = transfers.backend
+        self._queue = self._backend.queue
         self._waiting = waiting
         self._is_advancing = False
         self._advance()
+
+    @property
+    def waiting(self) -> str:
+        """The cause of a wait for this transfer; if it waits for another transfer, the cause of that one."""
+        return self._request.waiting if isinstance(self._request, Transfer) else self._waiting
+
+    @property
+    def longest_nap_s(self) -> float:
+        """The longest sleep of the host while it waits: 0, unless for another stage."""
+        return self._transfers.longest_nap_s if self._waiting == PIPELINE else 0.0
+
+    def add_wait(self, cause: str, seconds: float) -> None:
+        """Add seconds that the host was blocked by this transfer."""
+        self._transfers.waits[cause] += seconds
 
     def Test(self) -> bool:  # noqa: N802
         """Run the steps whose requests are complete; whether the transfer is finished. Does not block."""
@@ -158,17 +173,18 @@ class Transfer(Generic[T]):
             self._advance()
         return self.finished
 
-    def Wait(self) -> None:  # noqa: N802
-        """Block until the transfer is finished."""
-        self.finish()
-
     def finish(self) -> T:
         """Block until the transfer is finished, and return its value; raises the error of a step that failed."""
-        while not self.Test():
-            self._transfers.wait(self._request, waiting=self._waiting)
+        if not self.Test():
+            self._transfers.pending.wait_for_any({0: self})
         if self._failure is not None:
             raise self._failure
         return self._value
+
+    def received(self, point: Point) -> "Waits[T]":
+        """Yield once, as a lane that waits at `point`; return the transfer's value."""
+        yield Wait(point, self)
+        return self.finish()
 
     def _advance(self) -> None:
         """Run the steps to their next request. A verb among them may call `progress`, which skips this transfer."""
@@ -188,3 +204,14 @@ class Transfer(Generic[T]):
             raise
         finally:
             self._is_advancing = False
+
+
+class Wait(NamedTuple):
+    """What a lane yields: it waits at `point` until `transfer` is finished."""
+
+    point: Point
+    transfer: Transfer[Any]
+
+
+Waits = Generator[Wait, None, T]
+"""A part of a lane's step, which yields where the lane waits."""

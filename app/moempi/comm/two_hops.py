@@ -6,7 +6,7 @@ and weights of its choices on that node. The forwarder sends the row to the expe
 order, and returns one row. The home rank adds the nodes' rows in the order of their first slots.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,14 @@ from mpi4py import MPI
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array
-from moempi.comm.exchange import Dispatch, OneHop, OnRoute, Route, no_load, pick_replicas
+from moempi.comm.exchange import COMBINE, DISPATCH, Dispatched, OneHop, OnRoute, Route, no_load, pick_replicas
 from moempi.comm.hop import Hop
 from moempi.comm.route_plan import GroupedChoices, RoutePlan, TwoHopPlan
-from moempi.comm.transfers import Transfer, complete
-from moempi.comm.transports.base import Receipt
+from moempi.comm.transfers import IDLE, Steps, Transfer, Waits, complete, downloaded
 from moempi.layout.forwarders import ABSENT, Forwarders, NodeTransfers, node_transfers
 from moempi.layout.placement import Placement
-from moempi.layout.schedule import EXCHANGE_PHASES, Point
+from moempi.layout.schedule import Point
 from moempi.layout.topology import Topology
-
-COUNTS, CHOICES, COUNTS_INSIDE, DISPATCH, _, _, COMBINE_ACROSS = EXCHANGE_PHASES[2]
 
 
 class TwoHops:
@@ -52,46 +49,49 @@ class TwoHops:
             layer: placement.physical_ids(across.comm.rank, topology) for layer, placement in placements.items()
         }
 
-    def dispatch(self, x: Array, route: Route) -> Generator[Point, None, Dispatch]:
-        """Exchange counts, then choices, then rows. Blocks the host to download the route."""
+    def dispatch(self, x: Array, route: Route) -> Waits[Dispatched]:
         if self._on_route is not None:
             self._on_route(route)
+        transfer = self._across.transfers.start(self._dispatch_steps(x, route))
+        return transfer.received(Point(route.layer, DISPATCH))
+
+    def combine(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array] = ()) -> Waits[Array]:
+        transfer = self._across.transfers.start(self._combine_steps(outputs, plan, addends))
+        return transfer.received(Point(plan.layer, COMBINE))
+
+    def _dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
+        """Exchange counts; then send rows across, while choices and the counts inside the node are exchanged."""
         layer, backend, placement = route.layer, self._across.backend, self.placements[route.layer]
-        physical = self._physical_ids[layer][backend.download(pick_replicas(backend, route, placement))]
-        weights = backend.download(route.weights)
+        chosen, weights = yield from downloaded(backend, pick_replicas(backend, route, placement), route.weights)
+        physical = self._physical_ids[layer][chosen]
         np.add.at(self.expert_load[layer], placement.experts[physical], 1)
         pairs = node_transfers(self._node_of_physical[layer][physical], len(self._forwarders.ranks))
-        exchange_of_counts = self._start_counts(pairs)
-        yield Point(layer, COUNTS)
-        send_counts, recv_counts = exchange_of_counts.finish()
+        counts = self._start_counts(pairs)
+        yield counts
+        send_counts, recv_counts = counts.finish()
+        sending = self._across.send(x, backend.upload(pairs.tokens), send_counts, recv_counts)
         messages = _choice_messages(pairs, self._node_of_physical[layer], physical, weights)
-        exchange_of_choices = self._start_choices(messages, send_counts, recv_counts)
-        yield Point(layer, CHOICES)
-        planning = self._plan_inside(layer, exchange_of_choices.finish())
-        yield Point(layer, COUNTS_INSIDE)
+        choices = self._start_choices(messages, send_counts, recv_counts)
+        yield choices
+        planning = self._plan_inside(layer, choices.finish())
+        yield planning
         plan = TwoHopPlan(
             layer=layer,
             send_counts=send_counts,
             recv_counts=recv_counts,
-            source_rows=backend.upload(pairs.tokens),
             output_rows=backend.upload(pairs.pairs),
             present=backend.upload(pairs.present),
             inside=planning.finish(),
         )
-        sending = self._across.send(x, plan.source_rows, send_counts, recv_counts)
-        return Dispatch(plan, self._received(sending, plan))
-
-    def combine(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array] = ()) -> Generator[Point, None, Array]:
-        """Combine inside the node, then across the nodes."""
-        rows = yield from self._inside.combine(outputs, plan.inside)
-        sending = self._across.send(rows, None, plan.recv_counts, plan.send_counts)
-        yield Point(plan.layer, COMBINE_ACROSS)
-        return self._across.combine(sending.finish(), plan.output_rows, plan.present, addends)
-
-    def _received(self, sending: Transfer[Receipt], plan: TwoHopPlan) -> Generator[Point, None, Array]:
-        yield Point(plan.layer, DISPATCH)
+        yield sending
         rows = self._across.unpack(sending.finish(), None)
-        return (yield from self._inside.send(rows, plan.inside))
+        return Dispatched((yield from self._inside.send_steps(rows, plan.inside)), plan)
+
+    def _combine_steps(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array]) -> Steps[Array]:
+        """Combine inside the node, then across the nodes."""
+        rows = yield from self._inside.combine_steps(outputs, plan.inside)
+        receipt = yield from self._across.send_steps(rows, None, plan.recv_counts, plan.send_counts)
+        return self._across.combine(receipt, plan.output_rows, plan.present, addends)
 
     def _start_counts(self, pairs: NodeTransfers) -> Transfer[tuple[IntArray, IntArray]]:
         """Start to exchange counts; the value is the numbers of rows to and from each rank (R,). Collective."""
@@ -100,7 +100,7 @@ class TwoHops:
         send_counts[forwarders] = np.bincount(pairs.nodes, minlength=len(forwarders))
         recv_counts = np.empty_like(send_counts)
         request = self._across.comm.Ialltoall(send_counts, recv_counts)
-        return self._across.transfers.start(complete(request, (send_counts, recv_counts)), waiting="idle")
+        return self._across.transfers.start(complete(request, (send_counts, recv_counts)), waiting=IDLE)
 
     def _start_choices(self, outgoing: IntArray, send_counts: IntArray, recv_counts: IntArray) -> Transfer[IntArray]:
         """Start to exchange choice messages, ordered by rank; the value is the received ones (M, 2, K). Collective."""
@@ -109,7 +109,7 @@ class TwoHops:
         request = self._across.comm.Ialltoallv(
             [outgoing, send_counts * numbers, MPI.INT32_T], [incoming, recv_counts * numbers, MPI.INT32_T]
         )
-        return self._across.transfers.start(complete(request, incoming, outgoing), waiting="idle")
+        return self._across.transfers.start(complete(request, incoming, outgoing), waiting=IDLE)
 
     def _plan_inside(self, layer: int, messages: IntArray) -> Transfer[RoutePlan]:
         """Start to plan the second hop of the rows with these choice messages (M, 2, K). Collective."""

@@ -52,19 +52,19 @@ def forecast_job(
     layout = make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
     deployment = Deployment(job, architecture, layout, machine, topology)
     # Prefill: every step is full of prompt tokens, whose mean context is half of their prompt.
-    rows = job.run.batch_tokens
+    rows: float = job.run.batch_tokens
     forecasts = {"prefill": forecast(deployment, rows=rows, sequences=max(1.0, rows / prompt), context=prompt / 2)}
     # Decode: every slot generates.
     if job.task == "generate":
-        rows_of_lane = layout.grid.slots_per_group / job.lanes
-        forecasts["decode"] = forecast(deployment, rows=rows_of_lane, sequences=rows_of_lane, context=context)
+        rows = layout.grid.slots_per_group / job.num_micro_batches
+        forecasts["decode"] = forecast(deployment, rows=rows, sequences=rows, context=context)
     return forecasts
 
 
 def _stage_table(forecasts: Mapping[str, Forecast]) -> Table:
     """One row for all adjacent stages with the same forecast."""
     table = _table("step", "stages", "compute ms", "travel ms", "waiting ms", "overlapped ms")
-    table.caption = "a lane's step: it computes, its rows travel; a turn of a stage's lanes: waiting, overlapped"
+    table.caption = "a step: compute, travel of its rows; a step of each lane of a stage: waiting, overlapped"
     for step, found in forecasts.items():
         for name, stage in _equal_stages(found):
             spans = (stage.compute_s, stage.travel_s, stage.waiting_s, stage.overlapped_s)

@@ -13,6 +13,10 @@ Factor = Annotated[float, Meta(gt=0, le=1e6)]
 Size = Annotated[str, Meta(pattern=r"^(auto|[0-9]{1,15}(\.[0-9]{1,15})?\s*([KMGT]i?)?B)$", max_length=40)]
 
 
+MOST_LANES = 4
+"""Lanes of a stage, if the job does not say: they hide the travel of rows in the mission's layout."""
+
+
 class ModelSection(Struct, frozen=True, forbid_unknown_fields=True):
     """`[model]`: the weight file; `architecture` is the file that a dry run reads if there is no weight file."""
 
@@ -40,6 +44,7 @@ class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
     reproducible: bool = False
     overlap: bool = True
     micro_batches: Annotated[int, Meta(ge=1, le=4096)] | Literal["auto"] = 2
+    lanes: Annotated[int, Meta(ge=1, le=64)] | Literal["auto"] = "auto"
     max_sequences: Annotated[int, Meta(ge=1, le=1_000_000)] = 32
     batch_tokens: Annotated[int, Meta(ge=1, le=1 << 24)] = 512
     kv_memory: Size = "auto"
@@ -157,9 +162,16 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
     trace: TraceSection = TraceSection()
 
     @property
-    def lanes(self) -> int:
+    def num_micro_batches(self) -> int:
         """Micro-batches in flight; "auto" is two per stage."""
         return 2 * self.parallel.stages if self.run.micro_batches == "auto" else self.run.micro_batches
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of each stage; "auto" is as many as it has micro-batches on the average, 2 to MOST_LANES."""
+        per_stage = self.num_micro_batches // self.parallel.stages
+        lanes = min(max(2, per_stage), MOST_LANES) if self.run.lanes == "auto" else self.run.lanes
+        return min(lanes, self.num_micro_batches)
 
 
 CHANGES_RESULTS = (
@@ -196,6 +208,7 @@ KEEPS_RESULTS = (
     "output.results",
     "run.overlap",
     "run.micro_batches",
+    "run.lanes",
     "run.max_sequences",
     "run.batch_tokens",
     "run.kv_memory",

@@ -1,35 +1,45 @@
-"""Interleaving: lanes are resumed in turn, so that one computes while the rows of others are on the network."""
+"""Interleaving: while the rows of one lane are on the network, the host computes for another lane."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from moempi.layout.schedule import Point, schedule
+from moempi.comm.transfers import PendingTransfers, Wait, Waits
+from moempi.layout.schedule import LaneOrder, Point
 
 
 def interleave(
-    lanes: Sequence[Generator[Point, None, None]],
+    lanes: Sequence[Waits[None]],
     step: Sequence[Point],
     *,
-    side_by_side: int,
+    pending: PendingTransfers,
+    overlap: bool = True,
     on_queue: Callable[[int], AbstractContextManager[object]] = nullcontext,
     on_point: Callable[[int, Point], None] = lambda lane, point: None,
 ) -> None:
-    """Resume the lanes in the order of `schedule` until each has returned.
+    """Resume the lanes in the order of `LaneOrder` until each has returned; blocks.
 
-    `step` lists the points of one step; `side_by_side` lanes take a step at the same time. Each lane is resumed inside
-    `on_queue(lane)`; `on_point(lane, point)` is called at every point that a lane reaches. Raises RuntimeError if a
-    lane is at another point than the schedule: its ranks would start their collectives in different orders.
+    `step` are the points of each step. If no lane can be resumed, the host waits and `pending` transfers advance.
+    Without `overlap`, it waits for every transfer of a lane, and computes for another one after a whole step. Each lane
+    is resumed inside `on_queue(lane)`; `on_point(lane, point)` is called at every point that a lane reaches.
     """
-    running = dict(enumerate(lanes))
-    for lane, point in schedule(len(lanes), step, side_by_side=side_by_side):
-        if lane in running:
-            with on_queue(lane):
-                actual = next(running[lane], None)
-            if actual is None:
-                del running[lane]
-            elif actual != point:
-                raise RuntimeError(f"lane {lane} is at {actual}, the schedule says {point}")
-            else:
-                on_point(lane, point)
-        if not running:
-            return
+    order = LaneOrder(len(lanes), step, overlap=overlap)
+    waits: dict[int, Wait] = {}
+    while candidates := order.candidates():
+        lane = _ready(candidates, waits, pending)
+        order.resume(lane)
+        with on_queue(lane):
+            wait = next(lanes[lane], None)
+        if wait is None:
+            order.end(lane)
+        else:
+            waits[lane] = wait
+            order.wait(lane, wait.point)
+            on_point(lane, wait.point)
+
+
+def _ready(candidates: Sequence[int], waits: dict[int, Wait], pending: PendingTransfers) -> int:
+    """The first candidate that waits for nothing, or else whose transfer is finished; blocks until there is one."""
+    for lane in candidates:
+        if lane not in waits or waits[lane].transfer.Test():
+            return lane
+    return pending.wait_for_any({lane: waits[lane].transfer for lane in candidates})

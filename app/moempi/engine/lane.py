@@ -1,24 +1,24 @@
 """A lane: it takes one step after another, each with a micro-batch that all ranks of a stage compute together."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moempi.backend.protocol import Array, SampledTokens
-from moempi.comm.batch import NONE, Batch
+from moempi.comm.batch import Batch
 from moempi.comm.lane_comm import LaneComm
+from moempi.comm.transfers import Waits, nothing
+from moempi.engine.micro_batches import MicroBatch, MicroBatches
 from moempi.engine.recorder import Recorder
 from moempi.engine.routing_trace import RoutingTrace
 from moempi.engine.scheduler import Scheduler, Work
 from moempi.engine.tasks import Task
 from moempi.layout.row_split import RowSplit
-from moempi.layout.schedule import AGREE, ROWS, SENT, TOKENS, Point
+from moempi.layout.schedule import AGREE, GATHER_OUTPUT, HEAD_POINTS, ROWS, TOKENS
 from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 from moempi.model.transformer import Transformer
 from moempi.runtime.stop import Stop
-
-NOTHING_SAMPLED = SampledTokens(NONE, np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class LaneContext:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One lane of a rank, with communicators of its own."""
+    """One lane of a rank, with communicators of its own; on all stages it takes the same steps."""
 
     index: int
     context: LaneContext
@@ -42,63 +42,91 @@ class Lane:
     policy: RoutingPolicy = MODEL_ROUTING
     trace: RoutingTrace | None = None
 
-    def steps(self) -> Generator[Point, None, None]:
+    def steps(self, micro_batches: MicroBatches) -> Waits[None]:
         """Take steps until no rank has work for this lane or a rank is requested to stop; collective over all ranks.
 
-        Yields each point of a step, where this lane waits for other ranks.
+        A step of the first stage is of the next of its `micro_batches`, which all its lanes share. Yields at each point
+        of a step, where this lane waits for other ranks.
         """
-        return self._first_stage_steps() if self.comm.link.is_first else self._later_stage_steps()
+        return self._first_stage_steps(micro_batches) if self.comm.link.is_first else self._later_stage_steps()
 
-    def _first_stage_steps(self) -> Generator[Point, None, None]:
-        while (yield from self._agree_to_continue()):
-            yield from self._first_stage_step()
+    def accept(self, micro_batch: MicroBatch, sampled: SampledTokens) -> None:
+        """Advance the requests of a step by their sampled tokens, and record those that are finished."""
+        self.context.task.accept(micro_batch.work, sampled)
+        self.context.recorder.end_step(self.context.scheduler.retire(micro_batch.index))
+        micro_batch.sampled, micro_batch.work = None, ()
+
+    def _first_stage_steps(self, micro_batches: MicroBatches) -> Waits[None]:
+        while (micro_batch := micro_batches.take()) is not None:
+            if not (yield from self._first_stage_step(micro_batch, alone=micro_batches.one_per_lane)):
+                break
+            micro_batches.put(micro_batch)
         self.comm.link.stop()
 
-    def _first_stage_step(self) -> Generator[Point, None, None]:
-        """Schedule a step and accept its sampled tokens. A rank without work takes every step with no rows."""
-        work = self.context.scheduler.next_work(self.index)
-        batch = self._batch(work)
+    def _first_stage_step(self, micro_batch: MicroBatch, *, alone: bool) -> Waits[bool]:
+        """Accept the tokens of the micro-batch's step before, then schedule and compute the next one.
+
+        A rank without work takes every step with no rows. False if the ranks take no other step.
+        """
+        link = self.comm.link
+        if not link.is_last:
+            receiving = micro_batch.sampled or self.comm.transfers.start(nothing())
+            sampled = yield from receiving.received(TOKENS)
+            if sampled is not None:
+                self.accept(micro_batch, sampled)
+        micro_batch.work = self.context.scheduler.next_work(micro_batch.index)
+        if not (yield from self._agree_to_continue(micro_batch, alone=alone)):
+            return False
+        batch = self._batch(micro_batch.work)
         split = RowSplit((batch.num_rows,), self.comm.tensor.size)
         rows = self.context.model.embed(batch.tokens[split.indices[self.comm.tensor.part]])
-        self.context.task.accept(work, (yield from self._compute(batch, split, rows)))
-        self.context.recorder.end_step(self.context.scheduler.retire(self.index))
+        rows = yield from self._compute(batch, split, rows)
+        if link.is_last:
+            self.accept(micro_batch, (yield from self._sample(batch, split, rows)))
+        else:
+            yield from self._send(batch, split, rows)
+            micro_batch.link = link
+        return True
 
-    def _later_stage_steps(self) -> Generator[Point, None, None]:
+    def _later_stage_steps(self) -> Waits[None]:
         """Take each step with the batch and rows that the stage before sends."""
         link = self.comm.link
-        receives = link.post_receives()
+        receiving = link.start_receive()
         while True:
             if self.context.stop.requested:
                 link.request_stop()
-            yield ROWS
-            batch, split, rows = link.receive(receives)
+            batch, split, rows = yield from receiving.received(ROWS)
             if batch.stop:
                 link.stop()
                 return
-            receives = link.post_receives()
-            yield from self._compute(batch, split, rows)
+            receiving = link.start_receive()
+            rows = yield from self._compute(batch, split, rows)
+            if link.is_last:
+                link.send_sampled(batch, (yield from self._sample(batch, split, rows)))
+            else:
+                yield from self._send(batch, split, rows)
             self.context.recorder.end_step(())
-            yield SENT
 
-    def _agree_to_continue(self) -> Generator[Point, None, bool]:
+    def _agree_to_continue(self, micro_batch: MicroBatch, *, alone: bool) -> Waits[bool]:
         """Whether the ranks of the first stage take another step; collective over them.
 
-        Raises RuntimeError if the ranks planned to receive another number of rows than was sent.
+        They do if any micro-batch has work, or, if this lane has this one `alone`, if this one has. Raises RuntimeError
+        if the ranks planned to receive another number of rows than was sent.
         """
-        link, recorder = self.comm.link, self.context.recorder
-        unfinished = self.context.scheduler.unfinished(self.index)
+        link, recorder, scheduler = self.comm.link, self.context.recorder, self.context.scheduler
+        unfinished = scheduler.unfinished(micro_batch.index)
         stop = self.context.stop.requested or link.stop_requested()
-        amounts = (unfinished, stop, self.comm.transfers.count_mismatch, *recorder.counts)
-        sums = self.comm.stage.iallreduce_sum(amounts)
-        yield AGREE
-        unfinished, num_stops, count_mismatch, *counts = sums.finish().tolist()
+        amounts = (unfinished, scheduler.num_unfinished, stop, self.comm.transfers.count_mismatch, *recorder.counts)
+        sums = yield from self.comm.stage.iallreduce_sum(amounts).received(AGREE)
+        unfinished, all_unfinished, num_stops, count_mismatch, *counts = sums.tolist()
         if count_mismatch:
             raise RuntimeError(f"the ranks expect {-count_mismatch} rows more than are sent to them")
         recorder.on_progress(*counts)
-        return bool(unfinished) and not num_stops
+        micro_batch.has_work = bool(unfinished)
+        return bool(unfinished if alone else all_unfinished) and not num_stops
 
-    def _compute(self, batch: Batch, split: RowSplit, rows: Array) -> Generator[Point, None, SampledTokens]:
-        """Compute the stage's layers and send the result on; on the first stage, return the sampled tokens."""
+    def _compute(self, batch: Batch, split: RowSplit, rows: Array) -> Waits[Array]:
+        """Compute the stage's layers; this rank's rows."""
         part = self.comm.tensor.part
         if self.trace is not None:
             self.trace.begin_step(batch, split.indices[part])
@@ -106,24 +134,14 @@ class Lane:
         last_combine = self.comm.last_combine(batch, split)
         x = yield from self.context.model.forward(batch, split, rows, self.comm, self.policy, last_combine)
         self.policy.end_step()
-        return (yield from self._send(batch, split, x))
+        return x
 
-    def _send(self, batch: Batch, split: RowSplit, x: Array) -> Generator[Point, None, SampledTokens]:
-        """Send the rows to the next stage or, on the last, the sampled tokens to the first."""
-        link = self.comm.link
-        if link.is_last:
-            sampled = self._sample(batch, split, x)
-            if not link.is_first:
-                link.send_sampled(batch, sampled)
-            return sampled
-        if self.comm.immediate is None:  # otherwise the last layer has sent them
-            link.send(batch, (yield from self.comm.tensor.all_gather(x, split, layer=-1)))
-        if not link.is_first:
-            return NOTHING_SAMPLED
-        yield TOKENS
-        return link.receive_sampled()
+    def _send(self, batch: Batch, split: RowSplit, x: Array) -> Waits[None]:
+        """Send the rows to the next stage, unless the last layer has sent them."""
+        if self.comm.immediate is None:
+            self.comm.link.send(batch, (yield from self.comm.tensor.all_gather(x, split, GATHER_OUTPUT)))
 
-    def _sample(self, batch: Batch, split: RowSplit, x: Array) -> SampledTokens:
+    def _sample(self, batch: Batch, split: RowSplit, x: Array) -> Waits[SampledTokens]:
         """Sample a token for each logit row of the batch; each rank of a tensor group samples for its part."""
         tensor, model = self.comm.tensor, self.context.model
         if model.head is None:
@@ -133,8 +151,8 @@ class Lane:
         rows = model.backend.take_rows(x, np.searchsorted(split.indices[tensor.part], batch.logit_rows[own]))
         requests = [batch.logit_requests[row] for row in own.tolist()]
         counts = list(map(len, rows_of_part))
-        sampled = self.context.task.sample(model.head, tensor, rows, requests, counts=counts)
-        return tensor.merge_sampled(sampled, own)
+        sampled = yield from self.context.task.sample(model.head, tensor, rows, requests, counts=counts)
+        return (yield from tensor.merge_sampled(sampled, rows_of_part, HEAD_POINTS[-1]))
 
     def _batch(self, work: Sequence[Work]) -> Batch:
         logit_rows, logit_requests = self.context.task.logit_requests(work)

@@ -13,6 +13,7 @@ from moempi.config.job import Job
 from moempi.engine.balance import Balance, make_balance
 from moempi.engine.interleave import interleave
 from moempi.engine.lane import Lane, LaneContext
+from moempi.engine.micro_batches import MicroBatches
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.routing_trace import RoutingTrace
 from moempi.layout.schedule import Point, step_points
@@ -32,23 +33,26 @@ class Lanes:
     points: Sequence[Point]
     transport: ChosenTransport
     balance: Balance | None
+    pending: PendingTransfers
+    overlap: bool
     world: World
 
     def run(self, lanes: Sequence[Lane] | None = None) -> float:
-        """Interleave `lanes` (None: all) until they have no steps left, and return the seconds; collective, blocks.
-
-        In a pipeline two lanes at a time are interleaved, on a single stage all: see `schedule`.
-        """
+        """Interleave `lanes` (None: all) until they have no steps left, and return the seconds; collective, blocks."""
         lanes = self.each if lanes is None else lanes
-        link = lanes[0].comm.link
+        context = lanes[0].context
+        micro_batches = MicroBatches(context.scheduler.num_micro_batches, num_lanes=len(lanes))
         begin = time.perf_counter()
         interleave(
-            [lane.steps() for lane in lanes],
+            [lane.steps(micro_batches) for lane in lanes],
             self.points,
-            side_by_side=len(lanes) if link.is_first and link.is_last else 2,
-            on_queue=lanes[0].context.model.backend.on_queue,
+            pending=self.pending,
+            overlap=self.overlap,
+            on_queue=context.model.backend.on_queue,
             on_point=self._report,
         )
+        if lanes[0].comm.link.is_first:
+            micro_batches.drain(lanes[0].accept)
         for lane in lanes:
             lane.policy.flush()
         return time.perf_counter() - begin
@@ -90,7 +94,7 @@ def make_lanes(
             rank_layout.layout,
             rank_layout.topology,
             transports=transports,
-            transfers=Transfers(context.model.backend, pending, overlap=job.run.overlap),
+            transfers=Transfers(context.model.backend, pending),
             hops=job.exchange.hops,
             on_route=None if trace is None else trace.add_route,
         )
@@ -102,8 +106,8 @@ def make_lanes(
         Lane(index, context, comm, policy, trace)
         for index, (comm, policy, trace) in enumerate(zip(comms, policies, traces, strict=True))
     ]
-    points = _points(rank_layout, context.model, comms[0], hops=job.exchange.hops)
-    return Lanes(lanes, points, transport, balance, world)
+    points = _points(rank_layout, context.model, comms[0])
+    return Lanes(lanes, points, transport, balance, pending, job.run.overlap, world)
 
 
 def _transport_factory(
@@ -136,7 +140,7 @@ def _make_trace(
     )
 
 
-def _points(rank_layout: RankLayout, model: Transformer, comm: LaneComm, *, hops: int) -> Sequence[Point]:
+def _points(rank_layout: RankLayout, model: Transformer, comm: LaneComm) -> Sequence[Point]:
     """The points of a step of one lane."""
     return step_points(
         rank_layout.stage.layers,
@@ -144,6 +148,5 @@ def _points(rank_layout: RankLayout, model: Transformer, comm: LaneComm, *, hops
         tensor=comm.tensor.size,
         is_first=comm.link.is_first,
         is_last=comm.link.is_last,
-        hops=hops,
         immediate=comm.immediate is not None,
     )

@@ -96,7 +96,7 @@ def run_job(
     lanes = make_lanes(job, world, rank_layout, context, pending=pending, first_step=attempt.earlier.next_step)
     world.watch(job.run.timeout_s, group=rank_layout.coords.stage)
     rank_run = RankRun(rank_layout, lanes, recorder, loading, seconds=lanes.run())
-    if not scheduler.has_work:
+    if not scheduler.num_unfinished:
         recorder.record(too_long)  # not if this attempt stopped early: the next one may have more memory
     progress.close()
     world.watch(job.run.timeout_s)
@@ -224,7 +224,7 @@ def _make_recorder(job: Job, world: World, rank_layout: RankLayout, attempt: Att
 def _scheduler(job: Job, rank_layout: RankLayout, requests: Sequence[Request], *, pages: int) -> Scheduler:
     return Scheduler(
         (request for request in requests if not request.finish),
-        lanes=job.lanes,
+        micro_batches=job.num_micro_batches,
         slots=rank_layout.grid.slots(0, rank_layout.coords.data) if rank_layout.is_first_stage else range(0),
         batch_tokens=job.run.batch_tokens,
         pages=pages,

@@ -1,7 +1,8 @@
-"""The scheduler of a rank: the requests that each lane computes next. Continuous batching with chunked prefill."""
+"""The scheduler of a rank: the requests that a micro-batch computes next. Continuous batching with chunked prefill."""
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import accumulate, islice, takewhile
 
 from moempi.engine.request import Request
 from moempi.model.kv_cache import pages_for
@@ -11,16 +12,18 @@ Work = tuple[Request, int]
 
 
 class Scheduler:
-    """Assigns the requests of a data parallel group to its lanes; a request stays in its lane.
+    """Assigns the requests of a data parallel group to its micro-batches; a request stays in its micro-batch.
 
-    A lane computes at most `batch_tokens` rows per step. All lanes together hold at most one request per slot, and
-    their requests at most `pages` pages of cache; no request may need more than `pages`. A free slot is refilled before
+    A micro-batch has at most `batch_tokens` rows per step. All together hold at most one request per slot, and their
+    requests at most `pages` pages of cache; no request may need more than `pages`. A free slot is refilled before
     the next step.
     """
 
-    def __init__(self, requests: Iterable[Request], *, lanes: int, slots: range, batch_tokens: int, pages: int) -> None:
+    def __init__(
+        self, requests: Iterable[Request], *, micro_batches: int, slots: range, batch_tokens: int, pages: int
+    ) -> None:
         self._queue = deque(requests)
-        self._active: list[list[Request]] = [[] for _ in range(lanes)]
+        self._active: list[list[Request]] = [[] for _ in range(micro_batches)]
         self._freed: list[int] = []
         self._free_slots = list(slots)
         self._batch_tokens = batch_tokens
@@ -30,24 +33,29 @@ class Scheduler:
         """Append requests to the queue."""
         self._queue.extend(requests)
 
-    def unfinished(self, lane: int) -> int:
-        """Number of requests that the lane may still have to compute: its own and all queued ones."""
-        return len(self._queue) + len(self._active[lane])
+    @property
+    def num_micro_batches(self) -> int:
+        """Number of micro-batches in flight."""
+        return len(self._active)
+
+    def unfinished(self, micro_batch: int) -> int:
+        """Number of requests that the micro-batch may still have to compute: its own and all queued ones."""
+        return len(self._queue) + len(self._active[micro_batch])
 
     @property
-    def has_work(self) -> bool:
-        """Whether any lane has requests left."""
-        return bool(self._queue) or any(self._active)
+    def num_unfinished(self) -> int:
+        """Number of requests of all micro-batches, and of the queue."""
+        return len(self._queue) + sum(map(len, self._active))
 
-    def next_work(self, lane: int) -> list[Work]:
-        """The requests of the lane's next step, each with its number of rows, in ascending order of their slots.
+    def next_work(self, micro_batch: int) -> list[Work]:
+        """The requests of the micro-batch's next step, each with its number of rows, in ascending order of their slots.
 
         A request that generates gets one row; prompts get the remaining rows, in order of admission.
         """
-        self._admit(lane)
+        self._admit(micro_batch)
         left = self._batch_tokens
         work = []
-        for request in sorted(self._active[lane], key=lambda request: request.num_waiting > 1):
+        for request in sorted(self._active[micro_batch], key=lambda request: request.num_waiting > 1):
             rows = min(left, request.num_waiting)
             if rows:
                 work.append((request, rows))
@@ -59,24 +67,27 @@ class Scheduler:
         freed, self._freed = self._freed, []
         return freed
 
-    def retire(self, lane: int) -> list[Request]:
-        """Remove and return the lane's finished requests; their slots and pages are free from now on."""
-        finished = [request for request in self._active[lane] if request.finish is not None]
-        self._active[lane] = [request for request in self._active[lane] if request.finish is None]
+    def retire(self, micro_batch: int) -> list[Request]:
+        """Remove and return the micro-batch's finished requests; their slots and pages are free from now on."""
+        finished = [request for request in self._active[micro_batch] if request.finish is not None]
+        self._active[micro_batch] = [request for request in self._active[micro_batch] if request.finish is None]
         for request in finished:
             self._freed.append(request.slot)
             self._free_slots.append(request.slot)
             self._pages += pages_for(request.capacity)
         return finished
 
-    def _admit(self, lane: int) -> None:
-        """Admit requests up to the lane's even share of the unfinished ones, while slots and pages are free."""
-        share = -(-(len(self._queue) + sum(map(len, self._active))) // len(self._active))
-        while self._queue and self._free_slots and len(self._active[lane]) < share:
-            pages = pages_for(self._queue[0].capacity)
-            if pages > self._pages:
-                return
+    def _admit(self, micro_batch: int) -> None:
+        """Admit requests up to the micro-batch's even share of all that slots and pages hold at the same time."""
+        num_active, num_admissible = sum(map(len, self._active)), self._num_admissible()
+        share = -(-(num_active + num_admissible) // len(self._active))
+        for _ in range(min(share - len(self._active[micro_batch]), num_admissible)):
             request = self._queue.popleft()
             request.slot = self._free_slots.pop(0)
-            self._pages -= pages
-            self._active[lane].append(request)
+            self._pages -= pages_for(request.capacity)
+            self._active[micro_batch].append(request)
+
+    def _num_admissible(self) -> int:
+        """Number of queued requests, from the first one on, that free slots and pages hold."""
+        needed = accumulate(pages_for(request.capacity) for request in islice(self._queue, len(self._free_slots)))
+        return sum(1 for _ in takewhile(lambda pages: pages <= self._pages, needed))

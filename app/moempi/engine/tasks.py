@@ -8,6 +8,7 @@ import numpy as np
 from moempi.backend.protocol import Array, SampledTokens, SamplingRequest
 from moempi.comm.batch import LogitRequest
 from moempi.comm.tensor_group import TensorGroup
+from moempi.comm.transfers import Waits
 from moempi.engine.scheduler import Work
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.model.head import LMHead
@@ -27,10 +28,10 @@ class Task(Protocol):
         requests: Sequence[LogitRequest],
         *,
         counts: Sequence[int],
-    ) -> SampledTokens:
+    ) -> Waits[SampledTokens]:
         """The sampled tokens, or the scores, of rows (N, D) of the last layer.
 
-        Collective over the tensor group, whose rank i brings counts[i] rows; blocks.
+        Collective over the tensor group, whose rank i brings counts[i] rows; yields while they travel in it.
         """
 
     def accept(self, work: Sequence[Work], sampled: SampledTokens) -> None:
@@ -67,7 +68,7 @@ class Generate:
         requests: Sequence[LogitRequest],
         *,
         counts: Sequence[int],
-    ) -> SampledTokens:
+    ) -> Waits[SampledTokens]:
         sampling = cast("Sequence[SamplingRequest]", requests)
         return head.sample(rows, sampling, tensor=tensor, counts=counts, top=self._top)
 
@@ -107,7 +108,7 @@ class Score:
         requests: Sequence[LogitRequest],
         *,
         counts: Sequence[int],
-    ) -> SampledTokens:
+    ) -> Waits[SampledTokens]:
         targets = np.array(cast("Sequence[int]", requests), np.int64)
         return head.score(rows, targets, tensor=tensor, counts=counts, top=self._top)
 

@@ -1,13 +1,7 @@
-"""The schedule: the order in which lanes reach the points at which they wait for rows. Pure.
+"""The schedule: the points at which a lane waits for rows, and the order in which waiting lanes are resumed. Pure."""
 
-The order does not depend on any computed value, so all ranks of a stage start their collectives in the same order.
-"""
-
-from collections.abc import Iterator, Sequence
-from itertools import cycle
-from typing import NamedTuple, TypeVar
-
-P = TypeVar("P")
+from collections.abc import Sequence
+from typing import NamedTuple
 
 
 class Point(NamedTuple):
@@ -17,14 +11,12 @@ class Point(NamedTuple):
     phase: str
 
 
-AGREE, ROWS, GATHER_OUTPUT, TOKENS, SENT = (Point(-1, phase) for phase in ("agree", "rows", "gather", "tokens", "sent"))
+TOKENS, AGREE, ROWS, GATHER_OUTPUT = (Point(-1, phase) for phase in ("tokens", "agree", "rows", "gather"))
+BEGIN_POINTS = (TOKENS, AGREE, ROWS)
+"""The points before the first layer."""
+HEAD_POINTS = tuple(Point(-1, phase) for phase in ("head rows", "logits", "sampled"))
 TENSOR_PHASES = ("gather", "scatter")
-EXCHANGE_PHASES = {
-    1: ("counts", "dispatch", "combine"),
-    2: ("counts", "choices", "counts inside", "dispatch", "dispatch inside", "combine", "combine across"),
-}
-INSIDE_PHASES = ("counts inside", "dispatch inside", "combine")
-"""The phases of the second hop of two, as of an exchange of one hop."""
+EXCHANGE_PHASES = ("dispatch", "combine")
 
 
 def step_points(
@@ -34,37 +26,75 @@ def step_points(
     tensor: int,
     is_first: bool,
     is_last: bool,
-    hops: int = 1,
     immediate: bool = False,
 ) -> tuple[Point, ...]:
-    """The points of one step of a stage that computes `layers` and exchanges rows in one hop or two, in order.
+    """The points of one step of a stage that computes `layers`, in order.
 
-    With `immediate`, the last layer has no combine, because its outputs go to the next stage. In a pipeline, the last
-    point of a stage follows its send.
+    With `immediate`, the last layer has no combine, because its outputs go to the next stage. In a pipeline, the first
+    point of the first stage follows the step before: there it waits for the tokens that the last stage samples.
     """
-    points = [AGREE if is_first else ROWS]
+    points = [ROWS] if not is_first else [AGREE] if is_last else [TOKENS, AGREE]
     for layer in layers:
         divided = TENSOR_PHASES if tensor > 1 else ()
         points.extend(
-            Point(layer, phase) for phase in (*divided, *(EXCHANGE_PHASES[hops] if layer in moe_layers else divided))
+            Point(layer, phase) for phase in (*divided, *(EXCHANGE_PHASES if layer in moe_layers else divided))
         )
     if immediate:
         points.pop()
-    elif not is_last and tensor > 1:
-        points.append(GATHER_OUTPUT)
-    if not (is_first and is_last):
-        points.append(TOKENS if is_first else SENT)
+    elif tensor > 1:
+        points.extend(HEAD_POINTS if is_last else [GATHER_OUTPUT])
     return tuple(points)
 
 
-def schedule(num_lanes: int, step: Sequence[P], *, side_by_side: int) -> Iterator[tuple[int, P]]:
-    """Yield (lane, point) endlessly: `side_by_side` lanes at a time take one step, and alternate at each of its points.
+class LaneOrder:
+    """The order in which lanes are resumed that take steps through the points of `step`.
 
-    While one lane waits at a point, the others compute. A stage sends a step on when its lanes have completed it, so a
-    pipeline interleaves few lanes and a single stage interleaves all.
+    Lanes are resumed in rotation, but a lane whose rows have not arrived is passed over. Steps begin and end in the
+    same order on all ranks: a lane leaves the points before the first layer, and the last point of a step, after the
+    lane before it did. Without `overlap`, a lane takes a whole step before another lane is resumed. Every lane begins
+    at the last point.
     """
-    rounds = [range(first, min(first + side_by_side, num_lanes)) for first in range(0, num_lanes, side_by_side)]
-    for lanes in cycle(rounds):
-        for point in step:
-            for lane in lanes:
-                yield lane, point
+
+    def __init__(self, num_lanes: int, step: Sequence[Point], *, overlap: bool = True) -> None:
+        self._first_point = step[0] if step[0] in BEGIN_POINTS else None
+        self._running = list(range(num_lanes))
+        self._points = [step[-1]] * num_lanes
+        self._next_to_leave = dict.fromkeys((*BEGIN_POINTS, step[-1]), 0)
+        self._resumed = num_lanes - 1
+        self._overlap = overlap
+        self._in_step = False
+
+    def candidates(self) -> list[int]:
+        """The lanes that may be resumed as soon as their rows have arrived, in the order of preference.
+
+        Empty only if all lanes have ended.
+        """
+        first = self._resumed if self._in_step else self._following(self._resumed)
+        if not self._overlap:
+            return [first] if self._running else []
+        rotation = [lane for lane in self._running if lane >= first] + [lane for lane in self._running if lane < first]
+        return [lane for lane in rotation if self._next_to_leave.get(self._points[lane], lane) == lane]
+
+    def resume(self, lane: int) -> None:
+        """Resume a candidate: it leaves its point."""
+        if self._points[lane] in self._next_to_leave:
+            self._next_to_leave[self._points[lane]] = self._following(lane)
+        self._resumed = lane
+
+    def wait(self, lane: int, point: Point) -> None:
+        """Let a resumed lane wait at its next point."""
+        self._points[lane] = point
+        self._in_step = not self._overlap and point != self._first_point
+
+    def end(self, lane: int) -> None:
+        """A resumed lane takes no more steps."""
+        following = self._following(lane)
+        self._running.remove(lane)
+        self._in_step = False
+        for point, next_lane in self._next_to_leave.items():
+            if next_lane == lane:
+                self._next_to_leave[point] = following
+
+    def _following(self, lane: int) -> int:
+        """The first running lane after this one, in rotation; the lane itself if no other runs."""
+        return next((other for other in self._running if other > lane), self._running[0] if self._running else lane)

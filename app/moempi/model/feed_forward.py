@@ -1,13 +1,13 @@
 """The two kinds of feed-forward: dense, and a Mixture of Experts whose experts are on many ranks."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Expert
 from moempi.comm.combine import Addends, Combine
 from moempi.comm.exchange import Exchange, Route
+from moempi.comm.transfers import Waits
 from moempi.config.architecture import Router
-from moempi.layout.schedule import Point
 from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 
 
@@ -47,18 +47,18 @@ class MixtureOfExperts:
         policy: RoutingPolicy = MODEL_ROUTING,
         *,
         residual: Array | None = None,
-    ) -> Generator[Point, None, Array]:
+    ) -> Waits[Array]:
         """Dispatch rows x (T, D) to their K experts, compute the experts, and combine the outputs.
 
         `combine` adds the shared expert's output and the residual, and decides where the sums go; its rows on this rank
         (T, D) are returned. Collective over the ranks of the stage. Yields while rows are on the network.
         """
-        dispatch = yield from exchange.dispatch(x, self._route(backend, x, policy))
+        dispatch = exchange.dispatch(x, self._route(backend, x, policy))
         addends = Addends(self._shared(backend, x), residual)
-        combine.begin(dispatch.plan, addends)
-        rows = yield from dispatch.rows
-        outputs = backend.expert_mlp(rows, self.experts, dispatch.plan.expert_counts)
-        return (yield from combine.finish(outputs, dispatch.plan, addends))
+        rows, plan = yield from dispatch
+        combine.begin(plan, addends)
+        outputs = backend.expert_mlp(rows, self.experts, plan.expert_counts)
+        return (yield from combine.finish(outputs, plan, addends))
 
     def _route(self, backend: Backend, x: Array, policy: RoutingPolicy) -> Route:
         logits = backend.router_logits(x, self.router, self.rule, bias=self.router_bias)

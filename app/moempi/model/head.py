@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend, SampledTokens, SamplingRequest
 from moempi.comm.tensor_group import TensorGroup
+from moempi.comm.transfers import Waits
+from moempi.layout.schedule import HEAD_POINTS
 from moempi.model.norm import Norm
 
+HEAD_ROWS, LOGITS, _ = HEAD_POINTS
 SCORED_ROWS = 64
 """Number of rows of a rank whose logits are computed at a time, which limits the memory for logits."""
 
@@ -16,7 +19,8 @@ SCORED_ROWS = 64
 class LMHead:
     """This rank's part of the head: rows of the matrix (V, D) and of the bias (V,), divided in the tensor group.
 
-    Its methods are collective over the tensor group `tensor`, where rank i has counts[i] rows, and block the host.
+    Its methods are collective over the tensor group `tensor`, where rank i has counts[i] rows, and yield while rows and
+    logits travel in it. `sample` and `score` block the host for the backend's verbs of these names.
     """
 
     backend: Backend
@@ -27,23 +31,24 @@ class LMHead:
 
     def sample(
         self, x: Array, requests: Sequence[SamplingRequest], *, tensor: TensorGroup, counts: Sequence[int], top: int
-    ) -> SampledTokens:
+    ) -> Waits[SampledTokens]:
         """Sample the next token after each of this rank's rows x (N, D), with the `top` likeliest tokens."""
-        return self.backend.sample(self._logits(x, tensor, counts), requests, top=top)
+        return self.backend.sample((yield from self._logits(x, tensor, counts)), requests, top=top)
 
     def score(
         self, x: Array, targets: IntArray, *, tensor: TensorGroup, counts: Sequence[int], top: int
-    ) -> SampledTokens:
+    ) -> Waits[SampledTokens]:
         """Score targets (N,), the tokens after this rank's rows x (N, D), with the `top` likeliest tokens of each."""
         scored = []
         for first in range(0, max(*counts, 1), SCORED_ROWS):
             chunk = slice(first, first + SCORED_ROWS)
-            logits = self._logits(x[chunk], tensor, [min(max(count - first, 0), SCORED_ROWS) for count in counts])
+            in_chunk = [min(max(count - first, 0), SCORED_ROWS) for count in counts]
+            logits = yield from self._logits(x[chunk], tensor, in_chunk)
             scored.append(self.backend.score(logits, targets[chunk], top=top))
         return SampledTokens.join(scored)
 
-    def _logits(self, x: Array, tensor: TensorGroup, counts: Sequence[int]) -> Array:
+    def _logits(self, x: Array, tensor: TensorGroup, counts: Sequence[int]) -> Waits[Array]:
         """Logits (N, V) of this rank's rows, in float32."""
-        rows = tensor.all_gather_rows(self.norm(self.backend, x), counts)
+        rows = yield from tensor.all_gather_rows(self.norm(self.backend, x), counts, HEAD_ROWS)
         logits = self.backend.logits(rows, self.matrix, self.bias)
-        return tensor.exchange_logits(logits, counts, vocab_size=self.vocab_size)
+        return (yield from tensor.exchange_logits(logits, counts, vocab_size=self.vocab_size, point=LOGITS))

@@ -83,9 +83,11 @@ class BiasPolicy(RoutingPolicy):
         self._moves = moves
         self._load = np.zeros(bias.values.shape, np.int64)
         self._load_sum: Transfer[IntArray] | None = None
+        self._terms = bias.values
 
     def begin_step(self, num_rows: int) -> None:
         self.flush()  # the load of the lane's last step
+        self._terms = self._bias.values  # other lanes change the bias during this step, on each rank at another time
 
     def choose(
         self, backend: Backend, layer: int, logits: Array, router: Router, correction: Array | None
@@ -93,9 +95,7 @@ class BiasPolicy(RoutingPolicy):
         """See the base class; blocks the host to download the choices."""
         row = self._bias.layers.index(layer)
         preferred, _ = backend.choose_experts(logits, router, correction=correction)
-        chosen, weights = backend.choose_experts(
-            logits, router, correction=correction, selection_bias=self._bias.values[row]
-        )
+        chosen, weights = backend.choose_experts(logits, router, correction=correction, selection_bias=self._terms[row])
         on_host = backend.download(chosen)
         self._moves.count(layer, backend.download(preferred), on_host)
         self._load[row] = np.bincount(on_host.reshape(-1), minlength=self._load.shape[1])

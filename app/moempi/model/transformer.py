@@ -1,6 +1,6 @@
 """The transformer: its forward pass is a generator that yields wherever it waits for rows of other ranks."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moempi.arrays import IntArray
@@ -8,9 +8,10 @@ from moempi.backend.protocol import Array, Backend
 from moempi.comm.batch import Batch
 from moempi.comm.combine import Combine
 from moempi.comm.lane_comm import LaneComm
+from moempi.comm.transfers import Waits
 from moempi.config.architecture import Architecture
 from moempi.layout.row_split import RowSplit
-from moempi.layout.schedule import Point
+from moempi.layout.schedule import TENSOR_PHASES, Point
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
 from moempi.model.head import LMHead
@@ -19,6 +20,8 @@ from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
 from moempi.model.rope import rope_angles
 from moempi.model.router_balance import RoutingPolicy
+
+GATHER, SCATTER = TENSOR_PHASES
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class Transformer:
 
     def forward(
         self, batch: Batch, split: RowSplit, x: Array, comm: LaneComm, policy: RoutingPolicy, last_combine: Combine
-    ) -> Generator[Point, None, Array]:
+    ) -> Waits[Array]:
         """Compute the layers of the stage for x, this rank's part of the batch's rows; collective over the stage.
 
         In attention and dense layers, a rank of a tensor group computes all rows with its part of the weights;
@@ -66,15 +69,16 @@ class Transformer:
         angles = rope_angles(backend, self.architecture.attention, batch.positions)
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
             rows = layer.attention_norm(backend, x)
-            rows = yield from tensor.all_gather(rows, split, layer=layer.index)
+            gather, scatter = Point(layer.index, GATHER), Point(layer.index, SCATTER)
+            rows = yield from tensor.all_gather(rows, split, gather)
             rows = layer.attention(backend, rows, angles, cache, segments)
-            rows = yield from tensor.reduce_scatter(rows, split, layer=layer.index)
+            rows = yield from tensor.reduce_scatter(rows, split, scatter)
             x, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 combine = last_combine if layer is self.layers[-1] else comm.home_combine
                 x = yield from layer.feed_forward.forward(backend, rows, comm.exchange, combine, policy, residual=x)
             else:
-                rows = yield from tensor.all_gather(rows, split, layer=layer.index)
+                rows = yield from tensor.all_gather(rows, split, gather)
                 rows = layer.feed_forward(backend, rows)
-                x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, layer=layer.index)))
+                x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, scatter)))
         return x

@@ -14,10 +14,9 @@ from moempi.planning.step_cost import StepCosts, StepLoad
 
 @dataclass(frozen=True, slots=True)
 class StageForecast:
-    """A stage: compute and transfer seconds of one lane's step.
+    """A stage: compute and transfer seconds of one step.
 
-    `waiting_s` and `overlapped_s` are the seconds for one step of all lanes that the stage interleaves, without and
-    with overlap.
+    `waiting_s` and `overlapped_s` are the seconds for one step of each of the stage's lanes, without and with overlap.
     """
 
     compute_s: float
@@ -28,22 +27,25 @@ class StageForecast:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One step of every lane: `tokens` of all groups and lanes go through all `stages`, each in `rounds` rounds."""
+    """One step of every micro-batch: `tokens` of all of them go through all `stages`.
+
+    Each lane of a stage takes `steps_per_lane` of the steps, on the average.
+    """
 
     tokens: float
-    rounds: int
+    steps_per_lane: float
     stages: Sequence[StageForecast]
 
     def seconds(self, *, overlap: bool) -> float:
-        """Seconds from one step of a lane to its next, with the steps of all other lanes in between.
+        """Seconds from one step of a micro-batch to its next, with the steps of all others in between.
 
-        The limit of a pipeline is its slowest stage, or the latency through all stages if it has too few lanes.
+        The limit of a pipeline is its slowest stage, or the latency through all stages for too few micro-batches.
         """
         of_stages = [stage.overlapped_s if overlap else stage.waiting_s for stage in self.stages]
-        return max(self.rounds * max(of_stages), sum(of_stages))
+        return max(self.steps_per_lane * max(of_stages), sum(of_stages))
 
     def tokens_per_s(self, *, overlap: bool) -> float:
-        """Tokens of all lanes per second."""
+        """Tokens of all micro-batches per second."""
         return self.tokens / self.seconds(overlap=overlap)
 
 
@@ -59,29 +61,29 @@ class Deployment:
 
 
 def forecast(deployment: Deployment, *, rows: float, sequences: float, context: float) -> Forecast:
-    """Forecast steps in which every lane has `rows` rows of `sequences` sequences in each group of the first stage.
+    """Forecast steps: every micro-batch has `rows` rows of `sequences` sequences in each group of the first stage.
 
     Each row attends to `context` positions.
     """
-    grid, lanes = deployment.layout.grid, deployment.job.lanes
-    side_by_side = lanes if len(grid.stages) == 1 else min(2, lanes)
+    grid, job = deployment.layout.grid, deployment.job
     stages = []
     for index in range(len(grid.stages)):
         groups = grid.num_groups(0) / grid.num_groups(index)
         phases = _phases(deployment, index, StepLoad(rows * groups, sequences * groups, context))
         stages.append(
             StageForecast(
-                compute_s=sum(phase.compute_s for phase in phases),
-                travel_s=sum(phase.link_s + phase.latency_s for phase in phases),
-                waiting_s=waiting_s(phases, lanes=side_by_side),
-                overlapped_s=overlapped_s(phases, lanes=side_by_side),
+                compute_s=sum(phase.compute_s + phase.beside_s for phase in phases),
+                travel_s=sum(phase.travel_s for phase in phases),
+                waiting_s=waiting_s(phases, lanes=job.lanes),
+                overlapped_s=overlapped_s(phases, lanes=job.lanes),
             )
         )
-    return Forecast(rows * grid.num_groups(0) * lanes, -(-lanes // side_by_side), stages)
+    tokens = rows * grid.num_groups(0) * job.num_micro_batches
+    return Forecast(tokens, job.num_micro_batches / job.lanes, stages)
 
 
 def _phases(deployment: Deployment, index: int, load: StepLoad) -> list[Phase]:
-    """The phases of one lane's step in stage `index`."""
+    """The phases of one step in stage `index`."""
     stages = deployment.layout.grid.stages
     stage, following = stages[index], stages[(index + 1) % len(stages)]
     placements = deployment.layout.placements[index].values()

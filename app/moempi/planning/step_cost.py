@@ -16,13 +16,23 @@ from moempi.arrays import Float64Array
 from moempi.config.architecture import Architecture
 from moempi.config.machine_file import MachineFile
 from moempi.config.tensors import TENSOR_PARALLEL, Tensor, layer_path, layer_tensors, stage_tensors
-from moempi.layout.schedule import AGREE, EXCHANGE_PHASES, GATHER_OUTPUT, ROWS, SENT, TENSOR_PHASES, TOKENS, Point
+from moempi.layout.schedule import (
+    AGREE,
+    EXCHANGE_PHASES,
+    GATHER_OUTPUT,
+    HEAD_POINTS,
+    ROWS,
+    TENSOR_PHASES,
+    TOKENS,
+    Point,
+)
 from moempi.layout.topology import NETWORK, NODE, Topology
-from moempi.planning.simulate import Phase
+from moempi.planning.simulate import Phase, Transmission
 
 COUNT_BYTES = 8
 CHOICE_BYTES = 8
 LOGIT_BYTES = 4
+DISPATCH, COMBINE = EXCHANGE_PHASES
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +63,35 @@ class StepCosts:
     stage_link_level: int = NETWORK
 
     def step(self, layers: range, load: StepLoad, *, is_first: bool, is_last: bool) -> list[Phase]:
-        """The phases of one lane's step through `layers`, one per point of `schedule.step_points`."""
-        is_only_stage = is_first and is_last
-        phases = [Phase(AGREE if is_first else ROWS, 0.0, *self._collective(COUNT_BYTES))]
+        """The phases of one lane's step through `layers`, one per point of `schedule.step_points`.
+
+        The first phase ends the step before: it sends that step's rows or tokens to another stage.
+        """
+        phases: list[Phase] = []
         pending_s = 0.0
         for layer in layers:
             for phase in self._layer(layer, load):
                 phases.append(replace(phase, compute_s=phase.compute_s + pending_s))
                 pending_s = 0.0
             pending_s += self._undivided_dense_layer(layer, load)
-        if is_last:
-            pending_s += self._head(layers, load)
-        if not is_last and self.tensor > 1:
-            phases.append(Phase(GATHER_OUTPUT, pending_s, *self._tensor_group(load)))
+        for phase in self._end(layers, load, is_last=is_last):
+            phases.append(replace(phase, compute_s=phase.compute_s + pending_s))
             pending_s = 0.0
-        if not is_only_stage:
-            phases.append(Phase(TOKENS if is_first else SENT, pending_s, *self._stage_link(load, is_last=is_last)))
-        elif pending_s:
-            phases[0] = replace(phases[0], compute_s=pending_s)
+        if is_last and self.tensor == 1:
+            pending_s += self._head_s(layers, load)
+        sent = None if is_first and is_last else self._stage_link(load, is_last=is_last)
         host_overhead_s = self.machine.turn_us * 1e-6
+        phases = [*self._begin(pending_s, sent, is_first=is_first), *phases]
         return [replace(phase, compute_s=phase.compute_s + host_overhead_s) for phase in phases]
+
+    def _begin(self, compute_s: float, sent: Transmission | None, *, is_first: bool) -> list[Phase]:
+        """The phases before the first layer; rows and tokens of other stages have arrived in a full pipeline."""
+        agreement = [self._collective(COUNT_BYTES)]
+        if not is_first:
+            return [Phase(ROWS, compute_s, sent=sent)]
+        if sent is None:
+            return [Phase(AGREE, compute_s, agreement)]
+        return [Phase(TOKENS, compute_s, sent=sent), Phase(AGREE, 0.0, agreement)]
 
     def _layer(self, layer: int, load: StepLoad) -> Iterator[Phase]:
         """The phases of a layer; a dense layer without a tensor group has none (`_undivided_dense_layer`)."""
@@ -88,10 +107,13 @@ class StepCosts:
     def _divided(self, layer: int, compute_s: float, load: StepLoad) -> Iterator[Phase]:
         """Computation that a tensor group divides, between its all-gather and reduce-scatter of all rows."""
         for name, seconds in zip(TENSOR_PHASES, (0.0, compute_s), strict=True):
-            yield Phase(Point(layer, name), seconds, *self._tensor_group(load))
+            yield Phase(Point(layer, name), seconds, [self._tensor_group(load)])
 
     def _mixture_of_experts(self, layer: int, attention_s: float, load: StepLoad) -> Iterator[Phase]:
-        """The phases of an exchange: computation up to each, and its transfer."""
+        """The phases of an exchange: computation up to each, and its transfer.
+
+        In two hops, choices and the counts inside the node travel beside the rows across nodes.
+        """
         path, own = layer_path(layer), load.rows / self.tensor
         routing_s = attention_s + self._products(layer, f"{path}/router", own)
         shared_s = self._products(layer, f"{path}/shared", own)
@@ -99,14 +121,15 @@ class StepCosts:
         counts = self._collective(COUNT_BYTES)
         if self.hops == 1:
             rows = self._one_hop(own)
-            costs = [(routing_s, counts), (shared_s, rows), (experts_s, rows)]
+            dispatch, combine = [counts, rows], [rows]
         else:
             across, inside = self._across_nodes(own), self._inside_node(own)
             choices = self._across_nodes(own, row_bytes=CHOICE_BYTES * self._top_k)
-            costs = [(routing_s, counts), (0.0, choices), (0.0, counts), (shared_s, across), (0.0, inside)]
-            costs += [(experts_s, inside), (0.0, across)]
-        for name, (compute_s, transfer) in zip(EXCHANGE_PHASES[self.hops], costs, strict=True):
-            yield Phase(Point(layer, name), compute_s, *transfer, eager=self.hops == 1 and name == "dispatch")
+            latency_s = max(across.latency_s, choices.latency_s + counts.latency_s)
+            dispatch = [counts, Transmission(choices.link_s + across.link_s, latency_s), inside]
+            combine = [inside, across]
+        yield Phase(Point(layer, DISPATCH), routing_s, dispatch, beside_s=shared_s)
+        yield Phase(Point(layer, COMBINE), experts_s, combine)
 
     def _undivided_dense_layer(self, layer: int, load: StepLoad) -> float:
         """Seconds of a dense layer that no tensor group divides, 0 for other layers; it delays the next phase."""
@@ -140,12 +163,23 @@ class StepCosts:
         chosen = self.hosted * (1 - (1 - 1 / experts.num) ** choices)
         return self._roofline(2 * choices * self.hosted / experts.num * values, chosen * values * self.value_bytes)
 
-    def _head(self, layers: range, load: StepLoad) -> float:
-        """LM head, a row per sequence; the tensor group all-gathers rows and exchanges logit slices, both blocking."""
-        matrices = [tensor for tensor in stage_tensors(self.architecture, layers) if tensor.name == "head"]
+    def _end(self, layers: range, load: StepLoad, *, is_last: bool) -> list[Phase]:
+        """A tensor group all-gathers the rows; on the last stage it exchanges slices of the logits, then tokens."""
+        if self.tensor == 1:
+            return []
+        if not is_last:
+            return [Phase(GATHER_OUTPUT, 0.0, [self._tensor_group(load)])]
         logits_bytes = LOGIT_BYTES * self.architecture.vocab_size / self.tensor
-        transfers = (self._all_to_all(load.sequences, size) for size in (self.row_bytes, logits_bytes))
-        return self._matrices(matrices, load.sequences) + sum(map(sum, transfers))
+        rows, logits, sampled = (
+            [self._all_to_all(load.sequences, num_bytes)] for num_bytes in (self.row_bytes, logits_bytes, COUNT_BYTES)
+        )
+        computing_s = (0.0, self._head_s(layers, load), 0.0)
+        return list(map(Phase, HEAD_POINTS, computing_s, (rows, logits, sampled)))
+
+    def _head_s(self, layers: range, load: StepLoad) -> float:
+        """The logits of one row of each sequence."""
+        matrices = [tensor for tensor in stage_tensors(self.architecture, layers) if tensor.name == "head"]
+        return self._matrices(matrices, load.sequences)
 
     def _products(self, layer: int, path: str, rows: float) -> float:
         return self._matrices(self._tensors(layer, path), rows)
@@ -174,7 +208,7 @@ class StepCosts:
     def _num_groups(self) -> int:
         return self._num_ranks // self.tensor
 
-    def _one_hop(self, rows: float) -> tuple[float, float]:
+    def _one_hop(self, rows: float) -> Transmission:
         """Each row to the ranks of its experts, in one hop: seconds of the link, and latency."""
         hosting = min(self._num_ranks, self.architecture.experts.num)
         choices = rows * self._top_k
@@ -182,7 +216,7 @@ class StepCosts:
         counts = np.bincount(self.topology.levels(0)[:hosting], minlength=len(self.machine.levels))
         return self._transfer(counts * probability, counts / hosting * choices * self.row_bytes)
 
-    def _across_nodes(self, rows: float, *, row_bytes: int = 0) -> tuple[float, float]:
+    def _across_nodes(self, rows: float, *, row_bytes: int = 0) -> Transmission:
         """Each row once to every other node that hosts one of its experts."""
         num_experts, nodes = self.architecture.experts.num, self.topology.num_nodes
         on_node = num_experts // nodes
@@ -194,7 +228,7 @@ class StepCosts:
         probability = 1 - (1 - share) ** rows
         return self._transfer(counts * probability, counts * rows * share * (row_bytes or self.row_bytes))
 
-    def _inside_node(self, rows: float) -> tuple[float, float]:
+    def _inside_node(self, rows: float) -> Transmission:
         """Rows from the forwarders of a node to the ranks of their experts there."""
         levels = self.topology.levels(0)
         counts = np.bincount(levels[levels <= NODE], minlength=len(self.machine.levels))
@@ -202,33 +236,32 @@ class StepCosts:
         probability = 1 - (1 - 1 / counts.sum()) ** choices
         return self._transfer(counts * probability, counts / counts.sum() * choices * self.row_bytes)
 
-    def _tensor_group(self, load: StepLoad) -> tuple[float, float]:
+    def _tensor_group(self, load: StepLoad) -> Transmission:
         """All rows of a tensor group: each rank sends its part to every other."""
         return self._all_to_all(load.rows, self.row_bytes)
 
-    def _all_to_all(self, rows: float, num_bytes: float) -> tuple[float, float]:
+    def _all_to_all(self, rows: float, num_bytes: float) -> Transmission:
         """`num_bytes` for each of a rank's part of `rows`, to every other rank of the tensor group."""
         others = np.zeros(len(self.machine.levels))
         others[NODE] = self.tensor - 1
         return self._transfer(others, others * rows / self.tensor * num_bytes)
 
-    def _stage_link(self, load: StepLoad, *, is_last: bool) -> tuple[float, float]:
+    def _stage_link(self, load: StepLoad, *, is_last: bool) -> Transmission:
         """A rank's rows to the next stage; the last stage sends tokens to the first."""
         messages = np.zeros(len(self.machine.levels))
         messages[self.stage_link_level] = 1
         num_bytes = COUNT_BYTES * load.sequences if is_last else load.rows / self.tensor * self.row_bytes
         return self._transfer(messages, messages * num_bytes)
 
-    def _collective(self, num_bytes: int) -> tuple[float, float]:
+    def _collective(self, num_bytes: int) -> Transmission:
         """An all-to-all of `num_bytes` per pair of ranks, in log2(ranks) messages (Bruck et al. 1997)."""
         farthest = self.machine.levels[int(self.topology.levels(0).max())]
         messages = ceil(log2(self._num_ranks)) if self._num_ranks > 1 else 0
-        return 0.0, messages * farthest.latency_us * 1e-6 + num_bytes * self._num_ranks / (
-            farthest.bandwidth_gb_s * 1e9
-        )
+        bytes_s = num_bytes * self._num_ranks / (farthest.bandwidth_gb_s * 1e9)
+        return Transmission(0.0, messages * farthest.latency_us * 1e-6 + bytes_s)
 
-    def _transfer(self, messages: Float64Array, num_bytes: Float64Array) -> tuple[float, float]:
+    def _transfer(self, messages: Float64Array, num_bytes: Float64Array) -> Transmission:
         """Seconds of the link for the bytes of each level, and latency of the messages, which leaves the link free."""
         bytes_per_s = np.array([level.bandwidth_gb_s * 1e9 for level in self.machine.levels])
         latencies_s = np.array([level.latency_us * 1e-6 for level in self.machine.levels])
-        return float((num_bytes / bytes_per_s).sum()), float((messages * latencies_s).sum())
+        return Transmission(float((num_bytes / bytes_per_s).sum()), float((messages * latencies_s).sum()))

@@ -14,7 +14,7 @@ def test_transfers_advance_while_the_host_waits_for_a_verb():
     """A transfer of another lane, which waits for an event, is started and finished inside `group` and `score`."""
     pending = PendingTransfers()
     backend = CudaBackend(SimtDevice(), precision="bfloat16", reproducible=False, progress=pending.progress)
-    transfers, rows = Transfers(backend, pending, overlap=True), backend.tensor(np.zeros((4, 8), np.uint16))
+    transfers, rows = Transfers(backend, pending), backend.tensor(np.zeros((4, 8), np.uint16))
     logits, experts = backend.tensor(np.zeros((3, 7), np.float32)), backend.upload(np.arange(24).reshape(8, 3))
     for wait in (
         lambda: backend.group(experts, np.arange(24), num_ids=24),

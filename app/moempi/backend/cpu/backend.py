@@ -21,15 +21,17 @@ from moempi.backend.cpu.attention_layout import Mask, cache_rows, causal_mask, q
 from moempi.backend.cpu.blocked_product import BLOCK, blocked_product
 from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.cpu.router import choose, weights_of
-from moempi.backend.protocol import Cache, Expert, SampledTokens, SamplingRequest, Segment, Stored
+from moempi.backend.protocol import Cache, Download, Expert, SampledTokens, SamplingRequest, Segment, Stored
 from moempi.backend.sampling import sample_token
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
 Matrix = Float32Array | PackedMatrix
 
-PIECE_FLOPS = 4e8
-"""Work of one call of a product, between two calls of `progress`."""
+PIECE_FLOPS = 1e8
+"""Work of one piece of a product, between two calls of `progress`: half a millisecond to two."""
+PIECE_ROWS, FEWEST_ROWS, FEWEST_COLUMNS = 256, 32, 128
+"""Rows of a piece of a BLAS product; the smallest pieces that cost no speed, in rows of a packed one or in columns."""
 CACHED_ROWS = 32
 """Rows that `combine` sums at a time, so that their sums stay in the processor's cache."""
 ONE_QUEUE = nullcontext()
@@ -110,6 +112,9 @@ class NumpyBackend:
 
     def download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return values
+
+    def start_download(self, *arrays: npt.NDArray[Any]) -> Download:
+        return Download(None, arrays)
 
     # Rows
 
@@ -241,7 +246,7 @@ class NumpyBackend:
                 np.multiply(queries[rows], np.float32(scale), out=block[low - first : high - first])
                 result = _attention(block, cache.keys[seen], cache.values[seen], mask, sinks)
                 attended[rows] = result[low - first : high - first]
-            self._progress()
+                self._progress()
         return self._stored(attended)
 
     # Experts
@@ -357,18 +362,20 @@ class NumpyBackend:
         return round_to_bfloat16(values) if self.is_bfloat16 else values
 
     def _product(self, x: Float32Array, matrix: Matrix, *, rounded: bool = False) -> Float32Array:
-        num_rows = len(x)
-        most_rows = max(64, int(PIECE_FLOPS / (2 * matrix.shape[0] * matrix.shape[1])))
+        inputs, outputs = matrix.shape
+        most_rows = max(FEWEST_ROWS, int(PIECE_FLOPS / (2 * inputs * outputs)))
         if isinstance(matrix, PackedMatrix):
             return matrix.product(x, rounded=rounded, most_rows=most_rows, progress=self._progress)
-        if self.reproducible:
-            return blocked_product(x, matrix, most_rows=most_rows, progress=self._progress)
-        pieces = max(1, -(-num_rows // most_rows))
-        product = np.empty((num_rows, matrix.shape[1]), np.float32)
-        for piece in range(pieces):
-            rows = slice(piece * num_rows // pieces, (piece + 1) * num_rows // pieces)
-            np.matmul(x[rows], matrix, out=product[rows])
-            self._progress()
+        if self.reproducible:  # each call of BLAS packs the whole matrix
+            return blocked_product(x, matrix, most_rows=4 * most_rows, progress=self._progress)
+        product = np.empty((len(x), outputs), np.float32)
+        most_columns = max(FEWEST_COLUMNS, int(PIECE_FLOPS / (2 * inputs * min(max(len(x), 1), PIECE_ROWS))))
+        for row in range(0, len(x), PIECE_ROWS):
+            rows = slice(row, row + PIECE_ROWS)
+            for column in range(0, outputs, most_columns):
+                columns = slice(column, column + most_columns)
+                np.matmul(x[rows], matrix[:, columns], out=product[rows, columns])
+                self._progress()
         return product
 
 

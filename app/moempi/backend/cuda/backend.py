@@ -1,8 +1,8 @@
 """The GPU backend: CUDA kernels on a `Device`, and matrix products by the device's library.
 
-Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `group`, `sample` and
-`score` returns when its work is submitted; while these four wait, they call `progress`, so that the transfers of all
-lanes advance. `finish_loading` and the upload of a large array block without it. Matrices stay as they are stored. With
+Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `sample` and `score`
+returns when its work is submitted; while these three wait, they call `progress`, so that the transfers of all lanes
+advance. `finish_loading` and the upload of a large array block without it. Matrices stay as they are stored. With
 `reproducible`, each row's bits are independent of the other rows: products.py makes calls of one size, few_rows.py
 computes experts in parts of few rows where it can, and attention goes row by row.
 """
@@ -26,6 +26,7 @@ from moempi.backend.cuda.products import Matrix, Products
 from moempi.backend.protocol import (
     Array,
     Cache,
+    Download,
     Event,
     Expert,
     SampledTokens,
@@ -136,12 +137,15 @@ class CudaBackend:
 
     def _download(self, *arrays: Array) -> list[npt.NDArray[Any]]:
         """Copies of all arrays, for which the host waits once."""
-        on_host = [self.device.start_download(values) for values in arrays]
-        event = self.device.record_event()
-        while not event.is_done():
+        download = self.start_download(*arrays)
+        while not (download.event is None or download.event.is_done()):
             self._progress()
             os.sched_yield()
-        return [values.copy() for values in on_host]
+        return download.values()
+
+    def start_download(self, *arrays: Array) -> Download:
+        memory = [self.device.start_download(values) for values in arrays]
+        return Download(self.device.record_event(), memory)
 
     def finish_loading(self) -> None:
         self.device.record_event().synchronize()
@@ -310,10 +314,10 @@ class CudaBackend:
         self._launches.by_router("weigh_experts", logits.shape[1], *given, *rule, *_weighing(router), rounds)
         return weights
 
-    def group(self, experts: Array, physical_ids: Array, *, num_ids: int) -> tuple[Array, Array, IntArray]:
+    def group(self, experts: Array, physical_ids: Array, *, num_ids: int) -> tuple[Array, Array, Array]:
         choices, slots = prod(experts.shape), experts.shape[1]
         if not choices:
-            return self.upload(np.zeros(0, np.int32)), experts, np.zeros(num_ids, np.int64)
+            return self.upload(np.zeros(0, np.int32)), experts, self.upload(np.zeros(num_ids, np.int32))
         source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
         counts, ids = self.device.empty((num_ids,), np.int32), max(64, 1 << (num_ids - 1).bit_length())
         if ids > MOST_IDS:
@@ -332,7 +336,7 @@ class CudaBackend:
             self._launches.launch("grouping", "scan_blocks", (num_ids, 1, 1), scan_threads, *scanned, IDS=ids)
         results, sizes = (source_rows, output_rows, counts), (choices, slots, num_ids)
         self._launches.launch("grouping", "group", (blocks, 1, 1), threads, *given, before, *results, *sizes, IDS=ids)
-        return source_rows, output_rows, self.download(counts).astype(np.int64)
+        return source_rows, output_rows, counts
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
         out = self._launches.rows((len(index), *rows.shape[1:]))

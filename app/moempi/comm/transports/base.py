@@ -11,11 +11,15 @@ from moempi.arrays import IntArray, aligned_rows
 from moempi.comm.transports.buffers import BufferRing
 
 
-class MpiRequest(Protocol):
+class Completion(Protocol):
     """The part of MPI's request interface that transfers use."""
 
     def Test(self) -> bool:  # noqa: N802
         """Make progress; whether the request is complete. Does not block."""
+
+
+class MpiRequest(Completion, Protocol):
+    """A request that can also be waited for alone."""
 
     def Wait(self) -> Any:  # noqa: N802
         """Block until the request is complete."""
@@ -42,8 +46,11 @@ class Transport(Protocol):
     def outgoing(self, rows: int) -> Any:
         """A buffer (rows, row bytes) of uint8 for the rows of the next `start`.
 
-        The buffer is reused two transfers later. Blocks until the receivers have read the rows that it held.
+        The buffer is reused two transfers later. Blocks until `can_send`.
         """
+
+    def can_send(self) -> bool:
+        """Whether the receivers have read the rows that the next outgoing buffer held; does not block."""
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
         """Send rows of `outgoing`, ordered by destination, and receive into `incoming`, ordered by source.
@@ -93,6 +100,9 @@ class BufferedTransport:
     def outgoing(self, rows: int) -> Any:
         return self._buffers.take(rows)
 
+    def can_send(self) -> bool:
+        return True
+
     def free(self) -> None:
         self._row.Free()
         self._comm.Free()
@@ -107,6 +117,9 @@ class TransportWrapper:
 
     def outgoing(self, rows: int) -> Any:
         return self._transport.outgoing(rows)
+
+    def can_send(self) -> bool:
+        return self._transport.can_send()
 
     def free(self) -> None:
         self._transport.free()

@@ -149,13 +149,19 @@ class Shared(BufferedTransport):
         super().free()
 
     def outgoing(self, rows: int) -> Any:
-        parity = (self._number + 1) % 2
-        while not self.flags.slot_is_free(parity):
+        while not self.can_send():
             self.pause()
         if rows > self._slot_rows:
             return super().outgoing(rows)
-        first = (2 * self._local_rank + parity) * self._slot_rows
+        first = (2 * self._local_rank + self._next_slot) * self._slot_rows
         return self.slots[first : first + rows]
+
+    def can_send(self) -> bool:
+        return self.flags.slot_is_free(self._next_slot)
+
+    @property
+    def _next_slot(self) -> int:
+        return (self._number + 1) % 2
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> SharedReceipt:
         self._number += 1
