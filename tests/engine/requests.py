@@ -1,9 +1,11 @@
 """Prompts, requests and sampled tokens for tests of the engine."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from moempi.backend.protocol import SampledTokens
 from moempi.config.job import Sampling
@@ -15,10 +17,26 @@ from mpirun import ROOT
 EOS = 1
 
 
-def abacus_tokenizer(*, eos_tokens: Sequence[int] = (EOS,)) -> TextTokenizer:
+def abacus_tokenizer(*, eos_tokens: Sequence[int] = (EOS,), **special: bool) -> TextTokenizer:
     """The tokenizer of weights/abacus: one token for each character, special tokens 0 to 2."""
     text = (ROOT / "weights/abacus/tokenizer.json").read_text(encoding="utf-8")
-    return TextTokenizer(text, eos_tokens=eos_tokens)
+    return TextTokenizer(text, eos_tokens=eos_tokens, **special)
+
+
+def byte_tokenizer(*special: str, **settings: Any) -> TextTokenizer:
+    """A tokenizer with a token for each byte and, after these, the special tokens."""
+    return TextTokenizer(byte_tokenizer_text(*special), eos_tokens=(), **settings)
+
+
+@cache
+def byte_tokenizer_text(*special: str, **kinds: bool) -> str:
+    """tokenizer.json of `byte_tokenizer`; `kinds` are those of AddedToken."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: number for number, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False, **kinds) for text in special])
+    return str(tokenizer.to_str())
 
 
 def make_prompt(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from engine.requests import EOS, abacus_tokenizer, make_prompt, make_request
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.admission import make_requests, refuse_too_long
+from moempi.engine.chat import ChatText
 from moempi.engine.tokenizer import TextTokenizer
 from storage.models import SMALL
 
@@ -60,6 +61,22 @@ def test_text_without_a_tokenizer_is_an_error():
 def test_a_prompt_without_tokens_is_an_error(task):
     request = admit(make_prompt(""), tokenizer=abacus_tokenizer(), task=task)
     assert (request.finish, request.error) == ("error", "the prompt has no tokens")
+
+
+def test_a_chat_has_the_tokens_of_its_text_without_a_begin_token_or_its_error():
+    tokenizer = abacus_tokenizer()
+    chats = {0: ChatText("1<eos>2"), 1: ChatText(error="no template")}
+    prompts = [make_prompt(index=index) for index in (0, 1)]
+    first, second = make_requests(prompts, tokenizer, ARCHITECTURE, task="generate", chats=chats)
+    assert first.prompt_tokens.tolist() == [*tokenizer.encode("1"), EOS, *tokenizer.encode("2")]
+    assert (second.finish, second.error) == ("error", "no template")
+
+
+@pytest.mark.parametrize(("token", "finish"), [(97, None), (98, "error"), (2**63 - 1, "error")])
+def test_a_stop_token_beyond_the_vocabulary_is_an_error(token, finish):
+    request = admit(make_prompt(tokens=[5], stop_token_ids=(3, token)))
+    assert request.finish == finish
+    assert request.error == (f"stop_token_ids: {token} is beyond the model's vocabulary of 98" if finish else "")
 
 
 @pytest.mark.parametrize(("token", "error"), [(97, ""), (98, "token 98 is beyond the model's vocabulary of 98")])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.requests import EOS, abacus_tokenizer, make_prompt, make_request, make_sampled
+from engine.requests import EOS, abacus_tokenizer, byte_tokenizer, make_prompt, make_request, make_sampled
 from moempi.engine.request import Request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
@@ -153,6 +153,85 @@ def test_an_end_token_before_a_stop_string_stops_with_the_whole_text():
     tokenizer = abacus_tokenizer()
     request = generate(make_request([9], 10, stop=("=",)), [*tokenizer.encode("12"), EOS], tokenizer)
     assert (request.finish, request.text) == ("stop", "12")
+
+
+def write(tokenizer, tokens, *, limit=100, **sampling):
+    """Generate these tokens."""
+    return generate(make_request([9], limit, **sampling), tokens, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("stop", "hidden", "shown"),
+    [
+        ("<|end|>", "ab", "a<s>b"),
+        ("b<|end|>", "a", "a<s>"),
+        ("<s>b", "a", "a"),
+        ("<s>", "a", "a"),
+        ("|end", "ab", "a<s>b<"),  # inside the text of a special token, of which no part is shown
+        ("s>b<", "a", "a<"),
+    ],
+)
+def test_a_stop_text_with_special_tokens_stops_and_ends_the_text(stop, hidden, shown):
+    begin, end = 256, 257
+    for writes_special, text in ((False, hidden), (True, shown)):
+        tokenizer = byte_tokenizer("<s>", "<|end|>", writes_special=writes_special)
+        tokens = [*tokenizer.encode("a"), begin, *tokenizer.encode("b"), end, *tokenizer.encode("c")]
+        request = write(tokenizer, tokens, stop=("zz", stop))
+        assert (request.finish, request.text) == ("stop", text)
+        assert request.tokens == tokens[: 2 if stop == "<s>" else 3 if stop == "<s>b" else 4]
+
+
+def test_a_special_token_between_two_letters_is_not_in_a_stop_text():
+    tokenizer = byte_tokenizer("<s>")
+    request = write(tokenizer, [*tokenizer.encode("a"), 256, *tokenizer.encode("b")], stop=("ab",), limit=3)
+    assert (request.finish, request.text) == ("length", "ab")
+
+
+def test_half_a_character_does_not_stop_and_a_written_replacement_character_does():
+    tokenizer, half = byte_tokenizer("<s>"), "\ufffd"
+    tokens = tokenizer.encode("日é\U0001f600.")
+    request = write(tokenizer, tokens, stop=(half,), limit=len(tokens))
+    assert (request.finish, request.text) == ("length", "日é\U0001f600.")
+    request = write(tokenizer, tokenizer.encode(f"日{half}é"), stop=(half,))
+    assert (request.finish, request.text, len(request.tokens)) == ("stop", "日", 6)
+
+
+@settings(deadline=None)
+@given(pieces=st.lists(st.sampled_from([*"ab日é", "<s>", "<|end|>"]), min_size=1, max_size=8), data=st.data())
+def test_a_generation_stops_at_the_first_token_with_which_the_text_has_a_stop_text(pieces, data):
+    tokenizer = byte_tokenizer("<s>", "<|end|>", writes_special=True)
+    whole, tokens = "".join(pieces), tokenizer.encode("".join(pieces))
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stop = whole[start : start + data.draw(st.integers(1, 6))]
+    request = write(tokenizer, tokens, stop=(stop,))
+    first = next(count for count in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:count]))
+    assert (request.finish, request.tokens, request.text) == ("stop", tokens[:first], whole[: whole.index(stop)])
+    hidden = write(byte_tokenizer("<s>", "<|end|>"), tokens, stop=(stop,))
+    assert hidden.tokens == tokens[:first]
+    assert whole.replace("<s>", "").replace("<|end|>", "").startswith(hidden.text)
+
+
+@pytest.mark.parametrize("stop", ["c", "日é", "<|end|>c", "é<|end|>"])
+def test_a_stop_text_is_found_far_from_the_beginning(stop):
+    tokenizer = byte_tokenizer("<s>", "<|end|>", writes_special=True)
+    start = "ab日<s>" * 200
+    request = write(tokenizer, tokenizer.encode(f"{start}日é<|end|>c and more"), stop=("日日", stop), limit=9999)
+    whole = f"{start}日é<|end|>c"
+    assert (request.finish, request.text) == ("stop", whole[: whole.index(stop)])
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_stop_token_ends_the_text_before_it(ignore_eos):
+    tokenizer = abacus_tokenizer()
+    plus, two = tokenizer.encode("+2")
+    request = write(tokenizer, tokenizer.encode("1+2"), stop_token_ids=(two, plus), ignore_eos=ignore_eos)
+    assert (request.finish, request.text, request.tokens) == ("stop", "1", tokenizer.encode("1+"))
+    assert write(NO_TOKENIZER, [5, 6, 7], stop_token_ids=(6,)).tokens == [5, 6]
+
+
+def test_an_end_token_is_in_the_text_if_special_tokens_are_wanted():
+    tokenizer = abacus_tokenizer(writes_special=True)
+    assert write(tokenizer, [*tokenizer.encode("42"), EOS]).text == "42<eos>"
 
 
 @pytest.mark.parametrize("logprob", [np.nan, np.inf, -np.inf])

@@ -6,13 +6,16 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from engine.requests import EOS, abacus_tokenizer
+from engine.requests import EOS, abacus_tokenizer, byte_tokenizer, byte_tokenizer_text
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
 from mpirun import ROOT
 
 TOKENIZER = json.loads((ROOT / "weights/abacus/tokenizer.json").read_text(encoding="utf-8"))
+SPECIAL, PRIVATE = ("<s>", "<|end|>"), "\ufdd0\ufdd1"
+LIBRARY = Tokenizer.from_str(byte_tokenizer_text(*SPECIAL))
 CHARACTERS = [token for token in TOKENIZER["model"]["vocab"] if len(token) == 1]
 
 
@@ -25,12 +28,64 @@ def test_text_of_the_vocabulary_survives_encoding_and_decoding(text):
     assert tokenizer.decode(tokens) == text
 
 
-@pytest.mark.parametrize("special", [token["content"] for token in TOKENIZER["added_tokens"]])
-def test_a_special_token_spelled_out_in_a_prompt_is_plain_text(special):
-    tokenizer = abacus_tokenizer()
-    tokens = tokenizer.encode(f"1{special}2")
-    assert not {token["id"] for token in TOKENIZER["added_tokens"]} & set(tokens)
-    assert tokenizer.decode(tokens) == f"1{special}2"
+@pytest.mark.parametrize("special", TOKENIZER["added_tokens"], ids=lambda token: token["content"])
+def test_a_special_token_spelled_out_in_a_prompt_is_that_token_or_as_asked_plain_text(special):
+    text, one, two = f"1{special['content']}2", *(abacus_tokenizer().encode(digit) for digit in "12")
+    assert abacus_tokenizer().encode(text) == [*one, special["id"], *two]
+    plain = abacus_tokenizer(reads_special=False).encode(text)
+    assert not {token["id"] for token in TOKENIZER["added_tokens"]} & set(plain)
+    assert abacus_tokenizer().decode(plain) == text
+
+
+PIECES = st.sampled_from([*SPECIAL, *"<|>ab \n", "日", "é", "<s", "end|>", *PRIVATE]) | st.text(max_size=4)
+
+
+@settings(deadline=None)
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_a_prompt_has_the_tokens_that_the_library_gives_with_special_tokens_on(text):
+    assert byte_tokenizer(*SPECIAL).encode(text) == LIBRARY.encode(text).ids
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 255 + len(SPECIAL)), max_size=20))
+def test_tokens_have_the_text_that_the_library_gives_with_special_tokens_or_without(tokens):
+    for writes_special in (False, True):
+        found = byte_tokenizer(*SPECIAL, writes_special=writes_special).decode(tokens)
+        assert found == LIBRARY.decode(tokens, skip_special_tokens=not writes_special)
+
+
+@settings(deadline=None)
+@given(st.text(), st.booleans())
+def test_any_text_survives_encoding_and_decoding(text, reads_special):
+    tokenizer = byte_tokenizer(*SPECIAL, reads_special=reads_special, writes_special=True)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("kinds", [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}], ids=str)
+@settings(deadline=None)
+@given(pieces=st.lists(st.tuples(st.booleans(), PIECES), max_size=10))
+def test_of_a_chat_only_the_parts_that_are_not_quoted_have_special_tokens(kinds, pieces):
+    """As the library gives the whole text, if each special token in a quoted part is of signs that no other has."""
+    tokenizer = TextTokenizer(byte_tokenizer_text(*SPECIAL, **kinds), eos_tokens=())
+    library = Tokenizer.from_str(byte_tokenizer_text(*SPECIAL, **kinds))
+    if any(private in piece for _, piece in pieces for private in PRIVATE):
+        return
+    chat = "".join(tokenizer.quote(piece) if quoted else piece for quoted, piece in pieces)
+    swapped = chat
+    for number in range(len(SPECIAL)):
+        swapped = swapped.replace(f"\ufdd0{256 + number}\ufdd0", "→" if number else "§")
+    tokens = library.encode(swapped, add_special_tokens=False).ids
+    found = tokenizer.encode_chat(chat)
+    assert [token for token in found if token > 255] == [token for token in tokens if token > 255]
+    if not any("→" in piece or "§" in piece for _, piece in pieces):
+        spelled = tokenizer.decode(tokens).replace("→", SPECIAL[1]).replace("§", SPECIAL[0])
+        assert tokenizer.decode(found) == spelled
+
+
+@pytest.mark.parametrize("private", PRIVATE)
+def test_a_chat_with_the_code_points_of_quotes_is_a_data_error(private):
+    with pytest.raises(DataError, match=r"U\+FDD"):
+        byte_tokenizer(*SPECIAL).quote(f"a{private}5")
 
 
 def test_decoding_leaves_special_tokens_out():

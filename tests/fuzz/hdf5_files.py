@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,12 +17,17 @@ from fuzz.prompts import RUN, use_prompts
 from fuzz.seeds import ARCHITECTURE, JOB, TOKENIZER
 from fuzz.subject import Subject, Use, main, require
 from moempi.config.architecture import Architecture
+from moempi.config.job import ChatSection, Sampling
 from moempi.config.tensors import catalogue
+from moempi.engine.chat import render_chats
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.storage import weights as weight_files
+from moempi.storage.chat_templates import ChatTemplates
+from moempi.storage.prompts import Prompt
 from moempi.storage.weights import WeightFile
 
 MAX_TENSORS = 500
+CHATS = [Prompt(0, "a", None, None, None, Sampling(), chat=b'{"messages": [{"role": "user", "content": "<s>1"}]}')]
 
 
 def old_format(source: Path, path: Path) -> None:
@@ -46,7 +52,9 @@ class WeightsFile(Subject):
         self.names = dataset_names(seeds / "weights.h5")
         self.contents = contents(seeds / "weights.h5")
         with h5py.File(seeds / "weights.h5") as file:
-            self.texts = {name: file[name][:].tobytes() for name in (*weight_files.TEXTS, "checksums")}
+            self.texts = {
+                name: file[name][:].tobytes() for name in (*weight_files.TEXTS, weight_files.CHAT, "checksums")
+            }
 
     def write(self, random: Random) -> Any:
         path, content = Path("weights.h5"), random.choice(self.files)
@@ -67,7 +75,7 @@ class WeightsFile(Subject):
     def change_texts(self, random: Random, path: Path) -> None:
         """Change the architecture and what must agree with it, and renew the fingerprint."""
         texts = dict(self.texts)
-        match random.randrange(4):
+        match random.randrange(5):
             case 0:
                 texts["architecture"] = to_json(mutated(random, msgspec.to_builtins(ARCHITECTURE), changes=1))
                 texts["catalogue"] = catalogue_of(texts["architecture"]) or texts["catalogue"]
@@ -75,6 +83,8 @@ class WeightsFile(Subject):
                 texts["tokenizer"] = to_json(mutated(random, TOKENIZER))
             case 2:
                 texts["catalogue"] = to_json(mutated(random, json.loads(texts["catalogue"]), changes=1))
+            case 3:
+                texts[weight_files.CHAT] = to_json(mutated(random, json.loads(texts[weight_files.CHAT])))
             case _:
                 name = random.choice(list(texts))
                 texts[name] = damaged_text(random, texts[name])
@@ -91,15 +101,18 @@ class WeightsFile(Subject):
     def read(self, kind: int) -> None:
         found = contents(Path("weights.h5"))
         require(kind > 6 or found == self.contents, "a damaged file gives other weights")
-        TextTokenizer(found[1], eos_tokens=found[0].eos_tokens, origin="weights.h5")
+        tokenizer = TextTokenizer(found[1], eos_tokens=found[0].eos_tokens, origin="weights.h5")
+        if found[2] not in (None, self.contents[2]):
+            render_chats(CHATS, found[2], tokenizer, section=ChatSection(), today=datetime(2025, 12, 31))
 
 
-def contents(path: Path) -> tuple[Architecture, str, list[bytes]]:
-    """Architecture, tokenizer and the tensors of a weight file."""
+def contents(path: Path) -> tuple[Architecture, str, ChatTemplates | None, list[bytes]]:
+    """Architecture, tokenizer, chat templates and the tensors of a weight file."""
     with WeightFile.open(path) as file:
         return (
             file.architecture,
             file.tokenizer,
+            file.chat,
             [file.read(one.name).tobytes() for one in catalogue(file.architecture)],
         )
 

@@ -36,9 +36,10 @@ def use_prompts(path: str) -> None:
         if prompt.error:
             require(len(prompt.error) <= MAX_LINE_LENGTH, f"an error of {len(prompt.error)} characters")
             require(prompt.error.startswith(path), "an error does not name the file")
-            require(prompt.text is prompt.tokens is None, "a refused prompt has a text")
+            require(prompt.text is prompt.tokens is prompt.chat is None, "a refused prompt has a text")
         else:
-            require((prompt.text is None) != (prompt.tokens is None), "a prompt has a text and tokens, or neither")
+            given = [prompt.text, prompt.tokens, prompt.chat]
+            require(sum(part is not None for part in given) == 1, "a prompt has not one of text, tokens and chat")
     names = [prompt.id for prompt in prompts if not prompt.error]
     require(len(set(names)) == len(names), "two requests have one id")
     for task in ("generate", "score"):
@@ -72,6 +73,12 @@ LINES: list[dict[str, Any]] = [
     },
     {"prompt": "é\0 \U0001f9ee", "seed": 3, "stop": ["x", "\n"], "ignore_eos": True, "top_logprobs": 2},
     {"id": "e", "prompt": "<s></s><pad>"},
+    {
+        "messages": [{"role": "user", "content": "<s>"}, {"role": "tool", "content": [{"text": None}], "name": 1.5}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        "chat_template_kwargs": {"a": True},
+        "stop_token_ids": [3],
+    },
 ]
 MONSTERS = (
     b"[" * 100_000,

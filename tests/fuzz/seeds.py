@@ -15,6 +15,7 @@ import numpy as np
 from fuzz.mutation import to_toml
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.topology_file import LEVEL_NAMES
+from moempi.storage.chat_templates import ChatTemplates
 from moempi.storage.records import Record
 from mpirun import ROOT
 from storage.models import write_model
@@ -43,6 +44,13 @@ TOPOLOGY = {"version": 2, "levels": LEVELS, "nodes": [0, 0, 1, 1], "islands": [0
 HOSTED = [{"layer": layer, "hosted": [[0, 3], [1], [2, 0], [3]]} for layer in MOE_LAYERS]
 PLACEMENT = {"version": 1, "num_experts": 4, "layers": HOSTED}
 MACHINE = {"name": "m", "tflops": 1.0, "memory_gb_s": 10.0, "turn_us": 1.0, "reads_ahead": True, "levels": LEVELS}
+CHAT = ChatTemplates(
+    {
+        "default": "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m['content'] | trim }}<eos>{% endfor %}",
+        "tool_use": "{{ tools | tojson(indent=1) }}{% if messages == 1 %}{{ raise_exception('a') }}{% endif %}",
+    },
+    {"bos_token": "<pad>", "eos_token": "<eos>"},
+)
 TOKENIZER = json.loads((ROOT / "weights/abacus/tokenizer.json").read_text(encoding="utf-8"))
 JOB = """
 [model]
@@ -75,7 +83,7 @@ def seeded_folder() -> Iterator[Path]:
 def write_seeds(folder: Path) -> None:
     """Write all seeds into a new folder."""
     folder.mkdir()
-    write_model(folder / "weights.h5", ARCHITECTURE, tokenizer=json.dumps(TOKENIZER))
+    write_model(folder / "weights.h5", ARCHITECTURE, tokenizer=json.dumps(TOKENIZER), chat=CHAT)
     (folder / "job.toml").write_text(JOB)
     (folder / "arch.toml").write_bytes(to_toml(Random(0), without_none(msgspec.to_builtins(ARCHITECTURE))))
     (folder / "prompts.jsonl").write_text(

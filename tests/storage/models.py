@@ -6,6 +6,7 @@ import numpy as np
 
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.tensors import Tensor, catalogue
+from moempi.storage.chat_templates import ChatTemplates
 from moempi.storage.weights import write_weights
 from storage.checkpoints import origin_bits
 
@@ -27,10 +28,17 @@ def origin_values(tensor: Tensor) -> np.ndarray:
     return origin_bits(tensor.name, tensor.shape)
 
 
-def write_model(path: Path, architecture: Architecture = SMALL, *, tokenizer: str = '{"é": 1}', step: int = 17) -> str:
+def write_model(
+    path: Path,
+    architecture: Architecture = SMALL,
+    *,
+    tokenizer: str = '{"é": 1}',
+    chat: ChatTemplates | None = None,
+    step: int = 17,
+) -> str:
     """Write every tensor in pieces of `step` rows; returns the fingerprint."""
     tensors = ((tensor, pieces(tensor, step)) for tensor in catalogue(architecture))
-    return write_weights(path, architecture, tokenizer=tokenizer, tensors=tensors)
+    return write_weights(path, architecture, tokenizer=tokenizer, chat=chat, tensors=tensors)
 
 
 def pieces(tensor: Tensor, step: int) -> list[np.ndarray]:

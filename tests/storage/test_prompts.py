@@ -49,13 +49,39 @@ def test_a_line_overrides_sampling(tmp_path):
     assert read(path)[0].sampling == Sampling(max_tokens=7, temperature=0.5, stop=("\n",), seed=3, ignore_eos=True)
 
 
+def test_messages_are_kept_as_they_are(tmp_path):
+    chat = {
+        "messages": [{"role": "user", "content": "1 < 2 é\0", "name": None}, {"role": "x", "parts": [{"a": 1.5}]}],
+        "tools": [{"type": "function"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    path = write_lines(tmp_path / "p", chat, {"messages": [{"role": "user"}]}, {"prompt": "a"})
+    first, second, third = read(path, strict=True)
+    assert (first.text, first.tokens, third.chat) == (None, None, None)
+    kept = {"messages": chat["messages"], "tools": chat["tools"], "template_kwargs": chat["chat_template_kwargs"]}
+    assert json.loads(first.chat) == kept
+    assert json.loads(second.chat) == {"messages": [{"role": "user"}], "tools": None, "template_kwargs": {}}
+
+
 BAD_LINES = [
     (b"not json", "JSON is malformed"),
     (b'{"prompt": "a"} {"prompt": "b"}', "trailing"),
     (b'{"id": "bad", "prompt": "a', ""),
     (b'["a"]', "Expected `object`, got `array`"),
-    (b'{"id": "bad"}', "give either prompt or tokens"),
-    (b'{"id": "bad", "prompt": "a", "tokens": [1]}', "give either prompt or tokens"),
+    (b'{"id": "bad"}', "give either prompt, tokens or messages"),
+    (b'{"id": "bad", "prompt": "a", "tokens": [1]}', "give either prompt, tokens or messages"),
+    (b'{"id": "bad", "prompt": "a", "messages": [{"role": "user"}]}', "give either prompt, tokens or messages"),
+    (b'{"id": "bad", "messages": []}', "messages: Expected `array` of length >= 1"),
+    (b'{"id": "bad", "messages": {"role": "user"}}', "messages: Expected `array | null`, got `object`"),
+    (b'{"id": "bad", "messages": ["hi"]}', "messages[0]: Expected `object`, got `str`"),
+    (b'{"id": "bad", "messages": [{"role": "user"}, {"content": "a"}]}', "messages[1]: has no role"),
+    (b'{"id": "bad", "messages": [{"role": 3}]}', "messages[0]: has no role"),
+    (b'{"id": "bad", "messages": [{"role": "user"}], "tools": {}}', "tools: Expected `array | null`, got `object`"),
+    (b'{"id": "bad", "messages": [{"role": "user"}], "chat_template_kwargs": []}', "chat_template_kwargs: Expected"),
+    (b'{"id": "bad", "messages": [{"role": ' + b"[" * 100_000, "nested too deeply"),
+    (b'{"id": "bad", "prompt": "a", "tools": []}', "tools and chat_template_kwargs are for a prompt of messages"),
+    (b'{"id": "bad", "tokens": [1], "chat_template_kwargs": {}}', "are for a prompt of messages"),
+    (b'{"id": "bad", "prompt": "a", "stop_token_ids": [-1]}', "stop_token_ids[0]: Expected `int` >= 0"),
     (b'{"id": "bad", "prompt": 3}', "prompt: Expected `str | null`, got `int`"),
     (b'{"id": 3, "prompt": "a"}', "id: Expected"),
     (b'{"id": "", "prompt": "a"}', "id: Expected `str` of length >= 1"),

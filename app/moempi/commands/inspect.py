@@ -44,6 +44,7 @@ def _model_table(weights: WeightContents) -> Table:
     table.add_row("active per token", f"{num_active_parameters(architecture):,}")
     table.add_row("MoE layers", f"{len(architecture.moe_layers)} of {architecture.num_layers}")
     table.add_row("tokenizer", f"{weights.tokenizer_length:,} characters" if weights.tokenizer_length else "none")
+    table.add_row("chat templates", ", ".join(weights.chat_templates) or "none")
     for key, value in _fields(msgspec.to_builtins(architecture)):
         table.add_row(key, str(value))
     return table

@@ -25,15 +25,17 @@ class ModelSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class InputSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[input]`: the prompts, a .jsonl or an .h5 file."""
+    """`[input]`: the prompts, a .jsonl or an .h5 file, and whether the text of a special token in one is that token."""
 
     prompts: str
+    special_tokens: bool = True
 
 
 class OutputSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[output]`: the results file."""
+    """`[output]`: the results file, and whether texts in it have special tokens."""
 
     results: str
+    special_tokens: bool = False
 
 
 class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,8 +64,21 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
     repetition_penalty: Positive = 1.0
     seed: Index = 0
     stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    stop_token_ids: tuple[Index, ...] = ()
     ignore_eos: bool = False
     top_logprobs: Index = 0
+
+
+class ChatSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[chat]`: what the chat template is given beside the messages of a prompt.
+
+    With `add_generation_prompt` the text ends where the model's reply begins. `template_kwargs` are variables of the
+    template. `date`, as 2025-12-31, is the day of `strftime_now`; "" is the day on which the job starts.
+    """
+
+    add_generation_prompt: bool = True
+    template_kwargs: dict[str, Any] = {}
+    date: Annotated[str, Meta(pattern=r"^([0-9]{4}-[0-9]{2}-[0-9]{2})?$", max_length=10)] = ""
 
 
 class ScoreSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,6 +168,7 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
     task: Literal["generate", "score"] = "generate"
     run: RunSection = RunSection()
     sampling: Sampling = Sampling()
+    chat: ChatSection = ChatSection()
     score: ScoreSection = ScoreSection()
     exchange: ExchangeSection = ExchangeSection()
     parallel: ParallelSection = ParallelSection()
@@ -176,6 +192,11 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
 
 CHANGES_RESULTS = (
     "task",
+    "input.special_tokens",
+    "output.special_tokens",
+    "chat.add_generation_prompt",
+    "chat.template_kwargs",
+    "chat.date",
     "run.backend",
     "run.precision",
     "run.reproducible",
@@ -187,6 +208,7 @@ CHANGES_RESULTS = (
     "sampling.repetition_penalty",
     "sampling.seed",
     "sampling.stop",
+    "sampling.stop_token_ids",
     "sampling.ignore_eos",
     "sampling.top_logprobs",
     "score.top_n",

@@ -1,23 +1,34 @@
 """Admission: the prompts of a rank become requests; a prompt that the model cannot compute becomes an error record."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from moempi.arrays import IntArray
 from moempi.config.architecture import Architecture
+from moempi.engine.chat import ChatText
 from moempi.engine.request import NO_TOKENS, Request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
 from moempi.model.kv_cache import pages_for
 from moempi.storage.prompts import Prompt
 
+NO_CHATS: Mapping[int, ChatText] = {}
+
 
 def make_requests(
-    prompts: Iterable[Prompt], tokenizer: TextTokenizer, architecture: Architecture, *, task: str
+    prompts: Iterable[Prompt],
+    tokenizer: TextTokenizer,
+    architecture: Architecture,
+    *,
+    task: str,
+    chats: Mapping[int, ChatText] = NO_CHATS,
 ) -> list[Request]:
-    """A request for each prompt; the ones that the model cannot compute have failed."""
-    return [_make_request(prompt, tokenizer, architecture, task) for prompt in prompts]
+    """A request for each prompt; the ones that the model cannot compute have failed.
+
+    `chats` has the text of each chat by the index of its prompt.
+    """
+    return [_make_request(prompt, tokenizer, architecture, task, chats.get(prompt.index)) for prompt in prompts]
 
 
 def refuse_too_long(requests: Iterable[Request], *, pages: int) -> list[Request]:
@@ -31,25 +42,28 @@ def refuse_too_long(requests: Iterable[Request], *, pages: int) -> list[Request]
     return refused
 
 
-def _make_request(prompt: Prompt, tokenizer: TextTokenizer, architecture: Architecture, task: str) -> Request:
+def _make_request(
+    prompt: Prompt, tokenizer: TextTokenizer, architecture: Architecture, task: str, chat: ChatText | None
+) -> Request:
     tokens: IntArray = NO_TOKENS
-    error = prompt.error
+    error = prompt.error or (chat.error if chat else "")
     if not error:
         try:
-            tokens = _encode(prompt.text or "", tokenizer) if prompt.tokens is None else prompt.tokens
+            tokens = _encode(prompt, tokenizer, chat) if prompt.tokens is None else prompt.tokens
         except DataError as no_tokenizer:
             error = str(no_tokenizer)
     remaining = architecture.max_positions - len(tokens)
     limit = min(prompt.sampling.max_tokens, remaining) if task == "generate" else 0
     request = Request(prompt, tokens.astype(np.int32, copy=False), limit)
-    error = error or _problem(tokens, remaining, architecture, task)
+    error = error or _problem(tokens, remaining, architecture, task) or _stop_problem(prompt, architecture)
     if error:
         request.fail(error)
     return request
 
 
-def _encode(text: str, tokenizer: TextTokenizer) -> IntArray:
-    return np.array(tokenizer.encode(text), np.int64)
+def _encode(prompt: Prompt, tokenizer: TextTokenizer, chat: ChatText | None) -> IntArray:
+    tokens = tokenizer.encode_chat(chat.text) if chat else tokenizer.encode(prompt.text or "")
+    return np.array(tokens, np.int64)
 
 
 def _problem(tokens: IntArray, remaining: int, architecture: Architecture, task: str) -> str:
@@ -59,4 +73,11 @@ def _problem(tokens: IntArray, remaining: int, architecture: Architecture, task:
         return f"token {tokens.max()} is beyond the model's vocabulary of {architecture.vocab_size}"
     if remaining < (1 if task == "generate" else 0):
         return f"the prompt has {len(tokens)} tokens, the model has {architecture.max_positions} positions"
+    return ""
+
+
+def _stop_problem(prompt: Prompt, architecture: Architecture) -> str:
+    largest = max(prompt.sampling.stop_token_ids, default=0)
+    if largest >= architecture.vocab_size:
+        return f"stop_token_ids: {largest} is beyond the model's vocabulary of {architecture.vocab_size}"
     return ""

@@ -76,7 +76,7 @@ class Request:
         return SamplingRequest(self.sampling, (bits >> 11) * 2.0**-53, seen)
 
     def accept(self, sampled: SampledTokens, tokenizer: TextTokenizer) -> None:
-        """Append the next token, `sampled` with one row; finish at an end token, a stop string or the limit.
+        """Append the next token, `sampled` with one row; finish at a stop token or text, an end token or the limit.
 
         Finish with an error if the model's logits are not numbers, or the tokens cannot be decoded.
         """
@@ -92,17 +92,14 @@ class Request:
         token = int(sampled.tokens[0])
         self.tokens.append(token)
         self.sampled.append(sampled)
-        if token in tokenizer.eos_tokens and not self.sampling.ignore_eos:
-            self.finish = "stop"
-        elif self.sampling.stop:
-            self.text, stopped = _before_stop(tokenizer.decode(self.tokens), self.sampling.stop)
-            if stopped:
-                self.finish = "stop"
-                return
-        if self.finish is None and len(self.tokens) >= self.limit:
-            self.finish = "length"
-        if self.finish is not None:
-            self.text = tokenizer.decode(self.tokens)
+        if token in self.sampling.stop_token_ids:
+            self.finish, self.text = "stop", tokenizer.decode(self.tokens[:-1])
+        elif (before := tokenizer.text_before_stop(self.tokens, self.sampling.stop)) is not None:
+            self.finish, self.text = "stop", before
+        elif token in tokenizer.eos_tokens and not self.sampling.ignore_eos:
+            self.finish, self.text = "stop", tokenizer.decode(self.tokens)
+        elif len(self.tokens) >= self.limit:
+            self.finish, self.text = "length", tokenizer.decode(self.tokens)
 
     def accept_scores(self, scored: SampledTokens) -> None:
         """Append the scores of the next prompt tokens; finish when the whole prompt is computed."""
@@ -142,12 +139,6 @@ class Request:
             score_top_tokens=score[1],
             score_top_logprobs=score[2],
         )
-
-
-def _before_stop(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
-    """The text before the first stop string, and whether the text has one."""
-    ends = [end for end in (text.find(stop) for stop in stops) if end >= 0]
-    return (text[: min(ends)], True) if ends else (text, False)
 
 
 def _logprob_columns(sampled: list[SampledTokens], *, first_token: bool) -> LogprobColumns:

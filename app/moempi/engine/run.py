@@ -20,6 +20,7 @@ from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
 from moempi.engine.admission import make_requests, refuse_too_long
 from moempi.engine.balance import quality_cost
+from moempi.engine.chat import ChatText, render_chats, template_day
 from moempi.engine.kv_budget import affordable_pages, useful_pages
 from moempi.engine.lane import LaneContext
 from moempi.engine.lanes import make_lanes
@@ -78,10 +79,10 @@ def run_job(
     backend = _backend(job, world, pending)
     rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
     # The requests of this rank's data parallel group, which the first stage schedules, and the cache for them.
-    tokenizer = world.collectively(lambda: _tokenizer(weights))
+    tokenizer = world.collectively(lambda: _tokenizer(job, weights))
     task = _task(job, tokenizer, prompts)
-    own = _own_prompts(prompts, attempt, rank_layout)
-    requests = make_requests(own, tokenizer, weights.architecture, task=job.task)
+    _warn_of_texts(prompts, weights, rank=world.rank)
+    requests = _make_requests(job, world, rank_layout, weights, tokenizer, _own_prompts(prompts, attempt, rank_layout))
     pages = _cache_pages(job, world, rank_layout, backend, requests)
     model, loading = _load(weights, backend, world, rank_layout, job, pages=pages)
     # The lanes run interleaved until no rank has work left.
@@ -91,7 +92,7 @@ def run_job(
     too_long = refuse_too_long(requests, pages=pages)
     scheduler = _scheduler(job, rank_layout, requests, pages=pages)
     sample = _quality_sample(job, requests)
-    del prompts, own, requests  # from here on the scheduler alone holds a request, until it is finished
+    del prompts, requests  # from here on the scheduler alone holds a request, until it is finished
     context = LaneContext(model, scheduler, task, recorder, stop)
     lanes = make_lanes(job, world, rank_layout, context, pending=pending, first_step=attempt.earlier.next_step)
     world.watch(job.run.timeout_s, group=rank_layout.coords.stage)
@@ -166,8 +167,14 @@ def _backend(job: Job, world: World, pending: PendingTransfers) -> Backend:
     )
 
 
-def _tokenizer(weights: WeightFile) -> TextTokenizer:
-    return TextTokenizer(weights.tokenizer, eos_tokens=weights.architecture.eos_tokens, origin=str(weights.path))
+def _tokenizer(job: Job, weights: WeightFile) -> TextTokenizer:
+    return TextTokenizer(
+        weights.tokenizer,
+        eos_tokens=weights.architecture.eos_tokens,
+        origin=str(weights.path),
+        reads_special=job.input.special_tokens,
+        writes_special=job.output.special_tokens,
+    )
 
 
 def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankLayout) -> Sequence[Prompt]:
@@ -177,6 +184,48 @@ def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankL
     unfinished = np.setdiff1d(np.arange(len(prompts)), attempt.earlier.indices)
     own = unfinished[rank_layout.coords.data :: rank_layout.grid.num_groups(0)]
     return [prompts[index] for index in own.tolist()]
+
+
+def _warn_of_texts(prompts: Sequence[Prompt], weights: WeightFile, *, rank: int) -> None:
+    """Say once what the errors of single requests will say: that the weight file lacks what their prompts need."""
+    if rank > 0:
+        return
+    chats = sum(prompt.chat is not None for prompt in prompts)
+    texts = sum(prompt.text is not None for prompt in prompts) + chats
+    if texts and not weights.tokenizer:
+        log.warning("%s holds no tokenizer: %d prompts of text end as errors; give tokens", weights.path, texts)
+    elif chats and not weights.chat:
+        log.warning("%s holds no chat template: %d prompts of messages end as errors", weights.path, chats)
+
+
+def _make_requests(
+    job: Job,
+    world: World,
+    rank_layout: RankLayout,
+    weights: WeightFile,
+    tokenizer: TextTokenizer,
+    own: Sequence[Prompt],
+) -> list[Request]:
+    """The requests of this rank's group; its first rank renders their chats, so that all have the same. Collective."""
+    chats: dict[int, ChatText] = {}
+    if world.comm.allreduce(any(prompt.chat is not None for prompt in own), max):
+        start = datetime.fromisoformat(world.comm.bcast(datetime.now().isoformat()))
+        coords = rank_layout.coords
+        today = world.collectively(lambda: template_day(job.chat, start))
+        chats = world.collectively(
+            lambda: render_chats(
+                own if coords.tensor == 0 else [],
+                weights.chat,
+                tokenizer,
+                section=job.chat,
+                today=today,
+                on_chat=lambda: world.alive(world.where),
+            )
+        )
+        group = rank_layout.ranks.Split(coords.data if coords.stage == 0 else world.size, coords.tensor)
+        chats = group.bcast(chats)
+        group.Free()
+    return make_requests(own, tokenizer, weights.architecture, task=job.task, chats=chats)
 
 
 def _load(

@@ -49,6 +49,7 @@ def convert(source: str | Path, path: str | Path, *, progress: OnProgress | None
         path,
         architecture,
         tokenizer=checkpoint.tokenizer,
+        chat=checkpoint.chat,
         tensors=((tensor, _pieces(tensor, sources)) for tensor, sources in plan.items()),
         progress=progress,
     )

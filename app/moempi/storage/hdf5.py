@@ -80,6 +80,12 @@ def has_format(path: Path, name: str) -> bool:
         return False
 
 
+def has(file: Any, name: str) -> bool:
+    """Whether the root has a link `name`, whatever it leads to."""
+    root = file["/"].id
+    return bool(root.links.exists(name.encode()))
+
+
 def walk(file: Any) -> Iterator[tuple[str, bool]]:
     """Yield (name, whether it is a group) of every object below the root, parents first; names like `layers/000/q`.
 

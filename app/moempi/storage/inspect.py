@@ -29,12 +29,13 @@ class PartSize:
 
 @dataclass(frozen=True, slots=True)
 class WeightContents:
-    """A weight file's model, and the number of characters of its tokenizer, 0 without one."""
+    """A weight file's model, the number of characters of its tokenizer, 0 without one, and its templates' names."""
 
     path: Path
     fingerprint: str
     architecture: Architecture
     tokenizer_length: int
+    chat_templates: Sequence[str]
     parts: Sequence[PartSize]
 
 
@@ -72,6 +73,7 @@ def inspect(path: str | Path) -> WeightContents | FileContents:
             fingerprint=weights.fingerprint,
             architecture=weights.architecture,
             tokenizer_length=len(weights.tokenizer or ""),
+            chat_templates=list(weights.chat.templates) if weights.chat else [],
             parts=_part_sizes(weights.architecture),
         )
 

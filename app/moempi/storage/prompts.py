@@ -36,10 +36,10 @@ NonEmpty = Annotated[str, Meta(min_length=1)]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """One request: its `index` among the file's requests, and either `text` or `tokens` (n,) int32, n > 0.
+    """One request: its `index` among the file's requests, and either `text`, `tokens` (n,) int32, n > 0, or a `chat`.
 
-    A non-empty `error` is the reason why the line cannot be used; such a request has neither text nor tokens and
-    finishes immediately as an error.
+    A non-empty `error` is the reason why the line cannot be used; such a request has none of these and finishes
+    immediately as an error.
     """
 
     index: int
@@ -49,12 +49,25 @@ class Prompt:
     reference: str | None
     sampling: Sampling
     error: str = ""
+    chat: bytes | None = None
+    """JSON of a `Chat`, which takes less memory than its objects."""
+
+
+class Chat(msgspec.Struct):
+    """What a chat template is applied to: messages, each with a role, tools, and further variables of the template."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = {}
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
     id: NonEmpty | None = None
     prompt: str | None = None
     tokens: Annotated[list[Token], Meta(min_length=1)] | None = None
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     reference: NonEmpty | None = None
 
 
@@ -111,7 +124,7 @@ def _read_lines(file: BinaryIO, path: str | Path, sampling: Sampling) -> Iterato
         location, fallback = f"{path}:{number}", f"line-{number}"
         try:
             prompt = _parse(line, index, fallback, sampling)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             prompt = _bad(index, _name(line) or fallback, sampling, f"{location}: {_explain(error)}")
         yield location, fallback, prompt
         index += 1
@@ -128,8 +141,8 @@ def _parse(line: bytes, index: int, fallback: str, sampling: Sampling) -> Prompt
     if len(line) > MAX_LINE_BYTES:
         raise msgspec.DecodeError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     request = _LINE_DECODER.decode(line)
-    if (request.prompt is None) == (request.tokens is None):
-        raise msgspec.DecodeError("give either prompt or tokens")
+    if [request.prompt, request.tokens, request.messages].count(None) != 2:
+        raise msgspec.DecodeError("give either prompt, tokens or messages")
     limit = max(MAX_TOP_LOGPROBS, sampling.top_logprobs)
     if request.top_logprobs is not UNSET and request.top_logprobs > limit:
         raise msgspec.DecodeError(
@@ -143,7 +156,19 @@ def _parse(line: bytes, index: int, fallback: str, sampling: Sampling) -> Prompt
         tokens=None if request.tokens is None else np.array(request.tokens, np.int32),
         reference=request.reference,
         sampling=msgspec.structs.replace(sampling, **given) if given else sampling,
+        chat=_chat(request),
     )
+
+
+def _chat(request: Any) -> bytes | None:
+    if request.messages is None:
+        if request.tools is not None or request.chat_template_kwargs is not None:
+            raise msgspec.DecodeError("tools and chat_template_kwargs are for a prompt of messages")
+        return None
+    for number, message in enumerate(request.messages):
+        if not isinstance(message.get("role"), str):
+            raise msgspec.DecodeError(f"messages[{number}]: has no role, which is a text")
+    return msgspec.json.encode(Chat(request.messages, request.tools, request.chat_template_kwargs or {}))
 
 
 def _read_rows(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
@@ -204,6 +229,8 @@ def _name(line: bytes) -> str | None:
 def _explain(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     message, _, path = str(error).partition(" - at `$")
     if message.startswith(_UNKNOWN_FIELD):
         key = message.removeprefix(_UNKNOWN_FIELD)[:MAX_SHOWN].rstrip("`")

@@ -14,6 +14,7 @@ from moempi.config.architecture import Architecture
 from moempi.config.tensors import Tensor, catalogue
 from moempi.errors import DataError
 from moempi.storage import hdf5
+from moempi.storage.chat_templates import ChatTemplates
 from moempi.storage.closeable import Closeable
 from moempi.storage.files import atomic, reserve
 from moempi.storage.hdf5 import AnyArray
@@ -22,6 +23,9 @@ FORMAT = "moempi weights"
 VERSION = 1
 TEXTS = {"architecture": 1 << 20, "catalogue": 1 << 26, "tokenizer": 1 << 28}
 """The UTF-8 texts of a file and the maximum size of each in bytes."""
+
+CHAT, MAX_CHAT_BYTES = "chat_templates", 1 << 26
+"""A text that a file may lack: JSON of `ChatTemplates`."""
 
 MAX_BLOCKS = 1 << 24
 RESERVED_METADATA_BYTES = 1 << 20
@@ -44,8 +48,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class WeightFile(Closeable):
     """An open weight file: the model's architecture, and any range of rows of any tensor, verified by checksum.
 
-    `tokenizer` is the text of tokenizer.json ("" if the model has none), `fingerprint` the hex digest of the file's
-    contents. Use it as a context manager; threads must not share one.
+    `tokenizer` is the text of tokenizer.json ("" if the model has none), `chat` the chat templates (None if it has
+    none), `fingerprint` the hex digest of the file's contents. Use it as a context manager; threads must not share one.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -55,6 +59,7 @@ class WeightFile(Closeable):
         self.architecture = _decode_architecture(contents["architecture"], path)
         self.fingerprint = _checked_fingerprint(file, contents)
         self.tokenizer = _decode_text(contents["tokenizer"], path)
+        self.chat = _decode_chat(contents[CHAT], path) if CHAT in contents else None
         tensors = _checked_catalogue(self.architecture, contents["catalogue"], path)
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._checksums = _split_checksums(tensors, contents["checksums"].view(np.uint64), path)
@@ -127,6 +132,7 @@ def write_weights(
     architecture: Architecture,
     *,
     tokenizer: str,
+    chat: ChatTemplates | None = None,
     tensors: Iterable[tuple[Tensor, Iterable[AnyArray]]],
     progress: OnProgress | None = None,
 ) -> str:
@@ -142,7 +148,7 @@ def write_weights(
             "architecture": msgspec.json.encode(architecture),
             "catalogue": _encode_catalogue(planned),
             "tokenizer": tokenizer.encode(),
-        }
+        } | ({CHAT: msgspec.json.encode(chat)} if chat else {})
         for name, text in texts.items():
             dataset = hdf5.create_dataset(file, name, dtype="uint8", shape=(len(text),))
             hdf5.write_rows(dataset, 0, np.frombuffer(text, np.uint8), dtype="uint8")
@@ -225,7 +231,8 @@ def _read_contents(file: Any) -> dict[str, AnyArray]:
         raise DataError(
             f"{file.filename}: has format version {version}, this program reads {VERSION}: convert it again"
         )
-    texts = {name: hdf5.read_vector(file, name, dtype="uint8", limit=limit) for name, limit in TEXTS.items()}
+    limits = TEXTS | ({CHAT: MAX_CHAT_BYTES} if hdf5.has(file, CHAT) else {})
+    texts = {name: hdf5.read_vector(file, name, dtype="uint8", limit=limit) for name, limit in limits.items()}
     checksums = hdf5.read_vector(file, "checksums", dtype="uint64", limit=MAX_BLOCKS)
     return {**texts, "checksums": checksums.view(np.uint8)}
 
@@ -246,6 +253,13 @@ def _decode_text(text: AnyArray, path: Path) -> str:
         return text.tobytes().decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: tokenizer: is not UTF-8 text") from error
+
+
+def _decode_chat(text: AnyArray, path: Path) -> ChatTemplates:
+    try:
+        return msgspec.json.decode(text.data, type=ChatTemplates)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: {CHAT}: {error}") from error
 
 
 def _encode_catalogue(tensors: tuple[Tensor, ...]) -> bytes:
@@ -274,7 +288,7 @@ def _checked_catalogue(architecture: Architecture, text: AnyArray, path: Path) -
 
 def _fingerprint(contents: dict[str, Any]) -> str:
     digest = blake2b(f"{FORMAT} {VERSION}".encode(), digest_size=16)
-    for name in (*TEXTS, "checksums"):
+    for name in (*TEXTS, *({CHAT} & contents.keys()), "checksums"):
         digest.update(len(contents[name]).to_bytes(8, "little"))
         digest.update(contents[name])
     return digest.hexdigest()
@@ -298,7 +312,7 @@ def _split_checksums(tensors: tuple[Tensor, ...], checksums: AnyArray, path: Pat
 
 
 def _open_tensors(file: Any, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-    datasets = {f"tensors/{tensor.name}" for tensor in tensors} | {*TEXTS, "checksums"}
+    datasets = {f"tensors/{tensor.name}" for tensor in tensors} | {*TEXTS, CHAT, "checksums"}
     groups = {str(parent) for name in datasets for parent in PurePosixPath(name).parents}
     for name, is_group in hdf5.walk(file):
         if name not in (groups if is_group else datasets):
