@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts: how ranks are launched inside an allocation, and how a job goes on after its time is over.
 
+jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
 # USR1 says that the time is nearly over. Until the ranks run it is only noted.
 asked_early=
 trap 'asked_early=1' USR1
@@ -22,7 +24,7 @@ stage_weights() {
     [ -n "${MOEMPI_STAGE:-}" ] || return 0
     export MOEMPI_STAGED=${MOEMPI_SCRATCH:-${TMPDIR:-/tmp}}/$SLURM_JOB_ID-${MOEMPI_STAGE##*/}
     srun --overlap --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-        --task-epilog="$PWD/jobs/unstage.sh" sleep infinity </dev/null >/dev/null 2>&1 &
+        --task-epilog="$jobs/unstage.sh" sleep infinity </dev/null >/dev/null 2>&1 &
     local sleeper=$!
     sbcast --force "$MOEMPI_STAGE" "$MOEMPI_STAGED"
     kill -0 "$sleeper" 2>/dev/null || echo "batch: srun starts no step, so $MOEMPI_STAGED stays on the nodes" >&2

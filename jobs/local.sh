@@ -11,9 +11,8 @@ source jobs/env.sh
 weights=weights/abacus.h5
 newer() { find weights/abacus app/moempi/storage app/moempi/config -newer "$weights" -name '*.[pjs][ysa]*' -type f; }
 if [ ! -f "$weights" ] || [ -n "$(newer)" ]; then
-    moempi convert weights/abacus "$weights"
+    moempi convert weights/abacus "$weights" --force
 fi
 
-trap 'echo "moempi: interrupted" >&2; exit 130' INT # mpirun ends its ranks without a word
-mpirun -n "$ranks" moempi run jobs/abacus.toml
+moempi launch -n "$ranks" run jobs/abacus.toml
 moempi show jobs/abacus.toml --first 10

@@ -4,11 +4,11 @@
 #     salloc --nodes=8 --ntasks-per-node=8 bash jobs/scaling.sh jobs/abacus.toml jobs/abacus.jsonl 8 16 32 64
 # Strong: all prompts at every number of ranks. Weak: as many prompts per rank as the largest number of ranks has of all.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+jobs=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=jobs/env.sh
-source jobs/env.sh
+source "$jobs/env.sh"
 # shellcheck source=jobs/batch.sh
-source jobs/batch.sh
+source "$jobs/batch.sh"
 
 job=$1 prompts=$2
 shift 2

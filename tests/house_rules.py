@@ -5,7 +5,7 @@ none may be part of the name of a module, class, function, parameter or attribut
 kind whose words are otherwise in use. KEPT lists names that are keys of files, which never change.
 
 Text of a file reaches a terminal or a log escaped. SINKS lists calls that would pass it on raw, with the modules of the
-package that may call them because they escape it.
+package that may call them because they escape it, or print only the program's own words.
 """
 
 import ast
@@ -120,7 +120,7 @@ KEPT = {
     "shifts": "a column of journals",
 }
 SINKS: dict[str, tuple[str, ...]] = {
-    "print": ("printing.py",),
+    "print": ("printing.py", "commands/completion.py"),
     "traceback.print_exc": (),
     "traceback.print_exception": (),
     "sys.stdout.write": (),

@@ -28,7 +28,13 @@ COMMANDS = {
         while [ "${1:0:1}" = - ]; do shift; done
         exec "$@" """,
     "sbcast": 'cp "$2" "$3"',
-    "scontrol": 'echo "$@" >"$NOTES/scontrol"',
+    # scontrol show prints the script that was submitted, as Slurm does.
+    "scontrol": """
+        if [ "$1" = show ]; then
+            printf 'JobId=17\\n   Command=%s\\n   WorkDir=/\\n' "${COMMAND:-}"
+        else
+            echo "$@" >"$NOTES/scontrol"
+        fi""",
     "sleep": 'echo "$@" >>"$NOTES/sleep"',
 }
 AWKWARD = ["a b", "a\nb", 'a"b', "a'b", "*", "$(a)", "-a", " a ", ""]
@@ -36,7 +42,13 @@ AWKWARD = ["a b", "a\nb", 'a"b', "a'b", "*", "$(a)", "-a", " a ", ""]
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_is_silent():
-    scripts = [*ROOT.glob("jobs/*.sh"), *ROOT.glob("jobs/*.sbatch"), *ROOT.glob("tests/**/*.sh"), ROOT / ".ci/run"]
+    scripts = [
+        ROOT / "moempi",
+        *ROOT.glob("jobs/*.sh"),
+        *ROOT.glob("jobs/*.sbatch"),
+        *ROOT.glob("tests/**/*.sh"),
+        ROOT / ".ci/run",
+    ]
     assert len(scripts) > 10
     checked = subprocess.run(
         ["shellcheck", "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
@@ -145,10 +157,16 @@ def test_a_requeued_job_whose_results_are_complete_does_not_run_again(script):
 
 
 @pytest.mark.parametrize("text", ["{1}\n\n{3}\n{4}\n{5}\n{6}\n{7}\n{8}", "{1}\n", "{1}\n{2}\n{3}\n"])
-def test_shards_of_an_array_keep_the_numbers_of_lines(script, text):
-    """Each shard begins with a blank line for each line before; its own lines follow."""
+@pytest.mark.parametrize(("original", "jobs"), [("my jobs/array.sbatch", "my jobs"), ("own.sbatch", "jobs")])
+def test_shards_of_an_array_keep_the_numbers_of_lines(script, text, original, jobs):
+    """Each shard begins with a blank line for each line before; its own lines follow.
+
+    The scripts beside it are found from the path of the original; for a copy, in the folder where it was submitted.
+    """
     (script.folder / "-my prompts.jsonl").write_text(text)
-    (script.folder / "jobs").symlink_to(ROOT / "jobs")
+    (script.folder / jobs).mkdir()
+    (script.folder / jobs / "batch.sh").symlink_to(ROOT / "jobs/batch.sh")
+    (script.folder / jobs / "env.sh").touch()
     lines = {}
     for shard in range(3):
         outcome = script.run(
@@ -156,8 +174,10 @@ def test_shards_of_an_array_keep_the_numbers_of_lines(script, text):
             "./-my prompts.jsonl",
             "3",
             states="none 0 0\n",
-            script=(ROOT / "jobs/array.sbatch").read_text().replace("source jobs/env.sh", ""),
+            script=(ROOT / "jobs/array.sbatch").read_text(),
+            COMMAND=f"{script.folder}/{original} job.toml ./-my prompts.jsonl 3",
             SLURM_SUBMIT_DIR=str(script.folder),
+            SLURM_ARRAY_JOB_ID="16",
             SLURM_ARRAY_TASK_ID=str(shard),
         )
         assert outcome.returncode == 0, outcome.stderr

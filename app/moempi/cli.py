@@ -16,6 +16,7 @@ from moempi.runtime.launcher import GRACE_S, launched_first
 
 COMMANDS = {
     "run": "Run a job on all ranks",
+    "launch": "Run a command on ranks, started with mpirun",
     "convert": "Convert a checkpoint folder into one weight file",
     "init": "Write random weights for an architecture",
     "inspect": "Print what a weight or results file holds",
@@ -27,6 +28,7 @@ COMMANDS = {
     "place": "Choose the ranks of experts from the recorded routing of a run",
     "check": "Measure the exchange between ranks, with --measure also their links",
     "bench": "Run a benchmark",
+    "completion": "Print a script of bash that completes commands and options",
 }
 
 
@@ -77,7 +79,7 @@ def _parser(words: Sequence[str]) -> ArgumentParser:
             command = _load(name)
             sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
             command.add_flags(sub)
-            sub.set_defaults(run=command.run)
+            sub.set_defaults(run=command.run, commands=tuple(COMMANDS))
     return parser
 
 

@@ -47,10 +47,20 @@ def print_error(text: str) -> None:
     print(f"moempi: {one_line(text)}", file=sys.stderr)
 
 
-def write_error(text: str) -> None:
-    """Print the line of `print_error` in one write, so that lines of several ranks do not mix; safe from any thread."""
+def write_error(text: str, *, on_new_line: bool = False) -> None:
+    """Print the line of `print_error` in one write, so that lines of several ranks do not mix; safe from any thread.
+
+    `on_new_line` ends the line of the cursor before.
+    """
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    os.write(STDERR, f"moempi: {one_line(text)}\n".encode(encoding, "backslashreplace"))
+    begin = "\n" if on_new_line else ""
+    os.write(STDERR, f"{begin}moempi: {one_line(text)}\n".encode(encoding, "backslashreplace"))
+
+
+def write_bytes(descriptor: int, content: bytes) -> None:
+    """Write all of what another process of this program has printed to a descriptor."""
+    while content:
+        content = content[os.write(descriptor, content) :]
 
 
 def print_traceback(error: BaseException) -> None:

@@ -63,10 +63,23 @@ def test_a_wrong_output_is_one_line_and_nothing_changes(folder, capsys, command,
         assert main([*command.split(), "--force"]) == 0
 
 
-def test_earlier_outputs_are_replaced(folder):
-    for _ in range(2):
-        assert main(["convert", "hub", "weights.h5"]) == 0
-        assert main(["export", "results.h5", "lines.jsonl"]) == 0
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("convert hub new.h5", "wrote new.h5: 27 tensors, 45.80 KiB, without a tokenizer: prompts are tokens"),
+        ("init arch.toml new.h5 --seed 3", "wrote new.h5: random numbers of seed 3, 7.18 MiB, without a tokenizer"),
+        ("export results.h5 new.jsonl", "wrote new.jsonl: 1 request"),
+    ],
+)
+def test_a_command_says_what_it_wrote_and_replaces_no_earlier_output(folder, capsys, command, line):
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out == f"{line}\n"
+    new = next(folder.glob("new*"))
+    before = new.stat()
+    assert main(command.split()) == 74
+    assert capsys.readouterr().err == f"moempi: {new.name}: exists; --force replaces it\n"
+    assert new.stat() == before
+    assert main([*command.split(), "--force"]) == 0
 
 
 def run_in(folder, *settings, force=False):

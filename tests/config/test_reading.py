@@ -1,11 +1,14 @@
 """Job files: defaults, overrides, and refusals that name the problem, its location and the nearest known key."""
 
+import json
+
 import pytest
 
 from moempi.config.architecture import Architecture
-from moempi.config.job import Job
+from moempi.config.job import Job, read_job_file
 from moempi.config.reading import read_toml, read_tree
 from moempi.errors import ConfigError, NoInputError, UsageError
+from mpirun import ROOT
 
 SMALLEST = """
 [model]
@@ -42,8 +45,60 @@ def test_the_smallest_job_has_the_documented_defaults(job_file):
     assert (job.score.top_n, job.exchange.transport) == (0, "auto")
 
 
-def test_the_shipped_job_can_be_read():
-    assert read_toml("jobs/abacus.toml", Job).output.results == "results/abacus.h5"
+@pytest.mark.parametrize(
+    ("folder", "job", "results"),
+    [
+        (".", "jobs/abacus.toml", "results/abacus.h5"),
+        ("jobs", "abacus.toml", "../results/abacus.h5"),
+        ("tests", "../jobs/abacus.toml", "../results/abacus.h5"),
+        ("/", ROOT / "jobs/abacus.toml", f"{ROOT}/results/abacus.h5"),
+    ],
+)
+def test_the_shipped_job_is_the_same_from_any_folder(folder, job, results, monkeypatch):
+    monkeypatch.chdir(ROOT / folder)
+    assert read_job_file(job).output.results == results
+
+
+def test_paths_are_relative_to_the_job_file_and_those_of_overrides_to_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "jobs").mkdir()
+    job = tmp_path / "jobs/job.toml"
+    job.write_text('model = {weights = "/a.h5", architecture = ""}\ninput.prompts = "p/../q"\n[output]\nresults = "r"')
+    monkeypatch.chdir(tmp_path)
+    read = read_job_file("jobs/job.toml", overrides=["topology.file=t.json", "output.results=r"])
+    assert (read.model.weights, read.model.architecture, read.input.prompts) == ("/a.h5", "", "jobs/q")
+    assert (read.topology.file, read.output.results) == ("t.json", "r")
+
+
+def test_dots_behind_a_symbolic_link_keep_their_meaning(tmp_path, monkeypatch):
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "here").symlink_to("far/away")
+    (tmp_path / "far/away/job.toml").write_text(SMALLEST.replace("a.h5", "../a.h5").replace("a.jsonl", "./a.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    read = read_job_file("here/job.toml")
+    assert (read.model.weights, read.input.prompts) == ("here/../a.h5", "here/a.jsonl")
+
+
+def test_an_input_that_only_the_current_folder_has_is_named(tmp_path, monkeypatch):
+    """As in a job file whose paths are meant relative to the current folder; an output there says nothing."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/job.toml").write_text(SMALLEST)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "out.h5").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NoInputError) as refused:
+        read_job_file("jobs/job.toml")
+    assert str(refused.value) == (
+        "jobs/job.toml: input.prompts: no file jobs/a.jsonl; paths are relative to the job file: write '../a.jsonl'"
+    )
+    (tmp_path / "jobs/a.jsonl").touch()
+    assert read_job_file("jobs/job.toml").output.results == "jobs/out.h5"
+
+
+@pytest.mark.parametrize("path", ["a\0b", "n" * 300, "..", ".", "a/", "~", "é"])
+def test_odd_paths_are_read_and_not_opened(tmp_path, path):
+    (tmp_path / "job.toml").write_text(SMALLEST.replace('"a.h5"', json.dumps(path)))
+    read = read_job_file(tmp_path / "job.toml").model.weights
+    assert read.startswith(str(tmp_path.parent))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from moempi.engine.scheduler import Scheduler
 from moempi.engine.shard import Shard
 from moempi.engine.tasks import Generate, Score
 from moempi.engine.tokenizer import TextTokenizer
+from moempi.observe.progress import Counts
 from moempi.runtime.world import World
 from moempi.storage.initialize import initialize
 from moempi.storage.journal import JournalWriter
@@ -77,12 +78,12 @@ class Run:
         self.backend = make_backend(pending.progress)
         self.model = load(folder, self.backend, self.rank_layout, architecture=architecture)
         self.journal = JournalWriter(folder / f"{comm.rank}.part", fingerprint="run")
-        self.progress: list[tuple[int, int]] = []
+        self.progress: list[Counts] = []
         self.recorder = Recorder(
             self.journal,
             task=job.task,
             writes_records=self.rank_layout.writes_records,
-            on_progress=lambda *counts: self.progress.append(counts),
+            on_progress=self.progress.append,
         )
         groups = self.rank_layout.grid.num_groups(0)
         is_first, data = self.rank_layout.is_first_stage, self.rank_layout.coords.data
@@ -94,7 +95,7 @@ class Run:
             batch_tokens=job.run.batch_tokens,
             pages=PAGES,
         )
-        self.stop = SimpleNamespace(requested=False)
+        self.stop = SimpleNamespace(requested=False, end_of_steps=lambda: None)
         task = Score(top=job.score.top_n) if job.task == "score" else Generate(Tokenizer(), top=0)
         context = LaneContext(self.model, self.scheduler, task, self.recorder, self.stop)
         self.lanes: Lanes = make_lanes(job, self.world, self.rank_layout, context, pending=pending, first_step=0)

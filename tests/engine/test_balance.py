@@ -111,10 +111,14 @@ def cost(run, *, sample=8):
 def test_routing_that_moves_nothing_costs_nothing_and_leaves_no_trace(tmp_path):
     run = Run(tmp_path, requests_of(4, 9, 6), balance={"mode": "capacity", "capacity": float(NUM_EXPERTS)})
     run.lanes.run()
-    tokens, steps, counts = [list(request.tokens) for request in run.requests], run.recorder.steps, run.recorder.counts
+    tokens, steps, counts = (
+        [list(request.tokens) for request in run.requests],
+        run.recorder.steps,
+        run.recorder.counts(),
+    )
     assert cost(run) == 0.0
     assert [request.tokens for request in run.requests] == tokens
-    assert (run.recorder.steps, run.recorder.counts) == (steps, counts)
+    assert (run.recorder.steps, run.recorder.counts()) == (steps, counts)
     assert not run.scheduler.num_unfinished
 
 

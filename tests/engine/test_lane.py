@@ -6,6 +6,7 @@ import pytest
 from engine.runs import SMALL, Run, requests_of, tokens_of
 from moempi.engine.micro_batches import MicroBatches
 from moempi.layout.schedule import AGREE, BEGIN_POINTS, step_points
+from moempi.observe.progress import Counts
 
 ONE_LANE = {"micro_batches": 1}
 
@@ -24,7 +25,7 @@ def test_a_lane_takes_steps_until_no_request_is_left(tmp_path):
     assert [request.finish for request in run.requests] == ["length", "length"]
     assert not run.scheduler.num_unfinished
     assert run.recorder.steps == 3  # a prefill of both, then two decodes
-    assert run.recorder.counts == (2, 6)
+    assert run.recorder.counts()[:2] == (2, 6)
     assert points.count(AGREE) == 4
 
 
@@ -96,7 +97,13 @@ def test_a_lane_ends_with_a_micro_batch_of_its_own(tmp_path):
 def test_the_recorder_shows_the_sums_of_finished_requests_and_tokens_before_each_step(tmp_path):
     run = Run(tmp_path, requests_of(4, 6, limit=2), run=ONE_LANE)
     list(run.points())
-    assert run.progress == [(0, 0), (0, 0), (2, 4)]
+    assert run.progress == [
+        Counts(running=2),
+        Counts(running=2, prompt_tokens=10, generated=2),
+        Counts(finished=2, tokens=4, prompt_tokens=10, generated=4),
+    ]
+    times = [(request.admitted_at, request.first_token_at) for request in run.requests]
+    assert all(0 < admitted < first for admitted, first in times)
 
 
 def test_scored_prompts_take_every_row_s_logits_and_no_second_step(tmp_path):

@@ -42,7 +42,7 @@ class Observed(World):
 
     def __init__(self, results, *, most):
         super().__init__(MPI.COMM_SELF)
-        self.stop = SimpleNamespace(requested=False, reason="test")
+        self.stop = SimpleNamespace(requested=False, reason="test", end_of_steps=lambda: None)
         self.living = {}
         self._journal = journal_path(results, 0)
         self._most = most

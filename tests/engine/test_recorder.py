@@ -5,11 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from engine.requests import make_prompt, make_sampled
+from engine.requests import make_prompt, make_request, make_sampled
 from moempi.engine.earlier import Earlier
 from moempi.engine.recorder import Recorder
 from moempi.engine.request import Request
 from moempi.errors import StorageError
+from moempi.observe.progress import Counts
 from moempi.storage.journal import JournalReader, JournalWriter
 from moempi.storage.records import RankRecord
 
@@ -20,7 +21,7 @@ def journal(tmp_path):
         yield writer
 
 
-def recorder_of(journal, *, task="generate", writes_records=True, on_progress=lambda finished, tokens: None):
+def recorder_of(journal, *, task="generate", writes_records=True, on_progress=lambda counts: None):
     return Recorder(journal, task=task, writes_records=writes_records, on_progress=on_progress)
 
 
@@ -49,7 +50,7 @@ def counters(recorder):
 def test_a_new_recorder_has_counted_nothing(journal):
     recorder = recorder_of(journal)
     assert counters(recorder) == (0, 0, {}, 0, 0)
-    assert recorder.counts == (0, 0)
+    assert recorder.counts()[:2] == (0, 0)
     assert recorder.disk_s == 0.0
 
 
@@ -65,7 +66,7 @@ def test_finished_requests_are_in_the_journal_at_once_and_in_order(journal):
         (9, [5]),
     ]
     assert counters(recorder) == (3, 5, {"length": 3}, 0, 0)
-    assert recorder.counts == (3, 5)
+    assert recorder.counts()[:2] == (3, 5)
     assert recorder.disk_s > 0.0
 
 
@@ -78,15 +79,32 @@ def test_records_outside_a_step_count_no_step(journal):
 def test_every_token_of_a_scored_prompt_counts(journal):
     recorder = recorder_of(journal, task="score")
     recorder.end_step([scored(0), scored(1)])
-    assert recorder.counts == (2, 6)
+    assert recorder.counts()[:2] == (2, 6)
     assert [len(record.score) for record in recorded(journal)] == [3, 3]
+
+
+def test_rows_of_prompts_and_generated_tokens_count_before_their_request_is_finished(journal):
+    recorder = recorder_of(journal)
+    long, short = make_request(range(10), 3, index=0), make_request([1, 2], 3, index=1)
+    long.computed, short.computed = 6, 2
+    recorder.end_step([], [(long, 6), (short, 2)])
+    assert recorder.counts(running=2) == Counts(running=2, prompt_tokens=8, generated=1)
+    long.computed, short.computed = 10, 3
+    recorder.end_step([], [(long, 4), (short, 1)])
+    assert recorder.counts(running=2) == Counts(running=2, prompt_tokens=12, generated=3)
+
+
+def test_a_scored_prompt_generates_no_token(journal):
+    recorder = recorder_of(journal, task="score")
+    recorder.end_step([scored(0)], [(scored(0), 3)])
+    assert recorder.counts() == Counts(finished=1, tokens=3, prompt_tokens=3)
 
 
 def test_finishes_are_counted_by_kind(journal):
     recorder = recorder_of(journal)
     recorder.record([finished(0), finished(1, finish="stop"), finished(2, [], finish="error"), finished(3)])
     assert recorder.finishes == {"length": 2, "stop": 1, "error": 1}
-    assert recorder.counts == (4, 6)
+    assert recorder.counts()[:2] == (4, 6)
 
 
 def test_a_request_is_exact_if_its_text_equals_the_reference(journal):
@@ -105,15 +123,15 @@ def test_a_rank_that_writes_no_records_counts_its_steps_alone(journal):
 
 def test_a_muted_recorder_writes_nothing_shows_nothing_and_leaves_the_counts_alone(journal):
     shown = []
-    recorder = recorder_of(journal, on_progress=lambda finished, tokens: shown.append((finished, tokens)))
+    recorder = recorder_of(journal, on_progress=shown.append)
     muted = recorder.muted()
     muted.end_step([finished(0)])
-    muted.on_progress(1, 2)
+    muted.on_progress(Counts(1, 2))
     assert (recorded(journal), shown) == ([], [])
     assert counters(muted) == (1, 0, {}, 0, 0)
     assert counters(recorder) == (0, 0, {}, 0, 0)
-    recorder.on_progress(3, 4)
-    assert shown == [(3, 4)]
+    recorder.on_progress(Counts(3, 4))
+    assert shown == [Counts(3, 4)]
 
 
 def test_requests_of_earlier_attempts_are_added_without_their_tokens(journal):
@@ -124,7 +142,7 @@ def test_requests_of_earlier_attempts_are_added_without_their_tokens(journal):
     )
     recorder.add_earlier(earlier)
     assert counters(recorder) == (0, 2, {"length": 2, "stop": 2}, 4, 3)
-    assert recorder.counts == (4, 2)
+    assert recorder.counts()[:2] == (4, 2)
     assert earlier.finishes == {"stop": 2, "length": 1}
 
 
@@ -132,7 +150,7 @@ def test_any_record_can_be_appended_and_counts_as_no_request(journal):
     recorder = recorder_of(journal, writes_records=False)
     recorder.append(RankRecord(rank=3, host="n", expert_load=np.zeros((1, 2), np.int64), seconds={}, steps=1, tokens=2))
     assert [record.rank for record in recorded(journal)] == [3]
-    assert recorder.counts == (0, 0)
+    assert recorder.counts()[:2] == (0, 0)
 
 
 def test_a_record_that_the_disk_does_not_take_is_a_storage_error_and_not_counted(journal):

@@ -35,7 +35,7 @@ EARLIER = Earlier(
 
 
 def make_recorder(*, steps=0, tokens=0, disk_s=0.0, **finishes):
-    recorder = Recorder(None, task="generate", writes_records=True, on_progress=lambda finished, tokens: None)
+    recorder = Recorder(None, task="generate", writes_records=True, on_progress=lambda counts: None)
     recorder.steps, recorder.tokens, recorder.disk_s = steps, tokens, disk_s
     recorder.finishes.update(finishes)
     return recorder

@@ -55,21 +55,27 @@ def before(action: Callable[..., Any], hook: Callable[..., None]) -> Callable[..
 
 def main(notes: str, fault: str, rank: str, place: str, count: str, *arguments: str) -> int:
     from moempi.cli import main as moempi
+
+    inject_after_fork(notes, fault, rank, place, count)
+    return moempi(arguments)
+
+
+def inject_after_fork(notes: str, fault: str, rank: str, place: str, count: str) -> None:
+    """Make this process prepare the fault when it forks its monitor, before anything imports MPI."""
     from moempi.runtime.monitor import Monitor
 
     fork = Monitor.fork
 
     def fork_and_prepare(monitor: Monitor) -> None:
-        fork(monitor)  # before anything imports MPI
+        fork(monitor)
         prepare(notes, fault, rank, place, count)
 
     Monitor.fork = fork_and_prepare
-    return moempi(arguments)
 
 
 def prepare(notes: str, fault: str, rank: str, place: str, count: str) -> None:
     """Note the process id, and make the program inject the fault when it comes to the place."""
-    own_rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+    own_rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
     note = Path(notes, str(own_rank))
     note.with_suffix(".pid").write_text(str(os.getpid()))
     left = [int(count)]

@@ -154,10 +154,10 @@ class ConfigFile(Subject):
         config[key] = deepcopy(random.choice(self.models).config.get(key))
 
     def uses(self, _: Any) -> Sequence[Use]:
-        return (lambda: main("convert hub out.h5"), self.lay_out)
+        return (lambda: main("convert hub out.h5 --force"), self.lay_out)
 
     def lay_out(self) -> None:
-        main("convert hub out.h5")
+        main("convert hub out.h5 --force")
         main("inspect out.h5")
         main("run job.toml --world 2")
 
@@ -230,10 +230,10 @@ class CheckpointFolder(Subject):
         )
 
     def uses(self, _: Any) -> Sequence[Use]:
-        return (self.convert, lambda: main("convert hub out.h5") or main("inspect out.h5"))
+        return (self.convert, lambda: main("convert hub out.h5 --force") or main("inspect out.h5"))
 
     def convert(self) -> None:
-        main("convert hub out.h5")
+        main("convert hub out.h5 --force")
         with WeightFile.open("out.h5") as file:
             found = {tensor.name: file.read(tensor.name) for tensor in catalogue(file.architecture)}
         path = Path("hub/model.safetensors")

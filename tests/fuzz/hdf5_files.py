@@ -162,11 +162,11 @@ class ResultsFile(Subject):
             lambda: main("inspect results.h5"),
             lambda: main("show job.toml"),
             lambda: main("compare ../seeds/results.h5 results.h5"),
-            lambda: main(f"place results.h5 -o placement.json {known}"),
+            lambda: main(f"place results.h5 -o placement.json --force {known}"),
         )
 
     def export(self) -> None:
-        main("export results.h5 out.jsonl")
+        main("export results.h5 out.jsonl --force")
         for line in Path("out.jsonl").read_bytes().splitlines():
             row = json.loads(line)
             require(len(row["tokens"]) == len(row["logprobs"]), "tokens and log-probabilities differ in number")

@@ -133,7 +133,7 @@ class JournalFile(Subject):
 
     def merge(self) -> None:
         merge("results.h5", ["rank-00000.part"], num_requests=REQUESTS, provenance=PROVENANCE)
-        main("export results.h5 out.jsonl")
+        main("export results.h5 out.jsonl --force")
 
     def go_on(self) -> None:
         """Append a record to a journal; all that could be read before can be read afterwards."""

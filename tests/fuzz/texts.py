@@ -14,8 +14,7 @@ from fuzz.seeds import ARCHITECTURE, JOB, MACHINE, MOE_LAYERS, PLACEMENT, RANKS,
 from fuzz.subject import Subject, Use, main, require, run
 from moempi.commands import run as run_command
 from moempi.config.architecture import Clamp, Latent, Rope, Yarn, read_architecture_file
-from moempi.config.job import Job, result_keys
-from moempi.config.reading import read_toml
+from moempi.config.job import read_job_file, result_keys
 from moempi.config.tensors import catalogue
 from moempi.config.topology_file import read_topology
 from moempi.layout.topology import from_file
@@ -110,7 +109,7 @@ class JobFile(Subject):
         )
 
     def check_outputs(self, overrides: list[str]) -> None:
-        job = read_toml("job.toml", Job, overrides=overrides)
+        job = read_job_file("job.toml", overrides=overrides)
         msgspec.json.encode(result_keys(job))
         chosen = type("Chosen", (), {"job": Path("job.toml"), "force": False})
         run_command._check_outputs(chosen, job)
@@ -188,7 +187,7 @@ class ArchitectureFile(Subject):
     def initialize(self) -> None:
         architecture = read_architecture_file("arch.toml")
         if sum(tensor.num_bytes for tensor in catalogue(architecture)) < MAX_MODEL_BYTES:
-            main("init arch.toml out.h5")
+            main("init arch.toml out.h5 --force")
             main("inspect out.h5")
 
 

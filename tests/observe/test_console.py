@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from rich.table import Table
+from rich.table import Column, Table
 
 from hostile import HOSTILE, MARKUP, STYLE, assert_printable
 from moempi.observe.console import MAX_TEXT_LENGTH, PlainConsole
@@ -42,3 +42,22 @@ def test_a_giant_string_is_cut_in_its_middle():
     assert text.startswith("begin\\x1b")
     assert text.endswith("\\x1bend\n")
     assert len(text) < 5 * MAX_TEXT_LENGTH
+
+
+def test_a_table_that_must_not_be_wrapped_becomes_lines_where_it_does_not_fit():
+    table = Table(
+        Column("rank", no_wrap=True), Column("bytes sent", no_wrap=True), title="a title", caption="a caption"
+    )
+    table.add_row("0", "1.00 MiB" * 8)
+    table.add_row("1", "[red]2")
+    screen = io.StringIO()
+    PlainConsole(file=screen, width=80).print(table)
+    assert "│" in screen.getvalue()
+    narrow = io.StringIO()
+    PlainConsole(file=narrow, width=40).print(table, soft_wrap=True)
+    assert narrow.getvalue().splitlines() == [
+        "a title",
+        "rank 0, bytes sent " + "1.00 MiB" * 8,
+        "rank 1, bytes sent [red]2",
+        "a caption",
+    ]

@@ -12,7 +12,6 @@ from moempi.observe.run_report import (
     Report,
     StageRow,
     imbalance,
-    layout_table,
     outputs_table,
     phase_shares,
     print_layout,
@@ -103,16 +102,31 @@ def test_a_report_of_nothing():
     assert "exact" not in text_of(report_table(report))
 
 
-def test_the_layout_joins_stages_that_are_alike():
-    alike = StageRow(layers=1, ranks=64, nodes=8, groups=64, experts="1", memory={"weights": 1 << 30})
-    first = StageRow(layers=3, ranks=8, nodes=1, groups=8, experts="0", memory={"weights": 1 << 20})
-    text = text_of(layout_table(LayoutTable("mission", [first, alike, alike])))
-    for words in ("1.00 MiB", "1.00 GiB", "1 to 2"):
+def make_stage(**fields):
+    counts = {"layers": 1, "ranks": 64, "nodes": 8, "groups": 64, "experts": "1"}
+    return StageRow(**(counts | {"memory": {"weights": 1 << 30}, "sequences": 5, "total": 3 << 30} | fields))
+
+
+def test_the_layout_joins_stages_that_are_alike(capsys):
+    first = make_stage(layers=3, experts="0", memory={"weights": 1 << 20})
+    print_layout(LayoutTable("mission", [first, make_stage(), make_stage()], context=2048))
+    text = capsys.readouterr().out
+    for words in ("mission", "1.00 MiB", "1.00 GiB", "1 to 2", "3.00 GiB", "2,048 tokens"):
         assert words in text
 
 
+def test_the_layout_of_large_numbers_fits_80_columns_with_its_units(capsys):
+    memory = dict.fromkeys(("weights", "rows", "a cached token"), 1023 << 20)
+    row = make_stage(layers=999, ranks=100_000, nodes=10_000, groups=100_000, experts="10 to 11", memory=memory)
+    print_layout(LayoutTable("mission", [make_stage(), *[row] * 999], context=131_072))
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("1023.00 MiB") == 3
+    assert "…" not in text
+
+
 def test_a_refusal_is_one_line_below_the_layout(capsys):
-    print_layout(LayoutTable("mission", [], refused=["stage 0:\n" + "no memory " * 20]))
+    print_layout(LayoutTable("mission", [], context=1, refused=["stage 0:\n" + "no memory " * 20]))
     assert capsys.readouterr().out.splitlines()[-1] == "refused: stage 0: " + " ".join(["no memory"] * 20)
 
 

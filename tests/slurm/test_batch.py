@@ -66,8 +66,9 @@ class Batch:
         where = ["--nodes=2", "--ntasks-per-node=2", "--time=5", f"--output={self.log}", *options]
         settings = [word for key, value in self.settings.items() for word in ("--set", f"{key}={value}")]
         environment = os.environ | {"MOEMPI_LAUNCHER": launcher} | environment
-        command = ["sbatch", "--parsable", *where, "jobs/moempi.sbatch", "jobs/abacus.toml", *settings]
-        ran = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+        command = ["sbatch", "--parsable", *where, ROOT / "jobs/moempi.sbatch", ROOT / "jobs/abacus.toml", *settings]
+        elsewhere = self.results.parent  # scripts may be submitted from any folder
+        ran = subprocess.run(command, cwd=elsewhere, env=environment, text=True, capture_output=True, check=True)
         return ran.stdout.strip()
 
     def state(self) -> RunState | None:
@@ -203,16 +204,18 @@ def test_an_array_of_which_one_fails(folder, prompts, undisturbed):
         assert [shard for shard, code in run_array(shards, folder, "0-3").items() if code != "0:0"] == [2]
         obstacle.unlink()
         assert run_array(shards, folder, "2") == {2: "0:0"}
-        whole = "".join(exported(Path(f"{name}.h5"), folder) for name in names)
+        whole = [line for name in names for line in exported(Path(f"{name}.h5"), folder)]
         assert whole == exported(undisturbed.results, folder)
     finally:
         for left in (ROOT / "results").glob("shards.*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def exported(results: Path, folder: Path) -> str:
-    output_of("moempi", "export", results, folder / "exported.jsonl")
-    return (folder / "exported.jsonl").read_text()
+def exported(results: Path, folder: Path) -> list[dict[str, object]]:
+    """The requests without their times."""
+    output_of("moempi", "export", results, folder / "exported.jsonl", "--force")
+    lines = [json.loads(line) for line in (folder / "exported.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
 
 
 def run_array(prompts: Path, folder: Path, which: str) -> dict[int, str]:

@@ -16,7 +16,7 @@ def exported(tmp_path, requests):
 
 def test_one_object_per_request(tmp_path):
     requests = [
-        make_request(0, top=2, text="nul \0 \U0001f9ee\u2028\n", reference="46"),
+        make_request(0, top=2, text="nul \0 \U0001f9ee\u2028\n", reference="46", first_token_s=0.5, end_to_end_s=2.0),
         make_request(1, num_prompt=0, num_tokens=0, id="../../x", finish="error", error="p.jsonl:2: bad", text=""),
     ]
     first, second = exported(tmp_path, requests)
@@ -29,6 +29,8 @@ def test_one_object_per_request(tmp_path):
         "logprobs": [-25.0, -25.125],
         "top_tokens": [[300, 301], [302, 303]],
         "top_logprobs": [[-50.0, -50.125], [-50.25, -50.375]],
+        "first_token_s": 0.5,
+        "end_to_end_s": 2.0,
         "reference": "46",
     }
     assert second == {

@@ -62,6 +62,21 @@ def test_requests_are_read_in_input_order(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.h5"]
 
 
+def test_times_of_requests_come_back_and_files_without_them_are_read(tmp_path):
+    times = [(0.25, 1.5), (None, 0.125), (None, None), (0.0, 0.0)]
+    requests = [make_request(i, first_token_s=first, end_to_end_s=end) for i, (first, end) in enumerate(times)]
+    path = merged(tmp_path / "r.h5", requests, num_requests=len(times))
+    assert_requests(path, requests)
+    with h5py.File(path, "a") as file:
+        np.testing.assert_array_equal(file["requests/first_token_s"], [0.25, np.nan, np.nan, 0])
+        assert file["requests/end_to_end_s"].attrs["units"] == b"s"
+        file["requests/first_token_s"][:2] = [-1.0, np.inf]
+    assert [record.first_token_s for record in read(path)] == [None, np.inf, None, 0.0]
+    with h5py.File(path, "a") as file:
+        del file["requests/first_token_s"], file["requests/end_to_end_s"]
+    assert [record.end_to_end_s for record in read(path)] == [None] * len(times)
+
+
 def test_arrays_are_stored_as_the_layout_documents(tmp_path):
     requests = [make_request(i, num_tokens=i, top=i, score_top=2, reference="") for i in range(3)]
     path = merged(

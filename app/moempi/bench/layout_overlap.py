@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import h5py
 import msgspec
 from rich.table import Table
 
@@ -151,9 +150,8 @@ class _Rehearsal:
 
 
 def _read(path: Path) -> tuple[int, Sequence[Sequence[int]]]:
-    with h5py.File(path) as file:
-        num_bytes = int(file["network/network_bytes"][:].max())
     with ResultFile(path) as results:
+        num_bytes = int(results.sent_bytes("network").max())
         return num_bytes, [request.tokens.tolist() for request in results.requests()]
 
 

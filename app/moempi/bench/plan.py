@@ -30,7 +30,7 @@ from moempi.layout.topology import virtual
 from moempi.observe.console import console
 from moempi.planning.forecast import Deployment, forecast
 from moempi.runtime.world import World
-from moempi.storage.files import atomic, begins_with, check_output
+from moempi.storage.files import atomic, check_output
 from moempi.storage.initialize import initialize
 
 MODEL = Architecture(
@@ -83,8 +83,8 @@ def run(world: World, chosen: Namespace) -> None:
     """Fit, predict, measure and print; collective. Raises UsageError on several nodes."""
     world.collectively(lambda: _check_usage(world.num_nodes))
     if chosen.out:
-        allowed = {"replaceable": begins_with(b"name = "), "force": chosen.force}
-        world.collectively(lambda: check_output(chosen.out, inputs=[], **allowed) if world.rank == 0 else None)
+        force = chosen.force
+        world.collectively(lambda: check_output(chosen.out, inputs=[], force=force) if not world.rank else None)
     with tempfile.TemporaryDirectory() as own:
         bench = _Bench(world, Path(world.comm.bcast(own)))
         if world.rank == 0:

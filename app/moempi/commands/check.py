@@ -8,9 +8,6 @@ import msgspec
 from moempi.commands.flags import MAX_RANKS, add_force_flag, whole_number
 from moempi.runtime.monitor import Monitor
 
-BEGIN = b'{"version":2,"levels":'
-"""Every output begins with this."""
-
 
 def add_flags(parser: ArgumentParser) -> None:
     """Whether to measure links, and the file to write."""
@@ -31,13 +28,13 @@ def run(chosen: Namespace) -> int:
     from moempi.commands.check_tables import print_links, print_probe
     from moempi.config.job import TopologySection
     from moempi.runtime.world import World
-    from moempi.storage.files import atomic, begins_with, check_output
+    from moempi.storage.files import atomic, check_output
 
     world = World.start(monitor, debug=chosen.debug)
     with world.guard():
         if chosen.output:
-            allowed = {"replaceable": begins_with(BEGIN), "force": chosen.force}
-            world.collectively(lambda: check_output(chosen.output, inputs=[], **allowed) if world.rank == 0 else None)
+            force = chosen.force
+            world.collectively(lambda: check_output(chosen.output, inputs=[], force=force) if not world.rank else None)
         result = probe(world)
         if world.rank == 0:
             print_probe(result, world)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Group
 from rich.table import Table
 
 from moempi.backend.select import describe_gpus, find_gpus
@@ -31,7 +30,7 @@ def print_probe(result: ProbeResult, world: World) -> None:
         _exchange_table(result.timings, world.size),
         _transport_table(result.transports),
     )
-    console().print(Group(*lines, *tables))
+    console().print(*lines, *tables)
 
 
 def print_links(file: TopologyFile, trials: Sequence[LinkTrial]) -> None:

@@ -4,10 +4,10 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from moempi.commands.flags import add_force_flag
+from moempi.config.size import format_size
 from moempi.printing import print_line
 from moempi.storage.convert import convert
 from moempi.storage.files import check_output
-from moempi.storage.weights import is_weight_file
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -19,8 +19,10 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(chosen: Namespace) -> int:
     """Convert the checkpoint."""
-    check_output(chosen.weights, inputs=[chosen.checkpoint], replaceable=is_weight_file, force=chosen.force)
-    summary = convert(chosen.checkpoint, chosen.weights)
-    if not summary.has_tokenizer:
-        print_line(f"{chosen.checkpoint}: holds no tokenizer.json: prompts for {chosen.weights} are lists of tokens")
+    check_output(chosen.weights, inputs=[chosen.checkpoint], force=chosen.force)
+    made = convert(chosen.checkpoint, chosen.weights)
+    notes = "" if made.has_tokenizer else ", without a tokenizer: prompts are tokens"
+    if made.num_rounded:
+        notes += f", {made.num_rounded:,} tensors rounded to bfloat16"
+    print_line(f"wrote {chosen.weights}: {made.num_tensors:,} tensors, {format_size(made.num_bytes)}{notes}")
     return 0

@@ -7,20 +7,25 @@ from moempi.config.input_file import file_mode
 from moempi.config.job import Job
 from moempi.config.placement_file import read_job_placement
 from moempi.config.size import format_size, parse_size
+from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.kv_budget import affordable_pages
 from moempi.errors import ConfigError
 from moempi.layout.grid import Stage
 from moempi.layout.layout import Layout, make_layout
 from moempi.layout.memory import Memory
 from moempi.layout.placement import Placement
+from moempi.model.kv_cache import pages_for
 from moempi.observe.run_report import LayoutTable, StageRow
 from moempi.storage.weights import WeightFile
 
+DEFAULT_CONTEXT = 2048
 
-def dry_run(job: Job, nodes: Sequence[int]) -> LayoutTable:
+
+def dry_run(job: Job, nodes: Sequence[int], *, context: int = 0) -> LayoutTable:
     """Lay the job out on ranks whose node is nodes[rank], which ascends from 0. Not collective.
 
-    Raises the MoempiErrors that the run would raise for its layout.
+    A sequence has `context` tokens, 0 stands for DEFAULT_CONTEXT, and at most all positions of the model. Raises the
+    MoempiErrors that the run would raise for its layout.
     """
     architecture = architecture_of(job)
     layout = make_layout(job, architecture, nodes, placement=read_job_placement(job), on_gpu=job.run.backend == "cupy")
@@ -30,8 +35,9 @@ def dry_run(job: Job, nodes: Sequence[int]) -> LayoutTable:
         f"{sum(map(sum, map(_counts, layout.placements))):,} experts in {len(architecture.moe_layers)} MoE layers, "
         f"{len(architecture.dense_layers)} dense layers"
     )
-    rows = [_row(layout, index, nodes) for index in range(len(layout.grid.stages))]
-    return LayoutTable(title, rows, refused=_memory_errors(job, layout))
+    context = min(context or DEFAULT_CONTEXT, architecture.max_positions)
+    rows = [_row(job, layout, index, nodes, context=context) for index in range(len(layout.grid.stages))]
+    return LayoutTable(title, rows, context, refused=_memory_errors(job, layout))
 
 
 def architecture_of(job: Job) -> Architecture:
@@ -50,9 +56,11 @@ def _counts(placements: Mapping[int, Placement]) -> list[int]:
     return [len(experts) for placement in placements.values() for experts in placement.hosted]
 
 
-def _row(layout: Layout, index: int, nodes: Sequence[int]) -> StageRow:
+def _row(job: Job, layout: Layout, index: int, nodes: Sequence[int], *, context: int) -> StageRow:
     stage, memory = layout.grid.stages[index], layout.memory[index]
     counts = _counts(layout.placements[index]) or [0]
+    sequences = _sequences(job, memory, slots=layout.grid.slots_per_group, context=context)
+    pages = max(sequences * pages_for(context), 1)
     return StageRow(
         layers=len(stage.layers),
         ranks=len(stage.ranks),
@@ -62,9 +70,22 @@ def _row(layout: Layout, index: int, nodes: Sequence[int]) -> StageRow:
         memory={
             "weights": memory.weights,
             "rows": memory.rows,
-            "cache page": memory.page * memory.groups,
+            "a cached token": memory.page // PAGE_ROWS,
         },
+        sequences=sequences,
+        total=memory.weights + memory.rows + pages * memory.page * memory.groups,
     )
+
+
+def _sequences(job: Job, memory: Memory, *, slots: int, context: int) -> int:
+    """Sequences of `context` tokens that a group can compute at a time, all `slots` if the job states no memory."""
+    if job.topology.rank_memory == "auto":
+        return slots
+    try:
+        pages = affordable_pages(job.run, memory, available=parse_size(job.topology.rank_memory))
+    except ConfigError:
+        return 0
+    return min(slots, pages // pages_for(context))
 
 
 def _num_nodes(stage: Stage, nodes: Sequence[int]) -> int:

@@ -4,8 +4,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from moempi.commands.flags import add_force_flag
-from moempi.storage.export import BEGIN, export
-from moempi.storage.files import begins_with, check_output
+from moempi.printing import print_line
+from moempi.storage.export import export
+from moempi.storage.files import check_output
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -17,6 +18,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(chosen: Namespace) -> int:
     """Write one line a request."""
-    check_output(chosen.lines, inputs=[chosen.results], replaceable=begins_with(BEGIN), force=chosen.force)
-    export(chosen.results, chosen.lines)
+    check_output(chosen.lines, inputs=[chosen.results], force=chosen.force)
+    num_requests = export(chosen.results, chosen.lines)
+    print_line(f"wrote {chosen.lines}: {num_requests:,} request{'s' * (num_requests != 1)}")
     return 0

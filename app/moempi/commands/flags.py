@@ -5,8 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from moempi.config.job import Job
-from moempi.config.reading import read_toml
+from moempi.config.job import Job, read_job_file
 
 MAX_COUNT = 2**31 - 1
 MAX_RANKS = 1_000_000
@@ -23,12 +22,12 @@ def add_job_flags(parser: ArgumentParser) -> None:
 
 def add_force_flag(parser: ArgumentParser) -> None:
     """Whether an output may replace a file that the command did not write."""
-    parser.add_argument("--force", action="store_true", help="replace an existing file of another kind")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def read_job(chosen: Namespace) -> Job:
-    """The job that the flags name; raises NoInputError, UsageError or ConfigError: see `read_toml`."""
-    return read_toml(chosen.job, Job, overrides=chosen.set)
+    """The job that the flags name; raises NoInputError, UsageError or ConfigError: see `read_job_file`."""
+    return read_job_file(chosen.job, overrides=chosen.set)
 
 
 def count(text: str) -> int:

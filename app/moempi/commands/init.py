@@ -5,9 +5,10 @@ from pathlib import Path
 
 from moempi.commands.flags import MAX_SEED, add_force_flag, whole_number
 from moempi.config.architecture import read_architecture_file
+from moempi.config.size import format_size
+from moempi.printing import print_line
 from moempi.storage.files import check_output
 from moempi.storage.initialize import initialize
-from moempi.storage.weights import is_weight_file
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -20,6 +21,8 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(chosen: Namespace) -> int:
     """Write the weight file."""
-    check_output(chosen.weights, inputs=[chosen.architecture], replaceable=is_weight_file, force=chosen.force)
+    check_output(chosen.weights, inputs=[chosen.architecture], force=chosen.force)
     initialize(read_architecture_file(chosen.architecture), chosen.weights, seed=chosen.seed)
+    size = format_size(chosen.weights.stat().st_size)
+    print_line(f"wrote {chosen.weights}: random numbers of seed {chosen.seed}, {size}, without a tokenizer")
     return 0

@@ -17,7 +17,7 @@ from moempi.layout.topology import LEVELS, Topology, from_file, numbered
 from moempi.observe.placement_table import PolicyRow, print_policies
 from moempi.planning.policies import POLICIES, choose_placement
 from moempi.planning.replay import Cluster, ExchangeForecast, Routes, replay
-from moempi.storage.files import atomic, begins_with, check_output
+from moempi.storage.files import atomic, check_output
 from moempi.storage.results_layout import NOWHERE
 from moempi.storage.routing import RoutingFile
 
@@ -30,8 +30,6 @@ ASSUMED = (
 MAX_REPLICAS = 8.0
 MAX_STAGE_RANKS = 4096
 MAX_ROW_BYTES = 2**31 - 1
-BEGIN = b'{"version":1,"num_experts":'
-"""Every output begins with this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ def run(chosen: Namespace) -> int:
         raise UsageError(f"--replicas {chosen.replicas}: a share of the experts from 0 to {MAX_REPLICAS}")
     if chosen.out:
         inputs = [path for path in (chosen.results, chosen.topology) if path]
-        check_output(chosen.out, inputs=inputs, replaceable=begins_with(BEGIN), force=chosen.force)
+        check_output(chosen.out, inputs=inputs, force=chosen.force)
     request = PlacementRequest(
         replicas=chosen.replicas,
         topology=read_topology(chosen.topology) if chosen.topology else None,

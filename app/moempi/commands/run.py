@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 
-from moempi.commands.flags import MAX_RANKS, add_force_flag, add_job_flags, amount, read_job, whole_number
+from moempi.commands.flags import MAX_COUNT, MAX_RANKS, add_force_flag, add_job_flags, amount, read_job, whole_number
 from moempi.config.job import Job, TopologySection
 from moempi.runtime.monitor import Monitor
 from moempi.runtime.stop import Stop
@@ -18,6 +18,10 @@ def add_flags(parser: ArgumentParser) -> None:
     ranks = whole_number(0, MAX_RANKS)
     parser.add_argument("--world", type=ranks, default=0, metavar="N", help="dry run as if on N ranks, without MPI")
     parser.add_argument("--ranks-per-node", type=ranks, default=0, metavar="N", help="dry run: ranks on a node")
+    context = "dry run: tokens of a sequence (2048, or all positions of the model)"
+    parser.add_argument("--context", type=whole_number(0, MAX_COUNT), default=0, metavar="N", help=context)
+    machine = "dry run: also forecast tokens/s, as moempi plan does"
+    parser.add_argument("--machine", type=Path, metavar="MACHINE.toml", help=machine)
     parser.add_argument("--max-minutes", type=amount, metavar="N", help="end early after N minutes, with exit code 75")
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad prompt line instead of recording it"
@@ -29,20 +33,21 @@ def run(chosen: Namespace) -> int:
     """Run the job; collective, unless --world makes it a dry run without MPI."""
     if chosen.world:
         ranks_per_node = chosen.ranks_per_node or chosen.world
-        return _show_layout(read_job(chosen), [rank // ranks_per_node for rank in range(chosen.world)])
+        return _show_layout(chosen, read_job(chosen), [rank // ranks_per_node for rank in range(chosen.world)])
     monitor = Monitor()
     monitor.fork()
-    stop = Stop(max_minutes=chosen.max_minutes)  # before MPI, whose start takes time
+    stop = Stop(max_minutes=chosen.max_minutes)
+    stop.catch_signals()  # before MPI, whose start takes time
     from moempi.engine.run import run_job
     from moempi.runtime.world import World
 
     world = World.start(monitor, debug=chosen.debug)
-    with world.guard():
+    with world.guard(accept=stop.accept):
         job = world.collectively(lambda: read_job(chosen))
         if chosen.dry_run:
             given = TopologySection(ranks_per_node=chosen.ranks_per_node)
             topology, _ = world.by_node(given if chosen.ranks_per_node else job.topology)
-            return world.collectively(lambda: _show_layout(job, topology.nodes) if world.rank == 0 else 0)
+            return world.collectively(lambda: _show_layout(chosen, job, topology.nodes) if world.rank == 0 else 0)
         world.collectively(lambda: _check_outputs(chosen, job) if world.rank == 0 else None)
         text = Path(chosen.job).read_text(encoding="utf-8")
         overrides = "".join(f"--set {override}\n" for override in chosen.set)
@@ -78,12 +83,21 @@ def _check_outputs(chosen: Namespace, job: Job) -> None:
             refuse_same_file(path, inputs)
 
 
-def _show_layout(job: Job, nodes: Sequence[int]) -> int:
+def _show_layout(chosen: Namespace, job: Job, nodes: Sequence[int]) -> int:
     """Print the dry run on ranks whose node is nodes[rank]; the exit status."""
     from moempi.commands.dry_run import dry_run
+    from moempi.commands.plan import forecast_job
+    from moempi.config.machine_file import read_machine
     from moempi.errors import ConfigError
+    from moempi.layout.topology import Topology
     from moempi.observe.run_report import print_layout
+    from moempi.printing import print_line
 
-    layout = dry_run(job, nodes)
+    layout = dry_run(job, nodes, context=chosen.context)
     print_layout(layout)
+    if chosen.machine:
+        machine = read_machine(chosen.machine)
+        forecasts = forecast_job(job, machine, Topology(tuple(nodes)), context=layout.context, prompt=layout.context)
+        for step, found in forecasts.items():
+            print_line(f"{step}: about {found.tokens_per_s(overlap=True):,.0f} tokens/s, a forecast for {machine.name}")
     return ConfigError.exit_code if layout.refused else 0

@@ -1,11 +1,14 @@
 """The job file. jobs/README.md documents its keys and defaults."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from moempi.config.architecture import LARGEST, MAX_LAYERS, Count, Index, Positive
+from moempi.config.reading import read_toml
 
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 Seconds = Annotated[float, Meta(gt=0, le=1e8)]
@@ -250,6 +253,26 @@ KEEPS_RESULTS = (
     "placement.file",
 )
 """Keys that may change between attempts. Weights and prompts count by content, not by name."""
+
+
+INPUTS = (
+    "model.weights",
+    "model.architecture",
+    "input.prompts",
+    "topology.file",
+    "topology.emulate",
+    "placement.file",
+)
+OUTPUTS = ("output.results",)
+"""Keys that name files."""
+
+
+def read_job_file(path: str | Path, *, overrides: Iterable[str] = ()) -> Job:
+    """Read a job file; its paths become relative to the current folder, as those of overrides are.
+
+    Raises NoInputError, UsageError or ConfigError: see `read_toml`.
+    """
+    return read_toml(path, Job, overrides=overrides, inputs=INPUTS, outputs=OUTPUTS)
 
 
 def result_keys(job: Job) -> dict[str, Any]:

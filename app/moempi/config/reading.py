@@ -1,15 +1,17 @@
 """Reading of TOML, JSON and `section.key=value` into frozen structs, with errors that name file, key and remedy."""
 
+import os
 import re
 import tomllib
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from moempi.config.input_file import read_input
+from moempi.config.input_file import file_mode, read_input
 from moempi.errors import ConfigError, NoInputError, UsageError
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -25,9 +27,18 @@ _KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
 _LONG_KEY = re.compile(rf"(?:^|[\[{{,])[ \t]*+(?:{_KEY_PART}){{{MAX_KEY_PARTS}}}", re.MULTILINE)
 
 
-def read_toml(path: str | Path, kind: type[S], *, overrides: Iterable[str] = ()) -> S:
+def read_toml(
+    path: str | Path,
+    kind: type[S],
+    *,
+    overrides: Iterable[str] = (),
+    inputs: Iterable[str] = (),
+    outputs: Iterable[str] = (),
+) -> S:
     """Read a TOML file as a `kind`; each override is `section.key=value`, the value in TOML or a bare word.
 
+    `inputs` and `outputs` are keys that name files: in the TOML file relative to its folder, in an override relative to
+    the current folder. The paths returned are all relative to the current folder, or absolute.
     Raises NoInputError if the file cannot be read, UsageError for a malformed override, and ConfigError that names
     file, key and the nearest known key for anything else.
     """
@@ -40,6 +51,10 @@ def read_toml(path: str | Path, kind: type[S], *, overrides: Iterable[str] = ())
         tree = _parse_toml(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
+    for key in inputs:
+        _anchor(tree, key, Path(path), is_input=True)
+    for key in outputs:
+        _anchor(tree, key, Path(path), is_input=False)
     for override in overrides:
         _apply(tree, override)
     return read_tree(tree, kind, origin=str(path))
@@ -80,6 +95,33 @@ def _refuse_unknown(tree: dict[str, Any], kind: type[msgspec.Struct], *, origin:
         section = fields[key]
         if isinstance(value, dict) and isinstance(section, type) and issubclass(section, msgspec.Struct):
             _refuse_unknown(value, section, origin=origin, prefix=f"{prefix}{key}.")
+
+
+def _anchor(tree: dict[str, Any], key: str, origin: Path, *, is_input: bool) -> None:
+    """Make a path relative to the current folder that is relative to the folder of the file `origin`.
+
+    Raises NoInputError if it is an input that only the current folder has.
+    """
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.get(section, {})
+        if not isinstance(tree, dict):
+            return
+    text = tree.get(name)
+    if not isinstance(text, str) or not text:
+        return
+    path = tree[name] = _without_dots(os.path.join(origin.parent, text))  # noqa: PTH118  # a Path would change the text
+    if is_input and file_mode(text) and not file_mode(path):
+        near = os.path.relpath(text, origin.parent)
+        raise NoInputError(f"{origin}: {key}: no file {path}; paths are relative to the job file: write {near!r}")
+
+
+def _without_dots(path: str) -> str:
+    """The path without `.` and `..`, unless a symbolic link gives these another meaning."""
+    short = os.path.normpath(path)
+    with suppress(ValueError):  # a NUL, which is refused where the file is opened
+        return short if os.path.realpath(short) == os.path.realpath(path) else path
+    return path
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

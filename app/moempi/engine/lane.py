@@ -18,6 +18,7 @@ from moempi.layout.row_split import RowSplit
 from moempi.layout.schedule import AGREE, GATHER_OUTPUT, HEAD_POINTS, ROWS, TOKENS
 from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 from moempi.model.transformer import Transformer
+from moempi.observe.progress import Counts
 from moempi.runtime.stop import Stop
 
 
@@ -53,7 +54,7 @@ class Lane:
     def accept(self, micro_batch: MicroBatch, sampled: SampledTokens) -> None:
         """Advance the requests of a step by their sampled tokens, and record those that are finished."""
         self.context.task.accept(micro_batch.work, sampled)
-        self.context.recorder.end_step(self.context.scheduler.retire(micro_batch.index))
+        self.context.recorder.end_step(self.context.scheduler.retire(micro_batch.index), micro_batch.work)
         micro_batch.sampled, micro_batch.work = None, ()
 
     def _first_stage_steps(self, micro_batches: MicroBatches) -> Waits[None]:
@@ -116,12 +117,13 @@ class Lane:
         link, recorder, scheduler = self.comm.link, self.context.recorder, self.context.scheduler
         unfinished = scheduler.unfinished(micro_batch.index)
         stop = self.context.stop.requested or link.stop_requested()
-        amounts = (unfinished, scheduler.num_unfinished, stop, self.comm.transfers.count_mismatch, *recorder.counts)
+        counts = recorder.counts(running=scheduler.num_running)
+        amounts = (unfinished, scheduler.num_unfinished, stop, self.comm.transfers.count_mismatch, *counts)
         sums = yield from self.comm.stage.iallreduce_sum(amounts).received(AGREE)
-        unfinished, all_unfinished, num_stops, count_mismatch, *counts = sums.tolist()
+        unfinished, all_unfinished, num_stops, count_mismatch, *all_counts = sums.tolist()
         if count_mismatch:
             raise RuntimeError(f"the ranks expect {-count_mismatch} rows more than are sent to them")
-        recorder.on_progress(*counts)
+        recorder.on_progress(Counts(*all_counts))
         micro_batch.has_work = bool(unfinished)
         return bool(unfinished if alone else all_unfinished) and not num_stops
 

@@ -1,6 +1,6 @@
 """Loading: a rank reads its share of a weight file and builds its part of the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Expert
@@ -25,19 +25,32 @@ class Loading:
 
 
 def load_model(
-    shard: Shard, backend: Backend, *, layers: range, hosted: Mapping[int, tuple[int, ...]], pages: int
+    shard: Shard,
+    backend: Backend,
+    *,
+    layers: range,
+    hosted: Mapping[int, tuple[int, ...]],
+    pages: int,
+    on_layer: Callable[[int], object] = lambda loaded: None,
 ) -> Transformer:
     """Read this rank's share of `layers` with the experts hosted[layer], and allocate a cache of `pages` pages.
 
-    Raises DataError if a checksum is wrong. Not collective; blocks until the weights are in the backend's memory.
+    Calls `on_layer` with the number of layers that are loaded, from 0. Raises DataError if a checksum is wrong. Not
+    collective; blocks until the weights are in the backend's memory.
     """
+
+    def load_layers() -> Iterator[Layer]:
+        for loaded, layer in enumerate(layers):
+            on_layer(loaded)
+            yield _layer(shard, backend, layer, hosted.get(layer, ()))
+
     architecture = shard.architecture
     is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
     model = Transformer(
         architecture=architecture,
         backend=backend,
         embedding=backend.tensor(shard.read("embedding")) if is_first else None,
-        layers=tuple(_layer(shard, backend, layer, hosted.get(layer, ())) for layer in layers),
+        layers=tuple(load_layers()),
         head=_head(shard, backend) if is_last else None,
         cache=KVCache(backend, architecture.attention, layers=len(layers), pages=pages),
     )

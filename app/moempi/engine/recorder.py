@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable
 from time import perf_counter
 
 from moempi.engine.earlier import Earlier
+from moempi.engine.latency import count_latencies, no_latencies
 from moempi.engine.request import Request
+from moempi.engine.scheduler import Work
+from moempi.observe.progress import Counts
 from moempi.storage.journal import JournalWriter
 from moempi.storage.records import Record, RequestRecord
 
@@ -14,8 +17,8 @@ class Recorder:
     """Writes each finished request to `journal` at once, and counts steps, tokens and requests.
 
     The ranks of a tensor group finish the same requests; only one of them has `writes_records`. Every step calls
-    `on_progress(finished, tokens)` with the sums of `counts` over all ranks. `exact` of `referenced` outputs equal
-    their reference. `disk_s` counts the seconds spent writing. The first step of this attempt at the job is `since`.
+    `on_progress` with the sums of `counts` over all ranks. `exact` of `referenced` outputs equal their reference.
+    `disk_s` counts the seconds spent writing. The first step of this attempt at the job is `since`.
     """
 
     def __init__(
@@ -24,7 +27,7 @@ class Recorder:
         *,
         task: str,
         writes_records: bool,
-        on_progress: Callable[[int, int], None],
+        on_progress: Callable[[Counts], None],
         since: int = 0,
     ) -> None:
         self.steps = 0
@@ -33,15 +36,18 @@ class Recorder:
         self.referenced = 0
         self.exact = 0
         self.disk_s = 0.0
+        self.latencies = no_latencies()
         self.on_progress = on_progress
         self._journal = journal
         self._task = task
         self._writes_records = writes_records
         self._since = since
+        self._prompt_tokens = 0
+        self._generated = 0
 
     def muted(self) -> "Recorder":
         """A recorder that writes and reports nothing."""
-        return Recorder(self._journal, task=self._task, writes_records=False, on_progress=lambda finished, tokens: None)
+        return Recorder(self._journal, task=self._task, writes_records=False, on_progress=lambda counts: None)
 
     def add_earlier(self, earlier: Earlier) -> None:
         """Count the requests that earlier attempts finished; for one rank of the run."""
@@ -49,14 +55,19 @@ class Recorder:
         self.exact += earlier.exact
         self.referenced += earlier.referenced
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Numbers of finished requests and of their tokens, scored or generated."""
-        return self.finishes.total(), self.tokens
+    def counts(self, *, running: int = 0) -> Counts:
+        """The counts of this rank, of which `running` requests have a slot."""
+        if not self._writes_records:
+            return Counts(self.finishes.total())
+        return Counts(self.finishes.total(), self.tokens, running, self._prompt_tokens, self._generated)
 
-    def end_step(self, finished: Iterable[Request]) -> None:
-        """Count a step, and record the requests that it finished."""
+    def end_step(self, finished: Iterable[Request], work: Iterable[Work] = ()) -> None:
+        """Count a step with its `work`, which is done, and record the requests that it finished."""
         self.steps += 1
+        for request, rows in work:
+            of_prompt = len(request.prompt_tokens) - (request.computed - rows)
+            self._prompt_tokens += min(rows, max(of_prompt, 0))
+            self._generated += of_prompt <= rows and request.limit > 0
         self.record(finished)
 
     def record(self, finished: Iterable[Request]) -> None:
@@ -84,6 +95,7 @@ class Recorder:
 
     def _count(self, record: RequestRecord) -> None:
         self.finishes[record.finish] += 1
+        count_latencies(self.latencies, record)
         if record.reference is not None:
             self.referenced += 1
             self.exact += record.text == record.reference

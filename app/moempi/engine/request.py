@@ -1,6 +1,7 @@
 """A request: a prompt, its tokens and their state of computation, and the record that is written in the end."""
 
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ class Request:
 
     The first `computed` positions are in the cache of KV slot `slot`. At most `limit` tokens are generated, none for a
     scored prompt. `sampled` holds the sampled tokens or the scores in order. `finish` is None until it is finished.
+    `admitted_at` and `first_token_at` are readings of `time.perf_counter`, None until then.
     """
 
     prompt: Prompt
@@ -39,6 +41,8 @@ class Request:
     text: str = ""
     finish: Literal["stop", "length", "error"] | None = None
     error: str = ""
+    admitted_at: float | None = None
+    first_token_at: float | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -92,6 +96,8 @@ class Request:
         token = int(sampled.tokens[0])
         self.tokens.append(token)
         self.sampled.append(sampled)
+        if self.first_token_at is None:
+            self.first_token_at = perf_counter()
         if token in self.sampling.stop_token_ids:
             self.finish, self.text = "stop", tokenizer.decode(self.tokens[:-1])
         elif (before := tokenizer.text_before_stop(self.tokens, self.sampling.stop)) is not None:
@@ -128,6 +134,8 @@ class Request:
             error=self.error,
             computed=self.computed,
             since=since,
+            first_token_s=self._since_admission(self.first_token_at),
+            end_to_end_s=self._since_admission(perf_counter()),
             reference=self.prompt.reference,
             text=self.text,
             prompt=self.prompt_tokens,
@@ -139,6 +147,9 @@ class Request:
             score_top_tokens=score[1],
             score_top_logprobs=score[2],
         )
+
+    def _since_admission(self, at: float | None) -> float | None:
+        return None if at is None or self.admitted_at is None else at - self.admitted_at
 
 
 def _logprob_columns(sampled: list[SampledTokens], *, first_token: bool) -> LogprobColumns:

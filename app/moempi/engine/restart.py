@@ -20,6 +20,7 @@ from moempi.config.job import Job, result_keys
 from moempi.engine.earlier import Earlier, finished_requests, with_routing
 from moempi.engine.routed_rows import RoutedRows
 from moempi.errors import DataError, StorageError
+from moempi.observe.progress import Counts
 from moempi.printing import one_line, print_error, printable
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
@@ -112,12 +113,12 @@ class Attempt:
         if world.rank == 0:
             threading.Thread(target=self._touch_state, name="state", daemon=True).start()
 
-    def also_writing_state(self, on_progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        """An `on_progress(finished, tokens)` that calls the given one and writes both sums to `run.json` at times."""
+    def also_writing_state(self, on_progress: Callable[[Counts], None]) -> Callable[[Counts], None]:
+        """An `on_progress` that calls the given one and at times writes `run.json`."""
 
-        def on_progress_and_write(finished: int, tokens: int) -> None:
-            on_progress(finished, tokens)
-            self._update_state(finished, tokens)
+        def on_progress_and_write(counts: Counts) -> None:
+            on_progress(counts)
+            self._update_state(counts.finished, counts.tokens)
 
         return on_progress_and_write
 

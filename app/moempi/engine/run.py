@@ -61,9 +61,9 @@ def run_job(
 ) -> int:
     """Run a job on all ranks of `world` and return the exit status; collective, blocks until the results are written.
 
-    Requests that earlier attempts at the job finished are not run again. If a rank is requested to `stop`, all ranks
-    stop after the current step; the exit status is 75, and running the job again continues it. A MoempiError of any
-    rank before the first step ends all ranks. `on_finished` is called on each rank once the results are in place.
+    Requests that earlier attempts finished are not run again. If a rank is requested to `stop`, all ranks stop after
+    the current step; the exit status is 75, and running the job again continues it. A MoempiError of any rank before
+    the first step ends all ranks. `on_finished` is called on each rank once the results are in place.
     """
     start = datetime.now(UTC)
     world.watch(job.run.timeout_s)
@@ -84,9 +84,9 @@ def run_job(
     _warn_of_texts(prompts, weights, rank=world.rank)
     requests = _make_requests(job, world, rank_layout, weights, tokenizer, _own_prompts(prompts, attempt, rank_layout))
     pages = _cache_pages(job, world, rank_layout, backend, requests)
-    model, loading = _load(weights, backend, world, rank_layout, job, pages=pages)
-    # The lanes run interleaved until no rank has work left.
     progress = Progress(attempt.num_requests, enabled=world.rank == 0)
+    model, loading = _load(weights, backend, world, rank_layout, job, pages=pages, progress=progress)
+    # The lanes run interleaved until no rank has work left.
     recorder = _make_recorder(job, world, rank_layout, attempt, progress)
     recorder.record(request for request in requests if request.finish)
     too_long = refuse_too_long(requests, pages=pages)
@@ -229,13 +229,26 @@ def _make_requests(
 
 
 def _load(
-    weights: WeightFile, backend: Backend, world: World, rank_layout: RankLayout, job: Job, *, pages: int
+    weights: WeightFile,
+    backend: Backend,
+    world: World,
+    rank_layout: RankLayout,
+    job: Job,
+    *,
+    pages: int,
+    progress: Progress,
 ) -> tuple[Transformer, Loading]:
     """This rank's share of the model, with `pages` cache pages for each group, ready for all lanes; collective."""
     shard = Shard(weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
     begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
     all_pages = pages * rank_layout.num_groups
-    model = world.collectively(lambda: load_model(shard, backend, layers=layers, hosted=hosted, pages=all_pages))
+
+    def on_layer(loaded: int) -> None:
+        progress.loading(loaded, len(layers), shard.num_bytes)
+
+    model = world.collectively(
+        lambda: load_model(shard, backend, layers=layers, hosted=hosted, pages=all_pages, on_layer=on_layer)
+    )
     loading = Loading(shard.num_bytes, perf_counter() - begin)
     grouped = rank_layout.placements if job.exchange.hops == 1 else {}
     warm_up(model, world, placements=grouped, lanes=job.lanes)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 from itertools import accumulate, islice, takewhile
+from time import perf_counter
 
 from moempi.engine.request import Request
 from moempi.model.kv_cache import pages_for
@@ -43,9 +44,14 @@ class Scheduler:
         return len(self._queue) + len(self._active[micro_batch])
 
     @property
+    def num_running(self) -> int:
+        """Number of requests that have a slot."""
+        return sum(map(len, self._active))
+
+    @property
     def num_unfinished(self) -> int:
         """Number of requests of all micro-batches, and of the queue."""
-        return len(self._queue) + sum(map(len, self._active))
+        return len(self._queue) + self.num_running
 
     def next_work(self, micro_batch: int) -> list[Work]:
         """The requests of the micro-batch's next step, each with its number of rows, in ascending order of their slots.
@@ -83,6 +89,7 @@ class Scheduler:
         share = -(-(num_active + num_admissible) // len(self._active))
         for _ in range(min(share - len(self._active[micro_batch]), num_admissible)):
             request = self._queue.popleft()
+            request.admitted_at = perf_counter()
             request.slot = self._free_slots.pop(0)
             self._pages -= pages_for(request.capacity)
             self._active[micro_batch].append(request)

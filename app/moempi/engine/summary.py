@@ -19,6 +19,7 @@ from moempi.engine.balance import Balance
 from moempi.engine.earlier import Earlier
 from moempi.engine.lane import Lane
 from moempi.engine.lanes import Lanes
+from moempi.engine.latency import percentiles
 from moempi.engine.load import Loading
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
@@ -141,6 +142,7 @@ def run_report(
         finishes=Counter(finishes),
         exact=exact,
         referenced=referenced,
+        latencies={name: percentiles(world.comm.allreduce(counts)) for name, counts in recorder.latencies.items()},
         hosts=[one.host for one in records],
         loaded_bytes=sum(one.loaded_bytes for one in records),
         loading_s=[one.loading_s for one in records],

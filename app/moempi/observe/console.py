@@ -4,7 +4,9 @@ import os
 import sys
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 from moempi.printing import printable, shortened
@@ -16,13 +18,33 @@ MAX_TEXT_LENGTH = 2000
 class PlainConsole(Console):
     """A console for strings, also in tables, that may come from files: unprintable characters are escaped.
 
-    Markup, emoji codes and highlighting are off.
+    Markup, emoji codes and highlighting are off. A table whose columns must not be wrapped becomes lines, one for each
+    of its rows, if it is wider than the console: 80 columns where there is no terminal.
     """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print the objects, tables as they fit."""
+        super().print(*map(self._fitted, objects), **options)
+
+    def _fitted(self, printed: Any) -> Any:
+        if not isinstance(printed, Table) or not all(column.no_wrap for column in printed.columns):
+            return printed
+        unlimited = self.options.update(max_width=MAX_TEXT_LENGTH)
+        if Measurement.get(self, unlimited, printed).maximum <= self.width:
+            return printed
+        heads = [str(column.header) for column in printed.columns]
+        rows = zip(*(column.cells for column in printed.columns), strict=True)
+        lines = [", ".join(f"{head} {cell}" for head, cell in zip(heads, row, strict=True)) for row in rows]
+        return Group(*_present(printed.title), *lines, *_present(printed.caption))
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The string as rich text; rich calls it for every string that it prints or measures."""
         plain = {"markup": False, "emoji": False, "highlight": False}
         return super().render_str(printable(shortened(text, MAX_TEXT_LENGTH)), **(options | plain))
+
+
+def _present(text: RenderableType | None) -> list[RenderableType]:
+    return [] if text is None else [text]
 
 
 def console() -> Console:

@@ -1,7 +1,7 @@
 """Tables about a run: its layout, its report, its outputs."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import fmean
@@ -21,7 +21,10 @@ MIN_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """One stage of a layout: its counts, its experts per rank and layer, and bytes of its fullest rank by purpose."""
+    """One stage of a layout: its counts, its experts per rank and layer, and bytes of its fullest rank by purpose.
+
+    With the cache of `sequences` sequences of a group at a time the rank needs `total` bytes.
+    """
 
     layers: int
     ranks: int
@@ -29,14 +32,17 @@ class StageRow:
     groups: int
     experts: str
     memory: Mapping[str, int]
+    sequences: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutTable:
-    """The layout of a run by stage; `refused` lists the errors that would end the run."""
+    """The layout of a run by stage; a sequence has `context` tokens; `refused` lists the errors that end the run."""
 
     title: str
     stages: Sequence[StageRow]
+    context: int
     refused: Sequence[str] = ()
 
 
@@ -44,14 +50,15 @@ class LayoutTable:
 class Report:
     """The figures of a finished run.
 
-    `seconds` holds one number per rank (R,) for each phase (compute, exchange, idle). `expert_load` (L, E) counts the
-    tokens that all ranks routed to each expert of each MoE layer. `exact` of `referenced` outputs equal their
-    reference. `hosts` (R,) names each rank's host. The ranks read `loaded_bytes` of weights in all, each in its
-    `loading_s` (R,) seconds. `finishes` counts the requests of earlier attempts as well, `tokens` only those of this
-    attempt. `sent` counts the bytes and messages of rows by level of link, over all ranks; `transport` names their
-    transport. With a balancing routing policy, `asked_load` (L, E) is the load that the routers chose, `moved` the
-    share of choices that the policy moved to another expert, and `logprob_change` the mean change that this makes to a
-    token's log-probability, NaN if not measured.
+    `seconds` holds one number per rank (R,) for each phase (compute, exchange, idle). `expert_load` (L, E) counts
+    the tokens that all ranks routed to each expert of each MoE layer. `exact` of `referenced` outputs equal their
+    reference. `latencies` has the percentiles in seconds of each kind of latency. `hosts` (R,) names each rank's
+    host. The ranks read `loaded_bytes` of weights in all, each in its `loading_s` (R,) seconds. `finishes` counts
+    the requests of earlier attempts as well, `tokens` only those of this attempt. `sent` counts the bytes and
+    messages of rows by level of link, over all ranks; `transport` names their transport. With a balancing routing
+    policy, `asked_load` (L, E) is the load that the routers chose, `moved` the share of choices that the policy
+    moved to another expert, and `logprob_change` the mean change that this makes to a token's log-probability, NaN
+    if not measured.
     """
 
     results: str
@@ -62,6 +69,7 @@ class Report:
     finishes: Mapping[str, int]
     exact: int = 0
     referenced: int = 0
+    latencies: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     hosts: Sequence[str] = ()
     loaded_bytes: int = 0
     loading_s: Sequence[float] = ()
@@ -90,7 +98,7 @@ class OutputRow:
 
 def print_layout(layout: LayoutTable) -> None:
     """Print the layout on stdout, then one line an error."""
-    console().print(layout_table(layout))
+    console().print(layout.title, stage_table(layout), memory_table(layout))
     for reason in layout.refused:
         print_line(f"refused: {reason}")
 
@@ -105,22 +113,39 @@ def print_outputs(outputs: Iterable[OutputRow]) -> None:
     console().print(outputs_table(outputs))
 
 
-def layout_table(layout: LayoutTable) -> Table:
-    """One row for all adjacent stages that are equal."""
-    purposes = list(layout.stages[0].memory) if layout.stages else []
-    head = ("stages", "layers", "ranks", "nodes", "groups", "experts", *purposes)
-    table = Table(*(Column(name, no_wrap=True) for name in head), box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
-    table.title, table.title_justify = layout.title, "left"
-    table.caption = "of a stage: layers, ranks, nodes, data parallel groups; of a rank: experts of a layer, bytes"
-    table.caption_justify = "left"
-    first = 0
-    for row, equal in groupby(layout.stages):
-        last = first + len(list(equal)) - 1
-        counts = (row.layers, row.ranks, row.nodes, row.groups)
-        sizes = map(format_size, row.memory.values())
-        table.add_row(f"{first}" if first == last else f"{first} to {last}", *map(str, counts), row.experts, *sizes)
-        first = last + 1
+def stage_table(layout: LayoutTable) -> Table:
+    """The counts of the stages, one row for all adjacent stages that are equal."""
+    table = _table("stages", "layers", "ranks", "nodes", "groups", "experts")
+    table.caption = "of a stage: layers, ranks, nodes, data parallel groups; of a rank: experts of a layer"
+    for name, row in _equal_stages(layout.stages):
+        table.add_row(name, *map(str, (row.layers, row.ranks, row.nodes, row.groups)), row.experts)
     return table
+
+
+def memory_table(layout: LayoutTable) -> Table:
+    """The memory of the fullest rank of the stages, one row for all adjacent stages that are equal."""
+    table = _table("stages", *(layout.stages[0].memory if layout.stages else []), "sequences", "total")
+    table.caption = (
+        f"bytes of the fullest rank of a stage; sequences of {layout.context:,} tokens that a group computes at a time"
+    )
+    for name, row in _equal_stages(layout.stages):
+        table.add_row(name, *map(format_size, row.memory.values()), f"{row.sequences:,}", format_size(row.total))
+    return table
+
+
+def _table(*head: str) -> Table:
+    table = Table(*(Column(name, no_wrap=True) for name in head), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption_justify = "left"
+    return table
+
+
+def _equal_stages(stages: Iterable[StageRow]) -> Iterator[tuple[str, StageRow]]:
+    """Each series of adjacent stages that are equal, with their numbers."""
+    first = 0
+    for row, equal in groupby(stages):
+        last = first + len(list(equal)) - 1
+        yield f"{first}" if first == last else f"{first} to {last}", row
+        first = last + 1
 
 
 def report_table(report: Report) -> Table:
@@ -128,6 +153,10 @@ def report_table(report: Report) -> Table:
     table = Table("figure", "value")
     rate = report.tokens / report.wall_s if report.wall_s > 0 else 0.0
     table.add_row("tokens/s", f"{rate:,.1f}  ({report.tokens:,} tokens in {report.wall_s:.2f} s)")
+    for name, percentiles in report.latencies.items():
+        if percentiles:
+            texts = (f"p{percent} {_duration(seconds)}" for percent, seconds in percentiles.items())
+            table.add_row(name, ", ".join(texts))
     if report.loaded_bytes:
         longest = max(report.loading_s)
         speed = report.loaded_bytes / max(longest, 1e-9) / 1e9
@@ -207,6 +236,10 @@ def imbalance(expert_load: NDArray[np.int64]) -> NDArray[np.float64]:
 def _imbalance_text(expert_load: NDArray[np.int64]) -> str:
     layers = imbalance(expert_load)
     return f"{layers.mean():.2f}  (worst layer {layers.max():.2f})"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
 def _rank_text(rank: int, seconds: float, hosts: Sequence[str]) -> str:

@@ -50,11 +50,11 @@ class InterruptedByError(MoempiError):
 class Watchdog:
     """Watches the main thread and the peers between `start` and `stop`, from a thread of its own.
 
-    It calls `fail` with the error when a signal arrives or a peer dies, `on_hang` with the timeout when the main thread
-    passes no point for that long, and `reply` in every period. Python runs signal handlers on the main thread only,
-    which may be blocked in MPI, so this thread reads the signal's number from the wake-up descriptor. `peers` are the
-    process numbers of the other ranks on this host, by rank. `grace_s` delays the report of a signal, so that rank 0
-    reports first when the launcher signals every rank.
+    It calls `fail` with the error when a peer dies or a signal arrives that `accept` does not accept, `on_hang` with
+    the timeout when the main thread passes no point for that long, and `reply` in every period. Python runs signal
+    handlers on the main thread only, which may be blocked in MPI, so this thread reads the signal's number from the
+    wake-up descriptor. `peers` are the process numbers of the other ranks on this host, by rank. `grace_s` delays the
+    report of a signal, so that rank 0 reports first when the launcher signals every rank.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Watchdog:
         self._rank = rank
         self._peers = peers
         self._grace_s = grace_s
+        self._accept: Callable[[int], bool] = lambda _number: False
         self._timeout_s: float | None = None
         self._group: int | None = None
         self._checked = 0.0
@@ -85,8 +86,12 @@ class Watchdog:
         self._handlers: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
         self._alive: dict[int, int] = {}
 
-    def start(self) -> None:
-        """Replace the signal handlers and start the thread; main thread only."""
+    def start(self, accept: Callable[[int], bool] | None = None) -> None:
+        """Replace the signal handlers and start the thread; main thread only.
+
+        `accept(number)` returns whether a signal does not end the program; None accepts none.
+        """
+        self._accept = accept or self._accept
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._handlers[number] = signal.signal(number, lambda _number, _frame: None)
@@ -151,7 +156,7 @@ class Watchdog:
                 self._check(self._timeout_s)
 
     def _on_signal(self, received: bytes) -> None:
-        ending = [number for number in received if number in SIGNALS]
+        ending = [number for number in received if not self._accept(number) and number in SIGNALS]
         if ending:
             time.sleep(self._grace_s)
             self._fail(InterruptedByError(ending[0]))

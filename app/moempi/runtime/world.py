@@ -200,13 +200,14 @@ class World:
         self._monitor.release()
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, *, accept: Callable[[int], bool] | None = None) -> Iterator[None]:
         """Run everything after `start` in this block: an exception that leaves it on one rank aborts all ranks.
 
-        An AgreedExit passes. SIGINT, SIGTERM and SIGHUP abort with one line, also during a blocked MPI call. Collective
-        at the end of the block, where all ranks wait for each other.
+        An AgreedExit passes. SIGINT, SIGTERM and SIGHUP abort with one line, also during a blocked MPI call, unless
+        `accept(number)` is true; it is called on another thread. Collective at the end of the block, where all ranks
+        wait for each other.
         """
-        self._watchdog.start()
+        self._watchdog.start(accept)
         if self.num_nodes > 1:
             self._monitor.release()  # its report right holds on one node only; the abort channel reaches all nodes
         try:

@@ -10,9 +10,6 @@ from moempi.storage.files import atomic
 from moempi.storage.records import RequestRecord
 from moempi.storage.results import ResultFile
 
-BEGIN = b'{"id":'
-"""Every output begins with this."""
-
 
 def export(results_path: str | Path, out_jsonl: str | Path) -> int:
     """Write one JSON object per request, in input order, atomically; returns the number of requests.
@@ -39,5 +36,8 @@ def _fields(record: RequestRecord) -> Iterator[tuple[str, Any]]:
         rows = getattr(record, name)
         if rows.size:
             yield name, rows.tolist()
+    for name in ("first_token_s", "end_to_end_s"):
+        if getattr(record, name) is not None:
+            yield name, getattr(record, name)
     if record.reference is not None:
         yield "reference", record.reference

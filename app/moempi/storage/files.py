@@ -47,7 +47,11 @@ def atomic(path: str | Path, *, before_replace: Callable[[Path], object] = lambd
 
 
 def check_output(
-    path: str | Path, *, inputs: Iterable[str | Path], replaceable: Callable[[Path], bool], force: bool = False
+    path: str | Path,
+    *,
+    inputs: Iterable[str | Path],
+    replaceable: Callable[[Path], bool] = lambda _: False,
+    force: bool = False,
 ) -> None:
     """Raise StorageError if `atomic(path)` would fail, or would replace a file that it must not.
 
@@ -57,7 +61,7 @@ def check_output(
     refuse_same_file(path, inputs)
     target = _regular_target(path)
     if not force and target.exists() and target.stat().st_size and not replaceable(target):
-        raise StorageError(f"{path}: exists and is not an earlier output of this command; --force replaces it")
+        raise StorageError(f"{path}: exists; --force replaces it")
     trial = hidden_name(target)
     try:
         trial.touch(exist_ok=False)
@@ -85,17 +89,6 @@ def is_in_place(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), path.stat())
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def begins_with(prefix: bytes) -> Callable[[Path], bool]:
-    """A test whether the file at a path begins with `prefix`."""
-
-    def begins(path: Path) -> bool:
-        with suppress(OSError), path.open("rb") as file:
-            return file.read(len(prefix)) == prefix
-        return False
-
-    return begins
 
 
 def _regular_target(path: str | Path) -> Path:

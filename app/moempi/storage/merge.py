@@ -27,6 +27,7 @@ from moempi.storage.results_layout import (
     NOWHERE,
     OFFSETS,
     RANK_POSITION,
+    SECONDS,
     TEXTS,
     VERSION,
     blocks,
@@ -133,6 +134,9 @@ def _create_columns(file: Any, index: JournalIndex) -> list[_Column]:
         values = create(file, f"{text.exact}/values", np.uint8, (f"{name}_byte",), f"{text.long_name}, UTF-8")
         readable = create(file, text.readable, h5py.string_dtype(), ("request",), text.long_name)
         columns += [_Column(values, _byte_extractor(name)), _Column(readable, _readable_extractor(name))]
+    for name, duration in SECONDS.items():
+        seconds = create(file, duration.path, np.float64, ("request",), duration.long_name, units="s")
+        columns.append(_Column(seconds, _seconds_extractor(name)))
     return columns
 
 
@@ -217,6 +221,10 @@ def _byte_extractor(name: str) -> Callable[[RequestRecord], NDArray[Any]]:
 
 def _readable_extractor(name: str) -> Callable[[RequestRecord], NDArray[Any]]:
     return lambda record: np.array([_readable(getattr(record, name) or "")], object)
+
+
+def _seconds_extractor(name: str) -> Callable[[RequestRecord], NDArray[Any]]:
+    return lambda record: np.array([getattr(record, name)], np.float64)  # None becomes NaN
 
 
 def _readable(text: str) -> str:

@@ -14,6 +14,7 @@ from moempi.arrays import Float32Array, Int32Array
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Meta(ge=0)]
 SmallCount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -35,6 +36,7 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     `top_logprobs` (m, k) hold the k likeliest tokens, (0, 0) unless requested. `score` (n,) float32 holds the prompt
     tokens' log-probabilities, the first NaN, with `score_top_tokens` and `score_top_logprobs` (n, k); all are empty
     when generating. `computed` positions went through the model, in the attempt at the job whose first step is `since`.
+    The first token and the end came `first_token_s` and `end_to_end_s` after the request left the queue; None if never.
     Raises ValueError if types or lengths disagree.
     """
 
@@ -44,6 +46,8 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     error: str = ""
     computed: Count = 0
     since: Count = 0
+    first_token_s: Seconds | None = None
+    end_to_end_s: Seconds | None = None
     reference: str | None = None
     text: str = ""
     prompt: Int32Array = _NO_TOKENS

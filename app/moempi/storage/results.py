@@ -12,7 +12,7 @@ from moempi.errors import DataError
 from moempi.storage.closeable import Closeable
 from moempi.storage.hdf5 import has_format, open_dataset, open_file, raising_data_errors, read_attribute, walk
 from moempi.storage.records import RequestRecord
-from moempi.storage.results_layout import ARRAYS, FORMAT, NO_TOKEN, OFFSETS, TEXTS, VERSION, blocks
+from moempi.storage.results_layout import ARRAYS, FORMAT, NO_TOKEN, OFFSETS, SECONDS, TEXTS, VERSION, blocks
 
 NOT_PHASES = ("rank", "host", "steps", "tokens")
 
@@ -64,13 +64,18 @@ class ResultFile(Closeable):
         seconds = [typed_dataset(self._file, name, np.dtype(np.float64), 1)[:] for name in phases]
         return np.sum(seconds, axis=0), typed_dataset(self._file, "timing/steps", np.dtype(np.int64), 1)[:]
 
+    def sent_bytes(self, level: str) -> NDArray[np.int64]:
+        """Bytes of rows that each rank sent over links of a level, per rank and attempt (R,). Raises DataError."""
+        num_bytes: NDArray[np.int64] = typed_dataset(self._file, f"network/{level}_bytes", np.dtype(np.int64), 1)[:]
+        return num_bytes
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _open_columns(self) -> dict[str, "_Ragged"]:
+    def _open_columns(self) -> "dict[str, _Ragged | _Seconds]":
         present = dict(walk(self._file))
-        columns = {}
+        columns: dict[str, _Ragged | _Seconds] = {}
         for name, kind in ARRAYS.items():
             if kind.path in present:
                 offsets = OFFSETS[kind.dims[0]]
@@ -80,6 +85,9 @@ class ResultFile(Closeable):
                 columns[name] = _Ragged(
                     self._file, f"{text.exact}/offsets", f"{text.exact}/values", np.dtype(np.uint8), 1
                 )
+        for name, duration in SECONDS.items():
+            if duration.path in present:
+                columns[name] = _Seconds(self._file, duration.path)
         return columns
 
 
@@ -106,6 +114,22 @@ class _Ragged:
         return np.split(self._values[bounds[0] : bounds[-1]], bounds[1:-1] - bounds[0])
 
 
+class _Seconds:
+    """A dataset with one duration per request; None where it is no duration."""
+
+    def __init__(self, file: Any, path: str) -> None:
+        self._values = typed_dataset(file, path, np.dtype(np.float64), 1)
+        self.num_requests = len(self._values)
+
+    def num_bytes(self) -> NDArray[np.int64]:
+        """Bytes of each request (N,)."""
+        return np.full(self.num_requests, self._values.dtype.itemsize)
+
+    def read(self, start: int, stop: int) -> list[float | None]:
+        """The duration of each request in [start, stop)."""
+        return [second if second >= 0 else None for second in self._values[start:stop].tolist()]
+
+
 def typed_dataset(file: Any, path: str, dtype: np.dtype[Any], num_dims: int) -> Any:
     """The dataset `path` of type `dtype` with `num_dims` axes; raises DataError if it is another, or is refused."""
     dataset = h5py.Dataset(open_dataset(file, path))
@@ -116,7 +140,7 @@ def typed_dataset(file: Any, path: str, dtype: np.dtype[Any], num_dims: int) -> 
     return dataset
 
 
-def _record(index: int, columns: dict[str, NDArray[Any]]) -> RequestRecord:
+def _record(index: int, columns: dict[str, Any]) -> RequestRecord:
     fields: dict[str, Any] = {}
     for name, rows in columns.items():
         fields[name] = rows.tobytes().decode() if name in TEXTS else rows

@@ -49,6 +49,14 @@ class TextColumn:
     long_name: str
 
 
+@dataclass(frozen=True, slots=True)
+class SecondsColumn:
+    """The dataset of a duration of `RequestRecord`, NaN where it has none."""
+
+    path: str
+    long_name: str
+
+
 ARRAYS = {
     "prompt": ArrayColumn("prompt/tokens", np.int32, ("prompt_token",), "token ids of the prompts"),
     "tokens": ArrayColumn("output/tokens", np.int32, ("output_token",), "generated token ids"),
@@ -73,6 +81,10 @@ TEXTS = {
         "requests/reference", "requests/utf8/reference", "expected answer, empty if none was given"
     ),
     "text": TextColumn("output/text/readable", "output/text", "generated text"),
+}
+SECONDS = {
+    "first_token_s": SecondsColumn("requests/first_token_s", "time from leaving the queue to the first token"),
+    "end_to_end_s": SecondsColumn("requests/end_to_end_s", "time from leaving the queue to the end"),
 }
 RANK_POSITION = {
     "seat": "number of the rank, counted node by node",

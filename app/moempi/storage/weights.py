@@ -122,11 +122,6 @@ class WeightFile(Closeable):
                 raise DataError(f"{self.path}: {tensor.name}: rows {span} are damaged, their checksum differs")
 
 
-def is_weight_file(path: Path) -> bool:
-    """Whether the file at `path` says that it is a weight file, of any version."""
-    return hdf5.has_format(path, FORMAT)
-
-
 def write_weights(
     path: str | Path,
     architecture: Architecture,

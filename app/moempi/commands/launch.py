@@ -1,0 +1,109 @@
+"""`moempi launch`: a command on ranks, started with mpirun. Ctrl-C stops it as SIGUSR1 does, Ctrl-C again ends it."""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from argparse import REMAINDER, ArgumentParser, Namespace
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from moempi.commands.flags import MAX_RANKS, whole_number
+from moempi.errors import UsageError
+from moempi.printing import STDERR, print_error, write_bytes
+
+ON_RANKS = ("run", "check", "bench")
+INTERRUPTED = 128 + signal.SIGINT
+OWN_CODES = (0, *range(64, 79))
+"""Exit codes of `moempi` itself; after Ctrl-C any other is the launcher's, of ranks that were killed at their start."""
+BANNER = b"-" * 74 + b"\nprterun detected that one or more processes exited with non-zero status,\n"
+"""What Open MPI's mpirun writes at its end if the exit code of the ranks is not 0, which they have explained."""
+_CHUNK_BYTES = 1 << 16
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The number of ranks and the command."""
+    ranks = whole_number(1, MAX_RANKS)
+    parser.add_argument("-n", dest="ranks", type=ranks, required=True, metavar="RANKS", help="number of ranks")
+    parser.add_argument("command", nargs=REMAINDER, metavar="COMMAND", help=f"{', '.join(ON_RANKS)}, and its arguments")
+
+
+def run(chosen: Namespace) -> int:
+    """Run the command on the ranks and return its exit status; blocks until mpirun has ended."""
+    if chosen.command[:1] not in [[name] for name in ON_RANKS]:
+        raise UsageError(f"launch -n {chosen.ranks} is followed by a command that runs on ranks: {', '.join(ON_RANKS)}")
+    program = [sys.executable, "-P", "-m", "moempi", *chosen.command]
+    launcher = _Launcher([_mpirun(), "-n", str(chosen.ranks), *program])
+    return launcher.wait()
+
+
+def _mpirun() -> str:
+    """The mpirun beside this Python, else the first of PATH."""
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if not found:
+        raise UsageError("there is no mpirun; load the site's MPI, or install one: bash jobs/setup.sh local convert")
+    return found
+
+
+class _Launcher:
+    """A running mpirun, which ends with this process.
+
+    It has a session of its own, so that no key of the terminal reaches it: on Ctrl-C it would kill its ranks.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self._interrupts = 0
+        on_terminal = sys.stdin is None or sys.stdin.isatty()
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL if on_terminal else None,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  # this process has one thread
+        )
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGTSTP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._on_signal)
+
+    def wait(self) -> int:
+        if self._process.stderr is not None:
+            copy_without_banner(self._process.stderr.fileno(), STDERR)
+        code = self._process.wait()
+        if not self._interrupts or code in OWN_CODES:
+            return code
+        if self._interrupts == 1:
+            print_error("interrupted")
+        return INTERRUPTED
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT:
+            number = signal.SIGUSR1 if self._interrupts == 1 else signal.SIGTERM
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+            if number == signal.SIGTSTP:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                self._process.send_signal(signal.SIGCONT)
+
+
+def copy_without_banner(source: int, target: int) -> None:
+    """Copy what comes from a descriptor to another at once, except BANNER and what follows; blocks until its end."""
+    held = b""
+    while chunk := os.read(source, _CHUNK_BYTES):
+        held += chunk
+        if BANNER in held:
+            continue
+        begun = next(length for length in range(len(BANNER), -1, -1) if held.endswith(BANNER[:length]))
+        write_bytes(target, held[: len(held) - begun])
+        held = held[len(held) - begun :]
+    write_bytes(target, held.partition(BANNER)[0])
+
+
+def _end_with_parent() -> None:
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)

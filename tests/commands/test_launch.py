@@ -1,0 +1,150 @@
+"""`moempi launch`, on a pseudo terminal: what Ctrl-C does in each phase of a run, and what other signals do."""
+
+import os
+import pty
+import select
+import time
+from pathlib import Path
+
+import pytest
+
+import mpirun as launching
+from faults.rehearsal import Rehearsal, is_alive
+from moempi.commands import launch as launch_command
+from moempi.commands.launch import BANNER, copy_without_banner
+from moempi.storage.run_state import read_state
+
+NUM_PROMPTS = 32
+END_S = 20.0
+PHASES = {"loading": ("weights", 1), "prefill": ("dispatch", 1), "decode": ("agree", 9), "merge": ("merge", 1)}
+STOPPING = "moempi: stopping at the next step; the same command continues (Ctrl-C again ends at once)"
+WRITING = "moempi: writing the results (Ctrl-C again ends at once)"
+
+
+@pytest.mark.parametrize("size", [1, 7, 80, 1000])
+@pytest.mark.parametrize(
+    ("written", "passed"),
+    [
+        (b"", b""),
+        (b"a line\nand half", b"a line\nand half"),
+        (b"moempi: why\n" + BANNER + b"thus\n" + BANNER[:75], b"moempi: why\n"),
+        (BANNER[:100], BANNER[:100]),
+        (b"-" * 80 + b"\n", b"-" * 80 + b"\n"),
+        (b"-" + BANNER, b"-"),
+    ],
+)
+def test_what_the_ranks_write_passes_and_the_banner_of_mpirun_does_not(tmp_path, monkeypatch, size, written, passed):
+    source, target = os.pipe(), os.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY)
+    os.write(source[1], written)
+    os.close(source[1])
+    monkeypatch.setattr(launch_command, "_CHUNK_BYTES", size)
+    copy_without_banner(source[0], target)
+    os.close(source[0])
+    os.close(target)
+    assert (tmp_path / "out").read_bytes() == passed
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    return Rehearsal(tmp_path_factory.mktemp("rehearsal"), num_prompts=NUM_PROMPTS)
+
+
+class Terminal:
+    """A command on a terminal of its own; `text` is what it has written."""
+
+    def __init__(self, *command: str | Path, **environment: str) -> None:
+        self.text = ""
+        self._process, self._terminal = pty.fork()
+        if not self._process:
+            os.chdir(launching.ROOT)
+            os.execvpe(command[0], [str(word) for word in command], launching.variables(**environment))
+
+    def type(self, keys: str) -> None:
+        os.write(self._terminal, keys.encode())
+
+    def read_until(self, ends, *, limit_s: float = END_S) -> None:
+        """Read what the command writes until `ends()`, or to its end."""
+        limit = time.monotonic() + limit_s
+        while not ends():
+            assert time.monotonic() < limit, self.text
+            if select.select([self._terminal], [], [], 0.02)[0]:
+                try:
+                    self.text += os.read(self._terminal, 1 << 16).decode(errors="replace")
+                except OSError:  # the last process that had the terminal has closed it
+                    return
+
+    def end(self) -> int:
+        """Its exit code, when it has ended."""
+        self.read_until(lambda: False)
+        code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        os.close(self._terminal)
+        return code
+
+
+class Held(Terminal):
+    """A run whose rank 0 waits in a phase until it is released."""
+
+    def __init__(self, rehearsal: Rehearsal, results: Path, phase: str, *launch: str) -> None:
+        self.notes = results.parent / "notes"
+        self.notes.mkdir()
+        place, count = PHASES[phase]
+        hook = f"from faults import inject_fault\ninject_fault.inject_after_fork({str(self.notes)!r}, 'hold', '0', "
+        (self.notes / "sitecustomize.py").write_text(f"{hook}{place!r}, '{count}')\n")
+        path = os.pathsep.join([str(self.notes), str(launching.ROOT / "tests")])
+        command = [*launch, *rehearsal.command(results, timeout_s=launching.LIMIT_S)]
+        super().__init__("./moempi", *command, PYTHONPATH=path)
+        self.read_until((self.notes / "0.injected").exists)
+
+    def release(self) -> None:
+        (self.notes / "release").touch()
+
+    def ranks(self) -> list[int]:
+        return [int(note.read_text()) for note in self.notes.glob("*.pid")]
+
+
+LAUNCHES = [(), ("launch", "-n", "1"), ("launch", "-n", "2"), ("launch", "-n", "4")]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda words: "-".join(words) or "alone")
+def test_ctrl_c_stops_at_a_step_and_the_same_command_continues(rehearsal, launch, phase):
+    results = rehearsal.fresh()
+    run = Held(rehearsal, results, phase, *launch)
+    run.type("\x03")
+    line = WRITING if phase == "merge" else STOPPING
+    run.read_until(lambda: line in run.text)
+    run.release()
+    code, state = run.end(), read_state(results)
+    assert "prterun" not in run.text
+    assert run.text.count("moempi: ") == (1 if phase == "merge" else 2), run.text
+    if phase == "merge":
+        assert (code, state.state, state.exit_code) == (0, "finished", 0)
+    else:
+        assert (code, state.state, state.exit_code) == (75, "stopped", 75), run.text
+        assert f"{state.finished} of {NUM_PROMPTS} requests are finished; run the same job again" in run.text
+        rehearsal.finish(results, num_ranks=2, compare=False)
+    rehearsal.require_equal(results)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("launch", [(), ("launch", "-n", "2")], ids=lambda words: "-".join(words) or "alone")
+def test_the_second_ctrl_c_ends_at_once(rehearsal, launch, phase):
+    results = rehearsal.fresh()
+    run = Held(rehearsal, results, phase, *launch)
+    run.type("\x03")
+    run.read_until(lambda: "Ctrl-C again ends at once" in run.text)
+    begin = time.monotonic()
+    run.type("\x03")
+    assert run.end() == 130, run.text
+    assert time.monotonic() < begin + 5
+    assert "stopped early" not in run.text
+    while any(map(is_alive, run.ranks())):
+        assert time.monotonic() < begin + 5, "ranks live on"
+        time.sleep(0.01)
+    state = read_state(results)
+    assert state.state == "failed", state
+    assert state.exit_code in (75, 130, 143)
+    rehearsal.finish(results, num_ranks=2, compare=False)
+    rehearsal.require_equal(results)
