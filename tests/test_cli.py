@@ -134,7 +134,8 @@ def test_usage_errors_under_mpirun_are_one_line(mpirun):
 def test_check_prints_ranks_and_exchange(mpirun):
     outcome = mpirun(2, *launching.python("-m", "moempi", "check"))
     assert outcome.code == 0
-    assert "2 ranks on 1 nodes" in outcome.out
+    assert any(line.startswith("2 ranks on 1 nodes") for line in outcome.out.splitlines())
+    assert max(map(len, outcome.out.splitlines())) <= 80
     assert "1,048,576" in outcome.out
     assert "\x1b[" not in outcome.out
     for transport in ("alltoallv", "pairwise", "shared"):
@@ -152,3 +153,20 @@ def test_plan_forecasts_the_mission_and_refuses_impossible_layouts():
     assert (refused.code, len(refused.lines)) == (78, 1)
     missing = moempi("plan", "jobs/mission.toml", "--machine", "nothing.toml", "--ranks", "8")
     assert (missing.code, len(missing.lines)) == (66, 1)
+
+
+def test_a_dry_run_says_what_fits_and_forecasts_in_80_columns():
+    dry = ("run", "jobs/mission.toml", "--dry-run", "--world", "3904", "--ranks-per-node", "8", "--context", "4096")
+    roomy = moempi(*dry, "--machine", "jobs/machines/mission-h100.toml")
+    assert roomy.code == 0, roomy.err
+    lines = roomy.out.splitlines()
+    assert max(map(len, lines[:-2])) <= 80
+    assert "sequences of 4,096 tokens" in roomy.out
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["prefill", "decode"]
+    assert all("tokens/s, a forecast for H100" in line for line in lines[-2:])
+    rows = [line.split() for line in lines if "8.00 KiB" in line]
+    assert len(rows) == 4
+    tight = moempi(*dry, "--set", "topology.rank_memory=7GB")
+    assert tight.code == 0, tight.err
+    first, *others = [int(line.split()[-3]) for line in tight.out.splitlines() if "8.00 KiB" in line]
+    assert 0 < first < min(others) <= max(others) < int(rows[0][-3])

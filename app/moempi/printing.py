@@ -4,6 +4,7 @@ No text moves the cursor, changes colours, or hides or reorders other text. Tabl
 files are written by `observe.logs`; both use these functions.
 """
 
+import json
 import os
 import sys
 import traceback
@@ -23,6 +24,18 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def printable_json(line: bytes) -> bytes:
+    r"""A line of JSON with the characters escaped that `printable` escapes, as \\u202e: it is the same value."""
+    text = line.decode().removesuffix("\n")
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else _json_escape(char) for char in text)
+    return f"{text}\n".encode()
+
+
+def _json_escape(char: str) -> str:
+    return f"\\u{ord(char):04x}" if char.isascii() else json.dumps(char)[1:-1]
 
 
 def shortened(text: str, length: int) -> str:

@@ -5,9 +5,11 @@ from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moempi.backend.protocol import SamplingRequest
-from moempi.backend.sampling import penalized, sample_token
+from moempi.backend.sampling import adjusted, sample_token
 from moempi.config.job import Sampling
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2], np.float32))
@@ -44,11 +46,91 @@ def test_truncation_keeps_the_most_likely_tokens_in_proportion(rule, kept):
     np.testing.assert_allclose(shares(**rule), expected, atol=0.001)
 
 
+def request_for(*, seen=(), generated=(), banned=(), uniform=0.0, **rules):
+    arrays = [np.array(tokens, np.int32) for tokens in (seen, generated, banned)]
+    return SamplingRequest(Sampling(**rules), uniform, *arrays)
+
+
 def test_repetition_penalty_lowers_seen_tokens_of_either_sign():
-    scores = penalized(np.array([2.0, -2.0, 3.0], np.float32), np.array([0, 1, 1]), penalty=2.0)
-    np.testing.assert_allclose(scores, [1.0, -4.0, 3.0])
-    request = SamplingRequest(Sampling(repetition_penalty=2.0), 0.0, np.array([0]))
-    assert sample_token(np.array([2.0, 1.5], np.float32), request) == 1
+    request = request_for(seen=[0, 1, 1], repetition_penalty=2.0)
+    np.testing.assert_allclose(adjusted(np.array([2.0, -2.0, 3.0], np.float32), request), [1.0, -4.0, 3.0])
+    assert sample_token(np.array([2.0, 1.5], np.float32), request_for(seen=[0], repetition_penalty=2.0)) == 1
+
+
+def adjusted_slowly(logits, request):
+    """The definition, token by token."""
+    rules, scores = request.sampling, []
+    for token, logit in enumerate(logits.tolist()):
+        score = logit + rules.logit_bias.get(token, 0.0)
+        if token in request.seen.tolist():
+            score = score / rules.repetition_penalty if score > 0 else score * rules.repetition_penalty
+        count = request.generated.tolist().count(token)
+        score -= rules.frequency_penalty * count + rules.presence_penalty * (count > 0)
+        scores.append(-np.inf if token in request.banned.tolist() else score)
+    return scores
+
+
+TOKENS = st.lists(st.integers(0, 4), max_size=8)
+PENALTIES = st.floats(-2, 2)
+
+
+@given(
+    logits=st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=5),
+    seen=TOKENS,
+    generated=TOKENS,
+    banned=st.lists(st.integers(0, 4), max_size=2),
+    repetition=st.floats(1e-6, 1e6),
+    presence=PENALTIES,
+    frequency=PENALTIES,
+    bias=st.dictionaries(st.integers(0, 4), st.floats(-100, 100)),
+)
+def test_bias_and_penalties_are_their_definition(
+    logits, seen, generated, banned, repetition, presence, frequency, bias
+):
+    request = request_for(
+        seen=seen,
+        generated=generated,
+        banned=banned,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=bias,
+    )
+    row = np.array(logits, np.float32)
+    expected = adjusted_slowly(row, request)
+    np.testing.assert_allclose(adjusted(row, request), expected, rtol=1e-12, atol=1e-12)
+    assert sample_token(row, request) == int(np.argmax(adjusted(row, request)))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        request_for(logit_bias={1: -100.0}),
+        request_for(generated=[1, 1], frequency_penalty=2.0),
+        request_for(generated=[1], presence_penalty=2.0),
+        request_for(banned=[1]),
+        request_for(banned=[1], temperature=1.0, uniform=0.5),
+    ],
+)
+def test_each_rule_keeps_the_likeliest_token_from_being_sampled(request_):
+    assert not request_.takes_likeliest
+    assert sample_token(LOGITS, request_) != 1
+
+
+def test_plain_rules_take_the_likeliest_token():
+    assert request_for(top_p=0.5, top_k=3, min_p=0.1, seen=[1]).takes_likeliest
+    assert not request_for(temperature=0.1).takes_likeliest
+
+
+def test_a_vocabulary_that_is_banned_as_a_whole_gives_a_token():
+    assert sample_token(np.zeros(2, np.float32), request_for(banned=[0, 1], temperature=1.0, uniform=0.9)) == 0
+
+
+def test_the_maximum_is_subtracted_before_the_division():
+    """Logits of 3e38 at a temperature of 1e-300 would be infinite, and their difference no number."""
+    logits = np.array([3e38, 3e38, -3e38], np.float32)
+    drawn = [sample_token(logits, request_for(temperature=1e-300, uniform=uniform)) for uniform in (0.2, 0.8)]
+    assert drawn == [0, 1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -73,7 +155,7 @@ def test_a_temperature_near_zero_takes_the_likeliest_token(temperature):
 
 
 EXTREME_LOGITS = [[0, 0, 0], [0, -1, -2], [3e38, 1, -3e38], [-3e38, -3e38, -3e38], [1e-40, 0, -1e-40]]
-EXTREME_PENALTIES = [5e-324, 1e-300, 1e-38, 1e38, 1e39, 1.7e308]
+EXTREME_PENALTIES = [1e-6, 1.0, 1e6]
 EXTREME_TEMPERATURES = [0.0, 5e-324, 1e-300, 1.0, 1e300, 1.7e308]
 
 
@@ -84,6 +166,6 @@ def test_the_largest_and_smallest_rules_give_a_token_without_a_warning(rules):
         warnings.simplefilter("error")
         for logits, penalty, temperature in product(EXTREME_LOGITS, EXTREME_PENALTIES, EXTREME_TEMPERATURES):
             row = np.array(logits, np.float32)
-            assert not np.isnan(penalized(row, seen, penalty=penalty)).any()
-            sampling = Sampling(repetition_penalty=penalty, temperature=temperature, **rules)
-            assert 0 <= sample_token(row, SamplingRequest(sampling, 0.99, seen)) < 3
+            request = request_for(seen=seen, uniform=0.99, repetition_penalty=penalty, temperature=temperature, **rules)
+            assert np.isfinite(adjusted(row, request)).all()
+            assert 0 <= sample_token(row, request) < 3

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import time
 from pathlib import Path
 
@@ -61,6 +62,9 @@ class Terminal:
 
     def type(self, keys: str) -> None:
         os.write(self._terminal, keys.encode())
+
+    def kill(self, number: int) -> None:
+        os.kill(self._process, number)
 
     def read_until(self, ends, *, limit_s: float = END_S) -> None:
         """Read what the command writes until `ends()`, or to its end."""
@@ -148,3 +152,36 @@ def test_the_second_ctrl_c_ends_at_once(rehearsal, launch, phase):
     assert state.exit_code in (75, 130, 143)
     rehearsal.finish(results, num_ranks=2, compare=False)
     rehearsal.require_equal(results)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_ranks_end_with_their_launcher(rehearsal, number):
+    results = rehearsal.fresh()
+    run = Held(rehearsal, results, "loading", "launch", "-n", "2")
+    run.kill(number)
+    limit = time.monotonic() + END_S
+    assert run.end() != 0
+    while any(map(is_alive, run.ranks())):
+        assert time.monotonic() < limit, "ranks live on"
+        time.sleep(0.01)
+    assert read_state(results).state == "failed"
+
+
+@pytest.mark.mpi
+def test_ctrl_z_suspends_a_run_until_it_is_continued(rehearsal):
+    results = rehearsal.fresh()
+    run = Held(rehearsal, results, "decode", "launch", "-n", "2")
+    run.type("\x1a")
+    limit = time.monotonic() + END_S
+    while not all(is_suspended(rank) for rank in run.ranks()):
+        assert time.monotonic() < limit, "ranks run on"
+        time.sleep(0.01)
+    run.release()
+    run.kill(signal.SIGCONT)
+    assert run.end() == 0, run.text
+    rehearsal.require_equal(results)
+
+
+def is_suspended(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -132,7 +132,7 @@ def test_damaged_routing_is_refused(run, tmp_path):
     assert_refused(set_value("timing/compute", 0, np.inf), "timing/compute: adds up to inf")
     assert_refused(set_value("routing/layer", 0, 5), "routing/layer: does not ascend")
     assert_refused(set_value("routing/layer", slice(None), -1), "routing/layer: does not ascend")
-    assert_refused(set_value("routing/layer", -1, 99), "experts/load: has 6 layers")
+    assert_refused(set_value("routing/layer", -1, 99), "experts/load: has . layers")
     assert_refused(set_value("routing/offsets", -1, 3), "do not fit")
     for name in ("network/node_bytes", "network/self_messages", "placement/hops"):
         assert_refused(lambda file, name=name: file.move(name, f"{name}_moved"), "missing|ranks were")

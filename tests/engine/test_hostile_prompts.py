@@ -24,9 +24,13 @@ REFUSED = [
     *(SUM | {"max_tokens": number} for number in (0, 1.0, 2**31)),
     *(SUM | {"seed": seed} for seed in (-1, 2**63, 2**64)),
     *(SUM | {"top_logprobs": number} for number in (-1, 21, 99, 2**63)),
-    *(SUM | {"repetition_penalty": penalty} for penalty in (0, -1)),
+    *(SUM | {"repetition_penalty": penalty} for penalty in (0, -1, 5e-324, 1e-7, 1e7, 1.7e308)),
+    *(SUM | {key: penalty} for key in ("presence_penalty", "frequency_penalty") for penalty in (-2.1, 2.1, "1")),
+    *(SUM | {"logit_bias": bias} for bias in ({"98": 1}, {"-1": 1}, {"x": 1}, {"5": 101}, {"5": None}, [5])),
+    *(SUM | {"n": number} for number in (0, 1025, 1.0)),
+    *(SUM | {"metadata": metadata} for metadata in ([], "text", 3)),
     *(SUM | {"stop": stop} for stop in ("2", [""], ["a", 3])),
-    *(SUM | {"id": name} for name in ("", 3, "twice")),
+    *(SUM | {"id": name} for name in ("", True, 1.5, "twice")),
     SUM | {"reference": ""},
 ]
 COMPUTED = [
@@ -35,7 +39,11 @@ COMPUTED = [
     *(SUM | {"temperature": 1.0, "top_p": share} for share in (5e-324, 1e-17, 1.0)),
     *(SUM | {"temperature": 1.0, "min_p": share} for share in (1e-300, 1.0)),
     *(SUM | {"temperature": 1.0, "top_k": number} for number in (98, 2**63 - 1)),
-    *(SUM | {"repetition_penalty": penalty} for penalty in (5e-324, 1e-300, 1e39, 1.7e308)),
+    *(SUM | {"repetition_penalty": penalty} for penalty in (1e-6, 1e6)),
+    *(SUM | {key: penalty} for key in ("presence_penalty", "frequency_penalty") for penalty in (-2, 2)),
+    *(SUM | {"logit_bias": bias} for bias in ({}, {"0": 100}, {str(token): -100 for token in range(98)})),
+    *(SUM | {"min_tokens": number} for number in (1, 2**63 - 1)),
+    SUM | {"metadata": {"key": LARGE}},
     *(
         SUM | {"stop": stop}
         for stop in ([f"x{number}" for number in range(10_000)], [LARGE], ["\0"], list("0123456789"))

@@ -323,3 +323,22 @@ def test_tokens_that_cannot_be_decoded_end_the_request_with_an_error(stop, monke
     request.accept(make_sampled([5]), tokenizer)
     assert (request.finish, request.error) == ("error", "the tokenizer cannot decode the tokens: a panic")
     assert request.to_record(task="generate").finish == "error"
+
+
+def test_stop_tokens_and_end_tokens_are_not_sampled_before_the_least_number_of_tokens():
+    request = make_request([5], 9, min_tokens=2, stop_token_ids=(7,))
+    assert request.sampling_request((1,)).banned.tolist() == [1, 7]
+    assert generate(request, [8, 9]).sampling_request((1,)).banned.tolist() == []
+    assert make_request([5], 9, min_tokens=2, ignore_eos=True).sampling_request((1,)).banned.tolist() == []
+
+
+def test_a_stop_text_is_not_looked_for_before_the_least_number_of_tokens():
+    request = generate_text("4213", min_tokens=3, stop=("2",))
+    assert (request.finish, request.text, len(request.tokens)) == ("stop", "4", 3)
+
+
+def test_penalties_see_what_they_are_for():
+    request = generate(make_request([5, 6], 9, presence_penalty=1.0), [7, 7])
+    assert request.sampling_request().generated.tolist() == [7, 7]
+    assert request.sampling_request().seen.tolist() == []
+    assert generate(make_request([5, 6], 9), [7]).sampling_request().generated.tolist() == []

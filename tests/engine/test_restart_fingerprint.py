@@ -28,6 +28,8 @@ OTHER_VALUES = {
     "run.backend": "numpy",
     "run.precision": "float32",
     "sampling.stop": ("x",),
+    "sampling.defaults": "model",
+    "sampling.logit_bias": {5: 1.0},
     "sampling.stop_token_ids": (1,),
     "chat.template_kwargs": {"enable_thinking": False},
     "chat.date": "2025-12-31",

@@ -73,6 +73,21 @@ LINES: list[dict[str, Any]] = [
     },
     {"prompt": "é\0 \U0001f9ee", "seed": 3, "stop": ["x", "\n"], "ignore_eos": True, "top_logprobs": 2},
     {"id": "e", "prompt": "<s></s><pad>"},
+    {"id": 6, "prompt": "1+2=", "n": 3, "min_tokens": 2, "metadata": {"é": [1, None, 1e-7]}},
+    {"prompt": "1+2=", "logit_bias": {"5": -1.5}, "presence_penalty": 0.5, "frequency_penalty": -0.5},
+    {"messages": [{"role": "user", "content": "1+1="}]},
+    {
+        "custom_id": "h",
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"model": "m", "prompt": ["1+3="], "max_tokens": 3, "stop": "x", "logprobs": 1, "stream": False},
+    },
+    {
+        "custom_id": "i",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"messages": [{"role": "user", "content": "1"}], "logprobs": True, "logit_bias": {"3": 1}},
+    },
     {
         "messages": [{"role": "user", "content": "<s>"}, {"role": "tool", "content": [{"text": None}], "name": 1.5}],
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
@@ -114,7 +129,7 @@ class PromptLines(Subject):
         lines = [dict(random.choice(LINES)) for _ in range(random.randrange(6))]
         for index, line in enumerate(lines):
             if "id" in line and random.random() < 0.9:
-                line["id"] += str(index)
+                line["id"] += index if isinstance(line["id"], int) else str(index)
         texts = [to_json(line) for line in (mutated(random, lines) if random.random() < 0.7 else lines)]
         if random.random() < 0.05:
             texts.insert(random.randrange(len(texts) + 1), random.choice(MONSTERS))

@@ -1,4 +1,6 @@
 import os
+import shutil
+import subprocess
 
 import h5py
 import numpy as np
@@ -8,6 +10,7 @@ from h5py import h5t
 from moempi.errors import DataError, NoInputError, StorageError
 from moempi.storage import hdf5
 from moempi.storage.files import atomic, reserve
+from mpirun import execute, python
 
 
 def numbers(dtype, shape):
@@ -182,3 +185,18 @@ def test_atomic_frees_unused_reserved_blocks(tmp_path):
         reserve(temporary, 10_000_000)
     assert (tmp_path / "file").read_bytes() == b"kept"
     assert (tmp_path / "file").stat().st_blocks * 512 < 1_000_000
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_a_lock_that_hdf5_is_refused_is_no_damage(tmp_path):
+    """HDF5_USE_FILE_LOCKING=TRUE makes HDF5 lock what it was asked not to lock, also where there are no locks."""
+    h5py.File(tmp_path / "a.h5", "w").close()
+    (tmp_path / "no_locks.c").write_text("#include <errno.h>\nint flock(int f, int o) { errno = ENOLCK; return -1; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "no_locks.so", tmp_path / "no_locks.c"], check=True)
+    environment = {"LD_PRELOAD": str(tmp_path / "no_locks.so"), "HDF5_USE_FILE_LOCKING": "TRUE"}
+    outcome = execute(*python("-m", "moempi", "inspect", tmp_path / "a.h5"), **environment)
+    assert outcome.code == 66
+    assert "HDF5 gets no lock on it; unset HDF5_USE_FILE_LOCKING" in outcome.lines[0]
+    assert (
+        execute(*python("-m", "moempi", "inspect", tmp_path / "a.h5"), LD_PRELOAD=environment["LD_PRELOAD"]).code == 0
+    )

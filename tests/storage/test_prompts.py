@@ -83,7 +83,16 @@ BAD_LINES = [
     (b'{"id": "bad", "tokens": [1], "chat_template_kwargs": {}}', "are for a prompt of messages"),
     (b'{"id": "bad", "prompt": "a", "stop_token_ids": [-1]}', "stop_token_ids[0]: Expected `int` >= 0"),
     (b'{"id": "bad", "prompt": 3}', "prompt: Expected `str | null`, got `int`"),
-    (b'{"id": 3, "prompt": "a"}', "id: Expected"),
+    (b'{"id": 1.5, "prompt": "a"}', "id: Expected"),
+    (b'{"id": true, "prompt": "a"}', "id: Expected"),
+    (b'{"id": "bad", "prompt": "a", "metadata": []}', "metadata: Expected `object`"),
+    (b'{"id": "bad", "prompt": "a", "metadata": {"a": "\\ud800"}}', ""),
+    (b'{"id": "bad", "prompt": "a", "metadata": {"a": "\xff"}}', ""),
+    (b'{"id": "bad", "prompt": "a", "metadata": {"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}}", ""),
+    (b'{"id": "bad", "prompt": "a", "repetition_penalty": 1e-40}', "repetition_penalty: Expected `float` >= 1e-06"),
+    (b'{"id": "bad", "prompt": "a", "presence_penalty": 2.5}', "presence_penalty: Expected `float` <= 2"),
+    (b'{"id": "bad", "prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
+    (b'{"id": "bad", "prompt": "a", "n": 0}', "n: Expected `int` >= 1"),
     (b'{"id": "", "prompt": "a"}', "id: Expected `str` of length >= 1"),
     (b'{"id": "bad", "prompt": "a", "reference": ""}', "reference: Expected `str` of length >= 1"),
     (b'{"id": "bad", "tokens": []}', "tokens: Expected `array` of length >= 1"),
@@ -174,12 +183,45 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
     assert [(prompt.text, prompt.id) for prompt in read(path, strict=True)] == [("a", "line-1"), ("b", "line-3")]
 
 
-def test_empty_and_missing_files(tmp_path):
-    (tmp_path / "empty").touch()
-    assert read(tmp_path / "empty") == []
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_a_file_without_prompts_is_refused(tmp_path, content):
+    (tmp_path / "empty").write_bytes(content)
+    with pytest.raises(DataError, match="empty: has no prompts"):
+        read(tmp_path / "empty")
+
+
+def test_missing_files(tmp_path):
     for missing in (tmp_path / "missing", tmp_path):
         with pytest.raises(NoInputError, match="cannot be read"):
             read(missing)
+
+
+def test_a_number_as_id_is_its_text(tmp_path):
+    path = write_lines(tmp_path / "p", {"id": 7, "prompt": "a"}, {"id": "8", "prompt": "b"}, {"id": 8, "prompt": "c"})
+    assert [(prompt.id, bool(prompt.error)) for prompt in read(path)] == [("7", False), ("8", False), ("line-3", True)]
+
+
+def test_metadata_stays_as_it_was_written(tmp_path):
+    metadata = b'{"b": 1.0, "a" : [12345678901234567890, 1e-7, null],  "\\u00e9": {}}'
+    path = write_lines(
+        tmp_path / "p", b'{"prompt": "a", "metadata": ' + metadata + b" }", b'{"prompt": "a", "metadata": null}'
+    )
+    assert [prompt.metadata for prompt in read(path, strict=True)] == [metadata.decode(), None]
+
+
+def test_samples_are_requests_of_their_own(tmp_path):
+    path = write_lines(
+        tmp_path / "p", {"id": "a", "prompt": "x", "n": 3}, {"prompt": "y"}, {"id": "a#1", "prompt": "z"}
+    )
+    found = read(path)
+    assert [(prompt.index, prompt.id, prompt.prompt_id, prompt.text) for prompt in found] == [
+        (0, "a", None, "x"),
+        (1, "a#1", "a", "x"),
+        (2, "a#2", "a", "x"),
+        (3, "line-2", None, "y"),
+        (4, "line-3", None, None),
+    ]
+    assert "'a#1' was used before" in found[4].error
 
 
 @given(line=st.binary(max_size=60))
@@ -244,8 +286,9 @@ def test_bad_rows_become_errors_and_the_others_are_read(tmp_path):
         read(path, strict=True)
 
 
-def test_token_arrays_may_be_empty(tmp_path):
-    assert read(write_arrays(tmp_path / "p.h5", [])) == []
+def test_token_arrays_without_rows_are_refused(tmp_path):
+    with pytest.raises(DataError, match="has no prompts"):
+        read(write_arrays(tmp_path / "p.h5", []))
 
 
 def rewrite(name, value):

@@ -255,6 +255,31 @@ def test_xarray_opens_it(tmp_path):
                 assert not any(str(dim).startswith("phony") for dim in variable.dims)
 
 
+def test_xarray_opens_each_group_by_itself(tmp_path):
+    requests = [make_request(i, top=2, score_top=3, metadata="{}", endpoint="/v1/x", prompt_id="a") for i in range(4)]
+    path = merged(tmp_path / "r.h5", requests, [make_rank(0, hosted={1: (0, 2)}, place={"seat": 0})], num_requests=4)
+    groups = []
+    with h5py.File(path) as file:
+        file.visititems(lambda name, found: groups.append(name) if isinstance(found, h5py.Group) else None)
+    assert len(groups) > 8
+    for group in ["/", *groups]:
+        with xarray.open_dataset(path, group=group, engine="h5netcdf") as dataset:
+            assert not any(str(dim).startswith("phony") for dim in dataset.dims), group
+            dataset.load()
+    with xarray.open_dataset(path, group="experts", engine="h5netcdf") as experts:
+        assert experts["load"].sel(layer=1).to_numpy().tolist() == [3, 4, 5]
+        assert experts.sizes == {"layer": 1, "expert": 3}
+
+
+def test_the_loads_have_a_row_for_each_layer_in_which_any_rank_hosts_experts(tmp_path):
+    load = np.arange(12, dtype=np.int64).reshape(4, 3)
+    ranks = [make_rank(rank, expert_load=load, hosted={layer: (0,)}) for rank, layer in enumerate((3, 1))]
+    path = merged(tmp_path / "r.h5", *([rank] for rank in ranks), num_requests=0)
+    with h5py.File(path) as file:
+        assert file["experts/layer"][:].tolist() == [1, 3]
+        assert file["experts/load"][:].tolist() == (2 * load[[1, 3]]).tolist()
+
+
 def test_xarray_opens_an_empty_one(tmp_path):
     path = merged(tmp_path / "r.h5", num_requests=0)
     with xarray.open_datatree(path, engine="h5netcdf") as tree:

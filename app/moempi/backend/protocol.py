@@ -7,7 +7,7 @@ result. A verb submits its work and returns; only verbs documented as "Blocks th
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -52,13 +52,30 @@ class Segment(NamedTuple):
     pages: IntArray
 
 
+NO_TOKENS: IntArray = np.zeros(0, np.int32)
+NO_TOKENS.flags.writeable = False
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingRequest:
-    """How to sample the next token of a sequence: the rules, a uniform number in [0, 1), and the tokens so far."""
+    """How to sample the next token of a sequence: the rules, and a uniform number in [0, 1).
+
+    `seen` are the tokens of its prompt and its output, if they are penalized, `generated` those of its output alone.
+    `banned` tokens are not sampled.
+    """
 
     sampling: Sampling
     uniform: float
     seen: IntArray
+    generated: IntArray = field(default_factory=lambda: NO_TOKENS)
+    banned: IntArray = field(default_factory=lambda: NO_TOKENS)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the most likely one of the plain logits."""
+        rules = self.sampling
+        penalties = rules.repetition_penalty != 1.0 or rules.presence_penalty or rules.frequency_penalty
+        return not (rules.temperature or penalties or rules.logit_bias or len(self.banned))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Sampling a token from one row of logits, on the host.
 
-The rules apply in the order that transformers applies them: repetition penalty, temperature, top-k, top-p, min-p.
+The rules apply in the order that vLLM and transformers apply them: logit bias, repetition penalty, frequency and
+presence penalty, then temperature, top-k, top-p, min-p. They apply in float64, where no rule within its limits
+overflows.
 """
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy.typing as npt
 from moempi.arrays import Float32Array
 from moempi.backend.protocol import SamplingRequest
 
-_LEAST_PENALTY, _LARGEST_PENALTY = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+Scores = npt.NDArray[np.float64]
 
 
 def sample_token(logits: Float32Array, request: SamplingRequest) -> int:
@@ -17,47 +19,46 @@ def sample_token(logits: Float32Array, request: SamplingRequest) -> int:
 
     Logits whose maximum is not a finite number give token 0, whose log-probability then is not finite either.
     """
-    sampling = request.sampling
-    scores = logits
     if not np.isfinite(logits.max()):
         return 0
-    if sampling.repetition_penalty != 1.0:
-        scores = penalized(scores, request.seen, penalty=sampling.repetition_penalty)
+    if request.takes_likeliest:
+        return int(np.argmax(logits))
+    scores = adjusted(logits, request)
     likeliest = int(np.argmax(scores))
-    if sampling.temperature == 0.0:
+    if request.sampling.temperature == 0.0 or scores[likeliest] == -np.inf:
         return likeliest
-    with np.errstate(over="ignore"):
-        scaled = scores.astype(np.float64) / sampling.temperature
-    if not np.isfinite(scaled[likeliest]):  # the temperature is so low that no other token has a chance
-        return likeliest
+    with np.errstate(over="ignore"):  # at a low temperature no other token has a chance
+        scaled = (scores - scores[likeliest]) / request.sampling.temperature
     tokens, probabilities = _candidates(scaled, request)
     cumulative = np.cumsum(probabilities)
     drawn = int(np.searchsorted(cumulative, request.uniform * cumulative[-1], side="right"))
     return int(tokens[min(drawn, len(tokens) - 1)])
 
 
-def penalized(logits: Float32Array, seen: npt.NDArray[np.integer], *, penalty: float) -> Float32Array:
-    """Penalize `seen` tokens: divide a positive logit by `penalty`, multiply a negative one (Keskar et al. 2019).
+def adjusted(logits: Float32Array, request: SamplingRequest) -> Scores:
+    """The logits (V,) after logit bias and penalties; minus infinity for `request.banned` tokens.
 
-    A penalty beyond the range of float32 counts as the nearest number in it: 0 times infinity is not a number.
+    The repetition penalty divides a positive logit of a seen token and multiplies a negative one (Keskar et al. 2019).
+    The presence penalty is subtracted once from a generated token, the frequency penalty once for each occurrence.
     """
-    scores = logits.copy()
-    tokens = np.unique(seen)
-    penalty = min(max(penalty, _LEAST_PENALTY), _LARGEST_PENALTY)
-    with np.errstate(over="ignore"):
-        scores[tokens] = np.where(scores[tokens] > 0, scores[tokens] / penalty, scores[tokens] * penalty)
+    sampling, scores = request.sampling, logits.astype(np.float64)
+    if sampling.logit_bias:
+        scores[list(sampling.logit_bias)] += list(sampling.logit_bias.values())
+    seen, penalty = np.unique(request.seen), sampling.repetition_penalty
+    scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+    generated, occurrences = np.unique(request.generated, return_counts=True)
+    scores[generated] -= sampling.presence_penalty + sampling.frequency_penalty * occurrences
+    scores[request.banned] = -np.inf
     return scores
 
 
-def _candidates(
-    scores: npt.NDArray[np.float64], request: SamplingRequest
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+def _candidates(scores: Scores, request: SamplingRequest) -> tuple[npt.NDArray[np.intp], Scores]:
     """The tokens kept by top-k, top-p and min-p, most likely first, and their probabilities (not normalized)."""
     sampling = request.sampling
     tokens = np.argsort(-scores, kind="stable")
     if sampling.top_k:
         tokens = tokens[: sampling.top_k]
-    probabilities = np.exp(scores[tokens] - scores[tokens[0]])
+    probabilities = np.exp(scores[tokens])
     probabilities /= probabilities.sum()
     if sampling.top_p < 1.0:
         before = np.cumsum(probabilities) - probabilities

@@ -30,7 +30,7 @@ def print_probe(result: ProbeResult, world: World) -> None:
         _exchange_table(result.timings, world.size),
         _transport_table(result.transports),
     )
-    console().print(*lines, *tables)
+    console().print(*lines, *tables, sep="\n")
 
 
 def print_links(file: TopologyFile, trials: Sequence[LinkTrial]) -> None:

@@ -7,6 +7,7 @@ from textwrap import indent
 
 from moempi.commands.flags import MAX_COUNT, MAX_RANKS, add_force_flag, add_job_flags, amount, read_job, whole_number
 from moempi.config.job import Job, TopologySection
+from moempi.config.reading import given_keys
 from moempi.runtime.monitor import Monitor
 from moempi.runtime.stop import Stop
 
@@ -26,6 +27,12 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad prompt line instead of recording it"
     )
+    parser.add_argument(
+        "--max-errors",
+        type=whole_number(0, MAX_COUNT),
+        metavar="N",
+        help="exit code 65 if more than N requests end with an error; without it, if all do",
+    )
     add_force_flag(parser)
 
 
@@ -39,7 +46,9 @@ def run(chosen: Namespace) -> int:
     stop = Stop(max_minutes=chosen.max_minutes)
     stop.catch_signals()  # before MPI, whose start takes time
     from moempi.engine.run import run_job
+    from moempi.engine.sampling_defaults import with_sampling_defaults
     from moempi.runtime.world import World
+    from moempi.storage.stdin import with_stdin
 
     world = World.start(monitor, debug=chosen.debug)
     with world.guard(accept=stop.accept):
@@ -52,7 +61,18 @@ def run(chosen: Namespace) -> int:
         text = Path(chosen.job).read_text(encoding="utf-8")
         overrides = "".join(f"--set {override}\n" for override in chosen.set)
         job_text = text + indent(overrides, "# ", lambda _: True)  # also the second line of an override
-        return run_job(job, job_text=job_text, world=world, stop=stop, strict=chosen.strict, on_finished=world.finish)
+        given_rules = world.collectively(lambda: given_keys(chosen.job, "sampling", overrides=chosen.set))
+        job = world.collectively(lambda: with_sampling_defaults(job, given=given_rules))
+        job = world.collectively(lambda: with_stdin(job, is_reader=world.rank == 0))
+        return run_job(
+            job,
+            job_text=job_text,
+            world=world,
+            stop=stop,
+            strict=chosen.strict,
+            max_errors=chosen.max_errors,
+            on_finished=world.finish,
+        )
 
 
 def _check_outputs(chosen: Namespace, job: Job) -> None:

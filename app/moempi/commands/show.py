@@ -1,13 +1,18 @@
 """`moempi show`: the first outputs of a finished job beside their prompts."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from itertools import islice
 
 from moempi.commands.flags import MAX_COUNT, add_job_flags, read_job, whole_number
+from moempi.config.job import Job
 from moempi.errors import DataError
-from moempi.observe.run_report import OutputRow, print_outputs
-from moempi.storage.prompts import read_prompts
+from moempi.observe.run_report import OutputRow, ScoreRow, print_outputs, print_scores
+from moempi.printing import print_line
+from moempi.storage.prompts import Prompt, read_prompts
+from moempi.storage.records import Scores
 from moempi.storage.results import ResultFile
+from moempi.storage.stdin import STDIN
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -19,13 +24,28 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(chosen: Namespace) -> int:
-    """Print a table with one row a request."""
+    """Print a table with one row a request, and the number of errors if there are any."""
     job = read_job(chosen)
-    prompts = read_prompts(job.input.prompts, sampling=job.sampling, strict=False)
     with ResultFile(job.output.results) as results:
-        if len(prompts) != results.num_requests:
-            counts = f"{results.num_requests} requests for the {len(prompts)} of {job.input.prompts}"
-            raise DataError(f"{job.output.results}: holds {counts}; show the prompts of the run that wrote it")
-        pairs = islice(zip(prompts, results.requests(), strict=True), chosen.first)
-        print_outputs([OutputRow(prompt.text or prompt.id, record.text, record.reference) for prompt, record in pairs])
+        prompts = _prompts(job, results)
+        records = list(islice(results.requests(), chosen.first))
+        texts = [prompt.text or prompt.id for prompt in prompts[: len(records)]] or [record.id for record in records]
+        pairs = list(zip(texts, records, strict=True))
+        if job.task == "score":
+            print_scores([ScoreRow(text, Scores.of(record.score), record.error) for text, record in pairs])
+        else:
+            print_outputs([OutputRow(text, record.text, record.reference, record.error) for text, record in pairs])
+        if errors := results.num_errors():
+            print_line(f"{errors} of {results.num_requests} requests ended with an error")
     return 0
+
+
+def _prompts(job: Job, results: ResultFile) -> Sequence[Prompt]:
+    """The prompts of the results; none if they came from stdin."""
+    if job.input.prompts == STDIN:
+        return []
+    prompts = read_prompts(job.input.prompts, sampling=job.sampling, strict=False, column=job.input.column)
+    if len(prompts) != results.num_requests:
+        counts = f"{results.num_requests} requests for the {len(prompts)} of {job.input.prompts}"
+        raise DataError(f"{job.output.results}: holds {counts}; show the prompts of the run that wrote it")
+    return prompts

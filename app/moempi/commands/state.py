@@ -14,7 +14,9 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(chosen: Namespace) -> int:
-    """Print state, number of finished requests, exit code and reason."""
+    """Print state, number of finished requests, exit code, reason, and number of errors if there are any."""
     state = read_state(read_job(chosen).output.results)
-    print_line(" ".join([state.state, str(state.finished), str(state.exit_code), *state.reason.split()]))
+    errors = f"errors {state.errors}" if state.errors else ""
+    words = (state.state, str(state.finished), str(state.exit_code), *state.reason.split(), *errors.split())
+    print_line(" ".join(words))
     return 0

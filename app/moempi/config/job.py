@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from moempi.config.architecture import LARGEST, MAX_LAYERS, Count, Index, Positive
+from moempi.config.architecture import LARGEST, MAX_LAYERS, Count, Index
 from moempi.config.reading import read_toml
 
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 Seconds = Annotated[float, Meta(gt=0, le=1e8)]
 Factor = Annotated[float, Meta(gt=0, le=1e6)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Size = Annotated[str, Meta(pattern=r"^(auto|[0-9]{1,15}(\.[0-9]{1,15})?\s*([KMGT]i?)?B)$", max_length=40)]
 
 
@@ -28,9 +30,14 @@ class ModelSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class InputSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[input]`: the prompts, a .jsonl or an .h5 file, and whether the text of a special token in one is that token."""
+    """`[input]`: the prompts, a file or "-" for stdin, and how they are read.
+
+    `column` is the column of a CSV or Parquet file to use. With `special_tokens` the text of a special token in a
+    prompt is that token.
+    """
 
     prompts: str
+    column: str = ""
     special_tokens: bool = True
 
 
@@ -57,14 +64,20 @@ class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[sampling]`, and the keys that a prompt line may override."""
+    """`[sampling]`: all keys but `defaults`, which says whose they are, may be overridden by a prompt line."""
 
     max_tokens: Count = 16
+    defaults: Literal["fixed", "model"] = "fixed"
+    n: Annotated[int, Meta(ge=1, le=1024)] = 1
+    min_tokens: Index = 0
     temperature: Annotated[float, Meta(ge=0, le=LARGEST)] = 0.0
     top_k: Index = 0
     top_p: Fraction = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Positive = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[Token, Annotated[float, Meta(ge=-100, le=100)]] = {}
     seed: Index = 0
     stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
     stop_token_ids: tuple[Index, ...] = ()
@@ -203,12 +216,19 @@ CHANGES_RESULTS = (
     "run.backend",
     "run.precision",
     "run.reproducible",
+    "input.column",
+    "sampling.defaults",
+    "sampling.n",
     "sampling.max_tokens",
+    "sampling.min_tokens",
     "sampling.temperature",
     "sampling.top_k",
     "sampling.top_p",
     "sampling.min_p",
     "sampling.repetition_penalty",
+    "sampling.presence_penalty",
+    "sampling.frequency_penalty",
+    "sampling.logit_bias",
     "sampling.seed",
     "sampling.stop",
     "sampling.stop_token_ids",

@@ -60,6 +60,20 @@ def read_toml(
     return read_tree(tree, kind, origin=str(path))
 
 
+def given_keys(path: str | Path, section: str, *, overrides: Iterable[str] = ()) -> frozenset[str]:
+    """The keys of a section that a TOML file or an override gives, of a file that `read_toml` has read.
+
+    Raises ConfigError if it is no longer TOML, NoInputError if it cannot be read.
+    """
+    try:
+        tree = _parse_toml(read_input(path, limit=MAX_TOML_BYTES, too_long=ConfigError).decode())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    for override in overrides:
+        _apply(tree, override)
+    return frozenset(tree.get(section, {}))
+
+
 def read_json(path: str | Path, kind: type[S]) -> S:
     """Read a JSON file of at most MAX_JSON_BYTES as a `kind`.
 
@@ -77,7 +91,7 @@ def read_tree(tree: dict[str, Any], kind: type[S], *, origin: str) -> S:
     """Read a decoded tree as a `kind`; raises ConfigError that begins with `origin` and names the key."""
     _refuse_unknown(tree, kind, origin=origin, prefix="")
     try:
-        return msgspec.convert(tree, kind)
+        return msgspec.convert(tree, kind, str_keys=True)
     except (ValueError, OverflowError, RecursionError) as error:
         message, _, path = str(error).partition(" - at `$")
         key = path.rstrip("`").lstrip(".")

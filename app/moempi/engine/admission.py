@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from moempi.arrays import IntArray
+from moempi.backend.protocol import NO_TOKENS
 from moempi.config.architecture import Architecture
 from moempi.engine.chat import ChatText
-from moempi.engine.request import NO_TOKENS, Request
+from moempi.engine.request import Request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
 from moempi.model.kv_cache import pages_for
@@ -46,7 +47,7 @@ def _make_request(
     prompt: Prompt, tokenizer: TextTokenizer, architecture: Architecture, task: str, chat: ChatText | None
 ) -> Request:
     tokens: IntArray = NO_TOKENS
-    error = prompt.error or (chat.error if chat else "")
+    error = prompt.error or (chat.error if chat else "") or _bias_problem(prompt, architecture)
     if not error:
         try:
             tokens = _encode(prompt, tokenizer, chat) if prompt.tokens is None else prompt.tokens
@@ -59,6 +60,13 @@ def _make_request(
     if error:
         request.fail(error)
     return request
+
+
+def _bias_problem(prompt: Prompt, architecture: Architecture) -> str:
+    biased = max(prompt.sampling.logit_bias, default=0)
+    if biased >= architecture.vocab_size:
+        return f"logit_bias: token {biased} is beyond the model's vocabulary of {architecture.vocab_size}"
+    return ""
 
 
 def _encode(prompt: Prompt, tokenizer: TextTokenizer, chat: ChatText | None) -> IntArray:

@@ -1,5 +1,6 @@
 """A request: a prompt, its tokens and their state of computation, and the record that is written in the end."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
@@ -9,16 +10,16 @@ import numpy.typing as npt
 import xxhash
 
 from moempi.arrays import Int32Array
-from moempi.backend.protocol import SampledTokens, SamplingRequest
+from moempi.backend.protocol import NO_TOKENS, SampledTokens, SamplingRequest
 from moempi.config.job import Sampling
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
+from moempi.storage.openai_batch import CHAT
 from moempi.storage.prompts import Prompt
 from moempi.storage.records import RequestRecord
 
 LogprobColumns = tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
-NO_TOKENS: Int32Array = np.zeros(0, np.int32)
 NO_LOGPROBS: LogprobColumns = (np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
 
 
@@ -72,12 +73,20 @@ class Request:
             return tokens
         return self.tokens[self.computed - length : self.computed - length + count]
 
-    def sampling_request(self) -> SamplingRequest:
-        """The request to sample its next token; its uniform number is a function of seed, id and position."""
+    def sampling_request(self, end_tokens: Collection[int] = ()) -> SamplingRequest:
+        """The request to sample its next token; its uniform number is a function of seed, id and position.
+
+        `end_tokens` and stop tokens are not sampled before the output has `min_tokens`.
+        """
+        rules = self.sampling
         position = len(self.prompt_tokens) + len(self.tokens)
-        bits = xxhash.xxh3_64_intdigest(f"{self.sampling.seed}/{self.prompt.id}/{position}".encode())
-        seen = self.all_tokens if self.sampling.repetition_penalty != 1.0 else NO_TOKENS
-        return SamplingRequest(self.sampling, (bits >> 11) * 2.0**-53, seen)
+        bits = xxhash.xxh3_64_intdigest(f"{rules.seed}/{self.prompt.id}/{position}".encode())
+        seen = self.all_tokens if rules.repetition_penalty != 1.0 else NO_TOKENS
+        counts_generated = rules.presence_penalty or rules.frequency_penalty
+        generated = np.array(self.tokens, np.int32) if counts_generated else NO_TOKENS
+        ends = {*rules.stop_token_ids, *(() if rules.ignore_eos else end_tokens)}
+        banned = np.array(sorted(ends), np.int32) if len(self.tokens) < rules.min_tokens else NO_TOKENS
+        return SamplingRequest(rules, (bits >> 11) * 2.0**-53, seen, generated, banned)
 
     def accept(self, sampled: SampledTokens, tokenizer: TextTokenizer) -> None:
         """Append the next token, `sampled` with one row; finish at a stop token or text, an end token or the limit.
@@ -98,9 +107,10 @@ class Request:
         self.sampled.append(sampled)
         if self.first_token_at is None:
             self.first_token_at = perf_counter()
+        stops = self.sampling.stop if len(self.tokens) >= self.sampling.min_tokens else ()
         if token in self.sampling.stop_token_ids:
             self.finish, self.text = "stop", tokenizer.decode(self.tokens[:-1])
-        elif (before := tokenizer.text_before_stop(self.tokens, self.sampling.stop)) is not None:
+        elif (before := tokenizer.text_before_stop(self.tokens, stops)) is not None:
             self.finish, self.text = "stop", before
         elif token in tokenizer.eos_tokens and not self.sampling.ignore_eos:
             self.finish, self.text = "stop", tokenizer.decode(self.tokens)
@@ -137,6 +147,9 @@ class Request:
             first_token_s=self._since_admission(self.first_token_at),
             end_to_end_s=self._since_admission(perf_counter()),
             reference=self.prompt.reference,
+            prompt_id=self.prompt.prompt_id,
+            endpoint=None if self.prompt.chat is None else CHAT,
+            metadata=self.prompt.metadata,
             text=self.text,
             prompt=self.prompt_tokens,
             tokens=np.array(self.tokens, np.int32),

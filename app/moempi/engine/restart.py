@@ -82,7 +82,8 @@ class Attempt:
         self._written: os.stat_result | None = None
         self._results = job.output.results
         self._world = world
-        self._counts = (0, 0)
+        self._counts = (0, 0, 0)
+        self._exit_code = 0
         self._state_pause_s = STATE_PAUSE_S
         self._state_due = time.monotonic() + STATE_PAUSE_S
         self._state_error = False
@@ -105,7 +106,7 @@ class Attempt:
         )
         world.on_failure(self._write_failure)
         self.earlier = self._scan(fingerprint)
-        self._counts = (len(self.earlier.indices), 0)
+        self._counts = (len(self.earlier.indices), 0, self.earlier.finishes["error"])
         self.journal = world.collectively(
             lambda: JournalWriter(journal_path(self._results, world.rank), fingerprint=fingerprint)
         )
@@ -118,12 +119,12 @@ class Attempt:
 
         def on_progress_and_write(counts: Counts) -> None:
             on_progress(counts)
-            self._update_state(counts.finished, counts.tokens)
+            self._update_state(counts.finished, counts.tokens, counts.errors)
 
         return on_progress_and_write
 
-    def _update_state(self, finished: int, tokens: int) -> None:
-        self._counts = (finished, tokens)
+    def _update_state(self, finished: int, tokens: int, errors: int) -> None:
+        self._counts = (finished, tokens, errors)
         if self._world.rank == 0 and time.monotonic() >= self._state_due:
             self._state_pause_s = min(2 * self._state_pause_s, STATE_MAX_PAUSE_S)
             self._state_due = time.monotonic() + self._state_pause_s
@@ -176,6 +177,13 @@ class Attempt:
             print_error(f"stopped early ({reason}), {finished}; run the same job again to continue")
         return STOPPED
 
+    def conclude(self, errors: int, *, max_errors: int | None) -> int:
+        """All requests are finished, `errors` of them with an error; the exit status once the results are in place."""
+        self._counts = (self.num_requests, self._counts[1], errors)
+        too_many = errors == self.num_requests or (max_errors is not None and errors > max_errors)
+        self._exit_code = DataError.exit_code if errors and too_many else 0
+        return self._exit_code
+
     def begin_results(self) -> None:
         """This rank has closed its journal; once all ranks have, rank 0 may put the results in place."""
         self._may_replace = True
@@ -196,7 +204,7 @@ class Attempt:
         """
         self._ended.set()
         try:
-            self.write_state("finished")
+            self.write_state("finished", exit_code=self._exit_code)
             self._require_lock()  # otherwise they are another run's
             remove_journals(self._results)
         except StorageError as error:
@@ -221,7 +229,7 @@ class Attempt:
         return Earlier.from_finished(requests, next_step=max(steps))
 
     def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:
-        finished, tokens = self._counts
+        finished, tokens, errors = self._counts
         return msgspec.structs.replace(
             self._begin,
             state=state,
@@ -229,6 +237,7 @@ class Attempt:
             rank=self._world.rank,
             phase="" if state == "finished" else self._world.where,
             finished=finished,
+            errors=errors,
             tokens=tokens,
             exit_code=exit_code,
             updated=_now(),
@@ -246,8 +255,8 @@ class Attempt:
                 if not self._results_in_place():
                     write_state(self._results, state)
                 if self._results_in_place():
-                    codes.append(0)
-                    write_state(self._results, finished(state))
+                    codes.append(self._exit_code)
+                    write_state(self._results, finished(state, exit_code=self._exit_code))
 
         writer = threading.Thread(target=write, daemon=True)
         writer.start()

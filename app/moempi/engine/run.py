@@ -1,5 +1,6 @@
 """A whole job, from the files it names to the results file."""
 
+import dataclasses
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from moempi.backend.select import count_gpus, make_backend
 from moempi.comm.device_memory import takes_device_memory
 from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
+from moempi.config.recommended import KEYS
 from moempi.engine.admission import make_requests, refuse_too_long
 from moempi.engine.balance import quality_cost
 from moempi.engine.chat import ChatText, render_chats, template_day
@@ -35,16 +37,22 @@ from moempi.engine.summary import RankRun, make_provenance, rank_record, run_rep
 from moempi.engine.tasks import Generate, Score, Task
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.engine.warm_up import warm_up
+from moempi.errors import MoempiError
 from moempi.model.transformer import Transformer
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
 from moempi.observe.run_report import Report, print_report
+from moempi.printing import print_error
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance, merge
+from moempi.storage.prompt_form import find_form
 from moempi.storage.prompts import Prompt, read_prompts
 from moempi.storage.records import RankRecord
+from moempi.storage.results import ResultFile
 from moempi.storage.weights import WeightFile
+
+MAX_ERRORS_SHOWN = 5
 
 log = logging.getLogger(__name__)
 
@@ -57,33 +65,33 @@ def run_job(
     world: World,
     stop: Stop,
     strict: bool,
+    max_errors: int | None = None,
     on_finished: Callable[[], None] = lambda: None,
 ) -> int:
     """Run a job on all ranks of `world` and return the exit status; collective, blocks until the results are written.
 
     Requests that earlier attempts finished are not run again. If a rank is requested to `stop`, all ranks stop after
-    the current step; the exit status is 75, and running the job again continues it. A MoempiError of any rank before
-    the first step ends all ranks. `on_finished` is called on each rank once the results are in place.
+    the current step; the exit status is 75, and running the job again continues it. It is 65 if all requests, or more
+    than `max_errors`, end with an error. A MoempiError of any rank before the first step ends all ranks.
+    `on_finished` is called on each rank once the results are in place.
     """
     start = datetime.now(UTC)
     world.watch(job.run.timeout_s)
     # The inputs: every rank reads the prompts and the index of the weight file.
     weights = world.collectively(lambda: WeightFile.open(job.model.weights))
-    prompts = world.collectively(lambda: read_prompts(job.input.prompts, sampling=job.sampling, strict=strict))
+    prompts = world.collectively(lambda: _read_prompts(job, strict=strict))
     # This attempt locks the output, and computes the requests that earlier ones did not finish.
     attempt = Attempt(job, world, weights, num_requests=len(prompts))
     world.collectively(lambda: log_to_files(job.output.results, world.rank))
     attempt.warn_of_damage()
     # The backend, and this rank's position in the layout.
-    pending = PendingTransfers()
-    backend = _backend(job, world, pending)
+    backend, pending = _backend(job, world)
     rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
     # The requests of this rank's data parallel group, which the first stage schedules, and the cache for them.
     tokenizer = world.collectively(lambda: _tokenizer(job, weights))
-    task = _task(job, tokenizer, prompts)
-    _warn_of_texts(prompts, weights, rank=world.rank)
     requests = _make_requests(job, world, rank_layout, weights, tokenizer, _own_prompts(prompts, attempt, rank_layout))
     pages = _cache_pages(job, world, rank_layout, backend, requests)
+    _announce(job, world, weights, prompts)
     progress = Progress(attempt.num_requests, enabled=world.rank == 0)
     model, loading = _load(weights, backend, world, rank_layout, job, pages=pages, progress=progress)
     # The lanes run interleaved until no rank has work left.
@@ -91,7 +99,7 @@ def run_job(
     recorder.record(request for request in requests if request.finish)
     too_long = refuse_too_long(requests, pages=pages)
     scheduler = _scheduler(job, rank_layout, requests, pages=pages)
-    sample = _quality_sample(job, requests)
+    task, sample = _task(job, tokenizer, prompts), _quality_sample(job, requests)
     del prompts, requests  # from here on the scheduler alone holds a request, until it is finished
     context = LaneContext(model, scheduler, task, recorder, stop)
     lanes = make_lanes(job, world, rank_layout, context, pending=pending, first_step=attempt.earlier.next_step)
@@ -102,14 +110,14 @@ def run_job(
     progress.close()
     world.watch(job.run.timeout_s)
     # Every rank closes its journal. If the run was stopped, the journals stay for the next attempt.
-    record = _close_journal(job, world, attempt, rank_run, sample=sample)
-    report = _report(job, world, attempt, rank_run, record)
+    report = _report(job, world, attempt, rank_run, _close_journal(job, world, attempt, rank_run, sample=sample))
     if report.num_finished < attempt.num_requests:
         return attempt.stop(stop)
+    exit_code = attempt.conclude(report.num_errors, max_errors=max_errors)
     # The results: rank 0 merges all journals.
-    provenance = make_provenance(job_text, world, weights=weights.fingerprint, start=start)
-    _write_results(job.output.results, world, attempt, report, provenance=provenance, on_finished=on_finished)
-    return 0
+    origin = make_provenance(job_text, world, weights=weights.fingerprint, start=start)
+    _write_results(job.output.results, world, attempt, report, provenance=origin, on_finished=on_finished)
+    return exit_code
 
 
 def _write_results(
@@ -141,7 +149,41 @@ def _write_results(
         on_finished()
     world.on_failure(None)
     if world.rank == 0:
-        _print(report)
+        _print(_with_results(report))
+
+
+def _read_prompts(job: Job, *, strict: bool) -> list[Prompt]:
+    return read_prompts(job.input.prompts, sampling=job.sampling, strict=strict, column=job.input.column)
+
+
+def _announce(job: Job, world: World, weights: WeightFile, prompts: Sequence[Prompt]) -> None:
+    """Print on rank 0 what was found in the prompt file, and what the weight file lacks for it."""
+    if world.rank == 0:
+        refused = sum(bool(prompt.error) for prompt in prompts)
+        form = find_form(job.input.prompts, column=job.input.column)
+        counts = f"{len(prompts)} requests, {refused} of them refused" if refused else f"{len(prompts)} requests"
+        print_error(f"{job.input.prompts}: {counts}, {form}")
+        if job.sampling.defaults == "model":
+            rules = ", ".join(f"{key} {getattr(job.sampling, key):g}" for key in KEYS)
+            print_error(f"sampling defaults of {weights.path}, and of the job: {rules}")
+        _warn_of_texts(prompts, weights)
+
+
+def _with_results(report: Report) -> Report:
+    """The report with the first errors of the results, which are also printed on stderr, and the scores."""
+    try:
+        with ResultFile(report.results) as results:
+            errors = [f"{name}: {error}" for name, error in results.errors(limit=MAX_ERRORS_SHOWN)]
+            scores = results.scores()
+    except MoempiError as error:
+        log.warning("the results are whole, but cannot be read for the report: %s", error)
+        return report
+    if errors:
+        first = f", the first {len(errors)}:" if len(errors) < report.num_errors else ":"
+        log.warning("%d of %d requests ended with an error%s", report.num_errors, report.num_finished, first)
+    for line in errors:
+        log.warning("%s", line)
+    return dataclasses.replace(report, errors=errors, scores=scores)
 
 
 def _print(report: Report) -> None:
@@ -156,15 +198,20 @@ def _print(report: Report) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def _backend(job: Job, world: World, pending: PendingTransfers) -> Backend:
-    """This rank's backend; collective, blocks. All ranks have comm buffers in device memory, or all on the host."""
+def _backend(job: Job, world: World) -> tuple[Backend, PendingTransfers]:
+    """This rank's backend, and the transfers that it progresses; collective, blocks.
+
+    All ranks have comm buffers in device memory, or all on the host.
+    """
+    pending = PendingTransfers()
     gpus = world.collectively(lambda: count_gpus(job.run))
     device_buffers = takes_device_memory(job.exchange, world, has_gpu=gpus > 0)
-    return world.collectively(
+    backend = world.collectively(
         lambda: make_backend(
             job.run, local_rank=world.local_rank, device_buffers=device_buffers, progress=pending.progress
         )
     )
+    return backend, pending
 
 
 def _tokenizer(job: Job, weights: WeightFile) -> TextTokenizer:
@@ -186,10 +233,8 @@ def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankL
     return [prompts[index] for index in own.tolist()]
 
 
-def _warn_of_texts(prompts: Sequence[Prompt], weights: WeightFile, *, rank: int) -> None:
+def _warn_of_texts(prompts: Sequence[Prompt], weights: WeightFile) -> None:
     """Say once what the errors of single requests will say: that the weight file lacks what their prompts need."""
-    if rank > 0:
-        return
     chats = sum(prompt.chat is not None for prompt in prompts)
     texts = sum(prompt.text is not None for prompt in prompts) + chats
     if texts and not weights.tokenizer:

@@ -57,7 +57,7 @@ class Generate:
             end += count
             if count == request.num_waiting:
                 rows.append(end - 1)
-                logit_requests.append(request.sampling_request())
+                logit_requests.append(request.sampling_request(self._tokenizer.eos_tokens))
         return rows, logit_requests
 
     def sample(

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from moempi.config.size import format_size
 from moempi.observe.console import console
 from moempi.printing import print_line
+from moempi.storage.records import Scores
 
 NUM_STRAGGLERS = 3
 MIN_SHARE = 0.01
@@ -58,7 +59,8 @@ class Report:
     messages of rows by level of link, over all ranks; `transport` names their transport. With a balancing routing
     policy, `asked_load` (L, E) is the load that the routers chose, `moved` the share of choices that the policy
     moved to another expert, and `logprob_change` the mean change that this makes to a token's log-probability, NaN
-    if not measured.
+    if not measured. `errors` are the first requests that ended with one, and why. `scores` are those of all scored
+    tokens.
     """
 
     results: str
@@ -80,6 +82,13 @@ class Report:
     asked_load: NDArray[np.int64] | None = None
     moved: float = 0.0
     logprob_change: float = math.nan
+    errors: Sequence[str] = ()
+    scores: Scores | None = None
+
+    @property
+    def num_errors(self) -> int:
+        """Number of finished requests that ended with an error."""
+        return self.finishes.get("error", 0)
 
     @property
     def num_finished(self) -> int:
@@ -89,11 +98,21 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """The texts of one request: its prompt, its output, and its reference or None."""
+    """The texts of one request: its prompt, its output, its reference or None, and its error, "" without one."""
 
     prompt: str
     text: str
     reference: str | None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """The scores of one request: its prompt, the log-probabilities of its tokens, and its error, "" without one."""
+
+    prompt: str
+    scores: Scores
+    error: str = ""
 
 
 def print_layout(layout: LayoutTable) -> None:
@@ -111,6 +130,11 @@ def print_report(report: Report) -> None:
 def print_outputs(outputs: Iterable[OutputRow]) -> None:
     """Print prompts and outputs on stdout."""
     console().print(outputs_table(outputs))
+
+
+def print_scores(scored: Iterable[ScoreRow]) -> None:
+    """Print prompts and their scores on stdout."""
+    console().print(scores_table(scored))
 
 
 def stage_table(layout: LayoutTable) -> Table:
@@ -177,6 +201,12 @@ def report_table(report: Report) -> Table:
     if report.earlier_requests:
         table.add_row("of earlier runs", f"{report.earlier_requests:,} requests, {report.earlier_tokens:,} tokens")
     table.add_row("finished", ", ".join(f"{reason} {count:,}" for reason, count in sorted(report.finishes.items())))
+    for number, error in enumerate(report.errors, start=1):
+        table.add_row(f"error {number} of {report.num_errors:,}", error)
+    if report.scores is not None:
+        scores = report.scores
+        table.add_row("scores, mean", f"{scores.mean:.4f}  (sum {scores.sum:,.3f} of {scores.num_tokens:,} tokens)")
+        table.add_row("perplexity", f"{scores.perplexity:.4g}")
     if report.referenced:
         share = report.exact / report.referenced
         table.add_row("exact matches", f"{report.exact:,} of {report.referenced:,}  ({share:.1%})")
@@ -194,9 +224,22 @@ def outputs_table(outputs: Iterable[OutputRow]) -> Table:
     """One row a request."""
     table = Table("prompt", "answer", "reference", "")
     for output in outputs:
+        if output.error:
+            table.add_row(output.prompt, output.error, output.reference or "", "error")
+            continue
         verdict = "exact" if output.text == output.reference else "differs"
         texts = (output.prompt, output.text, output.reference or "")
         table.add_row(*texts, "" if output.reference is None else verdict)
+    return table
+
+
+def scores_table(scored: Iterable[ScoreRow]) -> Table:
+    """One row a request."""
+    table = Table("prompt", "tokens", "sum", "mean", "perplexity")
+    for row in scored:
+        scores = row.scores
+        figures = (f"{scores.num_tokens:,}", f"{scores.sum:.3f}", f"{scores.mean:.4f}", f"{scores.perplexity:.4g}")
+        table.add_row(row.prompt, *((row.error, "", "", "") if row.error else figures))
     return table
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from moempi.arrays import is_finite, narrow, widen
 from moempi.config.architecture import Architecture
 from moempi.config.families import Fused, family, read_architecture
+from moempi.config.recommended import recommended_sampling
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.errors import DataError
 from moempi.storage.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
@@ -50,6 +51,7 @@ def convert(source: str | Path, path: str | Path, *, progress: OnProgress | None
         architecture,
         tokenizer=checkpoint.tokenizer,
         chat=checkpoint.chat,
+        sampling=recommended_sampling(checkpoint.generation),
         tensors=((tensor, _pieces(tensor, sources)) for tensor, sources in plan.items()),
         progress=progress,
     )

@@ -28,6 +28,8 @@ AnyArray = npt.NDArray[Any]
 # The oldest file format with checksums of metadata; every HDF5 library since 1.10 reads it.
 WRITE_VERSION = ("v110", "v110")
 WRITEBACK_BYTES = 32 << 20
+_LOCKING = "HDF5_USE_FILE_LOCKING"  # if TRUE, HDF5 locks what it was asked not to lock
+_LOCK_REFUSED = "unable to lock file"
 MAX_DEPTH = 16
 MAX_OBJECTS = 1_000_000
 MAX_ATTRIBUTE_BYTES = 1 << 16
@@ -64,11 +66,17 @@ def raising_data_errors(path: str | Path, what: str = "") -> Iterator[None]:
 def open_file(path: str | Path) -> Any:
     """Open an HDF5 file for reading, without file locks because files are immutable; returns an h5py.File.
 
-    Raises NoInputError if the file is missing or unreadable, DataError if it is not HDF5.
+    Raises NoInputError if the file is missing, unreadable or cannot be locked, DataError if it is not HDF5.
     """
     open_input(path).close()
     with raising_data_errors(path):
-        return h5py.File(path, "r", locking=False)
+        try:
+            return h5py.File(path, "r", locking=False)
+        except OSError as error:
+            if _LOCK_REFUSED not in str(error):
+                raise
+            remedy = f"unset {_LOCKING} or set it to FALSE"
+            raise NoInputError(f"{path}: cannot be read: HDF5 gets no lock on it; {remedy}: {error}") from error
 
 
 def has_format(path: Path, name: str) -> bool:

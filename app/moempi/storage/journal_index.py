@@ -16,7 +16,7 @@ from moempi.errors import StorageError
 from moempi.storage.closeable import Closeable
 from moempi.storage.journal import JournalReader, Problem
 from moempi.storage.records import RankRecord, Record, RequestRecord, RoutingRecord
-from moempi.storage.results_layout import ARRAYS, OFFSETS, TEXTS
+from moempi.storage.results_layout import ARRAYS, OFFSETS, OPTIONAL_TEXTS, TEXTS
 
 MAX_OPEN_JOURNALS = 64
 ITEM_BYTES = 8
@@ -165,9 +165,15 @@ class JournalIndex:
         """Add the location of the routing of one rank and step; raises ValueError as `RoutingIndex.add` does."""
         self.routing.add(record, journal=journal, offset=offset)
 
+    def moe_layers(self) -> list[int]:
+        """The MoE layers, in which ranks host experts; all layers if no rank says what it hosts."""
+        layers = range(len(self.expert_load))
+        hosted = {layer for record in self.ranks for layer, experts in record.hosted.items() if experts}
+        return sorted(hosted.intersection(layers)) or list(layers)
+
     def texts(self) -> list[str]:
-        """The text columns to write; references only if the prompts have any."""
-        return [name for name in TEXTS if name != "reference" or self.entries["reference"].any()]
+        """The text columns to write; the optional ones only if a request has any."""
+        return [name for name in TEXTS if name not in OPTIONAL_TEXTS or self.entries[name].any()]
 
     def arrays(self) -> list[str]:
         """The array columns to write; likeliest tokens and scores only if requested."""
@@ -185,7 +191,7 @@ class JournalIndex:
         sizes |= {dim: int(self.entries[dim].sum()) for dim in OFFSETS}
         sizes |= {f"{name}_byte": int(self.entries[name].sum()) for name in self.texts()}
         sizes |= {dim: size for dim, size in (("top", self.top), ("score_top", self.score_top)) if size}
-        sizes["layer"], sizes["expert"] = self.expert_load.shape
+        sizes["layer"], sizes["expert"] = len(self.moe_layers()), self.expert_load.shape[1]
         sizes["hosted"] = sum(len(experts) for record in self.ranks for experts in record.hosted.values())
         if self.routing.top_k:
             sizes["routed_token"] = int(self.entries["computed"].sum())

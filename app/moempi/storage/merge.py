@@ -142,12 +142,15 @@ def _create_columns(file: Any, index: JournalIndex) -> list[_Column]:
 
 def _write_ranks(file: Any, index: JournalIndex) -> None:
     dims = ("layer", "expert")
-    create(file, "experts/load", np.int64, dims, "tokens routed to each expert of each MoE layer")[...] = (
-        index.expert_load
-    )
+    layers = index.moe_layers()
+    create(file, "experts/layer", np.int32, dims[:1], "MoE layers of the model")[...] = layers
+    load = create(file, "experts/load", np.int64, dims, "tokens routed to each expert of each MoE layer")
+    load[...] = index.expert_load[layers]
     if index.asked_load.size:
-        create(file, "experts/asked_load", np.int64, dims, "tokens that routers asked it for")[...] = index.asked_load
-        create(file, "experts/shift", np.float32, dims, "term on its score at the end")[...] = index.shifts
+        asked_load = create(file, "experts/asked_load", np.int64, dims, "tokens that routers asked it for")
+        asked_load[...] = index.asked_load[layers]
+        shifts = create(file, "experts/shift", np.float32, dims, "term on its score at the end")
+        shifts[...] = index.shifts[layers]
     ranks = sorted(index.ranks, key=lambda record: record.rank)
     _write_timing(file, ranks)
     for name in _keys(record.balance for record in ranks):

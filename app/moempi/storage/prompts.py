@@ -1,11 +1,11 @@
-"""The prompts of a job: a JSONL file with one request per line, or token arrays in an HDF5 file."""
+"""The prompts of a job: lines of JSON, each a request; lines and rows of other forms; or token arrays in HDF5."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import h5py
 import msgspec
@@ -14,10 +14,12 @@ from msgspec import UNSET, Meta, UnsetType
 from numpy.typing import NDArray
 
 from moempi.arrays import Int32Array
-from moempi.config.input_file import open_input
 from moempi.config.job import Sampling
-from moempi.errors import DataError, NoInputError
+from moempi.errors import DataError
 from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, walk
+from moempi.storage.openai_batch import translate
+from moempi.storage.prompt_form import PromptForm, find_form, open_decompressed
+from moempi.storage.prompt_table import Row, csv_rows, parquet_rows
 
 MAX_LINE_BYTES = 64 << 20
 MAX_TOKEN = 2**31 - 1
@@ -26,12 +28,12 @@ MAX_TOP_LOGPROBS = 20
 MAX_SHOWN = 100
 """Characters of a key or an id that an error shows."""
 
-_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UNKNOWN_FIELD = "Object contains unknown field `"
 
 Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 NonEmpty = Annotated[str, Meta(min_length=1)]
+Given = TypeVar("Given", bytes, Row)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +41,8 @@ class Prompt:
     """One request: its `index` among the file's requests, and either `text`, `tokens` (n,) int32, n > 0, or a `chat`.
 
     A non-empty `error` is the reason why the line cannot be used; such a request has none of these and finishes
-    immediately as an error.
+    immediately as an error. `metadata` is a JSON object as the file has it. `prompt_id` is the id of the prompt if this
+    is its second sample or a later one.
     """
 
     index: int
@@ -51,6 +54,8 @@ class Prompt:
     error: str = ""
     chat: bytes | None = None
     """JSON of a `Chat`, which takes less memory than its objects."""
+    metadata: str | None = None
+    prompt_id: str | None = None
 
 
 class Chat(msgspec.Struct):
@@ -62,20 +67,22 @@ class Chat(msgspec.Struct):
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
-    id: NonEmpty | None = None
+    id: NonEmpty | int | None = None
     prompt: str | None = None
     tokens: Annotated[list[Token], Meta(min_length=1)] | None = None
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reference: NonEmpty | None = None
+    metadata: msgspec.Raw = msgspec.Raw()
 
 
 class _OnlyId(msgspec.Struct):
-    id: NonEmpty | None = None
+    id: NonEmpty | int | None = None
+    custom_id: NonEmpty | int | None = None
 
 
-_OVERRIDES = {field.name: field.type for field in msgspec.structs.fields(Sampling)}
+_OVERRIDES = {field.name: field.type for field in msgspec.structs.fields(Sampling) if field.name != "defaults"}
 _LINE: type[Any] = msgspec.defstruct(
     "_Line",
     [(name, kind | UnsetType, UNSET) for name, kind in _OVERRIDES.items()],
@@ -83,63 +90,107 @@ _LINE: type[Any] = msgspec.defstruct(
     forbid_unknown_fields=True,
 )
 _KEYS = tuple(field.name for field in msgspec.structs.fields(_LINE))
+_OF_BATCH = frozenset(_KEYS) - {"id", "prompt", "tokens", "messages", "reference"}
 _LINE_DECODER = msgspec.json.Decoder(_LINE)
 _ID_DECODER = msgspec.json.Decoder(_OnlyId)
 
 
-def read_prompts(path: str | Path, *, sampling: Sampling, strict: bool) -> list[Prompt]:
-    """Read all requests of a file in order; a line may override the keys of `sampling`.
+def read_prompts(path: str | Path, *, sampling: Sampling, strict: bool, column: str = "") -> list[Prompt]:
+    """Read all requests of a file in order, of any form that `find_form` knows; a line may override `sampling`.
 
-    A bad line, or a line with the id of an earlier one, becomes a `Prompt` with an error that names file and line; if
-    `strict`, raises DataError instead. Raises NoInputError if the file cannot be read, DataError if an HDF5 file does
-    not have the format in jobs/README.md.
+    A prompt with `n` samples becomes n requests; the id of sample i > 0 is that of the prompt, "#" and i. A bad line,
+    or a line with the id of an earlier one, becomes a `Prompt` with an error that names file and line; if `strict`,
+    raises DataError instead. Raises NoInputError if the file cannot be read, DataError if it has no prompts or does not
+    have the format in jobs/README.md.
     """
     prompts: list[Prompt] = []
     first_use: dict[str, str] = {}
-    try:
-        with open_input(path) as file:
-            is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
-            file.seek(0)
-            rows = _read_rows(path, sampling) if is_hdf5 else _read_lines(file, path, sampling)
-            for location, fallback, prompt in rows:
-                first = first_use.setdefault(prompt.id, location)
-                if first is not location and not prompt.error:
-                    error = f"{location}: id {prompt.id[:MAX_SHOWN]!r} was used before, at {first}"
-                    prompt = _bad(prompt.index, fallback, sampling, error)
-                if prompt.error and strict:
-                    raise DataError(prompt.error)
-                prompts.append(prompt)
-    except OSError as error:
-        raise NoInputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    for location, fallback, prompt in _read(path, find_form(path, column=column), sampling, column):
+        for sample in _samples(prompt):
+            first = first_use.setdefault(sample.id, location)
+            if first is not location and not sample.error:
+                error = f"{location}: id {sample.id[:MAX_SHOWN]!r} was used before, at {first}"
+                sample = _bad(fallback, sampling, error)
+            if sample.error and strict:
+                raise DataError(sample.error)
+            prompts.append(replace(sample, index=len(prompts)))
+    if not prompts:
+        raise DataError(f"{path}: has no prompts")
     return prompts
 
 
-def _read_lines(file: BinaryIO, path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
-    index = 0
-    for number, line in enumerate(_bounded_lines(file), start=1):
-        if number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
-        if not line.strip():
-            continue
-        location, fallback = f"{path}:{number}", f"line-{number}"
-        try:
-            prompt = _parse(line, index, fallback, sampling)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            prompt = _bad(index, _name(line) or fallback, sampling, f"{location}: {_explain(error)}")
-        yield location, fallback, prompt
-        index += 1
+def _samples(prompt: Prompt) -> Iterator[Prompt]:
+    """The prompt as its first sample, then the others; each id draws its own random numbers."""
+    yield prompt
+    if not prompt.error:
+        for number in range(1, prompt.sampling.n):
+            yield replace(prompt, id=f"{prompt.id}#{number}", prompt_id=prompt.id)
+
+
+def _read(path: str | Path, form: PromptForm, sampling: Sampling, column: str) -> Iterator[tuple[str, str, Prompt]]:
+    if form.name == "hdf5":
+        yield from _read_arrays(path, sampling)
+    elif form.name == "parquet":
+        yield from _read_rows(parquet_rows(path, column=column), path, sampling)
+    else:
+        with open_decompressed(path, form.compression) as file:
+            lines = _bounded_lines(file)
+            if form.name == "csv":
+                rows = csv_rows(lines, path=path, column=column, limit=MAX_LINE_BYTES)
+                yield from _read_rows(rows, path, sampling)
+            else:
+                yield from _read_lines(lines, path, sampling, _TO_LINE[form.name])
+
+
+def _read_lines(
+    lines: Iterator[bytes], path: str | Path, sampling: Sampling, to_line: Callable[[bytes], bytes]
+) -> Iterator[tuple[str, str, Prompt]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            location, fallback = f"{path}:{number}", f"line-{number}"
+            yield location, fallback, _prompt(line, to_line, location, fallback, sampling)
+
+
+def _read_rows(rows: Iterator[Row], path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
+    for index, row in enumerate(rows):
+        location, fallback = f"{path}: row {index}", f"row-{index}"
+        yield location, fallback, _prompt(row, msgspec.json.encode, location, fallback, sampling)
+
+
+def _prompt(
+    given: Given, to_line: Callable[[Given], bytes], location: str, fallback: str, sampling: Sampling
+) -> Prompt:
+    line = given if isinstance(given, bytes) else b""
+    try:
+        if len(line) > MAX_LINE_BYTES:
+            raise msgspec.DecodeError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+        return _parse(to_line(given), fallback, sampling)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        return _bad(_name(line) or fallback, sampling, f"{location}: {_explain(error)}")
+
+
+def _text_line(line: bytes) -> bytes:
+    return msgspec.json.encode({"prompt": line.removesuffix(b"\r").decode()})
+
+
+_TO_LINE: dict[str, Callable[[bytes], bytes]] = {
+    "jsonl": lambda line: line,
+    "openai": lambda line: translate(line, known=_OF_BATCH),
+    "text": _text_line,
+}
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines without their ends and the byte order mark; of a longer one the first MAX_LINE_BYTES + 1 bytes."""
+    mark: bytes = _BYTE_ORDER_MARK
     while line := file.readline(MAX_LINE_BYTES + 1):
-        yield line.removesuffix(b"\n")
+        yield line.removesuffix(b"\n").removeprefix(mark)
+        mark = b""
         while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
             line = file.readline(MAX_LINE_BYTES + 1) or b"\n"
 
 
-def _parse(line: bytes, index: int, fallback: str, sampling: Sampling) -> Prompt:
-    if len(line) > MAX_LINE_BYTES:
-        raise msgspec.DecodeError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+def _parse(line: bytes, fallback: str, sampling: Sampling) -> Prompt:
     request = _LINE_DECODER.decode(line)
     if [request.prompt, request.tokens, request.messages].count(None) != 2:
         raise msgspec.DecodeError("give either prompt, tokens or messages")
@@ -150,13 +201,14 @@ def _parse(line: bytes, index: int, fallback: str, sampling: Sampling) -> Prompt
         )
     given = {key: value for key in _OVERRIDES if (value := getattr(request, key)) is not UNSET}
     return Prompt(
-        index=index,
-        id=request.id or fallback,
+        index=0,
+        id=fallback if request.id is None else str(request.id),
         text=request.prompt,
         tokens=None if request.tokens is None else np.array(request.tokens, np.int32),
         reference=request.reference,
         sampling=msgspec.structs.replace(sampling, **given) if given else sampling,
         chat=_chat(request),
+        metadata=_object(request.metadata, "metadata"),
     )
 
 
@@ -171,7 +223,18 @@ def _chat(request: Any) -> bytes | None:
     return msgspec.json.encode(Chat(request.messages, request.tools, request.chat_template_kwargs or {}))
 
 
-def _read_rows(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
+def _object(raw: msgspec.Raw, key: str) -> str | None:
+    """The text of a JSON object, as it was given; None if it was not, or is null."""
+    text = bytes(raw).strip()
+    if text in (b"", b"null"):
+        return None
+    if not text.startswith(b"{"):
+        raise msgspec.DecodeError(f"{key}: Expected `object`")
+    msgspec.json.decode(text)  # a raw value has been skipped, not read
+    return text.decode()
+
+
+def _read_arrays(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
     with open_file(path) as file, raising_data_errors(path):
         values, offsets = _integers(file, "values"), _integers(file, "offsets").astype(np.int64)
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
@@ -181,13 +244,13 @@ def _read_rows(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str,
         location, fallback = f"{path}: row {index}", f"row-{index}"
         tokens, name = values[start:stop], fallback if ids is None else ids[index]
         if not len(tokens):
-            prompt = _bad(index, name or fallback, sampling, f"{location}: has no tokens")
+            prompt = _bad(name or fallback, sampling, f"{location}: has no tokens")
         elif tokens.min() < 0 or tokens.max() > MAX_TOKEN:
-            prompt = _bad(index, name or fallback, sampling, f"{location}: holds a number that is not a token id")
+            prompt = _bad(name or fallback, sampling, f"{location}: holds a number that is not a token id")
         elif not name:
-            prompt = _bad(index, fallback, sampling, f"{location}: its id is empty or not UTF-8")
+            prompt = _bad(fallback, sampling, f"{location}: its id is empty or not UTF-8")
         else:
-            prompt = Prompt(index, name, None, tokens.astype(np.int32), None, sampling)
+            prompt = Prompt(0, name, None, tokens.astype(np.int32), None, sampling)
         yield location, fallback, prompt
 
 
@@ -215,19 +278,21 @@ def _id_text(entry: int | bytes) -> str:
         return ""
 
 
-def _bad(index: int, name: str, sampling: Sampling, error: str) -> Prompt:
-    return Prompt(index=index, id=name, text=None, tokens=None, reference=None, sampling=sampling, error=error)
+def _bad(name: str, sampling: Sampling, error: str) -> Prompt:
+    return Prompt(index=0, id=name, text=None, tokens=None, reference=None, sampling=sampling, error=error)
 
 
 def _name(line: bytes) -> str | None:
     try:
-        return None if len(line) > MAX_LINE_BYTES else _ID_DECODER.decode(line).id
+        found = None if len(line) > MAX_LINE_BYTES else _ID_DECODER.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    name = None if found is None else found.id if found.id is not None else found.custom_id
+    return None if name is None else str(name)
 
 
 def _explain(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
+    if isinstance(error, UnicodeError):
         return "not UTF-8"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"

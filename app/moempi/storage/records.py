@@ -1,7 +1,9 @@
 """The records of a run: one per finished request, one per rank, recorded routing; and their encoding (MessagePack)."""
 
+import math
 import re
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -37,7 +39,8 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     tokens' log-probabilities, the first NaN, with `score_top_tokens` and `score_top_logprobs` (n, k); all are empty
     when generating. `computed` positions went through the model, in the attempt at the job whose first step is `since`.
     The first token and the end came `first_token_s` and `end_to_end_s` after the request left the queue; None if never.
-    Raises ValueError if types or lengths disagree.
+    `prompt_id` is the id of the prompt, None for its first sample. `endpoint` is OpenAI's for a chat, else None.
+    `metadata` is the text of a JSON object. Raises ValueError if types or lengths disagree.
     """
 
     index: Count
@@ -49,6 +52,9 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     first_token_s: Seconds | None = None
     end_to_end_s: Seconds | None = None
     reference: str | None = None
+    prompt_id: str | None = None
+    endpoint: str | None = None
+    metadata: str | None = None
     text: str = ""
     prompt: Int32Array = _NO_TOKENS
     tokens: Int32Array = _NO_TOKENS
@@ -72,6 +78,34 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
         _expect("score", self.score, np.float32, (n,), or_empty=True)
         _expect("score_top_tokens", self.score_top_tokens, np.int32, (n, score_k), or_empty=True)
         _expect("score_top_logprobs", self.score_top_logprobs, np.float32, self.score_top_tokens.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The sum of the log-probabilities of scored tokens, and their number."""
+
+    num_tokens: int = 0
+    sum: float = 0.0
+
+    @classmethod
+    def of(cls, logprobs: Float32Array) -> "Scores":
+        """The scores of tokens (n,); NaN, as at the first token of a prompt, is no score."""
+        scored = ~np.isnan(logprobs)
+        return cls(int(scored.sum()), float(logprobs.sum(where=scored, dtype=np.float64)))
+
+    def __add__(self, other: "Scores") -> "Scores":
+        return Scores(self.num_tokens + other.num_tokens, self.sum + other.sum)
+
+    @property
+    def mean(self) -> float:
+        """The mean log-probability of a token; NaN without tokens."""
+        return self.sum / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the negative mean; infinite beyond the range of float64."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(-self.mean))
 
 
 class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"):

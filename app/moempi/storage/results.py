@@ -11,8 +11,18 @@ from numpy.typing import NDArray
 from moempi.errors import DataError
 from moempi.storage.closeable import Closeable
 from moempi.storage.hdf5 import has_format, open_dataset, open_file, raising_data_errors, read_attribute, walk
-from moempi.storage.records import RequestRecord
-from moempi.storage.results_layout import ARRAYS, FORMAT, NO_TOKEN, OFFSETS, SECONDS, TEXTS, VERSION, blocks
+from moempi.storage.records import RequestRecord, Scores
+from moempi.storage.results_layout import (
+    ARRAYS,
+    FORMAT,
+    NO_TOKEN,
+    OFFSETS,
+    OPTIONAL_TEXTS,
+    SECONDS,
+    TEXTS,
+    VERSION,
+    blocks,
+)
 
 NOT_PHASES = ("rank", "host", "steps", "tokens")
 
@@ -29,7 +39,7 @@ class ResultFile(Closeable):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = path
+        self.path = path
         self._file = open_file(path)
         try:
             found = read_attribute(self._file, "format"), read_attribute(self._file, "version")
@@ -50,12 +60,39 @@ class ResultFile(Closeable):
             (column.num_bytes() for column in self._columns.values()), np.zeros(self.num_requests, np.int64)
         )
         for start, stop in blocks(num_bytes):
-            with raising_data_errors(self._path, f"requests {start} to {stop - 1}"):
+            with raising_data_errors(self.path, f"requests {start} to {stop - 1}"):
                 columns = {name: column.read(start, stop) for name, column in self._columns.items()}
                 records = [
                     _record(start + i, {name: rows[i] for name, rows in columns.items()}) for i in range(stop - start)
                 ]
             yield from records
+
+    def attribute(self, name: str) -> str | int | float | None:
+        """An attribute of the file, None if it is absent. Raises DataError."""
+        return read_attribute(self._file, name)
+
+    def errors(self, *, limit: int) -> list[tuple[str, str]]:
+        """Id and error of the first `limit` requests that ended with an error. Raises DataError."""
+        error, name = self._columns.get("error"), self._columns["id"]
+        if error is None:
+            return []
+        with raising_data_errors(self.path, "requests/error"):
+            failed = np.flatnonzero(error.num_bytes())[:limit].tolist()
+            return [(_text(name.read(i, i + 1)[0]), _text(error.read(i, i + 1)[0])) for i in failed]
+
+    def num_errors(self) -> int:
+        """Number of requests that ended with an error."""
+        error = self._columns.get("error")
+        return 0 if error is None else int(np.count_nonzero(error.num_bytes()))
+
+    def scores(self) -> Scores | None:
+        """The scores of all tokens, of which a few MiB are in memory; None if nothing was scored. Raises DataError."""
+        column = self._columns.get("score")
+        if column is None:
+            return None
+        with raising_data_errors(self.path, "score/logprobs"):
+            parts = (column.read(start, stop) for start, stop in blocks(column.num_bytes()))
+            return sum((Scores.of(np.concatenate(part)) for part in parts), Scores())
 
     def timing(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Sum of the seconds of all phases, and steps, per rank and attempt (R,). Raises DataError."""
@@ -125,7 +162,7 @@ class _Seconds:
         """Bytes of each request (N,)."""
         return np.full(self.num_requests, self._values.dtype.itemsize)
 
-    def read(self, start: int, stop: int) -> list[float | None]:
+    def read(self, start: int, stop: int) -> list[Any]:
         """The duration of each request in [start, stop)."""
         return [second if second >= 0 else None for second in self._values[start:stop].tolist()]
 
@@ -140,14 +177,18 @@ def typed_dataset(file: Any, path: str, dtype: np.dtype[Any], num_dims: int) -> 
     return dataset
 
 
+def _text(rows: NDArray[Any]) -> str:
+    return rows.tobytes().decode()
+
+
 def _record(index: int, columns: dict[str, Any]) -> RequestRecord:
     fields: dict[str, Any] = {}
     for name, rows in columns.items():
-        fields[name] = rows.tobytes().decode() if name in TEXTS else rows
+        fields[name] = _text(rows) if name in TEXTS else rows
     for tokens, logprobs in (("top_tokens", "top_logprobs"), ("score_top_tokens", "score_top_logprobs")):
         if tokens in fields:
             width = int((fields[tokens] != NO_TOKEN).any(axis=0).sum())
             for name in (tokens, logprobs):
                 fields[name] = fields[name][:, :width] if width else fields[name][:0, :0]
-    fields["reference"] = fields.get("reference") or None
+    fields |= {name: fields.get(name) or None for name in OPTIONAL_TEXTS}
     return RequestRecord(index=index, **fields)

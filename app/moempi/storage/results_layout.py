@@ -80,12 +80,17 @@ TEXTS = {
     "reference": TextColumn(
         "requests/reference", "requests/utf8/reference", "expected answer, empty if none was given"
     ),
+    "prompt_id": TextColumn("requests/prompt_id", "requests/utf8/prompt_id", "id of the prompt of a further sample"),
+    "endpoint": TextColumn("requests/endpoint", "requests/utf8/endpoint", "OpenAI's name for requests of this kind"),
+    "metadata": TextColumn("requests/metadata", "requests/utf8/metadata", "JSON object that the prompt came with"),
     "text": TextColumn("output/text/readable", "output/text", "generated text"),
 }
 SECONDS = {
     "first_token_s": SecondsColumn("requests/first_token_s", "time from leaving the queue to the first token"),
     "end_to_end_s": SecondsColumn("requests/end_to_end_s", "time from leaving the queue to the end"),
 }
+OPTIONAL_TEXTS = ("reference", "prompt_id", "endpoint", "metadata")
+"""Columns that are written only if a request has a value."""
 RANK_POSITION = {
     "seat": "number of the rank, counted node by node",
     "node": "node of the rank",

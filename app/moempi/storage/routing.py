@@ -84,8 +84,10 @@ class RoutingFile(Closeable):
         if len(self.layers) != num_layers or not len(self._offsets) or self._offsets[-1] != self.num_tokens:
             raise DataError(f"{self.path}: routing/layer or routing/offsets do not fit its experts")
         num_rows, self.num_experts = typed_dataset(self._file, "experts/load", np.dtype(np.int64), 2).shape
-        if num_rows <= self.layers[-1]:
-            raise DataError(f"{self.path}: experts/load: has {num_rows} layers, routing/layer names more")
+        # Before results named them, each layer had a row.
+        known = self._vector("experts/layer", np.int32).tolist() if "experts/layer" in names else range(num_rows)
+        if len(known) != num_rows or not set(self.layers) <= set(known):
+            raise DataError(f"{self.path}: experts/load: has {num_rows} layers, not those of routing/layer")
         self.ranks = self._group(names, "placement/", np.int64)
         self.counters = self._group(names, "network/", np.int64)
         self.hosted = {name: self._vector(f"placement/hosted/{name}", np.int32) for name in HOSTED}

@@ -32,7 +32,7 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """One state of a run; `finished` counts requests.
+    """One state of a run; `finished` counts requests, `errors` those of them that ended with an error.
 
     `rank` is the rank that ended the run, `phase` the phase it was in, `reason` the cause. `exit_code` is the program's
     intended exit code, 0 while it runs; 75 means that running the same job again continues it. `host`, `process` and
@@ -43,6 +43,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     state: State
     requests: int
     finished: int = 0
+    errors: int = 0
     tokens: int = 0
     reason: str = ""
     rank: int = 0
@@ -103,10 +104,10 @@ def read_state(results_path: str | Path) -> RunState:
     return _killed(state, touched=touched) if dead else state
 
 
-def finished(state: RunState) -> RunState:
+def finished(state: RunState, *, exit_code: int = 0) -> RunState:
     """The state once the results are in place."""
     return msgspec.structs.replace(
-        state, state="finished", finished=state.requests, reason="", phase="", rank=0, exit_code=0
+        state, state="finished", finished=state.requests, reason="", phase="", rank=0, exit_code=exit_code
     )
 
 

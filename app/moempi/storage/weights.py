@@ -1,9 +1,9 @@
 """Weight files: one self-contained HDF5 file per model, one checksum per block of rows (weights/README.md)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,13 +19,16 @@ from moempi.storage.closeable import Closeable
 from moempi.storage.files import atomic, reserve
 from moempi.storage.hdf5 import AnyArray
 
+T = TypeVar("T")
+
 FORMAT = "moempi weights"
 VERSION = 1
 TEXTS = {"architecture": 1 << 20, "catalogue": 1 << 26, "tokenizer": 1 << 28}
 """The UTF-8 texts of a file and the maximum size of each in bytes."""
 
-CHAT, MAX_CHAT_BYTES = "chat_templates", 1 << 26
-"""A text that a file may lack: JSON of `ChatTemplates`."""
+CHAT, SAMPLING = "chat_templates", "sampling"
+OPTIONAL_TEXTS = {CHAT: 1 << 26, SAMPLING: 1 << 16}
+"""Texts that a file may lack, and their maximum size: JSON of `ChatTemplates`, and of the model's sampling rules."""
 
 MAX_BLOCKS = 1 << 24
 RESERVED_METADATA_BYTES = 1 << 20
@@ -49,7 +52,8 @@ class WeightFile(Closeable):
     """An open weight file: the model's architecture, and any range of rows of any tensor, verified by checksum.
 
     `tokenizer` is the text of tokenizer.json ("" if the model has none), `chat` the chat templates (None if it has
-    none), `fingerprint` the hex digest of the file's contents. Use it as a context manager; threads must not share one.
+    none), `sampling` the keys of `[sampling]` that the model's maker recommends (None if there are none), `fingerprint`
+    the hex digest of the file's contents. Use it as a context manager; threads must not share one.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -59,7 +63,8 @@ class WeightFile(Closeable):
         self.architecture = _decode_architecture(contents["architecture"], path)
         self.fingerprint = _checked_fingerprint(file, contents)
         self.tokenizer = _decode_text(contents["tokenizer"], path)
-        self.chat = _decode_chat(contents[CHAT], path) if CHAT in contents else None
+        self.chat = _decode(contents, CHAT, ChatTemplates, path)
+        self.sampling: dict[str, int | float] | None = _decode(contents, SAMPLING, dict[str, int | float], path)
         tensors = _checked_catalogue(self.architecture, contents["catalogue"], path)
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._checksums = _split_checksums(tensors, contents["checksums"].view(np.uint64), path)
@@ -128,6 +133,7 @@ def write_weights(
     *,
     tokenizer: str,
     chat: ChatTemplates | None = None,
+    sampling: Mapping[str, float] | None = None,
     tensors: Iterable[tuple[Tensor, Iterable[AnyArray]]],
     progress: OnProgress | None = None,
 ) -> str:
@@ -143,7 +149,9 @@ def write_weights(
             "architecture": msgspec.json.encode(architecture),
             "catalogue": _encode_catalogue(planned),
             "tokenizer": tokenizer.encode(),
-        } | ({CHAT: msgspec.json.encode(chat)} if chat else {})
+        }
+        optional = {CHAT: chat, SAMPLING: sampling}
+        texts |= {name: msgspec.json.encode(value) for name, value in optional.items() if value}
         for name, text in texts.items():
             dataset = hdf5.create_dataset(file, name, dtype="uint8", shape=(len(text),))
             hdf5.write_rows(dataset, 0, np.frombuffer(text, np.uint8), dtype="uint8")
@@ -226,7 +234,7 @@ def _read_contents(file: Any) -> dict[str, AnyArray]:
         raise DataError(
             f"{file.filename}: has format version {version}, this program reads {VERSION}: convert it again"
         )
-    limits = TEXTS | ({CHAT: MAX_CHAT_BYTES} if hdf5.has(file, CHAT) else {})
+    limits = TEXTS | {name: limit for name, limit in OPTIONAL_TEXTS.items() if hdf5.has(file, name)}
     texts = {name: hdf5.read_vector(file, name, dtype="uint8", limit=limit) for name, limit in limits.items()}
     checksums = hdf5.read_vector(file, "checksums", dtype="uint64", limit=MAX_BLOCKS)
     return {**texts, "checksums": checksums.view(np.uint8)}
@@ -250,11 +258,12 @@ def _decode_text(text: AnyArray, path: Path) -> str:
         raise DataError(f"{path}: tokenizer: is not UTF-8 text") from error
 
 
-def _decode_chat(text: AnyArray, path: Path) -> ChatTemplates:
+def _decode(contents: dict[str, AnyArray], name: str, kind: type[T], path: Path) -> T | None:
+    """An optional text as a `kind`; None if the file lacks it."""
     try:
-        return msgspec.json.decode(text.data, type=ChatTemplates)
+        return msgspec.json.decode(contents[name].data, type=kind) if name in contents else None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: {CHAT}: {error}") from error
+        raise DataError(f"{path}: {name}: {error}") from error
 
 
 def _encode_catalogue(tensors: tuple[Tensor, ...]) -> bytes:
@@ -283,7 +292,7 @@ def _checked_catalogue(architecture: Architecture, text: AnyArray, path: Path) -
 
 def _fingerprint(contents: dict[str, Any]) -> str:
     digest = blake2b(f"{FORMAT} {VERSION}".encode(), digest_size=16)
-    for name in (*TEXTS, *({CHAT} & contents.keys()), "checksums"):
+    for name in (*TEXTS, *(name for name in OPTIONAL_TEXTS if name in contents), "checksums"):
         digest.update(len(contents[name]).to_bytes(8, "little"))
         digest.update(contents[name])
     return digest.hexdigest()
@@ -307,7 +316,7 @@ def _split_checksums(tensors: tuple[Tensor, ...], checksums: AnyArray, path: Pat
 
 
 def _open_tensors(file: Any, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-    datasets = {f"tensors/{tensor.name}" for tensor in tensors} | {*TEXTS, CHAT, "checksums"}
+    datasets = {f"tensors/{tensor.name}" for tensor in tensors} | {*TEXTS, *OPTIONAL_TEXTS, "checksums"}
     groups = {str(parent) for name in datasets for parent in PurePosixPath(name).parents}
     for name, is_group in hdf5.walk(file):
         if name not in (groups if is_group else datasets):

@@ -392,7 +392,7 @@ class CudaBackend:
         """The device finds the most likely token; the host applies the other sampling rules."""
         targets = np.full(len(requests), -1)
         for row, request in enumerate(requests):
-            if request.sampling.temperature or request.sampling.repetition_penalty != 1.0:
+            if not request.takes_likeliest:
                 targets[row] = sample_token(self.download(logits[row]), request)
         return self.score(logits, targets, top=top)
 
