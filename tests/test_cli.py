@@ -166,7 +166,7 @@ def test_a_dry_run_says_what_fits_and_forecasts_in_80_columns():
     assert all("tokens/s, a forecast for H100" in line for line in lines[-2:])
     rows = [line.split() for line in lines if "8.00 KiB" in line]
     assert len(rows) == 4
-    tight = moempi(*dry, "--set", "topology.rank_memory=7GB")
+    tight = moempi(*dry, "--set", "topology.rank_memory=2.5GB")
     assert tight.code == 0, tight.err
     first, *others = [int(line.split()[-3]) for line in tight.out.splitlines() if "8.00 KiB" in line]
     assert 0 < first < min(others) <= max(others) < int(rows[0][-3])

@@ -69,6 +69,11 @@ def test_paths_are_relative_to_the_job_file_and_those_of_overrides_to_the_curren
     assert (read.topology.file, read.output.results) == ("t.json", "r")
 
 
+def test_stdin_has_no_folder(tmp_path):
+    (tmp_path / "job.toml").write_text(SMALLEST.replace('"a.jsonl"', '"-"'))
+    assert read_job_file(tmp_path / "job.toml").input.prompts == "-"
+
+
 def test_dots_behind_a_symbolic_link_keep_their_meaning(tmp_path, monkeypatch):
     (tmp_path / "far/away").mkdir(parents=True)
     (tmp_path / "here").symlink_to("far/away")

@@ -128,6 +128,25 @@ def test_prompts_from_stdin_reach_a_restart_and_all_its_ranks(folder):
 
 
 @pytest.mark.mpi
+def test_launch_passes_the_prompts_of_stdin_to_all_ranks(folder):
+    job(folder, [])
+    command = python("-m", "moempi", "launch", "-n", "2", "run", folder / "job.toml", "--set", "input.prompts=-")
+    text = "\n".join(json.dumps({"id": f"{number}", "tokens": [number % 40]}) for number in range(5000))
+    ended = subprocess.run(
+        [*map(str, command), "--set", "sampling.max_tokens=1"],
+        input=text,
+        env=variables(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    with ResultFile(folder / "r.h5") as results:
+        assert [record.id for record in results.requests()] == [f"{number}" for number in range(5000)]
+
+
+@pytest.mark.mpi
 def test_an_export_on_stdout_is_json_of_printable_characters(folder):
     run_job(folder, [{"id": "\u202e\x1b[2Jé\U0001f9ee\x7f", "tokens": [3], "metadata": {"a": 1}}], ranks=1)
     outcome = execute(*python("-m", "moempi", "export", folder / "r.h5", "-"), PYTHONIOENCODING="ascii")

@@ -21,8 +21,8 @@ def run(chosen: Namespace) -> int:
     """Convert the checkpoint."""
     check_output(chosen.weights, inputs=[chosen.checkpoint], force=chosen.force)
     made = convert(chosen.checkpoint, chosen.weights)
-    notes = "" if made.has_tokenizer else ", without a tokenizer: prompts are tokens"
-    if made.num_rounded:
-        notes += f", {made.num_rounded:,} tensors rounded to bfloat16"
+    notes = f", {made.num_rounded:,} tensors rounded to bfloat16" if made.num_rounded else ""
     print_line(f"wrote {chosen.weights}: {made.num_tensors:,} tensors, {format_size(made.num_bytes)}{notes}")
+    if not made.has_tokenizer:
+        print_line(f"{chosen.checkpoint}: holds no tokenizer.json: prompts for {chosen.weights} are lists of tokens")
     return 0

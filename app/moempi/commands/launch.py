@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 from argparse import REMAINDER, ArgumentParser, Namespace
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
-from moempi.commands.flags import MAX_RANKS, whole_number
-from moempi.errors import UsageError
+from moempi.commands import run as run_command
+from moempi.commands.flags import MAX_RANKS, read_job, whole_number
+from moempi.errors import ConfigError, UsageError
 from moempi.printing import STDERR, print_error, write_bytes
+from moempi.storage.stdin import with_stdin
 
 ON_RANKS = ("run", "check", "bench")
 INTERRUPTED = 128 + signal.SIGINT
@@ -36,9 +40,26 @@ def run(chosen: Namespace) -> int:
     """Run the command on the ranks and return its exit status; blocks until mpirun has ended."""
     if chosen.command[:1] not in [[name] for name in ON_RANKS]:
         raise UsageError(f"launch -n {chosen.ranks} is followed by a command that runs on ranks: {', '.join(ON_RANKS)}")
+    _keep_stdin(chosen.command)
     program = [sys.executable, "-P", "-m", "moempi", *chosen.command]
     launcher = _Launcher([_mpirun(), "-n", str(chosen.ranks), *program])
     return launcher.wait()
+
+
+class _RunParser(ArgumentParser):
+    """The arguments of `moempi run`, whose errors the ranks report."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _keep_stdin(words: Sequence[str]) -> None:
+    """Copy the prompts of a job that are on stdin, which mpirun does not pass on whole."""
+    parser = _RunParser(add_help=False)
+    run_command.add_flags(parser)
+    with suppress(UsageError, ConfigError):
+        if words[0] == "run":
+            with_stdin(read_job(parser.parse_args([word for word in words[1:] if word != "--debug"])), is_reader=True)
 
 
 def _mpirun() -> str:

@@ -6,13 +6,13 @@ from itertools import islice
 
 from moempi.commands.flags import MAX_COUNT, add_job_flags, read_job, whole_number
 from moempi.config.job import Job
+from moempi.config.reading import STDIN
 from moempi.errors import DataError
 from moempi.observe.run_report import OutputRow, ScoreRow, print_outputs, print_scores
 from moempi.printing import print_line
 from moempi.storage.prompts import Prompt, read_prompts
 from moempi.storage.records import Scores
 from moempi.storage.results import ResultFile
-from moempi.storage.stdin import STDIN
 
 
 def add_flags(parser: ArgumentParser) -> None:

@@ -16,6 +16,8 @@ from moempi.errors import ConfigError, NoInputError, UsageError
 
 S = TypeVar("S", bound=msgspec.Struct)
 
+STDIN = "-"
+"""The name of stdin where a path is expected."""
 MAX_TOML_BYTES = 256 << 10
 MAX_JSON_BYTES = 4 << 20
 MAX_KEY_PARTS = 16
@@ -122,7 +124,7 @@ def _anchor(tree: dict[str, Any], key: str, origin: Path, *, is_input: bool) -> 
         if not isinstance(tree, dict):
             return
     text = tree.get(name)
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or text in ("", STDIN):
         return
     path = tree[name] = _without_dots(os.path.join(origin.parent, text))  # noqa: PTH118  # a Path would change the text
     if is_input and file_mode(text) and not file_mode(path):

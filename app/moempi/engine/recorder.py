@@ -57,11 +57,10 @@ class Recorder:
 
     def counts(self, *, running: int = 0) -> Counts:
         """The counts of this rank, of which `running` requests have a slot."""
-        of_requests = {"finished": self.finishes.total(), "errors": self.finishes["error"]}
+        finished, errors = self.finishes.total(), self.finishes["error"]
         if not self._writes_records:
-            return Counts(**of_requests)
-        computed = {"prompt_tokens": self._prompt_tokens, "generated": self._generated}
-        return Counts(**of_requests, **computed, tokens=self.tokens, running=running)
+            return Counts(finished, errors=errors)
+        return Counts(finished, self.tokens, running, self._prompt_tokens, self._generated, errors)
 
     def end_step(self, finished: Iterable[Request], work: Iterable[Work] = ()) -> None:
         """Count a step with its `work`, which is done, and record the requests that it finished."""

@@ -21,7 +21,7 @@ class Counts(NamedTuple):
 
     `finished` counts requests, also of earlier attempts, and `tokens` the tokens of those of this attempt, scored or
     generated. `running` requests have a slot. `prompt_tokens` are computed and `generated` tokens sampled, also of
-    running requests. `errors` of the finished requests ended with an error.
+    running requests. `errors` counts the finished requests with an error.
     """
 
     finished: int = 0

@@ -84,12 +84,12 @@ def _fields(record: RequestRecord) -> Iterator[tuple[str, Any]]:
         rows = getattr(record, name)
         if rows.size:
             yield name, rows.tolist()
-    for name in ("first_token_s", "end_to_end_s"):
-        if getattr(record, name) is not None:
-            yield name, getattr(record, name)
     if record.score.size:
         scores = Scores.of(record.score)
         yield from (("score_sum", scores.sum), ("score_mean", scores.mean), ("perplexity", scores.perplexity))
+    for name in ("first_token_s", "end_to_end_s"):
+        if getattr(record, name) is not None:
+            yield name, getattr(record, name)
     if record.reference is not None:
         yield "reference", record.reference
     if record.metadata is not None:

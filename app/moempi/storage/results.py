@@ -73,8 +73,8 @@ class ResultFile(Closeable):
 
     def errors(self, *, limit: int) -> list[tuple[str, str]]:
         """Id and error of the first `limit` requests that ended with an error. Raises DataError."""
-        error, name = self._columns.get("error"), self._columns["id"]
-        if error is None:
+        error, name = self._ragged("error"), self._ragged("id")
+        if error is None or name is None:
             return []
         with raising_data_errors(self.path, "requests/error"):
             failed = np.flatnonzero(error.num_bytes())[:limit].tolist()
@@ -82,12 +82,12 @@ class ResultFile(Closeable):
 
     def num_errors(self) -> int:
         """Number of requests that ended with an error."""
-        error = self._columns.get("error")
+        error = self._ragged("error")
         return 0 if error is None else int(np.count_nonzero(error.num_bytes()))
 
     def scores(self) -> Scores | None:
         """The scores of all tokens, of which a few MiB are in memory; None if nothing was scored. Raises DataError."""
-        column = self._columns.get("score")
+        column = self._ragged("score")
         if column is None:
             return None
         with raising_data_errors(self.path, "score/logprobs"):
@@ -109,6 +109,10 @@ class ResultFile(Closeable):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _ragged(self, name: str) -> "_Ragged | None":
+        column = self._columns.get(name)
+        return column if isinstance(column, _Ragged) else None
 
     def _open_columns(self) -> "dict[str, _Ragged | _Seconds]":
         present = dict(walk(self._file))
@@ -162,8 +166,8 @@ class _Seconds:
         """Bytes of each request (N,)."""
         return np.full(self.num_requests, self._values.dtype.itemsize)
 
-    def read(self, start: int, stop: int) -> list[Any]:
-        """The duration of each request in [start, stop)."""
+    def read(self, start: int, stop: int) -> Any:
+        """The duration of each request in [start, stop), a float or None."""
         return [second if second >= 0 else None for second in self._values[start:stop].tolist()]
 
 

@@ -8,13 +8,11 @@ from pathlib import Path
 import msgspec
 
 from moempi.config.job import Job
+from moempi.config.reading import STDIN
 from moempi.errors import DataError, NoInputError, StorageError
 from moempi.storage.files import atomic, digest_file
 from moempi.storage.journal import journals_folder
 from moempi.storage.prompt_form import STDIN_COPY
-
-STDIN = "-"
-"""The name of stdin as `input.prompts`."""
 
 _FIRST_BYTES = 1 << 20
 _MPIRUN = "OMPI_COMM_WORLD_SIZE"
