@@ -127,7 +127,7 @@ def test_every_block_of_the_readme_runs_in_a_fresh_shell(user):
         outcome = user.execute(block)
         assert outcome.returncode == 0, f"{block}\n{outcome.stdout}\n{outcome.stderr}"
         assert not messages(outcome), block
-    assert "143" in user.execute("./moempi show myjob/job.toml").stdout
+    assert "143" in user.execute("jobs/moempi show myjob/job.toml").stdout
 
 
 @pytest.mark.mpi
@@ -136,8 +136,8 @@ def test_a_job_runs_the_same_from_any_folder_on_any_number_of_ranks(user, num_ra
     elsewhere, checkout = user.folder / "else where", user.folder / "moempi"
     made = user.execute("""
         mkdir -p "../else where"
-        ln -sf "$PWD/moempi" "$HOME/moempi"
-        [ -f weights/abacus.h5 ] || ./moempi convert weights/abacus weights/abacus.h5
+        ln -sf "$PWD/jobs/moempi" "$HOME/moempi"
+        [ -f weights/abacus.h5 ] || jobs/moempi convert weights/abacus weights/abacus.h5
     """)
     assert made.returncode == 0, made.stderr
     results = f"r{num_ranks}.h5"
@@ -146,25 +146,26 @@ def test_a_job_runs_the_same_from_any_folder_on_any_number_of_ranks(user, num_ra
     outcome = user.execute(f'"$HOME/moempi" {run} --set output.results={results}', folder=elsewhere)
     assert (outcome.returncode, messages(outcome)) == (0, []), outcome.stderr
     assert (elsewhere / results).exists()
-    outcome = user.execute(f"cd jobs && ../moempi {run}")  # the results beside the job, as the job file says
+    outcome = user.execute(f"cd jobs && ./moempi {run}")  # the results beside the job, as the job file says
     assert (outcome.returncode, messages(outcome)) == (0, []), outcome.stderr
     assert not (checkout / "jobs/results").exists()
-    compared = user.execute(f"./moempi compare results/abacus.h5 '{elsewhere}/{results}'")
+    compared = user.execute(f"jobs/moempi compare results/abacus.h5 '{elsewhere}/{results}'")
     assert compared.stdout == "256 requests, 0 differ in tokens; log-probabilities within 0\n"
 
 
 @pytest.mark.mpi
 def test_an_error_on_ranks_is_one_line(user):
-    outcome = user.execute("./moempi launch -n 3 run jobs/none.toml")
+    outcome = user.execute("jobs/moempi launch -n 3 run jobs/none.toml")
     assert (outcome.returncode, messages(outcome), outcome.stdout) == (66, [], "")
     assert len(outcome.stderr.splitlines()) == 1
-    outcome = user.execute("./moempi launch -n 3 convert a b")
+    outcome = user.execute("jobs/moempi launch -n 3 convert a b")
     assert outcome.returncode == 64
     assert outcome.stderr == ("moempi: launch -n 3 is followed by a command that runs on ranks: run, check, bench\n")
 
 
 def test_a_checkout_without_an_environment_says_how_to_make_one(tmp_path):
-    shutil.copy(ROOT / "moempi", tmp_path)
-    outcome = subprocess.run([tmp_path / "moempi", "--help"], capture_output=True, text=True, check=False)
+    (tmp_path / "jobs").mkdir()
+    shutil.copy(ROOT / "jobs/moempi", tmp_path / "jobs")
+    outcome = subprocess.run([tmp_path / "jobs/moempi", "--help"], capture_output=True, text=True, check=False)
     assert outcome.returncode == 64
     assert outcome.stderr == f"moempi: {tmp_path}/.venv has no moempi; first run: bash {tmp_path}/jobs/setup.sh\n"

@@ -43,7 +43,7 @@ AWKWARD = ["a b", "a\nb", 'a"b', "a'b", "*", "$(a)", "-a", " a ", ""]
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_is_silent():
     scripts = [
-        ROOT / "moempi",
+        ROOT / "jobs" / "moempi",
         *ROOT.glob("jobs/*.sh"),
         *ROOT.glob("jobs/*.sbatch"),
         *ROOT.glob("tests/**/*.sh"),

@@ -96,7 +96,7 @@ class Held(Terminal):
         (self.notes / "sitecustomize.py").write_text(f"{hook}{place!r}, '{count}')\n")
         path = os.pathsep.join([str(self.notes), str(launching.ROOT / "tests")])
         command = [*launch, *rehearsal.command(results, timeout_s=launching.LIMIT_S)]
-        super().__init__("./moempi", *command, PYTHONPATH=path)
+        super().__init__("jobs/moempi", *command, PYTHONPATH=path)
         self.read_until((self.notes / "0.injected").exists)
 
     def release(self) -> None:
