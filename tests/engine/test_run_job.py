@@ -53,7 +53,10 @@ def test_after_a_finished_job_the_program_still_fails_and_is_still_interrupted(t
     try:
         for times in (1, 2):
             options = {"job_text": "", "world": world, "stop": Stop(), "strict": True}
-            assert run_job(job, **options, on_finished=lambda: calls.append(read_state(job.output.results).state)) == 0
+            assert (
+                run_job(job, **options, on_finished=lambda code: calls.append(read_state(job.output.results).state))
+                == 0
+            )
             assert calls == ["finished"] * times
             assert signal.getsignal(signal.SIGTERM) is handler
             assert world._on_failure("a later failure", 70) == 70

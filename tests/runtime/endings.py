@@ -41,7 +41,7 @@ def finish_while_aborting(world: World) -> None:
     world.on_failure(lambda cause, code: code)
     threading.Thread(target=world.abort, args=[KeyboardInterrupt()], daemon=True).start()
     time.sleep(0.1)  # its line is printed, and the abort follows
-    world.finish()
+    world.finish(65)
     world.on_failure(None)
     time.sleep(60)
 

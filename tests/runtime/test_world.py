@@ -93,8 +93,8 @@ def test_a_good_run_is_silent(ending, tmp_path):
 
 
 @pytest.mark.mpi
-def test_work_that_is_done_before_an_abort_ends_with_0(tmp_path):
-    assert ended("finish", tmp_path).code == 0
+def test_work_that_is_done_before_an_abort_ends_with_its_own_code(tmp_path):
+    assert ended("finish", tmp_path).code == 65
 
 
 @pytest.mark.mpi

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -66,14 +67,14 @@ def run_job(
     stop: Stop,
     strict: bool,
     max_errors: int | None = None,
-    on_finished: Callable[[], None] = lambda: None,
+    on_finished: Callable[[int], None] = lambda exit_code: None,
 ) -> int:
     """Run a job on all ranks of `world` and return the exit status; collective, blocks until the results are written.
 
     Requests that earlier attempts finished are not run again. If a rank is requested to `stop`, all ranks stop after
     the current step; the exit status is 75, and running the job again continues it. It is 65 if all requests, or more
     than `max_errors`, end with an error. A MoempiError of any rank before the first step ends all ranks.
-    `on_finished` is called on each rank once the results are in place.
+    `on_finished(exit status)` is called on each rank once the results are in place.
     """
     start = datetime.now(UTC)
     world.watch(job.run.timeout_s)
@@ -116,12 +117,12 @@ def run_job(
     exit_code = attempt.conclude(report.num_errors, max_errors=max_errors)
     # The results: rank 0 merges all journals.
     origin = make_provenance(job_text, world, weights=weights.fingerprint, start=start)
-    _write_results(job.output.results, world, attempt, report, provenance=origin, on_finished=on_finished)
+    _write_results(job, world, attempt, report, provenance=origin, on_finished=partial(on_finished, exit_code))
     return exit_code
 
 
 def _write_results(
-    results: str,
+    job: Job,
     world: World,
     attempt: Attempt,
     report: Report,
@@ -135,7 +136,7 @@ def _write_results(
     """
     if world.rank == 0:
         problems = merge(
-            results,
+            job.output.results,
             attempt.journals(),
             num_requests=attempt.num_requests,
             provenance=provenance,

@@ -78,7 +78,7 @@ class World:
         self._ending = threading.Lock()
         self._abort_channel = AbortChannel(comm, peers, self._watchdog.position)
         self._on_failure: Callable[[str, int], int] = _same_code
-        self._is_finished = False
+        self._final_code: int | None = None
 
     @classmethod
     def start(cls, monitor: Monitor, *, debug: bool = False) -> "World":
@@ -159,10 +159,8 @@ class World:
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # another thread of this rank aborts the program
         code, cause = _exit_code(error), _cause(error)
-        if self._is_finished:
-            code = 0
-        _exit_after(ABORT_LIMIT_S, code)
-        if not self._is_finished:
+        _exit_after(ABORT_LIMIT_S, code if self._final_code is None else self._final_code)
+        if self._final_code is None:
             if self._abort_channel.announced():
                 time.sleep(ANNOUNCER_LIMIT_S)
             else:
@@ -170,7 +168,9 @@ class World:
                     self._print_error(error, cause)
                 self._abort_channel.announce()
                 time.sleep(LINE_TRAVEL_S)
-                code = 0 if self._is_finished else self._on_failure(cause, code)  # the job may finish meanwhile
+                code = self._on_failure(cause, code)
+        if self._final_code is not None:  # the work may have been done meanwhile
+            code = self._final_code
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)
 
@@ -190,12 +190,12 @@ class World:
         """
         self._on_failure = write or _same_code
 
-    def finish(self) -> None:
-        """The process has done its work: until its end no failure is reported, the exit code is 0, signals are ignored.
+    def finish(self, exit_code: int) -> None:
+        """The process has done its work: until its end no failure changes its exit code, and signals are ignored.
 
         Main thread only.
         """
-        self._is_finished = True
+        self._final_code = exit_code
         self._watchdog.ignore_signals()
         self._monitor.release()
 
