@@ -166,6 +166,7 @@ def test_a_dry_run_says_what_fits_and_forecasts_in_80_columns():
     assert all("tokens/s, a forecast for H100" in line for line in lines[-2:])
     rows = [line.split() for line in lines if "8.00 KiB" in line]
     assert len(rows) == 4
+    assert {row[-3] for row in rows} == {"122"}  # each of two micro-batches a stage has a sequence
     tight = moempi(*dry, "--set", "topology.rank_memory=2.5GB")
     assert tight.code == 0, tight.err
     first, *others = [int(line.split()[-3]) for line in tight.out.splitlines() if "8.00 KiB" in line]
