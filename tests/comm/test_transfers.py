@@ -257,8 +257,22 @@ def test_finish_returns_the_steps_value_and_counts_the_wait_by_its_cause(clock, 
     clock.now += 7.0  # computing
     assert transfer.finish() == "rows"
     assert transfers.waits == {**dict.fromkeys(WAITS, 0.0), waiting: 2.5}
-    assert transfer.finish() == "rows"  # once more costs nothing
-    assert sum(transfers.waits.values()) == 2.5
+
+
+def test_a_finished_transfer_holds_no_rows_and_is_no_longer_pending():
+    transfers, pending = make_transfers()
+    rows, request = np.zeros(3), FakeRequest()
+    alive = weakref.ref(rows)
+    transfer = transfers.start(chain([request], [], rows), waiting="exchange")
+    del rows
+    request.done = True
+    pending.progress()
+    assert alive() is not None
+    assert len(transfer.finish()) == 3
+    assert alive() is None
+    pending.remove = lambda _: pytest.fail("it is pending")
+    pending.progress()
+    assert transfer.Test()
 
 
 def test_no_wait_is_counted_for_a_transfer_that_arrived_meanwhile(clock):

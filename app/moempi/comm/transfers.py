@@ -38,6 +38,9 @@ class Condition:
     Test: Callable[[], bool]
 
 
+NO_REQUEST = Condition(lambda: True)
+
+
 def complete(request: Completion, value: T, *buffers: object) -> Steps[T]:
     """The steps of one request, whose value is `value`. `buffers` stay alive until the request is complete."""
     yield request
@@ -81,10 +84,13 @@ class PendingTransfers:
         """Advance `transfer` in each `progress` from now on."""
         self._transfers.append(transfer)
 
+    def remove(self, transfer: "Transfer[Any]") -> None:
+        """Forget a transfer that is finished."""
+        self._transfers.remove(transfer)
+
     def progress(self) -> None:
         """Advance every transfer whose request is complete; does not block."""
-        self._transfers = [transfer for transfer in self._transfers if not transfer.finished]
-        for transfer in self._transfers:
+        for transfer in tuple(self._transfers):
             transfer.Test()
 
     def wait_for_any(self, transfers: Mapping[int, "Transfer[Any]"]) -> int:
@@ -145,6 +151,7 @@ class Transfer(Generic[T]):
     def __init__(self, steps: Steps[T], transfers: Transfers, *, waiting: str) -> None:
         self.finished = False
         self._failure: BaseException | None = None
+        self._request: Completion = NO_REQUEST
         self._steps = steps
         self._transfers = transfers
         self._backend = transfers.backend
@@ -171,15 +178,19 @@ class Transfer(Generic[T]):
         """Run the steps whose requests are complete; whether the transfer is finished. Does not block."""
         while not (self.finished or self._is_advancing) and self._request.Test():
             self._advance()
+            if self.finished:
+                self._transfers.pending.remove(self)
         return self.finished
 
     def finish(self) -> T:
-        """Block until the transfer is finished, and return its value; raises the error of a step that failed."""
+        """Block until the transfer is finished, and return its value, once; raises the error of a step that failed."""
         if not self.Test():
             self._transfers.pending.wait_for_any({0: self})
         if self._failure is not None:
             raise self._failure
-        return self._value
+        value = self._value
+        del self._value  # the memory of rows is freed when the caller drops them
+        return value
 
     def received(self, point: Point) -> "Waits[T]":
         """Yield once, as a lane that waits at `point`; return the transfer's value."""
@@ -196,7 +207,7 @@ class Transfer(Generic[T]):
                 with self._backend.on_queue(self._queue):
                     self._request = next(self._steps)
         except StopIteration as end:
-            self.finished = True
+            self.finished, self._request = True, NO_REQUEST
             self._value: T = end.value
         except BaseException as error:
             self.finished = True

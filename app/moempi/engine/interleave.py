@@ -26,6 +26,7 @@ def interleave(
     waits: dict[int, Wait] = {}
     while candidates := order.candidates():
         lane = _ready(candidates, waits, pending)
+        waits.pop(lane, None)
         order.resume(lane)
         with on_queue(lane):
             wait = next(lanes[lane], None)
