@@ -6,7 +6,7 @@ import pytest
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, read_job_file
-from moempi.config.reading import read_toml, read_tree
+from moempi.config.reading import HDF5_BEGIN, read_toml, read_tree
 from moempi.errors import ConfigError, NoInputError, UsageError
 from mpirun import ROOT
 
@@ -194,7 +194,7 @@ def test_a_file_that_is_not_toml_is_refused(job_file, text):
 def test_an_unreadable_file_is_an_input_error(tmp_path):
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     for name in ("none.toml", "bytes.toml", "."):
-        with pytest.raises(NoInputError, match="cannot be read"):
+        with pytest.raises(NoInputError, match=r"cannot be read|not TOML"):
             read_toml(tmp_path / name, Job)
 
 
@@ -213,3 +213,10 @@ def test_an_impossible_architecture_names_its_problem():
     assert architecture.moe_layers == (0, 1)
     tree["experts"]["router"]["top_k"] = 5
     assert "top_k" in (read_tree(tree, Architecture, origin="test").problem() or "")
+
+
+def test_an_hdf5_file_in_the_place_of_a_job_is_called_that(tmp_path):
+    path = tmp_path / "results.h5"
+    path.write_bytes(HDF5_BEGIN + bytes(64))
+    with pytest.raises(NoInputError, match="not TOML: it is an HDF5 file; give a TOML file"):
+        read_toml(path, Job)

@@ -18,6 +18,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 STDIN = "-"
 """The name of stdin where a path is expected."""
+HDF5_BEGIN = b"\x89HDF\r\n\x1a\n"
 MAX_TOML_BYTES = 256 << 10
 MAX_JSON_BYTES = 4 << 20
 MAX_KEY_PARTS = 16
@@ -48,7 +49,8 @@ def read_toml(
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise NoInputError(f"{path}: cannot be read: {error}") from error
+        found = "it is an HDF5 file; give a TOML file" if content.startswith(HDF5_BEGIN) else str(error)
+        raise NoInputError(f"{path}: not TOML: {found}") from error
     try:
         tree = _parse_toml(text)
     except ValueError as error:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Literal, cast
 import msgspec
 
 from moempi.config.input_file import open_input
+from moempi.config.reading import HDF5_BEGIN
 from moempi.errors import ConfigError, DataError, NoInputError
 
 Name = Literal["jsonl", "openai", "text", "csv", "parquet", "hdf5"]
@@ -29,7 +30,7 @@ _TITLES: dict[Name, str] = {
     "hdf5": "token arrays (HDF5)",
 }
 _COMPRESSIONS: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_BINARY: dict[bytes, Name] = {b"\x89HDF\r\n\x1a\n": "hdf5", b"PAR1": "parquet"}
+_BINARY: dict[bytes, Name] = {HDF5_BEGIN: "hdf5", b"PAR1": "parquet"}
 _OPENAI_KEYS = {"custom_id", "body"}
 _HEAD_BYTES = 1 << 20
 
