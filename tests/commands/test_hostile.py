@@ -165,7 +165,7 @@ def test_weights_whose_products_overflow_end_requests_without_warnings(folder):
     (folder / "weights.h5").unlink()
     write_model(folder / "weights.h5", tokenizer="")  # any bits as numbers, up to 1e38
     outcome = execute("env", "-C", folder, *python("-m", "moempi", "run", "job.toml", "--force"))
-    assert outcome.code == 0, outcome.err
+    assert outcome.code == 65, outcome.err
     assert outcome.lines == outcome.err.splitlines()
     with ResultFile(folder / "results.h5") as results:
         assert [record.error for record in results.requests()] == ["the model's logits are not numbers"]
