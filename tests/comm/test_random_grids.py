@@ -17,7 +17,7 @@ from moempi.runtime.world import World
 from moempi.storage.compare import compare
 from moempi.storage.initialize import initialize
 
-NUM_GRIDS = int(os.environ.get("MOEMPI_RANDOM_GRIDS", "100"))
+NUM_GRIDS = int(os.environ.get("MOEMPI_RANDOM_GRIDS", "60"))
 ARCHITECTURE = Architecture(
     family="random",
     vocab_size=40,
