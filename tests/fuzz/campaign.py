@@ -46,6 +46,9 @@ HEAD = f"{'class':14} {'inputs':>7} accepted findings slowest s         grown MB
 # What the tokenizers' library writes when it panics, also where the caller makes that a refusal.
 PANIC = re.compile(r"\n?thread '[^']*' (?:\(\d+\) )?panicked at [^\n]*\n[^\n]*\n(?:note: [^\n]*\n)?")
 
+# Printed at the end of a run that computed all requests.
+FAILED_REQUESTS = "requests ended with an error:"
+
 # Read by that library at a process's first panic, which may be an earlier test's.
 os.environ["RUST_BACKTRACE"] = "0"
 
@@ -124,7 +127,7 @@ def fuzz_commands(subject: Subject, indices: Sequence[int], *, seed: int, folder
 
 
 def _run_command(subject: Subject, index: int, command: str, folder: Path) -> Ending:
-    """Run one command line: it must end with a documented exit code, and one line if it is not 0."""
+    """Run one command line: it must end with a documented exit code, and one line or failed requests if it is not 0."""
     try:
         words = python("-m", "moempi", *command.split())
         outcome = execute("env", "-C", folder / "input", *words, limit_s=LIMIT_S, RUST_BACKTRACE="0")
@@ -132,7 +135,8 @@ def _run_command(subject: Subject, index: int, command: str, folder: Path) -> En
         return Ending(index, finding=f"{command}: {error}", seconds=LIMIT_S)
     code, lines = outcome.code, PANIC.sub("", outcome.err).splitlines()
     own = all(line.startswith("moempi: ") and len(line) < 2 * MAX_LINE_LENGTH for line in lines)
-    says = code == 0 or len(lines) == 1 or (not lines and outcome.out)  # a table may say what is refused
+    refused = not lines and outcome.out  # a table may say what is refused
+    says = code == 0 or len(lines) == 1 or refused or FAILED_REQUESTS in outcome.err
     wrong = code not in (0, *subject.codes) or not own or not says
     finding = f"{command}: exit code {code}, {len(lines)} lines: {outcome.err[-1000:]}" if wrong else ""
     return Ending(index, [code] if code else [], finding, outcome.seconds)

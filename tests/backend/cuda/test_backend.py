@@ -370,9 +370,8 @@ def test_group_and_pick_replicas_equal_the_cpu(pair, rows, num_ids):
     physical_ids[0] = num_ids - 1
     expected = pair.cpu.group(experts, physical_ids, num_ids=num_ids)
     actual = pair.gpu.group(pair.gpu.upload(experts), physical_ids, num_ids=num_ids)
-    for found, right in zip(actual[:2], expected[:2], strict=True):
+    for found, right in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(pair.gpu.download(found), right)
-    np.testing.assert_array_equal(actual[2], expected[2])
     replicas = pair.gpu.pick_replicas(pair.gpu.upload(experts), 3)
     np.testing.assert_array_equal(pair.gpu.download(replicas), pair.cpu.pick_replicas(experts, 3))
 

@@ -11,13 +11,13 @@ from simt.device import SimtDevice
 
 
 def test_transfers_advance_while_the_host_waits_for_a_verb():
-    """A transfer of another lane, which waits for an event, is started and finished inside `group` and `score`."""
+    """A transfer of another lane, which waits for an event, is started and finished inside `score` and `download`."""
     pending = PendingTransfers()
     backend = CudaBackend(SimtDevice(), precision="bfloat16", reproducible=False, progress=pending.progress)
     transfers, rows = Transfers(backend, pending), backend.tensor(np.zeros((4, 8), np.uint16))
     logits, experts = backend.tensor(np.zeros((3, 7), np.float32)), backend.upload(np.arange(24).reshape(8, 3))
     for wait in (
-        lambda: backend.group(experts, np.arange(24), num_ids=24),
+        lambda: backend.download(backend.group(experts, np.arange(24), num_ids=24)[2]),
         lambda: backend.score(logits, np.array([1, 2, 3]), top=2),
         lambda: backend.download(backend.add(logits, logits)),
     ):
@@ -39,7 +39,7 @@ def test_a_fault_is_raised_by_every_wait():
     total = backend.add(rows, rows)
     for wait in (
         lambda: backend.download(total),
-        lambda: backend.group(backend.upload(np.eye(2)), np.arange(2), num_ids=2),
+        lambda: backend.score(total, np.arange(4), top=2),
     ):
         with pytest.raises(RuntimeError, match="illegal memory access"):
             wait()
