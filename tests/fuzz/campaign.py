@@ -47,7 +47,7 @@ HEAD = f"{'class':14} {'inputs':>7} accepted findings slowest s         grown MB
 PANIC = re.compile(r"\n?thread '[^']*' (?:\(\d+\) )?panicked at [^\n]*\n[^\n]*\n(?:note: [^\n]*\n)?")
 
 # Printed at the end of a run that computed all requests.
-FAILED_REQUESTS = "requests ended with an error:"
+FAILED_REQUESTS = "requests ended with an error"
 
 # Read by that library at a process's first panic, which may be an earlier test's.
 os.environ["RUST_BACKTRACE"] = "0"

@@ -120,25 +120,28 @@ class CapacityPolicy(RoutingPolicy):
         self._stage = stage
         self._moves = moves
         self._factor = factor
-        self._rows: Transfer[IntArray] | None = None
+        self._row_sum: Transfer[IntArray] | None = None
+        self._rows: IntArray = np.zeros(0, np.int64)
 
     def begin_step(self, num_rows: int) -> None:
         own = np.zeros(self._stage.size, np.int64)
         own[self._stage.rank] = num_rows
-        self._rows = self._stage.iallreduce_sum(own.tolist())
+        self._row_sum = self._stage.iallreduce_sum(own.tolist())
 
     def choose(
         self, backend: Backend, layer: int, logits: Array, router: Router, correction: Array | None
     ) -> tuple[Array, Array]:
         """See the base class; blocks the host, which assigns the experts."""
-        if self._rows is None:
+        if self._row_sum is not None:
+            self._rows, self._row_sum = self._row_sum.finish(), None
+        if not len(self._rows):
             raise RuntimeError("a layer is routed before its step began")
         ranked, _ = backend.choose_experts(
             logits, structs.replace(router, top_k=logits.shape[1]), correction=correction
         )
         in_order = backend.download(ranked)
         quota = quotas(
-            self._rows.finish(),
+            self._rows,
             self._stage.rank,
             top_k=router.top_k,
             num_experts=in_order.shape[1],
