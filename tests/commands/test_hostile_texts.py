@@ -305,7 +305,7 @@ def test_the_holder_of_an_output(folder):
 @pytest.mark.mpi
 def test_bad_prompts(folder):
     Path("prompts.jsonl").write_text(json.dumps({"id": NUL, HOSTILE: 1}) + "\n")
-    assert run_job()[0] == 0
+    assert run_job()[0] == 65
     code, _, err = ranks(2, "run", "job.toml", "--strict", "--debug")
     assert code == 65
     assert "Traceback" in err
