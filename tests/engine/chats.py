@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 from engine.requests import byte_tokenizer_text
 from mpirun import ROOT
 
-FIXTURES = ROOT / "tests/fixtures/chat_templates"
+FIXTURES = ROOT / "tests/chat_templates"
 DATE = "2025-06-28"
 
 # The texts of each style's special tokens: begin of text and end of text first, "" for none.

@@ -1,5 +1,5 @@
 """What transformers makes of the chats of tests/engine/chats.py. As a program, with the peers extra, it records them in
-tests/fixtures/chat_templates/expected.json: python tests/peers/chats.py
+tests/chat_templates/expected.json: python tests/peers/chats.py
 """
 
 import json
