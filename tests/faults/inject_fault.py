@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = ("exception", "exit", "memory", "SIGKILL", "SIGSEGV", "SIGSTOP")
-POINTS = ("counts", "dispatch", "combine", "agree")
+POINTS = ("dispatch", "combine", "agree")
 RELEASE = "release"
 """The file in NOTES that ends the fault "hold"."""
 CALLS = {

@@ -14,7 +14,7 @@ from moempi.storage.convert import convert
 PROGRAM = Path(__file__).with_name("inject_fault.py")
 END_S = 10.0
 TIMEOUT_S = 4.0  # a busy machine may pause for two
-PROGRESS = re.compile(r"moempi: (\d+/\d+ requests|loading weights), ")
+PROGRESS = re.compile(r"moempi: (\d+/\d+ requests|loading weights|.*: \d+ requests), ")
 
 
 class BrokenError(Exception):
