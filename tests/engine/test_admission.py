@@ -76,7 +76,7 @@ def test_a_chat_has_the_tokens_of_its_text_without_a_begin_token_or_its_error():
 def test_a_stop_token_beyond_the_vocabulary_is_an_error(token, finish):
     request = admit(make_prompt(tokens=[5], stop_token_ids=(3, token)))
     assert request.finish == finish
-    assert request.error == (f"stop_token_ids: {token} is beyond the model's vocabulary of 98" if finish else "")
+    assert request.error == (f"stop_token_ids: token {token} is beyond the model's vocabulary of 98" if finish else "")
 
 
 @pytest.mark.parametrize(("token", "error"), [(97, ""), (98, "token 98 is beyond the model's vocabulary of 98")])

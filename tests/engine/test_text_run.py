@@ -60,7 +60,7 @@ def test_stop_texts_and_tokens_end_a_generation_where_the_model_writes_them(spel
         assert [record.finish for record in records] == ["stop", "stop", "length", "stop", "stop", "error"]
         counts = [end, end + 1, len(tokens) - 1, 5, end]
         assert [record.tokens.tolist() for record in records[:-1]] == [tokens[1 : 1 + count] for count in counts]
-        assert records[-1].error == "stop_token_ids: 999 is beyond the model's vocabulary of 272"
+        assert records[-1].error == "stop_token_ids: token 999 is beyond the model's vocabulary of 272"
 
 
 @pytest.mark.mpi

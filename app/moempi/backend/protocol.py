@@ -60,7 +60,7 @@ NO_TOKENS.flags.writeable = False
 class SamplingRequest:
     """How to sample the next token of a sequence: the rules, and a uniform number in [0, 1).
 
-    `seen` are the tokens of its prompt and its output, if they are penalized, `generated` those of its output alone.
+    If they are penalized, `seen` are the tokens of its prompt and output, and `generated` the tokens of its output.
     `banned` tokens are not sampled.
     """
 

@@ -97,7 +97,6 @@ class _Rehearsal:
                 taken[name].append(run[0])
                 if run[2] != tokens:
                     raise RuntimeError("overlap changed a result")
-        longer = [max(computing_s, link_s) for computing_s in taken[COMPUTING]]
         record = {
             "part": "layout overlap",
             "ranks": self.world.size,
@@ -105,15 +104,12 @@ class _Rehearsal:
             **{name: getattr(self.chosen, name) or 1 for name in LAYOUT_FLAGS},
             "tokens": self.chosen.tokens,
             "link": share,
-            "compute_ms": median(taken[COMPUTING]) * 1e3,
-            "link_ms": link_s * 1e3,
-            "blocking_ms": median(taken[BLOCKING]) * 1e3,
-            "overlapped_ms": median(taken[OVERLAPPED]) * 1e3,
-            "blocking / overlapped": ratio(taken[BLOCKING], taken[OVERLAPPED]),
-            "overlapped / longer": ratio(taken[OVERLAPPED], longer),
+            **overlap_figures(taken, link_s=link_s),
         }
         if self.world.rank == 0:
-            console().print(_table(record, machine(self.world)))
+            layout = ", ".join(f"{name.replace('_', ' ')} {record[name]}" for name in LAYOUT_FLAGS)
+            title = f"{self.num_lanes} lanes over emulated links, {self.world.size} ranks ({layout}), bfloat16"
+            console().print(overlap_table(record, title=title, caption=machine(self.world)))
         return record
 
     def _run(self, link: Level, *, overlap: bool) -> tuple[float, int, Sequence[Sequence[int]]]:
@@ -170,13 +166,23 @@ def _model(chosen: Namespace) -> Architecture:
     )
 
 
-def _table(record: Mapping[str, Any], caption: str) -> Table:
-    layout = ", ".join(f"{name.replace('_', ' ')} {record[name]}" for name in LAYOUT_FLAGS)
-    table = Table(
-        *("compute ms", "link ms", "blocking ms", "overlapped ms", "blocking / overlapped", "overlapped / longer"),
-        title=f"{record['lanes']} lanes over emulated links, {record['ranks']} ranks ({layout}), bfloat16",
-        caption=caption,
-    )
+def overlap_figures(taken: Mapping[str, list[float]], *, link_s: float) -> dict[str, float]:
+    """The medians of the runs COMPUTING, BLOCKING and OVERLAPPED in `taken` seconds, and how much overlap hides."""
+    longer = [max(computing_s, link_s) for computing_s in taken[COMPUTING]]
+    return {
+        "compute_ms": median(taken[COMPUTING]) * 1e3,
+        "link_ms": link_s * 1e3,
+        "blocking_ms": median(taken[BLOCKING]) * 1e3,
+        "overlapped_ms": median(taken[OVERLAPPED]) * 1e3,
+        "blocking / overlapped": ratio(taken[BLOCKING], taken[OVERLAPPED]),
+        "overlapped / longer": ratio(taken[OVERLAPPED], longer),
+    }
+
+
+def overlap_table(record: Mapping[str, Any], *, title: str, caption: str) -> Table:
+    """The figures of one measurement, a row."""
+    names = ("compute ms", "link ms", "blocking ms", "overlapped ms", "blocking / overlapped", "overlapped / longer")
+    table = Table(*names, title=title, caption=caption)
     spans = (record[f"{name}_ms"] for name in ("compute", "link", "blocking", "overlapped"))
     gains = (record["blocking / overlapped"], record["overlapped / longer"])
     table.add_row(*(f"{span:.1f}" for span in spans), *(f"{gain:.2f}" for gain in gains))

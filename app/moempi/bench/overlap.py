@@ -17,7 +17,6 @@ from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
-from rich.table import Table
 
 from moempi.arrays import narrow
 from moempi.backend.cuda.backend import CudaBackend
@@ -26,9 +25,18 @@ from moempi.backend.select import make_backend
 from moempi.bench.device_calls import around_calls, record_calls, replay
 from moempi.bench.gpu_clock import Timer
 from moempi.bench.gpu_report import write_json
-from moempi.bench.layout_overlap import add_layout_flags, has_layout, measure_layout
+from moempi.bench.layout_overlap import (
+    BLOCKING,
+    COMPUTING,
+    OVERLAPPED,
+    add_layout_flags,
+    has_layout,
+    measure_layout,
+    overlap_figures,
+    overlap_table,
+)
 from moempi.bench.loopback import Loopback
-from moempi.bench.measure import alternate, machine, ratio
+from moempi.bench.measure import alternate, machine
 from moempi.bench.random_layer import Sizes, add_size_flags, make_exchange, make_layer, make_rows, random_bits
 from moempi.bench.random_values import RandomValues, random_layer, random_matrix
 from moempi.bench.timeline import Timeline
@@ -52,7 +60,6 @@ from moempi.runtime.world import World
 
 LATENCY_S = 20e-6
 LABEL_WIDTH = 18
-COMPUTING, BLOCKING, OVERLAPPED = "computing", "blocking", "overlapped"
 POINTS = tuple(Point(0, phase) for phase in EXCHANGE_PHASES)
 
 
@@ -322,34 +329,21 @@ def _same_bits(world: World, backend: Backend, one: list[Array], other: list[Arr
 def _record(
     world: World, chosen: Namespace, taken: dict[str, list[float]], *, link_s: float, num_lanes: int
 ) -> dict[str, Any]:
-    longer = [max(computing_s, link_s) for computing_s in taken[COMPUTING]]
     return {
         "part": "overlap",
         "backend": chosen.backend,
         "ranks": world.size,
         "lanes": num_lanes,
         "tokens": chosen.tokens,
-        "compute_ms": median(taken[COMPUTING]) * 1e3,
-        "link_ms": link_s * 1e3,
-        "blocking_ms": median(taken[BLOCKING]) * 1e3,
-        "overlapped_ms": median(taken[OVERLAPPED]) * 1e3,
-        "blocking / overlapped": ratio(taken[BLOCKING], taken[OVERLAPPED]),
-        "overlapped / longer": ratio(taken[OVERLAPPED], longer),
+        **overlap_figures(taken, link_s=link_s),
     }
 
 
 def _print(world: World, record: Mapping[str, Any], timeline: Timeline) -> None:
     bits = "same bits" if record["same_bits"] else "other bits"
-    table = Table(
-        *("compute ms", "link ms", "blocking ms", "overlapped ms", "blocking / overlapped", "overlapped / longer"),
-        title=f"{record['lanes']} lanes over an emulated link, {world.size} ranks, {record['backend']}, bfloat16, "
-        f"{bits} with overlap on and off",
-        caption=machine(world),
-    )
-    spans = (record[f"{name}_ms"] for name in ("compute", "link", "blocking", "overlapped"))
-    gains = (record["blocking / overlapped"], record["overlapped / longer"])
-    table.add_row(*(f"{span:.1f}" for span in spans), *(f"{gain:.2f}" for gain in gains))
-    console().print(table)
+    title = f"{record['lanes']} lanes over an emulated link, {world.size} ranks, {record['backend']}, bfloat16, "
+    title += f"{bits} with overlap on and off"
+    console().print(overlap_table(record, title=title, caption=machine(world)))
     for line in timeline.lines(width=console().width - LABEL_WIDTH):
         console().print(line)
     console().print(f"While rows are on the link, a lane of this rank computes {record['hidden']:.0%} of the time.")

@@ -72,7 +72,7 @@ class TensorGroup:
     def merge_sampled(
         self, sampled: SampledTokens, rows_of_part: Sequence[IntArray], point: Point
     ) -> Waits[SampledTokens]:
-        """The sampled tokens of all ranks, ordered by row; those of rank i are of the rows rows_of_part[i]."""
+        """The sampled tokens of all ranks, ordered by row; rank i has sampled for the rows rows_of_part[i]."""
         if self.size == 1:
             return sampled
         counts = list(map(len, rows_of_part))

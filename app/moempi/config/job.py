@@ -288,7 +288,7 @@ OUTPUTS = ("output.results",)
 
 
 def read_job_file(path: str | Path, *, overrides: Iterable[str] = ()) -> Job:
-    """Read a job file; its paths become relative to the current folder, as those of overrides are.
+    """Read a job file; its paths become relative to the current folder, like the paths of overrides.
 
     Raises NoInputError, UsageError or ConfigError: see `read_toml`.
     """

@@ -47,7 +47,7 @@ def _make_request(
     prompt: Prompt, tokenizer: TextTokenizer, architecture: Architecture, task: str, chat: ChatText | None
 ) -> Request:
     tokens: IntArray = NO_TOKENS
-    error = prompt.error or (chat.error if chat else "") or _bias_problem(prompt, architecture)
+    error = prompt.error or (chat.error if chat else "") or _unknown_token(prompt, architecture)
     if not error:
         try:
             tokens = _encode(prompt, tokenizer, chat) if prompt.tokens is None else prompt.tokens
@@ -56,16 +56,17 @@ def _make_request(
     remaining = architecture.max_positions - len(tokens)
     limit = min(prompt.sampling.max_tokens, remaining) if task == "generate" else 0
     request = Request(prompt, tokens.astype(np.int32, copy=False), limit)
-    error = error or _problem(tokens, remaining, architecture, task) or _stop_problem(prompt, architecture)
+    error = error or _problem(tokens, remaining, architecture, task)
     if error:
         request.fail(error)
     return request
 
 
-def _bias_problem(prompt: Prompt, architecture: Architecture) -> str:
-    biased = max(prompt.sampling.logit_bias, default=0)
-    if biased >= architecture.vocab_size:
-        return f"logit_bias: token {biased} is beyond the model's vocabulary of {architecture.vocab_size}"
+def _unknown_token(prompt: Prompt, architecture: Architecture) -> str:
+    named = {"logit_bias": prompt.sampling.logit_bias, "stop_token_ids": prompt.sampling.stop_token_ids}
+    for key, tokens in named.items():
+        if (largest := max(tokens, default=0)) >= architecture.vocab_size:
+            return f"{key}: token {largest} is beyond the model's vocabulary of {architecture.vocab_size}"
     return ""
 
 
@@ -81,11 +82,4 @@ def _problem(tokens: IntArray, remaining: int, architecture: Architecture, task:
         return f"token {tokens.max()} is beyond the model's vocabulary of {architecture.vocab_size}"
     if remaining < (1 if task == "generate" else 0):
         return f"the prompt has {len(tokens)} tokens, the model has {architecture.max_positions} positions"
-    return ""
-
-
-def _stop_problem(prompt: Prompt, architecture: Architecture) -> str:
-    largest = max(prompt.sampling.stop_token_ids, default=0)
-    if largest >= architecture.vocab_size:
-        return f"stop_token_ids: {largest} is beyond the model's vocabulary of {architecture.vocab_size}"
     return ""

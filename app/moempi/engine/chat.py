@@ -28,7 +28,7 @@ class ChatText(Struct, frozen=True):
 
 
 def template_day(section: ChatSection, now: datetime) -> datetime:
-    """The time that a template is given: that of the job, or `now`. Raises ConfigError for a day that never was."""
+    """The time that a template is given: `chat.date`, or `now`. Raises ConfigError for a date that does not exist."""
     try:
         return datetime.fromisoformat(section.date) if section.date else now
     except ValueError as error:

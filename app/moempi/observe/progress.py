@@ -19,9 +19,9 @@ BAR_WIDTH = 16
 class Counts(NamedTuple):
     """Requests and tokens of a run so far, over all ranks.
 
-    `finished` counts requests, also of earlier attempts, and `tokens` the tokens of those of this attempt, scored or
-    generated. `running` requests have a slot. `prompt_tokens` are computed and `generated` tokens sampled, also of
-    running requests. `errors` counts the finished requests with an error.
+    `finished` counts requests, also of earlier attempts. `tokens` counts the tokens, scored or generated, of requests
+    that this attempt finished. `running` requests have a slot. `prompt_tokens` are computed and `generated` tokens
+    sampled, also of running requests. `errors` counts the finished requests with an error.
     """
 
     finished: int = 0

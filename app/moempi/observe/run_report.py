@@ -55,7 +55,7 @@ class Report:
     the tokens that all ranks routed to each expert of each MoE layer. `exact` of `referenced` outputs equal their
     reference. `latencies` has the percentiles in seconds of each kind of latency. `hosts` (R,) names each rank's
     host. The ranks read `loaded_bytes` of weights in all, each in its `loading_s` (R,) seconds. `finishes` counts
-    the requests of earlier attempts as well, `tokens` only those of this attempt. `sent` counts the bytes and
+    the requests of earlier attempts as well, `tokens` the tokens of this attempt. `sent` counts the bytes and
     messages of rows by level of link, over all ranks; `transport` names their transport. With a balancing routing
     policy, `asked_load` (L, E) is the load that the routers chose, `moved` the share of choices that the policy
     moved to another expert, and `logprob_change` the mean change that this makes to a token's log-probability, NaN
