@@ -1,6 +1,10 @@
 """Transfers advance by themselves: the order of their steps, where they run, and what the host's waits count as."""
 
 import gc
+import os
+import subprocess
+import sys
+import time
 import weakref
 from contextlib import contextmanager
 
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 
 from moempi.comm import transfers as module
-from moempi.comm.transfers import WAITS, PendingTransfers, Transfers, after_verbs, complete
+from moempi.comm.transfers import WAITS, Condition, PendingTransfers, Transfers, after_verbs, complete
 
 
 class FakeClock:
@@ -325,14 +329,32 @@ def test_a_wait_counts_by_the_cause_that_it_began_with(clock):
 @pytest.mark.parametrize(
     ("waiting", "late", "naps"), [("exchange", False, False), ("pipeline", False, True), ("pipeline", True, True)]
 )
-def test_the_process_sleeps_only_while_it_waits_for_another_stage(monkeypatch, waiting, late, naps):
+def test_on_a_core_of_its_own_the_process_sleeps_only_while_it_waits_for_another_stage(
+    monkeypatch, waiting, late, naps
+):
     slept = []
+    monkeypatch.setattr(module, "_num_preemptions", lambda: 0)
     monkeypatch.setattr(module, "sleep", slept.append)
     monkeypatch.setattr(module, "SPIN_S", -1.0)
     transfers, _ = make_transfers(FakeBackend(late=late))
     transfers.start(chain([FakeRequest(tests_left=9)], []), waiting=waiting).finish()
     assert bool(slept) == naps
     assert all(seconds <= (module.EVENT_NAP_S if late else module.NAP_S) for seconds in slept)
+
+
+def test_processes_that_wait_on_one_core_sleep(monkeypatch):
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        with subprocess.Popen([sys.executable, "-c", "import os\nwhile True: os.sched_yield()"]) as other:
+            transfers, _ = make_transfers()
+            end, used = time.monotonic() + 1.0, time.thread_time()
+            transfers.start(chain([Condition(lambda: time.monotonic() > end)], []), waiting="exchange").finish()
+            used = time.thread_time() - used
+            other.kill()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert used < 0.05
 
 
 def test_a_lane_yields_its_point_and_then_has_the_value():

@@ -7,6 +7,7 @@ received while any lane computes or waits.
 """
 
 import os
+import resource
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from time import perf_counter, sleep
@@ -24,9 +25,9 @@ R = TypeVar("R", bound=Completion)
 Steps = Generator[Completion, None, T]
 EXCHANGE, PIPELINE, IDLE = WAITS = ("exchange", "pipeline", "idle")
 SPIN_S = 200e-6
-"""Seconds of waiting for another stage before the process sleeps."""
+"""Seconds of waiting before the process sleeps."""
 NAP_S = 5e-3
-"""Longest sleep between two looks at a transfer from another stage."""
+"""Longest sleep between two looks at a transfer from another stage, or on a core that another process uses."""
 EVENT_NAP_S = 50e-6
 """Longest sleep if verbs return before they are done: events that occur meanwhile start transfers of other lanes."""
 
@@ -74,6 +75,11 @@ def downloaded(backend: Backend, *arrays: Array) -> Steps[list[npt.NDArray[Any]]
     return download.values()
 
 
+def _num_preemptions() -> int:
+    """How often another process has run on this thread's core, though this thread was ready to run."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+
+
 class PendingTransfers:
     """The unfinished transfers of all lanes of a rank."""
 
@@ -101,16 +107,17 @@ class PendingTransfers:
         begin = perf_counter()
         causes = {key: transfer.waiting for key, transfer in transfers.items()}
         longest_nap_s = min(transfer.longest_nap_s for transfer in transfers.values())
+        can_nap, preemptions = all(transfer.is_from_a_stage for transfer in transfers.values()), _num_preemptions()
         while True:
             for key, transfer in transfers.items():
                 if transfer.Test():
                     transfer.add_wait(causes[key], perf_counter() - begin)
                     return key
             self.progress()
-            if longest_nap_s and (waited_s := perf_counter() - begin) > SPIN_S:
+            os.sched_yield()
+            before, preemptions = preemptions, _num_preemptions()
+            if (can_nap or preemptions > before) and (waited_s := perf_counter() - begin) > SPIN_S:
                 sleep(min(waited_s / 8, longest_nap_s))  # other ranks on this core can run
-            else:
-                os.sched_yield()
 
 
 class Transfers:
@@ -166,9 +173,14 @@ class Transfer(Generic[T]):
         return self._request.waiting if isinstance(self._request, Transfer) else self._waiting
 
     @property
+    def is_from_a_stage(self) -> bool:
+        """Whether it waits for another stage, which may take long: the process may sleep meanwhile."""
+        return self._waiting == PIPELINE
+
+    @property
     def longest_nap_s(self) -> float:
-        """The longest sleep of the host while it waits: 0, unless for another stage."""
-        return self._transfers.longest_nap_s if self._waiting == PIPELINE else 0.0
+        """The longest sleep of the host while it waits."""
+        return self._transfers.longest_nap_s
 
     def add_wait(self, cause: str, seconds: float) -> None:
         """Add seconds that the host was blocked by this transfer."""
