@@ -82,7 +82,6 @@ NAMES = {
     "Part": "JournalReader",
     "PartWriter": "JournalWriter",
     "Parts": "Journals",
-    "Pending": "MpiRequest",
     "Text": "TextTokenizer",
     "Uses": "ExpertUsage",
     "Crossings": "NodeTransfers",

@@ -32,7 +32,7 @@ static void transfer(flags *f, int64_t number) {
             *row++ = value(number, f->own, peer);
     }
     flags_signal(f, parity, 1, sent, received);
-    while (flags_poll(f, parity, 1) != ALL_IN_SLOTS)
+    while (flags_poll(f, parity) != ALL_IN_SLOTS)
         sched_yield();
     const int64_t *found = f->rows[parity];
     for (int64_t peer = 0; peer < RANKS; peer++)

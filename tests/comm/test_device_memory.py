@@ -8,6 +8,8 @@ import pytest
 
 from moempi.comm import device_memory
 from moempi.comm.device_memory import ROWS, start_allgatherv, start_alltoallv, start_message, takes_device_memory
+from moempi.comm.transfers import NO_REQUEST
+from moempi.comm.transports.base import wait
 from moempi.config.job import ExchangeSection
 
 
@@ -53,7 +55,7 @@ def test_the_job_can_decide_without_a_trial(comm, monkeypatch):
 @pytest.mark.parametrize("start", [start_message, start_alltoallv, start_allgatherv])
 def test_each_call_of_the_trial_moves_all_rows(comm, start):
     outgoing, incoming = np.arange(ROWS, dtype=np.int32), np.zeros(ROWS, np.int32)
-    start(comm, outgoing, incoming).Wait()
+    wait(start(comm, outgoing, incoming))
     np.testing.assert_array_equal(incoming, outgoing)
 
 
@@ -79,5 +81,5 @@ def test_the_trial_compares_what_every_call_moves(comm, monkeypatch):
     assert device_memory._send_to_self()
     for name in ("start_message", "start_alltoallv", "start_allgatherv"):
         with monkeypatch.context() as patch:
-            patch.setattr(device_memory, name, lambda *_: SimpleNamespace(Wait=lambda: None))
+            patch.setattr(device_memory, name, lambda *_: NO_REQUEST)
             assert not device_memory._send_to_self()

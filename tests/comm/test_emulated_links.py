@@ -5,19 +5,11 @@ import time
 import numpy as np
 import pytest
 
+from moempi.comm.transfers import NO_REQUEST
 from moempi.comm.transports.alltoallv import Alltoallv
+from moempi.comm.transports.base import wait
 from moempi.comm.transports.emulated import DelayedReceipt, EmulatedLinks, Link
 from moempi.layout.topology import NETWORK, NODE, Topology
-
-
-class Complete:
-    """A request that is complete from the start."""
-
-    def Test(self):  # noqa: N802
-        return True
-
-    def Wait(self):  # noqa: N802
-        """Nothing to wait for."""
 
 
 def test_a_link_carries_one_transfer_after_another():
@@ -30,9 +22,9 @@ def test_a_link_carries_one_transfer_after_another():
 
 
 def test_a_transfer_is_not_complete_before_its_arrival():
-    receipt = DelayedReceipt(Complete(), time.perf_counter() + 0.05)
+    receipt = DelayedReceipt(NO_REQUEST, time.perf_counter() + 0.05)
     assert not receipt.Test()
-    receipt.Wait()
+    wait(receipt)
     assert time.perf_counter() >= receipt.arrival
     assert receipt.Test()
 
@@ -49,7 +41,7 @@ def test_rows_arrive_intact_after_the_latency(comm):
     request = transport.start(outgoing, counts, incoming, counts)
     if comm.size > 1:
         assert not request.Test()
-    request.Wait()
+    wait(request)
     assert (time.perf_counter() - begin >= 0.05) == (comm.size > 1)
     np.testing.assert_array_equal(incoming, np.repeat(100 * np.arange(comm.size) + comm.rank, counts))
 
@@ -61,6 +53,6 @@ def test_rows_use_the_links_of_their_level(comm):
     transport = EmulatedLinks(Alltoallv(comm, row_bytes=8), links, levels=levels, row_bytes=8)
     counts = np.choose(levels, [50, 0, 10, 0, 5])  # rows to itself, inside the node, to each rank of the other node
     rows = np.zeros(70, np.int64)
-    transport.start(rows, counts, np.empty_like(rows), counts).Wait()
+    wait(transport.start(rows, counts, np.empty_like(rows), counts))
     assert links[NODE].busy_s == pytest.approx(80 / 1e6)
     assert links[NETWORK].busy_s == pytest.approx(80 / 1e5)

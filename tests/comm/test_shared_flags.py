@@ -39,7 +39,7 @@ def exchange(flags, number, counts, group_ranks, *, fits=True):
             for sender, other in enumerate(group_ranks)
         ]
         num_rows = sum(map(len, expected))
-        found = own.poll(number, max_polls=40)
+        found = own.poll(number)
         assert found == (ALL_IN_SLOTS if fits or not num_rows else SOME_BY_MESSAGE)
         if found == ALL_IN_SLOTS:
             np.testing.assert_array_equal(own.rows(number, num_rows), np.concatenate(expected))
@@ -77,9 +77,9 @@ def test_a_poll_before_the_signal_waits():
     flags = make_flags([CompiledFlags, CompiledFlags], [0, 1])
     counts = np.ones(2, np.int64)
     flags[0].signal(2, fits=True, sent=counts, received=counts, num_rows=2)
-    assert flags[0].poll(2, max_polls=40) == WAITING
+    assert flags[0].poll(2) == WAITING
     flags[1].signal(2, fits=True, sent=counts, received=counts, num_rows=2)
-    assert flags[0].poll(2, max_polls=1) == ALL_IN_SLOTS
+    assert flags[0].poll(2) == ALL_IN_SLOTS
     assert not flags[1].slot_is_free(0)
     flags[0].release(2)
     assert flags[1].slot_is_free(0)

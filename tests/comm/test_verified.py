@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from moempi.comm.transports.base import wait
+
 ROW_BYTES = 16
 
 
@@ -22,7 +24,7 @@ class CorruptTransport:
 
     def start(self, outgoing, send_counts, incoming, recv_counts):
         receipt = self._transport.start(outgoing, send_counts, incoming, recv_counts)
-        receipt.Wait()
+        wait(receipt)
         if self._is_last:
             incoming[1, 3] ^= 4
         return receipt
@@ -34,7 +36,7 @@ def exchange(transport, comm, *, counts=None):
     outgoing[:] = comm.rank
     received = sent if counts is None else counts
     incoming = np.zeros((int(received.sum()), ROW_BYTES), np.uint8)
-    transport.start(outgoing, sent, incoming, received).Wait()
+    wait(transport.start(outgoing, sent, incoming, received))
 
 
 @pytest.mark.ranks(1, 2, 3)

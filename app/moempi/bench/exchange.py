@@ -15,7 +15,7 @@ from moempi.arrays import aligned_empty
 from moempi.bench import peers
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.comm import transports
-from moempi.comm.transports.base import Transport
+from moempi.comm.transports.base import Transport, wait
 from moempi.commands.flags import count
 from moempi.observe.console import console
 from moempi.runtime.world import World
@@ -100,7 +100,7 @@ def _repeat(exchange: Callable[[], object]) -> None:
 def _exchange(transport: Transport, counts: Any, incoming: Any) -> None:
     outgoing = transport.outgoing(len(incoming))
     receipt = transport.start(outgoing, counts, incoming, counts)
-    receipt.Wait()
+    wait(receipt)
     receipt.release()
 
 
@@ -111,7 +111,7 @@ def _check(world: World, transport: Transport, counts: Any, incoming: Any) -> No
         outgoing = transport.outgoing(len(incoming))
         outgoing[:] = world.rank % 256
         receipt = transport.start(outgoing, counts, incoming, counts)
-        receipt.Wait()
+        wait(receipt)
         rows, index = receipt.rows()
         if ((rows[: len(sources)] if index is None else rows[index]) != sources[:, None]).any():
             raise RuntimeError(f"transport {transport.name} delivered wrong rows")

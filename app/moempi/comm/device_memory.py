@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from moempi.backend.protocol import Array
-from moempi.comm.transports.base import MpiRequest
+from moempi.comm.transports.base import Completion, wait
 from moempi.comm.transports.pairwise import RequestGroup
 from moempi.config.job import ExchangeSection
 from moempi.runtime.world import World
@@ -67,24 +67,24 @@ def _send_to_self() -> bool:
         incoming = device.comm_buffer((ROWS,), np.int32)
         device.copy(device.upload(np.zeros_like(sent)), incoming)
         device.record_event().synchronize()
-        start(MPI.COMM_SELF, outgoing, incoming).Wait()
+        wait(start(MPI.COMM_SELF, outgoing, incoming))
         if not np.array_equal(device.download(incoming), sent):
             return False
     return True
 
 
-def start_message(comm: MPI.Intracomm, outgoing: Array, incoming: Array) -> MpiRequest:
+def start_message(comm: MPI.Intracomm, outgoing: Array, incoming: Array) -> Completion:
     """A message to itself, of the kind of `Pairwise` and of the links between stages."""
     received = comm.Irecv([incoming, MPI.INT32_T], comm.rank)
     return RequestGroup([comm.Isend([outgoing, MPI.INT32_T], comm.rank), received])
 
 
-def start_alltoallv(comm: MPI.Intracomm, outgoing: Array, incoming: Array) -> MpiRequest:
+def start_alltoallv(comm: MPI.Intracomm, outgoing: Array, incoming: Array) -> Completion:
     """The collective of the transport `Alltoallv` and of tensor groups, in a group of one rank."""
     return comm.Ialltoallv([outgoing, [ROWS], MPI.INT32_T], [incoming, [ROWS], MPI.INT32_T])
 
 
-def start_allgatherv(comm: MPI.Intracomm, outgoing: Array, incoming: Array) -> MpiRequest:
+def start_allgatherv(comm: MPI.Intracomm, outgoing: Array, incoming: Array) -> Completion:
     """The other collective of tensor groups, in a group of one rank."""
     return comm.Iallgatherv([outgoing, ROWS, MPI.INT32_T], [incoming, [ROWS], MPI.INT32_T])
 

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.transports.alltoallv import Alltoallv
-from moempi.comm.transports.base import Transport
+from moempi.comm.transports.base import Transport, wait
 from moempi.comm.transports.pairwise import Pairwise
 from moempi.comm.transports.shared import Shared, SlotOptions
 from moempi.layout.grid import Grid
@@ -111,7 +111,7 @@ def exchange_s(transport: Transport, group: MPI.Intracomm, incoming: Array, *, r
         group.Barrier()
         begin = MPI.Wtime()
         receipt = transport.start(outgoing, counts, incoming, counts)
-        receipt.Wait()
+        wait(receipt)
         receipt.release()
         taken.append(MPI.Wtime() - begin)
     return median(taken)

@@ -1,5 +1,6 @@
 """The interfaces of transports and of the receipts of the rows that they move, and bases for both."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +19,13 @@ class Completion(Protocol):
         """Make progress; whether the request is complete. Does not block."""
 
 
-class MpiRequest(Completion, Protocol):
-    """A request that can also be waited for alone."""
+def wait(request: Completion) -> None:
+    """Block until the request is complete. Only for a request of no lane: other transfers do not advance."""
+    while not request.Test():
+        os.sched_yield()
 
-    def Wait(self) -> Any:  # noqa: N802
-        """Block until the request is complete."""
 
-
-class Receipt(MpiRequest, Protocol):
+class Receipt(Completion, Protocol):
     """The request of one transfer, and the received rows once it is complete."""
 
     def rows(self) -> tuple[Any, IntArray | None]:
@@ -68,14 +68,11 @@ class Transport(Protocol):
 class BufferReceipt:
     """The receipt of rows that `request` receives into the buffer `incoming`."""
 
-    request: MpiRequest
+    request: Completion
     incoming: Any
 
     def Test(self) -> bool:  # noqa: N802
         return self.request.Test()
-
-    def Wait(self) -> None:  # noqa: N802
-        self.request.Wait()
 
     def rows(self) -> tuple[Any, IntArray | None]:
         return self.incoming, None

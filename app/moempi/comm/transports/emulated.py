@@ -43,10 +43,6 @@ class DelayedReceipt(ReceiptWrapper):
     def Test(self) -> bool:  # noqa: N802
         return self.receipt.Test() and time.perf_counter() >= self.arrival
 
-    def Wait(self) -> None:  # noqa: N802
-        self.receipt.Wait()
-        time.sleep(max(0.0, self.arrival - time.perf_counter()))
-
 
 class EmulatedLinks(TransportWrapper):
     """A transport whose transfers take as long as `links`; `levels` (R,) are the levels of the links to each rank.

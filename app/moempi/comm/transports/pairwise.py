@@ -21,9 +21,6 @@ class RequestGroup:
     def Test(self) -> bool:  # noqa: N802
         return bool(MPI.Request.Testall(self.requests))
 
-    def Wait(self) -> None:  # noqa: N802
-        MPI.Request.Waitall(self.requests)
-
 
 class Pairwise(BufferedTransport):
     """Irecv and Isend for each other rank that has rows; `start` copies this rank's rows for itself.

@@ -39,8 +39,6 @@ SHARED_MEMORY = Path("/dev/shm")
 SLOT_BYTES = 16 << 20
 SHARE_OF_FREE = 4
 """At most 1 / SHARE_OF_FREE of the free space in SHARED_MEMORY is used: a write past its end raises SIGBUS."""
-MAX_POLLS = 256
-"""Polls of the flags between two calls to MPI."""
 
 
 @dataclass(slots=True)
@@ -60,11 +58,15 @@ class SharedReceipt:
     in_slots: bool = False
 
     def Test(self) -> bool:  # noqa: N802
-        return self._poll(1)
-
-    def Wait(self) -> None:  # noqa: N802
-        while not self._poll(MAX_POLLS):
-            self.transport.pause()
+        if not self.signalled:
+            found = self.transport.flags.poll(self.number)
+            if found == WAITING:
+                return False
+            self.signalled = True
+            self.in_slots = found == ALL_IN_SLOTS and self.transport.reads_in_place(self.counts)
+            if not self.in_slots:
+                self.transport.copy_from_slots(self)
+        return not self.requests or bool(MPI.Request.Testall(self.requests))
 
     def rows(self) -> tuple[Any, IntArray | None]:
         if not self.in_slots:
@@ -74,17 +76,6 @@ class SharedReceipt:
     def release(self) -> None:
         if self.in_slots:
             self.transport.flags.release(self.number)
-
-    def _poll(self, max_polls: int) -> bool:
-        if not self.signalled:
-            found = self.transport.flags.poll(self.number, max_polls=max_polls)
-            if found == WAITING:
-                return False
-            self.signalled = True
-            self.in_slots = found == ALL_IN_SLOTS and self.transport.reads_in_place(self.counts)
-            if not self.in_slots:
-                self.transport.copy_from_slots(self)
-        return not self.requests or bool(MPI.Request.Testall(self.requests))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +141,7 @@ class Shared(BufferedTransport):
 
     def outgoing(self, rows: int) -> Any:
         while not self.can_send():
-            self.pause()
+            os.sched_yield()
         if rows > self._slot_rows:
             return super().outgoing(rows)
         first = (2 * self._local_rank + self._next_slot) * self._slot_rows
@@ -182,11 +173,6 @@ class Shared(BufferedTransport):
             if rank in self._local_ranks:
                 self._copy_from(receipt, rank, first, last)
         self.flags.release(receipt.number)
-
-    def pause(self) -> None:
-        """Let MPI make progress, and other processes use this core, between two polls."""
-        self._comm.Iprobe()
-        os.sched_yield()
 
     def _exchange_messages(self, receipt: SharedReceipt, outgoing: Any, send_counts: IntArray, *, fits: bool) -> None:
         """Start to send and receive messages: between nodes, and inside the node those that exceed this rank's slot."""

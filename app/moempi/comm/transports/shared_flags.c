@@ -7,13 +7,11 @@
  * that data. Senders and receivers are local ranks. `sent` and `received` are rows to and from each rank of the whole
  * group. Its twin in Python is class SharedFlags in shared_flags.py.
  */
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 
 #define WORDS 8
 #define BY_MESSAGE (-1)
-#define POLLS_PER_YIELD 16
 
 enum { WAITING, ALL_IN_SLOTS, SOME_BY_MESSAGE };
 
@@ -84,32 +82,26 @@ static int find(const flags *f, int parity) {
     return 1;
 }
 
-/* Poll the senders' flags at most `max_polls` times: WAITING, or once all have signalled, ALL_IN_SLOTS or SOME_BY_MESSAGE. */
-int flags_poll(flags *f, int parity, int max_polls) {
+/* Read the senders' flags: WAITING, or once all have signalled, ALL_IN_SLOTS or SOME_BY_MESSAGE. */
+int flags_poll(flags *f, int parity) {
     int64_t number = f->numbers[parity];
-    for (int polls = 1;; polls++) {
-        int left = 0;
-        for (int64_t peer = 0; peer < f->size; peer++) {
-            int64_t at = parity * f->size + peer;
-            if (!f->missing[at])
-                continue;
-            word *flag = line(f, peer, parity, f->own);
-            if (atomic_load_explicit(flag, memory_order_acquire) != number) {
-                left++;
-                continue;
-            }
-            f->firsts[at] = atomic_load_explicit(flag + 1, memory_order_relaxed);
-            f->missing[at] = 0;
+    int left = 0;
+    for (int64_t peer = 0; peer < f->size; peer++) {
+        int64_t at = parity * f->size + peer;
+        if (!f->missing[at])
+            continue;
+        word *flag = line(f, peer, parity, f->own);
+        if (atomic_load_explicit(flag, memory_order_acquire) != number) {
+            left++;
+            continue;
         }
-        if (!left) {
-            flags_slot_is_free(f, 1 - parity); /* the next transfer uses that slot */
-            return find(f, parity) ? ALL_IN_SLOTS : SOME_BY_MESSAGE;
-        }
-        if (polls >= max_polls)
-            return WAITING;
-        if (polls % POLLS_PER_YIELD == 0)
-            sched_yield();
+        f->firsts[at] = atomic_load_explicit(flag + 1, memory_order_relaxed);
+        f->missing[at] = 0;
     }
+    if (left)
+        return WAITING;
+    flags_slot_is_free(f, 1 - parity); /* the next transfer uses that slot */
+    return find(f, parity) ? ALL_IN_SLOTS : SOME_BY_MESSAGE;
 }
 
 /* Flag the rows of the last transfer of this parity as read. */

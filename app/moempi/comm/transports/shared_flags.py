@@ -75,11 +75,8 @@ class SharedFlags:
         for receiver in receivers:
             self._words[self._line(self._own, parity, receiver)] = number
 
-    def poll(self, number: int, *, max_polls: int) -> int:
-        """WAITING, ALL_IN_SLOTS or SOME_BY_MESSAGE, after at most `max_polls` polls; does not block.
-
-        Only CompiledFlags polls more than once.
-        """
+    def poll(self, number: int) -> int:
+        """WAITING, ALL_IN_SLOTS or SOME_BY_MESSAGE; does not block."""
         parity = number % 2
         for sender in np.flatnonzero(self._missing[parity]).tolist():
             line = self._line(sender, parity, self._own)
@@ -156,8 +153,8 @@ class CompiledFlags(SharedFlags):
             self._fields.capacities[parity] = len(self._rows[parity])
         self._library.flags_signal(self._address, parity, int(fits), _words(sent), _words(received))
 
-    def poll(self, number: int, *, max_polls: int) -> int:
-        found: int = self._library.flags_poll(self._address, number % 2, max_polls)
+    def poll(self, number: int) -> int:
+        found: int = self._library.flags_poll(self._address, number % 2)
         return found
 
     def release(self, number: int) -> None:

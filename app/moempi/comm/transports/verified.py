@@ -10,7 +10,7 @@ from mpi4py import MPI
 from xxhash import xxh3_64_intdigest
 
 from moempi.arrays import IntArray
-from moempi.comm.transports.base import MpiRequest, ReceiptWrapper, Transport, TransportWrapper
+from moempi.comm.transports.base import Completion, ReceiptWrapper, Transport, TransportWrapper
 from moempi.errors import DataError
 
 
@@ -44,7 +44,7 @@ class CheckedReceipt(ReceiptWrapper):
     `request` exchanges the checksums and reads `sent`; `counts` (R,) are the rows from each rank.
     """
 
-    request: MpiRequest
+    request: Completion
     sent: npt.NDArray[np.uint64]
     expected: npt.NDArray[np.uint64]
     counts: IntArray
@@ -55,11 +55,6 @@ class CheckedReceipt(ReceiptWrapper):
         if not self.checked and self.receipt.Test() and self.request.Test():
             self._compare()
         return self.checked
-
-    def Wait(self) -> None:  # noqa: N802
-        self.receipt.Wait()
-        self.request.Wait()
-        self._compare()
 
     def _compare(self) -> None:
         buffer, index = self.receipt.rows()
