@@ -3,9 +3,10 @@
 Each of the two is one transfer, which advances by itself through all its steps: counts, then rows, on one hop or two.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -41,32 +42,13 @@ class Dispatched(NamedTuple):
     plan: Any
 
 
-class Exchange(Protocol):
+class Exchange(ABC):
     """Moves the rows of one lane between the ranks of a stage; every call is collective over them and does not block.
 
     A call starts a transfer. The generator that it returns yields once, then returns the transfer's value.
-    """
-
-    @property
-    def expert_load(self) -> Mapping[int, IntArray]:
-        """For each layer, the number of choices of this rank's rows for each expert (E,)."""
-
-    def dispatch(self, x: Array, route: Route) -> Waits[Dispatched]:
-        """Send each row of x (T, D) to the K experts of its route."""
-
-    def combine(self, outputs: Array, plan: Any, addends: Sequence[Array] = ()) -> Waits[Array]:
-        """Return the experts' outputs, in expert order, to their tokens' ranks; each token's weighted sum (T, D).
-
-        `plan` is the plan of the dispatch. The sums are in slot order; then the addends (T, D) are added in order, at
-        most two. All sums are rounded as by `Backend.combine`.
-        """
-
-
-class OneHop:
-    """An exchange that sends a row once for each of its choices, directly to the rank of the expert.
-
     `placements` are the placements of each layer's experts on the ranks, `topology` is the ranks' topology. `on_route`
-    is called with every route before it is dispatched.
+    is called with every route before it is dispatched. `expert_load` is, for each layer, the number of choices of this
+    rank's rows for each expert (E,).
     """
 
     def __init__(
@@ -78,42 +60,57 @@ class OneHop:
         on_route: OnRoute | None = None,
     ) -> None:
         self.placements = placements
-        self.expert_load: Mapping[int, IntArray] = no_load(placements)
+        self.expert_load: Mapping[int, IntArray] = {
+            layer: np.zeros(placement.num_experts, np.int64) for layer, placement in placements.items()
+        }
         self._hop = hop
         self._physical_ids = {
-            layer: placed.physical_ids(hop.comm.rank, topology) for layer, placed in placements.items()
+            layer: placement.physical_ids(hop.comm.rank, topology) for layer, placement in placements.items()
         }
-        self._ids_on_backend: dict[int, Array] = {}
-        self._num_counts = {layer: _num_counts(placed, hop.comm) for layer, placed in placements.items()}
         self._on_route = on_route
 
     def dispatch(self, x: Array, route: Route) -> Waits[Dispatched]:
-        """Exchange counts, then send rows as soon as the counts of all ranks are received."""
+        """Send each row of x (T, D) to the K experts of its route."""
         if self._on_route is not None:
             self._on_route(route)
-        transfer = self._hop.transfers.start(self._dispatch_steps(x, route))
+        transfer = self._hop.transfers.start(self.dispatch_steps(x, route))
         return transfer.received(Point(route.layer, DISPATCH))
 
-    def combine(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Waits[Array]:
-        """Send outputs back to the ranks that dispatched their rows, and add them up there."""
+    def combine(self, outputs: Array, plan: Any, addends: Sequence[Array] = ()) -> Waits[Array]:
+        """Return the experts' outputs, in expert order, to their tokens' ranks; each token's weighted sum (T, D).
+
+        `plan` is the plan of the dispatch. The sums are in slot order; then the addends (T, D) are added in order, at
+        most two. All sums are rounded as by `Backend.combine`.
+        """
         transfer = self._hop.transfers.start(self.combine_steps(outputs, plan, addends))
         return transfer.received(Point(plan.layer, COMBINE))
 
-    def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
-        """Start to exchange counts; the transfer's value is the plan of these choices. Collective, does not block."""
-        return self._hop.transfers.start(self._plan_steps(layer, choices), waiting=IDLE)
+    @abstractmethod
+    def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
+        """The steps of `dispatch`."""
 
-    def send_steps(self, x: Array, plan: RoutePlan) -> Steps[Array]:
-        """Send the rows of x by a plan; the value is the rows that this rank receives, in expert order. Collective."""
-        receipt = yield from self._hop.send_steps(x, plan.source_rows, plan.send_counts, plan.recv_counts)
-        return self._hop.unpack(receipt, plan.by_expert)
-
-    def combine_steps(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Steps[Array]:
+    @abstractmethod
+    def combine_steps(self, outputs: Array, plan: Any, addends: Sequence[Array] = ()) -> Steps[Array]:
         """The steps of `combine`."""
-        receipt = yield from self._hop.send_steps(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
-        return self._hop.combine(receipt, plan.output_rows, plan.weights, addends)
 
-    def _dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
+
+class OneHop(Exchange):
+    """An exchange that sends a row once for each of its choices, directly to the rank of the expert."""
+
+    def __init__(
+        self,
+        hop: Hop,
+        placements: Mapping[int, Placement],
+        topology: Topology,
+        *,
+        on_route: OnRoute | None = None,
+    ) -> None:
+        super().__init__(hop, placements, topology, on_route=on_route)
+        self._ids_on_backend: dict[int, Array] = {}
+        self._num_counts = {layer: _num_counts(placed, hop.comm) for layer, placed in placements.items()}
+
+    def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
+        """Exchange counts, then send rows as soon as the counts of all ranks are received."""
         layer, placement, backend = route.layer, self.placements[route.layer], self._hop.backend
         experts, num_ids = pick_replicas(backend, route, placement), len(placement.experts)
         source_rows, output_rows, counts = backend.group(experts, self._uploaded_ids(layer), num_ids=num_ids)
@@ -124,6 +121,20 @@ class OneHop:
         yield planning
         plan = planning.finish()
         return Dispatched((yield from self.send_steps(x, plan)), plan)
+
+    def combine_steps(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Steps[Array]:
+        """Send outputs back to the ranks that dispatched their rows, and add them up there."""
+        receipt = yield from self._hop.send_steps(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
+        return self._hop.combine(receipt, plan.output_rows, plan.weights, addends)
+
+    def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
+        """Start to exchange counts; the transfer's value is the plan of these choices. Collective, does not block."""
+        return self._hop.transfers.start(self._plan_steps(layer, choices), waiting=IDLE)
+
+    def send_steps(self, x: Array, plan: RoutePlan) -> Steps[Array]:
+        """Send the rows of x by a plan; the value is the rows that this rank receives, in expert order. Collective."""
+        receipt = yield from self._hop.send_steps(x, plan.source_rows, plan.send_counts, plan.recv_counts)
+        return self._hop.unpack(receipt, plan.by_expert)
 
     def _uploaded_ids(self, layer: int) -> Array:
         """The physical ids of a layer, which each step needs; uploaded once, on the lane's own queue."""
@@ -144,11 +155,6 @@ def _num_counts(placement: Placement, comm: MPI.Intracomm) -> tuple[Sequence[int
     """How many counts this rank sends to each rank, one for each expert there, and receives from each."""
     hosted = np.diff(placement.bounds).tolist()
     return hosted, [hosted[comm.rank]] * comm.size
-
-
-def no_load(placements: Mapping[int, Placement]) -> dict[int, IntArray]:
-    """An `expert_load` of zeros."""
-    return {layer: np.zeros(placement.num_experts, np.int64) for layer, placement in placements.items()}
 
 
 def pick_replicas(backend: Backend, route: Route, placement: Placement) -> Array:

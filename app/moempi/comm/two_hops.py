@@ -15,18 +15,17 @@ from mpi4py import MPI
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array
-from moempi.comm.exchange import COMBINE, DISPATCH, Dispatched, OneHop, OnRoute, Route, no_load, pick_replicas
+from moempi.comm.exchange import Dispatched, Exchange, OneHop, OnRoute, Route, pick_replicas
 from moempi.comm.hop import Hop
 from moempi.comm.route_plan import GroupedChoices, RoutePlan, TwoHopPlan
-from moempi.comm.transfers import IDLE, Steps, Transfer, Waits, complete, downloaded
+from moempi.comm.transfers import IDLE, Steps, Transfer, complete, downloaded
 from moempi.layout.forwarders import ABSENT, Forwarders, NodeTransfers, node_transfers
 from moempi.layout.placement import Placement
-from moempi.layout.schedule import Point
 from moempi.layout.topology import Topology
 
 
-class TwoHops:
-    """An exchange of two hops, `across` the nodes of a stage and `inside` a node; other arguments as in `OneHop`."""
+class TwoHops(Exchange):
+    """An exchange of two hops, `across` the nodes of a stage and `inside` a node."""
 
     def __init__(
         self,
@@ -37,31 +36,15 @@ class TwoHops:
         *,
         on_route: OnRoute | None = None,
     ) -> None:
-        self.placements = placements
-        self.expert_load: Mapping[int, IntArray] = no_load(placements)
-        self._across = across
+        super().__init__(across, placements, topology, on_route=on_route)
         self._inside = inside
-        self._on_route = on_route
         self._forwarders = Forwarders(topology.nodes, across.comm.rank)
         nodes = np.array(topology.nodes)
         self._node_of_physical = {layer: nodes[placement.ranks] for layer, placement in placements.items()}
-        self._physical_ids = {
-            layer: placement.physical_ids(across.comm.rank, topology) for layer, placement in placements.items()
-        }
 
-    def dispatch(self, x: Array, route: Route) -> Waits[Dispatched]:
-        if self._on_route is not None:
-            self._on_route(route)
-        transfer = self._across.transfers.start(self._dispatch_steps(x, route))
-        return transfer.received(Point(route.layer, DISPATCH))
-
-    def combine(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array] = ()) -> Waits[Array]:
-        transfer = self._across.transfers.start(self._combine_steps(outputs, plan, addends))
-        return transfer.received(Point(plan.layer, COMBINE))
-
-    def _dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
+    def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
         """Exchange counts; then send rows across, while choices and the counts inside the node are exchanged."""
-        layer, backend, placement = route.layer, self._across.backend, self.placements[route.layer]
+        layer, backend, placement = route.layer, self._hop.backend, self.placements[route.layer]
         chosen, weights = yield from downloaded(backend, pick_replicas(backend, route, placement), route.weights)
         physical = self._physical_ids[layer][chosen]
         np.add.at(self.expert_load[layer], placement.experts[physical], 1)
@@ -69,7 +52,7 @@ class TwoHops:
         counts = self._start_counts(pairs)
         yield counts
         send_counts, recv_counts = counts.finish()
-        sending = self._across.send(x, backend.upload(pairs.tokens), send_counts, recv_counts)
+        sending = self._hop.send(x, backend.upload(pairs.tokens), send_counts, recv_counts)
         messages = _choice_messages(pairs, self._node_of_physical[layer], physical, weights)
         choices = self._start_choices(messages, send_counts, recv_counts)
         yield choices
@@ -84,32 +67,32 @@ class TwoHops:
             inside=planning.finish(),
         )
         yield sending
-        rows = self._across.unpack(sending.finish(), None)
+        rows = self._hop.unpack(sending.finish(), None)
         return Dispatched((yield from self._inside.send_steps(rows, plan.inside)), plan)
 
-    def _combine_steps(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array]) -> Steps[Array]:
+    def combine_steps(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array] = ()) -> Steps[Array]:
         """Combine inside the node, then across the nodes."""
         rows = yield from self._inside.combine_steps(outputs, plan.inside)
-        receipt = yield from self._across.send_steps(rows, None, plan.recv_counts, plan.send_counts)
-        return self._across.combine(receipt, plan.output_rows, plan.present, addends)
+        receipt = yield from self._hop.send_steps(rows, None, plan.recv_counts, plan.send_counts)
+        return self._hop.combine(receipt, plan.output_rows, plan.present, addends)
 
     def _start_counts(self, pairs: NodeTransfers) -> Transfer[tuple[IntArray, IntArray]]:
         """Start to exchange counts; the value is the numbers of rows to and from each rank (R,). Collective."""
         forwarders = self._forwarders.ranks
-        send_counts = np.zeros(self._across.comm.size, np.int64)
+        send_counts = np.zeros(self._hop.comm.size, np.int64)
         send_counts[forwarders] = np.bincount(pairs.nodes, minlength=len(forwarders))
         recv_counts = np.empty_like(send_counts)
-        request = self._across.comm.Ialltoall(send_counts, recv_counts)
-        return self._across.transfers.start(complete(request, (send_counts, recv_counts)), waiting=IDLE)
+        request = self._hop.comm.Ialltoall(send_counts, recv_counts)
+        return self._hop.transfers.start(complete(request, (send_counts, recv_counts)), waiting=IDLE)
 
     def _start_choices(self, outgoing: IntArray, send_counts: IntArray, recv_counts: IntArray) -> Transfer[IntArray]:
         """Start to exchange choice messages, ordered by rank; the value is the received ones (M, 2, K). Collective."""
         incoming = np.empty((int(recv_counts.sum()), *outgoing.shape[1:]), np.int32)
         numbers = incoming.shape[1] * incoming.shape[2]
-        request = self._across.comm.Ialltoallv(
+        request = self._hop.comm.Ialltoallv(
             [outgoing, send_counts * numbers, MPI.INT32_T], [incoming, recv_counts * numbers, MPI.INT32_T]
         )
-        return self._across.transfers.start(complete(request, incoming, outgoing), waiting=IDLE)
+        return self._hop.transfers.start(complete(request, incoming, outgoing), waiting=IDLE)
 
     def _plan_inside(self, layer: int, messages: IntArray) -> Transfer[RoutePlan]:
         """Start to plan the second hop of the rows with these choice messages (M, 2, K). Collective."""
@@ -122,7 +105,7 @@ class TwoHops:
         order = np.argsort(local_physical, kind="stable")
         output_rows = np.empty(physical.shape, np.int64)
         output_rows[present] = np.argsort(order)
-        upload = self._across.backend.upload
+        upload = self._hop.backend.upload
         grouped = GroupedChoices(
             counts=np.bincount(local_physical, minlength=len(self._inside.placements[layer].experts)),
             source_rows=upload(np.nonzero(present)[0][order]),
