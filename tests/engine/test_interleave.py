@@ -63,9 +63,10 @@ def test_one_lane_runs_to_its_end():
     assert [entry[1:] for entry in log] == [(0, A), (0, B), (1, A), (1, B)]
 
 
-def test_lanes_whose_rows_have_arrived_alternate():
+def test_of_lanes_whose_rows_have_arrived_the_one_runs_whose_step_began_first():
     log, _, _ = run("xy", 2)
-    assert log == [(name, step, point) for step in (0, 1) for point in (A, B) for name in "xy"]
+    assert [f"{name}{step}" for name, step, point in log if point == A] == ["x0", "y0", "x1", "y1"]
+    assert [f"{name}{step}" for name, step, _ in log] == ["x0", "y0", "x0", "x1", "y0", "y1", "x1", "y1"]
 
 
 def test_a_lane_whose_rows_have_not_arrived_is_passed_over():

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from engine.jobs import make_job
 from engine.requests import make_request
 from moempi.config.tensors import PAGE_ROWS
-from moempi.engine.kv_budget import affordable_pages, useful_pages
+from moempi.engine.kv_budget import useful_pages
 from moempi.errors import ConfigError
-from moempi.layout.memory import Memory
+from moempi.layout.memory import Memory, affordable_pages
 
 GIB = 1 << 30
 

@@ -9,7 +9,7 @@ from moempi.config.job import Sampling
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.request import Request
 from moempi.engine.scheduler import Scheduler
-from moempi.model.kv_cache import pages_for
+from moempi.layout.memory import pages_for
 from moempi.storage.prompts import Prompt
 
 

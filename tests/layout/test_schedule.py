@@ -32,7 +32,7 @@ def test_immediate_routing_has_no_last_combine():
     assert [point.phase for point in points] == ["rows", *layer, "combine", *layer]
 
 
-def test_lanes_are_resumed_in_rotation_and_one_that_is_not_ready_is_passed_over():
+def test_the_lane_whose_step_began_first_is_resumed_first_and_passed_over_if_it_is_not_ready():
     order = LaneOrder(3, STEP)
     assert order.candidates() == [0]  # the first step begins in order
     for lane in range(3):
@@ -40,8 +40,12 @@ def test_lanes_are_resumed_in_rotation_and_one_that_is_not_ready_is_passed_over(
         order.wait(lane, DISPATCH)
     assert order.candidates() == [0, 1, 2]
     order.resume(1)  # 0 is not ready
-    order.wait(1, DISPATCH)
-    assert order.candidates() == [2, 0, 1]
+    order.wait(1, COMBINE)
+    assert order.candidates() == [0, 2]  # the step of 1 ends after that of 0
+    for point in (COMBINE, AGREE):
+        order.resume(0)
+        order.wait(0, point)
+    assert order.candidates() == [1, 2, 0]  # lane 0 has begun its next step
 
 
 @pytest.mark.parametrize("point", [AGREE, TOKENS, ROWS, COMBINE])
@@ -58,7 +62,7 @@ def test_a_lane_leaves_the_ends_of_a_step_after_the_lane_before_it(point):
     assert order.candidates() == [0]
     order.resume(0)
     order.wait(0, DISPATCH)
-    assert order.candidates() == [1, 0]
+    assert order.candidates() == ([1, 0] if point == COMBINE else [0, 1])
 
 
 def test_a_lane_that_has_ended_is_not_waited_for():

@@ -34,13 +34,14 @@ from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.interleave import interleave
 from moempi.layout.grid import Grid, Stage
 from moempi.layout.layout import Layout
+from moempi.layout.memory import pages_for
 from moempi.layout.placement import linear
 from moempi.layout.row_split import RowSplit
 from moempi.layout.schedule import EXCHANGE_PHASES, Point
 from moempi.layout.topology import Topology
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import MixtureOfExperts
-from moempi.model.kv_cache import KVCache, pages_for
+from moempi.model.kv_cache import KVCache
 from moempi.model.norm import Norm
 from moempi.model.router_balance import MODEL_ROUTING
 from moempi.model.transformer import Layer, Transformer

@@ -28,7 +28,7 @@ from moempi.fitting import fit_costs
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import virtual
 from moempi.observe.console import console
-from moempi.planning.forecast import Deployment, forecast
+from moempi.planning.forecast import Deployment, decode, forecast
 from moempi.runtime.world import World
 from moempi.storage.files import atomic, check_output
 from moempi.storage.initialize import initialize
@@ -123,8 +123,7 @@ def predict_s(shape: RunShape, machine: MachineFile, num_ranks: int) -> float:
     job = _job(shape, Path())
     layout = make_layout(job, MODEL, topology.nodes)
     deployment = Deployment(job, MODEL, layout, _linked(machine, shape.link), topology)
-    rows = shape.sequences / shape.lanes
-    return forecast(deployment, rows=rows, sequences=rows, context=STEPS / 2).seconds(overlap=shape.overlap)
+    return forecast(deployment, decode(STEPS // 2)).seconds(overlap=shape.overlap)
 
 
 def fit(calibration: Sequence[tuple[RunShape, float]], num_ranks: int) -> MachineFile:

@@ -8,13 +8,11 @@ from moempi.config.job import Job
 from moempi.config.placement_file import read_job_placement
 from moempi.config.size import format_size, parse_size
 from moempi.config.tensors import PAGE_ROWS
-from moempi.engine.kv_budget import affordable_pages
 from moempi.errors import ConfigError
 from moempi.layout.grid import Stage
 from moempi.layout.layout import Layout, make_layout
-from moempi.layout.memory import Memory
+from moempi.layout.memory import Memory, affordable_pages, pages_for
 from moempi.layout.placement import Placement
-from moempi.model.kv_cache import pages_for
 from moempi.observe.run_report import LayoutTable, StageRow
 from moempi.storage.weights import WeightFile
 

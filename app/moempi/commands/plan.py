@@ -1,7 +1,7 @@
 """`moempi plan`: the speed of a job, forecast on a machine that a file describes."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from moempi.config.placement_file import read_job_placement
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology, virtual
 from moempi.observe.console import console
-from moempi.planning.forecast import Deployment, Forecast, StageForecast, forecast
+from moempi.planning.forecast import Deployment, Forecast, StageForecast, decode, forecast, prefill
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -42,33 +42,30 @@ def run(chosen: Namespace) -> int:
 
 def forecast_job(
     job: Job, machine: MachineFile, topology: Topology, *, context: int, prompt: int
-) -> Mapping[str, Forecast]:
+) -> Sequence[Forecast]:
     """Forecasts of prefill with prompts of `prompt` tokens, and of decode with `context` tokens in the cache.
 
-    Decode is left out if the job generates nothing. Raises the MoempiErrors that the run would raise for its layout.
+    Decode is left out if the job generates nothing. Raises the MoempiErrors that the run would raise for its layout,
+    and ConfigError if the caches do not fit.
     """
     architecture = architecture_of(job)
     on_gpu = job.run.backend == "cupy"
     layout = make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
     deployment = Deployment(job, architecture, layout, machine, topology)
-    # Prefill: every step is full of prompt tokens, whose mean context is half of their prompt.
-    rows: float = job.run.batch_tokens
-    forecasts = {"prefill": forecast(deployment, rows=rows, sequences=max(1.0, rows / prompt), context=prompt / 2)}
-    # Decode: every slot generates.
-    if job.task == "generate":
-        rows = layout.grid.slots_per_group / job.num_micro_batches
-        forecasts["decode"] = forecast(deployment, rows=rows, sequences=rows, context=context)
-    return forecasts
+    workloads = [prefill(prompt), *([decode(context)] if job.task == "generate" else [])]
+    return [forecast(deployment, workload) for workload in workloads]
 
 
-def _stage_table(forecasts: Mapping[str, Forecast]) -> Table:
+def _stage_table(forecasts: Sequence[Forecast]) -> Table:
     """One row for all adjacent stages with the same forecast."""
-    table = _table("step", "stages", "compute ms", "travel ms", "waiting ms", "overlapped ms")
-    table.caption = "a step: compute, travel of its rows; a step of each lane of a stage: waiting, overlapped"
-    for step, found in forecasts.items():
+    table = _table("step", "stages", "ranks", "compute ms", "travel ms", "waiting ms", "overlapped ms", "limit")
+    table.caption = "a step: compute, travel of its rows; from step to step of a stage: waiting, overlapped"
+    for found in forecasts:
         for name, stage in _equal_stages(found):
             spans = (stage.compute_s, stage.travel_s, stage.waiting_s, stage.overlapped_s)
-            table.add_row(step, name, *(f"{span * 1e3:.3f}" for span in spans))
+            table.add_row(
+                found.workload.name, name, f"{stage.ranks}", *(f"{span * 1e3:.3f}" for span in spans), stage.limit
+            )
     return table
 
 
@@ -81,13 +78,23 @@ def _equal_stages(found: Forecast) -> Iterator[tuple[str, StageForecast]]:
         first = last + 1
 
 
-def _total_table(forecasts: Mapping[str, Forecast]) -> Table:
-    """Tokens a second of the whole job without and with overlap, and the time from a sequence's token to its next."""
-    table = _table("step", "waiting token/s", "overlapped token/s", "gain", "ms a token")
-    for step, found in forecasts.items():
-        waiting, overlapped = (found.tokens_per_s(overlap=overlap) for overlap in (False, True))
-        token_ms = found.seconds(overlap=True) * 1e3
-        table.add_row(step, f"{waiting:,.0f}", f"{overlapped:,.0f}", f"{overlapped / waiting:.2f}", f"{token_ms:.1f}")
+def _total_table(forecasts: Sequence[Forecast]) -> Table:
+    """The speed of the whole job with overlap, and its share of the speed without any wait."""
+    table = _table("step", "token/s", "a rank", "of ideal", "gain", "sequences", "ms a token", "first token s")
+    table.caption = "ideal: the same steps without travel and idle ranks; gain: of overlap"
+    for found in forecasts:
+        overlapped, waiting = (found.tokens_per_s(overlap=overlap) for overlap in (True, False))
+        generates = found.workload.answer > 0
+        table.add_row(
+            found.workload.name,
+            f"{overlapped:,.0f}",
+            f"{overlapped / found.num_ranks:,.1f}",
+            f"{found.ideal_s / found.micro_batch_s(overlap=True):.1%}",
+            f"{overlapped / waiting:.2f}",
+            f"{found.sequences:,.0f}",
+            f"{found.seconds(overlap=True) * 1e3:.1f}" if generates else "",
+            f"{found.first_token_s:.2f}" if found.workload.prompt else "",
+        )
     return table
 
 

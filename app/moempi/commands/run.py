@@ -118,6 +118,7 @@ def _show_layout(chosen: Namespace, job: Job, nodes: Sequence[int]) -> int:
     if chosen.machine:
         machine = read_machine(chosen.machine)
         forecasts = forecast_job(job, machine, Topology(tuple(nodes)), context=layout.context, prompt=layout.context)
-        for step, found in forecasts.items():
-            print_line(f"{step}: about {found.tokens_per_s(overlap=True):,.0f} tokens/s, a forecast for {machine.name}")
+        for found in forecasts:
+            tokens_per_s = found.tokens_per_s(overlap=True)
+            print_line(f"{found.workload.name}: about {tokens_per_s:,.0f} tokens/s, a forecast for {machine.name}")
     return ConfigError.exit_code if layout.refused else 0

@@ -1,8 +1,9 @@
 """machine.toml: achieved, not nominal, performance of a rank and its links; jobs/machines has examples.
 
 `tflops` and `memory_gb_s` are the arithmetic and memory rates of a rank's matrix products. `turn_us` is the host
-overhead per resumption of a lane. `reads_ahead` is true if reading of weights overlaps with arithmetic (GPUs), false if
-it comes first (a CPU whose products pack the weights). `levels` are the links, as in topology.json.
+overhead per resumption of a lane, `memory_gb` the memory of a rank, 0 if unknown. `reads_ahead` is true if reading of
+weights overlaps with arithmetic (GPUs), false if it comes first (a CPU whose products pack the weights). `levels` are
+the links, as in topology.json.
 """
 
 from pathlib import Path
@@ -21,6 +22,7 @@ class MachineFile(Struct, frozen=True, forbid_unknown_fields=True):
     tflops: Rate
     memory_gb_s: Rate
     levels: tuple[Level, ...]
+    memory_gb: Cost = 0.0
     turn_us: Cost = 0.0
     reads_ahead: bool = True
 

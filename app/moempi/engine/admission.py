@@ -11,7 +11,7 @@ from moempi.engine.chat import ChatText
 from moempi.engine.request import Request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
-from moempi.model.kv_cache import pages_for
+from moempi.layout.memory import pages_for
 from moempi.storage.prompts import Prompt
 
 NO_CHATS: Mapping[int, ChatText] = {}

@@ -13,7 +13,7 @@ from moempi.config.job import BalanceSection
 from moempi.engine.lane import Lane
 from moempi.engine.request import Request
 from moempi.engine.tasks import Score
-from moempi.model.kv_cache import pages_for
+from moempi.layout.memory import pages_for
 from moempi.model.router_balance import (
     MODEL_ROUTING,
     BiasPolicy,

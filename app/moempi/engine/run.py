@@ -24,7 +24,7 @@ from moempi.config.recommended import KEYS
 from moempi.engine.admission import make_requests, refuse_too_long
 from moempi.engine.balance import quality_cost
 from moempi.engine.chat import ChatText, render_chats, template_day
-from moempi.engine.kv_budget import affordable_pages, useful_pages
+from moempi.engine.kv_budget import useful_pages
 from moempi.engine.lane import LaneContext
 from moempi.engine.lanes import make_lanes
 from moempi.engine.load import Loading, load_model
@@ -39,6 +39,7 @@ from moempi.engine.tasks import Generate, Score, Task
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.engine.warm_up import warm_up
 from moempi.errors import MoempiError
+from moempi.layout.memory import affordable_pages
 from moempi.model.transformer import Transformer
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress

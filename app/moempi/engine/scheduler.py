@@ -6,7 +6,7 @@ from itertools import accumulate, islice, takewhile
 from time import perf_counter
 
 from moempi.engine.request import Request
-from moempi.model.kv_cache import pages_for
+from moempi.layout.memory import pages_for
 
 Work = tuple[Request, int]
 """A request, and its number of rows in a step."""

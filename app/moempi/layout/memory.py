@@ -4,8 +4,13 @@ from dataclasses import dataclass
 from math import prod
 
 from moempi.config.architecture import Architecture
-from moempi.config.job import Job
+from moempi.config.job import Job, RunSection
+from moempi.config.size import format_size, parse_size
 from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tensors
+from moempi.errors import ConfigError
+
+CACHE_SHARE = 0.8
+"""Share of the memory left beside weights and rows; the rest is for MPI, the interpreter and temporary arrays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +58,27 @@ def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bo
     routed = experts.router.top_k * (hidden * experts.width + rows * architecture.width) + 3 * experts.shared_width
     feed_forward = max(3 * architecture.dense_width, routed) // tensor
     return 4 * architecture.width + max(attention, feed_forward)
+
+
+def pages_for(capacity: int) -> int:
+    """Number of pages for `capacity` positions."""
+    return -(-capacity // PAGE_ROWS)
+
+
+def affordable_pages(run: RunSection, memory: Memory, *, available: int) -> int:
+    """Pages that a rank with `available` bytes can allocate for each group that it computes for.
+
+    Raises ConfigError, with all sizes, if there is no memory for one page.
+    """
+    if run.kv_memory == "auto":
+        allowed = int((available - memory.weights - memory.rows) * CACHE_SHARE)
+    else:
+        allowed = parse_size(run.kv_memory)
+    pages = allowed // (memory.page * memory.groups)
+    if pages < 1:
+        raise ConfigError(
+            f"no room for the cache: weights {format_size(memory.weights)}, rows {format_size(memory.rows)}, "
+            f"a page {format_size(memory.page * memory.groups)}, memory {format_size(available)}, "
+            f"run.kv_memory {run.kv_memory}; use more ranks or stages, or lower run.batch_tokens"
+        )
+    return pages

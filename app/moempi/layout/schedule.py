@@ -49,14 +49,15 @@ def step_points(
 class LaneOrder:
     """The order in which lanes are resumed that take steps through the points of `step`.
 
-    Lanes are resumed in rotation, but a lane whose rows have not arrived is passed over. Steps begin and end in the
-    same order on all ranks: a lane leaves the points before the first layer, and the last point of a step, after the
-    lane before it did. Without `overlap`, a lane takes a whole step before another lane is resumed. Every lane begins
-    at the last point.
+    The lane whose step began first is resumed first, unless its rows have not arrived: so a micro-batch is not held up
+    by those behind it, and they spread over the stages of a pipeline. Steps begin and end in the same order on all
+    ranks: a lane leaves the points before the first layer, and the last point of a step, after the lane before it did.
+    Without `overlap`, a lane takes a whole step before another lane is resumed. Every lane begins at the last point.
     """
 
     def __init__(self, num_lanes: int, step: Sequence[Point], *, overlap: bool = True) -> None:
         self._first_point = step[0] if step[0] in BEGIN_POINTS else None
+        self._last_point = step[-1]
         self._running = list(range(num_lanes))
         self._points = [step[-1]] * num_lanes
         self._next_to_leave = dict.fromkeys((*BEGIN_POINTS, step[-1]), 0)
@@ -69,9 +70,10 @@ class LaneOrder:
 
         Empty only if all lanes have ended.
         """
-        first = self._resumed if self._in_step else self._following(self._resumed)
         if not self._overlap:
+            first = self._resumed if self._in_step else self._following(self._resumed)
             return [first] if self._running else []
+        first = self._next_to_leave[self._last_point]
         rotation = [lane for lane in self._running if lane >= first] + [lane for lane in self._running if lane < first]
         return [lane for lane in rotation if self._next_to_leave.get(self._points[lane], lane) == lane]
 

@@ -8,12 +8,7 @@ from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend, Cache, Segment
 from moempi.comm.batch import Batch
 from moempi.config.architecture import AttentionShape
-from moempi.config.tensors import PAGE_ROWS
-
-
-def pages_for(capacity: int) -> int:
-    """Number of pages for `capacity` positions."""
-    return -(-capacity // PAGE_ROWS)
+from moempi.layout.memory import pages_for
 
 
 class KVCache:

@@ -1,52 +1,164 @@
-"""Forecast of a job's throughput on a machine that need not exist: tokens per second and the limiting stage. Pure."""
+"""Forecast of a job on a machine that need not exist: whether it fits, its speed, and what limits each stage. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil, inf
+from typing import NamedTuple
+
+from msgspec import structs
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
+from moempi.config.size import format_size, parse_size
+from moempi.errors import ConfigError
 from moempi.layout.layout import Layout
+from moempi.layout.memory import affordable_pages, pages_for
 from moempi.layout.topology import Topology
+from moempi.planning.pipeline import step_ends_s
 from moempi.planning.simulate import Phase, overlapped_s, waiting_s
 from moempi.planning.step_cost import StepCosts, StepLoad
+
+FILLING_ROUNDS, MEASURED_ROUNDS = 1, 1
+"""Rounds of all micro-batches in virtual time before those that are measured, and those."""
+EXPOSED = 1.05
+"""A stage is limited by latency if a step takes more than this times its compute and link time."""
+
+
+class Workload(NamedTuple):
+    """What a job computes: sequences of a prompt of `prompt` tokens, then `answer` tokens; `cached` are in its cache.
+
+    A step of it is full of prompt tokens if there is no answer, of generated tokens if there is no prompt, and of both
+    in their proportion otherwise.
+    """
+
+    name: str
+    prompt: float
+    answer: float
+    cached: int
+
+    def load(self, slots: float, batch_tokens: int) -> StepLoad:
+        """A step of a micro-batch that has `slots` sequences in a group."""
+        if not self.answer:
+            rows = min(batch_tokens, slots * self.prompt)
+            return StepLoad(rows, max(1.0, rows / self.prompt), self.prompt / 2)
+        rows = min(batch_tokens, slots * (1 + self.prompt / self.answer))
+        generated = rows * self.answer / (self.answer + self.prompt)
+        from_prompts = rows - generated
+        context = self.prompt + self.answer / 2 if self.prompt else self.cached
+        sequences = generated + (from_prompts / self.prompt if self.prompt else 0.0)
+        mean = (generated * context + from_prompts * self.prompt / 2) / rows
+        return StepLoad(rows, sequences, mean, cached=context)
+
+
+def prefill(prompt: int) -> Workload:
+    """Prompts of `prompt` tokens, and no answers."""
+    return Workload("prefill", prompt, 0, prompt)
+
+
+def decode(context: int) -> Workload:
+    """Answers only, with `context` tokens in the cache of each sequence."""
+    return Workload("decode", 0, 1, context)
+
+
+def mixed(prompt: int, answer: int) -> Workload:
+    """Prompts of `prompt` tokens and their answers of `answer` tokens."""
+    return Workload("mixed", prompt, answer, prompt + answer)
 
 
 @dataclass(frozen=True, slots=True)
 class StageForecast:
-    """A stage: compute and transfer seconds of one step.
+    """A stage of `ranks` ranks: the seconds of one step on its busiest rank, and their parts.
 
-    `waiting_s` and `overlapped_s` are the seconds for one step of each of the stage's lanes, without and with overlap.
+    `arithmetic_s` is the compute time if memory were free, `memory_s` if arithmetic were, `host_s` the host's overhead.
+    `waiting_s` and `overlapped_s` are the seconds between the steps of its lanes, without and with overlap.
     """
 
+    ranks: int
     compute_s: float
+    arithmetic_s: float
+    memory_s: float
+    host_s: float
+    link_s: float
     travel_s: float
     waiting_s: float
     overlapped_s: float
 
+    @property
+    def limit(self) -> str:
+        """What takes most of an overlapped step: arithmetic, memory, link, host, or latency that no lane hides."""
+        if self.overlapped_s > EXPOSED * max(self.compute_s, self.link_s):
+            return "latency"
+        parts = {"arithmetic": self.arithmetic_s, "memory": self.memory_s, "link": self.link_s, "host": self.host_s}
+        return max(parts, key=lambda name: parts[name])
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Forecast:
-    """One step of every micro-batch: `tokens` of all of them go through all `stages`.
+    """The steps of a workload: each micro-batch has `tokens` tokens, and `in_flight` of them are in the pipeline.
 
-    Each lane of a stage takes `steps_per_lane` of the steps, on the average.
+    `steps` are the phases of a step on each stage, `lanes` the lanes of a stage, `sequences` those of all groups.
     """
 
+    workload: Workload
     tokens: float
-    steps_per_lane: float
+    sequences: float
+    in_flight: int
+    lanes: int
     stages: Sequence[StageForecast]
+    steps: Sequence[Sequence[Phase]]
+
+    def micro_batch_s(self, *, overlap: bool) -> float:
+        """Seconds between the steps of consecutive micro-batches, in a full pipeline."""
+        return self._overlapped_s if overlap else max(self._waiting_round_s / self.in_flight, self._longest_waiting_s)
 
     def seconds(self, *, overlap: bool) -> float:
-        """Seconds from one step of a micro-batch to its next, with the steps of all others in between.
-
-        The limit of a pipeline is its slowest stage, or the latency through all stages for too few micro-batches.
-        """
-        of_stages = [stage.overlapped_s if overlap else stage.waiting_s for stage in self.stages]
-        return max(self.steps_per_lane * max(of_stages), sum(of_stages))
+        """Seconds from one step of a micro-batch to its next, with the steps of all others in between."""
+        return self.in_flight * self.micro_batch_s(overlap=overlap)
 
     def tokens_per_s(self, *, overlap: bool) -> float:
         """Tokens of all micro-batches per second."""
-        return self.tokens / self.seconds(overlap=overlap)
+        return self.tokens / self.micro_batch_s(overlap=overlap)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of all stages."""
+        return sum(stage.ranks for stage in self.stages)
+
+    @property
+    def ideal_s(self) -> float:
+        """Seconds between micro-batches if no rank waited: the mean compute time of all ranks."""
+        return sum(stage.ranks * stage.compute_s for stage in self.stages) / self.num_ranks
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from the first step of a prompt to the token after it, in a full pipeline."""
+        prompt_of_step = self.tokens * self.workload.prompt / (self.workload.prompt + self.workload.answer)
+        sequences = max(1.0, self.sequences / self.in_flight)
+        steps = ceil(sequences * self.workload.prompt / prompt_of_step) if prompt_of_step else 1
+        return steps * self.seconds(overlap=True)
+
+    @cached_property
+    def _overlapped_s(self) -> float:
+        """A pipeline whose lanes are all busy is as fast as its slowest stage; one with less work is simulated."""
+        slowest = max(stage.overlapped_s for stage in self.stages)
+        if self.in_flight >= self.lanes * len(self.stages):
+            return slowest
+        rounds = FILLING_ROUNDS + MEASURED_ROUNDS
+        ends = step_ends_s(
+            self.steps, lanes=self.lanes, in_flight=self.in_flight, num_steps=rounds * self.in_flight + 1
+        )
+        first = FILLING_ROUNDS * self.in_flight
+        return max(slowest, float(ends[-1] - ends[first]) / (MEASURED_ROUNDS * self.in_flight))
+
+    @property
+    def _waiting_round_s(self) -> float:
+        return sum(stage.waiting_s for stage in self.stages)
+
+    @property
+    def _longest_waiting_s(self) -> float:
+        return max(stage.waiting_s for stage in self.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,42 +171,131 @@ class Deployment:
     machine: MachineFile
     topology: Topology
 
+    @property
+    def memory(self) -> float:
+        """Bytes of a rank's memory; infinite if neither job nor machine says it."""
+        stated = self.job.topology.rank_memory
+        return parse_size(stated) if stated != "auto" else self.machine.memory_gb * 1e9 or inf
 
-def forecast(deployment: Deployment, *, rows: float, sequences: float, context: float) -> Forecast:
-    """Forecast steps: every micro-batch has `rows` rows of `sequences` sequences in each group of the first stage.
 
-    Each row attends to `context` positions.
+def forecast(deployment: Deployment, workload: Workload) -> Forecast:
+    """Forecast steps of a workload in which every slot that a step can use has a sequence.
+
+    Raises ConfigError, with bytes and with what would fit, if a rank has too little memory for weights, rows or caches.
     """
     grid, job = deployment.layout.grid, deployment.job
-    stages = []
+    slots = grid.slots_per_group / job.num_micro_batches
+    load = workload.load(slots, job.run.batch_tokens)
+    in_use = slots if workload.answer else load.sequences
+    _require_memory(deployment, ceil(in_use * job.num_micro_batches), workload.cached)
+    known: dict[object, tuple[StageForecast, Sequence[Phase]]] = {}
+    found = []
     for index in range(len(grid.stages)):
-        groups = grid.num_groups(0) / grid.num_groups(index)
-        phases = _phases(deployment, index, StepLoad(rows * groups, sequences * groups, context))
-        stages.append(
-            StageForecast(
-                compute_s=sum(phase.compute_s + phase.beside_s for phase in phases),
-                travel_s=sum(phase.travel_s for phase in phases),
-                waiting_s=waiting_s(phases, lanes=job.lanes),
-                overlapped_s=overlapped_s(phases, lanes=job.lanes),
-            )
+        key = _signature(deployment, index)
+        if key not in known:
+            known[key] = _stage(deployment, index, load)
+        found.append(known[key])
+    groups = grid.num_groups(0)
+    return Forecast(
+        workload=workload,
+        tokens=load.rows * groups,
+        sequences=in_use * groups * job.num_micro_batches,
+        in_flight=job.num_micro_batches,
+        lanes=job.lanes,
+        stages=[stage for stage, _ in found],
+        steps=[phases for _, phases in found],
+    )
+
+
+def fitting_sequences(deployment: Deployment, tokens: int) -> tuple[int, int]:
+    """How many sequences of `tokens` tokens a group of the first stage can have, and the stage that limits them."""
+    pages = [
+        affordable_pages(deployment.job.run, memory, available=int(deployment.memory))
+        for memory in deployment.layout.memory
+    ]
+    return min(pages) // pages_for(tokens), pages.index(min(pages))
+
+
+def _require_memory(deployment: Deployment, sequences: int, tokens: int) -> None:
+    """Raise ConfigError if weights, rows and the caches of these sequences of a group exceed a rank's memory."""
+    if deployment.memory == inf:
+        return
+    fitting, stage = fitting_sequences(deployment, tokens)
+    memory = deployment.layout.memory[stage]
+    needed = memory.weights + memory.rows + sequences * pages_for(tokens) * memory.page * memory.groups
+    if sequences > fitting or needed > deployment.memory:
+        raise ConfigError(
+            f"{sequences:,} sequences of {tokens:,} tokens in a group need {format_size(needed)} on a rank of stage "
+            f"{stage}, which has {format_size(deployment.memory)}; {fitting:,} fit: lower run.max_sequences, or "
+            "raise run.kv_memory"
         )
-    tokens = rows * grid.num_groups(0) * job.num_micro_batches
-    return Forecast(tokens, job.num_micro_batches / job.lanes, stages)
 
 
-def _phases(deployment: Deployment, index: int, load: StepLoad) -> list[Phase]:
+def _signature(deployment: Deployment, index: int) -> object:
+    """Stages with equal signatures take equal times."""
+    grid, architecture = deployment.layout.grid, deployment.architecture
+    stage = grid.stages[index]
+    kinds = tuple((architecture.is_moe(layer), architecture.window(layer)) for layer in stage.layers)
+    following = grid.stages[(index + 1) % len(grid.stages)]
+    link = int(deployment.topology.levels(stage.ranks.start)[following.ranks.start])
+    nodes = deployment.topology.subset(stage.ranks).nodes
+    return kinds, nodes, link, _hosted(deployment, index), index == 0, index == len(grid.stages) - 1
+
+
+def _hosted(deployment: Deployment, index: int) -> int:
+    """Experts of a layer on the rank of a stage that has the most."""
+    placements = deployment.layout.placements[index].values()
+    return max((len(experts) for placement in placements for experts in placement.hosted), default=0)
+
+
+def _stage(deployment: Deployment, index: int, load: StepLoad) -> tuple[StageForecast, Sequence[Phase]]:
+    """The forecast of a stage, and the phases of one of its steps, if a group of the first stage has this load."""
+    grid, lanes = deployment.layout.grid, deployment.job.lanes
+    groups = grid.num_groups(0) / grid.num_groups(index)
+    own_load = replace(load, rows=load.rows * groups, sequences=load.sequences * groups)
+    machine = deployment.machine
+    phases, free_memory, free_arithmetic = (
+        _phases(deployment, index, own_load, other)
+        for other in (
+            machine,
+            _with(machine, memory_gb_s=inf, turn_us=0.0),
+            _with(machine, tflops=inf, turn_us=0.0),
+        )
+    )
+    stage = StageForecast(
+        ranks=len(grid.stages[index].ranks),
+        compute_s=_compute_s(phases),
+        arithmetic_s=_compute_s(free_memory),
+        memory_s=_compute_s(free_arithmetic),
+        host_s=len(phases) * machine.turn_us * 1e-6,
+        link_s=sum(phase.link_s for phase in phases),
+        travel_s=sum(phase.travel_s for phase in phases),
+        waiting_s=waiting_s(phases, lanes=1),
+        overlapped_s=overlapped_s(phases, lanes=lanes) / lanes,
+    )
+    return stage, phases
+
+
+def _with(machine: MachineFile, **changes: float) -> MachineFile:
+    return structs.replace(machine, **changes)
+
+
+def _compute_s(phases: Sequence[Phase]) -> float:
+    return sum(phase.compute_s + phase.beside_s for phase in phases)
+
+
+def _phases(deployment: Deployment, index: int, load: StepLoad, machine: MachineFile) -> list[Phase]:
     """The phases of one step in stage `index`."""
     stages = deployment.layout.grid.stages
     stage, following = stages[index], stages[(index + 1) % len(stages)]
-    placements = deployment.layout.placements[index].values()
     value_bytes = 2 if deployment.job.run.precision == "bfloat16" else 4
     costs = StepCosts(
-        deployment.machine,
+        machine,
         deployment.architecture,
         deployment.topology.subset(stage.ranks),
         tensor=deployment.layout.grid.tensor,
         hops=deployment.job.exchange.hops,
-        hosted=max((len(experts) for placement in placements for experts in placement.hosted), default=0),
+        hosted=_hosted(deployment, index),
         row_bytes=deployment.architecture.width * value_bytes,
         value_bytes=value_bytes,
         stage_link_level=int(deployment.topology.levels(stage.ranks.start)[following.ranks.start]),

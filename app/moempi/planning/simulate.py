@@ -4,7 +4,7 @@ The host computes for one lane at a time, in the order of the schedule. A rank's
 another, in the order in which they start. A lane is resumed when its transfer has arrived.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
@@ -15,7 +15,6 @@ from moempi.layout.schedule import LaneOrder, Point
 
 WARM_UP_STEPS = 8
 MEASURED_STEPS = 16
-NO_LANE = -1
 
 
 class Transmission(NamedTuple):
@@ -50,6 +49,53 @@ class Phase:
         return sum(one.link_s for one in (*self.transmissions, *([self.sent] if self.sent else [])))
 
 
+class VirtualStage:
+    """One rank of a stage in virtual time: its host, its link and its lanes, all at the last point of a step at 0 s.
+
+    A lane waits at every point until its transfer has arrived. If the stage is `fed`, what arrives at the first point
+    of a step is another stage's: `feed` says when.
+    """
+
+    def __init__(self, phases: Sequence[Phase], *, lanes: int, fed: bool = False) -> None:
+        self.host_s = 0.0
+        self._phases = phases
+        self._fed = fed
+        self._order = LaneOrder(lanes, [phase.point for phase in phases])
+        self._link = _Link(lanes)
+        self._at = [-1] * lanes
+
+    def feed(self, lane: int, at_s: float) -> None:
+        """What a lane waits for at its first point arrives at this time."""
+        self._link.arrivals[lane] = at_s
+
+    def next_s(self) -> float:
+        """When a lane is resumed next; infinite if all lanes wait for another stage."""
+        return max(self.host_s, self._link.first_arrival(self._order.candidates()))
+
+    def resume(self, scale: Callable[[int, Phase], float] | None = None) -> tuple[int, bool, float]:
+        """Resume a lane up to its next point: the lane, whether it has begun a step, and when what it sent arrives.
+
+        scale(lane, phase) multiplies the phase's computing. Without a `sent` the last value is the host's time.
+        """
+        at_s = self.next_s()
+        self._link.advance(at_s)
+        lane = next(lane for lane in self._order.candidates() if self._link.arrivals[lane] <= at_s)
+        self._order.resume(lane)
+        self._at[lane] = (self._at[lane] + 1) % len(self._phases)
+        phase, begins = self._phases[self._at[lane]], self._at[lane] == 0
+        factor = scale(lane, phase) if scale else 1.0
+        self._order.wait(lane, phase.point)
+        sent_s = self.host_s = at_s + phase.compute_s * factor
+        if not (begins and self._fed):
+            self._link.start(lane, self.host_s, phase.transmissions)
+        else:
+            self._link.arrivals[lane] = inf
+        if phase.sent is not None:
+            sent_s = self._link.send(self.host_s, phase.sent)
+        self.host_s += phase.beside_s * factor
+        return lane, begins, sent_s
+
+
 class _Link:
     """The link of a rank, and the transfers of its lanes: at most one of each lane at a time."""
 
@@ -61,9 +107,13 @@ class _Link:
 
     def start(self, lane: int, at: float, transmissions: Sequence[Transmission]) -> None:
         """Start a transfer of a lane; its arrival is infinite until `advance` has found it."""
-        if lane != NO_LANE:
-            self.arrivals[lane] = inf
+        self.arrivals[lane] = inf
         heappush(self._events, (at, next(self._order), lane, transmissions))
+
+    def send(self, at: float, transmission: Transmission) -> float:
+        """Send what no lane waits for; its arrival."""
+        self.advance(at)
+        return self._carry(at, transmission)
 
     def advance(self, until: float) -> None:
         """Find all arrivals up to a time before which every transfer has been started."""
@@ -80,11 +130,15 @@ class _Link:
         at, _, lane, transmissions = heappop(self._events)
         if transmissions:
             transmission, *later = transmissions
-            if transmission.link_s:
-                at = self._free_at = max(at, self._free_at) + transmission.link_s
-            self.start(lane, at + transmission.latency_s, later)
-        elif lane != NO_LANE:
+            self.start(lane, self._carry(at, transmission), later)
+        else:
             self.arrivals[lane] = at
+
+    def _carry(self, at: float, transmission: Transmission) -> float:
+        """Occupy the link with a transmission that starts at this time; its arrival."""
+        if transmission.link_s:
+            at = self._free_at = max(at, self._free_at) + transmission.link_s
+        return at + transmission.latency_s
 
 
 def waiting_s(phases: Sequence[Phase], *, lanes: int) -> float:
@@ -99,23 +153,9 @@ def overlapped_s(phases: Sequence[Phase], *, lanes: int) -> float:
     lane is within its step differs between begin and end of them, so the time is at least that of compute and link.
     """
     compute_s, link_s = sum(phase.compute_s + phase.beside_s for phase in phases), sum(phase.link_s for phase in phases)
-    order, link, host_s = LaneOrder(lanes, [phase.point for phase in phases]), _Link(lanes), 0.0
-    index, steps, begins = [-1] * lanes, 0, []
-    while steps <= (WARM_UP_STEPS + MEASURED_STEPS) * lanes:
-        candidates = order.candidates()
-        link.advance(host_s)
-        host_s = max(host_s, link.first_arrival(candidates))
-        lane = next(lane for lane in candidates if link.arrivals[lane] <= host_s)
-        order.resume(lane)
-        index[lane] = (index[lane] + 1) % len(phases)
-        phase = phases[index[lane]]
-        order.wait(lane, phase.point)
-        host_s += phase.compute_s
-        link.start(lane, host_s, phase.transmissions)
-        if phase.sent is not None:
-            link.start(NO_LANE, host_s, [phase.sent])
-        host_s += phase.beside_s
-        if index[lane] == 0:
-            steps += 1
-            begins.append(host_s)
+    stage, begins = VirtualStage(phases, lanes=lanes), list[float]()
+    while len(begins) <= (WARM_UP_STEPS + MEASURED_STEPS) * lanes:
+        _, has_begun, _ = stage.resume()
+        if has_begun:
+            begins.append(stage.host_s)
     return max((begins[-1] - begins[WARM_UP_STEPS * lanes]) / MEASURED_STEPS, lanes * compute_s, lanes * link_s)

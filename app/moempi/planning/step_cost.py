@@ -8,7 +8,7 @@ measurements.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import ceil, comb, log2, prod
+from math import ceil, comb, inf, log2, prod
 
 import numpy as np
 
@@ -37,11 +37,15 @@ DISPATCH, COMBINE = EXCHANGE_PHASES
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
-    """One lane's step in one data parallel group: `rows` of `sequences`, each row attending to `context` positions."""
+    """One lane's step in one data parallel group: `rows` of `sequences`, each row attending to `context` positions.
+
+    `cached` positions are read from the cache of each sequence; 0 stands for `context`.
+    """
 
     rows: float
     sequences: float
     context: float
+    cached: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +148,11 @@ class StepCosts:
     def _attention(self, layer: int, load: StepLoad) -> float:
         heads = self.architecture.attention
         window = self.architecture.window(layer)
-        context = min(load.context, window) if window else load.context
+        context, read = (min(positions, window or inf) for positions in (load.context, load.cached or load.context))
         dims = heads.cached_dim + heads.latent.key_value_rank if heads.latent else heads.head_dim + heads.value_dim
         flops = 2 * load.rows * context * heads.num_heads * dims / self.tensor
         cached = heads.cached_values / (1 if heads.latent else self.tensor)
-        core_s = self._roofline(flops, load.sequences * context * cached * self.value_bytes)
+        core_s = self._roofline(flops, load.sequences * read * cached * self.value_bytes)
         return core_s + self._products(layer, f"{layer_path(layer)}/attention", load.rows)
 
     def _dense(self, layer: int, load: StepLoad) -> float:
