@@ -153,10 +153,13 @@ def test_plan_forecasts_the_mission_and_refuses_impossible_layouts():
     assert (refused.code, len(refused.lines)) == (78, 1)
     missing = moempi("plan", "jobs/mission.toml", "--machine", "nothing.toml", "--ranks", "8")
     assert (missing.code, len(missing.lines)) == (66, 1)
+    too_many = moempi(*plan, "--ranks", "3904", "--set", "run.max_sequences=32768")
+    assert (too_many.code, len(too_many.lines)) == (78, 1)
 
 
 def test_a_dry_run_says_what_fits_and_forecasts_in_80_columns():
     dry = ("run", "jobs/mission.toml", "--dry-run", "--world", "3904", "--ranks-per-node", "8", "--context", "4096")
+    dry += ("--set", "run.max_sequences=64", "--set", "run.kv_memory=auto")  # a sequence of each micro-batch
     roomy = moempi(*dry, "--machine", "jobs/machines/mission-h100.toml")
     assert roomy.code == 0, roomy.err
     lines = roomy.out.splitlines()
@@ -166,8 +169,8 @@ def test_a_dry_run_says_what_fits_and_forecasts_in_80_columns():
     assert all("tokens/s, a forecast for H100" in line for line in lines[-2:])
     rows = [line.split() for line in lines if "8.00 KiB" in line]
     assert len(rows) == 4
-    assert {row[-3] for row in rows} == {"122"}  # each of two micro-batches a stage has a sequence
-    tight = moempi(*dry, "--set", "topology.rank_memory=2.5GB")
+    assert {row[-3] for row in rows} == {"64"}
+    tight = moempi(*dry, "--set", "topology.rank_memory=3GB")
     assert tight.code == 0, tight.err
     first, *others = [int(line.split()[-3]) for line in tight.out.splitlines() if "8.00 KiB" in line]
     assert 0 < first < min(others) <= max(others) < int(rows[0][-3])

@@ -84,7 +84,7 @@ def _total_table(forecasts: Sequence[Forecast]) -> Table:
     table.caption = "ideal: the same steps without travel and idle ranks; gain: of overlap"
     for found in forecasts:
         overlapped, waiting = (found.tokens_per_s(overlap=overlap) for overlap in (True, False))
-        generates = found.workload.answer > 0
+        generates = found.workload.output > 0
         table.add_row(
             found.workload.name,
             f"{overlapped:,.0f}",

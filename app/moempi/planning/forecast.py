@@ -27,44 +27,44 @@ EXPOSED = 1.05
 
 
 class Workload(NamedTuple):
-    """What a job computes: sequences of a prompt of `prompt` tokens, then `answer` tokens; `cached` are in its cache.
+    """What a job computes: sequences of a prompt of `prompt` tokens, then `output` tokens; `cached` are in its cache.
 
-    A step of it is full of prompt tokens if there is no answer, of generated tokens if there is no prompt, and of both
+    A step of it is full of prompt tokens if there is no output, of generated tokens if there is no prompt, and of both
     in their proportion otherwise.
     """
 
     name: str
     prompt: float
-    answer: float
+    output: float
     cached: int
 
     def load(self, slots: float, batch_tokens: int) -> StepLoad:
         """A step of a micro-batch that has `slots` sequences in a group."""
-        if not self.answer:
+        if not self.output:
             rows = min(batch_tokens, slots * self.prompt)
             return StepLoad(rows, max(1.0, rows / self.prompt), self.prompt / 2)
-        rows = min(batch_tokens, slots * (1 + self.prompt / self.answer))
-        generated = rows * self.answer / (self.answer + self.prompt)
+        rows = min(batch_tokens, slots * (1 + self.prompt / self.output))
+        generated = rows * self.output / (self.output + self.prompt)
         from_prompts = rows - generated
-        context = self.prompt + self.answer / 2 if self.prompt else self.cached
+        context = self.prompt + self.output / 2 if self.prompt else self.cached
         sequences = generated + (from_prompts / self.prompt if self.prompt else 0.0)
         mean = (generated * context + from_prompts * self.prompt / 2) / rows
         return StepLoad(rows, sequences, mean, cached=context)
 
 
 def prefill(prompt: int) -> Workload:
-    """Prompts of `prompt` tokens, and no answers."""
+    """Prompts of `prompt` tokens, and no outputs."""
     return Workload("prefill", prompt, 0, prompt)
 
 
 def decode(context: int) -> Workload:
-    """Answers only, with `context` tokens in the cache of each sequence."""
+    """Outputs only, with `context` tokens in the cache of each sequence."""
     return Workload("decode", 0, 1, context)
 
 
-def mixed(prompt: int, answer: int) -> Workload:
-    """Prompts of `prompt` tokens and their answers of `answer` tokens."""
-    return Workload("mixed", prompt, answer, prompt + answer)
+def mixed(prompt: int, output: int) -> Workload:
+    """Prompts of `prompt` tokens and their outputs of `output` tokens."""
+    return Workload("mixed", prompt, output, prompt + output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class Forecast:
     @property
     def first_token_s(self) -> float:
         """Seconds from the first step of a prompt to the token after it, in a full pipeline."""
-        prompt_of_step = self.tokens * self.workload.prompt / (self.workload.prompt + self.workload.answer)
+        prompt_of_step = self.tokens * self.workload.prompt / (self.workload.prompt + self.workload.output)
         sequences = max(1.0, self.sequences / self.in_flight)
         steps = ceil(sequences * self.workload.prompt / prompt_of_step) if prompt_of_step else 1
         return steps * self.seconds(overlap=True)
@@ -186,7 +186,7 @@ def forecast(deployment: Deployment, workload: Workload) -> Forecast:
     grid, job = deployment.layout.grid, deployment.job
     slots = grid.slots_per_group / job.num_micro_batches
     load = workload.load(slots, job.run.batch_tokens)
-    in_use = slots if workload.answer else load.sequences
+    in_use = slots if workload.output else load.sequences
     _require_memory(deployment, ceil(in_use * job.num_micro_batches), workload.cached)
     known: dict[object, tuple[StageForecast, Sequence[Phase]]] = {}
     found = []
