@@ -28,7 +28,8 @@ lock "$work/all.txt" $(printf -- '--extra %s\n' $extras | grep -v cuda12)
 grep -v '^cuda-toolkit==' "$work/all.txt" >"$work/all-but-cuda.txt"
 
 lock jobs/lock/moempi.txt --generate-hashes --constraints "$work/all.txt" "$@"
-shared=$(sed -n 's/^\([^ #=]*\)==.*/--no-emit-package \1/p' jobs/lock/moempi.txt)
+# Without what moempi needs on other systems only: an extra may need it on Linux.
+shared=$(sed -n "/ ; sys_platform == /d;s/^\([^ #=]*\)==.*/--no-emit-package \1/p" jobs/lock/moempi.txt)
 for extra in $extras; do
     versions=$work/all.txt
     [ "$extra" != cuda12 ] || versions=$work/all-but-cuda.txt

@@ -35,7 +35,7 @@ echo "setup: installing moempi with $(echo "$extras" | paste -sd ' ') into .venv
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 if [ "${sum#unlocked}" = "$sum" ]; then
     # shellcheck disable=SC2046,SC2086 # a list of options
-    pip --require-hashes --only-binary :all: $(printf -- '-r jobs/lock/%s.txt\n' moempi $extras)
+    pip --require-hashes --no-deps --only-binary :all: $(printf -- '-r jobs/lock/%s.txt\n' moempi $extras)
     pip --no-deps --no-build-isolation --editable .
 else
     pip --editable ".[$(echo "$extras" | paste -sd ,)]"

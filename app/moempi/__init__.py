@@ -8,4 +8,16 @@ A lane is a slot of a stage in which micro-batches follow each other, with commu
 has several lanes, so that one computes while the rows of others are on the network.
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_LAZY = {"LLM": "moempi.api.llm", "SamplingParams": "moempi.api.sampling_params"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what scripts use when they use it: commands do not wait for it."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

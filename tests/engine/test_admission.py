@@ -93,11 +93,11 @@ TOO_LONG = "the prompt has {} tokens, the model has 8 positions"
     [
         ("generate", POSITIONS - 1, ""),
         ("generate", POSITIONS, TOO_LONG.format(8)),
-        ("score", POSITIONS, ""),
-        ("score", POSITIONS + 1, TOO_LONG.format(9)),
+        ("score", POSITIONS + 1, ""),
+        ("score", POSITIONS + 2, TOO_LONG.format(10)),
     ],
 )
-def test_a_generated_token_needs_a_position_and_a_scored_prompt_may_fill_all(task, length, error):
+def test_a_generated_token_needs_a_position_and_the_last_token_of_a_scored_prompt_none(task, length, error):
     request = admit(make_prompt(tokens=[5] * length), task=task)
     assert (request.finish, request.error) == ("error" if error else None, error)
 

@@ -77,14 +77,13 @@ def test_every_grid_balances(comm, tmp_path, monkeypatch):
 
 
 @pytest.mark.ranks(1)
-def test_a_sample_that_would_need_another_page_is_left_out(comm, tmp_path):
+def test_a_sample_that_fills_its_pages_is_scored_again_in_them(comm, tmp_path):
     initialize(ARCHITECTURE, tmp_path / "weights.h5", seed=4)
-    for length, measured in ((PAGE_ROWS - 5, False), (PAGE_ROWS - 9, True)):
-        (tmp_path / "prompts.jsonl").write_text(f'{{"tokens": {[1] * length}}}')
-        job = job_of(tmp_path, f"page{length}", "bias", {})
-        assert run_job(job, job_text="", world=World(comm), stop=Stop(), strict=True) == 0
-        with h5py.File(tmp_path / f"page{length}.h5") as results:
-            assert np.isfinite(results["balance/logprob_change"][...]).all() == measured
+    (tmp_path / "prompts.jsonl").write_text(f'{{"tokens": {[1] * (PAGE_ROWS - 5)}}}')  # and 6 tokens, the last in none
+    job = job_of(tmp_path, "full", "bias", {})
+    assert run_job(job, job_text="", world=World(comm), stop=Stop(), strict=True) == 0
+    with h5py.File(job.output.results) as results:
+        assert np.isfinite(results["balance/logprob_change"][...]).all()
 
 
 def watch_steps(monkeypatch):

@@ -31,8 +31,8 @@ def generate_text(text, *, limit=100, **sampling):
 # The cache and the next tokens
 
 
-@pytest.mark.parametrize(("length", "limit", "positions"), [(3, 5, 7), (3, 1, 3), (3, 0, 3), (1, 2, 2), (0, 0, 0)])
-def test_the_last_generated_token_needs_no_position(length, limit, positions):
+@pytest.mark.parametrize(("length", "limit", "positions"), [(3, 5, 7), (3, 1, 3), (3, 0, 2), (1, 2, 2), (1, 0, 1)])
+def test_the_last_token_needs_no_position(length, limit, positions):
     assert make_request(range(length), limit).capacity == positions
 
 
@@ -257,20 +257,20 @@ def score(tokens, counts, *, top=0):
     return request
 
 
-@pytest.mark.parametrize("counts", [(4,), (1, 3), (3, 1), (2, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize("counts", [(3,), (1, 2), (2, 1), (1, 1, 1)])
 def test_scores_in_chunks_equal_scores_in_one_chunk_and_the_first_token_has_none(counts):
     record = score([11, 12, 13, 14], counts, top=2).to_record(task="score")
     np.testing.assert_array_equal(record.score, np.array([np.nan, -12, -13, -14], np.float32))
     assert record.score_top_tokens.tolist() == [[-1, -1], [12, 13], [13, 14], [14, 15]]
     expected = np.array([[np.nan, np.nan], [-12, -13], [-13, -14], [-14, -15]], np.float32)
     np.testing.assert_array_equal(record.score_top_logprobs, expected)
-    assert (record.finish, record.computed, record.tokens.tolist(), record.text) == ("length", 4, [], "")
+    assert (record.finish, record.computed, record.tokens.tolist(), record.text) == ("length", 3, [], "")
     assert record.logprobs.size == record.top_tokens.size == record.top_logprobs.size == 0
 
 
-def test_a_scored_prompt_finishes_with_its_last_token():
-    assert score([11, 12, 13], (2,)).finish is None
-    assert score([11, 12, 13], (2, 1)).finish == "length"
+def test_a_scored_prompt_finishes_before_its_last_token_which_predicts_nothing():
+    assert score([11, 12, 13], (1,)).finish is None
+    assert score([11, 12, 13], (1, 1)).finish == "length"
 
 
 def test_a_prompt_of_one_token_has_one_score_that_is_not_a_number():
@@ -281,11 +281,11 @@ def test_a_prompt_of_one_token_has_one_score_that_is_not_a_number():
 
 def test_a_score_that_is_not_finite_ends_the_request_without_scores():
     request = make_request([11, 12, 13], 0)
-    request.computed = 3
+    request.computed = 2
     request.accept_scores(make_sampled([12, 13], logprobs=[-1, np.nan]))
     record = request.to_record(task="score")
     assert (record.finish, record.error) == ("error", "the model's logits are not numbers")
-    assert (record.score.size, record.computed, record.prompt.tolist()) == (0, 3, [11, 12, 13])
+    assert (record.score.size, record.computed, record.prompt.tolist()) == (0, 2, [11, 12, 13])
 
 
 # Records

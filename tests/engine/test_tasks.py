@@ -94,12 +94,12 @@ def test_generated_tokens_return_to_their_requests_whatever_the_batches(lengths,
 def test_every_row_with_a_next_token_in_its_prompt_is_scored():
     whole, half, tail = make_request([1, 2, 3], 0), make_request([4, 5, 6], 0), make_request([7, 8, 9], 0)
     tail.computed = 1
-    assert SCORE.logit_requests([(whole, 3), (half, 2), (tail, 2)]) == ([0, 1, 3, 4, 5], [2, 3, 5, 6, 9])
+    assert SCORE.logit_requests([(whole, 2), (half, 1), (tail, 1)]) == ([0, 1, 2, 3], [2, 3, 5, 9])
 
 
 def test_a_prompt_of_one_token_is_computed_without_logits():
     request, other = make_request([7], 0), make_request([8, 9], 0)
-    work = [(request, 1), (other, 2)]
+    work = [(request, 1), (other, 1)]
     assert SCORE.logit_requests(work) == ([1], [9])
     SCORE.accept(work, make_sampled([9]))
     assert [request.finish, other.finish] == ["length", "length"]
@@ -137,8 +137,8 @@ def test_a_scored_prompt_that_fails_in_a_later_chunk_is_an_error_record_without_
     request = make_request([11, 12, 13, 14], 0)
     SCORE.accept([(request, 2)], make_sampled([12, 13]))
     assert request.finish is None
-    SCORE.accept([(request, 2)], make_sampled([14], logprobs=[np.nan]))
+    SCORE.accept([(request, 1)], make_sampled([14], logprobs=[np.nan]))
     record = request.to_record(task="score")
     assert (record.finish, record.error) == ("error", "the model's logits are not numbers")
     assert (record.score.size, record.score_top_tokens.size, record.score_top_logprobs.size) == (0, 0, 0)
-    assert (record.computed, record.prompt.tolist()) == (4, [11, 12, 13, 14])
+    assert (record.computed, record.prompt.tolist()) == (3, [11, 12, 13, 14])

@@ -175,7 +175,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 class Expected:
     """What transformers computes: per prompt log-probabilities of its tokens but the first, and greedy tokens.
 
-    `experts` and `weights` (tokens, MoE layers, K) are what its routers chose for all prompts' tokens in float32.
+    `experts` and `weights` (tokens, MoE layers, K) are what its routers chose in float32 for all tokens of the prompts
+    but the last of each, or for its only one.
     """
 
     float32: list[torch.Tensor]
@@ -257,12 +258,11 @@ def _record_routing(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def _by_token(
     recorded: list[tuple[torch.Tensor, torch.Tensor]], *, num_prompts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts and weights (tokens, MoE layers, K) of prompts that went through the model one after another."""
+    """See `Expected`, of prompts that went through the model one after another."""
     layers = len(recorded) // num_prompts
     prompts = [recorded[first : first + layers] for first in range(0, num_prompts * layers, layers)]
-    experts, weights = (
-        torch.cat([torch.stack([call[part] for call in calls], dim=1) for calls in prompts]) for part in (0, 1)
-    )
+    whole = [[torch.stack([call[part] for call in calls], dim=1) for calls in prompts] for part in (0, 1)]
+    experts, weights = (torch.cat([rows[: max(len(rows) - 1, 1)] for rows in of_part]) for of_part in whole)
     return experts, weights
 
 

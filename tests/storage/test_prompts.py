@@ -10,7 +10,7 @@ from moempi.config.job import Sampling
 from moempi.errors import DataError, NoInputError
 from moempi.printing import MAX_LINE_LENGTH
 from moempi.storage import prompts
-from moempi.storage.prompts import read_prompts
+from moempi.storage.prompts import make_prompts, read_prompts
 
 SAMPLING = Sampling(max_tokens=7, stop=("x",))
 
@@ -40,6 +40,35 @@ def test_lines_become_prompts_in_order(tmp_path):
     assert second.tokens.tolist() == [0, 5, 2**31 - 1]
     assert (third.index, third.id, third.text) == (2, "line-4", "emoji \U0001f9ee nul \0")
     assert not any(prompt.error for prompt in (first, second, third))
+
+
+def test_objects_become_the_same_prompts_as_lines_with_them(tmp_path):
+    objects = [
+        {"prompt": "12+34=", "reference": "46", "metadata": {"a": [1]}},
+        {"id": 7, "tokens": [5, 6], "temperature": 0.5, "n": 2},
+        {"messages": [{"role": "user", "content": "x"}], "tools": []},
+        {"id": "bad", "prompt": "x", "max_tokens": 0},
+        {"id": 7, "prompt": "again"},
+        {"prompt": "x", "tokens": [1]},
+    ]
+    of_lines = read(write_lines(tmp_path / "p.jsonl", *objects))
+    of_objects = make_prompts(objects, sampling=SAMPLING)
+    for line, one in zip(of_lines, of_objects, strict=True):
+        for key in ("index", "id", "text", "reference", "sampling", "chat", "prompt_id"):
+            assert getattr(line, key) == getattr(one, key)
+        assert bool(line.error) == bool(one.error)
+    assert [prompt.id for prompt in of_objects] == ["line-1", "7", "7#1", "line-3", "bad", "line-5", "line-6"]
+    assert of_objects[4].error == "prompts[3]: max_tokens: Expected `int` >= 1"
+
+
+def test_objects_may_hold_numbers_of_numpy_and_what_json_cannot_hold_is_an_error():
+    array, scalars, no_json, huge = make_prompts(
+        [{"tokens": np.array([5, 6])}, {"tokens": [np.int64(5)]}, {"id": "s", "prompt": 1j}, {"tokens": [2**70]}],
+        sampling=SAMPLING,
+    )
+    assert (array.tokens.tolist(), scalars.tokens.tolist()) == ([5, 6], [5])
+    assert (no_json.id, no_json.error) == ("s", "prompts[2]: holds a complex, which is no JSON")
+    assert huge.error
 
 
 def test_a_line_overrides_sampling(tmp_path):

@@ -28,7 +28,7 @@ from moempi.fitting import fit_costs
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import virtual
 from moempi.observe.console import console
-from moempi.planning.forecast import Deployment, decode, forecast
+from moempi.planning.forecast import PlannedJob, decode, forecast
 from moempi.runtime.world import World
 from moempi.storage.files import atomic, check_output
 from moempi.storage.initialize import initialize
@@ -122,8 +122,8 @@ def predict_s(shape: RunShape, machine: MachineFile, num_ranks: int) -> float:
     topology = virtual(num_ranks, 1)
     job = _job(shape, Path())
     layout = make_layout(job, MODEL, topology.nodes)
-    deployment = Deployment(job, MODEL, layout, _linked(machine, shape.link), topology)
-    return forecast(deployment, decode(STEPS // 2)).seconds(overlap=shape.overlap)
+    planned = PlannedJob(job, MODEL, layout, _linked(machine, shape.link), topology)
+    return forecast(planned, decode(STEPS // 2)).seconds(overlap=shape.overlap)
 
 
 def fit(calibration: Sequence[tuple[RunShape, float]], num_ranks: int) -> MachineFile:

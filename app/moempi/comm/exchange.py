@@ -85,6 +85,10 @@ class Exchange(ABC):
         transfer = self._hop.transfers.start(self.combine_steps(outputs, plan, addends))
         return transfer.received(Point(plan.layer, COMBINE))
 
+    def free(self) -> None:
+        """Free communicators and memory of its own, once all transfers are finished; collective, blocks."""
+        self._hop.free()
+
     @abstractmethod
     def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
         """The steps of `dispatch`."""

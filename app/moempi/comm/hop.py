@@ -47,6 +47,10 @@ class Hop:
         start = partial(self._transport.start, outgoing, send_counts, incoming, recv_counts)
         return (yield from after_verbs(self.backend, start))
 
+    def free(self) -> None:
+        """Free the transport, once all receipts are unpacked or combined; collective, blocks."""
+        self._transport.free()
+
     def unpack(self, receipt: Receipt, order: IntArray | None) -> Array:
         """The received rows in a new order: row i is received row order[i]. None keeps the order by source."""
         buffer, rows = receipt.rows()

@@ -1,6 +1,6 @@
 """The communication of one lane: exchange, tensor group and stage link, on communicators of the lane."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpi4py import MPI
@@ -33,7 +33,7 @@ class LaneComm:
     """One lane's `exchange` and `stage` between the ranks of a stage, `tensor` group, and `link` to other stages.
 
     `home_combine` ends every MoE layer except, with immediate routing, the stage's last. `immediate` is the link if the
-    outputs of the stage's last layer are sent directly to the next stage, else None.
+    outputs of the stage's last layer are sent directly to the next stage, else None. `comms` are its communicators.
     """
 
     exchange: Exchange
@@ -43,6 +43,13 @@ class LaneComm:
     transfers: Transfers
     home_combine: HomeCombine
     immediate: ImmediateLink | None = None
+    comms: Sequence[MPI.Intracomm] = ()
+
+    def free(self) -> None:
+        """Free the lane's communicators and shared memory, once all its steps are done; collective, blocks."""
+        self.exchange.free()
+        for comm in self.comms:
+            comm.Free()
 
     def last_combine(self, batch: Batch, split: RowSplit) -> Combine:
         """The end of the stage's last layer in one step."""
@@ -70,6 +77,7 @@ def make_lane_comm(
     coords = grid.coordinates(comm.rank)
     stage = MPI.Intracomm(comm.Split(coords.stage, comm.rank))
     tensor = MPI.Intracomm(stage.Split(coords.data, comm.rank))
+    between_stages = comm.Dup()
     stage_comm = StageComm(stage, transfers)
     factory = ExchangeFactory(transports, transfers, on_route)
     make_exchange = factory.one_hop if hops == 1 else factory.two_hops
@@ -77,7 +85,7 @@ def make_lane_comm(
     immediate = None
     if layout.immediate_stages:
         immediate = ImmediateLink(
-            comm.Dup(),
+            between_stages,
             grid,
             backend,
             transfers=transfers,
@@ -89,10 +97,11 @@ def make_lane_comm(
         exchange=exchange,
         stage=stage_comm,
         tensor=TensorGroup(tensor, backend, transfers=transfers, width=shape.width),
-        link=immediate or StageLink(comm.Dup(), grid, backend, transfers=transfers, shape=shape),
+        link=immediate or StageLink(between_stages, grid, backend, transfers=transfers, shape=shape),
         transfers=transfers,
         home_combine=HomeCombine(exchange),
         immediate=immediate if immediate and immediate.sends_immediate else None,
+        comms=(stage, tensor, between_stages),
     )
 
 

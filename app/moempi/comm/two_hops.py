@@ -42,6 +42,11 @@ class TwoHops(Exchange):
         nodes = np.array(topology.nodes)
         self._node_of_physical = {layer: nodes[placement.ranks] for layer, placement in placements.items()}
 
+    def free(self) -> None:
+        """Free the transports of both hops."""
+        super().free()
+        self._inside.free()
+
     def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
         """Exchange counts; then send rows across, while choices and the counts inside the node are exchanged."""
         layer, backend, placement = route.layer, self._hop.backend, self.placements[route.layer]

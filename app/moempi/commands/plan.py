@@ -16,7 +16,7 @@ from moempi.config.placement_file import read_job_placement
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology, virtual
 from moempi.observe.console import console
-from moempi.planning.forecast import Deployment, Forecast, StageForecast, decode, forecast, prefill
+from moempi.planning.forecast import PlannedJob, Forecast, StageForecast, decode, forecast, prefill
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -51,9 +51,9 @@ def forecast_job(
     architecture = architecture_of(job)
     on_gpu = job.run.backend == "cupy"
     layout = make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
-    deployment = Deployment(job, architecture, layout, machine, topology)
+    planned = PlannedJob(job, architecture, layout, machine, topology)
     workloads = [prefill(prompt), *([decode(context)] if job.task == "generate" else [])]
-    return [forecast(deployment, workload) for workload in workloads]
+    return [forecast(planned, workload) for workload in workloads]
 
 
 def _stage_table(forecasts: Sequence[Forecast]) -> Table:

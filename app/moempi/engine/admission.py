@@ -80,6 +80,6 @@ def _problem(tokens: IntArray, remaining: int, architecture: Architecture, task:
         return "the prompt has no tokens"
     if tokens.max() >= architecture.vocab_size:
         return f"token {tokens.max()} is beyond the model's vocabulary of {architecture.vocab_size}"
-    if remaining < (1 if task == "generate" else 0):
+    if remaining < (1 if task == "generate" else -1):  # the last token of a scored prompt needs no position
         return f"the prompt has {len(tokens)} tokens, the model has {architecture.max_positions} positions"
     return ""

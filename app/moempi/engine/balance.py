@@ -13,7 +13,6 @@ from moempi.config.job import BalanceSection
 from moempi.engine.lane import Lane
 from moempi.engine.request import Request
 from moempi.engine.tasks import Score
-from moempi.layout.memory import pages_for
 from moempi.model.router_balance import (
     MODEL_ROUTING,
     BiasPolicy,
@@ -81,7 +80,7 @@ def quality_cost(
     their generated tokens, or the prompt's tokens if none were generated; NaN if no request was scored both ways.
     `run` interleaves lanes until they have no steps left. Collective, blocks.
     """
-    finished = [request for request in requests if request.finish in ("stop", "length") and _fits_again(request)]
+    finished = [request for request in requests if request.finish in ("stop", "length")]
     share = -(-sample // max(world.comm.allreduce(int(bool(finished))), 1))
     with_policy = [_scoring(lane) for lane in lanes]
     without = [replace(lane, policy=MODEL_ROUTING) for lane in with_policy]
@@ -90,11 +89,6 @@ def quality_cost(
     change, tokens = sum(float(of_request.sum()) for of_request in changes), sum(map(len, changes))
     change, tokens = world.comm.allreduce(np.array([change, tokens])).tolist()
     return change / tokens if tokens else float("nan")
-
-
-def _fits_again(request: Request) -> bool:
-    """Whether all tokens fit in the pages that the request held; its last token was never in the cache."""
-    return pages_for(len(request.all_tokens)) <= pages_for(request.capacity)
 
 
 def _scoring(lane: Lane) -> Lane:

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -15,6 +14,7 @@ from moempi.config.job import ChatSection
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import ConfigError, DataError, StorageError
 from moempi.storage.chat_templates import ChatTemplates
+from moempi.storage.closeable import Closeable
 from moempi.storage.prompts import Chat, Prompt
 
 SANDBOX = "moempi.engine.chat_sandbox"
@@ -56,26 +56,40 @@ def render_chats(
             index: ChatText(error="the weight file holds no chat template; give prompt or tokens") for index, _ in chats
         }
     texts = {}
-    with _Sandbox(templates, today) as sandbox:
+    with ChatRenderer(templates, tokenizer, section=section, today=today) as renderer:
         for index, chat in chats:
             on_chat()
-            texts[index] = _render(chat, sandbox, tokenizer, section)
+            texts[index] = renderer.render(chat)
     return texts
 
 
-def _render(chat: bytes, sandbox: "_Sandbox", tokenizer: TextTokenizer, section: ChatSection) -> ChatText:
-    defaults = {"add_generation_prompt": section.add_generation_prompt, **section.template_kwargs}
-    try:
-        given = msgspec.json.decode(chat, type=Chat)
-        variables = defaults | given.template_kwargs
-        quoted = _quoted(msgspec.to_builtins(Chat(given.messages, given.tools, variables)), tokenizer)
-        found = sandbox.reply(msgspec.json.encode(quoted))
-        error = f"the chat template cannot be applied: {found.error}" if found.error else ""
-        return ChatText(found.text, error)
-    except DataError as error:
-        return ChatText(error=str(error))
-    except RecursionError:
-        return ChatText(error="the chat is nested too deeply")
+class ChatRenderer(Closeable):
+    """Renders one chat after another in one process, which `close` ends."""
+
+    def __init__(
+        self, templates: ChatTemplates, tokenizer: TextTokenizer, *, section: ChatSection, today: datetime
+    ) -> None:
+        self._sandbox = _Sandbox(templates, today)
+        self._tokenizer = tokenizer
+        self._defaults = {"add_generation_prompt": section.add_generation_prompt, **section.template_kwargs}
+
+    def render(self, chat: bytes) -> ChatText:
+        """The text or the error of the JSON of a `Chat`; blocks. Raises StorageError: see `render_chats`."""
+        try:
+            given = msgspec.json.decode(chat, type=Chat)
+            variables = self._defaults | given.template_kwargs
+            quoted = _quoted(msgspec.to_builtins(Chat(given.messages, given.tools, variables)), self._tokenizer)
+            found = self._sandbox.reply(msgspec.json.encode(quoted))
+            error = f"the chat template cannot be applied: {found.error}" if found.error else ""
+            return ChatText(found.text, error)
+        except DataError as error:
+            return ChatText(error=str(error))
+        except RecursionError:
+            return ChatText(error="the chat is nested too deeply")
+
+    def close(self) -> None:
+        """End the process."""
+        self._sandbox.close()
 
 
 def _quoted(value: Any, tokenizer: TextTokenizer) -> Any:
@@ -89,18 +103,12 @@ def _quoted(value: Any, tokenizer: TextTokenizer) -> Any:
     return value
 
 
-class _Sandbox:
+class _Sandbox(Closeable):
     """The process that applies templates; one that ended is started again for the next chat."""
 
     def __init__(self, templates: ChatTemplates, today: datetime) -> None:
         self._begin = msgspec.json.encode({**msgspec.to_builtins(templates), "today": today.isoformat()}) + b"\n"
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._end()
 
     def reply(self, chat: bytes) -> ChatText:
         """The text or the error of a chat; blocks."""
@@ -108,7 +116,7 @@ class _Sandbox:
             self._process = self._start()
         line = _exchange(self._process, chat + b"\n")
         if not line:
-            self._end()
+            self.close()
             return ChatText(error="it ended its process")
         try:
             return msgspec.json.decode(line, type=ChatText)
@@ -131,7 +139,8 @@ class _Sandbox:
             raise StorageError("the process for chat templates ends at its start: is jinja2 installed?")
         return process
 
-    def _end(self) -> None:
+    def close(self) -> None:
+        """End the process."""
         if self._process is None:
             return
         with suppress(BrokenPipeError):

@@ -4,6 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from moempi.comm.lane_comm import LaneComm, make_lane_comm, slot_rows
 from moempi.comm.row_shape import RowShape
 from moempi.comm.select_transport import ChosenTransport, choose_transport
@@ -37,6 +39,7 @@ class Lanes:
     overlap: bool
     world: World
 
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # such numbers end as logits, which are checked
     def run(self, lanes: Sequence[Lane] | None = None) -> float:
         """Interleave `lanes` (None: all) until they have no steps left, and return the seconds; collective, blocks."""
         lanes = self.each if lanes is None else lanes
@@ -57,6 +60,11 @@ class Lanes:
         for lane in lanes:
             lane.policy.flush()
         return time.perf_counter() - begin
+
+    def free(self) -> None:
+        """Free the communicators and the shared memory of the lanes, which end with it; collective, blocks."""
+        for lane in self.each:
+            lane.comm.free()
 
     def _report(self, lane: int, point: Point) -> None:
         where = f"layer {point.layer} {point.phase}" if point.layer >= 0 else point.phase

@@ -3,14 +3,21 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from time import perf_counter
+from typing import Protocol
 
 from moempi.engine.earlier import Earlier
 from moempi.engine.latency import count_latencies, no_latencies
 from moempi.engine.request import Request
 from moempi.engine.scheduler import Work
 from moempi.observe.progress import Counts
-from moempi.storage.journal import JournalWriter
 from moempi.storage.records import Record, RequestRecord
+
+
+class Journal(Protocol):
+    """Where records go: the journal of a job, or a list of them."""
+
+    def append(self, record: Record, /) -> None:
+        """Add one record; raises StorageError if writing fails."""
 
 
 class Recorder:
@@ -23,7 +30,7 @@ class Recorder:
 
     def __init__(
         self,
-        journal: JournalWriter,
+        journal: Journal,
         *,
         task: str,
         writes_records: bool,

@@ -52,13 +52,13 @@ class Request:
 
     @property
     def capacity(self) -> int:
-        """The largest number of positions in the cache: the last generated token is never fed back."""
-        return len(self.prompt_tokens) + max(self.limit - 1, 0)
+        """The largest number of positions in the cache: the last token, generated or scored, predicts nothing."""
+        return max(len(self.prompt_tokens) + self.limit - 1, 1)
 
     @property
     def num_waiting(self) -> int:
-        """Number of tokens that are not computed yet."""
-        return len(self.prompt_tokens) + len(self.tokens) - self.computed
+        """Number of tokens that are still to be computed."""
+        return (len(self.prompt_tokens) + len(self.tokens) if self.limit else self.capacity) - self.computed
 
     @property
     def all_tokens(self) -> Int32Array:
@@ -118,12 +118,12 @@ class Request:
             self.finish, self.text = "length", tokenizer.decode(self.tokens)
 
     def accept_scores(self, scored: SampledTokens) -> None:
-        """Append the scores of the next prompt tokens; finish when the whole prompt is computed."""
+        """Append the scores of the next prompt tokens; finish after the last."""
         if not np.isfinite(scored.logprobs).all():
             self.fail("the model's logits are not numbers")
             return
         self.sampled.append(scored)
-        if self.computed == len(self.prompt_tokens):
+        if not self.num_waiting:
             self.finish = "length"
 
     def fail(self, error: str) -> None:

@@ -10,37 +10,22 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from time import perf_counter
 
 import msgspec
 import numpy as np
 
-from moempi.backend.protocol import Backend
-from moempi.backend.select import count_gpus, make_backend
-from moempi.comm.device_memory import takes_device_memory
-from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
 from moempi.config.recommended import KEYS
-from moempi.engine.admission import make_requests, refuse_too_long
 from moempi.engine.balance import quality_cost
-from moempi.engine.chat import ChatText, render_chats, template_day
+from moempi.engine.deployment import deploy
+from moempi.engine.engine import load_engine, make_task
 from moempi.engine.kv_budget import useful_pages
-from moempi.engine.lane import LaneContext
-from moempi.engine.lanes import make_lanes
-from moempi.engine.load import Loading, load_model
-from moempi.engine.rank_layout import RankLayout, available_bytes, lay_out_rank
+from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
 from moempi.engine.request import Request
 from moempi.engine.restart import Attempt
-from moempi.engine.scheduler import Scheduler
-from moempi.engine.shard import Shard
 from moempi.engine.summary import RankRun, make_provenance, rank_record, run_report
-from moempi.engine.tasks import Generate, Score, Task
-from moempi.engine.tokenizer import TextTokenizer
-from moempi.engine.warm_up import warm_up
 from moempi.errors import MoempiError
-from moempi.layout.memory import affordable_pages
-from moempi.model.transformer import Transformer
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Progress
 from moempi.observe.run_report import Report, print_report
@@ -59,7 +44,6 @@ MAX_ERRORS_SHOWN = 5
 log = logging.getLogger(__name__)
 
 
-@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # such numbers end as logits, which are checked
 def run_job(
     job: Job,
     *,
@@ -86,32 +70,26 @@ def run_job(
     attempt = Attempt(job, world, weights, num_requests=len(prompts))
     world.collectively(lambda: log_to_files(job.output.results, world.rank))
     attempt.warn_of_damage()
-    # The backend, and this rank's position in the layout.
-    backend, pending = _backend(job, world)
-    rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
-    # The requests of this rank's data parallel group, which the first stage schedules, and the cache for them.
-    tokenizer = world.collectively(lambda: _tokenizer(job, weights))
-    requests = _make_requests(job, world, rank_layout, weights, tokenizer, _own_prompts(prompts, attempt, rank_layout))
-    pages = _cache_pages(job, world, rank_layout, backend, requests)
+    # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
+    deployment = deploy(job, world, weights)
+    requests = deployment.make_requests(deployment.own(_unfinished(prompts, attempt)), task=job.task)
+    pages = deployment.cache_pages(useful_pages(requests, slots=len(deployment.slots)))
     _announce(job, world, weights, prompts)
+    # The model and the lanes.
     progress = Progress(attempt.num_requests, enabled=world.rank == 0)
-    model, loading = _load(weights, backend, world, rank_layout, job, pages=pages, progress=progress)
+    recorder = _make_recorder(job, world, deployment.rank_layout, attempt, progress)
+    first_step = attempt.earlier.next_step
+    engine = load_engine(deployment, recorder, stop, pages=pages, progress=progress, first_step=first_step)
     # The lanes run interleaved until no rank has work left.
-    recorder = _make_recorder(job, world, rank_layout, attempt, progress)
-    recorder.record(request for request in requests if request.finish)
-    too_long = refuse_too_long(requests, pages=pages)
-    scheduler = _scheduler(job, rank_layout, requests, pages=pages)
-    task, sample = _task(job, tokenizer, prompts), _quality_sample(job, requests)
+    too_long = engine.submit(requests, recorder)
+    task, sample = make_task(job, deployment.tokenizer, prompts), _quality_sample(job, requests)
     del prompts, requests  # from here on the scheduler alone holds a request, until it is finished
-    context = LaneContext(model, scheduler, task, recorder, stop)
-    lanes = make_lanes(job, world, rank_layout, context, pending=pending, first_step=attempt.earlier.next_step)
-    world.watch(job.run.timeout_s, group=rank_layout.coords.stage)
-    rank_run = RankRun(rank_layout, lanes, recorder, loading, seconds=lanes.run())
-    if not scheduler.num_unfinished:
+    seconds = engine.run(task, recorder)
+    if not engine.scheduler.num_unfinished:
         recorder.record(too_long)  # not if this attempt stopped early: the next one may have more memory
     progress.close()
-    world.watch(job.run.timeout_s)
     # Every rank closes its journal. If the run was stopped, the journals stay for the next attempt.
+    rank_run = RankRun(deployment.rank_layout, engine.lanes, recorder, engine.loading, seconds)
     report = _report(job, world, attempt, rank_run, _close_journal(job, world, attempt, rank_run, sample=sample))
     if report.num_finished < attempt.num_requests:
         return attempt.stop(stop)
@@ -200,39 +178,9 @@ def _print(report: Report) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def _backend(job: Job, world: World) -> tuple[Backend, PendingTransfers]:
-    """This rank's backend, and the transfers that it progresses; collective, blocks.
-
-    All ranks have comm buffers in device memory, or all on the host.
-    """
-    pending = PendingTransfers()
-    gpus = world.collectively(lambda: count_gpus(job.run))
-    device_buffers = takes_device_memory(job.exchange, world, has_gpu=gpus > 0)
-    backend = world.collectively(
-        lambda: make_backend(
-            job.run, local_rank=world.local_rank, device_buffers=device_buffers, progress=pending.progress
-        )
-    )
-    return backend, pending
-
-
-def _tokenizer(job: Job, weights: WeightFile) -> TextTokenizer:
-    return TextTokenizer(
-        weights.tokenizer,
-        eos_tokens=weights.architecture.eos_tokens,
-        origin=str(weights.path),
-        reads_special=job.input.special_tokens,
-        writes_special=job.output.special_tokens,
-    )
-
-
-def _own_prompts(prompts: Sequence[Prompt], attempt: Attempt, rank_layout: RankLayout) -> Sequence[Prompt]:
-    """The unfinished prompts of this rank's data parallel group; none beyond the first stage."""
-    if not rank_layout.is_first_stage:
-        return []
-    unfinished = np.setdiff1d(np.arange(len(prompts)), attempt.earlier.indices)
-    own = unfinished[rank_layout.coords.data :: rank_layout.grid.num_groups(0)]
-    return [prompts[index] for index in own.tolist()]
+def _unfinished(prompts: Sequence[Prompt], attempt: Attempt) -> Sequence[Prompt]:
+    """The prompts that earlier attempts did not finish."""
+    return [prompts[index] for index in np.setdiff1d(np.arange(len(prompts)), attempt.earlier.indices).tolist()]
 
 
 def _warn_of_texts(prompts: Sequence[Prompt], weights: WeightFile) -> None:
@@ -243,75 +191,6 @@ def _warn_of_texts(prompts: Sequence[Prompt], weights: WeightFile) -> None:
         log.warning("%s holds no tokenizer: %d prompts of text end as errors; give tokens", weights.path, texts)
     elif chats and not weights.chat:
         log.warning("%s holds no chat template: %d prompts of messages end as errors", weights.path, chats)
-
-
-def _make_requests(
-    job: Job,
-    world: World,
-    rank_layout: RankLayout,
-    weights: WeightFile,
-    tokenizer: TextTokenizer,
-    own: Sequence[Prompt],
-) -> list[Request]:
-    """The requests of this rank's group; its first rank renders their chats, so that all have the same. Collective."""
-    chats: dict[int, ChatText] = {}
-    if world.comm.allreduce(any(prompt.chat is not None for prompt in own), max):
-        start = datetime.fromisoformat(world.comm.bcast(datetime.now().isoformat()))
-        coords = rank_layout.coords
-        today = world.collectively(lambda: template_day(job.chat, start))
-        chats = world.collectively(
-            lambda: render_chats(
-                own if coords.tensor == 0 else [],
-                weights.chat,
-                tokenizer,
-                section=job.chat,
-                today=today,
-                on_chat=lambda: world.alive(world.where),
-            )
-        )
-        group = rank_layout.ranks.Split(coords.data if coords.stage == 0 else world.size, coords.tensor)
-        chats = group.bcast(chats)
-        group.Free()
-    return make_requests(own, tokenizer, weights.architecture, task=job.task, chats=chats)
-
-
-def _load(
-    weights: WeightFile,
-    backend: Backend,
-    world: World,
-    rank_layout: RankLayout,
-    job: Job,
-    *,
-    pages: int,
-    progress: Progress,
-) -> tuple[Transformer, Loading]:
-    """This rank's share of the model, with `pages` cache pages for each group, ready for all lanes; collective."""
-    shard = Shard(weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
-    begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
-    all_pages = pages * rank_layout.num_groups
-
-    def on_layer(loaded: int) -> None:
-        progress.loading(loaded, len(layers), shard.num_bytes)
-
-    model = world.collectively(
-        lambda: load_model(shard, backend, layers=layers, hosted=hosted, pages=all_pages, on_layer=on_layer)
-    )
-    loading = Loading(shard.num_bytes, perf_counter() - begin)
-    grouped = rank_layout.placements if job.exchange.hops == 1 else {}
-    warm_up(model, world, placements=grouped, lanes=job.lanes)
-    return model, loading
-
-
-def _cache_pages(job: Job, world: World, rank_layout: RankLayout, backend: Backend, requests: Sequence[Request]) -> int:
-    """Cache pages of each group of the first stage: as many as its requests can use and every rank can allocate.
-
-    Collective.
-    """
-    available = available_bytes(job.topology, world, backend)
-    affordable = world.collectively(lambda: affordable_pages(job.run, rank_layout.memory, available=available))
-    useful = useful_pages(requests, slots=rank_layout.grid.slots_per_group)
-    pages: int = min(world.comm.allreduce(affordable, min), world.comm.allreduce(useful, max))
-    return pages
 
 
 def _make_recorder(job: Job, world: World, rank_layout: RankLayout, attempt: Attempt, progress: Progress) -> Recorder:
@@ -328,22 +207,6 @@ def _make_recorder(job: Job, world: World, rank_layout: RankLayout, attempt: Att
     if world.rank == 0:
         recorder.add_earlier(attempt.earlier)
     return recorder
-
-
-def _scheduler(job: Job, rank_layout: RankLayout, requests: Sequence[Request], *, pages: int) -> Scheduler:
-    return Scheduler(
-        (request for request in requests if not request.finish),
-        micro_batches=job.num_micro_batches,
-        slots=rank_layout.grid.slots(0, rank_layout.coords.data) if rank_layout.is_first_stage else range(0),
-        batch_tokens=job.run.batch_tokens,
-        pages=pages,
-    )
-
-
-def _task(job: Job, tokenizer: TextTokenizer, prompts: Sequence[Prompt]) -> Task:
-    if job.task == "score":
-        return Score(top=job.score.top_n)
-    return Generate(tokenizer, top=max((prompt.sampling.top_logprobs for prompt in prompts), default=0))
 
 
 def _quality_sample(job: Job, requests: Iterable[Request]) -> list[Request]:

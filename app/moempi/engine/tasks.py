@@ -89,7 +89,7 @@ class Score:
         self._top = top
 
     def logit_requests(self, work: Sequence[Work]) -> tuple[list[int], list[LogitRequest]]:
-        """Every row that has a next token in its prompt."""
+        """Every row but that of a prompt's only token."""
         rows: list[int] = []
         logit_requests: list[LogitRequest] = []
         first = 0
@@ -115,7 +115,7 @@ class Score:
     def accept(self, work: Sequence[Work], sampled: SampledTokens) -> None:
         first = 0
         for request, count in work:
+            own = min(count, len(request.prompt_tokens) - 1 - request.computed)
             request.computed += count
-            own = count if request.num_waiting else count - 1
             request.accept_scores(sampled.take(slice(first, first + own)))
             first += own

@@ -66,6 +66,15 @@ class TextTokenizer:
             raise DataError(f"the chat holds U+{ord(QUOTE):X} or U+{ord(TOKEN):X}, which are not characters")
         return self._special_texts.sub(lambda found: _enclosed(QUOTE, self._numbers[found[0]]), text)
 
+    def unquote(self, text: str) -> str:
+        """The text without quotes: what `quote` replaced is again the text of a special token."""
+        contents = {str(number): token.content for number, token in self._special.items()}
+        return re.sub(f"{QUOTE}([0-9]+){QUOTE}", lambda found: contents.get(found[1], ""), text)
+
+    def special_token(self, text: str) -> int | None:
+        """The special token with this text; None if there is none."""
+        return self._numbers.get(text)
+
     def encode_chat(self, text: str) -> list[int]:
         """Tokens of a text with special tokens, except where they are quoted; no begin or end token is added.
 
@@ -82,6 +91,10 @@ class TextTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens; empty without a tokenizer. Raises DataError if it fails."""
         return self._decode(tokens, skip_special=not self._writes_special)
+
+    def decode_whole(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, with the texts of special tokens; empty without a tokenizer. Raises DataError if it fails."""
+        return self._decode(tokens, skip_special=False)
 
     def text_before_stop(self, tokens: Sequence[int], stops: Sequence[str]) -> str | None:
         """Text of the tokens before the first of the stop texts, also of special tokens; None if there is none.
@@ -143,10 +156,9 @@ class TextTokenizer:
     def _encode_quoted(self, text: str) -> list[int]:
         """See `_quoting`: first each special token's text becomes the one enclosed by TOKEN, then quotes end."""
         marked = self._read_texts.sub(lambda found: _enclosed(TOKEN, self._numbers[found[0]]), text)
-        contents = {str(number): token.content for number, token in self._special.items()}
-        plain = re.sub(f"{QUOTE}([0-9]+){QUOTE}", lambda found: contents.get(found[1], ""), marked)
         tokenizer, numbers = self._quoting
-        return [numbers.get(token, token) for token in tokenizer.encode(plain, add_special_tokens=False).ids]
+        ids = tokenizer.encode(self.unquote(marked), add_special_tokens=False).ids
+        return [numbers.get(token, token) for token in ids]
 
     @cached_property
     def _quoting(self) -> tuple[Tokenizer, dict[int | None, int]]:

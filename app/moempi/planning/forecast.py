@@ -162,7 +162,7 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Deployment:
+class PlannedJob:
     """A job and a model, laid out on the ranks of a machine with this topology."""
 
     job: Job
@@ -178,22 +178,22 @@ class Deployment:
         return parse_size(stated) if stated != "auto" else self.machine.memory_gb * 1e9 or inf
 
 
-def forecast(deployment: Deployment, workload: Workload) -> Forecast:
+def forecast(planned: PlannedJob, workload: Workload) -> Forecast:
     """Forecast steps of a workload in which every slot that a step can use has a sequence.
 
     Raises ConfigError, with bytes and with what would fit, if a rank has too little memory for weights, rows or caches.
     """
-    grid, job = deployment.layout.grid, deployment.job
+    grid, job = planned.layout.grid, planned.job
     slots = grid.slots_per_group / job.num_micro_batches
     load = workload.load(slots, job.run.batch_tokens)
     in_use = slots if workload.output else load.sequences
-    _require_memory(deployment, ceil(in_use * job.num_micro_batches), workload.cached)
+    _require_memory(planned, ceil(in_use * job.num_micro_batches), workload.cached)
     known: dict[object, tuple[StageForecast, Sequence[Phase]]] = {}
     found = []
     for index in range(len(grid.stages)):
-        key = _signature(deployment, index)
+        key = _signature(planned, index)
         if key not in known:
-            known[key] = _stage(deployment, index, load)
+            known[key] = _stage(planned, index, load)
         found.append(known[key])
     groups = grid.num_groups(0)
     return Forecast(
@@ -207,55 +207,54 @@ def forecast(deployment: Deployment, workload: Workload) -> Forecast:
     )
 
 
-def fitting_sequences(deployment: Deployment, tokens: int) -> tuple[int, int]:
+def fitting_sequences(planned: PlannedJob, tokens: int) -> tuple[int, int]:
     """How many sequences of `tokens` tokens a group of the first stage can have, and the stage that limits them."""
     pages = [
-        affordable_pages(deployment.job.run, memory, available=int(deployment.memory))
-        for memory in deployment.layout.memory
+        affordable_pages(planned.job.run, memory, available=int(planned.memory)) for memory in planned.layout.memory
     ]
     return min(pages) // pages_for(tokens), pages.index(min(pages))
 
 
-def _require_memory(deployment: Deployment, sequences: int, tokens: int) -> None:
+def _require_memory(planned: PlannedJob, sequences: int, tokens: int) -> None:
     """Raise ConfigError if weights, rows and the caches of these sequences of a group exceed a rank's memory."""
-    if deployment.memory == inf:
+    if planned.memory == inf:
         return
-    fitting, stage = fitting_sequences(deployment, tokens)
-    memory = deployment.layout.memory[stage]
+    fitting, stage = fitting_sequences(planned, tokens)
+    memory = planned.layout.memory[stage]
     needed = memory.weights + memory.rows + sequences * pages_for(tokens) * memory.page * memory.groups
-    if sequences > fitting or needed > deployment.memory:
+    if sequences > fitting or needed > planned.memory:
         raise ConfigError(
             f"{sequences:,} sequences of {tokens:,} tokens in a group need {format_size(needed)} on a rank of stage "
-            f"{stage}, which has {format_size(deployment.memory)}; {fitting:,} fit: lower run.max_sequences, or "
+            f"{stage}, which has {format_size(planned.memory)}; {fitting:,} fit: lower run.max_sequences, or "
             "raise run.kv_memory"
         )
 
 
-def _signature(deployment: Deployment, index: int) -> object:
+def _signature(planned: PlannedJob, index: int) -> object:
     """Stages with equal signatures take equal times."""
-    grid, architecture = deployment.layout.grid, deployment.architecture
+    grid, architecture = planned.layout.grid, planned.architecture
     stage = grid.stages[index]
     kinds = tuple((architecture.is_moe(layer), architecture.window(layer)) for layer in stage.layers)
     following = grid.stages[(index + 1) % len(grid.stages)]
-    link = int(deployment.topology.levels(stage.ranks.start)[following.ranks.start])
-    nodes = deployment.topology.subset(stage.ranks).nodes
-    return kinds, nodes, link, _hosted(deployment, index), index == 0, index == len(grid.stages) - 1
+    link = int(planned.topology.levels(stage.ranks.start)[following.ranks.start])
+    nodes = planned.topology.subset(stage.ranks).nodes
+    return kinds, nodes, link, _hosted(planned, index), index == 0, index == len(grid.stages) - 1
 
 
-def _hosted(deployment: Deployment, index: int) -> int:
+def _hosted(planned: PlannedJob, index: int) -> int:
     """Experts of a layer on the rank of a stage that has the most."""
-    placements = deployment.layout.placements[index].values()
+    placements = planned.layout.placements[index].values()
     return max((len(experts) for placement in placements for experts in placement.hosted), default=0)
 
 
-def _stage(deployment: Deployment, index: int, load: StepLoad) -> tuple[StageForecast, Sequence[Phase]]:
+def _stage(planned: PlannedJob, index: int, load: StepLoad) -> tuple[StageForecast, Sequence[Phase]]:
     """The forecast of a stage, and the phases of one of its steps, if a group of the first stage has this load."""
-    grid, lanes = deployment.layout.grid, deployment.job.lanes
+    grid, lanes = planned.layout.grid, planned.job.lanes
     groups = grid.num_groups(0) / grid.num_groups(index)
     own_load = replace(load, rows=load.rows * groups, sequences=load.sequences * groups)
-    machine = deployment.machine
+    machine = planned.machine
     phases, free_memory, free_arithmetic = (
-        _phases(deployment, index, own_load, other)
+        _phases(planned, index, own_load, other)
         for other in (
             machine,
             _with(machine, memory_gb_s=inf, turn_us=0.0),
@@ -284,20 +283,20 @@ def _compute_s(phases: Sequence[Phase]) -> float:
     return sum(phase.compute_s + phase.beside_s for phase in phases)
 
 
-def _phases(deployment: Deployment, index: int, load: StepLoad, machine: MachineFile) -> list[Phase]:
+def _phases(planned: PlannedJob, index: int, load: StepLoad, machine: MachineFile) -> list[Phase]:
     """The phases of one step in stage `index`."""
-    stages = deployment.layout.grid.stages
+    stages = planned.layout.grid.stages
     stage, following = stages[index], stages[(index + 1) % len(stages)]
-    value_bytes = 2 if deployment.job.run.precision == "bfloat16" else 4
+    value_bytes = 2 if planned.job.run.precision == "bfloat16" else 4
     costs = StepCosts(
         machine,
-        deployment.architecture,
-        deployment.topology.subset(stage.ranks),
-        tensor=deployment.layout.grid.tensor,
-        hops=deployment.job.exchange.hops,
-        hosted=_hosted(deployment, index),
-        row_bytes=deployment.architecture.width * value_bytes,
+        planned.architecture,
+        planned.topology.subset(stage.ranks),
+        tensor=planned.layout.grid.tensor,
+        hops=planned.job.exchange.hops,
+        hosted=_hosted(planned, index),
+        row_bytes=planned.architecture.width * value_bytes,
         value_bytes=value_bytes,
-        stage_link_level=int(deployment.topology.levels(stage.ranks.start)[following.ranks.start]),
+        stage_link_level=int(planned.topology.levels(stage.ranks.start)[following.ranks.start]),
     )
     return costs.step(stage.layers, load, is_first=index == 0, is_last=index == len(stages) - 1)

@@ -119,8 +119,11 @@ class Watchdog:
             os.close(descriptor)
         faulthandler.cancel_dump_traceback_later()
 
-    def limit(self, timeout_s: float, *, group: int | None) -> None:
-        """From now on, `timeout_s` seconds without a call of `alive` are a hang. See `Position` for `group`."""
+    def limit(self, timeout_s: float | None, *, group: int | None) -> None:
+        """From now on, `timeout_s` seconds without a call of `alive` are a hang, None for any number.
+
+        See `Position` for `group`.
+        """
         self.alive(self._last[1])
         self._group = group
         self._timeout_s = timeout_s
@@ -154,6 +157,8 @@ class Watchdog:
             self._reply()
             if self._timeout_s is not None:
                 self._check(self._timeout_s)
+            else:
+                faulthandler.cancel_dump_traceback_later()
 
     def _on_signal(self, received: bytes) -> None:
         ending = [number for number in received if not self._accept(number) and number in SIGNALS]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Self, TypeVar
 
 from mpi4py import MPI
 
@@ -53,8 +53,12 @@ class World:
     forked one. Making a World is collective.
     """
 
+    restricts_messages = True
+    """Whether objects from other ranks may be of a few kinds only: see `restrict_messages`."""
+
     def __init__(self, comm: MPI.Intracomm, monitor: Monitor | None = None, *, debug: bool = False) -> None:
-        restrict_messages()
+        if self.restricts_messages:
+            restrict_messages()
         self.comm = comm
         self.rank = comm.rank
         self.size = comm.size
@@ -81,7 +85,7 @@ class World:
         self._final_code: int | None = None
 
     @classmethod
-    def start(cls, monitor: Monitor, *, debug: bool = False) -> "World":
+    def start(cls, monitor: Monitor, *, debug: bool = False) -> Self:
         """Connect the job's processes; collective, blocks. `debug` adds the traceback to an error line.
 
         Raises UsageError if the launcher started another number of processes than MPI connects. If MPI does not connect
@@ -131,8 +135,11 @@ class World:
         The lowest rank with an error prints its line, and its exit code is that of all ranks.
         """
         first = self.comm.allreduce(self.rank if error is not None else self.size, op=MPI.MIN)
-        if first == self.size:
-            return
+        if first < self.size:
+            self._raise_agreed(error, first)
+
+    def _raise_agreed(self, error: MoempiError | None, first: int) -> NoReturn:
+        """End with the error of rank `first`, the lowest that has one; collective."""
         code = self.comm.bcast(error.exit_code if error is not None else 0, root=first)
         if error is not None and self.rank == first:
             self._print_error(error, str(error))
@@ -226,6 +233,10 @@ class World:
         Ranks of one `group` pass the same points in the same order, so that the report can name the late one.
         """
         self._watchdog.limit(timeout_s, group=group)
+
+    def end_watch(self) -> None:
+        """From now on, until the next `watch`, a rank may take any time."""
+        self._watchdog.limit(None, group=None)
 
     def alive(self, where: str) -> None:
         """Record that this rank has passed the point `where`, a short phrase for a hang report."""

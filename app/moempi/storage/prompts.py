@@ -1,6 +1,6 @@
 """The prompts of a job: lines of JSON, each a request; lines and rows of other forms; or token arrays in HDF5."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
@@ -104,19 +104,35 @@ def read_prompts(path: str | Path, *, sampling: Sampling, strict: bool, column: 
     have the format in jobs/README.md.
     """
     prompts: list[Prompt] = []
+    for prompt in _numbered(_read(path, find_form(path, column=column), sampling, column), sampling):
+        if prompt.error and strict:
+            raise DataError(prompt.error)
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"{path}: has no prompts")
+    return prompts
+
+
+def make_prompts(rows: Iterable[Row], *, sampling: Sampling) -> list[Prompt]:
+    """All requests of objects with the keys of a prompt line, the same as `read_prompts` makes of a file with them.
+
+    Errors begin with the number of the object, as `prompts[3]`.
+    """
+    return list(_numbered(_read_objects(rows, sampling), sampling))
+
+
+def _numbered(found: Iterable[tuple[str, str, Prompt]], sampling: Sampling) -> Iterator[Prompt]:
+    """All samples of the prompts, with their indices; one with the id of an earlier one becomes an error."""
     first_use: dict[str, str] = {}
-    for location, fallback, prompt in _read(path, find_form(path, column=column), sampling, column):
+    index = 0
+    for location, fallback, prompt in found:
         for sample in _samples(prompt):
             first = first_use.setdefault(sample.id, location)
             if first is not location and not sample.error:
                 error = f"{location}: id {sample.id[:MAX_SHOWN]!r} was used before, at {first}"
                 sample = _bad(fallback, sampling, error)
-            if sample.error and strict:
-                raise DataError(sample.error)
-            prompts.append(replace(sample, index=len(prompts)))
-    if not prompts:
-        raise DataError(f"{path}: has no prompts")
-    return prompts
+            yield replace(sample, index=index)
+            index += 1
 
 
 def _samples(prompt: Prompt) -> Iterator[Prompt]:
@@ -151,6 +167,12 @@ def _read_lines(
             yield location, fallback, _prompt(line, to_line, location, fallback, sampling)
 
 
+def _read_objects(rows: Iterable[Row], sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
+    for index, row in enumerate(rows):
+        location, fallback = f"prompts[{index}]", f"line-{index + 1}"
+        yield location, fallback, _prompt(row, _object_line, location, fallback, sampling)
+
+
 def _read_rows(rows: Iterator[Row], path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
     for index, row in enumerate(rows):
         location, fallback = f"{path}: row {index}", f"row-{index}"
@@ -160,13 +182,23 @@ def _read_rows(rows: Iterator[Row], path: str | Path, sampling: Sampling) -> Ite
 def _prompt(
     given: Given, to_line: Callable[[Given], bytes], location: str, fallback: str, sampling: Sampling
 ) -> Prompt:
-    line = given if isinstance(given, bytes) else b""
     try:
-        if len(line) > MAX_LINE_BYTES:
+        if isinstance(given, bytes) and len(given) > MAX_LINE_BYTES:
             raise msgspec.DecodeError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
         return _parse(to_line(given), fallback, sampling)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        return _bad(_name(line) or fallback, sampling, f"{location}: {_explain(error)}")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, TypeError, OverflowError) as error:
+        return _bad(_name(given) or fallback, sampling, f"{location}: {_explain(error)}")
+
+
+def _object_line(row: Row) -> bytes:
+    return msgspec.json.encode(row, enc_hook=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """The numbers of an array; raises TypeError for what JSON cannot hold."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"holds a {type(value).__name__}, which is no JSON")
 
 
 def _text_line(line: bytes) -> bytes:
@@ -282,10 +314,11 @@ def _bad(name: str, sampling: Sampling, error: str) -> Prompt:
     return Prompt(index=0, id=name, text=None, tokens=None, reference=None, sampling=sampling, error=error)
 
 
-def _name(line: bytes) -> str | None:
+def _name(given: bytes | Row) -> str | None:
     try:
+        line = given if isinstance(given, bytes) else _object_line({"id": given.get("id")})
         found = None if len(line) > MAX_LINE_BYTES else _ID_DECODER.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, TypeError, OverflowError):
         return None
     name = None if found is None else found.id if found.id is not None else found.custom_id
     return None if name is None else str(name)

@@ -81,7 +81,7 @@ class NumpyBackend:
 
     def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
         keys = np.zeros((pages * PAGE_ROWS, kv_heads, head_dim), np.float32)
-        return Cache(keys=keys, values=keys[..., :latent] if latent else np.zeros_like(keys))
+        return Cache(keys=keys, values=keys[..., :latent] if latent else np.zeros(keys.shape, np.float32))
 
     def clear(self, cache: Cache, pages: IntArray) -> None:
         for held in (cache.keys, cache.values):

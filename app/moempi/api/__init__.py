@@ -1,0 +1,1 @@
+"""Python: a model that scripts use, and the model of lm-evaluation-harness."""

@@ -1,0 +1,114 @@
+"""The engine of a rank: its share of the model and its lanes, loaded once, which run requests any number of times."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from moempi.config.job import Job
+from moempi.engine.admission import refuse_too_long
+from moempi.engine.deployment import Deployment
+from moempi.engine.lane import LaneContext
+from moempi.engine.lanes import Lanes, make_lanes
+from moempi.engine.load import Loading, load_model
+from moempi.engine.recorder import Recorder
+from moempi.engine.request import Request
+from moempi.engine.scheduler import Scheduler
+from moempi.engine.shard import Shard
+from moempi.engine.tasks import Generate, Score, Task
+from moempi.engine.tokenizer import TextTokenizer
+from moempi.engine.warm_up import warm_up
+from moempi.model.transformer import Transformer
+from moempi.observe.progress import Progress
+from moempi.runtime.stop import Stop
+from moempi.storage.prompts import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The `lanes` of a rank with a loaded model and a cache of `pages` pages for each group, ready to run requests."""
+
+    deployment: Deployment
+    lanes: Lanes
+    loading: Loading
+    pages: int
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler of this rank's group, which keeps the slots of the cache from run to run."""
+        return self.lanes.each[0].context.scheduler
+
+    def submit(self, requests: Sequence[Request], recorder: Recorder) -> list[Request]:
+        """Queue the requests that can be computed, and record the ones that have failed.
+
+        The requests that need more pages than there are fail now; they are returned, and not recorded.
+        """
+        recorder.record(request for request in requests if request.finish)
+        too_long = refuse_too_long(requests, pages=self.pages)
+        self.scheduler.submit(request for request in requests if not request.finish)
+        return too_long
+
+    def run(self, task: Task, recorder: Recorder) -> float:
+        """Compute all queued requests, and record each when it is finished; the seconds. Collective, blocks.
+
+        If any rank is requested to stop, all ranks return after the current step.
+        """
+        job, world = self.deployment.job, self.deployment.world
+        world.watch(job.run.timeout_s, group=self.deployment.rank_layout.coords.stage)
+        context = replace(self.lanes.each[0].context, task=task, recorder=recorder)
+        seconds = self.lanes.run([replace(lane, context=context) for lane in self.lanes.each])
+        world.watch(job.run.timeout_s)
+        return seconds
+
+    def free(self) -> None:
+        """Free the communicators and the shared memory; it runs nothing afterwards. Collective, blocks."""
+        self.lanes.free()
+        self.deployment.rank_layout.ranks.Free()
+
+
+def load_engine(
+    deployment: Deployment, recorder: Recorder, stop: Stop, *, pages: int, progress: Progress, first_step: int = 0
+) -> Engine:
+    """Load this rank's share of the model and make its lanes; collective, blocks.
+
+    Recorded routing goes to `recorder`, its steps are numbered from `first_step`. A MoempiError of any rank ends all
+    ranks.
+    """
+    job, world = deployment.job, deployment.world
+    model, loading = _load(deployment, pages=pages, progress=progress)
+    scheduler = Scheduler(
+        (),
+        micro_batches=job.num_micro_batches,
+        slots=deployment.slots,
+        batch_tokens=job.run.batch_tokens,
+        pages=pages,
+    )
+    context = LaneContext(model, scheduler, Generate(deployment.tokenizer, top=0), recorder, stop)
+    pending = deployment.pending
+    lanes = make_lanes(job, world, deployment.rank_layout, context, pending=pending, first_step=first_step)
+    return Engine(deployment, lanes, loading, pages)
+
+
+def make_task(job: Job, tokenizer: TextTokenizer, prompts: Sequence[Prompt]) -> Task:
+    """The job's task for all of its prompts."""
+    if job.task == "score":
+        return Score(top=job.score.top_n)
+    return Generate(tokenizer, top=max((prompt.sampling.top_logprobs for prompt in prompts), default=0))
+
+
+def _load(deployment: Deployment, *, pages: int, progress: Progress) -> tuple[Transformer, Loading]:
+    """This rank's share of the model, with `pages` cache pages for each group, ready for all lanes; collective."""
+    job, world, rank_layout = deployment.job, deployment.world, deployment.rank_layout
+    shard = Shard(deployment.weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
+    begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
+    all_pages = pages * rank_layout.num_groups
+
+    def on_layer(loaded: int) -> None:
+        progress.loading(loaded, len(layers), shard.num_bytes)
+
+    model = world.collectively(
+        lambda: load_model(shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, on_layer=on_layer)
+    )
+    loading = Loading(shard.num_bytes, perf_counter() - begin)
+    grouped = rank_layout.placements if job.exchange.hops == 1 else {}
+    warm_up(model, world, placements=grouped, lanes=job.lanes)
+    return model, loading
