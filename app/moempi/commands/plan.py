@@ -16,7 +16,7 @@ from moempi.config.placement_file import read_job_placement
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology, virtual
 from moempi.observe.console import console
-from moempi.planning.forecast import PlannedJob, Forecast, StageForecast, decode, forecast, prefill
+from moempi.planning.forecast import Forecast, PlannedJob, StageForecast, decode, forecast, prefill
 
 
 def add_flags(parser: ArgumentParser) -> None:

@@ -7,6 +7,7 @@ Therefore matrices that map a divided dimension back to the model width are stor
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from math import prod
 
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Latent
@@ -63,6 +64,7 @@ def layer_path(layer: int) -> str:
     return f"layers/{layer:03d}"
 
 
+@lru_cache(maxsize=4)
 def catalogue(architecture: Architecture) -> tuple[Tensor, ...]:
     """All tensors of a model, in the order of the forward pass."""
     width, vocab = architecture.width, architecture.vocab_size
