@@ -10,7 +10,7 @@ if ! command -v g++ >/dev/null; then # runs the CUDA kernels on the CPU
     fi
     apt-get update -qq && apt-get install -y -qq g++ >/dev/null
 fi
-bash jobs/setup.sh local convert parquet zstd kernels test
+bash jobs/setup.sh local convert sentencepiece parquet zstd kernels test
 # shellcheck source=jobs/env.sh
 source jobs/env.sh
 

@@ -1,6 +1,7 @@
 """Lines on stdout and stderr, whose text may come from files and from the environment.
 
-No text moves the cursor, changes colours, or hides or reorders other text. Tables are printed by `observe.console`, log
+No text moves the cursor, changes colours, or hides or reorders other text. A stderr that cannot be written, as of a
+terminal that has hung up, takes no line and ends nothing. Tables are printed by `observe.console`, log
 files are written by `observe.logs`; both use these functions.
 """
 
@@ -8,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import suppress
 from io import TextIOWrapper
 
 STDERR = 2
@@ -57,7 +59,8 @@ def print_line(text: str) -> None:
 
 def print_error(text: str) -> None:
     """Print `moempi: text` as one line on stderr."""
-    print(f"moempi: {one_line(text)}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"moempi: {one_line(text)}", file=sys.stderr)
 
 
 def write_error(text: str, *, on_new_line: bool = False) -> None:
@@ -67,19 +70,22 @@ def write_error(text: str, *, on_new_line: bool = False) -> None:
     """
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     begin = "\n" if on_new_line else ""
-    os.write(STDERR, f"{begin}moempi: {one_line(text)}\n".encode(encoding, "backslashreplace"))
+    with suppress(OSError):
+        os.write(STDERR, f"{begin}moempi: {one_line(text)}\n".encode(encoding, "backslashreplace"))
 
 
 def write_bytes(descriptor: int, content: bytes) -> None:
-    """Write all of what another process of this program has printed to a descriptor."""
-    while content:
-        content = content[os.write(descriptor, content) :]
+    """Write all of what another process of this program has printed to a descriptor; nothing if it is closed."""
+    with suppress(OSError):
+        while content:
+            content = content[os.write(descriptor, content) :]
 
 
 def print_traceback(error: BaseException) -> None:
     """Print the traceback of an error on stderr."""
     lines = "".join(traceback.format_exception(error)).removesuffix("\n").split("\n")
-    print(*map(printable, lines), sep="\n", file=sys.stderr)
+    with suppress(OSError):
+        print(*map(printable, lines), sep="\n", file=sys.stderr)
 
 
 def escape_unencodable() -> None:

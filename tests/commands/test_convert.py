@@ -11,12 +11,15 @@ def test_a_checkpoint_without_a_tokenizer_is_converted_and_says_so(tmp_path, cap
     assert "tokenizer" not in "".join(capsys.readouterr())
     (hub / "tokenizer.json").unlink()
     assert main(["convert", str(hub), str(weights), "--force"]) == 0
-    assert f"{hub}: holds no tokenizer.json: prompts for {weights} are lists of tokens" in capsys.readouterr().out
+    assert f"{hub}: holds no tokenizer: prompts for {weights} are lists of tokens" in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_is_not_read_is_a_data_error(tmp_path, capsys):
     hub = tmp_path / "hub"
     write_checkpoint(hub)
-    (hub / "tokenizer.json").rename(hub / "tiktoken.model")
+    (hub / "tokenizer.json").rename(hub / "vocab.json")
     assert main(["convert", str(hub), str(tmp_path / "model.h5")]) == 65
-    assert "tiktoken.model: only tokenizer.json is read; let transformers write it" in capsys.readouterr().err
+    assert (
+        "vocab.json: only tokenizer.json, tokenizer.model and tiktoken.model are read; let transformers"
+        in capsys.readouterr().err
+    )

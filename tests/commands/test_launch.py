@@ -80,9 +80,17 @@ class Terminal:
     def end(self) -> int:
         """Its exit code, when it has ended."""
         self.read_until(lambda: False)
-        code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        code = self._exit_code()
         os.close(self._terminal)
         return code
+
+    def hang_up(self) -> int:
+        """Close its terminal; its exit code, when it has ended."""
+        os.close(self._terminal)
+        return self._exit_code()
+
+    def _exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
 
 
 class Held(Terminal):
@@ -125,10 +133,80 @@ def test_ctrl_c_stops_at_a_step_and_the_same_command_continues(rehearsal, launch
     if phase == "merge":
         assert (code, state.state, state.exit_code) == (0, "finished", 0)
     else:
-        assert (code, state.state, state.exit_code) == (75, "stopped", 75), run.text
+        assert (code, state.state, state.exit_code, state.reason) == (75, "stopped", 75, "SIGINT"), run.text
         assert f"{state.finished} of {NUM_PROMPTS} requests are finished; run the same job again" in run.text
         rehearsal.finish(results, num_ranks=2, compare=False)
     rehearsal.require_equal(results)
+
+
+SLOW_READS = """
+import os, time
+from pathlib import Path
+from moempi.runtime.monitor import Monitor
+
+def fork_and_slow_down(monitor, fork=Monitor.fork):
+    fork(monitor)
+    from moempi.storage.weights import WeightFile
+
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
+    Path({notes!r}, rank + ".pid").write_text(str(os.getpid()))
+
+    def read(file, *arguments, read=WeightFile.read):
+        with Path({notes!r}, rank + ".reads").open("a") as reads:
+            reads.write(".")
+        time.sleep({seconds})
+        return read(file, *arguments)
+
+    WeightFile.read = read
+
+Monitor.fork = fork_and_slow_down
+"""
+
+
+class SlowLoad(Terminal):
+    """A run whose ranks take so many seconds to read each tensor; ready when rank 0 has read some."""
+
+    def __init__(self, rehearsal: Rehearsal, results: Path, *launch: str, seconds: float) -> None:
+        self.notes = results.parent / "notes"
+        self.notes.mkdir()
+        (self.notes / "sitecustomize.py").write_text(SLOW_READS.format(notes=str(self.notes), seconds=seconds))
+        command = [*launch, *rehearsal.command(results, timeout_s=launching.LIMIT_S)]
+        super().__init__("jobs/moempi", *command, PYTHONPATH=str(self.notes))
+        self.read_until(lambda: self.num_reads().get(0, 0) > 4)
+
+    def num_reads(self) -> dict[int, int]:
+        """Tensors that each rank has begun to read."""
+        return {int(note.stem): note.stat().st_size for note in self.notes.glob("*.reads")}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda words: "-".join(words) or "alone")
+def test_ctrl_c_stops_at_the_next_tensor_while_weights_are_read(rehearsal, launch):
+    results = rehearsal.fresh()
+    run = SlowLoad(rehearsal, results, *launch, seconds=0.4)
+    begin = time.monotonic()
+    run.type("\x03")
+    code, state = run.end(), read_state(results)
+    assert time.monotonic() < begin + 2.5
+    assert run.text.count(STOPPING) == 1
+    assert (code, state.state, state.exit_code, state.reason) == (75, "stopped", 75, "SIGINT"), run.text
+    assert f"stopped early (SIGINT), 0 of {NUM_PROMPTS} requests are finished; run the same job again" in run.text
+    rehearsal.finish(results, num_ranks=2, compare=False)
+    rehearsal.require_equal(results)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_request_to_one_rank_stops_the_loading_of_all(rehearsal, rank):
+    results = rehearsal.fresh()
+    run = SlowLoad(rehearsal, results, "launch", "-n", "3", seconds=0.03)
+    os.kill(int((run.notes / f"{rank}.pid").read_text()), signal.SIGUSR1)
+    code, state = run.end(), read_state(results)
+    assert (code, state.state, state.exit_code, state.reason) == (75, "stopped", 75, "SIGUSR1"), run.text
+    stopped = run.num_reads()
+    whole = SlowLoad(rehearsal, rehearsal.fresh(), "launch", "-n", "3", seconds=0)
+    assert whole.end() == 0
+    assert all(stopped[each] < count for each, count in whole.num_reads().items())
 
 
 @pytest.mark.mpi
@@ -147,9 +225,7 @@ def test_the_second_ctrl_c_ends_at_once(rehearsal, launch, phase):
     while any(map(is_alive, run.ranks())):
         assert time.monotonic() < begin + 5, "ranks live on"
         time.sleep(0.01)
-    state = read_state(results)
-    assert state.state == "failed", state
-    assert state.exit_code in (75, 130, 143)
+    require_ended_by(signal.SIGINT, 130, read_state(results))
     rehearsal.finish(results, num_ranks=2, compare=False)
     rehearsal.require_equal(results)
 
@@ -161,11 +237,33 @@ def test_ranks_end_with_their_launcher(rehearsal, number):
     run = Held(rehearsal, results, "loading", "launch", "-n", "2")
     run.kill(number)
     limit = time.monotonic() + END_S
-    assert run.end() != 0
+    code = run.end()
     while any(map(is_alive, run.ranks())):
         assert time.monotonic() < limit, "ranks live on"
         time.sleep(0.01)
-    assert read_state(results).state == "failed"
+    if number == signal.SIGKILL:
+        assert code == -number
+        assert read_state(results).state == "failed"
+    else:
+        require_ended_by(number, code, read_state(results))
+
+
+def require_ended_by(number, code, state):
+    assert (code, state.state, state.exit_code) == (128 + number, "failed", 128 + number)
+    assert state.reason == f"ended by {number.name}"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("launch", [(), ("launch", "-n", "2")], ids=lambda words: "-".join(words) or "alone")
+def test_a_run_ends_with_its_terminal_and_says_so(rehearsal, launch):
+    results = rehearsal.fresh()
+    run = Held(rehearsal, results, "decode", *launch)
+    begin = time.monotonic()
+    code = run.hang_up()
+    assert time.monotonic() < begin + 5
+    require_ended_by(signal.SIGHUP, code, read_state(results))
+    rehearsal.finish(results, num_ranks=2, compare=False)
+    rehearsal.require_equal(results)
 
 
 @pytest.mark.mpi

@@ -68,7 +68,7 @@ def test_a_wrong_output_is_one_line_and_nothing_changes(folder, capsys, command,
     [
         (
             "convert hub new.h5",
-            "wrote new.h5: 27 tensors, 45.80 KiB\nhub: holds no tokenizer.json: prompts for new.h5 are lists of tokens",
+            "wrote new.h5: 27 tensors, 45.80 KiB\nhub: holds no tokenizer: prompts for new.h5 are lists of tokens",
         ),
         ("init arch.toml new.h5 --seed 3", "wrote new.h5: random numbers of seed 3, 7.18 MiB, without a tokenizer"),
         ("export results.h5 new.jsonl", "wrote new.jsonl: 1 request"),

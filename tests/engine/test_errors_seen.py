@@ -75,6 +75,29 @@ def test_too_many_errors_are_in_the_exit_code_and_the_state_and_the_results_are_
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("lines", "options", "code", "errors"),
+    [
+        (BAD, [], 65, 7),
+        ([*GOOD, *BAD], ["--max-errors", "6"], 65, 7),
+        ([*GOOD, *BAD], ["--max-errors", "7"], 0, 7),
+        (GOOD, ["--max-errors", "0"], 0, 0),
+    ],
+)
+def test_the_state_of_a_run_that_is_killed_after_its_results_has_their_exit_code(
+    folder, ranks, lines, options, code, errors
+):
+    (folder / "notes").mkdir()
+    fault = [ROOT / "tests/faults/inject_fault.py", folder / "notes", "SIGKILL", "0", "finish", "1"]
+    assert mpirun(ranks, *python(*fault, "run", job(folder, lines), *options)).code not in (0, 65)
+    state = read_state(folder / "r.h5")
+    assert (state.state, state.finished, state.exit_code, state.errors) == ("finished", len(lines), code, errors)
+    written = json.loads((folder / "r.h5.run.json").read_text())["state"]
+    assert (written == "finished") == (ranks == 2)  # a rank that lives on writes it
+
+
+@pytest.mark.mpi
 def test_a_file_without_prompts_is_one_line(folder):
     outcome = run_job(folder, [])
     assert (outcome.code, outcome.lines) == (65, [f"moempi: {folder}/p.jsonl: has no prompts"])

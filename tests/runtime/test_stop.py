@@ -28,7 +28,7 @@ def test_a_signal_is_a_request(number, capfd):
     stop_request.catch_signals()
     os.kill(os.getpid(), number)
     assert stop_request.requested
-    assert stop_request.reason == number.name
+    assert stop_request.reason == REQUESTS[number]
     assert capfd.readouterr().err == "moempi: stopping at the next step; the same command continues\n"
 
 

@@ -125,14 +125,14 @@ def test_tokenizer_may_be_absent_but_not_broken(tmp_path):
         assert weights.tokenizer == ""
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json"])
+@pytest.mark.parametrize("name", ["tekken.json", "spiece.model", "vocab.json", "vocab.txt"])
 def test_a_tokenizer_in_another_file_is_refused_with_what_to_do_unless_the_tokenizer_is_there(tmp_path, name):
     write_checkpoint(tmp_path / "hub")
     (tmp_path / "hub" / name).write_bytes(b"\0")
     assert convert(tmp_path / "hub", tmp_path / "model.h5").has_tokenizer
     (tmp_path / "hub/tokenizer.json").unlink()
     with pytest.raises(
-        DataError, match=f"hub/{name}: only tokenizer.json is read; let transformers write it: .* or move"
+        DataError, match=f"hub/{name}: only tokenizer.json, .* are read; let transformers write it: .* or move"
     ):
         convert(tmp_path / "hub", tmp_path / "other.h5")
     assert not (tmp_path / "other.h5").exists()

@@ -266,6 +266,9 @@ def test_xarray_opens_each_group_by_itself(tmp_path):
         with xarray.open_dataset(path, group=group, engine="h5netcdf") as dataset:
             assert not any(str(dim).startswith("phony") for dim in dataset.dims), group
             dataset.load()
+    with xarray.open_datatree(path, engine="h5netcdf") as tree:
+        output = tree["output"].to_dataset(inherit=False).drop_dims(["request_bound", "top"])
+        assert len(output.to_dataframe()) == sum(len(request.tokens) for request in requests)
     with xarray.open_dataset(path, group="experts", engine="h5netcdf") as experts:
         assert experts["load"].sel(layer=1).to_numpy().tolist() == [3, 4, 5]
         assert experts.sizes == {"layer": 1, "expert": 3}

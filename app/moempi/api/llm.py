@@ -162,7 +162,10 @@ def _load(job: Job, weights: WeightFile) -> Engine:
     deployment = deploy(job, script_world(), weights)
     pages = deployment.cache_pages(len(deployment.slots) * pages_for(weights.architecture.max_positions))
     idle = Recorder([], task=job.task, writes_records=False, on_progress=lambda counts: None)
-    return load_engine(deployment, idle, Stop(), pages=pages, progress=Progress(0, enabled=False))
+    engine = load_engine(deployment, idle, Stop(), pages=pages, progress=Progress(0, enabled=False))
+    if engine is None:
+        raise RuntimeError("the loading was stopped, which nothing requests")
+    return engine
 
 
 def _compute(engine: Engine, rows: list[dict[str, Any]], job: Job) -> list[RequestRecord]:
@@ -172,7 +175,8 @@ def _compute(engine: Engine, rows: list[dict[str, Any]], job: Job) -> list[Reque
     requests = deployment.make_requests(deployment.own(prompts), task=job.task)
     writes_records = deployment.rank_layout.writes_records
     recorder = Recorder(records, task=job.task, writes_records=writes_records, on_progress=lambda counts: None)
-    too_long = engine.submit(requests, recorder)
+    recorder.record(request for request in requests if request.finish)
+    too_long = engine.submit(requests)
     engine.run(make_task(job, deployment.tokenizer, prompts), recorder)
     recorder.record(too_long)
     of_ranks: list[list[RequestRecord]] = deployment.world.comm.allgather(records)

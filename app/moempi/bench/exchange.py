@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from moempi.arrays import aligned_empty
 from moempi.bench import peers
@@ -17,7 +16,7 @@ from moempi.bench.measure import alternate, machine, ratio
 from moempi.comm import transports
 from moempi.comm.transports.base import Transport, wait
 from moempi.commands.flags import count
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 
 ROW_BYTES = 14336
@@ -37,7 +36,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective."""
-    table = Table(
+    table = figures_table(
         *("bytes per pair", "transport", "us", "Alltoallv us", "gloo us", "Alltoallv / ours", "gloo / ours"),
         title=f"An exchange between {world.size} ranks, of {IN_A_ROW} in a row",
         caption=machine(world),

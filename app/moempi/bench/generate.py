@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from moempi.bench import peers
 from moempi.bench.jobs import WEIGHTS, make_job, step_seconds, write_prompts
@@ -21,7 +20,7 @@ from moempi.bench.measure import machine, ratio
 from moempi.commands.flags import count
 from moempi.config.job import Job
 from moempi.errors import UsageError
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
@@ -42,7 +41,7 @@ def add_flags(parser: ArgumentParser) -> None:
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective. Raises UsageError on several nodes or without transformers."""
     world.collectively(lambda: _check_usage(world))
-    table = Table(
+    table = figures_table(
         *("precision", "batch", "moempi", "transformers", "ratio", "same tokens"),
         title=f"Tokens/s, {chosen.tokens} after prompts of {chosen.prompt}: {world.size} ranks, as many threads",
         caption=machine(world),

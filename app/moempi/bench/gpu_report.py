@@ -15,6 +15,7 @@ from moempi.bench.gpu_clock import EventClock, Run, Timing, describe
 from moempi.bench.random_values import RandomValues
 from moempi.bench.torch_peers import TorchPeers
 from moempi.comm.transfers import PendingTransfers
+from moempi.observe.console import figures_table
 
 OURS, COPY, KERNELS = "moempi", "copy", "its kernels alone"
 TOLERANCE = 0.05
@@ -173,7 +174,7 @@ def _with_note(figure: Figure, note: str) -> Figure:
 def table(title: str, caption: str) -> Table:
     """An empty table of figures."""
     heads = ("part", "work", "contestant", "GPU us", "host us", "wall us", "rate", "of copy", "/ moempi", "note")
-    return Table(*heads, title=title, caption=caption)
+    return figures_table(*heads, title=title, caption=caption)
 
 
 def cells(figure: Figure) -> list[str]:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from statistics import median
 
 import numpy as np
-from rich.table import Table
 
 from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import NumpyBackend
@@ -24,7 +23,7 @@ from moempi.layout.layout import Layout
 from moempi.layout.placement import linear
 from moempi.layout.row_split import RowSplit
 from moempi.layout.topology import Topology
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 
 HOMES, IMMEDIATE = "over the homes", "immediate"
@@ -45,7 +44,7 @@ def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective. Raises RuntimeError if immediate routing changes a result."""
     world.collectively(lambda: _check_usage(world.size))
     sizes = Sizes.of(chosen)
-    table = Table(
+    table = figures_table(
         *("rows", f"{HOMES} us", f"{IMMEDIATE} us", "saved us", f"{HOMES} / {IMMEDIATE}"),
         title=f"From a MoE layer into the next stage, 2 stages of {world.size // 2} ranks, bfloat16",
         caption=machine(world),

@@ -6,8 +6,6 @@ from functools import partial
 from statistics import median
 from time import perf_counter
 
-from rich.table import Table
-
 from moempi.arrays import Float32Array
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.bench import peers
@@ -19,7 +17,7 @@ from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.commands.flags import count
 from moempi.layout.placement import linear
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 
 PRECISIONS = ("float32", "bfloat16")
@@ -36,7 +34,7 @@ def add_flags(parser: ArgumentParser) -> None:
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective. The rows are divided evenly among the ranks; transformers runs on rank 0 alone."""
     sizes = Sizes.of(chosen)
-    table = Table(
+    table = figures_table(
         *("T", "precision", "moempi ms", "in GEMM", "one rank ms", "ranks gain", "peer ms", "peer", "peer / moempi"),
         title=f"MoE layer, D={sizes.width} F={sizes.expert_width} E={sizes.num_experts} K={sizes.top_k}",
         caption=machine(world),

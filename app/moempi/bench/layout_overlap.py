@@ -21,7 +21,7 @@ from moempi.bench.measure import machine, ratio
 from moempi.commands.flags import count
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.topology_file import LEVEL_NAMES, Level, TopologyFile
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 from moempi.storage.initialize import initialize
 from moempi.storage.results import ResultFile
@@ -182,7 +182,7 @@ def overlap_figures(taken: Mapping[str, list[float]], *, link_s: float) -> dict[
 def overlap_table(record: Mapping[str, Any], *, title: str, caption: str) -> Table:
     """The figures of one measurement, a row."""
     names = ("compute ms", "link ms", "blocking ms", "overlapped ms", "blocking / overlapped", "overlapped / longer")
-    table = Table(*names, title=title, caption=caption)
+    table = figures_table(*names, title=title, caption=caption)
     spans = (record[f"{name}_ms"] for name in ("compute", "link", "blocking", "overlapped"))
     gains = (record["blocking / overlapped"], record["overlapped / longer"])
     table.add_row(*(f"{span:.1f}" for span in spans), *(f"{gain:.2f}" for gain in gains))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from rich.table import Table
 
 from moempi.bench.jobs import WEIGHTS, make_job, step_seconds, write_prompts
 from moempi.bench.measure import machine as machine_line
@@ -27,7 +26,7 @@ from moempi.errors import UsageError
 from moempi.fitting import fit_costs
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import virtual
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 from moempi.planning.forecast import PlannedJob, decode, forecast
 from moempi.runtime.world import World
 from moempi.storage.files import atomic, check_output
@@ -91,7 +90,7 @@ def run(world: World, chosen: Namespace) -> None:
             initialize(MODEL, bench.folder / WEIGHTS, seed=1)
         world.comm.Barrier()
         machine = fit([(shape, bench.seconds(shape, chosen.repeats)) for shape in CALIBRATION_RUNS], world.size)
-        table = Table(
+        table = figures_table(
             *("sequences", "lanes", "overlap", "link us, GB/s", "forecast ms", "measured ms", "forecast / measured"),
             title=f"A token of all sequences, {world.size} ranks, {MODEL.num_layers} layers of width {MODEL.width}",
             caption=machine_line(world),

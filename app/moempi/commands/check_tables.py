@@ -10,7 +10,7 @@ from moempi.comm.link_probe import LinkTrial, median_error
 from moempi.comm.transport_probe import ROWS, WIDTH, ProbeResult, RankLocation, Timing
 from moempi.config.topology_file import TopologyFile
 from moempi.layout.topology import Topology
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 
 
@@ -35,7 +35,7 @@ def print_probe(result: ProbeResult, world: World) -> None:
 
 def print_links(file: TopologyFile, trials: Sequence[LinkTrial]) -> None:
     """Print the figures of each level of links, and their median error in the trials, on stdout."""
-    table = Table("link", "latency us", "GB/s of a rank that sends", title="Links, all ranks at work")
+    table = figures_table("link", "latency us", "GB/s of a rank that sends", title="Links, all ranks at work")
     for level in file.levels:
         table.add_row(level.name, f"{level.latency_us:.1f}", f"{level.bandwidth_gb_s:.2f}")
     table.caption = f"{len(trials)} random exchanges foretold within {median_error(trials):.0%} (median)"
@@ -59,7 +59,7 @@ def _division_lines(topology: Topology) -> list[str]:
 
 
 def _rank_table(topology: Topology, locations: Sequence[RankLocation]) -> Table:
-    table = Table("rank", "switch", "node", "host", "cores", "near")
+    table = figures_table("rank", "switch", "node", "host", "cores", "near")
     for index, location in enumerate(locations):
         switch = str(topology.switches[index]) if topology.switches else ""
         node = str(topology.nodes[index])
@@ -68,7 +68,9 @@ def _rank_table(topology: Topology, locations: Sequence[RankLocation]) -> Table:
 
 
 def _exchange_table(timings: Sequence[Timing], size: int) -> Table:
-    table = Table("bytes per pair", "best us", "median us", "GB/s per rank", title="Alltoallv between all ranks")
+    table = figures_table(
+        "bytes per pair", "best us", "median us", "GB/s per rank", title="Alltoallv between all ranks"
+    )
     for timing in timings:
         rate = timing.num_bytes * size / timing.best_s / 1e9
         table.add_row(
@@ -80,7 +82,9 @@ def _exchange_table(timings: Sequence[Timing], size: int) -> Table:
 def _transport_table(transports: Mapping[str, Sequence[float]]) -> Table:
     """One row a transport, and the key that a job file should have for the fastest."""
     heads = (f"us, {rows * 2 * WIDTH:,} bytes per pair" for rows in ROWS)
-    table = Table("transport", *heads, title="Rows between all ranks (shared does not copy: they are read in place)")
+    table = figures_table(
+        "transport", *heads, title="Rows between all ranks (shared does not copy: they are read in place)"
+    )
     for name, seconds in transports.items():
         table.add_row(name, *(f"{one * 1e6:.1f}" for one in seconds))
     fastest = min(transports, key=lambda name: sum(transports[name]))

@@ -24,5 +24,5 @@ def run(chosen: Namespace) -> int:
     notes = f", {made.num_rounded:,} tensors rounded to bfloat16" if made.num_rounded else ""
     print_line(f"wrote {chosen.weights}: {made.num_tensors:,} tensors, {format_size(made.num_bytes)}{notes}")
     if not made.has_tokenizer:
-        print_line(f"{chosen.checkpoint}: holds no tokenizer.json: prompts for {chosen.weights} are lists of tokens")
+        print_line(f"{chosen.checkpoint}: holds no tokenizer: prompts for {chosen.weights} are lists of tokens")
     return 0

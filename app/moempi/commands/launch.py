@@ -1,4 +1,4 @@
-"""`moempi launch`: a command on ranks, started with mpirun. Ctrl-C stops it as SIGUSR1 does, Ctrl-C again ends it."""
+"""`moempi launch`: a command on ranks, started with mpirun. Ctrl-C stops a run at a step, Ctrl-C again ends it."""
 
 import ctypes
 import os
@@ -15,14 +15,17 @@ from typing import NoReturn
 
 from moempi.commands import run as run_command
 from moempi.commands.flags import MAX_RANKS, read_job, whole_number
-from moempi.errors import ConfigError, UsageError
+from moempi.config.job import Job
+from moempi.errors import MoempiError, UsageError
 from moempi.printing import STDERR, print_error, write_bytes
+from moempi.runtime.stop import PASSED_ON
+from moempi.runtime.watchdog import SIGNALS, InterruptedByError
+from moempi.storage.run_state import record_ending
 from moempi.storage.stdin import with_stdin
 
 ON_RANKS = ("run", "check", "bench")
-INTERRUPTED = 128 + signal.SIGINT
 OWN_CODES = (0, *range(64, 79))
-"""Exit codes of `moempi` itself; after Ctrl-C any other is the launcher's, of ranks that were killed at their start."""
+"""Exit codes of `moempi` itself; after a signal any other is the launcher's, of ranks that it has killed."""
 BANNER = b"-" * 74 + b"\nprterun detected that one or more processes exited with non-zero status,\n"
 """What Open MPI's mpirun writes at its end if the exit code of the ranks is not 0, which they have explained."""
 _CHUNK_BYTES = 1 << 16
@@ -37,13 +40,24 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(chosen: Namespace) -> int:
-    """Run the command on the ranks and return its exit status; blocks until mpirun has ended."""
+    """Run the command on the ranks and return its exit status; blocks until mpirun has ended.
+
+    If a signal ended it, that is 128 + the signal's number, as in a shell, and is in the state of a run.
+    """
     if chosen.command[:1] not in [[name] for name in ON_RANKS]:
         raise UsageError(f"launch -n {chosen.ranks} is followed by a command that runs on ranks: {', '.join(ON_RANKS)}")
-    _keep_stdin(chosen.command)
+    job = _job(chosen.command)
+    if job:
+        with_stdin(job, is_reader=True)  # mpirun does not pass it on whole
     program = [sys.executable, "-P", "-m", "moempi", *chosen.command]
     launcher = _Launcher([_mpirun(), "-n", str(chosen.ranks), *program])
-    return launcher.wait()
+    code = launcher.wait()
+    if not launcher.ended_by or code in OWN_CODES:
+        return code
+    error = InterruptedByError(launcher.ended_by)
+    if job is None or record_ending(job.output.results, str(error), exit_code=error.exit_code):
+        print_error(str(error))
+    return error.exit_code
 
 
 class _RunParser(ArgumentParser):
@@ -53,13 +67,16 @@ class _RunParser(ArgumentParser):
         raise UsageError(message)
 
 
-def _keep_stdin(words: Sequence[str]) -> None:
-    """Copy the prompts of a job that are on stdin, which mpirun does not pass on whole."""
+def _job(words: Sequence[str]) -> Job | None:
+    """The job of `moempi run`; None for another command, and for a job that the ranks will refuse."""
+    if words[0] != "run":
+        return None
     parser = _RunParser(add_help=False)
     run_command.add_flags(parser)
-    with suppress(UsageError, ConfigError):
-        if words[0] == "run":
-            with_stdin(read_job(parser.parse_args([word for word in words[1:] if word != "--debug"])), is_reader=True)
+    try:
+        return read_job(parser.parse_args([word for word in words[1:] if word != "--debug"]))
+    except MoempiError:
+        return None
 
 
 def _mpirun() -> str:
@@ -72,12 +89,13 @@ def _mpirun() -> str:
 
 
 class _Launcher:
-    """A running mpirun, which ends with this process.
+    """A running mpirun, which ends with this process; `ended_by` is the last signal that may end it, 0 without one.
 
     It has a session of its own, so that no key of the terminal reaches it: on Ctrl-C it would kill its ranks.
     """
 
     def __init__(self, command: list[str]) -> None:
+        self.ended_by = 0
         self._interrupts = 0
         on_terminal = sys.stdin is None or sys.stdin.isatty()
         self._process = subprocess.Popen(
@@ -94,17 +112,13 @@ class _Launcher:
     def wait(self) -> int:
         if self._process.stderr is not None:
             copy_without_banner(self._process.stderr.fileno(), STDERR)
-        code = self._process.wait()
-        if not self._interrupts or code in OWN_CODES:
-            return code
-        if self._interrupts == 1:
-            print_error("interrupted")
-        return INTERRUPTED
+        return self._process.wait()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
+        self.ended_by = number if number in SIGNALS else self.ended_by
         if number == signal.SIGINT:
-            number = signal.SIGUSR1 if self._interrupts == 1 else signal.SIGTERM
+            number = PASSED_ON if self._interrupts == 1 else signal.SIGTERM
         with suppress(ProcessLookupError):
             self._process.send_signal(number)
             if number == signal.SIGTSTP:

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
+from rich.table import Table
 
 from moempi.commands.dry_run import architecture_of
 from moempi.commands.flags import MAX_RANKS, add_job_flags, count, read_job, whole_number
@@ -15,7 +14,7 @@ from moempi.config.machine_file import MachineFile, read_machine
 from moempi.config.placement_file import read_job_placement
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology, virtual
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 from moempi.planning.forecast import Forecast, PlannedJob, StageForecast, decode, forecast, prefill
 
 
@@ -58,7 +57,7 @@ def forecast_job(
 
 def _stage_table(forecasts: Sequence[Forecast]) -> Table:
     """One row for all adjacent stages with the same forecast."""
-    table = _table("step", "stages", "ranks", "compute ms", "travel ms", "waiting ms", "overlapped ms", "limit")
+    table = figures_table("step", "stages", "ranks", "compute ms", "travel ms", "waiting ms", "overlapped ms", "limit")
     table.caption = "a step: compute, travel of its rows; from step to step of a stage: waiting, overlapped"
     for found in forecasts:
         for name, stage in _equal_stages(found):
@@ -80,7 +79,7 @@ def _equal_stages(found: Forecast) -> Iterator[tuple[str, StageForecast]]:
 
 def _total_table(forecasts: Sequence[Forecast]) -> Table:
     """The speed of the whole job with overlap, and its share of the speed without any wait."""
-    table = _table("step", "token/s", "a rank", "of ideal", "gain", "sequences", "ms a token", "first token s")
+    table = figures_table("step", "token/s", "a rank", "of ideal", "gain", "sequences", "ms a token", "first token s")
     table.caption = "ideal: the same steps without travel and idle ranks; gain: of overlap"
     for found in forecasts:
         overlapped, waiting = (found.tokens_per_s(overlap=overlap) for overlap in (True, False))
@@ -96,7 +95,3 @@ def _total_table(forecasts: Sequence[Forecast]) -> Table:
             f"{found.first_token_s:.2f}" if found.workload.prompt else "",
         )
     return table
-
-
-def _table(*head: str) -> Table:
-    return Table(*(Column(name, no_wrap=True) for name in head), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

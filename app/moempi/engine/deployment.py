@@ -18,6 +18,7 @@ from moempi.engine.tokenizer import TextTokenizer
 from moempi.layout.memory import affordable_pages
 from moempi.runtime.world import World
 from moempi.storage.prompts import Prompt
+from moempi.storage.tokenizer_check import check_tokenizer
 from moempi.storage.weights import WeightFile
 
 T = TypeVar("T")
@@ -95,7 +96,7 @@ def deploy(job: Job, world: World, weights: WeightFile) -> Deployment:
     """Deploy a job on the ranks of `world`; collective, blocks. A MoempiError of any rank ends all ranks."""
     backend, pending = _backend(job, world)
     rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
-    tokenizer = world.collectively(lambda: _tokenizer(job, weights))
+    tokenizer = _tokenizer(job, world, weights)
     return Deployment(job, world, weights, backend, pending, rank_layout, tokenizer)
 
 
@@ -115,11 +116,16 @@ def _backend(job: Job, world: World) -> tuple[Backend, PendingTransfers]:
     return backend, pending
 
 
-def _tokenizer(job: Job, weights: WeightFile) -> TextTokenizer:
-    return TextTokenizer(
-        weights.tokenizer,
-        eos_tokens=weights.architecture.eos_tokens,
-        origin=str(weights.path),
-        reads_special=job.input.special_tokens,
-        writes_special=job.output.special_tokens,
+def _tokenizer(job: Job, world: World, weights: WeightFile) -> TextTokenizer:
+    """The tokenizer of the weight file; collective. Rank 0 first checks that it does not end the process."""
+    text, origin = weights.tokenizer, str(weights.path)
+    world.collectively(lambda: check_tokenizer(text, origin=origin) if text and world.rank == 0 else None)
+    return world.collectively(
+        lambda: TextTokenizer(
+            text,
+            eos_tokens=weights.architecture.eos_tokens,
+            origin=origin,
+            reads_special=job.input.special_tokens,
+            writes_special=job.output.special_tokens,
+        )
     )

@@ -20,6 +20,7 @@ from moempi.engine.warm_up import warm_up
 from moempi.model.transformer import Transformer
 from moempi.observe.progress import Progress
 from moempi.runtime.stop import Stop
+from moempi.runtime.stop_rounds import StopRounds
 from moempi.storage.prompts import Prompt
 
 
@@ -37,12 +38,8 @@ class Engine:
         """The scheduler of this rank's group, which keeps the slots of the cache from run to run."""
         return self.lanes.each[0].context.scheduler
 
-    def submit(self, requests: Sequence[Request], recorder: Recorder) -> list[Request]:
-        """Queue the requests that can be computed, and record the ones that have failed.
-
-        The requests that need more pages than there are fail now; they are returned, and not recorded.
-        """
-        recorder.record(request for request in requests if request.finish)
+    def submit(self, requests: Sequence[Request]) -> list[Request]:
+        """Queue the requests that can be computed; the ones that need more pages than there are fail, and are returned."""
         too_long = refuse_too_long(requests, pages=self.pages)
         self.scheduler.submit(request for request in requests if not request.finish)
         return too_long
@@ -67,14 +64,19 @@ class Engine:
 
 def load_engine(
     deployment: Deployment, recorder: Recorder, stop: Stop, *, pages: int, progress: Progress, first_step: int = 0
-) -> Engine:
+) -> Engine | None:
     """Load this rank's share of the model and make its lanes; collective, blocks.
 
-    Recorded routing goes to `recorder`, its steps are numbered from `first_step`. A MoempiError of any rank ends all
-    ranks.
+    Recorded routing goes to `recorder`, its steps are numbered from `first_step`. None on all ranks, and the end of
+    `progress`, if a rank is requested to `stop` meanwhile. A MoempiError of any rank ends all ranks.
     """
     job, world = deployment.job, deployment.world
-    model, loading = _load(deployment, pages=pages, progress=progress)
+    model, loading = _load(deployment, stop, pages=pages, progress=progress)
+    if model is None:
+        progress.close()
+        return None
+    grouped = deployment.rank_layout.placements if job.exchange.hops == 1 else {}
+    warm_up(model, world, placements=grouped, lanes=job.lanes)
     scheduler = Scheduler(
         (),
         micro_batches=job.num_micro_batches,
@@ -95,20 +97,25 @@ def make_task(job: Job, tokenizer: TextTokenizer, prompts: Sequence[Prompt]) -> 
     return Generate(tokenizer, top=max((prompt.sampling.top_logprobs for prompt in prompts), default=0))
 
 
-def _load(deployment: Deployment, *, pages: int, progress: Progress) -> tuple[Transformer, Loading]:
-    """This rank's share of the model, with `pages` cache pages for each group, ready for all lanes; collective."""
-    job, world, rank_layout = deployment.job, deployment.world, deployment.rank_layout
-    shard = Shard(deployment.weights, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
+def _load(deployment: Deployment, stop: Stop, *, pages: int, progress: Progress) -> tuple[Transformer | None, Loading]:
+    """This rank's share of the model, with `pages` cache pages for each group; collective.
+
+    No model on all ranks if a rank is requested to stop meanwhile.
+    """
+    world, rank_layout = deployment.world, deployment.rank_layout
     begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
+    most_layers = world.comm.allreduce(len(layers), max)
+    rounds = StopRounds(world.comm, lambda: stop.requested, rounds=most_layers)
+    coords, parts = rank_layout.coords, rank_layout.grid.tensor
+    shard = Shard(deployment.weights, part=coords.tensor, parts=parts, on_read=rounds.check)
     all_pages = pages * rank_layout.num_groups
 
     def on_layer(loaded: int) -> None:
+        rounds.next_round()
         progress.loading(loaded, len(layers), shard.num_bytes)
 
-    model = world.collectively(
-        lambda: load_model(shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, on_layer=on_layer)
-    )
-    loading = Loading(shard.num_bytes, perf_counter() - begin)
-    grouped = rank_layout.placements if job.exchange.hops == 1 else {}
-    warm_up(model, world, placements=grouped, lanes=job.lanes)
-    return model, loading
+    def load() -> Transformer:
+        return load_model(shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, on_layer=on_layer)
+
+    model = world.collectively(lambda: rounds.run(load))
+    return model, Loading(shard.num_bytes, perf_counter() - begin)

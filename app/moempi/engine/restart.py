@@ -74,7 +74,9 @@ class Attempt:
     another job, if the ranks read different prompts or weights, or if the disk fails.
     """
 
-    def __init__(self, job: Job, world: World, weights: WeightFile, *, num_requests: int) -> None:
+    def __init__(
+        self, job: Job, world: World, weights: WeightFile, *, num_requests: int, max_errors: int | None = None
+    ) -> None:
         self.num_requests = num_requests
         self._routed_layers = len(weights.architecture.moe_layers) if job.trace.routing else 0
         self._num_unrouted = 0
@@ -103,6 +105,7 @@ class Attempt:
             host=printable(os.uname().nodename),
             process=os.getpid(),
             replaces=results_identity(self._results),
+            max_errors=max_errors,
         )
         world.on_failure(self._write_failure)
         self.earlier = self._scan(fingerprint)
@@ -119,12 +122,16 @@ class Attempt:
 
         def on_progress_and_write(counts: Counts) -> None:
             on_progress(counts)
-            self._update_state(counts.finished, counts.tokens, counts.errors)
+            self.count(counts)
+            self._update_state()
 
         return on_progress_and_write
 
-    def _update_state(self, finished: int, tokens: int, errors: int) -> None:
-        self._counts = (finished, tokens, errors)
+    def count(self, counts: Counts) -> None:
+        """Set the counts of the run so far, which the state says when it is written next."""
+        self._counts = (counts.finished, counts.tokens, counts.errors)
+
+    def _update_state(self) -> None:
         if self._world.rank == 0 and time.monotonic() >= self._state_due:
             self._state_pause_s = min(2 * self._state_pause_s, STATE_MAX_PAUSE_S)
             self._state_due = time.monotonic() + self._state_pause_s
@@ -169,6 +176,7 @@ class Attempt:
 
     def stop(self, stop: Stop) -> int:
         """End an attempt that was stopped: write the state and print a line; return STOPPED. Collective, blocks."""
+        self._world.collectively(self.journal.close)
         reason = max(self._world.comm.allgather((stop.requested, stop.reason)))[1]
         self._ended.set()
         self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
@@ -177,11 +185,10 @@ class Attempt:
             print_error(f"stopped early ({reason}), {finished}; run the same job again to continue")
         return STOPPED
 
-    def conclude(self, errors: int, *, max_errors: int | None) -> int:
+    def conclude(self, errors: int) -> int:
         """All requests are finished, `errors` of them with an error; the exit status once the results are in place."""
         self._counts = (self.num_requests, self._counts[1], errors)
-        too_many = errors == self.num_requests or (max_errors is not None and errors > max_errors)
-        self._exit_code = DataError.exit_code if errors and too_many else 0
+        self._exit_code = finished(self._begin, errors=errors).exit_code
         return self._exit_code
 
     def begin_results(self) -> None:
@@ -256,7 +263,7 @@ class Attempt:
                     write_state(self._results, state)
                 if self._results_in_place():
                     codes.append(self._exit_code)
-                    write_state(self._results, finished(state, exit_code=self._exit_code))
+                    write_state(self._results, finished(state, errors=state.errors))
 
         writer = threading.Thread(target=write, daemon=True)
         writer.start()

@@ -27,7 +27,7 @@ from moempi.engine.restart import Attempt
 from moempi.engine.summary import RankRun, make_provenance, rank_record, run_report
 from moempi.errors import MoempiError
 from moempi.observe.logs import log_to_files
-from moempi.observe.progress import Progress
+from moempi.observe.progress import Counts, Progress
 from moempi.observe.run_report import Report, print_report
 from moempi.printing import print_error
 from moempi.runtime.stop import Stop
@@ -56,10 +56,9 @@ def run_job(
 ) -> int:
     """Run a job on all ranks of `world` and return the exit status; collective, blocks until the results are written.
 
-    Requests that earlier attempts finished are not run again. If a rank is requested to `stop`, all ranks stop after
-    the current step; the exit status is 75, and running the job again continues it. It is 65 if all requests, or more
-    than `max_errors`, end with an error. A MoempiError of any rank before the first step ends all ranks.
-    `on_finished(exit status)` is called on each rank once the results are in place.
+    Requests that earlier attempts finished are not run again. If a rank is requested to `stop`, all stop after a step
+    or tensor, with status 75; running the job again continues it. The status is 65 if all requests, or more than
+    `max_errors`, end with an error. `on_finished(exit status)` is called on each rank when the results are in place.
     """
     start = datetime.now(UTC)
     world.watch(job.run.timeout_s)
@@ -67,9 +66,8 @@ def run_job(
     weights = world.collectively(lambda: WeightFile.open(job.model.weights))
     prompts = world.collectively(lambda: _read_prompts(job, strict=strict))
     # This attempt locks the output, and computes the requests that earlier ones did not finish.
-    attempt = Attempt(job, world, weights, num_requests=len(prompts))
-    world.collectively(lambda: log_to_files(job.output.results, world.rank))
-    attempt.warn_of_damage()
+    attempt = Attempt(job, world, weights, num_requests=len(prompts), max_errors=max_errors)
+    _begin_logs(job, world, attempt)
     # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
     deployment = deploy(job, world, weights)
     requests = deployment.make_requests(deployment.own(_unfinished(prompts, attempt)), task=job.task)
@@ -77,11 +75,13 @@ def run_job(
     _announce(job, world, weights, prompts)
     # The model and the lanes.
     progress = Progress(attempt.num_requests, enabled=world.rank == 0)
-    recorder = _make_recorder(job, world, deployment.rank_layout, attempt, progress)
+    recorder = _make_recorder(job, world, deployment.rank_layout, attempt, progress, requests)
     first_step = attempt.earlier.next_step
     engine = load_engine(deployment, recorder, stop, pages=pages, progress=progress, first_step=first_step)
+    if engine is None:
+        return attempt.stop(stop)
     # The lanes run interleaved until no rank has work left.
-    too_long = engine.submit(requests, recorder)
+    too_long = engine.submit(requests)
     task, sample = make_task(job, deployment.tokenizer, prompts), _quality_sample(job, requests)
     del prompts, requests  # from here on the scheduler alone holds a request, until it is finished
     seconds = engine.run(task, recorder)
@@ -93,11 +93,16 @@ def run_job(
     report = _report(job, world, attempt, rank_run, _close_journal(job, world, attempt, rank_run, sample=sample))
     if report.num_finished < attempt.num_requests:
         return attempt.stop(stop)
-    exit_code = attempt.conclude(report.num_errors, max_errors=max_errors)
+    exit_code = attempt.conclude(report.num_errors)
     # The results: rank 0 merges all journals.
     origin = make_provenance(job_text, world, weights=weights.fingerprint, start=start)
     _write_results(job, world, attempt, report, provenance=origin, on_finished=partial(on_finished, exit_code))
     return exit_code
+
+
+def _begin_logs(job: Job, world: World, attempt: Attempt) -> None:
+    world.collectively(lambda: log_to_files(job.output.results, world.rank))
+    attempt.warn_of_damage()
 
 
 def _write_results(
@@ -193,8 +198,18 @@ def _warn_of_texts(prompts: Sequence[Prompt], weights: WeightFile) -> None:
         log.warning("%s holds no chat template: %d prompts of messages end as errors", weights.path, chats)
 
 
-def _make_recorder(job: Job, world: World, rank_layout: RankLayout, attempt: Attempt, progress: Progress) -> Recorder:
-    """This rank's recorder; on rank 0 it counts the requests of earlier attempts as well."""
+def _make_recorder(
+    job: Job,
+    world: World,
+    rank_layout: RankLayout,
+    attempt: Attempt,
+    progress: Progress,
+    requests: Sequence[Request],
+) -> Recorder:
+    """This rank's recorder, which has recorded the refused requests; collective.
+
+    On rank 0 it counts the requests of earlier attempts as well.
+    """
     on_progress = attempt.also_writing_state(progress.update)
     writes_records = rank_layout.writes_records
     recorder = Recorder(
@@ -206,6 +221,8 @@ def _make_recorder(job: Job, world: World, rank_layout: RankLayout, attempt: Att
     )
     if world.rank == 0:
         recorder.add_earlier(attempt.earlier)
+    recorder.record(request for request in requests if request.finish)
+    attempt.count(Counts(*map(sum, zip(*world.comm.allgather(tuple(recorder.counts())), strict=True))))
     return recorder
 
 
@@ -219,6 +236,7 @@ def _close_journal(
     job: Job, world: World, attempt: Attempt, rank_run: RankRun, *, sample: Sequence[Request]
 ) -> RankRecord:
     """Append the record of this rank, with the quality cost of balancing if the job measures it; collective."""
+    world.watch(job.run.timeout_s)
     record, lanes = rank_record(world, rank_run, hops=job.exchange.hops), rank_run.lanes
     if lanes.balance and job.balance.sample:
         change = quality_cost(lanes.each, sample, world, sample=job.balance.sample, run=lanes.run)

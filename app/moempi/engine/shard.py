@@ -1,5 +1,6 @@
 """The share of a weight file that one rank of a tensor group reads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -14,13 +15,17 @@ class Shard:
     """Part `part` of `parts` of every tensor that a tensor group divides, and all rows of the other tensors.
 
     `architecture` describes the share: its attention has the number of heads of this part. `num_bytes` counts the bytes
-    read so far. Every read raises DataError, which names file and tensor, if a checksum is wrong.
+    read so far. Every read first calls `on_read`. It raises DataError, which names file and tensor, if a checksum is
+    wrong.
     """
 
-    def __init__(self, file: WeightFile, *, part: int, parts: int) -> None:
+    def __init__(
+        self, file: WeightFile, *, part: int, parts: int, on_read: Callable[[], object] = lambda: None
+    ) -> None:
         self._file = file
         self._part = part
         self._parts = parts
+        self._on_read = on_read
         self.num_bytes = 0
         shape = file.architecture.attention
         self.architecture: Architecture = msgspec.structs.replace(
@@ -54,6 +59,7 @@ class Shard:
         return matrix
 
     def _read(self, name: str, *rows: int) -> npt.NDArray[Any]:
+        self._on_read()
         values = self._file.read(name, *rows)
         self.num_bytes += values.nbytes
         return values

@@ -4,9 +4,10 @@ import os
 import sys
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from moempi.printing import printable, shortened
@@ -18,8 +19,8 @@ MAX_TEXT_LENGTH = 2000
 class PlainConsole(Console):
     """A console for strings, also in tables, that may come from files: unprintable characters are escaped.
 
-    Markup, emoji codes and highlighting are off. A table whose columns must not be wrapped becomes lines, one for each
-    of its rows, if it is wider than the console: 80 columns where there is no terminal.
+    Markup, emoji codes and highlighting are off. A `figures_table` becomes lines, one for each of its rows, if it is
+    wider than the console: 80 columns where there is no terminal.
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -45,6 +46,14 @@ class PlainConsole(Console):
 
 def _present(text: RenderableType | None) -> list[RenderableType]:
     return [] if text is None else [text]
+
+
+def figures_table(*heads: str, title: str | None = None, caption: str | None = None) -> Table:
+    """An empty table of figures, whose cells are never wrapped."""
+    columns = (Column(head, no_wrap=True) for head in heads)
+    table = Table(*columns, title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title_justify = table.caption_justify = "left"
+    return table
 
 
 def console() -> Console:

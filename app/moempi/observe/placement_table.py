@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
+from rich.table import Table
 
 from moempi.config.size import format_size
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +37,8 @@ def policies_table(rows: Sequence[PolicyRow], *, title: str, levels: Sequence[st
     last = len(levels) - 1
     used = [level for level in range(last) if any(row.messages[level] for row in rows)] + [last]
     head = ("placement", *(levels[level] for level in used), "messages", "uneven", "busiest")
-    columns = (Column(name, no_wrap=True) for name in head)
-    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption = f"bytes sent, messages over the {levels[-1]}; uneven: (max - mean)/mean of rows"
+    caption = f"bytes sent, messages over the {levels[-1]}; uneven: (max - mean)/mean of rows"
+    table = figures_table(*head, title=title, caption=caption)
     for row in rows:
         sent = (format_size(row.sent_bytes[level]) for level in used)
         even = f"{fmean(row.imbalance):.3f}" if row.imbalance else ""

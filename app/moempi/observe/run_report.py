@@ -8,11 +8,10 @@ from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
+from rich.table import Table
 
 from moempi.config.size import format_size
-from moempi.observe.console import console
+from moempi.observe.console import console, figures_table
 from moempi.printing import print_line
 from moempi.storage.records import Scores
 
@@ -139,7 +138,7 @@ def print_scores(scored: Iterable[ScoreRow]) -> None:
 
 def stage_table(layout: LayoutTable) -> Table:
     """The counts of the stages, one row for all adjacent stages that are equal."""
-    table = _table("stages", "layers", "ranks", "nodes", "groups", "experts")
+    table = figures_table("stages", "layers", "ranks", "nodes", "groups", "experts")
     table.caption = "of a stage: layers, ranks, nodes, data parallel groups; of a rank: experts of a layer"
     for name, row in _equal_stages(layout.stages):
         table.add_row(name, *map(str, (row.layers, row.ranks, row.nodes, row.groups)), row.experts)
@@ -148,18 +147,12 @@ def stage_table(layout: LayoutTable) -> Table:
 
 def memory_table(layout: LayoutTable) -> Table:
     """The memory of the fullest rank of the stages, one row for all adjacent stages that are equal."""
-    table = _table("stages", *(layout.stages[0].memory if layout.stages else []), "sequences", "total")
+    table = figures_table("stages", *(layout.stages[0].memory if layout.stages else []), "sequences", "total")
     table.caption = (
         f"bytes of the fullest rank of a stage; sequences of {layout.context:,} tokens that a group computes at a time"
     )
     for name, row in _equal_stages(layout.stages):
         table.add_row(name, *map(format_size, row.memory.values()), f"{row.sequences:,}", format_size(row.total))
-    return table
-
-
-def _table(*head: str) -> Table:
-    table = Table(*(Column(name, no_wrap=True) for name in head), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption_justify = "left"
     return table
 
 

@@ -112,7 +112,7 @@ def launched_rank(environment: Mapping[str, str]) -> int | None:
 def _watch(socket_to_rank: socket.socket, error: str) -> None:
     """The monitor process: acquire the right for its rank on request; print the error if the rank dies."""
     os.setsid()  # a signal to the rank's process group does not reach its monitor
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
     kept = socket_to_rank.fileno()

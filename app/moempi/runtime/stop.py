@@ -10,7 +10,10 @@ from types import FrameType
 from moempi.printing import write_error
 from moempi.runtime.launcher import launched_first
 
-REQUESTS = (signal.SIGUSR1, signal.SIGINT)
+PASSED_ON = signal.SIGUSR2
+"""What `moempi launch` sends for a Ctrl-C: a launcher of ranks ends them on SIGINT, and passes this signal on."""
+REQUESTS = {signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "SIGINT", PASSED_ON: "SIGINT"}
+"""The signals that are requests, with what was done by whoever made them."""
 
 
 class Stop:
@@ -36,7 +39,7 @@ class Stop:
             signal.signal(number, self._on_signal)
 
     def accept(self, number: int) -> bool:
-        """Whether a signal is a request: SIGUSR1, and the first SIGINT. Rank 0 prints a line at the first request.
+        """Whether a signal is a request: one of REQUESTS, of SIGINT the first. Rank 0 prints a line at the first one.
 
         Safe from any thread.
         """
@@ -44,7 +47,7 @@ class Stop:
         if number not in REQUESTS or again:
             return False
         self._interrupted |= number == signal.SIGINT
-        self._signal = self._signal or signal.Signals(number).name
+        self._signal = self._signal or REQUESTS[signal.Signals(number)]
         if launched_first(os.environ) and self._announcement_due.acquire(blocking=False):
             self._announce()
         return True

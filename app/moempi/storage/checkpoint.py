@@ -11,13 +11,13 @@ from typing import Any
 import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from moempi.arrays import aligned_empty
 from moempi.config.input_file import file_mode, open_input, read_input
 from moempi.errors import DataError, NoInputError
 from moempi.storage.chat_templates import ChatTemplates, read_chat_templates
 from moempi.storage.hdf5 import AnyArray
+from moempi.storage.tokenizer_files import read_tokenizer
 
 # The NumPy type of each safetensors type; bfloat16 and 8-bit floating point are kept as bits.
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {
@@ -31,11 +31,6 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_METADATA_BYTES = 1 << 28
-OTHER_TOKENIZERS = ("tokenizer.model", "tiktoken.model", "tekken.json", "spiece.model", "vocab.json", "vocab.txt")
-HOW_TO_MAKE_TOKENIZER = (
-    "let transformers write it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), "
-    "or move the file away to convert without a tokenizer, for prompts of tokens"
-)
 HEADER_LENGTH_BYTES = 8
 
 
@@ -75,7 +70,7 @@ class CheckpointTensor:
 class Checkpoint:
     """The contents of a checkpoint folder.
 
-    `tokenizer` is the text of tokenizer.json, "" if there is none, `chat` has the chat templates, None without any.
+    `tokenizer` is the text of a tokenizer.json, "" without any, `chat` has the chat templates, None without any.
     """
 
     folder: Path
@@ -107,15 +102,15 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not stat.S_ISDIR(file_mode(folder)):
         raise NoInputError(f"{folder}: is not a folder with a checkpoint (config.json, *.safetensors)")
     config = _read_object(folder / "config.json")
-    tokenizer = _read_tokenizer(folder)
-    named_tokens = _read_optional(folder / "special_tokens_map.json") if tokenizer else {}
-    tokenizer_config = _read_optional(folder / "tokenizer_config.json") if tokenizer else {}
+    tokenizer_config = _read_optional(folder / "special_tokens_map.json")
+    tokenizer_config |= _read_optional(folder / "tokenizer_config.json")
+    tokenizer = read_tokenizer(folder, tokenizer_config)
     return Checkpoint(
         folder,
         config,
         _read_optional(folder / "generation_config.json"),
         tokenizer,
-        read_chat_templates(folder, named_tokens | tokenizer_config) if tokenizer else None,
+        read_chat_templates(folder, tokenizer_config) if tokenizer else None,
         _read_headers(folder),
     )
 
@@ -138,26 +133,6 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_optional(path: Path) -> dict[str, Any]:
     return _read_object(path) if _is_named(path) else {}
-
-
-def _read_tokenizer(folder: Path) -> str:
-    path = folder / "tokenizer.json"
-    if not _is_named(path):
-        other = next((name for name in OTHER_TOKENIZERS if _is_named(folder / name)), None)
-        if other:
-            raise DataError(f"{folder / other}: only tokenizer.json is read; {HOW_TO_MAKE_TOKENIZER}")
-        return ""
-    content = _read_bytes(path)
-    try:
-        text = content.decode()
-        Tokenizer.from_str(text)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: {error}") from error
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # `tokenizers` raises Exception, and a panic as a BaseException
-        raise DataError(f"{path}: not a tokenizer: {error}") from error
-    return text
 
 
 def _read_headers(folder: Path) -> dict[str, CheckpointTensor]:

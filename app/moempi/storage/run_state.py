@@ -1,7 +1,8 @@
 """The state of a run in `<results>.run.json`, for scripts and people, because launchers may change exit codes.
 
 A run that is killed cannot write how it ended, so a reader infers it. A run is finished as soon as its results file is
-in place, which is then another one than the file that was there when the run began. Otherwise it is dead if the lock
+in place, which is then another one than the file that was there when the run began, and its exit code depends on the
+errors in them. Otherwise it is dead if the lock
 on its output is free. Some file systems have no locks, or none that other nodes see. There a run on the reader's host
 is dead if its process is gone, and a run on another host if it has not touched its state file for SILENT_S.
 """
@@ -16,10 +17,11 @@ from typing import Annotated, Literal
 import msgspec
 
 from moempi.config.input_file import read_input
-from moempi.errors import DataError, NoInputError
+from moempi.errors import DataError, MoempiError, NoInputError
 from moempi.printing import printable
 from moempi.storage.files import atomic
 from moempi.storage.lock import is_locked, process_name
+from moempi.storage.results import ResultFile
 
 MAX_BYTES = 1 << 20
 MAX_PROCESS = 2**31 - 1
@@ -27,6 +29,8 @@ TOUCH_EVERY_S = 10.0
 """Seconds after which a live run touches its state file."""
 SILENT_S = 300.0
 """Seconds without a touch after which a run without a lock is dead: many touches, because a disk may block one."""
+DEATH_LIMIT_S, DEATH_PAUSE_S = 5.0, 0.05
+"""Seconds that a launcher's processes may take to end after it, and between looks at them."""
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -56,6 +60,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""
     process: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROCESS)] = 0
     replaces: str | None = None
+    max_errors: int | None = None
 
 
 def state_path(results_path: str | Path) -> Path:
@@ -83,6 +88,24 @@ def write_state(results_path: str | Path, state: RunState) -> None:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
 
 
+def record_ending(results_path: str | Path, reason: str, *, exit_code: int) -> bool:
+    """Write how a run that is killed ended, and return whether it has not done so itself.
+
+    Blocks until its processes end. Raises StorageError if writing fails.
+    """
+    limit = time.monotonic() + DEATH_LIMIT_S
+    try:
+        while (found := read_state(results_path)).state == "running" and time.monotonic() < limit:
+            time.sleep(DEATH_PAUSE_S)
+        written = _read(state_path(results_path))[0]
+    except MoempiError:
+        return True
+    is_killed = written.state == "running" and found.state == "failed"
+    if is_killed:
+        write_state(results_path, msgspec.structs.replace(found, reason=reason, exit_code=exit_code))
+    return is_killed
+
+
 def touch_state(results_path: str | Path) -> None:
     """Record in the state file's time of change that its run is alive; does nothing if that fails."""
     with suppress(OSError):
@@ -100,15 +123,35 @@ def read_state(results_path: str | Path) -> RunState:
         return read_state(results_path)  # it ended by itself, or another one began
     interrupted = state.state in ("running", "failed") and state.replaces is not None
     if interrupted and is_replaced(results_path, state.replaces or ""):
-        return finished(state)
+        return finished(state, errors=_count_errors(results_path, otherwise=state.errors))
     return _killed(state, touched=touched) if dead else state
 
 
-def finished(state: RunState, *, exit_code: int = 0) -> RunState:
-    """The state once the results are in place."""
+def finished(state: RunState, *, errors: int) -> RunState:
+    """The state once the results are in place, in which `errors` requests ended with an error.
+
+    The exit code is 65 if all did, or more than `max_errors`.
+    """
+    limit = state.requests - 1 if state.max_errors is None else min(state.max_errors, state.requests - 1)
     return msgspec.structs.replace(
-        state, state="finished", finished=state.requests, reason="", phase="", rank=0, exit_code=exit_code
+        state,
+        state="finished",
+        finished=state.requests,
+        errors=errors,
+        reason="",
+        phase="",
+        rank=0,
+        exit_code=DataError.exit_code if errors > limit else 0,
     )
+
+
+def _count_errors(results_path: str | Path, *, otherwise: int) -> int:
+    """The errors in the results; `otherwise` if they cannot be read."""
+    try:
+        with ResultFile(results_path) as results:
+            return results.num_errors()
+    except MoempiError:
+        return otherwise
 
 
 def _killed(state: RunState, *, touched: float) -> RunState:
