@@ -7,14 +7,81 @@ jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 asked_early=
 trap 'asked_early=1' USR1
 
-# launch COMMAND...   one process per task of the allocation; MOEMPI_LAUNCHER is srun or mpirun.
+# The nodes that ranks run on, and the ranks on each; empty and 0 as long as they are all of the allocation.
+nodes=() per_node=0
+
+# launch COMMAND...   one process per task on `nodes`, or on all of the allocation; MOEMPI_LAUNCHER is srun or mpirun.
 launch() {
+    local where=() list
     if [ "${MOEMPI_LAUNCHER:-srun}" = srun ]; then
+        list=$(IFS=,; echo "${nodes[*]}")
+        # The step of a lost node may count as running for minutes.
+        if [ -n "$list" ]; then where=(--overlap --nodes="${#nodes[@]}" --nodelist="$list"); fi
         # A step does not inherit the tasks per node of the job, nor ends by itself when one rank dies.
-        exec srun --mpi=pmix --ntasks="$SLURM_NTASKS" --kill-on-bad-exit=1 "$@"
+        exec srun --mpi=pmix --ntasks="$ranks" --kill-on-bad-exit=1 "${where[@]}" "$@"
     else
-        exec mpirun -n "$SLURM_NTASKS" --bind-to none "$@"
+        list=$(printf ",%s:$per_node" "${nodes[@]}")
+        if [ ${#nodes[@]} -gt 0 ]; then where=(--host "${list:1}"); fi
+        export SLURM_OVERLAP=1 # for the step in which it starts its daemons
+        exec mpirun -n "$ranks" --bind-to none "${where[@]}" "$@"
     fi
+}
+
+# use_nodes LOST JOB.toml [OPTION...]   sets `nodes` and `ranks` to those of the allocation without LOST, a list with
+# commas, as many as before while spare ones are left (MOEMPI_SPARE_NODES); fails if no number of ranks fits the job.
+use_nodes() {
+    local lost=,$1, all=() left=() node spare=${MOEMPI_SPARE_NODES:-0} fewest
+    shift
+    ranks=$SLURM_NTASKS
+    if [ "$lost" = ,, ] && [ "$spare" -eq 0 ]; then return 0; fi
+    mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    for node in "${all[@]}"; do [[ $lost == *",$node,"* ]] || left+=("$node"); done
+    nodes=("${left[@]:0:${#all[@]} - spare}")
+    per_node=$((SLURM_NTASKS / ${#all[@]}))
+    ranks=$((${#nodes[@]} * per_node)) fewest=$(((${#nodes[@]} - 1) * per_node))
+    for ((; ranks > 0 && ranks >= fewest; ranks--)); do
+        if moempi run "$@" --dry-run --world "$ranks" --ranks-per-node "$per_node" >/dev/null 2>&1; then return 0; fi
+    done
+    return 1
+}
+
+# unreachable_nodes   the nodes of the allocation whose slurmd does not answer within 2 s, with commas before
+unreachable_nodes() {
+    local node where
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | while read -r node; do
+        where=$(scontrol --oneliner show node "$node" | sed 's/.* NodeAddr=\([^ ]*\) .* Port=\([0-9]*\) .*/\1\/\2/')
+        timeout 2 bash -c ": </dev/tcp/$where" 2>/dev/null || printf ',%s' "$node" &
+    done
+    wait
+}
+
+# give_up_nodes LOST   takes nodes, a list with commas, out of the allocation: when Slurm finds that one is down, it would
+# end the whole job.
+give_up_nodes() {
+    local folder node left=()
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do [[ $1, == *",$node,"* ]] || left+=("$node"); done
+    folder=$(mktemp -d) # where scontrol leaves scripts that set variables
+    (cd "$folder" && scontrol update JobId="$SLURM_JOB_ID" NodeList="$(IFS=,; echo "${left[*]}")") >/dev/null || true
+    rm -rf "$folder"
+}
+
+# end_with_ranks LAUNCHER FILE JOB.toml [OPTION...]   ends a launcher that waits for a lost node after its ranks have
+# ended; writes the state in which they ended to FILE.
+end_with_ranks() {
+    local launcher=$1 ended=$2 patience_s
+    shift 2
+    moempi state "$@" --wait >"$ended" 2>/dev/null &
+    trap 'kill $! 2>/dev/null; exit' TERM
+    wait $! || return 0
+    case $(<"$ended") in
+        *" lost_hosts="*) patience_s=0.3 ;;
+        *" killed: "*) patience_s=2 ;;
+        failed*) patience_s=5 ;;
+        *) patience_s=60 ;;
+    esac
+    sleep "$patience_s" &
+    wait $!
+    kill -KILL "$launcher" 2>/dev/null || return 0
 }
 
 # stage_weights   copies $MOEMPI_STAGE to every node's $MOEMPI_SCRATCH (or $TMPDIR); `staged` is then the option that uses
@@ -35,7 +102,7 @@ stage_weights() {
 progress() { moempi state "$@" 2>/dev/null || echo none 0 0; }
 
 # is_own_code CODE   whether CODE is one that moempi ends with, and not a launcher's: all ranks have ended.
-is_own_code() { [ "$1" -eq 0 ] || { [ "$1" -ge 64 ] && [ "$1" -le 78 ]; }; }
+is_own_code() { [ "$1" -ge 64 ] && [ "$1" -le 78 ]; }
 
 # requeue REASON
 requeue() {
@@ -43,10 +110,36 @@ requeue() {
     scontrol requeue "$SLURM_JOB_ID"
 }
 
-# run_job JOB.toml [OPTION...]   runs the job in this allocation. When it ends early with exit code 75 (time over, a
-# rank lost) and has finished more requests than before, requeues the batch job, which then continues.
+# start JOB.toml [OPTION...]   runs the job once; sets `code`, that of its launcher, and `state`, what became of it.
+start() {
+    launch moempi run "$@" "${staged[@]}" &
+    local child=$!
+    trap 'kill -USR1 "$child" 2>/dev/null' USR1 # srun and mpirun pass it on to their ranks
+    local ended
+    ended=$(mktemp)
+    end_with_ranks "$child" "$ended" "$@" &
+    local watch=$!
+    while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends wait, not the child
+    trap : USR1
+    kill "$watch" 2>/dev/null || true
+    state=$(<"$ended")
+    rm -f "$ended"
+    if [[ ${state##* } = lost_hosts=* ]]; then return 0; fi # no time to lose
+    # A launcher that dies may leave ranks, and a run that was killed on another node counts as running for a while.
+    for _ in {1..40}; do
+        state=$(progress "$@")
+        if [ "${state%% *}" != running ] || is_own_code "$code"; then break; fi
+        sleep 10
+    done
+    # mpirun ends with 0 when it loses a node.
+    if [ "$code" -eq 0 ] && [ "${state%% *}" = failed ]; then code=75; fi
+}
+
+# run_job JOB.toml [OPTION...]   runs the job in this allocation. When it ends early with exit code 75 and has finished
+# more requests than before, it goes on: if nodes were lost, at once on those that are left; otherwise, or if the job does
+# not fit them, it requeues the batch job, which then continues.
 run_job() {
-    local state before after code asked
+    local state before after code asked lost='' more ranks
     read -r state before _ < <(progress "$@")
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$state" = finished ]; then
         echo "batch: the results are complete already"
@@ -57,23 +150,27 @@ run_job() {
         requeue "asked to stop before the start"
         return 75
     fi
-    launch moempi run "$@" "${staged[@]}" &
-    local child=$!
-    trap 'kill -USR1 "$child" 2>/dev/null' USR1 # srun and mpirun pass it on to their ranks
-    while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends wait, not the child
-    trap : USR1
-    # A launcher that dies may leave ranks, and a run that was killed on another node counts as running for a while.
-    for _ in {1..40}; do
-        read -r state after asked _ < <(progress "$@")
-        if [ "$state" != running ] || is_own_code "$code"; then break; fi
-        sleep 10
+    use_nodes "" "$@" || true
+    while true; do
+        start "$@"
+        read -r _ after asked _ <<<"$state"
+        if [ "$code" -eq 0 ] || [ "$asked" != 75 ]; then return "$code"; fi
+        case $state in
+            *" lost_hosts="*) more=,${state##*=} ;;
+            *" killed: "*) more=$(unreachable_nodes) ;; # with a node, so that no rank could say so
+            *) more= ;;
+        esac
+        lost+=$more
+        export MOEMPI_LOST_HOSTS=${more:1}@$EPOCHREALTIME # for the line about the recovery
+        if [ -z "$more" ] || ! use_nodes "$lost" "$@"; then break; fi
+        give_up_nodes "$lost"
+        echo "batch: lost ${more:1}, $after requests are finished ($before before), going on with $ranks ranks"
+        before=$after
     done
-    if [ "$code" -ne 0 ] && [ "$asked" = 75 ]; then
-        if [ "$after" -gt "$before" ]; then
-            requeue "$after requests are finished ($before before)"
-            return 75
-        fi
+    if [ "$after" -le "$before" ]; then
         echo "batch: no request was finished since the last start, giving up" >&2
+        return "$code"
     fi
-    return "$code"
+    requeue "$after requests are finished ($before before)"
+    return 75
 }

@@ -15,22 +15,31 @@ from mpirun import ROOT
 COMMANDS = {
     # moempi state prints the next line of STATES, the last one again and again; moempi run notes its arguments.
     "moempi": """
-        if [ "$1" = state ]; then
+        if [ "$1" = state ] && [ "${!#}" = --wait ]; then
+            exec tail -f /dev/null
+        elif [ "$1" = state ]; then
             state=$(head -n 1 "$STATES")
             [ "$(wc -l <"$STATES")" = 1 ] || sed -i 1d "$STATES"
             echo "$state"
             printf '%s\\0' "${@:2}" >"$NOTES/state"
         else
             printf '%s\\0' "${@:2}" >"$NOTES/run"
-            exit "$CODE"
+            [[ " $* " = *" --dry-run "* ]] || exit "$CODE"
+            world=$(sed 's/.*--world //; s/ .*//' <<<"$*")
+            exit "$((FITTING % world != 0))"
         fi""",
     "srun": """
+        echo "$@" >>"$NOTES/srun"
         while [ "${1:0:1}" = - ]; do shift; done
         exec "$@" """,
     "sbcast": 'cp "$2" "$3"',
     # scontrol show prints the script that was submitted, as Slurm does.
     "scontrol": """
-        if [ "$1" = show ]; then
+        if [ "$2" = hostnames ]; then
+            printf '%s\\n' n1 n2 n3 n4
+        elif [ "$1" = update ]; then
+            echo "$@" >"$NOTES/update"
+        elif [ "$1" = show ]; then
             printf 'JobId=17\\n   Command=%s\\n   WorkDir=/\\n' "${COMMAND:-}"
         else
             echo "$@" >"$NOTES/scontrol"
@@ -139,6 +148,7 @@ def test_staged_weights_may_have_any_name(script, scratch):
         ("failed 5 75 killed\nfailed 5 70 ValueError\n", 70, 70, False, 0),
         ("running 5 0\n", 74, 74, False, 0),  # another run holds the output
         ("failed 5 75 killed\nfinished 9 0\n", 0, 0, False, 0),
+        ("none 0 0\nrunning 5 0\nfailed 5 75 killed\n", 0, 75, True, 1),  # mpirun lost a node
     ],
 )
 def test_a_batch_job_continues_a_run_that_was_killed(script, states, code, ends_with, requeued, waits):
@@ -148,6 +158,33 @@ def test_a_batch_job_continues_a_run_that_was_killed(script, states, code, ends_
     assert (script.notes / "scontrol").exists() == requeued
     slept = script.notes / "sleep"
     assert (slept.read_text().count("10\n") if slept.exists() else 0) == waits
+
+
+LOSS = "failed 5 75 rank 4 does not answer lost_hosts=n3\n"
+
+
+@pytest.mark.parametrize(
+    ("fitting", "spare", "ranks"),
+    [("6", "0", "--ntasks=6"), ("5", "0", "--ntasks=5"), ("6", "1", "--ntasks=6")],
+)
+def test_a_batch_job_goes_on_without_a_lost_node(script, fitting, spare, ranks):
+    """With the most ranks that fit the job, and on a spare node if there is one."""
+    states = f"none 0 0\n{LOSS}finished 9 0\n"
+    given = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-4]", "FITTING": fitting, "MOEMPI_SPARE_NODES": spare}
+    outcome = script.run("job.toml", states=states, code=143, **given)
+    assert "batch: lost n3, 5 requests are finished (0 before), going on with" in outcome.stdout, outcome.stderr
+    assert not (script.notes / "scontrol").exists()
+    assert (script.notes / "update").read_text() == "update JobId=17 NodeList=n1,n2,n4\n"
+    first, second = (line.split() for line in (script.notes / "srun").read_text().splitlines())
+    assert ("--nodelist=n1,n2,n3" in first) == (spare == "1")
+    assert {"--overlap", "--nodes=3", "--nodelist=n1,n2,n4", ranks} <= set(second)
+
+
+def test_a_batch_job_that_does_not_fit_the_nodes_that_are_left_is_requeued(script):
+    given = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-4]", "FITTING": "7"}
+    outcome = script.run("job.toml", states=f"none 0 0\n{LOSS}", code=143, **given)
+    assert outcome.returncode == 75
+    assert (script.notes / "scontrol").read_text() == "requeue 17\n"
 
 
 def test_a_requeued_job_whose_results_are_complete_does_not_run_again(script):

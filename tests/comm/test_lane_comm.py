@@ -1,6 +1,7 @@
 """The communication of a lane: which ranks its parts join, and where the last layer's outputs go."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from moempi.comm.transport_factory import TransportFactory
 from moempi.comm.two_hops import TwoHops
 from moempi.layout.layout import make_layout
 from moempi.layout.row_split import RowSplit
+from moempi.layout.schedule import Point
 from moempi.layout.topology import virtual
 from simt.device import SimtDevice
 
@@ -43,11 +45,12 @@ def simt_backend():
 
 def make(comm, *, hops=1, ranks_per_node=2, on_route=None, make_backend=numpy_backend, **sections):
     backend = make_backend()
-    transfers = Transfers(backend, PendingTransfers())
+    topology = virtual(comm.size, ranks_per_node)
+    transfers = Transfers(backend, PendingTransfers(), levels=topology.levels(comm.rank))
     return make_lane_comm(
         comm,
         layout_of(comm.size, **sections),
-        virtual(comm.size, ranks_per_node),
+        topology,
         transports=TransportFactory(backend=backend, name="alltoallv", shape=SHAPE, slot_rows=8),
         transfers=transfers,
         hops=hops,
@@ -142,6 +145,26 @@ def test_each_part_joins_the_ranks_of_its_stage_or_its_tensor_group(comm, num_ra
     _, combined = dispatch_and_combine(lane_comm, (0, 2)[stage], rows)
     np.testing.assert_array_equal(combined, rows)
     assert set(lane_comm.exchange.expert_load) == ({0}, {2, 3})[stage]
+
+
+@pytest.mark.ranks(4)
+def test_rows_to_the_next_stage_and_in_a_tensor_group_are_counted(comm, num_ranks):
+    lane_comm = make(comm, parallel={"stages": 2, "tensor": 2})
+    sequence = {"requests": 0, "slots": 0, "starts": 0, "lengths": 3, "capacities": 8}
+    columns = {name: np.array([value]) for name, value in sequence.items()}
+    batch, split = replace(NO_STEP, stop=False, **columns), RowSplit((3,), 2)
+    if comm.rank < 2:
+        lane_comm.link.send(batch, np.ones((3, SMALL.width), np.float32))
+        lane_comm.link.wait_for_sends()
+    else:
+        assert len(lane_comm.link.start_receive().finish().rows) == split.counts[comm.rank - 2]
+    own = np.ones((split.counts[comm.rank % 2], SMALL.width), np.float32)
+    finish(lane_comm.tensor.all_gather(own, split, Point(0, "gather")))
+    counters = lane_comm.transfers.counters
+    row_bytes = SMALL.width * 4
+    assert counters["stage_network_bytes"] == (len(own) * row_bytes if comm.rank < 2 else 0)
+    assert counters["tensor_node_bytes"] == len(own) * row_bytes
+    assert (counters["tensor_node_messages"], counters["network_bytes"]) == (1, 0)
 
 
 @pytest.mark.ranks(4)

@@ -166,7 +166,7 @@ def report_of_all(comm, record, recorder, *, earlier=NOTHING_EARLIER):
     return run_report(
         record,
         recorder,
-        SimpleNamespace(comm=comm),
+        SimpleNamespace(comm=comm, slow_hosts=()),
         earlier=earlier,
         results="out.h5",
         transport="shared  (as the job says)",

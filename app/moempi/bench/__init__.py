@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from moempi.errors import UsageError
 from moempi.runtime.monitor import Monitor
+from moempi.runtime.shm_segments import choose_segment_folder
 
 BENCHMARKS = ("layer", "generate", "exchange", "overlap", "immediate", "placement", "plan", "gpu")
 
@@ -30,6 +31,7 @@ def run(chosen: Namespace) -> int:
     """Run the benchmark; collective, blocks. Raises UsageError for flags that the benchmark does not have."""
     monitor = Monitor()
     monitor.fork()
+    choose_segment_folder()
     from moempi.runtime.world import World
 
     benchmark = import_module(f"moempi.bench.{chosen.name}")

@@ -96,7 +96,9 @@ def make_lane_comm(
     return LaneComm(
         exchange=exchange,
         stage=stage_comm,
-        tensor=TensorGroup(tensor, backend, transfers=transfers, width=shape.width),
+        tensor=TensorGroup(
+            tensor, backend, transfers=transfers, width=shape.width, first_rank=comm.rank - coords.tensor
+        ),
         link=immediate or StageLink(between_stages, grid, backend, transfers=transfers, shape=shape),
         transfers=transfers,
         home_combine=HomeCombine(exchange),

@@ -15,6 +15,7 @@ from moempi.comm.batch import NO_STEP, Batch
 from moempi.comm.row_shape import RowShape
 from moempi.comm.transfers import PIPELINE, Condition, Steps, Transfer, Transfers, after_verbs, complete
 from moempi.comm.transports.buffers import BufferRing
+from moempi.comm.transports.counted import TO_STAGE
 from moempi.layout.grid import Grid
 from moempi.layout.row_split import RowSplit, part_range
 
@@ -156,6 +157,7 @@ class StageLink:
 
     def _send_rows(self, rows: Array, rank: int, tag: int) -> None:
         """Send the rows of a buffer once they are written; does not block."""
+        self._transfers.count_sent(TO_STAGE, rank, len(rows) * self._row.size)
         start = partial(self._comm.Isend, [rows, len(rows), self._row], rank, tag)
         self._sent.append(self._transfers.start(after_verbs(self._backend, start), waiting=PIPELINE))
 

@@ -15,6 +15,7 @@ from moempi.arrays import Float32Array, Int32Array, IntArray
 from moempi.backend.protocol import Array, Backend, SampledTokens
 from moempi.comm.transfers import Steps, Transfers, Waits, after_verbs, downloaded
 from moempi.comm.transports.buffers import BufferRing
+from moempi.comm.transports.counted import IN_TENSOR_GROUP
 from moempi.layout.row_split import RowSplit, part_range
 from moempi.layout.schedule import Point
 
@@ -22,15 +23,19 @@ from moempi.layout.schedule import Point
 class TensorGroup:
     """A rank's tensor group. All methods are collective and yield once, at `point`; in a group of one rank, never.
 
+    The ranks of `comm` are consecutive ranks of the run, from `first_rank` on.
     Each transfer is finished, and its verbs are submitted, before the next one starts on the same queue.
     """
 
-    def __init__(self, comm: MPI.Intracomm, backend: Backend, *, transfers: Transfers, width: int) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, backend: Backend, *, transfers: Transfers, width: int, first_rank: int = 0
+    ) -> None:
         self.size = comm.size
         self.part = comm.rank
         self._comm = comm
         self._backend = backend
         self._transfers = transfers
+        self._first_rank = first_rank
         allocate = partial(backend.comm_buffer, width=width)
         self._outgoing, self._incoming = BufferRing(2, allocate), BufferRing(2, allocate)
         self._addends: tuple[Array, Array] | None = None
@@ -79,6 +84,12 @@ class TensorGroup:
         joined = yield from self._transfers.start(self._gather_sampled(sampled, counts)).received(point)
         return joined.take(np.argsort(np.concatenate(rows_of_part)))
 
+    def _count(self, counts: Sequence[int], row_bytes: int) -> None:
+        """Count the counts[i] rows that are sent to rank i of the group, except to this rank itself."""
+        for part, count in enumerate(counts):
+            if part != self.part:
+                self._transfers.count_sent(IN_TENSOR_GROUP, self._first_rank + part, count * row_bytes)
+
     def _sum_of_parts(self, own: int) -> tuple[Array, Array]:
         """The rows (own, size) that `combine` adds up, and weights of 1; kept, as all layers of a step need them."""
         if self._addends is None or len(self._addends[0]) != own:
@@ -90,6 +101,7 @@ class TensorGroup:
         outgoing, incoming = self._outgoing.take(counts[self.part]), self._incoming.take(sum(counts))
         self._backend.pack(x, None, outgoing)
         sent, received = [outgoing, len(outgoing), self._row], [incoming, list(counts), self._row]
+        self._count([len(outgoing)] * self.size, self._row.size)
         yield from after_verbs(self._backend, partial(self._comm.Iallgatherv, sent, received))
         return incoming
 
@@ -98,6 +110,7 @@ class TensorGroup:
         outgoing, incoming = self._outgoing.take(sum(split.counts)), self._incoming.take(own * self.size)
         self._backend.pack(addends, split.by_part, outgoing)
         sent, received = [outgoing, list(split.counts), self._row], [incoming, [own] * self.size, self._row]
+        self._count(split.counts, self._row.size)
         yield from after_verbs(self._backend, partial(self._comm.Ialltoallv, sent, received))
         return incoming
 
@@ -107,6 +120,7 @@ class TensorGroup:
         (on_host,) = yield from downloaded(self._backend, logits)
         outgoing, incoming = np.ascontiguousarray(on_host, np.float32), np.empty(own * vocab_size, np.float32)
         sent = [outgoing, [count * lengths[self.part] for count in counts], MPI.FLOAT]
+        self._count(counts, lengths[self.part] * outgoing.itemsize)
         yield self._comm.Ialltoallv(sent, [incoming, [own * length for length in lengths], MPI.FLOAT])
         pieces = np.split(incoming, own * np.cumsum(lengths)[:-1])
         rows = [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)]

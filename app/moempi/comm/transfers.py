@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from time import perf_counter, sleep
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
+from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.transports.base import Completion
 from moempi.comm.transports.counted import Counters, no_counts
 from moempi.layout.schedule import Point
+from moempi.layout.topology import LEVELS
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Completion)
@@ -39,6 +42,7 @@ class Condition:
     Test: Callable[[], bool]
 
 
+NO_LEVELS = np.zeros(0, np.int64)
 NO_REQUEST = Condition(lambda: True)
 
 
@@ -124,14 +128,15 @@ class Transfers:
     """Starts the transfers of one lane, and records what they cost.
 
     `waits` are the seconds that the host was blocked, by cause: "exchange" for rows of the layer, "pipeline" for
-    another stage, "idle" for a slower rank of this stage. `counters` are bytes and messages by level of link.
-    `count_mismatch` is the number of rows that this rank planned to send, less the number that it planned to receive;
-    its sum over all ranks is 0.
+    another stage, "idle" for a slower rank of this stage. `counters` are bytes and messages by level of link;
+    `levels` (R,) are the levels of this rank's links to all ranks of the run. `count_mismatch` is the number of rows
+    that this rank planned to send, less the number that it planned to receive; its sum over all ranks is 0.
     """
 
-    def __init__(self, backend: Backend, pending: PendingTransfers) -> None:
+    def __init__(self, backend: Backend, pending: PendingTransfers, *, levels: IntArray = NO_LEVELS) -> None:
         self.backend = backend
         self.pending = pending
+        self._levels = levels
         self.waits = dict.fromkeys(WAITS, 0.0)
         self.counters: Counters = no_counts()
         self.count_mismatch = 0
@@ -143,6 +148,13 @@ class Transfers:
         if not transfer.finished:
             self.pending.add(transfer)
         return transfer
+
+    def count_sent(self, kind: str, rank: int, num_bytes: int) -> None:
+        """Count a message of rows to a rank of the run; nothing if it is empty, or if `levels` are unknown."""
+        if num_bytes and len(self._levels):
+            level = LEVELS[self._levels[rank]]
+            self.counters[f"{kind}{level}_bytes"] += num_bytes
+            self.counters[f"{kind}{level}_messages"] += 1
 
     def count_rows(self, *, sent: int, received: int) -> None:
         """Add the rows of one plan to `count_mismatch`."""

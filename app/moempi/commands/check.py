@@ -7,6 +7,7 @@ import msgspec
 
 from moempi.commands.flags import MAX_RANKS, add_force_flag, whole_number
 from moempi.runtime.monitor import Monitor
+from moempi.runtime.shm_segments import choose_segment_folder
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -22,6 +23,7 @@ def run(chosen: Namespace) -> int:
     """Measure and print; collective."""
     monitor = Monitor()
     monitor.fork()
+    choose_segment_folder()
     from moempi.backend.select import find_island
     from moempi.comm.link_probe import measure
     from moempi.comm.transport_probe import probe

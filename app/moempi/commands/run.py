@@ -9,6 +9,7 @@ from moempi.commands.flags import MAX_COUNT, MAX_RANKS, add_force_flag, add_job_
 from moempi.config.job import Job, TopologySection
 from moempi.config.reading import given_keys
 from moempi.runtime.monitor import Monitor
+from moempi.runtime.shm_segments import choose_segment_folder
 from moempi.runtime.stop import Stop
 
 
@@ -43,6 +44,7 @@ def run(chosen: Namespace) -> int:
         return _show_layout(chosen, read_job(chosen), [rank // ranks_per_node for rank in range(chosen.world)])
     monitor = Monitor()
     monitor.fork()
+    choose_segment_folder()
     stop = Stop(max_minutes=chosen.max_minutes)
     stop.catch_signals()  # before MPI, whose start takes time
     from moempi.engine.run import run_job

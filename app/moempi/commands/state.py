@@ -5,18 +5,22 @@ from argparse import ArgumentParser, Namespace
 from moempi.commands import run as run_command
 from moempi.commands.flags import read_job
 from moempi.printing import print_line
-from moempi.storage.run_state import read_state
+from moempi.storage.run_state import read_state, wait_for_end
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of `moempi run`, so that scripts can pass the same arguments to both; only the job counts."""
     run_command.add_flags(parser)
+    parser.add_argument("--wait", action="store_true", help="until the next run, or the one that runs now, has ended")
 
 
 def run(chosen: Namespace) -> int:
-    """Print state, number of finished requests, exit code, reason, and number of errors if there are any."""
-    state = read_state(read_job(chosen).output.results)
+    """Print state, number of finished requests, exit code, reason; errors, slow and lost hosts if there are any."""
+    results = read_job(chosen).output.results
+    state = wait_for_end(results) if chosen.wait else read_state(results)
     errors = f"errors {state.errors}" if state.errors else ""
+    slow = [f"slow_hosts={','.join(state.slow_hosts)}"] if state.slow_hosts else []
+    lost = [f"lost_hosts={','.join(state.loss.hosts)}"] if state.loss else []
     words = (state.state, str(state.finished), str(state.exit_code), *state.reason.split(), *errors.split())
-    print_line(" ".join(words))
+    print_line(" ".join((*words, *slow, *lost)))
     return 0

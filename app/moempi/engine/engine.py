@@ -39,7 +39,7 @@ class Engine:
         return self.lanes.each[0].context.scheduler
 
     def submit(self, requests: Sequence[Request]) -> list[Request]:
-        """Queue the requests that can be computed; the ones that need more pages than there are fail, and are returned."""
+        """Queue the requests that can be computed; one that needs more pages than there are fails, and is returned."""
         too_long = refuse_too_long(requests, pages=self.pages)
         self.scheduler.submit(request for request in requests if not request.finish)
         return too_long
@@ -50,7 +50,7 @@ class Engine:
         If any rank is requested to stop, all ranks return after the current step.
         """
         job, world = self.deployment.job, self.deployment.world
-        world.watch(job.run.timeout_s, group=self.deployment.rank_layout.coords.stage)
+        world.watch(job.run.timeout_s, group=self.deployment.rank_layout.coords.stage, busy_s=self.lanes.busy_s)
         context = replace(self.lanes.each[0].context, task=task, recorder=recorder)
         seconds = self.lanes.run([replace(lane, context=context) for lane in self.lanes.each])
         world.watch(job.run.timeout_s)

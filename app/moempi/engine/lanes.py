@@ -61,6 +61,10 @@ class Lanes:
             lane.policy.flush()
         return time.perf_counter() - begin
 
+    def busy_s(self) -> float:
+        """Seconds on a clock that stands still while this rank waits for others; safe from any thread."""
+        return time.perf_counter() - sum(sum(lane.comm.transfers.waits.values()) for lane in self.each)
+
     def free(self) -> None:
         """Free the communicators and the shared memory of the lanes, which end with it; collective, blocks."""
         for lane in self.each:
@@ -97,13 +101,14 @@ def make_lanes(
         _make_trace(rank_layout, context, lane, first_step=first_step, stride=job.lanes) if job.trace.routing else None
         for lane in range(job.lanes)
     ]
+    levels = rank_layout.topology.levels(rank_layout.ranks.rank)
     comms = [
         make_lane_comm(
             rank_layout.ranks,
             rank_layout.layout,
             rank_layout.topology,
             transports=transports,
-            transfers=Transfers(context.model.backend, pending),
+            transfers=Transfers(context.model.backend, pending, levels=levels),
             hops=job.exchange.hops,
             on_route=None if trace is None else trace.add_route,
         )

@@ -18,6 +18,7 @@ import numpy as np
 from moempi.backend.select import find_gpus
 from moempi.config.job import Job, result_keys
 from moempi.engine.earlier import Earlier, finished_requests, with_routing
+from moempi.engine.recovery import Recovery
 from moempi.engine.routed_rows import RoutedRows
 from moempi.errors import DataError, StorageError
 from moempi.observe.progress import Counts
@@ -92,6 +93,7 @@ class Attempt:
         self._ended = threading.Event()
         self._problems: list[Problem] = []
         self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
+        self._recovery = Recovery.from_state(self._results) if world.rank == 0 else None
         resolved = _with_resolved_backend(job, world)
         fingerprint = world.collectively(lambda: run_fingerprint(resolved, weights=weights.fingerprint))
         world.collectively(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
@@ -122,6 +124,9 @@ class Attempt:
 
         def on_progress_and_write(counts: Counts) -> None:
             on_progress(counts)
+            if self._recovery is not None and self._recovery.is_over(counts):
+                print_error(self._recovery.text())
+                self._recovery = None
             self.count(counts)
             self._update_state()
 
@@ -247,6 +252,8 @@ class Attempt:
             errors=errors,
             tokens=tokens,
             exit_code=exit_code,
+            slow_hosts=self._world.slow_hosts,
+            loss=self._world.loss,
             updated=_now(),
         )
 

@@ -148,6 +148,7 @@ def run_report(
         loading_s=[one.loading_s for one in records],
         earlier_requests=len(earlier.indices),
         earlier_tokens=earlier.tokens,
+        slow_hosts=world.slow_hosts,
         **_balance_figures(records, list(moe_layers)),
     )
 

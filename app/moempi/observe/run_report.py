@@ -17,6 +17,7 @@ from moempi.storage.records import Scores
 
 NUM_STRAGGLERS = 3
 MIN_SHARE = 0.01
+SENT_ROWS = {"": "rows to experts", "stage": "rows to the next stage", "tensor": "rows of tensor groups"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,11 @@ class Report:
     reference. `latencies` has the percentiles in seconds of each kind of latency. `hosts` (R,) names each rank's
     host. The ranks read `loaded_bytes` of weights in all, each in its `loading_s` (R,) seconds. `finishes` counts
     the requests of earlier attempts as well, `tokens` the tokens of this attempt. `sent` counts the bytes and
-    messages of rows by level of link, over all ranks; `transport` names their transport. With a balancing routing
-    policy, `asked_load` (L, E) is the load that the routers chose, `moved` the share of choices that the policy
+    messages of rows by kind and by level of link, over all ranks; `transport` names their transport. With a balancing
+    routing policy, `asked_load` (L, E) is the load that the routers chose, `moved` the share of choices that the policy
     moved to another expert, and `logprob_change` the mean change that this makes to a token's log-probability, NaN
     if not measured. `errors` are the first requests that ended with one, and why. `scores` are those of all scored
-    tokens.
+    tokens. `slow_hosts` were found slow while the job ran.
     """
 
     results: str
@@ -83,6 +84,7 @@ class Report:
     logprob_change: float = math.nan
     errors: Sequence[str] = ()
     scores: Scores | None = None
+    slow_hosts: Sequence[str] = ()
 
     @property
     def num_errors(self) -> int:
@@ -184,6 +186,8 @@ def report_table(report: Report) -> Table:
     for phase, slowest in stragglers(report.seconds).items():
         ranks = ", ".join(_rank_text(rank, report.seconds[phase][rank], report.hosts) for rank in slowest)
         table.add_row(f"{phase}, slowest ranks", ranks)
+    if report.slow_hosts:
+        table.add_row("slow hosts", ", ".join(report.slow_hosts))
     if report.expert_load.size:
         table.add_row("expert imbalance, max/mean", _imbalance_text(report.expert_load))
     if report.asked_load is not None:
@@ -205,10 +209,11 @@ def report_table(report: Report) -> Table:
         table.add_row("exact matches", f"{report.exact:,} of {report.referenced:,}  ({share:.1%})")
     if report.transport:
         table.add_row("transport", report.transport)
-    for level in [name.removesuffix("_bytes") for name in report.sent if name.endswith("_bytes")]:
-        size, messages = format_size(report.sent[f"{level}_bytes"]), report.sent[f"{level}_messages"]
+    for name in [name.removesuffix("_bytes") for name in report.sent if name.endswith("_bytes")]:
+        size, messages = format_size(report.sent[f"{name}_bytes"]), report.sent[f"{name}_messages"]
         if messages:
-            table.add_row(f"rows to experts, {level}", f"{size} in {messages:,} messages")
+            kind, _, level = name.rpartition("_")
+            table.add_row(f"{SENT_ROWS[kind]}, {level}", f"{size} in {messages:,} messages")
     table.add_row("results", report.results)
     return table
 

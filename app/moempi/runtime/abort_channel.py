@@ -1,4 +1,4 @@
-"""Abort messages between ranks: "the error line is printed", and the positions of ranks for a hang report.
+"""Messages between ranks about the run: "the error line is printed", positions for a hang report, and loads.
 
 The watchdog's thread sends them over a communicator of their own, because the main thread may be blocked in MPI.
 """
@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable
 from mpi4py import MPI
 
 from moempi.runtime.hang import Position
+from moempi.runtime.slow_hosts import Load
 
 ANNOUNCE_TAG = 1
 QUERY_TAG = 2
 POSITION_TAG = 3
+LOAD_TAG = 4
 NUM_POLLS = 10
 POLL_INTERVAL_S = 0.005
 
@@ -55,8 +57,8 @@ class AbortChannel:
         end = time.monotonic() + patience_s
         while queried - positions.keys() and time.monotonic() < end:
             status = MPI.Status()
-            if self._comm.Iprobe(tag=POSITION_TAG, status=status):
-                positions[status.source] = self._comm.recv(source=status.source, tag=POSITION_TAG)
+            if (message := self._comm.improbe(tag=POSITION_TAG, status=status)) is not None:
+                positions[status.source] = message.recv()
             else:
                 self.reply()
                 time.sleep(POLL_INTERVAL_S)
@@ -65,10 +67,24 @@ class AbortChannel:
     def reply(self) -> None:
         """Send this rank's position to every rank whose query has arrived; the watchdog calls it in every period."""
         status = MPI.Status()
-        while self._comm.Iprobe(tag=QUERY_TAG, status=status):
-            self._comm.recv(source=status.source, tag=QUERY_TAG)
+        # A matched probe, because two threads may look at the same time: a signal's and the main thread's error.
+        while (message := self._comm.improbe(tag=QUERY_TAG, status=status)) is not None:
+            message.recv()
             self._send(status.source, POSITION_TAG, self._position())
 
-    def _send(self, rank: int, tag: int, message: Position | None) -> None:
+    def send_load(self, load: Load) -> None:
+        """Send this rank's load to rank 0, which may be this rank."""
+        self._sent = [request for request in self._sent if not request.Test()]
+        self._send(0, LOAD_TAG, load)
+
+    def received_loads(self) -> dict[int, Load]:
+        """The last load of each rank from which one has arrived since the last call; for rank 0."""
+        loads: dict[int, Load] = {}
+        status = MPI.Status()
+        while (message := self._comm.improbe(tag=LOAD_TAG, status=status)) is not None:
+            loads[status.source] = message.recv()
+        return loads
+
+    def _send(self, rank: int, tag: int, message: Position | Load | None) -> None:
         # The requests are kept, because MPI reads their buffers, and never waited for: the receiver may be dead.
         self._sent.append(self._comm.isend(message, rank, tag))

@@ -1,6 +1,6 @@
 """Whether the ranks hang, and which rank is at fault, from the positions of all ranks. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_NAMED_RANKS = 4
@@ -31,12 +31,16 @@ def is_hang(positions: Mapping[int, Position], size: int, *, timeout_s: float) -
     return all(position.since_s > timeout_s * factor for position in positions.values())
 
 
-def explain(positions: Mapping[int, Position], size: int) -> str:
-    """One phrase that names the ranks at fault, as far as the positions show them."""
-    silent = [rank for rank in range(size) if rank not in positions]
+def explain(positions: Mapping[int, Position], hosts: Sequence[str]) -> str:
+    """One phrase that names the ranks at fault, as far as the positions show them; hosts[rank] is a rank's host.
+
+    The hosts are named if there are several.
+    """
+    silent = [rank for rank in range(len(hosts)) if rank not in positions]
     if silent:
         rank, position = min(positions.items())
-        return f"{_ranks(silent)} not answer, rank {rank} waits at {position.where}"
+        verb = "does" if len(silent) == 1 else "do"
+        return f"{rank_names(silent, hosts)} {verb} not answer, rank {rank} waits at {position.where}"
     most: dict[int | None, int] = {}
     for position in positions.values():
         most[position.group] = max(position.passed, most.get(position.group, 0))
@@ -48,13 +52,17 @@ def explain(positions: Mapping[int, Position], size: int) -> str:
         rank for rank, position in positions.items() if rank not in late and position.group == late[last].group
     )
     return (
-        f"rank {last} is late, at {late[last].where} (in {late[last].doing}), "
+        f"{rank_names([last], hosts)} is late, at {late[last].where} (in {late[last].doing}), "
         f"rank {waiting} waits at {positions[waiting].where}"
     )
 
 
-def _ranks(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} does"
-    more = f" and {len(ranks) - MAX_NAMED_RANKS} more" if len(ranks) > MAX_NAMED_RANKS else ""
-    return f"ranks {', '.join(map(str, ranks[:MAX_NAMED_RANKS]))}{more} do"
+def rank_names(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """The first MAX_NAMED_RANKS of `ranks` and their hosts, which are named if hosts (R,) of all ranks differ."""
+    own = list(dict.fromkeys(hosts[rank] for rank in ranks)) if len(set(hosts)) > 1 else []
+    return f"rank{'s' * (len(ranks) > 1)} {_first(ranks)}" + (f" on {_first(own)}" if own else "")
+
+
+def _first(names: Sequence[object]) -> str:
+    more = f" and {len(names) - MAX_NAMED_RANKS} more" if len(names) > MAX_NAMED_RANKS else ""
+    return ", ".join(map(str, names[:MAX_NAMED_RANKS])) + more

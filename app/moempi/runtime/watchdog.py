@@ -24,6 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # How long a rank waits for a lower surviving rank of its host to report a dead peer and abort.
 SURVIVOR_GRACE_S = 2.0
 PERIOD_S = 0.5
+GRACE_POLL_S = 0.02
 LAST_RESORT_S = 60.0
 
 
@@ -163,7 +164,10 @@ class Watchdog:
     def _on_signal(self, received: bytes) -> None:
         ending = [number for number in received if not self._accept(number) and number in SIGNALS]
         if ending:
-            time.sleep(self._grace_s)
+            end = time.monotonic() + self._grace_s
+            while time.monotonic() < end:
+                self._reply()  # rank 0 may ask who is left
+                time.sleep(GRACE_POLL_S)
             self._fail(InterruptedByError(ending[0]))
 
     def _on_peer_exit(self, gone: list[int]) -> None:

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, Self, TypeVar
@@ -16,12 +16,14 @@ from moempi.errors import ConfigError, MoempiError, UsageError
 from moempi.layout.topology import Topology, arrange, from_file, virtual
 from moempi.printing import print_traceback, write_error
 from moempi.runtime.abort_channel import AbortChannel
-from moempi.runtime.hang import explain, is_hang
+from moempi.runtime.hang import Position, explain, is_hang, rank_names
 from moempi.runtime.launcher import GRACE_S, launch_problem
 from moempi.runtime.messages import restrict_messages
 from moempi.runtime.monitor import Monitor
-from moempi.runtime.shm_cleanup import unlink_segments
-from moempi.runtime.watchdog import HangError, Watchdog
+from moempi.runtime.shm_segments import unlink_segments
+from moempi.runtime.slow_hosts import LoadReport, SlowHosts
+from moempi.runtime.watchdog import HangError, InterruptedByError, Watchdog
+from moempi.storage.run_state import Loss
 
 T = TypeVar("T")
 
@@ -33,8 +35,10 @@ ANNOUNCER_LIMIT_S = 2.0
 # How long an abort may take: the terminal, the disk or MPI may block it.
 ABORT_LIMIT_S = 15.0
 # How long a rank waits for the positions of others: at least QUERY_S, or this share of the timeout.
-QUERY_S = 1.5
+QUERY_S = 1.0
 QUERY_SHARE = 0.1
+# The same at a signal, after which the launcher may kill all ranks within a second.
+SIGNAL_QUERY_S = 0.4
 
 
 class AgreedExit(SystemExit):
@@ -48,6 +52,8 @@ class AgreedExit(SystemExit):
 class World:
     """All ranks of the job, on one of them: `comm` their communicator, `nodes` the node index of every rank (R,).
 
+    `hosts` are the names of every rank's host (R,), as Slurm names it if there is one. `loss` is the loss of
+    hosts that ends the run, known when its failure is reported.
     `local_rank` is the number of lower ranks on this node. `split_matches_nodes` is False if MPI's shared-memory groups
     differ from the groups of equal host names, which some launchers cause. `monitor` is this rank's, if the program
     forked one. Making a World is collective.
@@ -63,7 +69,8 @@ class World:
         self.rank = comm.rank
         self.size = comm.size
         self.host = MPI.Get_processor_name()
-        names, processes = zip(*comm.allgather((_node_name(self.host), _process_name())), strict=True)
+        own_names = _node_name(self.host), os.environ.get("SLURMD_NODENAME", self.host), _process_name()
+        names, self.hosts, processes = zip(*comm.allgather(own_names), strict=True)
         order = {name: index for index, name in enumerate(dict.fromkeys(names))}
         self.nodes = tuple(order[name] for name in names)
         self.local_rank = self.nodes[: self.rank].count(self.nodes[self.rank])
@@ -83,6 +90,9 @@ class World:
         self._abort_channel = AbortChannel(comm, peers, self._watchdog.position)
         self._on_failure: Callable[[str, int], int] = _same_code
         self._final_code: int | None = None
+        self.loss: Loss | None = None
+        self._load: LoadReport | None = None
+        self._slow_hosts = SlowHosts(self.hosts)
 
     @classmethod
     def start(cls, monitor: Monitor, *, debug: bool = False) -> Self:
@@ -165,6 +175,8 @@ class World:
         """Print one line with this rank and `error`, and abort all ranks; safe from any thread. Does not return."""
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # another thread of this rank aborts the program
+        if isinstance(error, InterruptedByError) and self.rank == 0 and self.num_nodes > 1:
+            error = self._loss_behind(error)
         code, cause = _exit_code(error), _cause(error)
         _exit_after(ABORT_LIMIT_S, code if self._final_code is None else self._final_code)
         if self._final_code is None:
@@ -175,7 +187,7 @@ class World:
                     self._print_error(error, cause)
                 self._abort_channel.announce()
                 time.sleep(LINE_TRAVEL_S)
-                code = self._on_failure(cause, code)
+                code = code if self._is_cut_off() else self._on_failure(cause, code)
         if self._final_code is not None:  # the work may have been done meanwhile
             code = self._final_code
         MPI.COMM_WORLD.Abort(code)
@@ -192,8 +204,9 @@ class World:
     def on_failure(self, write: Callable[[str, int], int] | None) -> None:
         """From now on, the rank that reports a failure also calls `write(cause, exit code)`, from any thread.
 
-        `write` returns the exit code to use; None stands for nothing to call. It must return within a second or so,
-        because the other ranks are aborted after it.
+        A rank that is cut off from rank 0 does not, because rank 0's side reports as well. `write` returns the exit
+        code to use; None stands for nothing to call. It must return within a second or so, because the other ranks are
+        aborted after it.
         """
         self._on_failure = write or _same_code
 
@@ -227,12 +240,20 @@ class World:
         finally:
             self._watchdog.stop()
 
-    def watch(self, timeout_s: float, *, group: int | None = None) -> None:
+    def watch(self, timeout_s: float, *, group: int | None = None, busy_s: Callable[[], float] | None = None) -> None:
         """From now on, inside `guard`, abort if the ranks hang: none calls `alive` for `timeout_s` seconds.
 
-        Ranks of one `group` pass the same points in the same order, so that the report can name the late one.
+        Ranks of one `group` pass the same points in the same order, so that the report can name the late one. With
+        `busy_s`, the seconds that this rank has computed so far, rank 0 looks for slow hosts among those of a group. It
+        is called on another thread.
         """
         self._watchdog.limit(timeout_s, group=group)
+        self._load = None if busy_s is None or group is None else LoadReport(busy_s, group)
+
+    @property
+    def slow_hosts(self) -> tuple[str, ...]:
+        """The hosts that were found slow so far; known to rank 0."""
+        return self._slow_hosts.found
 
     def end_watch(self) -> None:
         """From now on, until the next `watch`, a rank may take any time."""
@@ -252,21 +273,50 @@ class World:
         patience_s = max(QUERY_S, QUERY_SHARE * timeout_s)
         if self.rank and self._abort_channel.query_positions(range(min(self.rank, 2)), patience_s=patience_s):
             return
-        others = [rank for rank in range(self.size) if rank != self.rank]
+        others, queried_at = [rank for rank in range(self.size) if rank != self.rank], time.time()
         positions = self._abort_channel.query_positions(others, patience_s=patience_s) | {
             self.rank: self._watchdog.position()
         }
         if is_hang(positions, self.size, timeout_s=timeout_s):
-            reason = explain(positions, self.size)
+            self.loss = self._loss(positions, queried_at=queried_at)
+            reason = explain(positions, self.hosts)
             self.abort(HangError(f"no progress for {timeout_s:g} s: {reason}; see run.timeout_s"))
 
+    def _is_cut_off(self) -> bool:
+        """Whether rank 0 is on another host and does not answer; blocks for up to QUERY_S."""
+        if self.nodes[self.rank] == self.nodes[0]:
+            return False
+        return not self._abort_channel.query_positions([0], patience_s=QUERY_S)
+
+    def _loss_behind(self, error: InterruptedByError) -> MoempiError:
+        """The loss of a host if there is one, else `error`: a launcher that loses a host ends the other ranks.
+
+        Blocks for up to SIGNAL_QUERY_S. For rank 0, while the others wait before they report the signal.
+        """
+        positions, queried_at = {0: self._watchdog.position()}, time.time()
+        positions |= self._abort_channel.query_positions(range(1, self.size), patience_s=SIGNAL_QUERY_S)
+        self.loss = self._loss(positions, queried_at=queried_at)
+        return HangError(f"{explain(positions, self.hosts)}; {error}") if self.loss else error
+
+    def _loss(self, positions: Mapping[int, Position], *, queried_at: float) -> Loss | None:
+        """The loss of the hosts none of whose ranks has a position; None if there are none."""
+        answering = {self.hosts[rank] for rank in positions}
+        hosts = tuple(host for host in dict.fromkeys(self.hosts) if host not in answering)
+        progress_at = queried_at - min(position.since_s for position in positions.values())
+        return Loss(hosts, progress_at, time.time()) if hosts else None
+
     def _reply(self) -> None:
+        """Everything that the watchdog's thread sends in a period."""
         self._abort_channel.reply()
+        if self.num_nodes > 1 and self._load is not None and (load := self._load.due()) is not None:
+            self._abort_channel.send_load(load)
+        if self.rank == 0:
+            self._slow_hosts.add(self._abort_channel.received_loads())
 
     def _print_error(self, error: BaseException, cause: str) -> None:
         if self._debug:
             print_traceback(error)
-        place = f"rank {self.rank}: " if self.size > 1 else ""
+        place = f"{rank_names([self.rank], self.hosts)}: " if self.size > 1 else ""
         write_error(f"{place}{cause}")
 
 

@@ -32,7 +32,21 @@ SILENT_S = 300.0
 DEATH_LIMIT_S, DEATH_PAUSE_S = 5.0, 0.05
 """Seconds that a launcher's processes may take to end after it, and between looks at them."""
 
+WAIT_S = 0.2
+"""Seconds between two looks at the state of a run whose end is waited for."""
+
 State = Literal["running", "finished", "stopped", "failed"]
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """Hosts of which no rank answers any more.
+
+    The run's last progress was at `progress_at`, the loss was noticed at `noticed_at`, in seconds since the epoch.
+    """
+
+    hosts: tuple[str, ...]
+    progress_at: float
+    noticed_at: float
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +55,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     `rank` is the rank that ended the run, `phase` the phase it was in, `reason` the cause. `exit_code` is the program's
     intended exit code, 0 while it runs; 75 means that running the same job again continues it. `host`, `process` and
     `job` name the writer. `replaces` is the `results_identity` when the run began. A version that did not record them
-    leaves `host` empty and `replaces` None.
+    leaves `host` empty and `replaces` None. `slow_hosts` were found slow, `loss` is the loss of hosts that ended it.
     """
 
     state: State
@@ -61,6 +75,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     process: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROCESS)] = 0
     replaces: str | None = None
     max_errors: int | None = None
+    slow_hosts: tuple[str, ...] = ()
+    loss: Loss | None = None
 
 
 def state_path(results_path: str | Path) -> Path:
@@ -125,6 +141,22 @@ def read_state(results_path: str | Path) -> RunState:
     if interrupted and is_replaced(results_path, state.replaces or ""):
         return finished(state, errors=_count_errors(results_path, otherwise=state.errors))
     return _killed(state, touched=touched) if dead else state
+
+
+def wait_for_end(results_path: str | Path) -> RunState:
+    """The state in which the next run ends, or the present one if it is running now; blocks until it is written.
+
+    Until a state is written for the first time, blocks too. Raises DataError if the state is not a valid one.
+    """
+    first = None
+    with suppress(NoInputError):
+        first = read_state(results_path)
+    while True:
+        with suppress(NoInputError):
+            state = read_state(results_path)
+            if state.state != "running" and state != first:
+                return state
+        time.sleep(WAIT_S)
 
 
 def finished(state: RunState, *, errors: int) -> RunState:

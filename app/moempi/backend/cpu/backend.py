@@ -6,11 +6,9 @@ depend on the number of rows of the call. `reproducible` therefore multiplies as
 in blocks of BLOCK positions and PAGE_ROWS keys: results are then the same bits for any batching.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import numpy.typing as npt
 from moempi.arrays import Float32Array, IntArray, aligned_empty, round_to_bfloat16, widen
 from moempi.backend.cpu.attention_layout import Mask, cache_rows, causal_mask, query_blocks
 from moempi.backend.cpu.blocked_product import BLOCK, blocked_product
+from moempi.backend.cpu.free_memory import available_bytes
 from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.cpu.router import choose, weights_of
 from moempi.backend.protocol import Cache, Download, Expert, SampledTokens, SamplingRequest, Segment, Stored
@@ -57,11 +56,8 @@ class NumpyBackend:
     # Memory
 
     def available_bytes(self) -> int:
-        """Memory that the system can allocate without swapping."""
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        """Memory that the system and the control groups of this process leave."""
+        return available_bytes()
 
     def tensor(self, *stored: Stored) -> Float32Array:
         whole = stored[0] if len(stored) == 1 else np.concatenate(stored)

@@ -9,12 +9,17 @@ from moempi.comm.transports.base import Receipt, Transport, TransportWrapper
 from moempi.layout.topology import LEVELS
 
 Counters = dict[str, int]
-"""`<level>_bytes` and `<level>_messages` that a rank sent; a message is all rows of one transfer for one rank."""
+"""`<kind><level>_bytes` and `<kind><level>_messages` that a rank sent; a message is a transfer's rows for one rank.
+
+The kind is one of KINDS: rows to experts and back, rows to the next stage, rows and logits of a tensor group. Numbers
+of rows, batches and sampled tokens are not counted.
+"""
+TO_EXPERTS, TO_STAGE, IN_TENSOR_GROUP = KINDS = ("", "stage_", "tensor_")
 
 
 def no_counts() -> Counters:
     """All counters, at zero."""
-    return {f"{level}_{what}": 0 for level in LEVELS for what in ("bytes", "messages")}
+    return {f"{kind}{level}_{what}": 0 for kind in KINDS for level in LEVELS for what in ("bytes", "messages")}
 
 
 class Counted(TransportWrapper):
@@ -29,6 +34,6 @@ class Counted(TransportWrapper):
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
         for level, ranks in self._ranks_by_level.items():
             sent = send_counts[ranks]
-            self._counters[f"{level}_bytes"] += int(sent.sum()) * self._row_bytes
-            self._counters[f"{level}_messages"] += int(np.count_nonzero(sent))
+            self._counters[f"{TO_EXPERTS}{level}_bytes"] += int(sent.sum()) * self._row_bytes
+            self._counters[f"{TO_EXPERTS}{level}_messages"] += int(np.count_nonzero(sent))
         return self._transport.start(outgoing, send_counts, incoming, recv_counts)

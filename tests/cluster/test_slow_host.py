@@ -1,0 +1,48 @@
+"""A host that is slow is named while the job runs: by a line, by `moempi state`, and by the report."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import hosts
+from cluster.jobs import Job, wait_for
+
+pytestmark = hosts.MARKS
+
+SLOW = "n3"
+GROUP = Path("/sys/fs/cgroup/cpu/moempi-cluster")
+PERIOD_US, QUOTA_US = 100_000, 20_000
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[], None]]:
+    """Gives all processes of a host together a fifth of a core."""
+    if not (GROUP.parent / "cpu.cfs_quota_us").exists():
+        pytest.skip("no control groups of version 1 for processors")
+    GROUP.mkdir()
+    (GROUP / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+    (GROUP / "cpu.cfs_quota_us").write_text(str(QUOTA_US))
+
+    def limit_processes() -> None:
+        for process in hosts.processes(SLOW):
+            (GROUP / "cgroup.procs").write_text(str(process))
+
+    yield limit_processes
+    for process in (GROUP / "cgroup.procs").read_text().split():
+        (GROUP.parent / "cgroup.procs").write_text(process)
+    GROUP.rmdir()
+
+
+def test_a_slow_host_is_named_while_the_job_runs(net, tmp_path, limit):
+    job = Job(tmp_path / "job", **net | {"sampling__max_tokens": 400, "run__timeout_s": 60})
+    job.submit()
+    wait_for(lambda: " running, " in job.said(), what="the first steps")
+    limit()
+    wait_for(lambda: f"{SLOW} is slow" in job.said(), limit_s=60, what="a line about the slow host")
+    wait_for(lambda: (state := job.state()) is not None and SLOW in state.slow_hosts, limit_s=15, what="the state")
+    hosts.run("scancel", "--batch", "--signal=USR1", job.number)
+    wait_for(lambda: "stopped early" in job.said(), what="the end of the run")
+    hosts.run("scancel", job.number)
+    job.wait_for_end()
+    assert job.said().count(f"{SLOW} is slow") == 1
