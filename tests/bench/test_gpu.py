@@ -72,7 +72,7 @@ def test_all_parts_are_measured_without_torch(backend, pending):
     assert all(figure.wall_us > 0 for figure in layers)
 
 
-@pytest.mark.skipif(find_spec("transformers") is None, reason="needs torch and transformers")
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch and transformers")
 def test_torch_computes_the_same(pending):
     import torch
 

@@ -2,11 +2,12 @@
 
 import copy
 import json
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from engine.requests import EOS, abacus_tokenizer, byte_tokenizer, byte_tokenizer_text
 from moempi.engine.tokenizer import TextTokenizer
@@ -59,6 +60,17 @@ def test_tokens_have_the_text_that_the_library_gives_with_special_tokens_or_with
 def test_any_text_survives_encoding_and_decoding(text, reads_special):
     tokenizer = byte_tokenizer(*SPECIAL, reads_special=reads_special, writes_special=True)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_words_end_where_the_library_ends_them():
+    """For every character that is assigned; a later Unicode may assign others."""
+    library = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    library.add_special_tokens([AddedToken("§", single_word=True)])
+    codes = (*range(0x3000), *range(0x1F100, 0x1F200), 0x4E00, 0xA9E6, 0x1D7CE, 0x20000, 0xE0100)
+    characters = [chr(code) for code in codes if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+    tokenizer = TextTokenizer(library.to_str(), eos_tokens=())
+    found = [tokenizer.encode_chat(f"§{character}").count(1) for character in characters]
+    assert found == [library.encode(f"§{character}").ids.count(1) for character in characters]
 
 
 @pytest.mark.parametrize("kinds", [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}], ids=str)

@@ -3,14 +3,14 @@
 import json
 import sys
 
-import moempi.engine.run as engine
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.cli import main
+from moempi.engine import deployment, engine
 from simt.device import SimtDevice
 
 device = SimtDevice(pinned=False, eager=True)
 found = {}
-lay_out_rank, load_model = engine.lay_out_rank, engine.load_model
+lay_out_rank, load_model = deployment.lay_out_rank, engine.load_model
 
 
 def make_backend(run, *, progress, **_):
@@ -32,7 +32,7 @@ def watch_load(*arguments, pages, **named):
     return model
 
 
-engine.make_backend, engine.lay_out_rank, engine.load_model = make_backend, watch_layout, watch_load
+deployment.make_backend, deployment.lay_out_rank, engine.load_model = make_backend, watch_layout, watch_load
 
 if __name__ == "__main__":
     code = main()

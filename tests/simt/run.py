@@ -7,9 +7,9 @@ the r-th rank. With MOEMPI_TEST_DEVICE=cuda the program runs on a GPU.
 import os
 import sys
 
-import moempi.engine.run as engine
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.cli import main
+from moempi.engine import deployment
 from simt.device import SimtDevice
 
 
@@ -21,7 +21,7 @@ def make_backend(run, *, local_rank, progress, **_):
 
 
 if os.environ.get("MOEMPI_TEST_DEVICE") != "cuda":
-    engine.make_backend = make_backend
+    deployment.make_backend = make_backend
 
 if __name__ == "__main__":
     sys.exit(main())

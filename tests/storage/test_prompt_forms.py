@@ -121,7 +121,7 @@ def test_a_parquet_file_gives_text_tokens_ids_and_errors(tmp_path):
     found = read(tmp_path / "p.parquet", column="text", strict=False)
     assert [(prompt.id, prompt.text, bool(prompt.error)) for prompt in found] == [
         ("1", "a \0 \U0001f9ee", False),
-        ("row-1", None, True),
+        ("2", None, True),
         ("3", "", False),
     ]
     found = read(tmp_path / "p.parquet", column="tokens", strict=False)

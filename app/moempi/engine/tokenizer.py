@@ -1,9 +1,11 @@
 """Text to tokens and back, with the tokenizer of the weight file."""
 
 import re
+import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -16,6 +18,10 @@ MAX_REASON = 200
 QUOTE, TOKEN = "\ufdd0", "\ufdd1"
 HALF_CHARACTER = "\ufffd"
 MAX_CHARACTER_BYTES = 4
+WORD_CATEGORIES = ("Nd", "Nl", "Pc")
+JOINERS = (0x200C, 0x200D)
+CIRCLED_LETTERS = ((0x24B6, 0x24E9), (0x1F130, 0x1F149), (0x1F150, 0x1F169), (0x1F170, 0x1F189))
+"""The alphabetic characters among symbols."""
 SPARE_TOKENS = 16
 """Tokens that are decoded before the longest stop text, for what a decoder takes from the beginning of a text."""
 
@@ -151,7 +157,8 @@ class TextTokenizer:
         """Every text of a special token where it is read as one: some only as a whole word."""
         longest_first = sorted(self._special.values(), key=lambda token: len(token.content), reverse=True)
         texts = [(re.escape(token.content), token.single_word) for token in longest_first if token.content]
-        return _any_of([rf"(?<!\w){text}(?!\w)" if single_word else text for text, single_word in texts])
+        word = _word_characters() if any(single_word for _, single_word in texts) else ""
+        return _any_of([f"(?<![{word}]){text}(?![{word}])" if single_word else text for text, single_word in texts])
 
     def _encode_quoted(self, text: str) -> list[int]:
         """See `_quoting`: first each special token's text becomes the one enclosed by TOKEN, then quotes end."""
@@ -180,6 +187,26 @@ def _renamed(token: AddedToken, text: str) -> AddedToken:
         normalized=False,
         special=False,
     )
+
+
+@cache
+def _word_characters() -> str:
+    """The characters of words, as ranges of a regular expression; the library's own differ from those of `re`.
+
+    Unicode Technical Standard 18, annex C: alphabetic characters, marks, decimal digits, connectors, joiners.
+    """
+    found = [
+        code
+        for code in range(sys.maxunicode + 1)
+        if (category := unicodedata.category(chr(code)))[0] in "LM" or category in WORD_CATEGORIES or code in JOINERS
+    ]
+    ranges = list(CIRCLED_LETTERS)
+    for code in found:
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1] = ranges[-1][0], code
+        else:
+            ranges.append((code, code))
+    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
 
 
 def _any_of(patterns: Sequence[str]) -> re.Pattern[str]:
