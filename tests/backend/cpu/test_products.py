@@ -30,6 +30,17 @@ def test_every_row_has_the_bits_of_a_call_of_eight_rows(shape, rows):
     np.testing.assert_array_equal(product, blocks_of_eight(x, matrix))
 
 
+@pytest.mark.parametrize("outputs", [1, 2, 3, 5])
+def test_narrow_products_have_the_bits_of_a_row_whatever_the_number_of_rows(outputs):
+    dice = np.random.default_rng(5)
+    for inputs in (8, 24, 32, 44, 64):
+        x, matrix = (dice.standard_normal(shape).astype(np.float32) for shape in ((70, inputs), (inputs, outputs)))
+        blocks = blocks_of_eight(x, matrix)
+        for rows in range(1, 71):
+            found = blocked_product.blocked_product(x[:rows], matrix, most_rows=128, progress=lambda: None)
+            np.testing.assert_array_equal(found, blocks[:rows], err_msg=f"{inputs} inputs, {rows} rows")
+
+
 def test_a_blas_whose_bits_depend_on_the_number_of_rows_is_called_with_eight(monkeypatch):
     monkeypatch.setattr(blocked_product, "_gives_same_bits", lambda inputs, outputs, rows: rows == BLOCK)
     x, matrix = values(21, 48), values(48, 40, seed=1)

@@ -1,8 +1,8 @@
 """Matrix products in which the bits of a row do not depend on the number of rows of the call.
 
 BLAS chooses the order of its sums by the shape of the call. The reference result is a call of BLOCK rows. A call of
-more rows is made only if a trial with random numbers has given the same bits for its shape: sums of many random terms
-in another order would differ.
+more rows is made only if a trial with random numbers has given the same bits for its shape: of many sums of random
+terms in another order, some would differ.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,8 @@ BLOCK = 8
 EXACT_ROWS = 2 * BLOCK
 MOST_ROWS = 256
 TRIAL_NUMBERS = 65521
+TRIAL_SUMS = 64
+"""The least number of sums of each row that a trial compares: a single sum often has the same bits in another order."""
 
 
 def blocked_product(
@@ -51,14 +53,23 @@ def _call_rows(inputs: int, outputs: int, num_rows: int) -> int:
 
 @cache
 def _gives_same_bits(inputs: int, outputs: int, rows: int) -> bool:
-    matrix, x = _trial(inputs, outputs, seed=1), _trial(rows, inputs, seed=2)
+    return all(_trial_has_same_bits(inputs, outputs, rows, number) for number in range(-(-TRIAL_SUMS // outputs)))
+
+
+def _trial_has_same_bits(inputs: int, outputs: int, rows: int, number: int) -> bool:
+    matrix, x = (_trial(*shape, number, seed) for seed, shape in ((1, (inputs, outputs)), (2, (rows, inputs))))
     blocks = _padded(x, -(-rows // BLOCK) * BLOCK).reshape(-1, BLOCK, inputs)
     return np.array_equal(np.matmul(x, matrix), np.matmul(blocks, matrix).reshape(-1, outputs)[:rows])
 
 
-def _trial(rows: int, columns: int, *, seed: int) -> Float32Array:
-    numbers = np.random.default_rng(seed).standard_normal(TRIAL_NUMBERS, np.float32)
-    return np.resize(numbers, (rows, columns))
+def _trial(rows: int, columns: int, number: int, seed: int) -> Float32Array:
+    """The numbers of a trial: others for each number below TRIAL_SUMS."""
+    return np.resize(_random(seed)[number * TRIAL_NUMBERS // TRIAL_SUMS // 2 :], (rows, columns))
+
+
+@cache
+def _random(seed: int) -> Float32Array:
+    return np.random.default_rng(seed).standard_normal(TRIAL_NUMBERS, np.float32)
 
 
 def _padded(x: Float32Array, rows: int) -> Float32Array:
