@@ -57,6 +57,9 @@ def test_caches_that_exceed_the_memory_are_refused_with_bytes_and_what_fits():
     assert fitting.sequences == 8 * 3486
     with pytest.raises(ConfigError, match=r"3,486 fit"):
         forecasts("mission.toml", "run.max_sequences=3487")
+    for in_flight in (76, 85, 105):  # the slots of a micro-batch are no whole number
+        odd = forecasts("mission.toml", "run.max_sequences=3486", f"run.micro_batches={in_flight}")["decode"]
+        assert odd.sequences == 8 * 3486
     with pytest.raises(ConfigError, match=r"3,456 sequences of 4,096 tokens"):
         forecasts("mission.toml", context=4096)
 

@@ -89,7 +89,7 @@ class Score:
         self._top = top
 
     def logit_requests(self, work: Sequence[Work]) -> tuple[list[int], list[LogitRequest]]:
-        """Every row but that of a prompt's only token."""
+        """The rows whose next token is in the prompt: all but the row of a prompt of one token."""
         rows: list[int] = []
         logit_requests: list[LogitRequest] = []
         first = 0

@@ -191,7 +191,7 @@ def _renamed(token: AddedToken, text: str) -> AddedToken:
 
 @cache
 def _word_characters() -> str:
-    """The characters of words, as ranges of a regular expression; the library's own differ from those of `re`.
+    r"""The word characters of the tokenizers library, as ranges of a regular expression; `\w` of `re` has others.
 
     Unicode Technical Standard 18, annex C: alphabetic characters, marks, decimal digits, connectors, joiners.
     """

@@ -59,8 +59,8 @@ class Report:
     messages of rows by kind and by level of link, over all ranks; `transport` names their transport. With a balancing
     routing policy, `asked_load` (L, E) is the load that the routers chose, `moved` the share of choices that the policy
     moved to another expert, and `logprob_change` the mean change that this makes to a token's log-probability, NaN
-    if not measured. `errors` are the first requests that ended with one, and why. `scores` are those of all scored
-    tokens. `slow_hosts` were found slow while the job ran.
+    if not measured. `errors` has the id and the error of the first requests that ended with one. `scores` sums up the
+    scores of all tokens. `slow_hosts` were found slow while the job ran.
     """
 
     results: str

@@ -98,12 +98,13 @@ class StageForecast:
 class Forecast:
     """The steps of a workload: each micro-batch has `tokens` tokens, and `in_flight` of them are in the pipeline.
 
-    `steps` are the phases of a step on each stage, `lanes` the lanes of a stage, `sequences` those of all groups.
+    All groups together compute `sequences` sequences at a time. Each stage has `lanes` lanes; `steps` has the phases of
+    one step of each stage.
     """
 
     workload: Workload
     tokens: float
-    sequences: float
+    sequences: int
     in_flight: int
     lanes: int
     stages: Sequence[StageForecast]
@@ -111,7 +112,10 @@ class Forecast:
 
     def micro_batch_s(self, *, overlap: bool) -> float:
         """Seconds between the steps of consecutive micro-batches, in a full pipeline."""
-        return self._overlapped_s if overlap else max(self._waiting_round_s / self.in_flight, self._longest_waiting_s)
+        if overlap:
+            return self._overlapped_s
+        waiting = [stage.waiting_s for stage in self.stages]
+        return max(sum(waiting) / self.in_flight, *waiting)
 
     def seconds(self, *, overlap: bool) -> float:
         """Seconds from one step of a micro-batch to its next, with the steps of all others in between."""
@@ -152,14 +156,6 @@ class Forecast:
         first = FILLING_ROUNDS * self.in_flight
         return max(slowest, float(ends[-1] - ends[first]) / (MEASURED_ROUNDS * self.in_flight))
 
-    @property
-    def _waiting_round_s(self) -> float:
-        return sum(stage.waiting_s for stage in self.stages)
-
-    @property
-    def _longest_waiting_s(self) -> float:
-        return max(stage.waiting_s for stage in self.stages)
-
 
 @dataclass(frozen=True, slots=True)
 class PlannedJob:
@@ -184,10 +180,11 @@ def forecast(planned: PlannedJob, workload: Workload) -> Forecast:
     Raises ConfigError, with bytes and with what would fit, if a rank has too little memory for weights, rows or caches.
     """
     grid, job = planned.layout.grid, planned.job
-    slots = grid.slots_per_group / job.num_micro_batches
-    load = workload.load(slots, job.run.batch_tokens)
-    in_use = slots if workload.output else load.sequences
-    _require_memory(planned, ceil(in_use * job.num_micro_batches), workload.cached)
+    load = workload.load(grid.slots_per_group / job.num_micro_batches, job.run.batch_tokens)
+    sequences = grid.slots_per_group
+    if not workload.output:
+        sequences = min(sequences, ceil(load.sequences) * job.num_micro_batches)
+    _require_memory(planned, sequences, workload.cached)
     known: dict[object, tuple[StageForecast, Sequence[Phase]]] = {}
     found = []
     for index in range(len(grid.stages)):
@@ -199,7 +196,7 @@ def forecast(planned: PlannedJob, workload: Workload) -> Forecast:
     return Forecast(
         workload=workload,
         tokens=load.rows * groups,
-        sequences=in_use * groups * job.num_micro_batches,
+        sequences=sequences * groups,
         in_flight=job.num_micro_batches,
         lanes=job.lanes,
         stages=[stage for stage, _ in found],
@@ -257,8 +254,8 @@ def _stage(planned: PlannedJob, index: int, load: StepLoad) -> tuple[StageForeca
         _phases(planned, index, own_load, other)
         for other in (
             machine,
-            _with(machine, memory_gb_s=inf, turn_us=0.0),
-            _with(machine, tflops=inf, turn_us=0.0),
+            structs.replace(machine, memory_gb_s=inf, turn_us=0.0),
+            structs.replace(machine, tflops=inf, turn_us=0.0),
         )
     )
     stage = StageForecast(
@@ -273,10 +270,6 @@ def _stage(planned: PlannedJob, index: int, load: StepLoad) -> tuple[StageForeca
         overlapped_s=overlapped_s(phases, lanes=lanes) / lanes,
     )
     return stage, phases
-
-
-def _with(machine: MachineFile, **changes: float) -> MachineFile:
-    return structs.replace(machine, **changes)
 
 
 def _compute_s(phases: Sequence[Phase]) -> float:

@@ -3,7 +3,6 @@
 Step n is a step of lane n modulo the number of lanes, on every stage. All ranks of a stage take equal times.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
@@ -37,7 +36,7 @@ class _Pipeline:
         self._in_flight = in_flight
         self._scale = scale
         self._begun = np.full((len(stages), lanes), -1)  # rounds of each lane, of `lanes` steps
-        self._fed: list[dict[int, float]] = [defaultdict(lambda: inf) for _ in stages]
+        self._fed: list[dict[int, float]] = [{} for _ in stages]
         self._fed[0] |= dict.fromkeys(range(in_flight), 0.0)
         self._ends = np.full(num_steps, inf)
 

@@ -1,7 +1,7 @@
-"""Hosts that are slow: their ranks compute for longer than those of other hosts, which wait for them.
+"""Slow hosts: ranks of a slow host compute longer than ranks of other hosts, which wait for them.
 
-Every rank sends the share of time that it computed in the last interval to rank 0, out of the way of the run. Ranks are
-compared with those of their group, which take the same steps. Pure, but for clocks and the log.
+On its watchdog's thread, every rank sends to rank 0 the share of the last interval in which it computed. Rank 0
+compares the ranks of a group, which take the same steps. Pure, but for clocks and the log.
 """
 
 import logging
