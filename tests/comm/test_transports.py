@@ -156,7 +156,7 @@ def test_a_hop_whose_slot_is_not_free_waits_without_blocking(comm, num_ranks):
 
     backend, width = NumpyBackend(precision="float32", reproducible=True), ROW_BYTES // 4
     transport = Shared(comm, row_bytes=ROW_BYTES)
-    hop = Hop(comm, backend, transfers=Transfers(backend, PendingTransfers()), transport=transport, width=width)
+    hop = Hop(comm, backend, transfers=Transfers(backend, PendingTransfers()), transport=transport)
     rows, counts = np.full((2, width), 1.0 + comm.rank, np.float32), np.ones(2, np.int64)
     receipts = [hop.send(rows, None, counts, counts).finish() for _ in range(2)]
     third = hop.send(rows, None, counts, counts)  # neither of the others has been read
@@ -203,7 +203,7 @@ def test_the_probes_of_a_run_and_of_moempi_check_leave_no_communicator_and_no_sh
     from moempi.runtime.world import World
 
     world, backend = World(comm), NumpyBackend(precision="bfloat16", reproducible=False)
-    for action in (lambda: fastest(comm, comm, backend, width=16, nodes=(0, 0)), lambda: probe(world)):
+    for action in (lambda: fastest(comm, comm, backend, width=16, nodes=(0, 0), uses_ipc=False), lambda: probe(world)):
         before = next_handle(comm), shared_mappings()
         action()
         assert (next_handle(comm), shared_mappings()) == before

@@ -6,10 +6,12 @@ or transfer that reads a result too early finds the pattern of fresh memory.
 
 import ctypes
 import math
+import mmap
 import os
 import re
 import struct
 import subprocess
+import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ import xxhash
 
 from moempi.arrays import narrow, widen
 from moempi.backend.cuda.device import ADDRESS, FORMATS, Argument, ExpertTable, Grid, Kernel
+from moempi.backend.protocol import HANDLE_BYTES, RowCopy
 
 HEADER = Path(__file__).with_name("simt.h")
 LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
@@ -101,6 +104,33 @@ class SimtDevice:
 
     def copy(self, values: Any, out: Any) -> None:
         self._queue.submit(lambda: np.copyto(out, values))
+
+    def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[Resident, bytes]:
+        """The memory is a file; the handle is its path."""
+        LIBRARIES.mkdir(mode=0o700, exist_ok=True)
+        number, path = tempfile.mkstemp(dir=LIBRARIES)
+        with os.fdopen(number, "wb") as file:
+            file.write(bytes([FRESH]) * max(1, math.prod(shape) * np.dtype(dtype).itemsize))
+        values = self._mapped(path, shape, dtype)
+        weakref.finalize(values.base, os.unlink, path)
+        return values, path.encode().ljust(HANDLE_BYTES, b"\0")
+
+    def map_shared(self, handle: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
+        return self._mapped(handle.rstrip(b"\0").decode(), shape, dtype)
+
+    def unmap_shared(self, values: Resident) -> None:
+        for queue in self._queues.values():
+            queue.run()
+
+    def copy_rows(self, copy: RowCopy, target: Any) -> None:
+        rows = copy.source[copy.source_first : copy.source_first + copy.num_rows]
+        self.copy(rows, target[copy.first : copy.first + copy.num_rows])
+
+    def _mapped(self, path: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
+        with Path(path).open("r+b") as file:
+            memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+        values = memory[: math.prod(shape) * np.dtype(dtype).itemsize]
+        return self._resident(values.view(dtype).reshape(shape))
 
     def launch(
         self,

@@ -330,6 +330,35 @@ class TokenVerbs(Protocol):
         """Compute the log-probability of each row's target token (N,). Blocks the host."""
 
 
+HANDLE_BYTES = 64
+"""Bytes of the handle by which another process maps GPU memory."""
+
+
+class RowCopy(NamedTuple):
+    """A copy of `num_rows` rows of `source`, from row `source_first` on, to rows from `first` on."""
+
+    source: Array
+    source_first: int
+    first: int
+    num_rows: int
+
+
+class PeerMemory(Protocol):
+    """GPU memory that the other processes of the node can map."""
+
+    def allocate(self, rows: int, width: int) -> tuple[Array, bytes]:
+        """Allocate rows of the backend's `row_dtype`, and return their handle (HANDLE_BYTES) for other processes."""
+
+    def map(self, handle: bytes, rows: int, width: int) -> Array:
+        """Map the rows that another process of the node allocated; raises MoempiError if the GPU refuses."""
+
+    def unmap(self, rows: Array) -> None:
+        """Undo `map`, before the other process frees the rows. Blocks the host until no verb uses them."""
+
+    def copy(self, copies: Sequence[RowCopy], target: Array) -> Event:
+        """Submit copies to rows of `target`, behind each other and beside all queues; the event is behind them."""
+
+
 class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, ExpertVerbs, TokenVerbs, Protocol):
     """A machine that holds weights and rows and computes with them."""
 
@@ -340,3 +369,7 @@ class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, ExpertVerbs, TokenVerbs, Pr
     """Whether the host can read and write comm buffers."""
     memory_id: str
     """Identifies the memory that holds weights, caches and rows, among all memories of the node."""
+
+    @property
+    def peer_memory(self) -> PeerMemory | None:
+        """GPU memory that the other ranks of the node can map; None without a GPU."""

@@ -1,10 +1,8 @@
-"""`moempi bench exchange`: every transport, MPI's blocking Alltoallv, and torch's gloo."""
+"""`moempi bench exchange`: every transport of rows on the host, MPI's blocking Alltoallv, and torch's gloo."""
 
-import pkgutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
 from statistics import median
 from typing import Any
 
@@ -13,8 +11,10 @@ import numpy as np
 from moempi.arrays import aligned_empty
 from moempi.bench import peers
 from moempi.bench.measure import alternate, machine, ratio
-from moempi.comm import transports
+from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.comm.transports.base import Transport, wait
+from moempi.comm.transports.pairwise import Pairwise
+from moempi.comm.transports.shared import Shared
 from moempi.commands.flags import count
 from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
@@ -42,24 +42,14 @@ def run(world: World, chosen: Namespace) -> None:
         caption=machine(world),
     )
     gloo = peers.start_gloo(world)
-    transport_by_name = {name: make(world.comm, row_bytes=ROW_BYTES) for name, make in found_transports().items()}
+    made = [make(world.comm, row_bytes=ROW_BYTES) for make in (Alltoallv, Pairwise, Shared)]
+    transport_by_name: dict[str, Transport] = {transport.name: transport for transport in made}
     for num_rows in chosen.rows:
         for row in _measure(world, transport_by_name, num_rows, gloo, rounds=chosen.rounds):
             table.add_row(*row)
     peers.stop_gloo(gloo)
     if world.rank == 0:
         console().print(table)
-
-
-def found_transports() -> dict[str, Callable[..., Transport]]:
-    """The classes of the transports package that have a fixed `name`; they take a communicator and `row_bytes`."""
-    found: dict[str, Callable[..., Transport]] = {}
-    member: Any
-    for module in pkgutil.iter_modules(transports.__path__, f"{transports.__name__}."):
-        for member in vars(import_module(module.name)).values():
-            if getattr(member, "__module__", None) == module.name and "name" in vars(member):
-                found[member.name] = member
-    return found
 
 
 def _measure(

@@ -257,7 +257,7 @@ def _block(
     )
     transfers = Transfers(backend, bench.pending)
     transport = Loopback(partial(backend.comm_buffer, width=sizes.width))
-    hop = Hop(comm, backend, transfers=transfers, transport=transport, width=sizes.width)
+    hop = Hop(comm, backend, transfers=transfers, transport=transport)
     exchange = make_exchange(hop, linear(sizes.experts, 1))
     combine, x = HomeCombine(exchange), bench.values.rows(num_rows, sizes.width)
     peers = bench.peers.moe_block(layer_sizes, x, router, gate_up, down)

@@ -81,7 +81,7 @@ def layer_on(
     placement = linear(sizes.num_experts, comm.size)
     transfers = Transfers(backend, pending)
     transport = Alltoallv(comm, row_bytes=sizes.width * backend.row_dtype.itemsize)
-    exchange = make_exchange(Hop(comm, backend, transfers=transfers, transport=transport, width=sizes.width), placement)
+    exchange = make_exchange(Hop(comm, backend, transfers=transfers, transport=transport), placement)
     combine = HomeCombine(exchange)
     layer = make_layer(sizes, backend, hosted=placement.hosted[comm.rank])
 

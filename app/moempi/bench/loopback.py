@@ -21,6 +21,9 @@ class Loopback:
         """A buffer for the next `start`, reused two transfers later."""
         return self._buffers.take(rows)
 
+    def incoming(self, rows: int) -> Any:
+        """None: the rows are received where they were packed."""
+
     def can_send(self) -> bool:
         """Whether the next buffer is free: always."""
         return True

@@ -46,6 +46,7 @@ from moempi.comm.hop import Hop
 from moempi.comm.select_transport import NAMES, make_transport
 from moempi.comm.transfers import PendingTransfers, Transfers, Waits
 from moempi.comm.transports.base import Transport
+from moempi.comm.transports.cuda_ipc import CudaIpc
 from moempi.comm.transports.emulated import EmulatedLinks, Link
 from moempi.commands.flags import amount, count
 from moempi.config.job import RunSection
@@ -177,6 +178,8 @@ def run(world: World, chosen: Namespace) -> None:
         raise UsageError("bench overlap measures between ranks; start it on 2 or more, or use --backend cupy")
     if has_layout(chosen) and chosen.backend != "numpy":
         raise UsageError("bench overlap measures whole runs with NumPy only; leave out --backend, or the layout")
+    if chosen.transport == CudaIpc.name and chosen.backend == "numpy":
+        raise UsageError(f"--transport {CudaIpc.name} reads GPU memory; add --backend cupy")
     records: list[Mapping[str, Any]] = []
     for record in measure_layout(world, chosen) if has_layout(chosen) else measure_layers(world, chosen):
         records.append(record)
@@ -199,7 +202,7 @@ def measure_layers(world: World, chosen: Namespace) -> Iterator[Mapping[str, Any
 
 
 def _backend(world: World, name: Literal["numpy", "cupy"], pending: PendingTransfers) -> Backend:
-    """With several ranks, rows pass through memory of the host."""
+    """With several ranks, rows pass through memory of the host, unless the transport is "cuda_ipc"."""
     run = RunSection(backend=name, precision="bfloat16", reproducible=False)
     return make_backend(
         run,
@@ -287,9 +290,7 @@ def make_rig(world: World, stack: Stack, chosen: Namespace, link: Link, *, num_l
             row_bytes=row_bytes,
             on_transfer=partial(timeline.add_transfer, lane),
         )
-        exchanges.append(
-            make_exchange(Hop(comm, backend, transfers=transfers, transport=transport, width=width), placement)
-        )
+        exchanges.append(make_exchange(Hop(comm, backend, transfers=transfers, transport=transport), placement))
     rows = [
         backend.tensor(narrow(make_rows(chosen.tokens, width, seed=world.rank * num_lanes + lane)))
         for lane in range(num_lanes)

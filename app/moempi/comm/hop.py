@@ -10,23 +10,19 @@ from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.transfers import Condition, Steps, Transfer, Transfers, after_verbs
 from moempi.comm.transports.base import Receipt, Transport
-from moempi.comm.transports.buffers import BufferRing
 
 
 class Hop:
-    """Sends rows of `width` elements between the ranks of `comm`; `send` and `send_steps` are collective.
+    """Sends rows between the ranks of `comm`; `send` and `send_steps` are collective.
 
     Two transfers may be pending at a time. Each received transfer must be unpacked or combined exactly once.
     """
 
-    def __init__(
-        self, comm: MPI.Intracomm, backend: Backend, *, transfers: Transfers, transport: Transport, width: int
-    ) -> None:
+    def __init__(self, comm: MPI.Intracomm, backend: Backend, *, transfers: Transfers, transport: Transport) -> None:
         self.comm = comm
         self.backend = backend
         self.transfers = transfers
         self._transport = transport
-        self._incoming = BufferRing(2, partial(backend.comm_buffer, width=width))
 
     def send(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Transfer[Receipt]:
         """Start the transfer of `send_steps`."""
@@ -43,7 +39,7 @@ class Hop:
             yield Condition(self._transport.can_send)
         outgoing = self._transport.outgoing(int(send_counts.sum()))
         self.backend.pack(rows, index, outgoing.view(self.backend.row_dtype))
-        incoming = self._incoming.take(int(recv_counts.sum()))
+        incoming = self._transport.incoming(int(recv_counts.sum()))
         start = partial(self._transport.start, outgoing, send_counts, incoming, recv_counts)
         return (yield from after_verbs(self.backend, start))
 

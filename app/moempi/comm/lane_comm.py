@@ -131,5 +131,4 @@ class ExchangeFactory:
 
     def _hop(self, comm: MPI.Intracomm, topology: Topology, *, across: bool = False) -> Hop:
         transport = self.transports.make(comm, topology, self.transfers.counters, across=across)
-        backend, width = self.transports.backend, self.transports.shape.width
-        return Hop(comm, backend, transfers=self.transfers, transport=transport, width=width)
+        return Hop(comm, self.transports.backend, transfers=self.transfers, transport=transport)

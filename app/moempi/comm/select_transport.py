@@ -8,15 +8,21 @@ from statistics import median
 import numpy as np
 from mpi4py import MPI
 
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.comm.peer_trial import mapping_problem
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.comm.transports.base import Transport, wait
+from moempi.comm.transports.cuda_ipc import CudaIpc
 from moempi.comm.transports.pairwise import Pairwise
 from moempi.comm.transports.shared import Shared, SlotOptions
+from moempi.config.job import ExchangeSection
+from moempi.errors import ConfigError
 from moempi.layout.grid import Grid
 from moempi.layout.topology import Topology
 
-NAMES = (Alltoallv.name, Pairwise.name, Shared.name)
+NAMES = (Alltoallv.name, Pairwise.name, Shared.name, CudaIpc.name)
+INSIDE_NODES = (Shared.name, CudaIpc.name)
+"""The transports that send no messages inside a node."""
 PROBED_BYTES = 64 << 10
 ROUNDS = 9
 
@@ -30,20 +36,40 @@ class ChosenTransport:
 
 
 def choose_transport(
-    name: str, comm: MPI.Intracomm, grid: Grid, backend: Backend, *, topology: Topology, width: int
+    section: ExchangeSection, comm: MPI.Intracomm, grid: Grid, backend: Backend, *, topology: Topology, width: int
 ) -> ChosenTransport:
     """The job's transport, or for "auto" the fastest for rows of `width`; logged.
 
-    Collective over the ranks of `comm`, whose topology is `topology`. A probe blocks for some milliseconds.
+    Collective over the ranks of `comm`, whose topology is `topology`. A probe blocks for some milliseconds. Raises
+    ConfigError, on all ranks, if the job requires "cuda_ipc" and it cannot be used.
     """
-    choice = ChosenTransport(name, "as the job says")
-    if name == "auto":
-        coords = grid.coordinates(comm.rank)
-        stage, own = MPI.Intracomm(comm.Split(coords.stage, comm.rank)), grid.stages[coords.stage].ranks
-        choice = fastest(comm, stage, backend, width=width, nodes=topology.subset(own).nodes)
-        stage.Free()
+    choice = ChosenTransport(section.transport, "as the job says")
+    if section.transport in ("auto", CudaIpc.name):
+        stage_nodes = [topology.subset(stage.ranks).nodes for stage in grid.stages]
+        spans_nodes = any(len(set(nodes)) > 1 for nodes in stage_nodes)
+        problem = _ipc_problem(section, comm, backend, topology=topology, spans_nodes=spans_nodes)
+        if section.transport == CudaIpc.name and problem:
+            raise ConfigError(f'exchange.transport = "{CudaIpc.name}": {problem}; use "auto"')
+        if section.transport == "auto" and spans_nodes and not problem:
+            choice = ChosenTransport(CudaIpc.name, "the ranks of each node read each other's GPU memory")
+        elif section.transport == "auto":
+            coords = grid.coordinates(comm.rank)
+            stage, nodes = MPI.Intracomm(comm.Split(coords.stage, comm.rank)), stage_nodes[coords.stage]
+            choice = fastest(comm, stage, backend, width=width, nodes=nodes, uses_ipc=not problem)
+            stage.Free()
     logging.getLogger(__name__).info("transport %s: %s", choice.name, choice.reason)
     return choice
+
+
+def _ipc_problem(
+    section: ExchangeSection, comm: MPI.Intracomm, backend: Backend, *, topology: Topology, spans_nodes: bool
+) -> str:
+    """Why "cuda_ipc" cannot be used, or ""; the same on all ranks. Collective, blocks."""
+    if section.verify:
+        return "exchange.verify reads rows on the host"
+    if spans_nodes and section.hops == 1:
+        return "the ranks of a stage are on several nodes, which takes exchange.hops = 2"
+    return mapping_problem(comm, topology, backend)
 
 
 def make_transport(
@@ -59,7 +85,7 @@ def make_transport(
     """A transport for rows of the backend between the ranks of `comm` on `nodes` (R,); collective.
 
     "shared" uses slots of `slot_bytes`: a rank that sends more at once uses messages. `windows` is the number of such
-    transports in the run, which share the memory of the node.
+    transports in the run, which share the memory of the node. "cuda_ipc" needs all ranks on one node.
     """
     row_bytes, allocate = width * backend.row_dtype.itemsize, partial(backend.comm_buffer, width=width)
     if name == Shared.name:
@@ -71,25 +97,34 @@ def make_transport(
             unregister=backend.unregister_host_memory,
         )
         return Shared(comm, row_bytes=row_bytes, nodes=nodes, slots=slots, allocate=allocate)
+    if name == CudaIpc.name:
+        assert backend.peer_memory is not None
+        return CudaIpc(comm, backend.peer_memory, width=width)
     return (Alltoallv if name == Alltoallv.name else Pairwise)(comm, row_bytes=row_bytes, allocate=allocate)
 
 
 def fastest(
-    comm: MPI.Intracomm, group: MPI.Intracomm, backend: Backend, *, width: int, nodes: tuple[int, ...]
+    comm: MPI.Intracomm,
+    group: MPI.Intracomm,
+    backend: Backend,
+    *,
+    width: int,
+    nodes: tuple[int, ...],
+    uses_ipc: bool,
 ) -> ChosenTransport:
     """The transport with the shortest time on the slowest rank to exchange one row, then PROBED_BYTES, per pair.
 
     Rows are exchanged between the ranks of `group`, on `nodes` (G,). All ranks of `comm` get the same result.
     Collective over `comm`, blocks.
     """
-    names = candidates(backend)
+    names = candidates(backend, uses_ipc=uses_ipc)
     taken = dict.fromkeys(names, 0.0)
     row_bytes = width * backend.row_dtype.itemsize
     for rows in (1, max(1, PROBED_BYTES // row_bytes)):
         for name in names:
             slot_bytes = rows * row_bytes * group.size
             transport = make_transport(name, group, backend, width=width, nodes=nodes, slot_bytes=slot_bytes)
-            taken[name] += exchange_s(transport, group, backend.comm_buffer(rows * group.size, width), rows=rows)
+            taken[name] += exchange_s(transport, group, rows=rows)
             transport.free()
     slowest = np.array(list(taken.values()))
     comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
@@ -97,17 +132,18 @@ def fastest(
     return ChosenTransport(ranking[0][1], ", ".join(f"{name} {seconds * 1e6:.0f} us" for seconds, name in ranking))
 
 
-def candidates(backend: Backend) -> list[str]:
+def candidates(backend: Backend, *, uses_ipc: bool) -> list[str]:
     """The transports that can send the backend's rows: "shared" needs buffers on the host."""
-    return [name for name in NAMES if backend.comm_buffers_on_host or name != Shared.name]
+    usable = {Shared.name: backend.comm_buffers_on_host, CudaIpc.name: uses_ipc}
+    return [name for name in NAMES if usable.get(name, True)]
 
 
-def exchange_s(transport: Transport, group: MPI.Intracomm, incoming: Array, *, rows: int) -> float:
+def exchange_s(transport: Transport, group: MPI.Intracomm, *, rows: int) -> float:
     """Median seconds on this rank to exchange `rows` rows between each pair of ranks; collective, blocks."""
     counts = np.full(group.size, rows)
     taken = []
     for _ in range(ROUNDS):
-        outgoing = transport.outgoing(len(incoming))
+        outgoing, incoming = (buffer(int(counts.sum())) for buffer in (transport.outgoing, transport.incoming))
         group.Barrier()
         begin = MPI.Wtime()
         receipt = transport.start(outgoing, counts, incoming, counts)

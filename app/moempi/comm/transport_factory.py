@@ -7,7 +7,7 @@ from mpi4py import MPI
 
 from moempi.backend.protocol import Backend
 from moempi.comm.row_shape import RowShape
-from moempi.comm.select_transport import make_transport
+from moempi.comm.select_transport import INSIDE_NODES, make_transport
 from moempi.comm.transports.base import Transport
 from moempi.comm.transports.counted import Counted, Counters
 from moempi.comm.transports.emulated import EmulatedLinks, Link
@@ -41,10 +41,10 @@ class TransportFactory:
     def make(self, comm: MPI.Intracomm, topology: Topology, counters: Counters, *, across: bool = False) -> Transport:
         """A transport between the ranks of `comm` with this topology, which adds to `counters`; collective.
 
-        `across` is for the first hop of two, in which ranks exchange no rows with other ranks of their node: shared
-        memory would be unused.
+        `across` is for the first hop of two, in which ranks exchange no rows with other ranks of their node: the
+        transports inside a node would be unused.
         """
-        name = "pairwise" if across and self.name == "shared" else self.name
+        name = "pairwise" if across and self.name in INSIDE_NODES else self.name
         transport = make_transport(
             name,
             comm,

@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from moempi.backend.select import count_gpus, find_island, make_backend
 from moempi.comm.device_memory import takes_device_memory
+from moempi.comm.peer_trial import mapping_problem
 from moempi.comm.select_transport import candidates, exchange_s, make_transport
 from moempi.config.job import ExchangeSection, RunSection, TopologySection
 from moempi.layout.topology import Topology
@@ -101,12 +102,12 @@ def _time_transports(world: World, topology: Topology, ranks: MPI.Intracomm) -> 
     backend = make_backend(RunSection(), local_rank=world.local_rank, device_buffers=device_buffers)
     row_bytes = WIDTH * backend.row_dtype.itemsize
     taken = {}
-    for name in candidates(backend):
+    one_node = len(set(topology.nodes)) == 1
+    uses_ipc = one_node and not mapping_problem(ranks, topology, backend)
+    for name in candidates(backend, uses_ipc=uses_ipc):
         slot_bytes = max(ROWS) * row_bytes * world.size
         transport = make_transport(name, ranks, backend, width=WIDTH, nodes=topology.nodes, slot_bytes=slot_bytes)
-        seconds = [
-            exchange_s(transport, ranks, backend.comm_buffer(rows * world.size, WIDTH), rows=rows) for rows in ROWS
-        ]
+        seconds = [exchange_s(transport, ranks, rows=rows) for rows in ROWS]
         transport.free()
         taken[name] = [float(ranks.allreduce(own_s, MPI.MAX)) for own_s in seconds]
     return taken

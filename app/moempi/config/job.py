@@ -113,7 +113,7 @@ class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
     probes.
     """
 
-    transport: Literal["auto", "alltoallv", "pairwise", "shared"] = "auto"
+    transport: Literal["auto", "alltoallv", "pairwise", "shared", "cuda_ipc"] = "auto"
     hops: Literal[1, 2] = 1
     verify: bool = False
     buffers: Literal["auto", "device", "host"] = "auto"

@@ -89,7 +89,7 @@ def make_lanes(
     An error in the links that the job emulates ends all ranks.
     """
     transport = choose_transport(
-        job.exchange.transport,
+        job.exchange,
         rank_layout.ranks,
         rank_layout.grid,
         context.model.backend,

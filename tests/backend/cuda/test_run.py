@@ -79,6 +79,8 @@ def num_ties(first, second, *, within):
         ("device", {"exchange.transport": "pairwise"}),
         ("host", {"exchange.transport": "shared", "exchange.verify": "true"}),
         ("host", {"exchange.transport": "pairwise", "run.overlap": "false"}),
+        ("host", {"exchange.transport": "cuda_ipc"}),
+        ("device", {"exchange.transport": "cuda_ipc", "run.overlap": "false"}),
     ],
 )
 def test_transport_and_buffers_change_no_bit(run, two_ranks, buffers, settings):
@@ -94,6 +96,7 @@ def test_transport_and_buffers_change_no_bit(run, two_ranks, buffers, settings):
         (4, {"parallel.stages": 2, "exchange.immediate": "true"}, 0.0),
         (4, {"parallel.stages": 2, "parallel.tensor": 2}, 1e-4),
         (4, {"exchange.hops": 2, "topology.ranks_per_node": 2}, 1e-4),
+        (4, {"exchange.hops": 2, "topology.ranks_per_node": 2, "exchange.transport": "cuda_ipc"}, 1e-4),
         (2, {"balance.mode": "capacity", "balance.capacity": 100, "balance.sample": 0}, 0.0),
     ],
 )

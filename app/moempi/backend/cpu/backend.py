@@ -44,6 +44,7 @@ class NumpyBackend:
 
     name = "numpy"
     comm_buffers_on_host = True
+    peer_memory = None
     memory_id = "host"
 
     def __init__(self, *, precision: str, reproducible: bool, progress: Callable[[], None] = lambda: None) -> None:

@@ -22,6 +22,7 @@ from moempi.backend.cuda.attention_layout import AttentionLayout, is_latent, lay
 from moempi.backend.cuda.device import Argument, Device
 from moempi.backend.cuda.few_rows import ExpertRows, FewRows, expert_rows
 from moempi.backend.cuda.launches import Launches, extents, rows_from
+from moempi.backend.cuda.peer_memory import DevicePeerMemory
 from moempi.backend.cuda.products import Matrix, Products
 from moempi.backend.protocol import (
     Array,
@@ -64,6 +65,7 @@ class CudaBackend:
         self.is_bfloat16 = precision == "bfloat16"
         self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
+        self.peer_memory = DevicePeerMemory(device, row_dtype=self.row_dtype)
         self._launches = Launches(device, row_dtype=self.row_dtype)
         self._attention = PagedAttention(self._launches)
         self._products = Products(self._launches, reproducible=self.reproducible)

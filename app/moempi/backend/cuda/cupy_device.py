@@ -12,7 +12,7 @@ from cupy_backends.cuda.libs import cublas
 
 from moempi.backend.cuda.compiled_kernel import CompiledKernel
 from moempi.backend.cuda.device import Argument, Grid, Kernel
-from moempi.backend.protocol import Array
+from moempi.backend.protocol import Array, RowCopy
 from moempi.errors import ConfigError
 
 REAL = {np.dtype(np.uint16): 14, np.dtype(np.float32): 0}
@@ -22,6 +22,8 @@ PLAIN, TRANSPOSED = 0, 1
 FACTORS = np.array([1, 0], np.float32)
 ONE, ZERO = FACTORS.ctypes.data, FACTORS[1:].ctypes.data
 """Addresses of the factors of a product and of the results before it."""
+BY_ADDRESS = 4
+"""cudaMemcpyDefault: the addresses say which memory they are in."""
 NOT_READY = 600
 """cudaErrorNotReady: work before the event is not done."""
 STAGED_BYTES = 16 << 20
@@ -133,6 +135,32 @@ class CupyDevice:
 
     def copy(self, values: Array, out: Array) -> None:
         out.data.copy_from_device_async(values.data, values.nbytes, self._stream)
+
+    def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[Array, bytes]:
+        memory = cupy.cuda.Memory(max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
+        try:
+            handle: bytes = cupy.cuda.runtime.ipcGetMemHandle(memory.ptr)
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise ConfigError(f"GPU memory cannot be shared with other ranks: {error}") from error
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0)), handle
+
+    def map_shared(self, handle: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        try:
+            address = cupy.cuda.runtime.ipcOpenMemHandle(handle)
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise ConfigError(f"the GPU memory of another rank cannot be mapped: {error}") from error
+        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = cupy.cuda.UnownedMemory(address, num_bytes, None, self._device.id)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+    def unmap_shared(self, values: Array) -> None:
+        cupy.cuda.runtime.deviceSynchronize()
+        cupy.cuda.runtime.ipcCloseMemHandle(values.data.ptr)
+
+    def copy_rows(self, copy: RowCopy, target: Array) -> None:
+        row_bytes = target.strides[0]
+        to, source = target.data.ptr + copy.first * row_bytes, copy.source.data.ptr + copy.source_first * row_bytes
+        cupy.cuda.runtime.memcpyAsync(to, source, copy.num_rows * row_bytes, BY_ADDRESS, self._stream.ptr)
 
     def launch(
         self,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moempi.backend.protocol import Array, Event
+from moempi.backend.protocol import Array, Event, RowCopy
 
 KERNELS = Path(__file__).with_name("kernels")
 
@@ -159,6 +159,18 @@ class Device(Protocol):
 
     def copy(self, values: Array, out: Array) -> None:
         """Submit a copy between contiguous arrays of equal size."""
+
+    def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[Array, bytes]:
+        """Allocate memory as `empty` that other processes of the node can map, and its handle (HANDLE_BYTES)."""
+
+    def map_shared(self, handle: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Map memory that another process allocated; raises ConfigError if the device refuses."""
+
+    def unmap_shared(self, values: Array) -> None:
+        """Undo `map_shared`; blocks until the device is done with all work."""
+
+    def copy_rows(self, copy: RowCopy, target: Array) -> None:
+        """Submit a copy of rows between contiguous arrays of equal rows, each of this device or mapped."""
 
     def launch(
         self,

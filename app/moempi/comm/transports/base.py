@@ -49,13 +49,16 @@ class Transport(Protocol):
         The buffer is reused two transfers later. Blocks until `can_send`.
         """
 
+    def incoming(self, rows: int) -> Any:
+        """A buffer (rows, row bytes) for the received rows of the next `start`, reused two transfers later."""
+
     def can_send(self) -> bool:
         """Whether the receivers have read the rows that the next outgoing buffer held; does not block."""
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
         """Send rows of `outgoing`, ordered by destination, and receive into `incoming`, ordered by source.
 
-        `outgoing` is the buffer that the last call of that name returned. Counts (R,) are rows to and from each rank.
+        Both are the buffers that the last calls of these names returned. Counts (R,) are rows to and from each rank.
         Does not block; neither buffer may change until the receipt is complete. A transport may leave the received
         rows elsewhere than in `incoming`: `Receipt.rows` returns where they are.
         """
@@ -82,7 +85,7 @@ class BufferReceipt:
 
 
 class BufferedTransport:
-    """A base for transports that send from two buffers in alternation; the constructor is collective.
+    """A base for transports that use two buffers in alternation for each direction; the constructor is collective.
 
     They send over a duplicate of `comm`: transfers start when their verbs are done, not in the program order of the
     collectives on `comm`. A row is one MPI datatype of `row_bytes`, so counts are rows and fit into an int.
@@ -92,10 +95,14 @@ class BufferedTransport:
     def __init__(self, comm: MPI.Intracomm, *, row_bytes: int, allocate: Callable[[int], Any] | None = None) -> None:
         self._comm = comm.Dup()
         self._row = MPI.BYTE.Create_contiguous(row_bytes).Commit()
-        self._buffers = BufferRing(2, allocate or partial(aligned_rows, row_bytes=row_bytes))
+        allocate = allocate or partial(aligned_rows, row_bytes=row_bytes)
+        self._outgoing, self._incoming = BufferRing(2, allocate), BufferRing(2, allocate)
 
     def outgoing(self, rows: int) -> Any:
-        return self._buffers.take(rows)
+        return self._outgoing.take(rows)
+
+    def incoming(self, rows: int) -> Any:
+        return self._incoming.take(rows)
 
     def can_send(self) -> bool:
         return True
@@ -114,6 +121,9 @@ class TransportWrapper:
 
     def outgoing(self, rows: int) -> Any:
         return self._transport.outgoing(rows)
+
+    def incoming(self, rows: int) -> Any:
+        return self._transport.incoming(rows)
 
     def can_send(self) -> bool:
         return self._transport.can_send()

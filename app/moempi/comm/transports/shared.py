@@ -123,7 +123,7 @@ class Shared(BufferedTransport):
         self._spans_nodes = len(ranks) < comm.size
         self._slot_rows = _slot_rows(node_comm, slots, row_bytes)
         words_bytes = flags_bytes(node_comm.size)
-        self._window, memory = _open(node_comm, words_bytes, 2 * node_comm.size * self._slot_rows * row_bytes)
+        self._window, memory = open_window(node_comm, words_bytes, 2 * node_comm.size * self._slot_rows * row_bytes)
         self.slots = memory[words_bytes:].reshape(-1, row_bytes)
         slots.register(self.slots)
         self._unregister = partial(slots.unregister, self.slots)
@@ -221,8 +221,8 @@ def _slot_rows(node_comm: MPI.Intracomm, slots: SlotOptions, row_bytes: int) -> 
     return rows
 
 
-def _open(node_comm: MPI.Intracomm, words_bytes: int, slots_bytes: int) -> tuple[MPI.Win, npt.NDArray[np.uint8]]:
-    """A contiguous window of all ranks of the node, and its memory: words that are zero, then slots; collective."""
+def open_window(node_comm: MPI.Intracomm, words_bytes: int, slots_bytes: int) -> tuple[MPI.Win, npt.NDArray[np.uint8]]:
+    """A contiguous window of the ranks of a node, and its memory: words that are zero, then slots; collective."""
     whole = words_bytes + slots_bytes + ALIGNMENT_BYTES
     window = MPI.Win.Allocate_shared(whole if node_comm.rank == 0 else 0, 1, comm=node_comm)
     window.Lock_all(MPI.MODE_NOCHECK)

@@ -1,0 +1,53 @@
+"""Whether the ranks of each node can map each other's GPU memory."""
+
+import numpy as np
+from mpi4py import MPI
+
+from moempi.backend.protocol import Backend, PeerMemory, RowCopy
+from moempi.errors import ConfigError
+from moempi.layout.topology import Topology
+
+ROWS, WIDTH = 3, 256
+
+
+def mapping_problem(comm: MPI.Intracomm, topology: Topology, backend: Backend) -> str:
+    """Why a rank of `comm` cannot read the GPU memory of its node's next rank; "" if all can, the same on all ranks.
+
+    `topology` is that of `comm`. Collective, blocks.
+    """
+    if comm.allreduce(backend.peer_memory is None, MPI.LOR):
+        return "not every rank has a GPU"
+    node = MPI.Intracomm(comm.Split(topology.nodes[comm.rank], comm.rank))
+    problem: str = comm.allreduce(_read_next_rank(node, backend), MPI.MAX)
+    node.Free()
+    return problem
+
+
+def _read_next_rank(node: MPI.Intracomm, backend: Backend) -> str:
+    """The problem of this rank, if any. Each rank writes its number, then reads that of the next rank."""
+    memory, handle, problem = backend.peer_memory, b"", ""
+    assert memory is not None
+    try:
+        own, handle = memory.allocate(ROWS, WIDTH)
+        numbers = backend.tensor(np.full((ROWS, WIDTH), node.rank, backend.row_dtype))
+        backend.finish_loading()
+        memory.copy([RowCopy(numbers, 0, 0, ROWS)], own).synchronize()
+    except ConfigError as error:
+        problem = str(error)
+    handles = node.allgather(handle)
+    source = (node.rank + 1) % node.size
+    if all(handles) and source != node.rank:
+        problem = _read(memory, handles[source], backend, expected=source)
+    node.Barrier()  # no rank frees what another has mapped
+    return problem
+
+
+def _read(memory: PeerMemory, handle: bytes, backend: Backend, *, expected: int) -> str:
+    try:
+        mapped = memory.map(handle, ROWS, WIDTH)
+    except ConfigError as error:
+        return str(error)
+    read, _ = memory.allocate(ROWS, WIDTH)
+    memory.copy([RowCopy(mapped, 0, 0, ROWS)], read).synchronize()
+    memory.unmap(mapped)
+    return "" if (backend.download(read) == expected).all() else "the GPU memory of another rank reads as other values"
