@@ -148,8 +148,8 @@ def test_a_missing_gpu_is_reported_in_one_line(alone, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-@pytest.mark.parametrize("batch_tokens", [64, 256])
-def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens):
+@pytest.mark.parametrize(("batch_tokens", "transport"), [(64, "auto"), (256, "auto"), (256, "cuda_ipc")])
+def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens, transport):
     """Weights and cache are exact to the byte; the peak is within 7 % for a model whose rows are a fifth of it."""
     lines = [{"tokens": [7] * length, "max_tokens": 4, "ignore_eos": True} for length in (3, 60, 120) * 8]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -159,6 +159,7 @@ def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens):
         "output.results": tmp_path / "out.h5",
         "run.precision": precision,
         "run.batch_tokens": batch_tokens,
+        "exchange.transport": transport,
     }
     convert(ROOT / "weights/abacus", tmp_path / "abacus.h5")
     options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
