@@ -299,7 +299,10 @@ class ExpertVerbs(Protocol):
         """Write rows[index], or all rows if None, to a comm buffer; the index is a host array or from `upload`."""
 
     def unpack(self, buffer: Array, index: Array | None) -> Array:
-        """Read rows buffer[index], or all rows if None, from a comm buffer; the index as in `pack`."""
+        """Read rows buffer[index], or all rows if None, from a comm buffer; the index as in `pack`.
+
+        Without an index they may stay in the buffer, which later verbs read in that case.
+        """
 
     def join(self, parts: Sequence[Array]) -> Array:
         """Concatenate the rows of all parts into new memory."""
