@@ -241,6 +241,22 @@ class AttentionVerbs(Protocol):
     def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
         """Write new keys and values (T, key-value heads, dim) to their positions; a latent cache takes keys only."""
 
+    def rotate_into_cache(
+        self,
+        queries: Array,
+        keys: Array,
+        values: Array,
+        angles: Array,
+        *,
+        cache: Cache,
+        segments: Sequence[Segment],
+        interleaved: bool = False,
+    ) -> Array:
+        """Rotate queries and keys, and extend the cache by the rotated keys and the values; the rotated queries.
+
+        Shapes and bits are those of `rotate` and `extend_cache`. The cache is not latent.
+        """
+
     def attend(
         self,
         queries: Array,

@@ -29,9 +29,9 @@ class Attention:
         """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D)."""
         shape, num_rows = self.shape, len(x)
         queries, keys, values = self._project(backend, x)
-        queries = backend.rotate(queries, angles, interleaved=shape.rope.interleaved)
-        keys = backend.rotate(keys, angles, interleaved=shape.rope.interleaved)
-        backend.extend_cache(cache, keys, values, segments)
+        queries = backend.rotate_into_cache(
+            queries, keys, values, angles, cache=cache, segments=segments, interleaved=shape.rope.interleaved
+        )
         scale = shape.head_dim**-0.5 * shape.score_factor
         attended = backend.attend(queries, cache, segments, scale=scale, window=self.window, sinks=self.sinks)
         attended = attended.reshape(num_rows, shape.num_heads * shape.value_dim)

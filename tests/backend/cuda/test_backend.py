@@ -310,6 +310,60 @@ def test_a_cache_is_extended_by_strided_rows_of_any_alignment(pair, first):
         np.testing.assert_array_equal(pair.host(held).reshape(expected.shape), expected)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "pairs"),
+    [(4, 4, 16, 8), (6, 2, 24, 8), (8, 1, 80, 16), (3, 3, 12, 4), (5, 1, 7, 3), (1, 1, 2, 1), (16, 16, 128, 64)],
+)
+@pytest.mark.parametrize("lengths", [[(1, 1)], [(70, 1), (200, 1), (64, 1), (65, 1)], [(130, 100), (3, 2)]])
+def test_rotation_into_the_cache_has_the_bits_of_rotation_and_extension(
+    pair, heads, kv_heads, dim, pairs, lengths, interleaved
+):
+    """Queries, keys and values are views of one product; only the new rows of the cache are written."""
+    (caches, segments), ((_, separate), _) = (
+        cached(pair, heads=kv_heads, dim=dim, lengths=lengths, scattered=True) for _ in range(2)
+    )
+    rows = sum(new for _, new in lengths)
+    together = [x.reshape(rows, heads + 2 * kv_heads, dim) for x in pair.values(rows, (heads + 2 * kv_heads) * dim)]
+    cpu_parts, gpu_parts = ((x[:, :heads], x[:, heads:-kv_heads], x[:, -kv_heads:]) for x in together)
+    positions = np.concatenate([np.arange(total - new, total) for total, new in lengths])
+    frequencies = np.float32(100) ** -np.linspace(0, 1, pairs).astype(np.float32)
+    cpu_angles, gpu_angles = (
+        backend.rope_angles(positions, frequencies=frequencies, amplitude=1.2) for backend in (pair.cpu, pair.gpu)
+    )
+    given = {"segments": segments, "interleaved": interleaved}
+    expected = pair.cpu.rotate_into_cache(*cpu_parts, cpu_angles, cache=caches[0], **given)
+    actual = pair.gpu.rotate_into_cache(*gpu_parts, gpu_angles, cache=caches[1], **given)
+    queries, keys = (pair.gpu.rotate(part, gpu_angles, interleaved=interleaved) for part in gpu_parts[:2])
+    pair.gpu.extend_cache(separate, keys, gpu_parts[2], segments)
+    for one, other in ((actual, queries), (caches[1].keys, separate.keys), (caches[1].values, separate.values)):
+        assert_same_bits(pair, one, other)
+    for one, other in ((actual, expected), (caches[1].keys, caches[0].keys), (caches[1].values, caches[0].values)):
+        pair.close(one, other, units=2)
+
+
+@pytest.mark.parametrize("first", [0, 8, 3])
+def test_rotation_into_the_cache_takes_rows_of_any_alignment(pair, first):
+    """Queries and keys are normalized into memory of their own, or strided; values are a view."""
+    (x, gpu_x), segments = pair.values(9, 4, 40), [Segment(0, 9, 60, np.array([1, 0]))]
+    (queries, gpu_queries), keys, gpu_keys = pair.values(9, 8, 16, seed=1), x[:, :2, :16], gpu_x[:, :2, :16]
+    values, gpu_values = (rows[:, 2:, first : first + 16] for rows in (x, gpu_x))
+    caches = [backend.cache(2, 2, 16) for backend in (pair.cpu, pair.gpu)]
+    angles = [
+        backend.rope_angles(np.arange(60, 69), frequencies=np.ones(8, np.float32), amplitude=1.0)
+        for backend in (pair.cpu, pair.gpu)
+    ]
+    expected = pair.cpu.rotate_into_cache(queries, keys, values, angles[0], cache=caches[0], segments=segments)
+    actual = pair.gpu.rotate_into_cache(
+        gpu_queries, gpu_keys, gpu_values, angles[1], cache=caches[1], segments=segments
+    )
+    pair.close(actual, expected, units=2)
+    pair.close(caches[1].keys, caches[0].keys, units=2)
+    np.testing.assert_array_equal(pair.host(caches[1].values), caches[0].values)
+    none = (gpu_queries[:0], gpu_keys[:0], gpu_values[:0], [part[:0] for part in angles[1]])
+    assert pair.gpu.rotate_into_cache(*none, cache=caches[1], segments=()).shape == (0, 8, 16)
+
+
 def test_cleared_pages_are_zero(pair):
     caches, _ = cached(pair, heads=2, dim=24, lengths=[(200, 1)], scattered=False)
     pair.gpu.clear(caches[1], np.array([2, 0]))

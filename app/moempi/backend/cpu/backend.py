@@ -218,6 +218,20 @@ class NumpyBackend:
             if values is not None:
                 cache.values[extended] = values[rows]
 
+    def rotate_into_cache(
+        self,
+        queries: Float32Array,
+        keys: Float32Array,
+        values: Float32Array,
+        angles: tuple[Float32Array, Float32Array],
+        *,
+        cache: Cache,
+        segments: Sequence[Segment],
+        interleaved: bool = False,
+    ) -> Float32Array:
+        self.extend_cache(cache, self.rotate(keys, angles, interleaved=interleaved), values, segments)
+        return self.rotate(queries, angles, interleaved=interleaved)
+
     def attend(
         self,
         queries: Float32Array,

@@ -41,7 +41,7 @@ from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
 
 ROTATED_NUMBERS = 2048
-"""Numbers of a row per block of `rotate`."""
+"""Numbers of a row per block of `rotate` and `rotate_into_cache`."""
 COMBINED_NUMBERS = 1024
 """Numbers of a row per block of `combine`."""
 GROUPED_CHOICES = 8
@@ -248,6 +248,26 @@ class CudaBackend:
 
     def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
         self._attention.extend_cache(cache, keys, values, self._attention_layout(cache, segments))
+
+    def rotate_into_cache(
+        self,
+        queries: Array,
+        keys: Array,
+        values: Array,
+        angles: tuple[Array, Array],
+        *,
+        cache: Cache,
+        segments: Sequence[Segment],
+        interleaved: bool = False,
+    ) -> Array:
+        layout, out = self._attention_layout(cache, segments), self._launches.rows(queries.shape)
+        (heads, dim, *query_strides), (kv_heads, _, *key_strides) = extents(queries), extents(keys)
+        _, _, *value_strides = extents(values)
+        given = (queries, keys, values, *angles, layout.spans, layout.pages)
+        sizes = (heads, kv_heads, dim, angles[0].shape[1], *query_strides, *key_strides, *value_strides, interleaved)
+        grid = (len(out), -(-(heads + 2 * kv_heads) * dim // ROTATED_NUMBERS), 1)
+        self._launches.launch("rope", "rotate_into_cache", grid, 128, *given, out, cache.keys, cache.values, *sizes)
+        return out
 
     def attend(
         self,

@@ -1,10 +1,14 @@
 // Rotary position embedding (Su et al. 2021).
 //
-//   rope_angles   cosines and sines (T, n) of position times frequency, times `amplitude`           NumPy: rope_angles
-//   rotate        out = x (T, H, dim), the first 2n numbers of a head rotated by the row's n angles    NumPy: rotate
+//   rope_angles        cosines and sines (T, n) of position times frequency, times `amplitude`      NumPy: rope_angles
+//   rotate             out = x (T, H, dim), the first 2n numbers of a head rotated by the row's n angles
+//                                                                                              NumPy: rotate
+//   rotate_into_cache  out = rotate of queries (T, H, dim); cached keys[cache row of t] = rotate of keys[t], cached
+//                      values[cache row of t] = values[t], both (key-value heads, dim)         NumPy: rotate_into_cache
 //
-// Launch: rope_angles ceil(T * n / 256) blocks of 256; rotate (T, ceil(H * dim / 2048)) blocks of 128.
-#include "rows.cuh"
+// Shapes: x, queries, keys and values have strides in numbers, out is contiguous; spans (T, 2) as in kv_cache.cu.
+// Launch: rope_angles ceil(T * n / 256) blocks of 256; the others (T, ceil(numbers of a row / 2048)) blocks of 128.
+#include "paging.cuh"
 
 extern "C" __global__ void rope_angles(const int* positions, const float* frequencies, float* cosines, float* sines,
                                        int rows, int pairs, float amplitude) {
@@ -42,24 +46,59 @@ __device__ inline void rotate_one(const row* from, const float* cosines, const f
   narrow(b * cosines[pair] + a * sines[pair], to + second);
 }
 
-// `x` has strides in numbers; `out` is contiguous. A thread rotates eight pairs or copies eight numbers at a time; one
-// where n or a stride is no multiple of eight.
+// A thread rotates eight pairs or copies eight numbers at a time; one where n or a stride is no multiple of eight.
+__device__ inline bool is_by_eights(const row* x, long long head_stride, int dim, int pairs) {
+  return is_aligned(x) && head_stride % 8 == 0 && dim % 8 == 0 && pairs % 8 == 0;
+}
+
+// Rotate `size` pairs of a head, or copy `size` of the numbers behind its pairs; parts are numbered in this order.
+__device__ inline void rotate_part(const row* from, const float* cosines, const float* sines, row* to, int part,
+                                   int size, int pairs, int interleaved) {
+  const int rotations = pairs / size, column = (part + rotations) * size;
+  if (part < rotations && size == 1) rotate_one(from, cosines, sines, to, part, pairs, interleaved);
+  else if (part < rotations && interleaved) rotate_eight<true>(from, cosines, sines, to, part, pairs);
+  else if (part < rotations) rotate_eight<false>(from, cosines, sines, to, part, pairs);
+  else copy8(from + column, to + column, size);
+}
+
 extern "C" __global__ void rotate(const row* x, const float* cosines, const float* sines, row* out, int heads, int dim,
                                   int pairs, long long token_stride, long long head_stride, int interleaved) {
   const long long token = blockIdx.x;
   x += token * token_stride, cosines += token * pairs, sines += token * pairs;
-  const bool by_eights = pairs % 8 == 0 && dim % 8 == 0 && head_stride % 8 == 0 && is_aligned(x);
-  const int size = by_eights ? 8 : 1, rotations = pairs / size, tasks = (dim - pairs) / size;
-  for (int task = blockIdx.y * blockDim.x + threadIdx.x; task < heads * tasks; task += gridDim.y * blockDim.x) {
-    const int head = task / tasks, own = task - head * tasks;
-    const row* from = x + head * head_stride;
-    row* to = out + (token * heads + head) * dim;
-    if (own >= rotations) {
-      const int column = (own + rotations) * size;
-      if (by_eights) copy8(from + column, to + column, 8);
-      else to[column] = from[column];
-    } else if (!by_eights) rotate_one(from, cosines, sines, to, own, pairs, interleaved);
-    else if (interleaved) rotate_eight<true>(from, cosines, sines, to, own, pairs);
-    else rotate_eight<false>(from, cosines, sines, to, own, pairs);
+  const int size = is_by_eights(x, head_stride, dim, pairs) ? 8 : 1, parts = (dim - pairs) / size;
+  for (int task = blockIdx.y * blockDim.x + threadIdx.x; task < heads * parts; task += gridDim.y * blockDim.x) {
+    const int head = task / parts, part = task - head * parts;
+    rotate_part(x + head * head_stride, cosines, sines, out + (token * heads + head) * dim, part, size, pairs,
+                interleaved);
+  }
+}
+
+extern "C" __global__ void rotate_into_cache(const row* queries, const row* keys, const row* values,
+                                             const float* cosines, const float* sines, const int* spans,
+                                             const int* pages, row* out, row* cached_keys, row* cached_values,
+                                             int heads, int kv_heads, int dim, int pairs, long long query_stride,
+                                             long long query_head_stride, long long key_stride,
+                                             long long key_head_stride, long long value_stride,
+                                             long long value_head_stride, int interleaved) {
+  const long long token = blockIdx.x;
+  const long long cached = cache_row(pages + spans[2 * token + 1], spans[2 * token]) * kv_heads * dim;
+  queries += token * query_stride, keys += token * key_stride, values += token * value_stride;
+  cosines += token * pairs, sines += token * pairs;
+  out += token * heads * dim, cached_keys += cached, cached_values += cached;
+  const bool by_eights = is_by_eights(queries, query_head_stride, dim, pairs) &&
+                         is_by_eights(keys, key_head_stride, dim, pairs) &&
+                         is_by_eights(values, value_head_stride, dim, pairs);
+  const int size = by_eights ? 8 : 1, parts = (dim - pairs) / size, copies = dim / size;
+  const int rotated = (heads + kv_heads) * parts, tasks = rotated + kv_heads * copies;
+  for (int task = blockIdx.y * blockDim.x + threadIdx.x; task < tasks; task += gridDim.y * blockDim.x) {
+    if (task >= rotated) {
+      const int kv_head = (task - rotated) / copies, column = (task - rotated - kv_head * copies) * size;
+      copy8(values + kv_head * value_head_stride + column, cached_values + kv_head * dim + column, size);
+      continue;
+    }
+    const int head = task / parts, part = task - head * parts, kv_head = head - heads;
+    const row* from = kv_head < 0 ? queries + head * query_head_stride : keys + kv_head * key_head_stride;
+    row* to = kv_head < 0 ? out + head * dim : cached_keys + kv_head * dim;
+    rotate_part(from, cosines, sines, to, part, size, pairs, interleaved);
   }
 }

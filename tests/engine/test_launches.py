@@ -1,0 +1,72 @@
+"""The kernels, products and copies that a layer of a decode step submits to the device, in their order."""
+
+from msgspec import structs
+
+from engine.runs import SMALL, Run, requests_of
+from moempi.backend.cuda.backend import CudaBackend
+from simt.device import SimtDevice
+
+ARCHITECTURE = structs.replace(
+    SMALL,
+    width=64,
+    num_layers=3,
+    max_positions=512,
+    experts=structs.replace(SMALL.experts, width=64),
+    dense_layers=(),
+)
+
+
+class CountedDevice(SimtDevice):
+    """A SIMT device with the names of all work that was submitted."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def launch(self, kernel, grid, threads, arguments, **options):
+        self.names.append(kernel.name)
+        super().launch(kernel, grid, threads, arguments, **options)
+
+    def product(self, x, matrix, out, *, transposed):
+        self.names.append("product")
+        super().product(x, matrix, out, transposed=transposed)
+
+    def products(self, x, matrices, out):
+        self.names.append("products")
+        super().products(x, matrices, out)
+
+    def copy(self, values, out):
+        self.names.append("copy")
+        super().copy(values, out)
+
+    def upload(self, values):
+        self.names.append("upload")
+        return super().upload(values)
+
+    def start_download(self, values):
+        self.names.append("download")
+        return super().start_download(values)
+
+
+def layers_of_last_step(folder, architecture):
+    """What each layer of the last step submits; the step decodes sequences of 300 and of 5 tokens."""
+    device = CountedDevice()
+
+    def make_backend(progress):
+        return CudaBackend(device, precision="bfloat16", reproducible=False, progress=progress)
+
+    run = Run(
+        folder,
+        requests_of(300, 5),
+        architecture=architecture,
+        make_backend=make_backend,
+        run={"batch_tokens": 320, "precision": "bfloat16"},
+    )
+    run.lanes.run()
+    run.journal.close()
+    last = len(device.names) - 1 - device.names[::-1].index("rope_angles")
+    print(device.names[last:])
+
+
+def test_x(tmp_path):
+    layers_of_last_step(tmp_path, ARCHITECTURE)
