@@ -31,7 +31,8 @@ from moempi.backend.protocol import HANDLE_BYTES, RowCopy
 HEADER = Path(__file__).with_name("simt.h")
 LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
 LETTERS = {ADDRESS: "p", FORMATS["int"]: "i", FORMATS["long long"]: "l", FORMATS["float"]: "f", FORMATS["Experts"]: "s"}
-OPTIONS = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+# Unique symbols would give all libraries the shared memory of the first, whose arrays may be smaller.
+OPTIONS = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-fno-gnu-unique", "-Wno-unknown-pragmas"]
 OPTIONS += os.environ.get("MOEMPI_SIMT_OPTIONS", "").split()  # tests/sanitize.sh
 MOST_SHARED_BYTES = 227 << 10  # of a block of an H100
 FRESH = 0xFF  # every byte of memory before its first write: NaN in either precision, -1 as an index

@@ -272,6 +272,44 @@ def test_a_row_within_one_split_does_not_depend_on_a_longer_one_beside_it(pair, 
     np.testing.assert_array_equal(alone[0], together[0])
 
 
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize(
+    ("query_heads", "heads", "dim", "lengths"),
+    [
+        (3, 3, 16, [(700, 2), (1, 1), (513, 1), (256, 1), (257, 1)]),
+        (6, 1, 24, [(700, 2), (300, 1)]),  # groups of four heads and of two
+        (10, 2, 7, [(1, 1), (520, 1)]),
+        (4, 2, 264, [(257, 1)]),  # more columns than threads
+        (1, 1, 8, [(9000, 1)]),  # more splits than lanes of a warp
+    ],
+)
+def test_the_last_block_of_a_row_adds_up_its_splits(pair, query_heads, heads, dim, lengths, window):
+    """Again and again: its counters are zero after each launch."""
+    caches, segments = cached(pair, heads=heads, dim=dim, lengths=lengths, scattered=True)
+    rows = sum(new for _, new in lengths)
+    (queries, gpu_queries), (sinks, gpu_sinks) = pair.values(rows, query_heads, dim, seed=3), pair.values(query_heads)
+    rule = {"scale": dim**-0.5, "window": window}
+    for with_sinks in (False, True):
+        expected = pair.cpu.attend(queries, caches[0], segments, sinks=sinks if with_sinks else None, **rule)
+        given = (gpu_queries, caches[1], segments)
+        attended = [pair.gpu.attend(*given, sinks=gpu_sinks if with_sinks else None, **rule) for _ in range(3)]
+        np.testing.assert_allclose(pair.host(attended[0]), expected, atol=0.012 if pair.is_bfloat16 else 2e-6)
+        for again in attended[1:]:
+            assert_same_bits(pair, again, attended[0])
+    assert not pair.gpu.download(pair.gpu._launches.counters(1)).any()
+
+
+def test_the_counters_of_a_queue_are_its_own(device):
+    launches = Pair(device, "bfloat16").gpu._launches
+    counters = launches.counters(5)
+    assert len(counters) >= 5
+    assert launches.counters(3) is counters
+    larger = launches.counters(2 * len(counters))
+    assert not device.download(larger).any()
+    device.use_queue(1)
+    assert launches.counters(3) is not larger
+
+
 @pytest.mark.parametrize("limit", ["MOST_BLOCKS", "PARTIAL_BYTES"])
 def test_rows_of_several_launches_equal_those_of_one(device, monkeypatch, limit):
     pair = Pair(device, "bfloat16", reproducible=True)

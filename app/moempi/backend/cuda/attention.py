@@ -80,13 +80,11 @@ class PagedAttention:
         for first in range(rows.start, rows.stop, step):
             num_rows = min(step, rows.stop - first)
             own, spans, attended = (rows_from(x, first, num_rows) for x in (queries, layout.spans, out))
-            sums = stats = None
+            sums = stats = arrived = None
             if splits > 1:
                 sums = self._device.empty((num_rows, heads, splits, value_dim), np.float32)
                 stats = self._device.empty((num_rows, heads, splits, 2), np.float32)
+                arrived = self._launches.counters(num_rows * head_rounds)
             given = (own, cache.keys, cache.values, rule.sinks, spans, layout.pages)
-            results, grid = (sums, stats, attended), (head_rounds, splits, num_rows)
+            results, grid = (sums, stats, arrived, attended), (head_rounds, splits, num_rows)
             self._launches.launch("attention", "attend_rows", grid, 128, *given, *results, *sizes, **dims)
-            if splits > 1:
-                merged = (sums, stats, rule.sinks, attended, splits)
-                self._launches.launch("attention", "merge_splits", (num_rows, heads, 1), 128, *merged, **dims)

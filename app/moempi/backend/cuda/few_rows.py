@@ -64,7 +64,6 @@ class FewRows:
         self._device = launches.device
         self._always = always
         self._has_warpgroups = launches.device.has_warpgroups
-        self._arrived: dict[int, Array] = {}
         self._sums: dict[int, Array] = {}
 
     def takes(self, own: ExpertRows) -> bool:
@@ -107,7 +106,7 @@ class FewRows:
         self, division: Division, x: Array, out: Array, sums: Array, table: ExpertTable, rule: tuple[float, ...]
     ) -> None:
         num_experts = len(table.counts)
-        arrived = self._arrivals(num_experts * division.tiles * WARPS)
+        arrived = self._launches.counters(num_experts * division.tiles * WARPS)
         sizes = (num_experts, out.shape[1], x.shape[1], division.split_inputs)
         self._device.launch(
             division.kernel,
@@ -125,13 +124,6 @@ class FewRows:
             size = 1 << (needed - 1).bit_length()
             self._sums[queue] = self._device.empty((size, THREADS, 4), np.float32)
         return self._sums[queue]
-
-    def _arrivals(self, needed: int) -> Array:
-        """The queue's counters of the warps that have written their sums, which are zero between launches."""
-        queue = self._device.queue
-        if queue not in self._arrived or len(self._arrived[queue]) < needed:
-            self._arrived[queue] = self._device.upload(np.zeros(needed, np.int32))
-        return self._arrived[queue]
 
 
 @cache

@@ -24,10 +24,22 @@ class Launches:
         self._row_dtype = np.dtype(row_dtype)
         is_float32 = self._row_dtype == np.float32
         self._constants: tuple[tuple[str, int | None], ...] = (("FLOAT32_ROWS", None),) if is_float32 else ()
+        self._counters: dict[int, Array] = {}
 
     def rows(self, shape: tuple[int, ...]) -> Array:
         """Allocate rows."""
         return self.device.empty(shape, self._row_dtype)
+
+    def counters(self, needed: int) -> Array:
+        """At least `needed` counters (int32) of the queue, which are zero between launches.
+
+        A kernel counts in them the blocks or warps that have written their sums, and leaves zeros. The memory is kept;
+        it grows by doubling.
+        """
+        queue = self.device.queue
+        if queue not in self._counters or len(self._counters[queue]) < needed:
+            self._counters[queue] = self.device.upload(np.zeros(1 << (needed - 1).bit_length(), np.int32))
+        return self._counters[queue]
 
     def widened(self, rows: Array) -> Array:
         """bfloat16 bits as float32."""

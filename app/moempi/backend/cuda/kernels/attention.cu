@@ -1,18 +1,20 @@
 // Causal attention of single rows over a paged cache; the keys of a row are divided among blocks (Dao et al. 2023,
 // split-KV).
 //
-//   attend_rows    per row, key-value head and split of SPLIT keys, for up to HEADS of the query heads that share the
-//                  key-value head: sum of exp(score - highest) * value, highest score, and sum of exp(score - highest);
-//                  if there is one split, the output at once
-//   merge_splits   out = sum of the splits' sums, rescaled to one highest score, over the divisor; `sinks` add to the
-//                  divisor only
+//   attend_rows   out = softmax of the scores of the keys that a row sees, times their values; `sinks` add to the
+//                 divisor only                                                                NumPy twin: attend
+//
+// A block has a row, a key-value head, up to HEADS of the query heads that share it, and a split of SPLIT keys: it finds
+// the sum of exp(score - highest) * value, the highest score, and the sum of exp(score - highest). If the row sees keys
+// of one split, that is the output. Otherwise the block that is last for its row and heads adds up the splits, in their
+// order, rescaled to one highest score.
 //
 // Shapes: queries (T, H, HEAD_DIM), out (T, H, VALUE_DIM), spans (T, 2) as in kv_cache.cu, sums (T, H, splits,
-// VALUE_DIM), stats (T, H, splits, 2) with the highest score first. HEAD_DIM and VALUE_DIM, at most 1,024, and HEADS
-// are compile-time constants. Keys and values are read once; a warp reads one page. Adjacent blocks read adjacent heads
-// of the same keys, so what the GPU reads at one time is contiguous. A row's bits do not depend on its batch.
-// Launch: attend_rows (key-value heads * ceil(shared / HEADS), splits, T) blocks of 128; merge_splits (T, H) blocks of
-// 128. NumPy twin: attend.
+// VALUE_DIM), stats (T, H, splits, 2) with the highest score first; `arrived`, an int for each row and head group, is
+// zero between launches. HEAD_DIM and VALUE_DIM, at most 1,024, and HEADS are compile-time constants. Keys and values
+// are read once; a warp reads one page. Adjacent blocks read adjacent heads of the same keys, so what the GPU reads at
+// one time is contiguous. A row's bits do not depend on its batch.
+// Launch: (key-value heads * ceil(shared / HEADS), splits, T) blocks of 128.
 #include "paging.cuh"
 
 const int THREADS = 128, WARPS = THREADS / WARP_THREADS;
@@ -39,6 +41,7 @@ typedef Reading<VALUE_DIM> Values;
 // Blocks per multiprocessor that leave each thread the registers for its sums and for IN_FLIGHT loads.
 const int EIGHTS_HELD = (HEADS * Values::STEPS + (Keys::STEPS > 1)) * static_cast<int>(sizeof(row)) / 2;
 const int LEAST_BLOCKS = EIGHTS_HELD == 1 ? 8 : EIGHTS_HELD <= 3 ? 5 : EIGHTS_HELD <= 9 ? 4 : 2;
+const int SPLITS_TOGETHER = HEADS == 1 ? 8 : 4;  // whose sums are fetched before the first is used
 const bool IS_WHOLE = HEAD_DIM % 8 == 0 && VALUE_DIM % 8 == 0;  // all eights of the cache exist and are aligned
 
 // Fetch the eights of the IN_FLIGHT rows of a page from `own_row` on; in place of a row outside [first, last), the
@@ -152,23 +155,78 @@ __device__ inline void mix_page(const row* page, int stride, const float (*weigh
           mixed[step][head][n] += __shfl_xor_sync(FULL_WARP, mixed[step][head][n], apart);
 }
 
-// A vector's splits: `sums` (splits, VALUE_DIM) and `stats` (splits, 2). The output is the same in attend_rows, which
-// calls this with one split, as in merge_splits with further splits that have no keys.
+// The highest score of a head's parts and the divisor of its softmax; `stats` (parts, 2).
 struct Merge {
   float highest, divisor;
-  __device__ inline Merge(const float* stats, int splits, const row* sink) {
+  __device__ inline Merge(const float* stats, int parts, const row* sink) {
     highest = sink ? widen(*sink) : -infinity();
-    for (int split = 0; split < splits; ++split) highest = fmaxf(highest, stats[2 * split]);
+    for (int part = 0; part < parts; ++part) highest = fmaxf(highest, stats[2 * part]);
     divisor = sink ? expf(widen(*sink) - highest) : 0.0f;
-    for (int split = 0; split < splits; ++split)
-      divisor = fmaf(stats[2 * split + 1], expf(stats[2 * split] - highest), divisor);
+    for (int part = 0; part < parts; ++part)
+      divisor = fmaf(stats[2 * part + 1], expf(stats[2 * part] - highest), divisor);
   }
 };
 
+// The same by a warp, whose lanes read the stats of many splits together.
+__device__ inline void merge_stats(const float* stats, int splits, const row* sink, float* highest, float* divisor) {
+  const int lane = threadIdx.x % WARP_THREADS;
+  float most = sink ? widen(*sink) : -infinity();
+  for (int split = lane; split < splits; split += WARP_THREADS) most = fmaxf(most, stats[2 * split]);
+  most = warp_max(most);
+  float total = sink ? expf(widen(*sink) - most) : 0.0f;
+  for (int first = 0; first < splits; first += WARP_THREADS) {
+    const int own = min(first + lane, splits - 1);
+    const float weight = expf(stats[2 * own] - most), sum = stats[2 * own + 1];
+    for (int i = 0; i < WARP_THREADS && first + i < splits; ++i)
+      total = fmaf(__shfl_sync(FULL_WARP, sum, i), __shfl_sync(FULL_WARP, weight, i), total);
+  }
+  if (lane == 0) *highest = most, *divisor = total;
+}
+
+// Write the outputs of `own_heads` heads from all splits of their row: `sums` (heads, all_splits, VALUE_DIM) and `stats`
+// (heads, all_splits, 2) from the first split with keys on. With one split it would be the output of attend_rows.
+__device__ inline void merge_splits(const float* sums, const float* stats, const row* sinks, row* out, int own_heads,
+                                    int splits, int all_splits) {
+  __shared__ float highest[HEADS], divisors[HEADS];
+  for (int head = threadIdx.x / WARP_THREADS; head < own_heads; head += WARPS)
+    merge_stats(stats + head * all_splits * 2, splits, sinks ? sinks + head : nullptr, highest + head, divisors + head);
+  __syncthreads();
+  for (int column = threadIdx.x; column < VALUE_DIM; column += THREADS) {
+    float totals[HEADS] = {};
+#pragma unroll SPLITS_TOGETHER
+    for (int split = 0; split < splits; ++split)
+#pragma unroll
+      for (int head = 0; head < HEADS; ++head) {
+        const int own = min(head, own_heads - 1), at = own * all_splits + split;
+        const float sum = sums[static_cast<long long>(at) * VALUE_DIM + column];
+        totals[head] = fmaf(sum, expf(stats[2 * at] - highest[own]), totals[head]);
+      }
+#pragma unroll
+    for (int head = 0; head < HEADS; ++head)
+      if (head < own_heads) narrow(totals[head] / divisors[head], out + head * VALUE_DIM + column);
+  }
+}
+
+// Whether the block is the last of `total` whose sums are written; that one leaves the counter at zero.
+__device__ inline bool is_last_block(int* arrived, int total) {
+  __shared__ bool is_last;
+  __syncthreads();  // all of the block's sums are written
+  if (threadIdx.x == 0) {
+    __threadfence();  // the block's sums before its arrival
+    is_last = atomicAdd(arrived, 1) == total - 1;
+    if (is_last) {
+      __threadfence();  // the others' arrivals before their sums
+      *arrived = 0;
+    }
+  }
+  __syncthreads();
+  return is_last;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
     attend_rows(const row* queries, const row* keys, const row* values, const row* sinks, const int* spans,
-                const int* pages, float* sums, float* stats, row* out, int heads, int kv_heads, int value_stride,
-                float scale, int window) {
+                const int* pages, float* sums, float* stats, int* arrived, row* out, int heads, int kv_heads,
+                int value_stride, float scale, int window) {
   __shared__ __align__(16) float scaled[HEADS][Keys::EIGHTS * 8], all_scores[WARPS][PAGE_ROWS][HEADS];
   __shared__ __align__(16) float partial[WARPS][Values::EIGHTS * 8], warp_stats[HEADS][WARPS][2];
   const long long token = blockIdx.z;
@@ -177,13 +235,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
   const int own_heads = min(HEADS, (kv_head + 1) * shared - first_head);
   const int position = spans[2 * token];
   const int seen_from = window ? max(0, position - window + 1) : 0;
-  if (split * SPLIT > position || (split + 1) * SPLIT <= seen_from) {
-    if (static_cast<int>(threadIdx.x) < own_heads) {
-      float* stat = stats + ((token * heads + first_head + threadIdx.x) * splits + split) * 2;
-      stat[0] = -infinity(), stat[1] = 0.0f;
-    }
-    return;
-  }
+  const int first_split = seen_from / SPLIT, own_splits = position / SPLIT - first_split + 1;
+  if (split < first_split || split >= first_split + own_splits) return;
 #pragma unroll 1
   for (int i = threadIdx.x; i < HEADS * Keys::EIGHTS * 8; i += THREADS) {
     const int head = i / (Keys::EIGHTS * 8), column = i % (Keys::EIGHTS * 8);
@@ -221,26 +274,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
       for (int other = 0; other < WARPS; ++other)
         total = fmaf(partial[other][column], expf(warp_stats[head][other][0] - of_warps.highest), total);
       const float output = fmaf(total, expf(of_warps.highest - whole.highest), 0.0f) / whole.divisor;
-      if (splits > 1) sums[(vector * splits + split) * VALUE_DIM + column] = total;
+      if (own_splits > 1) sums[(vector * splits + split) * VALUE_DIM + column] = total;
       else narrow(output, out + vector * VALUE_DIM + column);
     }
-    if (splits > 1 && threadIdx.x < 2) stats[(vector * splits + split) * 2 + threadIdx.x] = split_stats[threadIdx.x];
+    if (own_splits > 1 && threadIdx.x < 2)
+      stats[(vector * splits + split) * 2 + threadIdx.x] = split_stats[threadIdx.x];
   }
-}
-
-extern "C" __global__ void merge_splits(const float* sums, const float* stats, const row* sinks, row* out, int splits) {
-  const int heads = gridDim.y, head = blockIdx.y;
-  const long long vector = static_cast<long long>(blockIdx.x) * heads + head;
-  stats += vector * splits * 2, sums += vector * splits * VALUE_DIM;
-  const Merge whole(stats, splits, sinks ? sinks + head : nullptr);
-  for (int column = threadIdx.x; column < VALUE_DIM; column += THREADS) {
-    float total = 0.0f;
-#pragma unroll 4
-    for (int split = 0; split < splits; ++split) {
-      const long long at = static_cast<long long>(split) * VALUE_DIM + column;
-      const float sum = stats[2 * split + 1] > 0.0f ? sums[at] : 0.0f;  // a split without keys has no sums
-      total = fmaf(sum, expf(stats[2 * split] - whole.highest), total);
-    }
-    narrow(total / whole.divisor, out + vector * VALUE_DIM + column);
-  }
+  if (own_splits == 1 || !is_last_block(arrived + token * gridDim.x + blockIdx.x, own_splits)) return;
+  const long long vector = token * heads + first_head, at = vector * splits + first_split;
+  merge_splits(sums + at * VALUE_DIM, stats + at * 2, sinks ? sinks + first_head : nullptr, out + vector * VALUE_DIM,
+               own_heads, own_splits, splits);
 }
