@@ -62,5 +62,18 @@ def last_step(folder, architecture):
     return device.names[-device.names[::-1].index("rope_angles") :]
 
 
-def test_x(tmp_path):
-    print(last_step(tmp_path, ARCHITECTURE))
+ATTENTION = ["rms_norm", "product", "rotate_into_cache", "attend_rows", "product", "add_rms_norm"]
+EXPERTS = [
+    *("product", "choose_experts", "group", "download"),
+    *("take_rows", "take_rows", "gate_up_few", "multiply_few", "take_rows", "combine"),
+]
+
+
+def test_a_layer_of_a_decode_step_submits_this_and_no_more(tmp_path):
+    """15 kernels and products, and the download of the counts by which rows are sent."""
+    names = last_step(tmp_path, ARCHITECTURE)
+    names.remove("upload")  # where the step's rows are in the cache, once for all layers
+    layer = [*ATTENTION, *EXPERTS]
+    assert len(layer) - layer.count("download") == 15
+    assert names[: 3 * len(layer)] == 3 * layer
+    assert names[3 * len(layer) :][:3] == ["upload", "take_rows", "rms_norm"]  # the head

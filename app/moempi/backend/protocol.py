@@ -278,7 +278,7 @@ class ExpertVerbs(Protocol):
     """The router, the exchange's rows, and the experts' networks."""
 
     def router_logits(self, x: Array, matrix: Array, router: Router, *, bias: Array | None = None) -> Array:
-        """Multiply x (T, D) by the router's matrix and add the bias (E,) -> (T, E)."""
+        """Multiply x (T, D) by the router's matrix and add the bias (E,) -> (T, E) in float32, not rounded yet."""
 
     def choose_experts(
         self,
@@ -290,6 +290,7 @@ class ExpertVerbs(Protocol):
     ) -> tuple[Array, Array]:
         """Choose experts (T, K) in order of falling score, lowest index on a tie, with float32 weights (T, K).
 
+        The logits are first rounded to the run's precision, unless `router.float32_logits`.
         The float32 `correction` (E,) and `selection_bias` (E,), a host array, are added to the scores that select.
         """
 
@@ -297,7 +298,7 @@ class ExpertVerbs(Protocol):
         """Index a table of replicas (E * period,): experts * period + row % period, (T, K) -> (T, K)."""
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
-        """Compute the router's weights (T, K) of given experts (T, K)."""
+        """Compute the router's weights (T, K) of given experts (T, K), from logits rounded as by `choose_experts`."""
 
     def group(self, experts: Array, physical_ids: Array, *, num_ids: int) -> tuple[Array, Array, Array]:
         """Sort the T * K choices by physical_ids[expert], stably.

@@ -454,6 +454,24 @@ def test_the_router_equals_the_cpu(pair, router, rows):
         )
 
 
+@pytest.mark.parametrize("float32_logits", [False, True])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_chosen", "sparsemixer"])
+def test_logits_are_rounded_before_experts_are_chosen_and_weighed(pair, scoring, float32_logits):
+    """Numbers 1 and 2 are equal when they are rounded to bfloat16, and the first of two that are equal is chosen."""
+    logits = np.float32([[0.3, 1, 1.001, 0.3003], [0.3, 1.001, 1, 0.3003]])
+    router = Router(top_k=2, scoring=scoring, float32_logits=float32_logits, float32_weights=True)
+    keeps = float32_logits or not pair.is_bfloat16
+    for backend in (pair.cpu, pair.gpu):
+        experts, weights = backend.choose_experts(backend.upload(logits), router)
+        assert backend.download(experts).tolist() == ([[2, 1], [1, 2]] if keeps else [[1, 2], [1, 2]])
+        first, second = backend.download(weights)
+        np.testing.assert_allclose(second, first, rtol=1e-6)
+        assert (first[0] == first[1]) == (not keeps and scoring != "sparsemixer")
+        if scoring != "sparsemixer":
+            again = backend.download(backend.weigh_experts(backend.upload(logits), experts, router))
+            np.testing.assert_allclose(again, [first, second], rtol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 33, 700, 3000])
 @pytest.mark.parametrize("num_ids", [1, 5, 300, 2500])
 def test_group_and_pick_replicas_equal_the_cpu(pair, rows, num_ids):

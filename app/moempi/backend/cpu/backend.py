@@ -266,9 +266,7 @@ class NumpyBackend:
         self, x: Float32Array, matrix: Matrix, router: Router, *, bias: Float32Array | None = None
     ) -> Float32Array:
         logits = self._product(x, matrix)
-        if bias is not None:
-            logits += bias
-        return logits if router.float32_logits else self._stored(logits)
+        return logits if bias is None else logits + bias
 
     def choose_experts(
         self,
@@ -280,14 +278,14 @@ class NumpyBackend:
     ) -> tuple[IntArray, Float32Array]:
         if selection_bias is not None:
             correction = selection_bias if correction is None else correction + selection_bias
-        experts, weights = choose(logits, router, correction)
+        experts, weights = choose(self._stored_logits(logits, router), router, correction)
         return experts, weights if router.float32_weights else self._stored(weights)
 
     def pick_replicas(self, experts: IntArray, period: int) -> IntArray:
         return experts * period + np.arange(len(experts), dtype=experts.dtype)[:, None] % period
 
     def weigh_experts(self, logits: Float32Array, experts: IntArray, router: Router) -> Float32Array:
-        weights = weights_of(logits, experts, router)
+        weights = weights_of(self._stored_logits(logits, router), experts, router)
         return weights if router.float32_weights else self._stored(weights)
 
     def group(self, experts: IntArray, physical_ids: IntArray, *, num_ids: int) -> tuple[IntArray, IntArray, IntArray]:
@@ -371,6 +369,9 @@ class NumpyBackend:
 
     def _stored(self, values: Float32Array) -> Float32Array:
         return round_to_bfloat16(values) if self.is_bfloat16 else values
+
+    def _stored_logits(self, logits: Float32Array, router: Router) -> Float32Array:
+        return logits if router.float32_logits else self._stored(logits)
 
     def _product(self, x: Float32Array, matrix: Matrix, *, rounded: bool = False) -> Float32Array:
         inputs, outputs = matrix.shape

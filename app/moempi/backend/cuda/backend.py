@@ -294,10 +294,7 @@ class CudaBackend:
     # Experts
 
     def router_logits(self, x: Array, matrix: Matrix, router: Router, *, bias: Array | None = None) -> Array:
-        logits = self._products.in_float(x, matrix, bias)
-        if not router.float32_logits and self.is_bfloat16:
-            self._launches.flat("round_floats", prod(logits.shape), logits)
-        return logits
+        return self._products.in_float(x, matrix, bias)
 
     def choose_experts(
         self,
@@ -310,16 +307,15 @@ class CudaBackend:
         rows, num_experts = logits.shape
         experts = self.device.empty((rows, router.top_k), np.int32)
         weights = self.device.empty((rows, router.top_k), np.float32)
-        rounds = self.is_bfloat16 and not router.float32_weights
         if router.scoring == "sparsemixer":
-            rule: tuple[Argument, ...] = (rows, router.jitter, rounds)
+            rule: tuple[Argument, ...] = (rows, router.jitter, *_rounding(router))
             self._launches.by_router("choose_sparsemixer", num_experts, logits, experts, weights, *rule)
             return experts, weights
         bias = None if selection_bias is None else self.upload(selection_bias)
         groups = (router.num_groups, router.kept_groups, 2 if router.group_score == "top2" else 1)
         rule = (rows, router.top_k, SCORING[router.scoring], *groups)
         given = (logits, correction, bias, experts, weights)
-        self._launches.by_router("choose_experts", num_experts, *given, *rule, *_weighing(router), rounds)
+        self._launches.by_router("choose_experts", num_experts, *given, *rule, *_weighing(router), *_rounding(router))
         return experts, weights
 
     def pick_replicas(self, experts: Array, period: int) -> Array:
@@ -330,10 +326,8 @@ class CudaBackend:
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
         weights = self.device.empty(experts.shape, np.float32)
-        rule = (len(experts), experts.shape[1], SCORING[router.scoring])
-        rounds = self.is_bfloat16 and not router.float32_weights
-        given = (logits, experts, weights)
-        self._launches.by_router("weigh_experts", logits.shape[1], *given, *rule, *_weighing(router), rounds)
+        rule = (len(experts), experts.shape[1], SCORING[router.scoring], *_weighing(router), *_rounding(router))
+        self._launches.by_router("weigh_experts", logits.shape[1], logits, experts, weights, *rule)
         return weights
 
     def group(self, experts: Array, physical_ids: Array, *, num_ids: int) -> tuple[Array, Array, Array]:
@@ -436,3 +430,8 @@ class CudaBackend:
 
 def _weighing(router: Router) -> tuple[bool, float, float]:
     return router.renormalize, router.least_sum, router.scaling
+
+
+def _rounding(router: Router) -> tuple[bool, bool]:
+    """Whether logits and weights are rounded to the precision of rows, which changes no float32."""
+    return not router.float32_logits, not router.float32_weights

@@ -5,7 +5,6 @@
 //   copy_columns      out[.., first:first + W] = x (T, H, W)                            NumPy: join_columns
 //   round_biased      out = product (T, N) + bias (N), rounded once; the product is float  NumPy: linear
 //   add_bias          product (T, N) += bias (N); the product is float                  NumPy: router_logits, logits
-//   round_floats      each float rounded to the precision of rows                       NumPy: _stored
 //   widen_rows        out = x (bfloat16 bits) as float                                  NumPy: moempi.arrays.widen
 //   scale_by_sigmoid  out = x (T, D) times the sigmoid of logits (T, 1)                 NumPy: scale_by_sigmoid
 //   swiglu            out (T, F) = silu(gate) * up of (T, 2F), gate first; if alpha is not 0, the clamped form of
@@ -61,14 +60,6 @@ extern "C" __global__ void round_biased(const float* product, const row* bias, r
 extern "C" __global__ void add_bias(float* product, const row* bias, int width) {
   for (int column = threadIdx.x; column < width; column += blockDim.x)
     product[static_cast<long long>(blockIdx.x) * width + column] += widen(bias[column]);
-}
-
-extern "C" __global__ void round_floats(float* numbers, long long count) {
-  const long long at = first_of_thread();
-  float rounded[8];
-  load8(numbers + at, count - at, rounded);
-  for (int i = 0; i < 8; ++i) rounded[i] = stored(rounded[i]);
-  store8(numbers + at, count - at, rounded);
 }
 
 extern "C" __global__ void widen_rows(const unsigned short* x, float* out, long long count) {

@@ -6,6 +6,7 @@
 //                       2023)                                                            NumPy: cpu.router.choose
 //   weigh_experts       the weights of given experts                                     NumPy: cpu.router.weights_of
 //
+// With `round_logits` the float logits are first rounded to the precision of rows.
 // Shapes: logits (T, EXPERTS), correction and selection_bias (EXPERTS), experts and weights (T, K). A warp handles one
 // row; EXPERTS is a compile-time constant. Scoring: 0 softmax, 1 sigmoid, 2 softmax over the chosen.
 // Launch: ceil(T / 4) blocks of 128.
@@ -34,16 +35,21 @@ __device__ inline Best warp_best(const float* scores, int count) {
   return own;
 }
 
+__device__ inline float logit_of(const float* logits, int expert, int round_logits) {
+  return round_logits ? stored(logits[expert]) : logits[expert];
+}
+
 // Scores (EXPERTS) of one row's logits.
-__device__ inline void score_row(const float* logits, float* scores, int scoring) {
+__device__ inline void score_row(const float* logits, float* scores, int scoring, int round_logits) {
   const int lane = threadIdx.x % WARP_THREADS;
   float highest = -infinity(), sum = 0.0f;
-  if (scoring == SOFTMAX) {
-    for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) highest = fmaxf(highest, logits[expert]);
-    highest = warp_max(highest);
-  }
   for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
-    float score = logits[expert];
+    scores[expert] = logit_of(logits, expert, round_logits);
+    highest = fmaxf(highest, scores[expert]);
+  }
+  if (scoring == SOFTMAX) highest = warp_max(highest);
+  for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
+    float score = scores[expert];
     if (scoring == SOFTMAX) score = expf(score - highest);
     if (scoring == SIGMOID) score = 1.0f / (1.0f + expf(-score));
     scores[expert] = score;
@@ -109,14 +115,14 @@ __device__ inline void keep_best_groups(float* ranked, float* groups, int num_gr
 extern "C" __global__ void choose_experts(const float* logits, const float* correction, const float* selection_bias,
                                           int* experts, float* weights, int rows, int top_k, int scoring,
                                           int num_groups, int kept_groups, int top_of_group, int renormalize,
-                                          float least_sum, float scaling, int round_weights) {
+                                          float least_sum, float scaling, int round_logits, int round_weights) {
   __shared__ float all_scores[ROUTER_WARPS][EXPERTS], all_ranked[ROUTER_WARPS][EXPERTS];
   __shared__ float all_chosen[ROUTER_WARPS][EXPERTS];  // scores of the groups, then of the chosen experts
   const int warp = threadIdx.x / WARP_THREADS, lane = threadIdx.x % WARP_THREADS;
   const long long token = static_cast<long long>(blockIdx.x) * ROUTER_WARPS + warp;
   if (token >= rows) return;
   float *scores = all_scores[warp], *ranked = all_ranked[warp], *chosen = all_chosen[warp];
-  score_row(logits + token * EXPERTS, scores, scoring);
+  score_row(logits + token * EXPERTS, scores, scoring, round_logits);
   for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
     float term = correction ? correction[expert] : 0.0f;
     if (selection_bias) term += selection_bias[expert];
@@ -139,12 +145,12 @@ extern "C" __global__ void choose_experts(const float* logits, const float* corr
 
 extern "C" __global__ void weigh_experts(const float* logits, const int* experts, float* weights, int rows, int top_k,
                                          int scoring, int renormalize, float least_sum, float scaling,
-                                         int round_weights) {
+                                         int round_logits, int round_weights) {
   __shared__ float all_scores[ROUTER_WARPS][EXPERTS], all_chosen[ROUTER_WARPS][EXPERTS];
   const int warp = threadIdx.x / WARP_THREADS, lane = threadIdx.x % WARP_THREADS;
   const long long token = static_cast<long long>(blockIdx.x) * ROUTER_WARPS + warp;
   if (token >= rows) return;
-  score_row(logits + token * EXPERTS, all_scores[warp], scoring);
+  score_row(logits + token * EXPERTS, all_scores[warp], scoring, round_logits);
   for (int slot = lane; slot < top_k; slot += WARP_THREADS)
     all_chosen[warp][slot] = all_scores[warp][experts[token * top_k + slot]];
   __syncwarp();
@@ -152,11 +158,13 @@ extern "C" __global__ void weigh_experts(const float* logits, const int* experts
 }
 
 // The most likely expert except `left_out`, and its weight among the experts with nearby logits.
-__device__ inline Best weigh_likeliest(const float* logits, int left_out, float jitter) {
+__device__ inline Best weigh_likeliest(const float* logits, int left_out, float jitter, int round_logits) {
   const int lane = threadIdx.x % WARP_THREADS;
   Best own = {-infinity(), 0x7fffffff};
-  for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS)
-    if (expert != left_out && (logits[expert] > own.score || own.index == 0x7fffffff)) own = {logits[expert], expert};
+  for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
+    const float logit = logit_of(logits, expert, round_logits);
+    if (expert != left_out && (logit > own.score || own.index == 0x7fffffff)) own = {logit, expert};
+  }
   for (int apart = WARP_THREADS / 2; apart; apart /= 2) {
     const float score = __shfl_xor_sync(FULL_WARP, own.score, apart);
     const int index = __shfl_xor_sync(FULL_WARP, own.index, apart);
@@ -164,21 +172,22 @@ __device__ inline Best weigh_likeliest(const float* logits, int left_out, float 
   }
   float sum = 0.0f;
   for (int expert = lane; expert < EXPERTS; expert += WARP_THREADS) {
-    const float far = (own.score - logits[expert]) / fmaxf(fabsf(logits[expert]), own.score);
-    if (expert != left_out && !(far > 2.0f * jitter)) sum += expf(logits[expert] - own.score);
+    const float logit = logit_of(logits, expert, round_logits);
+    const float far = (own.score - logit) / fmaxf(fabsf(logit), own.score);
+    if (expert != left_out && !(far > 2.0f * jitter)) sum += expf(logit - own.score);
   }
   own.score = 1.0f / warp_sum(sum);
   return own;
 }
 
 extern "C" __global__ void choose_sparsemixer(const float* logits, int* experts, float* weights, int rows, float jitter,
-                                              int round_weights) {
+                                              int round_logits, int round_weights) {
   const int warp = threadIdx.x / WARP_THREADS;
   const long long token = static_cast<long long>(blockIdx.x) * ROUTER_WARPS + warp;
   if (token >= rows) return;
   int left_out = -1;
   for (int slot = 0; slot < 2; ++slot) {
-    const Best best = weigh_likeliest(logits + token * EXPERTS, left_out, jitter);
+    const Best best = weigh_likeliest(logits + token * EXPERTS, left_out, jitter, round_logits);
     left_out = best.index;
     if (threadIdx.x % WARP_THREADS == 0) {
       experts[token * 2 + slot] = best.index;
