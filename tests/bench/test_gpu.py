@@ -61,7 +61,7 @@ def test_all_parts_are_measured_without_torch(backend, pending):
     figures = figures_of(backend, None, pending)
     assert [figure.note for figure in figures if "failed" in figure.note] == []
     measured = {figure.part for figure in figures if figure.gpu_us or figure.wall_us}
-    small = {"rms_norm", "add", "swiglu", "rotate", "extend_cache", "choose_experts", "group"}
+    small = {"rms_norm", "add", "swiglu", "rotate", "extend_cache", "rotate_into_cache", "choose_experts", "group"}
     assert measured == {
         *("copy", "expert", "pack", "combine", "decode attention", "prefill attention", "layer", "MoE layer"),
         *small,

@@ -1,9 +1,11 @@
 """The kernels, products and copies that a layer of a decode step submits to the device, in their order."""
 
+import pytest
 from msgspec import structs
 
 from engine.runs import SMALL, Run, requests_of
 from moempi.backend.cuda.backend import CudaBackend
+from moempi.config.architecture import AttentionShape, Latent
 from simt.device import SimtDevice
 
 ARCHITECTURE = structs.replace(
@@ -62,18 +64,34 @@ def last_step(folder, architecture):
     return device.names[-device.names[::-1].index("rope_angles") :]
 
 
-ATTENTION = ["rms_norm", "product", "rotate_into_cache", "attend_rows", "product", "add_rms_norm"]
+LATENT = AttentionShape(
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=24,
+    latent=Latent(key_value_rank=32, rope_dim=8, value_dim=16, query_rank=8),
+)
+ATTENTION = ["product", "rotate_into_cache", "attend_rows", "product"]
+LATENT_ATTENTION = [
+    *("product", "rms_norm", "product", "products"),  # queries
+    *("product", "rms_norm"),  # keys
+    *("rotate_into_latent_cache", "attend_rows", "products", "product"),
+]
 EXPERTS = [
     *("product", "choose_experts", "group", "download"),
     *("take_rows", "take_rows", "gate_up_few", "multiply_few", "take_rows", "combine"),
 ]
 
 
-def test_a_layer_of_a_decode_step_submits_this_and_no_more(tmp_path):
-    """15 kernels and products, and the download of the counts by which rows are sent."""
-    names = last_step(tmp_path, ARCHITECTURE)
+@pytest.mark.parametrize(
+    ("attention", "attention_names", "number"),
+    [(SMALL.attention, ATTENTION, 15), (LATENT, LATENT_ATTENTION, 21)],
+    ids=["plain", "latent"],
+)
+def test_a_layer_of_a_decode_step_submits_this_and_no_more(tmp_path, attention, attention_names, number):
+    """Kernels and products, and the download of the counts by which rows are sent."""
+    names = last_step(tmp_path, structs.replace(ARCHITECTURE, attention=attention))
     names.remove("upload")  # where the step's rows are in the cache, once for all layers
-    layer = [*ATTENTION, *EXPERTS]
-    assert len(layer) - layer.count("download") == 15
+    layer = ["rms_norm", *attention_names, "add_rms_norm", *EXPERTS]
+    assert len(layer) - layer.count("download") == number
     assert names[: 3 * len(layer)] == 3 * layer
     assert names[3 * len(layer) :][:3] == ["upload", "take_rows", "rms_norm"]  # the head

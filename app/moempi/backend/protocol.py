@@ -257,6 +257,22 @@ class AttentionVerbs(Protocol):
         Shapes and bits are those of `rotate` and `extend_cache`. The cache is not latent.
         """
 
+    def rotate_into_latent_cache(
+        self,
+        queries: tuple[Array, Array],
+        keys: tuple[Array, Array],
+        angles: Array,
+        *,
+        cache: Cache,
+        segments: Sequence[Segment],
+        interleaved: bool = False,
+    ) -> Array:
+        """Rotate the second part of queries and keys, and extend a latent cache by both parts of the keys.
+
+        Parts are (T, H, kept) and (T, H, dim), and with one head for the keys. Returns both parts of the queries
+        (T, H, kept + dim). Bits are those of `rotate`, `join_columns` and `extend_cache`.
+        """
+
     def attend(
         self,
         queries: Array,

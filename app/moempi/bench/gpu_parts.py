@@ -142,6 +142,7 @@ def small_cases(bench: Bench, sizes: Namespace) -> Iterator[Make]:
             ("swiglu", _swiglu),
             ("rotate", _rotate),
             ("extend_cache", _extend_cache),
+            ("rotate_into_cache", _rotate_into_cache),
             ("choose_experts", _choose_experts),
             ("group", _group),
         ):
@@ -181,6 +182,18 @@ def _extend_cache(bench: Bench, sizes: Namespace, num_rows: int) -> Case:
     cache, segments = bench.backend.cache(pages, sizes.heads, sizes.head_dim), one_sequence(num_rows)
     contestants = {OURS: lambda: bench.backend.extend_cache(cache, keys, values, segments)}
     return Case("extend_cache", f"{num_rows:,} rows", 4 * keys.nbytes, "GB/s", contestants)
+
+
+def _rotate_into_cache(bench: Bench, sizes: Namespace, num_rows: int) -> Case:
+    """Queries, keys and values are parts of one array, as of one product."""
+    heads, pages = sizes.heads, -(-num_rows // PAGE_ROWS)
+    rows = bench.values.rows(num_rows, 3 * heads, sizes.head_dim)
+    parts = rows[:, :heads], rows[:, heads : 2 * heads], rows[:, 2 * heads :]
+    periods = frequencies(Rope(), dim=sizes.head_dim)
+    angles = bench.backend.rope_angles(np.arange(num_rows), frequencies=periods, amplitude=1.0)
+    cache, segments = bench.backend.cache(pages, heads, sizes.head_dim), one_sequence(num_rows)
+    ours = partial(bench.backend.rotate_into_cache, *parts, angles, cache=cache, segments=segments)
+    return Case("rotate_into_cache", f"{num_rows:,} rows", 2 * rows.nbytes, "GB/s", {OURS: ours})
 
 
 def one_sequence(num_rows: int) -> list[Segment]:

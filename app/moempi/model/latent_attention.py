@@ -34,30 +34,32 @@ class LatentAttention:
     def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
         """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D)."""
         shape, num_rows = self.shape, len(x)
-        queries, keys = self._queries(backend, x, angles), self._keys(backend, x, angles)
-        backend.extend_cache(cache, keys, None, segments)
+        queries = backend.rotate_into_latent_cache(
+            self._queries(backend, x),
+            self._keys(backend, x),
+            angles,
+            cache=cache,
+            segments=segments,
+            interleaved=shape.rope.interleaved,
+        )
         scale = shape.head_dim**-0.5 * shape.score_factor
         mixed = backend.attend(queries, cache, segments, scale=scale)
         attended = backend.linear_heads(mixed, self.expand_values)
         attended = attended.reshape(num_rows, shape.num_heads * shape.value_dim)
         return backend.linear(attended, self.output, self.output_bias)
 
-    def _queries(self, backend: Backend, x: Array, angles: Array) -> Array:
-        """Each head's absorbed query and rotated query (T, H, rank + rope dim)."""
+    def _queries(self, backend: Backend, x: Array) -> tuple[Array, Array]:
+        """Each head's absorbed query (T, H, rank), and its query before rotation (T, H, rope dim)."""
         if self.query_latent is not None:
             x = backend.linear(x, self.query_latent, self.query_bias)
             x = backend.rms_norm(x, self.query_norm, eps=self.latent.norm_eps)
         queries = backend.linear(x, self.queries).reshape(len(x), self.shape.num_heads, self.shape.head_dim)
         plain = self.shape.head_dim - self.latent.rope_dim
-        absorbed = backend.linear_heads(queries[..., :plain], self.absorb_keys)
-        return backend.join_columns(absorbed, self._rotate(backend, queries[..., plain:], angles))
+        return backend.linear_heads(queries[..., :plain], self.absorb_keys), queries[..., plain:]
 
-    def _keys(self, backend: Backend, x: Array, angles: Array) -> Array:
-        """The cached latent vector and rotated key of each row (T, 1, rank + rope dim)."""
+    def _keys(self, backend: Backend, x: Array) -> tuple[Array, Array]:
+        """The latent vector of each row (T, 1, rank), and its key before rotation (T, 1, rope dim)."""
         rank = self.latent.key_value_rank
         both = backend.linear(x, self.key_value_latent, self.key_value_bias)[:, None, :]
         vectors = backend.rms_norm(both[..., :rank], self.key_value_norm, eps=self.latent.norm_eps)
-        return backend.join_columns(vectors, self._rotate(backend, both[..., rank:], angles))
-
-    def _rotate(self, backend: Backend, x: Array, angles: Array) -> Array:
-        return backend.rotate(x, angles, interleaved=self.shape.rope.interleaved)
+        return vectors, both[..., rank:]

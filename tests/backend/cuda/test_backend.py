@@ -402,6 +402,43 @@ def test_rotation_into_the_cache_takes_rows_of_any_alignment(pair, first):
     assert pair.gpu.rotate_into_cache(*none, cache=caches[1], segments=()).shape == (0, 8, 16)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kept", "dim", "pairs"), [(4, 32, 8, 4), (5, 32, 16, 8), (1, 9, 7, 3), (3, 1, 2, 1), (16, 512, 64, 32)]
+)
+@pytest.mark.parametrize("lengths", [[(1, 1)], [(70, 1), (65, 1)], [(130, 100), (3, 2)]])
+def test_rotation_into_a_latent_cache_has_the_bits_of_its_parts(pair, heads, kept, dim, pairs, lengths, interleaved):
+    """The rotated parts are views of products, whose other columns are multiplied and normalized."""
+    width, rows, other = kept + dim, sum(new for _, new in lengths), 8 if dim % 8 == 0 else 5
+    (caches, segments), ((_, separate), _) = (
+        cached(pair, heads=1, dim=width, lengths=lengths, scattered=True, latent=kept) for _ in range(2)
+    )
+    (kept_queries, queries), (keys, products) = (
+        (pair.values(rows, heads, kept, seed=4), pair.values(rows, heads, other + dim, seed=5)),
+        (pair.values(rows, 1, kept, seed=6), pair.values(rows, 1, other + dim, seed=7)),
+    )
+    cpu_parts, gpu_parts = (
+        ((kept_queries[n], queries[n][..., other:]), (keys[n], products[n][..., other:])) for n in range(2)
+    )
+    positions = np.concatenate([np.arange(total - new, total) for total, new in lengths])
+    frequencies = np.float32(100) ** -np.linspace(0, 1, pairs).astype(np.float32)
+    cpu_angles, gpu_angles = (
+        backend.rope_angles(positions, frequencies=frequencies, amplitude=1.2) for backend in (pair.cpu, pair.gpu)
+    )
+    given = {"segments": segments, "interleaved": interleaved}
+    expected = pair.cpu.rotate_into_latent_cache(*cpu_parts, cpu_angles, cache=caches[0], **given)
+    actual = pair.gpu.rotate_into_latent_cache(*gpu_parts, gpu_angles, cache=caches[1], **given)
+    joined_queries, joined_keys = (
+        pair.gpu.join_columns(first, pair.gpu.rotate(second, gpu_angles, interleaved=interleaved))
+        for first, second in gpu_parts
+    )
+    pair.gpu.extend_cache(separate, joined_keys, None, segments)
+    assert_same_bits(pair, actual, joined_queries)
+    assert_same_bits(pair, caches[1].keys, separate.keys)
+    pair.close(actual, expected, units=2)
+    pair.close(caches[1].keys, caches[0].keys, units=2)
+
+
 def test_cleared_pages_are_zero(pair):
     caches, _ = cached(pair, heads=2, dim=24, lengths=[(200, 1)], scattered=False)
     pair.gpu.clear(caches[1], np.array([2, 0]))

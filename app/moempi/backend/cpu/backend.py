@@ -232,6 +232,23 @@ class NumpyBackend:
         self.extend_cache(cache, self.rotate(keys, angles, interleaved=interleaved), values, segments)
         return self.rotate(queries, angles, interleaved=interleaved)
 
+    def rotate_into_latent_cache(
+        self,
+        queries: tuple[Float32Array, Float32Array],
+        keys: tuple[Float32Array, Float32Array],
+        angles: tuple[Float32Array, Float32Array],
+        *,
+        cache: Cache,
+        segments: Sequence[Segment],
+        interleaved: bool = False,
+    ) -> Float32Array:
+        joined_queries, joined_keys = (
+            self.join_columns(kept, self.rotate(rotated, angles, interleaved=interleaved))
+            for kept, rotated in (queries, keys)
+        )
+        self.extend_cache(cache, joined_keys, None, segments)
+        return joined_queries
+
     def attend(
         self,
         queries: Float32Array,

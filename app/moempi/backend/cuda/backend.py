@@ -41,7 +41,7 @@ from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
 
 ROTATED_NUMBERS = 2048
-"""Numbers of a row per block of `rotate` and `rotate_into_cache`."""
+"""Numbers of a row per block of `rotate` and of the rotations into a cache."""
 COMBINED_NUMBERS = 1024
 """Numbers of a row per block of `combine`."""
 GROUPED_CHOICES = 8
@@ -267,6 +267,26 @@ class CudaBackend:
         sizes = (heads, kv_heads, dim, angles[0].shape[1], *query_strides, *key_strides, *value_strides, interleaved)
         grid = (len(out), -(-(heads + 2 * kv_heads) * dim // ROTATED_NUMBERS), 1)
         self._launches.launch("rope", "rotate_into_cache", grid, 128, *given, out, cache.keys, cache.values, *sizes)
+        return out
+
+    def rotate_into_latent_cache(
+        self,
+        queries: tuple[Array, Array],
+        keys: tuple[Array, Array],
+        angles: tuple[Array, Array],
+        *,
+        cache: Cache,
+        segments: Sequence[Segment],
+        interleaved: bool = False,
+    ) -> Array:
+        layout, width = self._attention_layout(cache, segments), cache.keys.shape[-1]
+        (heads, kept, *kept_strides), (_, dim, *strides) = map(extents, queries)
+        (_, _, kept_key_stride, _), (_, _, key_stride, _) = map(extents, keys)
+        out = self._launches.rows((*queries[0].shape[:2], width))
+        given = (*queries, *keys, *angles, layout.spans, layout.pages, out, cache.keys)
+        sizes = (heads, kept, dim, angles[0].shape[1], *kept_strides, *strides, kept_key_stride, key_stride)
+        grid = (len(out), -(-(heads + 1) * width // ROTATED_NUMBERS), 1)
+        self._launches.launch("rope", "rotate_into_latent_cache", grid, 128, *given, *sizes, interleaved)
         return out
 
     def attend(

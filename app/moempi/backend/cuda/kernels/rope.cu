@@ -5,6 +5,9 @@
 //                                                                                              NumPy: rotate
 //   rotate_into_cache  out = rotate of queries (T, H, dim); cached keys[cache row of t] = rotate of keys[t], cached
 //                      values[cache row of t] = values[t], both (key-value heads, dim)         NumPy: rotate_into_cache
+//   rotate_into_latent_cache  out (T, H, kept + dim) = kept queries (T, H, kept), then rotate of queries (T, H, dim);
+//                      cached keys[cache row of t] (kept + dim) the same of the keys' one head
+//                                                                                       NumPy: rotate_into_latent_cache
 //
 // Shapes: x, queries, keys and values have strides in numbers, out is contiguous; spans (T, 2) as in kv_cache.cu.
 // Launch: rope_angles ceil(T * n / 256) blocks of 256; the others (T, ceil(numbers of a row / 2048)) blocks of 128.
@@ -100,5 +103,30 @@ extern "C" __global__ void rotate_into_cache(const row* queries, const row* keys
     const row* from = kv_head < 0 ? queries + head * query_head_stride : keys + kv_head * key_head_stride;
     row* to = kv_head < 0 ? out + head * dim : cached_keys + kv_head * dim;
     rotate_part(from, cosines, sines, to, part, size, pairs, interleaved);
+  }
+}
+
+extern "C" __global__ void rotate_into_latent_cache(
+    const row* kept_queries, const row* queries, const row* kept_keys, const row* keys, const float* cosines,
+    const float* sines, const int* spans, const int* pages, row* out, row* cached_keys, int heads, int kept, int dim,
+    int pairs, long long kept_query_stride, long long kept_query_head_stride, long long query_stride,
+    long long query_head_stride, long long kept_key_stride, long long key_stride, int interleaved) {
+  const long long token = blockIdx.x;
+  const int width = kept + dim;
+  kept_queries += token * kept_query_stride, queries += token * query_stride;
+  kept_keys += token * kept_key_stride, keys += token * key_stride;
+  cosines += token * pairs, sines += token * pairs;
+  out += token * heads * width, cached_keys += cache_row(pages + spans[2 * token + 1], spans[2 * token]) * width;
+  const bool by_eights = is_by_eights(kept_queries, kept_query_head_stride, kept, 0) &&
+                         is_by_eights(queries, query_head_stride, dim, pairs) && is_by_eights(kept_keys, 0, kept, 0) &&
+                         is_by_eights(keys, 0, dim, pairs);
+  const int size = by_eights ? 8 : 1, copies = kept / size, parts = copies + (dim - pairs) / size;
+  for (int task = blockIdx.y * blockDim.x + threadIdx.x; task < (heads + 1) * parts; task += gridDim.y * blockDim.x) {
+    const int head = task / parts, part = task - head * parts;
+    const row* copied = head < heads ? kept_queries + head * kept_query_head_stride : kept_keys;
+    const row* rotated = head < heads ? queries + head * query_head_stride : keys;
+    row* to = head < heads ? out + head * width : cached_keys;
+    if (part < copies) copy8(copied + part * size, to + part * size, size);
+    else rotate_part(rotated, cosines, sines, to + kept, part - copies, size, pairs, interleaved);
   }
 }
