@@ -84,8 +84,12 @@ EXPERTS = [
 
 @pytest.mark.parametrize(
     ("attention", "attention_names", "number"),
-    [(SMALL.attention, ATTENTION, 15), (LATENT, LATENT_ATTENTION, 21)],
-    ids=["plain", "latent"],
+    [
+        (SMALL.attention, ATTENTION, 15),
+        (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 15),
+        (LATENT, LATENT_ATTENTION, 21),
+    ],
+    ids=["plain", "normalized heads", "latent"],
 )
 def test_a_layer_of_a_decode_step_submits_this_and_no_more(tmp_path, attention, attention_names, number):
     """Kernels and products, and the download of the counts by which rows are sent."""

@@ -40,6 +40,15 @@ class Cache:
     values: Array
 
 
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """The norms of a head of queries and of keys, as by `rms_norm`: their weights (dim,), and `eps`."""
+
+    queries: Array
+    keys: Array
+    eps: float
+
+
 class Segment(NamedTuple):
     """The new rows of one sequence in a step: rows [row, row + length) are at positions [start, start + length).
 
@@ -243,18 +252,18 @@ class AttentionVerbs(Protocol):
 
     def rotate_into_cache(
         self,
-        queries: Array,
-        keys: Array,
-        values: Array,
+        heads: tuple[Array, Array, Array],
         angles: Array,
         *,
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
+        norms: HeadNorms | None = None,
     ) -> Array:
         """Rotate queries and keys, and extend the cache by the rotated keys and the values; the rotated queries.
 
-        Shapes and bits are those of `rotate` and `extend_cache`. The cache is not latent.
+        `heads` are queries, keys and values. With `norms`, every head of queries and keys is normalized first. Shapes
+        and bits are those of `rms_norm`, `rotate` and `extend_cache`. The cache is not latent.
         """
 
     def rotate_into_latent_cache(

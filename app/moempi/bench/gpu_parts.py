@@ -192,7 +192,7 @@ def _rotate_into_cache(bench: Bench, sizes: Namespace, num_rows: int) -> Case:
     periods = frequencies(Rope(), dim=sizes.head_dim)
     angles = bench.backend.rope_angles(np.arange(num_rows), frequencies=periods, amplitude=1.0)
     cache, segments = bench.backend.cache(pages, heads, sizes.head_dim), one_sequence(num_rows)
-    ours = partial(bench.backend.rotate_into_cache, *parts, angles, cache=cache, segments=segments)
+    ours = partial(bench.backend.rotate_into_cache, parts, angles, cache=cache, segments=segments)
     return Case("rotate_into_cache", f"{num_rows:,} rows", 2 * rows.nbytes, "GB/s", {OURS: ours})
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, Cache, Segment
+from moempi.backend.protocol import Array, Backend, Cache, HeadNorms, Segment
 from moempi.config.architecture import AttentionShape
 
 
@@ -28,9 +28,13 @@ class Attention:
     def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
         """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D)."""
         shape, num_rows = self.shape, len(x)
-        queries, keys, values = self._project(backend, x)
         queries = backend.rotate_into_cache(
-            queries, keys, values, angles, cache=cache, segments=segments, interleaved=shape.rope.interleaved
+            self._project(backend, x),
+            angles,
+            cache=cache,
+            segments=segments,
+            interleaved=shape.rope.interleaved,
+            norms=HeadNorms(self.q_norm, self.k_norm, self.eps) if shape.qk_norm == "head" else None,
         )
         scale = shape.head_dim**-0.5 * shape.score_factor
         attended = backend.attend(queries, cache, segments, scale=scale, window=self.window, sinks=self.sinks)
@@ -38,23 +42,16 @@ class Attention:
         return backend.linear(attended, self.output, self.output_bias)
 
     def _project(self, backend: Backend, x: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values by head, normalized and clipped, before rotation."""
+        """Queries, keys and values by head, normalized as vectors and clipped, before rotation."""
         shape, num_rows = self.shape, len(x)
         query_rows, kv_rows = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         qkv = backend.linear(x, self.qkv, self.qkv_bias)
         queries, keys, values = qkv[:, :query_rows], qkv[:, query_rows:-kv_rows], qkv[:, -kv_rows:]
         if shape.qk_norm == "vector":
-            queries, keys = self._normalize(backend, queries, keys)
+            queries = backend.rms_norm(queries, self.q_norm, eps=self.eps)
+            keys = backend.rms_norm(keys, self.k_norm, eps=self.eps)
         if shape.clip:
             queries, keys, values = (backend.clip(part, shape.clip) for part in (queries, keys, values))
         queries = queries.reshape(num_rows, shape.num_heads, shape.head_dim)
         keys = keys.reshape(num_rows, shape.num_kv_heads, shape.head_dim)
-        if shape.qk_norm == "head":
-            queries, keys = self._normalize(backend, queries, keys)
         return queries, keys, values.reshape(num_rows, shape.num_kv_heads, shape.head_dim)
-
-    def _normalize(self, backend: Backend, queries: Array, keys: Array) -> tuple[Array, Array]:
-        return (
-            backend.rms_norm(queries, self.q_norm, eps=self.eps),
-            backend.rms_norm(keys, self.k_norm, eps=self.eps),
-        )

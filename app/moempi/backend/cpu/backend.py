@@ -20,7 +20,7 @@ from moempi.backend.cpu.blocked_product import BLOCK, blocked_product
 from moempi.backend.cpu.free_memory import available_bytes
 from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.cpu.router import choose, weights_of
-from moempi.backend.protocol import Cache, Download, Expert, SampledTokens, SamplingRequest, Segment, Stored
+from moempi.backend.protocol import Cache, Download, Expert, HeadNorms, SampledTokens, SamplingRequest, Segment, Stored
 from moempi.backend.sampling import sample_token
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
@@ -220,15 +220,18 @@ class NumpyBackend:
 
     def rotate_into_cache(
         self,
-        queries: Float32Array,
-        keys: Float32Array,
-        values: Float32Array,
+        heads: tuple[Float32Array, Float32Array, Float32Array],
         angles: tuple[Float32Array, Float32Array],
         *,
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
+        norms: HeadNorms | None = None,
     ) -> Float32Array:
+        queries, keys, values = heads
+        if norms is not None:
+            queries = self.rms_norm(queries, norms.queries, eps=norms.eps)
+            keys = self.rms_norm(keys, norms.keys, eps=norms.eps)
         self.extend_cache(cache, self.rotate(keys, angles, interleaved=interleaved), values, segments)
         return self.rotate(queries, angles, interleaved=interleaved)
 

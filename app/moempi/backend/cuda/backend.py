@@ -30,6 +30,7 @@ from moempi.backend.protocol import (
     Download,
     Event,
     Expert,
+    HeadNorms,
     SampledTokens,
     SamplingRequest,
     Segment,
@@ -42,6 +43,8 @@ from moempi.errors import ConfigError
 
 ROTATED_NUMBERS = 2048
 """Numbers of a row per block of `rotate` and of the rotations into a cache."""
+MOST_HEADS = 64
+"""Heads per block of `rotate_into_cache`; equals MOST_TOGETHER of kernels/rope.cu."""
 COMBINED_NUMBERS = 1024
 """Numbers of a row per block of `combine`."""
 GROUPED_CHOICES = 8
@@ -251,22 +254,22 @@ class CudaBackend:
 
     def rotate_into_cache(
         self,
-        queries: Array,
-        keys: Array,
-        values: Array,
+        heads: tuple[Array, Array, Array],
         angles: tuple[Array, Array],
         *,
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
+        norms: HeadNorms | None = None,
     ) -> Array:
-        layout, out = self._attention_layout(cache, segments), self._launches.rows(queries.shape)
-        (heads, dim, *query_strides), (kv_heads, _, *key_strides) = extents(queries), extents(keys)
-        _, _, *value_strides = extents(values)
-        given = (queries, keys, values, *angles, layout.spans, layout.pages)
-        sizes = (heads, kv_heads, dim, angles[0].shape[1], *query_strides, *key_strides, *value_strides, interleaved)
-        grid = (len(out), -(-(heads + 2 * kv_heads) * dim // ROTATED_NUMBERS), 1)
-        self._launches.launch("rope", "rotate_into_cache", grid, 128, *given, out, cache.keys, cache.values, *sizes)
+        layout, out = self._attention_layout(cache, segments), self._launches.rows(heads[0].shape)
+        (num_heads, dim, *strides), (kv_heads, _, *key_strides), (_, _, *value_strides) = map(extents, heads)
+        weights, eps = ((norms.queries, norms.keys), norms.eps) if norms else ((None, None), 0.0)
+        together = min(MOST_HEADS, max(1, ROTATED_NUMBERS // dim))
+        given = (*heads, *weights, *angles, layout.spans, layout.pages, out, cache.keys, cache.values)
+        sizes = (num_heads, kv_heads, dim, angles[0].shape[1], *strides, *key_strides, *value_strides, together)
+        grid = (len(out), -(-(num_heads + 2 * kv_heads) // together), 1)
+        self._launches.launch("rope", "rotate_into_cache", grid, 128, *given, *sizes, interleaved, eps)
         return out
 
     def rotate_into_latent_cache(
