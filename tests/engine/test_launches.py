@@ -73,7 +73,7 @@ LATENT = AttentionShape(
 ATTENTION = ["product", "rotate_into_cache", "attend_rows", "product"]
 LATENT_ATTENTION = [
     *("product", "rms_norm", "product", "products"),  # queries
-    *("product", "rms_norm"),  # keys
+    "product",  # keys
     *("rotate_into_latent_cache", "attend_rows", "products", "product"),
 ]
 EXPERTS = [
@@ -87,7 +87,7 @@ EXPERTS = [
     [
         (SMALL.attention, ATTENTION, 15),
         (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 15),
-        (LATENT, LATENT_ATTENTION, 21),
+        (LATENT, LATENT_ATTENTION, 20),
     ],
     ids=["plain", "normalized heads", "latent"],
 )

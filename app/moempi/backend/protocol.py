@@ -41,11 +41,10 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadNorms:
-    """The norms of a head of queries and of keys, as by `rms_norm`: their weights (dim,), and `eps`."""
+class HeadNorm:
+    """The norm of a head, as by `rms_norm`: its weights (dim,), and `eps`."""
 
-    queries: Array
-    keys: Array
+    weight: Array
     eps: float
 
 
@@ -258,12 +257,12 @@ class AttentionVerbs(Protocol):
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
-        norms: HeadNorms | None = None,
+        norms: tuple[HeadNorm, HeadNorm] | None = None,
     ) -> Array:
         """Rotate queries and keys, and extend the cache by the rotated keys and the values; the rotated queries.
 
-        `heads` are queries, keys and values. With `norms`, every head of queries and keys is normalized first. Shapes
-        and bits are those of `rms_norm`, `rotate` and `extend_cache`. The cache is not latent.
+        `heads` are queries, keys and values. With `norms`, of one `eps`, every head of queries and keys is normalized
+        first. Shapes and bits are those of `rms_norm`, `rotate` and `extend_cache`. The cache is not latent.
         """
 
     def rotate_into_latent_cache(
@@ -272,14 +271,15 @@ class AttentionVerbs(Protocol):
         keys: tuple[Array, Array],
         angles: Array,
         *,
+        norm: HeadNorm,
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
     ) -> Array:
-        """Rotate the second part of queries and keys, and extend a latent cache by both parts of the keys.
+        """Rotate the second part of queries and keys, normalize the first part of the keys, and cache both parts.
 
         Parts are (T, H, kept) and (T, H, dim), and with one head for the keys. Returns both parts of the queries
-        (T, H, kept + dim). Bits are those of `rotate`, `join_columns` and `extend_cache`.
+        (T, H, kept + dim). Bits are those of `rms_norm`, `rotate`, `join_columns` and `extend_cache`.
         """
 
     def attend(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, Cache, HeadNorms, Segment
+from moempi.backend.protocol import Array, Backend, Cache, HeadNorm, Segment
 from moempi.config.architecture import AttentionShape
 
 
@@ -28,13 +28,14 @@ class Attention:
     def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
         """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D)."""
         shape, num_rows = self.shape, len(x)
+        norms = HeadNorm(self.q_norm, self.eps), HeadNorm(self.k_norm, self.eps)
         queries = backend.rotate_into_cache(
             self._project(backend, x),
             angles,
             cache=cache,
             segments=segments,
             interleaved=shape.rope.interleaved,
-            norms=HeadNorms(self.q_norm, self.k_norm, self.eps) if shape.qk_norm == "head" else None,
+            norms=norms if shape.qk_norm == "head" else None,
         )
         scale = shape.head_dim**-0.5 * shape.score_factor
         attended = backend.attend(queries, cache, segments, scale=scale, window=self.window, sinks=self.sinks)

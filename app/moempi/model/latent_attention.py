@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, Cache, Segment
+from moempi.backend.protocol import Array, Backend, Cache, HeadNorm, Segment
 from moempi.config.architecture import AttentionShape, Latent
 
 
@@ -38,6 +38,7 @@ class LatentAttention:
             self._queries(backend, x),
             self._keys(backend, x),
             angles,
+            norm=HeadNorm(self.key_value_norm, self.latent.norm_eps),
             cache=cache,
             segments=segments,
             interleaved=shape.rope.interleaved,
@@ -58,8 +59,6 @@ class LatentAttention:
         return backend.linear_heads(queries[..., :plain], self.absorb_keys), queries[..., plain:]
 
     def _keys(self, backend: Backend, x: Array) -> tuple[Array, Array]:
-        """The latent vector of each row (T, 1, rank), and its key before rotation (T, 1, rope dim)."""
-        rank = self.latent.key_value_rank
+        """The latent vector before its norm (T, 1, rank) and the key before rotation (T, 1, rope dim) of each row."""
         both = backend.linear(x, self.key_value_latent, self.key_value_bias)[:, None, :]
-        vectors = backend.rms_norm(both[..., :rank], self.key_value_norm, eps=self.latent.norm_eps)
-        return vectors, both[..., rank:]
+        return both[..., : self.latent.key_value_rank], both[..., self.latent.key_value_rank :]

@@ -12,7 +12,7 @@ from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
-from moempi.backend.protocol import Expert, HeadNorms, SamplingRequest, Segment
+from moempi.backend.protocol import Expert, HeadNorm, SamplingRequest, Segment
 from moempi.config.architecture import Clamp, Router
 from moempi.config.job import Sampling
 from moempi.errors import ConfigError
@@ -370,17 +370,17 @@ def test_rotation_into_the_cache_has_the_bits_of_rotation_and_extension(
     cpu_angles, gpu_angles = (
         backend.rope_angles(positions, frequencies=frequencies, amplitude=1.2) for backend in (pair.cpu, pair.gpu)
     )
+    cpu_weights, gpu_weights = zip(*(pair.values(dim, seed=seed) for seed in (7, 8)), strict=True)
     cpu_norms, gpu_norms = (
-        HeadNorms(*weights, 1e-5) for weights in zip(*(pair.values(dim, seed=s) for s in (7, 8)), strict=True)
+        tuple(HeadNorm(weight, 1e-5) for weight in weights) if normalizes else None
+        for weights in (cpu_weights, gpu_weights)
     )
     given = {"segments": segments, "interleaved": interleaved}
-    norms = [cpu_norms, gpu_norms] if normalizes else [None, None]
-    expected = pair.cpu.rotate_into_cache(cpu_parts, cpu_angles, cache=caches[0], norms=norms[0], **given)
-    actual = pair.gpu.rotate_into_cache(gpu_parts, gpu_angles, cache=caches[1], norms=norms[1], **given)
+    expected = pair.cpu.rotate_into_cache(cpu_parts, cpu_angles, cache=caches[0], norms=cpu_norms, **given)
+    actual = pair.gpu.rotate_into_cache(gpu_parts, gpu_angles, cache=caches[1], norms=gpu_norms, **given)
     plain = list(gpu_parts[:2])
     if normalizes:
-        weights = (gpu_norms.queries, gpu_norms.keys)
-        plain = [pair.gpu.rms_norm(*both, eps=1e-5) for both in zip(plain, weights, strict=True)]
+        plain = [pair.gpu.rms_norm(*both, eps=1e-5) for both in zip(plain, gpu_weights, strict=True)]
     queries, keys = (pair.gpu.rotate(part, gpu_angles, interleaved=interleaved) for part in plain)
     pair.gpu.extend_cache(separate, keys, gpu_parts[2], segments)
     for one, other in ((actual, queries), (caches[1].keys, separate.keys), (caches[1].values, separate.values)):
@@ -421,7 +421,7 @@ def test_rotation_into_the_cache_takes_rows_of_any_alignment(pair, first):
 )
 @pytest.mark.parametrize("lengths", [[(1, 1)], [(70, 1), (65, 1)], [(130, 100), (3, 2)]])
 def test_rotation_into_a_latent_cache_has_the_bits_of_its_parts(pair, heads, kept, dim, pairs, lengths, interleaved):
-    """The rotated parts are views of products, whose other columns are multiplied and normalized."""
+    """The rotated parts are views of products with other columns."""
     width, rows, other = kept + dim, sum(new for _, new in lengths), 8 if dim % 8 == 0 else 5
     (caches, segments), ((_, separate), _) = (
         cached(pair, heads=1, dim=width, lengths=lengths, scattered=True, latent=kept) for _ in range(2)
@@ -438,12 +438,14 @@ def test_rotation_into_a_latent_cache_has_the_bits_of_its_parts(pair, heads, kep
     cpu_angles, gpu_angles = (
         backend.rope_angles(positions, frequencies=frequencies, amplitude=1.2) for backend in (pair.cpu, pair.gpu)
     )
-    given = {"segments": segments, "interleaved": interleaved}
-    expected = pair.cpu.rotate_into_latent_cache(*cpu_parts, cpu_angles, cache=caches[0], **given)
-    actual = pair.gpu.rotate_into_latent_cache(*gpu_parts, gpu_angles, cache=caches[1], **given)
+    given, (weight, gpu_weight) = {"segments": segments, "interleaved": interleaved}, pair.values(kept, seed=8)
+    norm, gpu_norm = (HeadNorm(weights, 1e-5) for weights in (weight, gpu_weight))
+    expected = pair.cpu.rotate_into_latent_cache(*cpu_parts, cpu_angles, norm=norm, cache=caches[0], **given)
+    actual = pair.gpu.rotate_into_latent_cache(*gpu_parts, gpu_angles, norm=gpu_norm, cache=caches[1], **given)
+    vectors = pair.gpu.rms_norm(gpu_parts[1][0], gpu_weight, eps=1e-5)
     joined_queries, joined_keys = (
         pair.gpu.join_columns(first, pair.gpu.rotate(second, gpu_angles, interleaved=interleaved))
-        for first, second in gpu_parts
+        for first, second in (gpu_parts[0], (vectors, gpu_parts[1][1]))
     )
     pair.gpu.extend_cache(separate, joined_keys, None, segments)
     assert_same_bits(pair, actual, joined_queries)

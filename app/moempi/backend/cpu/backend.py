@@ -20,7 +20,7 @@ from moempi.backend.cpu.blocked_product import BLOCK, blocked_product
 from moempi.backend.cpu.free_memory import available_bytes
 from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.cpu.router import choose, weights_of
-from moempi.backend.protocol import Cache, Download, Expert, HeadNorms, SampledTokens, SamplingRequest, Segment, Stored
+from moempi.backend.protocol import Cache, Download, Expert, HeadNorm, SampledTokens, SamplingRequest, Segment, Stored
 from moempi.backend.sampling import sample_token
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
@@ -226,12 +226,14 @@ class NumpyBackend:
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
-        norms: HeadNorms | None = None,
+        norms: tuple[HeadNorm, HeadNorm] | None = None,
     ) -> Float32Array:
         queries, keys, values = heads
         if norms is not None:
-            queries = self.rms_norm(queries, norms.queries, eps=norms.eps)
-            keys = self.rms_norm(keys, norms.keys, eps=norms.eps)
+            queries, keys = (
+                self.rms_norm(part, norm.weight, eps=norm.eps)
+                for part, norm in zip((queries, keys), norms, strict=True)
+            )
         self.extend_cache(cache, self.rotate(keys, angles, interleaved=interleaved), values, segments)
         return self.rotate(queries, angles, interleaved=interleaved)
 
@@ -241,13 +243,15 @@ class NumpyBackend:
         keys: tuple[Float32Array, Float32Array],
         angles: tuple[Float32Array, Float32Array],
         *,
+        norm: HeadNorm,
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
     ) -> Float32Array:
+        vectors = self.rms_norm(keys[0], norm.weight, eps=norm.eps)
         joined_queries, joined_keys = (
             self.join_columns(kept, self.rotate(rotated, angles, interleaved=interleaved))
-            for kept, rotated in (queries, keys)
+            for kept, rotated in (queries, (vectors, keys[1]))
         )
         self.extend_cache(cache, joined_keys, None, segments)
         return joined_queries

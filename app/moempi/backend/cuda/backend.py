@@ -30,7 +30,7 @@ from moempi.backend.protocol import (
     Download,
     Event,
     Expert,
-    HeadNorms,
+    HeadNorm,
     SampledTokens,
     SamplingRequest,
     Segment,
@@ -260,11 +260,11 @@ class CudaBackend:
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
-        norms: HeadNorms | None = None,
+        norms: tuple[HeadNorm, HeadNorm] | None = None,
     ) -> Array:
         layout, out = self._attention_layout(cache, segments), self._launches.rows(heads[0].shape)
         (num_heads, dim, *strides), (kv_heads, _, *key_strides), (_, _, *value_strides) = map(extents, heads)
-        weights, eps = ((norms.queries, norms.keys), norms.eps) if norms else ((None, None), 0.0)
+        weights, eps = ([norm.weight for norm in norms], norms[0].eps) if norms else ((None, None), 0.0)
         together = min(MOST_HEADS, max(1, ROTATED_NUMBERS // dim))
         given = (*heads, *weights, *angles, layout.spans, layout.pages, out, cache.keys, cache.values)
         sizes = (num_heads, kv_heads, dim, angles[0].shape[1], *strides, *key_strides, *value_strides, together)
@@ -278,6 +278,7 @@ class CudaBackend:
         keys: tuple[Array, Array],
         angles: tuple[Array, Array],
         *,
+        norm: HeadNorm,
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
@@ -286,10 +287,10 @@ class CudaBackend:
         (heads, kept, *kept_strides), (_, dim, *strides) = map(extents, queries)
         (_, _, kept_key_stride, _), (_, _, key_stride, _) = map(extents, keys)
         out = self._launches.rows((*queries[0].shape[:2], width))
-        given = (*queries, *keys, *angles, layout.spans, layout.pages, out, cache.keys)
+        given = (*queries, *keys, norm.weight, *angles, layout.spans, layout.pages, out, cache.keys)
         sizes = (heads, kept, dim, angles[0].shape[1], *kept_strides, *strides, kept_key_stride, key_stride)
-        grid = (len(out), -(-(heads + 1) * width // ROTATED_NUMBERS), 1)
-        self._launches.launch("rope", "rotate_into_latent_cache", grid, 128, *given, *sizes, interleaved)
+        grid = (len(out), -(-heads * width // ROTATED_NUMBERS) + 1, 1)
+        self._launches.launch("rope", "rotate_into_latent_cache", grid, 128, *given, *sizes, interleaved, norm.eps)
         return out
 
     def attend(

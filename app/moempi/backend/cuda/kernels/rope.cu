@@ -7,12 +7,13 @@
 //                      values[cache row of t] = values[t], both (key-value heads, dim); with weights of norms, heads
 //                      of queries and keys are normalized first, as by rms_norm in norm.cu     NumPy: rotate_into_cache
 //   rotate_into_latent_cache  out (T, H, kept + dim) = kept queries (T, H, kept), then rotate of queries (T, H, dim);
-//                      cached keys[cache row of t] (kept + dim) the same of the keys' one head
-//                                                                                       NumPy: rotate_into_latent_cache
+//                      cached keys[cache row of t] (kept + dim) the same of the keys' one head, whose kept part is
+//                      normalized first                                                 NumPy: rotate_into_latent_cache
 //
 // Shapes: x, queries, keys and values have strides in numbers, out is contiguous; spans (T, 2) as in kv_cache.cu.
 // Launch: rope_angles ceil(T * n / 256) blocks of 256; rotate_into_cache (T, ceil((H + 2 key-value heads) / together))
-// blocks of 128, each of which has up to `together` heads; the others (T, ceil(numbers of a row / 2048)) blocks of 128.
+// blocks of 128, each of which has up to `together` heads; the others (T, ceil(numbers of a row / 2048)) blocks of 128,
+// of rotate_into_latent_cache numbers of its queries, and one block more for its key.
 #include "paging.cuh"
 
 extern "C" __global__ void rope_angles(const int* positions, const float* frequencies, float* cosines, float* sines,
@@ -162,12 +163,13 @@ extern "C" __global__ void rotate_into_cache(
 }
 
 extern "C" __global__ void rotate_into_latent_cache(
-    const row* kept_queries, const row* queries, const row* kept_keys, const row* keys, const float* cosines,
-    const float* sines, const int* spans, const int* pages, row* out, row* cached_keys, int heads, int kept, int dim,
-    int pairs, long long kept_query_stride, long long kept_query_head_stride, long long query_stride,
-    long long query_head_stride, long long kept_key_stride, long long key_stride, int interleaved) {
+    const row* kept_queries, const row* queries, const row* kept_keys, const row* keys, const row* key_norm,
+    const float* cosines, const float* sines, const int* spans, const int* pages, row* out, row* cached_keys, int heads,
+    int kept, int dim, int pairs, long long kept_query_stride, long long kept_query_head_stride, long long query_stride,
+    long long query_head_stride, long long kept_key_stride, long long key_stride, int interleaved, float eps) {
   const long long token = blockIdx.x;
-  const int width = kept + dim;
+  const int width = kept + dim, query_blocks = gridDim.y - 1;
+  const bool is_key = blockIdx.y == query_blocks;
   kept_queries += token * kept_query_stride, queries += token * query_stride;
   kept_keys += token * kept_key_stride, keys += token * key_stride;
   cosines += token * pairs, sines += token * pairs;
@@ -176,12 +178,19 @@ extern "C" __global__ void rotate_into_latent_cache(
                          is_by_eights(queries, query_head_stride, dim, pairs) && is_by_eights(kept_keys, 0, kept, 0) &&
                          is_by_eights(keys, 0, dim, pairs);
   const int size = by_eights ? 8 : 1, copies = kept / size, parts = copies + (dim - pairs) / size;
-  for (int task = blockIdx.y * blockDim.x + threadIdx.x; task < (heads + 1) * parts; task += gridDim.y * blockDim.x) {
+  const HeadNorm plain = {nullptr, 0.0f};
+  if (is_key) {
+    const HeadNorm norm = {key_norm, norm_factor(kept_keys, kept, eps)};
+    for (int part = threadIdx.x; part < parts; part += blockDim.x)
+      if (part < copies) copy_numbers(kept_keys, cached_keys, part * size, size, norm);
+      else rotate_part(keys, cosines, sines, cached_keys + kept, part - copies, size, pairs, interleaved, plain);
+    return;
+  }
+  for (int task = blockIdx.y * blockDim.x + threadIdx.x; task < heads * parts; task += query_blocks * blockDim.x) {
     const int head = task / parts, part = task - head * parts;
-    const row* copied = head < heads ? kept_queries + head * kept_query_head_stride : kept_keys;
-    const row* rotated = head < heads ? queries + head * query_head_stride : keys;
-    row* to = head < heads ? out + head * width : cached_keys;
-    if (part < copies) copy8(copied + part * size, to + part * size, size);
-    else rotate_part(rotated, cosines, sines, to + kept, part - copies, size, pairs, interleaved, {nullptr, 0.0f});
+    row* to = out + head * width;
+    if (part < copies) copy_numbers(kept_queries + head * kept_query_head_stride, to, part * size, size, plain);
+    else rotate_part(queries + head * query_head_stride, cosines, sines, to + kept, part - copies, size, pairs,
+                     interleaved, plain);
   }
 }
