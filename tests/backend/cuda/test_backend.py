@@ -348,13 +348,23 @@ def test_a_cache_is_extended_by_strided_rows_of_any_alignment(pair, first):
         np.testing.assert_array_equal(pair.host(held).reshape(expected.shape), expected)
 
 
+DECODED, ADDED = [(70, 1), (200, 1), (64, 1), (65, 1)], [(130, 100), (3, 2)]
+
+
 @pytest.mark.parametrize("normalizes", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "pairs"),
-    [(4, 4, 16, 8), (6, 2, 24, 8), (8, 1, 80, 16), (3, 3, 12, 4), (5, 1, 7, 3), (1, 1, 2, 1), (16, 16, 128, 64)],
+    ("heads", "kv_heads", "dim", "pairs", "lengths"),
+    [
+        (4, 4, 16, 8, DECODED),
+        (6, 2, 24, 8, ADDED),
+        (8, 1, 80, 16, DECODED),
+        (3, 3, 12, 4, ADDED),
+        (5, 1, 7, 3, DECODED),
+        (1, 1, 2, 1, [(1, 1)]),
+        (16, 16, 128, 64, ADDED),
+    ],
 )
-@pytest.mark.parametrize("lengths", [[(1, 1)], [(70, 1), (200, 1), (64, 1), (65, 1)], [(130, 100), (3, 2)]])
 def test_rotation_into_the_cache_has_the_bits_of_rotation_and_extension(
     pair, heads, kv_heads, dim, pairs, lengths, interleaved, normalizes
 ):
@@ -417,9 +427,15 @@ def test_rotation_into_the_cache_takes_rows_of_any_alignment(pair, first):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kept", "dim", "pairs"), [(4, 32, 8, 4), (5, 32, 16, 8), (1, 9, 7, 3), (3, 1, 2, 1), (16, 512, 64, 32)]
+    ("heads", "kept", "dim", "pairs", "lengths"),
+    [
+        (4, 32, 8, 4, DECODED),
+        (5, 32, 16, 8, ADDED),
+        (1, 9, 7, 3, ADDED),
+        (3, 1, 2, 1, [(1, 1)]),
+        (16, 512, 64, 32, DECODED),
+    ],
 )
-@pytest.mark.parametrize("lengths", [[(1, 1)], [(70, 1), (65, 1)], [(130, 100), (3, 2)]])
 def test_rotation_into_a_latent_cache_has_the_bits_of_its_parts(pair, heads, kept, dim, pairs, lengths, interleaved):
     """The rotated parts are views of products with other columns."""
     width, rows, other = kept + dim, sum(new for _, new in lengths), 8 if dim % 8 == 0 else 5
