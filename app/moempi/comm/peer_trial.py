@@ -11,20 +11,20 @@ ROWS, WIDTH = 3, 256
 
 
 def mapping_problem(comm: MPI.Intracomm, topology: Topology, backend: Backend) -> str:
-    """Why a rank of `comm` cannot read the GPU memory of its node's next rank; "" if all can, the same on all ranks.
+    """Why a rank of `comm` cannot read the GPU memory of a rank of its node; "" if all can, the same on all ranks.
 
     `topology` is that of `comm`. Collective, blocks.
     """
     if comm.allreduce(backend.peer_memory is None, MPI.LOR):
         return "not every rank has a GPU"
     node = MPI.Intracomm(comm.Split(topology.nodes[comm.rank], comm.rank))
-    problem: str = comm.allreduce(_read_next_rank(node, backend), MPI.MAX)
+    problem: str = comm.allreduce(_read_node(node, backend), MPI.MAX)
     node.Free()
     return problem
 
 
-def _read_next_rank(node: MPI.Intracomm, backend: Backend) -> str:
-    """The problem of this rank, if any. Each rank writes its number, then reads that of the next rank."""
+def _read_node(node: MPI.Intracomm, backend: Backend) -> str:
+    """The problem of this rank, if any. Each rank writes its number, then reads the numbers of all others."""
     memory, handle, problem = backend.peer_memory, b"", ""
     assert memory is not None
     try:
@@ -34,10 +34,9 @@ def _read_next_rank(node: MPI.Intracomm, backend: Backend) -> str:
         memory.copy([RowCopy(numbers, 0, 0, ROWS)], own).synchronize()
     except ConfigError as error:
         problem = str(error)
-    handles = node.allgather(handle)
-    source = (node.rank + 1) % node.size
-    if all(handles) and source != node.rank:
-        problem = _read(memory, handles[source], backend, expected=source)
+    for rank, other in enumerate(node.allgather(handle)):
+        if other and handle and rank != node.rank:
+            problem = problem or _read(memory, other, backend, expected=rank)
     node.Barrier()  # no rank frees what another has mapped
     return problem
 
