@@ -24,7 +24,7 @@ COMMANDS = {
     "show": "Print the first outputs of a finished job",
     "state": "Print the state, finished requests and exit code of a job's last run",
     "compare": "Compare two results files of the same requests",
-    "plan": "Forecast the speed of a job on a machine described by a file",
+    "plan": "Forecast a job on a machine described by a file, or find its best layout there",
     "place": "Choose the ranks of experts from the recorded routing of a run",
     "check": "Measure the exchange between ranks, with --measure also their links",
     "bench": "Run a benchmark",

@@ -10,8 +10,8 @@ from moempi.config.job import read_job_file
 from moempi.config.machine_file import read_machine
 from moempi.errors import ConfigError
 from moempi.layout.topology import virtual
-from moempi.planning.forecast import decode, mixed, prefill
 from moempi.planning.step_cost import StepLoad
+from moempi.planning.workload import decode, mixed, prefill
 
 JOBS = Path(__file__).resolve().parent.parent.parent / "jobs"
 MACHINE = read_machine(JOBS / "machines/mission-h100.toml")

@@ -27,7 +27,8 @@ from moempi.fitting import fit_costs
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import virtual
 from moempi.observe.console import console, figures_table
-from moempi.planning.forecast import PlannedJob, decode, forecast
+from moempi.planning.forecast import PlannedJob, forecast
+from moempi.planning.workload import decode
 from moempi.runtime.world import World
 from moempi.storage.files import atomic, check_output
 from moempi.storage.initialize import initialize

@@ -9,17 +9,20 @@ from rich.table import Table
 
 from moempi.commands.dry_run import architecture_of
 from moempi.commands.flags import MAX_RANKS, add_job_flags, count, read_job, whole_number
+from moempi.commands.plan_search import add_search_flags, require_search_flags, run_search, workload_of
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile, read_machine
 from moempi.config.placement_file import read_job_placement
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology, virtual
 from moempi.observe.console import console, figures_table
-from moempi.planning.forecast import Forecast, PlannedJob, StageForecast, decode, forecast, prefill
+from moempi.planning.candidates import SearchRequest
+from moempi.planning.forecast import Forecast, PlannedJob, StageForecast, forecast
+from moempi.planning.workload import decode, prefill
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """The job, the machine, its ranks, and the lengths of sequences."""
+    """The job, the machine, its ranks, the lengths of sequences, and the search."""
     add_job_flags(parser)
     machine = "speeds of a rank and of the links"
     parser.add_argument("--machine", type=Path, required=True, metavar="MACHINE.toml", help=machine)
@@ -27,12 +30,16 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--ranks-per-node", type=count, default=0, metavar="N", help="ranks on a node (all)")
     parser.add_argument("--context", type=count, default=2048, metavar="N", help="decode: tokens in the cache (2048)")
     parser.add_argument("--prompt", type=count, default=4096, metavar="N", help="prefill: tokens of a prompt (4096)")
+    add_search_flags(parser)
 
 
 def run(chosen: Namespace) -> int:
-    """Print the forecast of every stage and of the whole job."""
+    """Print the forecast of every stage and of the whole job, or with --search the best layouts."""
+    require_search_flags(chosen)
     job, machine = read_job(chosen), read_machine(chosen.machine)
     topology = virtual(chosen.ranks, chosen.ranks_per_node or chosen.ranks)
+    if chosen.search:
+        return run_search(chosen, SearchRequest(job, architecture_of(job), machine, topology, workload_of(chosen, job)))
     forecasts = forecast_job(job, machine, topology, context=chosen.context, prompt=chosen.prompt)
     note = f"A model's forecast, not a measurement, of: {machine.name}"
     console().print(_stage_table(forecasts), _total_table(forecasts), note)

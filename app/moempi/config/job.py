@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from moempi.config.architecture import LARGEST, MAX_LAYERS, Count, Index
-from moempi.config.reading import read_toml
+from moempi.config.reading import STDIN, read_toml
 
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 Seconds = Annotated[float, Meta(gt=0, le=1e8)]
@@ -293,6 +293,12 @@ def read_job_file(path: str | Path, *, overrides: Iterable[str] = ()) -> Job:
     Raises NoInputError, UsageError or ConfigError: see `read_toml`.
     """
     return read_toml(path, Job, overrides=overrides, inputs=INPUTS, outputs=OUTPUTS)
+
+
+def input_files(job: Job) -> list[str]:
+    """The files that a job reads."""
+    paths = [getattr(getattr(job, section), name) for section, name in (key.split(".") for key in INPUTS)]
+    return [path for path in paths if path not in ("", STDIN)]
 
 
 def result_keys(job: Job) -> dict[str, Any]:

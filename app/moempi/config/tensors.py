@@ -79,11 +79,16 @@ def catalogue(architecture: Architecture) -> tuple[Tensor, ...]:
     return tuple(tensors)
 
 
-def stage_tensors(architecture: Architecture, layers: range) -> Iterator[Tensor]:
+@lru_cache(maxsize=1 << 10)
+def stage_tensors(architecture: Architecture, layers: range) -> tuple[Tensor, ...]:
     """The tensors of a stage: those of its layers, the embedding in the first stage, norm and head in the last.
 
     A tied embedding appears again as the head.
     """
+    return tuple(_stage_tensors(architecture, layers))
+
+
+def _stage_tensors(architecture: Architecture, layers: range) -> Iterator[Tensor]:
     is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
     for tensor in catalogue(architecture):
         group, _, rest = tensor.name.partition("/")

@@ -9,6 +9,7 @@ computes a slot, also if stages have different numbers of groups.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import inf
 
@@ -115,6 +116,11 @@ def balanced_stages(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     Raises ConfigError if there are more stages than layers.
     """
     _require(stages <= len(costs), f"{stages} stages need at least {stages} layers, the model has {len(costs)}")
+    return _balanced_stages(tuple(costs), stages)
+
+
+@lru_cache(maxsize=1 << 10)
+def _balanced_stages(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
     sums = [0.0, *accumulate(costs)]
     # best[end]: for the first `end` layers in `count` stages, the smallest largest sum, and the lengths that give it.
     best: list[tuple[float, tuple[int, ...]]] = [(total, (end,)) for end, total in enumerate(sums)]

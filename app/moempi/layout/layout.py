@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+
+import numpy as np
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
@@ -62,12 +63,19 @@ def make_layout(
             architecture,
             stage.layers,
             hosted=_most_hosted(stage_placements),
-            groups=max(len(grid.peers(index, data, other=0)) for data in range(grid.num_groups(index))),
+            groups=_most_groups(grid, index),
             on_gpu=on_gpu,
         )
         for index, (stage, stage_placements) in enumerate(zip(grid.stages, placements, strict=True))
     )
     return Layout(grid, placements, memory, _immediate_stages(job, architecture, grid))
+
+
+def _most_groups(grid: Grid, stage: int) -> int:
+    """The most groups of the first stage whose slots a group of this stage computes."""
+    if grid.num_groups(stage) == grid.num_groups(0):
+        return 1
+    return max(len(grid.peers(stage, data, other=0)) for data in range(grid.num_groups(stage)))
 
 
 def _linear_placements(architecture: Architecture, stage: Stage) -> Mapping[int, Placement]:
@@ -91,8 +99,8 @@ def _placements_of_file(file: PlacementFile, stage: Stage) -> Mapping[int, Place
 
 def _most_hosted(placements: Mapping[int, Placement]) -> float:
     """Experts per layer, as the mean over layers, on the rank with the most."""
-    per_rank = zip(*([len(experts) for experts in placement.hosted] for placement in placements.values()), strict=True)
-    return max(map(fmean, per_rank), default=0.0)
+    per_rank = np.mean([placement.counts for placement in placements.values()], axis=0) if placements else np.zeros(1)
+    return float(per_rank.max())
 
 
 def layer_cost(architecture: Architecture, layer: int) -> float:
@@ -148,7 +156,7 @@ def _require_balanceable(job: Job, architecture: Architecture) -> None:
 
 def _require_slots(job: Job, architecture: Architecture, stage: Stage, placements: Mapping[int, Placement]) -> None:
     allowed = job.parallel.experts_per_rank
-    most = max((len(experts) for placement in placements.values() for experts in placement.hosted), default=0)
+    most = max((placement.most for placement in placements.values()), default=0)
     if allowed and most > allowed:
         needed = -(-architecture.experts.num // allowed)
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Placement: the experts of a layer on each rank of a stage, and the replica that each row is sent to. Pure."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -29,9 +29,19 @@ class Placement:
         return np.array([expert for experts in self.hosted for expert in experts], np.int64)
 
     @cached_property
+    def counts(self) -> IntArray:
+        """The number of experts on each rank (R,)."""
+        return np.array([len(experts) for experts in self.hosted])
+
+    @cached_property
+    def most(self) -> int:
+        """The number of experts on the rank that hosts most."""
+        return int(self.counts.max(initial=0))
+
+    @cached_property
     def bounds(self) -> IntArray:
         """Rank r hosts the physical ids in [bounds[r], bounds[r + 1]) (R + 1,)."""
-        return np.concatenate([[0], np.cumsum([len(experts) for experts in self.hosted])])
+        return np.concatenate([[0], np.cumsum(self.counts)])
 
     @cached_property
     def ranks(self) -> IntArray:
@@ -69,6 +79,7 @@ class Placement:
         return Placement(tuple(tuple(range(first, last)) for first, last in pairwise(bounds.tolist())))
 
 
+@lru_cache(maxsize=1 << 8)
 def linear(num_experts: int, num_ranks: int) -> Placement:
     """Experts in ascending order, in shares that differ by at most one; surplus ranks host none."""
     bounds = [rank * num_experts // num_ranks for rank in range(num_ranks + 1)]

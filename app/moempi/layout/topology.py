@@ -42,6 +42,13 @@ class Topology:
         levels[rank] = SELF
         return levels
 
+    def level(self, rank: int, other: int) -> int:
+        """The level of the link between two ranks."""
+        if rank == other:
+            return SELF
+        levels = ((ISLAND, self.islands), (NODE, self.nodes), (SWITCH, self.switches))
+        return next((level for level, numbers in levels if numbers and numbers[rank] == numbers[other]), NETWORK)
+
     def subset(self, ranks: range) -> "Topology":
         """The topology of these ranks alone."""
         nodes, islands, switches = (

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil, inf
+from math import inf
 from typing import NamedTuple
 
+import numpy as np
 from msgspec import structs
 
 from moempi.config.architecture import Architecture
@@ -18,7 +19,8 @@ from moempi.layout.memory import affordable_pages, pages_for
 from moempi.layout.topology import Topology
 from moempi.planning.pipeline import step_ends_s
 from moempi.planning.simulate import Phase, overlapped_s, waiting_s
-from moempi.planning.step_cost import StepCosts, StepLoad
+from moempi.planning.step_cost import StepCosts, StepLoad, larger, smaller
+from moempi.planning.workload import Workload
 
 FILLING_ROUNDS, MEASURED_ROUNDS = 1, 1
 """Rounds of all micro-batches in virtual time before those that are measured, and those."""
@@ -26,64 +28,101 @@ EXPOSED = 1.05
 """A stage is limited by latency if a step takes more than this times its compute and link time."""
 
 
-class Workload(NamedTuple):
-    """What a job computes: sequences of a prompt of `prompt` tokens, then `output` tokens; `cached` are in its cache.
+class Step(NamedTuple):
+    """A kind of step: micro-batches in flight, lanes, most rows of a group, and slots of a group for all micro-batches.
 
-    A step of it is full of prompt tokens if there is no output, of generated tokens if there is no prompt, and of both
-    in their proportion otherwise.
+    Of n kinds, all are arrays (n,).
     """
 
-    name: str
-    prompt: float
-    output: float
-    cached: int
-
-    def load(self, slots: float, batch_tokens: int) -> StepLoad:
-        """A step of a micro-batch that has `slots` sequences in a group."""
-        if not self.output:
-            rows = min(batch_tokens, slots * self.prompt)
-            return StepLoad(rows, max(1.0, rows / self.prompt), self.prompt / 2)
-        rows = min(batch_tokens, slots * (1 + self.prompt / self.output))
-        generated = rows * self.output / (self.output + self.prompt)
-        from_prompts = rows - generated
-        context = self.prompt + self.output / 2 if self.prompt else self.cached
-        sequences = generated + (from_prompts / self.prompt if self.prompt else 0.0)
-        mean = (generated * context + from_prompts * self.prompt / 2) / rows
-        return StepLoad(rows, sequences, mean, cached=context)
-
-
-def prefill(prompt: int) -> Workload:
-    """Prompts of `prompt` tokens, and no outputs."""
-    return Workload("prefill", prompt, 0, prompt)
-
-
-def decode(context: int) -> Workload:
-    """Outputs only, with `context` tokens in the cache of each sequence."""
-    return Workload("decode", 0, 1, context)
-
-
-def mixed(prompt: int, output: int) -> Workload:
-    """Prompts of `prompt` tokens and their outputs of `output` tokens."""
-    return Workload("mixed", prompt, output, prompt + output)
+    micro_batches: int
+    lanes: int
+    batch_tokens: int
+    slots: int
 
 
 @dataclass(frozen=True, slots=True)
-class StageForecast:
-    """A stage of `ranks` ranks: the seconds of one step on its busiest rank, and their parts.
+class StageStep:
+    """One step of a stage of `ranks` ranks: what it computes, and its costs on the busiest rank."""
 
-    `arithmetic_s` is the compute time if memory were free, `memory_s` if arithmetic were, `host_s` the host's overhead.
-    `waiting_s` and `overlapped_s` are the seconds between the steps of its lanes, without and with overlap.
-    """
-
+    costs: StepCosts
     ranks: int
-    compute_s: float
-    arithmetic_s: float
-    memory_s: float
-    host_s: float
-    link_s: float
-    travel_s: float
-    waiting_s: float
-    overlapped_s: float
+    layers: range
+    load: StepLoad
+    is_first: bool
+    is_last: bool
+
+    def phases(self, **machine: float) -> Sequence[Phase]:
+        """The phases of the step; `machine` changes keys of the machine."""
+        costs = replace(self.costs, machine=structs.replace(self.costs.machine, **machine)) if machine else self.costs
+        return costs.step(self.layers, self.load, is_first=self.is_first, is_last=self.is_last)
+
+
+@dataclass(frozen=True, eq=False)
+class StageForecast:
+    """A stage whose `lanes` lanes take steps; what needs a simulation is simulated when it is used."""
+
+    step: StageStep
+    lanes: int
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the stage."""
+        return self.step.ranks
+
+    @cached_property
+    def phases(self) -> Sequence[Phase]:
+        """The phases of a step."""
+        return self.step.phases()
+
+    @cached_property
+    def compute_s(self) -> float:
+        """Seconds of computing in a step."""
+        return _compute_s(self.phases)
+
+    @property
+    def arithmetic_s(self) -> float:
+        """Seconds of computing if memory and host took no time."""
+        return _compute_s(self.step.phases(memory_gb_s=inf, turn_us=0.0))
+
+    @property
+    def memory_s(self) -> float:
+        """Seconds of computing if arithmetic and host took no time."""
+        return _compute_s(self.step.phases(tflops=inf, turn_us=0.0))
+
+    @property
+    def host_s(self) -> float:
+        """Seconds of the host's overhead in a step."""
+        return len(self.phases) * self.step.costs.machine.turn_us * 1e-6
+
+    @cached_property
+    def link_s(self) -> float:
+        """Seconds in which a step occupies the rank's link."""
+        return sum(phase.link_s for phase in self.phases)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which a step occupies the rank or its link, whichever is longer."""
+        return larger(self.compute_s, self.link_s)
+
+    @property
+    def travel_s(self) -> float:
+        """Seconds of the transfers for which a step waits, on a link that is free."""
+        return sum(phase.travel_s for phase in self.phases)
+
+    @cached_property
+    def path_s(self) -> float:
+        """Seconds of a step that is alone on the rank and the link."""
+        return sum(phase.compute_s + larger(phase.beside_s, phase.travel_s) for phase in self.phases)
+
+    @cached_property
+    def waiting_s(self) -> float:
+        """Seconds from step to step if the host waits for every transfer."""
+        return waiting_s(self.phases, lanes=1)
+
+    @cached_property
+    def overlapped_s(self) -> float:
+        """Seconds from step to step with overlap."""
+        return overlapped_s(self.phases, lanes=self.lanes) / self.lanes
 
     @property
     def limit(self) -> str:
@@ -98,17 +137,15 @@ class StageForecast:
 class Forecast:
     """The steps of a workload: each micro-batch has `tokens` tokens, and `in_flight` of them are in the pipeline.
 
-    All groups together compute `sequences` sequences at a time. Each stage has `lanes` lanes; `steps` has the phases of
-    one step of each stage.
+    All groups together compute `sequences` sequences at a time. Each stage has `lanes` lanes.
     """
 
     workload: Workload
     tokens: float
-    sequences: int
+    sequences: float
     in_flight: int
     lanes: int
     stages: Sequence[StageForecast]
-    steps: Sequence[Sequence[Phase]]
 
     def micro_batch_s(self, *, overlap: bool) -> float:
         """Seconds between the steps of consecutive micro-batches, in a full pipeline."""
@@ -138,23 +175,54 @@ class Forecast:
     @property
     def first_token_s(self) -> float:
         """Seconds from the first step of a prompt to the token after it, in a full pipeline."""
+        return self.first_token_steps * self.seconds(overlap=True)
+
+    @property
+    def first_token_steps(self) -> float:
+        """Steps of a micro-batch that its prompts take."""
         prompt_of_step = self.tokens * self.workload.prompt / (self.workload.prompt + self.workload.output)
-        sequences = max(1.0, self.sequences / self.in_flight)
-        steps = ceil(sequences * self.workload.prompt / prompt_of_step) if prompt_of_step else 1
-        return steps * self.seconds(overlap=True)
+        sequences = larger(1.0, self.sequences / self.in_flight)
+        return np.ceil(sequences * self.workload.prompt / prompt_of_step) if self.workload.prompt else 1
+
+    @property
+    def least_s(self) -> float:
+        """A bound of `micro_batch_s` with overlap: the busiest rank or link, and the path of a micro-batch alone."""
+        least_s = sum(stage.path_s for stage in self.stages) / self.in_flight
+        for stage in {*self.stages}:
+            least_s = larger(least_s, larger(stage.busy_s, stage.path_s / self.lanes))
+        return least_s
+
+    @property
+    def likely_s(self) -> float:
+        """An estimate of `micro_batch_s` with overlap: midway between bounds of closed networks of queues.
+
+        The bounds are the asymptotic one and that of Zahorjan et al. 1982, for the lanes of a stage and for a pipeline.
+        """
+        slowest_s = 0.0
+        for stage in {*self.stages}:
+            slowest_s = larger(slowest_s, _midway_s(stage.busy_s, stage.path_s, self.lanes))
+        pipeline_s = _midway_s(slowest_s, sum(stage.path_s for stage in self.stages), self.in_flight)
+        return slowest_s * self.is_full + pipeline_s * (1 - self.is_full)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is a micro-batch for every lane of every stage."""
+        return self.in_flight >= self.lanes * len(self.stages)
+
+    @cached_property
+    def slowest_s(self) -> float:
+        """Seconds from step to step of the slowest stage, which bounds `micro_batch_s`."""
+        return max(stage.overlapped_s for stage in {*self.stages})
 
     @cached_property
     def _overlapped_s(self) -> float:
-        """A pipeline whose lanes are all busy is as fast as its slowest stage; one with less work is simulated."""
-        slowest = max(stage.overlapped_s for stage in self.stages)
-        if self.in_flight >= self.lanes * len(self.stages):
-            return slowest
-        rounds = FILLING_ROUNDS + MEASURED_ROUNDS
-        ends = step_ends_s(
-            self.steps, lanes=self.lanes, in_flight=self.in_flight, num_steps=rounds * self.in_flight + 1
-        )
-        first = FILLING_ROUNDS * self.in_flight
-        return max(slowest, float(ends[-1] - ends[first]) / (MEASURED_ROUNDS * self.in_flight))
+        """A full pipeline is as fast as its slowest stage; one with less work is simulated."""
+        if self.is_full:
+            return self.slowest_s
+        first, last = FILLING_ROUNDS * self.in_flight, (FILLING_ROUNDS + MEASURED_ROUNDS) * self.in_flight
+        steps = [stage.phases for stage in self.stages]
+        ends = step_ends_s(steps, lanes=self.lanes, in_flight=self.in_flight, num_steps=last + 1)
+        return max(self.slowest_s, float(ends[last] - ends[first]) / (last - first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +238,13 @@ class PlannedJob:
     @property
     def memory(self) -> float:
         """Bytes of a rank's memory; infinite if neither job nor machine says it."""
-        stated = self.job.topology.rank_memory
-        return parse_size(stated) if stated != "auto" else self.machine.memory_gb * 1e9 or inf
+        return rank_memory(self.job, self.machine)
+
+
+def rank_memory(job: Job, machine: MachineFile) -> float:
+    """Bytes of a rank's memory; infinite if neither job nor machine says it."""
+    stated = job.topology.rank_memory
+    return parse_size(stated) if stated != "auto" else machine.memory_gb * 1e9 or inf
 
 
 def forecast(planned: PlannedJob, workload: Workload) -> Forecast:
@@ -180,27 +253,28 @@ def forecast(planned: PlannedJob, workload: Workload) -> Forecast:
     Raises ConfigError, with bytes and with what would fit, if a rank has too little memory for weights, rows or caches.
     """
     grid, job = planned.layout.grid, planned.job
-    load = workload.load(grid.slots_per_group / job.num_micro_batches, job.run.batch_tokens)
-    sequences = grid.slots_per_group
+    step = Step(job.num_micro_batches, job.lanes, job.run.batch_tokens, grid.slots_per_group)
+    found = forecast_step(planned, workload, step)
+    _require_memory(planned, int(found.sequences) // grid.num_groups(0), workload.cached)
+    return found
+
+
+def forecast_step(planned: PlannedJob, workload: Workload, step: Step) -> Forecast:
+    """Forecast another kind of step than that of the job, whether or not it fits into the memory.
+
+    If the step has arrays, so have the forecast and the phases of its stages, which cannot be simulated.
+    """
+    load = workload.load(step.slots / step.micro_batches, step.batch_tokens)
+    groups, slots = planned.layout.grid.num_groups(0), step.slots * 1.0
     if not workload.output:
-        sequences = min(sequences, ceil(load.sequences) * job.num_micro_batches)
-    _require_memory(planned, sequences, workload.cached)
-    known: dict[object, tuple[StageForecast, Sequence[Phase]]] = {}
-    found = []
-    for index in range(len(grid.stages)):
-        key = _signature(planned, index)
-        if key not in known:
-            known[key] = _stage(planned, index, load)
-        found.append(known[key])
-    groups = grid.num_groups(0)
+        slots = smaller(slots, np.ceil(load.sequences) * step.micro_batches)
     return Forecast(
         workload=workload,
         tokens=load.rows * groups,
-        sequences=sequences * groups,
-        in_flight=job.num_micro_batches,
-        lanes=job.lanes,
-        stages=[stage for stage, _ in found],
-        steps=[phases for _, phases in found],
+        sequences=slots * groups,
+        in_flight=step.micro_batches,
+        lanes=step.lanes,
+        stages=_stages(planned, load, step.lanes),
     )
 
 
@@ -227,69 +301,69 @@ def _require_memory(planned: PlannedJob, sequences: int, tokens: int) -> None:
         )
 
 
+def _stages(planned: PlannedJob, load: StepLoad, lanes: int) -> list[StageForecast]:
+    """The forecast of each stage if a group of the first has this load; equal stages are one object."""
+    equal_stages: dict[object, StageForecast] = {}
+    found = []
+    for index in range(len(planned.layout.grid.stages)):
+        key = _signature(planned, index)
+        if key not in equal_stages:
+            equal_stages[key] = StageForecast(_stage_step(planned, index, load), lanes)
+        found.append(equal_stages[key])
+    return found
+
+
 def _signature(planned: PlannedJob, index: int) -> object:
     """Stages with equal signatures take equal times."""
     grid, architecture = planned.layout.grid, planned.architecture
     stage = grid.stages[index]
     kinds = tuple((architecture.is_moe(layer), architecture.window(layer)) for layer in stage.layers)
-    following = grid.stages[(index + 1) % len(grid.stages)]
-    link = int(planned.topology.levels(stage.ranks.start)[following.ranks.start])
     nodes = planned.topology.subset(stage.ranks).nodes
-    return kinds, nodes, link, _hosted(planned, index), index == 0, index == len(grid.stages) - 1
+    is_end = index == 0, index == len(grid.stages) - 1
+    return kinds, nodes, _link_level(planned, index), _hosted(planned, index), is_end
+
+
+def _link_level(planned: PlannedJob, index: int) -> int:
+    """The level of the links from a stage to the next."""
+    stages = planned.layout.grid.stages
+    return planned.topology.level(stages[index].ranks.start, stages[(index + 1) % len(stages)].ranks.start)
 
 
 def _hosted(planned: PlannedJob, index: int) -> int:
     """Experts of a layer on the rank of a stage that has the most."""
-    placements = planned.layout.placements[index].values()
-    return max((len(experts) for placement in placements for experts in placement.hosted), default=0)
+    return max((placement.most for placement in planned.layout.placements[index].values()), default=0)
 
 
-def _stage(planned: PlannedJob, index: int, load: StepLoad) -> tuple[StageForecast, Sequence[Phase]]:
-    """The forecast of a stage, and the phases of one of its steps, if a group of the first stage has this load."""
-    grid, lanes = planned.layout.grid, planned.job.lanes
-    groups = grid.num_groups(0) / grid.num_groups(index)
-    own_load = replace(load, rows=load.rows * groups, sequences=load.sequences * groups)
-    machine = planned.machine
-    phases, free_memory, free_arithmetic = (
-        _phases(planned, index, own_load, other)
-        for other in (
-            machine,
-            structs.replace(machine, memory_gb_s=inf, turn_us=0.0),
-            structs.replace(machine, tflops=inf, turn_us=0.0),
-        )
-    )
-    stage = StageForecast(
-        ranks=len(grid.stages[index].ranks),
-        compute_s=_compute_s(phases),
-        arithmetic_s=_compute_s(free_memory),
-        memory_s=_compute_s(free_arithmetic),
-        host_s=len(phases) * machine.turn_us * 1e-6,
-        link_s=sum(phase.link_s for phase in phases),
-        travel_s=sum(phase.travel_s for phase in phases),
-        waiting_s=waiting_s(phases, lanes=1),
-        overlapped_s=overlapped_s(phases, lanes=lanes) / lanes,
-    )
-    return stage, phases
+def _midway_s(busy_s: float, path_s: float, number: int) -> float:
+    """Seconds from step to step of a number of customers that share a server for busy_s of their path."""
+    return (larger(busy_s, path_s / number) + busy_s + (path_s - busy_s) / number) / 2
 
 
 def _compute_s(phases: Sequence[Phase]) -> float:
     return sum(phase.compute_s + phase.beside_s for phase in phases)
 
 
-def _phases(planned: PlannedJob, index: int, load: StepLoad, machine: MachineFile) -> list[Phase]:
-    """The phases of one step in stage `index`."""
-    stages = planned.layout.grid.stages
-    stage, following = stages[index], stages[(index + 1) % len(stages)]
+def _stage_step(planned: PlannedJob, index: int, load: StepLoad) -> StageStep:
+    """One step of a stage if a group of the first stage has this load."""
+    grid = planned.layout.grid
+    stage, groups = grid.stages[index], grid.num_groups(0) / grid.num_groups(index)
     value_bytes = 2 if planned.job.run.precision == "bfloat16" else 4
     costs = StepCosts(
-        machine,
+        planned.machine,
         planned.architecture,
         planned.topology.subset(stage.ranks),
-        tensor=planned.layout.grid.tensor,
+        tensor=grid.tensor,
         hops=planned.job.exchange.hops,
         hosted=_hosted(planned, index),
         row_bytes=planned.architecture.width * value_bytes,
         value_bytes=value_bytes,
-        stage_link_level=int(planned.topology.levels(stage.ranks.start)[following.ranks.start]),
+        stage_link_level=_link_level(planned, index),
     )
-    return costs.step(stage.layers, load, is_first=index == 0, is_last=index == len(stages) - 1)
+    return StageStep(
+        costs,
+        ranks=len(stage.ranks),
+        layers=stage.layers,
+        load=replace(load, rows=load.rows * groups, sequences=load.sequences * groups),
+        is_first=index == 0,
+        is_last=index == len(grid.stages) - 1,
+    )

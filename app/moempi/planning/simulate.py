@@ -63,14 +63,19 @@ class VirtualStage:
         self._order = LaneOrder(lanes, [phase.point for phase in phases])
         self._link = _Link(lanes)
         self._at = [-1] * lanes
+        self._candidates = self._order.candidates()
+        self._next_s: float | None = None
 
     def feed(self, lane: int, at_s: float) -> None:
         """What a lane waits for at its first point arrives at this time."""
         self._link.arrivals[lane] = at_s
+        self._next_s = None
 
     def next_s(self) -> float:
         """When a lane is resumed next; infinite if all lanes wait for another stage."""
-        return max(self.host_s, self._link.first_arrival(self._order.candidates()))
+        if self._next_s is None:
+            self._next_s = max(self.host_s, self._link.first_arrival(self._candidates))
+        return self._next_s
 
     def resume(self, scale: Callable[[int, Phase], float] | None = None) -> tuple[int, bool, float]:
         """Resume a lane up to its next point: the lane, whether it has begun a step, and when what it sent arrives.
@@ -79,12 +84,13 @@ class VirtualStage:
         """
         at_s = self.next_s()
         self._link.advance(at_s)
-        lane = next(lane for lane in self._order.candidates() if self._link.arrivals[lane] <= at_s)
+        lane = next(lane for lane in self._candidates if self._link.arrivals[lane] <= at_s)
         self._order.resume(lane)
         self._at[lane] = (self._at[lane] + 1) % len(self._phases)
         phase, begins = self._phases[self._at[lane]], self._at[lane] == 0
         factor = scale(lane, phase) if scale else 1.0
         self._order.wait(lane, phase.point)
+        self._candidates, self._next_s = self._order.candidates(), None
         sent_s = self.host_s = at_s + phase.compute_s * factor
         if not (begins and self._fed):
             self._link.start(lane, self.host_s, phase.transmissions)
@@ -122,9 +128,11 @@ class _Link:
 
     def first_arrival(self, lanes: Sequence[int]) -> float:
         """When the first transfer of these lanes arrives, if no further one is started meanwhile."""
-        while self._events and min(self.arrivals[lane] for lane in lanes) > self._events[0][0]:
+        first = min([self.arrivals[lane] for lane in lanes])
+        while self._events and first > self._events[0][0]:
             self._advance_one()
-        return min(self.arrivals[lane] for lane in lanes)
+            first = min([self.arrivals[lane] for lane in lanes])
+        return first
 
     def _advance_one(self) -> None:
         at, _, lane, transmissions = heappop(self._events)

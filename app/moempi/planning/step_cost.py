@@ -6,16 +6,18 @@ level plus its bytes over the bandwidth. Routing is assumed to be uniform. `moem
 measurements.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, comb, inf, log2, prod
+from functools import cached_property, lru_cache
+from math import ceil, inf, log2, prod
 
 import numpy as np
 
-from moempi.arrays import Float64Array
+from moempi.arrays import IntArray
 from moempi.config.architecture import Architecture
 from moempi.config.machine_file import MachineFile
-from moempi.config.tensors import TENSOR_PARALLEL, Tensor, layer_path, layer_tensors, stage_tensors
+from moempi.config.tensors import TENSOR_PARALLEL, layer_path, layer_tensors, stage_tensors
+from moempi.config.topology_file import Level
 from moempi.layout.schedule import (
     AGREE,
     EXCHANGE_PHASES,
@@ -39,7 +41,8 @@ DISPATCH, COMBINE = EXCHANGE_PHASES
 class StepLoad:
     """One lane's step in one data parallel group: `rows` of `sequences`, each row attending to `context` positions.
 
-    `cached` positions are read from the cache of each sequence; 0 stands for `context`.
+    `cached` positions are read from the cache of each sequence; 0 stands for `context`. For the sums over phases of
+    many loads at once, `rows` and `sequences` may be arrays (n,), and so are then the numbers of the phases.
     """
 
     rows: float
@@ -48,7 +51,7 @@ class StepLoad:
     cached: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepCosts:
     """Costs on the busiest rank of a stage, which hosts `hosted` experts of each layer.
 
@@ -73,11 +76,17 @@ class StepCosts:
         """
         phases: list[Phase] = []
         pending_s = 0.0
+        equal_layers: dict[object, tuple[list[Phase], float]] = {}
         for layer in layers:
-            for phase in self._layer(layer, load):
-                phases.append(replace(phase, compute_s=phase.compute_s + pending_s))
+            kind = self.architecture.is_moe(layer), self.architecture.window(layer)
+            if kind not in equal_layers:
+                equal_layers[kind] = list(self._layer(layer, load)), self._undivided_dense_layer(layer, load)
+            of_layer, undivided_s = equal_layers[kind]
+            for phase in of_layer:
+                point = Point(layer, phase.point.phase)
+                phases.append(replace(phase, point=point, compute_s=phase.compute_s + pending_s))
                 pending_s = 0.0
-            pending_s += self._undivided_dense_layer(layer, load)
+            pending_s += undivided_s
         for phase in self._end(layers, load, is_last=is_last):
             phases.append(replace(phase, compute_s=phase.compute_s + pending_s))
             pending_s = 0.0
@@ -118,9 +127,9 @@ class StepCosts:
 
         In two hops, choices and the counts inside the node travel beside the rows across nodes.
         """
-        path, own = layer_path(layer), load.rows / self.tensor
-        routing_s = attention_s + self._products(layer, f"{path}/router", own)
-        shared_s = self._products(layer, f"{path}/shared", own)
+        own = load.rows / self.tensor
+        routing_s = attention_s + self._products(layer, "router", own)
+        shared_s = self._products(layer, "shared", own)
         experts_s = self._experts(layer, load)
         counts = self._collective(COUNT_BYTES)
         if self.hops == 1:
@@ -129,7 +138,7 @@ class StepCosts:
         else:
             across, inside = self._across_nodes(own), self._inside_node(own)
             choices = self._across_nodes(own, row_bytes=CHOICE_BYTES * self._top_k)
-            latency_s = max(across.latency_s, choices.latency_s + counts.latency_s)
+            latency_s = larger(across.latency_s, choices.latency_s + counts.latency_s)
             dispatch = [counts, Transmission(choices.link_s + across.link_s, latency_s), inside]
             combine = [inside, across]
         yield Phase(Point(layer, DISPATCH), routing_s, dispatch, beside_s=shared_s)
@@ -153,17 +162,16 @@ class StepCosts:
         flops = 2 * load.rows * context * heads.num_heads * dims / self.tensor
         cached = heads.cached_values / (1 if heads.latent else self.tensor)
         core_s = self._roofline(flops, load.sequences * read * cached * self.value_bytes)
-        return core_s + self._products(layer, f"{layer_path(layer)}/attention", load.rows)
+        return core_s + self._products(layer, "attention", load.rows)
 
     def _dense(self, layer: int, load: StepLoad) -> float:
-        return self._products(layer, f"{layer_path(layer)}/dense", load.rows)
+        return self._products(layer, "dense", load.rows)
 
     def _experts(self, layer: int, load: StepLoad) -> float:
         """Expert products on the busiest rank, which reads the weights of the experts that any row chose."""
         experts = self.architecture.experts
         choices = load.rows * self._num_groups * self._top_k
-        sizes = [prod(tensor.shape) for tensor in self._tensors(layer, f"{layer_path(layer)}/experts")]
-        values = sum(sizes) / experts.num
+        values = _num_values(self.architecture, layer, "experts", 1) / experts.num
         chosen = self.hosted * (1 - (1 - 1 / experts.num) ** choices)
         return self._roofline(2 * choices * self.hosted / experts.num * values, chosen * values * self.value_bytes)
 
@@ -183,26 +191,18 @@ class StepCosts:
     def _head_s(self, layers: range, load: StepLoad) -> float:
         """The logits of one row of each sequence."""
         matrices = [tensor for tensor in stage_tensors(self.architecture, layers) if tensor.name == "head"]
-        return self._matrices(matrices, load.sequences)
+        return self._matrices(sum(prod(one.shape) for one in matrices) / self.tensor, load.sequences)
 
-    def _products(self, layer: int, path: str, rows: float) -> float:
-        return self._matrices(self._tensors(layer, path), rows)
+    def _products(self, layer: int, part: str, rows: float) -> float:
+        """The products of rows with the matrices of a part of a layer."""
+        return self._matrices(_num_values(self.architecture, layer, part, self.tensor), rows)
 
-    def _tensors(self, layer: int, path: str) -> list[Tensor]:
-        """The matrices of a layer at or below a path."""
-        return [
-            tensor
-            for tensor in layer_tensors(self.architecture, layer)
-            if len(tensor.shape) > 1 and (tensor.name == path or tensor.name.startswith(f"{path}/"))
-        ]
-
-    def _matrices(self, tensors: Iterable[Tensor], rows: float) -> float:
-        values = sum(prod(one.shape) / (self.tensor if one.share in TENSOR_PARALLEL else 1) for one in tensors)
-        return self._roofline(2 * rows * values, values * self.value_bytes if rows else 0.0)
+    def _matrices(self, values: float, rows: float) -> float:
+        return self._roofline(2 * rows * values, values * self.value_bytes * (rows > 0))
 
     def _roofline(self, flops: float, num_bytes: float) -> float:
         computing, reading = flops / (self.machine.tflops * 1e12), num_bytes / (self.machine.memory_gb_s * 1e9)
-        return max(computing, reading) if self.machine.reads_ahead else computing + reading
+        return larger(computing, reading) if self.machine.reads_ahead else computing + reading
 
     @property
     def _num_ranks(self) -> int:
@@ -212,33 +212,44 @@ class StepCosts:
     def _num_groups(self) -> int:
         return self._num_ranks // self.tensor
 
+    @cached_property
+    def _levels(self) -> IntArray:
+        return self.topology.levels(0)
+
+    @property
+    def _num_hosting(self) -> int:
+        """Ranks that host experts: the first of them, if there are more ranks than experts."""
+        return min(self._num_ranks, self.architecture.experts.num)
+
+    @property
+    def _busiest(self) -> float:
+        """Rows that the busiest rank receives for each row that a rank sends."""
+        return max(1.0, self._num_ranks * self.hosted / self.architecture.experts.num)
+
     def _one_hop(self, rows: float) -> Transmission:
         """Each row to the ranks of its experts, in one hop: seconds of the link, and latency."""
-        hosting = min(self._num_ranks, self.architecture.experts.num)
+        hosting = self._num_hosting
         choices = rows * self._top_k
         probability = 1 - (1 - 1 / hosting) ** choices
-        counts = np.bincount(self.topology.levels(0)[:hosting], minlength=len(self.machine.levels))
-        return self._transfer(counts * probability, counts / hosting * choices * self.row_bytes)
+        ranks = self._count(self._levels[:hosting])
+        return self._transfer(ranks, probability, self._busiest * choices / hosting * self.row_bytes)
 
     def _across_nodes(self, rows: float, *, row_bytes: int = 0) -> Transmission:
         """Each row once to every other node that hosts one of its experts."""
-        num_experts, nodes = self.architecture.experts.num, self.topology.num_nodes
-        on_node = num_experts // nodes
-        share = 1 - comb(num_experts - on_node, self._top_k) / comb(num_experts, self._top_k)
-        levels = self.topology.levels(0)
-        counts = np.zeros(len(self.machine.levels))
-        for node in range(1, nodes):
-            counts[levels[self.topology.nodes.index(node)]] += 1
+        nodes, firsts = np.unique(self.topology.nodes[: self._num_hosting], return_index=True)
+        num_experts = self.architecture.experts.num
+        elsewhere = num_experts - num_experts / len(nodes)
+        share = 1 - prod(max(0.0, elsewhere - one) / (num_experts - one) for one in range(self._top_k))
         probability = 1 - (1 - share) ** rows
-        return self._transfer(counts * probability, counts * rows * share * (row_bytes or self.row_bytes))
+        sent_bytes = self._busiest * rows * share * (row_bytes or self.row_bytes)
+        return self._transfer(self._count(self._levels[firsts[1:]]), probability, sent_bytes)
 
     def _inside_node(self, rows: float) -> Transmission:
         """Rows from the forwarders of a node to the ranks of their experts there."""
-        levels = self.topology.levels(0)
-        counts = np.bincount(levels[levels <= NODE], minlength=len(self.machine.levels))
+        ranks = self._count(self._levels[self._levels <= NODE])
         choices = rows * self._top_k
-        probability = 1 - (1 - 1 / counts.sum()) ** choices
-        return self._transfer(counts * probability, counts / counts.sum() * choices * self.row_bytes)
+        probability = 1 - (1 - 1 / ranks.sum()) ** choices
+        return self._transfer(ranks, probability, self._busiest * choices / ranks.sum() * self.row_bytes)
 
     def _tensor_group(self, load: StepLoad) -> Transmission:
         """All rows of a tensor group: each rank sends its part to every other."""
@@ -246,26 +257,53 @@ class StepCosts:
 
     def _all_to_all(self, rows: float, num_bytes: float) -> Transmission:
         """`num_bytes` for each of a rank's part of `rows`, to every other rank of the tensor group."""
-        others = np.zeros(len(self.machine.levels))
-        others[NODE] = self.tensor - 1
-        return self._transfer(others, others * rows / self.tensor * num_bytes)
+        return self._transfer(self._count([NODE] * (self.tensor - 1)), 1.0, rows / self.tensor * num_bytes)
 
     def _stage_link(self, load: StepLoad, *, is_last: bool) -> Transmission:
         """A rank's rows to the next stage; the last stage sends tokens to the first."""
-        messages = np.zeros(len(self.machine.levels))
-        messages[self.stage_link_level] = 1
         num_bytes = COUNT_BYTES * load.sequences if is_last else load.rows / self.tensor * self.row_bytes
-        return self._transfer(messages, messages * num_bytes)
+        return self._transfer(self._count([self.stage_link_level]), 1.0, num_bytes)
 
     def _collective(self, num_bytes: int) -> Transmission:
         """An all-to-all of `num_bytes` per pair of ranks, in log2(ranks) messages (Bruck et al. 1997)."""
-        farthest = self.machine.levels[int(self.topology.levels(0).max())]
+        farthest = self.machine.levels[int(self._levels.max())]
         messages = ceil(log2(self._num_ranks)) if self._num_ranks > 1 else 0
         bytes_s = num_bytes * self._num_ranks / (farthest.bandwidth_gb_s * 1e9)
         return Transmission(0.0, messages * farthest.latency_us * 1e-6 + bytes_s)
 
-    def _transfer(self, messages: Float64Array, num_bytes: Float64Array) -> Transmission:
-        """Seconds of the link for the bytes of each level, and latency of the messages, which leaves the link free."""
-        bytes_per_s = np.array([level.bandwidth_gb_s * 1e9 for level in self.machine.levels])
-        latencies_s = np.array([level.latency_us * 1e-6 for level in self.machine.levels])
-        return Transmission(float((num_bytes / bytes_per_s).sum()), float((messages * latencies_s).sum()))
+    def _count(self, levels: IntArray | Sequence[int]) -> IntArray:
+        """The number of ranks at each level."""
+        return np.bincount(np.asarray(levels, np.int64), minlength=len(self.machine.levels))
+
+    def _transfer(self, ranks: IntArray, messages: float, num_bytes: float) -> Transmission:
+        """Messages and bytes to each of these ranks: seconds of the link, and latency, which leaves the link free."""
+        byte_s = sum(count / (one.bandwidth_gb_s * 1e9) for count, one in self._present(ranks))
+        message_s = sum(count * one.latency_us * 1e-6 for count, one in self._present(ranks))
+        return Transmission(byte_s * num_bytes, message_s * messages)
+
+    def _present(self, ranks: IntArray) -> list[tuple[int, Level]]:
+        """The levels that have ranks, and their numbers."""
+        return [(count, one) for count, one in zip(ranks.tolist(), self.machine.levels, strict=True) if count]
+
+
+def larger(one: float, other: float) -> float:
+    """The larger of two numbers; of arrays (n,), n of them."""
+    if isinstance(one, float | int) and isinstance(other, float | int):
+        return max(one, other)
+    return np.maximum(one, other)
+
+
+def smaller(one: float, other: float) -> float:
+    """The smaller of two numbers; of arrays (n,), n of them."""
+    return -larger(-one, -other)
+
+
+@lru_cache(maxsize=1 << 12)
+def _num_values(architecture: Architecture, layer: int, part: str, tensor: int) -> float:
+    """Numbers in a rank's matrices of a part of a layer, in a tensor group of `tensor` ranks."""
+    path = f"{layer_path(layer)}/{part}"
+    return sum(
+        prod(one.shape) / (tensor if one.share in TENSOR_PARALLEL else 1)
+        for one in layer_tensors(architecture, layer)
+        if len(one.shape) > 1 and (one.name == path or one.name.startswith(f"{path}/"))
+    )

@@ -1,0 +1,225 @@
+"""`moempi plan --search`: the best layout of a job on a machine, beside others, and a job file with it."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from math import inf
+from pathlib import Path
+
+from msgspec import structs
+from rich.table import Table
+
+from moempi.commands.flags import add_force_flag, amount, count
+from moempi.config.job import Job, input_files
+from moempi.config.size import format_size
+from moempi.config.writing import job_text
+from moempi.errors import ConfigError, UsageError
+from moempi.observe.console import console, figures_table
+from moempi.planning.candidates import SearchRequest, all_shapes, candidates, conventional_shapes, least_memory
+from moempi.planning.forecast import rank_memory
+from moempi.planning.search import Cost, Found, Limits, Search, first_token_s, next_token_s
+from moempi.planning.workload import Workload, decode, mixed, prefill
+from moempi.printing import print_line
+from moempi.storage.files import atomic, check_output
+
+OUTPUT_TOKENS = 1024
+MOST_ROWS = 8
+"""Rows of the Pareto front."""
+LETTERS = "N x: jobs; PP: stages; DP: groups of a stage; TP: ranks of a group; *: uneven"
+FLAGS: dict[Cost, tuple[str, float]] = {next_token_s: ("--token-ms", 1e3), first_token_s: ("--first-token-s", 1.0)}
+"""The flag of each limit, and its units in a second."""
+
+
+def add_search_flags(parser: ArgumentParser) -> None:
+    """Whether to search, for what, within which limits, and where to write the job."""
+    parser.add_argument("--search", action="store_true", help="find the best layout on these ranks")
+    goal = "with --search: what is to be fast (decode, or prefill if the job scores)"
+    parser.add_argument("--for", dest="goal", choices=["prefill", "decode", "mixed"], help=goal)
+    output = "with --for mixed: tokens generated after a prompt (1024)"
+    parser.add_argument("--output-tokens", type=count, metavar="N", help=output)
+    next_token = "with --search: most time from a sequence's token to its next"
+    parser.add_argument("--token-ms", type=amount, metavar="MS", help=next_token)
+    first_token = "with --search: most time from the start of a prompt to the token after it"
+    parser.add_argument("--first-token-s", type=amount, metavar="S", help=first_token)
+    parser.add_argument("-o", "--out", type=Path, metavar="BEST.toml", help="with --search: write the job found")
+    add_force_flag(parser)
+
+
+def require_search_flags(chosen: Namespace) -> None:
+    """Raise UsageError if a flag does not go with the others."""
+    flags = {"--for": chosen.goal, "--token-ms": chosen.token_ms, "--first-token-s": chosen.first_token_s}
+    flags |= {"-o": chosen.out, "--output-tokens": chosen.output_tokens}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given and not chosen.search:
+        raise UsageError(f"{given[0]} goes with --search")
+    if chosen.output_tokens is not None and chosen.goal != "mixed":
+        raise UsageError("--output-tokens goes with --for mixed")
+
+
+def workload_of(chosen: Namespace, job: Job) -> Workload:
+    """What the job of a search computes."""
+    goal = chosen.goal or ("decode" if job.task == "generate" else "prefill")
+    if job.task == "score" and goal != "prefill":
+        raise UsageError(f"--for {goal}: the job scores and generates nothing; use prefill")
+    if goal == "mixed":
+        return mixed(chosen.prompt, chosen.output_tokens or OUTPUT_TOKENS)
+    return decode(chosen.context) if goal == "decode" else prefill(chosen.prompt)
+
+
+def run_search(chosen: Namespace, request: SearchRequest) -> int:
+    """Search, print the layouts, and write the job file.
+
+    Raises ConfigError, with by how much, if no layout fits into the memory of a rank or none keeps the limits.
+    """
+    limits = _limits(chosen, request.workload)
+    if chosen.out:
+        check_output(chosen.out, inputs=[chosen.job, chosen.machine, *input_files(request.job)], force=chosen.force)
+    _require_searchable(request)
+    search = Search(candidates(request, all_shapes(request)), request.workload)
+    front = list(islice(search.front(limits), MOST_ROWS))
+    if not front:
+        raise ConfigError(_refusal(request, search, limits))
+    best = front[0]
+    lines = [*_replicas_lines(best), _margin_line(best, search.fastest(limits, without=best.shape)), _size_line(search)]
+    note = f"A model's forecasts, not measurements, of: {request.machine.name}"
+    console().print(
+        _front_table(request, front), _conventional_table(request, limits, best), LETTERS, *lines, note, sep="\n"
+    )
+    if chosen.out:
+        _write_job(best, chosen.out, machine=request.machine.name)
+        print_line(f"wrote {chosen.out}: a job of {len(best.planned.topology.nodes):,} ranks")
+    return 0
+
+
+def _limits(chosen: Namespace, workload: Workload) -> Limits:
+    limits: dict[Cost, float] = {}
+    for cost, value, goes in (
+        (next_token_s, chosen.token_ms, workload.output),
+        (first_token_s, chosen.first_token_s, workload.prompt),
+    ):
+        flag, unit = FLAGS[cost]
+        if value is not None and not goes:
+            raise UsageError(f"{flag} does not go with --for {workload.name}")
+        if value is not None:
+            limits[cost] = value / unit
+    return limits
+
+
+def _write_job(found: Found, out: Path, *, machine: str) -> None:
+    """Write the job file of a layout, with the forecast as a comment."""
+    ranks = len(found.planned.topology.nodes)
+    lines = [
+        "# Written by moempi plan --search. A model's forecast, not a measurement:",
+        f"# {found.forecast.workload.name} at {found.tokens_per_s:,.0f} tokens/s on {machine!a}",
+        f"# {found.shape.replicas} x this job on {ranks} ranks, {found.planned.topology.nodes.count(0)} on a node",
+    ]
+    with atomic(out) as temporary:
+        temporary.write_text("\n".join([*lines, job_text(found.planned.job, out.parent)]), encoding="utf-8")
+
+
+def _require_searchable(request: SearchRequest) -> None:
+    if rank_memory(request.job, request.machine) == inf:
+        raise ConfigError(
+            "--search needs the memory of a rank: state topology.rank_memory, or memory_gb of the machine"
+        )
+    if request.job.placement.file:
+        raise ConfigError(
+            "placement.file places experts for one layout: search without it (--set placement.file=''), then place "
+            "for the layout that was found"
+        )
+
+
+def _refusal(request: SearchRequest, search: Search, limits: Limits) -> str:
+    """Why there is no layout, and by how much."""
+    if not search.layouts:
+        return _misfit(request)
+    for cost, limit in limits.items():
+        flag, unit = FLAGS[cost]
+        soonest = search.soonest(cost)
+        if soonest and (least := cost(1, soonest.forecast, soonest.forecast.micro_batch_s(overlap=True))) > limit:
+            return f"no layout keeps {flag} {limit * unit:g}: the soonest needs {least * unit:.4g}, {_name(soonest)}"
+    return f"no layout keeps {' and '.join(FLAGS[cost][0] for cost in limits)} at once, though each limit alone"
+
+
+def _misfit(request: SearchRequest) -> str:
+    """Why no layout fits into the memory."""
+    ranks, needed = f"{len(request.topology.nodes):,} ranks", least_memory(request, all_shapes(request))
+    if needed == inf:
+        allowed = request.job.parallel.experts_per_rank
+        return f"no layout divides the model among {ranks} with parallel.experts_per_rank = {allowed}"
+    has = format_size(rank_memory(request.job, request.machine))
+    return f"no layout fits: the smallest needs {format_size(needed)} on each of {ranks}, which has {has}"
+
+
+def _conventional_table(request: SearchRequest, limits: Limits, best: Found) -> Table:
+    table = figures_table("conventional", "layout", *_latencies(request), "token/s", "of best")
+    table.caption = "each the best of its kind, with any number of experts on a rank"
+    parallel = structs.replace(request.job.parallel, experts_per_rank=0)
+    unlimited = replace(request, job=structs.replace(request.job, parallel=parallel))
+    for name, shapes in conventional_shapes(unlimited).items():
+        search = Search(candidates(unlimited, shapes), request.workload)
+        found = search.fastest(limits)
+        if found is None:
+            table.add_row(name, "beyond the limits" if search.layouts else "does not fit")
+        else:
+            share = found.tokens_per_s / best.tokens_per_s
+            table.add_row(name, _name(found), *_latency_cells(found), f"{found.tokens_per_s:,.0f}", f"{share:.1%}")
+    return table
+
+
+def _margin_line(best: Found, runner_up: Found | None) -> str:
+    if runner_up is None:
+        return "No layout of another shape fits, within the limits."
+    gain = best.tokens_per_s / runner_up.tokens_per_s - 1
+    return f"{_name(best)} is {gain:.1%} faster than the best of another shape, {_name(runner_up)}."
+
+
+def _size_line(search: Search) -> str:
+    return (
+        f"{len(search.layouts):,} layouts fit, with {search.num_candidates:,} kinds of steps; "
+        f"{search.num_simulated:,} were simulated."
+    )
+
+
+def _replicas_lines(best: Found) -> list[str]:
+    if best.shape.replicas == 1:
+        return []
+    ranks = len(best.planned.topology.nodes)
+    return [f"{best.shape.replicas} independent jobs of {ranks:,} ranks share the prompts: see jobs/array.sbatch."]
+
+
+def _front_table(request: SearchRequest, front: Iterable[Found]) -> Table:
+    workload = request.workload
+    size = "" if workload.prompt and workload.output else "sequences" if workload.output else "rows"
+    heads = ("token/s", *_latencies(request), "layout", "hops", "lanes", "batches", *([size] if size else []))
+    table = figures_table(*heads, title=f"{workload.name.capitalize()} on {len(request.topology.nodes):,} ranks")
+    table.caption = "the fastest, then each time the fastest whose latency is a fifth less"
+    for found in front:
+        job = found.planned.job
+        cells = [f"{count}" for count in (job.exchange.hops, job.run.lanes, job.run.micro_batches)]
+        counts = {"sequences": found.shape.replicas * found.forecast.sequences, "rows": job.run.batch_tokens}
+        cells += [f"{counts[size]:,.0f}"] if size else []
+        table.add_row(f"{found.tokens_per_s:,.0f}", *_latency_cells(found), _name(found), *cells)
+    return table
+
+
+def _latencies(request: SearchRequest) -> list[str]:
+    workload = request.workload
+    return [*(["ms a token"] if workload.output else []), *(["first s"] if workload.prompt else [])]
+
+
+def _latency_cells(found: Found) -> list[str]:
+    workload, seconds = found.forecast.workload, found.forecast.seconds(overlap=True)
+    next_s = [f"{seconds * 1e3:.1f}"] if workload.output else []
+    return [*next_s, *([f"{found.forecast.first_token_s:.2f}"] if workload.prompt else [])]
+
+
+def _name(found: Found) -> str:
+    """The layout in the field's letters, with * if layers or ranks of its stages are other than by default."""
+    replicas, stages, tensor = found.shape
+    parallel = found.planned.job.parallel
+    name = f"PP{stages} DP{found.planned.layout.grid.num_groups(0)} TP{tensor}"
+    return (
+        ("" if replicas == 1 else f"{replicas} x ") + name + "*" * bool(parallel.stage_layers or parallel.stage_ranks)
+    )
