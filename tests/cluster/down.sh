@@ -14,4 +14,9 @@ done
 for link in /sys/class/net/mh-*; do
     if [ -e "$link" ]; then ip link delete "${link##*/}" 2>/dev/null || true; fi # one that a dead host had goes by itself
 done
+group=/sys/fs/cgroup/cpu/moempi-cluster # of a slow host; it is busy until the last of its processes has ended
+for _ in {1..20}; do
+    if [ ! -d "$group" ] || rmdir "$group" 2>/dev/null; then break; fi
+    sleep 0.1
+done
 rm -rf "$folder"

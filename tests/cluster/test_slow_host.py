@@ -1,6 +1,7 @@
 """A host that is slow is named while the job runs: by a line, by `moempi state`, and by the report."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from cluster.jobs import Job, wait_for
 pytestmark = hosts.MARKS
 
 SLOW = "n3"
-GROUP = Path("/sys/fs/cgroup/cpu/moempi-cluster")
+GROUP = Path("/sys/fs/cgroup/cpu/moempi-cluster")  # down.sh removes it
 PERIOD_US, QUOTA_US = 100_000, 20_000
 
 
@@ -24,14 +25,15 @@ def limit() -> Iterator[Callable[[], None]]:
     (GROUP / "cpu.cfs_period_us").write_text(str(PERIOD_US))
     (GROUP / "cpu.cfs_quota_us").write_text(str(QUOTA_US))
 
-    def limit_processes() -> None:
-        for process in hosts.processes(SLOW):
-            (GROUP / "cgroup.procs").write_text(str(process))
-
-    yield limit_processes
-    for process in (GROUP / "cgroup.procs").read_text().split():
-        (GROUP.parent / "cgroup.procs").write_text(process)
+    yield lambda: move(hosts.processes(SLOW), GROUP)
+    move(map(int, (GROUP / "cgroup.procs").read_text().split()), GROUP.parent)
     GROUP.rmdir()
+
+
+def move(processes: Iterable[int], group: Path) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # it has ended
+            (group / "cgroup.procs").write_text(str(process))
 
 
 def test_a_slow_host_is_named_while_the_job_runs(net, tmp_path, limit):
