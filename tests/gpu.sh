@@ -11,15 +11,21 @@
 # MOEMPI_EXTRAS="local cuda13" installs for CUDA 13; without `local` the site's MPI is used. With `peers` in it,
 # torch and transformers are measured as well.
 set -euo pipefail
+folder=${1:-results/gpu}
+parts=" ${*:2} "
+[ "$parts" != "  " ] || parts=" tests sanitizers figures "
+for part in $parts; do
+    if [[ " tests sanitizers figures " != *" $part "* || " tests sanitizers figures " = *" $folder "* ]]; then
+        echo "gpu: usage: bash tests/gpu.sh [FOLDER [tests|sanitizers|figures]...]" >&2
+        exit 64
+    fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # shellcheck disable=SC2086 # a list of names
 [ "${MOEMPI_SETUP:-}" = skip ] || bash jobs/setup.sh ${MOEMPI_EXTRAS:-local cuda12} convert test
 # shellcheck source=jobs/env.sh
 source jobs/env.sh
-folder=${1:-results/gpu}
-parts=" ${*:2} "
-[ "$parts" != "  " ] || parts=" tests sanitizers figures "
 mkdir -p "$folder"
 export PYTHONPATH="$PWD/app${PYTHONPATH:+:$PYTHONPATH}" MOEMPI_TEST_DEVICE=cuda
 python3 -c "import cupy, mpi4py, pytest"

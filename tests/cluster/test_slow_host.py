@@ -25,9 +25,14 @@ def limit() -> Iterator[Callable[[], None]]:
     (GROUP / "cpu.cfs_period_us").write_text(str(PERIOD_US))
     (GROUP / "cpu.cfs_quota_us").write_text(str(QUOTA_US))
 
+    def is_removed() -> bool:
+        move(map(int, (GROUP / "cgroup.procs").read_text().split()), GROUP.parent)
+        with suppress(OSError):  # a process was started in it, or has not ended yet
+            GROUP.rmdir()
+        return not GROUP.exists()
+
     yield lambda: move(hosts.processes(SLOW), GROUP)
-    move(map(int, (GROUP / "cgroup.procs").read_text().split()), GROUP.parent)
-    GROUP.rmdir()
+    wait_for(is_removed, what="the end of the control group")
 
 
 def move(processes: Iterable[int], group: Path) -> None:

@@ -1,6 +1,6 @@
 """The transport between GPUs of a node: every row, in order, out of memory that another rank allocated.
 
-The ranks have SIMT devices, or share a GPU with MOEMPI_TEST_DEVICE=cuda.
+The ranks have SIMT devices, or the node's GPUs with MOEMPI_TEST_DEVICE=cuda.
 """
 
 import os
@@ -18,9 +18,11 @@ def make_backend(precision="bfloat16"):
     from moempi.backend.cuda.backend import CudaBackend
 
     if os.environ.get("MOEMPI_TEST_DEVICE") == "cuda":
-        from moempi.backend.cuda.cupy_device import CupyDevice
+        from mpi4py import MPI
 
-        device = CupyDevice(0, pinned=True)
+        from moempi.backend.cuda.cupy_device import CupyDevice, count_devices
+
+        device = CupyDevice(MPI.COMM_WORLD.rank % count_devices(), pinned=True)
     else:
         from simt.device import SimtDevice
 
@@ -119,6 +121,20 @@ def test_a_slot_is_free_once_its_rows_are_copied(comm, num_ranks):
     transport.free()
 
 
+@pytest.mark.ranks(1, 2)
+def test_a_third_pending_transfer_is_refused(comm, num_ranks):
+    from moempi.comm.transports.cuda_ipc import CudaIpc
+
+    backend, counts = make_backend(), np.eye(num_ranks, dtype=int) * 5
+    transport = CudaIpc(comm, backend.peer_memory, width=WIDTH)
+    receipts = [start(transport, backend, comm.rank, counts, step)[0] for step in range(2)]
+    with pytest.raises(RuntimeError, match="third transfer"):
+        start(transport, backend, comm.rank, counts, 2)
+    for receipt in receipts:
+        wait(receipt)
+    transport.free()
+
+
 @pytest.mark.ranks(1, 2, 3)
 def test_a_trial_says_whether_ranks_can_map_each_other_s_memory(comm, num_ranks):
     from moempi.backend.cpu.backend import NumpyBackend
@@ -138,7 +154,7 @@ def test_a_trial_says_whether_ranks_can_map_each_other_s_memory(comm, num_ranks)
         raise ConfigError("invalid device context")
 
     if comm.rank == num_ranks - 1:
-        backend.device.map_shared = backend.device.allocate_shared = refuse
+        backend.device.map_shared = backend.device.handle = refuse
     assert mapping_problem(comm, topology, backend) == "invalid device context"
 
 
@@ -164,18 +180,22 @@ def test_the_transport_is_chosen_where_it_can_be_used(comm, num_ranks):
 
     backend = make_backend()
     grid = Grid((Stage(range(2), range(4)),), tensor=1, slots_per_group=4)
+    alone = Topology(tuple(range(4)))
     two_nodes, one_node = Topology((0, 0, 1, 1)), Topology((0,) * 4)
 
     def choose(topology, **section):
         return choose_transport(ExchangeSection(**section), comm, grid, backend, topology=topology, width=WIDTH)
 
     assert choose(two_nodes, hops=2).name == "cuda_ipc"
-    assert "cuda_ipc" in choose(one_node).reason
-    assert "cuda_ipc" not in choose(two_nodes).reason
+    assert choose(one_node).name == "cuda_ipc"
+    for topology, section in [(two_nodes, {}), (one_node, {"buffers": "host"}), (alone, {"hops": 2})]:
+        assert choose(topology, **section).name != "cuda_ipc"
     assert choose(one_node, transport="cuda_ipc").name == "cuda_ipc"
     for topology, section, problem in [
         (two_nodes, {}, "takes exchange.hops = 2"),
         (one_node, {"verify": True}, "exchange.verify"),
+        (one_node, {"buffers": "host"}, "exchange.buffers"),
+        (alone, {"hops": 2}, "alone on its node"),
     ]:
         with pytest.raises(ConfigError, match=problem):
             choose(topology, transport="cuda_ipc", **section)
@@ -197,7 +217,7 @@ def test_freed_transports_and_trials_leave_no_communicator_and_no_memory(comm, n
         transport.free()
 
     live = getattr(backend.device, "live_bytes", None)
-    for action in (exchange, lambda: fastest(comm, comm, backend, width=WIDTH, nodes=(0, 0), uses_ipc=True)):
+    for action in (exchange, lambda: fastest(comm, comm, backend, width=WIDTH, nodes=(0, 0))):
         before = next_handle(comm), shared_mappings()
         action()
         assert (next_handle(comm), shared_mappings()) == before

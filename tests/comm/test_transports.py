@@ -203,7 +203,7 @@ def test_the_probes_of_a_run_and_of_moempi_check_leave_no_communicator_and_no_sh
     from moempi.runtime.world import World
 
     world, backend = World(comm), NumpyBackend(precision="bfloat16", reproducible=False)
-    for action in (lambda: fastest(comm, comm, backend, width=16, nodes=(0, 0), uses_ipc=False), lambda: probe(world)):
+    for action in (lambda: fastest(comm, comm, backend, width=16, nodes=(0, 0)), lambda: probe(world)):
         before = next_handle(comm), shared_mappings()
         action()
         assert (next_handle(comm), shared_mappings()) == before

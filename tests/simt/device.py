@@ -59,6 +59,7 @@ class SimtDevice:
         self.has_warpgroups = has_warpgroups
         self._eager = eager
         self._queues: dict[int, Queue] = {}
+        self._paths: dict[int, str] = {}
         self.live_bytes = self.peak_bytes = self._launches = 0
         self._fault_at = fault_at
         self.use_queue(0)
@@ -106,7 +107,7 @@ class SimtDevice:
     def copy(self, values: Any, out: Any) -> None:
         self._queue.submit(lambda: np.copyto(out, values))
 
-    def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[Resident, bytes]:
+    def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
         """The memory is a file; the handle is its path."""
         LIBRARIES.mkdir(mode=0o700, exist_ok=True)
         number, path = tempfile.mkstemp(dir=LIBRARIES)
@@ -114,7 +115,11 @@ class SimtDevice:
             file.write(bytes([FRESH]) * max(1, math.prod(shape) * np.dtype(dtype).itemsize))
         values = self._mapped(path, shape, dtype)
         weakref.finalize(values.base, os.unlink, path)
-        return values, path.encode().ljust(HANDLE_BYTES, b"\0")
+        self._paths[values.ctypes.data] = path
+        return values
+
+    def handle(self, values: Resident) -> bytes:
+        return self._paths[values.ctypes.data].encode().ljust(HANDLE_BYTES, b"\0")
 
     def map_shared(self, handle: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
         return self._mapped(handle.rstrip(b"\0").decode(), shape, dtype)

@@ -41,8 +41,8 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadNorm:
-    """The norm of a head, as by `rms_norm`: its weights (dim,), and `eps`."""
+class RmsNorm:
+    """The norm of a vector, as by `rms_norm`: its weights (dim,), and `eps`."""
 
     weight: Array
     eps: float
@@ -257,7 +257,7 @@ class AttentionVerbs(Protocol):
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
-        norms: tuple[HeadNorm, HeadNorm] | None = None,
+        norms: tuple[RmsNorm, RmsNorm] | None = None,
     ) -> Array:
         """Rotate queries and keys, and extend the cache by the rotated keys and the values; the rotated queries.
 
@@ -271,7 +271,7 @@ class AttentionVerbs(Protocol):
         keys: tuple[Array, Array],
         angles: Array,
         *,
-        norm: HeadNorm,
+        norm: RmsNorm,
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
@@ -343,7 +343,8 @@ class ExpertVerbs(Protocol):
     def unpack(self, buffer: Array, index: Array | None) -> Array:
         """Read rows buffer[index], or all rows if None, from a comm buffer; the index as in `pack`.
 
-        Without an index they may stay in the buffer, which later verbs read in that case.
+        Without an index they may stay in the buffer: then only verbs that are submitted before the buffer is used again
+        may read them.
         """
 
     def join(self, parts: Sequence[Array]) -> Array:
@@ -391,11 +392,14 @@ class RowCopy(NamedTuple):
 class PeerMemory(Protocol):
     """GPU memory that the other processes of the node can map."""
 
-    def allocate(self, rows: int, width: int) -> tuple[Array, bytes]:
-        """Allocate rows of the backend's `row_dtype`, and return their handle (HANDLE_BYTES) for other processes."""
+    def allocate(self, rows: int, width: int) -> Array:
+        """Allocate rows of the backend's `row_dtype`; freeing them waits for the device."""
+
+    def handle(self, rows: Array) -> bytes:
+        """The handle (HANDLE_BYTES) by which other processes map allocated rows; raises ConfigError if refused."""
 
     def map(self, handle: bytes, rows: int, width: int) -> Array:
-        """Map the rows that another process of the node allocated; raises MoempiError if the GPU refuses."""
+        """Map the rows that another process of the node allocated; raises ConfigError if the GPU refuses."""
 
     def unmap(self, rows: Array) -> None:
         """Undo `map`, before the other process frees the rows. Blocks the host until no verb uses them."""

@@ -1,6 +1,7 @@
 """Selects the transport: the one in the job, or the fastest in a short probe at the start."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -38,37 +39,48 @@ class ChosenTransport:
 def choose_transport(
     section: ExchangeSection, comm: MPI.Intracomm, grid: Grid, backend: Backend, *, topology: Topology, width: int
 ) -> ChosenTransport:
-    """The job's transport, or for "auto" the fastest for rows of `width`; logged.
+    """The job's transport; for "auto" "cuda_ipc" where it can be used, else the fastest for rows of `width`; logged.
 
-    Collective over the ranks of `comm`, whose topology is `topology`. A probe blocks for some milliseconds. Raises
-    ConfigError, on all ranks, if the job requires "cuda_ipc" and it cannot be used.
+    With "cuda_ipc" rows never leave the memory of GPUs. Collective over the ranks of `comm`, whose topology is
+    `topology`. A probe blocks for some milliseconds. Raises ConfigError, on all ranks, if the job requires "cuda_ipc"
+    and it cannot be used.
     """
-    choice = ChosenTransport(section.transport, "as the job says")
+    log, choice = logging.getLogger(__name__), ChosenTransport(section.transport, "as the job says")
     if section.transport in ("auto", CudaIpc.name):
         stage_nodes = [topology.subset(stage.ranks).nodes for stage in grid.stages]
-        spans_nodes = any(len(set(nodes)) > 1 for nodes in stage_nodes)
-        problem = _ipc_problem(section, comm, backend, topology=topology, spans_nodes=spans_nodes)
+        problem = _ipc_problem(section, comm, backend, topology=topology, stage_nodes=stage_nodes)
         if section.transport == CudaIpc.name and problem:
             raise ConfigError(f'exchange.transport = "{CudaIpc.name}": {problem}; use "auto"')
-        if section.transport == "auto" and spans_nodes and not problem:
+        if problem and backend.peer_memory is not None:
+            log.info("transport %s is not used: %s", CudaIpc.name, problem)
+        if section.transport == "auto" and not problem:
             choice = ChosenTransport(CudaIpc.name, "the ranks of each node read each other's GPU memory")
         elif section.transport == "auto":
             coords = grid.coordinates(comm.rank)
-            stage, nodes = MPI.Intracomm(comm.Split(coords.stage, comm.rank)), stage_nodes[coords.stage]
-            choice = fastest(comm, stage, backend, width=width, nodes=nodes, uses_ipc=not problem)
+            stage = MPI.Intracomm(comm.Split(coords.stage, comm.rank))
+            choice = fastest(comm, stage, backend, width=width, nodes=stage_nodes[coords.stage])
             stage.Free()
-    logging.getLogger(__name__).info("transport %s: %s", choice.name, choice.reason)
+    log.info("transport %s: %s", choice.name, choice.reason)
     return choice
 
 
 def _ipc_problem(
-    section: ExchangeSection, comm: MPI.Intracomm, backend: Backend, *, topology: Topology, spans_nodes: bool
+    section: ExchangeSection,
+    comm: MPI.Intracomm,
+    backend: Backend,
+    *,
+    topology: Topology,
+    stage_nodes: Sequence[tuple[int, ...]],
 ) -> str:
     """Why "cuda_ipc" cannot be used, or ""; the same on all ranks. Collective, blocks."""
     if section.verify:
         return "exchange.verify reads rows on the host"
-    if spans_nodes and section.hops == 1:
+    if section.buffers == "host":
+        return 'exchange.buffers = "host"'
+    if section.hops == 1 and any(len(set(nodes)) > 1 for nodes in stage_nodes):
         return "the ranks of a stage are on several nodes, which takes exchange.hops = 2"
+    if len(set(topology.nodes)) == comm.size > 1:
+        return "every rank is alone on its node"
     return mapping_problem(comm, topology, backend)
 
 
@@ -85,7 +97,8 @@ def make_transport(
     """A transport for rows of the backend between the ranks of `comm` on `nodes` (R,); collective.
 
     "shared" uses slots of `slot_bytes`: a rank that sends more at once uses messages. `windows` is the number of such
-    transports in the run, which share the memory of the node. "cuda_ipc" needs all ranks on one node.
+    transports in the run, which share the memory of the node. "cuda_ipc" needs all ranks on one node; its slots have
+    `slot_bytes` at least.
     """
     row_bytes, allocate = width * backend.row_dtype.itemsize, partial(backend.comm_buffer, width=width)
     if name == Shared.name:
@@ -99,25 +112,19 @@ def make_transport(
         return Shared(comm, row_bytes=row_bytes, nodes=nodes, slots=slots, allocate=allocate)
     if name == CudaIpc.name:
         assert backend.peer_memory is not None
-        return CudaIpc(comm, backend.peer_memory, width=width)
+        return CudaIpc(comm, backend.peer_memory, width=width, least_rows=slot_bytes // row_bytes)
     return (Alltoallv if name == Alltoallv.name else Pairwise)(comm, row_bytes=row_bytes, allocate=allocate)
 
 
 def fastest(
-    comm: MPI.Intracomm,
-    group: MPI.Intracomm,
-    backend: Backend,
-    *,
-    width: int,
-    nodes: tuple[int, ...],
-    uses_ipc: bool,
+    comm: MPI.Intracomm, group: MPI.Intracomm, backend: Backend, *, width: int, nodes: tuple[int, ...]
 ) -> ChosenTransport:
     """The transport with the shortest time on the slowest rank to exchange one row, then PROBED_BYTES, per pair.
 
     Rows are exchanged between the ranks of `group`, on `nodes` (G,). All ranks of `comm` get the same result.
     Collective over `comm`, blocks.
     """
-    names = candidates(backend, uses_ipc=uses_ipc)
+    names = candidates(backend)
     taken = dict.fromkeys(names, 0.0)
     row_bytes = width * backend.row_dtype.itemsize
     for rows in (1, max(1, PROBED_BYTES // row_bytes)):
@@ -132,10 +139,9 @@ def fastest(
     return ChosenTransport(ranking[0][1], ", ".join(f"{name} {seconds * 1e6:.0f} us" for seconds, name in ranking))
 
 
-def candidates(backend: Backend, *, uses_ipc: bool) -> list[str]:
-    """The transports that can send the backend's rows: "shared" needs buffers on the host."""
-    usable = {Shared.name: backend.comm_buffers_on_host, CudaIpc.name: uses_ipc}
-    return [name for name in NAMES if usable.get(name, True)]
+def candidates(backend: Backend) -> list[str]:
+    """The transports that can send the backend's comm buffers: "shared" needs them on the host."""
+    return [Alltoallv.name, Pairwise.name, *([Shared.name] if backend.comm_buffers_on_host else [])]
 
 
 def exchange_s(transport: Transport, group: MPI.Intracomm, *, rows: int) -> float:

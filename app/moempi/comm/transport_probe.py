@@ -12,6 +12,7 @@ from moempi.backend.select import count_gpus, find_island, make_backend
 from moempi.comm.device_memory import takes_device_memory
 from moempi.comm.peer_trial import mapping_problem
 from moempi.comm.select_transport import candidates, exchange_s, make_transport
+from moempi.comm.transports.cuda_ipc import CudaIpc
 from moempi.config.job import ExchangeSection, RunSection, TopologySection
 from moempi.layout.topology import Topology
 from moempi.runtime.world import World
@@ -104,7 +105,7 @@ def _time_transports(world: World, topology: Topology, ranks: MPI.Intracomm) -> 
     taken = {}
     one_node = len(set(topology.nodes)) == 1
     uses_ipc = one_node and not mapping_problem(ranks, topology, backend)
-    for name in candidates(backend, uses_ipc=uses_ipc):
+    for name in (*candidates(backend), *([CudaIpc.name] if uses_ipc else [])):
         slot_bytes = max(ROWS) * row_bytes * world.size
         transport = make_transport(name, ranks, backend, width=WIDTH, nodes=topology.nodes, slot_bytes=slot_bytes)
         seconds = [exchange_s(transport, ranks, rows=rows) for rows in ROWS]

@@ -8,6 +8,7 @@ from moempi.backend.select import describe_gpus, find_gpus
 from moempi.comm.device_memory import trial
 from moempi.comm.link_probe import LinkTrial, median_error
 from moempi.comm.transport_probe import ROWS, WIDTH, ProbeResult, RankLocation, Timing
+from moempi.comm.transports.cuda_ipc import CudaIpc
 from moempi.config.topology_file import TopologyFile
 from moempi.layout.topology import Topology
 from moempi.observe.console import console, figures_table
@@ -80,13 +81,13 @@ def _exchange_table(timings: Sequence[Timing], size: int) -> Table:
 
 
 def _transport_table(transports: Mapping[str, Sequence[float]]) -> Table:
-    """One row a transport, and the key that a job file should have for the fastest."""
+    """One row a transport, and the key that a job file should have: the fastest, or rows that stay in GPU memory."""
     heads = (f"us, {rows * 2 * WIDTH:,} bytes per pair" for rows in ROWS)
     table = figures_table(
         "transport", *heads, title="Rows between all ranks (shared does not copy: they are read in place)"
     )
     for name, seconds in transports.items():
         table.add_row(name, *(f"{one * 1e6:.1f}" for one in seconds))
-    fastest = min(transports, key=lambda name: sum(transports[name]))
-    table.caption = f'job file: exchange.transport = "{fastest}", or "auto", which asks at every start'
+    best = CudaIpc.name if CudaIpc.name in transports else min(transports, key=lambda name: sum(transports[name]))
+    table.caption = f'job file: exchange.transport = "{best}", or "auto", which asks at every start'
     return table

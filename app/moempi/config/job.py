@@ -104,13 +104,13 @@ class ScoreSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[exchange]`: communication of rows between ranks; transport "auto" is the fastest in a probe.
+    """`[exchange]`: communication of rows between ranks.
 
-    With 2 `hops` a row crosses the network once per node, and a rank of that node forwards it to its experts; sums are
-    re-associated. `verify` compares checksums of all rows at sender and receiver. With `immediate`, experts of a
-    stage's last layer send their outputs directly to the next stage. `buffers` is the location of communication buffers
-    with GPUs: device memory, which needs a CUDA-aware MPI, or host memory, which GPUs access over the bus; "auto"
-    probes.
+    Transport "auto" is "cuda_ipc" where it can be used, else the fastest in a probe. With 2 `hops` a row crosses
+    the network once per node, and a rank of that node forwards it to its experts; sums are re-associated. `verify`
+    compares checksums of all rows at sender and receiver. With `immediate`, experts of a stage's last layer send
+    their outputs directly to the next stage. `buffers` is the location of communication buffers with GPUs: device
+    memory, which needs a CUDA-aware MPI, or host memory, which GPUs access over the bus; "auto" probes.
     """
 
     transport: Literal["auto", "alltoallv", "pairwise", "shared", "cuda_ipc"] = "auto"

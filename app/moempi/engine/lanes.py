@@ -88,13 +88,15 @@ def make_lanes(
 
     An error in the links that the job emulates ends all ranks.
     """
-    transport = choose_transport(
-        job.exchange,
-        rank_layout.ranks,
-        rank_layout.grid,
-        context.model.backend,
-        topology=rank_layout.topology,
-        width=context.model.architecture.width,
+    transport = world.collectively(
+        lambda: choose_transport(
+            job.exchange,
+            rank_layout.ranks,
+            rank_layout.grid,
+            context.model.backend,
+            topology=rank_layout.topology,
+            width=context.model.architecture.width,
+        )
     )
     transports = _transport_factory(job, world, rank_layout, context.model, name=transport.name)
     traces = [

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, Cache, HeadNorm, Segment
+from moempi.backend.protocol import Array, Backend, Cache, RmsNorm, Segment
 from moempi.config.architecture import AttentionShape
 
 
@@ -28,19 +28,24 @@ class Attention:
     def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
         """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D)."""
         shape, num_rows = self.shape, len(x)
-        norms = HeadNorm(self.q_norm, self.eps), HeadNorm(self.k_norm, self.eps)
         queries = backend.rotate_into_cache(
             self._project(backend, x),
             angles,
             cache=cache,
             segments=segments,
             interleaved=shape.rope.interleaved,
-            norms=norms if shape.qk_norm == "head" else None,
+            norms=self._head_norms(),
         )
         scale = shape.head_dim**-0.5 * shape.score_factor
         attended = backend.attend(queries, cache, segments, scale=scale, window=self.window, sinks=self.sinks)
         attended = attended.reshape(num_rows, shape.num_heads * shape.value_dim)
         return backend.linear(attended, self.output, self.output_bias)
+
+    def _head_norms(self) -> tuple[RmsNorm, RmsNorm] | None:
+        """The norms of each head of queries and of keys, if the model has them."""
+        if self.shape.qk_norm != "head":
+            return None
+        return RmsNorm(self.q_norm, self.eps), RmsNorm(self.k_norm, self.eps)
 
     def _project(self, backend: Backend, x: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values by head, normalized as vectors and clipped, before rotation."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, Cache, HeadNorm, Segment
+from moempi.backend.protocol import Array, Backend, Cache, RmsNorm, Segment
 from moempi.config.architecture import AttentionShape, Latent
 
 
@@ -38,7 +38,7 @@ class LatentAttention:
             self._queries(backend, x),
             self._keys(backend, x),
             angles,
-            norm=HeadNorm(self.key_value_norm, self.latent.norm_eps),
+            norm=RmsNorm(self.key_value_norm, self.latent.norm_eps),
             cache=cache,
             segments=segments,
             interleaved=shape.rope.interleaved,

@@ -12,7 +12,7 @@ from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
-from moempi.backend.protocol import Expert, HeadNorm, SamplingRequest, Segment
+from moempi.backend.protocol import Expert, RmsNorm, SamplingRequest, Segment
 from moempi.config.architecture import Clamp, Router
 from moempi.config.job import Sampling
 from moempi.errors import ConfigError
@@ -382,7 +382,7 @@ def test_rotation_into_the_cache_has_the_bits_of_rotation_and_extension(
     )
     cpu_weights, gpu_weights = zip(*(pair.values(dim, seed=seed) for seed in (7, 8)), strict=True)
     cpu_norms, gpu_norms = (
-        tuple(HeadNorm(weight, 1e-5) for weight in weights) if normalizes else None
+        tuple(RmsNorm(weight, 1e-5) for weight in weights) if normalizes else None
         for weights in (cpu_weights, gpu_weights)
     )
     given = {"segments": segments, "interleaved": interleaved}
@@ -455,7 +455,7 @@ def test_rotation_into_a_latent_cache_has_the_bits_of_its_parts(pair, heads, kep
         backend.rope_angles(positions, frequencies=frequencies, amplitude=1.2) for backend in (pair.cpu, pair.gpu)
     )
     given, (weight, gpu_weight) = {"segments": segments, "interleaved": interleaved}, pair.values(kept, seed=8)
-    norm, gpu_norm = (HeadNorm(weights, 1e-5) for weights in (weight, gpu_weight))
+    norm, gpu_norm = (RmsNorm(weights, 1e-5) for weights in (weight, gpu_weight))
     expected = pair.cpu.rotate_into_latent_cache(*cpu_parts, cpu_angles, norm=norm, cache=caches[0], **given)
     actual = pair.gpu.rotate_into_latent_cache(*gpu_parts, gpu_angles, norm=gpu_norm, cache=caches[1], **given)
     vectors = pair.gpu.rms_norm(gpu_parts[1][0], gpu_weight, eps=1e-5)

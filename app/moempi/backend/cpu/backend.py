@@ -20,7 +20,7 @@ from moempi.backend.cpu.blocked_product import BLOCK, blocked_product
 from moempi.backend.cpu.free_memory import available_bytes
 from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.cpu.router import choose, weights_of
-from moempi.backend.protocol import Cache, Download, Expert, HeadNorm, SampledTokens, SamplingRequest, Segment, Stored
+from moempi.backend.protocol import Cache, Download, Expert, RmsNorm, SampledTokens, SamplingRequest, Segment, Stored
 from moempi.backend.sampling import sample_token
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
@@ -226,7 +226,7 @@ class NumpyBackend:
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
-        norms: tuple[HeadNorm, HeadNorm] | None = None,
+        norms: tuple[RmsNorm, RmsNorm] | None = None,
     ) -> Float32Array:
         queries, keys, values = heads
         if norms is not None:
@@ -243,7 +243,7 @@ class NumpyBackend:
         keys: tuple[Float32Array, Float32Array],
         angles: tuple[Float32Array, Float32Array],
         *,
-        norm: HeadNorm,
+        norm: RmsNorm,
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,

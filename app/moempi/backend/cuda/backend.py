@@ -30,7 +30,7 @@ from moempi.backend.protocol import (
     Download,
     Event,
     Expert,
-    HeadNorm,
+    RmsNorm,
     SampledTokens,
     SamplingRequest,
     Segment,
@@ -260,7 +260,7 @@ class CudaBackend:
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
-        norms: tuple[HeadNorm, HeadNorm] | None = None,
+        norms: tuple[RmsNorm, RmsNorm] | None = None,
     ) -> Array:
         layout, out = self._attention_layout(cache, segments), self._launches.rows(heads[0].shape)
         (num_heads, dim, *strides), (kv_heads, _, *key_strides), (_, _, *value_strides) = map(extents, heads)
@@ -278,7 +278,7 @@ class CudaBackend:
         keys: tuple[Array, Array],
         angles: tuple[Array, Array],
         *,
-        norm: HeadNorm,
+        norm: RmsNorm,
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,

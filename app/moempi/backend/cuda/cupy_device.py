@@ -84,8 +84,7 @@ class CupyDevice:
         count = int(np.prod(shape))
         num_bytes = max(1, count * np.dtype(dtype).itemsize)
         if not self.comm_buffers_on_host:
-            memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(num_bytes), 0)
-            return cupy.ndarray(shape, dtype, memory)
+            return self.allocate_shared(shape, dtype)
         return np.asarray(_PinnedMemory(num_bytes)).view(dtype)[:count].reshape(shape)
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
@@ -136,13 +135,22 @@ class CupyDevice:
     def copy(self, values: Array, out: Array) -> None:
         out.data.copy_from_device_async(values.data, values.nbytes, self._stream)
 
-    def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[Array, bytes]:
-        memory = cupy.cuda.Memory(max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
+    def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Beside CuPy's pool, whose unused memory is freed if there is no other."""
+        num_bytes = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         try:
-            handle: bytes = cupy.cuda.runtime.ipcGetMemHandle(memory.ptr)
+            memory = cupy.cuda.Memory(num_bytes)
+        except cupy.cuda.runtime.CUDARuntimeError:
+            self.free_unused()
+            memory = cupy.cuda.Memory(num_bytes)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+    def handle(self, values: Array) -> bytes:
+        try:
+            handle: bytes = cupy.cuda.runtime.ipcGetMemHandle(values.data.ptr)
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise ConfigError(f"GPU memory cannot be shared with other ranks: {error}") from error
-        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0)), handle
+        return handle
 
     def map_shared(self, handle: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         try:

@@ -160,8 +160,11 @@ class Device(Protocol):
     def copy(self, values: Array, out: Array) -> None:
         """Submit a copy between contiguous arrays of equal size."""
 
-    def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[Array, bytes]:
-        """Allocate memory as `empty` that other processes of the node can map, and its handle (HANDLE_BYTES)."""
+    def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Allocate device memory that other processes of the node can map; freeing it waits for the device."""
+
+    def handle(self, values: Array) -> bytes:
+        """The handle (HANDLE_BYTES) of memory of `allocate_shared`; raises ConfigError if the device refuses."""
 
     def map_shared(self, handle: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Map memory that another process allocated; raises ConfigError if the device refuses."""

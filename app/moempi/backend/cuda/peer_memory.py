@@ -19,9 +19,12 @@ class DevicePeerMemory:
         self._device = device
         self._row_dtype = np.dtype(row_dtype)
 
-    def allocate(self, rows: int, width: int) -> tuple[Array, bytes]:
-        """Not from a pool, because a handle is one of a whole allocation."""
+    def allocate(self, rows: int, width: int) -> Array:
+        """Not from a pool, because a handle stands for a whole allocation."""
         return self._device.allocate_shared((rows, width), self._row_dtype)
+
+    def handle(self, rows: Array) -> bytes:
+        return self._device.handle(rows)
 
     def map(self, handle: bytes, rows: int, width: int) -> Array:
         return self._device.map_shared(handle, (rows, width), self._row_dtype)

@@ -24,9 +24,10 @@ from moempi.comm.transports.buffers import BufferRing
 from moempi.comm.transports.pairwise import blocks
 from moempi.comm.transports.shared import open_window
 from moempi.comm.transports.shared_flags import WAITING, SharedFlags, flags_bytes, make_shared_flags
+from moempi.errors import ConfigError
 
 SLOT = np.dtype([("version", np.int64), ("rows", np.int64), ("handle", np.uint8, HANDLE_BYTES), ("unused", "V48")])
-"""A slot as its owner describes it to the receivers: how often it was replaced, its rows, its handle."""
+"""A slot as its owner describes it, in two cache lines: how often it was replaced, its rows, its handle."""
 
 
 @dataclass(slots=True)
@@ -41,11 +42,13 @@ class IpcReceipt:
     is_complete: bool = False
 
     def Test(self) -> bool:  # noqa: N802
+        if self.is_complete:
+            return True
         if self.copied is None:
             if self.transport.flags.poll(self.number) == WAITING:
                 return False
             self.copied = self.transport.copy_from_slots(self)
-        if not self.is_complete and self.copied.is_done():
+        if not len(self.incoming) or self.copied.is_done():
             self.transport.flags.release(self.number)
             self.is_complete = True
         return self.is_complete
@@ -66,7 +69,10 @@ class MappedSlot:
 
 
 class CudaIpc:
-    """Rows of `width` elements between the ranks of one node, in GPU memory; the constructor is collective."""
+    """Rows of `width` elements between the ranks of one node, in GPU memory; the constructor is collective.
+
+    Each slot has `least_rows` at least.
+    """
 
     name = "cuda_ipc"
 
@@ -76,20 +82,23 @@ class CudaIpc:
         memory: PeerMemory,
         *,
         width: int,
+        least_rows: int = 1,
         make_flags: Callable[..., SharedFlags] = make_shared_flags,
     ) -> None:
         self._comm = comm.Dup()
         self._memory = memory
         self._width = width
+        self._least_rows = least_rows
         words_bytes, slots_bytes = flags_bytes(comm.size), 2 * comm.size * SLOT.itemsize
         self._window, words = open_window(self._comm, words_bytes + slots_bytes, 0)
         self._slots: npt.NDArray[Any] = words[words_bytes:].view(SLOT).reshape(comm.size, 2)
         self.flags = make_flags(
             words[:words_bytes], range(comm.size), own=comm.rank, slot_rows=0, sync=self._window.Sync
         )
-        self._incoming = BufferRing(2, lambda rows: memory.allocate(rows, width)[0])
+        self._incoming = BufferRing(2, lambda rows: memory.allocate(rows, width))
         self._own: list[list[Array]] = [[], []]
         self._mapped: dict[tuple[int, int], list[MappedSlot]] = {}
+        self._receipts: list[IpcReceipt | None] = [None, None]
         self._number = 0
 
     def free(self) -> None:
@@ -99,6 +108,7 @@ class CudaIpc:
                 self._memory.unmap(slot.rows)
         self._comm.Barrier()
         self._own.clear()
+        self._receipts.clear()
         self._window.Unlock_all()
         self._window.Free()
         self._comm.Free()
@@ -112,32 +122,39 @@ class CudaIpc:
         parity = (self._number + 1) % 2
         own = self._own[parity]
         if not own or len(own[-1]) < rows:
-            own.append(self._new_slot(parity, rows + rows // 4))
+            own.append(self._new_slot(parity, max(self._least_rows, rows + rows // 4)))
         return own[-1][:rows]
 
     def can_send(self) -> bool:
         return self.flags.slot_is_free((self._number + 1) % 2)
 
     def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> IpcReceipt:
+        """Raises RuntimeError if two transfers are pending: their slots are in use."""
         self._number += 1
-        self.flags.signal(self._number, fits=True, sent=send_counts, received=recv_counts, num_rows=len(incoming))
-        return IpcReceipt(self, self._number, incoming, recv_counts)
+        earlier = self._receipts[self._number % 2]
+        if earlier is not None and not earlier.is_complete:
+            raise RuntimeError("a third transfer of cuda_ipc was started while two are pending")
+        # Without rows, the flags compute no index of the rows, which receivers of blocks do not need.
+        self.flags.signal(self._number, fits=True, sent=send_counts, received=recv_counts, num_rows=0)
+        receipt = self._receipts[self._number % 2] = IpcReceipt(self, self._number, incoming, recv_counts)
+        return receipt
 
     def copy_from_slots(self, receipt: IpcReceipt) -> Event:
-        """Submit the copies of a transfer that all senders have signalled; the event is behind them."""
-        parity = receipt.number % 2
-        return self._memory.copy(
-            [
-                RowCopy(self._slot(rank, parity), self.flags.first_row(receipt.number, rank), first, last - first)
-                for rank, (first, last) in blocks(receipt.counts).items()
-            ],
-            receipt.incoming,
-        )
+        """Submit the copies of a transfer that all senders have signalled; the event is behind them.
+
+        Each rank begins with the rank behind it, so that they do not all read from one GPU at a time.
+        """
+        parity, own, size = receipt.number % 2, self._comm.rank, self._comm.size
+        received = sorted(blocks(receipt.counts).items(), key=lambda block: (block[0] - own - 1) % size)
+        copies = [
+            RowCopy(self._slot(rank, parity), self.flags.first_row(receipt.number, rank), first, last - first)
+            for rank, (first, last) in received
+        ]
+        return self._memory.copy(copies, receipt.incoming)
 
     def _new_slot(self, parity: int, rows: int) -> Array:
-        slot, handle = self._memory.allocate(rows, self._width)
-        described = self._slots[self._comm.rank, parity]
-        described["rows"], described["handle"] = rows, np.frombuffer(handle, np.uint8)
+        slot, described = self._memory.allocate(rows, self._width), self._slots[self._comm.rank, parity]
+        described["rows"], described["handle"] = rows, np.frombuffer(self._memory.handle(slot), np.uint8)
         described["version"] += 1
         return slot
 
@@ -148,6 +165,11 @@ class CudaIpc:
         described, mapped = self._slots[rank, parity], self._mapped.setdefault((rank, parity), [])
         version = int(described["version"])
         if not mapped or mapped[-1].version != version:
-            rows = self._memory.map(described["handle"].tobytes(), int(described["rows"]), self._width)
+            try:
+                rows = self._memory.map(described["handle"].tobytes(), int(described["rows"]), self._width)
+            except ConfigError as error:
+                raise ConfigError(
+                    f'from rank {rank} of the node: {error}; use exchange.transport = "alltoallv"'
+                ) from error
             mapped.append(MappedSlot(version, rows))
         return mapped[-1].rows
