@@ -121,7 +121,7 @@ def test_limits_are_kept_and_the_front_falls():
         possible = [speed for speed, *seconds in everything if all(map(le, seconds, limits.values()))]
         assert all(map(le, (found.latency_s, found.forecast.first_token_s), limits.values()))
         assert max(possible) * 0.9 <= found.tokens_per_s <= max(possible) * (1 + 1e-9)
-    soonest = search.soonest(next_token_s).latency_s
+    _, soonest = search.soonest(next_token_s)
     assert soonest <= min(seconds for _, seconds, _ in everything) * 1.01
     assert search.fastest({next_token_s: soonest * 0.9}) is None
 

@@ -136,8 +136,8 @@ def _refusal(request: SearchRequest, search: Search, limits: Limits) -> str:
         return _misfit(request)
     for cost, limit in limits.items():
         flag, unit = FLAGS[cost]
-        soonest = search.soonest(cost)
-        if soonest and (least := cost(1, soonest.forecast, soonest.forecast.micro_batch_s(overlap=True))) > limit:
+        soonest, least = search.soonest(cost)
+        if soonest and least > limit:
             return f"no layout keeps {flag} {limit * unit:g}: the soonest needs {least * unit:.4g}, {_name(soonest)}"
     return f"no layout keeps {' and '.join(FLAGS[cost][0] for cost in limits)} at once, though each limit alone"
 

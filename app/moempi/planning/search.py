@@ -78,6 +78,7 @@ class Search:
         self._layout_of = np.repeat(np.arange(len(sizes)), sizes)
         self._first_of = np.cumsum([0, *sizes])
         self._simulated: dict[int, Forecast] = {}
+        self._soonest: dict[Cost, tuple[Found | None, float]] = {}
         self._numbers: dict[object, Float64Array] = {}
 
     @property
@@ -97,13 +98,17 @@ class Search:
         candidates in a row that were no faster.
         """
         allowed = np.array([one.shape != without for one in self.layouts], bool)
-        if any(self._least(latency, limits, allowed, PATIENCE) is None for latency in limits):
+        if any(self.soonest(latency)[1] > limit for latency, limit in limits.items()):
             return None
         return self._least(token_s, limits, allowed, patience)
 
-    def soonest(self, latency: Cost) -> Found | None:
-        """The candidate with the least latency, if there are candidates."""
-        return self._least(latency, {}, np.ones(len(self.layouts), bool), PATIENCE)
+    def soonest(self, latency: Cost) -> tuple[Found | None, float]:
+        """The candidate with the least latency, and that; infinite if there are no candidates."""
+        if latency not in self._soonest:
+            found = self._least(latency, {}, np.ones(len(self.layouts), bool), PATIENCE)
+            seconds = latency(1, found.forecast, found.forecast.micro_batch_s(overlap=True)) if found else inf
+            self._soonest[latency] = found, seconds
+        return self._soonest[latency]
 
     def front(self, limits: Limits) -> Iterator[Found]:
         """The fastest candidate that keeps the limits, then the fastest whose latency is shorter by FRONT_STEP, ..."""
@@ -117,7 +122,7 @@ class Search:
         """The candidate of the allowed layouts that costs least within the limits.
 
         The likely ones are tried first, until PATIENCE in a row are no better, then those of a low bound, until
-        `patience` are. If there are limits, ten times as many are tried to find the first that keeps them.
+        `patience` are. Five times as many are tried to find the first that keeps the limits.
         """
         possible = self._possible(limits, allowed)
         if not len(possible):
@@ -129,7 +134,7 @@ class Search:
                 if bounds[index] * (1 + self._gain) < least:
                     found = self._cost_of(index, cost, limits, least)
                     best, least, worse = (index, found, 0) if found < least else (best, least, worse + 1)
-                if worse >= (most if best is not None else 10 * most):
+                if worse >= (most if best is not None else 5 * most):
                     break
         return None if best is None else self._found(best)
 

@@ -4,7 +4,7 @@ The host computes for one lane at a time, in the order of the schedule. A rank's
 another, in the order in which they start. A lane is resumed when its transfer has arrived.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
@@ -109,12 +109,12 @@ class _Link:
         self.arrivals = [0.0] * num_lanes
         self._free_at = 0.0
         self._order = count()
-        self._events: list[tuple[float, int, int, Sequence[Transmission]]] = []
+        self._events: list[tuple[float, int, int, Iterator[Transmission]]] = []
 
     def start(self, lane: int, at: float, transmissions: Sequence[Transmission]) -> None:
         """Start a transfer of a lane; its arrival is infinite until `advance` has found it."""
         self.arrivals[lane] = inf
-        heappush(self._events, (at, next(self._order), lane, transmissions))
+        heappush(self._events, (at, next(self._order), lane, iter(transmissions)))
 
     def send(self, at: float, transmission: Transmission) -> float:
         """Send what no lane waits for; its arrival."""
@@ -136,11 +136,11 @@ class _Link:
 
     def _advance_one(self) -> None:
         at, _, lane, transmissions = heappop(self._events)
-        if transmissions:
-            transmission, *later = transmissions
-            self.start(lane, self._carry(at, transmission), later)
-        else:
+        transmission = next(transmissions, None)
+        if transmission is None:
             self.arrivals[lane] = at
+        else:
+            heappush(self._events, (self._carry(at, transmission), next(self._order), lane, transmissions))
 
     def _carry(self, at: float, transmission: Transmission) -> float:
         """Occupy the link with a transmission that starts at this time; its arrival."""
