@@ -4,6 +4,7 @@ from itertools import product
 from math import comb
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moempi.config.architecture import Architecture
@@ -130,3 +131,45 @@ def test_one_rank_sends_nothing():
     sent = [one for phase in phases for one in phase.transmissions]
     assert all(one.link_s == pytest.approx(0) or one.link_s == pytest.approx(to_itself) for one in sent)
     assert all(one.latency_s < 1e-9 for one in sent)
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_immediate_routing_sends_each_output_and_each_residual_to_the_next_stage(tensor):
+    load, layers = StepLoad(512, 64, 100), range(30, 32)
+    back, immediate = (
+        costs(tensor=tensor, immediate=immediate).step(layers, load, is_first=False, is_last=False)
+        for immediate in (False, True)
+    )
+    points = step_points(layers, MISSION.moe_layers, tensor=tensor, is_first=False, is_last=False, immediate=True)
+    assert tuple(phase.point for phase in immediate) == points
+    assert sum(phase.compute_s for phase in immediate) == pytest.approx(sum(phase.compute_s for phase in back))
+    rows = 512 / tensor
+    assert immediate[0].sent.link_s == pytest.approx(rows * (TOP_K + 1) * 2 * WIDTH / NETWORK)
+    assert immediate[0].sent.latency_s == pytest.approx(64 * 5e-6, rel=0.01)
+    returned = by_phase(back, 31)["combine"].travel_s + sum(phase.travel_s for phase in back if phase.point.layer == -1)
+    assert sum(phase.travel_s for phase in immediate) == pytest.approx(sum(phase.travel_s for phase in back) - returned)
+
+
+@pytest.mark.parametrize(("tensor", "hops", "immediate"), [(1, 1, False), (1, 1, True), (8, 2, False), (8, 1, True)])
+def test_many_loads_at_once_cost_what_each_costs_alone(tensor, hops, immediate):
+    own = costs(tensor=tensor, hops=hops, immediate=immediate)
+    rows, sequences = np.array([0.5, 8.0, 600.0, 40000.0]), np.array([0.5, 8.0, 300.0, 10.0])
+    many = own.step(range(2, 5), StepLoad(rows, sequences, 100), is_first=False, is_last=False)
+    for index in range(4):
+        load = StepLoad(float(rows[index]), float(sequences[index]), 100)
+        for one, of_many in zip(own.step(range(2, 5), load, is_first=False, is_last=False), many, strict=True):
+            for name in ("compute_s", "beside_s", "link_s", "travel_s"):
+                assert getattr(one, name) == pytest.approx(np.broadcast_to(getattr(of_many, name), 4)[index])
+            assert type(one.compute_s) in (float, int)
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_the_ranks_that_host_experts_receive_the_rows_of_all(hops):
+    """128 ranks for 64 experts: rows go to the first 64, twice as many to each."""
+    load = StepLoad(1024, 1, 1)
+    even, surplus = (
+        by_phase(costs(virtual(ranks, 8), hops=hops).step(range(30, 32), load, is_first=False, is_last=False), 31)
+        for ranks in (64, 128)
+    )
+    for phase in ("dispatch", "combine"):
+        assert surplus[phase].link_s == pytest.approx(2 * even[phase].link_s)

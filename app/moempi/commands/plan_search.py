@@ -197,7 +197,8 @@ def _front_table(request: SearchRequest, front: Iterable[Found]) -> Table:
     table.caption = "the fastest, then each time the fastest whose latency is a fifth less"
     for found in front:
         job = found.planned.job
-        cells = [f"{count}" for count in (job.exchange.hops, job.run.lanes, job.run.micro_batches)]
+        hops = "1 imm." if job.exchange.immediate else f"{job.exchange.hops}"
+        cells = [hops, f"{job.run.lanes}", f"{job.run.micro_batches}"]
         counts = {"sequences": found.shape.replicas * found.forecast.sequences, "rows": job.run.batch_tokens}
         cells += [f"{counts[size]:,.0f}"] if size else []
         table.add_row(f"{found.tokens_per_s:,.0f}", *_latency_cells(found), _name(found), *cells)

@@ -68,7 +68,7 @@ def make_layout(
         )
         for index, (stage, stage_placements) in enumerate(zip(grid.stages, placements, strict=True))
     )
-    return Layout(grid, placements, memory, _immediate_stages(job, architecture, grid))
+    return Layout(grid, placements, memory, immediate_stages(job, architecture, grid))
 
 
 def _most_groups(grid: Grid, stage: int) -> int:
@@ -112,8 +112,11 @@ def layer_cost(architecture: Architecture, layer: int) -> float:
     )
 
 
-def _immediate_stages(job: Job, architecture: Architecture, grid: Grid) -> tuple[int, ...]:
-    """The stages that send expert outputs directly to the next stage: all but the last that end with a MoE layer."""
+def immediate_stages(job: Job, architecture: Architecture, grid: Grid) -> tuple[int, ...]:
+    """The stages that send expert outputs directly to the next stage: all but the last that end with a MoE layer.
+
+    Raises ConfigError if the job has immediate routing in two hops.
+    """
     if job.exchange.immediate and job.exchange.hops > 1:
         raise ConfigError("exchange.immediate = true goes with one hop only; use exchange.hops = 1")
     ends = [stage.layers[-1] for stage in grid.stages[:-1]] if job.exchange.immediate else []

@@ -19,7 +19,7 @@ from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
 from moempi.errors import ConfigError
 from moempi.layout.grid import balanced_stages
-from moempi.layout.layout import make_layout
+from moempi.layout.layout import immediate_stages, make_layout
 from moempi.layout.memory import pages_for
 from moempi.layout.topology import Topology
 from moempi.planning.forecast import Forecast, PlannedJob, Step, forecast_step
@@ -152,7 +152,7 @@ def least_memory(request: SearchRequest, shapes: Iterable[Shape]) -> float:
 def _with_steps(
     request: SearchRequest, shape: Shape, *, layers: Sequence[int] = (), ranks: Sequence[int] = ()
 ) -> list[Candidates]:
-    """The layout with each number of hops that makes a difference, and its kinds of steps; [] if nothing fits."""
+    """The layout with each way of its rows that makes a difference, and its kinds of steps; [] if nothing fits."""
     planned = _laid_out(request, shape, layers=layers, ranks=ranks)
     steps = _steps(planned, request) if planned else None
     if not planned or not steps:
@@ -160,11 +160,13 @@ def _with_steps(
     nodes = planned.topology.nodes
     spans_nodes = any(nodes[stage.ranks[0]] != nodes[stage.ranks[-1]] for stage in planned.layout.grid.stages)
     found = []
-    for hops in (1, 2) if spans_nodes else (1,):
-        immediate = planned.job.exchange.immediate and hops == 1
+    for hops, immediate in ((1, False), (1, True), (2, False)):
         exchange = structs.replace(planned.job.exchange, hops=hops, immediate=immediate)
-        hopping = replace(planned, job=structs.replace(planned.job, exchange=exchange))
-        found.append(Candidates(shape.replicas, hopping, steps, forecast_step(hopping, request.workload, steps)))
+        job = structs.replace(planned.job, exchange=exchange)
+        stages = immediate_stages(job, request.architecture, planned.layout.grid)
+        if (spans_nodes or hops == 1) and (stages or not immediate):
+            routed = replace(planned, job=job, layout=replace(planned.layout, immediate_stages=stages))
+            found.append(Candidates(shape.replicas, routed, steps, forecast_step(routed, request.workload, steps)))
     return found
 
 
@@ -200,7 +202,8 @@ def _uneven(of: Candidates, index: int) -> Iterator[tuple[tuple[int, ...], tuple
     """Layers, and ranks, of each stage that even out the seconds of one kind of step; () stands for the given ones."""
     found = forecast_step(of.planned, of.forecast.workload, of.step(index))
     parallel, layout = of.planned.job.parallel, of.planned.layout
-    costs, load, last = found.stages[0].step.costs, found.stages[0].step.load, of.planned.architecture.num_layers - 1
+    costs, load = replace(found.stages[0].step.costs, immediate=False), found.stages[0].step.load
+    last = of.planned.architecture.num_layers - 1
     seconds = []
     for layer in range(last + 1):
         phases = costs.step(range(layer, layer + 1), load, is_first=layer == 0, is_last=layer == last)

@@ -320,7 +320,8 @@ def _signature(planned: PlannedJob, index: int) -> object:
     kinds = tuple((architecture.is_moe(layer), architecture.window(layer)) for layer in stage.layers)
     nodes = planned.topology.subset(stage.ranks).nodes
     is_end = index == 0, index == len(grid.stages) - 1
-    return kinds, nodes, _link_level(planned, index), _hosted(planned, index), is_end
+    immediate = index in planned.layout.immediate_stages
+    return kinds, nodes, _link_level(planned, index), _hosted(planned, index), is_end, immediate
 
 
 def _link_level(planned: PlannedJob, index: int) -> int:
@@ -358,6 +359,7 @@ def _stage_step(planned: PlannedJob, index: int, load: StepLoad) -> StageStep:
         row_bytes=planned.architecture.width * value_bytes,
         value_bytes=value_bytes,
         stage_link_level=_link_level(planned, index),
+        immediate=index in planned.layout.immediate_stages,
     )
     return StageStep(
         costs,

@@ -56,7 +56,8 @@ class StepCosts:
     """Costs on the busiest rank of a stage, which hosts `hosted` experts of each layer.
 
     `topology` is that of the stage's ranks, `tensor` the size of a tensor group. A row is sent as `row_bytes`; a number
-    of weights and cache takes `value_bytes`. `stage_link_level` is the level of the links to the next stage.
+    of weights and cache takes `value_bytes`. `stage_link_level` is the level of the links to the next stage, to which
+    the experts of the last layer send their outputs with `immediate` routing.
     """
 
     machine: MachineFile
@@ -68,6 +69,7 @@ class StepCosts:
     row_bytes: int
     value_bytes: int
     stage_link_level: int = NETWORK
+    immediate: bool = False
 
     def step(self, layers: range, load: StepLoad, *, is_first: bool, is_last: bool) -> list[Phase]:
         """The phases of one lane's step through `layers`, one per point of `schedule.step_points`.
@@ -87,6 +89,8 @@ class StepCosts:
                 phases.append(replace(phase, point=point, compute_s=phase.compute_s + pending_s))
                 pending_s = 0.0
             pending_s += undivided_s
+        if self.immediate:
+            pending_s += phases.pop().compute_s  # of the experts, whose outputs do not return
         for phase in self._end(layers, load, is_last=is_last):
             phases.append(replace(phase, compute_s=phase.compute_s + pending_s))
             pending_s = 0.0
@@ -177,7 +181,7 @@ class StepCosts:
 
     def _end(self, layers: range, load: StepLoad, *, is_last: bool) -> list[Phase]:
         """A tensor group all-gathers the rows; on the last stage it exchanges slices of the logits, then tokens."""
-        if self.tensor == 1:
+        if self.tensor == 1 or self.immediate:
             return []
         if not is_last:
             return [Phase(GATHER_OUTPUT, 0.0, [self._tensor_group(load)])]
@@ -261,8 +265,18 @@ class StepCosts:
 
     def _stage_link(self, load: StepLoad, *, is_last: bool) -> Transmission:
         """A rank's rows to the next stage; the last stage sends tokens to the first."""
+        if self.immediate:
+            return self._immediate(load.rows / self.tensor)
         num_bytes = COUNT_BYTES * load.sequences if is_last else load.rows / self.tensor * self.row_bytes
         return self._transfer(self._count([self.stage_link_level]), 1.0, num_bytes)
+
+    def _immediate(self, rows: float) -> Transmission:
+        """The outputs of a rank's experts to the ranks of the next stage, which are as many, and its own residuals."""
+        choices = self._busiest * rows * self._top_k
+        probability = 1 - (1 - 1 / self._num_ranks) ** choices
+        residuals = 2 * rows if self.architecture.experts.shared_width else rows
+        num_bytes = (choices + residuals) / self._num_ranks * self.row_bytes
+        return self._transfer(self._count([self.stage_link_level] * self._num_ranks), probability, num_bytes)
 
     def _collective(self, num_bytes: int) -> Transmission:
         """An all-to-all of `num_bytes` per pair of ranks, in log2(ranks) messages (Bruck et al. 1997)."""
