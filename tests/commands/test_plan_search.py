@@ -31,6 +31,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def is_head_of_parts(line):
+    return line.startswith(" slowest stage ")
+
+
 def plan(*arguments, job="job.toml"):
     return main(["plan", str(job), "--machine", str(MACHINE), *RANKS, *arguments])
 
@@ -61,8 +65,13 @@ def test_the_job_file_works_where_it_lies_and_keeps_what_the_search_does_not_dec
     [("decode", ["ms a token"]), ("prefill", ["first s"]), ("mixed", ["ms a token", "first s"])],
 )
 def test_a_search_prints_tables_of_80_columns(folder, capsys, goal, heads):
-    assert plan("--search", "--for", goal, "--prompt", "64", "--context", "128") == 0
+    assert plan("--search", "--explain", "--for", goal, "--prompt", "64", "--context", "128") == 0
     lines = capsys.readouterr().out.splitlines()
+    parts = [line.split() for line in lines[lines.index(next(filter(is_head_of_parts, lines))) + 2 :][:2]]
+    for *_, step_ms, arithmetic, memory, link, _host, idle in parts:
+        busy = max(float(arithmetic), float(memory), float(link)) / float(step_ms)
+        assert 0 < busy <= 1.001
+        assert float(idle.rstrip("%")) <= 100 * (1 - busy) + 3  # milliseconds of this small model have few digits
     assert max(map(len, lines)) <= 80
     front, conventional = (line for line in lines if "token/s " in line)
     for head in ["token/s", *heads]:
@@ -98,7 +107,7 @@ def test_what_cannot_be_is_one_line(folder, capsys, arguments, code, words):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", [["--for", "decode"], ["--token-ms", "5"], ["-o", "best.toml"]])
+@pytest.mark.parametrize("flag", [["--for", "decode"], ["--token-ms", "5"], ["-o", "best.toml"], ["--explain"]])
 def test_flags_of_the_search_without_it_are_refused(folder, capsys, flag):
     assert plan(*flag) == 64
     assert "goes with --search" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Forecasts of the mission's jobs: what fits, what a step computes, what limits a stage, share of the ideal."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,12 @@ def test_a_first_token_needs_the_steps_of_its_prompt():
     short, long = (forecasts("mission.toml", prompt=prompt)["prefill"] for prompt in (2048, 8192))
     assert short.first_token_s == pytest.approx(short.seconds(overlap=True))
     assert long.first_token_s == pytest.approx(4 * long.seconds(overlap=True))
+
+
+@pytest.mark.parametrize("path", sorted((JOBS / "machines").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_machines_have_nearer_links_that_are_no_slower(path):
+    machine = read_machine(path)
+    for near, far in pairwise(machine.levels):
+        assert near.latency_us <= far.latency_us
+        assert near.bandwidth_gb_s >= far.bandwidth_gb_s
+    assert machine.memory_gb > 0

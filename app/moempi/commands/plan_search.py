@@ -43,13 +43,15 @@ def add_search_flags(parser: ArgumentParser) -> None:
     first_token = "with --search: most time from the start of a prompt to the token after it"
     parser.add_argument("--first-token-s", type=amount, metavar="S", help=first_token)
     parser.add_argument("-o", "--out", type=Path, metavar="BEST.toml", help="with --search: write the job found")
+    explain = "with --search: show what the best layout and the best of another shape wait for"
+    parser.add_argument("--explain", action="store_true", help=explain)
     add_force_flag(parser)
 
 
 def require_search_flags(chosen: Namespace) -> None:
     """Raise UsageError if a flag does not go with the others."""
     flags = {"--for": chosen.goal, "--token-ms": chosen.token_ms, "--first-token-s": chosen.first_token_s}
-    flags |= {"-o": chosen.out, "--output-tokens": chosen.output_tokens}
+    flags |= {"-o": chosen.out, "--output-tokens": chosen.output_tokens, "--explain": chosen.explain or None}
     given = [flag for flag, value in flags.items() if value is not None]
     if given and not chosen.search:
         raise UsageError(f"{given[0]} goes with --search")
@@ -81,11 +83,12 @@ def run_search(chosen: Namespace, request: SearchRequest) -> int:
     if not front:
         raise ConfigError(_refusal(request, search, limits))
     best = front[0]
-    lines = [*_replicas_lines(best), _margin_line(best, search.fastest(limits, without=best.shape)), _size_line(search)]
+    runner_up = search.fastest(limits, without=best.shape)
+    explained = [_parts_table(filter(None, (best, runner_up)))] if chosen.explain else []
+    lines = [*_replicas_lines(best), _margin_line(best, runner_up), _size_line(search)]
     note = f"A model's forecasts, not measurements, of: {request.machine.name}"
-    console().print(
-        _front_table(request, front), _conventional_table(request, limits, best), LETTERS, *lines, note, sep="\n"
-    )
+    tables = [_front_table(request, front), *explained, _conventional_table(request, limits, best)]
+    console().print(*tables, LETTERS, *lines, note, sep="\n")
     if chosen.out:
         _write_job(best, chosen.out, machine=request.machine.name)
         print_line(f"wrote {chosen.out}: a job of {len(best.planned.topology.nodes):,} ranks")
@@ -165,6 +168,20 @@ def _conventional_table(request: SearchRequest, limits: Limits, best: Found) -> 
         else:
             share = found.tokens_per_s / best.tokens_per_s
             table.add_row(name, _name(found), *_latency_cells(found), f"{found.tokens_per_s:,.0f}", f"{share:.1%}")
+    return table
+
+
+def _parts_table(compared: Iterable[Found]) -> Table:
+    """The parts of a step of the slowest stage of each layout."""
+    table = figures_table("slowest stage", "tokens", "step ms", "arith.", "memory", "link", "host", "idle")
+    table.caption = "tokens of a step on all ranks, ms from step to step, and those of its parts alone"
+    for found in compared:
+        slowest = max(found.forecast.stages, key=lambda stage: stage.overlapped_s)
+        step_s = found.forecast.micro_batch_s(overlap=True)
+        parts = (step_s, slowest.arithmetic_s, slowest.memory_s, slowest.link_s, slowest.host_s)
+        tokens = found.shape.replicas * found.forecast.tokens
+        idle = f"{1 - slowest.busy_s / step_s:.1%}"
+        table.add_row(_name(found), f"{tokens:,.0f}", *(f"{part * 1e3:.3f}" for part in parts), idle)
     return table
 
 
