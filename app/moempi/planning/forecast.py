@@ -69,15 +69,15 @@ class StageForecast:
         """Ranks of the stage."""
         return self.step.ranks
 
-    @cached_property
+    @property
     def phases(self) -> Sequence[Phase]:
-        """The phases of a step."""
+        """The phases of a step, computed at each use: kept for many loads at once, they would fill the memory."""
         return self.step.phases()
 
-    @cached_property
+    @property
     def compute_s(self) -> float:
         """Seconds of computing in a step."""
-        return _compute_s(self.phases)
+        return self._sums[0]
 
     @property
     def arithmetic_s(self) -> float:
@@ -94,10 +94,10 @@ class StageForecast:
         """Seconds of the host's overhead in a step."""
         return len(self.phases) * self.step.costs.machine.turn_us * 1e-6
 
-    @cached_property
+    @property
     def link_s(self) -> float:
         """Seconds in which a step occupies the rank's link."""
-        return sum(phase.link_s for phase in self.phases)
+        return self._sums[1]
 
     @property
     def busy_s(self) -> float:
@@ -109,10 +109,16 @@ class StageForecast:
         """Seconds of the transfers for which a step waits, on a link that is free."""
         return sum(phase.travel_s for phase in self.phases)
 
-    @cached_property
+    @property
     def path_s(self) -> float:
         """Seconds of a step that is alone on the rank and the link."""
-        return sum(phase.compute_s + larger(phase.beside_s, phase.travel_s) for phase in self.phases)
+        return self._sums[2]
+
+    @cached_property
+    def _sums(self) -> tuple[float, float, float]:
+        phases = self.phases
+        path_s = sum(phase.compute_s + larger(phase.beside_s, phase.travel_s) for phase in phases)
+        return _compute_s(phases), sum(phase.link_s for phase in phases), path_s
 
     @cached_property
     def waiting_s(self) -> float:
@@ -220,7 +226,8 @@ class Forecast:
         if self.is_full:
             return self.slowest_s
         first, last = FILLING_ROUNDS * self.in_flight, (FILLING_ROUNDS + MEASURED_ROUNDS) * self.in_flight
-        steps = [stage.phases for stage in self.stages]
+        phases = {stage: stage.phases for stage in {*self.stages}}
+        steps = [phases[stage] for stage in self.stages]
         ends = step_ends_s(steps, lanes=self.lanes, in_flight=self.in_flight, num_steps=last + 1)
         return max(self.slowest_s, float(ends[last] - ends[first]) / (last - first))
 
