@@ -80,7 +80,7 @@ def tensors_of(architecture: Architecture, model_type: str) -> Tensors:
 def _shapes(sources: Sequence[str] | Fused, tensor: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
     if isinstance(sources, Fused):
         experts, outputs, *inputs = tensor.shape
-        yield sources.name, (experts, *inputs, outputs * sources.step)
+        yield sources.name, (experts, *inputs, outputs * sources.parts)
         return
     shape = tensor.shape[1:] if tensor.share is Share.EXPERTS else tensor.shape
     for name in sources:

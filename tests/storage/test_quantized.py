@@ -164,7 +164,7 @@ def test_four_bit_blocks(tmp_path):
         number = numbers[pair >> 4 if column % 2 else pair & 15]
         expected[expert, row, column] = number * 2.0 ** (int(scales[expert, row, column // 32]) - 127)
     np.testing.assert_array_equal(whole.read(0, 2), expected)
-    expert = FusedExpert(whole, expert=1, first=1, step=2, transposed=False)
+    expert = FusedExpert(whole, expert=1, outputs=slice(1, None, 2), transposed=False)
     assert expert.shape == (3, 64)
     np.testing.assert_array_equal(expert.read(1, 3), expected[1, [3, 5]])
 
@@ -172,7 +172,7 @@ def test_four_bit_blocks(tmp_path):
 def test_an_expert_of_a_fused_tensor_is_transposed(tmp_path):
     array = np.arange(2 * 3 * 8, dtype="<f4").reshape(2, 3, 8)
     whole = stored(tmp_path / "raw", whole=array)["whole"]
-    expert = FusedExpert(whole, expert=1, first=1, step=2, transposed=True)
+    expert = FusedExpert(whole, expert=1, outputs=slice(1, None, 2), transposed=True)
     assert expert.shape == (4, 3)
     np.testing.assert_array_equal(expert.read(0, 4), array[1, :, 1::2].T)
 

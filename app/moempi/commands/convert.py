@@ -23,6 +23,8 @@ def run(chosen: Namespace) -> int:
     made = convert(chosen.checkpoint, chosen.weights)
     notes = f", {made.num_rounded:,} tensors rounded to bfloat16" if made.num_rounded else ""
     print_line(f"wrote {chosen.weights}: {made.num_tensors:,} tensors, {format_size(made.num_bytes)}{notes}")
+    if made.num_other_parts:
+        print_line(f"{chosen.checkpoint}: left out {made.num_other_parts:,} tensors of its parts for images or sound")
     if not made.has_tokenizer:
         print_line(f"{chosen.checkpoint}: holds no tokenizer: prompts for {chosen.weights} are lists of tokens")
     return 0

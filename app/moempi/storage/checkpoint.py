@@ -16,6 +16,7 @@ from moempi.arrays import aligned_empty
 from moempi.config.input_file import file_mode, open_input, read_input
 from moempi.errors import DataError, NoInputError
 from moempi.storage.chat_templates import ChatTemplates, read_chat_templates
+from moempi.storage.downloads import refuse_placeholder, refuse_short, refuse_unfinished, where_to_get
 from moempi.storage.hdf5 import AnyArray
 from moempi.storage.tokenizer_files import read_tokenizer
 
@@ -32,6 +33,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_METADATA_BYTES = 1 << 28
 HEADER_LENGTH_BYTES = 8
+MAX_BEGIN_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     if not stat.S_ISDIR(file_mode(folder)):
-        raise NoInputError(f"{folder}: is not a folder with a checkpoint (config.json, *.safetensors)")
+        raise NoInputError(
+            f"{folder}: is not a folder with a checkpoint (config.json, *.safetensors){where_to_get(folder)}"
+        )
     config = _read_object(folder / "config.json")
     tokenizer_config = _read_optional(folder / "special_tokens_map.json")
     tokenizer_config |= _read_optional(folder / "tokenizer_config.json")
@@ -120,13 +124,11 @@ def _is_named(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def _read_bytes(path: Path) -> bytes:
-    return read_input(path, limit=MAX_METADATA_BYTES, too_long=DataError)
-
-
 def _read_object(path: Path) -> dict[str, Any]:
+    content = read_input(path, limit=MAX_METADATA_BYTES, too_long=DataError)
+    refuse_placeholder(path, content)
     try:
-        return msgspec.json.decode(_read_bytes(path), type=dict[str, Any])
+        return msgspec.json.decode(content, type=dict[str, Any])
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON object: {error}") from error
 
@@ -136,11 +138,12 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _read_headers(folder: Path) -> dict[str, CheckpointTensor]:
-    index = folder / INDEX_FILE
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if _is_named(index):
         return _read_shards(folder, index)
-    if _is_named(folder / SINGLE_FILE):
-        return {tensor.name: tensor for tensor in _read_header(folder / SINGLE_FILE)}
+    if _is_named(single):
+        return {tensor.name: tensor for tensor in _read_header(single)}
+    refuse_unfinished(single)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise DataError(f"{folder}: holds pickled weights, which can run code; save them as safetensors first")
     raise NoInputError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
@@ -150,6 +153,10 @@ def _read_shards(folder: Path, index: Path) -> dict[str, CheckpointTensor]:
     listed = _read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise DataError(f"{index}: weight_map is not an object of file names")
+    if SINGLE_FILE not in listed.values() and _is_named(folder / SINGLE_FILE):
+        raise DataError(
+            f"{folder / SINGLE_FILE}: is beside {INDEX_FILE}, which names other files; move away what is not the model"
+        )
     tensors: dict[str, CheckpointTensor] = {}
     for file in sorted(set(listed.values())):
         if Path(file).name != file or "\0" in file or not file.endswith(".safetensors"):
@@ -166,12 +173,20 @@ def _read_shards(folder: Path, index: Path) -> dict[str, CheckpointTensor]:
 
 def _read_header(path: Path) -> list[CheckpointTensor]:
     """The tensors of one file; `safe_open` validates the header, then `_checked_tensor` checks each offset again."""
+    refuse_unfinished(path)
     try:
-        with open_input(path) as file, safe_open(path, framework="numpy"):
-            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
-            header = msgspec.json.decode(file.read(length), type=dict[str, Any])
+        with open_input(path) as file:
+            begin = file.read(MAX_BEGIN_BYTES)
+            refuse_placeholder(path, begin)
+            length = int.from_bytes(begin[:HEADER_LENGTH_BYTES], "little")
+            file.seek(HEADER_LENGTH_BYTES)
+            header = msgspec.json.decode(file.read(min(length, MAX_METADATA_BYTES)), type=dict[str, Any])
         header.pop("__metadata__", None)
         entries = msgspec.convert(header, dict[str, _HeaderEntry])
+        ends = (entry.data_offsets[1] for entry in entries.values())
+        refuse_short(path, HEADER_LENGTH_BYTES + length + max(ends, default=0))
+        with safe_open(path, framework="numpy"):
+            pass
     except OSError as error:
         raise NoInputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError, RecursionError) as error:
@@ -181,10 +196,11 @@ def _read_header(path: Path) -> list[CheckpointTensor]:
 
 
 def _checked_tensor(path: Path, name: str, entry: _HeaderEntry, data_start: int) -> CheckpointTensor:
-    if entry.dtype not in NUMPY_TYPES:
-        raise DataError(f"{path}: {name}: type {entry.dtype} is not supported, only {', '.join(NUMPY_TYPES)}")
+    """Of a type that cannot be read, only the place is known: a tensor that the model leaves out may have any."""
     first, last = entry.data_offsets
-    num_bytes = prod(entry.shape) * NUMPY_TYPES[entry.dtype].itemsize
+    num_bytes = last - first
+    if entry.dtype in NUMPY_TYPES:
+        num_bytes = prod(entry.shape) * NUMPY_TYPES[entry.dtype].itemsize
     if (
         min(entry.shape, default=0) < 0
         or first < 0

@@ -1,6 +1,6 @@
 """Conversion of a checkpoint folder to a weight file: renames, stacks and transposes, keeps bfloat16 bits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -9,11 +9,11 @@ import numpy as np
 
 from moempi.arrays import is_finite, narrow, widen
 from moempi.config.architecture import Architecture
-from moempi.config.families import Fused, family, read_architecture
+from moempi.config.families import Family, Fused, Sources, family, is_other_part, plain_name, read_architecture
 from moempi.config.recommended import recommended_sampling
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.errors import DataError
-from moempi.storage.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
+from moempi.storage.checkpoint import NUMPY_TYPES, Checkpoint, CheckpointTensor, open_checkpoint
 from moempi.storage.hdf5 import AnyArray
 from moempi.storage.tensor_sources import Fp8Matrix, FusedExpert, Mxfp4Experts, Source
 from moempi.storage.weights import OnProgress, write_weights
@@ -24,7 +24,11 @@ FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Result of a conversion; `num_rounded` counts the checkpoint's tensors that were rounded to bfloat16."""
+    """Result of a conversion.
+
+    `num_rounded` counts the checkpoint's tensors that were rounded to bfloat16, `num_other_parts` the tensors of parts
+    for images or sound, which are left out.
+    """
 
     path: Path
     architecture: Architecture
@@ -32,6 +36,7 @@ class Summary:
     num_tensors: int
     num_bytes: int
     num_rounded: int
+    num_other_parts: int
     has_tokenizer: bool
 
 
@@ -45,7 +50,8 @@ def convert(source: str | Path, path: str | Path, *, progress: OnProgress | None
     """
     checkpoint = open_checkpoint(source)
     architecture = read_architecture(checkpoint.config, checkpoint.generation, origin=str(checkpoint.config_path))
-    plan = _ConversionPlan(checkpoint, architecture).sources
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_other_part(name)}
+    plan = _ConversionPlan(checkpoint, tensors, architecture).sources
     fingerprint = write_weights(
         path,
         architecture,
@@ -65,6 +71,7 @@ def convert(source: str | Path, path: str | Path, *, progress: OnProgress | None
         num_tensors=len(plan),
         num_bytes=sum(tensor.num_bytes for tensor in plan),
         num_rounded=num_rounded,
+        num_other_parts=len(checkpoint.tensors) - len(tensors),
         has_tokenizer=bool(checkpoint.tokenizer),
     )
 
@@ -72,37 +79,67 @@ def convert(source: str | Path, path: str | Path, *, progress: OnProgress | None
 class _ConversionPlan:
     """The `sources` of each of our tensors; raises DataError for a tensor of the checkpoint that has no use."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
-        if max(architecture.num_layers, architecture.experts.num) > len(checkpoint.tensors):
-            raise DataError(f"{checkpoint.config_path}: asks for more layers or experts than the files have tensors")
-        self._checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, tensors: Mapping[str, CheckpointTensor], architecture: Architecture
+    ) -> None:
+        if architecture.num_layers > len(tensors):
+            raise DataError(f"{checkpoint.config_path}: asks for more layers than the files have tensors")
+        self._folder = checkpoint.folder
+        self._tensors = _plain_names(tensors)
         self._used: set[str] = set()
         names = family(architecture.family, origin=str(checkpoint.config_path))
         self.sources = {
-            tensor: tuple(self._checked(source, tensor) for source in self._sources(names.sources(tensor), tensor))
+            tensor: tuple(self._checked(source, tensor) for source in self._sources(self._names(names, tensor), tensor))
             for tensor in catalogue(architecture)
         }
-        for name, extra in checkpoint.tensors.items():
+        if architecture.tied_embeddings:
+            self._require_same_head(names, next(iter(self.sources)))
+        for name, extra in self._tensors.items():
             if name not in self._used and not names.leaves_out(name, num_layers=architecture.num_layers):
-                raise DataError(f"{extra.path}: {name}: is not a tensor of this {architecture.family} model")
+                raise DataError(f"{extra.path}: {extra.name}: is not a tensor of this {architecture.family} model")
 
-    def _sources(self, names: tuple[str, ...] | Fused, tensor: Tensor) -> Iterator[Source]:
+    def _names(self, names: Family, tensor: Tensor) -> Sources:
+        """The names of `tensor` that this checkpoint has: of the hub, or with fused experts."""
+        hub, fused = names.sources(tensor), names.fused_sources(tensor)
+        if fused is None or isinstance(hub, Fused) or hub[0] in self._tensors:
+            return hub
+        first = fused.name if isinstance(fused, Fused) else fused[0]
+        return fused if first in self._tensors else hub
+
+    def _sources(self, names: Sources, tensor: Tensor) -> Iterator[Source]:
         if isinstance(names, Fused):
             yield from self._fused_experts(names, tensor)
             return
         for name in names:
             source = self._take(name)
-            yield self._dequantized(source) if source.dtype == "F8_E4M3" else source
+            yield self._dequantized(name, source) if source.dtype == "F8_E4M3" else source
 
     def _take(self, name: str) -> CheckpointTensor:
-        source = self._checkpoint.tensors.get(name)
+        source = self._tensors.get(name)
         if source is None:
-            raise DataError(f"{self._checkpoint.folder}: {name}: is missing")
+            raise DataError(f"{self._folder}: {name}: is missing")
+        if source.dtype not in NUMPY_TYPES:
+            raise DataError(
+                f"{source.path}: {source.name}: type {source.dtype} is not supported, only {', '.join(NUMPY_TYPES)}"
+            )
         self._used.add(name)
         return source
 
-    def _dequantized(self, weight: CheckpointTensor) -> Fp8Matrix:
-        matrix = Fp8Matrix(weight, self._take(f"{weight.name}_scale_inv"))
+    def _require_same_head(self, names: Family, embedding: Tensor) -> None:
+        """A head beside tied embeddings must be the same matrix."""
+        name = str(names.names["head"])
+        if name not in self._tensors:
+            return
+        head = self._checked(self._take(name), embedding)
+        (source,) = self.sources[embedding]
+        if not _same_values(embedding, head, source):
+            raise DataError(
+                f"{head.path}: {head.name}: differs from {source.name}, though tie_word_embeddings is true; "
+                f"set that to false in config.json if the head is meant"
+            )
+
+    def _dequantized(self, name: str, weight: CheckpointTensor) -> Fp8Matrix:
+        matrix = Fp8Matrix(weight, self._take(f"{name}_scale_inv"))
         if not matrix.scales_fit():
             raise DataError(f"{matrix.path}: {matrix.name}: its scales are not one float32 a block of 128 x 128")
         return matrix
@@ -110,7 +147,7 @@ class _ConversionPlan:
     def _fused_experts(self, fused: Fused, tensor: Tensor) -> Iterator[FusedExpert]:
         num_experts, matrices = tensor.shape[0], len(tensor.shape) == 3
         whole: CheckpointTensor | Mxfp4Experts
-        if f"{fused.name}_blocks" in self._checkpoint.tensors:
+        if f"{fused.name}_blocks" in self._tensors:
             whole = Mxfp4Experts(self._take(f"{fused.name}_blocks"), self._take(f"{fused.name}_scales"))
             if not whole.scales_fit():
                 raise DataError(f"{whole.path}: {whole.name}: its blocks are not 16 bytes with an exponent each")
@@ -118,9 +155,12 @@ class _ConversionPlan:
             whole = self._take(fused.name)
         if len(whole.shape) != len(tensor.shape) or whole.shape[0] != num_experts:
             raise DataError(f"{whole.path}: {whole.name}: its shape is {whole.shape}, not of {num_experts} experts")
-        transposed = matrices and isinstance(whole, CheckpointTensor)
+        transposed = matrices and fused.inputs_first and isinstance(whole, CheckpointTensor)
+        num_outputs = whole.shape[-1] if transposed else whole.shape[1]
+        if num_outputs % fused.parts:
+            raise DataError(f"{whole.path}: {whole.name}: its {num_outputs} outputs are not {fused.parts} equal parts")
         for expert in range(num_experts):
-            yield FusedExpert(whole, expert, fused.first, fused.step, transposed)
+            yield FusedExpert(whole, expert, fused.outputs(num_outputs), transposed)
 
     def _checked(self, source: Source, tensor: Tensor) -> Source:
         expected = tensor.shape[1:] if tensor.share is Share.EXPERTS else tensor.shape
@@ -133,6 +173,22 @@ class _ConversionPlan:
         if source.dtype not in FLOATS:
             raise DataError(f"{name}: its type is {source.dtype}, only {', '.join(FLOATS)} is possible there")
         return source
+
+
+def _plain_names(tensors: Mapping[str, CheckpointTensor]) -> dict[str, CheckpointTensor]:
+    """The tensors by the names that they have without a multimodal wrapper."""
+    plain: dict[str, CheckpointTensor] = {}
+    for name, tensor in tensors.items():
+        if plain.setdefault(plain_name(name), tensor) is not tensor:
+            raise DataError(f"{tensor.path}: {name}: is there twice, with and without the prefix of a wrapper")
+    return plain
+
+
+def _same_values(tensor: Tensor, one: Source, other: Source) -> bool:
+    step = max(1, PIECE_BYTES // (4 * tensor.shape[1]))
+    starts = range(0, tensor.shape[0], step)
+    ranges = [(start, min(start + step, tensor.shape[0])) for start in starts]
+    return all(np.array_equal(_values(tensor, one, *rows), _values(tensor, other, *rows)) for rows in ranges)
 
 
 def _pieces(tensor: Tensor, sources: tuple[Source, ...]) -> Iterator[AnyArray]:

@@ -123,7 +123,7 @@ class Mxfp4Experts:
 
 @dataclass(frozen=True, slots=True)
 class FusedExpert:
-    """One expert of a fused tensor: every `step`-th of its outputs, beginning with `first`.
+    """Some `outputs` of one expert of a fused tensor.
 
     The fused tensor holds the expert's matrix as (outputs, inputs), or as (inputs, outputs) if `transposed`, and its
     bias as (outputs,).
@@ -131,8 +131,7 @@ class FusedExpert:
 
     whole: CheckpointTensor | Mxfp4Experts
     expert: int
-    first: int
-    step: int
+    outputs: slice
     transposed: bool
 
     @property
@@ -150,9 +149,9 @@ class FusedExpert:
     @property
     def shape(self) -> tuple[int, ...]:
         outputs, *inputs = self.whole.shape[:0:-1] if self.transposed else self.whole.shape[1:]
-        return (len(range(self.first, outputs, self.step)), *inputs)
+        return (len(range(outputs)[self.outputs]), *inputs)
 
     def read(self, start: int, stop: int) -> AnyArray:
         matrix = self.whole.read(self.expert, self.expert + 1)[0]
-        outputs = matrix.T if self.transposed else matrix
-        return np.ascontiguousarray(outputs[self.first :: self.step][start:stop])
+        by_output = matrix.T if self.transposed else matrix
+        return np.ascontiguousarray(by_output[self.outputs][start:stop])

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from moempi.config.input_file import read_input
 from moempi.errors import DataError
+from moempi.storage.downloads import refuse_placeholder
 from moempi.storage.tiktoken_ranks import find_pattern, tokenizer_of_ranks
 from moempi.storage.tokenizer_check import ask, check_tokenizer
 
@@ -87,6 +88,7 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> str:
         return ""
     path = folder / found
     content = read_input(path, limit=MAX_BYTES, too_long=DataError)
+    refuse_placeholder(path, content)
     known = _known(config, folder / "tokenizer_config.json")
     if found == TOKENIZER_FILE:
         text = _decoded(path, content)

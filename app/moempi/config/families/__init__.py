@@ -6,8 +6,9 @@ from typing import Any
 import msgspec
 
 from moempi.config.architecture import Architecture
-from moempi.config.families._family import Family, Fused
+from moempi.config.families._family import Family, Fused, Sources
 from moempi.config.families._reading import CheckpointConfig
+from moempi.config.families._wrapper import is_other_part, language_model, plain_name
 from moempi.config.families.deepseek_v2 import DEEPSEEK_V2
 from moempi.config.families.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
 from moempi.config.families.dots1 import DOTS1
@@ -54,6 +55,8 @@ def read_architecture(values: Mapping[str, Any], generation: Mapping[str, Any], 
     Raises DataError that begins with `origin` for an unknown model type, a missing or impossible value, and an
     unsupported option that changes the arithmetic.
     """
+    values, key = language_model(values)
+    origin = f"{origin}: {key}" if key else origin
     read = family(values.get("model_type"), origin=origin).architecture
     unchecked = read(CheckpointConfig(values, generation, origin=origin))
     try:
@@ -66,4 +69,13 @@ def read_architecture(values: Mapping[str, Any], generation: Mapping[str, Any], 
     return architecture
 
 
-__all__ = ["FAMILIES", "Family", "Fused", "family", "read_architecture"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Fused",
+    "Sources",
+    "family",
+    "is_other_part",
+    "plain_name",
+    "read_architecture",
+]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moempi.config.architecture import Architecture
 from moempi.config.families._reading import CheckpointConfig
@@ -10,21 +10,34 @@ from moempi.config.tensors import Tensor
 
 _LAYER = re.compile(r"^layers/(\d+)/")
 _THEIR_LAYER = re.compile(r"^model\.layers\.(\d{1,9})\.")
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # follows from the configuration
 
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """Every `step`-th output, beginning with `first`, of each expert in a checkpoint's tensor that holds all experts.
+    """The `part`-th of `parts` equal parts of each expert's outputs in a checkpoint's tensor that holds all experts.
 
-    The tensor holds each expert's matrix as (inputs, outputs).
+    Each part is a range of outputs, or every `parts`-th output if `alternating`. The tensor holds each expert's matrix
+    as (outputs, inputs), or as (inputs, outputs) if `inputs_first`.
     """
 
     name: str
-    first: int = 0
-    step: int = 1
+    part: int = 0
+    parts: int = 1
+    alternating: bool = False
+    inputs_first: bool = False
+
+    def outputs(self, num_outputs: int) -> slice:
+        """The outputs of this part among `num_outputs`, a multiple of `parts`."""
+        if self.alternating:
+            return slice(self.part, None, self.parts)
+        size = num_outputs // self.parts
+        return slice(self.part * size, (self.part + 1) * size)
 
 
 Names = dict[str, str | Fused]
+Sources = tuple[str, ...] | Fused
+"""The checkpoint's names of one of our tensors: one name, one name per expert (row), or a fused tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,33 +46,47 @@ class Family:
 
     `architecture` reads a checkpoint's configuration and raises DataError for unsupported options. `names` maps our
     tensor names to the checkpoint's, both with `{layer}`; a name with `{expert}` is one matrix per expert, which our
-    tensor stacks. `left_out` is a regular expression of the checkpoint's tensors that the model does not need. With
+    tensor stacks. `fused_names` are the names that differ where transformers 5 saved the experts of a layer as one
+    tensor. `left_out` is a regular expression of the checkpoint's tensors that the model does not need. With
     `more_layers`, layers beyond `num_layers` (multi-token prediction) are left out too.
     """
 
     model_type: str
     architecture: Callable[[CheckpointConfig], Architecture]
     names: Names
+    fused_names: Names = field(default_factory=lambda: FUSED_NAMES)
     more_layers: bool = False
     left_out: str | None = None
 
-    def sources(self, tensor: Tensor) -> tuple[str, ...] | Fused:
-        """The checkpoint's names of `tensor`: one name, one name per expert (row), or a fused tensor."""
-        layer = _LAYER.match(tensor.name)
-        pattern = self.names[_LAYER.sub("layers/{layer}/", tensor.name)]
-        number = int(layer[1]) if layer else None
-        if isinstance(pattern, Fused):
-            return replace(pattern, name=pattern.name.format(layer=number))
-        if "{expert}" in pattern:
-            return tuple(pattern.format(layer=number, expert=expert) for expert in range(tensor.shape[0]))
-        return (pattern.format(layer=number),)
+    def sources(self, tensor: Tensor) -> Sources:
+        """The names of `tensor` in the checkpoints of the hub."""
+        return _sources(self.names[_in_any_layer(tensor.name)], tensor)
+
+    def fused_sources(self, tensor: Tensor) -> Sources | None:
+        """The names of `tensor` in a checkpoint with fused experts, None if they are no others."""
+        pattern = self.fused_names.get(_in_any_layer(tensor.name))
+        return None if pattern is None else _sources(pattern, tensor)
 
     def leaves_out(self, name: str, *, num_layers: int) -> bool:
         """Whether the checkpoint's tensor `name` is not part of the model."""
         layer = _THEIR_LAYER.match(name)
-        if self.more_layers and layer and int(layer[1]) >= num_layers:
+        if _COMPUTED.search(name) or (self.more_layers and layer and int(layer[1]) >= num_layers):
             return True
         return bool(self.left_out and re.search(self.left_out, name))
+
+
+def _in_any_layer(name: str) -> str:
+    return _LAYER.sub("layers/{layer}/", name)
+
+
+def _sources(pattern: str | Fused, tensor: Tensor) -> Sources:
+    layer = _LAYER.match(tensor.name)
+    number = int(layer[1]) if layer else None
+    if isinstance(pattern, Fused):
+        return replace(pattern, name=pattern.name.format(layer=number))
+    if "{expert}" in pattern:
+        return tuple(pattern.format(layer=number, expert=expert) for expert in range(tensor.shape[0]))
+    return (pattern.format(layer=number),)
 
 
 _LAYER_NAMES = {
@@ -121,3 +148,12 @@ MIXTRAL_NAMES: Names = DECODER_NAMES | in_layers(
     }
 )
 """The names in Mixtral and Phi-MoE."""
+
+FUSED_NAMES: Names = in_layers(
+    {
+        "experts/gate": Fused("mlp.experts.gate_up_proj", part=0, parts=2),
+        "experts/up": Fused("mlp.experts.gate_up_proj", part=1, parts=2),
+        "experts/down": Fused("mlp.experts.down_proj"),
+    }
+)
+"""The names of fused experts as transformers 5 saves them with `save_original_format=False`."""

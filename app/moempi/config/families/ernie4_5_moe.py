@@ -2,7 +2,7 @@
 
 from moempi.config.architecture import Architecture, Experts, Router
 from moempi.config.families._decoder import decoder, heads
-from moempi.config.families._family import DECODER_NAMES, Family, in_layers
+from moempi.config.families._family import DECODER_NAMES, FUSED_NAMES, Family, in_layers
 from moempi.config.families._reading import CheckpointConfig, head_dim, num_layers
 from moempi.config.families._rope import read_rope
 
@@ -44,5 +44,6 @@ ERNIE4_5_MOE = Family(
     model_type="ernie4_5_moe",
     architecture=_architecture,
     names=DECODER_NAMES | in_layers({"router_correction": "mlp.moe_statics.e_score_correction_bias"}),
+    fused_names=FUSED_NAMES | in_layers({"router_correction": "mlp.gate.moe_statics.e_score_correction_bias"}),
     left_out=r"^model\.mtp_",
 )

@@ -3,6 +3,8 @@
 Conversion dequantizes expert weights in blocks of 4-bit numbers. The checkpoint alternates gate and up rows.
 """
 
+from dataclasses import replace
+
 from moempi.config.architecture import Architecture, Clamp, Experts, Router
 from moempi.config.families._decoder import decoder, heads
 from moempi.config.families._family import DECODER_NAMES, Family, Fused, in_layers
@@ -39,6 +41,8 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     )
 
 
+_GATE_UP = Fused("mlp.experts.gate_up_proj", parts=2, alternating=True, inputs_first=True)
+
 GPT_OSS = Family(
     model_type="gpt_oss",
     architecture=_architecture,
@@ -47,12 +51,13 @@ GPT_OSS = Family(
         {
             "router": "mlp.router.weight",
             "router_bias": "mlp.router.bias",
-            "experts/gate": Fused("mlp.experts.gate_up_proj", first=0, step=2),
-            "experts/up": Fused("mlp.experts.gate_up_proj", first=1, step=2),
-            "experts/down": Fused("mlp.experts.down_proj"),
-            "experts/gate_bias": Fused("mlp.experts.gate_up_proj_bias", first=0, step=2),
-            "experts/up_bias": Fused("mlp.experts.gate_up_proj_bias", first=1, step=2),
+            "experts/gate": replace(_GATE_UP, part=0),
+            "experts/up": replace(_GATE_UP, part=1),
+            "experts/down": Fused("mlp.experts.down_proj", inputs_first=True),
+            "experts/gate_bias": replace(_GATE_UP, name="mlp.experts.gate_up_proj_bias", part=0),
+            "experts/up_bias": replace(_GATE_UP, name="mlp.experts.gate_up_proj_bias", part=1),
             "experts/down_bias": Fused("mlp.experts.down_proj_bias"),
         }
     ),
+    fused_names={},
 )

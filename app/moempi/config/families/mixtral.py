@@ -2,7 +2,7 @@
 
 from moempi.config.architecture import Architecture, Experts, Router
 from moempi.config.families._decoder import all_layers_windowed, decoder, heads
-from moempi.config.families._family import MIXTRAL_NAMES, Family
+from moempi.config.families._family import FUSED_NAMES, MIXTRAL_NAMES, Family, in_layers
 from moempi.config.families._reading import CheckpointConfig, head_dim
 from moempi.config.families._rope import read_rope
 
@@ -21,4 +21,9 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     )
 
 
-MIXTRAL = Family(model_type="mixtral", architecture=_architecture, names=MIXTRAL_NAMES)
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture=_architecture,
+    names=MIXTRAL_NAMES,
+    fused_names=FUSED_NAMES | in_layers({"router": "mlp.gate.weight"}),
+)

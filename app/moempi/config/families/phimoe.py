@@ -8,7 +8,7 @@ from typing import Any
 
 from moempi.config.architecture import Architecture, Experts, Router
 from moempi.config.families._decoder import all_layers_windowed, decoder, heads
-from moempi.config.families._family import MIXTRAL_NAMES, Family
+from moempi.config.families._family import FUSED_NAMES, MIXTRAL_NAMES, Family, in_layers
 from moempi.config.families._reading import CheckpointConfig, head_dim
 from moempi.config.families._rope import read_rope, scaling_of
 
@@ -46,4 +46,9 @@ def _first_positions(config: CheckpointConfig) -> dict[str, Any]:
     return {"max_positions": sections[0].integer(key)} if sections else {}
 
 
-PHIMOE = Family(model_type="phimoe", architecture=_architecture, names=MIXTRAL_NAMES)
+PHIMOE = Family(
+    model_type="phimoe",
+    architecture=_architecture,
+    names=MIXTRAL_NAMES,
+    fused_names=FUSED_NAMES | in_layers({"router": "mlp.router.weight"}),
+)

@@ -1,0 +1,232 @@
+"""Checkpoints as the hub has them: tensors that are computed, tied, fused or wrapped, and downloads that failed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from config.test_hub_configs import DEEPSEEK_V3, DOTS, ERNIE, GLM_AIR, MIXTRAL, OLMOE, PHI, QWEN2_MOE
+from fuzz.checkpoints import small, tensors_of
+from moempi.cli import main
+from moempi.config.families import read_architecture
+from moempi.errors import DataError, NoInputError
+from moempi.storage.convert import convert
+from storage.checkpoints import QWEN3_MOE, write_checkpoint, write_safetensors
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INDEX = "model.safetensors.index.json"
+DEEPSEEK = DEEPSEEK_V3 | {"quantization_config": None}
+FUSED = (
+    QWEN3_MOE,
+    QWEN2_MOE,
+    OLMOE,
+    MIXTRAL,
+    DEEPSEEK,
+    DEEPSEEK | {"model_type": "kimi_k2"},
+    GLM_AIR,
+    DOTS,
+    ERNIE,
+    PHI,
+)
+# What a router is called in the modules of transformers, where that differs from the hub.
+SAVED_NAMES = {
+    "mixtral": ("block_sparse_moe.gate", "mlp.gate"),
+    "phimoe": ("block_sparse_moe.gate", "mlp.router"),
+    "ernie4_5_moe": ("mlp.moe_statics", "mlp.gate.moe_statics"),
+}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+REFUSAL = b"Access to model one/two is restricted. You must have access to it and be authenticated to access it."
+
+
+def bfloat16_tensors(values):
+    """Names, types and arrays of a checkpoint of this configuration."""
+    tensors = tensors_of(read_architecture(values, {}, origin="test"), values["model_type"])
+    return {name: (kind, np.frombuffer(bits, "<u2").reshape(shape)) for name, (kind, shape, bits) in tensors.items()}
+
+
+def converted(folder, values, tensors):
+    """The bytes of the weight file of a checkpoint without a tokenizer."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    write_safetensors(folder / "model.safetensors", tensors)
+    convert(folder, folder / "model.h5")
+    return (folder / "model.h5").read_bytes()
+
+
+def fused(tensors):
+    """The tensors with all experts of a layer in one: (experts, gate then up, inputs)."""
+    result, experts = {}, {}
+    for name, (kind, array) in tensors.items():
+        before, is_expert, after = name.partition(".experts.")
+        if is_expert:
+            number, matrix, _ = after.split(".")
+            experts.setdefault(before, {})[int(number), matrix] = array
+        else:
+            result[name] = (kind, array)
+    for before, matrices in experts.items():
+        gate, up, down = (
+            np.stack(
+                [array for (_, matrix), array in sorted(matrices.items(), key=lambda one: one[0]) if matrix in names]
+            )
+            for names in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+        )
+        path = f"{before.replace('block_sparse_moe', 'mlp')}.experts"
+        result[f"{path}.gate_up_proj"] = ("BF16", np.concatenate([gate, up], axis=1))
+        result[f"{path}.down_proj"] = ("BF16", down)
+    return result
+
+
+@pytest.mark.parametrize("values", [QWEN3_MOE, MIXTRAL, DEEPSEEK, DEEPSEEK | {"model_type": "kimi_k2"}, PHI])
+def test_rotary_frequencies_are_left_out_in_every_family(tmp_path, values):
+    values = small(values)
+    tensors = bfloat16_tensors(values)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": ("F64", np.ones(4))}
+    assert converted(tmp_path / "more", values, tensors | more) == converted(tmp_path / "less", values, tensors)
+
+
+@pytest.mark.parametrize("values", FUSED, ids=lambda values: values["model_type"])
+def test_fused_experts_give_the_same_bytes_as_separate_ones(tmp_path, values):
+    values = small(values)
+    tensors = bfloat16_tensors(values)
+    hub, saved = SAVED_NAMES.get(values["model_type"], ("", ""))
+    together = {name.replace(hub, saved) if hub else name: one for name, one in fused(tensors).items()}
+    assert len(together) < len(tensors)
+    assert converted(tmp_path / "fused", values, together) == converted(tmp_path / "hub", values, tensors)
+
+
+def test_fused_experts_of_another_number_or_an_odd_width_are_refused_by_name(tmp_path):
+    values = small(MIXTRAL)
+    together = {
+        name.replace("block_sparse_moe.gate", "mlp.gate"): one for name, one in fused(bfloat16_tensors(values)).items()
+    }
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    whole = together[name][1]
+    with pytest.raises(DataError, match=rf"{name}: its shape is .*, not of 4 experts"):
+        converted(tmp_path / "fewer", values, together | {name: ("BF16", whole[:3])})
+    with pytest.raises(DataError, match=rf"{name}: its 15 outputs are not 2 equal parts"):
+        converted(tmp_path / "odd", values, together | {name: ("BF16", whole[:, :15])})
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F32"])
+def test_a_head_beside_tied_embeddings_is_left_out_if_it_is_equal(tmp_path, kind):
+    values = small(QWEN3_MOE) | {"tie_word_embeddings": True}
+    tensors = bfloat16_tensors(values)
+    bits = tensors[EMBEDDING][1]
+    head = bits if kind == "BF16" else (bits.astype("<u4") << 16).view("<f4")
+    with_head = tensors | {HEAD: (kind, head)}
+    assert converted(tmp_path / "more", values, with_head) == converted(tmp_path / "less", values, tensors)
+
+
+def test_another_head_beside_tied_embeddings_is_refused_by_name(tmp_path):
+    values = small(QWEN3_MOE) | {"tie_word_embeddings": True}
+    tensors = bfloat16_tensors(values)
+    other = tensors[EMBEDDING][1].copy()
+    other[-1, -1] ^= 1
+    with pytest.raises(DataError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight, though tie_word_"):
+        converted(tmp_path / "hub", values, tensors | {HEAD: ("BF16", other)})
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_wrapper_is_converted_and_its_other_parts_are_counted(tmp_path, capsys, prefix):
+    inner = small(DEEPSEEK)
+    tensors = bfloat16_tensors(inner)
+    outer = {"model_type": "kimi_k25", "text_config": inner | {"eos_token_id": None}, "eos_token_id": [1, 2]}
+    head_prefix = "language_model." if prefix.startswith("language_model.") else ""
+    wrapped = {
+        f"{head_prefix}{name}" if name == HEAD else prefix + name.removeprefix("model."): one
+        for name, one in tensors.items()
+    }
+    vision = {
+        "vision_tower.patch_embed.pos": ("I64", np.arange(4)),
+        "mm_projector.0.weight": ("F16", np.ones(3, "<f2")),
+    }
+    plain = converted(tmp_path / "plain", inner, tensors)
+    assert converted(tmp_path / "wrapped", outer, wrapped | vision) == plain
+    assert main(["convert", str(tmp_path / "wrapped"), str(tmp_path / "model.h5")]) == 0
+    assert "wrapped: left out 2 tensors of its parts for images or sound" in capsys.readouterr().out
+
+
+def test_a_wrapper_around_an_unknown_language_model_is_refused_with_the_place(tmp_path):
+    write_checkpoint(tmp_path / "hub", text_config={"model_type": "llama"})
+    with pytest.raises(DataError, match=r"config\.json: text_config: model_type 'llama' is not supported, only"):
+        convert(tmp_path / "hub", tmp_path / "model.h5")
+
+
+def test_a_tensor_with_and_without_the_prefix_of_a_wrapper_is_refused(tmp_path):
+    values = small(QWEN3_MOE)
+    tensors = bfloat16_tensors(values)
+    with pytest.raises(DataError, match=r"model\.language_model\.norm\.weight: is there twice"):
+        converted(
+            tmp_path / "hub", values, tensors | {"model.language_model.norm.weight": tensors["model.norm.weight"]}
+        )
+
+
+def test_a_single_file_beside_an_index_of_other_files_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "hub", shards=2)
+    write_checkpoint(tmp_path / "hub")
+    with pytest.raises(DataError, match=rf"model\.safetensors: is beside {INDEX}, which names other files"):
+        convert(tmp_path / "hub", tmp_path / "model.h5")
+    names = json.loads((tmp_path / "hub" / INDEX).read_text())["weight_map"]
+    (tmp_path / "hub" / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    convert(tmp_path / "hub", tmp_path / "model.h5")
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors", INDEX],
+)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "is a Git LFS pointer, not the file; fetch it in its folder: git lfs pull"),
+        (PAGE, "is a web page or a refusal of the hub, not the file"),
+        (b"\n" + PAGE.lower(), "is a web page"),
+        (REFUSAL, "is a web page or a refusal of the hub, not the file"),
+    ],
+)
+def test_what_a_download_leaves_in_the_place_of_a_file_is_named(tmp_path, file, content, message):
+    write_checkpoint(tmp_path / "hub")
+    (tmp_path / "hub" / file).write_bytes(content)
+    with pytest.raises(DataError, match=rf"/{file}: {message}"):
+        convert(tmp_path / "hub", tmp_path / "model.h5")
+
+
+def test_a_shard_shorter_than_its_header_says_is_named_with_its_sizes(tmp_path):
+    write_checkpoint(tmp_path / "hub")
+    path = tmp_path / "hub/model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1000])
+    sizes = f"{len(content) - 1000:,} of {len(content):,} bytes"
+    with pytest.raises(DataError, match=rf"model\.safetensors: truncated: it has {sizes}; download it again"):
+        convert(tmp_path / "hub", tmp_path / "model.h5")
+
+
+@pytest.mark.parametrize(
+    "unfinished", [".cache/huggingface/download/a.incomplete", "b.incomplete", "../../blobs/c.incomplete"]
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_file_that_a_download_has_not_finished_is_named(tmp_path, unfinished, shards):
+    hub = tmp_path / "snapshots/one"
+    hub.parent.mkdir()
+    write_checkpoint(hub, shards=shards)
+    left = hub / unfinished
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.touch()
+    convert(hub, tmp_path / "model.h5")
+    missing = hub / ("model.safetensors" if shards == 1 else "model-00002-of-00002.safetensors")
+    missing.unlink()
+    with pytest.raises(
+        NoInputError, match=rf"{missing.name}: is missing: the download has not ended, .*\.incomplete is"
+    ):
+        convert(hub, tmp_path / "model.h5")
+
+
+def test_a_name_on_the_hub_says_how_to_get_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NoInputError, match="downloaded first: hf download Qwen/Qwen3-30B-A3B --local-dir FOLDER"):
+        convert("Qwen/Qwen3-30B-A3B", tmp_path / "model.h5")
+    with pytest.raises(
+        NoInputError, match=r"nowhere: is not a folder with a checkpoint \(config.json, \*.safetensors\)$"
+    ):
+        convert(tmp_path / "nowhere", tmp_path / "model.h5")
