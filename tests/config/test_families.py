@@ -59,7 +59,7 @@ def test_head_dim_without_a_key_is_width_over_heads():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: "),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is missing"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}, "'proportional'"),
         ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "rope_theta has several values"),
         ({"num_local_experts": 6}, "num_experts and num_local_experts differ"),
         ({"norm_topk_prob": None}, "norm_topk_prob is missing"),

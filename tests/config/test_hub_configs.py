@@ -19,6 +19,20 @@ V3_YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+DUAL_CHUNKS = {
+    "dual_chunk_attention_config": {
+        "chunk_size": 262144,
+        "local_size": 8192,
+        "original_max_position_embeddings": 262144,
+    }
+}
 LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 V3_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "moe_layer_freq": 1}
 
@@ -379,11 +393,72 @@ def test_yarn_amplitude_has_three_sources():
     assert amplitude(mscale=0.5, mscale_all_dim=2.0) == pytest.approx(ratio)
 
 
+def test_yarn_lengthens_the_positions():
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert read(OLMOE, max_position_embeddings=40960).max_positions == 40960
+    assert read(OLMOE, max_position_embeddings=40960, rope_scaling=scaling).max_positions == 131072
+    assert read(DEEPSEEK_V3).max_positions == 163840
+    assert read(OLMOE, rope_scaling=scaling | {"factor": 1e300}).max_positions == 2**31 - 1
+
+
+def test_dual_chunk_attention_is_full_attention_within_its_original_positions():
+    assert read(OLMOE, **DUAL_CHUNKS, max_position_embeddings=262144).max_positions == 262144
+
+
+def test_both_sections_of_the_rope_may_be_there_if_they_say_the_same():
+    renamed = {key: value for key, value in V3_YARN.items() if key != "type"} | {
+        "rope_type": "yarn",
+        "rope_theta": 10000,
+    }
+    assert read(DEEPSEEK_V3, rope_parameters=renamed) == read(DEEPSEEK_V3)
+
+
+def test_a_magnitude_without_a_scaled_rope_is_not_applied():
+    plain = {"type": "default", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
+    for values in (DEEPSEEK_V3, DEEPSEEK_V2_LITE):
+        attention = read(values, rope_scaling=plain).attention
+        assert (attention.score_factor, attention.rope) == (1.0, Rope(interleaved=True))
+
+
+def test_linear_and_dynamic_ropes():
+    assert read(OLMOE, rope_scaling={"type": "linear", "factor": 2.5}).attention.rope == Rope(divisors=(2.5,))
+    dynamic = read(OLMOE, rope_scaling={"type": "dynamic", "factor": 4.0})
+    assert (dynamic.attention.rope, dynamic.max_positions) == (Rope(), 4096)
+
+
+def test_llama3_keeps_fast_frequencies_and_divides_slow_ones():
+    divisors = read(OLMOE, rope_scaling=LLAMA3, rope_theta=500000.0).attention.rope.divisors
+    assert len(divisors) == 64
+    assert (divisors[0], divisors[-1]) == (1.0, 8.0)
+    assert list(divisors) == sorted(divisors)
+    assert any(1 < divisor < 8 for divisor in divisors)
+
+
 @pytest.mark.parametrize(
     ("values", "changes", "message"),
     [
         (OLMOE, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
-        (OLMOE, {"rope_scaling": {"type": "llama3"}}, "rope_type = 'llama3' is not supported"),
+        (OLMOE, {"rope_scaling": {"type": "ntk"}}, "rope_type = 'ntk' is not supported, only default, yarn, longrope"),
+        (OLMOE, {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 3}}, "alpha = 3 is not supported"),
+        (OLMOE, {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 3}}, "alpha = 3 is not supported"),
+        (OLMOE, {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor: need 0 < each, and low < high"),
+        (OLMOE, {"rope_scaling": LLAMA3, "rope_theta": -1.0}, "need 0 < each"),
+        (OLMOE, {"rope_scaling": LLAMA3, "head_dim": 10**9}, "divisors has 32768 numbers, not 500000000"),
+        (
+            OLMOE,
+            DUAL_CHUNKS | {"max_position_embeddings": 1010000},
+            "beyond its 262144 original positions: set max_pos",
+        ),
+        (
+            OLMOE,
+            {"rope_scaling": V3_YARN | {"factor": 2.0}, "rope_parameters": V3_YARN},
+            "rope_parameters and rope_scaling differ in factor: remove one of them",
+        ),
+        (
+            OLMOE,
+            {"rope_scaling": V3_YARN | {"attention_factor": 1.0}, "rope_parameters": V3_YARN | {"mscale": None}},
+            "differ in attention_factor, mscale: remove one",
+        ),
         (OLMOE, {"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "rope_type and type differ"),
         (OLMOE, {"rope_scaling": V3_YARN | {"surprise": 1}}, "surprise = 1 is not supported"),
         (OLMOE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
@@ -404,7 +479,7 @@ def test_yarn_amplitude_has_three_sources():
         (ERNIE, {"use_bias": True}, "use_bias = True is not supported"),
         (ERNIE, {"moe_layer_interval": 0}, "moe_layer_interval is 0"),
         (PHI, {"num_experts_per_tok": 1}, "top_k is 1, sparsemixer chooses 2"),
-        (PHI, {"rope_scaling": PHI["rope_scaling"] | {"short_factor": [1.0]}}, "divisors has 1 numbers, not 64"),
+        (PHI, {"rope_scaling": PHI["rope_scaling"] | {"short_factor": [1.0]}}, "short_factor has 1 numbers, not 64"),
         (PHI, {"rope_scaling": PHI["rope_scaling"] | {"short_factor": "x"}}, "short_factor is 'x', not numbers"),
         (GPT_OSS, {"quantization_config": {"quant_method": "fp8"}}, "quant_method = 'fp8' is not supported"),
         (GPT_OSS, {"layer_types": None}, "layer_types is missing"),

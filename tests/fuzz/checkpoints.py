@@ -44,6 +44,14 @@ ROPES: tuple[Any, ...] = (
         "long_mscale": 1.2,
     },
     {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 )
 JOB = 'model.weights = "out.h5"\ninput.prompts = "prompts.jsonl"\noutput.results = "results.h5"\n'
 GENERATION = {"bos_token_id": 1, "eos_token_id": [1, 2], "do_sample": False}

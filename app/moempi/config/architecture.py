@@ -34,7 +34,7 @@ class Rope(Struct, frozen=True, forbid_unknown_fields=True):
     """Rotary position embedding (Su et al. 2021) of the first `dim` numbers of a head, all of them when 0.
 
     The two numbers of a rotated pair are dim / 2 apart, or adjacent if `interleaved`. Cosines and sines are multiplied
-    by `amplitude`; the i-th frequency is divided by `divisors[i]` (LongRoPE, Ding et al. 2024).
+    by `amplitude`; the i-th frequency is divided by `divisors[i]` (LongRoPE, Ding et al. 2024), all by a single one.
     """
 
     theta: Positive = 10000.0
@@ -221,7 +221,7 @@ def _attention_problem(attention: AttentionShape) -> str | None:
         return "attention.latent goes with no qk_norm, clip, sinks or window, and with all biases or none"
     if rope.yarn and rope.theta <= 1:
         return f"attention.rope.theta {rope.theta} with yarn: needs one above 1"
-    if rope.divisors and len(rope.divisors) != dim // 2:
+    if rope.divisors and len(rope.divisors) not in (1, dim // 2):
         return f"attention.rope.divisors has {len(rope.divisors)} numbers, not {dim // 2}"
     if attention.windowed_layers and not attention.window:
         return "attention.window is 0 but windowed_layers is not empty"

@@ -4,6 +4,7 @@ from typing import Any
 
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Rope
 from moempi.config.families._reading import CheckpointConfig, head_dim, num_layers
+from moempi.config.families._rope import read_positions
 
 
 def decoder(
@@ -19,7 +20,7 @@ def decoder(
     config.require("hidden_act", "silu")
     bos = config.tokens("bos_token_id")
     fields = {
-        "max_positions": config.integer("max_position_embeddings"),
+        "max_positions": read_positions(config),
         "dense_width": config.integer("intermediate_size") if dense_layers else 0,
         **others,
     }

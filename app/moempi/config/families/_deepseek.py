@@ -6,7 +6,7 @@ from moempi.config.architecture import Architecture, AttentionShape, Experts, La
 from moempi.config.families._decoder import decoder
 from moempi.config.families._family import DECODER_NAMES, in_layers
 from moempi.config.families._reading import CheckpointConfig, leading_dense_layers
-from moempi.config.families._rope import read_rope, scaling_of, yarn_magnitude
+from moempi.config.families._rope import read_rope, rope_kind, scaling_of, yarn_magnitude
 
 DEEPSEEK_NAMES = DECODER_NAMES | in_layers(
     {
@@ -83,6 +83,6 @@ def _latent_attention(config: CheckpointConfig) -> AttentionShape:
 def _score_factor(config: CheckpointConfig) -> float:
     """The square of YaRN's magnitude at `mscale_all_dim`, a factor on the attention scores."""
     scaling = scaling_of(config)
-    if scaling is None or not scaling.has("mscale_all_dim"):
+    if scaling is None or rope_kind(scaling) == "default" or not scaling.has("mscale_all_dim"):
         return 1.0
     return yarn_magnitude(scaling.number("factor"), scaling.number("mscale_all_dim")) ** 2

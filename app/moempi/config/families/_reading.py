@@ -116,6 +116,10 @@ class CheckpointConfig:
             if key not in known and self.has(key):
                 raise self.error(f"{key} = {self._values[key]!r} is not supported")
 
+    def others(self, *known: str) -> dict[str, Any]:
+        """The values of this object under keys other than `known`, without nulls."""
+        return {key: value for key, value in self._values.items() if key not in known and value is not None}
+
     def error(self, message: str) -> DataError:
         """A DataError about this file."""
         return DataError(f"{self.origin}: {message[:MAX_MESSAGE_LENGTH]}")

@@ -6,19 +6,24 @@ from typing import Any
 from moempi.config.architecture import Rope, Yarn
 from moempi.config.families._reading import CheckpointConfig
 
+MAX_POSITIONS = 2**31 - 1
+MAX_HEAD_DIM = 1 << 16  # the list of divisors of a larger head does not fit it, and is refused
+
 _ALWAYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
+_NAMED = ("rope_theta", "rope_type", "type")
+_KINDS = ("default", "yarn", "longrope", "linear", "dynamic", "llama3")
 _YARN_AMPLITUDE = ("attention_factor", "mscale", "mscale_all_dim")
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _LONGROPE = ("short_factor", "long_factor", "short_mscale", "long_mscale", "original_max_position_embeddings")
 
 
 def read_rope(config: CheckpointConfig, *, dim: int, interleaved: bool = False, partial: bool = False) -> Rope:
-    """The rotary embedding of `dim` numbers of a head; raises DataError unless default, yarn or longrope.
+    """The rotary embedding of `dim` numbers of a head; raises DataError for a type that is not supported.
 
     Families with `partial` rotate the share of the numbers that the configuration gives; others rotate all.
     """
     scaling = scaling_of(config)
-    kind = _kind(scaling)
     common: dict[str, Any] = {"theta": _theta(config), "interleaved": interleaved}
     share = _share(config, scaling)
     if partial:
@@ -29,22 +34,43 @@ def read_rope(config: CheckpointConfig, *, dim: int, interleaved: bool = False, 
             raise config.error(f"partial_rotary_factor = {share} leaves nothing of a head of {dim} to rotate")
     elif share not in (None, 1.0):
         raise config.error(f"partial_rotary_factor = {share} is not supported")
-    if scaling is None or kind == "default":
-        return Rope(**common)
-    if kind == "yarn":
-        return Rope(**common, amplitude=_yarn_amplitude(scaling), yarn=_yarn(scaling))
-    if kind == "longrope":
-        scaling.only(*_ALWAYS, *_LONGROPE)
-        return Rope(**common, amplitude=scaling.number("short_mscale"), divisors=scaling.numbers("short_factor"))
-    raise scaling.error(f"rope_type = {kind!r} is not supported, only 'default', 'yarn' or 'longrope'")
+    return Rope(**common, **_scaled(scaling, theta=common["theta"], dim=common.get("dim", dim)))
+
+
+def read_positions(config: CheckpointConfig) -> int:
+    """The positions of the model: `max_position_embeddings`, or what YaRN lengthens the original ones to."""
+    positions = config.integer("max_position_embeddings")
+    scaling = scaling_of(config)
+    if scaling and rope_kind(scaling) == "yarn":
+        lengthened = scaling.number("factor") * scaling.number("original_max_position_embeddings")
+        positions = max(positions, int(min(lengthened, MAX_POSITIONS)))
+    chunks = config.section("dual_chunk_attention_config")
+    limit = chunks.integer("original_max_position_embeddings") if chunks else positions
+    if positions > limit:
+        raise config.error(
+            f"dual_chunk_attention_config is not supported beyond its {limit} original positions: "
+            f"set max_position_embeddings to {limit}"
+        )
+    return positions
 
 
 def scaling_of(config: CheckpointConfig) -> CheckpointConfig | None:
     """The object that describes the embedding: `rope_parameters`, or `rope_scaling`, its earlier name."""
     found = [section for key in ("rope_parameters", "rope_scaling") if (section := config.section(key))]
-    if len({str(_kind(section)) for section in found}) > 1:
-        raise config.error("rope_parameters and rope_scaling differ")
+    if len(found) == 2:
+        one, other = ({"rope_type": rope_kind(section)} | section.others(*_NAMED) for section in found)
+        different = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+        if different:
+            raise config.error(f"rope_parameters and rope_scaling differ in {', '.join(different)}: remove one of them")
     return found[0] if found else None
+
+
+def rope_kind(scaling: CheckpointConfig | None) -> str:
+    """The type of the embedding, "default" if it is not scaled."""
+    kinds = [scaling.text(key) for key in ("rope_type", "type") if scaling.has(key)] if scaling else []
+    if scaling and len(set(kinds)) > 1:
+        raise scaling.error("rope_type and type differ")
+    return kinds[0] if kinds else "default"
 
 
 def yarn_magnitude(factor: float, mscale: float) -> float:
@@ -52,11 +78,25 @@ def yarn_magnitude(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _kind(scaling: CheckpointConfig | None) -> str | None:
-    kinds = [scaling.text(key) for key in ("rope_type", "type") if scaling.has(key)] if scaling else []
-    if scaling and len(set(kinds)) > 1:
-        raise scaling.error("rope_type and type differ")
-    return kinds[0] if kinds else "default"
+def _scaled(scaling: CheckpointConfig | None, *, theta: float, dim: int) -> dict[str, Any]:
+    """The fields of Rope that a type other than default has."""
+    kind = rope_kind(scaling)
+    if scaling is None or kind == "default":
+        return {}
+    if kind == "yarn":
+        return {"amplitude": _yarn_amplitude(scaling), "yarn": _yarn(scaling)}
+    if kind == "longrope":
+        scaling.only(*_ALWAYS, *_LONGROPE)
+        return {"amplitude": scaling.number("short_mscale"), "divisors": _factors(scaling, "short_factor", dim)}
+    if kind == "linear":
+        scaling.only(*_ALWAYS, "factor")
+        return {"divisors": (scaling.number("factor"),)}
+    if kind == "dynamic":  # changes the frequencies of sequences beyond max_position_embeddings only
+        scaling.only(*_ALWAYS, "factor", "original_max_position_embeddings")
+        return {}
+    if kind == "llama3":
+        return {"divisors": _llama3_divisors(scaling, theta=theta, dim=dim)}
+    raise scaling.error(f"rope_type = {kind!r} is not supported, only {', '.join(_KINDS)}")
 
 
 def _theta(config: CheckpointConfig) -> float:
@@ -72,6 +112,26 @@ def _theta(config: CheckpointConfig) -> float:
 def _share(config: CheckpointConfig, scaling: CheckpointConfig | None) -> float | None:
     sections = [section for section in (scaling, config) if section and section.has("partial_rotary_factor")]
     return sections[0].number("partial_rotary_factor") if sections else None
+
+
+def _factors(scaling: CheckpointConfig, key: str, dim: int) -> tuple[float, ...]:
+    factors = scaling.numbers(key)
+    if len(factors) != dim // 2:
+        raise scaling.error(f"{key} has {len(factors)} numbers, not {dim // 2}")
+    return factors
+
+
+def _llama3_divisors(scaling: CheckpointConfig, *, theta: float, dim: int) -> tuple[float, ...]:
+    """1 for wavelengths that the original positions hold often, the factor for longer ones, a ramp in between."""
+    scaling.only(*_ALWAYS, *_LLAMA3)
+    factor, low, high = (scaling.number(key) for key in _LLAMA3[:3])
+    if theta <= 0 or factor <= 0 or low <= 0 or high <= low:
+        raise scaling.error("rope_theta, factor, low_freq_factor, high_freq_factor: need 0 < each, and low < high")
+    original = scaling.number("original_max_position_embeddings")
+    wavelengths = (2 * math.pi * theta ** (index / dim) for index in range(0, min(dim, MAX_HEAD_DIM), 2))
+    shares = ((original / wavelength - low) / (high - low) for wavelength in wavelengths)
+    kept = (min(max(share, 0.0), 1.0) for share in shares)
+    return tuple(1 / ((1 - share) / factor + share) for share in kept)
 
 
 def _yarn(scaling: CheckpointConfig) -> Yarn:
