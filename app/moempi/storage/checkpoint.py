@@ -26,6 +26,7 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
     "F8_E4M3": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
     "U8": np.dtype("u1"),
 }
 
@@ -52,7 +53,7 @@ class CheckpointTensor:
         return prod(self.shape[1:]) * NUMPY_TYPES[self.dtype].itemsize
 
     def read(self, start: int, stop: int) -> AnyArray:
-        """Rows [start, stop): bits for BF16 and F8_E4M3, else numbers; raises DataError if the file is too short."""
+        """Rows [start, stop): bits for BF16 and 8-bit types, else numbers; raises DataError if the file is short."""
         rows = aligned_empty((stop - start, *self.shape[1:]), NUMPY_TYPES[self.dtype])
         rest = rows.reshape(-1).view(np.uint8).data
         try:

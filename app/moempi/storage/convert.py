@@ -9,7 +9,16 @@ import numpy as np
 
 from moempi.arrays import is_finite, narrow, widen
 from moempi.config.architecture import Architecture
-from moempi.config.families import Family, Fused, Sources, family, is_other_part, plain_name, read_architecture
+from moempi.config.families import (
+    Family,
+    Fused,
+    Sources,
+    family,
+    is_other_part,
+    plain_name,
+    read_architecture,
+    read_float8,
+)
 from moempi.config.recommended import recommended_sampling
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.errors import DataError
@@ -87,6 +96,7 @@ class _ConversionPlan:
         self._folder = checkpoint.folder
         self._tensors = _plain_names(tensors)
         self._used: set[str] = set()
+        self._float8 = read_float8(checkpoint.config, origin=str(checkpoint.config_path))
         names = family(architecture.family, origin=str(checkpoint.config_path))
         self.sources = {
             tensor: tuple(self._checked(source, tensor) for source in self._sources(self._names(names, tensor), tensor))
@@ -139,9 +149,12 @@ class _ConversionPlan:
             )
 
     def _dequantized(self, name: str, weight: CheckpointTensor) -> Fp8Matrix:
-        matrix = Fp8Matrix(weight, self._take(f"{name}_scale_inv"))
+        if self._float8 is None:
+            raise DataError(f"{weight.path}: {weight.name}: is {weight.dtype} without a quantization_config")
+        matrix = Fp8Matrix(weight, self._take(f"{name}{self._float8.suffix}"), self._float8.block)
         if not matrix.scales_fit():
-            raise DataError(f"{matrix.path}: {matrix.name}: its scales are not one float32 a block of 128 x 128")
+            rows, columns = (size or "all" for size in matrix.block)
+            raise DataError(f"{matrix.path}: {matrix.name}: its scales are not one a block of {rows} x {columns}")
         return matrix
 
     def _fused_experts(self, fused: Fused, tensor: Tensor) -> Iterator[FusedExpert]:

@@ -1,17 +1,18 @@
 """Sources of a tensor's values: a checkpoint's tensor, a quantized tensor, or one expert of a fused tensor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from moempi.arrays import Float32Array, widen
 from moempi.storage.checkpoint import CheckpointTensor
 from moempi.storage.hdf5 import AnyArray
 
-FP8_BLOCK = 128
 MXFP4_BLOCK = 32
 MXFP4_BIAS = 127
+E8M0_NAN = 255
 
 
 class Source(Protocol):
@@ -46,17 +47,32 @@ def _e4m3_values() -> AnyArray:
     return np.where(bits < 128, values, -values).astype(np.float32)
 
 
+def _e8m0_values() -> AnyArray:
+    """The 256 values of float8 e8m0: powers of two with bias 127, and NaN (OCP MX, 2023)."""
+    values = np.ldexp(np.float32(1), np.arange(256) - 127)
+    values[E8M0_NAN] = np.nan
+    return values
+
+
 E4M3 = _e4m3_values()
+with np.errstate(over="ignore"):
+    E8M0 = _e8m0_values()
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 E2M1 = np.concatenate([E2M1, -E2M1])
+SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+"""Types of the scales of 8-bit matrices; bytes are exponents."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Matrix:
-    """A matrix of 8-bit numbers with one scale per block of 128 x 128 (DeepSeek-V3, 2024, section 3.3)."""
+    """A matrix of 8-bit numbers with one scale per block of rows and columns (DeepSeek-V3, 2024, section 3.3).
+
+    A block size of 0 stands for all rows or all columns. Scales are float32, bfloat16, float16 or powers of two.
+    """
 
     weight: CheckpointTensor
     scales: CheckpointTensor
+    block: tuple[int, int]
     dtype: str = "F32"
 
     @property
@@ -71,19 +87,35 @@ class Fp8Matrix:
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
+    @property
+    def num_blocks(self) -> tuple[int, ...]:
+        """Blocks of rows, and of columns."""
+        return tuple(-(-size // (block or size)) for size, block in zip(self.shape, self.block, strict=True))
+
     def scales_fit(self) -> bool:
-        """Whether there is one float32 scale per block."""
-        blocks = tuple(-(-size // FP8_BLOCK) for size in self.shape)
-        return len(self.shape) == 2 and self.scales.shape == blocks and self.scales.dtype == "F32"
+        """Whether there is one scale per block; last dimensions of 1 may be left out."""
+        if len(self.shape) != 2 or self.scales.dtype not in SCALES:
+            return False
+        rows, columns = self.num_blocks
+        left_out = {(rows,): columns, (): rows * columns}
+        return self.scales.shape == (rows, columns) or left_out.get(self.scales.shape) == 1
 
     def read(self, start: int, stop: int) -> AnyArray:
         values: AnyArray = E4M3[self.weight.read(start, stop)]
-        first = start // FP8_BLOCK
-        scales = self.scales.read(first, -(-stop // FP8_BLOCK))
-        by_row = scales[np.arange(start, stop) // FP8_BLOCK - first]
-        with np.errstate(invalid="ignore", over="ignore"):
-            values *= np.repeat(by_row, FP8_BLOCK, axis=1)[:, : self.shape[1]]
+        rows, columns = (block or size for size, block in zip(self.shape, self.block, strict=True))
+        first = start // rows
+        scales = _scale_values(replace(self.scales, shape=self.num_blocks), first, -(-stop // rows))
+        by_row = scales[np.arange(start, stop) // rows - first]
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            values *= by_row[:, np.arange(self.shape[1]) // columns]
         return values
+
+
+def _scale_values(scales: CheckpointTensor, start: int, stop: int) -> Float32Array:
+    rows = scales.read(start, stop)
+    if scales.dtype == "BF16":
+        return widen(rows)
+    return E8M0[rows] if scales.dtype in ("F8_E8M0", "U8") else rows.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import msgspec
 
 from moempi.config.architecture import Architecture
 from moempi.config.families._family import Family, Fused, Sources
+from moempi.config.families._quantization import Float8, read_quantization
 from moempi.config.families._reading import CheckpointConfig
 from moempi.config.families._wrapper import is_other_part, language_model, plain_name
 from moempi.config.families.deepseek_v2 import DEEPSEEK_V2
@@ -55,27 +56,42 @@ def read_architecture(values: Mapping[str, Any], generation: Mapping[str, Any], 
     Raises DataError that begins with `origin` for an unknown model type, a missing or impossible value, and an
     unsupported option that changes the arithmetic.
     """
-    values, key = language_model(values)
-    origin = f"{origin}: {key}" if key else origin
-    read = family(values.get("model_type"), origin=origin).architecture
-    unchecked = read(CheckpointConfig(values, generation, origin=origin))
+    found, config = _language_model(values, generation, origin=origin)
+    read_quantization(config, found.quantizations)
+    unchecked = found.architecture(config)
     try:
         architecture = msgspec.convert(msgspec.to_builtins(unchecked), Architecture)
     except msgspec.ValidationError as error:
-        raise DataError(f"{origin}: {error}") from error
+        raise config.error(str(error)) from error
     problem = architecture.problem()
     if problem:
-        raise DataError(f"{origin}: {problem}")
+        raise config.error(problem)
     return architecture
+
+
+def read_float8(values: Mapping[str, Any], *, origin: str) -> Float8 | None:
+    """How a decoded config.json says that 8-bit matrices are scaled, None if it has none; raises DataError."""
+    found, config = _language_model(values, {}, origin=origin)
+    return read_quantization(config, found.quantizations)
+
+
+def _language_model(
+    values: Mapping[str, Any], generation: Mapping[str, Any], *, origin: str
+) -> tuple[Family, CheckpointConfig]:
+    values, key = language_model(values)
+    config = CheckpointConfig(values, generation, origin=f"{origin}: {key}" if key else origin)
+    return family(values.get("model_type"), origin=config.origin), config
 
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "Float8",
     "Fused",
     "Sources",
     "family",
     "is_other_part",
     "plain_name",
     "read_architecture",
+    "read_float8",
 ]

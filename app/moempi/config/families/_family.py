@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from moempi.config.architecture import Architecture
+from moempi.config.families._quantization import FLOAT8
 from moempi.config.families._reading import CheckpointConfig
 from moempi.config.tensors import Tensor
 
 _LAYER = re.compile(r"^layers/(\d+)/")
 _THEIR_LAYER = re.compile(r"^model\.layers\.(\d{1,9})\.")
-_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # follows from the configuration
+# Frequencies follow from the configuration; activations are not quantized.
+_UNUSED = re.compile(r"\.rotary_emb\.inv_freq$|\.input_scale$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +49,16 @@ class Family:
     `architecture` reads a checkpoint's configuration and raises DataError for unsupported options. `names` maps our
     tensor names to the checkpoint's, both with `{layer}`; a name with `{expert}` is one matrix per expert, which our
     tensor stacks. `fused_names` are the names that differ where transformers 5 saved the experts of a layer as one
-    tensor. `left_out` is a regular expression of the checkpoint's tensors that the model does not need. With
-    `more_layers`, layers beyond `num_layers` (multi-token prediction) are left out too.
+    tensor. `quantizations` are the values of `quant_method` that can be converted. `left_out` is a regular expression
+    of the checkpoint's tensors that the model does not need. With `more_layers`, layers beyond `num_layers`
+    (multi-token prediction) are left out too.
     """
 
     model_type: str
     architecture: Callable[[CheckpointConfig], Architecture]
     names: Names
     fused_names: Names = field(default_factory=lambda: FUSED_NAMES)
+    quantizations: tuple[str, ...] = FLOAT8
     more_layers: bool = False
     left_out: str | None = None
 
@@ -70,7 +74,7 @@ class Family:
     def leaves_out(self, name: str, *, num_layers: int) -> bool:
         """Whether the checkpoint's tensor `name` is not part of the model."""
         layer = _THEIR_LAYER.match(name)
-        if _COMPUTED.search(name) or (self.more_layers and layer and int(layer[1]) >= num_layers):
+        if _UNUSED.search(name) or (self.more_layers and layer and int(layer[1]) >= num_layers):
             return True
         return bool(self.left_out and re.search(self.left_out, name))
 

@@ -7,7 +7,7 @@ from moempi.config.families._reading import CheckpointConfig
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
-    config.refuse("quantization_config", "norm_topk_prob", "mlp_bias")
+    config.refuse("norm_topk_prob", "mlp_bias")
     config.require("topk_method", "greedy", "group_limited_greedy")
     config.require("scoring_func", "softmax", None)
     config.require("rope_interleave", True, None)

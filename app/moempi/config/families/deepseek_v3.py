@@ -1,6 +1,6 @@
 """DeepSeek-V3 and -R1, Moonlight, Kimi-K2: latent attention, sigmoid router with a correction, shared experts.
 
-Conversion dequantizes weights in blocks of 8-bit numbers and leaves out the layers for multi-token prediction.
+Conversion leaves out the layers for multi-token prediction.
 """
 
 from dataclasses import replace
@@ -12,11 +12,6 @@ from moempi.config.families._reading import CheckpointConfig
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
-    quantization = config.section("quantization_config")
-    if quantization:
-        quantization.require("quant_method", "fp8")
-        quantization.require("fmt", "e4m3", None)
-        quantization.require("weight_block_size", [128, 128])
     return deepseek(config, "deepseek_v3", router=corrected_router(config))
 
 

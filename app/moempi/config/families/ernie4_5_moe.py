@@ -8,7 +8,7 @@ from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
-    config.refuse("quantization_config", "use_bias", "sliding_window")
+    config.refuse("use_bias", "sliding_window")
     width = config.integer("moe_intermediate_size")
     return decoder(
         config,

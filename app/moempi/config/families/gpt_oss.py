@@ -8,14 +8,12 @@ from dataclasses import replace
 from moempi.config.architecture import Architecture, Clamp, Experts, Router
 from moempi.config.families._decoder import decoder, heads
 from moempi.config.families._family import DECODER_NAMES, Family, Fused, in_layers
+from moempi.config.families._quantization import MXFP4
 from moempi.config.families._reading import CheckpointConfig, head_dim, windowed_layers
 from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
-    quantization = config.section("quantization_config")
-    if quantization:
-        quantization.require("quant_method", "mxfp4")
     return decoder(
         config,
         "gpt_oss",
@@ -60,4 +58,5 @@ GPT_OSS = Family(
         }
     ),
     fused_names={},
+    quantizations=MXFP4,
 )

@@ -8,7 +8,7 @@ from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
-    config.refuse("quantization_config", "sliding_window")
+    config.refuse("sliding_window")
     return decoder(
         config,
         "olmoe",

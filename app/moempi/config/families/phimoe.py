@@ -14,7 +14,6 @@ from moempi.config.families._rope import read_rope, scaling_of
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
-    config.refuse("quantization_config")
     return decoder(
         config,
         "phimoe",

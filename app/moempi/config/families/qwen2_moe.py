@@ -10,7 +10,6 @@ from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
-    config.refuse("quantization_config")
     return decoder(
         config,
         "qwen2_moe",

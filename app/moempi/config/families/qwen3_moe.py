@@ -8,7 +8,7 @@ from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
-    config.refuse("use_sliding_window", "quantization_config")
+    config.refuse("use_sliding_window")
     return decoder(
         config,
         "qwen3_moe",

@@ -1,0 +1,155 @@
+"""Checkpoints with 8-bit matrices, in every family and with all types and shapes of scales."""
+
+import numpy as np
+import pytest
+
+from config.test_hub_configs import DEEPSEEK_V2_LITE, DEEPSEEK_V3, DOTS, ERNIE, GLM_AIR, MIXTRAL, OLMOE, PHI, QWEN2_MOE
+from fuzz.checkpoints import small
+from moempi.arrays import narrow, widen
+from moempi.errors import DataError
+from moempi.storage.convert import convert
+from moempi.storage.tensor_sources import E4M3
+from storage.checkpoints import QWEN3_MOE, write_checkpoint
+from storage.test_hub_checkpoints import bfloat16_tensors, converted
+
+PLAIN_V3 = DEEPSEEK_V3 | {"quantization_config": None}
+FAMILIES = (QWEN3_MOE, QWEN2_MOE, OLMOE, MIXTRAL, PLAIN_V3, DEEPSEEK_V2_LITE, GLM_AIR, DOTS, ERNIE, PHI)
+ROWS, COLUMNS = 4, 6
+BLOCKS = {"quant_method": "fp8", "fmt": "float8_e4m3fn", "weight_block_size": [ROWS, COLUMNS], "scale_fmt": "ue8m0"}
+SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+
+
+def compressed(**weights):
+    """A quantization_config of compressed-tensors."""
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"} | weights
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": {"dynamic": True}}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+
+
+def stored_scales(random, kind, shape):
+    """Scales in a type of safetensors, and the float32 numbers that they are."""
+    if kind in ("F8_E8M0", "U8"):
+        bits = random.integers(110, 130, shape, dtype=np.uint8)
+        return (kind, bits), np.ldexp(np.float32(1), bits.astype(np.int32) - 127)
+    numbers = np.asarray(random.normal(size=shape) * 0.01, np.float32)
+    if kind == "BF16":
+        return (kind, narrow(numbers)), widen(narrow(numbers))
+    stored = numbers.astype("<f2" if kind == "F16" else "<f4")
+    return (kind, stored), stored.astype(np.float32)
+
+
+def quantized(tensors, block, suffix, *, kind="F32", squeezed=False):
+    """Tensors with projections in 8 bits, and the same in bfloat16."""
+    random, eight, sixteen = np.random.default_rng(7), dict(tensors), dict(tensors)
+    for name, (_, array) in tensors.items():
+        if name.endswith(("_proj.weight", "w1.weight", "w2.weight", "w3.weight")):
+            rows, columns = (size or length for size, length in zip(block, array.shape, strict=True))
+            grid = (-(-array.shape[0] // rows), -(-array.shape[1] // columns))
+            bits = (
+                random.integers(0, 127, array.shape, dtype=np.uint8)
+                | random.integers(0, 2, array.shape, dtype=np.uint8) << 7
+            )
+            (_, scales), numbers = stored_scales(random, kind, grid)
+            eight[name] = ("F8_E4M3", bits)
+            eight[name + suffix] = (kind, scales.squeeze() if squeezed else scales)
+            whole = np.kron(numbers, np.ones((rows, columns), np.float32))[: array.shape[0], : array.shape[1]]
+            sixteen[name] = ("BF16", narrow(E4M3[bits] * whole))
+    assert len(eight) > len(sixteen)
+    return eight, sixteen
+
+
+@pytest.mark.parametrize("values", FAMILIES, ids=lambda values: values["model_type"])
+def test_blocks_are_expanded_in_every_family(tmp_path, values):
+    values = small(values)
+    eight, sixteen = quantized(bfloat16_tensors(values), (ROWS, COLUMNS), "_scale_inv")
+    found = converted(tmp_path / "eight", values | {"quantization_config": BLOCKS}, eight)
+    assert found == converted(tmp_path / "sixteen", values, sixteen)
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_scales_of_every_type(tmp_path, kind):
+    values = small(QWEN3_MOE)
+    eight, sixteen = quantized(bfloat16_tensors(values), (ROWS, COLUMNS), "_scale_inv", kind=kind)
+    found = converted(tmp_path / "eight", values | {"quantization_config": BLOCKS}, eight)
+    assert found == converted(tmp_path / "sixteen", values, sixteen)
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "block"),
+    [
+        ({"strategy": "channel"}, (1, 0)),
+        ({"strategy": "tensor"}, (0, 0)),
+        ({"strategy": "block", "block_structure": [ROWS, COLUMNS]}, (ROWS, COLUMNS)),
+    ],
+)
+def test_scales_of_channels_tensors_and_blocks_of_compressed_tensors(tmp_path, weights, block, squeezed):
+    values = small(GLM_AIR)
+    eight, sixteen = quantized(
+        bfloat16_tensors(values), block, "_scale", kind="BF16", squeezed=squeezed and block != (ROWS, COLUMNS)
+    )
+    eight["model.layers.0.self_attn.q_proj.input_scale"] = ("F32", np.ones(1, "<f4"))
+    found = converted(tmp_path / "eight", values | {"quantization_config": compressed(**weights)}, eight)
+    assert found == converted(tmp_path / "sixteen", values, sixteen)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "quant_method is 'awq', only fp8 or compressed-tensors is read: take the"),
+        ({"quant_method": "gptq" * 1000}, "quant_method is 'gptqgptq"),
+        ({"bits": 8}, "quant_method is None, only fp8 or compressed-tensors"),
+        (BLOCKS | {"fmt": "e5m2"}, "fmt = 'e5m2' is not supported"),
+        (BLOCKS | {"weight_block_size": [128]}, "weight_block_size = [128] is not supported, only two positive sizes"),
+        (BLOCKS | {"weight_block_size": [0, 128]}, "weight_block_size = [0, 128] is not supported"),
+        (BLOCKS | {"weight_block_size": None}, "weight_block_size = [] is not supported"),
+        (compressed(num_bits=4), "num_bits = 4 is not supported, only 8"),
+        (compressed(type="int"), "type = 'int' is not supported, only 'float'"),
+        (compressed(strategy="group"), "strategy = 'group' is not supported"),
+        (compressed() | {"format": "pack-quantized"}, "format = 'pack-quantized' is not supported"),
+        (compressed() | {"config_groups": None}, "config_groups does not have one strategy for all weights"),
+        (compressed() | {"config_groups": {"group_0": {"weights": None}}}, "group_0 says nothing of weights"),
+        (compressed() | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme = "),
+    ],
+)
+def test_other_quantizations_are_refused_in_one_line(tmp_path, quantization, message):
+    write_checkpoint(tmp_path / "hub", quantization_config=quantization)
+    with pytest.raises(DataError) as error:
+        convert(tmp_path / "hub", tmp_path / "model.h5")
+    place, _, refusal = str(error.value).partition("/config.json: quantization_config: ")
+    assert place == str(tmp_path / "hub")
+    assert message in refusal
+    assert len(refusal) <= 200
+    assert "\n" not in refusal
+
+
+def test_packed_integers_are_refused_by_the_method_and_not_by_a_type(tmp_path):
+    values = small(QWEN3_MOE)
+    tensors = bfloat16_tensors(values) | {"model.layers.0.self_attn.q_proj.qweight": ("I32", np.zeros((2, 2), "<i4"))}
+    with pytest.raises(DataError, match="quant_method is 'gptq', only"):
+        converted(tmp_path / "hub", values | {"quantization_config": {"quant_method": "gptq"}}, tensors)
+
+
+def test_8_bit_matrices_without_a_quantization_are_refused_by_name(tmp_path):
+    values = small(QWEN3_MOE)
+    eight, _ = quantized(bfloat16_tensors(values), (ROWS, COLUMNS), "_scale_inv")
+    with pytest.raises(DataError, match=r"proj\.weight: is F8_E4M3 without a quantization_config"):
+        converted(tmp_path / "hub", values, eight)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("F8_E8M0", 255), ("U8", 255), ("BF16", 0x7F80), ("F32", np.nan)])
+def test_scales_that_are_not_finite_are_refused_by_name(tmp_path, kind, bits):
+    values = small(QWEN3_MOE)
+    eight, _ = quantized(bfloat16_tensors(values), (ROWS, COLUMNS), "_scale_inv", kind=kind)
+    name = "model.layers.1.mlp.experts.1.up_proj.weight"
+    eight[f"{name}_scale_inv"][1][0, 0] = bits
+    with pytest.raises(DataError, match=f"{name}: holds NaN, infinity"):
+        converted(tmp_path / "hub", values | {"quantization_config": BLOCKS}, eight)
+
+
+def test_a_wrapper_may_have_the_quantization_outside(tmp_path):
+    values = small(PLAIN_V3)
+    eight, sixteen = quantized(bfloat16_tensors(values), (ROWS, COLUMNS), "_scale_inv")
+    outer = {"model_type": "any", "text_config": values, "quantization_config": BLOCKS}
+    wrapped = {f"language_model.{name}": one for name, one in eight.items()}
+    assert converted(tmp_path / "eight", outer, wrapped) == converted(tmp_path / "sixteen", values, sixteen)
