@@ -88,7 +88,7 @@ def test_a_search_prints_tables_of_80_columns(folder, capsys, goal, heads):
     ("arguments", "code", "words"),
     [
         (["--set", "topology.rank_memory=1MB"], 78, r"no layout fits: .* MiB on each of 16 ranks, which has .* KiB"),
-        (["--set", "parallel.experts_per_rank=1"], 78, "parallel.experts_per_rank = 1"),
+        (["--set", "parallel.experts_per_rank=1"], 78, r"parallel.experts_per_rank = 1: .* it needs 64 ranks"),
         (["--token-ms", "0.001"], 78, r"no layout keeps --token-ms 0\.001: the soonest needs 0\.\d+"),
         (["--for", "prefill", "--first-token-s", "0"], 78, r"no layout keeps --first-token-s 0: the soonest needs"),
         (["--for", "prefill", "--token-ms", "5"], 64, "--token-ms does not go with --for prefill"),

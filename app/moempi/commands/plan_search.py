@@ -16,7 +16,15 @@ from moempi.config.size import format_size
 from moempi.config.writing import job_text
 from moempi.errors import ConfigError, UsageError
 from moempi.observe.console import console, figures_table
-from moempi.planning.candidates import SearchRequest, all_shapes, candidates, conventional_shapes, least_memory
+from moempi.planning.candidates import (
+    SearchRequest,
+    Shape,
+    all_shapes,
+    candidates,
+    conventional_shapes,
+    lay_out,
+    least_memory,
+)
 from moempi.planning.forecast import rank_memory
 from moempi.planning.search import Cost, Found, Limits, Search, first_token_s, next_token_s
 from moempi.planning.workload import Workload, decode, mixed, prefill
@@ -131,6 +139,7 @@ def _require_searchable(request: SearchRequest) -> None:
             "placement.file places experts for one layout: search without it (--set placement.file=''), then place "
             "for the layout that was found"
         )
+    lay_out(request, Shape(1, 1, 1))  # raises what no other layout can mend
 
 
 def _refusal(request: SearchRequest, search: Search, limits: Limits) -> str:
@@ -146,13 +155,10 @@ def _refusal(request: SearchRequest, search: Search, limits: Limits) -> str:
 
 
 def _misfit(request: SearchRequest) -> str:
-    """Why no layout fits into the memory."""
-    ranks, needed = f"{len(request.topology.nodes):,} ranks", least_memory(request, all_shapes(request))
-    if needed == inf:
-        allowed = request.job.parallel.experts_per_rank
-        return f"no layout divides the model among {ranks} with parallel.experts_per_rank = {allowed}"
-    has = format_size(rank_memory(request.job, request.machine))
-    return f"no layout fits: the smallest needs {format_size(needed)} on each of {ranks}, which has {has}"
+    """By how much no layout fits into the memory."""
+    needed, has = least_memory(request, all_shapes(request)), rank_memory(request.job, request.machine)
+    ranks = f"{len(request.topology.nodes):,} ranks"
+    return f"no layout fits: the smallest needs {format_size(needed)} on each of {ranks}, which has {format_size(has)}"
 
 
 def _conventional_table(request: SearchRequest, limits: Limits, best: Found) -> Table:

@@ -142,7 +142,11 @@ def candidates(request: SearchRequest, shapes: Iterable[Shape]) -> Iterator[Cand
 def least_memory(request: SearchRequest, shapes: Iterable[Shape]) -> float:
     """Bytes of a rank with which one of these layouts would fit; infinite if the model cannot be divided like them."""
     least = inf
-    for planned in filter(None, (_laid_out(request, shape) for shape in shapes)):
+    for shape in shapes:
+        try:
+            planned = lay_out(request, shape)
+        except ConfigError:
+            continue
         used_bytes, page_bytes = _memory(planned, min(_batch_tokens(request)))
         cache_bytes = planned.job.parallel.stages * pages_for(request.workload.cached) * page_bytes
         least = min(least, (used_bytes + cache_bytes) / (1 - FREE_SHARE))
@@ -153,9 +157,12 @@ def _with_steps(
     request: SearchRequest, shape: Shape, *, layers: Sequence[int] = (), ranks: Sequence[int] = ()
 ) -> list[Candidates]:
     """The layout with each way of its rows that makes a difference, and its kinds of steps; [] if nothing fits."""
-    planned = _laid_out(request, shape, layers=layers, ranks=ranks)
-    steps = _steps(planned, request) if planned else None
-    if not planned or not steps:
+    try:
+        planned = lay_out(request, shape, layers=layers, ranks=ranks)
+    except ConfigError:
+        return []
+    steps = _steps(planned, request)
+    if steps is None:
         return []
     nodes = planned.topology.nodes
     spans_nodes = any(nodes[stage.ranks[0]] != nodes[stage.ranks[-1]] for stage in planned.layout.grid.stages)
@@ -170,24 +177,22 @@ def _with_steps(
     return found
 
 
-def _laid_out(
+def lay_out(
     request: SearchRequest, shape: Shape, *, layers: Sequence[int] = (), ranks: Sequence[int] = ()
-) -> PlannedJob | None:
-    """The job in a layout of this shape, with one lane and all slots; None if it cannot be divided so."""
+) -> PlannedJob:
+    """The job in a layout of this shape, with one hop, one lane and all slots.
+
+    `layers` and `ranks` are those of each stage, () for the default. Raises ConfigError if it cannot be divided so.
+    """
+    job = request.job
     parallel = structs.replace(
-        request.job.parallel,
-        stages=shape.stages,
-        tensor=shape.tensor,
-        stage_layers=tuple(layers),
-        stage_ranks=tuple(ranks),
+        job.parallel, stages=shape.stages, tensor=shape.tensor, stage_layers=tuple(layers), stage_ranks=tuple(ranks)
     )
-    run = structs.replace(request.job.run, overlap=True, micro_batches=1, lanes=1, max_sequences=MOST_SEQUENCES)
-    job = structs.replace(request.job, parallel=parallel, run=run)
+    run = structs.replace(job.run, overlap=True, micro_batches=1, lanes=1, max_sequences=MOST_SEQUENCES)
+    exchange = structs.replace(job.exchange, hops=1, immediate=False)
+    job = structs.replace(job, parallel=parallel, run=run, exchange=exchange)
     topology = request.topology.subset(range(len(request.topology.nodes) // shape.replicas))
-    try:
-        layout = make_layout(job, request.architecture, topology.nodes, on_gpu=job.run.backend == "cupy")
-    except ConfigError:
-        return None
+    layout = make_layout(job, request.architecture, topology.nodes, on_gpu=job.run.backend == "cupy")
     return PlannedJob(job, request.architecture, layout, request.machine, topology)
 
 
