@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moempi.config.architecture import Clamp, Experts, Latent, Rope, Router, Yarn
+from moempi.config.architecture import Clamp, Experts, Latent, LongRope, Rope, Router, Yarn
 from moempi.config.families import FAMILIES, read_architecture
 from moempi.config.tensors import catalogue
 from moempi.errors import DataError
@@ -367,9 +367,13 @@ def test_ernie():
     assert read(ERNIE, moe_layer_interval=2, moe_layer_end_index=-1).dense_layers == tuple(range(0, 28, 2))
 
 
-def test_phimoe_is_limited_to_the_positions_of_the_short_factors():
+def test_phimoe():
     architecture = read(PHI)
-    assert (architecture.max_positions, architecture.attention.rope.amplitude) == (4096, 1.243)
+    assert architecture.max_positions == 131072
+    assert architecture.attention.rope == Rope(
+        amplitude=1.243, divisors=(1.0,) * 64, long=LongRope(4096, divisors=(2.0,) * 64, amplitude=1.243)
+    )
+    assert read(PHI, max_position_embeddings=4096).attention.rope.long is None
     assert (architecture.norm, architecture.head_bias, architecture.attention.biases) == ("layer", True, "all")
     assert architecture.experts.router.scoring == "sparsemixer"
 

@@ -57,7 +57,7 @@ def attended(x, chunks, query_rank):
     cache = BACKEND.cache(3, 1, RANK + ROTATED, latent=RANK)
     for count in chunks:
         rows, positions = x[start : start + count], np.arange(start, start + count)
-        angles = rope_angles(BACKEND, module.shape, positions)
+        angles = rope_angles(BACKEND, module.shape, positions, np.full(count, sum(chunks)))
         parts.append(module(BACKEND, rows, angles, cache, [Segment(0, count, start, pages)]))
         start += count
     return np.concatenate(parts)

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.config.architecture import AttentionShape, Latent, Rope, Yarn
+from moempi.config.architecture import AttentionShape, Latent, LongRope, Rope, Yarn
 from moempi.model.rope import frequencies, rope_angles
 
 V3 = Yarn(factor=40.0, original_positions=4096)
@@ -50,7 +51,7 @@ def test_yarn_ramps_from_the_low_to_the_high_bound(yarn, theta, dim, low, high):
 )
 def test_only_the_rope_dimensions_are_rotated(attention, rotated):
     backend, x = NumpyBackend(precision="float32", reproducible=True), np.ones((1, 2, 16), np.float32)
-    angles = rope_angles(backend, attention, np.array([math.pi]))
+    angles = rope_angles(backend, attention, np.array([math.pi]), np.array([4]))
     rotated_x = backend.rotate(x, angles)
     assert (rotated_x[..., rotated:] == 1).all()
     assert rotated_x[0, 0, 0] == pytest.approx(-1, abs=1e-6)
@@ -58,5 +59,23 @@ def test_only_the_rope_dimensions_are_rotated(attention, rotated):
 
 def test_amplitude_multiplies_the_rotated_numbers():
     backend, x = NumpyBackend(precision="float32", reproducible=True), np.ones((1, 1, 4), np.float32)
-    angles = rope_angles(backend, AttentionShape(1, 1, 4, rope=Rope(amplitude=1.5)), np.array([0]))
+    angles = rope_angles(backend, AttentionShape(1, 1, 4, rope=Rope(amplitude=1.5)), np.array([0]), np.array([1]))
     np.testing.assert_array_equal(backend.rotate(x, angles, interleaved=True), 1.5 * x)
+
+
+LONG = LongRope(original_positions=8, divisors=(2.0, 4.0), amplitude=1.5)
+
+
+@pytest.mark.parametrize("capacities", [[8, 8, 8, 8], [9, 9, 9, 9], [9, 3, 3, 50], [1, 9, 9, 1], []])
+def test_long_sequences_have_their_own_divisors_and_amplitude_from_the_first_position_on(capacities):
+    backend, positions = NumpyBackend(precision="float32", reproducible=True), np.array([0, 1, 2, 7])[: len(capacities)]
+    short = Rope(divisors=(1.0, 1.5), amplitude=1.25)
+    found = rope_angles(
+        backend, AttentionShape(1, 1, 4, rope=replace(short, long=LONG)), positions, np.array(capacities, np.int64)
+    )
+    assert all(array.shape == (len(capacities), 1, 2) for array in found)
+    for row, (position, capacity) in enumerate(zip(positions, capacities, strict=True)):
+        rope = Rope(divisors=LONG.divisors, amplitude=LONG.amplitude) if capacity > 8 else short
+        expected = rope_angles(backend, AttentionShape(1, 1, 4, rope=rope), np.array([position]), np.array([capacity]))
+        for array, one in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(array[row], one[0])

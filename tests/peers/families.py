@@ -98,6 +98,16 @@ LONGROPE: dict[str, Any] = {
     "long_mscale": 1.5,
     "original_max_position_embeddings": 128,
 }
+LINEAR: dict[str, Any] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -111,6 +121,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", OLMOE | {"num_key_value_heads": 4, "norm_topk_prob": False}),
     "olmoe-clip-grouped": ("olmoe", OLMOE | {"clip_qkv": 0.7, "norm_topk_prob": True, "attention_bias": True}),
     "mixtral": ("mixtral", MIXTRAL),
+    "mixtral-linear": ("mixtral", MIXTRAL | {"rope_parameters": LINEAR}),
+    "glm4_moe-llama3": (
+        "glm4_moe",
+        GLM | {"partial_rotary_factor": 0.5, "use_qk_norm": True} | {"rope_parameters": LLAMA3},
+    ),
     "mixtral-window-head_dim": ("mixtral", MIXTRAL | {"sliding_window": 16, "head_dim": 12}),
     "deepseek_v3-groups-yarn": (
         "deepseek_v3",
@@ -159,6 +174,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "phimoe",
         MIXTRAL
         | {"attention_bias": True, "lm_head_bias": True, "rope_parameters": LONGROPE, "router_jitter_noise": 0.2},
+    ),
+    "phimoe-longrope-long": (
+        "phimoe",
+        MIXTRAL | {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 48}, "router_jitter_noise": 0.2},
     ),
     "phimoe-window": ("phimoe", MIXTRAL | {"sliding_window": 20, "router_jitter_noise": 0.05}),
     "gpt_oss-yarn": ("gpt_oss", GPT_OSS | {"rope_parameters": YARN | {"truncate": False}}),
@@ -231,6 +250,7 @@ def expected(folder: Path, tokens: list[list[int]]) -> Expected:
     scores, choices = {}, []
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        use_long_factors(model)
         with torch.no_grad():
             if dtype == torch.float32:
                 choices = _record_routing(model)
@@ -239,6 +259,13 @@ def expected(folder: Path, tokens: list[list[int]]) -> Expected:
                 experts, weights = _by_token(choices, num_prompts=len(tokens))
                 greedy = [_greedy(model, prompt) for prompt in tokens[: len(LENGTHS)]]
     return Expected(scores[torch.float32], scores[torch.bfloat16], greedy, experts, weights)
+
+
+def use_long_factors(model: Any) -> None:
+    """The library chooses the frequencies of a long sequence, and then computes those of a short one."""
+    for rotary in model.modules():
+        if type(rotary).__name__ == "PhimoeRotaryEmbedding":
+            rotary.rope_init_fn = lambda _config, rotary=rotary: (rotary.inv_freq, 1.0)
 
 
 def _record_routing(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -46,6 +46,11 @@ class Batch:
         first_rows = np.cumsum(self.lengths) - self.lengths
         return np.repeat(self.starts - first_rows, self.lengths) + np.arange(self.num_rows)
 
+    @property
+    def row_capacities(self) -> IntArray:
+        """Positions that the sequence of every row may have (T,)."""
+        return np.repeat(self.capacities, self.lengths)
+
     def of_slots(self, slots: range) -> tuple[Self, IntArray]:
         """The sub-batch of the sequences with these slots, without tokens, and the indices of its rows."""
         chosen = np.flatnonzero((self.slots >= slots.start) & (self.slots < slots.stop))

@@ -30,11 +30,20 @@ class Yarn(Struct, frozen=True, forbid_unknown_fields=True):
     truncate: bool = True
 
 
+class LongRope(Struct, frozen=True, forbid_unknown_fields=True):
+    """The divisors and the amplitude of sequences that may have more than `original_positions` (LongRoPE)."""
+
+    original_positions: Count
+    divisors: tuple[Positive, ...]
+    amplitude: Positive
+
+
 class Rope(Struct, frozen=True, forbid_unknown_fields=True):
     """Rotary position embedding (Su et al. 2021) of the first `dim` numbers of a head, all of them when 0.
 
     The two numbers of a rotated pair are dim / 2 apart, or adjacent if `interleaved`. Cosines and sines are multiplied
     by `amplitude`; the i-th frequency is divided by `divisors[i]` (LongRoPE, Ding et al. 2024), all by a single one.
+    Long sequences have their own divisors and amplitude in `long`.
     """
 
     theta: Positive = 10000.0
@@ -43,6 +52,7 @@ class Rope(Struct, frozen=True, forbid_unknown_fields=True):
     amplitude: Positive = 1.0
     divisors: tuple[Positive, ...] = ()
     yarn: Yarn | None = None
+    long: LongRope | None = None
 
 
 class Latent(Struct, frozen=True, forbid_unknown_fields=True):
@@ -223,6 +233,8 @@ def _attention_problem(attention: AttentionShape) -> str | None:
         return f"attention.rope.theta {rope.theta} with yarn: needs one above 1"
     if rope.divisors and len(rope.divisors) not in (1, dim // 2):
         return f"attention.rope.divisors has {len(rope.divisors)} numbers, not {dim // 2}"
+    if rope.long and len(rope.long.divisors) != dim // 2:
+        return f"attention.rope.long.divisors has {len(rope.long.divisors)} numbers, not {dim // 2}"
     if attention.windowed_layers and not attention.window:
         return "attention.window is 0 but windowed_layers is not empty"
     return None

@@ -54,7 +54,7 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
     backend, architecture = model.backend, model.architecture
     x = backend.tensor(np.zeros((num_rows, architecture.width), np.uint16))
     segments = (Segment(0, num_rows, 0, np.zeros(1, np.int64)),)
-    angles = rope_angles(backend, architecture.attention, np.arange(num_rows))
+    angles = rope_angles(backend, architecture.attention, np.arange(num_rows), np.full(num_rows, num_rows))
     for layer, cache in zip(model.layers, model.cache.layers, strict=True):
         rows = layer.attention_norm(backend, x)
         if len(cache.keys):

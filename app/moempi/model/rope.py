@@ -4,17 +4,41 @@ import math
 from functools import cache
 
 import numpy as np
+from msgspec.structs import replace
 
 from moempi.arrays import Float32Array, IntArray
 from moempi.backend.protocol import Array, Backend
-from moempi.config.architecture import AttentionShape, Rope, Yarn
+from moempi.config.architecture import AttentionShape, LongRope, Rope, Yarn
 
 
-def rope_angles(backend: Backend, attention: AttentionShape, positions: IntArray) -> Array:
-    """Angles of the rows at `positions` (T,), for `Backend.rotate`."""
+def rope_angles(backend: Backend, attention: AttentionShape, positions: IntArray, capacities: IntArray) -> Array:
+    """Angles of the rows at `positions` (T,), for `Backend.rotate`.
+
+    `capacities` (T,) are the positions that the row's sequence may have. They decide whether it is a long one, so that
+    all its keys are rotated alike.
+    """
     rope = attention.rope
     dim = rope.dim or (attention.latent.rope_dim if attention.latent else attention.head_dim)
+    if rope.long is None:
+        return _angles(backend, rope, positions, dim)
+    is_long = capacities > rope.long.original_positions
+    borders = np.flatnonzero(np.diff(is_long)) + 1
+    parts = [
+        _angles(backend, _of_long(rope, rope.long) if rows.any() else rope, part, dim)
+        for part, rows in zip(np.split(positions, borders), np.split(is_long, borders), strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(backend.join(arrays) for arrays in zip(*parts, strict=True))
+
+
+def _angles(backend: Backend, rope: Rope, positions: IntArray, dim: int) -> Array:
     return backend.rope_angles(positions, frequencies=frequencies(rope, dim=dim), amplitude=rope.amplitude)
+
+
+@cache
+def _of_long(rope: Rope, long: LongRope) -> Rope:
+    return replace(rope, divisors=long.divisors, amplitude=long.amplitude, long=None)
 
 
 @cache

@@ -66,7 +66,7 @@ class Transformer:
         """
         backend, tensor = self.backend, comm.tensor
         segments = self.cache.segments(batch)
-        angles = rope_angles(backend, self.architecture.attention, batch.positions)
+        angles = rope_angles(backend, self.architecture.attention, batch.positions, batch.row_capacities)
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
             rows = layer.attention_norm(backend, x)
             gather, scatter = Point(layer.index, GATHER), Point(layer.index, SCATTER)

@@ -13,9 +13,10 @@ from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.protocol import Expert, RmsNorm, SamplingRequest, Segment
-from moempi.config.architecture import Clamp, Router
+from moempi.config.architecture import AttentionShape, Clamp, LongRope, Rope, Router
 from moempi.config.job import Sampling
 from moempi.errors import ConfigError
+from moempi.model.rope import rope_angles
 
 PRECISIONS = ("bfloat16", "float32")
 
@@ -169,6 +170,14 @@ def test_rotation_equals_the_cpu(pair, interleaved, pairs, dims):
         np.testing.assert_allclose(pair.host(on_gpu_angles), expected[:, 0], atol=3e-7)
     expected = pair.cpu.rotate(x[..., dims], cpu_angles, interleaved=interleaved)
     pair.close(pair.gpu.rotate(on_gpu[..., dims], gpu_angles, interleaved=interleaved), expected, units=2)
+
+
+def test_angles_of_short_and_long_sequences_are_joined_on_the_gpu(pair):
+    long = LongRope(original_positions=8, divisors=(2.0, 3.0, 4.0, 5.0), amplitude=1.5)
+    attention = AttentionShape(2, 2, 8, rope=Rope(long=long))
+    given = attention, np.array([0, 1, 7, 4000, 2]), np.array([9, 9, 8, 5000, 3])
+    for on_gpu, expected in zip(rope_angles(pair.gpu, *given), rope_angles(pair.cpu, *given), strict=True):
+        np.testing.assert_allclose(pair.host(on_gpu), expected[:, 0], atol=3e-7)
 
 
 def test_frequencies_are_uploaded_once_for_each_queue(pair, monkeypatch):

@@ -396,7 +396,7 @@ class CudaBackend:
         return out
 
     def join(self, parts: Sequence[Array]) -> Array:
-        out, first = self._launches.rows((sum(map(len, parts)), *parts[0].shape[1:])), 0
+        out, first = self.device.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype), 0
         for part in parts:
             self.device.copy(part, out[first : first + len(part)])
             first += len(part)

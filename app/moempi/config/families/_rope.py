@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from moempi.config.architecture import Rope, Yarn
+from moempi.config.architecture import LongRope, Rope, Yarn
 from moempi.config.families._reading import CheckpointConfig
 
 MAX_POSITIONS = 2**31 - 1
@@ -34,7 +34,7 @@ def read_rope(config: CheckpointConfig, *, dim: int, interleaved: bool = False, 
             raise config.error(f"partial_rotary_factor = {share} leaves nothing of a head of {dim} to rotate")
     elif share not in (None, 1.0):
         raise config.error(f"partial_rotary_factor = {share} is not supported")
-    return Rope(**common, **_scaled(scaling, theta=common["theta"], dim=common.get("dim", dim)))
+    return Rope(**common, **_scaled(config, scaling, theta=common["theta"], dim=common.get("dim", dim)))
 
 
 def read_positions(config: CheckpointConfig) -> int:
@@ -78,7 +78,7 @@ def yarn_magnitude(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _scaled(scaling: CheckpointConfig | None, *, theta: float, dim: int) -> dict[str, Any]:
+def _scaled(config: CheckpointConfig, scaling: CheckpointConfig | None, *, theta: float, dim: int) -> dict[str, Any]:
     """The fields of Rope that a type other than default has."""
     kind = rope_kind(scaling)
     if scaling is None or kind == "default":
@@ -86,8 +86,7 @@ def _scaled(scaling: CheckpointConfig | None, *, theta: float, dim: int) -> dict
     if kind == "yarn":
         return {"amplitude": _yarn_amplitude(scaling), "yarn": _yarn(scaling)}
     if kind == "longrope":
-        scaling.only(*_ALWAYS, *_LONGROPE)
-        return {"amplitude": scaling.number("short_mscale"), "divisors": _factors(scaling, "short_factor", dim)}
+        return _longrope(config, scaling, dim)
     if kind == "linear":
         scaling.only(*_ALWAYS, "factor")
         return {"divisors": (scaling.number("factor"),)}
@@ -112,6 +111,17 @@ def _theta(config: CheckpointConfig) -> float:
 def _share(config: CheckpointConfig, scaling: CheckpointConfig | None) -> float | None:
     sections = [section for section in (scaling, config) if section and section.has("partial_rotary_factor")]
     return sections[0].number("partial_rotary_factor") if sections else None
+
+
+def _longrope(config: CheckpointConfig, scaling: CheckpointConfig, dim: int) -> dict[str, Any]:
+    scaling.only(*_ALWAYS, *_LONGROPE)
+    short = {"divisors": _factors(scaling, "short_factor", dim), "amplitude": scaling.number("short_mscale")}
+    key, positions = "original_max_position_embeddings", read_positions(config)
+    original = next((section.integer(key) for section in (config, scaling) if section.has(key)), positions)
+    if positions <= original:
+        return short
+    long = LongRope(original, _factors(scaling, "long_factor", dim), scaling.number("long_mscale"))
+    return short | {"long": long}
 
 
 def _factors(scaling: CheckpointConfig, key: str, dim: int) -> tuple[float, ...]:

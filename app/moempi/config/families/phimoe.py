@@ -1,16 +1,10 @@
-"""Phi-3.5-MoE and Phi-mini-MoE: layer norms and biases, SparseMixer router, LongRoPE.
-
-Only the short factors are used, and sequences are limited to the original number of positions, because
-implementations differ beyond it.
-"""
-
-from typing import Any
+"""Phi-3.5-MoE and Phi-mini-MoE: layer norms and biases, SparseMixer router, LongRoPE."""
 
 from moempi.config.architecture import Architecture, Experts, Router
 from moempi.config.families._decoder import all_layers_windowed, decoder, heads
 from moempi.config.families._family import FUSED_NAMES, MIXTRAL_NAMES, Family, in_layers
 from moempi.config.families._reading import CheckpointConfig, head_dim
-from moempi.config.families._rope import read_rope, scaling_of
+from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
@@ -34,15 +28,7 @@ def _architecture(config: CheckpointConfig) -> Architecture:
         ),
         norm="layer",
         head_bias=config.flag("lm_head_bias"),
-        **_first_positions(config),
     )
-
-
-def _first_positions(config: CheckpointConfig) -> dict[str, Any]:
-    scaling = scaling_of(config)
-    key = "original_max_position_embeddings"
-    sections = [section for section in (config, scaling) if section and section.has(key)]
-    return {"max_positions": sections[0].integer(key)} if sections else {}
 
 
 PHIMOE = Family(
