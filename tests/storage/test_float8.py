@@ -74,6 +74,13 @@ def test_scales_of_every_type(tmp_path, kind):
     assert found == converted(tmp_path / "sixteen", values, sixteen)
 
 
+def test_a_block_may_be_larger_than_every_matrix(tmp_path):
+    values = small(QWEN3_MOE)
+    eight, sixteen = quantized(bfloat16_tensors(values), (0, 0), "_scale_inv")
+    config = values | {"quantization_config": BLOCKS | {"weight_block_size": [10**15, 10**15]}}
+    assert converted(tmp_path / "eight", config, eight) == converted(tmp_path / "sixteen", values, sixteen)
+
+
 @pytest.mark.parametrize("squeezed", [False, True])
 @pytest.mark.parametrize(
     ("weights", "block"),

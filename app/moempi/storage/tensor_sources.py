@@ -102,12 +102,12 @@ class Fp8Matrix:
 
     def read(self, start: int, stop: int) -> AnyArray:
         values: AnyArray = E4M3[self.weight.read(start, stop)]
-        rows, columns = (block or size for size, block in zip(self.shape, self.block, strict=True))
+        rows, columns = (min(block or size, size) for size, block in zip(self.shape, self.block, strict=True))
         first = start // rows
         scales = _scale_values(replace(self.scales, shape=self.num_blocks), first, -(-stop // rows))
         by_row = scales[np.arange(start, stop) // rows - first]
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            values *= by_row[:, np.arange(self.shape[1]) // columns]
+            values *= np.repeat(by_row, columns, axis=1)[:, : self.shape[1]]
         return values
 
 
