@@ -154,6 +154,16 @@ def test_scales_that_are_not_finite_are_refused_by_name(tmp_path, kind, bits):
         converted(tmp_path / "hub", values | {"quantization_config": BLOCKS}, eight)
 
 
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_an_empty_8_bit_matrix_is_refused_by_name(tmp_path, strategy):
+    values = small(QWEN3_MOE)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    empty = {name: ("F8_E4M3", np.zeros((0, 16), "u1")), f"{name}_scale": ("F32", np.zeros((0, 1), "<f4"))}
+    config = values | {"quantization_config": compressed(strategy=strategy)}
+    with pytest.raises(DataError, match=rf"{name}: its shape is \(0, 16\)"):
+        converted(tmp_path / "hub", config, bfloat16_tensors(values) | empty)
+
+
 def test_a_wrapper_may_have_the_quantization_outside(tmp_path):
     values = small(PLAIN_V3)
     eight, sixteen = quantized(bfloat16_tensors(values), (ROWS, COLUMNS), "_scale_inv")

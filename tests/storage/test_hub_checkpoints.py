@@ -95,6 +95,23 @@ def test_fused_experts_give_the_same_bytes_as_separate_ones(tmp_path, values):
     assert converted(tmp_path / "fused", values, together) == converted(tmp_path / "hub", values, tensors)
 
 
+def test_the_fused_experts_of_qwen3_vl_have_their_inputs_first(tmp_path):
+    values = small(QWEN3_MOE)
+    tensors = bfloat16_tensors(values)
+    wrapped = {
+        name if name == HEAD else name.replace("model.", "model.language_model.", 1): (
+            (kind, array.swapaxes(1, 2).copy()) if array.ndim == 3 else (kind, array)
+        )
+        for name, (kind, array) in fused(tensors).items()
+    }
+    mrope = {"rope_type": "default", "mrope_section": [1, 1, 1], "mrope_interleaved": True}
+    inner = values | {"model_type": "qwen3_vl_moe_text", "rope_scaling": mrope, "tie_word_embeddings": True}
+    outer = {"model_type": "qwen3_vl_moe", "text_config": inner, "tie_word_embeddings": False}
+    vision = {"model.visual.patch_embed.proj.bias": ("BF16", np.zeros(4, "<u2"))}
+    plain = converted(tmp_path / "plain", values, tensors)
+    assert converted(tmp_path / "wrapped", outer, wrapped | vision) == plain
+
+
 def test_fused_experts_of_another_number_or_an_odd_width_are_refused_by_name(tmp_path):
     values = small(MIXTRAL)
     together = {

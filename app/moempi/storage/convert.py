@@ -13,7 +13,7 @@ from moempi.config.families import (
     Family,
     Fused,
     Sources,
-    family,
+    checkpoint_family,
     is_other_part,
     plain_name,
     read_architecture,
@@ -97,7 +97,7 @@ class _ConversionPlan:
         self._tensors = _plain_names(tensors)
         self._used: set[str] = set()
         self._float8 = read_float8(checkpoint.config, origin=str(checkpoint.config_path))
-        names = family(architecture.family, origin=str(checkpoint.config_path))
+        names = checkpoint_family(checkpoint.config, origin=str(checkpoint.config_path))
         self.sources = {
             tensor: tuple(self._checked(source, tensor) for source in self._sources(self._names(names, tensor), tensor))
             for tensor in catalogue(architecture)

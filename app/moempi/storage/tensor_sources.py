@@ -90,7 +90,7 @@ class Fp8Matrix:
     @property
     def num_blocks(self) -> tuple[int, ...]:
         """Blocks of rows, and of columns."""
-        return tuple(-(-size // (block or size)) for size, block in zip(self.shape, self.block, strict=True))
+        return tuple(-(-size // max(block or size, 1)) for size, block in zip(self.shape, self.block, strict=True))
 
     def scales_fit(self) -> bool:
         """Whether there is one scale per block; last dimensions of 1 may be left out."""

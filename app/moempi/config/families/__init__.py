@@ -20,13 +20,14 @@ from moempi.config.families.mixtral import MIXTRAL
 from moempi.config.families.olmoe import OLMOE
 from moempi.config.families.phimoe import PHIMOE
 from moempi.config.families.qwen2_moe import QWEN2_MOE
-from moempi.config.families.qwen3_moe import QWEN3_MOE
+from moempi.config.families.qwen3_moe import QWEN3_MOE, QWEN3_VL_MOE_TEXT
 from moempi.errors import DataError
 
 FAMILIES = {
     family.model_type: family
     for family in (
         QWEN3_MOE,
+        QWEN3_VL_MOE_TEXT,
         OLMOE,
         MIXTRAL,
         DEEPSEEK_V3,
@@ -42,7 +43,7 @@ FAMILIES = {
 }
 
 
-def family(model_type: object, *, origin: str) -> Family:
+def _family(model_type: object, *, origin: str) -> Family:
     """The family of a `model_type`; raises DataError that begins with `origin` if it is unknown."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
@@ -69,6 +70,11 @@ def read_architecture(values: Mapping[str, Any], generation: Mapping[str, Any], 
     return architecture
 
 
+def checkpoint_family(values: Mapping[str, Any], *, origin: str) -> Family:
+    """The family of the language model in a decoded config.json; raises DataError if it is unknown."""
+    return _language_model(values, {}, origin=origin)[0]
+
+
 def read_float8(values: Mapping[str, Any], *, origin: str) -> Float8 | None:
     """How a decoded config.json says that 8-bit matrices are scaled, None if it has none; raises DataError."""
     found, config = _language_model(values, {}, origin=origin)
@@ -80,7 +86,7 @@ def _language_model(
 ) -> tuple[Family, CheckpointConfig]:
     values, key = language_model(values)
     config = CheckpointConfig(values, generation, origin=f"{origin}: {key}" if key else origin)
-    return family(values.get("model_type"), origin=config.origin), config
+    return _family(values.get("model_type"), origin=config.origin), config
 
 
 __all__ = [
@@ -89,7 +95,7 @@ __all__ = [
     "Float8",
     "Fused",
     "Sources",
-    "family",
+    "checkpoint_family",
     "is_other_part",
     "plain_name",
     "read_architecture",

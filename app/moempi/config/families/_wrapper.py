@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_OUTER_KEYS = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
+_OUTER_KEYS = ("bos_token_id", "eos_token_id", "quantization_config")
+_HEAD_KEY = "tie_word_embeddings"
 _PREFIX = re.compile(r"^(?:model\.language_model\.|language_model\.(?:model\.)?)")
 _OTHER_PARTS = re.compile(
     r"^(?:model\.)?(?:visual|vision_tower|vision_model|mm_projector|multi_modal_projector|audio_tower)\."
@@ -14,13 +15,14 @@ _OTHER_PARTS = re.compile(
 def language_model(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """The configuration of the language model in a decoded config.json, and its key there, "" if it is the whole.
 
-    A wrapper has it under `text_config`, and may have tokens, tied embeddings and quantization outside of it.
+    A wrapper has it under `text_config`, and may have tokens and quantization outside of it. Its head is the wrapper's,
+    which therefore says whether the embeddings are tied.
     """
     inner = values.get("text_config")
     if not isinstance(inner, dict):
         return values, ""
-    outer = {key: values[key] for key in _OUTER_KEYS if values.get(key) is not None and inner.get(key) is None}
-    return inner | outer, "text_config"
+    keys = [_HEAD_KEY, *(key for key in _OUTER_KEYS if inner.get(key) is None)]
+    return inner | {key: values[key] for key in keys if values.get(key) is not None}, "text_config"
 
 
 def plain_name(name: str) -> str:
