@@ -10,7 +10,7 @@ from moempi.errors import DataError
 from moempi.storage.convert import convert
 from moempi.storage.tensor_sources import E4M3
 from storage.checkpoints import QWEN3_MOE, write_checkpoint
-from storage.test_hub_checkpoints import bfloat16_tensors, converted
+from storage.test_hub_checkpoints import bfloat16_tensors, converted, fused
 
 PLAIN_V3 = DEEPSEEK_V3 | {"quantization_config": None}
 FAMILIES = (QWEN3_MOE, QWEN2_MOE, OLMOE, MIXTRAL, PLAIN_V3, DEEPSEEK_V2_LITE, GLM_AIR, DOTS, ERNIE, PHI)
@@ -72,6 +72,36 @@ def test_scales_of_every_type(tmp_path, kind):
     eight, sixteen = quantized(bfloat16_tensors(values), (ROWS, COLUMNS), "_scale_inv", kind=kind)
     found = converted(tmp_path / "eight", values | {"quantization_config": BLOCKS}, eight)
     assert found == converted(tmp_path / "sixteen", values, sixteen)
+
+
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_fused_8_bit_experts_are_expanded(tmp_path, inputs_first):
+    values = small(QWEN3_MOE)
+    random, eight, sixteen = np.random.default_rng(9), fused(bfloat16_tensors(values)), {}
+    for name, (kind, array) in list(eight.items()):
+        sixteen[name] = (kind, array)
+        if array.ndim == 3:
+            whole = array.swapaxes(1, 2) if inputs_first else array
+            grid = (whole.shape[0], -(-whole.shape[1] // ROWS), -(-whole.shape[2] // COLUMNS))
+            bits, scales = random.integers(0, 127, whole.shape, dtype=np.uint8), random.normal(size=grid).astype("<f4")
+            eight[name], eight[f"{name}_scale_inv"] = ("F8_E4M3", bits), ("F32", scales)
+            by_number = scales.repeat(ROWS, 1).repeat(COLUMNS, 2)[:, : whole.shape[1], : whole.shape[2]]
+            sixteen[name] = ("BF16", narrow(E4M3[bits] * by_number))
+    values |= {"model_type": "qwen3_vl_moe_text"} if inputs_first else {}
+    found = converted(tmp_path / "eight", values | {"quantization_config": BLOCKS}, eight)
+    assert found == converted(tmp_path / "sixteen", values, sixteen)
+
+
+@pytest.mark.parametrize(
+    "scales", [np.ones((3, 4, 3), "<f4"), np.ones((4, 4), "<f4"), np.ones((4, 4, 4), "<f4"), np.ones((), "<f4")]
+)
+def test_fused_8_bit_experts_need_the_scales_of_each_expert(tmp_path, scales):
+    values = small(QWEN3_MOE)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    tensors = fused(bfloat16_tensors(values))
+    tensors |= {name: ("F8_E4M3", np.zeros(tensors[name][1].shape, "u1")), f"{name}_scale_inv": ("F32", scales)}
+    with pytest.raises(DataError, match=f"{name}: its scales are not one a block of {ROWS} x {COLUMNS}"):
+        converted(tmp_path / "hub", values | {"quantization_config": BLOCKS}, tensors)
 
 
 def test_a_block_may_be_larger_than_every_matrix(tmp_path):

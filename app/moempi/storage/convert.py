@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,10 +25,11 @@ from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.errors import DataError
 from moempi.storage.checkpoint import NUMPY_TYPES, Checkpoint, CheckpointTensor, open_checkpoint
 from moempi.storage.hdf5 import AnyArray
-from moempi.storage.tensor_sources import Fp8Matrix, FusedExpert, Mxfp4Experts, Source
+from moempi.storage.tensor_sources import Fp8Experts, Fp8Matrix, FusedExpert, Mxfp4Experts, Source
 from moempi.storage.weights import OnProgress, write_weights
 
 PIECE_BYTES = 4 << 20
+Quantized = TypeVar("Quantized", Fp8Matrix, Fp8Experts)
 FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 
 
@@ -122,7 +124,7 @@ class _ConversionPlan:
             return
         for name in names:
             source = self._take(name)
-            yield self._dequantized(name, source) if source.dtype == "F8_E4M3" else source
+            yield self._dequantized(name, source, Fp8Matrix) if source.dtype == "F8_E4M3" else source
 
     def _take(self, name: str) -> CheckpointTensor:
         source = self._tensors.get(name)
@@ -148,10 +150,10 @@ class _ConversionPlan:
                 f"set that to false in config.json if the head is meant"
             )
 
-    def _dequantized(self, name: str, weight: CheckpointTensor) -> Fp8Matrix:
+    def _dequantized(self, name: str, weight: CheckpointTensor, kind: type[Quantized]) -> Quantized:
         if self._float8 is None:
             raise DataError(f"{weight.path}: {weight.name}: is {weight.dtype} without a quantization_config")
-        matrix = Fp8Matrix(weight, self._take(f"{name}{self._float8.suffix}"), self._float8.block)
+        matrix = kind(weight, self._take(f"{name}{self._float8.suffix}"), self._float8.block)
         if not matrix.scales_fit():
             rows, columns = (size or "all" for size in matrix.block)
             raise DataError(f"{matrix.path}: {matrix.name}: its scales are not one a block of {rows} x {columns}")
@@ -159,16 +161,18 @@ class _ConversionPlan:
 
     def _fused_experts(self, fused: Fused, tensor: Tensor) -> Iterator[FusedExpert]:
         num_experts, matrices = tensor.shape[0], len(tensor.shape) == 3
-        whole: CheckpointTensor | Mxfp4Experts
+        whole: CheckpointTensor | Fp8Experts | Mxfp4Experts
         if f"{fused.name}_blocks" in self._tensors:
             whole = Mxfp4Experts(self._take(f"{fused.name}_blocks"), self._take(f"{fused.name}_scales"))
             if not whole.scales_fit():
                 raise DataError(f"{whole.path}: {whole.name}: its blocks are not 16 bytes with an exponent each")
         else:
             whole = self._take(fused.name)
+            if whole.dtype == "F8_E4M3":
+                whole = self._dequantized(fused.name, whole, Fp8Experts)
         if len(whole.shape) != len(tensor.shape) or whole.shape[0] != num_experts:
             raise DataError(f"{whole.path}: {whole.name}: its shape is {whole.shape}, not of {num_experts} experts")
-        transposed = matrices and fused.inputs_first and isinstance(whole, CheckpointTensor)
+        transposed = matrices and fused.inputs_first and not isinstance(whole, Mxfp4Experts)
         num_outputs = whole.shape[-1] if transposed else whole.shape[1]
         if num_outputs % fused.parts:
             raise DataError(f"{whole.path}: {whole.name}: its {num_outputs} outputs are not {fused.parts} equal parts")

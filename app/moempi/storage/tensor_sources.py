@@ -119,6 +119,43 @@ def _scale_values(scales: CheckpointTensor, start: int, stop: int) -> Float32Arr
 
 
 @dataclass(frozen=True, slots=True)
+class Fp8Experts:
+    """Matrices of 8-bit numbers (experts, rows, columns), each with the scales of a `Fp8Matrix`."""
+
+    weight: CheckpointTensor
+    scales: CheckpointTensor
+    block: tuple[int, int]
+    dtype: str = "F32"
+
+    @property
+    def path(self) -> Path:
+        return self.weight.path
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def expert(self, number: int) -> Fp8Matrix:
+        """The matrix of one expert."""
+        return Fp8Matrix(_of_expert(self.weight, number), _of_expert(self.scales, number), self.block)
+
+    def scales_fit(self) -> bool:
+        """Whether every expert has one scale per block."""
+        return len(self.shape) == 3 and self.scales.shape[:1] == self.shape[:1] and self.expert(0).scales_fit()
+
+    def read(self, start: int, stop: int) -> AnyArray:
+        return np.stack([self.expert(number).read(0, self.shape[1]) for number in range(start, stop)])
+
+
+def _of_expert(whole: CheckpointTensor, number: int) -> CheckpointTensor:
+    return replace(whole, shape=whole.shape[1:], offset=whole.offset + number * whole.row_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Mxfp4Experts:
     """Matrices (experts, outputs, inputs) of 4-bit numbers, two per byte, one power of two per 32 (OCP MX, 2023)."""
 
@@ -161,7 +198,7 @@ class FusedExpert:
     bias as (outputs,).
     """
 
-    whole: CheckpointTensor | Mxfp4Experts
+    whole: CheckpointTensor | Fp8Experts | Mxfp4Experts
     expert: int
     outputs: slice
     transposed: bool
