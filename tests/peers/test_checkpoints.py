@@ -1,0 +1,65 @@
+"""Checkpoints that transformers saves or expands: the same weight file as from the hub's layout."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from moempi.storage.convert import convert
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+tensor_files = pytest.importorskip("safetensors.torch")
+families = pytest.importorskip("peers.families")
+
+FIRST_CASES = {
+    model_type: case for case, (model_type, _) in reversed(families.CASES.items()) if model_type != "gpt_oss"
+}
+PROJECTIONS = ("_proj.weight", "w1.weight", "w2.weight", "w3.weight")
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def converted(folder: Path) -> bytes:
+    """The weight file of a checkpoint."""
+    convert(folder, folder / "model.h5")
+    return (folder / "model.h5").read_bytes()
+
+
+@pytest.mark.parametrize("case", FIRST_CASES.values())
+def test_experts_that_transformers_fused(case: str, tmp_path: Path) -> None:
+    families.write_checkpoint(tmp_path / "hub", case)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    names = tensor_files.load_file(tmp_path / "fused/model.safetensors")
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+    assert converted(tmp_path / "fused") == converted(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("case", FIRST_CASES.values())
+def test_8_bit_blocks_that_transformers_expanded(case: str, tmp_path: Path) -> None:
+    families.write_checkpoint(tmp_path / "eight", case)
+    tensors = {}
+    for name, tensor in tensor_files.load_file(tmp_path / "eight/model.safetensors").items():
+        if name.endswith(PROJECTIONS):
+            scale = tensor.abs().max() / 448
+            tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        else:
+            tensors[name] = tensor.bfloat16()
+    tensor_files.save_file(tensors, tmp_path / "eight/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "eight/config.json").read_text()) | {"quantization_config": BLOCKS}
+    (tmp_path / "eight/config.json").write_text(json.dumps(config))
+    expansion = transformers.FineGrainedFP8Config(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "eight", quantization_config=expansion, dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / "sixteen")
+    config.pop("quantization_config")
+    (tmp_path / "sixteen/config.json").write_text(json.dumps(config))
+    assert converted(tmp_path / "eight") == converted(tmp_path / "sixteen")
