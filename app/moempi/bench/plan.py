@@ -1,7 +1,7 @@
 """`moempi bench plan`: forecasts of `moempi plan` and measured times of the same runs, on this machine.
 
-A machine is fitted to a few runs of a random model. Other runs, with other rows, lanes, overlap and emulated links, are
-then predicted and measured.
+A machine is fitted to a few runs of a random model. Other runs, with other rows, lanes, overlap, emulated links and
+layouts, are then predicted and measured.
 """
 
 import json
@@ -54,20 +54,44 @@ NEGLIGIBLE_S = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class RunShape:
-    """A run: sequences per rank, lanes, overlap, and latency (us) and bandwidth (GB/s) of the emulated links."""
+    """A run: sequences per rank, lanes, overlap, latency (us) and bandwidth (GB/s) of the emulated links, layout.
+
+    Every rank is a node, but the ranks of a tensor group are on one. Links are emulated inside a stage only.
+    """
 
     sequences: int
     lanes: int = 2
     overlap: bool = True
     link: tuple[float, float] = FREE
+    hops: int = 1
+    stages: int = 1
+    tensor: int = 1
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in flight: one for each lane of each stage."""
+        return self.lanes * self.stages
+
+    @property
+    def layout(self) -> str:
+        """The layout in words."""
+        parts = (("hops", self.hops), ("stages", self.stages), ("tensor", self.tensor))
+        return ", ".join(f"{name} {number}" for name, number in parts if number > 1)
 
 
+LINKS = (50.0, 0.02), (200.0, 0.1)
 CALIBRATION_RUNS = tuple(RunShape(sequences, overlap=False) for sequences in (2, 4, 16, 32, 64, 128))
-TEST_RUNS = tuple(
-    RunShape(sequences, lanes, overlap, link)
-    for sequences, link in ((8, (50.0, 0.02)), (32, (50.0, 0.02)), (32, (200.0, 0.1)), (96, (50.0, 0.02)))
-    for lanes, overlap in ((2, False), (2, True), (4, True))
+TEST_RUNS = (
+    *(
+        RunShape(sequences, lanes, overlap, link)
+        for sequences, link in ((8, LINKS[0]), (32, LINKS[0]), (32, LINKS[1]), (96, LINKS[0]))
+        for lanes, overlap in ((2, False), (2, True), (4, True))
+    ),
+    *(RunShape(32, 2, overlap, link, hops=2) for link in LINKS for overlap in (False, True)),
+    *(RunShape(sequences, stages=2) for sequences in (8, 32, 96)),
+    *(RunShape(sequences, tensor=2) for sequences in (8, 32, 96)),
 )
+"""The runs that are predicted, on 2 ranks and more."""
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -80,8 +104,8 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(world: World, chosen: Namespace) -> None:
-    """Fit, predict, measure and print; collective. Raises UsageError on several nodes."""
-    world.collectively(lambda: _check_usage(world.num_nodes))
+    """Fit, predict, measure and print; collective. Raises UsageError on several nodes or an odd number of ranks."""
+    world.collectively(lambda: _check_usage(world))
     if chosen.out:
         force = chosen.force
         world.collectively(lambda: check_output(chosen.out, inputs=[], force=force) if not world.rank else None)
@@ -92,34 +116,49 @@ def run(world: World, chosen: Namespace) -> None:
         world.comm.Barrier()
         machine = fit([(shape, bench.seconds(shape, chosen.repeats)) for shape in CALIBRATION_RUNS], world.size)
         table = figures_table(
-            *("sequences", "lanes", "overlap", "link us, GB/s", "forecast ms", "measured ms", "forecast / measured"),
+            *("sequences", "lanes", "overlap", "link us, GB/s", "layout", "forecast ms", "measured ms", "ratio"),
             title=f"A token of all sequences, {world.size} ranks, {MODEL.num_layers} layers of width {MODEL.width}",
             caption=machine_line(world),
         )
-        errors = []
+        runs = []
         for shape in TEST_RUNS:
             predicted, measured = predict_s(shape, machine, world.size), bench.seconds(shape, chosen.repeats)
-            errors.append(abs(predicted / measured - 1))
+            runs.append((predicted / shape.sequences, measured / shape.sequences))
             link = f"{shape.link[0]:g}, {shape.link[1]:g}"
             figures = (f"{predicted * 1e3:.1f}", f"{measured * 1e3:.1f}", f"{predicted / measured:.2f}")
-            table.add_row(str(shape.sequences), str(shape.lanes), "on" if shape.overlap else "off", link, *figures)
+            overlap = "on" if shape.overlap else "off"
+            table.add_row(str(shape.sequences), str(shape.lanes), overlap, link, shape.layout, *figures)
         world.comm.Barrier()
     if world.rank == 0:
         fitted = ", ".join(f"{name} {getattr(machine, name):.3g}" for name in PARAMETERS)
-        console().print(table, f"fitted: {fitted}; median error of the forecasts {statistics.median(errors):.0%}")
+        errors = [abs(predicted / measured - 1) for predicted, measured in runs]
+        console().print(
+            table,
+            f"fitted: {fitted}; {len(runs)} forecasts: median error {statistics.median(errors):.0%}, largest "
+            f"{max(errors):.0%}; rank correlation of seconds per token (Kendall's tau) {kendall_tau(runs):.2f}",
+        )
         if chosen.out:
             with atomic(chosen.out) as temporary:
                 temporary.write_text(_toml(machine), encoding="utf-8")
 
 
-def _check_usage(num_nodes: int) -> None:
-    if num_nodes > 1:
+def _check_usage(world: World) -> None:
+    if world.num_nodes > 1:
         raise UsageError("bench plan emulates links between ranks of one node; start it on one")
+    if world.size % 2:
+        raise UsageError("bench plan has runs of 2 stages and of tensor groups of 2; start it on 2, 4, ... ranks")
+
+
+def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float:
+    """The share of pairs of points that have one order in both coordinates, less the share that have two (tau-a)."""
+    points = np.array(pairs)
+    signs = np.sign(points[:, None] - points).prod(axis=2)
+    return float(signs.sum() / (len(points) * (len(points) - 1)))
 
 
 def predict_s(shape: RunShape, machine: MachineFile, num_ranks: int) -> float:
     """Predicted seconds in which all sequences get one token."""
-    topology = virtual(num_ranks, 1)
+    topology = virtual(num_ranks, shape.tensor)
     job = _job(shape, Path())
     layout = make_layout(job, MODEL, topology.nodes)
     planned = PlannedJob(job, MODEL, layout, _linked(machine, shape.link), topology)
@@ -158,7 +197,7 @@ class _Bench:
                 links = TopologyFile(2, _levels(shape.link), nodes=(0,))
                 Path(job.topology.emulate).write_bytes(msgspec.json.encode(links))
         seconds, steps = step_seconds(self.world, job)
-        return seconds / steps * shape.lanes
+        return seconds / steps * shape.micro_batches
 
 
 def _job(shape: RunShape, folder: Path) -> Job:
@@ -167,13 +206,15 @@ def _job(shape: RunShape, folder: Path) -> Job:
         origin="bench plan",
         run={
             "backend": "numpy",
-            "micro_batches": shape.lanes,
+            "micro_batches": shape.micro_batches,
+            "lanes": shape.lanes,
             "max_sequences": shape.sequences,
             "overlap": shape.overlap,
         },
         sampling={"max_tokens": STEPS, "ignore_eos": True},
-        exchange={"transport": "alltoallv"},
-        topology={"ranks_per_node": 1, "emulate": "" if shape.link == FREE else str(folder / "links.json")},
+        parallel={"stages": shape.stages, "tensor": shape.tensor},
+        exchange={"transport": "alltoallv", "hops": shape.hops},
+        topology={"ranks_per_node": shape.tensor, "emulate": "" if shape.link == FREE else str(folder / "links.json")},
     )
 
 
