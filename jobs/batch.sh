@@ -125,12 +125,17 @@ start() {
     state=$(<"$ended")
     rm -f "$ended"
     if [[ ${state##* } = lost_hosts=* ]]; then return 0; fi # no time to lose
-    # A launcher that dies may leave ranks, and a run that was killed on another node counts as running for a while.
-    for _ in {1..40}; do
+    # A launcher that ends may leave ranks, which end a moment later; a run that was killed on another node counts as
+    # running for a while.
+    local pause
+    for pause in 0.2 0.5 0.5 1 1 2 5 $(printf '10 %.0s' {1..40}); do
         state=$(progress "$@")
         if [ "${state%% *}" != running ] || is_own_code "$code"; then break; fi
-        sleep 10
+        sleep "$pause"
     done
+    if [ "${state%% *}" = none ] && [ "$code" -ne 0 ] && ! is_own_code "$code"; then
+        echo "batch: the launcher ended with code $code before the run began; without PMIX_MCA_plog, mpirun says why" >&2
+    fi
     # mpirun ends with 0 when it loses a node.
     if [ "$code" -eq 0 ] && [ "${state%% *}" = failed ]; then code=75; fi
 }
