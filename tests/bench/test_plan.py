@@ -10,9 +10,9 @@ from moempi.storage.initialize import initialize
 
 
 def test_a_machine_fitted_to_its_own_predictions_predicts_the_same(tmp_path):
-    true = _machine((20.0, 0.3, 40.0))
+    true = _machine((20.0, 0.3, 40.0, 25.0))
     fitted = fit([(shape, predict_s(shape, true, 2)) for shape in CALIBRATION_RUNS], 2)
-    for shape in (*CALIBRATION_RUNS, RunShape(32, lanes=4), RunShape(1)):
+    for shape in (*CALIBRATION_RUNS, RunShape(32, lanes=4), RunShape(1), RunShape(8, tensor=2)):
         assert predict_s(shape, fitted, 2) == pytest.approx(predict_s(shape, true, 2), rel=0.01)
     (tmp_path / "machine.toml").write_text(_toml(fitted))
     assert read_machine(tmp_path / "machine.toml") == fitted
@@ -20,7 +20,7 @@ def test_a_machine_fitted_to_its_own_predictions_predicts_the_same(tmp_path):
 
 
 def test_the_time_of_a_slow_link_is_predicted_and_overlap_hides_some_of_it():
-    machine = _machine((20.0, 0.3, 40.0))
+    machine = _machine((20.0, 0.3, 40.0, 25.0))
     free, off, on = (
         predict_s(RunShape(32, overlap=overlap, link=link), machine, 2)
         for overlap, link in ((False, (0.0, 1000.0)), (False, (0.0, 0.02)), (True, (0.0, 0.02)))

@@ -46,7 +46,7 @@ MODEL = Architecture(
 )
 STEPS = 12
 FREE = (0.0, 1000.0)
-PARAMETERS = ("tflops", "memory_gb_s", "turn_us")
+PARAMETERS = ("tflops", "memory_gb_s", "turn_us", "tensor_overhead_us")
 """The fitted keys of a machine file."""
 NEGLIGIBLE_S = 1e-9
 """The smallest fitted cost: a machine file holds its reciprocal."""
@@ -80,7 +80,10 @@ class RunShape:
 
 
 LINKS = (50.0, 0.02), (200.0, 0.1)
-CALIBRATION_RUNS = tuple(RunShape(sequences, overlap=False) for sequences in (2, 4, 16, 32, 64, 128))
+CALIBRATION_RUNS = (
+    *(RunShape(sequences, overlap=False) for sequences in (2, 4, 16, 32, 64, 128)),
+    *(RunShape(sequences, overlap=False, tensor=2) for sequences in (2, 16, 64)),
+)
 TEST_RUNS = (
     *(
         RunShape(sequences, lanes, overlap, link)
@@ -168,10 +171,11 @@ def predict_s(shape: RunShape, machine: MachineFile, num_ranks: int) -> float:
 def fit(calibration: Sequence[tuple[RunShape, float]], num_ranks: int) -> MachineFile:
     """The machine whose predictions are closest to the seconds of the calibration runs.
 
-    These runs have no overlap and links without cost, so their time is a sum of three costs: arithmetic, memory traffic
-    and host overhead. Each cost is at least NEGLIGIBLE_S.
+    These runs have no overlap and links without cost, so their time is a sum of four costs: arithmetic, memory traffic
+    and the host's overheads. Each cost is at least NEGLIGIBLE_S.
     """
-    units = [_machine([1.0 if other == index else NEGLIGIBLE_S for other in range(3)]) for index in range(3)]
+    number = range(len(PARAMETERS))
+    units = [_machine([1.0 if other == index else NEGLIGIBLE_S for other in number]) for index in number]
     amounts = np.array([[predict_s(shape, unit, num_ranks) for unit in units] for shape, _ in calibration])
     costs = fit_costs(amounts, np.array([seconds for _, seconds in calibration]))
     return _machine(np.maximum(costs, NEGLIGIBLE_S).tolist())
@@ -219,10 +223,17 @@ def _job(shape: RunShape, folder: Path) -> Job:
 
 
 def _machine(costs: Sequence[float]) -> MachineFile:
-    """The machine with these costs: seconds of 10^12 operations, of 10^9 bytes, and of 10^6 host overheads."""
-    operations_s, bytes_s, overheads_s = costs
-    name, levels = "this machine, as learned from runs", _levels(FREE)
-    return MachineFile(name, 1 / operations_s, 1 / bytes_s, levels, turn_us=overheads_s, reads_ahead=False)
+    """The machine with these costs: seconds of 10^12 operations, of 10^9 bytes, and of 10^6 of both overheads."""
+    operations_s, bytes_s, overheads_s, tensor_overheads_s = costs
+    return MachineFile(
+        "this machine, as learned from runs",
+        1 / operations_s,
+        1 / bytes_s,
+        _levels(FREE),
+        turn_us=overheads_s,
+        tensor_overhead_us=tensor_overheads_s,
+        reads_ahead=False,
+    )
 
 
 def _linked(machine: MachineFile, link: tuple[float, float]) -> MachineFile:

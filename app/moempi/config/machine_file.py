@@ -1,7 +1,8 @@
 """machine.toml: achieved, not nominal, performance of a rank and its links; jobs/machines has examples.
 
 `tflops` and `memory_gb_s` are the arithmetic and memory rates of a rank's matrix products. `turn_us` is the host
-overhead per resumption of a lane, `memory_gb` the memory of a rank, 0 if unknown. `reads_ahead` is true if reading of
+overhead per resumption of a lane, `tensor_overhead_us` that after a transfer of its tensor group (`turn_us` by
+default), which plans no rows. `memory_gb` is the memory of a rank, 0 if unknown. `reads_ahead` is true if reading of
 weights overlaps with arithmetic (GPUs), false if it comes first (a CPU whose products pack the weights). `levels` are
 the links, as in topology.json.
 """
@@ -24,6 +25,7 @@ class MachineFile(Struct, frozen=True, forbid_unknown_fields=True):
     levels: tuple[Level, ...]
     memory_gb: Cost = 0.0
     turn_us: Cost = 0.0
+    tensor_overhead_us: Cost | None = None
     reads_ahead: bool = True
 
 

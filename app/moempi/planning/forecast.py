@@ -22,6 +22,8 @@ from moempi.planning.simulate import Phase, overlapped_s, waiting_s
 from moempi.planning.step_cost import StepCosts, StepLoad, larger, smaller
 from moempi.planning.workload import Workload
 
+NO_OVERHEAD = {"turn_us": 0.0, "tensor_overhead_us": 0.0}
+"""Keys of a machine whose host takes no time."""
 FILLING_ROUNDS, MEASURED_ROUNDS = 1, 1
 """Rounds of all micro-batches in virtual time before those that are measured, and those."""
 EXPOSED = 1.05
@@ -82,17 +84,17 @@ class StageForecast:
     @property
     def arithmetic_s(self) -> float:
         """Seconds of computing if memory and host took no time."""
-        return _compute_s(self.step.phases(memory_gb_s=inf, turn_us=0.0))
+        return _compute_s(self.step.phases(memory_gb_s=inf, **NO_OVERHEAD))
 
     @property
     def memory_s(self) -> float:
         """Seconds of computing if arithmetic and host took no time."""
-        return _compute_s(self.step.phases(tflops=inf, turn_us=0.0))
+        return _compute_s(self.step.phases(tflops=inf, **NO_OVERHEAD))
 
     @property
     def host_s(self) -> float:
         """Seconds of the host's overhead in a step."""
-        return len(self.phases) * self.step.costs.machine.turn_us * 1e-6
+        return sum(self.step.costs.host_overhead_s(phase.point) for phase in self.phases)
 
     @property
     def link_s(self) -> float:

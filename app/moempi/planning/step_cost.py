@@ -97,9 +97,15 @@ class StepCosts:
         if is_last and self.tensor == 1:
             pending_s += self._head_s(layers, load)
         sent = None if is_first and is_last else self._stage_link(load, is_last=is_last)
-        host_overhead_s = self.machine.turn_us * 1e-6
         phases = [*self._begin(pending_s, sent, is_first=is_first), *phases]
-        return [replace(phase, compute_s=phase.compute_s + host_overhead_s) for phase in phases]
+        return [replace(phase, compute_s=phase.compute_s + self.host_overhead_s(phase.point)) for phase in phases]
+
+    def host_overhead_s(self, point: Point) -> float:
+        """Seconds of the host's overhead when a lane is resumed at `point`."""
+        of_tensor_group = self.machine.tensor_overhead_us
+        if of_tensor_group is None or not (point.phase in TENSOR_PHASES or point in HEAD_POINTS):
+            return self.machine.turn_us * 1e-6
+        return of_tensor_group * 1e-6
 
     def _begin(self, compute_s: float, sent: Transmission | None, *, is_first: bool) -> list[Phase]:
         """The phases before the first layer; rows and tokens of other stages have arrived in a full pipeline."""
