@@ -79,7 +79,7 @@ def num_ties(first, second, *, within):
         ("device", {"exchange.transport": "pairwise"}),
         ("host", {"exchange.transport": "shared", "exchange.verify": "true"}),
         ("host", {"exchange.transport": "pairwise", "run.overlap": "false"}),
-        ("host", {"exchange.transport": "cuda_ipc"}),
+        ("host", {"exchange.transport": "cuda_ipc", "exchange.buffers": "auto"}),
         ("device", {"exchange.transport": "cuda_ipc", "run.overlap": "false"}),
     ],
 )
