@@ -43,6 +43,8 @@ class Job:
             key.replace("__", "."): value for key, value in settings.items()
         }
         self.number = ""
+        self.writers: set[str] = set()
+        """The hosts whose ranks have written the state, as seen while the job's end was awaited."""
 
     def submit(self, *options: str, launcher: str = "srun", per_host: int = 2, **environment: str) -> None:
         where = ["--nodes=4", f"--ntasks-per-node={per_host}", "--time=5", f"--output={self.log}", *options]
@@ -64,7 +66,13 @@ class Job:
 
     def wait_for_end(self, *, limit_s: float = END_S) -> str:
         """How Slurm says that its script ended; a host that is lost may be busy with it for longer."""
-        wait_for(lambda: facts(self.number)["JobState"] in OVER, limit_s=limit_s, what=f"the end: {self.said()}")
+
+        def is_over() -> bool:
+            if (state := self.state()) is not None:
+                self.writers.add(state.host)
+            return facts(self.number)["JobState"] in OVER
+
+        wait_for(is_over, limit_s=limit_s, what=f"the end: {self.said()}")
         found = facts(self.number)
         if found["JobState"] == "COMPLETING":
             return "COMPLETED" if found["ExitCode"] == "0:0" else "FAILED"

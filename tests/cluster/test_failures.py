@@ -62,7 +62,12 @@ def wait_until_idle() -> None:
             subprocess.run(["scontrol", "update", "NodeName=n[1-4]", "State=RESUME"], capture_output=True, check=False)
         return states == ["idle"] * len(hosts.HOSTS)
 
+    def can_start() -> bool:  # a host counts as idle before its slurmd takes steps again
+        step = ["srun", f"--nodes={len(hosts.HOSTS)}", "--mpi=none", "--time=1", "true"]
+        return subprocess.run(step, capture_output=True, check=False).returncode == 0
+
     wait_for(are_idle, what="idle hosts")
+    wait_for(can_start, what="a step on all hosts")
 
 
 def assert_as(job: Job, undisturbed: Job) -> None:
@@ -127,6 +132,7 @@ def test_a_lost_host_is_named_and_the_job_goes_on_without_it(small, undisturbed,
     # Of a host that is killed, the launcher knows at once, and kills all ranks before they can say so.
     assert [("ranks 4, 5 on n3 do not answer" in line) for line in job.lines()] == [True] * (failure is not kill)
     assert_as(job, undisturbed)
+    assert job.writers == {hosts.HOSTS[0]}  # whose rank 0 it is; ranks that are cut off write none
     assert recovered_s < LIMIT_S
 
 
