@@ -243,6 +243,9 @@ def test_ranks_end_with_their_launcher(rehearsal, number):
         time.sleep(0.01)
     if number == signal.SIGKILL:
         assert code == -number
+        while read_state(results).state == "running":  # a monitor process that ends last has held its lock
+            assert time.monotonic() < limit, "the state of a killed run is still running"
+            time.sleep(0.01)
         assert read_state(results).state == "failed"
     else:
         require_ended_by(number, code, read_state(results))
