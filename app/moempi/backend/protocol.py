@@ -262,7 +262,7 @@ class AttentionVerbs(Protocol):
         """Rotate queries and keys, and extend the cache by the rotated keys and the values; the rotated queries.
 
         `heads` are queries, keys and values. With `norms`, of one `eps`, every head of queries and keys is normalized
-        first. Shapes and bits are those of `rms_norm`, `rotate` and `extend_cache`. The cache is not latent.
+        first. Shapes and bits equal the results of `rms_norm`, `rotate` and `extend_cache`. The cache is not latent.
         """
 
     def rotate_into_latent_cache(
@@ -279,7 +279,7 @@ class AttentionVerbs(Protocol):
         """Rotate the second part of queries and keys, normalize the first part of the keys, and cache both parts.
 
         Parts are (T, H, kept) and (T, H, dim), and with one head for the keys. Returns both parts of the queries
-        (T, H, kept + dim). Bits are those of `rms_norm`, `rotate`, `join_columns` and `extend_cache`.
+        (T, H, kept + dim). Bits equal the results of `rms_norm`, `rotate`, `join_columns` and `extend_cache`.
         """
 
     def attend(
@@ -301,9 +301,6 @@ class AttentionVerbs(Protocol):
 
 class ExpertVerbs(Protocol):
     """The router, the exchange's rows, and the experts' networks."""
-
-    def router_logits(self, x: Array, matrix: Array, router: Router, *, bias: Array | None = None) -> Array:
-        """Multiply x (T, D) by the router's matrix and add the bias (E,) -> (T, E) in float32, not rounded yet."""
 
     def choose_experts(
         self,
@@ -364,7 +361,7 @@ class TokenVerbs(Protocol):
     """The head's logits and the tokens chosen from them."""
 
     def logits(self, x: Array, head: Array, bias: Array | None = None) -> Array:
-        """Multiply x (N, D) by the output matrix and add the bias (V,) -> (N, V) in float32."""
+        """Multiply x (N, D) by the matrix of the head or a router, and add the bias (V,) -> (N, V) in float32."""
 
     def sample(self, logits: Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
         """Sample the next token of each row (N, V). Blocks the host.

@@ -182,7 +182,7 @@ def _conventional_table(request: SearchRequest, limits: Limits, best: Found) -> 
 def _parts_table(compared: Iterable[Found]) -> Table:
     """The parts of a step of the slowest stage of each layout."""
     table = figures_table("slowest stage", "tokens", "step ms", "arith.", "memory", "link", "host", "idle")
-    table.caption = "tokens of a step on all ranks, ms from step to step, and those of its parts alone"
+    table.caption = "tokens of a step on all ranks, ms from step to step, and ms of its parts alone"
     for found in compared:
         slowest = max(found.forecast.stages, key=lambda stage: stage.overlapped_s)
         step_s = found.forecast.micro_batch_s(overlap=True)

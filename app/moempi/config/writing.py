@@ -33,7 +33,7 @@ def job_text(job: Job, folder: str | Path) -> str:
 
 
 def _given(struct: msgspec.Struct) -> dict[str, Any]:
-    """The values of a struct that differ from their defaults, with those of its sections."""
+    """The values of a struct that differ from their defaults, also in its sections."""
     found = {}
     for field in msgspec.structs.fields(struct):
         default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()

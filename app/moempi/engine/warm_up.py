@@ -74,7 +74,7 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
 def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Placement | None, x: Array) -> None:
     """The router, the exchange's packing and sums, and each expert and shared expert of this rank."""
     backend, hosted = model.backend, len(experts.experts)
-    logits = backend.router_logits(x, experts.router, experts.rule, bias=experts.router_bias)
+    logits = backend.logits(x, experts.router, experts.router_bias)
     chosen, weights = MODEL_ROUTING.choose(backend, experts.layer, logits, experts.rule, experts.router_correction)
     num_choices = num_ids = model.architecture.experts.num
     if placement is not None:

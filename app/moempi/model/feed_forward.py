@@ -61,7 +61,7 @@ class MixtureOfExperts:
         return (yield from combine.finish(outputs, plan, addends))
 
     def _route(self, backend: Backend, x: Array, policy: RoutingPolicy) -> Route:
-        logits = backend.router_logits(x, self.router, self.rule, bias=self.router_bias)
+        logits = backend.logits(x, self.router, self.router_bias)
         chosen, weights = policy.choose(backend, self.layer, logits, self.rule, self.router_correction)
         return Route(self.layer, chosen, weights)
 

@@ -111,14 +111,14 @@ def test_logits_and_weights_have_the_precision_of_the_rule():
     rounded, exact = Router(top_k=1), Router(top_k=1, float32_logits=True, float32_weights=True)
     bias = np.float32([0, 1])
     for router, logit in [(rounded, 1.0), (exact, 1 + 2**-9)]:
-        logits = backend.router_logits(x, matrix, router, bias=np.float32([0, -5]))
+        logits = backend.logits(x, matrix, np.float32([0, -5]))
         experts, weights = backend.choose_experts(logits, router)
         assert experts.tolist() == [[0]]
         expected = 1 / (1 + math.exp(-5 + 2**-12 - logit))
         assert abs(weights[0, 0] - expected) < (1e-6 if router is exact else 2**-8)
-    experts, _ = backend.choose_experts(backend.router_logits(x, matrix, exact, bias=bias), exact)
+    experts, _ = backend.choose_experts(backend.logits(x, matrix, bias), exact)
     assert experts.tolist() == [[0]]
-    experts, _ = backend.choose_experts(backend.router_logits(x, matrix, rounded, bias=bias), rounded)
+    experts, _ = backend.choose_experts(backend.logits(x, matrix, bias), rounded)
     assert experts.tolist() == [[0]]
 
 

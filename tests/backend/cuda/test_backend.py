@@ -505,8 +505,8 @@ def test_the_router_equals_the_cpu(pair, router, rows):
     (x, gpu_x), (bias, gpu_bias) = pair.values(rows, 20), pair.values(12, seed=2)
     weight = pair.values(12, 20, seed=1)[0]
     stored = weight if router.float32_logits else narrow(weight)
-    logits = pair.cpu.router_logits(x, pair.cpu.matrix(stored), router, bias=bias)
-    gpu_logits = pair.gpu.router_logits(gpu_x, pair.gpu.matrix(stored), router, bias=gpu_bias)
+    logits = pair.cpu.logits(x, pair.cpu.matrix(stored), bias)
+    gpu_logits = pair.gpu.logits(gpu_x, pair.gpu.matrix(stored), gpu_bias)
     np.testing.assert_allclose(pair.host(gpu_logits), logits, rtol=2.0**-8, atol=1e-5)
     # From here on both see the same logits, with ties.
     logits[:, 3] = logits[:, 8]
@@ -623,7 +623,7 @@ def test_the_nan_of_a_gpu_stays_nan(device):
     assert np.isnan(pair.host(pair.gpu.combine(buffer, rows, pair.gpu.upload(nan)))).all()
     assert np.isnan(pair.host(pair.gpu.combine(buffer[:, :7], rows, pair.gpu.upload(nan)))).all()
     router = Router(top_k=1, scoring="sigmoid")
-    logits = pair.gpu.router_logits(pair.gpu.upload(nan), pair.gpu.matrix(np.ones((12, 1), np.float32)), router)
+    logits = pair.gpu.logits(pair.gpu.upload(nan), pair.gpu.matrix(np.ones((12, 1), np.float32)))
     assert np.isnan(pair.host(logits)).all()
     assert np.isnan(pair.gpu.download(pair.gpu.weigh_experts(logits, rows, router))).all()
 

@@ -286,12 +286,6 @@ class NumpyBackend:
 
     # Experts
 
-    def router_logits(
-        self, x: Float32Array, matrix: Matrix, router: Router, *, bias: Float32Array | None = None
-    ) -> Float32Array:
-        logits = self._product(x, matrix)
-        return logits if bias is None else logits + bias
-
     def choose_experts(
         self,
         logits: Float32Array,

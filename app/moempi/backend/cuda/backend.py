@@ -317,9 +317,6 @@ class CudaBackend:
 
     # Experts
 
-    def router_logits(self, x: Array, matrix: Matrix, router: Router, *, bias: Array | None = None) -> Array:
-        return self._products.in_float(x, matrix, bias)
-
     def choose_experts(
         self,
         logits: Array,
