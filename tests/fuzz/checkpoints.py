@@ -18,6 +18,7 @@ from moempi.config.families import FAMILIES, Fused, read_architecture
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.storage.weights import WeightFile
 from storage.checkpoints import origin_bits
+from storage.packed import FORMATS, Format
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 """Type, shape and bytes of each tensor of a checkpoint."""
@@ -57,7 +58,10 @@ JOB = 'model.weights = "out.h5"\ninput.prompts = "prompts.jsonl"\noutput.results
 GENERATION = {"bos_token_id": 1, "eos_token_id": [1, 2], "do_sample": False}
 FILES = ("../a.safetensors", "/etc/passwd", ".safetensors", "a.safetensors\0", "x/a.safetensors", "..", "c.safetensors")
 TARGETS = ("/etc/passwd", "c.safetensors", "a.safetensors", "/dev/zero")
-DTYPES = ("BF16", "F16", "F32", "F64", "I64", "BOOL", "F8_E4M3", "F8_E5M2", "U8", "C64", "F4", "bf16", "")
+DTYPES = ("BF16", "F16", "F32", "F64", "I64", "BOOL", "F8_E4M3", "F8_E5M2", "U8", "I8", "I32", "C64", "F4", "bf16", "")
+
+
+PACKED = (FORMATS["gptq-act_order"], FORMATS["awq"], FORMATS["int4-asymmetric-float16"], FORMATS["nvfp4"])
 
 
 def small(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,6 +189,7 @@ class CheckpointFolder(Subject):
             models["olmoe"],
             _with_8_bits(models["deepseek_v2"]),
             _with_4_bits(models["gpt_oss"]),
+            *(_packed(models["qwen2_moe"], form) for form in PACKED),
         ]
 
     def write(self, random: Random) -> Any:
@@ -264,6 +269,18 @@ def _with_8_bits(model: Model) -> Model:
         model.tensors[name] = ("F8_E4M3", shape, bytes(index % 120 for index in range(prod(shape))))
         model.tensors[f"{name}_scale_inv"] = ("F32", (1, 1), np.float32(0.5).tobytes())
     model.config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    return model
+
+
+def _packed(model: Model, form: Format) -> Model:
+    """The same checkpoint with packed projections of the attention."""
+    model, random = deepcopy(model), np.random.default_rng(5)
+    for name in [name for name in model.tensors if "self_attn" in name and name.endswith("proj.weight")]:
+        _, shape, _ = model.tensors.pop(name)
+        parts, _ = form.write(random, shape)
+        for suffix, (kind, array) in parts.items():
+            model.tensors[f"{name.removesuffix('weight')}{suffix}"] = (kind, array.shape, array.tobytes())
+    model.config["quantization_config"] = form.config
     return model
 
 

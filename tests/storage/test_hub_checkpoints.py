@@ -47,7 +47,7 @@ def bfloat16_tensors(values):
 
 def converted(folder, values, tensors):
     """The bytes of the weight file of a checkpoint without a tokenizer."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
     write_safetensors(folder / "model.safetensors", tensors)
     convert(folder, folder / "model.h5")

@@ -7,7 +7,8 @@ from moempi.arrays import narrow
 from moempi.errors import DataError
 from moempi.storage.checkpoint import CheckpointTensor
 from moempi.storage.convert import convert
-from moempi.storage.tensor_sources import E4M3, Fp8Matrix, FusedExpert, Mxfp4Experts
+from moempi.storage.number_tables import E4M3
+from moempi.storage.tensor_sources import FusedExpert, Scaled, Unpacked
 from moempi.storage.weights import WeightFile
 from storage.checkpoints import write_checkpoint, write_safetensors
 
@@ -119,7 +120,8 @@ def test_float8_blocks_are_expanded_and_later_layers_left_out(tmp_path):
         (f"{DOWN}_scale_inv", None, "down_proj.weight_scale_inv: is missing"),
         (f"{DOWN}_scale_inv", ("F32", np.full((2, 2), np.inf, "<f4")), "down_proj.weight: holds NaN, infinity"),
         (DOWN, ("F8_E4M3", np.full((160, 136), 127, "u1")), "down_proj.weight: holds NaN"),
-        (DOWN, ("U8", np.zeros((160, 136), "u1")), "down_proj.weight: its type is U8"),
+        (DOWN, ("U8", np.zeros((160, 136), "u1")), "down_proj.weight: is U8, quantization_config says F8_E4M3"),
+        (DOWN, ("I64", np.zeros((160, 136), "<i8")), "down_proj.weight: its type is I64"),
         ("model.layers.1.extra", ("BF16", np.zeros(3, "<u2")), "model.layers.1.extra: is not a tensor of this"),
         ("model.mtp.weight", ("BF16", np.zeros(3, "<u2")), "model.mtp.weight: is not a tensor of this"),
     ],
@@ -134,13 +136,11 @@ def test_broken_quantized_checkpoints_are_refused_by_name(tmp_path, name, wrong,
 
 
 @pytest.mark.parametrize(
-    "quantization", [{"quant_method": "awq"}, {"quant_method": "fp8"}, {"quant_method": "fp8", "fmt": "e5m2"}]
+    "quantization", [{"quant_method": "hqq"}, {"quant_method": "awq"}, {"quant_method": "fp8", "fmt": "e5m2"}]
 )
 def test_other_quantizations_are_refused(tmp_path, quantization):
     write_deepseek(tmp_path / "hub", deepseek_tensors(), quantization_config=quantization)
-    with pytest.raises(
-        DataError, match=r"quantization_config: (quant_method is|fmt =|weight_block_size =) .* (supported|bfloat16)"
-    ):
+    with pytest.raises(DataError, match=r"quantization_config: (quant_method is|fmt =|bits =) .* (supported|bfloat16)"):
         convert(tmp_path / "hub", tmp_path / "model.h5")
 
 
@@ -155,26 +155,6 @@ def stored(path, **arrays):
     return tensors
 
 
-def test_four_bit_blocks(tmp_path):
-    random = np.random.default_rng(4)
-    blocks = random.integers(0, 256, (2, 6, 2, 16)).astype(np.uint8)
-    scales = random.integers(120, 135, (2, 6, 2)).astype(np.uint8)
-    numbers = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    numbers += [-number for number in numbers]
-    whole = Mxfp4Experts(**stored(tmp_path / "raw", blocks=blocks, scales=scales))
-    assert whole.scales_fit()
-    assert whole.shape == (2, 6, 64)
-    expected = np.zeros((2, 6, 64))
-    for expert, row, column in np.ndindex(expected.shape):
-        pair = int(blocks[expert, row, column // 32, column % 32 // 2])
-        number = numbers[pair >> 4 if column % 2 else pair & 15]
-        expected[expert, row, column] = number * 2.0 ** (int(scales[expert, row, column // 32]) - 127)
-    np.testing.assert_array_equal(whole.read(0, 2), expected)
-    expert = FusedExpert(whole, expert=1, outputs=slice(1, None, 2), transposed=False)
-    assert expert.shape == (3, 64)
-    np.testing.assert_array_equal(expert.read(1, 3), expected[1, [3, 5]])
-
-
 def test_an_expert_of_a_fused_tensor_is_transposed(tmp_path):
     array = np.arange(2 * 3 * 8, dtype="<f4").reshape(2, 3, 8)
     whole = stored(tmp_path / "raw", whole=array)["whole"]
@@ -183,22 +163,10 @@ def test_an_expert_of_a_fused_tensor_is_transposed(tmp_path):
     np.testing.assert_array_equal(expert.read(0, 4), array[1, :, 1::2].T)
 
 
-@pytest.mark.filterwarnings("error")
-def test_four_bit_numbers_beyond_float32_are_infinite_without_a_warning(tmp_path):
-    arrays = {"blocks": np.full((1, 1, 1, 16), 0x77, np.uint8), "scales": np.full((1, 1, 1), 255, np.uint8)}
-    assert np.isinf(Mxfp4Experts(**stored(tmp_path / "raw", **arrays)).read(0, 1)).all()
-
-
-@pytest.mark.parametrize(("scales", "block"), [((2, 6, 3), 16), ((2, 6), 16), ((2, 6, 2), 8)])
-def test_four_bit_blocks_need_their_scales(tmp_path, scales, block):
-    arrays = {"blocks": np.zeros((2, 6, 2, block), np.uint8), "scales": np.zeros(scales, np.uint8)}
-    assert not Mxfp4Experts(**stored(tmp_path / "raw", **arrays)).scales_fit()
-
-
 def test_float8_rows_may_start_inside_a_block(tmp_path):
     bits = np.random.default_rng(6).integers(0, 127, (300, 5)).astype(np.uint8)
     tensors = stored(tmp_path / "raw", bits=bits, scales=np.float32([[1], [2], [4]]))
-    matrix = Fp8Matrix(*tensors.values(), block=(128, 128))
+    matrix = Scaled(Unpacked(tensors["bits"], E4M3), tensors["scales"], (128, 128))
     whole = matrix.read(0, 300)
     for start, stop in [(0, 1), (127, 129), (130, 300)]:
         np.testing.assert_array_equal(matrix.read(start, stop), whole[start:stop])

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "F8_E4M3": np.dtype("u1"),
     "F8_E8M0": np.dtype("u1"),
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
 }
 
 SINGLE_FILE = "model.safetensors"
@@ -55,18 +59,34 @@ class CheckpointTensor:
     def read(self, start: int, stop: int) -> AnyArray:
         """Rows [start, stop): bits for BF16 and 8-bit types, else numbers; raises DataError if the file is short."""
         rows = aligned_empty((stop - start, *self.shape[1:]), NUMPY_TYPES[self.dtype])
-        rest = rows.reshape(-1).view(np.uint8).data
+        self._fill(rows[np.newaxis], self.offset + start * self.row_bytes, 0)
+        return rows
+
+    def read_columns(self, start: int, stop: int) -> AnyArray:
+        """Columns [start, stop) of a matrix, as `read`."""
+        rows, columns = self.shape
+        if (start, stop) == (0, columns):
+            return self.read(0, rows)
+        part = aligned_empty((rows, stop - start), NUMPY_TYPES[self.dtype])
+        self._fill(part, self.offset + start * part.itemsize, self.row_bytes)
+        return part
+
+    def _fill(self, parts: AnyArray, offset: int, step: int) -> None:
+        """Read each of `parts` from the file, the first from `offset`, each next one `step` bytes further."""
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset + start * self.row_bytes)
-                while rest:
-                    count = file.readinto(rest)
-                    if not count:
-                        raise DataError(f"{self.path}: {self.name}: the file ends before the tensor does")
-                    rest = rest[count:]
+                for number, part in enumerate(parts):
+                    file.seek(offset + number * step)
+                    self._fill_one(file, part.reshape(-1).view(np.uint8).data)
         except OSError as error:
             raise NoInputError(f"{self.path}: cannot be read: {error.strerror}") from error
-        return rows
+
+    def _fill_one(self, file: FileIO, rest: memoryview) -> None:
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise DataError(f"{self.path}: {self.name}: the file ends before the tensor does")
+            rest = rest[count:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +126,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise NoInputError(
             f"{folder}: is not a folder with a checkpoint (config.json, *.safetensors){where_to_get(folder)}"
         )
-    config = _read_object(folder / "config.json")
+    config = _with_quantization(_read_object(folder / "config.json"), _read_optional(folder / "hf_quant_config.json"))
     tokenizer_config = _read_optional(folder / "special_tokens_map.json")
     tokenizer_config |= _read_optional(folder / "tokenizer_config.json")
     tokenizer = read_tokenizer(folder, tokenizer_config)
@@ -118,6 +138,14 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         read_chat_templates(folder, tokenizer_config) if tokenizer else None,
         _read_headers(folder),
     )
+
+
+def _with_quantization(config: dict[str, Any], modelopt: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with what ModelOpt says in a file of its own, unless the configuration says it."""
+    found = modelopt.get("quantization")
+    if not isinstance(found, dict) or config.get("quantization_config"):
+        return config
+    return config | {"quantization_config": {"quant_method": "modelopt"} | found}
 
 
 def _is_named(path: Path) -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -15,21 +14,22 @@ from moempi.config.families import (
     Fused,
     Sources,
     checkpoint_family,
+    checkpoint_quantization,
     is_other_part,
-    plain_name,
+    part_name,
     read_architecture,
-    read_float8,
 )
 from moempi.config.recommended import recommended_sampling
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.errors import DataError
-from moempi.storage.checkpoint import NUMPY_TYPES, Checkpoint, CheckpointTensor, open_checkpoint
+from moempi.storage.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
+from moempi.storage.dequantize import PACKED, dequantized
 from moempi.storage.hdf5 import AnyArray
-from moempi.storage.tensor_sources import Fp8Experts, Fp8Matrix, FusedExpert, Mxfp4Experts, Source
+from moempi.storage.tensor_sources import FusedExpert, Source
+from moempi.storage.tensor_table import TensorTable
 from moempi.storage.weights import OnProgress, write_weights
 
 PIECE_BYTES = 4 << 20
-Quantized = TypeVar("Quantized", Fp8Matrix, Fp8Experts)
 FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 
 
@@ -54,10 +54,10 @@ class Summary:
 def convert(source: str | Path, path: str | Path, *, progress: OnProgress | None = None) -> Summary:
     """Write the checkpoint in the folder `source` as the weight file `path`.
 
-    Keeps bfloat16 bits. Rounds float16, float32 and quantized blocks (dequantized to float32) to the nearest bfloat16,
-    ties to even. Memory holds about one piece of 4 MiB, one expert's matrix, or one matrix to transpose. Raises
-    NoInputError, DataError that names file and tensor (missing, unknown, wrong shape or type, not finite), or
-    StorageError, and leaves `path` unchanged.
+    Keeps bfloat16 bits. Rounds float16, float32 and dequantized numbers to the nearest bfloat16, ties to even. Memory
+    holds about one piece of 4 MiB, one expert's matrix, or one matrix to transpose. Raises NoInputError, DataError that
+    names file and tensor (missing, unknown, wrong shape or type, not finite), or StorageError, and leaves `path`
+    unchanged.
     """
     checkpoint = open_checkpoint(source)
     architecture = read_architecture(checkpoint.config, checkpoint.generation, origin=str(checkpoint.config_path))
@@ -95,10 +95,8 @@ class _ConversionPlan:
     ) -> None:
         if architecture.num_layers > len(tensors):
             raise DataError(f"{checkpoint.config_path}: asks for more layers than the files have tensors")
-        self._folder = checkpoint.folder
-        self._tensors = _plain_names(tensors)
-        self._used: set[str] = set()
-        self._float8 = read_float8(checkpoint.config, origin=str(checkpoint.config_path))
+        self._table = TensorTable(checkpoint.folder, tensors)
+        self._quantization = checkpoint_quantization(checkpoint.config, origin=str(checkpoint.config_path))
         names = checkpoint_family(checkpoint.config, origin=str(checkpoint.config_path))
         self.sources = {
             tensor: tuple(self._checked(source, tensor) for source in self._sources(self._names(names, tensor), tensor))
@@ -106,43 +104,53 @@ class _ConversionPlan:
         }
         if architecture.tied_embeddings:
             self._require_same_head(names, next(iter(self.sources)))
-        for name, extra in self._tensors.items():
-            if name not in self._used and not names.leaves_out(name, num_layers=architecture.num_layers):
+        for name, extra in self._table.unused():
+            if not names.leaves_out(name, num_layers=architecture.num_layers) and not self._is_no_bias(name, extra):
                 raise DataError(f"{extra.path}: {extra.name}: is not a tensor of this {architecture.family} model")
 
     def _names(self, names: Family, tensor: Tensor) -> Sources:
         """The names of `tensor` that this checkpoint has: of the hub, or with fused experts."""
         hub, fused = names.sources(tensor), names.fused_sources(tensor)
-        if fused is None or isinstance(hub, Fused) or hub[0] in self._tensors:
+        if fused is None or isinstance(hub, Fused):
             return hub
         first = fused.name if isinstance(fused, Fused) else fused[0]
-        return fused if first in self._tensors else hub
+        return fused if self._numbers_name(first) in self._table else hub
+
+    def _numbers_name(self, name: str) -> str:
+        """The name of the tensor that holds the numbers of the matrix `name`, packed or not."""
+        packed = part_name(self._quantization.numbers, name) if self._quantization else name
+        return packed if packed in self._table else name
 
     def _sources(self, names: Sources, tensor: Tensor) -> Iterator[Source]:
         if isinstance(names, Fused):
             yield from self._fused_experts(names, tensor)
-            return
-        for name in names:
-            source = self._take(name)
-            yield self._dequantized(name, source, Fp8Matrix) if source.dtype == "F8_E4M3" else source
+        else:
+            yield from map(self._source, names)
 
-    def _take(self, name: str) -> CheckpointTensor:
-        source = self._tensors.get(name)
-        if source is None:
-            raise DataError(f"{self._folder}: {name}: is missing")
-        if source.dtype not in NUMPY_TYPES:
-            raise DataError(
-                f"{source.path}: {source.name}: type {source.dtype} is not supported, only {', '.join(NUMPY_TYPES)}"
-            )
-        self._used.add(name)
-        return source
+    def _source(self, name: str) -> Source:
+        """The values of the checkpoint's tensor `name`."""
+        stored = self._table.take(self._numbers_name(name))
+        if stored.dtype not in PACKED:
+            return stored
+        if self._quantization is None:
+            raise DataError(f"{stored.path}: {stored.name}: is {stored.dtype} without a quantization_config")
+        return dequantized(name, self._quantization, self._table)
+
+    def _is_no_bias(self, name: str, bias: CheckpointTensor) -> bool:
+        """Whether a tensor is the bias of zeros that some programs give every quantized matrix."""
+        if self._quantization is None or not name.endswith(".bias"):
+            return False
+        if bias.dtype not in FLOATS or len(bias.shape) != 1:
+            return False
+        matrix = part_name(self._quantization.numbers, f"{name.removesuffix('.bias')}.weight")
+        return self._table.is_used(matrix) and not bias.read(0, bias.shape[0]).any()
 
     def _require_same_head(self, names: Family, embedding: Tensor) -> None:
         """A head beside tied embeddings must be the same matrix."""
         name = str(names.names["head"])
-        if name not in self._tensors:
+        if self._numbers_name(name) not in self._table:
             return
-        head = self._checked(self._take(name), embedding)
+        head = self._checked(self._source(name), embedding)
         (source,) = self.sources[embedding]
         if not _same_values(embedding, head, source):
             raise DataError(
@@ -150,29 +158,14 @@ class _ConversionPlan:
                 f"set that to false in config.json if the head is meant"
             )
 
-    def _dequantized(self, name: str, weight: CheckpointTensor, kind: type[Quantized]) -> Quantized:
-        if self._float8 is None:
-            raise DataError(f"{weight.path}: {weight.name}: is {weight.dtype} without a quantization_config")
-        matrix = kind(weight, self._take(f"{name}{self._float8.suffix}"), self._float8.block)
-        if not matrix.scales_fit():
-            rows, columns = (size or "all" for size in matrix.block)
-            raise DataError(f"{matrix.path}: {matrix.name}: its scales are not one a block of {rows} x {columns}")
-        return matrix
-
     def _fused_experts(self, fused: Fused, tensor: Tensor) -> Iterator[FusedExpert]:
         num_experts, matrices = tensor.shape[0], len(tensor.shape) == 3
-        whole: CheckpointTensor | Fp8Experts | Mxfp4Experts
-        if f"{fused.name}_blocks" in self._tensors:
-            whole = Mxfp4Experts(self._take(f"{fused.name}_blocks"), self._take(f"{fused.name}_scales"))
-            if not whole.scales_fit():
-                raise DataError(f"{whole.path}: {whole.name}: its blocks are not 16 bytes with an exponent each")
-        else:
-            whole = self._take(fused.name)
-            if whole.dtype == "F8_E4M3":
-                whole = self._dequantized(fused.name, whole, Fp8Experts)
+        whole = self._source(fused.name)
         if len(whole.shape) != len(tensor.shape) or whole.shape[0] != num_experts:
             raise DataError(f"{whole.path}: {whole.name}: its shape is {whole.shape}, not of {num_experts} experts")
-        transposed = matrices and fused.inputs_first and not isinstance(whole, Mxfp4Experts)
+        is_packed = not isinstance(whole, CheckpointTensor)
+        outputs_first = is_packed and self._quantization is not None and self._quantization.outputs_first
+        transposed = matrices and fused.inputs_first and not outputs_first
         num_outputs = whole.shape[-1] if transposed else whole.shape[1]
         if num_outputs % fused.parts:
             raise DataError(f"{whole.path}: {whole.name}: its {num_outputs} outputs are not {fused.parts} equal parts")
@@ -190,15 +183,6 @@ class _ConversionPlan:
         if source.dtype not in FLOATS:
             raise DataError(f"{name}: its type is {source.dtype}, only {', '.join(FLOATS)} is possible there")
         return source
-
-
-def _plain_names(tensors: Mapping[str, CheckpointTensor]) -> dict[str, CheckpointTensor]:
-    """The tensors by the names that they have without a multimodal wrapper."""
-    plain: dict[str, CheckpointTensor] = {}
-    for name, tensor in tensors.items():
-        if plain.setdefault(plain_name(name), tensor) is not tensor:
-            raise DataError(f"{tensor.path}: {name}: is there twice, with and without the prefix of a wrapper")
-    return plain
 
 
 def _same_values(tensor: Tensor, one: Source, other: Source) -> bool:

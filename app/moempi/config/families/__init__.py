@@ -7,7 +7,7 @@ import msgspec
 
 from moempi.config.architecture import Architecture
 from moempi.config.families._family import Family, Fused, Sources
-from moempi.config.families._quantization import Float8, read_quantization
+from moempi.config.families._quantization import Quantization, part_name, read_quantization
 from moempi.config.families._reading import CheckpointConfig
 from moempi.config.families._wrapper import is_other_part, language_model, plain_name
 from moempi.config.families.deepseek_v2 import DEEPSEEK_V2
@@ -75,8 +75,8 @@ def checkpoint_family(values: Mapping[str, Any], *, origin: str) -> Family:
     return _language_model(values, {}, origin=origin)[0]
 
 
-def read_float8(values: Mapping[str, Any], *, origin: str) -> Float8 | None:
-    """How a decoded config.json says that 8-bit matrices are scaled, None if it has none; raises DataError."""
+def checkpoint_quantization(values: Mapping[str, Any], *, origin: str) -> Quantization | None:
+    """How a decoded config.json says that matrices are quantized, None if they are not; raises DataError."""
     found, config = _language_model(values, {}, origin=origin)
     return read_quantization(config, found.quantizations)
 
@@ -92,12 +92,13 @@ def _language_model(
 __all__ = [
     "FAMILIES",
     "Family",
-    "Float8",
     "Fused",
+    "Quantization",
     "Sources",
     "checkpoint_family",
+    "checkpoint_quantization",
     "is_other_part",
+    "part_name",
     "plain_name",
     "read_architecture",
-    "read_float8",
 ]

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from moempi.config.architecture import Architecture
-from moempi.config.families._quantization import FLOAT8
+from moempi.config.families._quantization import METHODS
 from moempi.config.families._reading import CheckpointConfig
 from moempi.config.tensors import Tensor
 
 _LAYER = re.compile(r"^layers/(\d+)/")
 _THEIR_LAYER = re.compile(r"^model\.layers\.(\d{1,9})\.")
-# Frequencies follow from the configuration; activations are not quantized.
-_UNUSED = re.compile(r"\.rotary_emb\.inv_freq$|\.input_scale$")
+# Frequencies follow from the configuration; activations and the cache are not quantized.
+_UNUSED = re.compile(r"\.rotary_emb\.inv_freq$|\.input_(?:global_)?scale$|\.[kv]_scale$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Family:
     architecture: Callable[[CheckpointConfig], Architecture]
     names: Names
     fused_names: Names = field(default_factory=lambda: FUSED_NAMES)
-    quantizations: tuple[str, ...] = FLOAT8
+    quantizations: tuple[str, ...] = METHODS
     more_layers: bool = False
     left_out: str | None = None
 
