@@ -1,9 +1,12 @@
 """Configurations of checkpoints on the hub, in their original spelling."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
+from config import hub_models
 from moempi.config.architecture import Clamp, Experts, Latent, LongRope, Rope, Router, Yarn
 from moempi.config.families import FAMILIES, read_architecture
 from moempi.config.tensors import catalogue
@@ -191,6 +194,7 @@ DOTS = GLM_AIR | {
     "n_shared_experts": 2,
     "attention_bias": False,
     "partial_rotary_factor": None,
+    "use_qk_norm": None,
     "scoring_func": "noaux_tc",
     "sliding_window": None,
     "max_window_layers": 62,
@@ -276,8 +280,12 @@ GPT_OSS = COMMON | {
     },
     "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
 }
+MINIMAX_M2, GLM_FLASH, HY3, SOLAR = (
+    hub_models.MINIMAX_M2 | {"quantization_config": None}, hub_models.GLM_47_FLASH, hub_models.HY3, hub_models.SOLAR
+)  # fmt: skip
 HUB = (
-    OLMOE, MIXTRAL, DEEPSEEK_V3, MOONLIGHT, KIMI_K2, DEEPSEEK_V2_LITE, GLM_AIR, DOTS, QWEN2_MOE, ERNIE, PHI, GPT_OSS
+    OLMOE, MIXTRAL, DEEPSEEK_V3, MOONLIGHT, KIMI_K2, DEEPSEEK_V2_LITE, GLM_AIR, DOTS, QWEN2_MOE, ERNIE, PHI, GPT_OSS,
+    MINIMAX_M2, GLM_FLASH, HY3, SOLAR,
 )  # fmt: skip
 
 
@@ -295,6 +303,64 @@ def test_every_tensor_has_distinct_names(values):
     sources = [FAMILIES[values["model_type"]].sources(tensor) for tensor in catalogue(architecture)]
     names = [name for found in sources for name in (found if isinstance(found, tuple) else (found,))]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", hub_models.READ)
+def test_a_configuration_of_the_hub_is_read(name):
+    architecture = read(hub_models.READ[name])
+    assert sum(tensor.num_bytes for tensor in catalogue(architecture)) > 1 << 33
+
+
+@pytest.mark.parametrize("name", hub_models.REFUSED)
+def test_a_configuration_of_the_hub_is_refused_with_the_reason(name):
+    values, reason = hub_models.REFUSED[name]
+    with pytest.raises(DataError) as error:
+        read(values)
+    assert reason in str(error.value)
+
+
+def test_the_table_of_models_names_the_configurations_that_were_tried():
+    readme = (Path(__file__).parents[2] / "weights/README.md").read_text()
+    table = readme.partition("## Models\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`([\w.-]+/[^`]+)`", table)) == hub_models.READ.keys() | hub_models.REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", hub_models.READ)
+@pytest.mark.parametrize("value", [True, False, 0, 0.5, "rms", [1], {"a": 1}])
+def test_a_key_that_is_not_known_is_refused_by_name(name, value):
+    values, more = hub_models.READ[name], {"residual_multiplier": value}
+    inner = values.get("text_config")
+    values = values | ({"text_config": inner | more} if inner else more)
+    with pytest.raises(DataError, match=r"residual_multiplier = .* is not known: it may change the arithmetic"):
+        read(values)
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}])
+def test_a_key_that_says_nothing_may_be_unknown(value):
+    assert read(OLMOE, residual_multiplier=value) == read(OLMOE)
+
+
+def test_minimax_m2():
+    architecture = read(MINIMAX_M2)
+    assert (architecture.attention.rope, architecture.attention.qk_norm) == (Rope(theta=5e6, dim=64), "vector")
+    assert architecture.experts.router == Router(
+        top_k=8, scoring="sigmoid", correction=True, renormalize=True, float32_logits=True, float32_weights=True
+    )
+    assert read(MINIMAX_M2, rotary_dim=None, partial_rotary_factor=0.5) == architecture
+
+
+def test_glm_4_7_flash_and_hy3_say_their_dense_layers_in_two_ways():
+    for values in (GLM_FLASH, HY3):
+        types = ["dense"] + ["sparse"] * (values["num_hidden_layers"] - 1)
+        assert read(values).dense_layers == (0,)
+        assert read(values, mlp_layer_types=types) == read(values)
+        assert read(values, mlp_layer_types=types, first_k_dense_replace=None) == read(values)
+
+
+def test_families_whose_groups_may_be_absent_have_one():
+    for values in (SOLAR, hub_models.DOTS):
+        router = read(values).experts.router
+        assert (router.num_groups, router.kept_groups) == (1, 1)
 
 
 def test_olmoe():
@@ -487,6 +553,17 @@ def test_llama3_keeps_fast_frequencies_and_divides_slow_ones():
         (GPT_OSS, {"quantization_config": {"quant_method": "fp8"}}, "quant_method is 'fp8', only mxfp4 can be read"),
         (OLMOE, {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}}, "int too large to convert"),
         (OLMOE, {"rope_scaling": V3_YARN | {"original_max_position_embeddings": 10**400}}, "int too large to convert"),
+        (MINIMAX_M2, {"attn_type_list": [0] * 62}, "attn_type_list = [0, "),
+        (MINIMAX_M2, {"use_routing_bias": False}, "use_routing_bias = False is not supported"),
+        (MINIMAX_M2, {"partial_rotary_factor": 0.25}, "are several shares of a head: [0.25, 0.5]"),
+        (GLM_FLASH, {"mlp_layer_types": ["sparse"] * 47}, "mlp_layer_types and first_k_dense_replace differ"),
+        (GLM_FLASH, {"mlp_layer_types": ["moe"] * 47}, "mlp_layer_types is not dense or sparse for each layer"),
+        (GLM_FLASH, {"n_group": None}, "n_group is missing"),
+        (HY3, {"route_norm": False}, "route_norm = False is not supported"),
+        (SOLAR, {"use_qk_norm": True}, "use_qk_norm = True is not supported"),
+        (SOLAR, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        (SOLAR, {"layer_types": ["sliding_attention"] * 48}, "layer_types has windows that are not supported"),
+        (OLMOE, {"use_qk_norm": False}, "use_qk_norm = False is not known"),
         (GPT_OSS, {"layer_types": None}, "layer_types is missing"),
         (GPT_OSS, {"layer_types": [1, 2]}, "layer_types is [1, 2], not texts"),
     ],

@@ -30,6 +30,7 @@ SIZES = {
     "n_group": 2, "topk_group": 1, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6,
     "q_lora_rank": 5, "shared_expert_intermediate_size": 8, "moe_layer_end_index": 1, "first_k_dense_replace": 1,
     "sliding_window": 16, "eos_token_id": [1, 2], "n_shared_experts": 1, "moe_num_shared_experts": 1,
+    "rotary_dim": 4, "bos_token_id": 1, "attn_type_list": [1, 1],
 }  # fmt: skip
 LATENT_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
 ROPES: tuple[Any, ...] = (
@@ -66,7 +67,7 @@ PACKED = (FORMATS["gptq-act_order"], FORMATS["awq"], FORMATS["int4-asymmetric-fl
 
 def small(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration of the hub with small sizes."""
-    sizes = {key: value for key, value in SIZES.items() if config.get(key) is not None}
+    sizes = {key: value for key, value in SIZES.items() if config.get(key)}
     if config.get("n_group") == 1:
         sizes |= {"n_group": 1}
     if "kv_lora_rank" in config:

@@ -66,6 +66,16 @@ GLM: dict[str, Any] = COMMON | {
     "topk_group": 1,
     "head_dim": 16,
 }
+SOLAR: dict[str, Any] = {key: value for key, value in GLM.items() if key != "first_k_dense_replace"}
+HY: dict[str, Any] = COMMON | {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 48,
+    "num_shared_experts": 1,
+    "router_scaling_factor": 2.826,
+    "head_dim": 16,
+}
 MIXTRAL: dict[str, Any] = COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
 QWEN3: dict[str, Any] = COMMON | EIGHT_OF_16 | {"head_dim": 12, "intermediate_size": 40, "norm_topk_prob": True}
 OLMOE: dict[str, Any] = COMMON | {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 16}
@@ -186,6 +196,32 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         GPT_OSS
         | {"swiglu_limit": 0.5, "swiglu_alpha": 1.3, "layer_types": ["full_attention", *SLIDING[:2]]}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+    ),
+}
+CASES |= {
+    "minimax_m2": ("minimax_m2", MIXTRAL | {"head_dim": 16, "rotary_dim": 8}),
+    "minimax_m2-yarn": (
+        "minimax_m2",
+        MIXTRAL
+        | {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 16}
+        | {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", DEEPSEEK | {"n_group": 1, "topk_group": 1, "n_shared_experts": 1}),
+    "glm4_moe_lite-layer_types-groups": (
+        "glm4_moe_lite",
+        DEEPSEEK
+        | {"mlp_layer_types": ["dense", "sparse", "dense"], "first_k_dense_replace": None, "q_lora_rank": None}
+        | {"v_head_dim": 20, "rms_norm_eps": 1e-5, "norm_topk_prob": False},
+    ),
+    "hy_v3": ("hy_v3", HY),
+    "hy_v3-bias-float32_combine": (
+        "hy_v3",
+        HY | {"attention_bias": True, "enable_moe_fp32_combine": False, "num_shared_experts": 2, "head_dim": 12},
+    ),
+    "solar_open": ("solar_open", SOLAR),
+    "solar_open-bias-yarn-groups": (
+        "solar_open",
+        SOLAR | {"attention_bias": True, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "rope_parameters": YARN},
     ),
 }
 

@@ -3,7 +3,21 @@
 import numpy as np
 import pytest
 
-from config.test_hub_configs import DEEPSEEK_V2_LITE, DEEPSEEK_V3, DOTS, ERNIE, GLM_AIR, MIXTRAL, OLMOE, PHI, QWEN2_MOE
+from config.test_hub_configs import (
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    DOTS,
+    ERNIE,
+    GLM_AIR,
+    GLM_FLASH,
+    HY3,
+    MINIMAX_M2,
+    MIXTRAL,
+    OLMOE,
+    PHI,
+    QWEN2_MOE,
+    SOLAR,
+)  # fmt: skip
 from fuzz.checkpoints import small
 from moempi.arrays import narrow, widen
 from moempi.errors import DataError
@@ -12,7 +26,10 @@ from storage.checkpoints import QWEN3_MOE
 from storage.test_hub_checkpoints import bfloat16_tensors, converted, fused
 
 PLAIN_V3 = DEEPSEEK_V3 | {"quantization_config": None}
-FAMILIES = (QWEN3_MOE, QWEN2_MOE, OLMOE, MIXTRAL, PLAIN_V3, DEEPSEEK_V2_LITE, GLM_AIR, DOTS, ERNIE, PHI)
+FAMILIES = (
+    QWEN3_MOE, QWEN2_MOE, OLMOE, MIXTRAL, PLAIN_V3, DEEPSEEK_V2_LITE, GLM_AIR, DOTS, ERNIE, PHI, MINIMAX_M2, GLM_FLASH,
+    HY3, SOLAR,
+)  # fmt: skip
 ROWS, COLUMNS = 4, 6
 BLOCKS = {"quant_method": "fp8", "fmt": "float8_e4m3fn", "weight_block_size": [ROWS, COLUMNS], "scale_fmt": "ue8m0"}
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")

@@ -5,7 +5,20 @@ import json
 import numpy as np
 import pytest
 
-from config.test_hub_configs import DEEPSEEK_V3, DOTS, ERNIE, GLM_AIR, MIXTRAL, OLMOE, PHI, QWEN2_MOE
+from config.test_hub_configs import (
+    DEEPSEEK_V3,
+    DOTS,
+    ERNIE,
+    GLM_AIR,
+    GLM_FLASH,
+    HY3,
+    MINIMAX_M2,
+    MIXTRAL,
+    OLMOE,
+    PHI,
+    QWEN2_MOE,
+    SOLAR,
+)  # fmt: skip
 from fuzz.checkpoints import small, tensors_of
 from moempi.cli import main
 from moempi.config.families import read_architecture
@@ -27,12 +40,22 @@ FUSED = (
     DOTS,
     ERNIE,
     PHI,
+    MINIMAX_M2,
+    GLM_FLASH,
+    HY3,
+    SOLAR,
 )
-# What a router is called in the modules of transformers, where that differs from the hub.
+# Names in the modules of transformers, where they differ from the hub.
 SAVED_NAMES = {
-    "mixtral": ("block_sparse_moe.gate", "mlp.gate"),
-    "phimoe": ("block_sparse_moe.gate", "mlp.router"),
-    "ernie4_5_moe": ("mlp.moe_statics", "mlp.gate.moe_statics"),
+    "mixtral": {"block_sparse_moe.gate": "mlp.gate"},
+    "phimoe": {"block_sparse_moe.gate": "mlp.router"},
+    "ernie4_5_moe": {"mlp.moe_statics": "mlp.gate.moe_statics"},
+    "minimax_m2": {"block_sparse_moe": "mlp"},
+    "hy_v3": {
+        "router.gate": "gate",
+        "mlp.expert_bias": "mlp.e_score_correction_bias",
+        "shared_mlp": "shared_experts",
+    },
 }
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
@@ -89,8 +112,9 @@ def test_rotary_frequencies_are_left_out_in_every_family(tmp_path, values):
 def test_fused_experts_give_the_same_bytes_as_separate_ones(tmp_path, values):
     values = small(values)
     tensors = bfloat16_tensors(values)
-    hub, saved = SAVED_NAMES.get(values["model_type"], ("", ""))
-    together = {name.replace(hub, saved) if hub else name: one for name, one in fused(tensors).items()}
+    together = fused(tensors)
+    for hub, saved in SAVED_NAMES.get(values["model_type"], {}).items():
+        together = {name.replace(hub, saved): one for name, one in together.items()}
     assert len(together) < len(tensors)
     assert converted(tmp_path / "fused", values, together) == converted(tmp_path / "hub", values, tensors)
 

@@ -19,7 +19,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32
 LATENT_SIZES = SIZES | {"q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 8, "head_dim": None}
 MODELS = (
     small(QWEN3_MOE) | SIZES,
-    small(MIXTRAL) | SIZES | {"intermediate_size": 32},
+    small(MIXTRAL) | {"hidden_size": 32, "intermediate_size": 32},
     small(DEEPSEEK_V3) | LATENT_SIZES | {"quantization_config": None},
 )
 INTEGERS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}

@@ -7,6 +7,7 @@ import msgspec
 
 from moempi.config.architecture import Architecture
 from moempi.config.families._family import Family, Fused, Sources
+from moempi.config.families._harmless import HARMLESS
 from moempi.config.families._quantization import Quantization, part_name, read_quantization
 from moempi.config.families._reading import CheckpointConfig
 from moempi.config.families._wrapper import is_other_part, language_model, plain_name
@@ -15,12 +16,16 @@ from moempi.config.families.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
 from moempi.config.families.dots1 import DOTS1
 from moempi.config.families.ernie4_5_moe import ERNIE4_5_MOE
 from moempi.config.families.glm4_moe import GLM4_MOE
+from moempi.config.families.glm4_moe_lite import GLM4_MOE_LITE
 from moempi.config.families.gpt_oss import GPT_OSS
+from moempi.config.families.hy_v3 import HY_V3
+from moempi.config.families.minimax_m2 import MINIMAX_M2
 from moempi.config.families.mixtral import MIXTRAL
 from moempi.config.families.olmoe import OLMOE
 from moempi.config.families.phimoe import PHIMOE
 from moempi.config.families.qwen2_moe import QWEN2_MOE
 from moempi.config.families.qwen3_moe import QWEN3_MOE, QWEN3_VL_MOE_TEXT
+from moempi.config.families.solar_open import SOLAR_OPEN
 from moempi.errors import DataError
 
 FAMILIES = {
@@ -39,6 +44,10 @@ FAMILIES = {
         ERNIE4_5_MOE,
         PHIMOE,
         GPT_OSS,
+        MINIMAX_M2,
+        GLM4_MOE_LITE,
+        HY_V3,
+        SOLAR_OPEN,
     )
 }
 
@@ -60,6 +69,7 @@ def read_architecture(values: Mapping[str, Any], generation: Mapping[str, Any], 
     found, config = _language_model(values, generation, origin=origin)
     read_quantization(config, found.quantizations)
     unchecked = found.architecture(config)
+    config.refuse_unknown(HARMLESS)
     try:
         architecture = msgspec.convert(msgspec.to_builtins(unchecked), Architecture)
     except msgspec.ValidationError as error:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Rope
-from moempi.config.families._reading import CheckpointConfig, head_dim, num_layers
+from moempi.config.families._reading import CheckpointConfig, head_dim, num_layers, windowed_layers
 from moempi.config.families._rope import read_positions
 
 
@@ -18,6 +18,9 @@ def decoder(
 ) -> Architecture:
     """The architecture of a decoder from the usual keys; `others` are further fields of Architecture."""
     config.require("hidden_act", "silu")
+    config.ignore(*(() if dense_layers else ("intermediate_size",)))
+    if not attention.windowed_layers and config.has("layer_types") and windowed_layers(config):
+        raise config.error("layer_types has windows that are not supported")
     bos = config.tokens("bos_token_id")
     fields = {
         "max_positions": read_positions(config),

@@ -43,16 +43,24 @@ def routed_and_shared(config: CheckpointConfig) -> dict[str, Any]:
     }
 
 
-def corrected_router(config: CheckpointConfig) -> Router:
-    """The router of DeepSeek-V3: sigmoid scores, selection with a correction and within the best groups."""
+def corrected_router(config: CheckpointConfig, *, absent_groups: int | None = None) -> Router:
+    """The router of DeepSeek-V3: sigmoid scores, selection with a correction and within the best groups.
+
+    `absent_groups` is the number of groups in families whose configurations may leave it out.
+    """
+    has_groups = config.has("n_group") or config.has("topk_group")
+    if absent_groups is None or has_groups:
+        groups, kept = config.integer("n_group"), config.integer("topk_group")
+    else:
+        groups, kept = absent_groups, absent_groups
     config.require("scoring_func", "sigmoid", "noaux_tc", None)
     config.require("topk_method", "noaux_tc", None)
     return Router(
         top_k=config.integer("num_experts_per_tok"),
         scoring="sigmoid",
         correction=True,
-        num_groups=config.integer("n_group"),
-        kept_groups=config.integer("topk_group"),
+        num_groups=groups,
+        kept_groups=kept,
         group_score="top2",
         renormalize=config.flag("norm_topk_prob"),
         scaling=config.number("routed_scaling_factor"),
@@ -64,6 +72,7 @@ def corrected_router(config: CheckpointConfig) -> Router:
 def _latent_attention(config: CheckpointConfig) -> AttentionShape:
     heads, rope_dim = config.integer("num_attention_heads"), config.integer("qk_rope_head_dim")
     config.require("num_key_value_heads", heads, None)
+    config.ignore("head_dim", "qk_head_dim")
     return AttentionShape(
         num_heads=heads,
         num_kv_heads=heads,

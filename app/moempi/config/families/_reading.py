@@ -1,24 +1,28 @@
 """Typed reading of a checkpoint's config.json, with errors that name the key."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from moempi.config.architecture import MAX_LAYERS
 from moempi.config.reading import MAX_MESSAGE_LENGTH
 from moempi.errors import DataError
 
+_SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
+
 
 class CheckpointConfig:
     """The content of config.json and of generation_config.json ({} if there is none), read by key.
 
     A key may have several spellings; all that are present must agree. There are no defaults, because the class defaults
-    of model libraries differ from the checkpoints. Every method raises DataError that names file and key.
+    of model libraries differ from the checkpoints. Every method raises DataError that names file and key, and
+    `refuse_unknown` for keys that nobody read.
     """
 
     def __init__(self, values: Mapping[str, Any], generation: Mapping[str, Any], *, origin: str) -> None:
         self.origin = origin
         self._values = values
         self._generation = generation
+        self._read: set[str] = set()
 
     def integer(self, *spellings: str) -> int:
         """The integer under any of `spellings`."""
@@ -50,7 +54,7 @@ class CheckpointConfig:
 
     def has(self, key: str) -> bool:
         """Whether `key` is present and not null."""
-        return self._values.get(key) is not None
+        return self._get(key) is not None
 
     def option(self, key: str, *, absent: bool = False) -> bool:
         """The truth value under `key`; `absent` for checkpoints older than the option."""
@@ -62,7 +66,7 @@ class CheckpointConfig:
 
     def integers(self, key: str) -> tuple[int, ...]:
         """The list of integers under `key`; empty when null or absent."""
-        value = self._values.get(key)
+        value = self._get(key)
         return self._integers(key, [] if value is None else value)
 
     def numbers(self, key: str) -> tuple[float, ...]:
@@ -81,16 +85,16 @@ class CheckpointConfig:
 
     def tokens(self, key: str) -> tuple[int, ...]:
         """The token or tokens under `key`; generation_config.json has precedence."""
-        value = self._generation.get(key)
+        own, value = self._get(key), self._generation.get(key)
         if value is None:
-            value = self._values.get(key)
+            value = own
         if value is None:
             return ()
         return tuple(dict.fromkeys(self._integers(key, value if isinstance(value, list) else [value])))
 
     def require(self, key: str, *supported: Any) -> None:
         """Raise unless `key` has one of the values `supported`."""
-        value = self._values.get(key)
+        value = self._get(key)
         if value not in supported:
             known = " or ".join(repr(choice) for choice in supported)
             raise self.error(f"{key} = {value!r} is not supported, only {known}")
@@ -98,12 +102,24 @@ class CheckpointConfig:
     def refuse(self, *keys: str) -> None:
         """Raise if one of `keys` has a value other than null, false, 0 or empty."""
         for key in keys:
-            if self._values.get(key):
+            if self._get(key):
                 raise self.error(f"{key} = {self._values[key]!r} is not supported")
+
+    def ignore(self, *keys: str) -> None:
+        """Say that `keys` change nothing beside the values that were read."""
+        self._read.update(keys)
+
+    def refuse_unknown(self, harmless: Collection[str]) -> None:
+        """Raise if a key that was not read, and is not `harmless`, has a value other than null or empty."""
+        for key, value in self._values.items():
+            if key not in self._read and key not in harmless and value not in _SAYS_NOTHING:
+                raise self.error(
+                    f"{key:.60} = {value!r:.60} is not known: it may change the arithmetic; remove it if it does not"
+                )
 
     def section(self, key: str) -> "CheckpointConfig | None":
         """The object under `key`, None when null or absent."""
-        value = self._values.get(key)
+        value = self._get(key)
         if value is None:
             return None
         if not isinstance(value, dict):
@@ -123,6 +139,10 @@ class CheckpointConfig:
     def error(self, message: str) -> DataError:
         """A DataError about this file."""
         return DataError(f"{self.origin}: {message[:MAX_MESSAGE_LENGTH]}")
+
+    def _get(self, key: str) -> Any:
+        self._read.add(key)
+        return self._values.get(key)
 
     def _float(self, key: str, value: float) -> float:
         try:
@@ -171,9 +191,17 @@ def dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
 
 
 def leading_dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
-    """The layers without experts: the first `first_k_dense_replace`."""
+    """The layers without experts: those that `mlp_layer_types` calls dense, or the first `first_k_dense_replace`."""
     config.require("moe_layer_freq", 1, None)
-    return tuple(range(min(config.integer("first_k_dense_replace"), num_layers(config))))
+    if not config.has("mlp_layer_types"):
+        return tuple(range(min(config.integer("first_k_dense_replace"), num_layers(config))))
+    types = config.texts("mlp_layer_types")
+    if len(types) != num_layers(config) or not set(types) <= {"dense", "sparse"}:
+        raise config.error(f"mlp_layer_types is not dense or sparse for each layer: {list(types)}")
+    dense = tuple(layer for layer, kind in enumerate(types) if kind == "dense")
+    if config.has("first_k_dense_replace") and dense != tuple(range(config.integer("first_k_dense_replace"))):
+        raise config.error("mlp_layer_types and first_k_dense_replace differ")
+    return dense
 
 
 def windowed_layers(config: CheckpointConfig) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ def read_rope(config: CheckpointConfig, *, dim: int, interleaved: bool = False, 
     """
     scaling = scaling_of(config)
     common: dict[str, Any] = {"theta": _theta(config), "interleaved": interleaved}
-    share = _share(config, scaling)
+    share = _share(config, scaling, dim=dim)
     if partial:
         if share is None:
             raise config.error("partial_rotary_factor is missing")
@@ -108,9 +108,15 @@ def _theta(config: CheckpointConfig) -> float:
     return theta[0]
 
 
-def _share(config: CheckpointConfig, scaling: CheckpointConfig | None) -> float | None:
+def _share(config: CheckpointConfig, scaling: CheckpointConfig | None, *, dim: int) -> float | None:
+    """The share of a head's `dim` numbers that is rotated, None if the configuration does not say it."""
     sections = [section for section in (scaling, config) if section and section.has("partial_rotary_factor")]
-    return sections[0].number("partial_rotary_factor") if sections else None
+    shares = [section.number("partial_rotary_factor") for section in sections]
+    if config.has("rotary_dim"):
+        shares.append(config.integer("rotary_dim") / max(dim, 1))
+    if any(share != shares[0] for share in shares):
+        raise config.error(f"partial_rotary_factor and rotary_dim are several shares of a head: {shares}")
+    return shares[0] if shares else None
 
 
 def _longrope(config: CheckpointConfig, scaling: CheckpointConfig, dim: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     config.require("scoring_func", "softmax", None)
     config.require("rope_interleave", True, None)
     grouped = config.text("topk_method") == "group_limited_greedy"
+    config.ignore("n_group", "topk_group")
     router = Router(
         top_k=config.integer("num_experts_per_tok"),
         num_groups=config.integer("n_group") if grouped else 1,

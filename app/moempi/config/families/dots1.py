@@ -17,6 +17,7 @@ from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
+    config.require("use_qk_norm", True, None)
     return decoder(
         config,
         "dots1",
@@ -27,13 +28,14 @@ def _architecture(config: CheckpointConfig) -> Architecture:
             biases="all" if config.flag("attention_bias") else "none",
             **_windows(config),
         ),
-        experts=Experts(**routed_and_shared(config), router=corrected_router(config)),
+        experts=Experts(**routed_and_shared(config), router=corrected_router(config, absent_groups=1)),
         dense_layers=leading_dense_layers(config),
     )
 
 
 def _windows(config: CheckpointConfig) -> dict[str, Any]:
     """The window fields of AttentionShape; without `layer_types`, windows begin at layer `max_window_layers`."""
+    config.ignore("max_window_layers")
     if not config.has("sliding_window"):
         return {}
     if config.has("layer_types"):

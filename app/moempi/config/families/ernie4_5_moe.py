@@ -9,6 +9,9 @@ from moempi.config.families._rope import read_rope
 
 def _architecture(config: CheckpointConfig) -> Architecture:
     config.refuse("use_bias", "sliding_window")
+    config.require("moe_gate", "topk", None)
+    config.require("moe_use_aux_free", True, None)
+    config.require("use_rmsnorm", True, None)
     width = config.integer("moe_intermediate_size")
     return decoder(
         config,

@@ -14,6 +14,7 @@ from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
+    config.ignore("initial_context_length")  # what rope_scaling has too
     return decoder(
         config,
         "gpt_oss",
@@ -28,7 +29,9 @@ def _architecture(config: CheckpointConfig) -> Architecture:
         experts=Experts(
             num=config.integer("num_local_experts", "num_experts"),
             width=config.integer("intermediate_size"),
-            router=Router(top_k=config.integer("num_experts_per_tok"), scoring="softmax_chosen", bias=True),
+            router=Router(
+                top_k=config.integer("num_experts_per_tok", "experts_per_token"), scoring="softmax_chosen", bias=True
+            ),
             biases=True,
             clamp=Clamp(
                 alpha=config.constant("swiglu_alpha", absent=1.702),

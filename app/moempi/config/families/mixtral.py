@@ -9,6 +9,7 @@ from moempi.config.families._rope import read_rope
 
 def _architecture(config: CheckpointConfig) -> Architecture:
     config.refuse("attention_bias")
+    config.ignore("router_jitter_noise")  # of training
     return decoder(
         config,
         "mixtral",

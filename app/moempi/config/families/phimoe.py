@@ -8,6 +8,7 @@ from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
+    config.ignore("original_max_position_embeddings")  # what longrope reads
     return decoder(
         config,
         "phimoe",

@@ -32,7 +32,9 @@ def _architecture(config: CheckpointConfig) -> Architecture:
 
 def _windows(config: CheckpointConfig) -> dict[str, Any]:
     """The window fields of AttentionShape; requires `layer_types`, without which implementations differ."""
+    config.ignore("max_window_layers")
     if not config.option("use_sliding_window"):
+        config.ignore("sliding_window")
         return {}
     if not config.has("layer_types"):
         raise config.error("use_sliding_window = True is not supported without layer_types")

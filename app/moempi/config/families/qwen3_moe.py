@@ -13,7 +13,9 @@ from moempi.config.families._rope import read_rope
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
-    config.refuse("use_sliding_window")
+    config.refuse("use_sliding_window", "qkv_bias", "shared_expert_intermediate_size")
+    config.require("use_qk_norm", True, None)
+    config.ignore("sliding_window", "max_window_layers")
     return decoder(
         config,
         "qwen3_moe",
