@@ -1,12 +1,13 @@
 """Small random checkpoints of every family, and what transformers makes of them."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 NUM_GREEDY = 12
 # A sequence longer than a page and than every window, short ones, and one of a single token; these are continued too.
@@ -224,6 +225,32 @@ CASES |= {
         SOLAR | {"attention_bias": True, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "rope_parameters": YARN},
     ),
 }
+# Multimodal wrappers around a language model of another type, with small parts for images; only text is compared.
+WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kimi_k25": (
+        "deepseek_v3",
+        {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 2},
+    ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe_text",
+        {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 2}
+        | {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+}
+CASES |= {
+    "kimi_k25-yarn": (
+        "kimi_k25",
+        DEEPSEEK
+        | {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "rms_norm_eps": 1e-5}
+        | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        QWEN3
+        | {"head_dim": 16, "mlp_only_layers": [0], "moe_intermediate_size": 24}  # shapes tell the layout of experts
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -250,8 +277,7 @@ def prompts() -> list[list[int]]:
 
 def write_checkpoint(folder: Path, case: str) -> None:
     """Save a random model of the case as the hub has such: separate experts, weights that bfloat16 can hold."""
-    model_type, options = CASES[case]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options), dtype=torch.float32)
+    model = _class_of(CASES[case][0]).from_config(_config(case), dtype=torch.float32)
     random = torch.Generator().manual_seed(sum(case.encode()))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
@@ -259,14 +285,38 @@ def write_checkpoint(folder: Path, case: str) -> None:
             if not name.endswith("inv_freq"):
                 tensor.copy_(_values(name, tensor.shape, random))
     model.save_pretrained(folder)
+    if CASES[case][0] == "kimi_k25":
+        name_layers(folder / "model.safetensors")
     refuse_fused(folder)
 
 
+def _config(case: str) -> Any:
+    model_type, options = CASES[case]
+    if model_type not in WRAPPERS:
+        return AutoConfig.for_model(model_type, **options)
+    inner, vision = WRAPPERS[model_type]
+    tied = options["tie_word_embeddings"]
+    text = {"model_type": inner, **options}
+    return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+
+def _class_of(model_type: str) -> Any:
+    return AutoModelForImageTextToText if model_type in WRAPPERS else AutoModelForCausalLM
+
+
+def name_layers(path: Path) -> None:
+    """The library saves Kimi's layers under the name that those of its images have; the hub has them as usual."""
+    tensors = load_file(path)
+    theirs, hub = "language_model.model.blocks.", "language_model.model.layers."
+    save_file({name.replace(theirs, hub): one for name, one in tensors.items()}, path, metadata={"format": "pt"})
+
+
 def refuse_fused(folder: Path) -> None:
-    """Fails unless the library wrote the names of the hub, one matrix an expert (gpt_oss has them joined there)."""
+    """Fails unless the library wrote the names of the hub: one matrix an expert, but for families that join them."""
     names = load_file(folder / "model.safetensors")
     joined = [name for name in names if name.endswith("experts.gate_up_proj")]
-    assert not joined or "gpt_oss" in (folder / "config.json").read_text(), joined
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    assert bool(joined) == (model_type in ("gpt_oss", "qwen3_vl_moe")), joined
 
 
 def _values(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tensor:
@@ -285,7 +335,8 @@ def expected(folder: Path, tokens: list[list[int]]) -> Expected:
     """The reference's answers; each precision is loaded anew, because casting a model ruins its rotary buffers."""
     scores, choices = {}, []
     for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+        model = _class_of(model_type).from_pretrained(folder, dtype=dtype).eval()
         use_long_factors(model)
         with torch.no_grad():
             if dtype == torch.float32:

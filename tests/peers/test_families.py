@@ -28,12 +28,13 @@ BFLOAT16_SHARE = 1.5
 RANKS = (1, 4)
 # Families whose query and key norms are over all heads, which a tensor group does not divide.
 WHOLE_NORMS = ("olmoe", "minimax_m2")
-# Name: task, precision, ranks of a tensor group.
+# Name: task, precision, ranks of a tensor group, stages.
 JOBS = {
-    "score": ("score", "float32", 1),
-    "greedy": ("generate", "float32", 1),
-    "rounded": ("score", "bfloat16", 1),
-    "divided": ("score", "float32", 2),
+    "score": ("score", "float32", 1, 1),
+    "greedy": ("generate", "float32", 1, 1),
+    "rounded": ("score", "bfloat16", 1, 1),
+    "divided": ("score", "float32", 2, 1),
+    "staged": ("score", "float32", 1, 2),
 }
 JOB = """
 task = "{task}"
@@ -49,6 +50,7 @@ batch_tokens = 128
 max_sequences = 4
 [parallel]
 tensor = {tensor}
+stages = {stages}
 [trace]
 routing = {trace}
 [sampling]
@@ -84,22 +86,25 @@ def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
     (tmp_path / "score.jsonl").write_text("".join(lines))
     (tmp_path / "generate.jsonl").write_text("".join(lines[: len(families.LENGTHS)]))
     run_jobs(tmp_path, 1, ("score", "greedy", "rounded"))
-    run_jobs(tmp_path, 4, ("score", "greedy", "rounded", *(() if case.startswith(WHOLE_NORMS) else ("divided",))))
+    groups = () if case.startswith(WHOLE_NORMS) else ("divided",)
+    run_jobs(tmp_path, 4, ("score", "staged", "greedy", "rounded", *groups))
     exact = flat(reference.float32)
     theirs = np.abs(flat(reference.bfloat16) - exact).mean()
     alone = scores(tmp_path / "score-1.h5")
-    others = [scores(path) for path in (tmp_path / "score-4.h5", tmp_path / "divided-4.h5") if path.exists()]
+    names = ("score-4.h5", "staged-4.h5", "divided-4.h5")
+    others = [scores(tmp_path / name) for name in names if (tmp_path / name).exists()]
     largest = max(float(np.abs(found - exact).max()) for found in (alone, *others))
     rounded = max(float(np.abs(scores(tmp_path / f"rounded-{ranks}.h5") - exact).mean()) for ranks in RANKS)
     chosen, other, margin = compare_choices(tmp_path / "score-1.h5", reference)
     table.append(f"{case:42}{largest:10.1e}{rounded:11.4f}{theirs:9.4f}{chosen:9}{other:6}")
     assert margin <= MARGIN
     for path in tmp_path.glob("*-4.h5"):
-        if path.stem in ("score-4", "divided-4"):
+        if path.stem in ("score-4", "staged-4", "divided-4"):
             assert compare_choices(path, reference)[2] <= MARGIN
     assert largest <= WITHIN
     assert rounded <= BFLOAT16_SHARE * theirs
-    np.testing.assert_array_equal(others[0], alone)
+    for others_of_same_bits in others[:2]:
+        np.testing.assert_array_equal(others_of_same_bits, alone)
     for ranks in RANKS:
         with ResultFile(tmp_path / f"greedy-{ranks}.h5") as results:
             assert [record.tokens.tolist() for record in results.requests()] == reference.greedy
@@ -109,9 +114,10 @@ def run_jobs(folder: Path, ranks: int, names: tuple[str, ...]) -> None:
     """These of JOBS, one after another in the same ranks."""
     paths = []
     for name in names:
-        task, precision, tensor = JOBS[name]
+        task, precision, tensor, stages = JOBS[name]
         places = {"folder": folder, "name": name, "ranks": ranks}
-        values = {"task": task, "precision": precision, "tensor": tensor, "max_tokens": families.NUM_GREEDY}
+        values = {"task": task, "precision": precision, "tensor": tensor, "stages": stages}
+        values["max_tokens"] = families.NUM_GREEDY
         values["trace"] = str(task == "score" and precision == "float32").lower()
         paths.append(folder / f"{name}-{ranks}.toml")
         paths[-1].write_text(JOB.format(**places, **values))

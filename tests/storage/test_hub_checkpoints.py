@@ -119,6 +119,18 @@ def test_fused_experts_give_the_same_bytes_as_separate_ones(tmp_path, values):
     assert converted(tmp_path / "fused", values, together) == converted(tmp_path / "hub", values, tensors)
 
 
+def test_the_fused_experts_of_qwen3_vl_may_have_their_outputs_first_if_their_shapes_tell(tmp_path):
+    values = small(QWEN3_MOE) | {"hidden_size": 24}
+    tensors = bfloat16_tensors(values)
+    together = fused(tensors)
+    found = converted(tmp_path / "fused", values | {"model_type": "qwen3_vl_moe_text"}, together)
+    assert found == converted(tmp_path / "hub", values, tensors)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    other = together | {name: ("BF16", together[name][1][:, :, :23])}
+    with pytest.raises(DataError, match=rf"{name}: its 23 outputs are not 2 equal parts"):
+        converted(tmp_path / "other", values | {"model_type": "qwen3_vl_moe_text"}, other)
+
+
 def test_the_fused_experts_of_qwen3_vl_have_their_inputs_first(tmp_path):
     values = small(QWEN3_MOE)
     tensors = bfloat16_tensors(values)

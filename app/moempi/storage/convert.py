@@ -163,14 +163,22 @@ class _ConversionPlan:
         whole = self._source(fused.name)
         if len(whole.shape) != len(tensor.shape) or whole.shape[0] != num_experts:
             raise DataError(f"{whole.path}: {whole.name}: its shape is {whole.shape}, not of {num_experts} experts")
-        is_packed = not isinstance(whole, CheckpointTensor)
-        outputs_first = is_packed and self._quantization is not None and self._quantization.outputs_first
-        transposed = matrices and fused.inputs_first and not outputs_first
+        transposed = matrices and fused.inputs_first and not self._has_outputs_first(whole, fused, tensor)
         num_outputs = whole.shape[-1] if transposed else whole.shape[1]
         if num_outputs % fused.parts:
             raise DataError(f"{whole.path}: {whole.name}: its {num_outputs} outputs are not {fused.parts} equal parts")
         for expert in range(num_experts):
             yield FusedExpert(whole, expert, fused.outputs(num_outputs), transposed)
+
+    def _has_outputs_first(self, whole: Source, fused: Fused, tensor: Tensor) -> bool:
+        """Whether a fused tensor is (outputs, inputs) though its family has it the other way: its shape tells.
+
+        transformers saves it so if it has the experts of Qwen3-VL-MoE in memory, and quantized blocks are so.
+        """
+        if not isinstance(whole, CheckpointTensor) and self._quantization and self._quantization.outputs_first:
+            return True
+        outputs, inputs = tensor.shape[1] * fused.parts, tensor.shape[2]
+        return outputs != inputs and whole.shape[1:] == (outputs, inputs)
 
     def _checked(self, source: Source, tensor: Tensor) -> Source:
         expected = tensor.shape[1:] if tensor.share is Share.EXPERTS else tensor.shape
