@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compares with other implementations (torch, transformers, lm-eval), which it installs: bash tests/peers.sh [PYTEST ARGUMENTS]
+# Compares with other implementations (torch, transformers, compressed-tensors, lm-eval), which it installs: bash tests/peers.sh [PYTEST ARGUMENTS]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
