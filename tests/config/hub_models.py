@@ -1,4 +1,7 @@
-"""Values of configurations on the hub, model by model; long lists are shortened to one repeated value."""
+"""Values of configurations on the hub, model by model: not read from there, and without each key that says nothing.
+
+Long lists are shortened to one repeated value.
+"""
 
 from typing import Any
 
