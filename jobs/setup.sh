@@ -40,4 +40,6 @@ if [ "${sum#unlocked}" = "$sum" ]; then
 else
     pip --editable ".[$(echo "$extras" | paste -sd ,)]"
 fi
+# Compiled now for this machine's processor, not by the first job; without a compiler jobs warn.
+.venv/bin/python -c 'from moempi.backend.cpu.kernels import load_kernels; load_kernels()' 2>/dev/null || true
 printf '%s\n' "$sum" "$extras" >"$stamp"

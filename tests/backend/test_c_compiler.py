@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -251,3 +253,29 @@ def test_no_space_to_keep_a_library_is_no_loss(source, monkeypatch, caplog):
     assert isinstance(library, ctypes.CDLL)
     assert library.seven() == 7
     assert warnings(caplog) == []
+
+
+@needs_compiler
+def test_of_processes_that_start_together_one_compiles(source, tmp_path, monkeypatch):
+    calls, compiler = tmp_path / "calls", tmp_path / "slow.sh"
+    compiler.write_text(f'#!/bin/sh\necho x >> "{calls}"; sleep 1; exec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    program = "import sys, pathlib; from moempi.backend.c_compiler import load_kernel; "
+    program += "load_kernel(pathlib.Path(sys.argv[1])).seven()"
+    started = [subprocess.Popen([sys.executable, "-c", program, str(source)]) for _ in range(3)]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert calls.read_text() == "x\n"
+
+
+@needs_compiler
+def test_a_folder_of_sources_is_one_library_that_its_files_and_flags_identify(tmp_path):
+    folder = tmp_path / "two"
+    folder.mkdir()
+    (folder / "value.h").write_text("#ifndef VALUE\n#define VALUE 3\n#endif\nint three(void);\n")
+    (folder / "three.c").write_text('#include "value.h"\nint three(void) { return VALUE; }\n')
+    (folder / "six.c").write_text('#include "value.h"\nint six(void) { return 2 * three(); }\n')
+    assert load_kernel(folder).six() == 6
+    assert load_kernel(folder, "-DVALUE=4").six() == 8
+    (folder / "value.h").write_text("#define VALUE 5\nint three(void);\n")
+    assert load_kernel(folder).six() == 10

@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from moempi.backend import select
+from moempi.backend.cpu.backend import NumpyBackend
 from moempi.config.job import RunSection
 from moempi.errors import ConfigError
 
@@ -24,6 +25,20 @@ def test_an_unused_gpu_is_one_warning_a_node(monkeypatch, caplog, broken_cupy, b
         made = select.make_backend(RunSection(backend=backend), local_rank=local_rank, device_buffers=False)
     assert made.name == "numpy"
     assert [("libcublas" in record.message) for record in caplog.records] == [True] * warnings
+
+
+@pytest.mark.parametrize(("products", "is_fast"), [("exact", False), ("fast", True)])
+def test_a_cpu_computes_with_compiled_kernels_if_there_are_any(monkeypatch, products, is_fast):
+    made = []
+    monkeypatch.setattr(select, "CompiledBackend", lambda *given, **options: made.append((given, options)))
+    run = RunSection(backend="numpy", precision="bfloat16", products=products)
+    monkeypatch.setattr(select, "load_kernels", lambda: None)
+    assert type(select.make_backend(run, local_rank=0, device_buffers=False)) is NumpyBackend
+    monkeypatch.setattr(select, "load_kernels", lambda: "kernels")
+    select.make_backend(run, local_rank=0, device_buffers=False, threads=3)
+    ((given, options),) = made
+    assert given == ("kernels",)
+    assert (options["precision"], options["threads"], options["fast_products"]) == ("bfloat16", 3, is_fast)
 
 
 def test_nvidia_smi_is_a_sign_of_a_gpu(monkeypatch, tmp_path):

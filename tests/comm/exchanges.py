@@ -17,7 +17,7 @@ def make(
     from moempi.layout.topology import Topology
 
     pending = pending or PendingTransfers()
-    backend = NumpyBackend(precision=precision, reproducible=True, progress=pending.progress)
+    backend = NumpyBackend(precision=precision, progress=pending.progress)
     transfers = Transfers(backend, pending)
     shape = RowShape(WIDTH, top_k=TOP_K, group_rows=20)
     transports = TransportFactory(backend=backend, name=transport, shape=shape, slot_rows=64, links=links or {})

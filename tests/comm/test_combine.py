@@ -32,7 +32,7 @@ class FakeExchange:
 
 def combine(rows, *, shared=None, residual=None, precision="float32"):
     """What HomeCombine returns, and the points that it yielded."""
-    exchange = FakeExchange(rows, NumpyBackend(precision=precision, reproducible=True))
+    exchange = FakeExchange(rows, NumpyBackend(precision=precision))
     home = HomeCombine(exchange)
     addends = Addends(shared, residual)
     assert home.begin(PLAN, addends) is None

@@ -146,7 +146,7 @@ def test_a_trial_says_whether_ranks_can_map_each_other_s_memory(comm, num_ranks)
     assert mapping_problem(comm, topology, backend) == ""
     for precision in ("bfloat16", "float32"):
         assert mapping_problem(comm, Topology(tuple(range(num_ranks))), make_backend(precision)) == ""
-    on_cpu = NumpyBackend(precision="bfloat16", reproducible=False)
+    on_cpu = NumpyBackend(precision="bfloat16")
     mixed = on_cpu if comm.rank == 0 else backend
     assert mapping_problem(comm, topology, mixed) == "not every rank has a GPU"
 

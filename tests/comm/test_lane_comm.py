@@ -36,7 +36,7 @@ def layout_of(num_ranks, **sections):
 
 
 def numpy_backend():
-    return NumpyBackend(precision="float32", reproducible=True)
+    return NumpyBackend(precision="float32")
 
 
 def simt_backend():

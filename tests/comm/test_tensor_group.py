@@ -20,7 +20,7 @@ def test_each_rank_gets_complete_logits_of_its_rows(comm, num_ranks, rows_of_ran
 
     head_rows, logits, _ = HEAD_POINTS
 
-    backend = NumpyBackend(precision="float32", reproducible=False)
+    backend = NumpyBackend(precision="float32")
     transfers = Transfers(backend, PendingTransfers())
     group = TensorGroup(comm, backend, transfers=transfers, width=WIDTH)
     counts = [rows_of_rank(rank) for rank in range(num_ranks)]

@@ -154,7 +154,7 @@ def test_a_hop_whose_slot_is_not_free_waits_without_blocking(comm, num_ranks):
     from moempi.comm.transfers import PendingTransfers, Transfers
     from moempi.comm.transports.shared import Shared
 
-    backend, width = NumpyBackend(precision="float32", reproducible=True), ROW_BYTES // 4
+    backend, width = NumpyBackend(precision="float32"), ROW_BYTES // 4
     transport = Shared(comm, row_bytes=ROW_BYTES)
     hop = Hop(comm, backend, transfers=Transfers(backend, PendingTransfers()), transport=transport)
     rows, counts = np.full((2, width), 1.0 + comm.rank, np.float32), np.ones(2, np.int64)
@@ -202,7 +202,7 @@ def test_the_probes_of_a_run_and_of_moempi_check_leave_no_communicator_and_no_sh
     from moempi.comm.transport_probe import probe
     from moempi.runtime.world import World
 
-    world, backend = World(comm), NumpyBackend(precision="bfloat16", reproducible=False)
+    world, backend = World(comm), NumpyBackend(precision="bfloat16")
     for action in (lambda: fastest(comm, comm, backend, width=16, nodes=(0, 0)), lambda: probe(world)):
         before = next_handle(comm), shared_mappings()
         action()

@@ -53,7 +53,7 @@ class Tokenizer(TextTokenizer):
 
 
 def numpy_backend(progress):
-    return NumpyBackend(precision="float32", reproducible=True, progress=progress)
+    return NumpyBackend(precision="float32", progress=progress)
 
 
 class Run:

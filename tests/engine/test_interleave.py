@@ -17,7 +17,7 @@ class Clock:
 
     def __init__(self):
         self.pending = PendingTransfers()
-        backend = NumpyBackend(precision="float32", reproducible=True, progress=self.pending.progress)
+        backend = NumpyBackend(precision="float32", progress=self.pending.progress)
         self.transfers = Transfers(backend, self.pending)
         self.looks = 0
 

@@ -82,7 +82,7 @@ def files(tmp_path_factory):
 
 
 def load(file, *, layers=range(3), part=0, parts=1, hosted=ALL, pages=2):
-    backend = NumpyBackend(precision="float32", reproducible=True)
+    backend = NumpyBackend(precision="float32")
     shard = Shard(file, part=part, parts=parts)
     return load_model(shard, backend, layers=layers, hosted=hosted, pages=pages), shard
 

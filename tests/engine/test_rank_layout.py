@@ -1,12 +1,15 @@
 """The coordinates of each rank and what it holds, for every rank of whole layouts."""
 
+from math import prod
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from engine.jobs import make_job
-from moempi.engine.rank_layout import RankLayout, available_bytes, lay_out_rank
+from moempi.config.tensors import catalogue
+from moempi.engine import rank_layout
+from moempi.engine.rank_layout import RankLayout, available_bytes, lay_out_rank, rank_threads
 from moempi.errors import ConfigError
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import virtual
@@ -99,6 +102,39 @@ def test_the_ranks_of_a_node_share_each_of_its_memories(nodes, memory_ids, share
 def test_the_memory_that_the_job_states_counts_alone():
     job = make_job(topology={"rank_memory": "2KiB"})
     assert available_bytes(job.topology, SimpleNamespace(rank=0, nodes=(0, 0)), memory("host")) == 2048
+
+
+def test_the_forecast_of_memory_counts_numbers_as_the_backend_holds_them():
+    def memory_of(precision, **backend):
+        job = make_job(run={"precision": precision})
+        return make_layout(job, MODEL, [0], **backend).memory[0]
+
+    compiled, in_float32 = memory_of("bfloat16"), memory_of("float32")
+    widened, on_gpu = memory_of("bfloat16", widened=True), memory_of("bfloat16", on_gpu=True)
+    stored = sum(tensor.num_bytes for tensor in catalogue(MODEL))
+    assert compiled.weights == in_float32.weights == stored
+    assert widened.weights == 4 * sum(prod(tensor.shape) for tensor in catalogue(MODEL))
+    assert (compiled.page, in_float32.page, widened.page) == (on_gpu.page, 2 * on_gpu.page, 2 * on_gpu.page)
+    assert compiled.rows == in_float32.rows == widened.rows == 2 * on_gpu.rows
+
+
+@pytest.mark.parametrize(
+    ("stated", "cores", "threads"),
+    [
+        ("auto", ["0,1,2,3"] * 4, [1] * 4),
+        ("auto", ["0,1,2,3,4,5,6,7"] * 3, [2, 2, 2]),
+        ("auto", ["0", "1", "2,3"], [1, 1, 2]),
+        ("auto", ["0"] * 3, [1] * 3),
+        (5, ["0"] * 2, [5, 5]),
+    ],
+)
+def test_the_ranks_of_a_node_share_its_cores(monkeypatch, stated, cores, threads):
+    nodes = (0,) * len(cores)
+    for rank, expected in enumerate(threads):
+        comm = SimpleNamespace(allgather=lambda own: list(zip(nodes, cores, strict=True)))
+        monkeypatch.setattr(rank_layout, "usable_cores", lambda own=cores[rank]: own)
+        world = SimpleNamespace(rank=rank, nodes=nodes, comm=comm)
+        assert rank_threads(make_job(run={"threads": stated}).run, world) == expected
 
 
 @pytest.mark.ranks(4)

@@ -12,7 +12,7 @@ from moempi.errors import StorageError
 from moempi.storage.journal import JournalReader, JournalWriter
 
 LAYERS, TOP_K = (1, 4), 2
-BACKEND = NumpyBackend(precision="float32", reproducible=True)
+BACKEND = NumpyBackend(precision="float32")
 
 
 def trace_of(write, *, layers=LAYERS, since=0, first_step=0, stride=1):

@@ -43,7 +43,7 @@ def make_recorder(*, steps=0, tokens=0, disk_s=0.0, **finishes):
 
 def make_lane(*, waits=(0.0, 0.0, 0.0), sent=0, load=(), immediate=None):
     """A lane that has waited, sent `sent` messages over the network, and routed `load` (layer, expert) choices."""
-    backend = NumpyBackend(precision="bfloat16", reproducible=True)
+    backend = NumpyBackend(precision="bfloat16")
     transfers = Transfers(backend, PendingTransfers())
     for kind, seconds in zip(WAITS, waits, strict=True):
         transfers.waits[kind] += seconds

@@ -11,7 +11,7 @@ from moempi.model.latent_attention import LatentAttention
 from moempi.model.rope import rope_angles
 
 HEADS, PLAIN, ROTATED, VALUES, RANK, QUERY_RANK, WIDTH = 3, 6, 4, 5, 8, 10, 12
-BACKEND = NumpyBackend(precision="float32", reproducible=True)
+BACKEND = NumpyBackend(precision="float32")
 
 
 def shape(query_rank):

@@ -50,7 +50,7 @@ def test_yarn_ramps_from_the_low_to_the_high_bound(yarn, theta, dim, low, high):
     ],
 )
 def test_only_the_rope_dimensions_are_rotated(attention, rotated):
-    backend, x = NumpyBackend(precision="float32", reproducible=True), np.ones((1, 2, 16), np.float32)
+    backend, x = NumpyBackend(precision="float32"), np.ones((1, 2, 16), np.float32)
     angles = rope_angles(backend, attention, np.array([math.pi]), np.array([4]))
     rotated_x = backend.rotate(x, angles)
     assert (rotated_x[..., rotated:] == 1).all()
@@ -58,7 +58,7 @@ def test_only_the_rope_dimensions_are_rotated(attention, rotated):
 
 
 def test_amplitude_multiplies_the_rotated_numbers():
-    backend, x = NumpyBackend(precision="float32", reproducible=True), np.ones((1, 1, 4), np.float32)
+    backend, x = NumpyBackend(precision="float32"), np.ones((1, 1, 4), np.float32)
     angles = rope_angles(backend, AttentionShape(1, 1, 4, rope=Rope(amplitude=1.5)), np.array([0]), np.array([1]))
     np.testing.assert_array_equal(backend.rotate(x, angles, interleaved=True), 1.5 * x)
 
@@ -68,7 +68,7 @@ LONG = LongRope(original_positions=8, divisors=(2.0, 4.0), amplitude=1.5)
 
 @pytest.mark.parametrize("capacities", [[8, 8, 8, 8], [9, 9, 9, 9], [9, 3, 3, 50], [1, 9, 9, 1], []])
 def test_long_sequences_have_their_own_divisors_and_amplitude_from_the_first_position_on(capacities):
-    backend, positions = NumpyBackend(precision="float32", reproducible=True), np.array([0, 1, 2, 7])[: len(capacities)]
+    backend, positions = NumpyBackend(precision="float32"), np.array([0, 1, 2, 7])[: len(capacities)]
     short = Rope(divisors=(1.0, 1.5), amplitude=1.25)
     found = rope_angles(
         backend, AttentionShape(1, 1, 4, rope=replace(short, long=LONG)), positions, np.array(capacities, np.int64)

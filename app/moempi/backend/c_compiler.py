@@ -1,10 +1,11 @@
-"""Small C kernels, compiled on first use with the C compiler (`CC`, else `cc`) and kept in the user's cache folder.
+"""C kernels, compiled on first use with the C compiler (`CC`, else `cc`) and kept in the user's cache folder.
 
-The name of a kept library (see kept_files.py) holds the source's hash, the machine and the compiler. It is loaded from
-a copy in memory, because another process may cut or replace the file later.
+The name of a kept library (see kept_files.py) holds a hash of the sources and their flags, the machine and the
+compiler. It is loaded from a copy in memory, because another process may cut or replace the file later.
 """
 
 import ctypes
+import fcntl
 import logging
 import os
 import platform
@@ -13,7 +14,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +23,8 @@ import xxhash
 
 from moempi.backend.kept_files import keep, kept_folder, read_kept, warn_once
 
-COMPILE_LIMIT_S = 20.0
+COMPILE_LIMIT_S = 60.0
+POLL_S = 0.05
 RETRY_S = 24 * 3600.0
 """How long a compiler that did not end is not started again."""
 
@@ -32,22 +35,24 @@ class _CompilerError(Exception):
     """No library can be compiled; the message is the reason."""
 
 
-def load_kernel(source: Path) -> ctypes.CDLL | None:
-    """Load the library of one C file, compiled on first use. Not collective; blocks for up to 2 COMPILE_LIMIT_S.
+def load_kernel(source: Path, *flags: str) -> ctypes.CDLL | None:
+    """Load the library of one C file, or of a folder of them, compiled with these flags on first use.
 
-    Returns None if the library cannot be compiled or loaded, and logs a warning with the reason. Raises OSError if
-    `source` cannot be read: the package is damaged, and the fallback must not hide it.
+    Not collective; blocks for up to 2 COMPILE_LIMIT_S. Returns None if the library cannot be compiled or loaded, and
+    logs a warning with the reason. Raises OSError if `source` cannot be read: the package is damaged, and the fallback
+    must not hide it.
     """
-    code = source.read_bytes()
+    read = sorted(source.iterdir()) if source.is_dir() else [source]
+    code = b"\n".join([path.read_bytes() for path in read] + [flag.encode() for flag in flags])
     try:
-        return _kept_or_compiled(source, code)
+        return _kept_or_compiled(source, code, [*flags, *(str(path) for path in read if path.suffix == ".c")])
     except (_CompilerError, OSError) as error:
         warn_once(f"compiled kernels are off, the run is slower: {' '.join(str(error).split())}")
         return None
 
 
-def _kept_or_compiled(source: Path, code: bytes) -> ctypes.CDLL:
-    """The kept library, else a compiled one, which is kept; several ranks may do so at once."""
+def _kept_or_compiled(source: Path, code: bytes, arguments: list[str]) -> ctypes.CDLL:
+    """The kept library, else one compiled with these arguments, which is kept; several ranks may do so at once."""
     trusted = {os.geteuid(), source.stat().st_uid}
     folder = kept_folder(trusted)
     begin = f"{source.stem}-{xxhash.xxh3_64_hexdigest(code)}-{platform.machine()}"
@@ -62,11 +67,41 @@ def _kept_or_compiled(source: Path, code: bytes) -> ctypes.CDLL:
     name = f"{begin}-{identity}.so"
     library = _load_kept(folder, name, trusted)
     if library is None:
-        content = _compile(compiler, source, folder)
-        library = _load(content, source.stem)
-        if folder:
-            keep(content, folder / name)
+        with _alone(folder):
+            library = _load_kept(folder, name, trusted)  # another process may have compiled it meanwhile
+            if library is None:
+                content = _compile(_compiler(folder), source, arguments, folder)
+                library = _load(content, source.stem)
+                if folder:
+                    keep(content, folder / name)
     return library
+
+
+@contextmanager
+def _alone(folder: Path | None) -> Iterator[None]:
+    """Hold the lock of the folder of kept files, so that one rank of a node compiles; wait COMPILE_LIMIT_S at most."""
+    if folder is None:
+        yield
+        return
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        end = time.monotonic() + COMPILE_LIMIT_S
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(POLL_S)
+            except OSError:  # a file system without locks
+                break
+            else:
+                break
+        yield
+    finally:
+        os.close(lock)
 
 
 def _load_kept(folder: Path | None, pattern: str, trusted: set[int]) -> ctypes.CDLL | None:
@@ -125,10 +160,12 @@ def _identity(compiler: list[str]) -> str:
     return xxhash.xxh3_64_hexdigest(os.fsencode("\n".join(parts)))
 
 
-def _compile(compiler: list[str], source: Path, folder: Path | None) -> bytes:
+def _compile(compiler: list[str], source: Path, arguments: list[str], folder: Path | None) -> bytes:
     with tempfile.TemporaryDirectory(prefix="moempi-") as build:
         made = Path(build) / "kernel.so"
-        output = _run([*compiler, "-O3", "-shared", "-fPIC", "-o", str(made), str(source)], compiler, folder)
+        optimization = [] if any(word.startswith("-O") for word in compiler) else ["-O3"]
+        options = [*optimization, "-shared", "-fPIC", "-o", str(made), *arguments, "-lm"]
+        output = _run([*compiler, *options], compiler, folder)
         if not made.is_file():
             raise _CompilerError(f"{compiler[0]} does not compile {source.name}: {output.strip()[:200]}")
         return made.read_bytes()

@@ -21,6 +21,11 @@ def cpu_island(cores: Path = CORES) -> str:
     return f"socket {sockets.pop()}" if len(sockets) == 1 else ""
 
 
+def usable_cores() -> str:
+    """The cores on which this process may run, as a text that is equal on ranks that share them."""
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+
 def gpu_island(bus_id: str) -> str:
     """The NVLink domain: the GPUs joined by NVLink to the GPU at a PCI address, itself included.
 

@@ -148,6 +148,12 @@ class MemoryVerbs(Protocol):
     def matrix(self, *stored: Stored, transposed: bool = False) -> Array:
         """Load stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
 
+    def head_matrices(self, stored: Stored) -> Array:
+        """Load a matrix for each head, stored as (H, inputs, outputs), for `linear_heads`."""
+
+    def table(self, stored: Stored) -> Array:
+        """Load a table (V, D) whose rows `embed` looks up."""
+
     def finish_loading(self) -> None:
         """Free memory that only loading needed. Blocks the host until the loaded tensors can be used on any queue."""
 
@@ -216,7 +222,7 @@ class RowVerbs(Protocol):
         """Multiply x (T, inputs) by a matrix and add the bias (outputs,) -> (T, outputs)."""
 
     def linear_heads(self, x: Array, matrices: Array) -> Array:
-        """Multiply each head of x (T, H, inputs) by its own one of (H, inputs, outputs) -> (T, H, outputs)."""
+        """Multiply each head of x (T, H, inputs) by its own of the `head_matrices` -> (T, H, outputs)."""
 
     def clip(self, x: Array, limit: float) -> Array:
         """Limit every number of x to [-limit, limit]."""
@@ -413,6 +419,8 @@ class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, ExpertVerbs, TokenVerbs, Pr
     """Element type of rows in comm buffers: uint16 (bfloat16 bits) or float32."""
     comm_buffers_on_host: bool
     """Whether the host can read and write comm buffers."""
+    widened: bool
+    """Whether it holds weights and cache as float32, whatever their type."""
     memory_id: str
     """Identifies the memory that holds weights, caches and rows, among all memories of the node."""
 

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.cpu.compiled import CompiledBackend
+from moempi.backend.cpu.kernels import load_kernels
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.locality import cpu_island, gpu_island
 from moempi.backend.protocol import Backend
@@ -21,24 +23,35 @@ def make_backend(
     *,
     local_rank: int,
     device_buffers: bool,
+    threads: int = 1,
     progress: Callable[[], None] = lambda: None,
 ) -> Backend:
     """Make the backend that the job names; "auto" uses a GPU if there is one, and warns if one seems to be unused.
 
     Rank i of a node uses GPU i modulo the number of GPUs. With a GPU, comm buffers are in device memory if
-    `device_buffers`, which must be the same on all ranks, else in host memory. The backend calls `progress` while a
-    verb computes or waits for long. Raises ConfigError if the job requires a GPU and there is none.
+    `device_buffers`, which must be the same on all ranks, else in host memory. On a CPU, `threads` threads compute. The
+    backend calls `progress` while a verb computes or waits for long. Raises ConfigError if the job requires a GPU and
+    there is none.
     """
     gpus = count_gpus(run)
     if not gpus:
         if run.backend == "auto" and local_rank == 0 and _seems_to_have_gpu():
             log.warning("this node seems to have a GPU, but the CPU is used: %s", find_gpus()[1])
-        return NumpyBackend(precision=run.precision, reproducible=run.reproducible, progress=progress)
+        return _cpu_backend(run, threads=threads, progress=progress)
     from moempi.backend.cuda.cupy_device import CupyDevice
 
     device = CupyDevice(local_rank % gpus, pinned=not device_buffers)
     log.info("backend cupy on %s", device.name)
     return CudaBackend(device, precision=run.precision, reproducible=run.reproducible, progress=progress)
+
+
+def _cpu_backend(run: RunSection, *, threads: int, progress: Callable[[], None]) -> NumpyBackend:
+    """The compiled kernels if they work here, else NumPy; both need no other rank."""
+    kernels = load_kernels()
+    if kernels is None:
+        return NumpyBackend(precision=run.precision, progress=progress)
+    fast = run.products == "fast"
+    return CompiledBackend(kernels, precision=run.precision, threads=threads, fast_products=fast, progress=progress)
 
 
 def count_gpus(run: RunSection) -> int:

@@ -99,6 +99,7 @@ def _job(folder: Path, precision: str, sequences: int, chosen: Namespace) -> Job
     run = {
         "backend": "numpy",
         "precision": precision,
+        "threads": 1,
         "max_sequences": max(sequences, chosen.lanes),
         "micro_batches": chosen.lanes,
     }

@@ -7,7 +7,7 @@ from statistics import median
 import numpy as np
 
 from moempi.arrays import Float32Array
-from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.select import make_backend
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.bench.random_layer import Sizes, add_size_flags, make_layer, make_rows, run_to_end
 from moempi.comm.batch import NONE, Batch
@@ -16,7 +16,7 @@ from moempi.comm.row_shape import RowShape
 from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transport_factory import TransportFactory
 from moempi.commands.flags import MAX_COUNT, count, whole_number
-from moempi.config.job import ParallelSection
+from moempi.config.job import ParallelSection, RunSection
 from moempi.errors import UsageError
 from moempi.layout.grid import Grid, make_grid
 from moempi.layout.layout import Layout
@@ -79,7 +79,8 @@ def _make_step(
     On the first stage it returns its input rows. Both calls are collective.
     """
     pending = PendingTransfers()
-    backend = NumpyBackend(precision="bfloat16", reproducible=False, progress=pending.progress)
+    run = RunSection(backend="numpy", precision="bfloat16")
+    backend = make_backend(run, local_rank=world.local_rank, device_buffers=False, progress=pending.progress)
     placement = linear(sizes.num_experts, world.size // 2)
     shape = RowShape(sizes.width, top_k=sizes.top_k, group_rows=tokens)
     transports = TransportFactory(

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from statistics import median
 from time import perf_counter
+from typing import Literal
 
 from moempi.arrays import Float32Array
-from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.select import make_backend
 from moempi.bench import peers
 from moempi.bench.measure import alternate, machine, product_clock, ratio
 from moempi.bench.random_layer import Sizes, add_size_flags, make_exchange, make_layer, make_rows, run_to_end
@@ -16,11 +17,13 @@ from moempi.comm.hop import Hop
 from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.commands.flags import count
+from moempi.config.job import RunSection
 from moempi.layout.placement import linear
 from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 
-PRECISIONS = ("float32", "bfloat16")
+Precision = Literal["bfloat16", "float32"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 OURS, ALONE = "moempi", "moempi on one rank"
 
 
@@ -46,7 +49,7 @@ def run(world: World, chosen: Namespace) -> None:
         console().print(table)
 
 
-def _measure(world: World, sizes: Sizes, num_rows: int, precision: str, rounds: int) -> list[str]:
+def _measure(world: World, sizes: Sizes, num_rows: int, precision: Precision, rounds: int) -> list[str]:
     """The cells of one table row; collective."""
     rows = make_rows(num_rows, sizes.width)
     bounds = [rank * num_rows // world.size for rank in range(world.size + 1)]
@@ -72,12 +75,13 @@ def _measure(world: World, sizes: Sizes, num_rows: int, precision: str, rounds: 
 
 
 def layer_on(
-    world: World, sizes: Sizes, precision: str, *, alone: bool = False
+    world: World, sizes: Sizes, precision: Precision, *, alone: bool = False
 ) -> Callable[[Float32Array], Float32Array]:
     """A function that computes the layer for this rank's rows; its calls are collective unless each rank is `alone`."""
     comm = world.comm.Create_group(world.comm.group.Incl([world.rank])) if alone else world.comm.Dup()
     pending = PendingTransfers()
-    backend = NumpyBackend(precision=precision, reproducible=False, progress=pending.progress)
+    run = RunSection(backend="numpy", precision=precision)
+    backend = make_backend(run, local_rank=world.local_rank, device_buffers=False, progress=pending.progress)
     placement = linear(sizes.num_experts, comm.size)
     transfers = Transfers(backend, pending)
     transport = Alltoallv(comm, row_bytes=sizes.width * backend.row_dtype.itemsize)

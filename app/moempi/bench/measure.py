@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from moempi.backend.cpu.kernels import Kernels
 from moempi.backend.cpu.packed_matrix import PackedMatrix
 from moempi.runtime.world import World
 
@@ -51,8 +52,8 @@ class Clock:
 
 @contextmanager
 def product_clock() -> Iterator[Clock]:
-    """Inside the block, the clock counts the time of matrix products: of NumPy and of packed matrices."""
-    clock, matmul, packed = Clock(), np.matmul, PackedMatrix.product
+    """Inside the block, the clock counts the time of matrix products: of NumPy, of the kernels, of packed matrices."""
+    clock, matmul, kernels, packed = Clock(), np.matmul, Kernels.multiply, PackedMatrix.product
 
     def timed(product: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arrays: Any, **options: Any) -> Any:
@@ -63,7 +64,11 @@ def product_clock() -> Iterator[Clock]:
 
         return run
 
-    with patch.object(np, "matmul", timed(matmul)), patch.object(PackedMatrix, "product", timed(packed)):
+    with (
+        patch.object(np, "matmul", timed(matmul)),
+        patch.object(Kernels, "multiply", timed(kernels)),
+        patch.object(PackedMatrix, "product", timed(packed)),
+    ):
         yield clock
 
 

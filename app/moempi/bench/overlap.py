@@ -203,7 +203,7 @@ def measure_layers(world: World, chosen: Namespace) -> Iterator[Mapping[str, Any
 
 def _backend(world: World, name: Literal["numpy", "cupy"], pending: PendingTransfers) -> Backend:
     """With several ranks, rows pass through memory of the host, unless the transport is "cuda_ipc"."""
-    run = RunSection(backend=name, precision="bfloat16", reproducible=False)
+    run = RunSection(backend=name, precision="bfloat16")
     return make_backend(
         run,
         local_rank=world.local_rank,

@@ -54,6 +54,8 @@ class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
     backend: Literal["auto", "numpy", "cupy"] = "auto"
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     reproducible: bool = False
+    products: Literal["exact", "fast"] = "exact"
+    threads: Annotated[int, Meta(ge=1, le=1024)] | Literal["auto"] = "auto"
     overlap: bool = True
     micro_batches: Annotated[int, Meta(ge=1, le=4096)] | Literal["auto"] = 2
     lanes: Annotated[int, Meta(ge=1, le=64)] | Literal["auto"] = "auto"
@@ -216,6 +218,7 @@ CHANGES_RESULTS = (
     "run.backend",
     "run.precision",
     "run.reproducible",
+    "run.products",
     "input.column",
     "sampling.defaults",
     "sampling.n",
@@ -251,6 +254,7 @@ KEEPS_RESULTS = (
     "model.architecture",
     "input.prompts",
     "output.results",
+    "run.threads",
     "run.overlap",
     "run.micro_batches",
     "run.lanes",

@@ -12,7 +12,7 @@ from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
 from moempi.engine.admission import make_requests
 from moempi.engine.chat import ChatText, render_chats, template_day
-from moempi.engine.rank_layout import RankLayout, available_bytes, lay_out_rank
+from moempi.engine.rank_layout import RankLayout, available_bytes, lay_out_rank, rank_threads
 from moempi.engine.request import Request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.layout.memory import affordable_pages
@@ -95,7 +95,8 @@ class Deployment:
 def deploy(job: Job, world: World, weights: WeightFile) -> Deployment:
     """Deploy a job on the ranks of `world`; collective, blocks. A MoempiError of any rank ends all ranks."""
     backend, pending = _backend(job, world)
-    rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=backend.name == "cupy")
+    on_gpu = backend.name == "cupy"
+    rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=on_gpu, widened=backend.widened)
     tokenizer = _tokenizer(job, world, weights)
     return Deployment(job, world, weights, backend, pending, rank_layout, tokenizer)
 
@@ -108,9 +109,14 @@ def _backend(job: Job, world: World) -> tuple[Backend, PendingTransfers]:
     pending = PendingTransfers()
     gpus = world.collectively(lambda: count_gpus(job.run))
     device_buffers = takes_device_memory(job.exchange, world, has_gpu=gpus > 0)
+    threads = rank_threads(job.run, world)
     backend = world.collectively(
         lambda: make_backend(
-            job.run, local_rank=world.local_rank, device_buffers=device_buffers, progress=pending.progress
+            job.run,
+            local_rank=world.local_rank,
+            device_buffers=device_buffers,
+            threads=threads,
+            progress=pending.progress,
         )
     )
     return backend, pending

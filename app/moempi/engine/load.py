@@ -49,7 +49,7 @@ def load_model(
     model = Transformer(
         architecture=architecture,
         backend=backend,
-        embedding=backend.tensor(shard.read("embedding")) if is_first else None,
+        embedding=backend.table(shard.read("embedding")) if is_first else None,
         layers=tuple(load_layers()),
         head=_head(shard, backend) if is_last else None,
         cache=KVCache(backend, architecture.attention, layers=len(layers), pages=pages),
@@ -121,8 +121,8 @@ def _latent_attention(shard: Shard, backend: Backend, path: str, *, latent: Late
         key_value_latent=backend.matrix(shard.read(f"{path}/kv_latent")),
         key_value_norm=backend.tensor(shard.read(f"{path}/kv_latent_norm")),
         key_value_bias=_optional(shard, backend, f"{path}/kv_latent_bias"),
-        absorb_keys=backend.tensor(expand[:, :unrotated_dim]),
-        expand_values=backend.tensor(expand[:, unrotated_dim:].transpose(0, 2, 1)),
+        absorb_keys=backend.head_matrices(expand[:, :unrotated_dim]),
+        expand_values=backend.head_matrices(expand[:, unrotated_dim:].transpose(0, 2, 1)),
         output=backend.matrix(shard.read(f"{path}/o"), transposed=True),
         output_bias=_optional(shard, backend, f"{path}/o_bias") if shard.is_first else None,
     )

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moempi.backend.locality import usable_cores
 from moempi.backend.protocol import Backend
 from moempi.backend.select import find_island
 from moempi.config.architecture import Architecture
-from moempi.config.job import Job, TopologySection
+from moempi.config.job import Job, RunSection, TopologySection
 from moempi.config.placement_file import read_job_placement
 from moempi.config.size import parse_size
 from moempi.layout.grid import Coordinates, Grid, Stage
@@ -73,13 +74,34 @@ class RankLayout:
         return self.coords.tensor == 0
 
 
-def lay_out_rank(job: Job, world: World, architecture: Architecture, *, on_gpu: bool) -> RankLayout:
-    """Lay the job out on the ranks of `world`; collective, blocks. A MoempiError of any rank ends all ranks."""
+def lay_out_rank(
+    job: Job, world: World, architecture: Architecture, *, on_gpu: bool, widened: bool = False
+) -> RankLayout:
+    """Lay the job out on the ranks of `world`; collective, blocks. A MoempiError of any rank ends all ranks.
+
+    `on_gpu` and `widened` are of this rank's backend, as in `make_layout`.
+    """
     topology, ranks = world.by_node(job.topology, domain=find_island(world.local_rank, on_gpu=on_gpu))
     layout = world.collectively(
-        lambda: make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
+        lambda: make_layout(
+            job,
+            architecture,
+            topology.nodes,
+            placement=read_job_placement(job),
+            on_gpu=on_gpu,
+            widened=widened,
+        )
     )
     return RankLayout(ranks, topology, layout, layout.grid.coordinates(ranks.rank))
+
+
+def rank_threads(run: RunSection, world: World) -> int:
+    """Threads of this rank: `run.threads`, or an equal share of its cores among the ranks of its node. Collective."""
+    cores = usable_cores()
+    all_cores = world.comm.allgather((world.nodes[world.rank], cores))
+    if run.threads != "auto":
+        return run.threads
+    return max(1, len(cores.split(",")) // all_cores.count((world.nodes[world.rank], cores)))
 
 
 def available_bytes(section: TopologySection, world: World, backend: Backend) -> int:

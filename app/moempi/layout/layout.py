@@ -35,11 +35,12 @@ def make_layout(
     *,
     placement: PlacementFile | None = None,
     on_gpu: bool = False,
+    widened: bool = False,
 ) -> Layout:
     """Lay a job out on ranks that are counted node by node; nodes[rank] is the node of a rank.
 
-    Without `placement`, experts are placed in even shares in ascending order. `on_gpu`: memory for the CUDA backend
-    (bfloat16) or the CPU backend (float32). Raises ConfigError, with the required numbers, if the model or the job
+    Without `placement`, experts are placed in even shares in ascending order. `on_gpu` and `widened` size the memory,
+    as in `rank_memory`. Raises ConfigError, with the required numbers, if the model or the job
     cannot be divided as requested.
     """
     _require_divisible(job, architecture)
@@ -65,6 +66,7 @@ def make_layout(
             hosted=_most_hosted(stage_placements),
             groups=_most_groups(grid, index),
             on_gpu=on_gpu,
+            widened=widened,
         )
         for index, (stage, stage_placements) in enumerate(zip(grid.stages, placements, strict=True))
     )

@@ -27,22 +27,34 @@ class Memory:
 
 
 def rank_memory(
-    job: Job, architecture: Architecture, layers: range, *, hosted: float, groups: int, on_gpu: bool
+    job: Job,
+    architecture: Architecture,
+    layers: range,
+    *,
+    hosted: float,
+    groups: int,
+    on_gpu: bool,
+    widened: bool = False,
 ) -> Memory:
     """Memory of a rank that computes `layers` for `groups` groups and hosts `hosted` experts per MoE layer.
 
-    `on_gpu`: size for the CUDA backend (bfloat16) or the CPU backend, which widens weights, cache and rows to float32.
+    `on_gpu`: size for the CUDA backend, whose numbers have the run's precision. On a CPU matrices keep the type in
+    which they are stored, the cache has the run's precision, and rows are float32; `widened`: all are float32.
     """
     tensor = job.parallel.tensor
     fractions = {Share.EXPERTS: hosted / architecture.experts.num, **dict.fromkeys(TENSOR_PARALLEL, 1 / tensor)}
     tensors = stage_tensors(architecture, layers)
-    weights = sum(int(prod(tensor.shape) * fractions.get(tensor.share, 1)) for tensor in tensors)
-    value_bytes = 2 if on_gpu and job.run.precision == "bfloat16" else 4
+    is_bfloat16 = job.run.precision == "bfloat16"
+    row_bytes = 2 if on_gpu and is_bfloat16 else 4
+    weight_bytes = {"bfloat16": 4 if widened or (on_gpu and not is_bfloat16) else 2, "float32": row_bytes}
+    weights = sum(
+        int(prod(tensor.shape) * fractions.get(tensor.share, 1)) * weight_bytes[tensor.dtype] for tensor in tensors
+    )
     cached = architecture.attention.cached_values // (1 if architecture.attention.latent else tensor)
     page = len(layers) * PAGE_ROWS * cached
-    values = _values_per_row(architecture, tensor, rounds_later=on_gpu and value_bytes == 2)
+    values = _values_per_row(architecture, tensor, rounds_later=on_gpu and is_bfloat16)
     rows = groups * job.lanes * job.run.batch_tokens * values
-    return Memory(weights * value_bytes, page * value_bytes, rows * value_bytes, groups)
+    return Memory(weights, page * (2 if is_bfloat16 and not widened else 4), rows * row_bytes, groups)
 
 
 def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bool) -> int:

@@ -5,13 +5,21 @@ import pytest
 
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.cpu.compiled import CompiledBackend
+from moempi.backend.cpu.kernels import load_kernels
 from moempi.backend.protocol import Expert, Segment
 from moempi.config.architecture import Clamp, Router
 
-EXACT = NumpyBackend(precision="float32", reproducible=True)
-FAST = NumpyBackend(precision="bfloat16", reproducible=False)
-FIXED = NumpyBackend(precision="bfloat16", reproducible=True)
-BACKENDS = pytest.mark.parametrize("backend", [EXACT, FAST, FIXED], ids=["float32", "bfloat16", "reproducible"])
+EXACT = NumpyBackend(precision="float32")
+ROUNDING = NumpyBackend(precision="bfloat16")
+NAN_BITS = 0x7FC0
+KERNELS = load_kernels()
+COMPILED = [CompiledBackend(KERNELS, precision=precision) for precision in ("float32", "bfloat16") if KERNELS]
+BACKENDS = pytest.mark.parametrize(
+    "backend",
+    [EXACT, ROUNDING, *COMPILED],
+    ids=["float32", "bfloat16", *(f"compiled {name}" for name in ("float32", "bfloat16") if KERNELS)],
+)
 
 
 def values(*shape, seed=0, scale=1.0):
@@ -80,7 +88,7 @@ def test_linear_with_a_bias_rounds_once(backend, rows):
 @pytest.mark.parametrize("rows", [0, 1, 9, 65])
 def test_linear_heads_multiplies_each_head_by_its_matrix(backend, rows):
     x, matrices = values(rows, 3, 6), values(3, 6, 4, seed=1)
-    actual = backend.linear_heads(x, matrices)
+    actual = backend.linear_heads(x, backend.head_matrices(narrow(matrices)))
     assert actual.shape == (rows, 3, 4)
     if rows:
         close(backend, actual, np.einsum("thi,hio->tho", x.astype(np.float64), matrices))
@@ -172,7 +180,7 @@ def test_attention_in_chunks_over_scattered_pages_equals_the_twin(backend, chunk
     queries, keys, held = values(length, 4, 8), values(length, 2, 8, seed=1), values(length, 2, 8, seed=2)
     sinks = values(4, seed=3) if with_sinks else None
     cache, pages = backend.cache(6, 2, 8), np.array([4, 1, 2])
-    cache.keys[:], cache.values[:] = np.nan, np.nan
+    cache.keys[:] = cache.values[:] = np.nan if cache.keys.dtype == np.float32 else NAN_BITS
     backend.clear(cache, pages)
     rule = {"scale": 0.3, "window": window, "sinks": sinks}
     actual = attend_in_chunks(backend, cache, (queries, keys, held), pages, chunks, **rule)
@@ -189,21 +197,24 @@ def test_the_values_of_a_latent_cache_are_the_first_numbers_of_its_keys(backend)
     assert not cache.values.any()
 
 
+@BACKENDS
 @pytest.mark.parametrize("window", [0, 21])
-def test_reproducible_rows_do_not_depend_on_other_rows(window):
+def test_rows_do_not_depend_on_other_rows(backend, window):
     """A row has the same bits alone, among other rows, and for any chunks of its sequence."""
-    x, matrix = values(100, 48), EXACT.matrix(narrow(values(40, 48, seed=1)))
-    whole = EXACT.linear(x, matrix)
-    heads = values(4, 12, 5, seed=2)
-    whole_heads = EXACT.linear_heads(x.reshape(-1, 4, 12), heads)
+    x, matrix = values(100, 48), backend.matrix(narrow(values(40, 48, seed=1)))
+    whole = backend.linear(x, matrix)
+    heads = backend.head_matrices(narrow(values(4, 12, 5, seed=2)))
+    whole_heads = backend.linear_heads(x.reshape(-1, 4, 12), heads)
     for first, last in [(0, 1), (3, 20), (50, 100), (99, 100)]:
-        np.testing.assert_array_equal(EXACT.linear(x[first:last], matrix), whole[first:last])
-        part = EXACT.linear_heads(x[first:last].reshape(-1, 4, 12), heads)
+        np.testing.assert_array_equal(backend.linear(x[first:last], matrix), whole[first:last])
+        part = backend.linear_heads(x[first:last].reshape(-1, 4, 12), heads)
         np.testing.assert_array_equal(part, whole_heads[first:last])
     rows, pages, results = values(100, 4, 8, seed=3), np.array([0, 1]), []
     for chunks in [(100,), (1,) * 100, (33, 60, 7)]:
         parts = rows, rows[:, :2], rows[:, 2:]
-        results.append(attend_in_chunks(EXACT, EXACT.cache(2, 2, 8), parts, pages, chunks, scale=1.0, window=window))
+        results.append(
+            attend_in_chunks(backend, backend.cache(2, 2, 8), parts, pages, chunks, scale=1.0, window=window)
+        )
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
 

@@ -1,13 +1,14 @@
-"""Products in which a row does not depend on other rows: by trial of BLAS, and by the compiled kernel."""
+"""Products in NumPy, and those of the processor's own bfloat16 instructions ("fast")."""
 
 import numpy as np
 import pytest
 
 from moempi.arrays import narrow, round_to_bfloat16, widen
-from moempi.backend.cpu import blocked_product, packed_matrix
-from moempi.backend.cpu.backend import NumpyBackend
-from moempi.backend.cpu.blocked_product import BLOCK
-from moempi.backend.cpu.packed_matrix import pack_matrix, packing_works
+from moempi.backend.cpu import packed_matrix
+from moempi.backend.cpu.compiled import CompiledBackend
+from moempi.backend.cpu.kernels import load_kernels
+from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
+from moempi.backend.protocol import Expert
 
 needs_kernel = pytest.mark.skipif(not packing_works(), reason="no AVX512-BF16 or no C compiler")
 
@@ -16,36 +17,27 @@ def values(*shape, seed=0):
     return round_to_bfloat16(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-def blocks_of_eight(x, matrix):
-    padded = np.zeros((-(-len(x) // BLOCK) * BLOCK, x.shape[1]), np.float32)
-    padded[: len(x)] = x
-    return np.matmul(padded.reshape(-1, BLOCK, x.shape[1]), matrix).reshape(len(padded), matrix.shape[1])[: len(x)]
-
-
-@pytest.mark.parametrize("shape", [(48, 40), (1024, 16), (256, 512)])
-@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 17, 100, 300])
-def test_every_row_has_the_bits_of_a_call_of_eight_rows(shape, rows):
-    x, matrix = values(rows, shape[0]), values(*shape, seed=1)
-    product = blocked_product.blocked_product(x, matrix, most_rows=128, progress=lambda: None)
-    np.testing.assert_array_equal(product, blocks_of_eight(x, matrix))
-
-
-@pytest.mark.parametrize("outputs", [1, 2, 3, 5])
-def test_narrow_products_have_the_bits_of_a_row_whatever_the_number_of_rows(outputs):
-    dice = np.random.default_rng(5)
-    for inputs in (8, 24, 32, 44, 64):
-        x, matrix = (dice.standard_normal(shape).astype(np.float32) for shape in ((70, inputs), (inputs, outputs)))
-        blocks = blocks_of_eight(x, matrix)
-        for rows in range(1, 71):
-            found = blocked_product.blocked_product(x[:rows], matrix, most_rows=128, progress=lambda: None)
-            np.testing.assert_array_equal(found, blocks[:rows], err_msg=f"{inputs} inputs, {rows} rows")
-
-
-def test_a_blas_whose_bits_depend_on_the_number_of_rows_is_called_with_eight(monkeypatch):
-    monkeypatch.setattr(blocked_product, "_gives_same_bits", lambda inputs, outputs, rows: rows == BLOCK)
-    x, matrix = values(21, 48), values(48, 40, seed=1)
-    product = blocked_product.blocked_product(x, matrix, most_rows=128, progress=lambda: None)
-    np.testing.assert_array_equal(product, blocks_of_eight(x, matrix))
+@needs_kernel
+def test_fast_products_are_chosen_for_bfloat16_weights_and_equal_the_exact_ones_within_rounding():
+    x, weight, bias = values(5, 24), narrow(values(10, 24, seed=1)), values(10, seed=2)
+    exact = CompiledBackend(load_kernels(), precision="bfloat16")
+    fast = CompiledBackend(load_kernels(), precision="bfloat16", fast_products=True)
+    assert isinstance(fast.matrix(weight), PackedMatrix)
+    assert not isinstance(fast.matrix(widen(weight)), PackedMatrix)
+    assert not isinstance(exact.matrix(weight), PackedMatrix)
+    in_float32 = CompiledBackend(load_kernels(), precision="float32", fast_products=True)
+    assert not isinstance(in_float32.matrix(weight), PackedMatrix)
+    for given in (None, bias):
+        results = [backend.linear(x, backend.matrix(weight), given) for backend in (fast, exact)]
+        np.testing.assert_allclose(*results, rtol=2.0**-7, atol=2e-2)
+    experts = [
+        [Expert(backend.matrix(narrow(values(16, 24, seed=3))), backend.matrix(narrow(values(24, 8, seed=4))))]
+        for backend in (fast, exact)
+    ]
+    outputs = [b.expert_mlp(x, e, np.array([5])) for b, e in zip((fast, exact), experts, strict=True)]
+    np.testing.assert_allclose(*outputs, rtol=2.0**-6, atol=5e-2)
+    logits = [backend.logits(x, backend.matrix(weight)) for backend in (fast, exact)]
+    np.testing.assert_allclose(*logits, atol=1e-4)
 
 
 @needs_kernel
@@ -64,14 +56,6 @@ def test_the_kernel_multiplies_and_a_row_does_not_depend_on_other_rows(shape, ro
     np.testing.assert_array_equal(round_to_bfloat16(product), matrix.product(x, rounded=True, **options))
     for row in range(0, rows, 7):
         np.testing.assert_array_equal(matrix.product(x[row : row + 1], rounded=False, **options)[0], product[row])
-
-
-def test_without_the_kernel_matrices_are_float32(monkeypatch):
-    monkeypatch.setattr(packed_matrix, "_kernel", lambda: None)
-    backend = NumpyBackend(precision="bfloat16", reproducible=False)
-    x, weight = values(5, 24), values(10, 24, seed=1)
-    product = backend.linear(x, backend.matrix(narrow(weight)))
-    np.testing.assert_allclose(product, x @ weight.T, rtol=2.0**-8, atol=1e-4)
 
 
 def test_without_a_compiler_there_is_no_kernel(monkeypatch, tmp_path):

@@ -106,7 +106,7 @@ def test_no_tokens_give_no_choices(scoring):
 
 
 def test_logits_and_weights_have_the_precision_of_the_rule():
-    backend = NumpyBackend(precision="bfloat16", reproducible=True)
+    backend = NumpyBackend(precision="bfloat16")
     x, matrix = np.ones((1, 3), np.float32), np.float32([[1, 0], [2**-9, 0], [0, 2**-12]])
     rounded, exact = Router(top_k=1), Router(top_k=1, float32_logits=True, float32_weights=True)
     bias = np.float32([0, 1])
@@ -124,7 +124,7 @@ def test_logits_and_weights_have_the_precision_of_the_rule():
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_chosen"])
 def test_the_selection_bias_changes_the_chosen_experts_but_no_weight(scoring):
-    backend = NumpyBackend(precision="float32", reproducible=True)
+    backend = NumpyBackend(precision="float32")
     router = Router(top_k=2, scoring=scoring, renormalize=True, scaling=1.5)
     rows = np.random.default_rng(3).standard_normal((9, 6)).astype(np.float32)
     selection_bias = np.float32([0, 0, 0, 0, 9, -9])

@@ -1,30 +1,54 @@
-"""Which queries and keys meet in one call of the CPU's attention: blocks of queries, cache rows, and the mask."""
+"""Where the rows of a step are in the CPU's cache, and which queries and keys meet in a call of NumPy's attention."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from moempi.arrays import Float32Array, IntArray
-from moempi.backend.cpu.blocked_product import BLOCK
+from moempi.arrays import Float32Array, Int32Array, IntArray
+from moempi.backend.protocol import Segment
 from moempi.config.tensors import PAGE_ROWS
 
-QUERY_ROWS = 128
+BLOCK = 8
+"""Rows of a call of BLAS, whose bits depend on the number of rows."""
 Mask = tuple[int, Float32Array]
 
 
-def query_blocks(start: int, end: int, *, reproducible: bool) -> Iterator[tuple[int, int, int]]:
+@dataclass(frozen=True, slots=True)
+class CachedRows:
+    """The layout of the rows of the segments `of`.
+
+    `segments` (n, 4): row, length and start of each, and the index in `pages` of its first page; `rows` (T,): the row
+    of the cache of each new row.
+    """
+
+    of: Sequence[Segment]
+    segments: IntArray
+    pages: Int32Array
+    rows: IntArray
+
+
+def lay_out_rows(segments: Sequence[Segment]) -> CachedRows:
+    """Lay out the rows of a step; the segments are in the order of their rows, without gaps."""
+    counts = [len(segment.pages) for segment in segments]
+    first_pages = np.cumsum([0, *counts])[:-1]
+    table = np.array([segment[:3] for segment in segments], np.int64).reshape(-1, 3)
+    pages = np.concatenate([segment.pages for segment in segments]) if segments else np.zeros(0, np.int64)
+    lengths = table[:, 1]
+    positions = np.arange(int(lengths.sum())) + np.repeat(table[:, 2] - table[:, 0], lengths)
+    rows = pages[np.repeat(first_pages, lengths) + positions // PAGE_ROWS] * PAGE_ROWS + positions % PAGE_ROWS
+    numbered = np.concatenate([table, first_pages[:, None]], axis=1)
+    return CachedRows(segments, np.ascontiguousarray(numbered, np.int64), pages.astype(np.int32), rows.astype(np.int64))
+
+
+def query_blocks(start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Split query positions [start, end) into blocks: first position, end of the block, number of keys it sees.
 
-    When `reproducible`, blocks begin at multiples of BLOCK and may reach beyond the positions, and keys fill pages, so
-    that a position is always in a call of the same shape.
+    Blocks begin at multiples of BLOCK and may reach beyond the positions, and keys fill pages, so that a position is
+    always in a call of the same shape.
     """
-    if reproducible:
-        for first in range(start - start % BLOCK, end, BLOCK):
-            yield first, first + BLOCK, -(-(first + BLOCK) // PAGE_ROWS) * PAGE_ROWS
-    else:
-        for first in range(start, end, QUERY_ROWS):
-            last = min(first + QUERY_ROWS, end)
-            yield first, last, last
+    for first in range(start - start % BLOCK, end, BLOCK):
+        yield first, first + BLOCK, -(-(first + BLOCK) // PAGE_ROWS) * PAGE_ROWS
 
 
 def causal_mask(first: int, last: int, *, first_key: int, end_key: int, window: int) -> Mask:

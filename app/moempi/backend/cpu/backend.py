@@ -1,9 +1,8 @@
-"""The CPU backend: NumPy, with float32 matrix products by its BLAS.
+"""The CPU backend in NumPy: what runs without a C compiler, and the twin of the compiled kernels in the tests.
 
 Weights and the cache are widened to float32 in memory. With bfloat16, rows between verbs are float32 arrays of bfloat16
-values, and matrices stay bfloat16 if the processor has bfloat16 products (`packed_matrix`). The bits of a BLAS product
-depend on the number of rows of the call. `reproducible` therefore multiplies as if in calls of BLOCK rows, and attends
-in blocks of BLOCK positions and PAGE_ROWS keys: results are then the same bits for any batching.
+values. The bits of a BLAS product depend on the number of rows of the call, so products are calls of BLOCK rows, and
+attention takes blocks of BLOCK positions and PAGE_ROWS keys: results are the same bits for any batching.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,22 +14,27 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray, aligned_empty, round_to_bfloat16, widen
-from moempi.backend.cpu.attention_layout import Mask, cache_rows, causal_mask, query_blocks
-from moempi.backend.cpu.blocked_product import BLOCK, blocked_product
+from moempi.backend.cpu.attention_layout import BLOCK, Mask, cache_rows, causal_mask, query_blocks
 from moempi.backend.cpu.free_memory import available_bytes
-from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
+from moempi.backend.cpu.packed_matrix import PackedMatrix
 from moempi.backend.cpu.router import choose, weights_of
-from moempi.backend.protocol import Cache, Download, Expert, RmsNorm, SampledTokens, SamplingRequest, Segment, Stored
+from moempi.backend.protocol import (
+    Array,
+    Cache,
+    Download,
+    Expert,
+    RmsNorm,
+    SampledTokens,
+    SamplingRequest,
+    Segment,
+    Stored,
+)
 from moempi.backend.sampling import sample_token
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
-Matrix = Float32Array | PackedMatrix
-
-PIECE_FLOPS = 1e8
-"""Work of one piece of a product, between two calls of `progress`: half a millisecond to two."""
-PIECE_ROWS, FEWEST_ROWS, FEWEST_COLUMNS = 256, 32, 128
-"""Rows of a piece of a BLAS product; the smallest pieces that cost no speed, in rows of a packed one or in columns."""
+PIECE_FLOPS, FEWEST_ROWS = 1e8, 32
+"""Work of one piece of a product, between two calls of `progress`, and the fewest rows of a piece."""
 CACHED_ROWS = 32
 """Rows that `combine` sums at a time, so that their sums stay in the processor's cache."""
 ONE_QUEUE = nullcontext()
@@ -46,13 +50,12 @@ class NumpyBackend:
     comm_buffers_on_host = True
     peer_memory = None
     memory_id = "host"
+    widened = True
 
-    def __init__(self, *, precision: str, reproducible: bool, progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, *, precision: str, progress: Callable[[], None] = lambda: None) -> None:
         self.is_bfloat16 = precision == "bfloat16"
-        self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
         self._progress = progress
-        self._packs = self.is_bfloat16 and not self.reproducible and packing_works()
 
     # Memory
 
@@ -64,14 +67,18 @@ class NumpyBackend:
         whole = stored[0] if len(stored) == 1 else np.concatenate(stored)
         return widen(whole) if whole.dtype == np.uint16 else whole
 
-    def matrix(self, *stored: Stored, transposed: bool = False) -> Matrix:
+    def matrix(self, *stored: Stored, transposed: bool = False) -> Array:
         """Held as (inputs, outputs), the faster layout for few rows."""
-        if self._packs and all(part.dtype == np.uint16 for part in stored):
-            return pack_matrix(stored, transposed=transposed)
         parts = [self.tensor(part) if transposed else self.tensor(part).T for part in stored]
         width = sum(part.shape[1] for part in parts)
         joined = aligned_empty((parts[0].shape[0], width), np.float32)
         return np.concatenate(parts, axis=1, out=joined)
+
+    def head_matrices(self, stored: Stored) -> Array:
+        return self.tensor(stored)
+
+    def table(self, stored: Stored) -> Array:
+        return self.tensor(stored)
 
     def finish_loading(self) -> None:
         """Tensors are loaded when `tensor` returns."""
@@ -139,7 +146,7 @@ class NumpyBackend:
         centred += bias
         return self._stored(centred)
 
-    def linear(self, x: Float32Array, matrix: Matrix, bias: Float32Array | None = None) -> Float32Array:
+    def linear(self, x: Float32Array, matrix: Array, bias: Float32Array | None = None) -> Float32Array:
         product = self._product(x, matrix, rounded=self.is_bfloat16 and bias is None)
         if bias is not None:
             product += bias
@@ -147,15 +154,11 @@ class NumpyBackend:
             return product
         return self._stored(product)
 
-    def linear_heads(self, x: Float32Array, matrices: Float32Array) -> Float32Array:
+    def linear_heads(self, x: Float32Array, matrices: Array) -> Float32Array:
         num_rows, heads, inputs = x.shape
-        step = BLOCK if self.reproducible else max(1, num_rows)
-        blocks = -(-num_rows // step)
-        padded = np.zeros((blocks * step, heads, inputs), np.float32)
-        padded[:num_rows] = x
-        by_head = padded.reshape(blocks, step, heads, inputs).transpose(0, 2, 1, 3)
+        by_head = _in_blocks(x).reshape(-1, BLOCK, heads, inputs).transpose(0, 2, 1, 3)
         product = np.matmul(by_head, matrices).transpose(0, 2, 1, 3)
-        return self._stored(product.reshape(blocks * step, heads, matrices.shape[-1])[:num_rows])
+        return self._stored(product.reshape(-1, heads, matrices.shape[-1])[:num_rows])
 
     def clip(self, x: Float32Array, limit: float) -> Float32Array:
         return np.clip(x, np.float32(-limit), np.float32(limit))
@@ -182,17 +185,18 @@ class NumpyBackend:
         return self._stored(activated)
 
     def scale_by_sigmoid(self, x: Float32Array, logits: Float32Array) -> Float32Array:
-        with np.errstate(over="ignore"):
-            return self._stored(x / (1 + np.exp(-logits)))
+        divisor: Float32Array = (1 + np.exp(-np.maximum(logits, -88).astype(np.float64))).astype(np.float32)
+        return self._stored(x / divisor)
 
     # Attention
 
     def rope_angles(
         self, positions: IntArray, *, frequencies: Float32Array, amplitude: float
     ) -> tuple[Float32Array, Float32Array]:
-        """Shaped (T, 1, n) to apply to every head."""
-        angles = positions.astype(np.float32)[:, None, None] * frequencies
-        return np.cos(angles) * np.float32(amplitude), np.sin(angles) * np.float32(amplitude)
+        """Shaped (T, 1, n) to apply to every head; rounded from float64, whose bits differ less between processors."""
+        angles = (positions.astype(np.float32)[:, None, None] * frequencies).astype(np.float64)
+        cosine, sine = (values.astype(np.float32) for values in (np.cos(angles), np.sin(angles)))
+        return cosine * np.float32(amplitude), sine * np.float32(amplitude)
 
     def rotate(
         self, x: Float32Array, angles: tuple[Float32Array, Float32Array], *, interleaved: bool = False
@@ -271,7 +275,7 @@ class NumpyBackend:
         attended = np.empty((num_rows, heads, cache.values.shape[-1]), np.float32)
         for segment in segments:
             end = segment.start + segment.length
-            for first, last, num_keys in query_blocks(segment.start, end, reproducible=self.reproducible):
+            for first, last, num_keys in query_blocks(segment.start, end):
                 first_key = max(0, first - window + 1) // PAGE_ROWS * PAGE_ROWS if window else 0
                 seen = cache_rows(segment.pages, first_key, num_keys)
                 mask = causal_mask(first, last, first_key=first_key, end_key=num_keys, window=window)
@@ -365,7 +369,7 @@ class NumpyBackend:
 
     # Tokens
 
-    def logits(self, x: Float32Array, head: Matrix, bias: Float32Array | None = None) -> Float32Array:
+    def logits(self, x: Float32Array, head: Array, bias: Float32Array | None = None) -> Float32Array:
         product = self._product(x, head)
         return product if bias is None else product + bias
 
@@ -374,7 +378,7 @@ class NumpyBackend:
         return self.score(logits, np.array(tokens, np.int32), top=top)
 
     def score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
-        logprobs = _log_softmax(logits)
+        logprobs = self._log_softmax(logits)
         top_tokens = np.argsort(-logits, axis=1, kind="stable")[:, :top] if top else np.zeros((len(logits), 0), int)
         return SampledTokens(
             tokens=targets.astype(np.int32),
@@ -388,25 +392,33 @@ class NumpyBackend:
     def _stored(self, values: Float32Array) -> Float32Array:
         return round_to_bfloat16(values) if self.is_bfloat16 else values
 
+    def _log_softmax(self, logits: Float32Array) -> Float32Array:
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        logprobs: Float32Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        return logprobs
+
     def _stored_logits(self, logits: Float32Array, router: Router) -> Float32Array:
         return logits if router.float32_logits else self._stored(logits)
 
-    def _product(self, x: Float32Array, matrix: Matrix, *, rounded: bool = False) -> Float32Array:
+    def _product(self, x: Float32Array, matrix: Array, *, rounded: bool = False) -> Float32Array:
         inputs, outputs = matrix.shape
         most_rows = max(FEWEST_ROWS, int(PIECE_FLOPS / (2 * inputs * outputs)))
         if isinstance(matrix, PackedMatrix):
             return matrix.product(x, rounded=rounded, most_rows=most_rows, progress=self._progress)
-        if self.reproducible:  # each call of BLAS packs the whole matrix
-            return blocked_product(x, matrix, most_rows=4 * most_rows, progress=self._progress)
         product = np.empty((len(x), outputs), np.float32)
-        most_columns = max(FEWEST_COLUMNS, int(PIECE_FLOPS / (2 * inputs * min(max(len(x), 1), PIECE_ROWS))))
-        for row in range(0, len(x), PIECE_ROWS):
-            rows = slice(row, row + PIECE_ROWS)
-            for column in range(0, outputs, most_columns):
-                columns = slice(column, column + most_columns)
-                np.matmul(x[rows], matrix[:, columns], out=product[rows, columns])
-                self._progress()
+        for first in range(0, len(x), most_rows):
+            rows = x[first : first + most_rows]
+            blocks = np.matmul(_in_blocks(rows).reshape(-1, BLOCK, inputs), matrix)
+            product[first : first + most_rows] = blocks.reshape(-1, outputs)[: len(rows)]
+            self._progress()
         return product
+
+
+def _in_blocks(x: Float32Array) -> Float32Array:
+    """The rows, and rows of zeros up to a multiple of BLOCK."""
+    padded = np.zeros((-(-len(x) // BLOCK) * BLOCK, *x.shape[1:]), np.float32)
+    padded[: len(x)] = x
+    return padded
 
 
 def _attention(
@@ -436,9 +448,3 @@ def _attention(
     mixed: Float32Array = np.matmul(scores, values.transpose(1, 0, 2))
     mixed /= total
     return mixed.reshape(kv_heads, num_rows, shared, -1).transpose(1, 0, 2, 3).reshape(num_rows, heads, -1)
-
-
-def _log_softmax(logits: Float32Array) -> Float32Array:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    logprobs: Float32Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return logprobs

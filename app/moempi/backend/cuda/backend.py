@@ -58,6 +58,7 @@ class CudaBackend:
     """The verbs of `protocol.Backend` on a GPU."""
 
     name = "cupy"
+    widened = False
 
     def __init__(
         self, device: Device, *, precision: str, reproducible: bool, progress: Callable[[], None] = lambda: None
@@ -151,6 +152,12 @@ class CudaBackend:
     def start_download(self, *arrays: Array) -> Download:
         memory = [self.device.start_download(values) for values in arrays]
         return Download(self.device.record_event(), memory)
+
+    def head_matrices(self, stored: Stored) -> Array:
+        return self.tensor(stored)
+
+    def table(self, stored: Stored) -> Array:
+        return self.tensor(stored)
 
     def finish_loading(self) -> None:
         self.device.record_event().synchronize()

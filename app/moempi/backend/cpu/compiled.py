@@ -1,0 +1,246 @@
+"""The CPU backend with compiled kernels.
+
+Matrices keep the type in which they are stored, and with bfloat16 the cache is bfloat16. A row's bits depend on the row
+and the weights alone: not on other rows, pages, threads or the processor.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.arrays import Float32Array, IntArray, widen
+from moempi.backend.cpu.attention_layout import CachedRows, lay_out_rows
+from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.cpu.kernels import SCORINGS, Kernels, PanelMatrix, Part, Rotation, contiguous_rows
+from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
+from moempi.backend.protocol import Array, Cache, Expert, RmsNorm, Segment, Stored
+from moempi.config.architecture import Clamp, Router
+from moempi.config.tensors import PAGE_ROWS
+
+MOST_LAYOUTS = 8
+"""Layouts of rows that are kept: one for each lane that takes a step."""
+
+
+class CompiledBackend(NumpyBackend):
+    """`NumpyBackend` on compiled kernels with `threads` threads.
+
+    With `fast_products`, bfloat16 matrices are multiplied by the processor's bfloat16 products if it has them, which
+    sum pairs: rows have other bits than elsewhere, though the same for any batch.
+    """
+
+    widened = False
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        *,
+        precision: str,
+        threads: int = 1,
+        fast_products: bool = False,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(precision=precision, progress=progress)
+        self.threads = kernels.use_threads(threads)
+        self._kernels = kernels
+        self._packs_pairs = fast_products and self.is_bfloat16 and packing_works()
+        self._layouts: dict[int, CachedRows] = {}
+
+    # Memory
+
+    def matrix(self, *stored: Stored, transposed: bool = False) -> Array:
+        if self._packs_pairs and all(part.dtype == np.uint16 for part in stored):
+            return pack_matrix(stored, transposed=transposed)
+        return self._kernels.pack(stored, transposed=transposed)
+
+    def head_matrices(self, stored: Stored) -> Sequence[PanelMatrix]:
+        return [self._kernels.pack([one], transposed=True) for one in stored]
+
+    def table(self, stored: Stored) -> Stored:
+        return stored
+
+    def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
+        dtype, shape = self.row_dtype, (pages * PAGE_ROWS, kv_heads, head_dim)
+        keys = np.zeros(shape, dtype)
+        return Cache(keys=keys, values=keys[..., :latent] if latent else np.zeros(shape, dtype))
+
+    # Rows
+
+    def embed(self, tokens: IntArray, table: Stored) -> Float32Array:
+        rows = table[tokens]
+        return widen(rows) if rows.dtype == np.uint16 else rows
+
+    def rms_norm(self, x: Float32Array, weight: Float32Array, *, eps: float, rounded: bool = True) -> Float32Array:
+        return self._normalize(contiguous_rows(x), weight, None, eps=eps, rounded=rounded)[1]
+
+    def add_rms_norm(
+        self, x: Float32Array, y: Float32Array, weight: Float32Array, *, eps: float, rounded: bool = True
+    ) -> tuple[Float32Array, Float32Array]:
+        return self._normalize(contiguous_rows(x), weight, np.ascontiguousarray(y), eps=eps, rounded=rounded)
+
+    def _normalize(
+        self, x: Float32Array, weight: Float32Array, y: Float32Array | None, *, eps: float, rounded: bool
+    ) -> tuple[Float32Array, Float32Array]:
+        return self._kernels.normalize(
+            x, weight, y, eps=eps, quotient_rounded=rounded and self.is_bfloat16, rounded=self.is_bfloat16
+        )
+
+    def linear(self, x: Float32Array, matrix: Array, bias: Float32Array | None = None) -> Float32Array:
+        if isinstance(matrix, PackedMatrix):
+            return super().linear(x, matrix, bias)
+        return self._multiplied(x, matrix, bias, rounded=self.is_bfloat16)
+
+    def linear_heads(self, x: Float32Array, matrices: Array) -> Float32Array:
+        rows, heads, inputs = x.shape
+        outputs = matrices[0].shape[1]
+        out = np.empty((rows, heads, outputs), np.float32)
+        parts = [Part(matrix, rows, head * inputs, head * outputs) for head, matrix in enumerate(matrices)]
+        x = x if x.strides[1:] == (x.itemsize * inputs, x.itemsize) else np.ascontiguousarray(x)
+        self._kernels.multiply(x, parts, out, rounded=self.is_bfloat16, progress=self._progress)
+        return out
+
+    def swiglu(self, gate_up: Float32Array, clamp: Clamp | None = None) -> Float32Array:
+        return self._kernels.activate(np.ascontiguousarray(gate_up), clamp, rounded=self.is_bfloat16)
+
+    # Attention
+
+    def rotate_into_cache(
+        self,
+        heads: tuple[Float32Array, Float32Array, Float32Array],
+        angles: tuple[Float32Array, Float32Array],
+        *,
+        cache: Cache,
+        segments: Sequence[Segment],
+        interleaved: bool = False,
+        norms: tuple[RmsNorm, RmsNorm] | None = None,
+    ) -> Float32Array:
+        queries, keys, values = map(contiguous_rows, heads)
+        rows = self._laid_out(segments).rows
+        of_queries, of_keys = norms or (None, None)
+        rotation = Rotation(*angles, interleaved=interleaved, rounded=self.is_bfloat16)
+        self._kernels.rotate_into(cache.keys, rows, keys, rotation, of_keys)
+        self._kernels.rotate_into(cache.values, rows, values)
+        return self._kernels.rotate(queries, rotation, of_queries)
+
+    def extend_cache(
+        self, cache: Cache, keys: Float32Array, values: Float32Array | None, segments: Sequence[Segment]
+    ) -> None:
+        rows = self._laid_out(segments).rows
+        for numbers, cached in ((keys, cache.keys), (values, cache.values)):
+            if numbers is not None:
+                self._kernels.rotate_into(cached, rows, contiguous_rows(numbers))
+
+    def attend(
+        self,
+        queries: Float32Array,
+        cache: Cache,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: Float32Array | None = None,
+    ) -> Float32Array:
+        """The softmax is in float32."""
+        layout = self._laid_out(segments)
+        attended = self._kernels.attend(
+            queries * np.float32(scale),
+            cache,
+            layout,
+            window=window,
+            sinks=sinks,
+            rounded=self.is_bfloat16,
+        )
+        self._progress()
+        return attended
+
+    def _laid_out(self, segments: Sequence[Segment]) -> CachedRows:
+        """The layout of a step's segments, which all layers share."""
+        layout = self._layouts.get(id(segments))
+        if layout is None or layout.of is not segments:
+            while len(self._layouts) >= MOST_LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+            layout = self._layouts[id(segments)] = lay_out_rows(segments)
+        return layout
+
+    # Experts
+
+    def choose_experts(
+        self,
+        logits: Float32Array,
+        router: Router,
+        *,
+        correction: Float32Array | None = None,
+        selection_bias: Float32Array | None = None,
+    ) -> tuple[IntArray, Float32Array]:
+        if router.scoring not in SCORINGS:
+            return super().choose_experts(logits, router, correction=correction, selection_bias=selection_bias)
+        if selection_bias is not None:
+            correction = selection_bias if correction is None else correction + selection_bias
+        return self._kernels.choose_experts(logits, router, correction, rounds=self.is_bfloat16)
+
+    def pack(self, rows: Float32Array, index: IntArray | None, out: npt.NDArray[Any]) -> None:
+        self._kernels.gather(contiguous_rows(rows), _as_index(index), out)
+
+    def unpack(self, buffer: npt.NDArray[Any], index: IntArray | None) -> Float32Array:
+        if index is None and not self.is_bfloat16:
+            return buffer
+        out = np.empty((len(buffer if index is None else index), buffer.shape[1]), np.float32)
+        self._kernels.gather(buffer, _as_index(index), out)
+        return out
+
+    def combine(
+        self,
+        buffer: npt.NDArray[Any],
+        output_rows: IntArray,
+        weights: Float32Array,
+        addends: Sequence[Float32Array] = (),
+    ) -> Float32Array:
+        rows = np.ascontiguousarray(output_rows, np.int64)
+        added = [np.ascontiguousarray(addend) for addend in addends]
+        return self._kernels.combine(buffer, rows, np.ascontiguousarray(weights), added)
+
+    def expert_mlp(self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray) -> Float32Array:
+        chosen = [(expert, count) for expert, count in zip(experts, counts.tolist(), strict=True) if count]
+        if not chosen or any(isinstance(expert.gate_up, PackedMatrix) for expert, _ in chosen):
+            return super().expert_mlp(rows, experts, counts)
+        gate_up = self._multiplied_parts(
+            rows, [(expert.gate_up, count, expert.gate_up_bias) for expert, count in chosen]
+        )
+        hidden = self.swiglu(gate_up, chosen[0][0].clamp)
+        return self._multiplied_parts(hidden, [(expert.down, count, expert.down_bias) for expert, count in chosen])
+
+    def _multiplied_parts(
+        self, x: Float32Array, matrices: Sequence[tuple[PanelMatrix, int, Float32Array | None]]
+    ) -> Float32Array:
+        """The next count rows of x by each matrix, for (matrix, count, bias)."""
+        inputs, outputs = matrices[0][0].shape
+        x = np.ascontiguousarray(x)
+        out, parts, first = np.empty((len(x), outputs), np.float32), [], 0
+        for matrix, count, bias in matrices:
+            parts.append(Part(matrix, count, first * inputs, first * outputs, bias))
+            first += count
+        self._kernels.multiply(x, parts, out, rounded=self.is_bfloat16, progress=self._progress)
+        return out
+
+    # Tokens
+
+    def logits(self, x: Float32Array, head: Array, bias: Float32Array | None = None) -> Float32Array:
+        if isinstance(head, PackedMatrix):
+            return super().logits(x, head, bias)
+        return self._multiplied(x, head, bias, rounded=False)
+
+    def _log_softmax(self, logits: Float32Array) -> Float32Array:
+        return self._kernels.log_softmax(np.ascontiguousarray(logits))
+
+    def _multiplied(
+        self, x: Float32Array, matrix: PanelMatrix, bias: Float32Array | None, *, rounded: bool
+    ) -> Float32Array:
+        out = np.empty((len(x), matrix.shape[1]), np.float32)
+        part = Part(matrix, len(x), bias=bias)
+        self._kernels.multiply(contiguous_rows(x), [part], out, rounded=rounded, progress=self._progress)
+        return out
+
+
+def _as_index(index: IntArray | None) -> IntArray | None:
+    return None if index is None else np.ascontiguousarray(index, np.int64)

@@ -1,0 +1,367 @@
+"""The C kernels of `kernels/`: which the processor can run, and their calls on NumPy arrays.
+
+They are compiled on first use for the instructions of the processor: AVX-512, AVX2 or NEON, with the same bits on all.
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.arrays import Float32Array, IntArray, aligned_empty, widen
+from moempi.backend.c_compiler import load_kernel
+from moempi.backend.cpu.attention_layout import CachedRows
+from moempi.backend.cpu.router import TOP_OF_GROUP
+from moempi.backend.protocol import Cache, RmsNorm, Stored
+from moempi.config.architecture import Clamp, Router
+
+SOURCES = Path(__file__).with_name("kernels")
+EXACT_FLAGS = ("-pthread", "-ffp-contract=off")
+INSTRUCTIONS = {
+    "AVX-512": ({"avx512f", "avx512bw", "avx512vl"}, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma")),
+    "AVX2": ({"avx2", "fma"}, ("-mavx2", "-mfma")),
+    "NEON": ({"asimd"}, ()),
+}
+"""For each set of instructions, widest first: the processor's features that it takes, and the compiler's flags."""
+PIECE_FLOPS = 1e8
+"""Work of a thread between two calls of `progress`: about a millisecond."""
+SCORINGS = ("softmax", "sigmoid", "softmax_chosen")
+"""The rules of router.c, by number."""
+TASK_FLOPS = 4e6
+"""Least work of a task that threads share, where a product has so much."""
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+def _fields(**types: Any) -> list[tuple[str, Any]]:
+    return list(types.items())
+
+
+_PRODUCT = struct.Struct("@PPPPlllllii")
+"""A `product` of product.c; as bytes, because a step describes thousands of them."""
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = _fields(
+        queries=_P, keys=_P, values=_P, out=_P, segments=_P, pages=_P, sinks=_P, num_segments=_L, heads=_L,
+        kv_heads=_L, dim=_L, value_dim=_L, value_stride=_L, window=_L, most_chunks=_L, is_bfloat16=_I, rounded=_I,
+    )  # fmt: skip
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = _fields(
+        x=_P, y=_P, weight=_P, sum=_P, out=_P, rows=_L, heads=_L, width=_L, stride=_L, eps=_F, quotient_rounded=_I,
+        rounded=_I,
+    )  # fmt: skip
+
+
+class _Activation(ctypes.Structure):
+    _fields_ = _fields(gate_up=_P, out=_P, rows=_L, width=_L, clamped=_I, rounded=_I, limit=_F, alpha=_F)
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = _fields(
+        x=_P, cosine=_P, sine=_P, out=_P, cache=_P, cached=_P, weight=_P, rows=_L, heads=_L, dim=_L, stride=_L,
+        pairs=_L, eps=_F, interleaved=_I, rounded=_I, is_bfloat16=_I,
+    )  # fmt: skip
+
+
+class PanelMatrix:
+    """A matrix (inputs, outputs) in the panels of product.c; its weights are uint16 (bfloat16 bits) or float32."""
+
+    def __init__(self, packed: npt.NDArray[Any], shape: tuple[int, int]) -> None:
+        self.packed = packed
+        self.shape = shape
+        self.is_bfloat16 = packed.dtype == np.uint16
+        self.address = _at(packed)
+
+
+class Part(NamedTuple):
+    """The product of `rows` rows from number `x_at` of x on with a matrix, plus a bias, to number `out_at` of `out`."""
+
+    matrix: PanelMatrix
+    rows: int
+    x_at: int = 0
+    out_at: int = 0
+    bias: Float32Array | None = None
+
+
+class _Gathering(ctypes.Structure):
+    _fields_ = _fields(from_=_P, to=_P, index=_P, rows=_L, width=_L, widens=_I, narrows=_I)
+
+
+class _Combination(ctypes.Structure):
+    _fields_ = _fields(
+        buffer=_P, output_rows=_P, weights=_P, addends=_P * 2, out=_P, rows=_L, slots=_L, width=_L, is_bfloat16=_I
+    )  # fmt: skip
+
+
+class _LogSoftmax(ctypes.Structure):
+    _fields_ = _fields(logits=_P, out=_P, rows=_L, width=_L)
+
+
+class _Choice(ctypes.Structure):
+    _fields_ = _fields(
+        logits=_P, correction=_P, scores=_P, experts=_P, weights=_P, rows=_L, num=_L, top_k=_L, num_groups=_L,
+        kept_groups=_L, scores_of_group=_L, scoring=_I, renormalize=_I, rounds_logits=_I, rounded=_I, least_sum=_F,
+        scaling=_F,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Cosines and sines (T, 1, n) by which heads are rotated, as by `Backend.rotate`; `rounded` to bfloat16 values."""
+
+    cosine: Float32Array
+    sine: Float32Array
+    interleaved: bool
+    rounded: bool
+
+
+def instructions() -> str | None:
+    """The widest set of instructions of INSTRUCTIONS that this processor has; None if it has none of them."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
+    return next((name for name, (needed, _) in INSTRUCTIONS.items() if needed <= set(features)), None)
+
+
+@cache
+def load_kernels(name: str | None = None) -> "Kernels | None":
+    """The kernels for a set of instructions, by default the widest; None if they cannot be compiled or run here."""
+    name = name or instructions()
+    if name is None:
+        return None
+    library = load_kernel(SOURCES, *EXACT_FLAGS, *INSTRUCTIONS[name][1])
+    return None if library is None else Kernels(library, name)
+
+
+class Kernels:
+    """Calls of the compiled kernels. Results are complete when a call returns."""
+
+    def __init__(self, library: Any, name: str) -> None:
+        self.name = name
+        self._library = library
+        library.pack.argtypes = [_P, _P, _L, _L, _L, _I, _I]
+        library.multiply.argtypes = [ctypes.c_char_p, _L, _P, _L, _L, _L]
+        library.pack.restype = library.multiply.restype = None
+        for call in (
+            *("attend", "normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows"),
+            *("choose_experts", "log_softmax_rows"),
+        ):
+            getattr(library, call).argtypes, getattr(library, call).restype = [_P], None
+        library.panel_outputs.restype = library.chunk_queries.restype = _L
+        self._panel = library.panel_outputs()
+        self._chunk = library.chunk_queries()
+        self._scratch = np.empty(0, np.float32)
+        self.threads = 1
+
+    def use_threads(self, count: int) -> int:
+        """Use this number of threads from the next call on; returns how many can be used."""
+        self.threads = 1 if self._library.use_threads(count) else count
+        return self.threads
+
+    def pack(self, parts: Sequence[Stored], *, transposed: bool) -> PanelMatrix:
+        """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
+        if len({part.dtype for part in parts}) > 1:
+            parts = [widen(part) if part.dtype == np.uint16 else part for part in parts]
+        inputs = parts[0].shape[0 if transposed else 1]
+        counts = [part.shape[1 if transposed else 0] for part in parts]
+        packed = aligned_empty((-(-sum(counts) // self._panel), inputs, self._panel), parts[0].dtype)
+        if sum(counts) % self._panel:
+            packed[-1] = 0
+        first = 0
+        for part, count in zip(parts, counts, strict=True):
+            stored = np.ascontiguousarray(part)
+            is_bfloat16 = stored.dtype == np.uint16
+            self._library.pack(_at(stored), _at(packed), inputs, count, first, int(transposed), int(is_bfloat16))
+            first += count
+        return PanelMatrix(packed, (inputs, sum(counts)))
+
+    def multiply(
+        self,
+        x: Float32Array,
+        parts: Sequence[Part],
+        out: Float32Array,
+        *,
+        rounded: bool,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Multiply parts of x, whose rows are contiguous, as are the rows of `out`; round to bfloat16 if `rounded`.
+
+        Calls `progress` between pieces of PIECE_FLOPS of work.
+        """
+        x_address, out_address = _at(x), _at(out)
+        strides = _row_stride(x), _row_stride(out)
+        described, numbers, panels, flops = [], 0, 0, 0
+        for matrix, rows, x_at, out_at, bias in parts:
+            inputs, outputs = matrix.shape
+            addresses = x_address + 4 * x_at, matrix.address, 0 if bias is None else _at(bias), out_address + 4 * out_at
+            described.append(_PRODUCT.pack(*addresses, rows, inputs, outputs, *strides, matrix.is_bfloat16, rounded))
+            numbers += rows * (inputs + self._panel)
+            panels += len(matrix.packed)
+            flops += 2 * rows * inputs * outputs
+        if numbers > len(self._scratch):
+            self._scratch = np.empty(numbers, np.float32)
+        at_once = max(1, min(int(TASK_FLOPS * panels / max(flops, 1)), -(-panels // self.threads)))
+        tasks = sum(-(-len(part.matrix.packed) // at_once) for part in parts)
+        step = max(1, int(tasks * min(1.0, self.threads * PIECE_FLOPS / max(flops, 1))))
+        array, scratch = b"".join(described), _at(self._scratch)
+        for first in range(0, tasks, step):
+            self._library.multiply(array, len(described), scratch, at_once, first, min(first + step, tasks))
+            progress()
+
+    def attend(
+        self,
+        queries: Float32Array,
+        cache: Cache,
+        layout: CachedRows,
+        *,
+        window: int,
+        sinks: Float32Array | None,
+        rounded: bool,
+    ) -> Float32Array:
+        """Attention of scaled queries (T, H, dim) over a cache of keys and values (positions, kv heads, width)."""
+        rows, heads, dim = queries.shape
+        keys, values, segments, pages = cache.keys, cache.values, layout.segments, layout.pages
+        kv_heads, value_dim = values.shape[1:]
+        out = np.empty((rows, heads, value_dim), np.float32)
+        longest = int(segments[:, 1].max(initial=0))
+        call = _Attention(
+            _at(queries), _at(keys), _at(values), _at(out), _at(segments), _at(pages),
+            None if sinks is None else _at(sinks), len(segments), heads, kv_heads, dim, value_dim,
+            values.strides[1] // values.itemsize, window, -(-longest * (heads // kv_heads) // self._chunk),
+            keys.dtype == np.uint16, rounded,
+        )  # fmt: skip
+        self._library.attend(ctypes.addressof(call))
+        return out
+
+    def normalize(
+        self,
+        x: Float32Array,
+        weight: Float32Array,
+        y: Float32Array | None = None,
+        *,
+        eps: float,
+        quotient_rounded: bool,
+        rounded: bool,
+    ) -> tuple[Float32Array, Float32Array]:
+        """The sum of x and y, or x, and its norm over the last axis; x is (T, width) or (T, heads, width)."""
+        heads, stride = 1 if x.ndim == 2 else x.shape[1], _row_stride(x)
+        out = np.empty(x.shape, np.float32)
+        total = x if y is None else np.empty(x.shape, np.float32)
+        call = _Norm(
+            _at(x), None if y is None else _at(y), _at(weight), None if y is None else _at(total), _at(out), len(x),
+            heads, x.shape[-1], stride, eps, quotient_rounded, rounded,
+        )  # fmt: skip
+        self._library.normalize_rows(ctypes.addressof(call))
+        return total, out
+
+    def activate(self, gate_up: Float32Array, clamp: Clamp | None, *, rounded: bool) -> Float32Array:
+        """The activation of a SwiGLU network, (T, 2F) -> (T, F)."""
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = np.empty((rows, width), np.float32)
+        limit, alpha = (0.0, 0.0) if clamp is None else (clamp.limit, clamp.alpha)
+        call = _Activation(_at(gate_up), _at(out), rows, width, clamp is not None, rounded, limit, alpha)
+        self._library.activate_rows(ctypes.addressof(call))
+        return out
+
+    def rotate(self, x: Float32Array, rotation: Rotation, norm: RmsNorm | None = None) -> Float32Array:
+        """Heads x (T, H, dim), normalized if there is a norm, and rotated."""
+        out = np.empty(x.shape, np.float32)
+        self._rotate(x, rotation, norm, out=_at(out))
+        return out
+
+    def rotate_into(
+        self,
+        cache: npt.NDArray[Any],
+        rows: IntArray,
+        x: Float32Array,
+        rotation: Rotation | None = None,
+        norm: RmsNorm | None = None,
+    ) -> None:
+        """Write heads x (T, H, dim), normalized and rotated if so requested, to `rows` (T,) of a cache of heads."""
+        self._rotate(x, rotation, norm, cache=_at(cache), cached=_at(rows), is_bfloat16=cache.dtype == np.uint16)
+
+    def _rotate(self, x: Float32Array, rotation: Rotation | None, norm: RmsNorm | None, **target: Any) -> None:
+        rows, heads, dim = x.shape
+        call = _Rotation(x=_at(x), rows=rows, heads=heads, dim=dim, stride=_row_stride(x), **target)
+        if norm is not None:
+            call.weight, call.eps = _at(norm.weight), norm.eps
+        if rotation is not None:
+            call.cosine, call.sine = _at(rotation.cosine), _at(rotation.sine)
+            call.pairs = rotation.cosine.shape[-1]
+            call.interleaved, call.rounded = rotation.interleaved, rotation.rounded
+        self._library.rotate_rows(ctypes.addressof(call))
+
+    def gather(self, rows: npt.NDArray[Any], index: IntArray | None, out: npt.NDArray[Any]) -> None:
+        """Write rows[index], or all rows if None, to `out`: bfloat16 bits become float32, or float32 such bits."""
+        widens, narrows = rows.dtype.itemsize < out.dtype.itemsize, rows.dtype.itemsize > out.dtype.itemsize
+        at = None if index is None else _at(index)
+        call = _Gathering(_at(rows), _at(out), at, len(out), out.shape[1], widens, narrows)
+        self._library.gather_rows(ctypes.addressof(call))
+
+    def combine(
+        self,
+        buffer: npt.NDArray[Any],
+        output_rows: IntArray,
+        weights: Float32Array,
+        addends: Sequence[Float32Array],
+    ) -> Float32Array:
+        """The sums of `Backend.combine`; a buffer of bfloat16 bits gives rounded results."""
+        out = np.empty((len(output_rows), buffer.shape[1]), np.float32)
+        added = (_P * 2)(*map(_at, addends))
+        call = _Combination(
+            _at(buffer), _at(output_rows), _at(weights), added, _at(out), len(out), output_rows.shape[1],
+            buffer.shape[1], buffer.dtype == np.uint16,
+        )  # fmt: skip
+        self._library.combine_rows(ctypes.addressof(call))
+        return out
+
+    def log_softmax(self, logits: Float32Array) -> Float32Array:
+        """The logarithm of the softmax of each row of logits (T, V)."""
+        out = np.empty(logits.shape, np.float32)
+        call = _LogSoftmax(_at(logits), _at(out), *logits.shape)
+        self._library.log_softmax_rows(ctypes.addressof(call))
+        return out
+
+    def choose_experts(
+        self, logits: Float32Array, router: Router, correction: Float32Array | None, *, rounds: bool
+    ) -> tuple[IntArray, Float32Array]:
+        """Experts and weights (T, K) of a router that is no SparseMixer; `rounds` logits and weights to bfloat16."""
+        rows, num = logits.shape
+        experts, weights = np.empty((rows, router.top_k), np.int32), np.empty((rows, router.top_k), np.float32)
+        scores = np.empty(4 * rows * num, np.float32)
+        call = _Choice(
+            _at(logits), None if correction is None else _at(correction), _at(scores), _at(experts), _at(weights),
+            rows, num, router.top_k, router.num_groups, router.kept_groups, TOP_OF_GROUP[router.group_score],
+            SCORINGS.index(router.scoring), router.renormalize, rounds and not router.float32_logits,
+            rounds and not router.float32_weights, router.least_sum, router.scaling,
+        )  # fmt: skip
+        self._library.choose_experts(ctypes.addressof(call))
+        return experts, weights
+
+
+def contiguous_rows(x: Float32Array) -> Float32Array:
+    """The same rows (T, width) or (T, heads, width), each contiguous; they may be apart."""
+    expected = x.itemsize
+    for size, stride in zip(x.shape[:0:-1], x.strides[:0:-1], strict=True):
+        if stride != expected and size > 1:
+            return np.ascontiguousarray(x)
+        expected *= size
+    return x
+
+
+def _row_stride(x: Float32Array) -> int:
+    return x.strides[0] // x.itemsize if len(x) > 1 else x[:1].size
+
+
+def _at(array: npt.NDArray[Any]) -> int:
+    """The address of an array's first number."""
+    address: int = array.__array_interface__["data"][0]
+    return address

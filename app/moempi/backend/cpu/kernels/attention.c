@@ -1,0 +1,215 @@
+/* Causal attention of new rows over each sequence's pages of a cache.
+ *
+ *   out[t, h] = round( sum over keys of softmax(queries[t, h] . key) * value )
+ *
+ * A query sees the keys up to its own position, with a window the last `window` of them. Its pages are taken in
+ * ascending order, with the largest score so far (Milakov and Gimelshein 2018): its bits depend on its own position,
+ * keys and values alone. A sink is the score of one more key, whose value is zero.
+ *
+ * The cache holds bfloat16 or float32 numbers, [page][position of the page][key-value head][dim]. Queries are scaled.
+ *
+ * NumPy twin: `NumpyBackend.attend`.
+ */
+#include "kernels.h"
+#include "simd.h"
+#include "threads.h"
+#include <math.h>
+
+#define PAGE 64
+#define TILE 4   /* queries that share the keys in registers */
+#define CHUNK 64 /* queries of a task, which share a page in the first-level cache */
+#define WIDE (LANES == 16 ? 4 : 1)
+
+/* The queries of a tile: `scores` of a page, and what each has of the softmax so far. */
+typedef struct {
+    const float *queries[TILE];
+    float *out[TILE];
+    long begin[TILE], end[TILE]; /* keys of the page that a query sees */
+    float scores[TILE][PAGE];
+} tile;
+
+INLINE group load_cached(const char *at, long index, long count, const int is_bfloat16) {
+    if (is_bfloat16) {
+        const uint16_t *p = (const uint16_t *)at + index;
+        return count >= GROUP ? load_bfloat16(p) : load_some_bfloat16(p, count);
+    }
+    const float *p = (const float *)at + index;
+    return count >= GROUP ? load_group(p) : load_some(p, count);
+}
+
+/* The scores of `queries` queries, a constant after inlining, with keys [begin, end) of the page. */
+INLINE void score(tile *t, const char *keys, long stride, long dim, long begin, long end, const int queries,
+                  const int is_bfloat16) {
+    for (long k = begin; k < end; k++) {
+        group sums[TILE];
+        for (int q = 0; q < queries; q++)
+            sums[q] = same(0);
+        for (long d = 0; d < dim; d += GROUP) {
+            group key = load_cached(keys, k * stride + d, dim - d, is_bfloat16);
+            for (int q = 0; q < queries; q++) {
+                const float *query = t->queries[q] + d;
+                sums[q] = fused_groups(dim - d >= GROUP ? load_group(query) : load_some(query, dim - d), key, sums[q]);
+            }
+        }
+        for (int q = 0; q < queries; q++)
+            t->scores[q][k] = sum_of(sums[q]);
+    }
+}
+
+/* Call a kernel whose number of queries and type of numbers are constants. */
+#define WITH_CONSTANTS(kernel, queries, is_bfloat16, ...) \
+    switch (queries) { \
+    case 1: is_bfloat16 ? kernel(__VA_ARGS__, 1, 1) : kernel(__VA_ARGS__, 1, 0); break; \
+    case 2: is_bfloat16 ? kernel(__VA_ARGS__, 2, 1) : kernel(__VA_ARGS__, 2, 0); break; \
+    case 3: is_bfloat16 ? kernel(__VA_ARGS__, 3, 1) : kernel(__VA_ARGS__, 3, 0); break; \
+    case 4: is_bfloat16 ? kernel(__VA_ARGS__, 4, 1) : kernel(__VA_ARGS__, 4, 0); break; \
+    }
+
+/* Turn the scores of a page into weights e^(score - highest), add them to `total`, and rescale what `out` holds. */
+static void weigh(tile *t, int q, float *highest, float *total, long value_dim) {
+    float *scores = t->scores[q], before = *highest, most = before;
+    for (long k = t->begin[q]; k < t->end[q]; k++)
+        most = scores[k] > most || scores[k] != scores[k] ? scores[k] : most;
+    for (long k = 0; k < PAGE; k++)
+        scores[k] = k >= t->begin[q] && k < t->end[q] ? scores[k] - most : -INFINITY;
+    group sum = same(0);
+    for (long k = 0; k < PAGE; k += GROUP) {
+        group weights = load_group(scores + k);
+        EACH(i) weights.part[i] = exponential(weights.part[i]);
+        store_group(scores + k, weights);
+        for (long j = k; j < k + GROUP; j++)
+            if (j < t->begin[q] || j >= t->end[q])
+                scores[j] = 0;
+        weights = load_group(scores + k);
+        EACH(i) sum.part[i] = add(sum.part[i], weights.part[i]);
+    }
+    float factors[GROUP];
+    group difference = same(before - most);
+    EACH(i) difference.part[i] = exponential(difference.part[i]);
+    store_group(factors, difference);
+    float factor = before == -INFINITY ? 0 : factors[0];
+    *total = *total * factor + sum_of(sum);
+    *highest = most;
+    for (long d = 0; factor != 1 && d < value_dim; d++)
+        t->out[q][d] *= factor;
+}
+
+/* Add `groups` groups of the weighted values of keys [begin, end), from number d on; the last ones are constants. */
+INLINE void add_groups(tile *t, int first, const char *values, long stride, long d, long width, long begin, long end,
+                       const int groups, const int queries, const int is_bfloat16) {
+    group sums[TILE][WIDE];
+    for (int q = 0; q < queries; q++)
+        for (int g = 0; g < groups; g++) {
+            const float *out = t->out[first + q] + d + g * GROUP;
+            sums[q][g] = width >= GROUP ? load_group(out) : load_some(out, width);
+        }
+    for (long k = begin; k < end; k++)
+        for (int g = 0; g < groups; g++) {
+            group value = load_cached(values, k * stride + d + g * GROUP, width, is_bfloat16);
+            for (int q = 0; q < queries; q++)
+                sums[q][g] = fused_groups(same(t->scores[first + q][k]), value, sums[q][g]);
+        }
+    for (int q = 0; q < queries; q++)
+        for (int g = 0; g < groups; g++) {
+            float *out = t->out[first + q] + d + g * GROUP;
+            width >= GROUP ? store_group(out, sums[q][g]) : store_some(out, sums[q][g], width);
+        }
+}
+
+INLINE void add_values(tile *t, int first, const char *values, long stride, long value_dim, long begin, long end,
+                       const int queries, const int is_bfloat16) {
+    long d = 0;
+    for (; d + WIDE * GROUP <= value_dim; d += WIDE * GROUP)
+        add_groups(t, first, values, stride, d, GROUP, begin, end, WIDE, queries, is_bfloat16);
+    for (; d < value_dim; d += GROUP)
+        add_groups(t, first, values, stride, d, smallest(GROUP, value_dim - d), begin, end, 1, queries, is_bfloat16);
+}
+
+/* The weighted values of keys [begin, end), for `queries` queries from `first` on. */
+static void add_all_values(const attention *a, tile *t, int first, int queries, const char *values, long begin, long end) {
+    long stride = a->kv_heads * a->value_stride;
+    if (begin < end)
+        WITH_CONSTANTS(add_values, queries, a->is_bfloat16, t, first, values, stride, a->value_dim, begin, end)
+}
+
+/* One page for a tile: each query adds its keys in ascending order, those that all see together. */
+static void attend_page(const attention *a, tile *t, int queries, const char *keys, const char *values, float *highest,
+                        float *total) {
+    long begin = PAGE, end = 0, shared_begin = 0, shared_end = PAGE;
+    for (int q = 0; q < queries; q++) {
+        begin = smallest(begin, t->begin[q]), end = largest(end, t->end[q]);
+        shared_begin = largest(shared_begin, t->begin[q]), shared_end = smallest(shared_end, t->end[q]);
+    }
+    if (shared_begin >= shared_end)
+        shared_begin = shared_end = PAGE;
+    WITH_CONSTANTS(score, queries, a->is_bfloat16, t, keys, a->kv_heads * a->dim, a->dim, begin, end)
+    for (int q = 0; q < queries; q++)
+        if (t->begin[q] < t->end[q])
+            weigh(t, q, highest + q, total + q, a->value_dim);
+    for (int q = 0; q < queries; q++)
+        add_all_values(a, t, q, 1, values, t->begin[q], smallest(shared_begin, t->end[q]));
+    add_all_values(a, t, 0, queries, values, shared_begin, shared_end);
+    for (int q = 0; q < queries; q++)
+        add_all_values(a, t, q, 1, values, largest(shared_end, t->begin[q]), t->end[q]);
+}
+
+/* Queries [first, first + count) of one key-value head: query i is head i % shared of the segment's row i / shared. */
+static void attend_chunk(const attention *a, const segment *s, long kv_head, long first, long count) {
+    const long shared = a->heads / a->kv_heads, number = a->is_bfloat16 ? 2 : 4;
+    float highest[CHUNK], total[CHUNK];
+    for (long i = 0; i < count; i++) {
+        long head = kv_head * shared + (first + i) % shared;
+        highest[i] = a->sinks ? a->sinks[head] : -INFINITY;
+        total[i] = a->sinks ? 1 : 0;
+        memset(a->out + ((s->row + (first + i) / shared) * a->heads + head) * a->value_dim, 0,
+               sizeof(float) * (size_t)a->value_dim);
+    }
+    long seen_from = s->start + first / shared, seen_to = s->start + (first + count - 1) / shared + 1;
+    long page = a->window ? largest(0, seen_from - a->window + 1) / PAGE : 0;
+    for (; page * PAGE < seen_to; page++) {
+        const long cached = a->pages[s->first_page + page] * PAGE;
+        const char *keys = a->keys + (cached * a->kv_heads + kv_head) * a->dim * number;
+        const char *values = a->values + (cached * a->kv_heads + kv_head) * a->value_stride * number;
+        for (long i = 0; i < count; i += TILE) {
+            tile t;
+            int queries = (int)smallest(TILE, count - i);
+            long seen = 0;
+            for (int q = 0; q < queries; q++) {
+                long index = first + i + q, position = s->start + index / shared;
+                long place = (s->row + index / shared) * a->heads + kv_head * shared + index % shared;
+                t.queries[q] = a->queries + place * a->dim;
+                t.out[q] = a->out + place * a->value_dim;
+                long from = a->window ? largest(0, position - a->window + 1) : 0;
+                t.begin[q] = smallest(PAGE, largest(0, from - page * PAGE));
+                t.end[q] = largest(t.begin[q], smallest(PAGE, position + 1 - page * PAGE));
+                seen += t.end[q] - t.begin[q];
+            }
+            if (!seen)
+                continue;
+            attend_page(a, &t, queries, keys, values, highest + i, total + i);
+        }
+    }
+    for (long i = 0; i < count; i++) {
+        long head = kv_head * shared + (first + i) % shared;
+        float *out = a->out + ((s->row + (first + i) / shared) * a->heads + head) * a->value_dim;
+        for (long d = 0; d < a->value_dim; d += GROUP) {
+            long width = smallest(GROUP, a->value_dim - d);
+            group g = width == GROUP ? load_group(out + d) : load_some(out + d, width);
+            EACH(v) g.part[v] = quotient(g.part[v], set1(total[i]));
+            EACH(v) g.part[v] = a->rounded ? nearest_bfloat16(g.part[v]) : g.part[v];
+            width == GROUP ? store_group(out + d, g) : store_some(out + d, g, width);
+        }
+    }
+}
+
+static void attend_task(const void *argument, long index) {
+    const attention *a = argument;
+    const segment *s = a->segments + index / a->most_chunks / a->kv_heads;
+    long first = index % a->most_chunks * CHUNK, queries = s->length * (a->heads / a->kv_heads);
+    if (first < queries)
+        attend_chunk(a, s, index / a->most_chunks % a->kv_heads, first, smallest(CHUNK, queries - first));
+}
+
+long chunk_queries(void) { return CHUNK; }
+
+void attend(const attention *a) { share_tasks(attend_task, a, a->num_segments * a->kv_heads * a->most_chunks); }

@@ -1,0 +1,122 @@
+/* The calls of the kernels, which kernels.py makes: each is complete when it returns. */
+#pragma once
+#include <stdint.h>
+
+/* product.c */
+typedef struct {
+    const float *x;     /* (rows, inputs); a row begins `x_stride` numbers after the last */
+    const char *packed;
+    const float *bias;  /* (outputs,), or NULL */
+    float *out;         /* (rows, outputs), `out_stride` numbers apart */
+    long rows, inputs, outputs, x_stride, out_stride;
+    int is_bfloat16;    /* the packed weights */
+    int rounded;        /* round the results to bfloat16 values */
+} product;
+
+long panel_outputs(void);
+void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int is_bfloat16);
+void multiply(const product *products, long count, float *scratch, long panels, long first, long last);
+
+/* attention.c */
+typedef struct {
+    long row, length, start, first_page; /* the sequence's pages begin at pages[first_page] */
+} segment;
+
+typedef struct {
+    const float *queries; /* (rows, heads, dim), scaled */
+    const char *keys, *values;
+    float *out;           /* (rows, heads, value_dim) */
+    const segment *segments;
+    const int32_t *pages;
+    const float *sinks;   /* (heads,), or NULL */
+    long num_segments, heads, kv_heads, dim, value_dim;
+    long value_stride;    /* numbers from one value to that of the next head */
+    long window;          /* 0 for all positions */
+    long most_chunks;     /* of the longest segment */
+    int is_bfloat16;      /* the cache */
+    int rounded;          /* round the results to bfloat16 values */
+} attention;
+
+long chunk_queries(void);
+void attend(const attention *a);
+
+/* rows.c */
+typedef struct {
+    const float *x;      /* rows of `heads` vectors of `width` numbers; a row begins `stride` numbers after the last */
+    const float *y;      /* added to x first, or NULL */
+    const float *weight; /* (width,) */
+    float *sum;          /* x + y, if there is a y */
+    float *out;          /* (rows, heads, width) */
+    long rows, heads, width, stride;
+    float eps;
+    int quotient_rounded, rounded;
+} norm;
+
+typedef struct {
+    const float *gate_up; /* (rows, 2 * width) */
+    float *out;           /* (rows, width) */
+    long rows, width;
+    int clamped, rounded;
+    float limit, alpha;
+} activation;
+
+typedef struct {
+    const float *x;              /* rows of `heads` vectors of `dim` numbers, `stride` numbers apart */
+    const float *cosine, *sine;  /* (rows, pairs); NULL to copy */
+    float *out;                  /* (rows, heads, dim), or NULL */
+    char *cache;                 /* or rows of (heads, dim) numbers of a cache, row t at cached[t] */
+    const int64_t *cached;
+    const float *weight;         /* (dim,) of a norm that comes first, or NULL */
+    long rows, heads, dim, stride, pairs;
+    float eps;
+    int interleaved, rounded;
+    int is_bfloat16;             /* the cache */
+} rotation;
+
+typedef struct {
+    const void *from;     /* rows of `width` numbers */
+    void *to;             /* (rows, width) */
+    const int64_t *index; /* row t is from[index[t]]; NULL for the same row */
+    long rows, width;
+    int widens, narrows;  /* bfloat16 bits to float32; float32 of bfloat16 values to their bits */
+} gathering;
+
+typedef struct {
+    const void *buffer;         /* rows of `width` numbers */
+    const int64_t *output_rows; /* (rows, slots) */
+    const float *weights;       /* (rows, slots) */
+    const float *addends[2];    /* (rows, width), or NULL */
+    float *out;                 /* (rows, width) */
+    long rows, slots, width;
+    int is_bfloat16;            /* the buffer, and the results are rounded */
+} combination;
+
+typedef struct {
+    const float *logits; /* (rows, width) */
+    float *out;          /* (rows, width): the logarithm of the softmax of each row */
+    long rows, width;
+} log_softmax;
+
+void normalize_rows(const norm *n);
+void activate_rows(const activation *a);
+void rotate_rows(const rotation *r);
+void gather_rows(const gathering *g);
+void combine_rows(const combination *c);
+void log_softmax_rows(const log_softmax *l);
+
+/* router.c */
+enum { SOFTMAX, SIGMOID, SOFTMAX_CHOSEN };
+
+typedef struct {
+    const float *logits;     /* (rows, num) */
+    const float *correction; /* (num,), or NULL: added to the scores that select */
+    float *scores;           /* scratch memory, (rows, 4 * num) */
+    int32_t *experts;        /* (rows, top_k) */
+    float *weights;          /* (rows, top_k) */
+    long rows, num, top_k;
+    long num_groups, kept_groups, scores_of_group; /* a group's score is the sum of its `scores_of_group` best */
+    int scoring, renormalize, rounds_logits, rounded;
+    float least_sum, scaling;
+} choice;
+
+void choose_experts(const choice *c);

@@ -1,0 +1,136 @@
+/* Calls every kernel with the same numbers and prints a hash of each result: equal lines are equal bits.
+ *
+ * tests/instructions.sh compares the lines of a build for each set of instructions.
+ */
+#include "kernels.h"
+#include "threads.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t state = 1;
+
+static float number(void) { /* in [-2, 2), a bfloat16 value */
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (float)((int)(state >> 56) - 128) / 64;
+}
+
+static float *numbers(long count) {
+    float *made = aligned_alloc(64, ((size_t)count * sizeof(float) / 64 + 1) * 64);
+    for (long i = 0; i < count; i++)
+        made[i] = number();
+    return made;
+}
+
+static uint16_t *halves(const float *from, long count) {
+    uint16_t *made = aligned_alloc(64, ((size_t)count * sizeof(uint16_t) / 64 + 1) * 64);
+    for (long i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, from + i, sizeof bits);
+        made[i] = (uint16_t)(bits >> 16);
+    }
+    return made;
+}
+
+static void print(const char *name, const void *result, size_t bytes) {
+    uint64_t hash = 14695981039346656037u; /* FNV-1a */
+    for (size_t i = 0; i < bytes; i++)
+        hash = (hash ^ ((const unsigned char *)result)[i]) * 1099511628211u;
+    printf("%-28s %016llx\n", name, (unsigned long long)hash);
+}
+
+static void print_product(long rows, long inputs, long outputs, int is_bfloat16) {
+    float *x = numbers(rows * inputs), *w = numbers(inputs * outputs), *bias = numbers(outputs);
+    long panel = panel_outputs(), panels = (outputs + panel - 1) / panel;
+    void *packed = calloc((size_t)(panels * panel * inputs), sizeof(float));
+    pack(is_bfloat16 ? (void *)halves(w, inputs * outputs) : (void *)w, packed, inputs, outputs, 0, 0, is_bfloat16);
+    float *out = numbers(rows * outputs), *scratch = calloc((size_t)(rows * (inputs + panel)), sizeof(float));
+    product p = {x, packed, bias, out, rows, inputs, outputs, inputs, outputs, is_bfloat16, 0};
+    multiply(&p, 1, scratch, 1, 0, panels);
+    char name[64];
+    snprintf(name, sizeof name, "product %ld x %ld x %ld%s", rows, inputs, outputs, is_bfloat16 ? " b" : "");
+    print(name, out, sizeof(float) * (size_t)(rows * outputs));
+}
+
+static void print_attention(long heads, long kv_heads, long dim, long window, int is_bfloat16) {
+    long rows = 75, positions = 6 * 64;
+    float *keys = numbers(positions * kv_heads * dim), *values = numbers(positions * kv_heads * dim);
+    segment segments[] = {{0, 5, 60, 0}, {5, 70, 130, 2}};
+    int32_t pages[] = {4, 0, 5, 1, 3, 2};
+    float *out = numbers(rows * heads * dim);
+    attention a = {numbers(rows * heads * dim), is_bfloat16 ? (char *)halves(keys, positions * kv_heads * dim) : (char *)keys,
+                   is_bfloat16 ? (char *)halves(values, positions * kv_heads * dim) : (char *)values, out, segments, pages,
+                   numbers(heads), 2, heads, kv_heads, dim, dim, dim, window, 70 * heads / kv_heads / chunk_queries() + 1,
+                   is_bfloat16, 0};
+    attend(&a);
+    char name[64];
+    snprintf(name, sizeof name, "attention %ld/%ld x %ld %ld%s", heads, kv_heads, dim, window, is_bfloat16 ? " b" : "");
+    print(name, out, sizeof(float) * (size_t)(rows * heads * dim));
+}
+
+static void print_rows(long width, int rounded) {
+    long rows = 7, heads = 3;
+    float *x = numbers(rows * heads * width), *y = numbers(rows * width), *out = numbers(rows * heads * width);
+    float *sum = numbers(rows * width), *weight = numbers(width);
+    char name[64];
+    snprintf(name, sizeof name, "norm %ld %d", width, rounded);
+    norm n = {x, y, weight, sum, out, rows, 1, width, width, 1e-6f, rounded, rounded};
+    normalize_rows(&n);
+    print(name, out, sizeof(float) * (size_t)(rows * width));
+    snprintf(name, sizeof name, "activation %ld %d", width, rounded);
+    activation a = {numbers(rows * 2 * width), out, rows, width, rounded, rounded, 1.5f, 1.7f};
+    activate_rows(&a);
+    print(name, out, sizeof(float) * (size_t)(rows * width));
+    snprintf(name, sizeof name, "rotation %ld %d", width, rounded);
+    rotation r = {x, numbers(rows * width), numbers(rows * width), out, NULL, NULL, weight, rows, heads, width,
+                  heads * width, width / 2, 1e-6f, rounded, rounded, 0};
+    rotate_rows(&r);
+    print(name, out, sizeof(float) * (size_t)(rows * heads * width));
+    int64_t output_rows[] = {0, 3, 6, 6, 1, 2, 5, 4, 0, 0};
+    combination c = {rounded ? (void *)halves(x, rows * width) : (void *)x, output_rows, numbers(10), {y, sum}, out, 5, 2,
+                     width, rounded};
+    snprintf(name, sizeof name, "combination %ld %d", width, rounded);
+    combine_rows(&c);
+    print(name, out, sizeof(float) * (size_t)(5 * width));
+}
+
+static void print_log_softmax(long width) {
+    float *out = numbers(3 * width);
+    log_softmax l = {numbers(3 * width), out, 3, width};
+    log_softmax_rows(&l);
+    print("log softmax", out, sizeof(float) * (size_t)(3 * width));
+}
+
+static void print_choices(int scoring, long groups) {
+    long rows = 50, num = 32, top_k = 4;
+    int32_t experts[200];
+    float weights[200];
+    choice c = {numbers(rows * num), numbers(num), numbers(4 * rows * num), experts, weights, rows, num, top_k, groups, 2, 2,
+                scoring, 1, 0, 0, 1e-20f, 2.5f};
+    choose_experts(&c);
+    char name[64];
+    snprintf(name, sizeof name, "choices %d %ld", scoring, groups);
+    print(name, experts, sizeof experts);
+    print("  weights", weights, sizeof weights);
+}
+
+int main(void) {
+    use_threads(2);
+    for (int is_bfloat16 = 0; is_bfloat16 < 2; is_bfloat16++) {
+        for (long rows = 1; rows < 200; rows += rows < 14 ? 1 : 61)
+            print_product(rows, 100, 70, is_bfloat16);
+        print_product(25, 1700, 33, is_bfloat16);
+        for (long window = 0; window < 200; window += 90) {
+            print_attention(4, 4, 32, window, is_bfloat16);
+            print_attention(6, 2, 24, window, is_bfloat16);
+        }
+        for (long width = 8; width < 80; width += 23)
+            print_rows(width, is_bfloat16);
+    }
+    for (long width = 10; width < 1000; width *= 7)
+        print_log_softmax(width);
+    for (int scoring = SOFTMAX; scoring <= SOFTMAX_CHOSEN; scoring++)
+        for (long groups = 1; groups <= 8; groups += 7)
+            print_choices(scoring, groups);
+    return 0;
+}

@@ -1,0 +1,109 @@
+"""The compiled kernels at the edges of vectors, panels, blocks and pages use nothing beyond their arrays."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from backend.cpu.guarded import guarded
+from moempi.arrays import narrow, round_to_bfloat16, widen
+from moempi.backend.cpu.attention_layout import CachedRows
+from moempi.backend.cpu.kernels import PanelMatrix, Part, Rotation, load_kernels
+from moempi.backend.protocol import Cache, RmsNorm
+from moempi.config.architecture import Clamp
+
+KERNELS = load_kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler, or a processor without kernels")
+AT_END = pytest.mark.parametrize("at_end", [True, False])
+WIDTHS = (1, 15, 16, 17, 31, 33)
+
+
+def values(*shape, seed=0):
+    return round_to_bfloat16(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+@AT_END
+@pytest.mark.parametrize("stored_type", ["bfloat16", "float32"])
+@pytest.mark.parametrize("outputs", [1, 15, 16, 17, 31, 32, 33, 65, 129])
+@pytest.mark.parametrize("inputs", [1, 2, 31, 64])
+def test_products_of_edge_sizes(inputs, outputs, stored_type, at_end):
+    weights, bias = values(outputs, inputs, seed=1), guarded(values(outputs, seed=2), at_end=at_end)
+    stored = guarded(narrow(weights) if stored_type == "bfloat16" else weights, at_end=at_end)
+    packed = KERNELS.pack([stored], transposed=False)
+    np.testing.assert_array_equal(packed.packed, KERNELS.pack([stored.T], transposed=True).packed)
+    matrix = PanelMatrix(guarded(packed.packed, at_end=at_end), packed.shape)
+    for rows in (1, 2, 5, 6, 7, 12, 13, 25, 97):
+        x = guarded(values(rows, inputs), at_end=at_end)
+        out = guarded(np.full((rows, outputs), np.nan, np.float32), at_end=at_end)
+        KERNELS.multiply(x, [Part(matrix, rows, bias=bias)], out, rounded=False)
+        np.testing.assert_allclose(out, x.astype(np.float64) @ weights.astype(np.float64).T + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf, 2.0**-130, 2.0**127, -0.0])
+def test_special_numbers_stay_in_their_row(special):
+    x, stored = values(13, 5), narrow(values(17, 5, seed=1))
+    matrix, results = KERNELS.pack([stored], transposed=False), []
+    for rounded in (False, True):
+        for number in (x[3, 2], special):
+            changed, out = x.copy(), np.empty((13, 17), np.float32)
+            changed[3, 2] = number
+            KERNELS.multiply(changed, [Part(matrix, 13)], out, rounded=rounded)
+            results.append(out)
+    for plain, found in (results[:2], results[2:]):
+        np.testing.assert_array_equal(np.delete(found, 3, axis=0), np.delete(plain, 3, axis=0))
+    x[3, 2] = special
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = (x[3].astype(np.float64) @ widen(stored).astype(np.float64).T).astype(np.float32)
+    np.testing.assert_allclose(results[1][3], exact, rtol=1e-5, atol=1e-5)
+
+
+@AT_END
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rows_of_edge_sizes(width, at_end):
+    x, y = (guarded(values(3, width, seed=seed), at_end=at_end) for seed in (1, 2))
+    weight = guarded(values(width, seed=3), at_end=at_end)
+    total, normalized = KERNELS.normalize(x, weight, eps=1e-6, quotient_rounded=False, rounded=False, y=y)
+    np.testing.assert_array_equal(total, x + y)
+    scale = np.sqrt((total.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(normalized, total / scale * weight, rtol=1e-5)
+    gate_up = guarded(values(3, 2 * width, seed=4), at_end=at_end)
+    gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
+    expected = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(KERNELS.activate(gate_up, None, rounded=False), expected, rtol=1e-5, atol=1e-6)
+    KERNELS.activate(gate_up, Clamp(alpha=1.0, limit=1.0), rounded=True)
+
+
+@AT_END
+@pytest.mark.parametrize("cached_type", [np.uint16, np.float32])
+@pytest.mark.parametrize("dim", WIDTHS)
+def test_rotations_and_attention_of_edge_sizes(dim, cached_type, at_end):
+    def cached(numbers):
+        return guarded(narrow(numbers) if cached_type == np.uint16 else numbers, at_end=at_end)
+
+    keys, queries = cached(values(64, 2, dim)), guarded(values(5, 4, dim, seed=1), at_end=at_end)
+    held, angles = cached(values(64, 2, dim, seed=2)), tuple(guarded(values(5, 1, dim // 2)) for _ in range(2))
+    rows = guarded(np.array([59, 60, 61, 62, 63]), at_end=at_end)
+    for norm in (None, RmsNorm(guarded(values(dim, seed=3), at_end=at_end), 1e-6)):
+        for interleaved in (False, True):
+            rotation = Rotation(*angles, interleaved=interleaved, rounded=True)
+            KERNELS.rotate_into(keys, rows, guarded(values(5, 2, dim)), rotation, norm)
+            assert np.isfinite(KERNELS.rotate(queries, rotation, norm)).all()
+    segments, pages = guarded(np.array([[0, 5, 59, 0]]), at_end=at_end), guarded(np.zeros(1, np.int32), at_end=at_end)
+    layout, cache = CachedRows((), segments, pages, rows), Cache(keys, held)
+    for window, sinks in ((0, None), (7, guarded(values(4), at_end=at_end))):
+        found = KERNELS.attend(queries, cache, layout, window=window, sinks=sinks, rounded=True)
+        assert np.isfinite(found).all()
+
+
+@pytest.mark.skipif("-fsanitize" not in os.environ.get("CC", ""), reason="for tests/sanitize.sh")
+def test_the_sanitizer_reports_an_array_that_is_too_short():
+    program = (
+        "import numpy as np; from moempi.backend.cpu.kernels import load_kernels;"
+        "w, packed = np.zeros(7 * 1000 - 1, np.uint16), np.zeros(8 * 1024, np.uint16);"
+        "load_kernels()._library.pack(w.ctypes.data, packed.ctypes.data, 7, 1000, 0, 0, 1)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in ended.stderr
