@@ -1,4 +1,4 @@
-"""Host arrays: bfloat16 carried as uint16 bits (the upper half of a float32), and aligned memory."""
+"""Host arrays: bfloat16 carried as uint16 bits (the upper half of a float32), aligned memory, numbers or arrays."""
 
 from math import prod
 from typing import Any
@@ -17,6 +17,18 @@ Bits = npt.NDArray[np.uint16]
 INFINITY_BITS = 0x7F80
 ALIGNMENT_BYTES = 64
 _CHECKED_AT_ONCE = 1 << 17
+
+
+def larger(one: float, other: float) -> float:
+    """The larger of two numbers; of arrays (n,), n of them."""
+    if isinstance(one, float | int) and isinstance(other, float | int):
+        return max(one, other)
+    return np.maximum(one, other)
+
+
+def smaller(one: float, other: float) -> float:
+    """The smaller of two numbers; of arrays (n,), n of them."""
+    return -larger(-one, -other)
 
 
 def widen(bits: Bits, out: Float32Array | None = None) -> Float32Array:

@@ -10,6 +10,7 @@ from rich.table import Table
 from moempi.commands.dry_run import architecture_of
 from moempi.commands.flags import MAX_RANKS, add_job_flags, count, read_job, whole_number
 from moempi.commands.plan_search import add_search_flags, require_search_flags, run_search, workload_of
+from moempi.commands.plan_virtual import add_virtual_flags, is_requested, require_virtual_flags, virtual_table
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile, read_machine
 from moempi.config.placement_file import read_job_placement
@@ -30,42 +31,55 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--ranks-per-node", type=count, default=0, metavar="N", help="ranks on a node (all)")
     parser.add_argument("--context", type=count, default=2048, metavar="N", help="decode: tokens in the cache (2048)")
     parser.add_argument("--prompt", type=count, default=4096, metavar="N", help="prefill: tokens of a prompt (4096)")
+    add_virtual_flags(parser)
     add_search_flags(parser)
 
 
 def run(chosen: Namespace) -> int:
     """Print the forecast of every stage and of the whole job, or with --search the best layouts."""
     require_search_flags(chosen)
+    require_virtual_flags(chosen)
     job, machine = read_job(chosen), read_machine(chosen.machine)
     topology = virtual(chosen.ranks, chosen.ranks_per_node or chosen.ranks)
     if chosen.search:
         return run_search(chosen, SearchRequest(job, architecture_of(job), machine, topology, workload_of(chosen, job)))
-    forecasts = forecast_job(job, machine, topology, context=chosen.context, prompt=chosen.prompt)
-    note = f"A model's forecast, not a measurement, of: {machine.name}"
-    console().print(_stage_table(forecasts), _total_table(forecasts), note)
+    planned = planned_job(job, machine, topology)
+    forecasts = forecasts_of(planned, context=chosen.context, prompt=chosen.prompt)
+    tables = [_stage_table(forecasts), _total_table(forecasts)]
+    if is_requested(chosen):
+        tables.append(virtual_table(chosen, planned, forecasts))
+    console().print(*tables, f"A model's forecast, not a measurement, of: {machine.name}")
     return 0
+
+
+def planned_job(job: Job, machine: MachineFile, topology: Topology) -> PlannedJob:
+    """The job laid out on these ranks; raises the MoempiErrors that the run would raise for its layout."""
+    architecture = architecture_of(job)
+    on_gpu = job.run.backend == "cupy"
+    layout = make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
+    return PlannedJob(job, architecture, layout, machine, topology)
+
+
+def forecasts_of(planned: PlannedJob, *, context: int, prompt: int) -> Sequence[Forecast]:
+    """Forecasts of prefill with prompts of `prompt` tokens, and of decode with `context` tokens in the cache.
+
+    Decode is left out if the job generates nothing. Raises ConfigError if the caches do not fit.
+    """
+    workloads = [prefill(prompt), *([decode(context)] if planned.job.task == "generate" else [])]
+    return [forecast(planned, workload) for workload in workloads]
 
 
 def forecast_job(
     job: Job, machine: MachineFile, topology: Topology, *, context: int, prompt: int
 ) -> Sequence[Forecast]:
-    """Forecasts of prefill with prompts of `prompt` tokens, and of decode with `context` tokens in the cache.
-
-    Decode is left out if the job generates nothing. Raises the MoempiErrors that the run would raise for its layout,
-    and ConfigError if the caches do not fit.
-    """
-    architecture = architecture_of(job)
-    on_gpu = job.run.backend == "cupy"
-    layout = make_layout(job, architecture, topology.nodes, placement=read_job_placement(job), on_gpu=on_gpu)
-    planned = PlannedJob(job, architecture, layout, machine, topology)
-    workloads = [prefill(prompt), *([decode(context)] if job.task == "generate" else [])]
-    return [forecast(planned, workload) for workload in workloads]
+    """`forecasts_of` the job on these ranks."""
+    return forecasts_of(planned_job(job, machine, topology), context=context, prompt=prompt)
 
 
 def _stage_table(forecasts: Sequence[Forecast]) -> Table:
     """One row for all adjacent stages with the same forecast."""
-    table = figures_table("step", "stages", "ranks", "compute ms", "travel ms", "waiting ms", "overlapped ms", "limit")
-    table.caption = "a step: compute, travel of its rows; from step to step of a stage: waiting, overlapped"
+    table = figures_table("step", "stages", "ranks", "compute", "travel", "waiting", "overlapped", "limit")
+    table.caption = "ms: compute of a step, travel of its rows; from step to step of a stage: waiting, overlapped"
     for found in forecasts:
         for name, stage in _equal_stages(found):
             spans = (stage.compute_s, stage.travel_s, stage.waiting_s, stage.overlapped_s)
@@ -86,7 +100,7 @@ def _equal_stages(found: Forecast) -> Iterator[tuple[str, StageForecast]]:
 
 def _total_table(forecasts: Sequence[Forecast]) -> Table:
     """The speed of the whole job with overlap, and its share of the speed without any wait."""
-    table = figures_table("step", "token/s", "a rank", "of ideal", "gain", "sequences", "ms a token", "first token s")
+    table = figures_table("step", "token/s", "a rank", "of ideal", "gain", "sequences", "ms a token", "first s")
     table.caption = "ideal: the same steps without travel and idle ranks; gain: of overlap"
     for found in forecasts:
         overlapped, waiting = (found.tokens_per_s(overlap=overlap) for overlap in (True, False))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from msgspec import structs
 
+from moempi.arrays import larger, smaller
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
@@ -18,8 +19,8 @@ from moempi.layout.layout import Layout
 from moempi.layout.memory import affordable_pages, pages_for
 from moempi.layout.topology import Topology
 from moempi.planning.pipeline import step_ends_s
-from moempi.planning.simulate import Phase, overlapped_s, waiting_s
-from moempi.planning.step_cost import StepCosts, StepLoad, larger, smaller
+from moempi.planning.simulate import Phase, equal_steps, overlapped_s, waiting_s
+from moempi.planning.step_cost import StepCosts, StepLoad
 from moempi.planning.workload import Workload
 
 NO_OVERHEAD = {"turn_us": 0.0, "tensor_overhead_us": 0.0}
@@ -228,7 +229,7 @@ class Forecast:
         if self.is_full:
             return self.slowest_s
         first, last = FILLING_ROUNDS * self.in_flight, (FILLING_ROUNDS + MEASURED_ROUNDS) * self.in_flight
-        phases = {stage: stage.phases for stage in {*self.stages}}
+        phases = {stage: equal_steps(stage.phases) for stage in {*self.stages}}
         steps = [phases[stage] for stage in self.stages]
         ends = step_ends_s(steps, lanes=self.lanes, in_flight=self.in_flight, num_steps=last + 1)
         return max(self.slowest_s, float(ends[last] - ends[first]) / (last - first))

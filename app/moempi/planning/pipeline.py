@@ -1,6 +1,6 @@
 """A pipeline of stages in virtual time: from its filling to the last token, step by step. Pure.
 
-Step n is a step of lane n modulo the number of lanes, on every stage. All ranks of a stage take equal times.
+Step n is a step of lane n modulo the number of lanes, on every stage.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,34 +10,33 @@ from math import inf
 import numpy as np
 
 from moempi.arrays import Float64Array
-from moempi.planning.simulate import Phase, VirtualStage
+from moempi.planning.simulate import PhasesOf, Resumed, VirtualStage
 
-Scale = Callable[[int, int, Phase], float]
-"""scale(stage, step, phase) multiplies the computing of a phase: uneven routing, a slow rank."""
+Observer = Callable[[int, int, Resumed], None]
+"""observer(stage, step, resumed) is called whenever a lane was resumed."""
 
 
 def step_ends_s(
-    stages: Sequence[Sequence[Phase]], *, lanes: int, in_flight: int, num_steps: int, scale: Scale | None = None
+    stages: Sequence[PhasesOf], *, lanes: int, in_flight: int, num_steps: int, observer: Observer | None = None
 ) -> Float64Array:
     """When the first stage has the tokens of each step (num_steps,), after a begin at 0 s with an empty pipeline.
 
-    `stages` are the phases of a step on each. Step n begins when the tokens of step n - in_flight are there. A pipeline
-    of one stage starts each lane's next step when the one before has ended.
+    `stages` give the phases of each step. Step n begins when the tokens of step n - in_flight are there, and no step
+    follows the last. A pipeline of one stage starts each lane's next step when the one before has ended.
     """
-    return _Pipeline(stages, lanes, in_flight, num_steps, scale).run()
+    return _Pipeline(stages, lanes, in_flight, num_steps, observer).run()
 
 
 class _Pipeline:
     def __init__(
-        self, stages: Sequence[Sequence[Phase]], lanes: int, in_flight: int, num_steps: int, scale: Scale | None
+        self, stages: Sequence[PhasesOf], lanes: int, in_flight: int, num_steps: int, observer: Observer | None
     ) -> None:
-        self._stages = [VirtualStage(phases, lanes=lanes, fed=len(stages) > 1) for phases in stages]
+        self._stages = [VirtualStage(phases_of, lanes=lanes, fed=len(stages) > 1) for phases_of in stages]
         self._lanes = lanes
         self._in_flight = in_flight
-        self._scale = scale
-        self._begun = np.full((len(stages), lanes), -1)  # rounds of each lane, of `lanes` steps
+        self._observer = observer
         self._fed: list[dict[int, float]] = [{} for _ in stages]
-        self._fed[0] |= dict.fromkeys(range(in_flight), 0.0)
+        self._fed[0] |= dict.fromkeys(range(min(in_flight, num_steps)), 0.0)
         self._ends = np.full(num_steps, inf)
 
     def run(self) -> Float64Array:
@@ -62,14 +61,16 @@ class _Pipeline:
 
     def _resume(self, index: int) -> tuple[int, float] | None:
         """Resume a lane of a stage; the step that it has ended, if any, and when the next stage has its rows."""
-        lane, begins, sent_s = self._stages[index].resume(self._scale_of(index))
-        if not begins:
+        stage = self._stages[index]
+        resumed = stage.resume()
+        step = stage.step(resumed.lane)
+        if self._observer:
+            self._observer(index, step, resumed)
+        if not resumed.begins:
             return None
-        self._begun[index, lane] += 1
-        step = int(self._begun[index, lane]) * self._lanes + lane
         if len(self._stages) > 1:
-            self._stages[index].feed(lane, self._fed[index].pop(step, inf))
-        return (step - self._lanes, sent_s) if step >= self._lanes else None
+            stage.feed(resumed.lane, self._fed[index].pop(step, inf))
+        return (step - self._lanes, resumed.sent_s) if step >= self._lanes else None
 
     def _deliver(self, index: int, step: int, arrival_s: float) -> int:
         """Give the next stage the rows of a step, the first stage the tokens; the stage."""
@@ -78,15 +79,11 @@ class _Pipeline:
             if step < len(self._ends):
                 self._ends[step] = arrival_s
             step += self._in_flight
+            if step >= len(self._ends):
+                return following
         lane = step % self._lanes
-        if self._begun[following, lane] * self._lanes + lane == step and len(self._stages) > 1:
+        if self._stages[following].step(lane) == step and len(self._stages) > 1:
             self._stages[following].feed(lane, arrival_s)
         else:
             self._fed[following][step] = arrival_s
         return following
-
-    def _scale_of(self, index: int) -> Callable[[int, Phase], float] | None:
-        scale = self._scale
-        if scale is None:
-            return None
-        return lambda lane, phase: scale(index, int(self._begun[index, lane]) * self._lanes + lane, phase)

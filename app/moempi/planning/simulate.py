@@ -1,16 +1,20 @@
 """The time of a stage's lanes with and without overlap: the schedule replayed with durations. Pure.
 
-The host computes for one lane at a time, in the order of the schedule. A rank's link carries one transmission after
-another, in the order in which they start. A lane is resumed when its transfer has arrived.
+A rank's host computes for one lane at a time, in the order of the schedule. Its link carries one transmission after
+another, in the order in which they start. A lane is resumed when its transfer has arrived from all ranks. Where all
+ranks of a stage take equal times, one stands for all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
 from typing import NamedTuple
 
+import numpy as np
+
+from moempi.arrays import larger
 from moempi.layout.schedule import LaneOrder, Point
 
 WARM_UP_STEPS = 8
@@ -18,7 +22,10 @@ MEASURED_STEPS = 16
 
 
 class Transmission(NamedTuple):
-    """Rows or counts on the way: they occupy the link for `link_s` and arrive `latency_s` later."""
+    """Rows or counts on the way: they occupy the link for `link_s` and arrive `latency_s` later.
+
+    Where ranks differ, both are arrays (R,).
+    """
 
     link_s: float = 0.0
     latency_s: float = 0.0
@@ -29,7 +36,7 @@ class Phase:
     """One phase of a lane: `compute_s` of computing, then one transfer, and `beside_s` more of computing up to `point`.
 
     Each of the transfer's `transmissions` starts as soon as the previous one has arrived, whichever lane computes. The
-    lane does not wait for `sent`, which starts at the same time.
+    lane does not wait for `sent`, which starts at the same time. Where ranks differ, the seconds are arrays (R,).
     """
 
     point: Point
@@ -49,18 +56,42 @@ class Phase:
         return sum(one.link_s for one in (*self.transmissions, *([self.sent] if self.sent else [])))
 
 
-class VirtualStage:
-    """One rank of a stage in virtual time: its host, its link and its lanes, all at the last point of a step at 0 s.
+PhasesOf = Callable[[int], Sequence[Phase]]
+"""phases_of(step) are the phases of a step."""
 
-    A lane waits at every point until its transfer has arrived. If the stage is `fed`, what arrives at the first point
-    of a step is another stage's: `feed` says when.
+
+class Resumed(NamedTuple):
+    """A lane that was resumed, whether it has begun a step, and when what it sent arrives, if anything.
+
+    What it waited for arrived at `arrived_s`. The last rank computed from `begin_s` to `end_s`.
     """
 
-    def __init__(self, phases: Sequence[Phase], *, lanes: int, fed: bool = False) -> None:
+    lane: int
+    begins: bool
+    sent_s: float
+    arrived_s: float
+    begin_s: float
+    end_s: float
+
+
+class VirtualStage:
+    """A stage in virtual time: hosts and links of its ranks, and its lanes, all at the last point of a step at 0 s.
+
+    Lane n takes steps n, n + lanes, ..., and `phases_of` gives the phases of each. A lane waits at every point until
+    its transfer has arrived, for which all ranks have sent. All ranks resume lanes in the same order, as the last of
+    them decides. If the stage is `fed`, what arrives at the first point of a step is another stage's: `feed` says when.
+    """
+
+    def __init__(self, phases_of: PhasesOf, *, lanes: int, fed: bool = False) -> None:
         self.host_s = 0.0
-        self._phases = phases
+        self._phases_of = phases_of
+        first = phases_of(0)
+        if fed:  # there is no step before, whose end would take time
+            first = [replace(first[0], compute_s=0.0, beside_s=0.0, sent=None), *first[1:]]
+        self._phases = [first] * lanes
+        self._steps = [lane - lanes for lane in range(lanes)]
         self._fed = fed
-        self._order = LaneOrder(lanes, [phase.point for phase in phases])
+        self._order = LaneOrder(lanes, [phase.point for phase in first])
         self._link = _Link(lanes)
         self._at = [-1] * lanes
         self._candidates = self._order.candidates()
@@ -71,54 +102,59 @@ class VirtualStage:
         self._link.arrivals[lane] = at_s
         self._next_s = None
 
+    def step(self, lane: int) -> int:
+        """The step that a lane takes or waits for; below 0 if it has not begun."""
+        return self._steps[lane]
+
     def next_s(self) -> float:
         """When a lane is resumed next; infinite if all lanes wait for another stage."""
         if self._next_s is None:
-            self._next_s = max(self.host_s, self._link.first_arrival(self._candidates))
+            self._next_s = max(latest(self.host_s), self._link.first_arrival(self._candidates))
         return self._next_s
 
-    def resume(self, scale: Callable[[int, Phase], float] | None = None) -> tuple[int, bool, float]:
-        """Resume a lane up to its next point: the lane, whether it has begun a step, and when what it sent arrives.
-
-        scale(lane, phase) multiplies the phase's computing. Without a `sent` the last value is the host's time.
-        """
+    def resume(self) -> Resumed:
+        """Resume a lane up to its next point."""
         at_s = self.next_s()
         self._link.advance(at_s)
         lane = next(lane for lane in self._candidates if self._link.arrivals[lane] <= at_s)
+        arrived_s = self._link.arrivals[lane]
         self._order.resume(lane)
-        self._at[lane] = (self._at[lane] + 1) % len(self._phases)
-        phase, begins = self._phases[self._at[lane]], self._at[lane] == 0
-        factor = scale(lane, phase) if scale else 1.0
+        index = self._at[lane] = (self._at[lane] + 1) % len(self._phases[lane])
+        phase, begins = self._phases[lane][index], index == 0
+        if begins:
+            self._steps[lane] += len(self._at)
+            self._phases[lane] = self._phases_of(self._steps[lane])
         self._order.wait(lane, phase.point)
         self._candidates, self._next_s = self._order.candidates(), None
-        sent_s = self.host_s = at_s + phase.compute_s * factor
+        begun_s = larger(self.host_s, arrived_s)
+        sent_s = self.host_s = begun_s + phase.compute_s
         if not (begins and self._fed):
             self._link.start(lane, self.host_s, phase.transmissions)
         else:
             self._link.arrivals[lane] = inf
         if phase.sent is not None:
             sent_s = self._link.send(self.host_s, phase.sent)
-        self.host_s += phase.beside_s * factor
-        return lane, begins, sent_s
+        self.host_s = self.host_s + phase.beside_s
+        return Resumed(lane, begins, latest(sent_s), arrived_s, latest(begun_s), latest(self.host_s))
 
 
 class _Link:
-    """The link of a rank, and the transfers of its lanes: at most one of each lane at a time."""
+    """The links of the ranks of a stage, and the transfers of its lanes: at most one of each lane at a time."""
 
     def __init__(self, num_lanes: int) -> None:
         self.arrivals = [0.0] * num_lanes
         self._free_at = 0.0
         self._order = count()
-        self._events: list[tuple[float, int, int, Iterator[Transmission]]] = []
+        self._events: list[tuple[float, int, int, float, Iterator[Transmission]]] = []
 
     def start(self, lane: int, at: float, transmissions: Sequence[Transmission]) -> None:
         """Start a transfer of a lane; its arrival is infinite until `advance` has found it."""
         self.arrivals[lane] = inf
-        heappush(self._events, (at, next(self._order), lane, iter(transmissions)))
+        heappush(self._events, (latest(at), next(self._order), lane, at, iter(transmissions)))
 
     def send(self, at: float, transmission: Transmission) -> float:
         """Send what no lane waits for; its arrival."""
-        self.advance(at)
+        self.advance(latest(at))
         return self._carry(at, transmission)
 
     def advance(self, until: float) -> None:
@@ -135,18 +171,33 @@ class _Link:
         return first
 
     def _advance_one(self) -> None:
-        at, _, lane, transmissions = heappop(self._events)
+        last_s, _, lane, at, transmissions = heappop(self._events)
         transmission = next(transmissions, None)
         if transmission is None:
-            self.arrivals[lane] = at
+            self.arrivals[lane] = last_s
         else:
-            heappush(self._events, (self._carry(at, transmission), next(self._order), lane, transmissions))
+            at = self._carry(at, transmission)
+            heappush(self._events, (at, next(self._order), lane, at, transmissions))
 
     def _carry(self, at: float, transmission: Transmission) -> float:
-        """Occupy the link with a transmission that starts at this time; its arrival."""
-        if transmission.link_s:
-            at = self._free_at = max(at, self._free_at) + transmission.link_s
-        return at + transmission.latency_s
+        """Occupy the links with a transmission that starts at this time on each rank; its arrival from all of them."""
+        link_s = transmission.link_s
+        if isinstance(link_s, np.ndarray):
+            occupied, sent_s = link_s > 0, larger(at, self._free_at) + link_s
+            self._free_at, at = np.where(occupied, sent_s, self._free_at), np.where(occupied, sent_s, at)
+        elif link_s:
+            at = self._free_at = larger(at, self._free_at) + link_s
+        return latest(at + transmission.latency_s)
+
+
+def latest(seconds: float) -> float:
+    """The time of the last rank."""
+    return float(seconds.max()) if isinstance(seconds, np.ndarray) else seconds
+
+
+def equal_steps(phases: Sequence[Phase]) -> PhasesOf:
+    """The same phases for each step."""
+    return lambda _: phases
 
 
 def waiting_s(phases: Sequence[Phase], *, lanes: int) -> float:
@@ -161,9 +212,9 @@ def overlapped_s(phases: Sequence[Phase], *, lanes: int) -> float:
     lane is within its step differs between begin and end of them, so the time is at least that of compute and link.
     """
     compute_s, link_s = sum(phase.compute_s + phase.beside_s for phase in phases), sum(phase.link_s for phase in phases)
-    stage, begins = VirtualStage(phases, lanes=lanes), list[float]()
+    stage, begins = VirtualStage(equal_steps(phases), lanes=lanes), list[float]()
     while len(begins) <= (WARM_UP_STEPS + MEASURED_STEPS) * lanes:
-        _, has_begun, _ = stage.resume()
-        if has_begun:
-            begins.append(stage.host_s)
+        resumed = stage.resume()
+        if resumed.begins:
+            begins.append(resumed.end_s)
     return max((begins[-1] - begins[WARM_UP_STEPS * lanes]) / MEASURED_STEPS, lanes * compute_s, lanes * link_s)

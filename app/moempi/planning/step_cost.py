@@ -2,18 +2,19 @@
 
 A matrix product takes the maximum of its arithmetic and the reading of its weights (the roofline model of Williams,
 Waterman and Patterson 2009), or their sum on a machine that does not read ahead. A message takes the latency of its
-level plus its bytes over the bandwidth. Routing is assumed to be uniform. `moempi bench plan` compares this model with
-measurements.
+level plus its bytes over the bandwidth. Routing is even unless a load has `routed` layers. `moempi bench plan`
+compares this model with measurements.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import ceil, inf, log2, prod
+from typing import NamedTuple
 
 import numpy as np
 
-from moempi.arrays import IntArray
+from moempi.arrays import IntArray, larger
 from moempi.config.architecture import Architecture
 from moempi.config.machine_file import MachineFile
 from moempi.config.tensors import TENSOR_PARALLEL, layer_path, layer_tensors, stage_tensors
@@ -37,18 +38,32 @@ LOGIT_BYTES = 4
 DISPATCH, COMBINE = EXCHANGE_PHASES
 
 
+class RoutedRows(NamedTuple):
+    """Uneven routing of a layer in n steps, on each of R ranks: arrays (n, R).
+
+    The experts of a rank compute `rows`, and `experts` of them have any. `node_tokens` is the number of tokens with an
+    expert on the rank's node, relative to that of even routing.
+    """
+
+    rows: float
+    experts: float
+    node_tokens: float
+
+
 @dataclass(frozen=True, slots=True)
 class StepLoad:
     """One lane's step in one data parallel group: `rows` of `sequences`, each row attending to `context` positions.
 
     `cached` positions are read from the cache of each sequence; 0 stands for `context`. For the sums over phases of
-    many loads at once, `rows` and `sequences` may be arrays (n,), and so are then the numbers of the phases.
+    many loads at once, `rows` and `sequences` may be arrays (n,), and so are then the numbers of the phases. `routed`
+    layers have uneven routing, all others even routing; numbers of their phases are arrays (n, R).
     """
 
     rows: float
     sequences: float
     context: float
     cached: float = 0.0
+    routed: Mapping[int, RoutedRows] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,9 @@ class StepCosts:
         pending_s = 0.0
         equal_layers: dict[object, tuple[list[Phase], float]] = {}
         for layer in layers:
-            kind = self.architecture.is_moe(layer), self.architecture.window(layer)
+            kind: object = self.architecture.is_moe(layer), self.architecture.window(layer)
+            if layer in load.routed:
+                kind = layer
             if kind not in equal_layers:
                 equal_layers[kind] = list(self._layer(layer, load)), self._undivided_dense_layer(layer, load)
             of_layer, undivided_s = equal_layers[kind]
@@ -96,7 +113,7 @@ class StepCosts:
             pending_s = 0.0
         if is_last and self.tensor == 1:
             pending_s += self._head_s(layers, load)
-        sent = None if is_first and is_last else self._stage_link(load, is_last=is_last)
+        sent = None if is_first and is_last else self._stage_link(layers, load, is_last=is_last)
         phases = [*self._begin(pending_s, sent, is_first=is_first), *phases]
         return [replace(phase, compute_s=phase.compute_s + self.host_overhead_s(phase.point)) for phase in phases]
 
@@ -141,13 +158,14 @@ class StepCosts:
         routing_s = attention_s + self._products(layer, "router", own)
         shared_s = self._products(layer, "shared", own)
         experts_s = self._experts(layer, load)
-        counts = self._collective(COUNT_BYTES)
+        counts, busiest = self._collective(COUNT_BYTES), self._busiest(layer, load)
         if self.hops == 1:
-            rows = self._one_hop(own)
+            rows = self._one_hop(own, busiest)
             dispatch, combine = [counts, rows], [rows]
         else:
-            across, inside = self._across_nodes(own), self._inside_node(own)
-            choices = self._across_nodes(own, row_bytes=CHOICE_BYTES * self._top_k)
+            reach = larger(1.0, load.routed[layer].node_tokens) if layer in load.routed else busiest
+            across, inside = self._across_nodes(own, reach), self._inside_node(own, busiest)
+            choices = self._across_nodes(own, reach, row_bytes=CHOICE_BYTES * self._top_k)
             latency_s = larger(across.latency_s, choices.latency_s + counts.latency_s)
             dispatch = [counts, Transmission(choices.link_s + across.link_s, latency_s), inside]
             combine = [inside, across]
@@ -180,10 +198,12 @@ class StepCosts:
     def _experts(self, layer: int, load: StepLoad) -> float:
         """Expert products on the busiest rank, which reads the weights of the experts that any row chose."""
         experts = self.architecture.experts
-        choices = load.rows * self._num_groups * self._top_k
         values = _num_values(self.architecture, layer, "experts", 1) / experts.num
-        chosen = self.hosted * (1 - (1 - 1 / experts.num) ** choices)
-        return self._roofline(2 * choices * self.hosted / experts.num * values, chosen * values * self.value_bytes)
+        choices = load.rows * self._num_groups * self._top_k
+        rows, chosen = choices * self.hosted / experts.num, self.hosted * (1 - (1 - 1 / experts.num) ** choices)
+        if layer in load.routed:
+            rows, chosen, _ = load.routed[layer]
+        return self._roofline(2 * rows * values, chosen * values * self.value_bytes)
 
     def _end(self, layers: range, load: StepLoad, *, is_last: bool) -> list[Phase]:
         """A tensor group all-gathers the rows; on the last stage it exchanges slices of the logits, then tokens."""
@@ -231,35 +251,37 @@ class StepCosts:
         """Ranks that host experts: the first of them, if there are more ranks than experts."""
         return min(self._num_ranks, self.architecture.experts.num)
 
-    @property
-    def _busiest(self) -> float:
-        """Rows that the busiest rank receives for each row that a rank sends."""
+    def _busiest(self, layer: int, load: StepLoad) -> float:
+        """Rows that the busiest rank, or each rank, receives for each row that a rank sends; at least 1."""
+        if layer in load.routed:
+            sent = load.rows / self.tensor * self._top_k
+            return larger(1.0, load.routed[layer].rows / sent)
         return max(1.0, self._num_ranks * self.hosted / self.architecture.experts.num)
 
-    def _one_hop(self, rows: float) -> Transmission:
+    def _one_hop(self, rows: float, busiest: float) -> Transmission:
         """Each row to the ranks of its experts, in one hop: seconds of the link, and latency."""
         hosting = self._num_hosting
         choices = rows * self._top_k
         probability = 1 - (1 - 1 / hosting) ** choices
         ranks = self._count(self._levels[:hosting])
-        return self._transfer(ranks, probability, self._busiest * choices / hosting * self.row_bytes)
+        return self._transfer(ranks, probability, busiest * choices / hosting * self.row_bytes)
 
-    def _across_nodes(self, rows: float, *, row_bytes: int = 0) -> Transmission:
+    def _across_nodes(self, rows: float, busiest: float, *, row_bytes: int = 0) -> Transmission:
         """Each row once to every other node that hosts one of its experts."""
         nodes, firsts = np.unique(self.topology.nodes[: self._num_hosting], return_index=True)
         num_experts = self.architecture.experts.num
         elsewhere = num_experts - num_experts / len(nodes)
         share = 1 - prod(max(0.0, elsewhere - one) / (num_experts - one) for one in range(self._top_k))
         probability = 1 - (1 - share) ** rows
-        sent_bytes = self._busiest * rows * share * (row_bytes or self.row_bytes)
+        sent_bytes = busiest * rows * share * (row_bytes or self.row_bytes)
         return self._transfer(self._count(self._levels[firsts[1:]]), probability, sent_bytes)
 
-    def _inside_node(self, rows: float) -> Transmission:
+    def _inside_node(self, rows: float, busiest: float) -> Transmission:
         """Rows from the forwarders of a node to the ranks of their experts there."""
         ranks = self._count(self._levels[self._levels <= NODE])
         choices = rows * self._top_k
         probability = 1 - (1 - 1 / ranks.sum()) ** choices
-        return self._transfer(ranks, probability, self._busiest * choices / ranks.sum() * self.row_bytes)
+        return self._transfer(ranks, probability, busiest * choices / ranks.sum() * self.row_bytes)
 
     def _tensor_group(self, load: StepLoad) -> Transmission:
         """All rows of a tensor group: each rank sends its part to every other."""
@@ -269,16 +291,16 @@ class StepCosts:
         """`num_bytes` for each of a rank's part of `rows`, to every other rank of the tensor group."""
         return self._transfer(self._count([NODE] * (self.tensor - 1)), 1.0, rows / self.tensor * num_bytes)
 
-    def _stage_link(self, load: StepLoad, *, is_last: bool) -> Transmission:
+    def _stage_link(self, layers: range, load: StepLoad, *, is_last: bool) -> Transmission:
         """A rank's rows to the next stage; the last stage sends tokens to the first."""
         if self.immediate:
-            return self._immediate(load.rows / self.tensor)
+            return self._immediate(load.rows / self.tensor, self._busiest(layers[-1], load))
         num_bytes = COUNT_BYTES * load.sequences if is_last else load.rows / self.tensor * self.row_bytes
         return self._transfer(self._count([self.stage_link_level]), 1.0, num_bytes)
 
-    def _immediate(self, rows: float) -> Transmission:
+    def _immediate(self, rows: float, busiest: float) -> Transmission:
         """The outputs of a rank's experts to the ranks of the next stage, which are as many, and its own residuals."""
-        choices = self._busiest * rows * self._top_k
+        choices = busiest * rows * self._top_k
         probability = 1 - (1 - 1 / self._num_ranks) ** choices
         residuals = 2 * rows if self.architecture.experts.shared_width else rows
         num_bytes = (choices + residuals) / self._num_ranks * self.row_bytes
@@ -304,18 +326,6 @@ class StepCosts:
     def _present(self, ranks: IntArray) -> list[tuple[int, Level]]:
         """The levels that have ranks, and their numbers."""
         return [(count, one) for count, one in zip(ranks.tolist(), self.machine.levels, strict=True) if count]
-
-
-def larger(one: float, other: float) -> float:
-    """The larger of two numbers; of arrays (n,), n of them."""
-    if isinstance(one, float | int) and isinstance(other, float | int):
-        return max(one, other)
-    return np.maximum(one, other)
-
-
-def smaller(one: float, other: float) -> float:
-    """The smaller of two numbers; of arrays (n,), n of them."""
-    return -larger(-one, -other)
 
 
 @lru_cache(maxsize=1 << 12)

@@ -3,7 +3,8 @@
 from math import ceil
 from typing import NamedTuple
 
-from moempi.planning.step_cost import StepLoad, larger, smaller
+from moempi.arrays import larger, smaller
+from moempi.planning.step_cost import StepLoad
 
 
 class Workload(NamedTuple):
