@@ -10,6 +10,13 @@ if ! command -v g++ >/dev/null; then # runs the CUDA kernels on the CPU
     fi
     apt-get update -qq && apt-get install -y -qq g++ >/dev/null
 fi
+if ! command -v chromium >/dev/null && ! command -v chromium-headless-shell >/dev/null; then # opens reports of plan
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell fonts-dejavu-core >/dev/null
+    else
+        echo "tests: no chromium, so reports are opened in no browser"
+    fi
+fi
 bash jobs/setup.sh local convert sentencepiece parquet zstd kernels test
 # shellcheck source=jobs/env.sh
 source jobs/env.sh

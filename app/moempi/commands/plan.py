@@ -9,17 +9,21 @@ from rich.table import Table
 
 from moempi.commands.dry_run import architecture_of
 from moempi.commands.flags import MAX_RANKS, add_job_flags, count, read_job, whole_number
+from moempi.commands.plan_report import pictures_of, write_report
 from moempi.commands.plan_search import add_search_flags, require_search_flags, run_search, workload_of
 from moempi.commands.plan_virtual import add_virtual_flags, is_requested, require_virtual_flags, virtual_table
-from moempi.config.job import Job
+from moempi.config.job import Job, input_files
 from moempi.config.machine_file import MachineFile, read_machine
 from moempi.config.placement_file import read_job_placement
+from moempi.errors import UsageError
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology, virtual
 from moempi.observe.console import console, figures_table
 from moempi.planning.candidates import SearchRequest
 from moempi.planning.forecast import Forecast, PlannedJob, StageForecast, forecast
 from moempi.planning.workload import decode, prefill
+from moempi.printing import print_line
+from moempi.storage.files import check_output
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -31,6 +35,8 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--ranks-per-node", type=count, default=0, metavar="N", help="ranks on a node (all)")
     parser.add_argument("--context", type=count, default=2048, metavar="N", help="decode: tokens in the cache (2048)")
     parser.add_argument("--prompt", type=count, default=4096, metavar="N", help="prefill: tokens of a prompt (4096)")
+    report = "write pictures of the forecast, an HTML file"
+    parser.add_argument("--report", type=Path, metavar="PLAN.html", help=report)
     add_virtual_flags(parser)
     add_search_flags(parser)
 
@@ -40,6 +46,11 @@ def run(chosen: Namespace) -> int:
     require_search_flags(chosen)
     require_virtual_flags(chosen)
     job, machine = read_job(chosen), read_machine(chosen.machine)
+    if chosen.report:
+        if chosen.out and chosen.out.absolute() == chosen.report.absolute():
+            raise UsageError(f"--report and -o name the same file, {chosen.out}")
+        inputs = [chosen.job, chosen.machine, *input_files(job)]
+        check_output(chosen.report, inputs=inputs, force=chosen.force)
     topology = virtual(chosen.ranks, chosen.ranks_per_node or chosen.ranks)
     if chosen.search:
         return run_search(chosen, SearchRequest(job, architecture_of(job), machine, topology, workload_of(chosen, job)))
@@ -49,6 +60,9 @@ def run(chosen: Namespace) -> int:
     if is_requested(chosen):
         tables.append(virtual_table(chosen, planned, forecasts))
     console().print(*tables, f"A model's forecast, not a measurement, of: {machine.name}")
+    if chosen.report:
+        write_report(chosen.report, planned, [one for found in forecasts for one in pictures_of(planned, found)])
+        print_line(f"wrote {chosen.report}")
     return 0
 
 

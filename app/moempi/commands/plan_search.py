@@ -1,7 +1,7 @@
 """`moempi plan --search`: the best layout of a job on a machine, beside others, and a job file with it."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import inf
@@ -11,6 +11,7 @@ from msgspec import structs
 from rich.table import Table
 
 from moempi.commands.flags import add_force_flag, amount, count
+from moempi.commands.plan_report import Point, front_picture, pictures_of, write_report
 from moempi.config.job import Job, input_files
 from moempi.config.size import format_size
 from moempi.config.writing import job_text
@@ -87,7 +88,7 @@ def run_search(chosen: Namespace, request: SearchRequest) -> int:
         check_output(chosen.out, inputs=[chosen.job, chosen.machine, *input_files(request.job)], force=chosen.force)
     _require_searchable(request)
     search = Search(candidates(request, all_shapes(request)), request.workload)
-    front = list(islice(search.front(limits), MOST_ROWS))
+    front = _undominated(list(islice(search.front(limits), MOST_ROWS)))
     if not front:
         raise ConfigError(_refusal(request, search, limits))
     best, runner_up = front[0], search.fastest(limits, without=front[0].shape)
@@ -97,12 +98,24 @@ def run_search(chosen: Namespace, request: SearchRequest) -> int:
     explained = [_parts_table(filter(None, (best, runner_up)))] if chosen.explain else []
     lines = [*_replicas_lines(best), _margin_line(best, runner_up), _size_line(search)]
     note = f"A model's forecasts, not measurements, of: {request.machine.name}"
-    tables = [_front_table(request, front), *explained, _conventional_table(request, limits, best)]
+    conventional = _conventional(request, limits)
+    tables = [_front_table(request, front), *explained, _conventional_table(request, conventional, best)]
     console().print(*tables, LETTERS, *lines, note, sep="\n")
     if chosen.out:
         _write_job(best, chosen.out, machine=request.machine.name)
         print_line(f"wrote {chosen.out}: a job of {len(best.planned.topology.nodes):,} ranks")
+    if chosen.report:
+        _report(chosen.report, request, front, conventional.values())
     return 0
+
+
+def _undominated(front: Sequence[Found]) -> list[Found]:
+    """The layouts that are faster than all behind them, whose latency is shorter: a search may find them late."""
+    kept: list[Found] = []
+    for found in reversed(front):
+        if not kept or found.tokens_per_s > kept[0].tokens_per_s:
+            kept.insert(0, found)
+    return kept
 
 
 def _limits(chosen: Namespace, workload: Workload) -> Limits:
@@ -163,20 +176,40 @@ def _misfit(request: SearchRequest) -> str:
     return f"no layout fits: the smallest needs {format_size(needed)} on each of {ranks}, which has {format_size(has)}"
 
 
-def _conventional_table(request: SearchRequest, limits: Limits, best: Found) -> Table:
-    table = figures_table("conventional", "layout", *_latencies(request), "token/s", "of best")
-    table.caption = "each the best of its kind, with any number of experts on a rank"
+def _conventional(request: SearchRequest, limits: Limits) -> dict[str, Found | str]:
+    """The best layout of each kind in common use, or why there is none."""
     parallel = structs.replace(request.job.parallel, experts_per_rank=0)
     unlimited = replace(request, job=structs.replace(request.job, parallel=parallel))
+    best: dict[str, Found | str] = {}
     for name, shapes in conventional_shapes(unlimited).items():
         search = Search(candidates(unlimited, shapes), request.workload)
-        found = search.fastest(limits)
-        if found is None:
-            table.add_row(name, "beyond the limits" if search.layouts else "does not fit")
+        best[name] = search.fastest(limits) or ("beyond the limits" if search.layouts else "does not fit")
+    return best
+
+
+def _conventional_table(request: SearchRequest, conventional: Mapping[str, Found | str], best: Found) -> Table:
+    table = figures_table("conventional", "layout", *_latencies(request), "token/s", "of best")
+    table.caption = "each the best of its kind, with any number of experts on a rank"
+    for name, found in conventional.items():
+        if isinstance(found, str):
+            table.add_row(name, found)
         else:
             share = found.tokens_per_s / best.tokens_per_s
             table.add_row(name, _name(found), *_latency_cells(found), f"{found.tokens_per_s:,.0f}", f"{share:.1%}")
     return table
+
+
+def _report(out: Path, request: SearchRequest, front: Sequence[Found], conventional: Iterable[Found | str]) -> None:
+    """Write the pictures of the front and of its first layout."""
+    latency = "time from a token to the next" if request.workload.output else "time to the first token"
+    points = [
+        [Point(_name(found), found.latency_s, found.tokens_per_s) for found in layouts if not isinstance(found, str)]
+        for layouts in (front, conventional)
+    ]
+    best = front[0]
+    pictures = pictures_of(best.planned, best.forecast, replicas=best.shape.replicas)
+    write_report(out, best.planned, [front_picture(*points, latency=latency), *pictures])
+    print_line(f"wrote {out}")
 
 
 def _parts_table(compared: Iterable[Found]) -> Table:

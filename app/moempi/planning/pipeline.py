@@ -17,27 +17,41 @@ Observer = Callable[[int, int, Resumed], None]
 
 
 def step_ends_s(
-    stages: Sequence[PhasesOf], *, lanes: int, in_flight: int, num_steps: int, observer: Observer | None = None
+    stages: Sequence[PhasesOf],
+    *,
+    lanes: int,
+    in_flight: int,
+    num_steps: int,
+    drains: bool = False,
+    observer: Observer | None = None,
 ) -> Float64Array:
     """When the first stage has the tokens of each step (num_steps,), after a begin at 0 s with an empty pipeline.
 
-    `stages` give the phases of each step. Step n begins when the tokens of step n - in_flight are there, and no step
-    follows the last. A pipeline of one stage starts each lane's next step when the one before has ended.
+    `stages` give the phases of each step. Step n begins when the tokens of step n - in_flight are there; other steps
+    follow the last unless the pipeline `drains`. A pipeline of one stage starts each lane's next step when the one
+    before has ended.
     """
-    return _Pipeline(stages, lanes, in_flight, num_steps, observer).run()
+    return _Pipeline(stages, lanes, in_flight, np.full(num_steps, inf), drains, observer).run()
 
 
 class _Pipeline:
     def __init__(
-        self, stages: Sequence[PhasesOf], lanes: int, in_flight: int, num_steps: int, observer: Observer | None
+        self,
+        stages: Sequence[PhasesOf],
+        lanes: int,
+        in_flight: int,
+        ends: Float64Array,
+        drains: bool,
+        observer: Observer | None,
     ) -> None:
         self._stages = [VirtualStage(phases_of, lanes=lanes, fed=len(stages) > 1) for phases_of in stages]
         self._lanes = lanes
         self._in_flight = in_flight
         self._observer = observer
         self._fed: list[dict[int, float]] = [{} for _ in stages]
-        self._fed[0] |= dict.fromkeys(range(min(in_flight, num_steps)), 0.0)
-        self._ends = np.full(num_steps, inf)
+        self._last = len(ends) - 1 if drains else inf
+        self._fed[0] |= {step: 0.0 for step in range(in_flight) if step <= self._last}
+        self._ends = ends
 
     def run(self) -> Float64Array:
         """Resume the stage whose next lane is the earliest, until all steps have ended."""
@@ -79,7 +93,7 @@ class _Pipeline:
             if step < len(self._ends):
                 self._ends[step] = arrival_s
             step += self._in_flight
-            if step >= len(self._ends):
+            if step > self._last:
                 return following
         lane = step % self._lanes
         if self._stages[following].step(lane) == step and len(self._stages) > 1:

@@ -73,6 +73,7 @@ def run_in_virtual_time(
         lanes=found.lanes,
         in_flight=found.in_flight,
         num_steps=num_steps,
+        drains=True,
         observer=observer,
     )
     return VirtualRun(found.tokens, found.in_flight, ends_s)
