@@ -93,6 +93,7 @@ def test_a_search_prints_tables_of_80_columns(folder, capsys, goal, heads):
         (["--for", "prefill", "--first-token-s", "0"], 78, r"no layout keeps --first-token-s 0: the soonest needs"),
         (["--for", "prefill", "--token-ms", "5"], 64, "--token-ms does not go with --for prefill"),
         (["--first-token-s", "5"], 64, "--first-token-s does not go with --for decode"),
+        (["--search-s", "0"], 78, r"ended at its limit, --search-s 0: (\d+) of \1 shapes were not tried"),
         (["--output-tokens", "5"], 64, "--output-tokens goes with --for mixed"),
         (["--set", "task=score", "--for", "decode"], 64, "generates nothing"),
         (["--set", "placement.file=arch.toml"], 78, "placement.file"),
@@ -107,7 +108,9 @@ def test_what_cannot_be_is_one_line(folder, capsys, arguments, code, words):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", [["--for", "decode"], ["--token-ms", "5"], ["-o", "best.toml"], ["--explain"]])
+@pytest.mark.parametrize(
+    "flag", [["--for", "decode"], ["--token-ms", "5"], ["-o", "best.toml"], ["--explain"], ["--search-s", "9"]]
+)
 def test_flags_of_the_search_without_it_are_refused(folder, capsys, flag):
     assert plan(*flag) == 64
     assert "goes with --search" in capsys.readouterr().err

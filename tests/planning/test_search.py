@@ -74,6 +74,14 @@ def test_the_fastest_of_all_candidates_is_found_and_few_are_simulated(workload):
     assert 1 < search.num_simulated < search.num_candidates / 5
 
 
+def test_a_search_that_is_stopped_gives_what_it_has_found():
+    searched = request(decode(64))
+    least = search_of(searched, stops=lambda: True)
+    found = least.fastest({}, patience=inf)
+    assert least.num_simulated <= 2
+    assert 0 < found.tokens_per_s <= search_of(searched).fastest({}).tokens_per_s
+
+
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda one: one.name)
 def test_no_candidate_is_faster_than_its_bound(workload):
     for layout in candidates(searched := request(workload), all_shapes(searched)):

@@ -1,7 +1,9 @@
 """`moempi plan --search`: the best layout of a job on a machine, beside others, and a job file with it."""
 
+import random
+import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import inf
@@ -16,7 +18,7 @@ from moempi.config.job import Job, input_files
 from moempi.config.size import format_size
 from moempi.config.writing import job_text
 from moempi.errors import ConfigError, UsageError
-from moempi.observe.console import console, figures_table
+from moempi.observe.console import console, error_console, figures_table
 from moempi.planning.candidates import (
     SearchRequest,
     Shape,
@@ -33,6 +35,9 @@ from moempi.printing import print_line
 from moempi.storage.files import atomic, check_output
 
 OUTPUT_TOKENS = 1024
+SEARCH_S = 600.0
+MANY_SHAPES = 1000
+"""More shapes are tried in random order, of which a limited search tries the first."""
 MOST_ROWS = 8
 """Rows of the Pareto front."""
 LETTERS = "N x: jobs; PP: stages; DP: groups of a stage; TP: ranks of a group; *: uneven"
@@ -51,6 +56,8 @@ def add_search_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--token-ms", type=amount, metavar="MS", help=next_token)
     first_token = "with --search: most time from the start of a prompt to the token after it"
     parser.add_argument("--first-token-s", type=amount, metavar="S", help=first_token)
+    seconds = "with --search: time limit (600)"
+    parser.add_argument("--search-s", type=amount, metavar="S", help=seconds)
     parser.add_argument("-o", "--out", type=Path, metavar="BEST.toml", help="with --search: write the job found")
     explain = "with --search: show what the best layout and the best of another shape wait for"
     parser.add_argument("--explain", action="store_true", help=explain)
@@ -59,8 +66,15 @@ def add_search_flags(parser: ArgumentParser) -> None:
 
 def require_search_flags(chosen: Namespace) -> None:
     """Raise UsageError if a flag does not go with the others."""
-    flags = {"--for": chosen.goal, "--token-ms": chosen.token_ms, "--first-token-s": chosen.first_token_s}
-    flags |= {"-o": chosen.out, "--output-tokens": chosen.output_tokens, "--explain": chosen.explain or None}
+    flags = {
+        "--for": chosen.goal,
+        "--token-ms": chosen.token_ms,
+        "--first-token-s": chosen.first_token_s,
+        "--search-s": chosen.search_s,
+        "-o": chosen.out,
+        "--output-tokens": chosen.output_tokens,
+        "--explain": chosen.explain or None,
+    }
     given = [flag for flag, value in flags.items() if value is not None]
     if given and not chosen.search:
         raise UsageError(f"{given[0]} goes with --search")
@@ -87,16 +101,20 @@ def run_search(chosen: Namespace, request: SearchRequest) -> int:
     if chosen.out:
         check_output(chosen.out, inputs=[chosen.job, chosen.machine, *input_files(request.job)], force=chosen.force)
     _require_searchable(request)
-    search = Search(candidates(request, all_shapes(request)), request.workload)
-    front = _undominated(list(islice(search.front(limits), MOST_ROWS)))
-    if not front:
-        raise ConfigError(_refusal(request, search, limits))
-    best, runner_up = front[0], search.fastest(limits, without=front[0].shape)
+    with error_console().status("") as status:
+        watch = _Watch(SEARCH_S if chosen.search_s is None else chosen.search_s, status.update)
+        shapes = watch.shapes([*all_shapes(request)])
+        search = Search(candidates(request, shapes), request.workload, stops=watch.is_over)
+        front = _undominated(list(islice(search.front(limits), MOST_ROWS)))
+        if not front:
+            raise ConfigError(watch.stop_line() or _refusal(request, search, limits))
+        best, runner_up = front[0], search.fastest(limits, without=front[0].shape)
     if runner_up is not None and runner_up.tokens_per_s > best.tokens_per_s:  # by no more than the search may miss
         best, runner_up = runner_up, best
         front = [best, *(found for found in front if found.latency_s < best.latency_s)]
     explained = [_parts_table(filter(None, (best, runner_up)))] if chosen.explain else []
-    lines = [*_replicas_lines(best), _margin_line(best, runner_up), _size_line(search)]
+    margin = _margin_line(best, runner_up) if runner_up or not watch.stop_line() else ""
+    lines = filter(None, [*_replicas_lines(best), margin, _size_line(search, watch), watch.stop_line()])
     note = f"A model's forecasts, not measurements, of: {request.machine.name}"
     conventional = _conventional(request, limits)
     tables = [_front_table(request, front), *explained, _conventional_table(request, conventional, best)]
@@ -107,6 +125,51 @@ def run_search(chosen: Namespace, request: SearchRequest) -> int:
     if chosen.report:
         _report(chosen.report, request, front, conventional.values())
     return 0
+
+
+class _Watch:
+    """The time limit of a search, and its progress, a text for `show`."""
+
+    def __init__(self, limit_s: float, show: Callable[[str], None]) -> None:
+        self._limit_s = limit_s
+        self._show = show
+        self._begin_s, self._core_begin_s = time.monotonic(), time.process_time()
+        self._untried = self._all = 0
+        self._was_over = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the begin."""
+        return time.monotonic() - self._begin_s
+
+    @property
+    def core_s(self) -> float:
+        """Seconds of computing since the begin."""
+        return time.process_time() - self._core_begin_s
+
+    def shapes(self, shapes: Sequence[Shape]) -> Iterator[Shape]:
+        """The shapes until half of the time is over, many of them in random order: a sample of all."""
+        self._all = len(shapes)
+        tried = random.Random(0).sample(shapes, len(shapes)) if len(shapes) > MANY_SHAPES else shapes
+        for done, shape in enumerate(tried):
+            if self.seconds >= self._limit_s / 2:
+                self._untried = len(shapes) - done
+                return
+            self._show(f"searching: {done:,} of {len(shapes):,} shapes laid out, {self.seconds:.0f} s")
+            yield shape
+
+    def is_over(self) -> bool:
+        """Whether the time is over; shows the progress."""
+        self._show(f"searching: {self._all - self._untried:,} shapes laid out, simulating, {self.seconds:.0f} s")
+        self._was_over = self._was_over or self.seconds >= self._limit_s
+        return self._was_over
+
+    def stop_line(self) -> str:
+        """What was left out for the limit, "" if nothing was."""
+        if not self._untried and not self._was_over:
+            return ""
+        untried = f"{self._untried:,} of {self._all:,} shapes" if self._untried else "some layouts"
+        return f"The search ended at its limit, --search-s {self._limit_s:g}: {untried} were not tried."
 
 
 def _undominated(front: Sequence[Found]) -> list[Found]:
@@ -233,10 +296,10 @@ def _margin_line(best: Found, runner_up: Found | None) -> str:
     return f"{_name(best)} is {gain:.1%} faster than the best of another shape, {_name(runner_up)}."
 
 
-def _size_line(search: Search) -> str:
+def _size_line(search: Search, watch: "_Watch") -> str:
     return (
         f"{len(search.layouts):,} layouts fit, with {search.num_candidates:,} kinds of steps; "
-        f"{search.num_simulated:,} were simulated."
+        f"{search.num_simulated:,} were simulated, in {watch.core_s:.0f} s of a core."
     )
 
 

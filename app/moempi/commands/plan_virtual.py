@@ -70,7 +70,7 @@ def virtual_table(chosen: Namespace, planned: PlannedJob, forecasts: Sequence[Fo
             table.add_row(found.workload.name, name, *speeds, f"{run.fill_s:.3f}", f"{run.ends_s[-1]:.2f}")
     table.caption = (
         f"{num_steps:,} micro-batches from an empty pipeline to the last token, simulated in "
-        f"{time.process_time() - begin_s:.0f} s; when full: token/s after the first round"
+        f"{time.process_time() - begin_s:.0f} s of a core; when full: after the first round"
     )
     return table
 

@@ -67,13 +67,28 @@ class Found:
         return found.seconds(overlap=True) if found.workload.output else found.first_token_s
 
 
-class Search:
-    """A search among candidates; what has been simulated is kept for the next question."""
+def _never() -> bool:
+    return False
 
-    def __init__(self, layouts: Iterable[Candidates], workload: Workload, *, gain: float = GAIN) -> None:
+
+class Search:
+    """A search among candidates; what has been simulated is kept for the next question.
+
+    Where `stops` becomes true, it gives what it has found so far.
+    """
+
+    def __init__(
+        self,
+        layouts: Iterable[Candidates],
+        workload: Workload,
+        *,
+        gain: float = GAIN,
+        stops: Callable[[], bool] = _never,
+    ) -> None:
         self.layouts = list(layouts)
         self._workload = workload
         self._gain = gain
+        self._stops = stops
         sizes = [np.size(one.steps.slots) for one in self.layouts]
         self._layout_of = np.repeat(np.arange(len(sizes)), sizes)
         self._first_of = np.cumsum([0, *sizes])
@@ -134,7 +149,7 @@ class Search:
                 if bounds[index] * (1 + self._gain) < least:
                     found = self._cost_of(index, cost, limits, least)
                     best, least, worse = (index, found, 0) if found < least else (best, least, worse + 1)
-                if worse >= (most if best is not None else 5 * most):
+                if self._stops() or worse >= (most if best is not None else 5 * most):
                     break
         return None if best is None else self._found(best)
 
