@@ -92,6 +92,13 @@ def test_pictures_have_a_size_and_their_texts_are_whole_in_a_browser(folder, cap
         assert "<title>Forecast of a job</title>" in dom
 
 
+def test_the_timeline_shows_computing_in_every_lane(folder):
+    assert plan("--report", "plan.html") == 0
+    lanes = re.findall(r"<tr><td>lane \d+</td><td>([\d.]+)</td>", (folder / "plan.html").read_text())
+    assert len(lanes) == 4
+    assert all(float(compute_ms) > 0 for compute_ms in lanes)
+
+
 def test_the_page_is_escaped_and_loads_nothing(folder):
     assert plan("--report", "plan.html") == 0
     text = (folder / "plan.html").read_text()

@@ -146,7 +146,7 @@ def _timeline(planned: PlannedJob, found: Forecast) -> Picture:
             seen[resumed.lane].append(resumed)
 
     run_in_virtual_time(planned, found, Conditions(), num_steps=first + 5 * found.lanes, observer=observe)
-    begin_s = max(lane[0].begin_s for lane in seen)
+    begin_s = max(lane[1].begin_s for lane in seen)  # all lanes compute a step
     bars = [Bar(f"lane {lane}", _parts(resumed, begin_s, rounds_s)) for lane, resumed in enumerate(seen)]
     rows = [
         (bar.label, *(f"{sum(end - begin for begin, end, kind in bar.parts if kind == one):.3f}" for one in range(3)))
