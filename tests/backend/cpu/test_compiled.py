@@ -7,7 +7,7 @@ from moempi.arrays import narrow, round_to_bfloat16
 from moempi.backend.cpu import kernels
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.compiled import CompiledBackend
-from moempi.backend.cpu.kernels import Part, instructions, load_kernels
+from moempi.backend.cpu.kernels import MatrixProduct, instructions, load_kernels
 from moempi.backend.protocol import Expert, RmsNorm, Segment
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
@@ -68,7 +68,7 @@ def test_a_row_has_the_same_bits_in_every_batch_with_any_threads_and_instruction
                 rows = np.empty((len(x), outputs), np.float32)
                 for first in range(0, len(x), batch):
                     part = slice(first, first + batch)
-                    found.multiply(x[part], [Part(matrix, len(x[part]))], rows[part], rounded=False)
+                    found.multiply(x[part], [MatrixProduct(matrix, len(x[part]))], rows[part], rounded=False)
                 bits[name, threads, batch] = rows.tobytes()
     assert len(set(bits.values())) == 1
 

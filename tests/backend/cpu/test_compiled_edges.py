@@ -10,7 +10,7 @@ import pytest
 from backend.cpu.guarded import guarded
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.attention_layout import CachedRows
-from moempi.backend.cpu.kernels import PanelMatrix, Part, Rotation, load_kernels
+from moempi.backend.cpu.kernels import MatrixProduct, PanelMatrix, Rotation, load_kernels
 from moempi.backend.protocol import Cache, RmsNorm
 from moempi.config.architecture import Clamp
 
@@ -37,7 +37,7 @@ def test_products_of_edge_sizes(inputs, outputs, stored_type, at_end):
     for rows in (1, 2, 5, 6, 7, 12, 13, 25, 97):
         x = guarded(values(rows, inputs), at_end=at_end)
         out = guarded(np.full((rows, outputs), np.nan, np.float32), at_end=at_end)
-        KERNELS.multiply(x, [Part(matrix, rows, bias=bias)], out, rounded=False)
+        KERNELS.multiply(x, [MatrixProduct(matrix, rows, bias=bias)], out, rounded=False)
         np.testing.assert_allclose(out, x.astype(np.float64) @ weights.astype(np.float64).T + bias, atol=1e-4)
 
 
@@ -49,7 +49,7 @@ def test_special_numbers_stay_in_their_row(special):
         for number in (x[3, 2], special):
             changed, out = x.copy(), np.empty((13, 17), np.float32)
             changed[3, 2] = number
-            KERNELS.multiply(changed, [Part(matrix, 13)], out, rounded=rounded)
+            KERNELS.multiply(changed, [MatrixProduct(matrix, 13)], out, rounded=rounded)
             results.append(out)
     for plain, found in (results[:2], results[2:]):
         np.testing.assert_array_equal(np.delete(found, 3, axis=0), np.delete(plain, 3, axis=0))

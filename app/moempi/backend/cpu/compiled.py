@@ -13,7 +13,7 @@ import numpy.typing as npt
 from moempi.arrays import Float32Array, IntArray, widen
 from moempi.backend.cpu.attention_layout import CachedRows, lay_out_rows
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.backend.cpu.kernels import SCORINGS, Kernels, PanelMatrix, Part, Rotation, contiguous_rows
+from moempi.backend.cpu.kernels import SCORINGS, Kernels, MatrixProduct, PanelMatrix, Rotation, contiguous_rows
 from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.protocol import Array, Cache, Expert, RmsNorm, Segment, Stored
 from moempi.config.architecture import Clamp, Router
@@ -95,7 +95,7 @@ class CompiledBackend(NumpyBackend):
         rows, heads, inputs = x.shape
         outputs = matrices[0].shape[1]
         out = np.empty((rows, heads, outputs), np.float32)
-        parts = [Part(matrix, rows, head * inputs, head * outputs) for head, matrix in enumerate(matrices)]
+        parts = [MatrixProduct(matrix, rows, head * inputs, head * outputs) for head, matrix in enumerate(matrices)]
         x = x if x.strides[1:] == (x.itemsize * inputs, x.itemsize) else np.ascontiguousarray(x)
         self._kernels.multiply(x, parts, out, rounded=self.is_bfloat16, progress=self._progress)
         return out
@@ -180,13 +180,13 @@ class CompiledBackend(NumpyBackend):
         return self._kernels.choose_experts(logits, router, correction, rounds=self.is_bfloat16)
 
     def pack(self, rows: Float32Array, index: IntArray | None, out: npt.NDArray[Any]) -> None:
-        self._kernels.gather(contiguous_rows(rows), _as_index(index), out)
+        self._kernels.copy_rows(contiguous_rows(rows), _as_index(index), out)
 
     def unpack(self, buffer: npt.NDArray[Any], index: IntArray | None) -> Float32Array:
         if index is None and not self.is_bfloat16:
             return buffer
         out = np.empty((len(buffer if index is None else index), buffer.shape[1]), np.float32)
-        self._kernels.gather(buffer, _as_index(index), out)
+        self._kernels.copy_rows(buffer, _as_index(index), out)
         return out
 
     def combine(
@@ -218,7 +218,7 @@ class CompiledBackend(NumpyBackend):
         x = np.ascontiguousarray(x)
         out, parts, first = np.empty((len(x), outputs), np.float32), [], 0
         for matrix, count, bias in matrices:
-            parts.append(Part(matrix, count, first * inputs, first * outputs, bias))
+            parts.append(MatrixProduct(matrix, count, first * inputs, first * outputs, bias))
             first += count
         self._kernels.multiply(x, parts, out, rounded=self.is_bfloat16, progress=self._progress)
         return out
@@ -237,7 +237,7 @@ class CompiledBackend(NumpyBackend):
         self, x: Float32Array, matrix: PanelMatrix, bias: Float32Array | None, *, rounded: bool
     ) -> Float32Array:
         out = np.empty((len(x), matrix.shape[1]), np.float32)
-        part = Part(matrix, len(x), bias=bias)
+        part = MatrixProduct(matrix, len(x), bias=bias)
         self._kernels.multiply(contiguous_rows(x), [part], out, rounded=rounded, progress=self._progress)
         return out
 

@@ -82,7 +82,7 @@ class PanelMatrix:
         self.address = _at(packed)
 
 
-class Part(NamedTuple):
+class MatrixProduct(NamedTuple):
     """The product of `rows` rows from number `x_at` of x on with a matrix, plus a bias, to number `out_at` of `out`."""
 
     matrix: PanelMatrix
@@ -186,7 +186,7 @@ class Kernels:
     def multiply(
         self,
         x: Float32Array,
-        parts: Sequence[Part],
+        parts: Sequence[MatrixProduct],
         out: Float32Array,
         *,
         rounded: bool,
@@ -299,7 +299,7 @@ class Kernels:
             call.interleaved, call.rounded = rotation.interleaved, rotation.rounded
         self._library.rotate_rows(ctypes.addressof(call))
 
-    def gather(self, rows: npt.NDArray[Any], index: IntArray | None, out: npt.NDArray[Any]) -> None:
+    def copy_rows(self, rows: npt.NDArray[Any], index: IntArray | None, out: npt.NDArray[Any]) -> None:
         """Write rows[index], or all rows if None, to `out`: bfloat16 bits become float32, or float32 such bits."""
         widens, narrows = rows.dtype.itemsize < out.dtype.itemsize, rows.dtype.itemsize > out.dtype.itemsize
         at = None if index is None else _at(index)
