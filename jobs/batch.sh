@@ -110,20 +110,23 @@ requeue() {
     scontrol requeue "$SLURM_JOB_ID"
 }
 
-# start JOB.toml [OPTION...]   runs the job once; sets `code`, that of its launcher, and `state`, what became of it.
+# start JOB.toml [OPTION...]   runs the job once; sets `code`, that of its launcher, `state`, what became of the run, and
+# `begun`, which is empty if no run began.
 start() {
+    local before=$state
     launch moempi run "$@" "${staged[@]}" &
     local child=$!
-    trap 'kill -USR1 "$child" 2>/dev/null' USR1 # srun and mpirun pass it on to their ranks
+    trap 'asked_early=1; kill -USR1 "$child" 2>/dev/null' USR1 # srun and mpirun pass it on to their ranks
     local ended
     ended=$(mktemp)
     end_with_ranks "$child" "$ended" "$@" &
     local watch=$!
     while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends wait, not the child
-    trap : USR1
+    trap 'asked_early=1' USR1
     kill "$watch" 2>/dev/null || true
     state=$(<"$ended")
     rm -f "$ended"
+    begun=1
     if [[ ${state##* } = lost_hosts=* ]]; then return 0; fi # no time to lose
     # A launcher that ends may leave ranks, which end a moment later; a run that was killed on another node counts as
     # running for a while.
@@ -133,34 +136,47 @@ start() {
         if [ "${state%% *}" != running ] || is_own_code "$code"; then break; fi
         sleep "$pause"
     done
-    if [ "${state%% *}" = none ] && [ "$code" -ne 0 ] && ! is_own_code "$code"; then
-        echo "batch: the launcher ended with code $code before the run began; without PMIX_MCA_plog, mpirun says why" >&2
-    fi
-    # mpirun ends with 0 when it loses a node.
-    if [ "$code" -eq 0 ] && [ "${state%% *}" = failed ]; then code=75; fi
+    if [ "${state%% *}" = finished ]; then return 0; fi
+    if [ "$state" = "$before" ]; then begun=; fi
+    if [ "$code" -eq 0 ]; then code=75; fi # mpirun ends with 0 when it loses a node
+}
+
+# start_run JOB.toml [OPTION...]   as start, and once more if the launcher fails before the run begins. What a killed host
+# has left in its TMPDIR keeps mpirun's daemon from starting there when it gets the process number of an earlier one.
+start_run() {
+    local try
+    begun='' code=75
+    for try in 1 2; do
+        if [ -n "$asked_early" ]; then return 0; fi
+        start "$@"
+        if [ -n "$begun" ] || is_own_code "$code"; then return 0; fi
+        echo "batch: start $try ended with the launcher's code $code and no new state of the run; without PMIX_MCA_plog," \
+            "mpirun says why" >&2
+    done
 }
 
 # run_job JOB.toml [OPTION...]   runs the job in this allocation. When it ends early with exit code 75 and has finished
 # more requests than before, it goes on: if nodes were lost, at once on those that are left; otherwise, or if the job does
 # not fit them, it requeues the batch job, which then continues.
 run_job() {
-    local state before after code asked lost='' more ranks
-    read -r state before _ < <(progress "$@")
-    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$state" = finished ]; then
+    local state before after code asked begun lost='' more ranks
+    state=$(progress "$@")
+    read -r _ before _ <<<"$state"
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "${state%% *}" = finished ]; then
         echo "batch: the results are complete already"
         return 0
     fi
     stage_weights
-    if [ -n "$asked_early" ]; then
-        requeue "asked to stop before the start"
-        return 75
-    fi
     use_nodes "" "$@" || true
     while true; do
-        start "$@"
+        start_run "$@"
         read -r _ after asked _ <<<"$state"
+        if [ -z "$begun" ] && [ -n "$asked_early" ]; then
+            requeue "asked to stop before the start"
+            return 75
+        fi
         if [ "$code" -eq 0 ] || [ "$asked" != 75 ]; then return "$code"; fi
-        case $state in
+        case ${begun:+$state} in
             *" lost_hosts="*) more=,${state##*=} ;;
             *" killed: "*) more=$(unreachable_nodes) ;; # with a node, so that no rank could say so
             *) more= ;;
@@ -170,10 +186,9 @@ run_job() {
         if [ -z "$more" ] || ! use_nodes "$lost" "$@"; then break; fi
         give_up_nodes "$lost"
         echo "batch: lost ${more:1}, $after requests are finished ($before before), going on with $ranks ranks"
-        before=$after
     done
     if [ "$after" -le "$before" ]; then
-        echo "batch: no request was finished since the last start, giving up" >&2
+        echo "batch: no request was finished since the start, giving up" >&2
         return "$code"
     fi
     requeue "$after requests are finished ($before before)"

@@ -181,6 +181,36 @@ def test_a_batch_job_goes_on_without_a_lost_node(script, fitting, spare, ranks):
     assert {"--overlap", "--nodes=3", "--nodelist=n1,n2,n4", ranks} <= set(second)
 
 
+FAILED = "ended with the launcher's code 250 and no new state of the run"
+
+
+@pytest.mark.parametrize(
+    ("states", "ends_with", "starts", "requeued"),
+    [
+        ("none 0 0\nnone 0 0\nfinished 9 0\n", 250, 2, False),  # finished, then its launcher failed
+        ("none 0 0\n", 250, 2, False),
+        (f"none 0 0\n{LOSS}", 75, 3, True),
+        ("failed 5 75 killed\n", 250, 2, False),
+    ],
+)
+def test_a_launcher_that_fails_before_the_run_begins_is_started_once_more(script, states, ends_with, starts, requeued):
+    """After that the job fails, or is requeued if it has finished requests before it lost a node."""
+    given = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-4]", "FITTING": "6"}
+    outcome = script.run("job.toml", states=states, code=250, **given)
+    assert outcome.returncode == ends_with, outcome.stderr
+    assert len((script.notes / "srun").read_text().splitlines()) == starts
+    assert outcome.stderr.count(FAILED) == (1 if "finished" in states else 2)
+    assert (script.notes / "scontrol").exists() == requeued
+
+
+def test_a_job_that_is_refused_on_the_nodes_that_are_left_is_requeued_at_once(script):
+    given = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-4]", "FITTING": "6"}
+    outcome = script.run("job.toml", states=f"none 0 0\n{LOSS}", code=78, **given)
+    assert (outcome.returncode, FAILED in outcome.stderr) == (75, False)
+    assert len((script.notes / "srun").read_text().splitlines()) == 2
+    assert (script.notes / "scontrol").read_text() == "requeue 17\n"
+
+
 def test_a_batch_job_that_does_not_fit_the_nodes_that_are_left_is_requeued(script):
     given = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-4]", "FITTING": "7"}
     outcome = script.run("job.toml", states=f"none 0 0\n{LOSS}", code=143, **given)
@@ -211,7 +241,7 @@ def test_shards_of_an_array_keep_the_numbers_of_lines(script, text, original, jo
             "job.toml",
             "./-my prompts.jsonl",
             "3",
-            states="none 0 0\n",
+            states="finished 1 0\n",
             script=(ROOT / "jobs/array.sbatch").read_text(),
             COMMAND=f"{script.folder}/{original} job.toml ./-my prompts.jsonl 3",
             SLURM_SUBMIT_DIR=str(script.folder),

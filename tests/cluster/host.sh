@@ -3,7 +3,7 @@
 set -euo pipefail
 folder=$1 host=n$2 net=10.78.0
 
-mkdir -p "$folder/host/$host/tmp" "$folder/spool/$host"
+mkdir -p "$folder/host/$host" "$folder/spool/$host"
 rm -f "$folder/host/$host/ready" "$folder/host/$host/pid"
 ip link delete "mh-$host" 2>/dev/null || true
 # shellcheck disable=SC2016 # words of the inner shell
@@ -12,6 +12,7 @@ setsid unshare --net --uts --mount --ipc --pid --fork --kill-child --mount-proc 
     folder=$1 host=$2
     hostname "$host"
     mount -t tmpfs tmpfs /dev/shm
+    mount -t tmpfs tmpfs "$folder/tmp"
     mount --bind "$folder/etc-hosts" /etc/hosts
     mount --bind "$folder/shared" "$folder/shared"
     ip link set lo up

@@ -44,7 +44,9 @@ class Job:
         }
         self.number = ""
         self.writers: set[str] = set()
-        """The hosts whose ranks have written the state, as seen while the job's end was awaited."""
+        """The hosts whose ranks have written the state, as seen while records or the job's end were awaited."""
+        self.numbers_of_ranks: set[int] = set()
+        """The numbers of ranks in the state, as seen at the same times."""
 
     def submit(self, *options: str, launcher: str = "srun", per_host: int = 2, **environment: str) -> None:
         where = ["--nodes=4", f"--ntasks-per-node={per_host}", "--time=5", f"--output={self.log}", *options]
@@ -68,8 +70,7 @@ class Job:
         """How Slurm says that its script ended; a host that is lost may be busy with it for longer."""
 
         def is_over() -> bool:
-            if (state := self.state()) is not None:
-                self.writers.add(state.host)
+            self._note_state()
             return facts(self.number)["JobState"] in OVER
 
         wait_for(is_over, limit_s=limit_s, what=f"the end: {self.said()}")
@@ -82,9 +83,15 @@ class Job:
         """Until the ranks have put requests to disk."""
 
         def num_bytes() -> int:
+            self._note_state()
             return sum(part.stat().st_size for part in Path(f"{self.results}.parts").glob("rank-*.part"))
 
         wait_for(lambda: num_bytes() > 4000, what=f"records: {self.said()}")
+
+    def _note_state(self) -> None:
+        if (state := self.state()) is not None:
+            self.writers.add(state.host)
+            self.numbers_of_ranks.add(state.world_size)
 
     def state(self) -> RunState | None:
         try:

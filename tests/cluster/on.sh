@@ -4,7 +4,7 @@
 host=$1
 shift
 read -r first <"@FOLDER@/host/$host/pid"
-export TMPDIR=@FOLDER@/host/$host/tmp SLURM_CONF=@FOLDER@/slurm.conf
+export TMPDIR=@FOLDER@/tmp SLURM_CONF=@FOLDER@/slurm.conf
 # shellcheck disable=SC2016 # words of the inner shell
 exec nsenter --target "$first" --net --uts --mount --ipc --pid -- \
     setpriv --pdeathsig TERM bash -c 'cd "$1" && shift && exec "$@"' _ "$PWD" "$@"

@@ -22,7 +22,7 @@ fi
 mkdir -p "$folder"/{shared,host,tmp,state,spool,log,run,munge}
 chmod 755 "$folder" # munge wants every folder above its socket to be open to all
 chmod 700 "$folder/munge"
-ip link add mh-br type bridge
+ip link add mh-br address 02:00:00:00:00:fe type bridge # of its own: that of a link would go with its host
 ip address add "$net.254/24" dev mh-br
 ip link set mh-br up
 

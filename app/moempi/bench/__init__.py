@@ -29,9 +29,9 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(chosen: Namespace) -> int:
     """Run the benchmark; collective, blocks. Raises UsageError for flags that the benchmark does not have."""
+    choose_segment_folder()
     monitor = Monitor()
     monitor.fork()
-    choose_segment_folder()
     from moempi.runtime.world import World
 
     benchmark = import_module(f"moempi.bench.{chosen.name}")

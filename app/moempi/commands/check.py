@@ -21,9 +21,9 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(chosen: Namespace) -> int:
     """Measure and print; collective."""
+    choose_segment_folder()
     monitor = Monitor()
     monitor.fork()
-    choose_segment_folder()
     from moempi.backend.select import find_island
     from moempi.comm.link_probe import measure
     from moempi.comm.transport_probe import probe

@@ -42,9 +42,9 @@ def run(chosen: Namespace) -> int:
     if chosen.world:
         ranks_per_node = chosen.ranks_per_node or chosen.world
         return _show_layout(chosen, read_job(chosen), [rank // ranks_per_node for rank in range(chosen.world)])
+    choose_segment_folder()
     monitor = Monitor()
     monitor.fork()
-    choose_segment_folder()
     stop = Stop(max_minutes=chosen.max_minutes)
     stop.catch_signals()  # before MPI, whose start takes time
     from moempi.engine.run import run_job
