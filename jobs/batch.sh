@@ -141,8 +141,9 @@ start() {
     if [ "$code" -eq 0 ]; then code=75; fi # mpirun ends with 0 when it loses a node
 }
 
-# start_run JOB.toml [OPTION...]   as start, and once more if the launcher fails before the run begins. What a killed host
-# has left in its TMPDIR keeps mpirun's daemon from starting there when it gets the process number of an earlier one.
+# start_run JOB.toml [OPTION...]   as start, and once more if the launcher fails before the run begins. What a killed node
+# has left, when it is back, keeps Slurm from starting a step of the same number there, and mpirun's daemon from starting
+# with the same process number.
 start_run() {
     local try
     begun='' code=75

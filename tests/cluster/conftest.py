@@ -1,11 +1,13 @@
-"""What the tests between virtual hosts share: weights and prompts on the shared file system."""
+"""What the tests between virtual hosts share: weights and prompts for all hosts, and a table of the failures."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from cluster import hosts
 from cluster.jobs import write_prompts
+from faults.campaign import table
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,17 @@ def net(tmp_path_factory) -> dict[str, object]:
         "sampling__ignore_eos": "true",
         "exchange__transport": "pairwise",
     }
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how often each failure was tried, and how often the test passed, as tests/faults/campaign.py does."""
+    tried: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            name = dict(report.user_properties).get("failure")
+            if name is not None and report.when == "call":
+                tried[str(name)] += 1
+                passed[str(name)] += outcome == "passed"
+    if tried:
+        terminalreporter.write_line(table(tried, passed))

@@ -41,7 +41,8 @@ def move(processes: Iterable[int], group: Path) -> None:
             (group / "cgroup.procs").write_text(str(process))
 
 
-def test_a_slow_host_is_named_while_the_job_runs(net, tmp_path, limit):
+def test_a_slow_host_is_named_while_the_job_runs(net, tmp_path, limit, record_property):
+    record_property("failure", "host slow")
     job = Job(tmp_path / "job", **net | {"sampling__max_tokens": 400, "run__timeout_s": 60})
     job.submit()
     wait_for(lambda: " running, " in job.said(), what="the first steps")
