@@ -116,12 +116,14 @@ start() {
     local before=$state
     launch moempi run "$@" "${staged[@]}" &
     local child=$!
-    trap 'asked_early=1; kill -USR1 "$child" 2>/dev/null' USR1 # srun and mpirun pass it on to their ranks
+    trap 'asked_early=1; kill -USR1 "$child" 2>/dev/null || true' USR1 # srun and mpirun pass it on to their ranks
     local ended
     ended=$(mktemp)
     end_with_ranks "$child" "$ended" "$@" &
     local watch=$!
-    while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends wait, not the child
+    while wait "$child" || true; kill -0 "$child" 2>/dev/null; do :; done # a signal ends wait, not the child
+    code=0
+    wait "$child" || code=$?
     trap 'asked_early=1' USR1
     kill "$watch" 2>/dev/null || true
     state=$(<"$ended")
@@ -146,7 +148,7 @@ start() {
 # with the same process number.
 start_run() {
     local try
-    begun='' code=75
+    begun='' code=138 # as if USR1 had ended it
     for try in 1 2; do
         if [ -n "$asked_early" ]; then return 0; fi
         start "$@"
@@ -172,7 +174,7 @@ run_job() {
     while true; do
         start_run "$@"
         read -r _ after asked _ <<<"$state"
-        if [ -z "$begun" ] && [ -n "$asked_early" ]; then
+        if [ -z "$begun" ] && [ -n "$asked_early" ] && ! is_own_code "$code"; then
             requeue "asked to stop before the start"
             return 75
         fi

@@ -24,6 +24,7 @@ COMMANDS = {
             printf '%s\\0' "${@:2}" >"$NOTES/state"
         else
             printf '%s\\0' "${@:2}" >"$NOTES/run"
+            if [ -n "${STOPPED:-}" ]; then trap : USR1; kill -USR1 $PPID; fi # and the script sends it back
             [[ " $* " = *" --dry-run "* ]] || exit "$CODE"
             world=$(sed 's/.*--world //; s/ .*//' <<<"$*")
             exit "$((FITTING % world != 0))"
@@ -201,6 +202,14 @@ def test_a_launcher_that_fails_before_the_run_begins_is_started_once_more(script
     assert len((script.notes / "srun").read_text().splitlines()) == starts
     assert outcome.stderr.count(FAILED) == (1 if "finished" in states else 2)
     assert (script.notes / "scontrol").exists() == requeued
+
+
+def test_a_job_that_is_stopped_again_without_progress_is_given_up(script):
+    states = "stopped 5 75 SIGUSR1\nstopped 5 75 SIGUSR1\n"
+    outcome = script.run("job.toml", states=states, code=75, STOPPED="1", SLURM_RESTART_COUNT="1")
+    assert (outcome.returncode, FAILED in outcome.stderr) == (75, False)
+    assert "giving up" in outcome.stderr
+    assert not (script.notes / "scontrol").exists()
 
 
 def test_a_job_that_is_refused_on_the_nodes_that_are_left_is_requeued_at_once(script):
