@@ -13,12 +13,12 @@ pytestmark = hosts.MARKS
 
 SLOW = "n3"
 GROUP = Path("/sys/fs/cgroup/cpu/moempi-cluster")  # down.sh removes it
-PERIOD_US, QUOTA_US = 100_000, 20_000
+PERIOD_US, QUOTA_US = 100_000, 8_000  # less than the share of a host on a busy machine
 
 
 @pytest.fixture
 def limit() -> Iterator[Callable[[], None]]:
-    """Gives all processes of a host together a fifth of a core."""
+    """Gives all processes of a host together a twelfth of a core."""
     if not (GROUP.parent / "cpu.cfs_quota_us").exists():
         pytest.skip("no control groups of version 1 for processors")
     GROUP.mkdir()
@@ -47,7 +47,7 @@ def test_a_slow_host_is_named_while_the_job_runs(net, tmp_path, limit, record_pr
     job.submit()
     wait_for(lambda: " running, " in job.said(), what="the first steps")
     limit()
-    wait_for(lambda: f"{SLOW} is slow" in job.said(), limit_s=60, what="a line about the slow host")
+    wait_for(lambda: f"{SLOW} is slow" in job.said(), limit_s=120, what="a line about the slow host")
     wait_for(lambda: (state := job.state()) is not None and SLOW in state.slow_hosts, limit_s=15, what="the state")
     hosts.run("scancel", "--batch", "--signal=USR1", job.number)
     wait_for(lambda: "stopped early" in job.said(), what="the end of the run")
