@@ -48,6 +48,8 @@ sampling = {max_tokens = 20, ignore_eos = true}
 def group(request) -> Iterator[Path]:
     """A control group whose processes together have LIMIT_BYTES."""
     mounted, limit_name, _ = GROUPS[request.param]
+    if not (mounted / "cgroup.procs").exists():
+        pytest.skip(f"no control groups of {request.param} for memory on this machine")
     folder = mounted / f"moempi-test-{os.getpid()}"
     try:
         folder.mkdir()
