@@ -244,6 +244,7 @@ def test_results_are_whole_even_if_stdout_cannot_be_written(weights, tmp_path, r
 def test_a_run_that_is_killed_whole_has_failed_and_continues(weights, run, tmp_path, capfd):
     results = tmp_path / "r.h5"
     settings = {"model.weights": weights, "output.results": results, "run.precision": "float32"}
+    settings |= {"run.max_sequences": 1, "run.micro_batches": 1}  # it takes seconds
     words = [str(word) for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     process = start(*python("-m", "moempi", "run", JOB, *words))
     try:

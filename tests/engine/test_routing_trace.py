@@ -44,12 +44,17 @@ def alone(run):
 
 
 def assert_whole(path, alone, *, within=0.0):
-    """Every computed token has its experts and weights, and they are those of one rank."""
+    """Every computed token has its experts and weights, and they are those of one rank.
+
+    Of weights that are equal `within` rounding, either expert may be chosen.
+    """
     with h5py.File(path) as file:
         prompts, tokens = np.diff(file["prompt/offsets"][:]), np.diff(file["output/offsets"][:])
         np.testing.assert_array_equal(np.diff(file["routing/offsets"][:]), prompts + tokens - 1)
-        for name in ("offsets", "layer", "experts"):
+        for name in ("offsets", "layer"):
             np.testing.assert_array_equal(file[f"routing/{name}"][:], alone[name])
+        others = np.mean(file["routing/experts"][:] != alone["experts"])
+        assert others <= (0.005 if within else 0.0)
         np.testing.assert_allclose(file["routing/weights"][:], alone["weights"], rtol=0, atol=within)
 
 

@@ -180,7 +180,7 @@ class CompiledBackend(NumpyBackend):
         return self._kernels.choose_experts(logits, router, correction, rounds=self.is_bfloat16)
 
     def pack(self, rows: Float32Array, index: IntArray | None, out: npt.NDArray[Any]) -> None:
-        self._kernels.copy_rows(contiguous_rows(rows), _as_index(index), out)
+        self._kernels.copy_rows(np.ascontiguousarray(rows), _as_index(index), out)
 
     def unpack(self, buffer: npt.NDArray[Any], index: IntArray | None) -> Float32Array:
         if index is None and not self.is_bfloat16:
