@@ -177,7 +177,9 @@ class CompiledBackend(NumpyBackend):
             return super().choose_experts(logits, router, correction=correction, selection_bias=selection_bias)
         if selection_bias is not None:
             correction = selection_bias if correction is None else correction + selection_bias
-        return self._kernels.choose_experts(logits, router, correction, rounds=self.is_bfloat16)
+        if correction is not None:
+            correction = np.ascontiguousarray(correction, np.float32)
+        return self._kernels.choose_experts(np.ascontiguousarray(logits), router, correction, rounds=self.is_bfloat16)
 
     def pack(self, rows: Float32Array, index: IntArray | None, out: npt.NDArray[Any]) -> None:
         self._kernels.copy_rows(np.ascontiguousarray(rows), _as_index(index), out)
@@ -198,7 +200,7 @@ class CompiledBackend(NumpyBackend):
     ) -> Float32Array:
         rows = np.ascontiguousarray(output_rows, np.int64)
         added = [np.ascontiguousarray(addend) for addend in addends]
-        return self._kernels.combine(buffer, rows, np.ascontiguousarray(weights), added)
+        return self._kernels.combine(buffer, rows, np.ascontiguousarray(weights, np.float32), added)
 
     def expert_mlp(self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray) -> Float32Array:
         chosen = [(expert, count) for expert, count in zip(experts, counts.tolist(), strict=True) if count]
