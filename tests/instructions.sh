@@ -17,7 +17,7 @@ fi
 kernels=app/moempi/backend/cpu/kernels
 run() { # run NAME RUNNER COMPILER OPTION...
     local name=$1 runner=$2
-    "${@:3}" -std=gnu11 -Wall -Wextra -Werror -O3 -ffp-contract=off -pthread -I"$kernels" -o "$work/$name" \
+    "${@:3}" -std=gnu11 -Wall -Wextra -Werror -O3 -ffp-contract=off -fno-strict-aliasing -pthread -I"$kernels" -o "$work/$name" \
         tests/backend/cpu/kernel_bits.c "$kernels"/*.c -lm
     $runner "$work/$name" >"$work/$name.txt"
 }

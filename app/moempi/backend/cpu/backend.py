@@ -161,7 +161,7 @@ class NumpyBackend:
         return self._stored(product.reshape(-1, heads, matrices.shape[-1])[:num_rows])
 
     def clip(self, x: Float32Array, limit: float) -> Float32Array:
-        return np.clip(x, np.float32(-limit), np.float32(limit))
+        return self._stored(np.clip(x, np.float32(-limit), np.float32(limit)))
 
     def join_columns(self, *parts: Float32Array) -> Float32Array:
         return np.concatenate(parts, axis=-1)

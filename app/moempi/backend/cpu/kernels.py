@@ -22,7 +22,7 @@ from moempi.backend.protocol import Cache, RmsNorm, Stored
 from moempi.config.architecture import Clamp, Router
 
 SOURCES = Path(__file__).with_name("kernels")
-EXACT_FLAGS = ("-pthread", "-ffp-contract=off")
+EXACT_FLAGS = ("-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
 INSTRUCTIONS = {
     "AVX-512": ({"avx512f", "avx512bw", "avx512vl"}, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma")),
     "AVX2": ({"avx2", "fma"}, ("-mavx2", "-mfma")),
