@@ -47,10 +47,15 @@ use_nodes() {
 
 # unreachable_nodes   the nodes of the allocation whose slurmd does not answer within 2 s, with commas before
 unreachable_nodes() {
-    local node where
+    local node line address port
     scontrol show hostnames "$SLURM_JOB_NODELIST" | while read -r node; do
-        where=$(scontrol --oneliner show node "$node" | sed 's/.* NodeAddr=\([^ ]*\) .* Port=\([0-9]*\) .*/\1\/\2/')
-        timeout 2 bash -c ": </dev/tcp/$where" 2>/dev/null || printf ',%s' "$node" &
+        line=$(scontrol --oneliner show node "$node")
+        address=$(sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' <<<"$line")
+        port=$(sed -n 's/.* Port=\([0-9]*\).*/\1/p' <<<"$line") # only where it is not the default
+        [ -n "$port" ] || port=$(scontrol show config | sed -n 's/^SlurmdPort *= *\([0-9]*\).*/\1/p')
+        [ -n "$address" ] || continue
+        # shellcheck disable=SC2016 # of the inner shell
+        timeout 2 bash -c ': <"/dev/tcp/$1/$2"' _ "$address" "${port:-6818}" 2>/dev/null || printf ',%s' "$node" &
     done
     wait
 }
