@@ -134,7 +134,10 @@ start() {
     state=$(<"$ended")
     rm -f "$ended"
     begun=1
-    if [[ ${state##* } = lost_hosts=* ]]; then return 0; fi # no time to lose
+    if [[ ${state##* } = lost_hosts=* ]]; then # no time to lose
+        if [ "$code" -eq 0 ]; then code=75; fi # mpirun ends with 0 when it loses a node
+        return 0
+    fi
     # A launcher that ends may leave ranks, which end a moment later; a run that was killed on another node counts as
     # running for a while.
     local pause

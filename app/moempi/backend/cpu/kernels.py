@@ -162,7 +162,10 @@ class Kernels:
         self.threads = 1
 
     def use_threads(self, count: int) -> int:
-        """Use this number of threads from the next call on; returns how many can be used."""
+        """Compute with at least this number of threads from the next call on, alone if it is 1; returns the number.
+
+        A pool that is larger from an earlier call keeps its size. Returns 1 if a thread cannot start.
+        """
         self.threads = 1 if self._library.use_threads(count) else count
         return self.threads
 
@@ -211,7 +214,8 @@ class Kernels:
         at_once = max(1, min(int(TASK_FLOPS * panels / max(flops, 1)), -(-panels // self.threads)))
         tasks = sum(-(-len(part.matrix.packed) // at_once) for part in parts)
         step = max(1, int(tasks * min(1.0, self.threads * PIECE_FLOPS / max(flops, 1))))
-        array, scratch = b"".join(described), _at(self._scratch)
+        array, memory = b"".join(described), self._scratch  # held while `progress` may run other verbs
+        scratch = _at(memory)
         for first in range(0, tasks, step):
             self._library.multiply(array, len(described), scratch, at_once, first, min(first + step, tasks))
             progress()
