@@ -276,6 +276,14 @@ def test_a_folder_of_sources_is_one_library_that_its_files_and_flags_identify(tm
     (folder / "three.c").write_text('#include "value.h"\nint three(void) { return VALUE; }\n')
     (folder / "six.c").write_text('#include "value.h"\nint six(void) { return 2 * three(); }\n')
     assert load_kernel(folder).six() == 6
-    assert load_kernel(folder, "-DVALUE=4").six() == 8
+    assert load_kernel(folder, ("-DVALUE=4",)).six() == 8
     (folder / "value.h").write_text("#define VALUE 5\nint three(void);\n")
     assert load_kernel(folder).six() == 10
+
+
+@needs_compiler
+def test_the_first_flags_that_the_compiler_takes_are_used_without_a_warning(source, caplog):
+    assert load_kernel(source, ("-mno-such-processor",), ()).seven() == 7
+    assert not caplog.records
+    assert load_kernel(source, ("-mno-such-processor",), ("-mno-other",)) is None
+    assert "no-such-processor" in caplog.text

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -35,20 +35,24 @@ class _CompilerError(Exception):
     """No library can be compiled; the message is the reason."""
 
 
-def load_kernel(source: Path, *flags: str) -> ctypes.CDLL | None:
-    """Load the library of one C file, or of a folder of them, compiled with these flags on first use.
+def load_kernel(source: Path, *flags: Sequence[str]) -> ctypes.CDLL | None:
+    """Load the library of one C file, or of a folder of them, compiled on first use.
 
-    Not collective; blocks for up to 2 COMPILE_LIMIT_S. Returns None if the library cannot be compiled or loaded, and
-    logs a warning with the reason. Raises OSError if `source` cannot be read: the package is damaged, and the fallback
-    must not hide it.
+    It is compiled with the first of several sets of flags that the compiler takes. Not collective; blocks for up to 2
+    COMPILE_LIMIT_S. Returns None if the library cannot be compiled or loaded, and logs a warning with the reason.
+    Raises OSError if `source` cannot be read: the package is damaged, and the fallback must not hide it.
     """
     read = sorted(source.iterdir()) if source.is_dir() else [source]
-    code = b"\n".join([path.read_bytes() for path in read] + [flag.encode() for flag in flags])
-    try:
-        return _kept_or_compiled(source, code, [*flags, *(str(path) for path in read if path.suffix == ".c")])
-    except (_CompilerError, OSError) as error:
-        warn_once(f"compiled kernels are off, the run is slower: {' '.join(str(error).split())}")
-        return None
+    contents, names = [path.read_bytes() for path in read], [str(path) for path in read if path.suffix == ".c"]
+    problems = []
+    for options in flags or ((),):
+        code = b"\n".join([*contents, *(option.encode() for option in options)])
+        try:
+            return _kept_or_compiled(source, code, [*options, *names])
+        except (_CompilerError, OSError) as error:
+            problems.append(" ".join(str(error).split()))
+    warn_once(f"compiled kernels are off, the run is slower: {problems[0]}")
+    return None
 
 
 def _kept_or_compiled(source: Path, code: bytes, arguments: list[str]) -> ctypes.CDLL:

@@ -15,7 +15,6 @@ from unittest.mock import patch
 import numpy as np
 
 from moempi.backend.cpu.kernels import Kernels
-from moempi.backend.cpu.packed_matrix import PackedMatrix
 from moempi.runtime.world import World
 
 PACKAGES = ("moempi", "numpy", "mpi4py", "torch", "transformers")
@@ -52,8 +51,8 @@ class Clock:
 
 @contextmanager
 def product_clock() -> Iterator[Clock]:
-    """Inside the block, the clock counts the time of matrix products: of NumPy, of the kernels, of packed matrices."""
-    clock, matmul, kernels, packed = Clock(), np.matmul, Kernels.multiply, PackedMatrix.product
+    """Inside the block, the clock counts the time of matrix products, of NumPy and of the kernels."""
+    clock, matmul, kernels = Clock(), np.matmul, Kernels.multiply
 
     def timed(product: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arrays: Any, **options: Any) -> Any:
@@ -67,7 +66,6 @@ def product_clock() -> Iterator[Clock]:
     with (
         patch.object(np, "matmul", timed(matmul)),
         patch.object(Kernels, "multiply", timed(kernels)),
-        patch.object(PackedMatrix, "product", timed(packed)),
     ):
         yield clock
 

@@ -13,7 +13,7 @@ from moempi.config.tensors import PAGE_ROWS
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or a processor without kernels")
 PRECISIONS = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-RUNNABLE = {instructions(), "AVX2"} if instructions() == "AVX-512" else {instructions()}
+RUNNABLE = instructions()
 
 
 def numbers(*shape, seed=0):

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from backend.cpu.guarded import guarded
-from moempi.arrays import narrow, round_to_bfloat16, widen
+from moempi.arrays import narrow, round_to_bfloat16
 from moempi.backend.cpu.attention_layout import CachedRows
-from moempi.backend.cpu.kernels import MatrixProduct, PanelMatrix, Rotation, load_kernels
+from moempi.backend.cpu.kernels import BFLOAT16, FLOAT32, PAIRS, MatrixProduct, PanelMatrix, Rotation, load_kernels
 from moempi.backend.protocol import Cache, RmsNorm
 from moempi.config.architecture import Clamp
 
 KERNELS = load_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler, or a processor without kernels")
 AT_END = pytest.mark.parametrize("at_end", [True, False])
+LARGEST_NAN = np.uint32(0x7FFF0000).view(np.float32)
 WIDTHS = (1, 15, 16, 17, 31, 33)
+WEIGHTS = (FLOAT32, BFLOAT16, PAIRS) if KERNELS and KERNELS.has_pairs else (FLOAT32, BFLOAT16)
 
 
 def values(*shape, seed=0):
@@ -25,15 +27,17 @@ def values(*shape, seed=0):
 
 
 @AT_END
-@pytest.mark.parametrize("stored_type", ["bfloat16", "float32"])
+@pytest.mark.parametrize("packing", WEIGHTS)
 @pytest.mark.parametrize("outputs", [1, 15, 16, 17, 31, 32, 33, 65, 129])
 @pytest.mark.parametrize("inputs", [1, 2, 31, 64])
-def test_products_of_edge_sizes(inputs, outputs, stored_type, at_end):
+def test_products_of_edge_sizes(inputs, outputs, packing, at_end):
     weights, bias = values(outputs, inputs, seed=1), guarded(values(outputs, seed=2), at_end=at_end)
-    stored = guarded(narrow(weights) if stored_type == "bfloat16" else weights, at_end=at_end)
-    packed = KERNELS.pack([stored], transposed=False)
-    np.testing.assert_array_equal(packed.packed, KERNELS.pack([stored.T], transposed=True).packed)
-    matrix = PanelMatrix(guarded(packed.packed, at_end=at_end), packed.shape)
+    stored = guarded(weights if packing == FLOAT32 else narrow(weights), at_end=at_end)
+    packed = KERNELS.pack([stored], transposed=False, pairs=packing == PAIRS)
+    transposed = KERNELS.pack([stored.T], transposed=True, pairs=packing == PAIRS)
+    assert packed.weights == packing
+    np.testing.assert_array_equal(packed.packed, transposed.packed)
+    matrix = PanelMatrix(guarded(packed.packed, at_end=at_end), packed.shape, packing)
     for rows in (1, 2, 5, 6, 7, 12, 13, 25, 97):
         x = guarded(values(rows, inputs), at_end=at_end)
         out = guarded(np.full((rows, outputs), np.nan, np.float32), at_end=at_end)
@@ -41,10 +45,12 @@ def test_products_of_edge_sizes(inputs, outputs, stored_type, at_end):
         np.testing.assert_allclose(out, x.astype(np.float64) @ weights.astype(np.float64).T + bias, atol=1e-4)
 
 
-@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf, 2.0**-130, 2.0**127, -0.0])
-def test_special_numbers_stay_in_their_row(special):
-    x, stored = values(13, 5), narrow(values(17, 5, seed=1))
-    matrix, results = KERNELS.pack([stored], transposed=False), []
+@pytest.mark.parametrize("packing", WEIGHTS)
+@pytest.mark.parametrize("special", [np.nan, LARGEST_NAN, np.inf, -np.inf, 2.0**-130, 2.0**127, -0.0])
+def test_special_numbers_stay_in_their_row(special, packing):
+    x, weights = values(13, 5), values(17, 5, seed=1)
+    stored = weights if packing == FLOAT32 else narrow(weights)
+    matrix, results = KERNELS.pack([stored], transposed=False, pairs=packing == PAIRS), []
     for rounded in (False, True):
         for number in (x[3, 2], special):
             changed, out = x.copy(), np.empty((13, 17), np.float32)
@@ -55,7 +61,7 @@ def test_special_numbers_stay_in_their_row(special):
         np.testing.assert_array_equal(np.delete(found, 3, axis=0), np.delete(plain, 3, axis=0))
     x[3, 2] = special
     with np.errstate(over="ignore", invalid="ignore"):
-        exact = (x[3].astype(np.float64) @ widen(stored).astype(np.float64).T).astype(np.float32)
+        exact = (x[3].astype(np.float64) @ weights.astype(np.float64).T).astype(np.float32)
     np.testing.assert_allclose(results[1][3], exact, rtol=1e-5, atol=1e-5)
 
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from moempi.arrays import Float32Array, IntArray, aligned_empty, round_to_bfloat16, widen
 from moempi.backend.cpu.attention_layout import BLOCK, Mask, cache_rows, causal_mask, query_blocks
 from moempi.backend.cpu.free_memory import available_bytes
-from moempi.backend.cpu.packed_matrix import PackedMatrix
 from moempi.backend.cpu.router import choose, weights_of
 from moempi.backend.protocol import (
     Array,
@@ -147,11 +146,9 @@ class NumpyBackend:
         return self._stored(centred)
 
     def linear(self, x: Float32Array, matrix: Array, bias: Float32Array | None = None) -> Float32Array:
-        product = self._product(x, matrix, rounded=self.is_bfloat16 and bias is None)
+        product = self._product(x, matrix)
         if bias is not None:
             product += bias
-        elif isinstance(matrix, PackedMatrix):
-            return product
         return self._stored(product)
 
     def linear_heads(self, x: Float32Array, matrices: Array) -> Float32Array:
@@ -400,11 +397,9 @@ class NumpyBackend:
     def _stored_logits(self, logits: Float32Array, router: Router) -> Float32Array:
         return logits if router.float32_logits else self._stored(logits)
 
-    def _product(self, x: Float32Array, matrix: Array, *, rounded: bool = False) -> Float32Array:
+    def _product(self, x: Float32Array, matrix: Array) -> Float32Array:
         inputs, outputs = matrix.shape
         most_rows = max(FEWEST_ROWS, int(PIECE_FLOPS / (2 * inputs * outputs)))
-        if isinstance(matrix, PackedMatrix):
-            return matrix.product(x, rounded=rounded, most_rows=most_rows, progress=self._progress)
         product = np.empty((len(x), outputs), np.float32)
         for first in range(0, len(x), most_rows):
             rows = x[first : first + most_rows]

@@ -14,7 +14,6 @@ from moempi.arrays import Float32Array, IntArray, widen
 from moempi.backend.cpu.attention_layout import CachedRows, lay_out_rows
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, MatrixProduct, PanelMatrix, Rotation, contiguous_rows
-from moempi.backend.cpu.packed_matrix import PackedMatrix, pack_matrix, packing_works
 from moempi.backend.protocol import Array, Cache, Expert, RmsNorm, Segment, Stored
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
@@ -44,18 +43,16 @@ class CompiledBackend(NumpyBackend):
         super().__init__(precision=precision, progress=progress)
         self.threads = kernels.use_threads(threads)
         self._kernels = kernels
-        self._packs_pairs = fast_products and self.is_bfloat16 and packing_works()
+        self._packs_pairs = fast_products and self.is_bfloat16 and kernels.has_pairs
         self._layouts: dict[int, CachedRows] = {}
 
     # Memory
 
     def matrix(self, *stored: Stored, transposed: bool = False) -> Array:
-        if self._packs_pairs and all(part.dtype == np.uint16 for part in stored):
-            return pack_matrix(stored, transposed=transposed)
-        return self._kernels.pack(stored, transposed=transposed)
+        return self._kernels.pack(stored, transposed=transposed, pairs=self._packs_pairs)
 
     def head_matrices(self, stored: Stored) -> Sequence[PanelMatrix]:
-        return [self._kernels.pack([one], transposed=True) for one in stored]
+        return [self.matrix(one, transposed=True) for one in stored]
 
     def table(self, stored: Stored) -> Stored:
         return stored
@@ -87,8 +84,6 @@ class CompiledBackend(NumpyBackend):
         )
 
     def linear(self, x: Float32Array, matrix: Array, bias: Float32Array | None = None) -> Float32Array:
-        if isinstance(matrix, PackedMatrix):
-            return super().linear(x, matrix, bias)
         return self._multiplied(x, matrix, bias, rounded=self.is_bfloat16)
 
     def linear_heads(self, x: Float32Array, matrices: Array) -> Float32Array:
@@ -204,7 +199,7 @@ class CompiledBackend(NumpyBackend):
 
     def expert_mlp(self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray) -> Float32Array:
         chosen = [(expert, count) for expert, count in zip(experts, counts.tolist(), strict=True) if count]
-        if not chosen or any(isinstance(expert.gate_up, PackedMatrix) for expert, _ in chosen):
+        if not chosen:
             return super().expert_mlp(rows, experts, counts)
         gate_up = self._multiplied_parts(
             rows, [(expert.gate_up, count, expert.gate_up_bias) for expert, count in chosen]
@@ -228,8 +223,6 @@ class CompiledBackend(NumpyBackend):
     # Tokens
 
     def logits(self, x: Float32Array, head: Array, bias: Float32Array | None = None) -> Float32Array:
-        if isinstance(head, PackedMatrix):
-            return super().logits(x, head, bias)
         return self._multiplied(x, head, bias, rounded=False)
 
     def _log_softmax(self, logits: Float32Array) -> Float32Array:

@@ -23,8 +23,11 @@ from moempi.config.architecture import Clamp, Router
 
 SOURCES = Path(__file__).with_name("kernels")
 EXACT_FLAGS = ("-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
+AVX512 = {"avx512f", "avx512bw", "avx512vl"}
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma")
 INSTRUCTIONS = {
-    "AVX-512": ({"avx512f", "avx512bw", "avx512vl"}, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma")),
+    "AVX-512 with bfloat16": (AVX512 | {"avx512_bf16"}, (*AVX512_FLAGS, "-mavx512bf16")),
+    "AVX-512": (AVX512, AVX512_FLAGS),
     "AVX2": ({"avx2", "fma"}, ("-mavx2", "-mfma")),
     "NEON": ({"asimd"}, ()),
 }
@@ -43,6 +46,8 @@ def _fields(**types: Any) -> list[tuple[str, Any]]:
     return list(types.items())
 
 
+FLOAT32, BFLOAT16, PAIRS = range(3)
+"""How product.c packs weights."""
 _PRODUCT = struct.Struct("@PPPPlllllii")
 """A `product` of product.c; as bytes, because a step describes thousands of them."""
 
@@ -73,12 +78,12 @@ class _Rotation(ctypes.Structure):
 
 
 class PanelMatrix:
-    """A matrix (inputs, outputs) in the panels of product.c; its weights are uint16 (bfloat16 bits) or float32."""
+    """A matrix (inputs, outputs) in the panels of product.c; `weights` is FLOAT32, BFLOAT16 or PAIRS."""
 
-    def __init__(self, packed: npt.NDArray[Any], shape: tuple[int, int]) -> None:
+    def __init__(self, packed: npt.NDArray[Any], shape: tuple[int, int], weights: int) -> None:
         self.packed = packed
         self.shape = shape
-        self.is_bfloat16 = packed.dtype == np.uint16
+        self.weights = weights
         self.address = _at(packed)
 
 
@@ -124,28 +129,27 @@ class Rotation:
     rounded: bool
 
 
-def instructions() -> str | None:
-    """The widest set of instructions of INSTRUCTIONS that this processor has; None if it has none of them."""
+def instructions() -> list[str]:
+    """The sets of INSTRUCTIONS that this processor has, widest first."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
-    return next((name for name, (needed, _) in INSTRUCTIONS.items() if needed <= set(features)), None)
+    return [name for name, (needed, _) in INSTRUCTIONS.items() if needed <= set(features)]
 
 
 @cache
 def load_kernels(name: str | None = None) -> "Kernels | None":
     """The kernels for a set of instructions, by default the widest; None if they cannot be compiled or run here."""
-    name = name or instructions()
-    if name is None:
+    names = [name] if name else instructions()
+    if not names:
         return None
-    library = load_kernel(SOURCES, *EXACT_FLAGS, *INSTRUCTIONS[name][1])
-    return None if library is None else Kernels(library, name)
+    library = load_kernel(SOURCES, *((*EXACT_FLAGS, *INSTRUCTIONS[each][1]) for each in names))
+    return None if library is None else Kernels(library)
 
 
 class Kernels:
     """Calls of the compiled kernels. Results are complete when a call returns."""
 
-    def __init__(self, library: Any, name: str) -> None:
-        self.name = name
+    def __init__(self, library: Any) -> None:
         self._library = library
         library.pack.argtypes = [_P, _P, _L, _L, _L, _I, _I]
         library.multiply.argtypes = [ctypes.c_char_p, _L, _P, _L, _L, _L]
@@ -156,6 +160,7 @@ class Kernels:
         ):
             getattr(library, call).argtypes, getattr(library, call).restype = [_P], None
         library.panel_outputs.restype = library.chunk_queries.restype = _L
+        self.has_pairs = bool(library.has_pairs())
         self._panel = library.panel_outputs()
         self._chunk = library.chunk_queries()
         self._scratch = np.empty(0, np.float32)
@@ -169,22 +174,28 @@ class Kernels:
         self.threads = 1 if self._library.use_threads(count) else count
         return self.threads
 
-    def pack(self, parts: Sequence[Stored], *, transposed: bool) -> PanelMatrix:
-        """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
+    def pack(self, parts: Sequence[Stored], *, transposed: bool, pairs: bool = False) -> PanelMatrix:
+        """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs).
+
+        With `pairs`, matrices of bfloat16 are packed for the processor's bfloat16 products, which it must have.
+        """
         if len({part.dtype for part in parts}) > 1:
             parts = [widen(part) if part.dtype == np.uint16 else part for part in parts]
+        weights = FLOAT32 if parts[0].dtype != np.uint16 else PAIRS if pairs else BFLOAT16
         inputs = parts[0].shape[0 if transposed else 1]
         counts = [part.shape[1 if transposed else 0] for part in parts]
-        packed = aligned_empty((-(-sum(counts) // self._panel), inputs, self._panel), parts[0].dtype)
-        if sum(counts) % self._panel:
+        steps = inputs + inputs % 2 if weights == PAIRS else inputs
+        packed = aligned_empty((-(-sum(counts) // self._panel), steps, self._panel), parts[0].dtype)
+        if steps != inputs:
+            packed[:] = 0
+        elif sum(counts) % self._panel:
             packed[-1] = 0
         first = 0
         for part, count in zip(parts, counts, strict=True):
             stored = np.ascontiguousarray(part)
-            is_bfloat16 = stored.dtype == np.uint16
-            self._library.pack(_at(stored), _at(packed), inputs, count, first, int(transposed), int(is_bfloat16))
+            self._library.pack(_at(stored), _at(packed), inputs, count, first, int(transposed), weights)
             first += count
-        return PanelMatrix(packed, (inputs, sum(counts)))
+        return PanelMatrix(packed, (inputs, sum(counts)), weights)
 
     def multiply(
         self,
@@ -205,7 +216,7 @@ class Kernels:
         for matrix, rows, x_at, out_at, bias in parts:
             inputs, outputs = matrix.shape
             addresses = x_address + 4 * x_at, matrix.address, 0 if bias is None else _at(bias), out_address + 4 * out_at
-            described.append(_PRODUCT.pack(*addresses, rows, inputs, outputs, *strides, matrix.is_bfloat16, rounded))
+            described.append(_PRODUCT.pack(*addresses, rows, inputs, outputs, *strides, matrix.weights, rounded))
             numbers += rows * (inputs + self._panel)
             panels += len(matrix.packed)
             flops += 2 * rows * inputs * outputs

@@ -3,18 +3,21 @@
 #include <stdint.h>
 
 /* product.c */
+enum { FLOAT32, BFLOAT16, PAIRS }; /* how weights are packed */
+
 typedef struct {
     const float *x;     /* (rows, inputs); a row begins `x_stride` numbers after the last */
     const char *packed;
     const float *bias;  /* (outputs,), or NULL */
     float *out;         /* (rows, outputs), `out_stride` numbers apart */
     long rows, inputs, outputs, x_stride, out_stride;
-    int is_bfloat16;    /* the packed weights */
+    int weights;        /* FLOAT32, BFLOAT16 or PAIRS */
     int rounded;        /* round the results to bfloat16 values */
 } product;
 
 long panel_outputs(void);
-void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int is_bfloat16);
+void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int weights);
+int has_pairs(void); /* whether the processor's bfloat16 products are compiled */
 void multiply(const product *products, long count, float *scratch, long panels, long first, long last);
 
 /* attention.c */

@@ -6,10 +6,13 @@
  * weights alone, not on other rows, threads, the layout in memory or the processor.
  *
  * A matrix is packed into panels of PANEL outputs, with zeros beyond N. Weights that are stored as bfloat16 stay so:
- *   bfloat16  packed[n / PANEL][k][n % LANES][n / LANES % 2]    two outputs in a word
- *   float32   packed[n / PANEL][k][n % PANEL]
+ *   FLOAT32   packed[n / PANEL][k][n % PANEL]
+ *   BFLOAT16  packed[n / PANEL][k][n % LANES][n / LANES % 2]    two outputs in a word
+ *   PAIRS     packed[n / PANEL][k / 2][n % PANEL][k % 2]        two inputs in a word, with zeros beyond an odd K
+ * PAIRS are for the bfloat16 products of a processor that has them: rows are of bfloat16 values, an operation adds the
+ * products of two inputs to a sum, and its bits are of that operation; they depend on the row and the weights alone too.
  * A tile of rows and panels keeps its sums in registers. Rows are computed in blocks of at most BLOCK_ROWS, blocks in
- * runs that fit in the second-level cache; a block is packed as [k][row].
+ * runs that fit in the second-level cache; a block is packed as [k][row], with PAIRS as words [k / 2][row].
  *
  * NumPy twin: `NumpyBackend._product`.
  */
@@ -21,7 +24,7 @@
 #define BLOCK_ROWS (LANES == 8 ? 6 : 12)
 #define MOST_PANELS 4
 #define RUN_BLOCKS (LANES == 8 ? 16 : 8)
-#define RUN_INPUTS 768
+#define RUN_STEPS 768
 
 typedef struct {
     const product *products;
@@ -32,8 +35,8 @@ typedef struct {
 /* A tile: one block of rows and adjacent panels, over a run of inputs. */
 typedef struct {
     const float *x; /* [k][row] */
-    const char *weights;
-    long inputs, panel_bytes;
+    const char *packed;
+    long steps, panel_bytes;
     float *out;
     long out_stride;
     const float *bias;
@@ -42,28 +45,36 @@ typedef struct {
 
 static inline long quotient_up(long a, long b) { return (a + b - 1) / b; }
 static inline long panels_of(const product *p) { return quotient_up(p->outputs, PANEL); }
-static inline long step_bytes(const product *p) { return PANEL * (p->is_bfloat16 ? 2 : 4); }
-static inline long scratch_of(const product *p) { return p->rows * (p->inputs + PANEL); }
-static inline long run_inputs(const product *p) { return p->rows <= BLOCK_ROWS ? p->inputs : RUN_INPUTS; }
-
-static inline long packed_runs(const product *p) { return p->rows > 1 ? quotient_up(p->rows, RUN_BLOCKS * BLOCK_ROWS) : 0; }
+static inline long inputs_of_step(const product *p) { return p->weights == PAIRS ? 2 : 1; }
+static inline long steps_of(const product *p) { return quotient_up(p->inputs, inputs_of_step(p)); }
+static inline long step_bytes(int weights) { return PANEL * (weights == BFLOAT16 ? 2 : 4); }
+static inline long scratch_of(const product *p) { return p->rows * (steps_of(p) + PANEL); }
+static inline long run_steps(const product *p) { return p->rows <= BLOCK_ROWS ? steps_of(p) : RUN_STEPS; }
+static inline int packs_rows(const product *p) { return p->rows > 1 || p->weights == PAIRS; }
+static inline long packed_runs(const product *p) {
+    return packs_rows(p) ? quotient_up(p->rows, RUN_BLOCKS * BLOCK_ROWS) : 0;
+}
 
 long panel_outputs(void) { return PANEL; }
+int has_pairs(void) { return HAS_PAIRS; }
 
 /* Pack w, (N, K) or (K, N) if `transposed`, into the outputs from `first` on of a matrix of zeros. */
-void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int is_bfloat16) {
+void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int weights) {
+    long column = (weights == PAIRS ? quotient_up(inputs, 2) * 2 : inputs) * PANEL; /* numbers of a panel */
     for (long n0 = 0; n0 < outputs; n0 += PANEL)
         for (long k0 = 0; k0 < inputs; k0 += PANEL)
             for (long n = n0; n < smallest(n0 + PANEL, outputs); n++) {
-                long place = (first + n) % PANEL, column = (first + n) / PANEL * inputs * PANEL;
-                if (is_bfloat16)
-                    place = place % LANES * 2 + place / LANES;
+                long output = (first + n) % PANEL, panel = (first + n) / PANEL * column;
                 for (long k = k0; k < smallest(k0 + PANEL, inputs); k++) {
-                    long from = transposed ? k * outputs + n : n * inputs + k, to = column + k * PANEL + place;
-                    if (is_bfloat16)
-                        ((uint16_t *)packed)[to] = ((const uint16_t *)w)[from];
+                    long from = transposed ? k * outputs + n : n * inputs + k;
+                    if (weights == FLOAT32)
+                        ((float *)packed)[panel + k * PANEL + output] = ((const float *)w)[from];
+                    else if (weights == BFLOAT16)
+                        ((uint16_t *)packed)[panel + k * PANEL + output % LANES * 2 + output / LANES] =
+                            ((const uint16_t *)w)[from];
                     else
-                        ((float *)packed)[to] = ((const float *)w)[from];
+                        ((uint16_t *)packed)[panel + k / 2 * 2 * PANEL + output * 2 + k % 2] =
+                            ((const uint16_t *)w)[from];
                 }
             }
 }
@@ -71,27 +82,37 @@ void pack(const void *w, void *packed, long inputs, long outputs, long first, in
 /* The rows of block i of a run; blocks of a run differ by at most one row. */
 static inline long block_end(long rows, long blocks, long i) { return rows * (i + 1) / blocks; }
 
-/* Pack the rows of one run: [run of inputs][block][k][row]. */
+/* Words of two bfloat16 numbers: numbers 2 i and 2 i + 1 of a row of `inputs` numbers. */
+static inline uint32_t pair_at(const float *x, long i, long inputs) {
+    const uint32_t *bits = (const uint32_t *)x;
+    return bits[2 * i] >> 16 | (2 * i + 1 < inputs ? bits[2 * i + 1] & 0xFFFF0000u : 0);
+}
+
+/* Pack the rows of one run: [run of steps][block][step][row]. */
 static void pack_run(const product *p, float *scratch, long first) {
     long rows = smallest(p->rows - first, RUN_BLOCKS * BLOCK_ROWS), blocks = quotient_up(rows, BLOCK_ROWS);
-    float *to = scratch + first * p->inputs;
-    for (long k0 = 0; k0 < p->inputs; k0 += run_inputs(p)) {
-        long inputs = smallest(p->inputs - k0, run_inputs(p)), begin = 0;
+    float *to = scratch + first * steps_of(p);
+    for (long s0 = 0; s0 < steps_of(p); s0 += run_steps(p)) {
+        long steps = smallest(steps_of(p) - s0, run_steps(p)), begin = 0;
         for (long i = 0; i < blocks; i++) {
             long end = block_end(rows, blocks, i), width = end - begin;
             for (long t = begin; t < end; t++) {
-                const float *from = p->x + (first + t) * p->x_stride + k0;
-                for (long k = 0; k < inputs; k++)
-                    to[k * width + t - begin] = from[k];
+                const float *from = p->x + (first + t) * p->x_stride;
+                if (p->weights == PAIRS)
+                    for (long s = 0; s < steps; s++)
+                        ((uint32_t *)to)[s * width + t - begin] = pair_at(from, s0 + s, p->inputs);
+                else
+                    for (long s = 0; s < steps; s++)
+                        to[s * width + t - begin] = from[s0 + s];
             }
-            to += inputs * width;
+            to += steps * width;
             begin = end;
         }
     }
 }
 
-INLINE void load_weights(const char *at, vec *low, vec *high, const int is_bfloat16) {
-    if (is_bfloat16) {
+INLINE void load_weights(const char *at, vec *low, vec *high, const int weights) {
+    if (weights == BFLOAT16) {
         ivec words = load_bits(at);
         *low = as_floats(left(words, 16));
         *high = as_floats(and_bits(words, bits1(0xFFFF0000u)));
@@ -101,22 +122,26 @@ INLINE void load_weights(const char *at, vec *low, vec *high, const int is_bfloa
     }
 }
 
-/* `rows`, `panels` and `is_bfloat16` are constants after inlining; all outputs of the panels exist. */
-INLINE void compute(const tile *t, const int rows, const int panels, const int is_bfloat16) {
+INLINE vec add_product(vec number, vec weight, vec sum, const int weights) {
+    return weights == PAIRS ? fused_pairs(number, weight, sum) : fused(number, weight, sum);
+}
+
+/* `rows`, `panels` and `weights` are constants after inlining; all outputs of the panels exist. */
+INLINE void compute(const tile *t, const int rows, const int panels, const int weights) {
     vec sums[BLOCK_ROWS][2 * MOST_PANELS];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < 2 * panels; v++)
             sums[r][v] = t->starts ? set1(0) : load(t->out + r * t->out_stride + v * LANES);
-    const char *weights = t->weights;
+    const char *packed = t->packed;
     const float *x = t->x;
-    for (long k = 0; k < t->inputs; k++, weights += PANEL * (is_bfloat16 ? 2 : 4), x += rows)
+    for (long s = 0; s < t->steps; s++, packed += step_bytes(weights), x += rows)
         for (int p = 0; p < panels; p++) {
             vec low, high;
-            load_weights(weights + p * t->panel_bytes, &low, &high, is_bfloat16);
+            load_weights(packed + p * t->panel_bytes, &low, &high, weights);
             for (int r = 0; r < rows; r++) {
                 vec number = set1(x[r]);
-                sums[r][2 * p] = fused(number, low, sums[r][2 * p]);
-                sums[r][2 * p + 1] = fused(number, high, sums[r][2 * p + 1]);
+                sums[r][2 * p] = add_product(number, low, sums[r][2 * p], weights);
+                sums[r][2 * p + 1] = add_product(number, high, sums[r][2 * p + 1], weights);
             }
         }
     for (int r = 0; r < rows; r++)
@@ -133,23 +158,30 @@ INLINE void compute(const tile *t, const int rows, const int panels, const int i
 #define PANELS(rows) ((rows) == 1 || 4 * (rows) <= BLOCK_ROWS ? 4 : 2 * (rows) <= BLOCK_ROWS ? 2 : 1)
 
 /* `count` whole panels of a block of `rows` rows. */
-INLINE void compute_panels(tile t, long count, const int rows, const int is_bfloat16) {
+INLINE void compute_panels(tile t, long count, const int rows, const int weights) {
     for (long left = count; left > 0;) {
         int panels = left >= PANELS(rows) ? PANELS(rows) : 1;
         if (panels == PANELS(rows))
-            compute(&t, rows, PANELS(rows), is_bfloat16);
+            compute(&t, rows, PANELS(rows), weights);
         else
-            compute(&t, rows, 1, is_bfloat16);
-        t.weights += panels * t.panel_bytes;
+            compute(&t, rows, 1, weights);
+        t.packed += panels * t.panel_bytes;
         t.out += panels * PANEL;
         t.bias = t.bias ? t.bias + panels * PANEL : NULL;
         left -= panels;
     }
 }
 
-static void compute_block(tile t, long count, long rows, int is_bfloat16) {
+static void compute_block(tile t, long count, long rows, int weights) {
 #define CASE(n) \
-    case n: is_bfloat16 ? compute_panels(t, count, n, 1) : compute_panels(t, count, n, 0); break;
+    case n: \
+        if (weights == FLOAT32) \
+            compute_panels(t, count, n, FLOAT32); \
+        else if (weights == BFLOAT16) \
+            compute_panels(t, count, n, BFLOAT16); \
+        else if (HAS_PAIRS) \
+            compute_panels(t, count, n, PAIRS); \
+        break;
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if BLOCK_ROWS > 6
@@ -160,17 +192,17 @@ static void compute_block(tile t, long count, long rows, int is_bfloat16) {
 }
 
 /* `count` whole panels from the one at `t` on, of the run of rows whose packed blocks begin at t.x. */
-static void compute_run(tile t, long count, long rows, int is_bfloat16) {
+static void compute_run(tile t, long count, long rows, int weights) {
     long blocks = quotient_up(rows, BLOCK_ROWS), at_once = blocks == 1 ? count : 1;
     for (long panel = 0; panel < count; panel += at_once) {
         tile here = t;
-        here.weights += panel * t.panel_bytes;
+        here.packed += panel * t.panel_bytes;
         here.bias = t.bias ? t.bias + panel * PANEL : NULL;
         for (long i = 0, begin = 0; i < blocks; i++) {
             long end = block_end(rows, blocks, i);
             here.out = t.out + begin * t.out_stride + panel * PANEL;
-            compute_block(here, at_once, end - begin, is_bfloat16);
-            here.x += (end - begin) * t.inputs;
+            compute_block(here, at_once, end - begin, weights);
+            here.x += (end - begin) * t.steps;
             begin = end;
         }
     }
@@ -178,24 +210,24 @@ static void compute_run(tile t, long count, long rows, int is_bfloat16) {
 
 /* Panels [first, last) for all rows; outputs that are no whole panel go to `edge` (rows, PANEL). */
 static void compute_product(const product *p, const float *x, float *edge, long first, long last) {
-    long whole = smallest(last, p->outputs / PANEL), width = p->outputs % PANEL;
+    long all = steps_of(p), whole = smallest(last, p->outputs / PANEL), width = p->outputs % PANEL;
     float bias[PANEL] = {0};
     if (p->bias && last > whole)
         memcpy(bias, p->bias + whole * PANEL, sizeof(float) * (size_t)width);
     for (long t = 0; t < p->rows; t += RUN_BLOCKS * BLOCK_ROWS) {
         long rows = smallest(p->rows - t, RUN_BLOCKS * BLOCK_ROWS);
-        for (long k = 0; k < p->inputs; k += run_inputs(p)) {
-            long inputs = smallest(p->inputs - k, run_inputs(p)), panel_bytes = p->inputs * step_bytes(p);
-            tile here = {x + t * p->inputs + k * rows, p->packed + first * panel_bytes + k * step_bytes(p), inputs,
+        for (long s = 0; s < all; s += run_steps(p)) {
+            long steps = smallest(all - s, run_steps(p)), panel_bytes = all * step_bytes(p->weights);
+            tile here = {x + t * all + s * rows, p->packed + first * panel_bytes + s * step_bytes(p->weights), steps,
                          panel_bytes, p->out + t * p->out_stride + first * PANEL, p->out_stride,
-                         p->bias ? p->bias + first * PANEL : NULL, k == 0, k + inputs == p->inputs, p->rounded};
-            compute_run(here, whole - first, rows, p->is_bfloat16);
+                         p->bias ? p->bias + first * PANEL : NULL, s == 0, s + steps == all, p->rounded};
+            compute_run(here, whole - first, rows, p->weights);
             if (last > whole) {
-                here.weights += (whole - first) * panel_bytes;
+                here.packed += (whole - first) * panel_bytes;
                 here.out = edge + t * PANEL;
                 here.out_stride = PANEL;
                 here.bias = p->bias ? bias : NULL;
-                compute_run(here, 1, rows, p->is_bfloat16);
+                compute_run(here, 1, rows, p->weights);
             }
         }
     }
@@ -223,7 +255,7 @@ static void compute_task(const void *argument, long index) {
         long tasks = quotient_up(panels_of(p), of->panels);
         if (index < tasks) {
             long first = index * of->panels, last = smallest(first + of->panels, panels_of(p));
-            compute_product(p, p->rows > 1 ? scratch : p->x, scratch + p->rows * p->inputs, first, last);
+            compute_product(p, packs_rows(p) ? scratch : p->x, scratch + p->rows * steps_of(p), first, last);
             return;
         }
         index -= tasks;

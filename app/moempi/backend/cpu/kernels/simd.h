@@ -93,6 +93,17 @@ INLINE void store_halves(uint16_t *p, ivec v) { vst1_u16(p, vmovn_u32(v)); }
 #error "no kernels for this processor"
 #endif
 
+/* c plus the products of two pairs of bfloat16 numbers in each lane. */
+#if defined(__AVX512BF16__)
+#define HAS_PAIRS 1
+INLINE vec fused_pairs(vec a, vec b, vec c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)as_bits(a), (__m512bh)as_bits(b));
+}
+#else
+#define HAS_PAIRS 0
+#define fused_pairs fused
+#endif
+
 static inline long smallest(long a, long b) { return a < b ? a : b; }
 static inline long largest(long a, long b) { return a > b ? a : b; }
 
