@@ -78,16 +78,16 @@ LATENT_ATTENTION = [
 ]
 EXPERTS = [
     *("product", "choose_experts", "group", "download"),
-    *("take_rows", "take_rows", "gate_up_few", "multiply_few", "take_rows", "combine"),
+    *("take_rows", "gate_up_few", "multiply_few", "take_rows", "combine"),
 ]
 
 
 @pytest.mark.parametrize(
     ("attention", "attention_names", "number"),
     [
-        (SMALL.attention, ATTENTION, 15),
-        (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 15),
-        (LATENT, LATENT_ATTENTION, 20),
+        (SMALL.attention, ATTENTION, 14),
+        (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 14),
+        (LATENT, LATENT_ATTENTION, 19),
     ],
     ids=["plain", "normalized heads", "latent"],
 )

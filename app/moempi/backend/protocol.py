@@ -188,6 +188,9 @@ class MemoryVerbs(Protocol):
         MPI may read what a verb wrote to it once an event recorded behind the verb is done.
         """
 
+    def row_buffer(self, rows: int, width: int) -> Array:
+        """Allocate a contiguous, 64-byte aligned buffer (rows, width) of `row_dtype` for verbs alone."""
+
     def upload(self, values: npt.NDArray[Any]) -> Array:
         """Make a host array of indices or weights usable by verbs; the caller must not change it afterwards."""
 

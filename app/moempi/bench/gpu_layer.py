@@ -1,6 +1,6 @@
 """Whole layers on one GPU, computed as a run computes them on one rank: by the model's classes and the exchange.
 
-The rows that the rank sends to itself stay in device memory (loopback.py). So a layer has all its kernels and all the
+The rows that the rank sends to itself stay in device memory. So a layer has all its kernels and all the
 host's work, but no network.
 """
 
@@ -19,7 +19,6 @@ from moempi.backend.cuda.products import Matrix
 from moempi.backend.protocol import Array, Expert
 from moempi.bench.gpu_parts import NORM_EPS, Make
 from moempi.bench.gpu_report import OURS, Bench, Case
-from moempi.bench.loopback import Loopback
 from moempi.bench.random_layer import WEIGHT_DEVIATION, Sizes, make_exchange, run_to_end
 from moempi.bench.random_values import RandomValues, random_layer, random_matrix
 from moempi.comm.batch import NONE, Batch
@@ -29,6 +28,7 @@ from moempi.comm.lane_comm import LaneComm, make_lane_comm
 from moempi.comm.row_shape import RowShape
 from moempi.comm.transfers import Transfers, Waits
 from moempi.comm.transport_factory import TransportFactory
+from moempi.comm.transports.loopback import Loopback
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.interleave import interleave
@@ -124,14 +124,6 @@ def _random_model(bench: Bench, architecture: Architecture, *, pages: int) -> Tr
     return Transformer(architecture, backend, embedding=None, layers=layers, head=None, cache=cache)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LoopbackFactory(TransportFactory):
-    """Makes the transport of one rank."""
-
-    def make(self, *_: Any, **__: Any) -> Loopback:
-        return Loopback(partial(self.backend.comm_buffer, width=self.shape.width))
-
-
 class _Rig:
     """The lanes of one rank, each with its own step of the model."""
 
@@ -144,7 +136,7 @@ class _Rig:
         grid = Grid((stage,), tensor=1, slots_per_group=lanes * step.sequences)
         layout = Layout(grid, (dict.fromkeys(stage.layers, linear(1, 1)),), (), ())
         shape = RowShape(model.architecture.width, top_k=1, group_rows=num_rows)
-        transports = _LoopbackFactory(backend=bench.backend, name=Loopback.name, shape=shape, slot_rows=num_rows)
+        transports = TransportFactory(backend=bench.backend, name=Loopback.name, shape=shape, slot_rows=num_rows)
         self._comms: Sequence[LaneComm] = [
             make_lane_comm(
                 comm,
@@ -256,7 +248,7 @@ def _block(
         experts=[Expert(Matrix(gate_up[e], False), Matrix(down[e], False)) for e in range(sizes.experts)],
     )
     transfers = Transfers(backend, bench.pending)
-    transport = Loopback(partial(backend.comm_buffer, width=sizes.width))
+    transport = Loopback(partial(backend.row_buffer, width=sizes.width))
     hop = Hop(comm, backend, transfers=transfers, transport=transport)
     exchange = make_exchange(hop, linear(sizes.experts, 1))
     combine, x = HomeCombine(exchange), bench.values.rows(num_rows, sizes.width)

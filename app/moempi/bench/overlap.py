@@ -35,7 +35,6 @@ from moempi.bench.layout_overlap import (
     overlap_figures,
     overlap_table,
 )
-from moempi.bench.loopback import Loopback
 from moempi.bench.measure import alternate, machine
 from moempi.bench.random_layer import Sizes, add_size_flags, make_exchange, make_layer, make_rows, random_bits
 from moempi.bench.random_values import RandomValues, random_layer, random_matrix
@@ -300,8 +299,6 @@ def make_rig(world: World, stack: Stack, chosen: Namespace, link: Link, *, num_l
 
 
 def _transport(comm: Any, backend: Backend, chosen: Namespace) -> Transport:
-    if comm.size == 1:
-        return Loopback(partial(backend.comm_buffer, width=chosen.width))
     return make_transport(
         chosen.transport,
         comm,

@@ -149,6 +149,8 @@ class OneHop(Exchange):
     def _plan_steps(self, layer: int, choices: GroupedChoices) -> Steps[RoutePlan]:
         comm, bounds = self._hop.comm, self.placements[layer].bounds
         sent, received = self._num_counts[layer]
+        if comm.size == 1:
+            return make_plan(layer, choices, choices.counts[None], bounds=bounds)
         counts_here = np.empty((comm.size, received[0]), np.int64)
         yield comm.Ialltoallv([choices.counts, sent, MPI.INT64_T], [counts_here, received, MPI.INT64_T])
         self._hop.transfers.count_rows(sent=int(choices.counts.sum()), received=int(counts_here.sum()))

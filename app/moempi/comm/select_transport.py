@@ -14,6 +14,7 @@ from moempi.comm.peer_trial import mapping_problem
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.comm.transports.base import Transport, wait
 from moempi.comm.transports.cuda_ipc import CudaIpc
+from moempi.comm.transports.loopback import Loopback
 from moempi.comm.transports.pairwise import Pairwise
 from moempi.comm.transports.shared import Shared, SlotOptions
 from moempi.config.job import ExchangeSection
@@ -46,7 +47,9 @@ def choose_transport(
     and it cannot be used.
     """
     log, choice = logging.getLogger(__name__), ChosenTransport(section.transport, "as the job says")
-    if section.transport in ("auto", CudaIpc.name):
+    if all(len(stage.ranks) == 1 for stage in grid.stages):
+        choice = ChosenTransport(Loopback.name, "each stage has one rank")
+    elif section.transport in ("auto", CudaIpc.name):
         stage_nodes = [topology.subset(stage.ranks).nodes for stage in grid.stages]
         problem = _ipc_problem(section, comm, backend, topology=topology, stage_nodes=stage_nodes)
         if section.transport == CudaIpc.name and problem:
@@ -98,8 +101,10 @@ def make_transport(
 
     "shared" uses slots of `slot_bytes`: a rank that sends more at once uses messages. `windows` is the number of such
     transports in the run, which share the memory of the node. "cuda_ipc" needs all ranks on one node; its slots have
-    `slot_bytes` at least.
+    `slot_bytes` at least. A rank alone gets "loopback".
     """
+    if comm.size == 1:
+        return Loopback(partial(backend.row_buffer, width=width))
     row_bytes, allocate = width * backend.row_dtype.itemsize, partial(backend.comm_buffer, width=width)
     if name == Shared.name:
         slots = SlotOptions(

@@ -55,7 +55,7 @@ class TransportFactory:
             windows=self.num_lanes,
         )
         levels = topology.levels(comm.rank)
-        if self.verify:
+        if self.verify and comm.size > 1:
             transport = Verified(transport, comm)
         if self.links:
             transport = EmulatedLinks(transport, self.links, levels=levels, row_bytes=self.row_bytes)

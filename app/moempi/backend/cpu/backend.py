@@ -110,6 +110,8 @@ class NumpyBackend:
     def comm_buffer(self, rows: int, width: int) -> npt.NDArray[Any]:
         return aligned_empty((rows, width), self.row_dtype)
 
+    row_buffer = comm_buffer
+
     def upload(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return values
 

@@ -130,6 +130,9 @@ class CudaBackend:
     def comm_buffer(self, rows: int, width: int) -> Array:
         return self.device.comm_buffer((rows, width), self.row_dtype)
 
+    def row_buffer(self, rows: int, width: int) -> Array:
+        return self.device.empty((rows, width), self.row_dtype)
+
     def upload(self, values: Array) -> Array:
         """Integers become int32, floats float32. An array of the device is returned as it is."""
         if self.device.holds(values):

@@ -1,4 +1,4 @@
-"""The transport of a world of one rank, for benchmarks of the rest of a layer."""
+"""The transport of a rank that is alone in its group: rows stay where they were packed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from moempi.comm.transports.buffers import BufferRing
 
 
 class Loopback:
-    """Rows that a rank sends to itself are received where they were packed; `allocate(rows)` makes a buffer."""
+    """Hands packed rows back to their sender; `allocate(rows)` makes a buffer."""
 
     name = "loopback"
 
