@@ -7,7 +7,9 @@ from itertools import compress
 import h5py
 import numpy as np
 import pytest
+from numpy._core._multiarray_umath import __cpu_features__
 
+from moempi.backend.cpu.kernels import instructions
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
@@ -44,7 +46,7 @@ def prompts(tmp_path_factory):
 def run(weights, prompts, tmp_path_factory):
     """Run the mixed prompts on so many ranks with so many settings; the results file."""
 
-    def run(num_ranks, task, **settings):
+    def run(num_ranks, task, *, program=("-m", "moempi"), environment=None, **settings):
         results = tmp_path_factory.mktemp("results") / "out.h5"
         named = {
             "task": task,
@@ -57,7 +59,8 @@ def run(weights, prompts, tmp_path_factory):
             "score.top_n": 2 if task == "score" else 0,
         } | settings
         options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
-        outcome = mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *options), limit_s=120)
+        command = python(*program, "run", JOB, *options)
+        outcome = mpirun(num_ranks, *command, limit_s=120, **(environment or {}))
         assert outcome.code == 0, outcome.err
         return results
 
@@ -118,6 +121,26 @@ def test_reproducible_bfloat16_is_bit_identical(run):
     settings = {"run.precision": "bfloat16", "run.reproducible": "true"}
     for task in ("generate", "score"):
         found = compare(run(1, task, **settings), run(5, task, **settings, **{"run.micro_batches": 3}))
+        assert (found.different, found.largest) == (0, 0.0)
+
+
+WITH_AVX2 = (
+    "-c",
+    "import sys; from moempi.backend.cpu import kernels; kernels.instructions = lambda: ['AVX2'];"
+    "from moempi.cli import main; sys.exit(main(sys.argv[1:]))",
+)
+WIDER = [name for name in ("X86_V4", "AVX512_ICL", "AVX512_SPR") if __cpu_features__.get(name)]
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif("AVX-512" not in instructions(), reason="this processor has one set of instructions")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_narrower_instructions_give_the_same_bits(run, precision):
+    """As on a processor without AVX-512: the kernels are compiled for AVX2, and NumPy uses nothing wider."""
+    narrow = {"program": WITH_AVX2, "environment": {"NPY_DISABLE_CPU_FEATURES": " ".join(WIDER)}}
+    for task in ("generate", "score"):
+        settings = {"run.precision": precision, "run.micro_batches": 2}
+        found = compare(run(1, task, **settings), run(1, task, **settings, **narrow))
         assert (found.different, found.largest) == (0, 0.0)
 
 

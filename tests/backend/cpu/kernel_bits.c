@@ -39,16 +39,16 @@ static void print(const char *name, const void *result, size_t bytes) {
     printf("%-28s %016llx\n", name, (unsigned long long)hash);
 }
 
-static void print_product(long rows, long inputs, long outputs, int is_bfloat16) {
+static void print_product(long rows, long inputs, long outputs, int is_bfloat16, int rounded) {
     float *x = numbers(rows * inputs), *w = numbers(inputs * outputs), *bias = numbers(outputs);
     long panel = panel_outputs(), panels = (outputs + panel - 1) / panel;
     void *packed = calloc((size_t)(panels * panel * inputs), sizeof(float));
     pack(is_bfloat16 ? (void *)halves(w, inputs * outputs) : (void *)w, packed, inputs, outputs, 0, 0, is_bfloat16);
     float *out = numbers(rows * outputs), *scratch = calloc((size_t)(rows * (inputs + panel)), sizeof(float));
-    product p = {x, packed, bias, out, rows, inputs, outputs, inputs, outputs, is_bfloat16, 0};
+    product p = {x, packed, bias, out, rows, inputs, outputs, inputs, outputs, is_bfloat16, rounded};
     multiply(&p, 1, scratch, 1, 0, panels);
     char name[64];
-    snprintf(name, sizeof name, "product %ld x %ld x %ld%s", rows, inputs, outputs, is_bfloat16 ? " b" : "");
+    snprintf(name, sizeof name, "product %ld x %ld x %ld%s %d", rows, inputs, outputs, is_bfloat16 ? " b" : "", rounded);
     print(name, out, sizeof(float) * (size_t)(rows * outputs));
 }
 
@@ -86,12 +86,36 @@ static void print_rows(long width, int rounded) {
                   heads * width, width / 2, 1e-6f, rounded, rounded, 0};
     rotate_rows(&r);
     print(name, out, sizeof(float) * (size_t)(rows * heads * width));
+    int64_t places[] = {3, 0, 4, 1, 6, 5, 2};
+    float *cached = numbers(rows * heads * width);
+    r.out = NULL, r.cache = (char *)cached, r.cached = places, r.is_bfloat16 = rounded;
+    snprintf(name, sizeof name, "rotation into a cache %ld %d", width, rounded);
+    rotate_rows(&r);
+    print(name, cached, (rounded ? sizeof(uint16_t) : sizeof(float)) * (size_t)(rows * heads * width));
+    for (int widens = 0; widens < 2; widens++) {
+        gathering g = {widens ? (void *)halves(x, rows * width) : (void *)x, out, places, rows, width, widens,
+                       !widens && rounded};
+        snprintf(name, sizeof name, "gathering %ld %d %d", width, rounded, widens);
+        gather_rows(&g);
+        print(name, out, (g.narrows ? sizeof(uint16_t) : sizeof(float)) * (size_t)(rows * width));
+    }
     int64_t output_rows[] = {0, 3, 6, 6, 1, 2, 5, 4, 0, 0};
     combination c = {rounded ? (void *)halves(x, rows * width) : (void *)x, output_rows, numbers(10), {y, sum}, out, 5, 2,
                      width, rounded};
     snprintf(name, sizeof name, "combination %ld %d", width, rounded);
     combine_rows(&c);
     print(name, out, sizeof(float) * (size_t)(5 * width));
+}
+
+static void print_angles(long pairs) {
+    int64_t positions[] = {0, 1, 77, 4095, 131071, 1999999};
+    float frequencies[pairs], *cosine = numbers(6 * pairs), *sine = numbers(6 * pairs);
+    for (long p = 0; p < pairs; p++)
+        frequencies[p] = 1 / (1 + (float)(p * p));
+    angles a = {positions, frequencies, cosine, sine, 6, pairs, 1.2f};
+    angle_rows(&a);
+    print("cosines", cosine, sizeof(float) * (size_t)(6 * pairs));
+    print("sines", sine, sizeof(float) * (size_t)(6 * pairs));
 }
 
 static void print_log_softmax(long width) {
@@ -118,8 +142,8 @@ int main(void) {
     use_threads(2);
     for (int is_bfloat16 = 0; is_bfloat16 < 2; is_bfloat16++) {
         for (long rows = 1; rows < 200; rows += rows < 14 ? 1 : 61)
-            print_product(rows, 100, 70, is_bfloat16);
-        print_product(25, 1700, 33, is_bfloat16);
+            print_product(rows, 100, 70, is_bfloat16, rows % 2);
+        print_product(25, 1700, 33, is_bfloat16, 0);
         for (long window = 0; window < 200; window += 90) {
             print_attention(4, 4, 32, window, is_bfloat16);
             print_attention(6, 2, 24, window, is_bfloat16);
@@ -127,6 +151,7 @@ int main(void) {
         for (long width = 8; width < 80; width += 23)
             print_rows(width, is_bfloat16);
     }
+    print_angles(64);
     for (long width = 10; width < 1000; width *= 7)
         print_log_softmax(width);
     for (int scoring = SOFTMAX; scoring <= SOFTMAX_CHOSEN; scoring++)

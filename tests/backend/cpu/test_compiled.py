@@ -206,6 +206,19 @@ def test_attention_has_the_same_bits_for_any_chunks_threads_and_instructions(pre
     assert len(bits) == 1
 
 
+@pytest.mark.parametrize("amplitude", [1.0, 1.25])
+@pytest.mark.parametrize("theta", [1e4, 5e6])
+def test_angles_are_the_float32_numbers_nearest_to_the_exact_ones(theta, amplitude):
+    positions = np.concatenate([np.arange(3000), np.random.default_rng(0).integers(0, 2_000_000, 1000)])
+    frequencies = (theta ** -np.linspace(0, 1, 64)).astype(np.float32)
+    found = [
+        backend.rope_angles(positions, frequencies=frequencies, amplitude=amplitude) for backend in pair("float32")
+    ]
+    for exact, numbers in zip(*found, strict=True):
+        np.testing.assert_allclose(numbers, exact, rtol=2.0**-22, atol=2.0**-24)
+        assert np.count_nonzero(numbers != exact) < 5
+
+
 @PRECISIONS
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("with_norms", [False, True])

@@ -192,7 +192,7 @@ class NumpyBackend:
     def rope_angles(
         self, positions: IntArray, *, frequencies: Float32Array, amplitude: float
     ) -> tuple[Float32Array, Float32Array]:
-        """Shaped (T, 1, n) to apply to every head; rounded from float64, whose bits differ less between processors."""
+        """Shaped (T, 1, n) to apply to every head; rounded from float64."""
         angles = (positions.astype(np.float32)[:, None, None] * frequencies).astype(np.float64)
         cosine, sine = (values.astype(np.float32) for values in (np.cos(angles), np.sin(angles)))
         return cosine * np.float32(amplitude), sine * np.float32(amplitude)

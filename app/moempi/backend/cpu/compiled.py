@@ -100,6 +100,11 @@ class CompiledBackend(NumpyBackend):
 
     # Attention
 
+    def rope_angles(
+        self, positions: IntArray, *, frequencies: Float32Array, amplitude: float
+    ) -> tuple[Float32Array, Float32Array]:
+        return self._kernels.rope_angles(positions, np.ascontiguousarray(frequencies), amplitude)
+
     def rotate_into_cache(
         self,
         heads: tuple[Float32Array, Float32Array, Float32Array],

@@ -111,6 +111,10 @@ class _LogSoftmax(ctypes.Structure):
     _fields_ = _fields(logits=_P, out=_P, rows=_L, width=_L)
 
 
+class _Angles(ctypes.Structure):
+    _fields_ = _fields(positions=_P, frequencies=_P, cosine=_P, sine=_P, rows=_L, pairs=_L, amplitude=_F)
+
+
 class _Choice(ctypes.Structure):
     _fields_ = _fields(
         logits=_P, correction=_P, scores=_P, experts=_P, weights=_P, rows=_L, num=_L, top_k=_L, num_groups=_L,
@@ -156,7 +160,7 @@ class Kernels:
         library.pack.restype = library.multiply.restype = None
         for call in (
             *("attend", "normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows"),
-            *("choose_experts", "log_softmax_rows"),
+            *("choose_experts", "log_softmax_rows", "angle_rows"),
         ):
             getattr(library, call).argtypes, getattr(library, call).restype = [_P], None
         library.panel_outputs.restype = library.chunk_queries.restype = _L
@@ -285,6 +289,17 @@ class Kernels:
         call = _Activation(_at(gate_up), _at(out), rows, width, clamp is not None, rounded, limit, alpha)
         self._library.activate_rows(ctypes.addressof(call))
         return out
+
+    def rope_angles(
+        self, positions: IntArray, frequencies: Float32Array, amplitude: float
+    ) -> tuple[Float32Array, Float32Array]:
+        """Cosines and sines (T, 1, n) of the rotations of rows at `positions` (T,), as by `Backend.rope_angles`."""
+        rows, pairs = len(positions), len(frequencies)
+        cosine, sine = (np.empty((rows, 1, pairs), np.float32) for _ in range(2))
+        positions = np.ascontiguousarray(positions, np.int64)
+        call = _Angles(_at(positions), _at(frequencies), _at(cosine), _at(sine), rows, pairs, amplitude)
+        self._library.angle_rows(ctypes.addressof(call))
+        return cosine, sine
 
     def rotate(self, x: Float32Array, rotation: Rotation, norm: RmsNorm | None = None) -> Float32Array:
         """Heads x (T, H, dim), normalized if there is a norm, and rotated."""

@@ -100,12 +100,21 @@ typedef struct {
     long rows, width;
 } log_softmax;
 
+typedef struct {
+    const int64_t *positions;
+    const float *frequencies;
+    float *cosine, *sine; /* (rows, pairs) */
+    long rows, pairs;
+    float amplitude;
+} angles;
+
 void normalize_rows(const norm *n);
 void activate_rows(const activation *a);
 void rotate_rows(const rotation *r);
 void gather_rows(const gathering *g);
 void combine_rows(const combination *c);
 void log_softmax_rows(const log_softmax *l);
+void angle_rows(const angles *a);
 
 /* router.c */
 enum { SOFTMAX, SIGMOID, SOFTMAX_CHOSEN };

@@ -182,6 +182,41 @@ static void log_softmax_row(const void *argument, long row) {
         l->out[row * l->width + i] = (logits[i] - most) - shift;
 }
 
+#define HALF_PI 1.5707963267948966
+#define HALF_PI_REST 6.123233995736766e-17 /* pi / 2 less HALF_PI */
+
+/* The cosine and the sine of an angle >= 0, by Taylor's series around the nearest multiple of pi / 2; in double
+ * precision: they round to the float32 numbers of the exact ones, but for very rare cases.
+ */
+INLINE void cosine_and_sine(double angle, double *cosine, double *sine) {
+    double quarters = rint(angle * (1 / HALF_PI));
+    double r = __builtin_fma(-quarters, HALF_PI_REST, __builtin_fma(-quarters, HALF_PI, angle)), square = r * r;
+    double c = 0, s = 0; /* (cos r - 1) / r^2 and (sin r - r) / r^3 */
+    static const double factorials[] = {20922789888000.0, 87178291200.0, 479001600.0, 3628800.0, 40320.0, 720.0,
+                                        24.0,             2.0}; /* 16!, 14!, .. 2! */
+    for (int i = 0; i < 8; i++) {
+        double sign = i % 2 ? -1 : 1;
+        c = __builtin_fma(c, square, sign / factorials[i]);
+        s = __builtin_fma(s, square, sign / (factorials[i] * (17 - 2 * i)));
+    }
+    c = __builtin_fma(c, square, 1);
+    s = __builtin_fma(s * square, r, r);
+    long quarter = (long)quarters & 3;
+    double even = quarter & 1 ? s : c, odd = quarter & 1 ? c : s;
+    *cosine = quarter == 1 || quarter == 2 ? -even : even;
+    *sine = quarter >= 2 ? -odd : odd;
+}
+
+static void angle_row(const void *argument, long row) {
+    const angles *a = argument;
+    for (long p = 0; p < a->pairs; p++) {
+        double cosine, sine;
+        cosine_and_sine((float)a->positions[row] * a->frequencies[p], &cosine, &sine);
+        a->cosine[row * a->pairs + p] = (float)cosine * a->amplitude;
+        a->sine[row * a->pairs + p] = (float)sine * a->amplitude;
+    }
+}
+
 typedef struct {
     void (*task)(const void *, long);
     const void *argument;
@@ -205,4 +240,5 @@ void activate_rows(const activation *a) { share_rows(activate_row, a, a->rows, 2
 void rotate_rows(const rotation *r) { share_rows(rotate_row, r, r->rows, r->heads * r->dim); }
 void gather_rows(const gathering *g) { share_rows(gather_row, g, g->rows, g->width); }
 void log_softmax_rows(const log_softmax *l) { share_rows(log_softmax_row, l, l->rows, l->width); }
+void angle_rows(const angles *a) { share_rows(angle_row, a, a->rows, 8 * a->pairs); }
 void combine_rows(const combination *c) { share_rows(combine_row, c, c->rows, c->slots * c->width); }
