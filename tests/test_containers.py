@@ -95,7 +95,7 @@ def job(tmp_path_factory) -> Path:
 
 
 def test_free_memory_is_what_the_control_group_leaves(group):
-    count = "from moempi.backend.cpu.free_memory import available_bytes; print(available_bytes())"
+    count = "from moempi.backend.cpu.control_groups import available_bytes; print(available_bytes())"
     outcome = run_in(group, *python("-c", count))
     assert outcome.code == 0, outcome.err
     assert LIMIT_BYTES * 0.8 < int(outcome.out) < LIMIT_BYTES

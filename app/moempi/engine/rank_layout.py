@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moempi.backend.cpu.control_groups import processors
 from moempi.backend.locality import usable_cores
 from moempi.backend.protocol import Backend
 from moempi.backend.select import find_island
@@ -96,12 +97,16 @@ def lay_out_rank(
 
 
 def rank_threads(run: RunSection, world: World) -> int:
-    """Threads of this rank: `run.threads`, or an equal share of its cores among the ranks of its node. Collective."""
+    """Threads of this rank: `run.threads`, or an equal share of its cores among the ranks of its node. Collective.
+
+    A quota of processors, as of a container, counts as so many cores.
+    """
     cores = usable_cores()
     all_cores = world.comm.allgather((world.nodes[world.rank], cores))
     if run.threads != "auto":
         return run.threads
-    return max(1, len(cores.split(",")) // all_cores.count((world.nodes[world.rank], cores)))
+    usable = min(len(cores.split(",")), processors())
+    return max(1, int(usable) // all_cores.count((world.nodes[world.rank], cores)))
 
 
 def available_bytes(section: TopologySection, world: World, backend: Backend) -> int:

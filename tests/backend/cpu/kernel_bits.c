@@ -58,11 +58,14 @@ static void print_attention(long heads, long kv_heads, long dim, long window, in
     segment segments[] = {{0, 5, 60, 0}, {5, 70, 130, 2}};
     int32_t pages[] = {4, 0, 5, 1, 3, 2};
     float *out = numbers(rows * heads * dim);
+    long chunk = chunk_queries(), shared = heads / kv_heads;
+    int64_t tasks[] = {0, (5 * shared + chunk - 1) / chunk * kv_heads, 0};
+    tasks[2] = tasks[1] + (70 * shared + chunk - 1) / chunk * kv_heads;
     attention a = {numbers(rows * heads * dim), is_bfloat16 ? (char *)halves(keys, positions * kv_heads * dim) : (char *)keys,
                    is_bfloat16 ? (char *)halves(values, positions * kv_heads * dim) : (char *)values, out, segments, pages,
-                   numbers(heads), 2, heads, kv_heads, dim, dim, dim, window, 70 * heads / kv_heads / chunk_queries() + 1,
+                   numbers(heads), 2, heads, kv_heads, dim, dim, dim, window, tasks,
                    is_bfloat16, 0};
-    attend(&a);
+    attend(&a, 0, tasks[2]);
     char name[64];
     snprintf(name, sizeof name, "attention %ld/%ld x %ld %ld%s", heads, kv_heads, dim, window, is_bfloat16 ? " b" : "");
     print(name, out, sizeof(float) * (size_t)(rows * heads * dim));

@@ -1,7 +1,8 @@
 """Where the rows of a step are in the CPU's cache, and which queries and keys meet in a call of NumPy's attention."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,17 @@ from moempi.config.tensors import PAGE_ROWS
 BLOCK = 8
 """Rows of a call of BLAS, whose bits depend on the number of rows."""
 Mask = tuple[int, Float32Array]
+
+
+class AttentionTasks(NamedTuple):
+    """Tasks of attention that threads share: the `first` (n + 1,) of each segment, their `number`, and their scores.
+
+    `scores` are pairs of a row and a key, at most.
+    """
+
+    first: IntArray
+    number: int
+    scores: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +38,16 @@ class CachedRows:
     segments: IntArray
     pages: Int32Array
     rows: IntArray
+    _tasks: dict[tuple[int, int], AttentionTasks] = field(default_factory=dict)
+
+    def attention_tasks(self, kv_heads: int, shared: int, queries: int) -> AttentionTasks:
+        """The tasks of at most `queries` queries each, where `shared` heads share a key-value head, for all layers."""
+        if (kv_heads, shared) not in self._tasks:
+            lengths, starts = self.segments[:, 1], self.segments[:, 2]
+            first = np.zeros(len(lengths) + 1, np.int64)
+            np.cumsum(-(-lengths * shared // queries) * kv_heads, out=first[1:])
+            self._tasks[kv_heads, shared] = AttentionTasks(first, int(first[-1]), int(lengths @ (starts + lengths)))
+        return self._tasks[kv_heads, shared]
 
 
 def lay_out_rows(segments: Sequence[Segment]) -> CachedRows:

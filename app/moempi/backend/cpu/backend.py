@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray, aligned_empty, round_to_bfloat16, widen
 from moempi.backend.cpu.attention_layout import BLOCK, Mask, cache_rows, causal_mask, query_blocks
-from moempi.backend.cpu.free_memory import available_bytes
+from moempi.backend.cpu.control_groups import available_bytes
 from moempi.backend.cpu.router import choose, weights_of
 from moempi.backend.protocol import (
     Array,

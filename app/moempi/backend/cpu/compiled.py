@@ -18,7 +18,7 @@ from moempi.backend.protocol import Array, Cache, Expert, RmsNorm, Segment, Stor
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
-MOST_LAYOUTS = 8
+MOST_LAYOUTS = 64
 """Layouts of rows that are kept: one for each lane that takes a step."""
 
 
@@ -143,16 +143,15 @@ class CompiledBackend(NumpyBackend):
     ) -> Float32Array:
         """The softmax is in float32."""
         layout = self._laid_out(segments)
-        attended = self._kernels.attend(
+        return self._kernels.attend(
             queries * np.float32(scale),
             cache,
             layout,
             window=window,
             sinks=sinks,
             rounded=self.is_bfloat16,
+            progress=self._progress,
         )
-        self._progress()
-        return attended
 
     def _laid_out(self, segments: Sequence[Segment]) -> CachedRows:
         """The layout of a step's segments, which all layers share."""

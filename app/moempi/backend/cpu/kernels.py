@@ -55,7 +55,7 @@ _PRODUCT = struct.Struct("@PPPPlllllii")
 class _Attention(ctypes.Structure):
     _fields_ = _fields(
         queries=_P, keys=_P, values=_P, out=_P, segments=_P, pages=_P, sinks=_P, num_segments=_L, heads=_L,
-        kv_heads=_L, dim=_L, value_dim=_L, value_stride=_L, window=_L, most_chunks=_L, is_bfloat16=_I, rounded=_I,
+        kv_heads=_L, dim=_L, value_dim=_L, value_stride=_L, window=_L, first_tasks=_P, is_bfloat16=_I, rounded=_I,
     )  # fmt: skip
 
 
@@ -159,10 +159,11 @@ class Kernels:
         library.multiply.argtypes = [ctypes.c_char_p, _L, _P, _L, _L, _L]
         library.pack.restype = library.multiply.restype = None
         for call in (
-            *("attend", "normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows"),
+            *("normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows"),
             *("choose_experts", "log_softmax_rows", "angle_rows"),
         ):
             getattr(library, call).argtypes, getattr(library, call).restype = [_P], None
+        library.attend.argtypes, library.attend.restype = [_P, _L, _L], None
         library.panel_outputs.restype = library.chunk_queries.restype = _L
         self.has_pairs = bool(library.has_pairs())
         self._panel = library.panel_outputs()
@@ -244,20 +245,28 @@ class Kernels:
         window: int,
         sinks: Float32Array | None,
         rounded: bool,
+        progress: Callable[[], None] = lambda: None,
     ) -> Float32Array:
-        """Attention of scaled queries (T, H, dim) over a cache of keys and values (positions, kv heads, width)."""
+        """Attention of scaled queries (T, H, dim) over a cache of keys and values (positions, kv heads, width).
+
+        Calls `progress` between pieces of PIECE_FLOPS of work.
+        """
         rows, heads, dim = queries.shape
         keys, values, segments, pages = cache.keys, cache.values, layout.segments, layout.pages
         kv_heads, value_dim = values.shape[1:]
         out = np.empty((rows, heads, value_dim), np.float32)
-        longest = int(segments[:, 1].max(initial=0))
+        tasks = layout.attention_tasks(kv_heads, heads // kv_heads, self._chunk)
         call = _Attention(
             _at(queries), _at(keys), _at(values), _at(out), _at(segments), _at(pages),
             None if sinks is None else _at(sinks), len(segments), heads, kv_heads, dim, value_dim,
-            values.strides[1] // values.itemsize, window, -(-longest * (heads // kv_heads) // self._chunk),
+            values.strides[1] // values.itemsize, window, _at(tasks.first),
             keys.dtype == np.uint16, rounded,
         )  # fmt: skip
-        self._library.attend(ctypes.addressof(call))
+        flops = 2 * tasks.scores * heads * (dim + value_dim)
+        step = max(1, int(tasks.number * min(1.0, self.threads * PIECE_FLOPS / max(flops, 1))))
+        for first in range(0, tasks.number, step):
+            self._library.attend(ctypes.addressof(call), first, min(first + step, tasks.number))
+            progress()
         return out
 
     def normalize(

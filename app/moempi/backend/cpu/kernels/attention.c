@@ -202,14 +202,32 @@ static void attend_chunk(const attention *a, const segment *s, long kv_head, lon
     }
 }
 
+typedef struct {
+    const attention *attention;
+    long first;
+} call;
+
 static void attend_task(const void *argument, long index) {
-    const attention *a = argument;
-    const segment *s = a->segments + index / a->most_chunks / a->kv_heads;
-    long first = index % a->most_chunks * CHUNK, queries = s->length * (a->heads / a->kv_heads);
-    if (first < queries)
-        attend_chunk(a, s, index / a->most_chunks % a->kv_heads, first, smallest(CHUNK, queries - first));
+    const attention *a = ((const call *)argument)->attention;
+    index += ((const call *)argument)->first;
+    long low = 0, high = a->num_segments; /* the segment of the task is in [low, high) */
+    while (high - low > 1) {
+        long middle = (low + high) / 2;
+        if (a->first_tasks[middle] <= index)
+            low = middle;
+        else
+            high = middle;
+    }
+    const segment *s = a->segments + low;
+    index -= a->first_tasks[low];
+    long first = index / a->kv_heads * CHUNK, queries = s->length * (a->heads / a->kv_heads);
+    attend_chunk(a, s, index % a->kv_heads, first, smallest(CHUNK, queries - first));
 }
 
 long chunk_queries(void) { return CHUNK; }
 
-void attend(const attention *a) { share_tasks(attend_task, a, a->num_segments * a->kv_heads * a->most_chunks); }
+/* Compute the tasks [first, last). */
+void attend(const attention *a, long first, long last) {
+    call of = {a, first};
+    share_tasks(attend_task, &of, last - first);
+}

@@ -35,13 +35,13 @@ typedef struct {
     long num_segments, heads, kv_heads, dim, value_dim;
     long value_stride;    /* numbers from one value to that of the next head */
     long window;          /* 0 for all positions */
-    long most_chunks;     /* of the longest segment */
+    const int64_t *first_tasks; /* (num_segments + 1,): the first task of a segment: a chunk of queries of one head */
     int is_bfloat16;      /* the cache */
     int rounded;          /* round the results to bfloat16 values */
 } attention;
 
 long chunk_queries(void);
-void attend(const attention *a);
+void attend(const attention *a, long first, long last);
 
 /* rows.c */
 typedef struct {

@@ -1,8 +1,8 @@
-"""Free memory: what the system has, within the limits of control groups of both versions."""
+"""Free memory and processors: what the system has, within the limits of control groups of both versions."""
 
 import pytest
 
-from moempi.backend.cpu.free_memory import available_bytes
+from moempi.backend.cpu.control_groups import available_bytes, processors
 
 MIB = 1 << 20
 V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -59,3 +59,27 @@ def test_in_a_container_that_sees_only_its_own_group_the_mounted_one_counts(root
 def test_a_full_group_has_nothing_left(root):
     make_group(root, V2, "job/step", limit=MIB, usage=2 * MIB)
     assert available_bytes(root) == 0
+
+
+def test_without_a_quota_processors_are_not_limited(root):
+    assert processors(root) == float("inf")
+    make_group(root, V2, "job/step", limit="max")
+    (root / "sys/fs/cgroup/job/step/cpu.max").write_text("max 100000\n")
+    assert processors(root) == float("inf")
+
+
+def test_the_narrowest_quota_on_the_path_limits_processors(root):
+    make_group(root, V2, "job/step", limit="max")
+    (root / "sys/fs/cgroup/job/step/cpu.max").write_text("400000 100000\n")
+    (root / "sys/fs/cgroup/job/cpu.max").write_text("150000 100000\n")
+    assert processors(root) == 1.5
+
+
+def test_a_quota_of_the_first_version_limits_processors(root):
+    make_group(root, V1, "job/step", limit=MIB)
+    for group, quota in (("job/step", -1), ("job", 300000)):
+        folder = root / "sys/fs/cgroup/cpu" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert processors(root) == 3.0
