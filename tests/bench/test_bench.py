@@ -24,6 +24,15 @@ def test_layer_prints_both_precisions(mpirun, num_ranks):
     assert f"{num_ranks} ranks on 1 nodes" in outcome.out.replace("\n", " ")
 
 
+def test_product_prints_shares_of_what_a_core_can_do(mpirun):
+    command = python("-m", "moempi", "bench", "product", "--inputs", "64", "--outputs", "48", "--rows", "1", "3")
+    outcome = mpirun(1, *command, "--rounds", "1")
+    require_80_columns(outcome)
+    text = outcome.out.replace("\n", " ")
+    assert text.count(" of peak ") == text.count(" of reading ") >= 4
+    assert (mpirun(2, *command).code) == 64
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_exchange_prints_every_transport(mpirun, num_ranks):
     outcome = mpirun(num_ranks, *python("-m", "moempi", "bench", "exchange", "--rows", "1", "2", "--rounds", "3"))
