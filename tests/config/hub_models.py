@@ -260,6 +260,17 @@ SOLAR = NOISE | {
     "rope_scaling": {"factor": 2.0, "original_max_position_embeddings": 65536, "type": "yarn"},
     "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "vocab_size": 196608,
 }  # fmt: skip
+SARVAM_30B = NOISE | {
+    "architectures": ["SarvamMoEForCausalLM"], "model_type": "sarvam_moe", "embedding_dropout": 0.0, "eos_token_id": 1,
+    "first_k_dense_replace": 1, "head_dim": 64, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 8192,
+    "max_position_embeddings": 131072, "max_window_layers": 19, "moe_intermediate_size": 1024,
+    "moe_router_enable_expert_bias": True, "n_group": 1, "norm_topk_prob": True, "num_attention_heads": 64,
+    "num_experts": 128, "num_experts_per_tok": 6, "num_hidden_layers": 19, "num_key_value_heads": 4,
+    "num_shared_experts": 1, "output_dropout": 0.0, "output_router_logits": False, "pad_token_id": 0,
+    "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 8000000.0, "routed_scaling_factor": 2.5,
+    "score_function": "sigmoid", "tie_word_embeddings": False, "topk_group": 1, "use_bias": False, "use_qk_norm": True,
+    "use_qkv_bias": False, "vocab_size": 262144,
+}  # fmt: skip
 HY3 = NOISE | {
     "architectures": ["HYV3ForCausalLM"], "model_type": "hy_v3", "attention_bias": False, "bos_token_id": 120000,
     "enable_moe_fp32_combine": True, "eos_token_id": 120025, "first_k_dense_replace": 1, "head_dim": 128,
@@ -329,6 +340,7 @@ READ: dict[str, Values] = {
     "MiniMaxAI/MiniMax-M2": MINIMAX_M2,
     "upstage/Solar-Open-100B": SOLAR,
     "tencent/Hy3-preview": HY3,
+    "sarvamai/sarvam-30b": SARVAM_30B,
 }
 """Models whose configurations are read."""
 

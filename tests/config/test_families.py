@@ -94,7 +94,7 @@ def test_no_value_has_a_default(key):
 def test_sources_are_distinct_and_one_per_expert(model_type):
     tensors = catalogue(read())
     named = {tensor.name: FAMILIES[model_type].sources(tensor) for tensor in tensors if "_norm" not in tensor.name}
-    flat = [name for sources in named.values() for name in ([sources] if isinstance(sources, Fused) else sources)]
+    flat = [name for sources in named.values() for name in (sources if isinstance(sources, tuple) else [sources])]
     assert len(set(flat)) == len(flat)
     stacked = named["layers/002/experts/up"]
     if not isinstance(stacked, Fused):

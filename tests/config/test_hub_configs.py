@@ -280,12 +280,13 @@ GPT_OSS = COMMON | {
     },
     "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
 }
-MINIMAX_M2, GLM_FLASH, HY3, SOLAR = (
-    hub_models.MINIMAX_M2 | {"quantization_config": None}, hub_models.GLM_47_FLASH, hub_models.HY3, hub_models.SOLAR
+MINIMAX_M2, GLM_FLASH, HY3, SOLAR, SARVAM = (
+    hub_models.MINIMAX_M2 | {"quantization_config": None}, hub_models.GLM_47_FLASH, hub_models.HY3, hub_models.SOLAR,
+    hub_models.SARVAM_30B,
 )  # fmt: skip
 HUB = (
     OLMOE, MIXTRAL, DEEPSEEK_V3, MOONLIGHT, KIMI_K2, DEEPSEEK_V2_LITE, GLM_AIR, DOTS, QWEN2_MOE, ERNIE, PHI, GPT_OSS,
-    MINIMAX_M2, GLM_FLASH, HY3, SOLAR,
+    MINIMAX_M2, GLM_FLASH, HY3, SOLAR, SARVAM,
 )  # fmt: skip
 
 
@@ -361,6 +362,21 @@ def test_families_whose_groups_may_be_absent_have_one():
     for values in (SOLAR, hub_models.DOTS):
         router = read(values).experts.router
         assert (router.num_groups, router.kept_groups) == (1, 1)
+
+
+def test_sarvam():
+    architecture = read(SARVAM)
+    attention = architecture.attention
+    assert (attention.rope, attention.qk_norm, attention.biases) == (Rope(theta=8e6), "head", "none")
+    assert (architecture.dense_layers, architecture.experts.shared_width) == ((0,), 1024)
+    assert architecture.experts.router == Router(
+        top_k=6, scoring="sigmoid", correction=True, num_groups=1, kept_groups=1, group_score="top2",
+        renormalize=True, scaling=2.5, float32_logits=True, float32_weights=True,
+    )  # fmt: skip
+    assert read(SARVAM, use_qkv_bias=True).attention.biases == "qkv"
+    assert read(SARVAM, norm_topk_prob=None, score_function=None, n_group=None, topk_group=None) == architecture
+    saved = {"num_experts": None, "n_routed_experts": 128, "num_shared_experts": None, "n_shared_experts": 1}
+    assert read(SARVAM, **saved, use_qkv_bias=None, attention_bias=False) == architecture
 
 
 def test_olmoe():
@@ -560,6 +576,11 @@ def test_llama3_keeps_fast_frequencies_and_divides_slow_ones():
         (GLM_FLASH, {"mlp_layer_types": ["moe"] * 47}, "mlp_layer_types is not dense or sparse for each layer"),
         (GLM_FLASH, {"n_group": None}, "n_group is missing"),
         (HY3, {"route_norm": False}, "route_norm = False is not supported"),
+        (SARVAM, {"use_bias": True}, "use_bias = True is not supported"),
+        (SARVAM, {"score_function": "softmax"}, "score_function = 'softmax' is not supported"),
+        (SARVAM, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        (SARVAM, {"n_routed_experts": 64}, "n_routed_experts and num_experts and num_local_experts differ"),
+        (SARVAM, {"moe_shared_expert_intermediate_size": 512}, "moe_shared_expert_intermediate_size = 512 is not"),
         (SOLAR, {"use_qk_norm": True}, "use_qk_norm = True is not supported"),
         (SOLAR, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         (SOLAR, {"layer_types": ["sliding_attention"] * 48}, "layer_types has windows that are not supported"),

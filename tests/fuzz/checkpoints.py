@@ -1,7 +1,7 @@
 """Checkpoint folders: configurations of all families, safetensors files with their index, and tokenizers."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -14,7 +14,7 @@ from config.test_hub_configs import HUB
 from fuzz.mutation import BOUNDARIES, damaged, damaged_text, mutated, to_json
 from fuzz.subject import Subject, Use, main, require
 from moempi.config.architecture import Architecture
-from moempi.config.families import FAMILIES, Fused, read_architecture
+from moempi.config.families import FAMILIES, Fused, Joined, read_architecture
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.storage.weights import WeightFile
 from storage.checkpoints import origin_bits
@@ -30,7 +30,7 @@ SIZES = {
     "n_group": 2, "topk_group": 1, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6,
     "q_lora_rank": 5, "shared_expert_intermediate_size": 8, "moe_layer_end_index": 1, "first_k_dense_replace": 1,
     "sliding_window": 16, "eos_token_id": [1, 2], "n_shared_experts": 1, "moe_num_shared_experts": 1,
-    "rotary_dim": 4, "bos_token_id": 1, "attn_type_list": [1, 1],
+    "num_shared_experts": 1, "rotary_dim": 4, "bos_token_id": 1, "attn_type_list": [1, 1],
 }  # fmt: skip
 LATENT_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
 ROPES: tuple[Any, ...] = (
@@ -85,19 +85,21 @@ def tensors_of(architecture: Architecture, model_type: str) -> Tensors:
     """The tensors of a checkpoint of this architecture, in bfloat16."""
     names, shapes = FAMILIES[model_type], {}
     for tensor in catalogue(architecture):
-        for name, shape in _shapes(names.sources(tensor), tensor):
-            shapes[name] = shape
+        sources = names.sources(tensor)
+        if isinstance(sources, Joined):
+            num_rows, *_ = shapes.get(sources.name, (0,))
+            shapes[sources.name] = (num_rows + tensor.shape[0], *tensor.shape[1:])
+        else:
+            shapes |= _shapes(sources, tensor)
     return {name: ("BF16", shape, origin_bits(name, shape).tobytes()) for name, shape in shapes.items()}
 
 
-def _shapes(sources: Sequence[str] | Fused, tensor: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(sources: Sequence[str] | Fused, tensor: Tensor) -> dict[str, tuple[int, ...]]:
     if isinstance(sources, Fused):
         experts, outputs, *inputs = tensor.shape
-        yield sources.name, (experts, *inputs, outputs * sources.parts)
-        return
+        return {sources.name: (experts, *inputs, outputs * sources.parts)}
     shape = tensor.shape[1:] if tensor.share is Share.EXPERTS else tensor.shape
-    for name in sources:
-        yield name, shape[::-1] if tensor.transposed else shape
+    return dict.fromkeys(sources, shape[::-1] if tensor.transposed else shape)
 
 
 def header_of(tensors: Tensors) -> dict[str, Any]:

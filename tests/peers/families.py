@@ -67,6 +67,7 @@ GLM: dict[str, Any] = COMMON | {
     "topk_group": 1,
     "head_dim": 16,
 }
+SARVAM: dict[str, Any] = GLM | {"use_qk_norm": True}
 SOLAR: dict[str, Any] = {key: value for key, value in GLM.items() if key != "first_k_dense_replace"}
 HY: dict[str, Any] = COMMON | {
     "num_experts": 8,
@@ -218,6 +219,13 @@ CASES |= {
     "hy_v3-bias-float32_combine": (
         "hy_v3",
         HY | {"attention_bias": True, "enable_moe_fp32_combine": False, "num_shared_experts": 2, "head_dim": 12},
+    ),
+    "sarvam_moe": ("sarvam_moe", SARVAM),
+    "sarvam_moe-bias-yarn-groups": (
+        "sarvam_moe",
+        SARVAM
+        | {"attention_bias": True, "use_qk_norm": False, "n_group": 4, "topk_group": 2, "n_shared_experts": 2}
+        | {"rope_parameters": YARN},
     ),
     "solar_open": ("solar_open", SOLAR),
     "solar_open-bias-yarn-groups": (

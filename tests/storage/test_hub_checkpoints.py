@@ -5,20 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from config.test_hub_configs import (
-    DEEPSEEK_V3,
-    DOTS,
-    ERNIE,
-    GLM_AIR,
-    GLM_FLASH,
-    HY3,
-    MINIMAX_M2,
-    MIXTRAL,
-    OLMOE,
-    PHI,
-    QWEN2_MOE,
-    SOLAR,
-)  # fmt: skip
+from config.test_hub_configs import DEEPSEEK_V3, HUB, MIXTRAL, PHI, SARVAM
 from fuzz.checkpoints import small, tensors_of
 from moempi.cli import main
 from moempi.config.families import read_architecture
@@ -29,22 +16,12 @@ from storage.checkpoints import QWEN3_MOE, write_checkpoint, write_safetensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 DEEPSEEK = DEEPSEEK_V3 | {"quantization_config": None}
-FUSED = (
-    QWEN3_MOE,
-    QWEN2_MOE,
-    OLMOE,
-    MIXTRAL,
-    DEEPSEEK,
-    DEEPSEEK | {"model_type": "kimi_k2"},
-    GLM_AIR,
-    DOTS,
-    ERNIE,
-    PHI,
-    MINIMAX_M2,
-    GLM_FLASH,
-    HY3,
-    SOLAR,
-)
+# One configuration of every family whose experts are separate on the hub.
+SEPARATE = {
+    values["model_type"]: values | {"quantization_config": None}
+    for values in (*HUB, QWEN3_MOE)
+    if values["model_type"] != "gpt_oss"
+}.values()
 # Names in the modules of transformers, where they differ from the hub.
 SAVED_NAMES = {
     "mixtral": {"block_sparse_moe.gate": "mlp.gate"},
@@ -56,7 +33,16 @@ SAVED_NAMES = {
         "mlp.expert_bias": "mlp.e_score_correction_bias",
         "shared_mlp": "shared_experts",
     },
+    "sarvam_moe": {
+        "word_embeddings": "embed_tokens",
+        ".attention.dense": ".self_attn.o_proj",
+        ".attention.query_layernorm": ".self_attn.q_norm",
+        ".attention.key_layernorm": ".self_attn.k_norm",
+        ".attention.": ".self_attn.",
+        "mlp.gate.expert_bias": "mlp.gate.e_score_correction_bias",
+    },
 }
+JOINED = ".attention.query_key_value."
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
 REFUSAL = b"Access to model one/two is restricted. You must have access to it and be authenticated to access it."
@@ -100,6 +86,18 @@ def fused(tensors):
     return result
 
 
+def divided(tensors, values):
+    """The tensors with the joined rows of queries, keys and values as tensors of their own."""
+    result = dict(tensors)
+    for name in [name for name in tensors if JOINED in name]:
+        kind, joined = result.pop(name)
+        query_heads, heads, dim = (values[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+        parts = np.split(joined, [query_heads * dim, (query_heads + heads) * dim])
+        for one, rows in zip("qkv", parts, strict=True):
+            result[name.replace("query_key_value", f"{one}_proj")] = (kind, rows)
+    return result
+
+
 @pytest.mark.parametrize("values", [QWEN3_MOE, MIXTRAL, DEEPSEEK, DEEPSEEK | {"model_type": "kimi_k2"}, PHI])
 def test_rotary_frequencies_are_left_out_in_every_family(tmp_path, values):
     values = small(values)
@@ -108,15 +106,33 @@ def test_rotary_frequencies_are_left_out_in_every_family(tmp_path, values):
     assert converted(tmp_path / "more", values, tensors | more) == converted(tmp_path / "less", values, tensors)
 
 
-@pytest.mark.parametrize("values", FUSED, ids=lambda values: values["model_type"])
+@pytest.mark.parametrize("values", SEPARATE, ids=lambda values: values["model_type"])
 def test_fused_experts_give_the_same_bytes_as_separate_ones(tmp_path, values):
     values = small(values)
     tensors = bfloat16_tensors(values)
-    together = fused(tensors)
+    together = fused(divided(tensors, values))
     for hub, saved in SAVED_NAMES.get(values["model_type"], {}).items():
         together = {name.replace(hub, saved): one for name, one in together.items()}
     assert len(together) < len(tensors)
     assert converted(tmp_path / "fused", values, together) == converted(tmp_path / "hub", values, tensors)
+
+
+def test_joined_queries_keys_and_values_may_have_biases(tmp_path):
+    values = small(SARVAM) | {"use_qkv_bias": True}
+    tensors = bfloat16_tensors(values)
+    assert sum(JOINED in name for name in tensors) == 2 * values["num_hidden_layers"]
+    apart = {name.replace(".attention.", ".self_attn."): one for name, one in divided(tensors, values).items()}
+    for hub, saved in SAVED_NAMES["sarvam_moe"].items():
+        apart = {name.replace(hub.replace(".attention.", ".self_attn."), saved): one for name, one in apart.items()}
+    assert converted(tmp_path / "apart", values, apart) == converted(tmp_path / "hub", values, tensors)
+
+
+def test_joined_rows_of_another_number_are_refused_by_name(tmp_path):
+    values = small(SARVAM)
+    tensors = bfloat16_tensors(values)
+    name = "model.layers.1.attention.query_key_value.weight"
+    with pytest.raises(DataError, match=rf"{name}: its shape is \(63, 16\), not of 64 rows"):
+        converted(tmp_path / "hub", values, tensors | {name: ("BF16", tensors[name][1][:63])})
 
 
 def test_the_fused_experts_of_qwen3_vl_may_have_their_outputs_first_if_their_shapes_tell(tmp_path):

@@ -12,6 +12,7 @@ from moempi.config.architecture import Architecture
 from moempi.config.families import (
     Family,
     Fused,
+    Joined,
     Sources,
     checkpoint_family,
     checkpoint_quantization,
@@ -25,7 +26,7 @@ from moempi.errors import DataError
 from moempi.storage.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
 from moempi.storage.dequantize import PACKED, dequantized
 from moempi.storage.hdf5 import AnyArray
-from moempi.storage.tensor_sources import FusedExpert, Source
+from moempi.storage.tensor_sources import FusedExpert, RowRange, Source
 from moempi.storage.tensor_table import TensorTable
 from moempi.storage.weights import OnProgress, write_weights
 
@@ -98,6 +99,7 @@ class _ConversionPlan:
         self._table = TensorTable(checkpoint.folder, tensors)
         self._quantization = checkpoint_quantization(checkpoint.config, origin=str(checkpoint.config_path))
         names = checkpoint_family(checkpoint.config, origin=str(checkpoint.config_path))
+        self._num_rows = {tensor.name: tensor.shape[0] for tensor in catalogue(architecture)}
         self.sources = {
             tensor: tuple(self._checked(source, tensor) for source in self._sources(self._names(names, tensor), tensor))
             for tensor in catalogue(architecture)
@@ -113,7 +115,7 @@ class _ConversionPlan:
         hub, fused = names.sources(tensor), names.fused_sources(tensor)
         if fused is None or isinstance(hub, Fused):
             return hub
-        first = fused.name if isinstance(fused, Fused) else fused[0]
+        first = fused[0] if isinstance(fused, tuple) else fused.name
         return fused if self._numbers_name(first) in self._table else hub
 
     def _numbers_name(self, name: str) -> str:
@@ -124,6 +126,8 @@ class _ConversionPlan:
     def _sources(self, names: Sources, tensor: Tensor) -> Iterator[Source]:
         if isinstance(names, Fused):
             yield from self._fused_experts(names, tensor)
+        elif isinstance(names, Joined):
+            yield self._joined_rows(names, tensor)
         else:
             yield from map(self._source, names)
 
@@ -169,6 +173,13 @@ class _ConversionPlan:
             raise DataError(f"{whole.path}: {whole.name}: its {num_outputs} outputs are not {fused.parts} equal parts")
         for expert in range(num_experts):
             yield FusedExpert(whole, expert, fused.outputs(num_outputs), transposed)
+
+    def _joined_rows(self, joined: Joined, tensor: Tensor) -> RowRange:
+        whole, path = self._source(joined.name), tensor.name.rpartition("/")[0]
+        counts = [self._num_rows[f"{path}/{part}"] for part in joined.parts]
+        if whole.shape[:1] != (sum(counts),):
+            raise DataError(f"{whole.path}: {whole.name}: its shape is {whole.shape}, not of {sum(counts)} rows")
+        return RowRange(whole, sum(counts[: joined.part]), counts[joined.part])
 
     def _has_outputs_first(self, whole: Source, fused: Fused, tensor: Tensor) -> bool:
         """Whether a fused tensor is (outputs, inputs) though its family has it the other way: its shape tells.

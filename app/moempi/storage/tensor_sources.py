@@ -170,6 +170,25 @@ class Scaled(_Derived):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowRange(_Derived):
+    """The `num_rows` rows of another source from row `first` on."""
+
+    first: int
+    num_rows: int
+
+    @property
+    def dtype(self) -> str:
+        return self.of.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.num_rows, *self.of.shape[1:])
+
+    def read(self, start: int, stop: int) -> AnyArray:
+        return self.of.read(self.first + start, self.first + stop)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class FusedExpert(_Derived):
     """Some `outputs` of one expert of a fused tensor.
 

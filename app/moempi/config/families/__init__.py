@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from moempi.config.architecture import Architecture
-from moempi.config.families._family import Family, Fused, Sources
+from moempi.config.families._family import Family, Fused, Joined, Sources
 from moempi.config.families._harmless import HARMLESS
 from moempi.config.families._quantization import Quantization, part_name, read_quantization
 from moempi.config.families._reading import CheckpointConfig
@@ -25,6 +25,7 @@ from moempi.config.families.olmoe import OLMOE
 from moempi.config.families.phimoe import PHIMOE
 from moempi.config.families.qwen2_moe import QWEN2_MOE
 from moempi.config.families.qwen3_moe import QWEN3_MOE, QWEN3_VL_MOE_TEXT
+from moempi.config.families.sarvam_moe import SARVAM_MOE
 from moempi.config.families.solar_open import SOLAR_OPEN
 from moempi.errors import DataError
 
@@ -48,6 +49,7 @@ FAMILIES = {
         GLM4_MOE_LITE,
         HY_V3,
         SOLAR_OPEN,
+        SARVAM_MOE,
     )
 }
 
@@ -103,6 +105,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Fused",
+    "Joined",
     "Quantization",
     "Sources",
     "checkpoint_family",

@@ -43,10 +43,13 @@ def routed_and_shared(config: CheckpointConfig) -> dict[str, Any]:
     }
 
 
-def corrected_router(config: CheckpointConfig, *, absent_groups: int | None = None) -> Router:
+def corrected_router(
+    config: CheckpointConfig, *, absent_groups: int | None = None, renormalize: bool | None = None
+) -> Router:
     """The router of DeepSeek-V3: sigmoid scores, selection with a correction and within the best groups.
 
-    `absent_groups` is the number of groups in families whose configurations may leave it out.
+    `absent_groups` is the number of groups in families whose configurations may leave it out. `renormalize` is what
+    `norm_topk_prob` means, for families whose configurations may leave that out.
     """
     has_groups = config.has("n_group") or config.has("topk_group")
     if absent_groups is None or has_groups:
@@ -62,7 +65,7 @@ def corrected_router(config: CheckpointConfig, *, absent_groups: int | None = No
         num_groups=groups,
         kept_groups=kept,
         group_score="top2",
-        renormalize=config.flag("norm_topk_prob"),
+        renormalize=config.flag("norm_topk_prob") if renormalize is None else renormalize,
         scaling=config.number("routed_scaling_factor"),
         float32_logits=True,
         float32_weights=True,

@@ -37,9 +37,21 @@ class Fused:
         return slice(self.part * size, (self.part + 1) * size)
 
 
-Names = dict[str, str | Fused]
-Sources = tuple[str, ...] | Fused
-"""The checkpoint's names of one of our tensors: one name, one name per expert (row), or a fused tensor."""
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The rows of tensor number `part` of `parts`, which a checkpoint's tensor holds one after another.
+
+    `parts` are the last words of our names, as in `layers/003/attention/q`.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    part: int
+
+
+Names = dict[str, str | Fused | Joined]
+Sources = tuple[str, ...] | Fused | Joined
+"""The checkpoint's names of one of our tensors: one name, one name per expert (row), a fused or a joined tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +95,10 @@ def _in_any_layer(name: str) -> str:
     return _LAYER.sub("layers/{layer}/", name)
 
 
-def _sources(pattern: str | Fused, tensor: Tensor) -> Sources:
+def _sources(pattern: str | Fused | Joined, tensor: Tensor) -> Sources:
     layer = _LAYER.match(tensor.name)
     number = int(layer[1]) if layer else None
-    if isinstance(pattern, Fused):
+    if not isinstance(pattern, str):
         return replace(pattern, name=pattern.name.format(layer=number))
     if "{expert}" in pattern:
         return tuple(pattern.format(layer=number, expert=expert) for expert in range(tensor.shape[0]))
@@ -123,12 +135,12 @@ _LAYER_NAMES = {
 }
 
 
-def in_layers(names: Mapping[str, str | Fused]) -> Names:
+def in_layers(names: Mapping[str, str | Fused | Joined]) -> Names:
     """Full names on both sides from names inside a layer; the checkpoint's begin with `model.layers.N`."""
     return {
-        f"layers/{{layer}}/{ours}": replace(theirs, name=f"model.layers.{{layer}}.{theirs.name}")
-        if isinstance(theirs, Fused)
-        else f"model.layers.{{layer}}.{theirs}"
+        f"layers/{{layer}}/{ours}": f"model.layers.{{layer}}.{theirs}"
+        if isinstance(theirs, str)
+        else replace(theirs, name=f"model.layers.{{layer}}.{theirs.name}")
         for ours, theirs in names.items()
     }
 

@@ -7,10 +7,10 @@ task_specific_params tie_encoder_decoder tokenizer_class torch_dtype torchscript
 transformers.js_config unsloth_fixed unsloth_version use_bfloat16
 """
 _TRAINING = """
-attention_dropout aux_loss_alpha classifier_dropout embd_pdrop ep_size fuse_linear fuse_ln fuse_rms_norm fuse_rope
-fuse_softmax_mask fuse_swiglu gradient_checkpointing hidden_dropout hidden_dropout_prob initializer_range
-input_jitter_noise moe_capacity moe_dropout_prob output_router_logits pretraining_tp resid_pdrop router_aux_loss_coef
-router_z_loss_coef seq_aux tf_legacy_loss
+attention_dropout aux_loss_alpha classifier_dropout embd_pdrop embedding_dropout ep_size fuse_linear fuse_ln
+fuse_rms_norm fuse_rope fuse_softmax_mask fuse_swiglu gradient_checkpointing hidden_dropout hidden_dropout_prob
+initializer_range input_jitter_noise moe_capacity moe_dropout_prob output_dropout output_router_logits pretraining_tp
+resid_pdrop router_aux_loss_coef router_z_loss_coef seq_aux tf_legacy_loss
 """
 _PREDICTED_TOKENS = """
 mtp_loss_scaling_factor mtp_transformer_layers num_mtp_layers num_mtp_modules num_nextn_predict_layers use_mtp
