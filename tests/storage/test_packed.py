@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from config.test_hub_configs import DEEPSEEK_V3, GPT_OSS, MIXTRAL
+from config.test_hub_configs import DEEPSEEK_V3, GPT_OSS, MIXTRAL, SARVAM
 from fuzz.checkpoints import small
 from moempi.config.families import checkpoint_quantization
 from moempi.errors import DataError
@@ -21,6 +21,7 @@ MODELS = (
     small(QWEN3_MOE) | SIZES,
     small(MIXTRAL) | {"hidden_size": 32, "intermediate_size": 32},
     small(DEEPSEEK_V3) | LATENT_SIZES | {"quantization_config": None},
+    small(SARVAM) | SIZES,
 )
 INTEGERS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
 GPTQ, AWQ = FORMATS["gptq"].config, FORMATS["awq"].config
@@ -88,13 +89,22 @@ def without(parts, name):
         ("gptq", lambda parts: parts | {"scales": ("F16", np.zeros((7, 24), "<f2"))}, "not one a block of 1 x 8"),
         ("gptq", lambda parts: parts | {"scales": ("U8", np.zeros((8, 24), "u1"))}, "not one a block of 1 x 8"),
         ("gptq", lambda parts: parts | {"qzeros": ("I32", np.zeros((8, 4), "<i4"))}, "zero points are not one a scale"),
-        ("gptq", lambda parts: parts | {"qzeros": ("F32", np.zeros((8, 3), "<f4"))}, "is F32, not I32"),
+        (
+            "gptq",
+            lambda parts: parts | {"qzeros": ("F32", np.zeros((8, 3), "<f4"))},
+            r"is F32 \(8, 3\), not a matrix of I32",
+        ),
         ("gptq", lambda parts: parts | {"g_idx": ("I32", np.zeros(63, "<i4"))}, r"is I32 \(63,\), not a group"),
         ("gptq", lambda parts: parts | {"g_idx": ("I64", np.zeros(64, "<i8"))}, "is I64 .*, not a group"),
         ("awq", lambda parts: parts | {"qweight": ("I32", np.zeros((64, 4), "<i4"))}, "not one a block of 1 x 8"),
         ("int4", lambda parts: without(parts, "weight_shape"), "weight_shape: is missing"),
         ("int4", lambda parts: parts | {"weight_scale": ("BF16", np.zeros((24, 4), "<u2"))}, "not one a block"),
         ("int4-asymmetric-float16", lambda parts: without(parts, "weight_zero_point"), "zero_point: is missing"),
+        (
+            "int4-asymmetric-float16",
+            lambda parts: parts | {"weight_zero_point": ("I32", np.array(8, "<i4"))},
+            r"zero_point: is I32 \(\), not a matrix of I32",
+        ),
         ("nvfp4", lambda parts: without(parts, "weight_global_scale"), "weight_global_scale: is missing"),
         ("nvfp4", lambda parts: parts | {"weight_global_scale": ("F32", np.ones(2, "<f4"))}, "not one F32 number"),
         ("nvfp4", lambda parts: parts | {"weight_scale": ("U8", np.ones((24, 4), "u1"))}, "not one a block of 1 x 16"),
@@ -217,6 +227,16 @@ def test_four_bit_blocks_of_gpt_oss_need_their_exponents(tmp_path, exponents, bl
         source_of_gpt_oss(tmp_path / "raw", np.zeros((2, 6, 2, block), np.uint8), np.zeros(exponents, np.uint8))
 
 
+@pytest.mark.parametrize("sparsity", [{"format": "dense", "sparsity_structure": "unstructured"}, {}, None])
+def test_dense_sparsity_changes_nothing(sparsity):
+    form = FORMATS["int4"]
+    read = [
+        checkpoint_quantization(QWEN3_MOE | {"quantization_config": config}, origin="test")
+        for config in (form.config, form.config | {"sparsity_config": sparsity})
+    ]
+    assert read[0] == read[1]
+
+
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
@@ -237,7 +257,8 @@ def test_four_bit_blocks_of_gpt_oss_need_their_exponents(tmp_path, exponents, bl
         (compressed("pack-quantized", INTEGERS | {"actorder": "group"}), "actorder = 'group' is not supported"),
         (compressed("pack-quantized", INTEGERS | {"dynamic": True}), "dynamic = True is not supported"),
         (compressed("pack-quantized", INTEGERS, transform_config={"config_groups": {"R1": {}}}), "transform_config"),
-        (compressed("pack-quantized", INTEGERS, sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
+        (compressed("pack-quantized", INTEGERS, sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24"),
+        (compressed("pack-quantized", INTEGERS, sparsity_config={"targets": ["Linear"]}), "format = None is not supp"),
         (compressed("marlin-24", INTEGERS), "format = 'marlin-24' is not supported"),
         (compressed("mixed-precision", INTEGERS), "format = 'mixed-precision' is not supported"),
         (compressed("float-quantized", {}) | {"config_groups": None}, "config_groups does not have one strategy"),

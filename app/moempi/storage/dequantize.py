@@ -82,8 +82,8 @@ def _inputs_first(weight: str, how: Quantization, numbers: CheckpointTensor, tab
 
 
 def _zeros(zeros: CheckpointTensor, how: Quantization) -> Source:
-    if zeros.dtype != "I32":
-        raise _error(zeros, f"is {zeros.dtype}, not I32")
+    if zeros.dtype != "I32" or len(zeros.shape) != 2:
+        raise _error(zeros, f"is {zeros.dtype} {zeros.shape}, not a matrix of I32")
     words = zeros if how.layout == "rows" else Transposed(zeros)
     return UnpackedRows(words, integers(how.bits, offset=how.zero_offset), _order(how))
 

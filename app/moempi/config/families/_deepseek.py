@@ -97,4 +97,5 @@ def _score_factor(config: CheckpointConfig) -> float:
     scaling = scaling_of(config)
     if scaling is None or rope_kind(scaling) == "default" or not scaling.has("mscale_all_dim"):
         return 1.0
-    return yarn_magnitude(scaling.number("factor"), scaling.number("mscale_all_dim")) ** 2
+    magnitude = yarn_magnitude(scaling.number("factor"), scaling.number("mscale_all_dim"))
+    return magnitude * magnitude

@@ -133,7 +133,10 @@ def _awq(section: CheckpointConfig) -> Quantization:
 
 def _compressed(section: CheckpointConfig) -> Quantization:
     section.require("format", *_FORMATS)
-    section.refuse("transform_config", "sparsity_config")
+    section.refuse("transform_config")
+    sparsity = section.section("sparsity_config")
+    if sparsity and sparsity.others():
+        sparsity.require("format", "dense")  # zeros, if there are any, are stored like other numbers
     groups = section.section("config_groups")
     read = _FORMATS[section.text("format")]
     found = {read(_weights(groups, name)) for name in groups.others()} if groups else set()

@@ -7,7 +7,7 @@ from moempi.config.architecture import LongRope, Rope, Yarn
 from moempi.config.families._reading import CheckpointConfig
 
 MAX_POSITIONS = 2**31 - 1
-MAX_HEAD_DIM = 1 << 16  # the list of divisors of a larger head does not fit it, and is refused
+MAX_HEAD_DIM = 1 << 16
 
 _ALWAYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
@@ -23,6 +23,8 @@ def read_rope(config: CheckpointConfig, *, dim: int, interleaved: bool = False, 
 
     Families with `partial` rotate the share of the numbers that the configuration gives; others rotate all.
     """
+    if not 0 < dim <= MAX_HEAD_DIM:
+        raise config.error(f"a head of {dim} numbers is not supported, only of 1 to {MAX_HEAD_DIM}")
     scaling = scaling_of(config)
     common: dict[str, Any] = {"theta": _theta(config), "interleaved": interleaved}
     share = _share(config, scaling, dim=dim)
@@ -43,7 +45,7 @@ def read_positions(config: CheckpointConfig) -> int:
     scaling = scaling_of(config)
     if scaling and rope_kind(scaling) == "yarn":
         lengthened = scaling.number("factor") * scaling.number("original_max_position_embeddings")
-        positions = max(positions, int(min(lengthened, MAX_POSITIONS)))
+        positions = max(positions, int(min(max(lengthened, 0.0), MAX_POSITIONS)))
     chunks = config.section("dual_chunk_attention_config")
     limit = chunks.integer("original_max_position_embeddings") if chunks else positions
     if positions > limit:
@@ -113,7 +115,12 @@ def _share(config: CheckpointConfig, scaling: CheckpointConfig | None, *, dim: i
     sections = [section for section in (scaling, config) if section and section.has("partial_rotary_factor")]
     shares = [section.number("partial_rotary_factor") for section in sections]
     if config.has("rotary_dim"):
-        shares.append(config.integer("rotary_dim") / max(dim, 1))
+        rotated = config.integer("rotary_dim")
+        if not 0 < rotated <= dim:
+            raise config.error(f"rotary_dim is {rotated}, not 1 to the {dim} numbers of a head")
+        shares.append(rotated / dim)
+    if shares and not 0 < shares[0] <= 1:
+        raise config.error(f"partial_rotary_factor = {shares[0]} is not a share of a head, above 0 and at most 1")
     if any(share != shares[0] for share in shares):
         raise config.error(f"partial_rotary_factor and rotary_dim are several shares of a head: {shares}")
     return shares[0] if shares else None
@@ -144,7 +151,7 @@ def _llama3_divisors(scaling: CheckpointConfig, *, theta: float, dim: int) -> tu
     if theta <= 0 or factor <= 0 or low <= 0 or high <= low:
         raise scaling.error("rope_theta, factor, low_freq_factor, high_freq_factor: need 0 < each, and low < high")
     original = scaling.number("original_max_position_embeddings")
-    wavelengths = (2 * math.pi * theta ** (index / dim) for index in range(0, min(dim, MAX_HEAD_DIM), 2))
+    wavelengths = (2 * math.pi * theta ** (index / dim) for index in range(0, dim, 2))
     shares = ((original / wavelength - low) / (high - low) for wavelength in wavelengths)
     kept = (min(max(share, 0.0), 1.0) for share in shares)
     return tuple(1 / ((1 - share) / factor + share) for share in kept)
