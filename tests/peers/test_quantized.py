@@ -1,8 +1,9 @@
 """The number formats of quantized checkpoints, bit for bit, against the libraries that write them.
 
-Expansions of compressed-tensors are compared with its own, of AWQ with what it converts AutoAWQ's layout to, of 8-bit
-blocks and of gpt-oss with those of transformers. GPTQ and ModelOpt have no light library: tests/storage/test_packed.py
-compares them with their formulas.
+Expansions of compressed-tensors are compared with its own, of AWQ and of ModelOpt's 4-bit numbers with what it converts
+their layouts to, of 8-bit numbers with a scale per block or matrix and of gpt-oss with those of transformers. GPTQ has
+no light library (gptqmodel 7.7 needs another torch, and is built from source): tests/storage/test_packed.py compares it
+with its formula.
 """
 
 import numpy as np
@@ -90,6 +91,21 @@ def test_8_bit_blocks_as_transformers_expands_them(tmp_path, kind, block, blocks
     assert (bfloat16(ours) == 0x8000).any()
 
 
+@pytest.mark.parametrize("scale", [*EXTREME_SCALES.tolist(), 0.01])
+@pytest.mark.parametrize("name", ["fp8-static", "fp8-dynamic", "fp8-transformers", "fp8-modelopt"])
+def test_8_bits_with_one_scale_as_transformers_expands_them(tmp_path, name, scale):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    form = FORMATS[name]
+    parts, _ = form.write(np.random.default_rng(5), SHAPE)
+    parts["weight"][1][0] = np.resize(EXTREME_BITS, SHAPE[1])
+    (suffix,) = parts.keys() - {"weight", "input_scale"}
+    parts[suffix] = ("F32", np.full_like(parts[suffix][1], scale))
+    ours = source(tmp_path / "raw", form.config, parts).read(0, SHAPE[0])
+    bits, scales = tensor_of(*parts["weight"]), tensor_of(*parts[suffix]).reshape(1, 1)
+    same_bits(ours, Fp8Dequantize(None)._dequantize_one(bits, scales, torch.bfloat16))
+
+
 def test_mxfp4_of_gpt_oss_as_transformers_expands_it(tmp_path):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -173,6 +189,23 @@ def test_nvfp4_as_compressed_tensors_expands_it(tmp_path, whole):
     parts["weight_scale"][1].reshape(-1)[:9] = EXTREME_BITS
     parts["weight_global_scale"] = ("F32", np.array([whole], "<f4"))
     same_bits(source(tmp_path / "raw", form.config, parts).read(0, SHAPE[0]), expanded(form.config, parts))
+
+
+@pytest.mark.parametrize("whole", [1.0, 2.0**-11, 2.0**7, -(2.0**-3)])
+def test_nvfp4_of_modelopt_as_compressed_tensors_converts_it(tmp_path, whole):
+    """The converter stores 1 / `whole`, so only powers of two give the same bits."""
+    from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
+
+    form = FORMATS["nvfp4-modelopt"]
+    parts, _ = form.write(np.random.default_rng(8), SHAPE)
+    parts["weight_scale"][1].reshape(-1)[:9] = EXTREME_BITS
+    parts["weight_scale_2"] = ("F32", np.array(whole, "<f4"))
+    ours = source(tmp_path / "raw", form.config, parts).read(0, SHAPE[0])
+    converter = ModelOptNvfp4Converter(targets=("re:.*",))
+    theirs = converter.process({f"{MODULE}.{name}": tensor_of(*part) for name, part in parts.items()})
+    tensors = {name.removeprefix(f"{MODULE}."): tensor for name, tensor in theirs.items()}
+    tensors["weight_global_scale"] = tensors["weight_global_scale"].reshape(1)
+    same_bits(ours, expanded_tensors(FORMATS["nvfp4"].config, tensors))
 
 
 def test_mxfp4_as_compressed_tensors_expands_it(tmp_path):
