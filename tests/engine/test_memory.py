@@ -9,7 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from engine.jobs import make_job
-from moempi.backend.protocol import SampledTokens, SamplingRequest
+from moempi.backend.protocol import LogitAdjustment, SampledTokens
 from moempi.comm.batch import Batch
 from moempi.engine.request import Request
 from moempi.engine.run import run_job
@@ -20,7 +20,7 @@ from moempi.storage.prompts import Prompt
 from moempi.storage.records import RequestRecord
 from mpirun import ROOT
 
-KINDS = (Request, Prompt, SampledTokens, SamplingRequest, Batch)
+KINDS = (Request, Prompt, SampledTokens, LogitAdjustment, Batch)
 PROMPTS = [
     {"prompt": "72+71="},
     {"prompt": "sort 467652:", "max_tokens": 9, "ignore_eos": True, "top_logprobs": 3},

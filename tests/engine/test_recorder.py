@@ -9,6 +9,7 @@ from engine.requests import make_prompt, make_request, make_sampled
 from moempi.engine.earlier import Earlier
 from moempi.engine.recorder import Recorder
 from moempi.engine.request import Request
+from moempi.engine.sequences import Sequences
 from moempi.errors import StorageError
 from moempi.observe.progress import Counts
 from moempi.storage.journal import JournalReader, JournalWriter
@@ -85,19 +86,22 @@ def test_every_token_of_a_scored_prompt_counts(journal):
 
 def test_rows_of_prompts_and_generated_tokens_count_before_their_request_is_finished(journal):
     recorder = recorder_of(journal)
-    long, short = make_request(range(10), 3, index=0), make_request([1, 2], 3, index=1)
-    long.computed, short.computed = 6, 2
-    recorder.end_step([], [(long, 6), (short, 2)])
+    sequences = Sequences(range(2))
+    sequences.begin(0, make_request(range(10), 3, index=0))
+    sequences.begin(1, make_request([1, 2], 3, index=1))
+    recorder.end_step([], sequences.work(np.array([0, 1]), np.array([6, 2])))
     assert recorder.counts(running=2) == Counts(running=2, prompt_tokens=8, generated=1)
-    long.computed, short.computed = 10, 3
-    recorder.end_step([], [(long, 4), (short, 1)])
+    sequences.computed[:], sequences.known[1] = [6, 2], 3
+    recorder.end_step([], sequences.work(np.array([0, 1]), np.array([4, 1])))
     assert recorder.counts(running=2) == Counts(running=2, prompt_tokens=12, generated=3)
 
 
 def test_a_scored_prompt_generates_no_token(journal):
     recorder = recorder_of(journal, task="score")
-    recorder.end_step([scored(0)], [(scored(0), 3)])
-    assert recorder.counts() == Counts(finished=1, tokens=3, prompt_tokens=3)
+    sequences = Sequences(range(1))
+    sequences.begin(0, scored(0))
+    recorder.end_step([scored(0)], sequences.work(np.array([0]), np.array([2])))
+    assert recorder.counts() == Counts(finished=1, tokens=3, prompt_tokens=2)
 
 
 def test_finishes_are_counted_by_kind(journal):

@@ -43,9 +43,7 @@ def test_chunked_prefill_computes_every_token_once_and_in_order(prompt, limit, d
     computed = []
     while request.finish is None:
         count = data.draw(st.integers(1, request.num_waiting))
-        tokens = request.next_tokens(count)
-        assert len(tokens) == count
-        computed += tokens
+        computed += request.all_tokens[request.computed : request.computed + count].tolist()
         request.computed += count
         if not request.num_waiting:
             request.accept(make_sampled([100 + len(request.tokens)]), NO_TOKENIZER)
@@ -62,33 +60,27 @@ def test_chunked_prefill_computes_every_token_once_and_in_order(prompt, limit, d
     [(0, "q0", 0.9212876323836169), (1, "q0", 0.7414798132080275), (0, "line-2", 0.425276612409732)],
 )
 def test_the_uniform_number_of_a_seed_an_id_and_a_position_never_changes(seed, name, uniform):
-    assert make_request([5] * 3, 4, name=name, seed=seed).sampling_request().uniform == uniform
+    assert make_request([5] * 3, 4, name=name, seed=seed).uniform(3) == uniform
 
 
 @settings(deadline=None)
 @given(name=st.text(max_size=20), seed=st.integers(0, 2**63), length=st.integers(0, 50))
 def test_the_uniform_number_is_below_one(name, seed, length):
-    uniform = make_request([5] * length, 4, name=name, seed=seed).sampling_request().uniform
+    uniform = make_request([5], 4, name=name, seed=seed).uniform(length)
     assert 0.0 <= uniform < 1.0
 
 
 def test_the_uniform_number_depends_on_no_slot_index_or_token():
     one, other = make_request([5, 6], 4, index=0), make_request([7, 8], 9, index=3)
     one.slot, one.computed, other.slot = 0, 1, 4
-    assert one.sampling_request().uniform == other.sampling_request().uniform
-
-
-def test_a_generated_token_moves_the_position_as_a_prompt_token_does():
-    generated = generate(make_request([5, 6], 4), [7])
-    assert generated.sampling_request().uniform == make_request([5, 6, 7], 4).sampling_request().uniform
-    assert generated.sampling_request().uniform != make_request([5, 6], 4).sampling_request().uniform
+    assert one.uniform(2) == other.uniform(2) != one.uniform(3)
 
 
 def test_a_repetition_penalty_sees_prompt_and_generated_tokens():
     request = generate(make_request([5, 6], 4, repetition_penalty=1.2), [7])
-    assert request.sampling_request().seen.tolist() == [5, 6, 7]
-    assert request.sampling_request().sampling.repetition_penalty == 1.2
-    assert generate(make_request([5, 6], 4), [7]).sampling_request().seen.tolist() == []
+    assert request.logit_adjustment().seen.tolist() == [5, 6, 7]
+    assert request.logit_adjustment().sampling.repetition_penalty == 1.2
+    assert generate(make_request([5, 6], 4), [7]).logit_adjustment().seen.tolist() == []
 
 
 # What finishes a generated text
@@ -327,9 +319,9 @@ def test_tokens_that_cannot_be_decoded_end_the_request_with_an_error(stop, monke
 
 def test_stop_tokens_and_end_tokens_are_not_sampled_before_the_least_number_of_tokens():
     request = make_request([5], 9, min_tokens=2, stop_token_ids=(7,))
-    assert request.sampling_request((1,)).banned.tolist() == [1, 7]
-    assert generate(request, [8, 9]).sampling_request((1,)).banned.tolist() == []
-    assert make_request([5], 9, min_tokens=2, ignore_eos=True).sampling_request((1,)).banned.tolist() == []
+    assert request.logit_adjustment((1,)).banned.tolist() == [1, 7]
+    assert generate(request, [8, 9]).logit_adjustment((1,)).banned.tolist() == []
+    assert make_request([5], 9, min_tokens=2, ignore_eos=True).logit_adjustment((1,)).banned.tolist() == []
 
 
 def test_a_stop_text_is_not_looked_for_before_the_least_number_of_tokens():
@@ -339,6 +331,6 @@ def test_a_stop_text_is_not_looked_for_before_the_least_number_of_tokens():
 
 def test_penalties_see_what_they_are_for():
     request = generate(make_request([5, 6], 9, presence_penalty=1.0), [7, 7])
-    assert request.sampling_request().generated.tolist() == [7, 7]
-    assert request.sampling_request().seen.tolist() == []
-    assert generate(make_request([5, 6], 9), [7]).sampling_request().generated.tolist() == []
+    assert request.logit_adjustment().generated.tolist() == [7, 7]
+    assert request.logit_adjustment().seen.tolist() == []
+    assert generate(make_request([5, 6], 9), [7]).logit_adjustment().generated.tolist() == []

@@ -18,24 +18,29 @@ def sequence(index, length, limit):
     return Request(prompt, np.arange(1000 * index, 1000 * index + length, dtype=np.int32), limit)
 
 
-def run(sequences, *, lanes, slots, batch_tokens, pages):
-    """Take steps until all is done; each step is (lane, [(sequence, tokens)]); generation is a counter."""
-    scheduler = Scheduler(sequences, micro_batches=lanes, slots=range(slots), batch_tokens=batch_tokens, pages=pages)
-    steps, held = [], {}
+def run(requests, *, lanes, slots, batch_tokens, pages):
+    """Take steps until all is done; each step is (lane, [(request, tokens)]); generation is a counter."""
+    scheduler = Scheduler(
+        requests, micro_batches=lanes, slots=range(3, 3 + slots), batch_tokens=batch_tokens, pages=pages
+    )
+    sequences, steps, held = scheduler.sequences, [], {}
     while any(scheduler.unfinished(lane) for lane in range(lanes)):
         for lane in range(lanes):
             work = scheduler.next_work(lane)
-            for slot in scheduler.take_freed():
+            for slot in scheduler.take_freed().tolist():
                 held.pop(slot)
-            steps.append((lane, [(item, item.next_tokens(rows)) for item, rows in work]))
-            assert [item.slot for item, _ in work] == sorted(item.slot for item, _ in work)
-            for item, rows in work:
+            items = [sequences.request(number) for number in work.numbers.tolist()]
+            assert work.starts.tolist() == [item.computed for item in items]
+            rows = np.split(sequences.tokens(work), np.cumsum(work.lengths)[:-1]) if items else []
+            steps.append((lane, [(item, tokens.tolist()) for item, tokens in zip(items, rows, strict=True)]))
+            assert [item.slot for item in items] == sorted(item.slot for item in items)
+            sequences.advance(work)
+            for number, item in zip(work.numbers.tolist(), items, strict=True):
                 assert held.setdefault(item.slot, item) is item
-                item.computed += rows
-                if not item.num_waiting:
+                if not sequences.waiting(work.numbers[work.numbers == number])[0]:
                     item.tokens.append(-len(item.tokens) - 1)
-                    if len(item.tokens) >= item.limit:
-                        item.finish = "length"
+                    sequences.last_tokens[number], sequences.known[number] = item.tokens[-1], len(item.all_tokens)
+                    sequences.finished[number] = len(item.tokens) >= item.limit
             assert sum(len(tokens) for _, tokens in steps[-1][1]) <= batch_tokens
             assert sum(pages_for(item.capacity) for item in held.values()) <= pages
             assert len(held) <= slots

@@ -47,7 +47,8 @@ def use_prompts(path: str) -> None:
         refuse_too_long(requests, pages=PAGES)
         for request in requests:
             if request.finish is None:
-                request.sampling_request()
+                request.uniform(len(request.prompt_tokens))
+                request.logit_adjustment()
                 require(
                     0 <= min(request.prompt_tokens) <= max(request.prompt_tokens) < ARCHITECTURE.vocab_size, "a token"
                 )

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from backend.sampling_twin import requests_of, row_of
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.backend.protocol import SamplingRequest
 from moempi.bench.random_layer import run_to_end
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import PendingTransfers, Transfers
-from moempi.config.job import Sampling
 from moempi.layout.row_split import part_range
 from moempi.model import head as module
 from moempi.model.head import SCORED_ROWS, LMHead
@@ -74,7 +73,7 @@ def assert_top(sampled, logprobs, *, top=TOP):
 
 
 def greedy(count):
-    return [SamplingRequest(Sampling(), 0.5, np.zeros(0, np.int64))] * count
+    return requests_of([row_of(uniform=0.5)] * count)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -92,7 +91,7 @@ def test_each_row_is_sampled_by_its_own_request():
     head, tensor, _ = make_head()
     x = np.repeat(rows_of(0, 1), 6, axis=0)
     uniforms = [0.0, 0.1, 0.4, 0.6, 0.9, 0.99]
-    requests = [SamplingRequest(Sampling(temperature=1.0), uniform, np.zeros(0, np.int64)) for uniform in uniforms]
+    requests = requests_of([row_of(temperature=1.0, uniform=uniform) for uniform in uniforms])
     sampled = run_to_end(head.sample(x, requests, tensor=tensor, counts=[6], top=0))
     logprobs = twin_logprobs(x)[0]
     order = np.argsort(-logprobs)
@@ -131,7 +130,7 @@ def test_no_rows_give_no_tokens_and_no_scores():
     head, tensor, _ = make_head()
     x = rows_of(0, 0)
     for tokens in (
-        run_to_end(head.sample(x, [], tensor=tensor, counts=[0], top=TOP)),
+        run_to_end(head.sample(x, requests_of([]), tensor=tensor, counts=[0], top=TOP)),
         run_to_end(head.score(x, targets_of(0, 0), tensor=tensor, counts=[0], top=TOP)),
     ):
         assert (len(tokens.tokens), len(tokens.logprobs), tokens.top_tokens.shape) == (0, 0, (0, TOP))

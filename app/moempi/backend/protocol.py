@@ -64,26 +64,54 @@ NO_TOKENS: IntArray = np.zeros(0, np.int32)
 NO_TOKENS.flags.writeable = False
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRequest:
-    """How to sample the next token of a sequence: the rules, and a uniform number in [0, 1).
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitAdjustment:
+    """What changes the logits of a sequence before its next token is sampled: the bias and penalties of `sampling`.
 
     If they are penalized, `seen` are the tokens of its prompt and output, and `generated` the tokens of its output.
     `banned` tokens are not sampled.
     """
 
     sampling: Sampling
-    uniform: float
-    seen: IntArray
+    seen: IntArray = field(default_factory=lambda: NO_TOKENS)
     generated: IntArray = field(default_factory=lambda: NO_TOKENS)
     banned: IntArray = field(default_factory=lambda: NO_TOKENS)
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether the next token is the most likely one of the plain logits."""
+    def changes_logits(self) -> bool:
+        """Whether any logit may change."""
         rules = self.sampling
         penalties = rules.repetition_penalty != 1.0 or rules.presence_penalty or rules.frequency_penalty
-        return not (rules.temperature or penalties or rules.logit_bias or len(self.banned))
+        return bool(penalties or rules.logit_bias or len(self.banned))
+
+
+SAMPLING_REQUEST = np.dtype(
+    [
+        ("temperature", np.float64),
+        ("top_k", np.int64),
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("uniform", np.float64),
+        ("adjustment", object),
+    ]
+)
+"""How to sample the next token of a sequence: rules, a uniform number in [0, 1), and a LogitAdjustment or None."""
+SamplingRequests = npt.NDArray[np.void]
+"""One SAMPLING_REQUEST for each row (N,)."""
+
+
+def sampling_request(
+    sampling: Sampling, *, uniform: float = 0.0, adjustment: LogitAdjustment | None = None
+) -> tuple[Any, ...]:
+    """The entry of a sequence in an array of SAMPLING_REQUEST."""
+    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, uniform, adjustment
+
+
+def take_likeliest(requests: SamplingRequests) -> npt.NDArray[np.bool_]:
+    """Whether the next token of each sequence is the most likely one of its plain logits (N,)."""
+    is_plain = [adjustment is None for adjustment in requests["adjustment"].tolist()]
+    likeliest: npt.NDArray[np.bool_] = (requests["temperature"] == 0.0) & np.array(is_plain, np.bool_)
+    return likeliest
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +123,12 @@ class SampledTokens:
     top_tokens: npt.NDArray[np.int32]
     top_logprobs: Float32Array
 
-    def take(self, index: IntArray | slice) -> "SampledTokens":
+    @property
+    def columns(self) -> tuple[npt.NDArray[Any], ...]:
+        """The arrays, in the order of the fields."""
+        return self.tokens, self.logprobs, self.top_tokens, self.top_logprobs
+
+    def take(self, index: IntArray | slice | int) -> "SampledTokens":
         """Select rows by index."""
         return SampledTokens(self.tokens[index], self.logprobs[index], self.top_tokens[index], self.top_logprobs[index])
 
@@ -372,7 +405,7 @@ class TokenVerbs(Protocol):
     def logits(self, x: Array, head: Array, bias: Array | None = None) -> Array:
         """Multiply x (N, D) by the matrix of the head or a router, and add the bias (V,) -> (N, V) in float32."""
 
-    def sample(self, logits: Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
+    def sample(self, logits: Array, requests: SamplingRequests, *, top: int) -> SampledTokens:
         """Sample the next token of each row (N, V). Blocks the host.
 
         Log-probabilities are the model's, before any sampling rule; `top` is the number of most likely tokens returned.

@@ -1,16 +1,17 @@
 """The batch: the rows of one lane in one step. The first stage makes it, and each stage sends it with the rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import SamplingRequest
 from moempi.layout.row_split import rows_of
 
-LogitRequest = SamplingRequest | int
+LogitRequests = npt.NDArray[Any]
+"""For each row whose logits are needed: a SAMPLING_REQUEST, or the token to score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +20,8 @@ class Batch:
 
     Sequence s has `lengths[s]` rows at positions from `starts[s]` on. Its KV slot is `slots[s]`, which holds at most
     `capacities[s]` positions; it is request `requests[s]` of the job. Only the first stage has `tokens` (T,).
-    `logit_rows` (N,) are the rows whose logits are needed, ascending. `logit_requests` (N) are how to sample the next
-    token of each of them, or the token to score. `freed` are the slots whose sequences ended before this step. With
-    `stop` there is no step, and none follows.
+    `logit_rows` (N,) are the rows whose logits are needed, ascending, and `logit_requests` (N,) their requests. `freed`
+    are the slots whose sequences ended before this step. With `stop` there is no step, and none follows.
     """
 
     tokens: IntArray
@@ -32,7 +32,7 @@ class Batch:
     capacities: IntArray
     logit_rows: IntArray
     freed: IntArray
-    logit_requests: Sequence[LogitRequest] = ()
+    logit_requests: LogitRequests = field(default_factory=lambda: NONE)
     stop: bool = False
 
     @property
@@ -65,7 +65,7 @@ class Batch:
             capacities=self.capacities[chosen],
             logit_rows=np.searchsorted(rows, self.logit_rows[has_logits]),
             freed=self.freed[(self.freed >= slots.start) & (self.freed < slots.stop)],
-            logit_requests=[request for request, kept in zip(self.logit_requests, has_logits, strict=True) if kept],
+            logit_requests=self.logit_requests[has_logits],
             stop=self.stop,
         )
         return part, rows
@@ -88,7 +88,7 @@ class Batch:
             capacities=np.concatenate([part.capacities for part in parts]),
             logit_rows=np.concatenate([part.logit_rows + first for part, first in zip(parts, firsts, strict=False)]),
             freed=np.concatenate([part.freed for part in parts]),
-            logit_requests=[request for part in parts for request in part.logit_requests],
+            logit_requests=np.concatenate([part.logit_requests for part in parts]),
             stop=any(part.stop for part in parts),
         )
 

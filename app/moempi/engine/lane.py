@@ -1,6 +1,5 @@
 """A lane: it takes one step after another, each with a micro-batch that all ranks of a stage compute together."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,8 @@ from moempi.comm.transfers import Waits, nothing
 from moempi.engine.micro_batches import MicroBatch, MicroBatches
 from moempi.engine.recorder import Recorder
 from moempi.engine.routing_trace import RoutingTrace
-from moempi.engine.scheduler import Scheduler, Work
+from moempi.engine.scheduler import Scheduler
+from moempi.engine.sequences import NO_WORK, Work
 from moempi.engine.tasks import Task
 from moempi.layout.row_split import RowSplit
 from moempi.layout.schedule import AGREE, GATHER_OUTPUT, HEAD_POINTS, ROWS, TOKENS
@@ -53,9 +53,9 @@ class Lane:
 
     def accept(self, micro_batch: MicroBatch, sampled: SampledTokens) -> None:
         """Advance the requests of a step by their sampled tokens, and record those that are finished."""
-        self.context.task.accept(micro_batch.work, sampled)
+        self.context.task.accept(self.context.scheduler.sequences, micro_batch.work, sampled)
         self.context.recorder.end_step(self.context.scheduler.retire(micro_batch.index), micro_batch.work)
-        micro_batch.sampled, micro_batch.work = None, ()
+        micro_batch.sampled, micro_batch.work = None, NO_WORK
 
     def _first_stage_steps(self, micro_batches: MicroBatches) -> Waits[None]:
         while (micro_batch := micro_batches.take()) is not None:
@@ -151,21 +151,22 @@ class Lane:
         rows_of_part = [np.flatnonzero(np.isin(batch.logit_rows, part)) for part in split.indices]
         own = rows_of_part[tensor.part]
         rows = model.backend.take_rows(x, np.searchsorted(split.indices[tensor.part], batch.logit_rows[own]))
-        requests = [batch.logit_requests[row] for row in own.tolist()]
-        counts = list(map(len, rows_of_part))
+        requests, counts = batch.logit_requests[own], list(map(len, rows_of_part))
         sampled = yield from self.context.task.sample(model.head, tensor, rows, requests, counts=counts)
         return (yield from tensor.merge_sampled(sampled, rows_of_part, HEAD_POINTS[-1]))
 
-    def _batch(self, work: Sequence[Work]) -> Batch:
-        logit_rows, logit_requests = self.context.task.logit_requests(work)
+    def _batch(self, work: Work) -> Batch:
+        scheduler = self.context.scheduler
+        sequences = scheduler.sequences
+        logit_rows, logit_requests = self.context.task.logit_requests(sequences, work)
         return Batch(
-            tokens=np.array([token for request, rows in work for token in request.next_tokens(rows)], np.int64),
-            requests=np.array([request.prompt.index for request, _ in work], np.int64),
-            slots=np.array([request.slot for request, _ in work], np.int64),
-            starts=np.array([request.computed for request, _ in work], np.int64),
-            lengths=np.array([rows for _, rows in work], np.int64),
-            capacities=np.array([request.capacity for request, _ in work], np.int64),
-            logit_rows=np.array(logit_rows, np.int64),
-            freed=np.array(self.context.scheduler.take_freed(), np.int64),
+            tokens=sequences.tokens(work),
+            requests=sequences.prompts[work.numbers],
+            slots=sequences.slots[work.numbers],
+            starts=work.starts,
+            lengths=work.lengths,
+            capacities=sequences.capacities[work.numbers],
+            logit_rows=logit_rows,
+            freed=scheduler.take_freed(),
             logit_requests=logit_requests,
         )

@@ -1,26 +1,26 @@
 """The micro-batches of a data parallel group, which pass through the lanes of the first stage in rotation."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moempi.backend.protocol import SampledTokens
 from moempi.comm.stage_link import StageLink
 from moempi.comm.transfers import Transfer
-from moempi.engine.scheduler import Work
+from moempi.engine.sequences import NO_WORK, Work
 
 
 @dataclass(slots=True)
 class MicroBatch:
     """The requests that the scheduler assigns to micro-batch `index`; it has at most one step in flight.
 
-    `has_work` is whether any group had requests for it when its last step began, `work` are the rows of that step. In a
+    `has_work` is whether any group had requests for it when its last step began, `work` is that step. In a
     pipeline, `link` brings the tokens that the last stage samples for the step, and `sampled` is their transfer.
     """
 
     index: int
     has_work: bool = True
-    work: Sequence[Work] = ()
+    work: Work = NO_WORK
     link: StageLink | None = None
     sampled: Transfer[SampledTokens] | None = None
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from moempi.engine.earlier import Earlier
 from moempi.engine.latency import count_latencies, no_latencies
 from moempi.engine.request import Request
-from moempi.engine.scheduler import Work
+from moempi.engine.sequences import NO_WORK, Work
 from moempi.observe.progress import Counts
 from moempi.storage.records import Record, RequestRecord
 
@@ -69,13 +69,11 @@ class Recorder:
             return Counts(finished, errors=errors)
         return Counts(finished, self.tokens, running, self._prompt_tokens, self._generated, errors)
 
-    def end_step(self, finished: Iterable[Request], work: Iterable[Work] = ()) -> None:
+    def end_step(self, finished: Iterable[Request], work: Work = NO_WORK) -> None:
         """Count a step with its `work`, which is done, and record the requests that it finished."""
         self.steps += 1
-        for request, rows in work:
-            of_prompt = len(request.prompt_tokens) - (request.computed - rows)
-            self._prompt_tokens += min(rows, max(of_prompt, 0))
-            self._generated += of_prompt <= rows and request.limit > 0
+        self._prompt_tokens += int(work.of_prompt.sum())
+        self._generated += int(work.ends.sum()) if self._task == "generate" else 0
         self.record(finished)
 
     def record(self, finished: Iterable[Request]) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from moempi.arrays import Int32Array
-from moempi.backend.protocol import NO_TOKENS, SampledTokens, SamplingRequest
+from moempi.backend.protocol import NO_TOKENS, LogitAdjustment, SampledTokens
 from moempi.config.job import Sampling
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
@@ -28,7 +28,8 @@ class Request:
     """A prompt of `prompt_tokens` (n,) and the tokens generated after it.
 
     The first `computed` positions are in the cache of KV slot `slot`. At most `limit` tokens are generated, none for a
-    scored prompt. `sampled` holds the sampled tokens or the scores in order. `finish` is None until it is finished.
+    scored prompt. `sampled` holds the sampled tokens or the scores in order; while it has a slot, its last tokens may
+    be in `OutputBlocks`. `finish` is None until it is finished.
     `admitted_at` and `first_token_at` are readings of `time.perf_counter`, None until then.
     """
 
@@ -65,48 +66,52 @@ class Request:
         """The tokens of the prompt, then the generated tokens (n + m,)."""
         return np.concatenate([self.prompt_tokens, np.array(self.tokens, np.int32)])
 
-    def next_tokens(self, count: int) -> list[int]:
-        """The next `count` tokens to compute, of the prompt or of the generated tokens."""
-        length = len(self.prompt_tokens)
-        if self.computed < length:
-            tokens: list[int] = self.prompt_tokens[self.computed : self.computed + count].tolist()
-            return tokens
-        return self.tokens[self.computed - length : self.computed - length + count]
+    def uniform(self, position: int) -> float:
+        """The uniform number by which the token at `position` is sampled, a function of seed, id and position."""
+        bits = xxhash.xxh3_64_intdigest(f"{self.sampling.seed}/{self.prompt.id}/{position}".encode())
+        return (bits >> 11) * 2.0**-53
 
-    def sampling_request(self, end_tokens: Collection[int] = ()) -> SamplingRequest:
-        """The request to sample its next token; its uniform number is a function of seed, id and position.
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether `logit_adjustment` may change logits."""
+        return bool(self.sampling.min_tokens) or LogitAdjustment(self.sampling).changes_logits
+
+    def logit_adjustment(self, end_tokens: Collection[int] = ()) -> LogitAdjustment:
+        """What changes the logits of its next token.
 
         `end_tokens` and stop tokens are not sampled before the output has `min_tokens`.
         """
         rules = self.sampling
-        position = len(self.prompt_tokens) + len(self.tokens)
-        bits = xxhash.xxh3_64_intdigest(f"{rules.seed}/{self.prompt.id}/{position}".encode())
         seen = self.all_tokens if rules.repetition_penalty != 1.0 else NO_TOKENS
         counts_generated = rules.presence_penalty or rules.frequency_penalty
         generated = np.array(self.tokens, np.int32) if counts_generated else NO_TOKENS
         ends = {*rules.stop_token_ids, *(() if rules.ignore_eos else end_tokens)}
         banned = np.array(sorted(ends), np.int32) if len(self.tokens) < rules.min_tokens else NO_TOKENS
-        return SamplingRequest(rules, (bits >> 11) * 2.0**-53, seen, generated, banned)
+        return LogitAdjustment(rules, seen, generated, banned)
 
     def accept(self, sampled: SampledTokens, tokenizer: TextTokenizer) -> None:
-        """Append the next token, `sampled` with one row; finish at a stop token or text, an end token or the limit.
+        """Append the next tokens; finish if the last is a stop token or ends a stop text, is an end token or the limit.
 
-        Finish with an error if the model's logits are not numbers, or the tokens cannot be decoded.
+        The tokens before the last finish nothing. Finish with an error if the model's logits for the last one are not
+        numbers, or the tokens cannot be decoded.
         """
-        if not np.isfinite(sampled.logprobs).all():
-            self.fail("the model's logits are not numbers")
-            return
-        try:
-            self._append(sampled, tokenizer)
-        except DataError as error:
-            self.fail(str(error))
-
-    def _append(self, sampled: SampledTokens, tokenizer: TextTokenizer) -> None:
-        token = int(sampled.tokens[0])
-        self.tokens.append(token)
+        is_number = bool(np.isfinite(sampled.logprobs[-1]))
+        sampled = sampled if is_number else sampled.take(slice(-1))
+        self.tokens.extend(sampled.tokens.tolist())
         self.sampled.append(sampled)
         if self.first_token_at is None:
             self.first_token_at = perf_counter()
+        try:
+            if is_number:
+                self._finish(tokenizer)
+            else:
+                self.fail("the model's logits are not numbers")
+        except DataError as error:
+            self.fail(str(error))
+
+    def _finish(self, tokenizer: TextTokenizer) -> None:
+        """Finish if the last token does."""
+        token = self.tokens[-1]
         stops = self.sampling.stop if len(self.tokens) >= self.sampling.min_tokens else ()
         if token in self.sampling.stop_token_ids:
             self.finish, self.text = "stop", tokenizer.decode(self.tokens[:-1])
@@ -172,12 +177,9 @@ def _logprob_columns(sampled: list[SampledTokens], *, first_token: bool) -> Logp
     """
     if not sampled:
         return NO_LOGPROBS
-    logprobs = np.concatenate([chunk.logprobs for chunk in sampled])
-    top_tokens = np.concatenate([chunk.top_tokens for chunk in sampled])
-    top_logprobs = np.concatenate([chunk.top_logprobs for chunk in sampled])
-    missing = ((0 if first_token else 1, 0),)
-    return (
-        np.pad(logprobs, missing, constant_values=np.nan),
-        np.pad(top_tokens, (*missing, (0, 0)), constant_values=-1),
-        np.pad(top_logprobs, (*missing, (0, 0)), constant_values=np.nan),
-    )
+    if not first_token:
+        shape = (1, sampled[0].top_tokens.shape[1])
+        nan, no_token = np.full(shape, np.nan, np.float32), np.full(shape, -1, np.int32)
+        sampled = [SampledTokens(no_token[0, :0], np.full(1, np.nan, np.float32), no_token, nan), *sampled]
+    joined = SampledTokens.join(sampled)
+    return joined.logprobs, joined.top_tokens, joined.top_logprobs

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from itertools import accumulate, islice, takewhile
 from time import perf_counter
 
-from moempi.engine.request import Request
-from moempi.layout.memory import pages_for
+import numpy as np
 
-Work = tuple[Request, int]
-"""A request, and its number of rows in a step."""
+from moempi.arrays import IntArray
+from moempi.engine.request import Request
+from moempi.engine.sequences import Sequences, Work
+from moempi.layout.memory import pages_for
 
 
 class Scheduler:
@@ -17,16 +18,18 @@ class Scheduler:
 
     A micro-batch has at most `batch_tokens` rows per step. All together hold at most one request per slot, and their
     requests at most `pages` pages of cache; no request may need more than `pages`. A free slot is refilled before
-    the next step.
+    the next step. `sequences` are the requests that have a slot.
     """
 
     def __init__(
         self, requests: Iterable[Request], *, micro_batches: int, slots: range, batch_tokens: int, pages: int
     ) -> None:
         self._queue = deque(requests)
-        self._active: list[list[Request]] = [[] for _ in range(micro_batches)]
+        self.sequences = Sequences(slots)
+        self._active: list[IntArray] = [np.zeros(0, np.int64)] * micro_batches
+        """The sequences of each micro-batch, in order of admission."""
         self._freed: list[int] = []
-        self._free_slots = list(slots)
+        self._free = deque(range(len(slots)))
         self._batch_tokens = batch_tokens
         self._pages = pages
 
@@ -53,48 +56,51 @@ class Scheduler:
         """Number of requests of all micro-batches, and of the queue."""
         return len(self._queue) + self.num_running
 
-    def next_work(self, micro_batch: int) -> list[Work]:
-        """The requests of the micro-batch's next step, each with its number of rows, in ascending order of their slots.
+    def next_work(self, micro_batch: int) -> Work:
+        """The micro-batch's next step.
 
         A request that generates gets one row; prompts get the remaining rows, in order of admission.
         """
         self._admit(micro_batch)
-        left = self._batch_tokens
-        work = []
-        for request in sorted(self._active[micro_batch], key=lambda request: request.num_waiting > 1):
-            rows = min(left, request.num_waiting)
-            if rows:
-                work.append((request, rows))
-                left -= rows
-        return sorted(work, key=lambda item: item[0].slot)
+        active = self._active[micro_batch]
+        active = active[np.argsort(self.sequences.waiting(active) > 1, kind="stable")]
+        ends = np.minimum(np.cumsum(self.sequences.waiting(active)), self._batch_tokens)
+        lengths = np.diff(ends, prepend=0)
+        by_slot = np.argsort(active)
+        by_slot = by_slot[lengths[by_slot] > 0]
+        return self.sequences.work(active[by_slot], lengths[by_slot])
 
-    def take_freed(self) -> list[int]:
+    def take_freed(self) -> IntArray:
         """The slots whose requests finished since the last call."""
         freed, self._freed = self._freed, []
-        return freed
+        return self.sequences.slots[np.array(freed, np.int64)]
 
     def retire(self, micro_batch: int) -> list[Request]:
         """Remove and return the micro-batch's finished requests; their slots and pages are free from now on."""
-        finished = [request for request in self._active[micro_batch] if request.finish is not None]
-        self._active[micro_batch] = [request for request in self._active[micro_batch] if request.finish is None]
-        for request in finished:
-            self._freed.append(request.slot)
-            self._free_slots.append(request.slot)
-            self._pages += pages_for(request.capacity)
-        return finished
+        active = self._active[micro_batch]
+        finished = self.sequences.finished[active]
+        self._active[micro_batch] = active[~finished]
+        numbers = active[finished].tolist()
+        requests = [self.sequences.end(number) for number in numbers]
+        self._freed.extend(numbers)
+        self._free.extend(numbers)
+        self._pages += sum(pages_for(request.capacity) for request in requests)
+        return requests
 
     def _admit(self, micro_batch: int) -> None:
         """Admit requests up to the micro-batch's even share of all that slots and pages hold at the same time."""
-        num_active, num_admissible = sum(map(len, self._active)), self._num_admissible()
+        num_active, num_admissible = self.num_running, self._num_admissible()
         share = -(-(num_active + num_admissible) // len(self._active))
+        admitted = []
         for _ in range(min(share - len(self._active[micro_batch]), num_admissible)):
-            request = self._queue.popleft()
+            request, number = self._queue.popleft(), self._free.popleft()
             request.admitted_at = perf_counter()
-            request.slot = self._free_slots.pop(0)
             self._pages -= pages_for(request.capacity)
-            self._active[micro_batch].append(request)
+            self.sequences.begin(number, request)
+            admitted.append(number)
+        self._active[micro_batch] = np.append(self._active[micro_batch], admitted).astype(np.int64)
 
     def _num_admissible(self) -> int:
         """Number of queued requests, from the first one on, that free slots and pages hold."""
-        needed = accumulate(pages_for(request.capacity) for request in islice(self._queue, len(self._free_slots)))
+        needed = accumulate(pages_for(request.capacity) for request in islice(self._queue, len(self._free)))
         return sum(1 for _ in takewhile(lambda pages: pages <= self._pages, needed))

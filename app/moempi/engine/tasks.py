@@ -1,15 +1,16 @@
 """The two tasks, generate and score: the rows of a step that need logits, and what is done with the logits."""
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 
-from moempi.backend.protocol import Array, SampledTokens, SamplingRequest
-from moempi.comm.batch import LogitRequest
+from moempi.arrays import IntArray
+from moempi.backend.protocol import Array, SampledTokens
+from moempi.comm.batch import LogitRequests
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import Waits
-from moempi.engine.scheduler import Work
+from moempi.engine.sequences import OutputBlocks, Sequences, Work
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.model.head import LMHead
 
@@ -17,7 +18,7 @@ from moempi.model.head import LMHead
 class Task(Protocol):
     """What a run does with its prompts. `sample` is called on the last stage, the other methods on the first."""
 
-    def logit_requests(self, work: Sequence[Work]) -> tuple[list[int], list[LogitRequest]]:
+    def logit_requests(self, sequences: Sequences, work: Work) -> tuple[IntArray, LogitRequests]:
         """The rows of a step that need logits, ascending, and for each a sampling request or a target token."""
 
     def sample(
@@ -25,7 +26,7 @@ class Task(Protocol):
         head: LMHead,
         tensor: TensorGroup,
         rows: Array,
-        requests: Sequence[LogitRequest],
+        requests: LogitRequests,
         *,
         counts: Sequence[int],
     ) -> Waits[SampledTokens]:
@@ -34,7 +35,7 @@ class Task(Protocol):
         Collective over the tensor group, whose rank i brings counts[i] rows; yields while they travel in it.
         """
 
-    def accept(self, work: Sequence[Work], sampled: SampledTokens) -> None:
+    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
         """Advance the requests of a step by the tokens sampled for its logit rows."""
 
 
@@ -47,39 +48,38 @@ class Generate:
     def __init__(self, tokenizer: TextTokenizer, *, top: int) -> None:
         self._tokenizer = tokenizer
         self._top = top
+        self._end_tokens = np.array(sorted(tokenizer.eos_tokens), np.int64)
+        self._blocks: OutputBlocks | None = None
 
-    def logit_requests(self, work: Sequence[Work]) -> tuple[list[int], list[LogitRequest]]:
+    def logit_requests(self, sequences: Sequences, work: Work) -> tuple[IntArray, LogitRequests]:
         """The last row of each request that has no uncomputed tokens after this step."""
-        rows: list[int] = []
-        logit_requests: list[LogitRequest] = []
-        end = 0
-        for request, count in work:
-            end += count
-            if count == request.num_waiting:
-                rows.append(end - 1)
-                logit_requests.append(request.sampling_request(self._tokenizer.eos_tokens))
-        return rows, logit_requests
+        rows = np.cumsum(work.lengths)[work.ends] - 1
+        return rows, sequences.sampling_requests(work.numbers[work.ends], self._tokenizer.eos_tokens)
 
     def sample(
         self,
         head: LMHead,
         tensor: TensorGroup,
         rows: Array,
-        requests: Sequence[LogitRequest],
+        requests: LogitRequests,
         *,
         counts: Sequence[int],
     ) -> Waits[SampledTokens]:
-        sampling = cast("Sequence[SamplingRequest]", requests)
-        return head.sample(rows, sampling, tensor=tensor, counts=counts, top=self._top)
+        return head.sample(rows, requests, tensor=tensor, counts=counts, top=self._top)
 
-    def accept(self, work: Sequence[Work], sampled: SampledTokens) -> None:
-        row = 0
-        for request, count in work:
-            request.computed += count
-            if not request.num_waiting:
-                own = sampled.take(slice(row, row + 1)).with_top(request.sampling.top_logprobs)
-                request.accept(own, self._tokenizer)
-                row += 1
+    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
+        sequences.advance(work)
+        index, blocks = work.numbers[work.ends], self._blocks_of(sequences, sampled)
+        is_due = sequences.append(index, sampled, end_tokens=self._end_tokens) | blocks.append(index, sampled)
+        for number in index[is_due].tolist():
+            request = sequences.request(number)
+            request.accept(blocks.take(number, top=request.sampling.top_logprobs), self._tokenizer)
+            sequences.finished[number] = request.finish is not None
+
+    def _blocks_of(self, sequences: Sequences, sampled: SampledTokens) -> OutputBlocks:
+        if self._blocks is None:
+            self._blocks = OutputBlocks(len(sequences.requests), top=sampled.top_tokens.shape[1])
+        return self._blocks
 
 
 class Score:
@@ -88,34 +88,33 @@ class Score:
     def __init__(self, *, top: int) -> None:
         self._top = top
 
-    def logit_requests(self, work: Sequence[Work]) -> tuple[list[int], list[LogitRequest]]:
+    def logit_requests(self, sequences: Sequences, work: Work) -> tuple[IntArray, LogitRequests]:
         """The rows whose next token is in the prompt: all but the row of a prompt of one token."""
-        rows: list[int] = []
-        logit_requests: list[LogitRequest] = []
-        first = 0
-        for request, count in work:
-            targets = request.prompt_tokens[request.computed + 1 : request.computed + 1 + count].tolist()
-            rows.extend(range(first, first + len(targets)))
-            logit_requests.extend(targets)
-            first += count
-        return rows, logit_requests
+        targets = [
+            sequences.request(number).prompt_tokens[start + 1 : start + 1 + length]
+            for number, start, length in zip(*(values.tolist() for values in work[:3]), strict=True)
+        ]
+        has_targets = np.array([len(tokens) > 0 for tokens in targets], np.bool_)
+        rows = np.flatnonzero(np.repeat(has_targets, work.lengths))
+        return rows, np.concatenate([np.zeros(0, np.int64), *targets])
 
     def sample(
         self,
         head: LMHead,
         tensor: TensorGroup,
         rows: Array,
-        requests: Sequence[LogitRequest],
+        requests: LogitRequests,
         *,
         counts: Sequence[int],
     ) -> Waits[SampledTokens]:
-        targets = np.array(cast("Sequence[int]", requests), np.int64)
-        return head.score(rows, targets, tensor=tensor, counts=counts, top=self._top)
+        return head.score(rows, requests, tensor=tensor, counts=counts, top=self._top)
 
-    def accept(self, work: Sequence[Work], sampled: SampledTokens) -> None:
+    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
+        sequences.advance(work)
         first = 0
-        for request, count in work:
-            own = min(count, len(request.prompt_tokens) - 1 - request.computed)
-            request.computed += count
+        for number, start, length in zip(*(values.tolist() for values in work[:3]), strict=True):
+            request = sequences.request(number)
+            own = min(length, len(request.prompt_tokens) - 1 - start)
             request.accept_scores(sampled.take(slice(first, first + own)))
+            sequences.finished[number] = request.finish is not None
             first += own

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend, SampledTokens, SamplingRequest
+from moempi.backend.protocol import Array, Backend, SampledTokens, SamplingRequests
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import Waits
 from moempi.layout.schedule import HEAD_POINTS
@@ -30,7 +30,7 @@ class LMHead:
     vocab_size: int
 
     def sample(
-        self, x: Array, requests: Sequence[SamplingRequest], *, tensor: TensorGroup, counts: Sequence[int], top: int
+        self, x: Array, requests: SamplingRequests, *, tensor: TensorGroup, counts: Sequence[int], top: int
     ) -> Waits[SampledTokens]:
         """Sample the next token after each of this rank's rows x (N, D), with the `top` likeliest tokens."""
         return self.backend.sample((yield from self._logits(x, tensor, counts)), requests, top=top)

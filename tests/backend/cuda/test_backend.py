@@ -8,13 +8,13 @@ from functools import reduce
 import numpy as np
 import pytest
 
+from backend.sampling_twin import requests_of, row_of
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
-from moempi.backend.protocol import Expert, RmsNorm, SamplingRequest, Segment
+from moempi.backend.protocol import Expert, RmsNorm, Segment
 from moempi.config.architecture import AttentionShape, Clamp, LongRope, Rope, Router
-from moempi.config.job import Sampling
 from moempi.errors import ConfigError
 from moempi.model.rope import rope_angles
 
@@ -742,7 +742,7 @@ def test_sample_and_score_equal_the_cpu(pair, vocabulary):
     logits[5] = np.nan
     on_gpu = pair.gpu.upload(logits)
     settings = [{}, {"temperature": 0.8, "top_p": 0.9}, {}, {"repetition_penalty": 1.5}, {"temperature": 2.0}, {}]
-    requests = [SamplingRequest(Sampling(**kind), 0.4, np.array([0, 2])) for kind in settings]
+    requests = requests_of([row_of(uniform=0.4, seen=[0, 2], **kind) for kind in settings])
     with np.errstate(all="ignore"):
         expected, sampled = pair.cpu.sample(logits, requests, top=2), pair.gpu.sample(on_gpu, requests, top=2)
         scored = pair.gpu.score(on_gpu, np.array([1, 0, 2, 2, 1, 0]), top=0)

@@ -24,11 +24,11 @@ from moempi.backend.protocol import (
     Expert,
     RmsNorm,
     SampledTokens,
-    SamplingRequest,
+    SamplingRequests,
     Segment,
     Stored,
 )
-from moempi.backend.sampling import sample_token
+from moempi.backend.sampling import sample_tokens
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
@@ -372,9 +372,8 @@ class NumpyBackend:
         product = self._product(x, head)
         return product if bias is None else product + bias
 
-    def sample(self, logits: Float32Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
-        tokens = [sample_token(row, request) for row, request in zip(logits, requests, strict=True)]
-        return self.score(logits, np.array(tokens, np.int32), top=top)
+    def sample(self, logits: Float32Array, requests: SamplingRequests, *, top: int) -> SampledTokens:
+        return self.score(logits, sample_tokens(logits, requests), top=top)
 
     def score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
         logprobs = self._log_softmax(logits)

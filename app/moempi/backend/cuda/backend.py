@@ -32,11 +32,12 @@ from moempi.backend.protocol import (
     Expert,
     RmsNorm,
     SampledTokens,
-    SamplingRequest,
+    SamplingRequests,
     Segment,
     Stored,
+    take_likeliest,
 )
-from moempi.backend.sampling import sample_token
+from moempi.backend.sampling import sample_tokens
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
@@ -438,12 +439,11 @@ class CudaBackend:
     def logits(self, x: Array, head: Matrix, bias: Array | None = None) -> Array:
         return self._products.in_float(x, head, bias)
 
-    def sample(self, logits: Array, requests: Sequence[SamplingRequest], *, top: int) -> SampledTokens:
+    def sample(self, logits: Array, requests: SamplingRequests, *, top: int) -> SampledTokens:
         """The device finds the most likely token; the host applies the other sampling rules."""
         targets = np.full(len(requests), -1)
-        for row, request in enumerate(requests):
-            if not request.takes_likeliest:
-                targets[row] = sample_token(self.download(logits[row]), request)
+        for row in np.flatnonzero(~take_likeliest(requests)).tolist():
+            targets[row] = sample_tokens(self.download(logits[row])[None], requests[row : row + 1])[0]
         return self.score(logits, targets, top=top)
 
     def score(self, logits: Array, targets: IntArray, *, top: int) -> SampledTokens:

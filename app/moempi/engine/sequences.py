@@ -1,0 +1,154 @@
+"""The sequences of a data parallel group: the state of the requests that have a KV slot, in arrays."""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moempi.arrays import IntArray
+from moempi.backend.protocol import SAMPLING_REQUEST, SampledTokens, SamplingRequests, sampling_request
+from moempi.engine.request import Request
+
+BLOCK_TOKENS = 16
+"""Sampled tokens of a sequence that are held before its request takes them."""
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Work(NamedTuple):
+    """The sequences `numbers` (S,) of a step, ascending, with `lengths` new rows at positions from `starts` on.
+
+    The first `of_prompt` of the rows of a sequence are of its prompt. It `ends` if no known token is left to compute
+    after the step.
+    """
+
+    numbers: IntArray
+    starts: IntArray
+    lengths: IntArray
+    of_prompt: IntArray
+    ends: BoolArray
+
+
+_NONE: IntArray = np.zeros(0, np.int64)
+NO_WORK = Work(_NONE, _NONE, _NONE, _NONE, np.zeros(0, np.bool_))
+
+
+class Sequences:
+    """The requests in the KV slots `slots`; sequence i is in slot slots[i], and entry i of each array is of it.
+
+    A sequence has `known` tokens of which `computed` are in the cache, at most `capacities`; a scored prompt knows no
+    more than it computes. `last_tokens` are the last known tokens of sequences that generate.
+    """
+
+    def __init__(self, slots: range) -> None:
+        self.requests: list[Request | None] = [None] * len(slots)
+        self.slots: IntArray = np.arange(slots.start, slots.stop)
+        self.prompts, self.known, self.computed, self.capacities = (np.zeros(len(slots), np.int64) for _ in range(4))
+        self.last_tokens, self._prompt_tokens, self._limits = (np.zeros(len(slots), np.int64) for _ in range(3))
+        self.finished, self._adjusts, self._looks_at_tokens, self._ignores_eos = (
+            np.zeros(len(slots), np.bool_) for _ in range(4)
+        )
+        self._sampling: SamplingRequests = np.zeros(len(slots), SAMPLING_REQUEST)
+
+    def begin(self, number: int, request: Request) -> None:
+        """Let a request, of which nothing is computed, be sequence `number`."""
+        rules, prompt_tokens = request.sampling, len(request.prompt_tokens)
+        request.slot = int(self.slots[number])
+        self.requests[number] = request
+        self.prompts[number], self.computed[number], self.capacities[number] = request.prompt.index, 0, request.capacity
+        self.known[number] = prompt_tokens if request.limit else request.capacity
+        self._prompt_tokens[number], self._limits[number] = prompt_tokens, request.limit
+        self.finished[number], self._ignores_eos[number] = False, rules.ignore_eos
+        self._adjusts[number] = request.adjusts_logits
+        self._looks_at_tokens[number] = request.adjusts_logits or bool(rules.stop or rules.stop_token_ids)
+        self._sampling[number] = sampling_request(rules)
+
+    def end(self, number: int) -> Request:
+        """Remove and return the request of a sequence."""
+        request, self.requests[number] = self.request(number), None
+        return request
+
+    def request(self, number: int) -> Request:
+        """The request of a sequence, with the number of its computed positions."""
+        request = self.requests[number]
+        if request is None:
+            raise RuntimeError(f"sequence {number} has no request")
+        request.computed = int(self.computed[number])
+        return request
+
+    def waiting(self, index: IntArray) -> IntArray:
+        """The numbers of known tokens of sequences that are still to be computed."""
+        waiting: IntArray = self.known[index] - self.computed[index]
+        return waiting
+
+    def work(self, index: IntArray, lengths: IntArray) -> Work:
+        """The work of a step: the next `lengths` tokens of sequences."""
+        starts = self.computed[index]
+        of_prompt = np.clip(self._prompt_tokens[index] - starts, 0, lengths)
+        return Work(index, starts, lengths, of_prompt, lengths == self.waiting(index))
+
+    def tokens(self, work: Work) -> IntArray:
+        """The tokens of the rows of a step, one sequence after another."""
+        tokens = np.repeat(self.last_tokens[work.numbers], work.lengths)
+        first_rows = np.cumsum(work.lengths) - work.lengths
+        for entry in np.flatnonzero(work.of_prompt).tolist():
+            row, start, count = int(first_rows[entry]), int(work.starts[entry]), int(work.of_prompt[entry])
+            request = self.request(int(work.numbers[entry]))
+            tokens[row : row + count] = request.prompt_tokens[start : start + count]
+        return tokens
+
+    def advance(self, work: Work) -> None:
+        """The rows of a step are computed."""
+        self.computed[work.numbers] += work.lengths
+
+    def sampling_requests(self, index: IntArray, end_tokens: Collection[int]) -> SamplingRequests:
+        """How to sample the next tokens of sequences that have no other tokens to compute."""
+        requests, known = self._sampling[index], self.known[index]
+        for row in np.flatnonzero(requests["temperature"] > 0.0).tolist():
+            requests["uniform"][row] = self.request(int(index[row])).uniform(int(known[row]))
+        for row in np.flatnonzero(self._adjusts[index]).tolist():
+            adjustment = self.request(int(index[row])).logit_adjustment(end_tokens)
+            requests["adjustment"][row] = adjustment if adjustment.changes_logits else None
+        return requests
+
+    def append(self, index: IntArray, sampled: SampledTokens, *, end_tokens: IntArray) -> BoolArray:
+        """Append the token sampled for each sequence; whether it is the first token, or may be the last.
+
+        A sequence whose rules look at its tokens may end with each of them.
+        """
+        self.known[index] += 1
+        self.last_tokens[index] = sampled.tokens
+        generated = self.known[index] - self._prompt_tokens[index]
+        may_end = (generated >= self._limits[index]) | self._looks_at_tokens[index] | ~np.isfinite(sampled.logprobs)
+        may_end |= np.isin(sampled.tokens, end_tokens) & ~self._ignores_eos[index]
+        result: BoolArray = may_end | (generated == 1)
+        return result
+
+
+class OutputBlocks:
+    """The last tokens sampled for `count` sequences, at most BLOCK_TOKENS of each, with `top` likeliest tokens."""
+
+    def __init__(self, count: int, *, top: int) -> None:
+        shape = (count, BLOCK_TOKENS)
+        self._lengths = np.zeros(count, np.int64)
+        self._columns = SampledTokens(
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.float32),
+            np.zeros((*shape, top), np.int32),
+            np.zeros((*shape, top), np.float32),
+        )
+
+    def append(self, index: IntArray, sampled: SampledTokens) -> BoolArray:
+        """Append a token to the block of each sequence; whether the block is full."""
+        places = index, self._lengths[index]
+        for column, values in zip(self._columns.columns, sampled.columns, strict=True):
+            column[places] = values
+        self._lengths[index] += 1
+        full: BoolArray = self._lengths[index] == BLOCK_TOKENS
+        return full
+
+    def take(self, number: int, *, top: int) -> SampledTokens:
+        """Take the tokens of the block of a sequence, with the `top` likeliest ones of each."""
+        length, self._lengths[number] = int(self._lengths[number]), 0
+        block = self._columns.take(number).take(slice(length)).with_top(top)
+        return SampledTokens(*(column.copy() for column in block.columns))
