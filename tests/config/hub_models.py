@@ -112,6 +112,10 @@ MOONLIGHT = DEEPSEEK_V3 | {
     "quantization_config": None, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 50000.0,
     "routed_scaling_factor": 2.446, "seq_aux": True, "topk_group": 1, "vocab_size": 163840,
 }  # fmt: skip
+DEEPSEEK_V32 = DEEPSEEK_V3 | {
+    "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "index_head_dim": 128,
+    "index_n_heads": 64, "index_topk": 2048, "quantization_config": BLOCKS | {"scale_fmt": "ue8m0"},
+}  # fmt: skip
 KIMI_K2 = DEEPSEEK_V3 | {
     "model_type": "kimi_k2", "aux_loss_alpha": 0.001, "bos_token_id": 163584, "eos_token_id": 163585, "seq_aux": True,
     "first_k_dense_replace": 1, "max_position_embeddings": 131072, "n_group": 1, "n_routed_experts": 384,
@@ -187,6 +191,26 @@ GLM_47_FLASH = NOISE | {
     "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 1000000,
     "routed_scaling_factor": 1.8, "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc",
     "v_head_dim": 256, "vocab_size": 154880,
+}  # fmt: skip
+GLM_5 = NOISE | {
+    "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "attention_bias": False,
+    "eos_token_id": [154820, 154827, 154829], "ep_size": 1, "first_k_dense_replace": 3, "head_dim": 64,
+    "hidden_act": "silu", "hidden_size": 6144, "index_head_dim": 128, "index_n_heads": 32, "index_topk": 2048,
+    "indexer_rope_interleave": True, "intermediate_size": 12288, "kv_lora_rank": 512,
+    "max_position_embeddings": 202752, "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 1,
+    "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 64,
+    "num_experts_per_tok": 8, "num_hidden_layers": 78, "num_key_value_heads": 64, "num_nextn_predict_layers": 1,
+    "pad_token_id": 154820, "pretraining_tp": 1, "q_lora_rank": 2048, "qk_head_dim": 256, "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5, "rope_interleave": True,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc",
+    "v_head_dim": 256, "vocab_size": 154880,
+}  # fmt: skip
+GLM_52 = GLM_5 | {
+    "head_dim": 192, "index_share_for_mtp_iteration": True, "index_skip_topk_offset": 3, "index_topk_freq": 4,
+    "index_topk_pattern": None, "indexer_types": ["full"] * 3 + (["shared"] * 3 + ["full"]) * 18 + ["shared"] * 3,
+    "max_position_embeddings": 1048576, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75,
+    "moe_router_dtype": "float32", "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
 }  # fmt: skip
 DOTS = NOISE | {
     "architectures": ["Dots1ForCausalLM"], "model_type": "dots1", "attention_bias": False, "eos_token_id": 151649,
@@ -321,6 +345,7 @@ READ: dict[str, Values] = {
     "deepseek-ai/DeepSeek-V3": DEEPSEEK_V3,
     "cognitivecomputations/DeepSeek-V3-AWQ": DEEPSEEK_V3 | {"quantization_config": AWQ},
     "nvidia/DeepSeek-R1-NVFP4": DEEPSEEK_V3 | {"quantization_config": MODELOPT},
+    "deepseek-ai/DeepSeek-V3.2": DEEPSEEK_V32,
     "deepseek-ai/DeepSeek-V2": DEEPSEEK_V2,
     "deepseek-ai/DeepSeek-V2-Lite": DEEPSEEK_V2_LITE,
     "moonshotai/Moonlight-16B-A3B": MOONLIGHT,
@@ -331,6 +356,9 @@ READ: dict[str, Values] = {
     "zai-org/GLM-4.5-Air": GLM_45_AIR,
     "zai-org/GLM-4.7-FP8": GLM_45 | {"max_position_embeddings": 202752, "quantization_config": CHANNEL_FP8},
     "zai-org/GLM-4.7-Flash": GLM_47_FLASH,
+    "zai-org/GLM-5": GLM_5,
+    "zai-org/GLM-5-FP8": GLM_5 | {"quantization_config": BLOCKS},
+    "zai-org/GLM-5.2": GLM_52,
     "rednote-hilab/dots.llm1.inst": DOTS,
     "baidu/ERNIE-4.5-21B-A3B-PT": ERNIE_21B,
     "baidu/ERNIE-4.5-300B-A47B-PT": ERNIE_300B,
@@ -344,11 +372,8 @@ READ: dict[str, Values] = {
 }
 """Models whose configurations are read."""
 
-_INDEXER = {"index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048}
 _DUAL_CHUNKS = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
 REFUSED: dict[str, tuple[Values, str]] = {
-    "deepseek-ai/DeepSeek-V3.2": (DEEPSEEK_V3 | {"model_type": "deepseek_v32"} | _INDEXER, "model_type 'deepseek_v32'"),
-    "zai-org/GLM-5": (GLM_47_FLASH | {"model_type": "glm_moe_dsa"} | _INDEXER, "model_type 'glm_moe_dsa'"),
     "Qwen/Qwen3-Next-80B-A3B-Instruct": (QWEN3_30B | {"model_type": "qwen3_next"}, "model_type 'qwen3_next'"),
     "Qwen/Qwen3.5-397B-A17B": (
         {"model_type": "qwen3_5_moe", "text_config": QWEN3_30B | {"model_type": "qwen3_5_moe_text"}},

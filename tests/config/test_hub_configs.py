@@ -4,10 +4,11 @@ import math
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from config import hub_models
-from moempi.config.architecture import Clamp, Experts, Latent, LongRope, Rope, Router, Yarn
+from moempi.config.architecture import Clamp, Experts, Indexer, Latent, LongRope, Rope, Router, Yarn
 from moempi.config.families import FAMILIES, read_architecture
 from moempi.config.tensors import catalogue
 from moempi.errors import DataError
@@ -286,7 +287,7 @@ MINIMAX_M2, GLM_FLASH, HY3, SOLAR, SARVAM = (
 )  # fmt: skip
 HUB = (
     OLMOE, MIXTRAL, DEEPSEEK_V3, MOONLIGHT, KIMI_K2, DEEPSEEK_V2_LITE, GLM_AIR, DOTS, QWEN2_MOE, ERNIE, PHI, GPT_OSS,
-    MINIMAX_M2, GLM_FLASH, HY3, SOLAR, SARVAM,
+    MINIMAX_M2, GLM_FLASH, HY3, SOLAR, SARVAM, hub_models.DEEPSEEK_V32, hub_models.GLM_52,
 )  # fmt: skip
 
 
@@ -414,6 +415,61 @@ def test_moonlight_and_kimi_are_read_as_deepseek_v3():
     assert (moonlight.norm_eps, moonlight.attention.latent.norm_eps) == (1e-5, 1e-6)
     assert (moonlight.attention.latent.query_rank, moonlight.attention.score_factor) == (0, 1.0)
     assert scale(kimi) == pytest.approx(0.130861, rel=1e-5)
+
+
+def test_deepseek_v32_is_deepseek_v3_with_an_indexer_in_every_layer():
+    sparse, dense = read(hub_models.DEEPSEEK_V32), read(hub_models.DEEPSEEK_V3)
+    indexer = Indexer(num_heads=64, head_dim=128, top_k=2048)
+    latent = msgspec.structs.replace(dense.attention.latent, indexer=indexer)
+    attention = msgspec.structs.replace(dense.attention, latent=latent)
+    assert sparse == msgspec.structs.replace(dense, family="deepseek_v32", attention=attention)
+    assert [sparse.index_values(layer) for layer in (0, 60)] == [128, 128]
+    assert dense.index_values(0) == 0
+
+
+def test_glm_5_rotates_adjacent_numbers_and_its_value_heads_are_larger():
+    architecture = read(hub_models.GLM_5)
+    assert architecture.attention.indexer == Indexer(num_heads=32, head_dim=128, top_k=2048, interleaved=True)
+    assert (architecture.attention.head_dim, architecture.attention.value_dim) == (256, 256)
+    assert read(hub_models.GLM_5, indexer_rope_interleave=None) == architecture
+    assert not read(hub_models.GLM_5, indexer_rope_interleave=False).attention.indexer.interleaved
+
+
+def test_three_ways_to_say_which_layers_share_positions():
+    architecture = read(hub_models.GLM_52)
+    with_indexer = [layer for layer in range(78) if architecture.has_indexer(layer)]
+    assert with_indexer == [0, 1, *range(2, 78, 4)]
+    assert read(hub_models.GLM_52, indexer_types=None) == architecture
+    assert read(hub_models.GLM_52, index_topk_freq=None, index_skip_topk_offset=None) == architecture
+    pattern = "".join("F" if layer in with_indexer else "S" for layer in range(78))
+    assert read(hub_models.GLM_52, index_topk_pattern=pattern) == architecture
+    assert read(hub_models.GLM_5, index_topk_freq=4).joined_layers[:4] == (2, 3, 4, 6)
+    assert len(list(catalogue(architecture))) == len(list(catalogue(read(hub_models.GLM_5)))) - 5 * (78 - 21)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"indexer_types": ["full"] * 77}, "indexer_types"),
+        ({"indexer_types": ["full"] * 77 + ["none"]}, "indexer_types"),
+        ({"indexer_types": ["shared"] + ["full"] * 77}, "shared_layers has layer 0"),
+        ({"indexer_types": ["full", "shared"] * 39, "index_topk_freq": 4}, "indexer_types and .* differ"),
+        ({"index_topk_pattern": "F" * 77}, "index_topk_pattern"),
+        ({"index_topk_pattern": "F" * 77 + "f"}, "index_topk_pattern"),
+        ({"index_topk_freq": 0}, "index_topk_freq is 0"),
+        ({"index_topk_freq": "4"}, "index_topk_freq is '4'"),
+        ({"index_topk": None}, "index_topk is missing"),
+        ({"index_topk": 0}, "top_k"),
+        ({"index_head_dim": 32}, "head_dim 32 is less than the rope_dim 64"),
+        ({"q_lora_rank": None}, "indexer needs a query_rank"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"moe_router_dtype": "bfloat16"}, "moe_router_dtype"),
+        ({"layer_types": ["full_attention"] * 78}, "layer_types"),
+    ],
+)
+def test_an_indexer_that_cannot_be_is_refused(changes, words):
+    with pytest.raises(DataError, match=words):
+        read(hub_models.GLM_5, **changes)
 
 
 def test_deepseek_v2():

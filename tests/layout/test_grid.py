@@ -85,6 +85,27 @@ def test_stages_are_balanced_optimally_by_cost():
         )
 
 
+def test_no_stage_begins_with_a_joined_layer():
+    costs, joined = [3.0, 1.0, 1.0, 5.0, 1.0, 2.0, 2.0], (1, 2, 5)
+    for stages in range(1, 5):
+        lengths = balanced_stages(costs, stages, joined)
+        assert len(lengths) == stages
+        assert greatest(costs, lengths) == min(
+            greatest(costs, [end - begin for begin, end in zip((0, *cuts), (*cuts, 7), strict=True)])
+            for cuts in combinations([3, 4, 6], stages - 1)
+        )
+    with pytest.raises(ConfigError, match=r"parallel.stages = 5: the model forms at most 4 stages, because 3 of its 7"):
+        balanced_stages(costs, 5, joined)
+
+
+def test_given_stages_that_begin_with_a_joined_layer_are_refused():
+    parallel = ParallelSection(stages=2, stage_layers=(2, 2))
+    options = {"layer_costs": [1.0] * 4, "nodes": [0, 0], "slots_per_group": 1}
+    with pytest.raises(ConfigError, match=r"begins with layer 2, which shares the positions of the indexer of layer 0"):
+        make_grid(parallel, **options, joined=(1, 2))
+    assert len(make_grid(parallel, **options, joined=(1, 3)).stages) == 2
+
+
 def greatest(costs, lengths):
     """The largest sum of costs of contiguous stages with these lengths."""
     ends = [sum(lengths[: stage + 1]) for stage in range(len(lengths))]

@@ -15,6 +15,9 @@ LENGTHS = (70, 3, 17, 33, 1, 9)
 # More to score, so that the mean difference in bfloat16 does not hang on a few tokens that change their experts.
 MORE_LENGTHS = (90,) * 8
 
+# One beyond an indexer's 2,048 positions, and others beside it.
+LONG_LENGTHS = (2320, 3, 17, 70, 1, 9)
+
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -233,6 +236,34 @@ CASES |= {
         SOLAR | {"attention_bias": True, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "rope_parameters": YARN},
     ),
 }
+# Selections of 16 positions; enough heads that a score of exactly zero, which ties, is rare.
+INDEXED: dict[str, Any] = DEEPSEEK | {"index_topk": 16, "index_n_heads": 16, "index_head_dim": 16}
+LONG: dict[str, Any] = INDEXED | {
+    "num_hidden_layers": 2,
+    "index_topk": 2048,
+    "max_position_embeddings": 2400,
+    "n_group": 1,
+    "topk_group": 1,
+}
+CASES |= {
+    "deepseek_v32-yarn-groups": (
+        "deepseek_v32",
+        INDEXED | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek_v32-bias-one_group": (
+        "deepseek_v32",
+        INDEXED | {"n_group": 1, "topk_group": 1, "attention_bias": True, "index_topk": 21, "index_head_dim": 24},
+    ),
+    "deepseek_v32-2048": ("deepseek_v32", LONG),
+    "glm_moe_dsa": ("glm_moe_dsa", INDEXED | {"n_group": 1, "topk_group": 1, "v_head_dim": 20, "rms_norm_eps": 1e-5}),
+    "glm_moe_dsa-shared": (
+        "glm_moe_dsa",
+        INDEXED
+        | {"num_hidden_layers": 5, "n_group": 1, "topk_group": 1}
+        | {"indexer_types": ["full", "shared", "full", "shared", "shared"]},
+    ),
+    "glm_moe_dsa-2048-shared": ("glm_moe_dsa", LONG | {"num_hidden_layers": 3, "index_topk_freq": 2}),
+}
 # Multimodal wrappers around a language model of another type, with small parts for images; only text is compared.
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
     "kimi_k25": (
@@ -276,10 +307,10 @@ class Expected:
     weights: torch.Tensor
 
 
-def prompts() -> list[list[int]]:
-    """Random tokens."""
+def prompts(case: str) -> list[list[int]]:
+    """Random tokens; one prompt is longer than what an indexer of 2,048 positions chooses, where a case has one."""
     random = torch.Generator().manual_seed(11)
-    lengths = LENGTHS + MORE_LENGTHS
+    lengths = LONG_LENGTHS if CASES[case][1].get("index_topk", 0) > max(LENGTHS) else LENGTHS + MORE_LENGTHS
     return [torch.randint(0, COMMON["vocab_size"], (length,), generator=random).tolist() for length in lengths]
 
 

@@ -26,7 +26,7 @@ def record(folder: Path, case: str, changes: dict) -> None:
     """Write a checkpoint in bfloat16 and what transformers' float32 makes of one prompt."""
     model_type, options = families.CASES[case]
     families.CASES["recorded"] = (model_type, options | changes)
-    prompt = families.prompts()[0]
+    prompt = families.prompts(case)[0]
     with tempfile.TemporaryDirectory() as place:
         source = Path(place)
         families.write_checkpoint(source, "recorded")

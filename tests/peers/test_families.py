@@ -78,7 +78,7 @@ def one_thread() -> None:
 @pytest.mark.mpi
 @pytest.mark.parametrize("case", families.CASES)
 def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
-    tokens = families.prompts()
+    tokens = families.prompts(case)
     families.write_checkpoint(tmp_path / "hub", case)
     reference = families.expected(tmp_path / "hub", tokens)
     convert(tmp_path / "hub", tmp_path / "model.h5")

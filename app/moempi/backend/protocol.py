@@ -34,10 +34,14 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Keys and values of one layer: each (pages * PAGE_ROWS, key-value heads, head width)."""
+    """Keys and values of one layer: each (pages * PAGE_ROWS, key-value heads, head width).
+
+    In a layer with an indexer, `index` holds its keys, of one head.
+    """
 
     keys: Array
     values: Array
+    index: "Cache | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +342,24 @@ class AttentionVerbs(Protocol):
 
         A query sees the last `window` positions, or all of them if `window` is 0. `sinks` (H,) are extra logits in the
         divisor of the softmax.
+        """
+
+    def select_positions(
+        self, queries: Array, weights: Array, index: Cache, segments: Sequence[Segment], *, top_k: int
+    ) -> Array:
+        """Choose the `top_k` positions with the largest scores for rows that see more -> (T, top_k), ascending.
+
+        The score of a position s is the sum over heads h, in float32, of weights[t, h] * max(0, queries[t, h] . key[s])
+        (DeepSeek-V3.2, 2025); queries are (T, H, dim), weights float32 (T, H). On a tie the lowest position is chosen;
+        NaN counts as infinity.
+        """
+
+    def attend_selected(
+        self, queries: Array, cache: Cache, segments: Sequence[Segment], positions: Array, *, scale: float
+    ) -> Array:
+        """Attention of queries (T, H, dim) over the `positions` (T, k) of each alone -> (T, H, value dim).
+
+        The cache is latent.
         """
 
 

@@ -55,11 +55,28 @@ class Rope(Struct, frozen=True, forbid_unknown_fields=True):
     long: LongRope | None = None
 
 
+class Indexer(Struct, frozen=True, forbid_unknown_fields=True):
+    """The lightning indexer of sparse attention (DeepSeek-V3.2, 2025): a token attends to `top_k` positions only.
+
+    They have the largest scores of its `num_heads` heads of size `head_dim`, the lowest position on a tie. The first
+    numbers of a head are rotated, as adjacent pairs if `interleaved`. The `shared_layers` have no indexer: they take
+    the positions of the last layer before them that has one.
+    """
+
+    num_heads: Count
+    head_dim: Count
+    top_k: Count
+    interleaved: bool = False
+    shared_layers: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
+    norm_eps: Positive = 1e-6
+
+
 class Latent(Struct, frozen=True, forbid_unknown_fields=True):
     """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are expanded from one latent vector per token.
 
     The last `rope_dim` of a head's `head_dim` numbers are rotated, and all heads share their keys. Queries are expanded
-    from a latent vector of size `query_rank`, or computed from the row if it is 0.
+    from a latent vector of size `query_rank`, or computed from the row if it is 0. With an `indexer`, attention is
+    sparse.
     """
 
     key_value_rank: Count
@@ -67,6 +84,7 @@ class Latent(Struct, frozen=True, forbid_unknown_fields=True):
     value_dim: Count
     query_rank: Index = 0
     norm_eps: Positive = 1e-6
+    indexer: Indexer | None = None
 
 
 class AttentionShape(Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,6 +128,11 @@ class AttentionShape(Struct, frozen=True, forbid_unknown_fields=True):
     def cached_values(self) -> int:
         """Numbers per position in the cache of one layer."""
         return self.cached_dim if self.latent else 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def indexer(self) -> Indexer | None:
+        """The indexer of sparse attention, None if all positions are attended to."""
+        return self.latent.indexer if self.latent else None
 
 
 class Router(Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,6 +220,21 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
         """Positions that a token of `layer` attends to, itself included; 0 for all."""
         return self.attention.window if layer in self.attention.windowed_layers else 0
 
+    def has_indexer(self, layer: int) -> bool:
+        """Whether `layer` has an indexer of its own."""
+        indexer = self.attention.indexer
+        return indexer is not None and layer not in indexer.shared_layers
+
+    @property
+    def joined_layers(self) -> tuple[int, ...]:
+        """The layers that must be on the stage of the layer before, whose chosen positions they share."""
+        return self.attention.indexer.shared_layers if self.attention.indexer else ()
+
+    def index_values(self, layer: int) -> int:
+        """Numbers per position in the cache of the indexer of `layer`, 0 if it has none."""
+        indexer = self.attention.indexer
+        return indexer.head_dim if indexer and self.has_indexer(layer) else 0
+
     def problem(self) -> str | None:
         """The error in constraints between several fields, or None."""
         if any(layer >= self.num_layers for layer in (*self.dense_layers, *self.attention.windowed_layers)):
@@ -206,7 +244,11 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
         tokens = (*self.eos_tokens, *(() if self.bos_token is None else (self.bos_token,)))
         if any(token >= self.vocab_size for token in tokens):
             return f"an end or begin token lies beyond vocab_size {self.vocab_size}"
-        return _attention_problem(self.attention) or _experts_problem(self.experts)
+        return (
+            _attention_problem(self.attention)
+            or _indexer_problem(self.attention, num_layers=self.num_layers)
+            or _experts_problem(self.experts)
+        )
 
 
 def read_architecture_file(path: str | Path) -> Architecture:
@@ -237,6 +279,21 @@ def _attention_problem(attention: AttentionShape) -> str | None:
         return f"attention.rope.long.divisors has {len(rope.long.divisors)} numbers, not {dim // 2}"
     if attention.windowed_layers and not attention.window:
         return "attention.window is 0 but windowed_layers is not empty"
+    return None
+
+
+def _indexer_problem(attention: AttentionShape, *, num_layers: int) -> str | None:
+    indexer, latent = attention.indexer, attention.latent
+    if indexer is None or latent is None:
+        return None
+    if not latent.query_rank:
+        return "attention.latent.indexer needs a query_rank: its queries are expanded from the latent vector of queries"
+    if indexer.head_dim < latent.rope_dim:
+        return f"attention.latent.indexer.head_dim {indexer.head_dim} is less than the rope_dim {latent.rope_dim}"
+    if any(layer >= num_layers for layer in indexer.shared_layers):
+        return f"attention.latent.indexer.shared_layers name a layer beyond num_layers {num_layers}"
+    if 0 in indexer.shared_layers:
+        return "attention.latent.indexer.shared_layers has layer 0, before which no layer has an indexer"
     return None
 
 

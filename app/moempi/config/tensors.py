@@ -10,7 +10,7 @@ from enum import Enum
 from functools import lru_cache
 from math import prod
 
-from moempi.config.architecture import Architecture, AttentionShape, Experts, Latent
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Indexer, Latent
 
 BLOCK_ROWS = 64
 """Default number of rows per checksum."""
@@ -110,6 +110,9 @@ def layer_tensors(architecture: Architecture, layer: int) -> Iterator[Tensor]:
     yield from _norm(architecture, f"{path}/attention_norm")
     if architecture.attention.latent:
         yield from _latent_tensors(architecture.attention, architecture.attention.latent, width, f"{path}/attention")
+        if architecture.attention.indexer and architecture.has_indexer(layer):
+            rank = architecture.attention.latent.query_rank
+            yield from _indexer_tensors(architecture.attention.indexer, width, rank, f"{path}/attention")
     else:
         yield from _attention_tensors(architecture.attention, width, f"{path}/attention")
     yield from _norm(architecture, f"{path}/feed_forward_norm")
@@ -156,6 +159,15 @@ def _latent_tensors(heads: AttentionShape, latent: Latent, width: int, path: str
     expanded = heads.head_dim - latent.rope_dim + latent.value_dim
     yield Tensor(f"{path}/kv_expand", (heads.num_heads * expanded, rank), Share.HEADS, block_rows=expanded)
     yield from _output_tensors(heads, width, path)
+
+
+def _indexer_tensors(indexer: Indexer, width: int, query_rank: int, path: str) -> Iterator[Tensor]:
+    """Undivided: every rank of a tensor group computes all scores, so that all choose the same positions."""
+    yield Tensor(f"{path}/index_q", (indexer.num_heads * indexer.head_dim, query_rank))
+    yield Tensor(f"{path}/index_k", (indexer.head_dim, width))
+    yield Tensor(f"{path}/index_k_norm", (indexer.head_dim,))
+    yield Tensor(f"{path}/index_k_norm_bias", (indexer.head_dim,))
+    yield Tensor(f"{path}/index_weights", (indexer.num_heads, width), dtype="float32")
 
 
 def _latent_vector(name: str, rows: int, normed: int, width: int, *, biased: bool) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Expert
-from moempi.config.architecture import Latent
+from moempi.config.architecture import Indexer, Latent
 from moempi.config.tensors import layer_path
 from moempi.engine.shard import Shard
 from moempi.model.attention import Attention
@@ -13,6 +13,7 @@ from moempi.model.head import LMHead
 from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
+from moempi.model.sparse_attention import LightningIndexer
 from moempi.model.transformer import Layer, Transformer
 
 
@@ -52,7 +53,13 @@ def load_model(
         embedding=backend.table(shard.read("embedding")) if is_first else None,
         layers=tuple(load_layers()),
         head=_head(shard, backend) if is_last else None,
-        cache=KVCache(backend, architecture.attention, layers=len(layers), pages=pages),
+        cache=KVCache(
+            backend,
+            architecture.attention,
+            layers=len(layers),
+            pages=pages,
+            index_dims=[architecture.index_values(layer) for layer in layers],
+        ),
     )
     backend.finish_loading()  # the lanes compute on other queues, which do not wait for this one
     return model
@@ -125,6 +132,20 @@ def _latent_attention(shard: Shard, backend: Backend, path: str, *, latent: Late
         expand_values=backend.head_matrices(expand[:, unrotated_dim:].transpose(0, 2, 1)),
         output=backend.matrix(shard.read(f"{path}/o"), transposed=True),
         output_bias=_optional(shard, backend, f"{path}/o_bias") if shard.is_first else None,
+        indexer=_indexer(shard, backend, path, latent.indexer)
+        if latent.indexer and shard.has(f"{path}/index_q")
+        else None,
+    )
+
+
+def _indexer(shard: Shard, backend: Backend, path: str, shape: Indexer) -> LightningIndexer:
+    return LightningIndexer(
+        shape=shape,
+        queries=backend.matrix(shard.read(f"{path}/index_q")),
+        keys=backend.matrix(shard.read(f"{path}/index_k")),
+        key_norm=backend.tensor(shard.read(f"{path}/index_k_norm")),
+        key_norm_bias=backend.tensor(shard.read(f"{path}/index_k_norm_bias")),
+        weights=backend.matrix(shard.read(f"{path}/index_weights")),
     )
 
 

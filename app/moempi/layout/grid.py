@@ -7,7 +7,7 @@ KV slots are numbered over all data parallel groups of the first stage. `Grid.ow
 computes a slot, also if stages have different numbers of groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -77,17 +77,23 @@ class Grid:
 
 
 def make_grid(
-    parallel: ParallelSection, *, layer_costs: Sequence[float], nodes: Sequence[int], slots_per_group: int
+    parallel: ParallelSection,
+    *,
+    layer_costs: Sequence[float],
+    nodes: Sequence[int],
+    slots_per_group: int,
+    joined: Collection[int] = (),
 ) -> Grid:
     """The grid of a job on ranks that are counted node by node; nodes[rank] is the node of a rank.
 
     `layer_costs` (L,) balance the stages if the job gives no layers. A group of the first stage has `slots_per_group`
-    KV slots, or more if a later stage has more groups than there would be slots. Raises ConfigError, with the required
-    numbers, if ranks or layers cannot be divided as requested, or if a tensor group would span nodes.
+    KV slots, or more if a later stage has more groups than there would be slots. The `joined` layers are on the stage
+    of the layer before. Raises ConfigError, with the required numbers, if ranks or layers cannot be divided as
+    requested, or if a tensor group would span nodes.
     """
     stages, tensor = parallel.stages, parallel.tensor
     ranks = parallel.stage_ranks or _even_ranks(len(nodes), stages, tensor)
-    layers = parallel.stage_layers or balanced_stages(layer_costs, stages)
+    layers = parallel.stage_layers or balanced_stages(layer_costs, stages, joined)
     _require(len(ranks) == stages, f"parallel.stage_ranks has {len(ranks)} entries for {stages} stages")
     _require(len(layers) == stages, f"parallel.stage_layers has {len(layers)} entries for {stages} stages")
     _require(sum(ranks) == len(nodes), f"parallel.stage_ranks adds up to {sum(ranks)} ranks, there are {len(nodes)}")
@@ -95,6 +101,8 @@ def make_grid(
         sum(layers) == len(layer_costs),
         f"parallel.stage_layers adds up to {sum(layers)} layers, the model has {len(layer_costs)}",
     )
+    for stage in _ranges(layers):
+        _require(stage.start not in joined, _begins_wrongly(stage.start, joined))
     for count in ranks:
         _require(count % tensor == 0, f"a stage of {count} ranks cannot form tensor groups of {tensor}")
     for first in range(0, len(nodes), tensor):
@@ -110,23 +118,30 @@ def make_grid(
     return Grid(tuple(Stage(own_layers, own_ranks) for own_layers, own_ranks in shares), tensor, slots)
 
 
-def balanced_stages(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+def balanced_stages(costs: Sequence[float], stages: int, joined: Collection[int] = ()) -> tuple[int, ...]:
     """Numbers of layers of `stages` contiguous, non-empty stages that minimize the largest sum of `costs` (L,).
 
-    Raises ConfigError if there are more stages than layers.
+    None begins with a `joined` layer. Raises ConfigError if there are more stages than layers that may begin one.
     """
     _require(stages <= len(costs), f"{stages} stages need at least {stages} layers, the model has {len(costs)}")
-    return _balanced_stages(tuple(costs), stages)
+    most = len(costs) - len(joined)
+    _require(
+        stages <= most,
+        f"parallel.stages = {stages}: the model forms at most {most} stages, because {len(joined)} of its "
+        f"{len(costs)} layers share the positions of an earlier layer's indexer",
+    )
+    return _balanced_stages(tuple(costs), stages, frozenset(joined))
 
 
 @lru_cache(maxsize=1 << 10)
-def _balanced_stages(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
+def _balanced_stages(costs: tuple[float, ...], stages: int, joined: frozenset[int]) -> tuple[int, ...]:
     sums = [0.0, *accumulate(costs)]
     # best[end]: for the first `end` layers in `count` stages, the smallest largest sum, and the lengths that give it.
     best: list[tuple[float, tuple[int, ...]]] = [(total, (end,)) for end, total in enumerate(sums)]
     for count in range(2, stages + 1):
+        cuts = [cut for cut in range(count - 1, len(costs)) if cut not in joined]
         best = [
-            min(_with_last_stage(best, sums, cut, end) for cut in range(count - 1, end)) if end >= count else (inf, ())
+            min((_with_last_stage(best, sums, cut, end) for cut in cuts if cut < end), default=(inf, ()))
             for end in range(len(sums))
         ]
     return best[-1][1]
@@ -138,6 +153,14 @@ def _with_last_stage(
     """The best stages of the first `cut` layers, and one more stage up to layer `end`."""
     greatest, lengths = best[cut]
     return max(greatest, sums[end] - sums[cut]), (*lengths, end - cut)
+
+
+def _begins_wrongly(layer: int, joined: Collection[int]) -> str:
+    before = next(one for one in range(layer, -1, -1) if one not in joined)
+    return (
+        f"parallel.stage_layers: a stage begins with layer {layer}, which shares the positions of the indexer of layer "
+        f"{before}; keep both on one stage"
+    )
 
 
 def _even_ranks(ranks: int, stages: int, tensor: int) -> tuple[int, ...]:

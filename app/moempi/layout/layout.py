@@ -50,6 +50,7 @@ def make_layout(
         layer_costs=[layer_cost(architecture, layer) for layer in range(architecture.num_layers)],
         nodes=nodes,
         slots_per_group=max(job.run.max_sequences, job.num_micro_batches),
+        joined=architecture.joined_layers,
     )
     if placement is None:
         placements = tuple(_linear_placements(architecture, stage) for stage in grid.stages)

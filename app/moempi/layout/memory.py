@@ -51,7 +51,7 @@ def rank_memory(
         int(prod(tensor.shape) * fractions.get(tensor.share, 1)) * weight_bytes[tensor.dtype] for tensor in tensors
     )
     cached = architecture.attention.cached_values // (1 if architecture.attention.latent else tensor)
-    page = len(layers) * PAGE_ROWS * cached
+    page = PAGE_ROWS * sum(cached + architecture.index_values(layer) for layer in layers)
     values = _values_per_row(architecture, tensor, rounds_later=on_gpu and is_bfloat16)
     rows = groups * job.lanes * job.run.batch_tokens * values
     return Memory(weights, page * (2 if is_bfloat16 and not widened else 4), rows * row_bytes, groups)
@@ -66,6 +66,9 @@ def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bo
     dim = heads.cached_dim if heads.latent else heads.head_dim
     projections = 3 if rounds_later and heads.biases != "none" else 2
     attention = projections * (heads.num_heads + 2 * heads.cached_heads) * dim // tensor
+    if heads.indexer:
+        chosen = min(heads.indexer.top_k, architecture.max_positions)
+        attention += 2 * heads.indexer.num_heads * heads.indexer.head_dim + chosen
     hidden, rows = (6, 6) if rounds_later and experts.biases else (3, 4)
     routed = experts.router.top_k * (hidden * experts.width + rows * architecture.width) + 3 * experts.shared_width
     feed_forward = max(3 * architecture.dense_width, routed) // tensor

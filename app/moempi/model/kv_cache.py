@@ -1,6 +1,7 @@
 """The key-value cache of a rank: pages of rows in every layer, and the pages that each slot holds."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,13 +15,26 @@ from moempi.layout.memory import pages_for
 class KVCache:
     """Pages shared by all slots. A slot holds its pages from its first step until it is freed.
 
-    A slot takes `pages_for` its capacity. The scheduler must not exceed the number of pages.
+    A slot takes `pages_for` its capacity. The scheduler must not exceed the number of pages. `index_dims` are the sizes
+    of the keys of the layers' indexers, 0 for a layer without one; () if no layer has one.
     """
 
-    def __init__(self, backend: Backend, attention: AttentionShape, *, layers: int, pages: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        attention: AttentionShape,
+        *,
+        layers: int,
+        pages: int,
+        index_dims: Sequence[int] = (),
+    ) -> None:
         latent = attention.latent.key_value_rank if attention.latent else 0
         self.layers: Sequence[Cache] = [
-            backend.cache(pages, attention.cached_heads, attention.cached_dim, latent=latent) for _ in range(layers)
+            replace(
+                backend.cache(pages, attention.cached_heads, attention.cached_dim, latent=latent),
+                index=backend.cache(pages, 1, dim, latent=dim) if dim else None,
+            )
+            for dim in index_dims or [0] * layers
         ]
         self._backend = backend
         self._free = list(range(pages))
@@ -49,4 +63,6 @@ class KVCache:
         self._free = free[:first] + free[first + count :]
         for cache in self.layers:
             self._backend.clear(cache, taken)
+            if cache.index is not None:
+                self._backend.clear(cache.index, taken)
         return taken

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Cache, RmsNorm, Segment
 from moempi.config.architecture import AttentionShape, Latent
+from moempi.model.sparse_attention import LightningIndexer, SparseRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +15,8 @@ class LatentAttention:
     The cache holds, for each position, the normalized latent vector c and one rotated key r shared by all heads. A
     head's key is (A c | r) and its value is B c, so its score with a query (p | q) is (A'p) c + q r. `absorb_keys`
     (H, n, rank) holds each head's A, `expand_values` (H, rank, values) each head's B transposed. `queries` maps D, or
-    the query latent, to all (p | q).
+    the query latent, to all (p | q). With an `indexer`, or in a layer that shares the positions of an earlier one,
+    attention is sparse.
     """
 
     shape: AttentionShape
@@ -30,12 +32,25 @@ class LatentAttention:
     query_bias: Array | None = None
     key_value_bias: Array | None = None
     output_bias: Array | None = None
+    indexer: LightningIndexer | None = None
 
-    def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
-        """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D)."""
+    def __call__(
+        self,
+        backend: Backend,
+        x: Array,
+        angles: Array,
+        cache: Cache,
+        segments: Sequence[Segment],
+        sparse: SparseRows | None = None,
+    ) -> Array:
+        """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D).
+
+        `sparse` are the rows that attend to chosen positions, if there are any.
+        """
         shape, num_rows = self.shape, len(x)
+        latent = self._query_latent(backend, x)
         queries = backend.rotate_into_latent_cache(
-            self._queries(backend, x),
+            self._queries(backend, latent),
             self._keys(backend, x),
             angles,
             norm=RmsNorm(self.key_value_norm, self.latent.norm_eps),
@@ -44,16 +59,27 @@ class LatentAttention:
             interleaved=shape.rope.interleaved,
         )
         scale = shape.head_dim**-0.5 * shape.score_factor
-        mixed = backend.attend(queries, cache, segments, scale=scale)
+        if self.indexer is not None and cache.index is not None:
+            self.indexer.extend_cache(backend, x, angles, cache.index, segments)
+            if sparse is not None:
+                sparse.choose(self.indexer, x, latent, cache.index)
+        if sparse is None:
+            mixed = backend.attend(queries, cache, segments, scale=scale)
+        else:
+            mixed = sparse.attend(queries, cache, scale=scale)
         attended = backend.linear_heads(mixed, self.expand_values)
         attended = attended.reshape(num_rows, shape.num_heads * shape.value_dim)
         return backend.linear(attended, self.output, self.output_bias)
 
+    def _query_latent(self, backend: Backend, x: Array) -> Array:
+        """The normalized latent vector of queries of each row, or the row if there is none."""
+        if self.query_latent is None:
+            return x
+        latent = backend.linear(x, self.query_latent, self.query_bias)
+        return backend.rms_norm(latent, self.query_norm, eps=self.latent.norm_eps)
+
     def _queries(self, backend: Backend, x: Array) -> tuple[Array, Array]:
         """Each head's absorbed query (T, H, rank), and its query before rotation (T, H, rope dim)."""
-        if self.query_latent is not None:
-            x = backend.linear(x, self.query_latent, self.query_bias)
-            x = backend.rms_norm(x, self.query_norm, eps=self.latent.norm_eps)
         queries = backend.linear(x, self.queries).reshape(len(x), self.shape.num_heads, self.shape.head_dim)
         plain = self.shape.head_dim - self.latent.rope_dim
         return backend.linear_heads(queries[..., :plain], self.absorb_keys), queries[..., plain:]

@@ -20,6 +20,7 @@ from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
 from moempi.model.rope import rope_angles
 from moempi.model.router_balance import RoutingPolicy
+from moempi.model.sparse_attention import sparse_rows
 
 GATHER, SCATTER = TENSOR_PHASES
 
@@ -67,11 +68,15 @@ class Transformer:
         backend, tensor = self.backend, comm.tensor
         segments = self.cache.segments(batch)
         angles = rope_angles(backend, self.architecture.attention, batch.positions, batch.row_capacities)
+        sparse = sparse_rows(backend, self.architecture.attention, batch, segments)
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
             rows = layer.attention_norm(backend, x)
             gather, scatter = Point(layer.index, GATHER), Point(layer.index, SCATTER)
             rows = yield from tensor.all_gather(rows, split, gather)
-            rows = layer.attention(backend, rows, angles, cache, segments)
+            if isinstance(layer.attention, LatentAttention):
+                rows = layer.attention(backend, rows, angles, cache, segments, sparse)
+            else:
+                rows = layer.attention(backend, rows, angles, cache, segments)
             rows = yield from tensor.reduce_scatter(rows, split, scatter)
             x, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
             if isinstance(layer.feed_forward, MixtureOfExperts):

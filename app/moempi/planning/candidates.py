@@ -208,12 +208,12 @@ def _uneven(of: Candidates, index: int) -> Iterator[tuple[tuple[int, ...], tuple
     found = forecast_step(of.planned, of.forecast.workload, of.step(index))
     parallel, layout = of.planned.job.parallel, of.planned.layout
     costs, load = replace(found.stages[0].step.costs, immediate=False), found.stages[0].step.load
-    last = of.planned.architecture.num_layers - 1
+    last, joined = of.planned.architecture.num_layers - 1, of.planned.architecture.joined_layers
     seconds = []
     for layer in range(last + 1):
         phases = costs.step(range(layer, layer + 1), load, is_first=layer == 0, is_last=layer == last)
         seconds.append(sum(phase.compute_s + phase.beside_s for phase in phases))
-    layers = balanced_stages(tuple(round(one / min(seconds), 2) for one in seconds), parallel.stages)
+    layers = balanced_stages(tuple(round(one / min(seconds), 2) for one in seconds), parallel.stages, joined)
     if layers != tuple(len(stage.layers) for stage in layout.grid.stages):
         yield layers, ()
     work = [stage.compute_s * stage.ranks for stage in found.stages]

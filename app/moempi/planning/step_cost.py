@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moempi.arrays import IntArray, larger
-from moempi.config.architecture import Architecture
+from moempi.config.architecture import Architecture, Indexer
 from moempi.config.machine_file import MachineFile
 from moempi.config.tensors import TENSOR_PARALLEL, layer_path, layer_tensors, stage_tensors
 from moempi.config.topology_file import Level
@@ -95,7 +95,8 @@ class StepCosts:
         pending_s = 0.0
         equal_layers: dict[object, tuple[list[Phase], float]] = {}
         for layer in layers:
-            kind: object = self.architecture.is_moe(layer), self.architecture.window(layer)
+            architecture = self.architecture
+            kind: object = architecture.is_moe(layer), architecture.window(layer), architecture.has_indexer(layer)
             if layer in load.routed:
                 kind = layer
             if kind not in equal_layers:
@@ -186,11 +187,23 @@ class StepCosts:
         heads = self.architecture.attention
         window = self.architecture.window(layer)
         context, read = (min(positions, window or inf) for positions in (load.context, load.cached or load.context))
+        index_s = 0.0
+        if heads.indexer and load.context > heads.indexer.top_k:
+            index_s = self._choice(heads.indexer, layer, load)
+            context, read = heads.indexer.top_k, heads.indexer.top_k * load.rows / larger(load.sequences, 1.0)
         dims = heads.cached_dim + heads.latent.key_value_rank if heads.latent else heads.head_dim + heads.value_dim
         flops = 2 * load.rows * context * heads.num_heads * dims / self.tensor
         cached = heads.cached_values / (1 if heads.latent else self.tensor)
         core_s = self._roofline(flops, load.sequences * read * cached * self.value_bytes)
-        return core_s + self._products(layer, "attention", load.rows)
+        return core_s + index_s + self._products(layer, "attention", load.rows)
+
+    def _choice(self, indexer: Indexer, layer: int, load: StepLoad) -> float:
+        """The scores of an indexer for the whole context, and their keys; every rank of a tensor group computes all."""
+        if not self.architecture.has_indexer(layer):
+            return 0.0
+        flops = 2 * load.rows * load.context * indexer.num_heads * indexer.head_dim
+        cached = load.sequences * (load.cached or load.context) * indexer.head_dim
+        return self._roofline(flops, cached * self.value_bytes)
 
     def _dense(self, layer: int, load: StepLoad) -> float:
         return self._products(layer, "dense", load.rows)

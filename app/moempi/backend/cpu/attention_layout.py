@@ -93,5 +93,9 @@ def cache_rows(pages: IntArray, start: int, end: int) -> slice | IntArray:
     if len(held) == 1 or bool((np.diff(held) == 1).all()):
         base = (int(held[0]) - first) * PAGE_ROWS
         return slice(base + start, base + end)
-    positions = np.arange(start, end)
+    return rows_of(pages, np.arange(start, end))
+
+
+def rows_of(pages: IntArray, positions: IntArray) -> IntArray:
+    """The rows of the cache of any positions of a sequence."""
     return pages[positions // PAGE_ROWS] * PAGE_ROWS + positions % PAGE_ROWS

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray, aligned_empty, round_to_bfloat16, widen
-from moempi.backend.cpu.attention_layout import BLOCK, Mask, cache_rows, causal_mask, query_blocks
+from moempi.backend.cpu.attention_layout import BLOCK, Mask, cache_rows, causal_mask, query_blocks, rows_of
 from moempi.backend.cpu.control_groups import available_bytes
 from moempi.backend.cpu.router import choose, weights_of
+from moempi.backend.cpu.selection import best_positions, index_scores
 from moempi.backend.protocol import (
     Array,
     Cache,
@@ -287,6 +288,52 @@ class NumpyBackend:
                 self._progress()
         return self._stored(attended)
 
+    def select_positions(
+        self,
+        queries: Float32Array,
+        weights: Float32Array,
+        index: Cache,
+        segments: Sequence[Segment],
+        *,
+        top_k: int,
+    ) -> npt.NDArray[np.int32]:
+        positions = np.empty((len(queries), top_k), np.int32)
+        for segment in segments:
+            end = segment.start + segment.length
+            for first, last, num_keys in query_blocks(segment.start, end):
+                low, high = max(first, segment.start), min(last, end)
+                rows = range(segment.row + low - segment.start, segment.row + high - segment.start)
+                own, block = slice(low - first, high - first), (last - first, *queries.shape[1:])
+                padded, padded_weights = np.zeros(block, np.float32), np.zeros(block[:2], np.float32)
+                padded[own], padded_weights[own] = queries[rows.start : rows.stop], weights[rows.start : rows.stop]
+                keys = _widened(index.keys[cache_rows(segment.pages, 0, num_keys), 0])
+                scores = index_scores(padded, padded_weights, keys)[own]
+                for row, seen, of_row in zip(rows, range(low + 1, high + 1), scores, strict=True):
+                    positions[row] = best_positions(of_row[:seen], top_k)
+                self._progress()
+        return positions
+
+    def attend_selected(
+        self,
+        queries: Float32Array,
+        cache: Cache,
+        segments: Sequence[Segment],
+        positions: npt.NDArray[np.int32],
+        *,
+        scale: float,
+    ) -> Float32Array:
+        """The softmax is in float32."""
+        attended = np.empty((*queries.shape[:2], cache.values.shape[-1]), np.float32)
+        all_seen = positions.shape[1], np.zeros((1, 0), np.float32)
+        for segment in segments:
+            for row in range(segment.row, segment.row + segment.length):
+                chosen = rows_of(segment.pages, positions[row])
+                query = queries[row : row + 1] * np.float32(scale)
+                keys, values = _widened(cache.keys[chosen]), _widened(cache.values[chosen])
+                attended[row] = _attention(query, keys, values, all_seen, None)[0]
+            self._progress()
+        return self._stored(attended)
+
     # Experts
 
     def choose_experts(
@@ -408,6 +455,11 @@ class NumpyBackend:
             product[first : first + most_rows] = blocks.reshape(-1, outputs)[: len(rows)]
             self._progress()
         return product
+
+
+def _widened(cached: Stored) -> Float32Array:
+    """Numbers of a cache, which compiled kernels keep as bfloat16 bits."""
+    return widen(cached) if cached.dtype == np.uint16 else cached
 
 
 def _in_blocks(x: Float32Array) -> Float32Array:

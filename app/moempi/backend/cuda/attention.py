@@ -48,7 +48,7 @@ class PagedAttention:
         if layout.tile_kernel is not None and len(layout.tiles):
             self._attend_tiles(queries, cache, layout, layout.tile_kernel, rule, out)
         for run in layout.single_rows:
-            self._attend_rows(queries, cache, layout, run, rule, out)
+            self.attend_rows(queries, cache, layout, run, rule, out)
         return out
 
     def _attend_tiles(
@@ -63,7 +63,7 @@ class PagedAttention:
             shared_bytes=kernel.shared_bytes(cache),
         )
 
-    def _attend_rows(
+    def attend_rows(
         self, queries: Array, cache: Cache, layout: AttentionLayout, run: SingleRows, rule: Rule, out: Array
     ) -> None:
         """Attend single rows in blocks of keys, as many rows per launch as PARTIAL_BYTES holds."""

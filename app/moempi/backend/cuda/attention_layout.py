@@ -93,8 +93,8 @@ def head_dims(cache: Cache) -> dict[str, int]:
 
 
 def is_latent(cache: Cache) -> bool:
-    """Whether the values are the first numbers of the keys."""
-    return bool(cache.values.shape[-1] < cache.keys.shape[-1])
+    """Whether the values are the first numbers of the keys, or all of them."""
+    return cache.values is cache.keys or bool(cache.values.shape[-1] < cache.keys.shape[-1])
 
 
 def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:

@@ -8,6 +8,7 @@ computes experts in parts of few rows where it can, and attention goes row by ro
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -24,6 +25,7 @@ from moempi.backend.cuda.few_rows import ExpertRows, FewRows, expert_rows
 from moempi.backend.cuda.launches import Launches, extents, rows_from
 from moempi.backend.cuda.peer_memory import DevicePeerMemory
 from moempi.backend.cuda.products import Matrix, Products
+from moempi.backend.cuda.selection import Selection
 from moempi.backend.protocol import (
     Array,
     Cache,
@@ -48,6 +50,8 @@ MOST_HEADS = 64
 """Heads per block of `rotate_into_cache`; equals MOST_TOGETHER of kernels/rope.cu."""
 COMBINED_NUMBERS = 1024
 """Numbers of a row per block of `combine`."""
+KEPT_LAYOUTS = 3
+"""Layouts of rows that a queue keeps: all rows of a step, and with sparse attention the sparse ones and the others."""
 GROUPED_CHOICES = 8
 """Choices per thread of kernels/grouping.cu; more than a block's are sorted by several blocks."""
 MOST_IDS = 8192
@@ -73,10 +77,11 @@ class CudaBackend:
         self.peer_memory = DevicePeerMemory(device, row_dtype=self.row_dtype)
         self._launches = Launches(device, row_dtype=self.row_dtype)
         self._attention = PagedAttention(self._launches)
+        self._selection = Selection(self._launches, self._attention)
         self._products = Products(self._launches, reproducible=self.reproducible)
         self._few_rows = FewRows(self._launches, always=self.reproducible)
         self._progress = progress
-        self._layouts: dict[int, AttentionLayout] = {}
+        self._layouts: dict[int, deque[AttentionLayout]] = {}
         self._frequencies: dict[tuple[int, bytes], Array] = {}
 
     # Memory
@@ -96,7 +101,8 @@ class CudaBackend:
     def cache(self, pages: int, kv_heads: int, head_dim: int, *, latent: int = 0) -> Cache:
         shape = (pages * PAGE_ROWS, kv_heads, head_dim)
         keys = self._launches.rows(shape)
-        cache = Cache(keys=keys, values=keys[..., :latent] if latent else self._launches.rows(shape))
+        shared = keys if latent == head_dim else keys[..., :latent]
+        cache = Cache(keys=keys, values=shared if latent else self._launches.rows(shape))
         self.clear(cache, np.arange(pages))
         return cache
 
@@ -318,13 +324,26 @@ class CudaBackend:
         rule = Rule(scale, window, sinks)
         return self._attention.attend(queries, cache, self._attention_layout(cache, segments), rule)
 
+    def select_positions(
+        self, queries: Array, weights: Array, index: Cache, segments: Sequence[Segment], *, top_k: int
+    ) -> Array:
+        return self._selection.positions(queries, weights, index, self._attention_layout(index, segments), top_k=top_k)
+
+    def attend_selected(
+        self, queries: Array, cache: Cache, segments: Sequence[Segment], positions: Array, *, scale: float
+    ) -> Array:
+        layout = self._attention_layout(cache, segments)
+        return self._selection.attend(queries, cache, layout, positions, Rule(scale, 0, None))
+
     def _attention_layout(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
-        """The layout of a step's rows is the same in all layers, so it is kept until the queue's next step."""
-        layout = self._layouts.get(self.queue)
-        if layout is None or layout.segments is not segments:
-            kernel = None if self.reproducible else tile_kernel(cache, has_warpgroups=self.device.has_warpgroups)
-            layout = self._layouts[self.queue] = lay_out_rows(segments, tile_kernel=kernel, upload=self.upload)
-        return layout
+        """The layout of a step's rows is the same in all layers, so it is kept until the queue's next steps."""
+        kept = self._layouts.setdefault(self.queue, deque(maxlen=KEPT_LAYOUTS))
+        for layout in kept:
+            if layout.segments is segments:
+                return layout
+        kernel = None if self.reproducible else tile_kernel(cache, has_warpgroups=self.device.has_warpgroups)
+        kept.append(lay_out_rows(segments, tile_kernel=kernel, upload=self.upload))
+        return kept[-1]
 
     # Experts
 

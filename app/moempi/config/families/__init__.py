@@ -13,10 +13,12 @@ from moempi.config.families._reading import CheckpointConfig
 from moempi.config.families._wrapper import is_other_part, language_model, plain_name
 from moempi.config.families.deepseek_v2 import DEEPSEEK_V2
 from moempi.config.families.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
+from moempi.config.families.deepseek_v32 import DEEPSEEK_V32
 from moempi.config.families.dots1 import DOTS1
 from moempi.config.families.ernie4_5_moe import ERNIE4_5_MOE
 from moempi.config.families.glm4_moe import GLM4_MOE
 from moempi.config.families.glm4_moe_lite import GLM4_MOE_LITE
+from moempi.config.families.glm_moe_dsa import GLM_MOE_DSA
 from moempi.config.families.gpt_oss import GPT_OSS
 from moempi.config.families.hy_v3 import HY_V3
 from moempi.config.families.minimax_m2 import MINIMAX_M2
@@ -47,6 +49,8 @@ FAMILIES = {
         GPT_OSS,
         MINIMAX_M2,
         GLM4_MOE_LITE,
+        DEEPSEEK_V32,
+        GLM_MOE_DSA,
         HY_V3,
         SOLAR_OPEN,
         SARVAM_MOE,

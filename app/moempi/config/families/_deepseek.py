@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moempi.config.architecture import Architecture, AttentionShape, Experts, Latent, Router
+from moempi.config.architecture import Architecture, AttentionShape, Experts, Indexer, Latent, Router
 from moempi.config.families._decoder import decoder
 from moempi.config.families._family import DECODER_NAMES, in_layers
 from moempi.config.families._reading import CheckpointConfig, leading_dense_layers
@@ -22,12 +22,12 @@ DEEPSEEK_NAMES = DECODER_NAMES | in_layers(
 )
 
 
-def deepseek(config: CheckpointConfig, family: str, *, router: Router) -> Architecture:
+def deepseek(config: CheckpointConfig, family: str, *, router: Router, indexer: Indexer | None = None) -> Architecture:
     """The architecture with latent attention, and experts from layer `first_k_dense_replace` on."""
     return decoder(
         config,
         family,
-        attention=_latent_attention(config),
+        attention=_latent_attention(config, indexer),
         experts=Experts(**routed_and_shared(config), router=router),
         dense_layers=leading_dense_layers(config),
     )
@@ -72,7 +72,7 @@ def corrected_router(
     )
 
 
-def _latent_attention(config: CheckpointConfig) -> AttentionShape:
+def _latent_attention(config: CheckpointConfig, indexer: Indexer | None) -> AttentionShape:
     heads, rope_dim = config.integer("num_attention_heads"), config.integer("qk_rope_head_dim")
     config.require("num_key_value_heads", heads, None)
     config.ignore("head_dim", "qk_head_dim")
@@ -88,6 +88,7 @@ def _latent_attention(config: CheckpointConfig) -> AttentionShape:
             rope_dim=rope_dim,
             value_dim=config.integer("v_head_dim"),
             query_rank=config.integer("q_lora_rank") if config.has("q_lora_rank") else 0,
+            indexer=indexer,
         ),
     )
 
