@@ -71,6 +71,25 @@ static void print_attention(long heads, long kv_heads, long dim, long window, in
     print(name, out, sizeof(float) * (size_t)(rows * heads * dim));
 }
 
+static void print_selection(long heads, long dim, int is_bfloat16) {
+    enum { ROWS = 75, TOP_K = 50, WIDTH = 256 };
+    long positions = 6 * 64;
+    float *keys = numbers(positions * dim);
+    int64_t seen[ROWS], first_pages[ROWS];
+    for (long row = 0; row < ROWS; row++)
+        seen[row] = row < 5 ? 61 + row : 126 + row, first_pages[row] = row < 5 ? 0 : 2;
+    int32_t pages[] = {4, 0, 5, 1, 3, 2}, chosen[ROWS * TOP_K];
+    float *scores = calloc(ROWS * WIDTH, sizeof(float));
+    selection s = {numbers(ROWS * heads * dim), numbers(ROWS * heads),
+                   is_bfloat16 ? (char *)halves(keys, positions * dim) : (char *)keys, scores, chosen, seen, first_pages,
+                   pages, ROWS, heads, dim, WIDTH, TOP_K, is_bfloat16};
+    select_positions(&s);
+    char name[64];
+    snprintf(name, sizeof name, "selection %ld x %ld%s", heads, dim, is_bfloat16 ? " b" : "");
+    print(name, chosen, sizeof chosen);
+    print("  scores", scores, sizeof(float) * ROWS * WIDTH);
+}
+
 static void print_rows(long width, int rounded) {
     long rows = 7, heads = 3;
     float *x = numbers(rows * heads * width), *y = numbers(rows * width), *out = numbers(rows * heads * width);
@@ -151,6 +170,8 @@ int main(void) {
             print_attention(4, 4, 32, window, is_bfloat16);
             print_attention(6, 2, 24, window, is_bfloat16);
         }
+        print_selection(6, 40, is_bfloat16);
+        print_selection(64, 128, is_bfloat16);
         for (long width = 8; width < 80; width += 23)
             print_rows(width, is_bfloat16);
     }

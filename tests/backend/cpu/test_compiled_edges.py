@@ -103,6 +103,24 @@ def test_rotations_and_attention_of_edge_sizes(dim, cached_type, at_end):
         assert np.isfinite(found).all()
 
 
+@AT_END
+@pytest.mark.parametrize("cached_type", [np.uint16, np.float32])
+@pytest.mark.parametrize("dim", WIDTHS)
+def test_selections_of_edge_sizes(dim, cached_type, at_end):
+    numbers = values(64, 1, dim)
+    keys = guarded(narrow(numbers) if cached_type == np.uint16 else numbers, at_end=at_end)
+    queries, weights = guarded(values(5, 3, dim, seed=1), at_end=at_end), guarded(values(5, 3, seed=2), at_end=at_end)
+    segments, pages = guarded(np.array([[0, 5, 59, 0]]), at_end=at_end), guarded(np.zeros(1, np.int32), at_end=at_end)
+    layout = CachedRows((), segments, pages, np.arange(59, 64))
+    for top_k in (1, 7, 59):
+        chosen = KERNELS.select_positions(
+            queries, weights, Cache(keys, keys), layout, top_k=top_k, progress=lambda: None
+        )
+        assert (np.diff(chosen, axis=1) > 0).all()
+        assert (chosen[:, -1] < np.arange(60, 65)).all()
+        assert (chosen >= 0).all()
+
+
 @pytest.mark.skipif("-fsanitize" not in os.environ.get("CC", ""), reason="for tests/sanitize.sh")
 def test_the_sanitizer_reports_an_array_that_is_too_short():
     program = (

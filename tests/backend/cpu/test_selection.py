@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from backend.cpu.test_backend import BACKENDS, values
+from backend.cpu.test_backend import BACKENDS, KERNELS, values
+from backend.cpu.test_compiled import RUNNABLE
+from moempi.backend.cpu import compiled, kernels
+from moempi.backend.cpu.compiled import CompiledBackend
+from moempi.backend.cpu.kernels import load_kernels
 from moempi.backend.cpu.selection import best_positions
 from moempi.backend.protocol import Segment
 
@@ -95,3 +99,21 @@ def test_positions_that_are_not_chosen_change_nothing(backend):
 )
 def test_the_best_positions(scores, expected):
     assert best_positions(np.array(scores, np.float32), 2).tolist() == expected
+
+
+@pytest.mark.skipif(KERNELS is None, reason="no C compiler, or a processor without kernels")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_selections_have_the_same_bits_for_any_threads_instructions_and_pieces(monkeypatch, precision):
+    queries, keys, weights = values(LENGTH, 5, 24), values(LENGTH, 24, seed=1), values(LENGTH, 5, seed=2)
+    results = set()
+    for name in RUNNABLE:
+        for threads, piece in ((1, 1e8), (2, 1e8), (3, 1.0)):
+            monkeypatch.setattr(kernels, "PIECE_FLOPS", piece)
+            monkeypatch.setattr(compiled, "COPY_BYTES", int(piece))
+            backend = CompiledBackend(load_kernels(name), precision=precision, threads=threads)
+            index, cache = filled(backend, keys, latent=24), filled(backend, keys, latent=16)
+            segments = [Segment(0, LENGTH - 20, 20, PAGES)]
+            chosen = backend.select_positions(queries[20:], weights[20:], index, segments, top_k=20)
+            attended = backend.attend_selected(queries[20:], cache, segments, chosen, scale=0.2)
+            results.add((chosen.tobytes(), attended.tobytes()))
+    assert len(results) == 1

@@ -49,6 +49,25 @@ class CachedRows:
             self._tasks[kv_heads, shared] = AttentionTasks(first, int(first[-1]), int(lengths @ (starts + lengths)))
         return self._tasks[kv_heads, shared]
 
+    @property
+    def seen(self) -> IntArray:
+        """The number of positions that each new row sees (T,)."""
+        first, lengths, starts = self.segments[:, :3].T
+        seen: IntArray = np.arange(int(lengths.sum())) + np.repeat(starts - first, lengths) + 1
+        return seen
+
+    @property
+    def first_pages(self) -> IntArray:
+        """The index in `pages` of the first page of each new row's sequence (T,)."""
+        first_pages: IntArray = np.repeat(self.segments[:, 3], self.segments[:, 1])
+        return first_pages
+
+    def rows_of(self, positions: IntArray, some: slice) -> IntArray:
+        """The rows of the cache of `positions` (n, k) of some of the new rows."""
+        pages = self.pages[self.first_pages[some, None] + positions // PAGE_ROWS].astype(np.int64)
+        rows: IntArray = pages * PAGE_ROWS + positions % PAGE_ROWS
+        return rows
+
 
 def lay_out_rows(segments: Sequence[Segment]) -> CachedRows:
     """Lay out the rows of a step; the segments are in the order of their rows, without gaps."""
@@ -61,6 +80,14 @@ def lay_out_rows(segments: Sequence[Segment]) -> CachedRows:
     rows = pages[np.repeat(first_pages, lengths) + positions // PAGE_ROWS] * PAGE_ROWS + positions % PAGE_ROWS
     numbered = np.concatenate([table, first_pages[:, None]], axis=1)
     return CachedRows(segments, np.ascontiguousarray(numbered, np.int64), pages.astype(np.int32), rows.astype(np.int64))
+
+
+def lay_out_copies(count: int, length: int) -> CachedRows:
+    """The layout of `count` rows that each see `length` positions, in pages of its own, one after another."""
+    pages = -(-length // PAGE_ROWS)
+    numbers = np.arange(count)
+    segments = np.stack([numbers, np.ones_like(numbers), np.full_like(numbers, length - 1), numbers * pages], axis=1)
+    return CachedRows((), segments, np.arange(count * pages, dtype=np.int32), np.zeros(0, np.int64))
 
 
 def query_blocks(start: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -306,7 +306,7 @@ class NumpyBackend:
                 own, block = slice(low - first, high - first), (last - first, *queries.shape[1:])
                 padded, padded_weights = np.zeros(block, np.float32), np.zeros(block[:2], np.float32)
                 padded[own], padded_weights[own] = queries[rows.start : rows.stop], weights[rows.start : rows.stop]
-                keys = _widened(index.keys[cache_rows(segment.pages, 0, num_keys), 0])
+                keys = index.keys[cache_rows(segment.pages, 0, num_keys), 0]
                 scores = index_scores(padded, padded_weights, keys)[own]
                 for row, seen, of_row in zip(rows, range(low + 1, high + 1), scores, strict=True):
                     positions[row] = best_positions(of_row[:seen], top_k)
@@ -329,8 +329,7 @@ class NumpyBackend:
             for row in range(segment.row, segment.row + segment.length):
                 chosen = rows_of(segment.pages, positions[row])
                 query = queries[row : row + 1] * np.float32(scale)
-                keys, values = _widened(cache.keys[chosen]), _widened(cache.values[chosen])
-                attended[row] = _attention(query, keys, values, all_seen, None)[0]
+                attended[row] = _attention(query, cache.keys[chosen], cache.values[chosen], all_seen, None)[0]
             self._progress()
         return self._stored(attended)
 
@@ -455,11 +454,6 @@ class NumpyBackend:
             product[first : first + most_rows] = blocks.reshape(-1, outputs)[: len(rows)]
             self._progress()
         return product
-
-
-def _widened(cached: Stored) -> Float32Array:
-    """Numbers of a cache, which compiled kernels keep as bfloat16 bits."""
-    return widen(cached) if cached.dtype == np.uint16 else cached
 
 
 def _in_blocks(x: Float32Array) -> Float32Array:

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moempi.arrays import Float32Array, IntArray, widen
-from moempi.backend.cpu.attention_layout import CachedRows, lay_out_rows
+from moempi.arrays import Float32Array, Int32Array, IntArray, widen
+from moempi.backend.cpu.attention_layout import CachedRows, lay_out_copies, lay_out_rows
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, MatrixProduct, PanelMatrix, Rotation, contiguous_rows
 from moempi.backend.protocol import Array, Cache, Expert, RmsNorm, Segment, Stored
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
+COPY_BYTES = 16 << 20
+"""Memory for the chosen rows of the cache; more rows are attended in several calls."""
 MOST_LAYOUTS = 64
 """Layouts of rows that are kept: one for each lane that takes a step."""
 
@@ -152,6 +154,57 @@ class CompiledBackend(NumpyBackend):
             rounded=self.is_bfloat16,
             progress=self._progress,
         )
+
+    def select_positions(
+        self,
+        queries: Float32Array,
+        weights: Float32Array,
+        index: Cache,
+        segments: Sequence[Segment],
+        *,
+        top_k: int,
+    ) -> Int32Array:
+        return self._kernels.select_positions(
+            np.ascontiguousarray(queries),
+            np.ascontiguousarray(weights),
+            index,
+            self._laid_out(segments),
+            top_k=top_k,
+            progress=self._progress,
+        )
+
+    def attend_selected(
+        self,
+        queries: Float32Array,
+        cache: Cache,
+        segments: Sequence[Segment],
+        positions: Int32Array,
+        *,
+        scale: float,
+    ) -> Float32Array:
+        """Attends over copies of the chosen rows of the cache, of COPY_BYTES at a time."""
+        layout, (num_rows, top_k) = self._laid_out(segments), positions.shape
+        width, value_dim = cache.keys.shape[-1], cache.values.shape[-1]
+        padded = -(-top_k // PAGE_ROWS) * PAGE_ROWS
+        step = max(1, COPY_BYTES // (padded * width * cache.keys.itemsize))
+        parts = []
+        for first in range(0, num_rows, step):
+            some = slice(first, first + step)
+            index = layout.rows_of(np.pad(positions[some], ((0, 0), (0, padded - top_k)), mode="edge"), some)
+            keys = np.empty((index.size, 1, width), cache.keys.dtype)
+            self._kernels.copy_rows(cache.keys[:, 0], index.reshape(-1), keys[:, 0])
+            parts.append(
+                self._kernels.attend(
+                    queries[some] * np.float32(scale),
+                    Cache(keys, keys[..., :value_dim]),
+                    lay_out_copies(len(index), top_k),
+                    window=0,
+                    sinks=None,
+                    rounded=self.is_bfloat16,
+                )
+            )
+            self._progress()
+        return np.concatenate(parts)
 
     def _laid_out(self, segments: Sequence[Segment]) -> CachedRows:
         """The layout of a step's segments, which all layers share."""

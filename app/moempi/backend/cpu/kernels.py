@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moempi.arrays import Float32Array, IntArray, aligned_empty, widen
+from moempi.arrays import Float32Array, Int32Array, IntArray, aligned_empty, widen
 from moempi.backend.c_compiler import load_kernel
 from moempi.backend.cpu.attention_layout import CachedRows
 from moempi.backend.cpu.router import TOP_OF_GROUP
 from moempi.backend.protocol import Cache, RmsNorm, Stored
 from moempi.config.architecture import Clamp, Router
+from moempi.config.tensors import PAGE_ROWS
 
 SOURCES = Path(__file__).with_name("kernels")
 EXACT_FLAGS = ("-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
@@ -36,6 +37,8 @@ PIECE_FLOPS = 1e8
 """Work of a thread between two calls of `progress`: about a millisecond."""
 SCORINGS = ("softmax", "sigmoid", "softmax_chosen")
 """The rules of router.c, by number."""
+SCORE_BYTES = 64 << 20
+"""Memory for the scores of an indexer; more rows are scored in several calls."""
 TASK_FLOPS = 4e6
 """Least work of a task that threads share, where a product has so much."""
 
@@ -77,6 +80,13 @@ class _Rotation(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Selection(ctypes.Structure):
+    _fields_ = _fields(
+        queries=_P, weights=_P, keys=_P, scores=_P, positions=_P, seen=_P, first_pages=_P, pages=_P, rows=_L, heads=_L,
+        dim=_L, width=_L, top_k=_L, is_bfloat16=_I,
+    )  # fmt: skip
+
+
 class PanelMatrix:
     """A matrix (inputs, outputs) in the panels of product.c; `weights` is FLOAT32, BFLOAT16 or PAIRS."""
 
@@ -98,7 +108,7 @@ class MatrixProduct(NamedTuple):
 
 
 class _Gathering(ctypes.Structure):
-    _fields_ = _fields(from_=_P, to=_P, index=_P, rows=_L, width=_L, widens=_I, narrows=_I)
+    _fields_ = _fields(from_=_P, to=_P, index=_P, rows=_L, width=_L, widens=_I, narrows=_I, bytes=_I)
 
 
 class _Combination(ctypes.Structure):
@@ -160,7 +170,7 @@ class Kernels:
         library.pack.restype = library.multiply.restype = None
         for call in (
             *("normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows"),
-            *("choose_experts", "log_softmax_rows", "angle_rows"),
+            *("choose_experts", "log_softmax_rows", "angle_rows", "select_positions"),
         ):
             getattr(library, call).argtypes, getattr(library, call).restype = [_P], None
         library.attend.argtypes, library.attend.restype = [_P, _L, _L], None
@@ -269,6 +279,35 @@ class Kernels:
             progress()
         return out
 
+    def select_positions(
+        self,
+        queries: Float32Array,
+        weights: Float32Array,
+        index: Cache,
+        layout: CachedRows,
+        *,
+        top_k: int,
+        progress: Callable[[], None],
+    ) -> Int32Array:
+        """The positions (T, top_k) of queries (T, H, dim) with weights (T, H); `progress` as in `multiply`."""
+        rows, heads, dim = queries.shape
+        seen, first_pages = layout.seen, layout.first_pages
+        width = -(-int(seen.max(initial=0)) // PAGE_ROWS) * PAGE_ROWS
+        positions = np.empty((rows, top_k), np.int32)
+        of_row = max(1, 2 * width * heads * dim)
+        step = max(1, min(SCORE_BYTES // max(1, 4 * width), int(self.threads * PIECE_FLOPS / of_row)))
+        scores = np.empty((min(step, rows), width), np.float32)
+        for first in range(0, rows, step):
+            some = slice(first, first + step)
+            call = _Selection(
+                _at(queries[some]), _at(weights[some]), _at(index.keys), _at(scores), _at(positions[some]),
+                _at(seen[some]), _at(first_pages[some]), _at(layout.pages), len(seen[some]), heads, dim, width, top_k,
+                index.keys.dtype == np.uint16,
+            )  # fmt: skip
+            self._library.select_positions(ctypes.addressof(call))
+            progress()
+        return positions
+
     def normalize(
         self,
         x: Float32Array,
@@ -342,7 +381,7 @@ class Kernels:
         """Write rows[index], or all rows if None, to `out`: bfloat16 bits become float32, or float32 such bits."""
         widens, narrows = rows.dtype.itemsize < out.dtype.itemsize, rows.dtype.itemsize > out.dtype.itemsize
         at = None if index is None else _at(index)
-        call = _Gathering(_at(rows), _at(out), at, len(out), out.shape[1], widens, narrows)
+        call = _Gathering(_at(rows), _at(out), at, len(out), out.shape[1], widens, narrows, rows.itemsize)
         self._library.gather_rows(ctypes.addressof(call))
 
     def combine(

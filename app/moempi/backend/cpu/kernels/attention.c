@@ -28,15 +28,6 @@ typedef struct {
     float scores[TILE][PAGE];
 } tile;
 
-INLINE group load_cached(const char *at, long index, long count, const int is_bfloat16) {
-    if (is_bfloat16) {
-        const uint16_t *p = (const uint16_t *)at + index;
-        return count >= GROUP ? load_bfloat16(p) : load_some_bfloat16(p, count);
-    }
-    const float *p = (const float *)at + index;
-    return count >= GROUP ? load_group(p) : load_some(p, count);
-}
-
 /* The scores of `queries` queries, a constant after inlining, with keys [begin, end) of the page. */
 INLINE void score(tile *t, const char *keys, long stride, long dim, long begin, long end, const int queries,
                   const int is_bfloat16) {

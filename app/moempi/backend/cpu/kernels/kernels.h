@@ -43,6 +43,22 @@ typedef struct {
 long chunk_queries(void);
 void attend(const attention *a, long first, long last);
 
+/* selection.c */
+typedef struct {
+    const float *queries;    /* (rows, heads, dim) */
+    const float *weights;    /* (rows, heads) */
+    const char *keys;        /* the cache, of one head */
+    float *scores;           /* scratch memory, (rows, width) */
+    int32_t *positions;      /* (rows, top_k) */
+    const int64_t *seen;     /* (rows,): positions that a row sees, more than top_k and at most width */
+    const int64_t *first_pages; /* (rows,): the pages of a row's sequence begin at pages[first_pages[row]] */
+    const int32_t *pages;
+    long rows, heads, dim, width, top_k;
+    int is_bfloat16;         /* the cache */
+} selection;
+
+void select_positions(const selection *s);
+
 /* rows.c */
 typedef struct {
     const float *x;      /* rows of `heads` vectors of `width` numbers; a row begins `stride` numbers after the last */
@@ -82,6 +98,7 @@ typedef struct {
     const int64_t *index; /* row t is from[index[t]]; NULL for the same row */
     long rows, width;
     int widens, narrows;  /* bfloat16 bits to float32; float32 of bfloat16 values to their bits */
+    int bytes;            /* of a number that stays as it is */
 } gathering;
 
 typedef struct {

@@ -128,7 +128,7 @@ static void gather_row(const void *argument, long row) {
         for (long d = 0; d < g->width; d++)
             ((uint16_t *)g->to)[to + d] = (uint16_t)(numbers[d] >> 16);
     } else {
-        memcpy((float *)g->to + to, (const float *)g->from + from, sizeof(float) * (size_t)g->width);
+        memcpy((char *)g->to + to * g->bytes, (const char *)g->from + from * g->bytes, (size_t)(g->width * g->bytes));
     }
 }
 

@@ -151,6 +151,16 @@ INLINE group load_some_bfloat16(const uint16_t *p, long count) {
     return load_bfloat16(numbers);
 }
 
+/* The first `count` numbers, at most a group, of a cache from number `index` on. */
+INLINE group load_cached(const char *at, long index, long count, const int is_bfloat16) {
+    if (is_bfloat16) {
+        const uint16_t *p = (const uint16_t *)at + index;
+        return count >= GROUP ? load_bfloat16(p) : load_some_bfloat16(p, count);
+    }
+    const float *p = (const float *)at + index;
+    return count >= GROUP ? load_group(p) : load_some(p, count);
+}
+
 /* The sum of all lanes: lanes i and i + 8 are added, then i and i + 4, i + 2, i + 1. */
 INLINE float sum_of(group g) {
 #if LANES == 4
