@@ -54,6 +54,43 @@ QWEN3_VL_30B = {
     },
     "vision_config": {"depth": 27, "hidden_size": 1152, "patch_size": 16},
 }  # fmt: skip
+QWEN3_NEXT = QWEN | {
+    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "attention_bias": False,
+    "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048, "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128, "max_position_embeddings": 262144, "mlp_only_layers": [],
+    "moe_intermediate_size": 512, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 512,
+    "num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2, "partial_rotary_factor": 0.25,
+    "rope_scaling": None, "rope_theta": 10000000, "shared_expert_intermediate_size": 512,
+}  # fmt: skip
+QWEN35_TEXT = NOISE | {
+    "model_type": "qwen3_5_moe_text", "attention_bias": False, "attn_output_gate": True, "dtype": "bfloat16",
+    "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 2048,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 10, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+    "mlp_only_layers": [], "moe_intermediate_size": 512, "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False, "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8,
+    "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512, "vocab_size": 248320,
+    "rope_parameters": {
+        "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000, "rope_type": "default",
+    },
+}  # fmt: skip
+QWEN35 = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "image_token_id": 248056,
+    "text_config": QWEN35_TEXT, "tie_word_embeddings": False, "video_token_id": 248057,
+    "vision_config": {"depth": 27, "hidden_size": 1152, "patch_size": 16}, "vision_end_token_id": 248054,
+    "vision_start_token_id": 248053,
+}  # fmt: skip
+QWEN35_397B = QWEN35 | {
+    "text_config": QWEN35_TEXT | {
+        "hidden_size": 4096, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 15,
+        "linear_num_value_heads": 64, "moe_intermediate_size": 1024, "num_attention_heads": 32, "num_experts": 512,
+        "num_experts_per_tok": 10, "num_hidden_layers": 60, "shared_expert_intermediate_size": 1024,
+    },
+}  # fmt: skip
 OLMOE = NOISE | {
     "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "attention_bias": False, "clip_qkv": None,
     "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 1024,
@@ -369,16 +406,18 @@ READ: dict[str, Values] = {
     "upstage/Solar-Open-100B": SOLAR,
     "tencent/Hy3-preview": HY3,
     "sarvamai/sarvam-30b": SARVAM_30B,
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": QWEN3_NEXT,
+    "Qwen/Qwen3-Next-80B-A3B-Instruct-FP8": QWEN3_NEXT | {"quantization_config": BLOCKS},
+    "Qwen/Qwen3-Coder-Next": QWEN3_NEXT | {"rope_theta": 5000000},
+    "Qwen/Qwen3.5-35B-A3B": QWEN35,
+    "Qwen/Qwen3.5-35B-A3B-FP8": QWEN35 | {"quantization_config": BLOCKS},
+    "Qwen/Qwen3.5-397B-A17B": QWEN35_397B,
+    "Qwen/Qwen3.6-35B-A3B": QWEN35,
 }
 """Models whose configurations are read."""
 
 _DUAL_CHUNKS = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
 REFUSED: dict[str, tuple[Values, str]] = {
-    "Qwen/Qwen3-Next-80B-A3B-Instruct": (QWEN3_30B | {"model_type": "qwen3_next"}, "model_type 'qwen3_next'"),
-    "Qwen/Qwen3.5-397B-A17B": (
-        {"model_type": "qwen3_5_moe", "text_config": QWEN3_30B | {"model_type": "qwen3_5_moe_text"}},
-        "text_config: model_type 'qwen3_5_moe_text'",
-    ),
     "Qwen/Qwen3-30B-A3B-Instruct-2507 with config_1m.json": (
         QWEN3_30B | {"max_position_embeddings": 1010000, "dual_chunk_attention_config": _DUAL_CHUNKS},
         "dual_chunk_attention_config is not supported beyond its 262144 original positions",

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from config import hub_models
-from moempi.config.architecture import Clamp, Experts, Indexer, Latent, LongRope, Rope, Router, Yarn
+from moempi.config.architecture import Clamp, DeltaRule, Experts, Indexer, Latent, LongRope, Rope, Router, Yarn
 from moempi.config.families import FAMILIES, read_architecture
 from moempi.config.tensors import catalogue
 from moempi.errors import DataError
@@ -351,6 +351,39 @@ def test_minimax_m2():
     assert read(MINIMAX_M2, rotary_dim=None, partial_rotary_factor=0.5) == architecture
 
 
+def test_qwen3_next_and_qwen3_5():
+    coder, vision = read(hub_models.QWEN3_NEXT), read(hub_models.QWEN35_397B)
+    assert coder.delta_layers == tuple(layer for layer in range(48) if layer % 4 != 3)
+    assert coder.delta_rule == DeltaRule(num_key_heads=16, num_value_heads=32, key_dim=128, value_dim=128, taps=4)
+    assert coder.delta_rule.state_values == 32 * 128 * 128 + 3 * 8192
+    assert (coder.norm, coder.float32_norms, coder.attention.output_gate) == ("rms_float32", True, True)
+    assert (coder.attention.rope.dim, coder.attention.qk_norm, coder.experts.shared_gate) == (64, "head", True)
+    assert (vision.delta_rule.num_value_heads, len(vision.delta_layers)) == (64, 45)
+    assert coder.experts.router == vision.experts.router == Router(top_k=10, renormalize=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"full_attention_interval": 0}, "full_attention_interval is 0, not a positive number"),
+        ({"full_attention_interval": None}, "full_attention_interval is missing"),
+        ({"layer_types": ["linear_attention"] * 47}, "is not linear_attention or full_attention for each layer"),
+        ({"layer_types": ["sliding_attention"] * 48}, "is not linear_attention or full_attention for each layer"),
+        ({"linear_num_value_heads": 33}, "num_value_heads 33 is not a multiple of 16 key heads"),
+        ({"linear_conv_kernel_dim": 1}, "Expected `int` >= 2"),
+        ({"linear_key_head_dim": 4096}, "Expected `int` <= 1024"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"attn_output_gate": False}, "attn_output_gate = False is not supported"),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid' is not supported"),
+        ({"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype = 'bfloat16' is not supported"),
+        ({"partial_rotary_factor": None}, "partial_rotary_factor is missing"),
+    ],
+)
+def test_linear_attention_that_is_another_is_refused(changes, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        read(hub_models.QWEN3_NEXT, **changes)
+
+
 def test_glm_4_7_flash_and_hy3_say_their_dense_layers_in_two_ways():
     for values in (GLM_FLASH, HY3):
         types = ["dense"] + ["sparse"] * (values["num_hidden_layers"] - 1)
@@ -624,7 +657,11 @@ def test_llama3_keeps_fast_frequencies_and_divides_slow_ones():
         (DEEPSEEK_V3, {"rope_scaling": V3_YARN | {"mscale_all_dim": 1e300}}, "score_factor"),
         (GLM_AIR, {"partial_rotary_factor": 0.001}, "partial_rotary_factor = 0.001 leaves nothing"),
         (GPT_OSS, {"rope_theta": 1.0}, "attention.rope.theta 1.0 with yarn"),
-        (DOTS, {"sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types = "),
+        (
+            DOTS,
+            {"sliding_window": 8, "layer_types": ["full_attention"]},
+            "layer_types is not sliding_attention or full",
+        ),
         (QWEN2_MOE, {"use_sliding_window": True}, "not supported without layer_types"),
         (ERNIE, {"use_bias": True}, "use_bias = True is not supported"),
         (ERNIE, {"moe_layer_interval": 0}, "moe_layer_interval is 0"),

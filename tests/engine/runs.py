@@ -114,7 +114,8 @@ def load(folder, backend, rank_layout, *, architecture):
     with closing(WeightFile.open(path)) as file:
         shard = Shard(file, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
         layers, pages = rank_layout.stage.layers, PAGES * rank_layout.num_groups
-        return load_model(shard, backend, layers=layers, hosted=rank_layout.hosted, pages=pages)
+        slots = rank_layout.grid.slots(rank_layout.coords.stage, rank_layout.coords.data)
+        return load_model(shard, backend, layers=layers, hosted=rank_layout.hosted, pages=pages, slots=slots)
 
 
 def requests_of(*lengths: int, limit: int = 3) -> list[Request]:

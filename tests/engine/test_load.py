@@ -7,7 +7,7 @@ from msgspec import structs
 
 from moempi.arrays import widen
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.config.architecture import Architecture, AttentionShape, Clamp, Experts, Latent, Rope, Router
+from moempi.config.architecture import Architecture, AttentionShape, Clamp, DeltaRule, Experts, Latent, Rope, Router
 from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tensors
 from moempi.engine.load import load_model
 from moempi.engine.shard import Shard
@@ -15,6 +15,7 @@ from moempi.errors import DataError
 from moempi.layout.placement import linear
 from moempi.model.attention import Attention as LoadedAttention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
+from moempi.model.gated_delta import GatedDelta
 from moempi.model.latent_attention import LatentAttention
 from moempi.storage.initialize import initialize
 from moempi.storage.weights import WeightFile
@@ -58,13 +59,28 @@ LATENT = structs.replace(
         shared_gate=True,
     ),
 )
+DELTA = structs.replace(
+    PLAIN,
+    attention=structs.replace(PLAIN.attention, output_gate=True),
+    norm="rms_float32",
+    float32_norms=True,
+    delta_rule=DeltaRule(num_key_heads=2, num_value_heads=4, key_dim=3, value_dim=5, taps=4),
+    delta_layers=(0, 1),
+)
 SHORT_LATENT = structs.replace(
     LATENT,
     attention=structs.replace(
         LATENT.attention, biases="none", latent=structs.replace(LATENT.attention.latent, query_rank=0)
     ),
 )
-MODELS = {"plain": PLAIN, "biased": BIASED, "tied": TIED, "latent": LATENT, "short_latent": SHORT_LATENT}
+MODELS = {
+    "plain": PLAIN,
+    "biased": BIASED,
+    "tied": TIED,
+    "latent": LATENT,
+    "delta": DELTA,
+    "short_latent": SHORT_LATENT,
+}
 BIASES = ("gate_bias", "up_bias", "down_bias")
 ALL = dict.fromkeys(range(PLAIN.num_layers), tuple(range(PLAIN.experts.num)))
 
@@ -84,7 +100,7 @@ def files(tmp_path_factory):
 def load(file, *, layers=range(3), part=0, parts=1, hosted=ALL, pages=2):
     backend = NumpyBackend(precision="float32")
     shard = Shard(file, part=part, parts=parts)
-    return load_model(shard, backend, layers=layers, hosted=hosted, pages=pages), shard
+    return load_model(shard, backend, layers=layers, hosted=hosted, pages=pages, slots=range(3)), shard
 
 
 def values(file, name, part=0, parts=1):
@@ -188,6 +204,38 @@ def test_a_part_of_attention_has_the_queries_keys_and_values_of_its_heads(files,
     np.testing.assert_array_equal(attention.sinks, values(file, f"{path}/sinks", part, 2))
     assert (attention.shape.num_heads, attention.shape.num_kv_heads) == (2, 1)
     assert model.architecture.attention == attention.shape
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_part_of_a_delta_rule_has_the_tensors_of_its_heads(files, part):
+    file, path = files["delta"], "layers/001/delta"
+    model, _ = load(file, part=part, parts=2)
+    delta, own = model.layers[1].attention, lambda name: values(file, f"{path}/{name}", part, 2)
+    assert isinstance(delta, GatedDelta)
+    np.testing.assert_array_equal(delta.mixed, np.concatenate([own(name) for name in "qkv"]).T)
+    np.testing.assert_array_equal(delta.taps, np.concatenate([own(f"{name}_taps") for name in "qkv"]))
+    np.testing.assert_array_equal(delta.gate, own("z").T)
+    np.testing.assert_array_equal(delta.rates, np.concatenate([own("beta"), own("decay")]).T)
+    np.testing.assert_array_equal(delta.constants.decay_log, own("decay_log"))
+    np.testing.assert_array_equal(delta.constants.decay_bias, own("decay_bias"))
+    np.testing.assert_array_equal(delta.norm.weight, values(file, f"{path}/norm"))
+    np.testing.assert_array_equal(delta.output, own("o"))
+    assert (delta.rule.num_key_heads, delta.rule.num_value_heads) == (1, 2)
+
+
+def test_layers_with_a_state_have_one_per_slot_and_no_pages(files):
+    model, _ = load(files["delta"], layers=range(1, 3))
+    assert [(state.tail.shape, state.memory.shape) for state in model.states] == [((3, 3, 32), (3, 4, 3, 5))]
+    assert len(model.cache.layers) == 1
+    assert model.layer_caches == [model.states[0], model.cache.layers[0]]
+    assert load(files["delta"], layers=range(2))[0].cache.layers == []
+
+
+def test_an_output_gate_is_loaded_with_its_heads(files):
+    for part in range(2):
+        model, _ = load(files["delta"], part=part, parts=2)
+        gate = values(files["delta"], "layers/002/attention/gate", part, 2)
+        np.testing.assert_array_equal(model.layers[2].attention.gate, gate.T)
 
 
 @pytest.mark.parametrize("name", ["biased", "latent"])

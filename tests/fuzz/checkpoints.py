@@ -14,7 +14,7 @@ from config.test_hub_configs import HUB
 from fuzz.mutation import BOUNDARIES, damaged, damaged_text, mutated, to_json
 from fuzz.subject import Subject, Use, main, require
 from moempi.config.architecture import Architecture
-from moempi.config.families import FAMILIES, Fused, Joined, read_architecture
+from moempi.config.families import FAMILIES, Fused, OnePlus, Rows, read_architecture
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.storage.weights import WeightFile
 from storage.checkpoints import origin_bits
@@ -86,11 +86,14 @@ def tensors_of(architecture: Architecture, model_type: str) -> Tensors:
     names, shapes = FAMILIES[model_type], {}
     for tensor in catalogue(architecture):
         sources = names.sources(tensor)
-        if isinstance(sources, Joined):
-            num_rows, *_ = shapes.get(sources.name, (0,))
-            shapes[sources.name] = (num_rows + tensor.shape[0], *tensor.shape[1:])
-        else:
-            shapes |= _shapes(sources, tensor)
+        match sources:
+            case Rows():
+                num_rows, *_ = shapes.get(sources.name, (0,))
+                shapes[sources.name] = (num_rows + tensor.shape[0], *tensor.shape[1:])
+            case OnePlus():
+                shapes[sources.name] = tensor.shape
+            case _:
+                shapes |= _shapes(sources, tensor)
     return {name: ("BF16", shape, origin_bits(name, shape).tobytes()) for name, shape in shapes.items()}
 
 

@@ -13,7 +13,7 @@ from fuzz.mutation import Raw, any_value, damaged_text, mutated, to_json, to_tom
 from fuzz.seeds import ARCHITECTURE, JOB, MACHINE, MOE_LAYERS, PLACEMENT, RANKS, TOPOLOGY, without_none
 from fuzz.subject import Subject, Use, main, require, run
 from moempi.commands import run as run_command
-from moempi.config.architecture import Clamp, Latent, Rope, Yarn, read_architecture_file
+from moempi.config.architecture import Clamp, DeltaRule, Latent, Rope, Yarn, read_architecture_file
 from moempi.config.job import read_job_file, result_keys
 from moempi.config.tensors import catalogue
 from moempi.config.topology_file import read_topology
@@ -147,6 +147,10 @@ OPTIONS = {
         {"top_k": 2, "scoring": "sparsemixer"},
         {"top_k": 1, "scoring": "softmax_chosen", "bias": True, "float32_logits": True},
     ),
+    "attention.output_gate": (True, False),
+    "delta_rule": (None, msgspec.to_builtins(DeltaRule(1, 2, 3, 4, taps=3))),
+    "delta_layers": ([], [0], [0, 0], [7]),
+    "float32_norms": (True, False),
     "tied_embeddings": (True, False),
     "head_bias": (True, False),
     "norm": ("rms", "rms_float32", "layer"),

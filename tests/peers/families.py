@@ -264,6 +264,40 @@ CASES |= {
     ),
     "glm_moe_dsa-2048-shared": ("glm_moe_dsa", LONG | {"num_hidden_layers": 3, "index_topk_freq": 2}),
 }
+LINEAR, FULL = "linear_attention", "full_attention"
+DELTA: dict[str, Any] = (
+    COMMON
+    | EIGHT_OF_16
+    | {
+        "head_dim": 16,
+        "shared_expert_intermediate_size": 40,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
+        "layer_types": [LINEAR, LINEAR, FULL],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    }
+)
+CASES |= {
+    "qwen3_next": ("qwen3_next", DELTA | {"norm_topk_prob": True, "intermediate_size": 40}),
+    "qwen3_next-dense-equal_heads-interval": (
+        "qwen3_next",
+        DELTA
+        | {"norm_topk_prob": False, "intermediate_size": 40, "mlp_only_layers": [1], "linear_num_value_heads": 2}
+        | {"layer_types": None, "full_attention_interval": 2, "linear_conv_kernel_dim": 3, "num_hidden_layers": 4}
+        | {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}, "rms_norm_eps": 1e-5},
+    ),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        DELTA | {"linear_num_value_heads": 6, "layer_types": [LINEAR, FULL, LINEAR], "moe_intermediate_size": 24},
+    ),
+}
+# The library would save the experts of these one by one.
+FUSED_ON_HUB = ("qwen3_5_moe",)
+OFFSET_NORMS = ("qwen3_next", "qwen3_5_moe")
 # Multimodal wrappers around a language model of another type, with small parts for images; only text is compared.
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
     "kimi_k25": (
@@ -274,6 +308,11 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_vl_moe_text",
         {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 2}
         | {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 2}
+        | {"out_hidden_size": 32, "num_position_embeddings": 16},
     ),
 }
 CASES |= {
@@ -322,8 +361,8 @@ def write_checkpoint(folder: Path, case: str) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             if not name.endswith("inv_freq"):
-                tensor.copy_(_values(name, tensor.shape, random))
-    model.save_pretrained(folder)
+                tensor.copy_(_values(name, tensor.shape, random, is_offset=case.startswith(OFFSET_NORMS)))
+    model.save_pretrained(folder, save_original_format=CASES[case][0] not in FUSED_ON_HUB)
     if CASES[case][0] == "kimi_k25":
         name_layers(folder / "model.safetensors")
     refuse_fused(folder)
@@ -355,15 +394,17 @@ def refuse_fused(folder: Path) -> None:
     names = load_file(folder / "model.safetensors")
     joined = [name for name in names if name.endswith("experts.gate_up_proj")]
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    assert bool(joined) == (model_type in ("gpt_oss", "qwen3_vl_moe")), joined
+    assert bool(joined) == (model_type in ("gpt_oss", "qwen3_vl_moe", *FUSED_ON_HUB)), joined
 
 
-def _values(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tensor:
+def _values(name: str, shape: torch.Size, random: torch.Generator, *, is_offset: bool) -> torch.Tensor:
+    """With `is_offset`, norms multiply by 1 plus their weights, but for those of the delta rule."""
     values = torch.randn(shape, generator=random)
     if name.endswith("correction_bias"):
         return values * 0.1
     if len(shape) == 1 or name.endswith("_bias"):
-        values = values * 0.3 + (1.0 if name.endswith("norm.weight") else 0.0)
+        is_factor = name.endswith("norm.weight") and not (is_offset and "linear_attn" not in name)
+        values = values * 0.3 + (1.0 if is_factor else 0.0)
     else:
         inputs = shape[-2] if "experts" in name and "gpt_oss" in name else shape[-1]
         values = values * (1.5 if "embed" in name or "lm_head" in name else 1.2) * inputs**-0.5

@@ -131,7 +131,7 @@ def test_joined_rows_of_another_number_are_refused_by_name(tmp_path):
     values = small(SARVAM)
     tensors = bfloat16_tensors(values)
     name = "model.layers.1.attention.query_key_value.weight"
-    with pytest.raises(DataError, match=rf"{name}: its shape is \(63, 16\), not of 64 rows"):
+    with pytest.raises(DataError, match=rf"{name}: its shape is \(63, 16\), the configuration says groups of 64 rows"):
         converted(tmp_path / "hub", values, tensors | {name: ("BF16", tensors[name][1][:63])})
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.config.architecture import Clamp, Router
+from moempi.config.architecture import Clamp, DeltaRule, Router
 from moempi.config.job import Sampling
 
 Array = Any
@@ -46,22 +46,45 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """The norm of a vector, as by `rms_norm`: its weights (dim,), and `eps`."""
+    """The norm of a vector, as by `rms_norm`: its weights (dim,), `eps`, and whether the quotient is rounded."""
 
     weight: Array
     eps: float
+    rounded: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """The state of each slot in a layer of the gated delta rule, in float32.
+
+    `tail` (slots, taps - 1, C) holds the last rows before the convolution, `memory` (slots, value heads, key dim, value
+    dim) the sums of keys times values. A sequence that starts at position 0 begins with zeros, whatever its slot holds.
+    """
+
+    tail: Array
+    memory: Array
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRates:
+    """The float32 constants (value heads,) of the rates of a delta rule: logarithm and bias of the decay."""
+
+    decay_log: Array
+    decay_bias: Array
 
 
 class Segment(NamedTuple):
     """The new rows of one sequence in a step: rows [row, row + length) are at positions [start, start + length).
 
     `pages` lists the cache pages of the sequence; position p is row p % PAGE_ROWS of page pages[p // PAGE_ROWS].
+    `state` is the index of its state in layers that have one.
     """
 
     row: int
     length: int
     start: int
     pages: IntArray
+    state: int = 0
 
 
 NO_TOKENS: IntArray = np.zeros(0, np.int32)
@@ -277,7 +300,7 @@ class RowVerbs(Protocol):
         """Compute silu(gate) * up of (T, 2F) -> (T, F); the clamped form is defined by `config.architecture.Clamp`."""
 
     def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
-        """Multiply rows x (T, D) by the sigmoid of their logits (T, 1)."""
+        """Multiply rows x (T, D) by the sigmoid of their logits (T, 1), or each number by that of its own (T, D)."""
 
 
 class AttentionVerbs(Protocol):
@@ -361,6 +384,41 @@ class AttentionVerbs(Protocol):
 
         The cache is latent.
         """
+
+
+class StateVerbs(Protocol):
+    """Linear attention by the gated delta rule (Yang et al. 2025): a state per sequence in place of cached keys.
+
+    A row's results and the state after it have the same bits however the rows of its sequence come in steps.
+    """
+
+    def layer_state(self, slots: int, rule: DeltaRule) -> LayerState:
+        """Allocate the state of `slots` sequences in one layer."""
+
+    def causal_conv(self, x: Array, taps: Array, state: LayerState, segments: Sequence[Segment]) -> Array:
+        """Compute silu(sum of taps[c, j] * x[t - n + 1 + j, c] over j) for x (T, C) and taps (C, n) -> (T, C).
+
+        Rows before the segment are from the tail of its sequence's state, which is brought up to date.
+        """
+
+    def delta_rule(
+        self,
+        heads: tuple[Array, Array, Array],
+        rates: Array,
+        constants: DeltaRates,
+        state: LayerState,
+        segments: Sequence[Segment],
+    ) -> Array:
+        """Compute outputs (T, value heads, value dim), and bring the memory of the sequences up to date.
+
+        `heads` are queries and keys (T, key heads, key dim) and values (T, value heads, value dim); `rates` (T, 2 *
+        value heads) are b, then a. With q and k divided by their lengths sqrt(sum of squares + 1e-6), q also by
+        sqrt(key dim), beta = sigmoid(b), alpha = exp(-exp(decay_log) * softplus(a + decay_bias)), each row computes
+        S = alpha * S; S = S + k (beta * (v - k S)); output = q S. Key head h serves adjacent value heads.
+        """
+
+    def gated_norm(self, x: Array, gate: Array, norm: RmsNorm) -> Array:
+        """Normalize each head of x (T, H, dim), as by `rms_norm`, and multiply it by silu(gate); rounded once."""
 
 
 class ExpertVerbs(Protocol):
@@ -469,7 +527,7 @@ class PeerMemory(Protocol):
         """Submit copies to rows of `target`, behind each other and beside all queues; the event is behind them."""
 
 
-class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, ExpertVerbs, TokenVerbs, Protocol):
+class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, StateVerbs, ExpertVerbs, TokenVerbs, Protocol):
     """A machine that holds weights and rows and computes with them."""
 
     name: str

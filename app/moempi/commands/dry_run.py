@@ -57,6 +57,7 @@ def _counts(placements: Mapping[int, Placement]) -> list[int]:
 def _row(job: Job, layout: Layout, index: int, nodes: Sequence[int], *, context: int) -> StageRow:
     stage, memory = layout.grid.stages[index], layout.memory[index]
     counts = _counts(layout.placements[index]) or [0]
+    has_states = any(of_stage.state for of_stage in layout.memory)
     sequences = _sequences(job, memory, slots=layout.grid.slots_per_group, context=context)
     pages = max(sequences * pages_for(context), 1)
     return StageRow(
@@ -69,9 +70,10 @@ def _row(job: Job, layout: Layout, index: int, nodes: Sequence[int], *, context:
             "weights": memory.weights,
             "rows": memory.rows,
             "a cached token": memory.page // PAGE_ROWS,
+            **({"a sequence's state": memory.state} if has_states else {}),
         },
         sequences=sequences,
-        total=memory.weights + memory.rows + pages * memory.page * memory.groups,
+        total=memory.held + pages * memory.page * memory.groups,
     )
 
 
@@ -111,5 +113,5 @@ def _memory_error(job: Job, memory: Memory, available: int) -> str:
         pages = affordable_pages(job.run, memory, available=available)
     except ConfigError as error:
         return str(error)
-    needed = memory.weights + memory.rows + pages * memory.page * memory.groups
+    needed = memory.held + pages * memory.page * memory.groups
     return f"needs {format_size(needed)}, a rank has {format_size(available)}" if needed > available else ""

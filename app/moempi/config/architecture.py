@@ -93,7 +93,8 @@ class AttentionShape(Struct, frozen=True, forbid_unknown_fields=True):
     `qk_norm` normalizes queries and keys per head, or as one vector over all heads. `biases` are added to queries, keys
     and values ("qkv"), or to the output too ("all"). `clip` bounds queries, keys and values. `sinks` are learned
     logits, one per head, in the softmax's denominator. The `windowed_layers` attend to the last `window` positions
-    only. Scores are multiplied by head_dim^-0.5 and by `score_factor`.
+    only. Scores are multiplied by head_dim^-0.5 and by `score_factor`. With `output_gate`, the attended values are
+    multiplied by the sigmoid of as many further projections of the row.
     """
 
     num_heads: Count
@@ -108,6 +109,7 @@ class AttentionShape(Struct, frozen=True, forbid_unknown_fields=True):
     windowed_layers: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
     score_factor: Positive = 1.0
     latent: Latent | None = None
+    output_gate: bool = False
 
     @property
     def value_dim(self) -> int:
@@ -133,6 +135,30 @@ class AttentionShape(Struct, frozen=True, forbid_unknown_fields=True):
     def indexer(self) -> Indexer | None:
         """The indexer of sparse attention, None if all positions are attended to."""
         return self.latent.indexer if self.latent else None
+
+
+class DeltaRule(Struct, frozen=True, forbid_unknown_fields=True):
+    """Linear attention by the gated delta rule (Yang et al. 2025), with a state per sequence instead of cached keys.
+
+    Each of `num_value_heads` heads has a state (key_dim, value_dim) in float32; a key head is shared by adjacent value
+    heads. Queries, keys and values first pass a causal convolution of `taps` positions.
+    """
+
+    num_key_heads: Count
+    num_value_heads: Count
+    key_dim: Annotated[int, Meta(ge=1, le=1 << 10)]
+    value_dim: Annotated[int, Meta(ge=1, le=1 << 10)]
+    taps: Annotated[int, Meta(ge=2, le=64)]
+
+    @property
+    def mixed_dim(self) -> int:
+        """Numbers of a row that pass the convolution: queries, keys and values of all heads."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def state_values(self) -> int:
+        """Numbers of the state of one sequence in one layer, with the rows that the convolution looks back to."""
+        return self.num_value_heads * self.key_dim * self.value_dim + (self.taps - 1) * self.mixed_dim
 
 
 class Router(Struct, frozen=True, forbid_unknown_fields=True):
@@ -188,7 +214,8 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     """A decoder-only transformer whose layers outside `dense_layers` are Mixture-of-Experts layers.
 
     `norm` is the root mean square norm, rounded before ("rms") or after ("rms_float32") multiplication by its weight,
-    or the layer norm with a bias ("layer"). `head_bias` is added to the logits.
+    or the layer norm with a bias ("layer"); with `float32_norms`, its weights and those of `qk_norm` are float32.
+    `head_bias` is added to the logits. The `delta_layers` have a `delta_rule` in place of the attention.
     """
 
     family: str
@@ -204,6 +231,9 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     norm_eps: Positive = 1e-6
     tied_embeddings: bool = False
     head_bias: bool = False
+    float32_norms: bool = False
+    delta_rule: DeltaRule | None = None
+    delta_layers: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
     bos_token: Index | None = None
     eos_tokens: tuple[Index, ...] = ()
 
@@ -215,6 +245,10 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     def moe_layers(self) -> tuple[int, ...]:
         """The 0-based indices of the Mixture-of-Experts layers, ascending."""
         return tuple(layer for layer in range(self.num_layers) if self.is_moe(layer))
+
+    def has_state(self, layer: int) -> bool:
+        """Whether `layer` keeps a state per sequence, and no keys and values."""
+        return layer in self.delta_layers
 
     def window(self, layer: int) -> int:
         """Positions that a token of `layer` attends to, itself included; 0 for all."""
@@ -248,6 +282,7 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
             _attention_problem(self.attention)
             or _indexer_problem(self.attention, num_layers=self.num_layers)
             or _experts_problem(self.experts)
+            or _delta_problem(self)
         )
 
 
@@ -270,7 +305,7 @@ def _attention_problem(attention: AttentionShape) -> str | None:
     if latent and (dim != latent.rope_dim or latent.rope_dim >= attention.head_dim):
         return f"attention.latent.rope_dim {latent.rope_dim} is not a part of attention.head_dim {attention.head_dim}"
     if latent and not _is_plain(attention):
-        return "attention.latent goes with no qk_norm, clip, sinks or window, and with all biases or none"
+        return "attention.latent goes with no qk_norm, clip, sinks, window or output gate, and with all biases or none"
     if rope.yarn and rope.theta <= 1:
         return f"attention.rope.theta {rope.theta} with yarn: needs one above 1"
     if rope.divisors and len(rope.divisors) not in (1, dim // 2):
@@ -297,8 +332,21 @@ def _indexer_problem(attention: AttentionShape, *, num_layers: int) -> str | Non
     return None
 
 
+def _delta_problem(architecture: Architecture) -> str | None:
+    rule, layers = architecture.delta_rule, architecture.delta_layers
+    if any(layer >= architecture.num_layers for layer in layers) or len(set(layers)) != len(layers):
+        return f"delta_layers names a layer twice, or beyond num_layers {architecture.num_layers}"
+    if bool(layers) != (rule is not None):
+        return "delta_layers and delta_rule go together: one is missing"
+    if rule and rule.num_value_heads % rule.num_key_heads:
+        return f"delta_rule.num_value_heads {rule.num_value_heads} is not a multiple of {rule.num_key_heads} key heads"
+    return None
+
+
 def _is_plain(attention: AttentionShape) -> bool:
-    more = (attention.qk_norm != "none", attention.clip, attention.sinks, attention.windowed_layers)
+    more = (
+        attention.qk_norm != "none", attention.clip, attention.sinks, attention.windowed_layers, attention.output_gate
+    )  # fmt: skip
     return not any(more) and attention.biases != "qkv"
 
 

@@ -10,7 +10,7 @@ from enum import Enum
 from functools import lru_cache
 from math import prod
 
-from moempi.config.architecture import Architecture, AttentionShape, Experts, Indexer, Latent
+from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Experts, Indexer, Latent
 
 BLOCK_ROWS = 64
 """Default number of rows per checksum."""
@@ -108,13 +108,15 @@ def layer_tensors(architecture: Architecture, layer: int) -> Iterator[Tensor]:
     """The tensors of one layer."""
     path, width = layer_path(layer), architecture.width
     yield from _norm(architecture, f"{path}/attention_norm")
-    if architecture.attention.latent:
+    if architecture.delta_rule and architecture.has_state(layer):
+        yield from _delta_tensors(architecture.delta_rule, width, f"{path}/delta")
+    elif architecture.attention.latent:
         yield from _latent_tensors(architecture.attention, architecture.attention.latent, width, f"{path}/attention")
         if architecture.attention.indexer and architecture.has_indexer(layer):
             rank = architecture.attention.latent.query_rank
             yield from _indexer_tensors(architecture.attention.indexer, width, rank, f"{path}/attention")
     else:
-        yield from _attention_tensors(architecture.attention, width, f"{path}/attention")
+        yield from _attention_tensors(architecture, f"{path}/attention")
     yield from _norm(architecture, f"{path}/feed_forward_norm")
     if architecture.is_moe(layer):
         yield from _expert_tensors(architecture.experts, width, path)
@@ -123,12 +125,17 @@ def layer_tensors(architecture: Architecture, layer: int) -> Iterator[Tensor]:
 
 
 def _norm(architecture: Architecture, name: str) -> Iterator[Tensor]:
-    yield Tensor(name, (architecture.width,))
+    yield Tensor(name, (architecture.width,), dtype=_norm_type(architecture))
     if architecture.norm == "layer":
         yield Tensor(f"{name}_bias", (architecture.width,))
 
 
-def _attention_tensors(heads: AttentionShape, width: int, path: str) -> Iterator[Tensor]:
+def _norm_type(architecture: Architecture) -> str:
+    return "float32" if architecture.float32_norms else "bfloat16"
+
+
+def _attention_tensors(architecture: Architecture, path: str) -> Iterator[Tensor]:
+    heads, width, norm_type = architecture.attention, architecture.width, _norm_type(architecture)
     rows, kv_rows, dim = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim, heads.head_dim
     yield Tensor(f"{path}/q", (rows, width), Share.HEADS, block_rows=dim)
     yield Tensor(f"{path}/k", (kv_rows, width), Share.KV_HEADS, block_rows=dim)
@@ -137,15 +144,34 @@ def _attention_tensors(heads: AttentionShape, width: int, path: str) -> Iterator
         yield Tensor(f"{path}/q_bias", (rows,), Share.HEADS, block_rows=dim)
         yield Tensor(f"{path}/k_bias", (kv_rows,), Share.KV_HEADS, block_rows=dim)
         yield Tensor(f"{path}/v_bias", (kv_rows,), Share.KV_HEADS, block_rows=dim)
+    if heads.output_gate:
+        yield Tensor(f"{path}/gate", (rows, width), Share.HEADS, block_rows=dim)
     yield from _output_tensors(heads, width, path)
     if heads.sinks:
         yield Tensor(f"{path}/sinks", (heads.num_heads,), Share.HEADS, block_rows=1)
     if heads.qk_norm == "head":
-        yield Tensor(f"{path}/q_norm", (dim,))
-        yield Tensor(f"{path}/k_norm", (dim,))
+        yield Tensor(f"{path}/q_norm", (dim,), dtype=norm_type)
+        yield Tensor(f"{path}/k_norm", (dim,), dtype=norm_type)
     if heads.qk_norm == "vector":
-        yield Tensor(f"{path}/q_norm", (rows,), Share.HEADS, block_rows=dim)
-        yield Tensor(f"{path}/k_norm", (kv_rows,), Share.KV_HEADS, block_rows=dim)
+        yield Tensor(f"{path}/q_norm", (rows,), Share.HEADS, block_rows=dim, dtype=norm_type)
+        yield Tensor(f"{path}/k_norm", (kv_rows,), Share.KV_HEADS, block_rows=dim, dtype=norm_type)
+
+
+def _delta_tensors(rule: DeltaRule, width: int, path: str) -> Iterator[Tensor]:
+    """Value heads are in the order of their key heads, so that a part of all rows has whole key heads."""
+    shared, heads = rule.num_value_heads // rule.num_key_heads, rule.num_value_heads
+    key_rows, value_rows = rule.num_key_heads * rule.key_dim, heads * rule.value_dim
+    of_keys, of_values = (key_rows, rule.key_dim), (value_rows, shared * rule.value_dim)
+    for name, (rows, block) in (("q", of_keys), ("k", of_keys), ("v", of_values)):
+        yield Tensor(f"{path}/{name}", (rows, width), Share.HEADS, block_rows=block)
+        yield Tensor(f"{path}/{name}_taps", (rows, rule.taps), Share.HEADS, block_rows=block)
+    yield Tensor(f"{path}/z", (value_rows, width), Share.HEADS, block_rows=shared * rule.value_dim)
+    yield Tensor(f"{path}/beta", (heads, width), Share.HEADS, block_rows=shared)
+    yield Tensor(f"{path}/decay", (heads, width), Share.HEADS, block_rows=shared)
+    yield Tensor(f"{path}/decay_log", (heads,), Share.HEADS, block_rows=shared, dtype="float32")
+    yield Tensor(f"{path}/decay_bias", (heads,), Share.HEADS, block_rows=shared, dtype="float32")
+    yield Tensor(f"{path}/norm", (rule.value_dim,), dtype="float32")
+    yield Tensor(f"{path}/o", (value_rows, width), Share.HEADS, block_rows=rule.value_dim, transposed=True)
 
 
 def _latent_tensors(heads: AttentionShape, latent: Latent, width: int, path: str) -> Iterator[Tensor]:

@@ -109,13 +109,16 @@ def _load(deployment: Deployment, stop: Stop, *, pages: int, progress: Progress)
     coords, parts = rank_layout.coords, rank_layout.grid.tensor
     shard = Shard(deployment.weights, part=coords.tensor, parts=parts, on_read=rounds.check)
     all_pages = pages * rank_layout.num_groups
+    slots = rank_layout.grid.slots(coords.stage, coords.data)
 
     def on_layer(loaded: int) -> None:
         rounds.next_round()
         progress.loading(loaded, len(layers), shard.num_bytes)
 
     def load() -> Transformer:
-        return load_model(shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, on_layer=on_layer)
+        return load_model(
+            shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, slots=slots, on_layer=on_layer
+        )
 
     model = world.collectively(lambda: rounds.run(load))
     return model, Loading(shard.num_bytes, perf_counter() - begin)

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from moempi.backend.protocol import Array, Backend, Expert
-from moempi.config.architecture import Indexer, Latent
+import numpy.typing as npt
+
+from moempi.backend.protocol import Array, Backend, DeltaRates, Expert, RmsNorm
+from moempi.config.architecture import DeltaRule, Indexer, Latent
 from moempi.config.tensors import layer_path
 from moempi.engine.shard import Shard
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
+from moempi.model.gated_delta import GatedDelta
 from moempi.model.head import LMHead
 from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
@@ -32,10 +36,12 @@ def load_model(
     layers: range,
     hosted: Mapping[int, tuple[int, ...]],
     pages: int,
+    slots: range,
     on_layer: Callable[[int], object] = lambda loaded: None,
 ) -> Transformer:
     """Read this rank's share of `layers` with the experts hosted[layer], and allocate a cache of `pages` pages.
 
+    Layers that keep a state have one for each of the `slots`.
     Calls `on_layer` with the number of layers that are loaded, from 0. Raises DataError if a checksum is wrong. Not
     collective; blocks until the weights are in the backend's memory.
     """
@@ -47,6 +53,7 @@ def load_model(
 
     architecture = shard.architecture
     is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
+    rule, with_state = architecture.delta_rule, [layer for layer in layers if architecture.has_state(layer)]
     model = Transformer(
         architecture=architecture,
         backend=backend,
@@ -56,10 +63,12 @@ def load_model(
         cache=KVCache(
             backend,
             architecture.attention,
-            layers=len(layers),
+            layers=len(layers) - len(with_state),
             pages=pages,
-            index_dims=[architecture.index_values(layer) for layer in layers],
+            first_slot=slots.start,
+            index_dims=[architecture.index_values(layer) for layer in layers if not architecture.has_state(layer)],
         ),
+        states=[backend.layer_state(len(slots), rule) for _ in with_state if rule],
     )
     backend.finish_loading()  # the lanes compute on other queues, which do not wait for this one
     return model
@@ -77,17 +86,25 @@ def _head(shard: Shard, backend: Backend) -> LMHead:
 
 
 def _layer(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> Layer:
-    path, architecture = layer_path(layer), shard.architecture
-    latent, moe = architecture.attention.latent, architecture.is_moe(layer)
+    path, moe = layer_path(layer), shard.architecture.is_moe(layer)
     return Layer(
         index=layer,
         attention_norm=_norm(shard, backend, f"{path}/attention_norm"),
-        attention=_latent_attention(shard, backend, f"{path}/attention", latent=latent)
-        if latent
-        else _attention(shard, backend, f"{path}/attention", window=architecture.window(layer)),
+        attention=_mixer(shard, backend, layer),
         feed_forward_norm=_norm(shard, backend, f"{path}/feed_forward_norm"),
         feed_forward=_experts(shard, backend, layer, hosted) if moe else _dense(shard, backend, f"{path}/dense"),
     )
+
+
+def _mixer(shard: Shard, backend: Backend, layer: int) -> Attention | LatentAttention | GatedDelta:
+    """The part of a layer in which positions meet."""
+    path, architecture = layer_path(layer), shard.architecture
+    rule, latent = architecture.delta_rule, architecture.attention.latent
+    if rule and architecture.has_state(layer):
+        return _gated_delta(shard, backend, f"{path}/delta", rule=rule)
+    if latent:
+        return _latent_attention(shard, backend, f"{path}/attention", latent=latent)
+    return _attention(shard, backend, f"{path}/attention", window=architecture.window(layer))
 
 
 def _norm(shard: Shard, backend: Backend, name: str) -> Norm:
@@ -110,7 +127,25 @@ def _attention(shard: Shard, backend: Backend, path: str, *, window: int) -> Att
         q_norm=_optional(shard, backend, f"{path}/q_norm"),
         k_norm=_optional(shard, backend, f"{path}/k_norm"),
         sinks=_optional(shard, backend, f"{path}/sinks"),
+        gate=backend.matrix(shard.read(f"{path}/gate")) if shard.architecture.attention.output_gate else None,
         window=window,
+        norms_rounded=shard.architecture.norm == "rms",
+    )
+
+
+def _gated_delta(shard: Shard, backend: Backend, path: str, *, rule: DeltaRule) -> GatedDelta:
+    def read(*names: str) -> Iterator[npt.NDArray[Any]]:
+        return (shard.read(f"{path}/{name}") for name in names)
+
+    return GatedDelta(
+        rule=rule,
+        mixed=backend.matrix(*read("q", "k", "v")),
+        taps=backend.tensor(*read("q_taps", "k_taps", "v_taps")),
+        gate=backend.matrix(*read("z")),
+        rates=backend.matrix(*read("beta", "decay")),
+        constants=DeltaRates(backend.tensor(*read("decay_log")), backend.tensor(*read("decay_bias"))),
+        norm=RmsNorm(backend.tensor(*read("norm")), shard.architecture.norm_eps),
+        output=backend.matrix(*read("o"), transposed=True),
     )
 
 

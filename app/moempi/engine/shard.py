@@ -14,9 +14,9 @@ from moempi.storage.weights import WeightFile
 class Shard:
     """Part `part` of `parts` of every tensor that a tensor group divides, and all rows of the other tensors.
 
-    `architecture` describes the share: its attention has the number of heads of this part. `num_bytes` counts the bytes
-    read so far. Every read first calls `on_read`. It raises DataError, which names file and tensor, if a checksum is
-    wrong.
+    `architecture` describes the share: its attention and delta rule have the heads of this part. `num_bytes` counts
+    the bytes read so far. Every read first calls `on_read`. It raises DataError, which names file and tensor, if a
+    checksum is wrong.
     """
 
     def __init__(
@@ -27,11 +27,15 @@ class Shard:
         self._parts = parts
         self._on_read = on_read
         self.num_bytes = 0
-        shape = file.architecture.attention
+        shape, rule = file.architecture.attention, file.architecture.delta_rule
         self.architecture: Architecture = msgspec.structs.replace(
             file.architecture,
             attention=msgspec.structs.replace(
                 shape, num_heads=shape.num_heads // parts, num_kv_heads=shape.num_kv_heads // parts
+            ),
+            delta_rule=rule
+            and msgspec.structs.replace(
+                rule, num_key_heads=rule.num_key_heads // parts, num_value_heads=rule.num_value_heads // parts
             ),
         )
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from moempi.backend.protocol import Array, Segment
+from moempi.backend.protocol import Array, Cache, Segment
 from moempi.comm.exchange import Route, pick_replicas
 from moempi.config.tensors import PAGE_ROWS
 from moempi.layout.placement import Placement
@@ -27,8 +27,9 @@ def warm_up(model: Transformer, world: World, *, placements: Mapping[int, Placem
 
     `placements` has the placement of each layer whose choices the backend groups by physical experts. Does nothing
     with a backend whose verbs are complete when they return: it compiles nothing. The first rank of a node comes
-    first, so that the others find compiled kernels. The cache must have no sequence; its first page is written. A
-    MoempiError of any rank ends all ranks, such as too many physical experts for the backend.
+    first, so that the others find compiled kernels. The cache must have no sequence; its first page and the state of
+    its first slot are written. A MoempiError of any rank ends all ranks, such as too many physical experts for the
+    backend.
     """
     is_first = world.local_rank == 0
     run = partial(_run_all, model, placements, lanes)
@@ -55,9 +56,9 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
     x = backend.tensor(np.zeros((num_rows, architecture.width), np.uint16))
     segments = (Segment(0, num_rows, 0, np.zeros(1, np.int64)),)
     angles = rope_angles(backend, architecture.attention, np.arange(num_rows), np.full(num_rows, num_rows))
-    for layer, cache in zip(model.layers, model.cache.layers, strict=True):
+    for layer, cache in zip(model.layers, model.layer_caches, strict=True):
         rows = layer.attention_norm(backend, x)
-        if len(cache.keys):
+        if not isinstance(cache, Cache) or len(cache.keys):
             rows = layer.attention(backend, rows, angles, cache, segments)
         _, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
         if isinstance(layer.feed_forward, MixtureOfExperts):

@@ -1,7 +1,7 @@
 """The layout of a job on given ranks: grid, placement of experts, memory. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,14 +60,17 @@ def make_layout(
     for stage, stage_placements in zip(grid.stages, placements, strict=True):
         _require_slots(job, architecture, stage, stage_placements)
     memory = tuple(
-        rank_memory(
-            job,
-            architecture,
-            stage.layers,
-            hosted=_most_hosted(stage_placements),
-            groups=_most_groups(grid, index),
-            on_gpu=on_gpu,
-            widened=widened,
+        replace(
+            rank_memory(
+                job,
+                architecture,
+                stage.layers,
+                hosted=_most_hosted(stage_placements),
+                groups=_most_groups(grid, index),
+                on_gpu=on_gpu,
+                widened=widened,
+            ),
+            slots=-(-grid.num_slots // grid.num_groups(index)),
         )
         for index, (stage, stage_placements) in enumerate(zip(grid.stages, placements, strict=True))
     )
@@ -134,6 +137,8 @@ def _require_divisible(job: Job, architecture: Architecture) -> None:
             f"parallel.tensor = {tensor}: the model normalizes queries over all heads, which cannot be divided; use 1"
         )
     divided = {"num_heads": heads.num_heads, "num_kv_heads": heads.num_kv_heads}
+    if architecture.delta_rule:
+        divided["delta_rule.num_key_heads"] = architecture.delta_rule.num_key_heads
     if architecture.dense_layers:
         divided["dense_width"] = architecture.dense_width
     for name, size in divided.items():

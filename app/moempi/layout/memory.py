@@ -17,13 +17,21 @@ CACHE_SHARE = 0.8
 class Memory:
     """Bytes of one rank: its weights, one page of its KV cache in all its layers, and the rows of its lanes' steps.
 
-    The cache is divided among the `groups` data parallel groups of the first stage that the rank computes for.
+    The cache is divided among the `groups` data parallel groups of the first stage that the rank computes for. In
+    layers that keep a state, each of the rank's `slots` takes `state` bytes in all of them.
     """
 
     weights: int
     page: int
     rows: int
     groups: int
+    state: int = 0
+    slots: int = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes that do not depend on the number of pages."""
+        return self.weights + self.rows + self.state * self.slots
 
 
 def rank_memory(
@@ -51,24 +59,33 @@ def rank_memory(
         int(prod(tensor.shape) * fractions.get(tensor.share, 1)) * weight_bytes[tensor.dtype] for tensor in tensors
     )
     cached = architecture.attention.cached_values // (1 if architecture.attention.latent else tensor)
-    page = PAGE_ROWS * sum(cached + architecture.index_values(layer) for layer in layers)
+    num_states = sum(map(architecture.has_state, layers))
+    page = PAGE_ROWS * sum(
+        cached + architecture.index_values(layer) for layer in layers if not architecture.has_state(layer)
+    )
+    state = num_states * (architecture.delta_rule.state_values if architecture.delta_rule else 0) // tensor * 4
     values = _values_per_row(architecture, tensor, rounds_later=on_gpu and is_bfloat16)
     rows = groups * job.lanes * job.run.batch_tokens * values
-    return Memory(weights, page * (2 if is_bfloat16 and not widened else 4), rows * row_bytes, groups)
+    page_bytes = page * (2 if is_bfloat16 and not widened else 4)
+    return Memory(weights, page_bytes, rows * row_bytes, groups, state)
 
 
 def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bool) -> int:
-    """The peak number of values per row of a step: in attention, or in the experts and their buffers.
+    """The peak number of values per row of a step: in attention or a delta rule, or in the experts and their buffers.
 
     With `rounds_later` a product with a bias is first float32, twice the size of the rounded values beside it.
     """
     heads, experts = architecture.attention, architecture.experts
     dim = heads.cached_dim if heads.latent else heads.head_dim
+    rule = architecture.delta_rule
     projections = 3 if rounds_later and heads.biases != "none" else 2
-    attention = projections * (heads.num_heads + 2 * heads.cached_heads) * dim // tensor
+    attention = projections * (heads.num_heads * (1 + heads.output_gate) + 2 * heads.cached_heads) * dim // tensor
     if heads.indexer:
         chosen = min(heads.indexer.top_k, architecture.max_positions)
         attention += 2 * heads.indexer.num_heads * heads.indexer.head_dim + chosen
+    if rule:
+        values = rule.num_value_heads * rule.value_dim
+        attention = max(attention, (4 * rule.mixed_dim + 4 * values) // tensor)
     hidden, rows = (6, 6) if rounds_later and experts.biases else (3, 4)
     routed = experts.router.top_k * (hidden * experts.width + rows * architecture.width) + 3 * experts.shared_width
     feed_forward = max(3 * architecture.dense_width, routed) // tensor
@@ -85,15 +102,15 @@ def affordable_pages(run: RunSection, memory: Memory, *, available: int) -> int:
 
     Raises ConfigError, with all sizes, if there is no memory for one page.
     """
-    if run.kv_memory == "auto":
-        allowed = int((available - memory.weights - memory.rows) * CACHE_SHARE)
-    else:
-        allowed = parse_size(run.kv_memory)
-    pages = allowed // (memory.page * memory.groups)
+    is_auto = run.kv_memory == "auto"
+    allowed = int((available - memory.held) * CACHE_SHARE) if is_auto else parse_size(run.kv_memory)
+    pages = allowed // max(memory.page * memory.groups, 1)
     if pages < 1:
+        states = f"states of {memory.slots:,} sequences {format_size(memory.state * memory.slots)}, "
         raise ConfigError(
             f"no room for the cache: weights {format_size(memory.weights)}, rows {format_size(memory.rows)}, "
-            f"a page {format_size(memory.page * memory.groups)}, memory {format_size(available)}, "
-            f"run.kv_memory {run.kv_memory}; use more ranks or stages, or lower run.batch_tokens"
+            f"{states if memory.state else ''}a page {format_size(memory.page * memory.groups)}, "
+            f"memory {format_size(available)}, run.kv_memory {run.kv_memory}; "
+            f"use more ranks or stages, or lower run.batch_tokens{' or run.max_sequences' if memory.state else ''}"
         )
     return pages

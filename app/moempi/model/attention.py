@@ -11,7 +11,8 @@ from moempi.config.architecture import AttentionShape
 class Attention:
     """Weights of one layer's attention: `qkv` maps D to the heads' queries, keys and values, `output` back to D.
 
-    `window` is the number of last positions that a query sees, 0 for all.
+    `window` is the number of last positions that a query sees, 0 for all. `gate` maps D to logits, whose sigmoids
+    multiply the attended values. `norms_rounded` is whether head norms round before they multiply by the weight.
     """
 
     shape: AttentionShape
@@ -23,7 +24,9 @@ class Attention:
     q_norm: Array | None = None
     k_norm: Array | None = None
     sinks: Array | None = None
+    gate: Array | None = None
     window: int = 0
+    norms_rounded: bool = True
 
     def __call__(self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> Array:
         """Extend the cache by rows x (T, D), and attend them to their sequences' cached positions -> (T, D)."""
@@ -39,13 +42,16 @@ class Attention:
         scale = shape.head_dim**-0.5 * shape.score_factor
         attended = backend.attend(queries, cache, segments, scale=scale, window=self.window, sinks=self.sinks)
         attended = attended.reshape(num_rows, shape.num_heads * shape.value_dim)
+        if self.gate is not None:
+            attended = backend.scale_by_sigmoid(attended, backend.linear(x, self.gate))
         return backend.linear(attended, self.output, self.output_bias)
 
     def _head_norms(self) -> tuple[RmsNorm, RmsNorm] | None:
         """The norms of each head of queries and of keys, if the model has them."""
         if self.shape.qk_norm != "head":
             return None
-        return RmsNorm(self.q_norm, self.eps), RmsNorm(self.k_norm, self.eps)
+        q_norm, k_norm = (RmsNorm(weight, self.eps, self.norms_rounded) for weight in (self.q_norm, self.k_norm))
+        return q_norm, k_norm
 
     def _project(self, backend: Backend, x: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values by head, normalized as vectors and clipped, before rotation."""

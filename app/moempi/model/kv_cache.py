@@ -15,8 +15,9 @@ from moempi.layout.memory import pages_for
 class KVCache:
     """Pages shared by all slots. A slot holds its pages from its first step until it is freed.
 
-    A slot takes `pages_for` its capacity. The scheduler must not exceed the number of pages. `index_dims` are the sizes
-    of the keys of the layers' indexers, 0 for a layer without one; () if no layer has one.
+    A slot takes `pages_for` its capacity. The scheduler must not exceed the number of pages. Slots are numbered from
+    `first_slot` on. `index_dims` are the sizes of the keys of the layers' indexers, 0 for a layer without one; () if no
+    layer has one.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class KVCache:
         *,
         layers: int,
         pages: int,
+        first_slot: int = 0,
         index_dims: Sequence[int] = (),
     ) -> None:
         latent = attention.latent.key_value_rank if attention.latent else 0
@@ -39,6 +41,7 @@ class KVCache:
         self._backend = backend
         self._free = list(range(pages))
         self._held: dict[int, IntArray] = {}
+        self._first_slot = first_slot
 
     def segments(self, batch: Batch) -> tuple[Segment, ...]:
         """Free the batch's freed slots, allocate pages for its new slots, and return a segment per sequence."""
@@ -50,7 +53,7 @@ class KVCache:
         ):
             if slot not in self._held:
                 self._held[slot] = self._take(pages_for(capacity))
-            segments.append(Segment(row, length, start, self._held[slot]))
+            segments.append(Segment(row, length, start, self._held[slot], slot - self._first_slot))
             row += length
         return tuple(segments)
 

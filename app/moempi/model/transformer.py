@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Array, Backend, LayerState
 from moempi.comm.batch import Batch
 from moempi.comm.combine import Combine
 from moempi.comm.lane_comm import LaneComm
@@ -14,6 +15,7 @@ from moempi.layout.row_split import RowSplit
 from moempi.layout.schedule import TENSOR_PHASES, Point
 from moempi.model.attention import Attention
 from moempi.model.feed_forward import Dense, MixtureOfExperts
+from moempi.model.gated_delta import GatedDelta
 from moempi.model.head import LMHead
 from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
@@ -31,7 +33,7 @@ class Layer:
 
     index: int
     attention_norm: Norm
-    attention: Attention | LatentAttention
+    attention: Attention | LatentAttention | GatedDelta
     feed_forward_norm: Norm
     feed_forward: Dense | MixtureOfExperts
 
@@ -41,7 +43,7 @@ class Transformer:
     """A rank's share of the model: its part of the layers of its stage, and their cache.
 
     `architecture` describes the share: its attention has the number of heads of this rank. `embedding` is None except
-    on the first stage, `head` except on the last.
+    on the first stage, `head` except on the last. `states` has a state per slot for each layer that keeps no keys.
     """
 
     architecture: Architecture
@@ -50,6 +52,13 @@ class Transformer:
     layers: Sequence[Layer]
     head: LMHead | None
     cache: KVCache
+    states: Sequence[LayerState] = ()
+
+    @property
+    def layer_caches(self) -> Sequence[Any]:
+        """What each layer keeps of the positions before: a Cache, or a LayerState."""
+        caches, states = iter(self.cache.layers), iter(self.states)
+        return [next(states if isinstance(layer.attention, GatedDelta) else caches) for layer in self.layers]
 
     def embed(self, tokens: IntArray) -> Array:
         """The rows (T, D) of tokens (T,)."""
@@ -69,7 +78,7 @@ class Transformer:
         segments = self.cache.segments(batch)
         angles = rope_angles(backend, self.architecture.attention, batch.positions, batch.row_capacities)
         sparse = sparse_rows(backend, self.architecture.attention, batch, segments)
-        for layer, cache in zip(self.layers, self.cache.layers, strict=True):
+        for layer, cache in zip(self.layers, self.layer_caches, strict=True):
             rows = layer.attention_norm(backend, x)
             gather, scatter = Point(layer.index, GATHER), Point(layer.index, SCATTER)
             rows = yield from tensor.all_gather(rows, split, gather)

@@ -84,8 +84,8 @@ class Candidates:
     def job(self, index: int) -> Job:
         """The job that takes this kind of step in this layout."""
         planned, (micro_batches, lanes, batch_tokens, slots) = self.planned, self.step(index)
-        used_bytes, _ = _memory(planned, batch_tokens * lanes)
-        free = _cache_bytes(planned, used_bytes)
+        used_bytes, _, state_bytes = _memory(planned, batch_tokens * lanes)
+        free = _cache_bytes(planned, used_bytes) - slots * state_bytes
         run = structs.replace(
             planned.job.run,
             micro_batches=micro_batches,
@@ -147,8 +147,9 @@ def least_memory(request: SearchRequest, shapes: Iterable[Shape]) -> float:
             planned = lay_out(request, shape)
         except ConfigError:
             continue
-        used_bytes, page_bytes = _memory(planned, min(_batch_tokens(request)))
-        cache_bytes = planned.job.parallel.stages * pages_for(request.workload.cached) * page_bytes
+        used_bytes, page_bytes, state_bytes = _memory(planned, min(_batch_tokens(request)))
+        sequence_bytes = pages_for(request.workload.cached) * page_bytes + state_bytes
+        cache_bytes = planned.job.parallel.stages * sequence_bytes
         least = min(least, (used_bytes + cache_bytes) / (1 - FREE_SHARE))
     return least
 
@@ -243,8 +244,9 @@ def _steps(planned: PlannedJob, request: SearchRequest) -> Step | None:
     least_slots = max(ceil(count / ranks[0]) for count in ranks)
     found = set()
     for lanes, batch_tokens in product(LANES, _batch_tokens(request)):
-        used_bytes, page_bytes = _memory(planned, lanes * batch_tokens)
-        fitting = _cache_bytes(planned, used_bytes) // page_bytes // pages_for(request.workload.cached)
+        used_bytes, page_bytes, state_bytes = _memory(planned, lanes * batch_tokens)
+        sequence_bytes = pages_for(request.workload.cached) * page_bytes + state_bytes
+        fitting = _cache_bytes(planned, used_bytes) // sequence_bytes
         for micro_batches in _micro_batches(len(ranks), lanes):
             most = min(fitting, micro_batches * request.workload.most_slots(batch_tokens), MOST_SEQUENCES)
             least = max(micro_batches, least_slots)
@@ -253,11 +255,16 @@ def _steps(planned: PlannedJob, request: SearchRequest) -> Step | None:
     return Step(*np.array(sorted(found)).T.astype(float)) if found else None
 
 
-def _memory(planned: PlannedJob, rows: int) -> tuple[int, int]:
-    """Bytes of a rank for weights and the rows of all lanes, and for a page, each on the rank that needs most."""
+def _memory(planned: PlannedJob, rows: int) -> tuple[int, int, int]:
+    """Bytes of a rank for weights and the rows of all lanes, for a page, and for the state of a sequence of each group.
+
+    Each is on the rank that needs most.
+    """
     memories, of_job = planned.layout.memory, planned.job.run.batch_tokens * planned.job.lanes
     used_bytes = max(memory.weights + memory.rows // of_job * rows for memory in memories)
-    return used_bytes, max(memory.page * memory.groups for memory in memories)
+    slots = planned.layout.grid.slots_per_group
+    state_bytes = max(-(-memory.state * memory.slots // slots) for memory in memories)
+    return used_bytes, max(memory.page * memory.groups for memory in memories), state_bytes
 
 
 def _cache_bytes(planned: PlannedJob, used_bytes: int) -> int:

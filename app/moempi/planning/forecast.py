@@ -297,12 +297,12 @@ def fitting_sequences(planned: PlannedJob, tokens: int) -> tuple[int, int]:
 
 
 def _require_memory(planned: PlannedJob, sequences: int, tokens: int) -> None:
-    """Raise ConfigError if weights, rows and the caches of these sequences of a group exceed a rank's memory."""
+    """Raise ConfigError if all that is held and the caches of these sequences of a group exceed a rank's memory."""
     if planned.memory == inf:
         return
     fitting, stage = fitting_sequences(planned, tokens)
     memory = planned.layout.memory[stage]
-    needed = memory.weights + memory.rows + sequences * pages_for(tokens) * memory.page * memory.groups
+    needed = memory.held + sequences * pages_for(tokens) * memory.page * memory.groups
     if sequences > fitting or needed > planned.memory:
         raise ConfigError(
             f"{sequences:,} sequences of {tokens:,} tokens in a group need {format_size(needed)} on a rank of stage "

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moempi.arrays import IntArray, larger
-from moempi.config.architecture import Architecture, Indexer
+from moempi.config.architecture import Architecture, DeltaRule, Indexer
 from moempi.config.machine_file import MachineFile
 from moempi.config.tensors import TENSOR_PARALLEL, layer_path, layer_tensors, stage_tensors
 from moempi.config.topology_file import Level
@@ -35,6 +35,8 @@ from moempi.planning.simulate import Phase, Transmission
 COUNT_BYTES = 8
 CHOICE_BYTES = 8
 LOGIT_BYTES = 4
+STATE_BYTES = 4
+STATE_FLOPS = 7
 DISPATCH, COMBINE = EXCHANGE_PHASES
 
 
@@ -95,8 +97,8 @@ class StepCosts:
         pending_s = 0.0
         equal_layers: dict[object, tuple[list[Phase], float]] = {}
         for layer in layers:
-            architecture = self.architecture
-            kind: object = architecture.is_moe(layer), architecture.window(layer), architecture.has_indexer(layer)
+            model = self.architecture
+            kind: object = model.is_moe(layer), model.window(layer), model.has_indexer(layer), model.has_state(layer)
             if layer in load.routed:
                 kind = layer
             if kind not in equal_layers:
@@ -184,6 +186,8 @@ class StepCosts:
         return self.architecture.experts.router.top_k
 
     def _attention(self, layer: int, load: StepLoad) -> float:
+        if self.architecture.delta_rule and self.architecture.has_state(layer):
+            return self._delta_rule(layer, self.architecture.delta_rule, load)
         heads = self.architecture.attention
         window = self.architecture.window(layer)
         context, read = (min(positions, window or inf) for positions in (load.context, load.cached or load.context))
@@ -204,6 +208,12 @@ class StepCosts:
         flops = 2 * load.rows * load.context * indexer.num_heads * indexer.head_dim
         cached = load.sequences * (load.cached or load.context) * indexer.head_dim
         return self._roofline(flops, cached * self.value_bytes)
+
+    def _delta_rule(self, layer: int, rule: DeltaRule, load: StepLoad) -> float:
+        """Each row decays, reads, changes and reads the state; a step reads and writes that of each sequence."""
+        values = rule.state_values / self.tensor
+        core_s = self._roofline(STATE_FLOPS * load.rows * values, 2 * STATE_BYTES * load.sequences * values)
+        return core_s + self._products(layer, "delta", load.rows)
 
     def _dense(self, layer: int, load: StepLoad) -> float:
         return self._products(layer, "dense", load.rows)

@@ -12,7 +12,8 @@ from moempi.config.architecture import Architecture
 from moempi.config.families import (
     Family,
     Fused,
-    Joined,
+    OnePlus,
+    Rows,
     Sources,
     checkpoint_family,
     checkpoint_quantization,
@@ -26,7 +27,7 @@ from moempi.errors import DataError
 from moempi.storage.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
 from moempi.storage.dequantize import PACKED, dequantized
 from moempi.storage.hdf5 import AnyArray
-from moempi.storage.tensor_sources import FusedExpert, RowRange, Source
+from moempi.storage.tensor_sources import FusedExpert, GroupedRows, Increased, Source
 from moempi.storage.tensor_table import TensorTable
 from moempi.storage.weights import OnProgress, write_weights
 
@@ -97,9 +98,9 @@ class _ConversionPlan:
         if architecture.num_layers > len(tensors):
             raise DataError(f"{checkpoint.config_path}: asks for more layers than the files have tensors")
         self._table = TensorTable(checkpoint.folder, tensors)
+        self._architecture = architecture
         self._quantization = checkpoint_quantization(checkpoint.config, origin=str(checkpoint.config_path))
         names = checkpoint_family(checkpoint.config, origin=str(checkpoint.config_path))
-        self._num_rows = {tensor.name: tensor.shape[0] for tensor in catalogue(architecture)}
         self.sources = {
             tensor: tuple(self._checked(source, tensor) for source in self._sources(self._names(names, tensor), tensor))
             for tensor in catalogue(architecture)
@@ -124,12 +125,24 @@ class _ConversionPlan:
         return packed if packed in self._table else name
 
     def _sources(self, names: Sources, tensor: Tensor) -> Iterator[Source]:
-        if isinstance(names, Fused):
-            yield from self._fused_experts(names, tensor)
-        elif isinstance(names, Joined):
-            yield self._joined_rows(names, tensor)
-        else:
-            yield from map(self._source, names)
+        match names:
+            case Fused():
+                yield from self._fused_experts(names, tensor)
+            case Rows():
+                yield self._grouped_rows(names)
+            case OnePlus():
+                yield Increased(self._source(names.name))
+            case _:
+                yield from map(self._source, names)
+
+    def _grouped_rows(self, rows: Rows) -> GroupedRows:
+        whole, parts = self._source(rows.name), rows.parts(self._architecture)
+        if not whole.shape or whole.shape[0] % sum(parts):
+            raise DataError(
+                f"{whole.path}: {whole.name}: its shape is {whole.shape}, the configuration says groups of "
+                f"{sum(parts)} rows"
+            )
+        return GroupedRows(whole, sum(parts), sum(parts[: rows.part]), parts[rows.part])
 
     def _source(self, name: str) -> Source:
         """The values of the checkpoint's tensor `name`."""
@@ -173,13 +186,6 @@ class _ConversionPlan:
             raise DataError(f"{whole.path}: {whole.name}: its {num_outputs} outputs are not {fused.parts} equal parts")
         for expert in range(num_experts):
             yield FusedExpert(whole, expert, fused.outputs(num_outputs), transposed)
-
-    def _joined_rows(self, joined: Joined, tensor: Tensor) -> RowRange:
-        whole, path = self._source(joined.name), tensor.name.rpartition("/")[0]
-        counts = [self._num_rows[f"{path}/{part}"] for part in joined.parts]
-        if whole.shape[:1] != (sum(counts),):
-            raise DataError(f"{whole.path}: {whole.name}: its shape is {whole.shape}, not of {sum(counts)} rows")
-        return RowRange(whole, sum(counts[: joined.part]), counts[joined.part])
 
     def _has_outputs_first(self, whole: Source, fused: Fused, tensor: Tensor) -> bool:
         """Whether a fused tensor is (outputs, inputs) though its family has it the other way: its shape tells.

@@ -170,25 +170,6 @@ class Scaled(_Derived):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RowRange(_Derived):
-    """The `num_rows` rows of another source from row `first` on."""
-
-    first: int
-    num_rows: int
-
-    @property
-    def dtype(self) -> str:
-        return self.of.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.num_rows, *self.of.shape[1:])
-
-    def read(self, start: int, stop: int) -> AnyArray:
-        return self.of.read(self.first + start, self.first + stop)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class FusedExpert(_Derived):
     """Some `outputs` of one expert of a fused tensor.
 
@@ -213,6 +194,45 @@ class FusedExpert(_Derived):
         matrix = self.of.read(self.expert, self.expert + 1)[0]
         by_output = matrix.T if self.transposed else matrix
         return np.ascontiguousarray(by_output[self.outputs][start:stop])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupedRows(_Derived):
+    """Rows [first, first + size) of each group of `group` rows; an axis of one number is left out after the rows."""
+
+    group: int
+    first: int
+    size: int
+
+    @property
+    def dtype(self) -> str:
+        return self.of.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        num_rows, *others = self.of.shape
+        return (num_rows // self.group * self.size, *(others[1:] if len(others) == 2 and others[0] == 1 else others))
+
+    def read(self, start: int, stop: int) -> AnyArray:
+        parts = []
+        for number in range(start // self.size, -(-stop // self.size)):
+            begin, end = max(start - number * self.size, 0), min(stop - number * self.size, self.size)
+            at = number * self.group + self.first
+            parts.append(self.of.read(at + begin, at + end))
+        rows = np.concatenate(parts) if parts else self.of.read(0, 0)
+        return rows.reshape(stop - start, *self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Increased(_Derived):
+    """1 plus each number, rounded to float32."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def read(self, start: int, stop: int) -> AnyArray:
+        return float_rows(self.of, start, stop) + np.float32(1)
 
 
 def float_rows(source: Source, start: int, stop: int) -> Float32Array:

@@ -105,7 +105,7 @@ static void print_rows(long width, int rounded) {
     print(name, out, sizeof(float) * (size_t)(rows * width));
     snprintf(name, sizeof name, "rotation %ld %d", width, rounded);
     rotation r = {x, numbers(rows * width), numbers(rows * width), out, NULL, NULL, weight, rows, heads, width,
-                  heads * width, width / 2, 1e-6f, rounded, rounded, 0};
+                  heads * width, width / 2, 1e-6f, rounded, rounded, rounded, 0};
     rotate_rows(&r);
     print(name, out, sizeof(float) * (size_t)(rows * heads * width));
     int64_t places[] = {3, 0, 4, 1, 6, 5, 2};

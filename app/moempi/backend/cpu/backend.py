@@ -16,13 +16,16 @@ import numpy.typing as npt
 from moempi.arrays import Float32Array, IntArray, aligned_empty, round_to_bfloat16, widen
 from moempi.backend.cpu.attention_layout import BLOCK, Mask, cache_rows, causal_mask, query_blocks, rows_of
 from moempi.backend.cpu.control_groups import available_bytes
+from moempi.backend.cpu.delta_rule import apply_delta_rule, convolve, silu
 from moempi.backend.cpu.router import choose, weights_of
 from moempi.backend.cpu.selection import best_positions, index_scores
 from moempi.backend.protocol import (
     Array,
     Cache,
+    DeltaRates,
     Download,
     Expert,
+    LayerState,
     RmsNorm,
     SampledTokens,
     SamplingRequests,
@@ -30,7 +33,7 @@ from moempi.backend.protocol import (
     Stored,
 )
 from moempi.backend.sampling import sample_tokens
-from moempi.config.architecture import Clamp, Router
+from moempi.config.architecture import Clamp, DeltaRule, Router
 from moempi.config.tensors import PAGE_ROWS
 
 PIECE_FLOPS, FEWEST_ROWS = 1e8, 32
@@ -235,7 +238,7 @@ class NumpyBackend:
         queries, keys, values = heads
         if norms is not None:
             queries, keys = (
-                self.rms_norm(part, norm.weight, eps=norm.eps)
+                self.rms_norm(part, norm.weight, eps=norm.eps, rounded=norm.rounded)
                 for part, norm in zip((queries, keys), norms, strict=True)
             )
         self.extend_cache(cache, self.rotate(keys, angles, interleaved=interleaved), values, segments)
@@ -332,6 +335,32 @@ class NumpyBackend:
                 attended[row] = _attention(query, cache.keys[chosen], cache.values[chosen], all_seen, None)[0]
             self._progress()
         return self._stored(attended)
+
+    # States
+
+    def layer_state(self, slots: int, rule: DeltaRule) -> LayerState:
+        memory = (slots, rule.num_value_heads, rule.key_dim, rule.value_dim)
+        return LayerState(np.zeros((slots, rule.taps - 1, rule.mixed_dim), np.float32), np.zeros(memory, np.float32))
+
+    def causal_conv(
+        self, x: Float32Array, taps: Float32Array, state: LayerState, segments: Sequence[Segment]
+    ) -> Float32Array:
+        return self._stored(convolve(x, taps, state.tail, segments))
+
+    def delta_rule(
+        self,
+        heads: tuple[Float32Array, Float32Array, Float32Array],
+        rates: Float32Array,
+        constants: DeltaRates,
+        state: LayerState,
+        segments: Sequence[Segment],
+    ) -> Float32Array:
+        read = apply_delta_rule(heads, rates, constants, state.memory, segments, progress=self._progress)
+        return self._stored(read)
+
+    def gated_norm(self, x: Float32Array, gate: Float32Array, norm: RmsNorm) -> Float32Array:
+        scale = np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(norm.eps))
+        return self._stored(x / scale * norm.weight * silu(gate))
 
     # Experts
 

@@ -76,7 +76,7 @@ class _Activation(ctypes.Structure):
 class _Rotation(ctypes.Structure):
     _fields_ = _fields(
         x=_P, cosine=_P, sine=_P, out=_P, cache=_P, cached=_P, weight=_P, rows=_L, heads=_L, dim=_L, stride=_L,
-        pairs=_L, eps=_F, interleaved=_I, rounded=_I, is_bfloat16=_I,
+        pairs=_L, eps=_F, quotient_rounded=_I, interleaved=_I, rounded=_I, is_bfloat16=_I,
     )  # fmt: skip
 
 
@@ -371,6 +371,7 @@ class Kernels:
         call = _Rotation(x=_at(x), rows=rows, heads=heads, dim=dim, stride=_row_stride(x), **target)
         if norm is not None:
             call.weight, call.eps = _at(norm.weight), norm.eps
+            call.quotient_rounded = norm.rounded and rotation is not None and rotation.rounded
         if rotation is not None:
             call.cosine, call.sine = _at(rotation.cosine), _at(rotation.sine)
             call.pairs = rotation.cosine.shape[-1]

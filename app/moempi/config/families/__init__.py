@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from moempi.config.architecture import Architecture
-from moempi.config.families._family import Family, Fused, Joined, Sources
+from moempi.config.families._family import Family, Fused, OnePlus, Rows, Sources
 from moempi.config.families._harmless import HARMLESS
 from moempi.config.families._quantization import Quantization, part_name, read_quantization
 from moempi.config.families._reading import CheckpointConfig
@@ -26,7 +26,9 @@ from moempi.config.families.mixtral import MIXTRAL
 from moempi.config.families.olmoe import OLMOE
 from moempi.config.families.phimoe import PHIMOE
 from moempi.config.families.qwen2_moe import QWEN2_MOE
+from moempi.config.families.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from moempi.config.families.qwen3_moe import QWEN3_MOE, QWEN3_VL_MOE_TEXT
+from moempi.config.families.qwen3_next import QWEN3_NEXT
 from moempi.config.families.sarvam_moe import SARVAM_MOE
 from moempi.config.families.solar_open import SOLAR_OPEN
 from moempi.errors import DataError
@@ -54,6 +56,8 @@ FAMILIES = {
         HY_V3,
         SOLAR_OPEN,
         SARVAM_MOE,
+        QWEN3_NEXT,
+        QWEN3_5_MOE_TEXT,
     )
 }
 
@@ -109,8 +113,9 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Fused",
-    "Joined",
+    "OnePlus",
     "Quantization",
+    "Rows",
     "Sources",
     "checkpoint_family",
     "checkpoint_quantization",

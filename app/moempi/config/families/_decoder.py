@@ -19,8 +19,8 @@ def decoder(
     """The architecture of a decoder from the usual keys; `others` are further fields of Architecture."""
     config.require("hidden_act", "silu")
     config.ignore(*(() if dense_layers else ("intermediate_size",)))
-    plain = not attention.windowed_layers and attention.indexer is None
-    if plain and config.has("layer_types") and windowed_layers(config):
+    is_plain = not attention.windowed_layers and attention.indexer is None and "delta_rule" not in others
+    if is_plain and config.has("layer_types") and windowed_layers(config):
         raise config.error("layer_types has windows that are not supported")
     bos = config.tokens("bos_token_id")
     fields = {

@@ -38,20 +38,28 @@ class Fused:
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
-    """The rows of tensor number `part` of `parts`, which a checkpoint's tensor holds one after another.
+class Rows:
+    """The `part`-th part of each group of rows of a checkpoint's tensor.
 
-    `parts` are the last words of our names, as in `layers/003/attention/q`.
+    The rows are equal groups, one after another; `parts` gives the number of rows of each part of a group.
     """
 
     name: str
-    parts: tuple[str, ...]
     part: int
+    parts: Callable[[Architecture], tuple[int, ...]]
 
 
-Names = dict[str, str | Fused | Joined]
-Sources = tuple[str, ...] | Fused | Joined
-"""The checkpoint's names of one of our tensors: one name, one name per expert (row), a fused or a joined tensor."""
+@dataclass(frozen=True, slots=True)
+class OnePlus:
+    """1 plus each number of a checkpoint's tensor, in float32."""
+
+    name: str
+
+
+Derived = Fused | Rows | OnePlus
+Names = dict[str, str | Derived]
+Sources = tuple[str, ...] | Derived
+"""The checkpoint's names of one of our tensors: one name, one name per expert (row), or what its values are made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ def _in_any_layer(name: str) -> str:
     return _LAYER.sub("layers/{layer}/", name)
 
 
-def _sources(pattern: str | Fused | Joined, tensor: Tensor) -> Sources:
+def _sources(pattern: str | Derived, tensor: Tensor) -> Sources:
     layer = _LAYER.match(tensor.name)
     number = int(layer[1]) if layer else None
     if not isinstance(pattern, str):
@@ -135,7 +143,7 @@ _LAYER_NAMES = {
 }
 
 
-def in_layers(names: Mapping[str, str | Fused | Joined]) -> Names:
+def in_layers(names: Mapping[str, str | Derived]) -> Names:
     """Full names on both sides from names inside a layer; the checkpoint's begin with `model.layers.N`."""
     return {
         f"layers/{{layer}}/{ours}": f"model.layers.{{layer}}.{theirs}"

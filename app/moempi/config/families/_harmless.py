@@ -13,7 +13,8 @@ initializer_range input_jitter_noise moe_capacity moe_dropout_prob output_dropou
 resid_pdrop router_aux_loss_coef router_z_loss_coef seq_aux tf_legacy_loss
 """
 _PREDICTED_TOKENS = """
-mtp_loss_scaling_factor mtp_transformer_layers num_mtp_layers num_mtp_modules num_nextn_predict_layers use_mtp
+mtp_loss_scaling_factor mtp_num_hidden_layers mtp_transformer_layers mtp_use_dedicated_embeddings num_mtp_layers
+num_mtp_modules num_nextn_predict_layers use_mtp
 """
 _TOKENS = """
 audio_token_id cls_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id image_token_id mask_token_id

@@ -206,7 +206,12 @@ def leading_dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
 
 def windowed_layers(config: CheckpointConfig) -> tuple[int, ...]:
     """The layers of type sliding_attention in `layer_types`."""
+    return layers_of_kind(config, "sliding_attention")
+
+
+def layers_of_kind(config: CheckpointConfig, kind: str) -> tuple[int, ...]:
+    """The layers of this type in `layer_types`; all others must be of type full_attention."""
     types = config.texts("layer_types")
-    if len(types) != num_layers(config) or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise config.error(f"layer_types = {list(types)} is not sliding_attention or full_attention for each layer")
-    return tuple(layer for layer, kind in enumerate(types) if kind == "sliding_attention")
+    if len(types) != num_layers(config) or not set(types) <= {kind, "full_attention"}:
+        raise config.error(f"layer_types is not {kind} or full_attention for each layer: {list(types)}")
+    return tuple(layer for layer, of_layer in enumerate(types) if of_layer == kind)

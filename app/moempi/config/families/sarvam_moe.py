@@ -3,7 +3,7 @@
 from moempi.config.architecture import Architecture, Experts
 from moempi.config.families._decoder import decoder, heads
 from moempi.config.families._deepseek import corrected_router
-from moempi.config.families._family import DECODER_NAMES, FUSED_NAMES, Family, Joined, Names, in_layers
+from moempi.config.families._family import DECODER_NAMES, FUSED_NAMES, Family, Names, Rows, in_layers
 from moempi.config.families._reading import CheckpointConfig, head_dim, leading_dense_layers
 from moempi.config.families._rope import read_rope
 
@@ -35,8 +35,13 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     )
 
 
+def _rows_of_heads(architecture: Architecture) -> tuple[int, ...]:
+    heads = architecture.attention
+    return heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
+
+
 def _joined(ours: tuple[str, ...], theirs: str) -> Names:
-    return {f"attention/{name}": Joined(theirs, ours, part) for part, name in enumerate(ours)}
+    return {f"attention/{name}": Rows(theirs, part, _rows_of_heads) for part, name in enumerate(ours)}
 
 
 _HUB = {

@@ -88,6 +88,7 @@ typedef struct {
     const float *weight;         /* (dim,) of a norm that comes first, or NULL */
     long rows, heads, dim, stride, pairs;
     float eps;
+    int quotient_rounded;        /* of the norm */
     int interleaved, rounded;
     int is_bfloat16;             /* the cache */
 } rotation;

@@ -96,7 +96,7 @@ static void rotate_row(const void *argument, long row) {
     for (long h = 0; h < r->heads; h++) {
         const float *x = r->x + row * r->stride + h * r->dim;
         if (r->weight) {
-            normalize(x, r->weight, normalized, r->dim, r->eps, r->rounded, r->rounded);
+            normalize(x, r->weight, normalized, r->dim, r->eps, r->quotient_rounded, r->rounded);
             x = normalized;
         }
         if (r->cosine) {
