@@ -361,7 +361,7 @@ def write_checkpoint(folder: Path, case: str) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             if not name.endswith("inv_freq"):
-                tensor.copy_(_values(name, tensor.shape, random, is_offset=case.startswith(OFFSET_NORMS)))
+                tensor.copy_(_values(name, tensor.shape, random, is_offset=CASES[case][0].startswith(OFFSET_NORMS)))
     model.save_pretrained(folder, save_original_format=CASES[case][0] not in FUSED_ON_HUB)
     if CASES[case][0] == "kimi_k25":
         name_layers(folder / "model.safetensors")

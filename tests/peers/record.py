@@ -1,4 +1,4 @@
-"""Records the fixtures of tests/model/test_recorded.py: python tests/peers/record.py, with the peers extra."""
+"""Records the fixtures of tests/model/test_recorded.py: python tests/peers/record.py [NAME...]; peers extra."""
 
 import json
 import sys
@@ -19,6 +19,11 @@ RECORDED = {
     "deepseek_v3": ("deepseek_v3-groups-yarn", SMALLER | {"n_shared_experts": 1, "kv_lora_rank": 8, "v_head_dim": 8}),
     "phimoe": ("phimoe-longrope-biases", {"num_hidden_layers": 2, "num_local_experts": 3}),
     "gpt_oss": ("gpt_oss-yarn", SMALLER | {"num_local_experts": 3, "layer_types": families.SLIDING[:2]}),
+    "qwen3_next": ("qwen3_next", SMALLER | {"num_experts": 4, "layer_types": [families.LINEAR, families.FULL]}),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        SMALLER | {"num_experts": 4, "layer_types": [families.FULL, families.LINEAR], "linear_value_head_dim": 7},
+    ),
 }
 
 
@@ -43,5 +48,5 @@ def record(folder: Path, case: str, changes: dict) -> None:
     (folder / "expected.json").write_text(json.dumps(answer) + "\n")
 
 
-for name, (case, changes) in RECORDED.items():
-    record(TESTS / "fixtures" / name, case, changes)
+for name in sys.argv[1:] or RECORDED:
+    record(TESTS / "fixtures" / name, *RECORDED[name])

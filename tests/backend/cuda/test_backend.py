@@ -13,8 +13,8 @@ from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
-from moempi.backend.protocol import Expert, RmsNorm, Segment
-from moempi.config.architecture import AttentionShape, Clamp, LongRope, Rope, Router
+from moempi.backend.protocol import DeltaRates, Expert, RmsNorm, Segment
+from moempi.config.architecture import AttentionShape, Clamp, DeltaRule, LongRope, Rope, Router
 from moempi.errors import ConfigError
 from moempi.model.rope import rope_angles
 
@@ -754,3 +754,81 @@ def test_sample_and_score_equal_the_cpu(pair, vocabulary):
     np.testing.assert_allclose(scored.logprobs, targets.logprobs, rtol=1e-5, atol=1e-5)
     assert sampled.tokens[5] < vocabulary
     assert np.isnan(sampled.logprobs[5])
+
+
+# States
+
+RULE = DeltaRule(num_key_heads=2, num_value_heads=6, key_dim=5, value_dim=7, taps=4)
+
+
+def delta_layer(pair, backend, number, rows, segments, state):
+    """The convolution, the rule and the gated norm of rows [first, last); `number` chooses the backend's arrays."""
+
+    def given(*shape, seed, dtype=None):
+        both = pair.values(*shape, seed=seed)
+        held = both[number] if dtype is None or number == 0 else backend.upload(both[0])
+        return held[rows] if shape[0] == 40 else held
+
+    mixed = backend.causal_conv(given(40, RULE.mixed_dim, seed=1), given(RULE.mixed_dim, 4, seed=2), state, segments)
+    count, keys = len(mixed), RULE.num_key_heads * RULE.key_dim
+    parts = (mixed[:, :keys], mixed[:, keys : 2 * keys], mixed[:, 2 * keys :])
+    heads = [part.reshape(count, -1, dim) for part, dim in zip(parts, (5, 5, 7), strict=True)]
+    wide = [given(6, seed=seed, dtype=np.float32) for seed in (3, 4)]
+    read = backend.delta_rule(heads, given(40, 12, seed=5), DeltaRates(*wide), state, segments)
+    gate = given(40, 6, 7, seed=6)
+    return read, backend.gated_norm(read, gate, RmsNorm(given(7, seed=7, dtype=np.float32), 1e-5))
+
+
+def steps(backend):
+    """40 rows of three sequences, one of which goes on from an earlier step."""
+    state = backend.layer_state(4, RULE)
+    first = (Segment(0, 9, 0, NO_PAGES, 3), Segment(9, 1, 0, NO_PAGES, 1))
+    second = (Segment(0, 20, 9, NO_PAGES, 3), Segment(20, 10, 0, NO_PAGES, 0))
+    return state, ((slice(0, 10), first), (slice(10, 40), second))
+
+
+NO_PAGES = np.zeros(0, np.int64)
+
+
+def test_the_delta_rule_equals_the_cpu(pair):
+    (gpu_state, parts), (cpu_state, _) = steps(pair.gpu), steps(pair.cpu)
+    for rows, segments in parts:
+        actual = delta_layer(pair, pair.gpu, 1, rows, segments, gpu_state)
+        expected = delta_layer(pair, pair.cpu, 0, rows, segments, cpu_state)
+        for one, other in zip(actual, expected, strict=True):
+            pair.close(one, other, units=8)
+    for slot in (0, 1, 3):
+        tolerance = {"rtol": 2.0**-6 if pair.is_bfloat16 else 1e-4, "atol": 1e-2 if pair.is_bfloat16 else 1e-5}
+        np.testing.assert_allclose(pair.gpu.download(gpu_state.memory)[slot], cpu_state.memory[slot], **tolerance)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7, 25])
+def test_a_sequence_has_the_same_bits_in_other_steps(pair, cut):
+    whole, divided = pair.gpu.layer_state(1, RULE), pair.gpu.layer_state(2, RULE)
+    expected = delta_layer(pair, pair.gpu, 1, slice(0, 40), (Segment(0, 40, 0, NO_PAGES, 0),), whole)
+    parts = [
+        delta_layer(pair, pair.gpu, 1, rows, (Segment(0, rows.stop - rows.start, rows.start, NO_PAGES, 1),), divided)
+        for rows in (slice(0, cut), slice(cut, 40))
+    ]
+    for whole_rows, *of_parts in zip(expected, *parts, strict=True):
+        found = np.concatenate([pair.gpu.download(part) for part in of_parts])
+        np.testing.assert_array_equal(found, pair.gpu.download(whole_rows))
+
+
+@pytest.mark.parametrize("width", [1, 7, 40])
+def test_each_number_has_a_gate_of_its_own(pair, width):
+    (x, gpu_x), (logits, gpu_logits) = pair.values(9, width), pair.values(9, width, seed=1, scale=4)
+    pair.close(pair.gpu.scale_by_sigmoid(gpu_x, gpu_logits), pair.cpu.scale_by_sigmoid(x, logits))
+
+
+@pytest.mark.parametrize("width", [8, 33, 3000])
+def test_weights_of_norms_may_be_float32(pair, width):
+    (x, gpu_x), (y, gpu_y) = pair.values(5, width), pair.values(5, width, seed=1)
+    weight = np.random.default_rng(2).normal(size=width).astype(np.float32)
+    gpu_weight = pair.gpu.upload(weight)
+    expected = pair.cpu.add_rms_norm(x, y, weight, eps=1e-5, rounded=False)
+    actual = pair.gpu.add_rms_norm(gpu_x, gpu_y, gpu_weight, eps=1e-5, rounded=False)
+    for one, other in zip(actual, expected, strict=True):
+        pair.close(one, other, units=2)
+    found = pair.gpu.rms_norm(gpu_x, gpu_weight, eps=1e-5, rounded=False)
+    pair.close(found, pair.cpu.rms_norm(x, weight, eps=1e-5, rounded=False), units=2)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from moempi.arrays import Float32Array, IntArray
 from moempi.backend.cuda.attention import PagedAttention, Rule
 from moempi.backend.cuda.attention_layout import AttentionLayout, is_latent, lay_out_rows, tile_kernel
+from moempi.backend.cuda.delta_rule import DeltaRuleVerbs
 from moempi.backend.cuda.device import Argument, Device
 from moempi.backend.cuda.few_rows import ExpertRows, FewRows, expert_rows
 from moempi.backend.cuda.launches import Launches, extents, rows_from
@@ -29,9 +30,11 @@ from moempi.backend.cuda.selection import Selection
 from moempi.backend.protocol import (
     Array,
     Cache,
+    DeltaRates,
     Download,
     Event,
     Expert,
+    LayerState,
     RmsNorm,
     SampledTokens,
     SamplingRequests,
@@ -40,7 +43,7 @@ from moempi.backend.protocol import (
     take_likeliest,
 )
 from moempi.backend.sampling import sample_tokens
-from moempi.config.architecture import Clamp, Router
+from moempi.config.architecture import Clamp, DeltaRule, Router
 from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
 
@@ -82,6 +85,7 @@ class CudaBackend:
         self._few_rows = FewRows(self._launches, always=self.reproducible)
         self._progress = progress
         self._layouts: dict[int, deque[AttentionLayout]] = {}
+        self._delta_rule = DeltaRuleVerbs(self._launches, upload=self.upload)
         self._frequencies: dict[tuple[int, bytes], Array] = {}
 
     # Memory
@@ -180,7 +184,7 @@ class CudaBackend:
 
     def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
         out = self._launches.rows(x.shape)
-        self._launches.by_norm("rms_norm", out, x, weight, out, *extents(x), eps, rounded)
+        self._launches.by_norm("rms_norm", out, x, weight, out, *extents(x), eps, rounded, weight=weight)
         return out
 
     def add_rms_norm(
@@ -189,7 +193,7 @@ class CudaBackend:
         total, out = self._launches.rows(x.shape), self._launches.rows(x.shape)
         (*_, width, x_stride, _), (*_, y_stride, _) = extents(x), extents(y)
         sizes = (width, x_stride, y_stride, eps, rounded)
-        self._launches.by_norm("add_rms_norm", out, x, y, weight, total, out, *sizes)
+        self._launches.by_norm("add_rms_norm", out, x, y, weight, total, out, *sizes, weight=weight)
         return total, out
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
@@ -236,6 +240,9 @@ class CudaBackend:
 
     def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
         out = self._launches.rows(x.shape)
+        if logits.shape == x.shape and x.shape[1] > 1:
+            self._launches.flat("scale_by_sigmoids", prod(out.shape), x, logits, out)
+            return out
         self._launches.by_vector("elementwise", "scale_by_sigmoid", out, x, logits, out, x.shape[1])
         return out
 
@@ -281,12 +288,16 @@ class CudaBackend:
     ) -> Array:
         layout, out = self._attention_layout(cache, segments), self._launches.rows(heads[0].shape)
         (num_heads, dim, *strides), (kv_heads, _, *key_strides), (_, _, *value_strides) = map(extents, heads)
-        weights, eps = ([norm.weight for norm in norms], norms[0].eps) if norms else ((None, None), 0.0)
+        weights = [norm.weight for norm in norms] if norms else [None, None]
+        eps, rounded = (norms[0].eps, norms[0].rounded) if norms else (0.0, True)
         together = min(MOST_HEADS, max(1, ROTATED_NUMBERS // dim))
         given = (*heads, *weights, *angles, layout.spans, layout.pages, out, cache.keys, cache.values)
         sizes = (num_heads, kv_heads, dim, angles[0].shape[1], *strides, *key_strides, *value_strides, together)
         grid = (len(out), -(-(num_heads + 2 * kv_heads) // together), 1)
-        self._launches.launch("rope", "rotate_into_cache", grid, 128, *given, *sizes, interleaved, eps)
+        constants = self._launches.weight_type(weights[0])
+        self._launches.launch(
+            "rope", "rotate_into_cache", grid, 128, *given, *sizes, interleaved, eps, rounded, **constants
+        )
         return out
 
     def rotate_into_latent_cache(
@@ -344,6 +355,27 @@ class CudaBackend:
         kernel = None if self.reproducible else tile_kernel(cache, has_warpgroups=self.device.has_warpgroups)
         kept.append(lay_out_rows(segments, tile_kernel=kernel, upload=self.upload))
         return kept[-1]
+
+    # States
+
+    def layer_state(self, slots: int, rule: DeltaRule) -> LayerState:
+        return self._delta_rule.layer_state(slots, rule)
+
+    def causal_conv(self, x: Array, taps: Array, state: LayerState, segments: Sequence[Segment]) -> Array:
+        return self._delta_rule.causal_conv(x, taps, state, segments)
+
+    def delta_rule(
+        self,
+        heads: tuple[Array, Array, Array],
+        rates: Array,
+        constants: DeltaRates,
+        state: LayerState,
+        segments: Sequence[Segment],
+    ) -> Array:
+        return self._delta_rule.read(heads, rates, constants, state, segments)
+
+    def gated_norm(self, x: Array, gate: Array, norm: RmsNorm) -> Array:
+        return self._delta_rule.gated_norm(x, gate, norm)
 
     # Experts
 

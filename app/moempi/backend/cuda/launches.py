@@ -67,11 +67,17 @@ class Launches:
         width = out.shape[-1]
         self.launch(file, name, (prod(out.shape) // width, 1, 1), block_threads(width), *arguments)
 
-    def by_norm(self, name: str, out: Array, *arguments: Argument) -> None:
+    def weight_type(self, weight: Array | None) -> dict[str, int]:
+        """The constants of kernels for the type of a norm's weights, which may be float32 beside bfloat16 rows."""
+        is_wider = weight is not None and weight.dtype == np.float32 and self._row_dtype != np.float32
+        return {"FLOAT32_WEIGHTS": 1} if is_wider else {}
+
+    def by_norm(self, name: str, out: Array, *arguments: Argument, weight: Array) -> None:
         """Launch one block per vector of `out`; a thread takes several eights, whose loads overlap."""
         width = out.shape[-1]
         threads = min(512, block_threads(-(-width // 4)))
-        self.launch("norm", name, (prod(out.shape) // width, 1, 1), threads, *arguments)
+        grid, constants = (prod(out.shape) // width, 1, 1), self.weight_type(weight)
+        self.launch("norm", name, grid, threads, *arguments, **constants)
 
     def by_segment(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
         """Launch one block per SEGMENT_BYTES of each row of `out`."""

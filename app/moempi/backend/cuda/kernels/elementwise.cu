@@ -7,6 +7,7 @@
 //   add_bias          product (T, N) += bias (N); the product is float                  NumPy: router_logits, logits
 //   widen_rows        out = x (bfloat16 bits) as float                                  NumPy: moempi.arrays.widen
 //   scale_by_sigmoid  out = x (T, D) times the sigmoid of logits (T, 1)                 NumPy: scale_by_sigmoid
+//   scale_by_sigmoids  out = x times the sigmoids of as many logits                      NumPy: scale_by_sigmoid
 //   swiglu            out (T, F) = silu(gate) * up of (T, 2F), gate first; if alpha is not 0, the clamped form of
 //                     config.architecture.Clamp                                         NumPy: swiglu
 //
@@ -78,6 +79,15 @@ extern "C" __global__ void scale_by_sigmoid(const row* x, const row* logits, row
     for (int i = 0; i < 8; ++i) numbers[i] *= sigmoid;
     store8(out + start + column, width - column, numbers);
   }
+}
+
+extern "C" __global__ void scale_by_sigmoids(const row* x, const row* logits, row* out, long long count) {
+  const long long at = first_of_thread();
+  const Eight<row> held_x = fetch8(x + at, count - at), held_logits = fetch8(logits + at, count - at);
+  float numbers[8], exponents[8];
+  unpack8(held_x, numbers), unpack8(held_logits, exponents);
+  for (int i = 0; i < 8; ++i) numbers[i] /= 1.0f + expf(-exponents[i]);
+  store8(out + at, count - at, numbers);
 }
 
 extern "C" __global__ void swiglu(const row* gate_up, row* out, int hidden, float alpha, float limit) {

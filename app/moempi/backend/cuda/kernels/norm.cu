@@ -21,9 +21,10 @@ __device__ inline void add_squares(float* squares, const float* numbers) {
 
 // Write the block's vector of `out` from a vector and each thread's sum of squares. A thread reads no other numbers of
 // the vector than it has squared.
-__device__ inline void normalize(const row* vector, float squares, const row* weight, row* out, int width, float eps,
-                                 int rounded) {
-  Eight<row> held[IN_FLIGHT], held_weights[IN_FLIGHT];
+__device__ inline void normalize(const row* vector, float squares, const norm_weight* weight, row* out, int width,
+                                 float eps, int rounded) {
+  Eight<row> held[IN_FLIGHT];
+  Eight<norm_weight> held_weights[IN_FLIGHT];
   const float factor = rsqrtf(__fdividef(block_sum(squares), width) + eps);
   for (int first = threadIdx.x * 8; first < width; first += eights_step()) {
     fetch_eights<IN_FLIGHT>(held, vector, first, width);
@@ -43,7 +44,7 @@ __device__ inline void normalize(const row* vector, float squares, const row* we
   }
 }
 
-extern "C" __global__ void rms_norm(const row* x, const row* weight, row* out, int heads, int width,
+extern "C" __global__ void rms_norm(const row* x, const norm_weight* weight, row* out, int heads, int width,
                                     long long token_stride, long long head_stride, float eps, int rounded) {
   const row* vector = x + vector_start(blockIdx.x, heads, token_stride, head_stride);
   Eight<row> held[IN_FLIGHT];
@@ -60,8 +61,8 @@ extern "C" __global__ void rms_norm(const row* x, const row* weight, row* out, i
   normalize(vector, squares, weight, out, width, eps, rounded);
 }
 
-extern "C" __global__ void add_rms_norm(const row* x, const row* y, const row* weight, row* total, row* out, int width,
-                                        long long x_stride, long long y_stride, float eps, int rounded) {
+extern "C" __global__ void add_rms_norm(const row* x, const row* y, const norm_weight* weight, row* total, row* out,
+                                        int width, long long x_stride, long long y_stride, float eps, int rounded) {
   x += blockIdx.x * x_stride, y += blockIdx.x * y_stride, total += static_cast<long long>(blockIdx.x) * width;
   Eight<row> held_x[IN_FLIGHT], held_y[IN_FLIGHT];
   float squares = 0.0f;

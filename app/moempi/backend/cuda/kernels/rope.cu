@@ -25,10 +25,12 @@ extern "C" __global__ void rope_angles(const int* positions, const float* freque
   sines[i] = sinf(angle) * amplitude;
 }
 
-// How a head is normalized: its numbers times `factor`, rounded, times `weight`, rounded; not at all without a weight.
+// How a head is normalized: its numbers times `factor`, rounded or not, times `weight`, rounded; not at all without a
+// weight.
 struct HeadNorm {
-  const row* weight;
+  const norm_weight* weight;
   float factor;
+  int rounded;
 };
 
 // Normalize the first `left` of eight numbers of a head, from `column` on.
@@ -37,7 +39,10 @@ __device__ inline void normalize8(float* numbers, const HeadNorm& norm, int colu
   float weights[8];
   load8(norm.weight + column, left, weights);
 #pragma unroll
-  for (int n = 0; n < 8; ++n) numbers[n] = stored(stored(numbers[n] * norm.factor) * weights[n]);
+  for (int n = 0; n < 8; ++n) {
+    const float normalized = numbers[n] * norm.factor;
+    numbers[n] = stored((norm.rounded ? stored(normalized) : normalized) * weights[n]);
+  }
 }
 
 // Rotate eight pairs of a head; number i is paired with i + n, or 2i with 2i + 1 if INTERLEAVED.
@@ -112,18 +117,18 @@ extern "C" __global__ void rotate(const row* x, const float* cosines, const floa
   for (int task = blockIdx.y * blockDim.x + threadIdx.x; task < heads * parts; task += gridDim.y * blockDim.x) {
     const int head = task / parts, part = task - head * parts;
     rotate_part(x + head * head_stride, cosines, sines, out + (token * heads + head) * dim, part, size, pairs,
-                interleaved, {nullptr, 0.0f});
+                interleaved, {nullptr, 0.0f, 0});
   }
 }
 
 const int MOST_TOGETHER = 64;  // equals MOST_HEADS of cuda/backend.py
 
 extern "C" __global__ void rotate_into_cache(
-    const row* queries, const row* keys, const row* values, const row* query_norm, const row* key_norm,
+    const row* queries, const row* keys, const row* values, const norm_weight* query_norm, const norm_weight* key_norm,
     const float* cosines, const float* sines, const int* spans, const int* pages, row* out, row* cached_keys,
     row* cached_values, int heads, int kv_heads, int dim, int pairs, long long query_stride,
     long long query_head_stride, long long key_stride, long long key_head_stride, long long value_stride,
-    long long value_head_stride, int together, int interleaved, float eps) {
+    long long value_head_stride, int together, int interleaved, float eps, int rounded) {
   __shared__ float factors[MOST_TOGETHER];
   const long long token = blockIdx.x;
   const long long cached = cache_row(pages + spans[2 * token + 1], spans[2 * token]) * kv_heads * dim;
@@ -157,13 +162,13 @@ extern "C" __global__ void rotate_into_cache(
     const int own = task / parts, head = first + own, kv_head = head - heads;
     const row* from = kv_head < 0 ? queries + head * query_head_stride : keys + kv_head * key_head_stride;
     row* to = kv_head < 0 ? out + head * dim : cached_keys + kv_head * dim;
-    const HeadNorm norm = {kv_head < 0 ? query_norm : key_norm, query_norm ? factors[own] : 0.0f};
+    const HeadNorm norm = {kv_head < 0 ? query_norm : key_norm, query_norm ? factors[own] : 0.0f, rounded};
     rotate_part(from, cosines, sines, to, task - own * parts, size, pairs, interleaved, norm);
   }
 }
 
 extern "C" __global__ void rotate_into_latent_cache(
-    const row* kept_queries, const row* queries, const row* kept_keys, const row* keys, const row* key_norm,
+    const row* kept_queries, const row* queries, const row* kept_keys, const row* keys, const norm_weight* key_norm,
     const float* cosines, const float* sines, const int* spans, const int* pages, row* out, row* cached_keys, int heads,
     int kept, int dim, int pairs, long long kept_query_stride, long long kept_query_head_stride, long long query_stride,
     long long query_head_stride, long long kept_key_stride, long long key_stride, int interleaved, float eps) {
@@ -178,9 +183,9 @@ extern "C" __global__ void rotate_into_latent_cache(
                          is_by_eights(queries, query_head_stride, dim, pairs) && is_by_eights(kept_keys, 0, kept, 0) &&
                          is_by_eights(keys, 0, dim, pairs);
   const int size = by_eights ? 8 : 1, copies = kept / size, parts = copies + (dim - pairs) / size;
-  const HeadNorm plain = {nullptr, 0.0f};
+  const HeadNorm plain = {nullptr, 0.0f, 0};
   if (is_key) {
-    const HeadNorm norm = {key_norm, norm_factor(kept_keys, kept, eps)};
+    const HeadNorm norm = {key_norm, norm_factor(kept_keys, kept, eps), 1};
     for (int part = threadIdx.x; part < parts; part += blockDim.x)
       if (part < copies) copy_numbers(kept_keys, cached_keys, part * size, size, norm);
       else rotate_part(keys, cosines, sines, cached_keys + kept, part - copies, size, pairs, interleaved, plain);

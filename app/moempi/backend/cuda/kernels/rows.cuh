@@ -10,6 +10,13 @@ typedef float row;
 typedef unsigned short row;
 #endif
 
+// The weights of norms are float, whatever the rows are, if FLOAT32_WEIGHTS is defined.
+#ifdef FLOAT32_WEIGHTS
+typedef float norm_weight;
+#else
+typedef row norm_weight;
+#endif
+
 const int WARP_THREADS = 32;
 const unsigned FULL_WARP = 0xffffffffu;
 
@@ -119,8 +126,8 @@ __device__ inline void load8(const Number* from, long long left, float* numbers)
 }
 
 // Fetch COUNT eights of a row, blockDim.x eights apart, from column `first` on; beyond `width` they are zero.
-template <int COUNT>
-__device__ inline void fetch_eights(Eight<row>* held, const row* from, int first, int width) {
+template <int COUNT, class Number>
+__device__ inline void fetch_eights(Eight<Number>* held, const Number* from, int first, int width) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const int column = first + i * static_cast<int>(blockDim.x) * 8;
