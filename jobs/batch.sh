@@ -27,22 +27,35 @@ launch() {
     fi
 }
 
+# is_among NODE LIST   whether LIST, host names with a comma before each, has the node, with or without a domain.
+is_among() { [[ $2, == *",$1"[,.]* ]]; }
+
 # use_nodes LOST JOB.toml [OPTION...]   sets `nodes` and `ranks` to those of the allocation without LOST, a list with
-# commas, as many as before while spare ones are left (MOEMPI_SPARE_NODES); fails if no number of ranks fits the job.
+# commas, as many as before while spare ones are left (MOEMPI_SPARE_NODES); fails, and sets them to all of the allocation,
+# if no number of ranks fits the job.
 use_nodes() {
-    local lost=,$1, all=() left=() node spare=${MOEMPI_SPARE_NODES:-0} fewest
+    local lost=$1 all=() left=() node spare=${MOEMPI_SPARE_NODES:-0} fewest
     shift
     ranks=$SLURM_NTASKS
-    if [ "$lost" = ,, ] && [ "$spare" -eq 0 ]; then return 0; fi
+    if [ -z "$lost" ] && [ "$spare" -eq 0 ]; then return 0; fi
     mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    for node in "${all[@]}"; do [[ $lost == *",$node,"* ]] || left+=("$node"); done
+    for node in "${all[@]}"; do is_among "$node" "$lost" || left+=("$node"); done
     nodes=("${left[@]:0:${#all[@]} - spare}")
     per_node=$((SLURM_NTASKS / ${#all[@]}))
     ranks=$((${#nodes[@]} * per_node)) fewest=$(((${#nodes[@]} - 1) * per_node))
     for ((; ranks > 0 && ranks >= fewest; ranks--)); do
         if moempi run "$@" --dry-run --world "$ranks" --ranks-per-node "$per_node" >/dev/null 2>&1; then return 0; fi
     done
+    nodes=() per_node=0 ranks=$SLURM_NTASKS
     return 1
+}
+
+# newly_lost HOSTS LOST   the nodes of the allocation among HOSTS and not among LOST, lists with a comma before each name
+newly_lost() {
+    local node
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        if is_among "$node" "$1" && ! is_among "$node" "$2"; then printf ',%s' "$node"; fi
+    done
 }
 
 # unreachable_nodes   the nodes of the allocation whose slurmd does not answer within 2 s, with commas before
@@ -64,7 +77,7 @@ unreachable_nodes() {
 # end the whole job.
 give_up_nodes() {
     local folder node left=()
-    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do [[ $1, == *",$node,"* ]] || left+=("$node"); done
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do is_among "$node" "$1" || left+=("$node"); done
     folder=$(mktemp -d) # where scontrol leaves scripts that set variables
     (cd "$folder" && scontrol update JobId="$SLURM_JOB_ID" NodeList="$(IFS=,; echo "${left[*]}")") >/dev/null || true
     rm -rf "$folder"
@@ -73,10 +86,10 @@ give_up_nodes() {
 # end_with_ranks LAUNCHER FILE JOB.toml [OPTION...]   ends a launcher that waits for a lost node after its ranks have
 # ended; writes the state in which they ended to FILE.
 end_with_ranks() {
-    local launcher=$1 ended=$2 patience_s
+    local launcher=$1 ended=$2 patience_s last=$!
     shift 2
+    trap '[ "$!" = "$last" ] || kill "$!" 2>/dev/null; exit' TERM
     moempi state "$@" --wait >"$ended" 2>/dev/null &
-    trap 'kill $! 2>/dev/null; exit' TERM
     wait $! || return 0
     case $(<"$ended") in
         *" lost_hosts="*) patience_s=0.3 ;;
@@ -103,7 +116,8 @@ stage_weights() {
     staged=(--set "model.weights=$MOEMPI_STAGED")
 }
 
-# progress JOB.toml [OPTION...]   "STATE FINISHED EXIT_CODE" of the job's last run; "none 0 0" before the first.
+# progress JOB.toml [OPTION...]   "STATE FINISHED EXIT_CODE ..." of the job's last run; "none 0 0" before the first. Two runs
+# differ in the word run=SLURM_JOB@TIME.
 progress() { moempi state "$@" 2>/dev/null || echo none 0 0; }
 
 # is_own_code CODE   whether CODE is one that moempi ends with, and not a launcher's: all ranks have ended.
@@ -120,8 +134,14 @@ requeue() {
 start() {
     local before=$state
     launch moempi run "$@" "${staged[@]}" &
-    local child=$!
+    local child=$! _
+    # As long as the child is a copy of this shell, it may lose a signal.
+    for _ in {1..100}; do
+        cmp -s "/proc/$$/cmdline" "/proc/$child/cmdline" || break
+        sleep 0.1
+    done
     trap 'asked_early=1; kill -USR1 "$child" 2>/dev/null || true' USR1 # srun and mpirun pass it on to their ranks
+    if [ -n "$asked_early" ]; then kill -USR1 "$child" 2>/dev/null || true; fi # before there was this trap
     local ended
     ended=$(mktemp)
     end_with_ranks "$child" "$ended" "$@" &
@@ -146,8 +166,11 @@ start() {
         if [ "${state%% *}" != running ] || is_own_code "$code"; then break; fi
         sleep "$pause"
     done
-    if [ "${state%% *}" = finished ]; then return 0; fi
-    if [ "$state" = "$before" ]; then begun=; fi
+    if [ "$state" = "$before" ]; then
+        begun=
+    elif [ "${state%% *}" = finished ]; then
+        return 0
+    fi
     if [ "$code" -eq 0 ]; then code=75; fi # mpirun ends with 0 when it loses a node
 }
 
@@ -173,12 +196,15 @@ run_job() {
     local state before after code asked begun lost='' more ranks
     state=$(progress "$@")
     read -r _ before _ <<<"$state"
-    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "${state%% *}" = finished ]; then
-        echo "batch: the results are complete already"
-        return 0
+    if [ "${state%% *}" = finished ]; then
+        if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [[ $state == *" run=$SLURM_JOB_ID@"* ]]; then
+            echo "batch: the results are complete already"
+            return 0
+        fi
+        before=0 # the run that begins now replaces the results of another job
     fi
     stage_weights
-    use_nodes "" "$@" || true
+    use_nodes "" "$@" || echo "batch: no number of ranks fits the job if nodes are spared, running on all" >&2
     while true; do
         start_run "$@"
         read -r _ after asked _ <<<"$state"
@@ -192,6 +218,7 @@ run_job() {
             *" killed: "*) more=$(unreachable_nodes) ;; # with a node, so that no rank could say so
             *) more= ;;
         esac
+        if [ -n "$more" ]; then more=$(newly_lost "$more" "$lost"); fi # so that each time there are fewer nodes
         lost+=$more
         export MOEMPI_LOST_HOSTS=${more:1}@$EPOCHREALTIME # for the line about the recovery
         if [ -z "$more" ] || ! use_nodes "$lost" "$@"; then break; fi

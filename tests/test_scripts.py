@@ -5,7 +5,9 @@ Small commands stand for Slurm's; tests/slurm runs the batch scripts under a rea
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -118,7 +120,7 @@ def script(tmp_path):
 
 def test_a_batch_job_passes_its_words_on_unchanged(script):
     words = ["job.toml", *(word for value in AWKWARD for word in ("--set", f"output.results={value}"))]
-    outcome = script.run(*words, states="finished 1 0\n")
+    outcome = script.run(*words, states="none 0 0\nfinished 1 0\n")
     assert (outcome.returncode, outcome.stderr) == (0, "")
     assert script.words("state") == words
     assert script.words("run") == words
@@ -129,7 +131,10 @@ def test_staged_weights_may_have_any_name(script, scratch):
     (script.folder / scratch).mkdir()
     (script.folder / 'w "1".h5').write_text("weights")
     outcome = script.run(
-        "job.toml", states="finished 1 0\n", MOEMPI_STAGE='w "1".h5', MOEMPI_SCRATCH=str(script.folder / scratch)
+        "job.toml",
+        states="none 0 0\nfinished 1 0\n",
+        MOEMPI_STAGE='w "1".h5',
+        MOEMPI_SCRATCH=str(script.folder / scratch),
     )
     assert outcome.returncode == 0, outcome.stderr
     copy = script.folder / scratch / '17-w "1".h5'
@@ -149,6 +154,12 @@ def test_staged_weights_may_have_any_name(script, scratch):
         ("failed 5 75 killed\nfailed 5 70 ValueError\n", 70, 70, False, 0),
         ("running 5 0\n", 74, 74, False, 0),  # another run holds the output
         ("failed 5 75 killed\nfinished 9 0\n", 0, 0, False, 0),
+        # submitted again after another job has finished it
+        ("finished 9 0 run=16@1\nstopped 5 75 SIGUSR1 run=17@2\n", 75, 75, True, 0),
+        ("finished 9 0 run=16@1\nstopped 0 75 SIGUSR1 run=17@2\n", 75, 75, False, 0),
+        ("finished 9 0 run=16@1\nfinished 9 0 run=17@2\n", 0, 0, False, 0),
+        ("finished 9 0\nfinished 9 0 run=17@2\n", 0, 0, False, 0),
+        ("finished 9 0 run=16@1\n", 0, 75, False, 0),  # mpirun lost a node before the run began
         ("none 0 0\nrunning 5 0\nfailed 5 75 killed\n", 0, 75, True, 1),  # mpirun lost a node
     ],
 )
@@ -180,6 +191,42 @@ def test_a_batch_job_goes_on_without_a_lost_node(script, fitting, spare, ranks):
     first, second = (line.split() for line in (script.notes / "srun").read_text().splitlines())
     assert ("--nodelist=n1,n2,n3" in first) == (spare == "1")
     assert {"--overlap", "--nodes=3", "--nodelist=n1,n2,n4", ranks} <= set(second)
+
+
+def test_a_lost_host_may_have_a_domain(script):
+    states = f"none 0 0\n{LOSS.replace('n3', 'n3.cluster.org')}finished 9 0\n"
+    given = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-4]", "FITTING": "6"}
+    outcome = script.run("job.toml", states=states, code=143, **given)
+    assert "batch: lost n3, 5 requests are finished" in outcome.stdout, outcome.stderr
+    assert (script.notes / "update").read_text() == "update JobId=17 NodeList=n1,n2,n4\n"
+
+
+@pytest.mark.parametrize(("hosts", "starts"), [("elsewhere", 1), ("n", 1), ("n33", 1), ("n3", 2), ("n3,n4", 2)])
+def test_a_job_that_loses_no_other_node_of_its_allocation_is_requeued(script, hosts, starts):
+    """Each time that it goes on, it has fewer nodes than before."""
+    given = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-4]", "FITTING": "12"}
+    outcome = script.run("job.toml", states=f"none 0 0\n{LOSS.replace('n3', hosts)}", code=75, **given)
+    assert outcome.returncode == 75
+    assert (script.notes / "scontrol").read_text() == "requeue 17\n"
+    runs = [line for line in (script.notes / "srun").read_text().splitlines() if "moempi run" in line]
+    assert len(runs) == starts
+
+
+def test_a_job_that_does_not_fit_without_the_spare_nodes_runs_on_all(script):
+    given = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-4]", "FITTING": "7", "MOEMPI_SPARE_NODES": "1"}
+    outcome = script.run("job.toml", states="none 0 0\nfinished 9 0\n", **given)
+    assert (outcome.returncode, outcome.stderr.count("running on all")) == (0, 1)
+    (line,) = (script.notes / "srun").read_text().splitlines()
+    assert "--ntasks=8" in line
+    assert "--nodelist" not in line
+
+
+def test_a_request_to_stop_before_the_launcher_can_be_sent_it_is_sent_then(script):
+    text = 'source "$ROOT/jobs/batch.sh"; launch() { exec /bin/sleep 60; }; state=none asked_early=1; start; exit $code'
+    begin = time.monotonic()
+    outcome = script.run("job.toml", states="none 0 0\n", script=text)
+    assert outcome.returncode == 128 + signal.SIGUSR1, outcome.stderr
+    assert time.monotonic() - begin < 30
 
 
 FAILED = "ended with the launcher's code 250 and no new state of the run"
@@ -228,9 +275,16 @@ def test_a_batch_job_that_does_not_fit_the_nodes_that_are_left_is_requeued(scrip
 
 
 def test_a_requeued_job_whose_results_are_complete_does_not_run_again(script):
-    outcome = script.run("job.toml", states="finished 9 0\n", SLURM_RESTART_COUNT="1")
+    outcome = script.run("job.toml", states="finished 9 0 run=17@then\n", SLURM_RESTART_COUNT="1")
     assert outcome.returncode == 0
     assert not (script.notes / "run").exists()
+
+
+@pytest.mark.parametrize("old", ["finished 9 0", "finished 9 0 run=1@then", "finished 9 0 run=170@then"])
+def test_a_job_that_was_requeued_before_its_start_runs_though_another_has_finished(script, old):
+    outcome = script.run("job.toml", states=f"{old}\nfinished 9 0 run=17@now\n", SLURM_RESTART_COUNT="1")
+    assert (outcome.returncode, "complete already" in outcome.stdout) == (0, False)
+    assert (script.notes / "run").exists()
 
 
 @pytest.mark.parametrize("text", ["{1}\n\n{3}\n{4}\n{5}\n{6}\n{7}\n{8}", "{1}\n", "{1}\n{2}\n{3}\n"])
@@ -250,7 +304,7 @@ def test_shards_of_an_array_keep_the_numbers_of_lines(script, text, original, jo
             "job.toml",
             "./-my prompts.jsonl",
             "3",
-            states="finished 1 0\n",
+            states="none 0 0\nfinished 1 0\n",
             script=(ROOT / "jobs/array.sbatch").read_text(),
             COMMAND=f"{script.folder}/{original} job.toml ./-my prompts.jsonl 3",
             SLURM_SUBMIT_DIR=str(script.folder),

@@ -7,7 +7,7 @@ import pytest
 
 from moempi.cli import main
 from moempi.commands import run
-from moempi.storage.run_state import write_state
+from moempi.storage.run_state import Loss, write_state
 from storage.test_run_state import STOPPED
 
 
@@ -34,3 +34,10 @@ def test_a_reason_is_one_line(job, tmp_path, capsys):
     write_state(tmp_path / "r.h5", msgspec.structs.replace(STOPPED, reason="no file\nnamed\tthat"))
     assert main(["state", str(job)]) == 0
     assert capsys.readouterr().out == "stopped 4 75 no file named that\n"
+
+
+def test_a_run_in_a_slurm_job_is_named_before_lost_hosts(job, tmp_path, capsys):
+    state = msgspec.structs.replace(STOPPED, job="17", started="then", loss=Loss(("n3", "n4"), 1.0, 2.0))
+    write_state(tmp_path / "r.h5", state)
+    assert main(["state", str(job)]) == 0
+    assert capsys.readouterr().out == "stopped 4 75 SIGUSR1 run=17@then lost_hosts=n3,n4\n"
