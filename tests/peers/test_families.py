@@ -1,4 +1,5 @@
-"""Every family against transformers: log-probabilities, greedy tokens and bfloat16, at 1 and at 4 ranks.
+"""Every family against transformers: log-probabilities, greedy tokens and bfloat16, at 1 and at 4 ranks,
+which are also two stages of two ranks, each a tensor group where the layout allows it.
 
 Float32 log-probabilities agree within WITHIN; greedy tokens and the routers' choices are equal, but for choices between
 experts whose weights are within MARGIN of each other. In bfloat16 the mean distance from the float32 reference is at
@@ -35,7 +36,11 @@ JOBS = {
     "rounded": ("score", "bfloat16", 1, 1),
     "divided": ("score", "float32", 2, 1),
     "staged": ("score", "float32", 1, 2),
+    "staged_greedy": ("generate", "float32", 1, 2),
+    "divided_staged": ("score", "float32", 2, 2),
 }
+OF_4_RANKS = ("score", "staged", "greedy", "staged_greedy", "rounded")
+OF_TENSOR_GROUPS = ("divided", "divided_staged")
 JOB = """
 task = "{task}"
 [model]
@@ -86,27 +91,26 @@ def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
     (tmp_path / "score.jsonl").write_text("".join(lines))
     (tmp_path / "generate.jsonl").write_text("".join(lines[: len(families.LENGTHS)]))
     run_jobs(tmp_path, 1, ("score", "greedy", "rounded"))
-    groups = () if case.startswith(WHOLE_NORMS) else ("divided",)
-    run_jobs(tmp_path, 4, ("score", "staged", "greedy", "rounded", *groups))
+    groups = () if case.startswith(WHOLE_NORMS) else OF_TENSOR_GROUPS
+    run_jobs(tmp_path, 4, (*OF_4_RANKS, *groups))
     exact = flat(reference.float32)
     theirs = np.abs(flat(reference.bfloat16) - exact).mean()
     alone = scores(tmp_path / "score-1.h5")
-    names = ("score-4.h5", "staged-4.h5", "divided-4.h5")
-    others = [scores(tmp_path / name) for name in names if (tmp_path / name).exists()]
+    scored = ("score", "staged", *groups)
+    others = [scores(tmp_path / f"{name}-4.h5") for name in scored]
     largest = max(float(np.abs(found - exact).max()) for found in (alone, *others))
     rounded = max(float(np.abs(scores(tmp_path / f"rounded-{ranks}.h5") - exact).mean()) for ranks in RANKS)
     chosen, other, margin = compare_choices(tmp_path / "score-1.h5", reference)
     table.append(f"{case:42}{largest:10.1e}{rounded:11.4f}{theirs:9.4f}{chosen:9}{other:6}")
     assert margin <= MARGIN
-    for path in tmp_path.glob("*-4.h5"):
-        if path.stem in ("score-4", "staged-4", "divided-4"):
-            assert compare_choices(path, reference)[2] <= MARGIN
+    for name in scored:
+        assert compare_choices(tmp_path / f"{name}-4.h5", reference)[2] <= MARGIN
     assert largest <= WITHIN
     assert rounded <= BFLOAT16_SHARE * theirs
     for others_of_same_bits in others[:2]:
         np.testing.assert_array_equal(others_of_same_bits, alone)
-    for ranks in RANKS:
-        with ResultFile(tmp_path / f"greedy-{ranks}.h5") as results:
+    for name in ("greedy-1", "greedy-4", "staged_greedy-4"):
+        with ResultFile(tmp_path / f"{name}.h5") as results:
             assert [record.tokens.tolist() for record in results.requests()] == reference.greedy
 
 
