@@ -78,7 +78,7 @@ def test_a_step_without_work_needs_no_logits(task):
 
 
 def test_a_prompt_in_the_middle_of_its_prefill_accepts_no_token():
-    half, done = make_request([4, 5, 6], 4), make_request([1, 2], 4)
+    half, done = make_request([4, 5, 6], 4), make_request([1, 2], 1)
     generate().accept(*step_of((half, 2), (done, 2)), make_sampled([50], top=TOP))
     assert (half.tokens, half.finish) == ([], None)
     assert (done.computed, done.tokens) == (2, [50])

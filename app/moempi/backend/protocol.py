@@ -8,7 +8,7 @@ result. A verb submits its work and returns; only verbs documented as "Blocks th
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +87,49 @@ class Segment(NamedTuple):
     state: int = 0
 
 
+class Segments(Sequence[Segment]):
+    """The segments of the n sequences of a step in arrays, in the order of their rows, without gaps.
+
+    `rows`, `lengths`, `starts` and `states` (n,) are the fields of each. The pages of all follow one another in
+    `pages`, from `first_pages` (n,) on.
+    """
+
+    def __init__(
+        self, lengths: IntArray, starts: IntArray, num_pages: IntArray, pages: IntArray, states: IntArray
+    ) -> None:
+        self.rows, self.lengths, self.starts, self.states = np.cumsum(lengths) - lengths, lengths, starts, states
+        self.first_pages, self.pages = np.cumsum(num_pages) - num_pages, pages
+        self._num_pages = num_pages
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> "Segments":
+        """The same segments in arrays."""
+        if isinstance(segments, Segments):
+            return segments
+        numbers = [(segment.length, segment.start, len(segment.pages), segment.state) for segment in segments]
+        lengths, starts, num_pages, states = np.array(numbers, np.int64).reshape(-1, 4).T
+        pages = np.concatenate([NO_PAGES, *(segment.pages for segment in segments)])
+        return cls(lengths, starts, num_pages, pages, states)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Segment]: ...
+    def __getitem__(self, index: int | slice) -> Segment | Sequence[Segment]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        first = int(self.first_pages[index])
+        pages = self.pages[first : first + int(self._num_pages[index])]
+        row, length, start, state = (
+            int(of_all[index]) for of_all in (self.rows, self.lengths, self.starts, self.states)
+        )
+        return Segment(row, length, start, pages, state)
+
+
+NO_PAGES: IntArray = np.zeros(0, np.int64)
 NO_TOKENS: IntArray = np.zeros(0, np.int32)
 NO_TOKENS.flags.writeable = False
 
@@ -107,9 +150,13 @@ class LogitAdjustment:
     @property
     def changes_logits(self) -> bool:
         """Whether any logit may change."""
-        rules = self.sampling
-        penalties = rules.repetition_penalty != 1.0 or rules.presence_penalty or rules.frequency_penalty
-        return bool(penalties or rules.logit_bias or len(self.banned))
+        return len(self.banned) > 0 or has_penalties(self.sampling)
+
+
+def has_penalties(rules: Sampling) -> bool:
+    """Whether rules have a penalty or a bias."""
+    penalties = rules.repetition_penalty != 1.0 or rules.presence_penalty or rules.frequency_penalty
+    return bool(penalties or rules.logit_bias)
 
 
 SAMPLING_REQUEST = np.dtype(
@@ -155,7 +202,7 @@ class SampledTokens:
         """The arrays, in the order of the fields."""
         return self.tokens, self.logprobs, self.top_tokens, self.top_logprobs
 
-    def take(self, index: IntArray | slice | int) -> "SampledTokens":
+    def take(self, index: IntArray | slice) -> "SampledTokens":
         """Select rows by index."""
         return SampledTokens(self.tokens[index], self.logprobs[index], self.top_tokens[index], self.top_logprobs[index])
 
@@ -166,12 +213,10 @@ class SampledTokens:
     @staticmethod
     def join(parts: "Sequence[SampledTokens]") -> "SampledTokens":
         """Concatenate the rows of all parts."""
-        return SampledTokens(
-            np.concatenate([part.tokens for part in parts]),
-            np.concatenate([part.logprobs for part in parts]),
-            np.concatenate([part.top_tokens for part in parts]),
-            np.concatenate([part.top_logprobs for part in parts]),
-        )
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*(part.columns for part in parts), strict=True)
+        return SampledTokens(*map(np.concatenate, columns))
 
 
 class Event(Protocol):

@@ -82,9 +82,7 @@ def _candidates(scores: Scores, requests: SamplingRequests, top_k: int) -> tuple
 
     Tokens that top-p and min-p do not keep have probability 0.
     """
-    tokens = np.argsort(-scores, axis=1, kind="stable")
-    if top_k:
-        tokens = tokens[:, :top_k]
+    tokens = _likeliest(scores, top_k or scores.shape[1])
     probabilities = np.exp(np.take_along_axis(scores, tokens, axis=1))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     if (requests["top_p"] < 1.0).any():
@@ -92,6 +90,18 @@ def _candidates(scores: Scores, requests: SamplingRequests, top_k: int) -> tuple
         probabilities[(before >= requests["top_p"][:, None]) & (requests["top_p"] < 1.0)[:, None]] = 0.0
     probabilities[probabilities < requests["min_p"][:, None] * probabilities[:, :1]] = 0.0
     return tokens, probabilities
+
+
+def _likeliest(scores: Scores, count: int) -> IntArray:
+    """The `count` tokens of each row with the highest scores, highest first; of equal ones the lower token first."""
+    num_rows, vocabulary = scores.shape
+    if count >= vocabulary:
+        return np.argsort(-scores, axis=1, kind="stable")
+    least = np.partition(scores, vocabulary - count, axis=1)[:, vocabulary - count]
+    rows, tokens = np.nonzero(scores >= least[:, None])
+    tokens = tokens[np.lexsort((-scores[rows, tokens], rows))]
+    ranks = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    return tokens[ranks < count].reshape(num_rows, count)
 
 
 def _of_columns(values: npt.NDArray[Any], columns: IntArray) -> npt.NDArray[Any]:

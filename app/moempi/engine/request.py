@@ -71,11 +71,6 @@ class Request:
         bits = xxhash.xxh3_64_intdigest(f"{self.sampling.seed}/{self.prompt.id}/{position}".encode())
         return (bits >> 11) * 2.0**-53
 
-    @property
-    def adjusts_logits(self) -> bool:
-        """Whether `logit_adjustment` may change logits."""
-        return bool(self.sampling.min_tokens) or LogitAdjustment(self.sampling).changes_logits
-
     def logit_adjustment(self, end_tokens: Collection[int] = ()) -> LogitAdjustment:
         """What changes the logits of its next token.
 
@@ -99,8 +94,6 @@ class Request:
         sampled = sampled if is_number else sampled.take(slice(-1))
         self.tokens.extend(sampled.tokens.tolist())
         self.sampled.append(sampled)
-        if self.first_token_at is None:
-            self.first_token_at = perf_counter()
         try:
             if is_number:
                 self._finish(tokenizer)

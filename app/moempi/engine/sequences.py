@@ -1,18 +1,17 @@
 """The sequences of a data parallel group: the state of the requests that have a KV slot, in arrays."""
 
 from collections.abc import Collection
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from moempi.arrays import IntArray
-from moempi.backend.protocol import SAMPLING_REQUEST, SampledTokens, SamplingRequests, sampling_request
+from moempi.arrays import BoolArray, IntArray
+from moempi.backend.protocol import SAMPLING_REQUEST, SampledTokens, SamplingRequests, has_penalties, sampling_request
 from moempi.engine.request import Request
 
 BLOCK_TOKENS = 16
 """Sampled tokens of a sequence that are held before its request takes them."""
-BoolArray = npt.NDArray[np.bool_]
 
 
 class Work(NamedTuple):
@@ -59,8 +58,8 @@ class Sequences:
         self.known[number] = prompt_tokens if request.limit else request.capacity
         self._prompt_tokens[number], self._limits[number] = prompt_tokens, request.limit
         self.finished[number], self._ignores_eos[number] = False, rules.ignore_eos
-        self._adjusts[number] = request.adjusts_logits
-        self._looks_at_tokens[number] = request.adjusts_logits or bool(rules.stop or rules.stop_token_ids)
+        self._adjusts[number] = rules.min_tokens > 0 or has_penalties(rules)
+        self._looks_at_tokens[number] = self._adjusts[number] or rules.stop or rules.stop_token_ids
         self._sampling[number] = sampling_request(rules)
 
     def end(self, number: int) -> Request:
@@ -112,17 +111,19 @@ class Sequences:
         return requests
 
     def append(self, index: IntArray, sampled: SampledTokens, *, end_tokens: IntArray) -> BoolArray:
-        """Append the token sampled for each sequence; whether it is the first token, or may be the last.
+        """Append the token sampled for each sequence; whether it may be the last.
 
         A sequence whose rules look at its tokens may end with each of them.
         """
         self.known[index] += 1
         self.last_tokens[index] = sampled.tokens
-        generated = self.known[index] - self._prompt_tokens[index]
-        may_end = (generated >= self._limits[index]) | self._looks_at_tokens[index] | ~np.isfinite(sampled.logprobs)
-        may_end |= np.isin(sampled.tokens, end_tokens) & ~self._ignores_eos[index]
-        result: BoolArray = may_end | (generated == 1)
-        return result
+        generated, is_number = self.known[index] - self._prompt_tokens[index], np.isfinite(sampled.logprobs)
+        now = perf_counter()
+        for number in index[(generated == 1) & is_number].tolist():
+            self.request(number).first_token_at = now
+        is_end = (sampled.tokens[:, None] == end_tokens).any(axis=1) & ~self._ignores_eos[index]
+        may_end: BoolArray = is_end | ~is_number | (generated >= self._limits[index]) | self._looks_at_tokens[index]
+        return may_end
 
 
 class OutputBlocks:
@@ -150,5 +151,5 @@ class OutputBlocks:
     def take(self, number: int, *, top: int) -> SampledTokens:
         """Take the tokens of the block of a sequence, with the `top` likeliest ones of each."""
         length, self._lengths[number] = int(self._lengths[number]), 0
-        block = self._columns.take(number).take(slice(length)).with_top(top)
-        return SampledTokens(*(column.copy() for column in block.columns))
+        tokens, logprobs, top_tokens, top_logprobs = (column[number, :length] for column in self._columns.columns)
+        return SampledTokens(tokens.copy(), logprobs.copy(), top_tokens[:, :top].copy(), top_logprobs[:, :top].copy())

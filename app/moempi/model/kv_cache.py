@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Backend, Cache, Segment
+from moempi.backend.protocol import NO_PAGES, Backend, Cache, Segments
 from moempi.comm.batch import Batch
 from moempi.config.architecture import AttentionShape
 from moempi.layout.memory import pages_for
@@ -39,33 +39,46 @@ class KVCache:
             for dim in index_dims or [0] * layers
         ]
         self._backend = backend
-        self._free = list(range(pages))
-        self._held: dict[int, IntArray] = {}
+        self._free: IntArray = np.arange(pages)
+        self._pages = np.zeros(0, object)
+        """The pages of each slot (m,)."""
+        self._num_pages: IntArray = np.zeros(0, np.int64)
         self._first_slot = first_slot
 
-    def segments(self, batch: Batch) -> tuple[Segment, ...]:
+    def segments(self, batch: Batch) -> Segments:
         """Free the batch's freed slots, allocate pages for its new slots, and return a segment per sequence."""
-        for slot in batch.freed.tolist():
-            self._free = sorted([*self._free, *self._held.pop(slot).tolist()])
-        row, segments = 0, []
-        for slot, start, length, capacity in zip(
-            batch.slots.tolist(), batch.starts.tolist(), batch.lengths.tolist(), batch.capacities.tolist(), strict=True
-        ):
-            if slot not in self._held:
-                self._held[slot] = self._take(pages_for(capacity))
-            segments.append(Segment(row, length, start, self._held[slot], slot - self._first_slot))
-            row += length
-        return tuple(segments)
+        self._release(batch.freed)
+        unknown = int(batch.slots.max(initial=-1)) + 1 - len(self._pages)
+        if unknown > 0:
+            self._pages = np.append(self._pages, np.zeros(unknown, object))
+            self._num_pages = np.append(self._num_pages, np.zeros(unknown, np.int64))
+        new = np.flatnonzero(self._num_pages[batch.slots] == 0)
+        if len(new):
+            self._allocate(batch.slots[new], batch.capacities[new])
+        pages = np.concatenate([NO_PAGES, *self._pages[batch.slots]])
+        states = batch.slots - self._first_slot
+        return Segments(batch.lengths, batch.starts, self._num_pages[batch.slots], pages, states)
+
+    def _release(self, slots: IntArray) -> None:
+        pages = np.sort(np.concatenate([NO_PAGES, *self._pages[slots]]))
+        self._free = np.insert(self._free, np.searchsorted(self._free, pages), pages)
+        self._pages[slots], self._num_pages[slots] = None, 0
+
+    def _allocate(self, slots: IntArray, capacities: IntArray) -> None:
+        """Allocate pages for slots that hold none, and set their rows to zero."""
+        for slot, capacity in zip(slots.tolist(), capacities.tolist(), strict=True):
+            self._pages[slot] = self._take(pages_for(capacity))
+            self._num_pages[slot] = len(self._pages[slot])
+        pages = np.concatenate(self._pages[slots])
+        for cache in self.layers:
+            self._backend.clear(cache, pages)
+            if cache.index is not None:
+                self._backend.clear(cache.index, pages)
 
     def _take(self, count: int) -> IntArray:
-        """Take adjacent pages if there are enough, else the lowest free ones, and set their rows to zero."""
+        """Take the first adjacent pages if there are enough, else the lowest free ones."""
         free = self._free
-        runs = (first for first in range(len(free) - count + 1) if free[first + count - 1] - free[first] == count - 1)
-        first = next(runs, 0)
-        taken = np.array(free[first : first + count], np.int64)
-        self._free = free[:first] + free[first + count :]
-        for cache in self.layers:
-            self._backend.clear(cache, taken)
-            if cache.index is not None:
-                self._backend.clear(cache.index, taken)
-        return taken
+        distances = free[count - 1 :] - free[: len(free) - count + 1]
+        first = int(np.argmax(distances == count - 1)) if len(distances) else 0
+        self._free = np.concatenate([free[:first], free[first + count :]])
+        return free[first : first + count]

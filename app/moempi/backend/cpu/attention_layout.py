@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moempi.arrays import Float32Array, Int32Array, IntArray
-from moempi.backend.protocol import Segment
+from moempi.backend.protocol import Segment, Segments
 from moempi.config.tensors import PAGE_ROWS
 
 BLOCK = 8
@@ -71,15 +71,12 @@ class CachedRows:
 
 def lay_out_rows(segments: Sequence[Segment]) -> CachedRows:
     """Lay out the rows of a step; the segments are in the order of their rows, without gaps."""
-    counts = [len(segment.pages) for segment in segments]
-    first_pages = np.cumsum([0, *counts])[:-1]
-    table = np.array([segment[:3] for segment in segments], np.int64).reshape(-1, 3)
-    pages = np.concatenate([segment.pages for segment in segments]) if segments else np.zeros(0, np.int64)
-    lengths = table[:, 1]
-    positions = np.arange(int(lengths.sum())) + np.repeat(table[:, 2] - table[:, 0], lengths)
-    rows = pages[np.repeat(first_pages, lengths) + positions // PAGE_ROWS] * PAGE_ROWS + positions % PAGE_ROWS
-    numbered = np.concatenate([table, first_pages[:, None]], axis=1)
-    return CachedRows(segments, np.ascontiguousarray(numbered, np.int64), pages.astype(np.int32), rows.astype(np.int64))
+    step = Segments.of(segments)
+    positions = np.arange(int(step.lengths.sum())) + np.repeat(step.starts - step.rows, step.lengths)
+    pages = step.pages[np.repeat(step.first_pages, step.lengths) + positions // PAGE_ROWS]
+    rows = pages * PAGE_ROWS + positions % PAGE_ROWS
+    table = np.stack([step.rows, step.lengths, step.starts, step.first_pages], axis=1).astype(np.int64)
+    return CachedRows(segments, table, step.pages.astype(np.int32), rows.astype(np.int64))
 
 
 def lay_out_copies(count: int, length: int) -> CachedRows:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, compress
 
 import numpy as np
 
-from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Cache, Segment
+from moempi.arrays import BoolArray, IntArray
+from moempi.backend.protocol import Array, Cache, Segment, Segments
 from moempi.config.tensors import PAGE_ROWS
 
 LEAST_TILE_ROWS = 16
@@ -63,20 +62,15 @@ def lay_out_rows(
     segments: Sequence[Segment], *, tile_kernel: TileKernel | None, upload: Callable[[IntArray], Array]
 ) -> AttentionLayout:
     """Lay out the rows of a step in one upload; `tile_kernel` takes segments of at least LEAST_TILE_ROWS rows."""
-    first_pages = list(accumulate((len(segment.pages) for segment in segments), initial=0))[:-1]
-    tiled = [tile_kernel is not None and segment.length >= LEAST_TILE_ROWS for segment in segments]
-    pages = np.concatenate([segment.pages for segment in segments] or [np.zeros(0, np.int64)])
+    step = Segments.of(segments)
+    tiled = (step.lengths >= LEAST_TILE_ROWS) & (tile_kernel is not None)
     # The widest rows come first, so that every row is aligned to its size.
-    parts = (
-        _tiles(segments, first_pages, tiled, rows=tile_kernel.rows if tile_kernel else 1),
-        _spans(segments, first_pages),
-        pages,
-    )
+    parts = _tiles(step, tiled, rows=tile_kernel.rows if tile_kernel else 1), _spans(step), step.pages
     whole, ends = upload(np.concatenate([part.reshape(-1) for part in parts])), np.cumsum([part.size for part in parts])
     tiles, spans, pages = (
         whole[end - part.size : end].reshape(part.shape) for part, end in zip(parts, ends.tolist(), strict=True)
     )
-    return AttentionLayout(segments, spans, pages, tiles, tile_kernel, _single_rows(segments, tiled))
+    return AttentionLayout(segments, spans, pages, tiles, tile_kernel, _single_rows(step, tiled))
 
 
 def tile_kernel(cache: Cache, *, has_warpgroups: bool) -> TileKernel | None:
@@ -97,34 +91,27 @@ def is_latent(cache: Cache) -> bool:
     return cache.values is cache.keys or bool(cache.values.shape[-1] < cache.keys.shape[-1])
 
 
-def _spans(segments: Sequence[Segment], first_pages: Sequence[int]) -> IntArray:
-    lengths = np.array([segment.length for segment in segments], np.int64)
-    starts = np.array([segment.start for segment in segments], np.int64)
-    first_rows = np.cumsum(lengths) - lengths
-    positions = np.arange(lengths.sum()) + np.repeat(starts - first_rows, lengths)
-    spans = np.empty((len(positions), 2), np.int64)
-    spans[:, 0], spans[:, 1] = positions, np.repeat(np.array(first_pages, np.int64), lengths)
-    return spans
+def _spans(segments: Segments) -> IntArray:
+    positions = np.arange(int(segments.lengths.sum())) + np.repeat(segments.starts - segments.rows, segments.lengths)
+    return np.stack([positions, np.repeat(segments.first_pages, segments.lengths)], axis=1)
 
 
-def _tiles(segments: Sequence[Segment], first_pages: Sequence[int], tiled: Sequence[bool], *, rows: int) -> IntArray:
+def _tiles(segments: Segments, tiled: BoolArray, *, rows: int) -> IntArray:
     tiles = [
-        (segment.row + first, segment.start + first, min(rows, segment.length - first), page)
-        for segment, page in compress(zip(segments, first_pages, strict=True), tiled)
+        (segment.row + first, segment.start + first, min(rows, segment.length - first), segments.first_pages[number])
+        for number, segment in ((number, segments[number]) for number in np.flatnonzero(tiled).tolist())
         for first in range(0, segment.length, rows)
     ]
     return np.array(tiles, np.int64).reshape(-1, 4)
 
 
-def _single_rows(segments: Sequence[Segment], tiled: Sequence[bool]) -> Sequence[SingleRows]:
+def _single_rows(segments: Segments, tiled: BoolArray) -> Sequence[SingleRows]:
     """Runs of adjacent rows of segments that are not tiled."""
-    runs: list[SingleRows] = []
-    first = end = most_keys = 0
-    for segment, is_tiled in zip(segments, tiled, strict=True):
-        if segment.length and not is_tiled:
-            if segment.row != end:
-                runs.append(SingleRows(range(first, end), most_keys))
-                first, most_keys = segment.row, 0
-            end, most_keys = segment.row + segment.length, max(most_keys, segment.start + segment.length)
-    runs.append(SingleRows(range(first, end), most_keys))
-    return [run for run in runs if run.rows]
+    single = np.flatnonzero(~tiled & (segments.lengths > 0))
+    row_ends, num_keys = segments.rows + segments.lengths, segments.starts + segments.lengths
+    borders = np.flatnonzero(segments.rows[single[1:]] != row_ends[single[:-1]]) + 1
+    return [
+        SingleRows(range(int(segments.rows[run[0]]), int(row_ends[run[-1]])), int(num_keys[run].max()))
+        for run in np.split(single, borders)
+        if len(run)
+    ]
