@@ -29,7 +29,7 @@ def sample_tokens(logits: Float32Array, requests: SamplingRequests) -> IntArray:
     tokens[~is_finite] = 0
     others = np.flatnonzero(is_finite & ~take_likeliest(requests))
     at_once = max(1, MOST_SCORES // max(logits.shape[1], 1))
-    for top_k in np.unique(requests["top_k"][others]).tolist():
+    for top_k in set(requests["top_k"][others].tolist()):
         alike = others[requests["top_k"][others] == top_k]
         for first in range(0, len(alike), at_once):
             rows = alike[first : first + at_once]
@@ -106,4 +106,4 @@ def _likeliest(scores: Scores, count: int) -> IntArray:
 
 def _of_columns(values: npt.NDArray[Any], columns: IntArray) -> npt.NDArray[Any]:
     """The value of each row in its column."""
-    return np.take_along_axis(values, columns[:, None], axis=1)[:, 0]
+    return values[np.arange(len(values)), columns]

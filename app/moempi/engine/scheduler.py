@@ -64,8 +64,9 @@ class Scheduler:
         self._admit(micro_batch)
         active = self._active[micro_batch]
         active = active[np.argsort(self.sequences.waiting(active) > 1, kind="stable")]
-        ends = np.minimum(np.cumsum(self.sequences.waiting(active)), self._batch_tokens)
-        lengths = np.diff(ends, prepend=0)
+        waiting = self.sequences.waiting(active)
+        left = self._batch_tokens - (np.cumsum(waiting) - waiting)
+        lengths = np.minimum(waiting, np.maximum(left, 0))
         by_slot = np.argsort(active)
         by_slot = by_slot[lengths[by_slot] > 0]
         return self.sequences.work(active[by_slot], lengths[by_slot])
@@ -98,7 +99,8 @@ class Scheduler:
             self._pages -= pages_for(request.capacity)
             self.sequences.begin(number, request)
             admitted.append(number)
-        self._active[micro_batch] = np.append(self._active[micro_batch], admitted).astype(np.int64)
+        if admitted:
+            self._active[micro_batch] = np.append(self._active[micro_batch], admitted)
 
     def _num_admissible(self) -> int:
         """Number of queued requests, from the first one on, that free slots and pages hold."""

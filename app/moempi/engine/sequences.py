@@ -83,7 +83,7 @@ class Sequences:
     def work(self, index: IntArray, lengths: IntArray) -> Work:
         """The work of a step: the next `lengths` tokens of sequences."""
         starts = self.computed[index]
-        of_prompt = np.clip(self._prompt_tokens[index] - starts, 0, lengths)
+        of_prompt = np.minimum(lengths, np.maximum(self._prompt_tokens[index] - starts, 0))
         return Work(index, starts, lengths, of_prompt, lengths == self.waiting(index))
 
     def tokens(self, work: Work) -> IntArray:

@@ -23,6 +23,8 @@ class RowSplit:
     @cached_property
     def indices(self) -> tuple[IntArray, ...]:
         """The rows of each part, ascending."""
+        if self.parts == 1:
+            return (np.arange(sum(self.contributions)),)
         firsts = np.cumsum([0, *self.contributions])
         return tuple(
             np.concatenate(
@@ -39,6 +41,12 @@ class RowSplit:
     def counts(self) -> tuple[int, ...]:
         """Number of rows of each part."""
         return tuple(len(index) for index in self.indices)
+
+    def divide(self, rows: IntArray) -> list[IntArray]:
+        """For each part, the indices into `rows` of the rows that are in it."""
+        if self.parts == 1:
+            return [np.arange(len(rows))]
+        return [np.flatnonzero(np.isin(rows, part)) for part in self.indices]
 
     @cached_property
     def by_part(self) -> IntArray | None:
@@ -57,7 +65,7 @@ def part_range(rows: int, parts: int, part: int) -> IntArray:
 
 
 def rows_of(lengths: Sequence[int] | IntArray, chosen: IntArray) -> IntArray:
-    """The rows of the chosen segments, where consecutive segments have lengths[s] rows."""
-    ends = np.cumsum(lengths)
-    pieces = [np.arange(ends[segment] - lengths[segment], ends[segment]) for segment in chosen.tolist()]
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+    """The rows of the chosen segments, ascending, where consecutive segments have lengths[s] rows."""
+    is_chosen = np.zeros(len(lengths), np.bool_)
+    is_chosen[chosen] = True
+    return np.flatnonzero(np.repeat(is_chosen, lengths))

@@ -47,7 +47,8 @@ class KVCache:
 
     def segments(self, batch: Batch) -> Segments:
         """Free the batch's freed slots, allocate pages for its new slots, and return a segment per sequence."""
-        self._release(batch.freed)
+        if len(batch.freed):
+            self._release(batch.freed)
         unknown = int(batch.slots.max(initial=-1)) + 1 - len(self._pages)
         if unknown > 0:
             self._pages = np.append(self._pages, np.zeros(unknown, object))

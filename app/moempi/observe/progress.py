@@ -1,6 +1,7 @@
 """Progress of a run on stderr."""
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rich.console import Console
@@ -49,7 +50,8 @@ class Progress:
 
     def loading(self, layer: int, num_layers: int, num_bytes: int) -> None:
         """Show that `layer` layers of the rank's `num_layers` are loaded, and `num_bytes` are read."""
-        self._show(f"loading weights, {layer}/{num_layers} layers of rank 0, {format_size(num_bytes)}", share=0.0)
+        text = f"loading weights, {layer}/{num_layers} layers of rank 0, {format_size(num_bytes)}"
+        self._show(lambda: text, share=0.0)
 
     def update(self, counts: Counts) -> None:
         """Show the counts after a step; cheap enough for every step."""
@@ -63,7 +65,7 @@ class Progress:
         if seconds >= RATE_OVER_S:
             self._before = now, counts
         if self._enabled:
-            self._show(self._text(), share=counts.finished / max(self._total, 1))
+            self._show(self._text, share=counts.finished / max(self._total, 1))
 
     def close(self) -> None:
         """Stop the bar in its last state, or print a last line, with the rates of the whole run."""
@@ -72,19 +74,19 @@ class Progress:
         if self._first is not None:
             self._rates = _rates(self._counts, self._first[1], time.monotonic() - self._first[0])
         if self._bar is not None:
-            self._show(self._text(), share=self._counts.finished / max(self._total, 1))
+            self._show(self._text, share=self._counts.finished / max(self._total, 1))
             self._bar.stop()
         else:
             self._console.print(f"moempi: {self._text()}", soft_wrap=True)
 
-    def _show(self, text: str, *, share: float) -> None:
+    def _show(self, text: Callable[[], str], *, share: float) -> None:
         if not self._enabled:
             return
         if self._console.is_terminal:
-            self._draw(text, share)
+            self._draw(text(), share)
         elif time.monotonic() >= self._line_due:
             self._line_due = time.monotonic() + LINE_EVERY_S
-            self._console.print(f"moempi: {text}", soft_wrap=True)
+            self._console.print(f"moempi: {text()}", soft_wrap=True)
 
     def _draw(self, text: str, share: float) -> None:
         if self._bar is None:
