@@ -7,7 +7,17 @@ from msgspec import structs
 
 from moempi.arrays import widen
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.config.architecture import Architecture, AttentionShape, Clamp, DeltaRule, Experts, Latent, Rope, Router
+from moempi.config.architecture import (
+    Architecture,
+    AttentionShape,
+    Clamp,
+    DeltaRule,
+    Experts,
+    Indexer,
+    Latent,
+    Rope,
+    Router,
+)
 from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tensors
 from moempi.engine.load import load_model
 from moempi.engine.shard import Shard
@@ -73,6 +83,13 @@ SHORT_LATENT = structs.replace(
         LATENT.attention, biases="none", latent=structs.replace(LATENT.attention.latent, query_rank=0)
     ),
 )
+INDEXED = structs.replace(
+    LATENT,
+    attention=structs.replace(
+        LATENT.attention,
+        latent=structs.replace(LATENT.attention.latent, indexer=Indexer(2, head_dim=3, top_k=4, shared_layers=(1,))),
+    ),
+)
 MODELS = {
     "plain": PLAIN,
     "biased": BIASED,
@@ -80,6 +97,7 @@ MODELS = {
     "latent": LATENT,
     "delta": DELTA,
     "short_latent": SHORT_LATENT,
+    "indexed": INDEXED,
 }
 BIASES = ("gate_bias", "up_bias", "down_bias")
 ALL = dict.fromkeys(range(PLAIN.num_layers), tuple(range(PLAIN.experts.num)))
@@ -282,6 +300,19 @@ def test_latent_attention_without_a_query_rank_takes_queries_from_the_row(files)
     np.testing.assert_array_equal(attention.queries, values(files["short_latent"], "layers/000/attention/q").T)
     assert (attention.query_latent, attention.query_norm, attention.query_bias) == (None, None, None)
     assert (attention.key_value_bias, attention.output_bias) == (None, None)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_an_indexer_is_whole_on_every_rank_and_has_a_cache_of_its_own(files, part):
+    file, path = files["indexed"], "layers/002/attention"
+    model, _ = load(file, part=part, parts=2)
+    assert [layer.attention.indexer is not None for layer in model.layers] == [True, False, True]
+    assert [cache.index and cache.index.keys.shape[1:] for cache in model.cache.layers] == [(1, 3), None, (1, 3)]
+    indexer = model.layers[2].attention.indexer
+    for name, held in (("q", indexer.queries), ("k", indexer.keys), ("weights", indexer.weights)):
+        np.testing.assert_array_equal(held, values(file, f"{path}/index_{name}").T)
+    np.testing.assert_array_equal(indexer.key_norm, values(file, f"{path}/index_k_norm"))
+    np.testing.assert_array_equal(indexer.key_norm_bias, values(file, f"{path}/index_k_norm_bias"))
 
 
 @pytest.mark.parametrize("part", [0, 1])

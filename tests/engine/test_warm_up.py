@@ -5,7 +5,7 @@ from msgspec import structs
 
 from engine.runs import SMALL, Run, requests_of, tokens_of
 from moempi.backend.cuda.backend import CudaBackend
-from moempi.config.architecture import AttentionShape, Latent
+from moempi.config.architecture import AttentionShape, Indexer, Latent
 from moempi.engine.warm_up import warm_up
 from moempi.layout.placement import Placement
 from simt.device import SimtDevice
@@ -20,6 +20,15 @@ LATENT = structs.replace(
         latent=Latent(key_value_rank=16, rope_dim=4, value_dim=8, query_rank=8),
     ),
     experts=structs.replace(SMALL.experts, shared_width=8, shared_gate=True),
+)
+INDEXED = structs.replace(
+    LATENT,
+    attention=structs.replace(
+        LATENT.attention,
+        latent=structs.replace(
+            LATENT.attention.latent, indexer=Indexer(num_heads=3, head_dim=8, top_k=8, shared_layers=(2,))
+        ),
+    ),
 )
 PANELS = structs.replace(SMALL, width=64, experts=structs.replace(SMALL.experts, width=64))
 
@@ -36,7 +45,11 @@ class WatchedDevice(SimtDevice):
         super().launch(kernel, grid, threads, arguments, **options)
 
 
-@pytest.mark.parametrize("architecture", [SMALL, TILED, LATENT, PANELS], ids=["small", "tiled", "latent", "panels"])
+@pytest.mark.parametrize(
+    "architecture",
+    [SMALL, TILED, LATENT, INDEXED, PANELS],
+    ids=["small", "tiled", "latent", "indexed", "panels"],
+)
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_a_run_launches_no_kernel_for_the_first_time(tmp_path, architecture, precision):
     device = WatchedDevice()

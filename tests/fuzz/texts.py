@@ -13,7 +13,7 @@ from fuzz.mutation import Raw, any_value, damaged_text, mutated, to_json, to_tom
 from fuzz.seeds import ARCHITECTURE, JOB, MACHINE, MOE_LAYERS, PLACEMENT, RANKS, TOPOLOGY, without_none
 from fuzz.subject import Subject, Use, main, require, run
 from moempi.commands import run as run_command
-from moempi.config.architecture import Clamp, DeltaRule, Latent, Rope, Yarn, read_architecture_file
+from moempi.config.architecture import Clamp, DeltaRule, Indexer, Latent, Rope, Yarn, read_architecture_file
 from moempi.config.job import read_job_file, result_keys
 from moempi.config.tensors import catalogue
 from moempi.config.topology_file import read_topology
@@ -138,7 +138,12 @@ OPTIONS = {
         msgspec.to_builtins(Rope(interleaved=True, yarn=Yarn(factor=40.0, original_positions=4096))),
         msgspec.to_builtins(Rope(divisors=(1.0, 2.0))),
     ),
-    "attention.latent": (None, None, msgspec.to_builtins(Latent(6, 2, 4, query_rank=5))),
+    "attention.latent": (
+        None,
+        None,
+        msgspec.to_builtins(Latent(6, 2, 4, query_rank=5)),
+        msgspec.to_builtins(Latent(6, 2, 4, query_rank=5, indexer=Indexer(2, 4, 3))),
+    ),
     "experts.clamp": (None, msgspec.to_builtins(Clamp(1.7, 7.0))),
     "experts.biases": (True, False),
     "experts.shared_width": (0, 5),

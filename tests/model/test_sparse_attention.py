@@ -75,7 +75,7 @@ def attended(x, chunks, *, interleaved=False, attentions=None):
         rows, batch = x[start : start + count], batch_of([start], [count])
         segments = (Segment(0, count, start, PAGES),)
         angles = rope_angles(BACKEND, attention, batch.positions, batch.row_capacities)
-        sparse = sparse_rows(BACKEND, attention, batch, segments)
+        sparse = sparse_rows(BACKEND, attention, segments, batch.row_capacities)
         for one, cache in zip(attentions, caches, strict=True):
             result = one(BACKEND, rows, angles, cache, segments, sparse)
         parts.append(result)
@@ -175,7 +175,7 @@ def test_sequences_of_a_step_do_not_change_each_other():
             for number in range(len(starts))
         )
         angles = rope_angles(BACKEND, attention, batch.positions, batch.row_capacities)
-        sparse = sparse_rows(BACKEND, attention, batch, segments)
+        sparse = sparse_rows(BACKEND, attention, segments, batch.row_capacities)
         result = module(BACKEND, x[np.concatenate(list(map(list, chosen)))], angles, cache, segments, sparse)
     np.testing.assert_array_equal(result[:30], alone[60:])
     np.testing.assert_array_equal(result[30:], alone[:20])

@@ -18,7 +18,8 @@ FIRST_CASES = {
     for case, (model_type, _) in reversed(families.CASES.items())
     if model_type not in ("gpt_oss", *families.WRAPPERS)
 }
-PROJECTIONS = ("_proj.weight", "w1.weight", "w2.weight", "w3.weight")
+PROJECTIONS = ("_proj.weight", "w1.weight", "w2.weight", "w3.weight", "indexer.wq_b.weight", "indexer.wk.weight")
+NOT_QUANTIZED = "indexer.weights_proj.weight"
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
@@ -48,10 +49,12 @@ def test_8_bit_blocks_that_transformers_expanded(case: str, tmp_path: Path) -> N
     families.write_checkpoint(tmp_path / "eight", case)
     tensors = {}
     for name, tensor in tensor_files.load_file(tmp_path / "eight/model.safetensors").items():
-        if name.endswith(PROJECTIONS):
+        if name.endswith(PROJECTIONS) and not name.endswith(NOT_QUANTIZED):
             scale = tensor.abs().max() / 448
+            if case.startswith("deepseek_v32"):  # "scale_fmt": "ue8m0"
+                scale = torch.exp2(torch.ceil(torch.log2(scale)))
             tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+            tensors[f"{name}_scale_inv"] = scale.repeat(*(-(-size // 128) for size in tensor.shape))
         else:
             tensors[name] = tensor.bfloat16()
     tensor_files.save_file(tensors, tmp_path / "eight/model.safetensors", metadata={"format": "pt"})

@@ -1,15 +1,19 @@
 """Costs of a step against the mission's arithmetic, computed by hand, and against the points of the schedule."""
 
+from dataclasses import replace
 from itertools import product
 from math import comb
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
-from moempi.config.architecture import Architecture
+from engine.jobs import make_job
+from moempi.config.architecture import Architecture, AttentionShape, Indexer, Latent
 from moempi.config.machine_file import read_machine
 from moempi.config.reading import read_toml
+from moempi.layout.memory import rank_memory
 from moempi.layout.schedule import HEAD_POINTS, step_points
 from moempi.layout.topology import Topology, virtual
 from moempi.planning.step_cost import StepCosts, StepLoad
@@ -173,3 +177,40 @@ def test_the_ranks_that_host_experts_receive_the_rows_of_all(hops):
     )
     for phase in ("dispatch", "combine"):
         assert surplus[phase].link_s == pytest.approx(2 * even[phase].link_s)
+
+
+def test_sparse_attention_reads_the_chosen_positions_and_an_indexer_the_keys_of_all():
+    indexer = Indexer(num_heads=64, head_dim=128, top_k=2048, shared_layers=(31,))
+    latent = Latent(key_value_rank=512, rope_dim=64, value_dim=128, query_rank=1536, indexer=indexer)
+    attention = AttentionShape(num_heads=128, num_kv_heads=128, head_dim=192, latent=latent)
+
+    def seconds(layer, context, attention=attention):
+        architecture = structs.replace(MISSION, attention=attention)
+        load = StepLoad(rows=1, sequences=1, context=context)
+        stage = replace(costs(), architecture=architecture).step(range(30, 32), load, is_first=False, is_last=False)
+        return by_phase(stage, layer)["dispatch"].compute_s
+
+    dense = structs.replace(attention, latent=structs.replace(latent, indexer=None))
+    of_indexer = 2 * (64 * 128 * 1536 + 128 * WIDTH + 64 * WIDTH) / MEMORY
+    assert seconds(30, 2048) == pytest.approx(seconds(30, 2048, dense) + of_indexer)
+    assert seconds(31, 2048) == seconds(31, 2048, dense)
+    assert seconds(31, 60_000) == pytest.approx(seconds(31, 2048))
+    assert seconds(30, 60_000) - seconds(30, 50_000) == pytest.approx(10_000 * 128 * 2 / MEMORY)
+    assert seconds(30, 60_000) < seconds(30, 60_000, dense)
+
+
+def test_the_keys_of_indexers_are_counted_in_the_cache():
+    indexer = Indexer(num_heads=4, head_dim=16, top_k=8, shared_layers=(1, 3))
+    latent = Latent(key_value_rank=32, rope_dim=8, value_dim=8, query_rank=8)
+    architectures = [
+        structs.replace(
+            MISSION,
+            attention=AttentionShape(
+                num_heads=4, num_kv_heads=4, head_dim=16, latent=structs.replace(latent, indexer=one)
+            ),
+        )
+        for one in (None, indexer)
+    ]
+    job = make_job(run={"precision": "bfloat16"})
+    pages = [rank_memory(job, one, range(4), hosted=1, groups=1, on_gpu=True).page for one in architectures]
+    assert pages == [64 * 2 * 4 * 40, 64 * 2 * (4 * 40 + 2 * 16)]

@@ -11,10 +11,12 @@ import numpy as np
 from moempi.backend.protocol import Array, Cache, Segment
 from moempi.comm.exchange import Route, pick_replicas
 from moempi.config.tensors import PAGE_ROWS
+from moempi.layout.memory import pages_for
 from moempi.layout.placement import Placement
 from moempi.model.feed_forward import MixtureOfExperts
 from moempi.model.rope import rope_angles
 from moempi.model.router_balance import MODEL_ROUTING
+from moempi.model.sparse_attention import sparse_rows
 from moempi.model.transformer import Transformer
 from moempi.runtime.world import World
 
@@ -45,21 +47,29 @@ def _run_all(model: Transformer, placements: Mapping[int, Placement], lanes: int
         with backend.on_queue(lane):
             for num_rows in NUM_ROWS:
                 _run_layers(model, placements, num_rows)
+            indexer = model.architecture.attention.indexer
+            if indexer and any(indexer.top_k < len(cache.keys) for cache in model.cache.layers):
+                _run_layers(model, placements, 1, start=indexer.top_k)
             done = backend.record_event()
             if done is not None:
                 done.synchronize()
 
 
-def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_rows: int) -> None:
-    """Compute rows of zeros, of one sequence in the first page of the cache; the results are dropped."""
+def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_rows: int, *, start: int = 0) -> None:
+    """Compute rows of zeros, at positions from `start` on of a sequence whose pages are all the cache's first page.
+
+    The results are dropped.
+    """
     backend, architecture = model.backend, model.architecture
     x = backend.tensor(np.zeros((num_rows, architecture.width), np.uint16))
-    segments = (Segment(0, num_rows, 0, np.zeros(1, np.int64)),)
-    angles = rope_angles(backend, architecture.attention, np.arange(num_rows), np.full(num_rows, num_rows))
+    positions, capacities = start + np.arange(num_rows), np.full(num_rows, start + num_rows)
+    segments = (Segment(0, num_rows, start, np.zeros(pages_for(start + num_rows), np.int64)),)
+    angles = rope_angles(backend, architecture.attention, positions, capacities)
+    sparse = sparse_rows(backend, architecture.attention, segments, capacities)
     for layer, cache in zip(model.layers, model.layer_caches, strict=True):
         rows = layer.attention_norm(backend, x)
         if not isinstance(cache, Cache) or len(cache.keys):
-            rows = layer.attention(backend, rows, angles, cache, segments)
+            rows = layer.attend(backend, rows, angles, cache, segments, sparse)
         _, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
         if isinstance(layer.feed_forward, MixtureOfExperts):
             _run_experts(model, layer.feed_forward, placements.get(layer.index), rows)

@@ -10,7 +10,6 @@ import numpy as np
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend, Cache, Segment
-from moempi.comm.batch import Batch
 from moempi.config.architecture import AttentionShape, Indexer
 from moempi.model.rope import rope_angles
 
@@ -22,15 +21,21 @@ class SparseRows:
     """
 
     def __init__(
-        self, backend: Backend, attention: AttentionShape, batch: Batch, segments: Sequence[Segment], *, top_k: int
+        self,
+        backend: Backend,
+        attention: AttentionShape,
+        segments: Sequence[Segment],
+        capacities: IntArray,
+        *,
+        top_k: int,
     ) -> None:
         self._backend = backend
         self._dense, self._dense_rows = _parts(segments, 0, top_k)
         sparse, self._sparse_rows = _parts(segments, top_k, None)
         self._sparse = sparse if self._dense else segments  # the same ones share their layout in a backend
         self._order = np.argsort(np.concatenate([self._dense_rows, self._sparse_rows]), kind="stable")
-        capacities = batch.row_capacities[self._sparse_rows]
-        self._angles = rope_angles(backend, attention, batch.positions[self._sparse_rows], capacities)
+        positions = np.concatenate([one.start + np.arange(one.length) for one in self._sparse])
+        self._angles = rope_angles(backend, attention, positions, capacities[self._sparse_rows])
         self._positions: Array | None = None
 
     def choose(self, indexer: "LightningIndexer", x: Array, latent: Array, index: Cache) -> None:
@@ -89,13 +94,16 @@ class LightningIndexer:
 
 
 def sparse_rows(
-    backend: Backend, attention: AttentionShape, batch: Batch, segments: Sequence[Segment]
+    backend: Backend, attention: AttentionShape, segments: Sequence[Segment], capacities: IntArray
 ) -> SparseRows | None:
-    """The rows of a step that see more positions than an indexer chooses; None if there are none."""
+    """The rows of a step that see more positions than an indexer chooses; None if there are none.
+
+    `capacities` (T,) are as for `rope_angles`.
+    """
     longest = max((segment.start + segment.length for segment in segments if segment.length), default=0)
     if attention.indexer is None or longest <= attention.indexer.top_k:
         return None
-    return SparseRows(backend, attention, batch, segments, top_k=attention.indexer.top_k)
+    return SparseRows(backend, attention, segments, capacities, top_k=attention.indexer.top_k)
 
 
 def _parts(segments: Sequence[Segment], first: int, end: int | None) -> tuple[tuple[Segment, ...], IntArray]:

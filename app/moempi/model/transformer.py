@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend, LayerState
+from moempi.backend.protocol import Array, Backend, LayerState, Segment
 from moempi.comm.batch import Batch
 from moempi.comm.combine import Combine
 from moempi.comm.lane_comm import LaneComm
@@ -22,7 +22,7 @@ from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
 from moempi.model.rope import rope_angles
 from moempi.model.router_balance import RoutingPolicy
-from moempi.model.sparse_attention import sparse_rows
+from moempi.model.sparse_attention import SparseRows, sparse_rows
 
 GATHER, SCATTER = TENSOR_PHASES
 
@@ -36,6 +36,23 @@ class Layer:
     attention: Attention | LatentAttention | GatedDelta
     feed_forward_norm: Norm
     feed_forward: Dense | MixtureOfExperts
+
+    def attend(
+        self,
+        backend: Backend,
+        x: Array,
+        angles: Array,
+        cache: Any,
+        segments: Sequence[Segment],
+        sparse: SparseRows | None,
+    ) -> Array:
+        """The attention of normalized rows x (T, D), with what the layer keeps of the positions before.
+
+        `sparse` are the rows that attend to chosen positions, if any.
+        """
+        if isinstance(self.attention, LatentAttention):
+            return self.attention(backend, x, angles, cache, segments, sparse)
+        return self.attention(backend, x, angles, cache, segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +94,12 @@ class Transformer:
         backend, tensor = self.backend, comm.tensor
         segments = self.cache.segments(batch)
         angles = rope_angles(backend, self.architecture.attention, batch.positions, batch.row_capacities)
-        sparse = sparse_rows(backend, self.architecture.attention, batch, segments)
+        sparse = sparse_rows(backend, self.architecture.attention, segments, batch.row_capacities)
         for layer, cache in zip(self.layers, self.layer_caches, strict=True):
             rows = layer.attention_norm(backend, x)
             gather, scatter = Point(layer.index, GATHER), Point(layer.index, SCATTER)
             rows = yield from tensor.all_gather(rows, split, gather)
-            if isinstance(layer.attention, LatentAttention):
-                rows = layer.attention(backend, rows, angles, cache, segments, sparse)
-            else:
-                rows = layer.attention(backend, rows, angles, cache, segments)
+            rows = layer.attend(backend, rows, angles, cache, segments, sparse)
             rows = yield from tensor.reduce_scatter(rows, split, scatter)
             x, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
             if isinstance(layer.feed_forward, MixtureOfExperts):
