@@ -231,7 +231,7 @@ def test_a_part_of_a_delta_rule_has_the_tensors_of_its_heads(files, part):
     delta, own = model.layers[1].attention, lambda name: values(file, f"{path}/{name}", part, 2)
     assert isinstance(delta, GatedDelta)
     np.testing.assert_array_equal(delta.mixed, np.concatenate([own(name) for name in "qkv"]).T)
-    np.testing.assert_array_equal(delta.taps, np.concatenate([own(f"{name}_taps") for name in "qkv"]))
+    np.testing.assert_array_equal(delta.taps, np.concatenate([own(f"{name}_taps") for name in "qkv"]).T)
     np.testing.assert_array_equal(delta.gate, own("z").T)
     np.testing.assert_array_equal(delta.rates, np.concatenate([own("beta"), own("decay")]).T)
     np.testing.assert_array_equal(delta.constants.decay_log, own("decay_log"))

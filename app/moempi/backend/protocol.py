@@ -441,7 +441,7 @@ class StateVerbs(Protocol):
         """Allocate the state of `slots` sequences in one layer."""
 
     def causal_conv(self, x: Array, taps: Array, state: LayerState, segments: Sequence[Segment]) -> Array:
-        """Compute silu(sum of taps[c, j] * x[t - n + 1 + j, c] over j) for x (T, C) and taps (C, n) -> (T, C).
+        """Compute silu(sum of taps[j, c] * x[t - n + 1 + j, c] over j) for x (T, C) and taps (n, C) -> (T, C).
 
         Rows before the segment are from the tail of its sequence's state, which is brought up to date.
         """

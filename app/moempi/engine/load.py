@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from moempi.backend.protocol import Array, Backend, DeltaRates, Expert, RmsNorm
@@ -140,7 +141,7 @@ def _gated_delta(shard: Shard, backend: Backend, path: str, *, rule: DeltaRule) 
     return GatedDelta(
         rule=rule,
         mixed=backend.matrix(*read("q", "k", "v")),
-        taps=backend.tensor(*read("q_taps", "k_taps", "v_taps")),
+        taps=backend.tensor(np.ascontiguousarray(np.concatenate(list(read("q_taps", "k_taps", "v_taps"))).T)),
         gate=backend.matrix(*read("z")),
         rates=backend.matrix(*read("beta", "decay")),
         constants=DeltaRates(backend.tensor(*read("decay_log")), backend.tensor(*read("decay_bias"))),

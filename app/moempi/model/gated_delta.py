@@ -11,7 +11,7 @@ from moempi.config.architecture import DeltaRule
 class GatedDelta:
     """Weights of one layer: `mixed` maps D to the heads' queries, keys and values, `output` the values back to D.
 
-    `taps` (C, n) are the weights of the convolution of what `mixed` computes, `gate` maps D to the logits of the output
+    `taps` (n, C) are the weights of the convolution of what `mixed` computes, `gate` maps D to the logits of the output
     gates, and `rates` to the logits of each value head's beta and decay.
     """
 

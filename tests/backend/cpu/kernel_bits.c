@@ -160,6 +160,32 @@ static void print_choices(int scoring, long groups) {
     print("  weights", weights, sizeof weights);
 }
 
+static void print_delta_rule(long key_heads, long heads, long key_dim, long value_dim, int rounded) {
+    long rows = 30, channels = 2 * key_heads * key_dim + heads * value_dim, states = 3, taps = 4;
+    span spans[] = {{0, 20, 5, 2}, {20, 1, 0, 0}, {21, 9, 0, 1}};
+    float *tail = numbers(states * (taps - 1) * channels), *mixed = numbers(rows * channels);
+    convolution c = {numbers(rows * channels), numbers(taps * channels), tail, mixed, spans, 3, channels, taps, channels,
+                     rounded};
+    convolve(&c);
+    float *alpha = numbers(rows * heads), *memory = numbers(states * heads * key_dim * value_dim);
+    for (long i = 0; i < rows * heads; i++)
+        alpha[i] = (alpha[i] + 2) / 4;
+    float *out = numbers(rows * heads * value_dim), *gated = numbers(rows * heads * value_dim);
+    delta_rule r = {mixed, mixed + key_heads * key_dim, mixed + 2 * key_heads * key_dim, alpha, alpha,
+                    numbers(rows * key_heads * key_dim), numbers(rows * key_heads * key_dim), memory, out, spans, 3, rows,
+                    key_heads, heads, key_dim, value_dim, channels, rounded};
+    apply_delta_rule(&r);
+    gated_norm n = {out, numbers(rows * heads * value_dim), numbers(value_dim), gated, rows, heads, value_dim, 1e-6f,
+                    rounded};
+    normalize_gated(&n);
+    char name[64];
+    snprintf(name, sizeof name, "delta rule %ld/%ld x %ld %d", heads, key_heads, key_dim, rounded);
+    print(name, gated, sizeof(float) * (size_t)(rows * heads * value_dim));
+    print("  convolution", mixed, sizeof(float) * (size_t)(rows * channels));
+    print("  tail", tail, sizeof(float) * (size_t)(states * (taps - 1) * channels));
+    print("  memory", memory, sizeof(float) * (size_t)(states * heads * key_dim * value_dim));
+}
+
 int main(void) {
     use_threads(2);
     for (int is_bfloat16 = 0; is_bfloat16 < 2; is_bfloat16++) {
@@ -174,6 +200,8 @@ int main(void) {
         print_selection(64, 128, is_bfloat16);
         for (long width = 8; width < 80; width += 23)
             print_rows(width, is_bfloat16);
+        print_delta_rule(2, 6, 16, 32, is_bfloat16);
+        print_delta_rule(1, 1, 5, 21, is_bfloat16);
     }
     print_angles(64);
     for (long width = 10; width < 1000; width *= 7)

@@ -97,7 +97,7 @@ def test_rotations_and_attention_of_edge_sizes(dim, cached_type, at_end):
             KERNELS.rotate_into(keys, rows, guarded(values(5, 2, dim)), rotation, norm)
             assert np.isfinite(KERNELS.rotate(queries, rotation, norm)).all()
     segments, pages = guarded(np.array([[0, 5, 59, 0]]), at_end=at_end), guarded(np.zeros(1, np.int32), at_end=at_end)
-    layout, cache = CachedRows((), segments, pages, rows), Cache(keys, held)
+    layout, cache = CachedRows((), segments, segments, pages, rows), Cache(keys, held)
     for window, sinks in ((0, None), (7, guarded(values(4), at_end=at_end))):
         found = KERNELS.attend(queries, cache, layout, window=window, sinks=sinks, rounded=True)
         assert np.isfinite(found).all()
@@ -111,7 +111,7 @@ def test_selections_of_edge_sizes(dim, cached_type, at_end):
     keys = guarded(narrow(numbers) if cached_type == np.uint16 else numbers, at_end=at_end)
     queries, weights = guarded(values(5, 3, dim, seed=1), at_end=at_end), guarded(values(5, 3, seed=2), at_end=at_end)
     segments, pages = guarded(np.array([[0, 5, 59, 0]]), at_end=at_end), guarded(np.zeros(1, np.int32), at_end=at_end)
-    layout = CachedRows((), segments, pages, np.arange(59, 64))
+    layout = CachedRows((), segments, segments, pages, np.arange(59, 64))
     for top_k in (1, 7, 59):
         chosen = KERNELS.select_positions(
             queries, weights, Cache(keys, keys), layout, top_k=top_k, progress=lambda: None

@@ -37,7 +37,7 @@ def constants(seed=3):
 
 def layer(backend, x, rates, state, segments):
     """The convolution and the rule of a layer."""
-    mixed = backend.causal_conv(x, values(RULE.mixed_dim, RULE.taps, seed=4), state, segments)
+    mixed = backend.causal_conv(x, values(RULE.taps, RULE.mixed_dim, seed=4), state, segments)
     return backend.delta_rule(heads_of(mixed), rates, constants(), state, segments)
 
 
@@ -60,14 +60,14 @@ def expected_rule(heads, rates, memory):
 
 @BACKENDS
 def test_a_convolution_is_a_sum_over_the_last_rows_of_its_sequence(backend):
-    x, taps = values(9, RULE.mixed_dim), values(RULE.mixed_dim, RULE.taps, seed=1)
+    x, taps = values(9, RULE.mixed_dim), values(RULE.taps, RULE.mixed_dim, seed=1)
     state = backend.layer_state(2, RULE)
     state.tail[:] = np.nan  # of a sequence that has ended
     actual = backend.causal_conv(x, taps, state, segments_of((1, 0, 2), (0, 0, 7)))
     for rows in (range(2), range(2, 9)):
         for row in rows:
             seen = range(max(row - 3, rows.start), row + 1)
-            total = sum(x[at].astype(np.float64) * taps[:, RULE.taps - 1 - (row - at)] for at in seen)
+            total = sum(x[at].astype(np.float64) * taps[RULE.taps - 1 - (row - at)] for at in seen)
             close(backend, actual[row], total / (1 + np.exp(-total)))
     np.testing.assert_array_equal(state.tail[0], x[6:9])
     np.testing.assert_array_equal(state.tail[1], np.concatenate([np.zeros((1, RULE.mixed_dim)), x[:2]]))

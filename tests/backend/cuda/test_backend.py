@@ -769,7 +769,7 @@ def delta_layer(pair, backend, number, rows, segments, state):
         held = both[number] if dtype is None or number == 0 else backend.upload(both[0])
         return held[rows] if shape[0] == 40 else held
 
-    mixed = backend.causal_conv(given(40, RULE.mixed_dim, seed=1), given(RULE.mixed_dim, 4, seed=2), state, segments)
+    mixed = backend.causal_conv(given(40, RULE.mixed_dim, seed=1), given(4, RULE.mixed_dim, seed=2), state, segments)
     count, keys = len(mixed), RULE.num_key_heads * RULE.key_dim
     parts = (mixed[:, :keys], mixed[:, keys : 2 * keys], mixed[:, 2 * keys :])
     heads = [part.reshape(count, -1, dim) for part, dim in zip(parts, (5, 5, 7), strict=True)]

@@ -30,12 +30,13 @@ class AttentionTasks(NamedTuple):
 class CachedRows:
     """The layout of the rows of the segments `of`.
 
-    `segments` (n, 4): row, length and start of each, and the index in `pages` of its first page; `rows` (T,): the row
-    of the cache of each new row.
+    `segments` (n, 4): row, length and start of each, and the index in `pages` of its first page; `spans` (n, 4): the
+    same with the index of its state; `rows` (T,): the row of the cache of each new row.
     """
 
     of: Sequence[Segment]
     segments: IntArray
+    spans: IntArray
     pages: Int32Array
     rows: IntArray
     _tasks: dict[tuple[int, int], AttentionTasks] = field(default_factory=dict)
@@ -75,8 +76,11 @@ def lay_out_rows(segments: Sequence[Segment]) -> CachedRows:
     positions = np.arange(int(step.lengths.sum())) + np.repeat(step.starts - step.rows, step.lengths)
     pages = step.pages[np.repeat(step.first_pages, step.lengths) + positions // PAGE_ROWS]
     rows = pages * PAGE_ROWS + positions % PAGE_ROWS
-    table = np.stack([step.rows, step.lengths, step.starts, step.first_pages], axis=1).astype(np.int64)
-    return CachedRows(segments, table, step.pages.astype(np.int32), rows.astype(np.int64))
+    numbered, spans = (
+        np.stack([step.rows, step.lengths, step.starts, last], axis=1).astype(np.int64)
+        for last in (step.first_pages, step.states)
+    )
+    return CachedRows(segments, numbered, spans, step.pages.astype(np.int32), rows.astype(np.int64))
 
 
 def lay_out_copies(count: int, length: int) -> CachedRows:
@@ -84,7 +88,7 @@ def lay_out_copies(count: int, length: int) -> CachedRows:
     pages = -(-length // PAGE_ROWS)
     numbers = np.arange(count)
     segments = np.stack([numbers, np.ones_like(numbers), np.full_like(numbers, length - 1), numbers * pages], axis=1)
-    return CachedRows((), segments, np.arange(count * pages, dtype=np.int32), np.zeros(0, np.int64))
+    return CachedRows((), segments, segments[:0], np.arange(count * pages, dtype=np.int32), np.zeros(0, np.int64))
 
 
 def query_blocks(start: int, end: int) -> Iterator[tuple[int, int, int]]:

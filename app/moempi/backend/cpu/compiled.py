@@ -13,8 +13,9 @@ import numpy.typing as npt
 from moempi.arrays import Float32Array, Int32Array, IntArray, widen
 from moempi.backend.cpu.attention_layout import CachedRows, lay_out_copies, lay_out_rows
 from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.cpu.delta_rule import alpha_and_beta
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, MatrixProduct, PanelMatrix, Rotation, contiguous_rows
-from moempi.backend.protocol import Array, Cache, Expert, RmsNorm, Segment, Stored
+from moempi.backend.protocol import Array, Cache, DeltaRates, Expert, LayerState, RmsNorm, Segment, Stored
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
@@ -214,6 +215,36 @@ class CompiledBackend(NumpyBackend):
                 del self._layouts[next(iter(self._layouts))]
             layout = self._layouts[id(segments)] = lay_out_rows(segments)
         return layout
+
+    # States
+
+    def causal_conv(
+        self, x: Float32Array, taps: Float32Array, state: LayerState, segments: Sequence[Segment]
+    ) -> Float32Array:
+        spans = self._laid_out(segments).spans
+        return self._kernels.convolve(contiguous_rows(x), taps, state.tail, spans, rounded=self.is_bfloat16)
+
+    def delta_rule(
+        self,
+        heads: tuple[Float32Array, Float32Array, Float32Array],
+        rates: Float32Array,
+        constants: DeltaRates,
+        state: LayerState,
+        segments: Sequence[Segment],
+    ) -> Float32Array:
+        queries, keys, values = map(contiguous_rows, heads)
+        if not queries.strides[0] == keys.strides[0] == values.strides[0]:
+            queries, keys, values = (np.ascontiguousarray(part) for part in heads)
+        alpha, beta = alpha_and_beta(rates, constants)
+        read = self._kernels.apply_delta_rule(
+            (queries, keys, values), alpha, beta, state.memory, self._laid_out(segments).spans, rounded=self.is_bfloat16
+        )
+        self._progress()
+        return read
+
+    def gated_norm(self, x: Float32Array, gate: Float32Array, norm: RmsNorm) -> Float32Array:
+        x, gate = np.ascontiguousarray(x), np.ascontiguousarray(gate)
+        return self._kernels.normalize_gated(x, gate, norm, rounded=self.is_bfloat16)
 
     # Experts
 

@@ -25,14 +25,14 @@ def silu(x: Float32Array) -> Float32Array:
 
 def convolve(x: Float32Array, taps: Float32Array, tail: Float32Array, segments: Sequence[Segment]) -> Float32Array:
     """See `StateVerbs.causal_conv`; the products are added in the order of the positions, not rounded."""
-    sums, look_back = np.empty(x.shape, np.float32), taps.shape[1] - 1
+    sums, look_back = np.empty(x.shape, np.float32), len(taps) - 1
     for segment in segments:
         rows = slice(segment.row, segment.row + segment.length)
         before = tail[segment.state] if segment.start else np.zeros((look_back, x.shape[1]), np.float32)
         seen = np.concatenate([before, x[rows]])
-        of_segment = seen[: segment.length] * taps[:, 0]
+        of_segment = seen[: segment.length] * taps[0]
         for tap in range(1, look_back + 1):
-            of_segment += seen[tap : tap + segment.length] * taps[:, tap]
+            of_segment += seen[tap : tap + segment.length] * taps[tap]
         sums[rows] = of_segment
         tail[segment.state] = seen[segment.length :]
     return silu(sums)
@@ -52,7 +52,8 @@ def apply_delta_rule(
     shared = values.shape[1] // keys.shape[1]
     queries = _unit(queries) * np.float32(queries.shape[-1] ** -0.5)
     queries, keys = (np.repeat(part, shared, axis=1)[..., None] for part in (queries, _unit(keys)))
-    alpha, beta = _alpha_and_beta(rates, constants)
+    alpha, beta = alpha_and_beta(rates, constants)
+    alpha, beta = alpha[..., None, None], beta[..., None]
     read = np.empty(values.shape, np.float32)
     for segment in segments:
         state = memory[segment.state]
@@ -73,11 +74,11 @@ def _unit(x: Float32Array) -> Float32Array:
     return x / length
 
 
-def _alpha_and_beta(rates: Float32Array, constants: DeltaRates) -> tuple[Float32Array, Float32Array]:
-    """Shaped (T, H, 1, 1) and (T, H, 1); rounded from float64, whose bits differ less between processors."""
+def alpha_and_beta(rates: Float32Array, constants: DeltaRates) -> tuple[Float32Array, Float32Array]:
+    """The decay and the rate of change (T, H); rounded from float64, whose bits differ less between processors."""
     heads = rates.shape[1] // 2
     wide = rates.astype(np.float64)
     decay = np.exp(constants.decay_log.astype(np.float64)) * np.logaddexp(0, wide[:, heads:] + constants.decay_bias)
     with np.errstate(over="ignore", under="ignore"):
         alpha, beta = np.exp(-decay).astype(np.float32), (1 / (1 + np.exp(-wide[:, :heads]))).astype(np.float32)
-    return alpha[..., None, None], beta[..., None]
+    return alpha, beta

@@ -87,6 +87,23 @@ class _Selection(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Convolution(ctypes.Structure):
+    _fields_ = _fields(
+        x=_P, taps=_P, tail=_P, out=_P, spans=_P, num_spans=_L, channels=_L, num_taps=_L, stride=_L, rounded=_I
+    )  # fmt: skip
+
+
+class _DeltaRule(ctypes.Structure):
+    _fields_ = _fields(
+        queries=_P, keys=_P, values=_P, alpha=_P, beta=_P, unit_queries=_P, unit_keys=_P, memory=_P, out=_P, spans=_P,
+        num_spans=_L, rows=_L, key_heads=_L, heads=_L, key_dim=_L, value_dim=_L, stride=_L, rounded=_I,
+    )  # fmt: skip
+
+
+class _GatedNorm(ctypes.Structure):
+    _fields_ = _fields(x=_P, gate=_P, weight=_P, out=_P, rows=_L, heads=_L, width=_L, eps=_F, rounded=_I)
+
+
 class PanelMatrix:
     """A matrix (inputs, outputs) in the panels of product.c; `weights` is FLOAT32, BFLOAT16 or PAIRS."""
 
@@ -169,8 +186,8 @@ class Kernels:
         library.multiply.argtypes = [ctypes.c_char_p, _L, _P, _L, _L, _L]
         library.pack.restype = library.multiply.restype = None
         for call in (
-            *("normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows"),
-            *("choose_experts", "log_softmax_rows", "angle_rows", "select_positions"),
+            *("normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows", "normalize_gated"),
+            *("choose_experts", "log_softmax_rows", "angle_rows", "select_positions", "convolve", "apply_delta_rule"),
         ):
             getattr(library, call).argtypes, getattr(library, call).restype = [_P], None
         library.attend.argtypes, library.attend.restype = [_P, _L, _L], None
@@ -400,6 +417,45 @@ class Kernels:
             buffer.shape[1], buffer.dtype == np.uint16,
         )  # fmt: skip
         self._library.combine_rows(ctypes.addressof(call))
+        return out
+
+    def convolve(
+        self, x: Float32Array, taps: Float32Array, tail: Float32Array, spans: IntArray, *, rounded: bool
+    ) -> Float32Array:
+        """The convolution of `StateVerbs.causal_conv`; the `spans` (n, 4) are of `attention_layout.CachedRows`."""
+        out = np.empty(x.shape, np.float32)
+        call = _Convolution(
+            _at(x), _at(taps), _at(tail), _at(out), _at(spans), len(spans), x.shape[1], len(taps), _row_stride(x),
+            rounded,
+        )  # fmt: skip
+        self._library.convolve(ctypes.addressof(call))
+        return out
+
+    def apply_delta_rule(
+        self,
+        heads: tuple[Float32Array, Float32Array, Float32Array],
+        alpha: Float32Array,
+        beta: Float32Array,
+        memory: Float32Array,
+        spans: IntArray,
+        *,
+        rounded: bool,
+    ) -> Float32Array:
+        """The outputs of `StateVerbs.delta_rule`, given alpha and beta (T, H); rows of `heads` are equally apart."""
+        (rows, key_heads, key_dim), (num_heads, value_dim) = heads[0].shape, heads[2].shape[1:]
+        out, units = np.empty((rows, num_heads, value_dim), np.float32), np.empty((2, *heads[0].shape), np.float32)
+        call = _DeltaRule(
+            *map(_at, heads), _at(alpha), _at(beta), _at(units[0]), _at(units[1]), _at(memory), _at(out), _at(spans),
+            len(spans), rows, key_heads, num_heads, key_dim, value_dim, _row_stride(heads[0]), rounded,
+        )  # fmt: skip
+        self._library.apply_delta_rule(ctypes.addressof(call))
+        return out
+
+    def normalize_gated(self, x: Float32Array, gate: Float32Array, norm: RmsNorm, *, rounded: bool) -> Float32Array:
+        """The norm of `StateVerbs.gated_norm`."""
+        out = np.empty(x.shape, np.float32)
+        call = _GatedNorm(_at(x), _at(gate), _at(norm.weight), _at(out), *x.shape, norm.eps, rounded)
+        self._library.normalize_gated(ctypes.addressof(call))
         return out
 
     def log_softmax(self, logits: Float32Array) -> Float32Array:

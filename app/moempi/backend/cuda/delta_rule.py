@@ -28,9 +28,9 @@ class DeltaRuleVerbs:
         return LayerState(device.empty(tail, np.float32), device.empty(memory, np.float32))
 
     def causal_conv(self, x: Array, taps: Array, state: LayerState, segments: Sequence[Segment]) -> Array:
-        """The convolution of x (T, C) by taps (C, n)."""
+        """The convolution of x (T, C) by taps (n, C)."""
         out, spans = self._launches.rows(x.shape), self._uploaded(segments)
-        (_, channels, stride, _), num_taps = extents(x), taps.shape[1]
+        (_, channels, stride, _), num_taps = extents(x), len(taps)
         grid = (len(spans), -(-channels // BLOCK_THREADS), 1)
         given = (x, taps, spans, state.tail, out, channels, num_taps, stride)
         self._launches.launch("delta_rule", "causal_conv", grid, BLOCK_THREADS, *given)

@@ -134,6 +134,45 @@ void combine_rows(const combination *c);
 void log_softmax_rows(const log_softmax *l);
 void angle_rows(const angles *a);
 
+/* delta_rule.c */
+typedef struct {
+    int64_t row, length, start, state; /* rows of a sequence from position `start` on; 0: its state begins with zeros */
+} span;
+
+typedef struct {
+    const float *x;    /* rows of `channels` numbers, `stride` apart */
+    const float *taps; /* (num_taps, channels), the last for the row itself */
+    float *tail;       /* (states, num_taps - 1, channels): the last rows of each sequence */
+    float *out;        /* (rows, channels) */
+    const span *spans;
+    long num_spans, channels, num_taps, stride;
+    int rounded;
+} convolution;
+
+typedef struct {
+    const float *queries, *keys, *values; /* of each row by head; rows are `stride` numbers apart */
+    const float *alpha, *beta;            /* (rows, heads) */
+    float *unit_queries, *unit_keys;      /* scratch memory, (rows, key_heads, key_dim) */
+    float *memory;                        /* (states, heads, key_dim, value_dim) */
+    float *out;                           /* (rows, heads, value_dim) */
+    const span *spans;
+    long num_spans, rows, key_heads, heads, key_dim, value_dim, stride;
+    int rounded;
+} delta_rule;
+
+typedef struct {
+    const float *x, *gate; /* (rows, heads, width) */
+    const float *weight;   /* (width,) */
+    float *out;            /* (rows, heads, width) */
+    long rows, heads, width;
+    float eps;
+    int rounded;
+} gated_norm;
+
+void convolve(const convolution *c);
+void apply_delta_rule(const delta_rule *r);
+void normalize_gated(const gated_norm *n);
+
 /* router.c */
 enum { SOFTMAX, SIGMOID, SOFTMAX_CHOSEN };
 

@@ -9,15 +9,6 @@
 
 #define TASK_NUMBERS (1L << 14)
 
-INLINE group load_part(const float *p, long count) { return count >= GROUP ? load_group(p) : load_some(p, count); }
-INLINE void store_part(float *p, group g, long count) {
-    count >= GROUP ? store_group(p, g) : store_some(p, g, count);
-}
-INLINE group rounded_group(group g, int rounded) {
-    EACH(i) g.part[i] = rounded ? nearest_bfloat16(g.part[i]) : g.part[i];
-    return g;
-}
-
 /* out = x / sqrt(mean(x^2) + eps) * weight; `out` may be `x`. */
 static void normalize(const float *x, const float *weight, float *out, long width, float eps, int quotient_rounded,
                       int rounded) {

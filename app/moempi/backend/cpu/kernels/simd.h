@@ -136,6 +136,11 @@ INLINE void store_some(float *p, group g, long count) {
     store_group(numbers, g);
     memcpy(p, numbers, sizeof(float) * (size_t)count);
 }
+/* `count` numbers, or as many as a group has. */
+INLINE group load_part(const float *p, long count) { return count >= GROUP ? load_group(p) : load_some(p, count); }
+INLINE void store_part(float *p, group g, long count) {
+    count >= GROUP ? store_group(p, g) : store_some(p, g, count);
+}
 INLINE group fused_groups(group a, group b, group c) {
     EACH(i) c.part[i] = fused(a.part[i], b.part[i], c.part[i]);
     return c;
@@ -189,6 +194,11 @@ INLINE vec nearest_bfloat16(vec v) {
     return as_floats(and_bits(add_bits(bits, add_bits(odd, bits1(0x7FFF))), bits1(0xFFFF0000u)));
 }
 
+INLINE group rounded_group(group g, int rounded) {
+    EACH(i) g.part[i] = rounded ? nearest_bfloat16(g.part[i]) : g.part[i];
+    return g;
+}
+
 /* e^v within 1.2e-7 of it; the arguments are limited to [-87.3, 88.3], whose results are normal numbers.
  *
  * e^v = 2^n e^r with r at most log(2) / 2 (Cody and Waite 1980), and e^r = 1 + r + r^2 q(r).
@@ -207,3 +217,6 @@ INLINE vec exponential(vec v) {
     vec p = add(fused(q, mul(rest, rest), rest), set1(1.0f));
     return as_floats(add_bits(as_bits(p), left(as_bits(shifted), 23)));
 }
+
+/* v times its sigmoid. */
+INLINE vec silu(vec v) { return quotient(v, add(exponential(sub(set1(-0.0f), v)), set1(1))); }

@@ -1,6 +1,6 @@
 // Linear attention by the gated delta rule (Yang et al. 2025): a state per sequence in place of cached keys.
 //
-//   causal_conv  out (T, C) = silu of the sum of the last rows of x (T, C) times taps (C, n); the tail of each sequence's
+//   causal_conv  out (T, C) = silu of the sum of the last rows of x (T, C) times taps (n, C); the tail of each sequence's
 //                state (n - 1, C) is what the rows before the segment were, and is brought up to date
 //                                                                                          NumPy: causal_conv
 //   delta_rule   out (T, H, dim) = what queries read from the state (key dim, dim) of each head, which keys and values
@@ -25,7 +25,7 @@ extern "C" __global__ void causal_conv(const row* x, const row* taps, const int*
   if (channel >= channels) return;
   const int* segment = segments + 4 * blockIdx.x;
   const int length = segment[1], start = segment[2];
-  x += segment[0] * stride + channel, taps += static_cast<long long>(channel) * num_taps;
+  x += segment[0] * stride + channel, taps += channel;
   out += static_cast<long long>(segment[0]) * channels + channel;
   tail += static_cast<long long>(segment[3]) * back * channels + channel;
   for (int position = 0; position < length; ++position) {
@@ -35,7 +35,7 @@ extern "C" __global__ void causal_conv(const row* x, const row* taps, const int*
       float number = 0.0f;
       if (at >= 0) number = widen(x[at * stride]);
       else if (start) number = tail[static_cast<long long>(back + at) * channels];
-      sum += number * widen(taps[tap]);
+      sum += number * widen(taps[static_cast<long long>(tap) * channels]);
     }
     narrow(silu(sum), out + static_cast<long long>(position) * channels);
   }
