@@ -72,7 +72,7 @@ QWEN35_TEXT = NOISE | {
     "mlp_only_layers": [], "moe_intermediate_size": 512, "mtp_num_hidden_layers": 1,
     "mtp_use_dedicated_embeddings": False, "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8,
     "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "router_aux_loss_coef": 0.001,
-    "shared_expert_intermediate_size": 512, "vocab_size": 248320,
+    "shared_expert_intermediate_size": 512, "tie_word_embeddings": False, "vocab_size": 248320,
     "rope_parameters": {
         "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
         "rope_theta": 10000000, "rope_type": "default",

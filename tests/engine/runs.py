@@ -5,12 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from mpi4py import MPI
+from msgspec import structs
 
 from engine.jobs import make_job
 from engine.requests import EOS, make_request
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.comm.transfers import PendingTransfers
-from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Experts, Router
 from moempi.engine.lane import LaneContext
 from moempi.engine.lanes import Lanes, make_lanes
 from moempi.engine.load import load_model
@@ -39,6 +40,16 @@ SMALL = Architecture(
     dense_layers=(1,),
     dense_width=12,
 )
+STATEFUL = structs.replace(
+    SMALL,
+    max_positions=640,
+    attention=structs.replace(SMALL.attention, output_gate=True, qk_norm="head"),
+    norm="rms_float32",
+    float32_norms=True,
+    delta_rule=DeltaRule(num_key_heads=2, num_value_heads=4, key_dim=4, value_dim=6, taps=4),
+    delta_layers=(0, 1, 3),
+)
+"""A model with layers that keep a state per sequence."""
 PAGES = 8
 
 

@@ -3,13 +3,19 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from engine.jobs import make_job
 from engine.requests import make_request
+from engine.runs import STATEFUL
+from moempi.commands.dry_run import dry_run
+from moempi.config.architecture import DeltaRule
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.kv_budget import useful_pages
 from moempi.errors import ConfigError
-from moempi.layout.memory import Memory, affordable_pages
+from moempi.layout.layout import make_layout
+from moempi.layout.memory import Memory, affordable_pages, pages_for
+from moempi.storage.initialize import initialize
 
 GIB = 1 << 30
 
@@ -84,3 +90,70 @@ def test_one_page_is_enough():
     assert affordable_pages(make_job(run={"kv_memory": "1KB"}).run, memory, available=0) == 1
     with pytest.raises(ConfigError):
         affordable_pages(make_job(run={"kv_memory": "999B"}).run, memory, available=0)
+
+
+# States of sequences
+
+
+@pytest.mark.parametrize(("available", "pages"), [(1625, 10), (1624, 9), (500, 1)])
+def test_states_are_held_beside_weights_and_rows(available, pages):
+    memory = Memory(weights=200, page=50, rows=75, groups=2, state=10, slots=10)
+    assert affordable_pages(make_job().run, memory, available=available) == pages
+
+
+def test_states_that_leave_no_memory_are_an_error_that_names_them():
+    memory = Memory(weights=GIB, page=GIB, rows=0, groups=1, state=GIB // 4, slots=16)
+    with pytest.raises(ConfigError) as error:
+        affordable_pages(make_job().run, memory, available=6 * GIB)
+    assert str(error.value) == (
+        "no room for the cache: weights 1.00 GiB, rows 0 B, states of 16 sequences 4.00 GiB, a page 1.00 GiB, "
+        "memory 6.00 GiB, run.kv_memory auto; use more ranks or stages, or lower run.batch_tokens or run.max_sequences"
+    )
+
+
+def test_a_stage_without_cached_layers_has_as_many_pages_as_any():
+    memory = Memory(weights=0, page=0, rows=0, groups=1, state=10, slots=10)
+    assert affordable_pages(make_job().run, memory, available=GIB) > 10**6
+    with pytest.raises(ConfigError, match="states of 10 sequences 100 B"):
+        affordable_pages(make_job().run, memory, available=99)
+
+
+@pytest.mark.parametrize(
+    ("stages", "tensor", "layers"), [(1, 1, [3]), (1, 2, [3]), (2, 1, [2, 1]), (4, 1, [1, 1, 0, 1])]
+)
+def test_the_memory_of_a_layout_counts_a_state_for_each_slot_and_pages_for_other_layers(stages, tensor, layers):
+    job = make_job(
+        parallel={"stages": stages, "tensor": tensor, "stage_layers": [4 // stages] * stages},
+        run={"max_sequences": 6, "precision": "float32"},
+    )
+    layout = make_layout(job, STATEFUL, [0] * (2 * stages * tensor))
+    values = STATEFUL.delta_rule.state_values // tensor
+    assert [memory.state for memory in layout.memory] == [count * 4 * values for count in layers]
+    assert {memory.slots for memory in layout.memory} == {6}
+    page = PAGE_ROWS * STATEFUL.attention.cached_values // tensor * 4
+    assert [memory.page for memory in layout.memory] == [(4 // stages - count) * page for count in layers]
+
+
+def test_a_tensor_group_divides_key_heads_or_is_refused():
+    job = make_job(parallel={"tensor": 2})
+    odd = structs.replace(
+        STATEFUL, delta_rule=DeltaRule(num_key_heads=1, num_value_heads=4, key_dim=4, value_dim=6, taps=4)
+    )
+    with pytest.raises(
+        ConfigError, match=r"parallel.tensor = 2 does not divide the model's delta_rule.num_key_heads of 1"
+    ):
+        make_layout(job, odd, [0, 0])
+
+
+def test_the_dry_run_shows_the_state_of_a_sequence_and_what_does_not_fit(tmp_path):
+    initialize(STATEFUL, tmp_path / "weights.h5", seed=1)
+    run = {"max_sequences": 6, "precision": "float32"}
+    table = dry_run(make_job(tmp_path, run=run), [0, 0])
+    (row,) = table.stages
+    state = 3 * 4 * STATEFUL.delta_rule.state_values
+    assert row.memory["a sequence's state"] == state
+    pages = 6 * pages_for(STATEFUL.max_positions) * PAGE_ROWS * STATEFUL.attention.cached_values * 4
+    assert row.total == row.memory["weights"] + row.memory["rows"] + 6 * state + pages
+    tight = make_job(tmp_path, run=run, topology={"rank_memory": f"{row.total - pages}B"})
+    (refused,) = dry_run(tight, [0, 0]).refused
+    assert "states of 6 sequences" in refused

@@ -1,7 +1,7 @@
 """Checkpoint folders: configurations of all families, safetensors files with their index, and tokenizers."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -14,7 +14,7 @@ from config.test_hub_configs import HUB
 from fuzz.mutation import BOUNDARIES, damaged, damaged_text, mutated, to_json
 from fuzz.subject import Subject, Use, main, require
 from moempi.config.architecture import Architecture
-from moempi.config.families import FAMILIES, Fused, OnePlus, Rows, read_architecture
+from moempi.config.families import FAMILIES, Fused, OnePlus, Rows, Sources, read_architecture
 from moempi.config.tensors import Share, Tensor, catalogue
 from moempi.storage.weights import WeightFile
 from storage.checkpoints import origin_bits
@@ -31,6 +31,8 @@ SIZES = {
     "q_lora_rank": 5, "shared_expert_intermediate_size": 8, "moe_layer_end_index": 1, "first_k_dense_replace": 1,
     "sliding_window": 16, "eos_token_id": [1, 2], "n_shared_experts": 1, "moe_num_shared_experts": 1,
     "num_shared_experts": 1, "rotary_dim": 4, "bos_token_id": 1, "attn_type_list": [1, 1],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 3, "linear_value_head_dim": 5,
+    "full_attention_interval": 2,
 }  # fmt: skip
 LATENT_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
 ROPES: tuple[Any, ...] = (
@@ -73,7 +75,8 @@ def small(config: Mapping[str, Any]) -> dict[str, Any]:
     if "kv_lora_rank" in config:
         sizes |= LATENT_HEADS
     if "layer_types" in config:
-        sizes["layer_types"] = ["sliding_attention", "full_attention"]
+        kind = next(kind for kind in config["layer_types"] if kind != "full_attention")
+        sizes["layer_types"] = [kind, "full_attention"]
     result = deepcopy(dict(config) | sizes)
     if result["model_type"] == "phimoe":
         result["head_dim"] = None
@@ -85,24 +88,27 @@ def tensors_of(architecture: Architecture, model_type: str) -> Tensors:
     """The tensors of a checkpoint of this architecture, in bfloat16."""
     names, shapes = FAMILIES[model_type], {}
     for tensor in catalogue(architecture):
-        sources = names.sources(tensor)
-        match sources:
-            case Rows():
-                num_rows, *_ = shapes.get(sources.name, (0,))
-                shapes[sources.name] = (num_rows + tensor.shape[0], *tensor.shape[1:])
-            case OnePlus():
-                shapes[sources.name] = tensor.shape
-            case _:
-                shapes |= _shapes(sources, tensor)
+        for name, shape in _shapes(names.sources(tensor), tensor, architecture):
+            shapes[name] = shape
     return {name: ("BF16", shape, origin_bits(name, shape).tobytes()) for name, shape in shapes.items()}
 
 
-def _shapes(sources: Sequence[str] | Fused, tensor: Tensor) -> dict[str, tuple[int, ...]]:
+def _shapes(sources: Sources, tensor: Tensor, architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
     if isinstance(sources, Fused):
         experts, outputs, *inputs = tensor.shape
-        return {sources.name: (experts, *inputs, outputs * sources.parts)}
+        yield sources.name, (experts, *inputs, outputs * sources.parts)
+        return
+    if isinstance(sources, Rows):
+        rows, *others = tensor.shape
+        parts = sources.parts(architecture)
+        between = (1,) if "conv1d" in sources.name else ()
+        yield sources.name, (rows // parts[sources.part] * sum(parts), *between, *others)
+        return
+    if isinstance(sources, OnePlus):
+        sources = (sources.name,)
     shape = tensor.shape[1:] if tensor.share is Share.EXPERTS else tensor.shape
-    return dict.fromkeys(sources, shape[::-1] if tensor.transposed else shape)
+    for name in sources:
+        yield name, shape[::-1] if tensor.transposed else shape
 
 
 def header_of(tensors: Tensors) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from engine.jobs import make_job
-from moempi.config.architecture import Architecture, AttentionShape, Indexer, Latent
+from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Indexer, Latent
 from moempi.config.machine_file import read_machine
 from moempi.config.reading import read_toml
 from moempi.layout.memory import rank_memory
@@ -214,3 +214,18 @@ def test_the_keys_of_indexers_are_counted_in_the_cache():
     job = make_job(run={"precision": "bfloat16"})
     pages = [rank_memory(job, one, range(4), hosted=1, groups=1, on_gpu=True).page for one in architectures]
     assert pages == [64 * 2 * 4 * 40, 64 * 2 * (4 * 40 + 2 * 16)]
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_a_state_is_read_and_written_once_a_step_whatever_the_context(tensor):
+    rule = DeltaRule(num_key_heads=16, num_value_heads=32, key_dim=128, value_dim=128, taps=4)
+    model = structs.replace(MISSION, delta_rule=rule, delta_layers=(31,))
+    found = replace(costs(tensor=tensor), architecture=model)
+
+    def seconds(sequences, context):
+        phases = found.step(range(30, 32), StepLoad(sequences, sequences, context), is_first=False, is_last=False)
+        return sum(phase.compute_s for phase in phases if phase.point.layer == 31)
+
+    assert seconds(64, 100) == seconds(64, 100_000)
+    state_s = 2 * 4 * rule.state_values / tensor / MEMORY
+    assert seconds(64, 100) - seconds(32, 100) >= 32 * state_s

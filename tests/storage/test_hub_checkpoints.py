@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 
+from config import hub_models
 from config.test_hub_configs import DEEPSEEK_V3, HUB, MIXTRAL, PHI, SARVAM
 from fuzz.checkpoints import small, tensors_of
+from moempi.arrays import widen
 from moempi.cli import main
 from moempi.config.families import read_architecture
 from moempi.errors import DataError, NoInputError
 from moempi.storage.convert import convert
+from moempi.storage.weights import WeightFile
 from storage.checkpoints import QWEN3_MOE, write_checkpoint, write_safetensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -299,3 +302,67 @@ def test_a_name_on_the_hub_says_how_to_get_the_model(tmp_path, monkeypatch):
         NoInputError, match=r"nowhere: is not a folder with a checkpoint \(config.json, \*.safetensors\)$"
     ):
         convert(tmp_path / "nowhere", tmp_path / "model.h5")
+
+
+def qwen3_next(folder, **changes):
+    """A small checkpoint of Qwen3-Next; `changes` replace tensors of its first layer's rule. The tensors it is of."""
+    values = small(hub_models.QWEN3_NEXT)
+    tensors = bfloat16_tensors(values)
+    tensors |= {f"{DELTA}.{name}": one for name, one in changes.items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    write_safetensors(folder / "model.safetensors", tensors)
+    return {name: array for name, (_, array) in tensors.items()}
+
+
+DELTA = "model.layers.0.linear_attn"
+
+
+def test_fused_inputs_of_qwen3_next_are_taken_apart_by_key_head(tmp_path):
+    decays = np.array([1.1, -2.3, 0.7, 1e-30], np.float32)  # which bfloat16 does not hold
+    theirs = qwen3_next(tmp_path / "hub", A_log=("F32", decays))
+    convert(tmp_path / "hub", tmp_path / "model.h5")
+    inputs, rates = (theirs[f"{DELTA}.in_proj_{name}.weight"] for name in ("qkvz", "ba"))
+    by_head, rates_by_head = inputs.reshape(2, 3 + 3 + 10 + 10, 16), rates.reshape(2, 4, 16)
+    with WeightFile.open(tmp_path / "model.h5") as weights:
+        for name, rows in (("q", slice(3)), ("k", slice(3, 6)), ("v", slice(6, 16)), ("z", slice(16, 26))):
+            np.testing.assert_array_equal(weights.read(f"layers/000/delta/{name}"), by_head[:, rows].reshape(-1, 16))
+        for name, rows in (("beta", slice(2)), ("decay", slice(2, 4))):
+            found = weights.read(f"layers/000/delta/{name}")
+            np.testing.assert_array_equal(found, rates_by_head[:, rows].reshape(-1, 16))
+        taps = np.concatenate([weights.read(f"layers/000/delta/{name}_taps") for name in "qkv"])
+        np.testing.assert_array_equal(taps, theirs[f"{DELTA}.conv1d.weight"][:, 0])
+        np.testing.assert_array_equal(weights.read("layers/000/delta/decay_log"), decays)
+        both = theirs["model.layers.1.self_attn.q_proj.weight"].reshape(4, 2, 8, 16)
+        np.testing.assert_array_equal(weights.read("layers/001/attention/q"), both[:, 0].reshape(-1, 16))
+        np.testing.assert_array_equal(weights.read("layers/001/attention/gate"), both[:, 1].reshape(-1, 16))
+        norm = widen(theirs["model.norm.weight"]) + np.float32(1)
+        np.testing.assert_array_equal(weights.read("norm"), norm)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_proj_qkvz.weight": (53, 16)}, r"its shape is \(53, 16\), the configuration says groups of 26 rows"),
+        ({"in_proj_qkvz.weight": (78, 16)}, r"its shape is \(9, 16\), the configuration says \(6, 16\)"),
+        ({"in_proj_qkvz.weight": ()}, r"its shape is \(\), the configuration says groups of 26 rows"),
+        ({"conv1d.weight": (32, 4, 1)}, r"its shape is \(6, 4, 1\), the configuration says \(6, 4\)"),
+        ({"conv1d.weight": (32, 1, 3)}, r"its shape is \(6, 3\), the configuration says \(6, 4\)"),
+        ({"A_log": (3,)}, r"its shape is \(3,\), the configuration says \(4,\)"),
+        ({"conv1d.bias": (32,)}, "is not a tensor of this qwen3_next model"),
+    ],
+)
+def test_tensors_of_a_delta_rule_that_do_not_fit_are_refused_by_name(tmp_path, changes, message):
+    qwen3_next(tmp_path / "hub", **{name: ("BF16", np.zeros(shape, "<u2")) for name, shape in changes.items()})
+    with pytest.raises(DataError, match=f"{DELTA}.{next(iter(changes))}: {message}"):
+        convert(tmp_path / "hub", tmp_path / "model.h5")
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
+    values = small(hub_models.QWEN35_TEXT)
+    tensors = bfloat16_tensors(values)
+    more = {
+        "mtp.layers.0.input_layernorm.weight": ("BF16", np.zeros(16, "<u2")),
+        "mtp.fc.weight": ("F32", np.ones(3, "<f4")),
+    }
+    assert converted(tmp_path / "more", values, tensors | more) == converted(tmp_path / "less", values, tensors)

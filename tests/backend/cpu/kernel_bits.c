@@ -116,7 +116,7 @@ static void print_rows(long width, int rounded) {
     print(name, cached, (rounded ? sizeof(uint16_t) : sizeof(float)) * (size_t)(rows * heads * width));
     for (int widens = 0; widens < 2; widens++) {
         gathering g = {widens ? (void *)halves(x, rows * width) : (void *)x, out, places, rows, width, widens,
-                       !widens && rounded};
+                       !widens && rounded, sizeof(float)};
         snprintf(name, sizeof name, "gathering %ld %d %d", width, rounded, widens);
         gather_rows(&g);
         print(name, out, (g.narrows ? sizeof(uint16_t) : sizeof(float)) * (size_t)(rows * width));
