@@ -50,7 +50,7 @@ float32_weights = true
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """`run(ranks, name, *options, key=value)` scores or generates a few prompts into `<name>.h5`."""
+    """`run(ranks, name, *options, key=value)` generates from a few prompts into `<name>.h5`."""
     folder = tmp_path_factory.mktemp("sparse")
     (folder / "sparse.toml").write_text(ARCHITECTURE)
     assert main(["init", str(folder / "sparse.toml"), str(folder / "sparse.h5"), "--seed", "3"]) == 0
@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     prompts = [[(7 * index + 5 * row + row * row // 7) % 60 for row in range(n)] for index, n in enumerate(lengths)]
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"tokens": tokens}) for tokens in prompts))
 
-    def run(num_ranks, name, *options, **settings):
+    def run(num_ranks, name, *options, program=("-m", "moempi"), **settings):
         named = {
             "model.weights": folder / "sparse.h5",
             "input.prompts": folder / "prompts.jsonl",
@@ -67,7 +67,8 @@ def run(tmp_path_factory):
             "sampling.max_tokens": 9,
         }
         words = [word for key, value in (named | settings).items() for word in ("--set", f"{key}={value}")]
-        return mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *words, *options)), folder / f"{name}.h5"
+        command = python(*program, "run", JOB, *words, *options)
+        return mpirun(num_ranks, *command, limit_s=120, PYTHONPATH="tests"), folder / f"{name}.h5"
 
     return run
 
@@ -97,6 +98,21 @@ def test_any_layout_gives_the_bits_of_one_rank(run, alone, num_ranks, settings, 
     found = compare(alone, path)
     assert (found.requests, found.different) == (8, 0)
     assert found.largest <= within
+
+
+@pytest.mark.mpi
+def test_the_cuda_kernels_give_the_tokens_of_the_cpu_and_the_same_bits_on_any_grid(run, alone):
+    paths = []
+    for num_ranks, settings in ((1, {"run.batch_tokens": 32}), (2, {"parallel.stages": 2})):
+        settings = settings | {"exchange.buffers": "host", "exchange.transport": "alltoallv"}
+        outcome, path = run(num_ranks, f"cuda-{num_ranks}", program=("tests/simt/run.py",), **settings)
+        assert outcome.code == 0, outcome.err
+        paths.append(path)
+    found = compare(alone, paths[0])
+    assert (found.requests, found.different) == (8, 0)
+    assert found.largest <= 1e-4
+    found = compare(*paths)
+    assert (found.different, found.largest) == (0, 0.0)
 
 
 @pytest.mark.mpi

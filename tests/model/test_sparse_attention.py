@@ -183,5 +183,5 @@ def test_sequences_of_a_step_do_not_change_each_other():
 
 def test_a_stage_whose_first_layer_shares_positions_is_an_error():
     attention = shape(False)
-    with pytest.raises(RuntimeError, match="no indexer"):
+    with pytest.raises(RuntimeError, match="no layer before this one has an indexer"):
         attended(rows(6), (LENGTH,), attentions=[built(attention, has_indexer=False)])

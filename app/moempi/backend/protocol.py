@@ -499,7 +499,7 @@ class ExpertVerbs(Protocol):
         """
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
-        """Select rows[index]; the index is a host array."""
+        """Select rows[index]; the index is a host array or from `upload`."""
 
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
         """Write rows[index], or all rows if None, to a comm buffer; the index is a host array or from `upload`."""

@@ -59,7 +59,9 @@ class LatentAttention:
             interleaved=shape.rope.interleaved,
         )
         scale = shape.head_dim**-0.5 * shape.score_factor
-        if self.indexer is not None and cache.index is not None:
+        if self.indexer is not None:
+            if cache.index is None:
+                raise RuntimeError("the cache has no keys for the indexer")
             self.indexer.extend_cache(backend, x, angles, cache.index, segments)
             if sparse is not None:
                 sparse.choose(self.indexer, x, latent, cache.index)

@@ -30,12 +30,13 @@ class SparseRows:
         top_k: int,
     ) -> None:
         self._backend = backend
-        self._dense, self._dense_rows = _parts(segments, 0, top_k)
-        sparse, self._sparse_rows = _parts(segments, top_k, None)
+        self._dense, dense_rows = _parts(segments, 0, top_k)
+        sparse, sparse_rows = _parts(segments, top_k, None)
         self._sparse = sparse if self._dense else segments  # the same ones share their layout in a backend
-        self._order = np.argsort(np.concatenate([self._dense_rows, self._sparse_rows]), kind="stable")
-        positions = np.concatenate([one.start + np.arange(one.length) for one in self._sparse])
-        self._angles = rope_angles(backend, attention, positions, capacities[self._sparse_rows])
+        order = np.argsort(np.concatenate([dense_rows, sparse_rows]), kind="stable")
+        self._dense_rows, self._sparse_rows, self._order = map(backend.upload, (dense_rows, sparse_rows, order))
+        positions = np.concatenate([one.start + np.arange(one.length) for one in sparse])
+        self._angles = rope_angles(backend, attention, positions, capacities[sparse_rows])
         self._positions: Array | None = None
 
     def choose(self, indexer: "LightningIndexer", x: Array, latent: Array, index: Cache) -> None:
@@ -46,7 +47,7 @@ class SparseRows:
     def attend(self, queries: Array, cache: Cache, *, scale: float) -> Array:
         """Attention of all queries (T, H, dim), over the chosen positions or all of them -> (T, H, value dim)."""
         if self._positions is None:
-            raise RuntimeError("the first layer of the stage has no indexer")
+            raise RuntimeError("no layer before this one has an indexer")
         backend, sparse = self._backend, self._of_sparse(queries)
         attended = backend.attend_selected(sparse, cache, self._sparse, self._positions, scale=scale)
         if not self._dense:
