@@ -474,7 +474,7 @@ def test_three_ways_to_say_which_layers_share_positions():
     with_indexer = [layer for layer in range(78) if architecture.has_indexer(layer)]
     assert with_indexer == [0, 1, *range(2, 78, 4)]
     assert read(hub_models.GLM_52, indexer_types=None) == architecture
-    assert read(hub_models.GLM_52, index_topk_freq=None, index_skip_topk_offset=None) == architecture
+    assert read(hub_models.GLM_52, index_topk_freq=None) == architecture
     pattern = "".join("F" if layer in with_indexer else "S" for layer in range(78))
     assert read(hub_models.GLM_52, index_topk_pattern=pattern) == architecture
     assert read(hub_models.GLM_5, index_topk_freq=4).joined_layers[:4] == (2, 3, 4, 6)

@@ -215,6 +215,38 @@ def test_an_impossible_architecture_names_its_problem():
     assert "top_k" in (read_tree(tree, Architecture, origin="test").problem() or "")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"top_k": 0}, "top_k"),
+        ({"head_dim": 3}, "head_dim 3 is less than the rope_dim 4"),
+        ({"shared_layers": [2]}, "shared_layers name a layer beyond num_layers 2"),
+        ({"shared_layers": [0]}, "shared_layers has layer 0"),
+        ({"shared_layers": [1]}, None),
+        ({"query_rank": 0}, "indexer needs a query_rank"),
+    ],
+)
+def test_an_impossible_indexer_names_its_problem(changes, words):
+    changes = {"query_rank": 6, "num_heads": 2, "head_dim": 5, "top_k": 3} | changes
+    latent = {"key_value_rank": 6, "rope_dim": 4, "value_dim": 4, "query_rank": changes.pop("query_rank")}
+    tree = {
+        "family": "deepseek_v32",
+        "vocab_size": 64,
+        "width": 32,
+        "num_layers": 2,
+        "max_positions": 128,
+        "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "latent": latent | {"indexer": changes}},
+        "experts": {"num": 4, "width": 16, "router": {"top_k": 2}},
+    }
+    try:
+        problem = read_tree(tree, Architecture, origin="test").problem()
+    except ConfigError as error:
+        problem = str(error)
+    assert (problem is None) == (words is None)
+    assert (words or "") in (problem or "")
+
+
 def test_an_hdf5_file_in_the_place_of_a_job_is_called_that(tmp_path):
     path = tmp_path / "results.h5"
     path.write_bytes(HDF5_BEGIN + bytes(64))

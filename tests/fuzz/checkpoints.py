@@ -74,6 +74,10 @@ def small(config: Mapping[str, Any]) -> dict[str, Any]:
         sizes |= {"n_group": 1}
     if "kv_lora_rank" in config:
         sizes |= LATENT_HEADS
+    if "index_topk" in config:
+        sizes |= {"index_n_heads": 2, "index_head_dim": 6, "index_topk": 3}
+    if "indexer_types" in config:
+        sizes |= {"indexer_types": ["full", "shared"], "mlp_layer_types": ["dense", "sparse"], "index_topk_freq": None}
     if "layer_types" in config:
         kind = next(kind for kind in config["layer_types"] if kind != "full_attention")
         sizes["layer_types"] = [kind, "full_attention"]

@@ -41,6 +41,7 @@ def _scheduled(config: CheckpointConfig) -> tuple[int, ...] | None:
         config.ignore("index_topk_freq", "index_skip_topk_offset")
         return tuple(layer for layer in layers if pattern[layer] == "S")
     if not config.has("index_topk_freq"):
+        config.ignore("index_skip_topk_offset")
         return None
     period = config.integer("index_topk_freq")
     skipped = config.integer("index_skip_topk_offset") if config.has("index_skip_topk_offset") else _FIRST_SKIPPED
