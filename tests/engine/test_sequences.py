@@ -1,14 +1,19 @@
 """The sequences of a group in arrays, beside requests that take their tokens one at a time."""
 
+import sys
+
 import msgspec
 import numpy as np
 import pytest
 
 from engine.requests import EOS, abacus_tokenizer, make_request, make_sampled
+from engine.runs import Run, requests_of
 from moempi.backend.protocol import SAMPLING_REQUEST, SampledTokens, sampling_request
 from moempi.engine.scheduler import Scheduler
 from moempi.engine.sequences import BLOCK_TOKENS, OutputBlocks
 from moempi.engine.tasks import Generate
+from moempi.layout.schedule import AGREE
+from mpirun import ROOT
 
 TOP = 2
 VOCABULARY = 40
@@ -125,3 +130,39 @@ def test_entries_of_sampling_requests_are_joined_and_pickled_with_their_adjustme
     )
     joined = np.concatenate([entries, entries[:0], entries])
     assert (joined.dtype, len(joined), joined["uniform"].tolist()) == (SAMPLING_REQUEST, 2, [0.25, 0.25])
+
+
+HOST = ("engine", "model", "comm/batch.py", "backend/sampling.py")
+
+
+def calls_of_ten_steps(folder, count):
+    """Calls of functions, in Python or C, that the host makes in ten decode steps of `count` greedy sequences."""
+    folder.mkdir()
+    run = Run(folder, requests_of(*[4] * count, limit=BLOCK_TOKENS), run={"micro_batches": 1, "max_sequences": 8})
+    files = tuple(str(ROOT / "app/moempi" / name) for name in HOST)
+    steps, calls = run.points(), 0
+
+    def on_call(frame, event, _):
+        nonlocal calls
+        calls += event in ("call", "c_call") and frame.f_code.co_filename.startswith(files)
+
+    advance(steps, 3)
+    sys.setprofile(on_call)
+    try:
+        advance(steps, 10)
+    finally:
+        sys.setprofile(None)
+    list(steps)
+    assert all(request.finish == "length" for request in run.requests)
+    return calls
+
+
+def advance(steps, count):
+    """Take steps; each begins at AGREE."""
+    for _ in range(count):
+        next(point for point in steps if point == AGREE)
+
+
+def test_the_host_calls_no_function_for_a_sequence_of_a_step(tmp_path):
+    few, many = (calls_of_ten_steps(tmp_path / str(count), count) for count in (2, 8))
+    assert 0 < many == few
