@@ -59,7 +59,7 @@ class Sequences:
         self._prompt_tokens[number], self._limits[number] = prompt_tokens, request.limit
         self.finished[number], self._ignores_eos[number] = False, rules.ignore_eos
         self._adjusts[number] = rules.min_tokens > 0 or has_penalties(rules)
-        self._looks_at_tokens[number] = self._adjusts[number] or rules.stop or rules.stop_token_ids
+        self._looks_at_tokens[number] = bool(self._adjusts[number] or rules.stop or rules.stop_token_ids)
         self._sampling[number] = sampling_request(rules)
 
     def end(self, number: int) -> Request:
