@@ -26,7 +26,7 @@ def watch_layout(*arguments, **named):
 def watch_load(*arguments, pages, **named):
     model = load_model(*arguments, pages=pages, **named)
     memory = found["memory"]
-    found["held"] = memory.weights + pages * memory.page
+    found["held"] = memory.held - memory.rows + pages * memory.page
     found["loaded"] = device.live_bytes
     device.peak_bytes = device.live_bytes  # the peak of loading does not count
     return model

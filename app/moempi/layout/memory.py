@@ -54,7 +54,7 @@ def rank_memory(
     tensors = stage_tensors(architecture, layers)
     is_bfloat16 = job.run.precision == "bfloat16"
     row_bytes = 2 if on_gpu and is_bfloat16 else 4
-    weight_bytes = {"bfloat16": 4 if widened or (on_gpu and not is_bfloat16) else 2, "float32": row_bytes}
+    weight_bytes = {"bfloat16": 4 if widened or (on_gpu and not is_bfloat16) else 2, "float32": 4}
     weights = sum(
         int(prod(tensor.shape) * fractions.get(tensor.share, 1)) * weight_bytes[tensor.dtype] for tensor in tensors
     )
@@ -84,8 +84,7 @@ def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bo
         chosen = min(heads.indexer.top_k, architecture.max_positions)
         attention += 2 * heads.indexer.num_heads * heads.indexer.head_dim + chosen
     if rule:
-        values = rule.num_value_heads * rule.value_dim
-        attention = max(attention, (4 * rule.mixed_dim + 4 * values) // tensor)
+        attention = max(attention, (2 * rule.mixed_dim + rule.num_value_heads * rule.value_dim) // tensor)
     hidden, rows = (6, 6) if rounds_later and experts.biases else (3, 4)
     routed = experts.router.top_k * (hidden * experts.width + rows * architecture.width) + 3 * experts.shared_width
     feed_forward = max(3 * architecture.dense_width, routed) // tensor

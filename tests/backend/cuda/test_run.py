@@ -6,8 +6,10 @@ import os
 import numpy as np
 import pytest
 
+from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Experts, Router
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
+from moempi.storage.initialize import initialize
 from moempi.storage.results import ResultFile
 from mpirun import ROOT, mpirun, python
 
@@ -166,6 +168,31 @@ def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens, tr
     outcome = mpirun(
         1, *python("tests/simt/peak.py", "run", ROOT / "jobs/abacus.toml", *options), limit_s=120, PYTHONPATH="tests"
     )
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out.splitlines()[-1])
+    assert found["loaded"] == found["held"]
+    assert 0.93 <= found["peak"] / found["forecast"] <= 1.07
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_device_memory_of_states_equals_the_forecast(tmp_path, precision):
+    """The rows of the delta rule take more than those of the experts."""
+    experts = Experts(num=4, width=32, router=Router(top_k=2))
+    model = Architecture(
+        family="random", vocab_size=64, width=64, num_layers=4, max_positions=256, attention=AttentionShape(4, 2, 16),
+        experts=experts, delta_rule=DeltaRule(16, 16, 16, 16, taps=4), delta_layers=(0, 1, 3),
+    )  # fmt: skip
+    initialize(model, tmp_path / "weights.h5", seed=1)
+    lines = [{"tokens": [7] * length, "max_tokens": 4, "ignore_eos": True} for length in (3, 60, 120) * 8]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    values = {
+        "model.weights": "weights.h5", "input.prompts": "prompts.jsonl", "output.results": "out.h5",
+        "run.precision": precision, "run.batch_tokens": 512, "run.max_sequences": 5, "run.lanes": 1,
+        "run.micro_batches": 1,
+    }  # fmt: skip
+    (tmp_path / "job.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    program = python("tests/simt/peak.py", "run", tmp_path / "job.toml")
+    outcome = mpirun(1, *program, limit_s=120, PYTHONPATH="tests")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out.splitlines()[-1])
     assert found["loaded"] == found["held"]
