@@ -55,7 +55,7 @@ QWEN3_VL_30B = {
     "vision_config": {"depth": 27, "hidden_size": 1152, "patch_size": 16},
 }  # fmt: skip
 QWEN3_NEXT = QWEN | {
-    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "attention_bias": False,
+    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next",
     "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048, "intermediate_size": 5120,
     "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
     "linear_value_head_dim": 128, "max_position_embeddings": 262144, "mlp_only_layers": [],
