@@ -4,10 +4,14 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from moempi.cli import main
+from moempi.commands.plan_report import _shares
 from moempi.observe.html_page import NOTHING_LOADED
 from mpirun import ROOT
 
@@ -125,3 +129,30 @@ def test_a_report_replaces_no_other_file(folder, capsys):
     (folder / "plan.html").write_text("mine")
     assert plan("--report", "plan.html") == 74
     assert (folder / "plan.html").read_text() == "mine"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the picture of stages needs of a forecast of one."""
+
+    compute_s: float
+    overlapped_s: float = 0.0
+
+
+@pytest.mark.parametrize(
+    ("computes_s", "bars"), [([0.5, 0.9, 0.9, 0.5, 0.9, 0.7], 3), ([*np.linspace(0.1, 0.9, 40)], 16)]
+)
+def test_equal_stages_share_a_bar_and_no_stage_is_left_out_in_silence(computes_s, bars):
+    workload = SimpleNamespace(name="decode")
+    stages = [Stage(one) for one in computes_s]
+    picture = _shares(SimpleNamespace(micro_batch_s=lambda **_: 1.0, stages=stages, workload=workload))
+    names = [row[0] for row in picture.rows]
+    texts = re.findall(r">([^<]+)</text>", picture.svg)
+    assert len([name for name in names if name in texts]) == bars
+    if bars == 3:
+        assert names == ["stages 0, 3", "stages 1 to 2, 4", "stage 5"]
+        assert "Bars of" not in picture.caption
+    else:
+        assert names == [f"stage {number}" for number in range(40)]
+        assert names[-16:] == [name for name in names if name in texts]  # the least idle
+        assert "Bars of the 16 least idle of 40 sets of equal stages; the table has all." in picture.caption

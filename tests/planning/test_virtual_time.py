@@ -1,7 +1,9 @@
 """Runs in virtual time against a slow simulation of every rank, against the forecast, and against their arithmetic."""
 
 import random
+import tracemalloc
 from dataclasses import replace
+from itertools import product
 from math import inf
 from pathlib import Path
 
@@ -259,6 +261,22 @@ def test_recorded_tokens_follow_each_other_and_are_repeated():
     np.testing.assert_array_equal(routing.counts(0, range(5), 3), [*windows, *windows[:2]])
     whole = np.bincount(experts.reshape(-1), minlength=6)
     np.testing.assert_allclose(routing.counts(0, range(2), 25), [2.5 * whole] * 2)
+
+
+def test_recorded_tokens_are_kept_in_two_bytes_a_choice_whatever_their_steps_are():
+    """Counts of all steps of one token would be 256 numbers for its 8 choices."""
+    layers = [np.random.default_rng(layer).integers(0, 256, (20_000, 8)) for layer in range(4)]
+    routing = RecordedRouting(layers.__getitem__, 256)
+    tracemalloc.start()
+    for layer, tokens in product(range(4), (1, 2, 3, 500)):
+        counts = routing.counts(layer, range(10, 20), tokens)
+        first = 10 * tokens
+        np.testing.assert_array_equal(
+            counts[0], np.bincount(layers[layer][first : first + tokens].reshape(-1), minlength=256)
+        )
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4 * 20_000 * 8 * 2 + 500_000
 
 
 def test_rows_of_ranks_are_those_of_their_experts_and_reach_those_of_their_node():

@@ -23,8 +23,8 @@ MOST_STEPS = 400
 """Micro-batches of the runs in virtual time, unless more are in flight."""
 KINDS = ("compute", "travel", "idle")
 COMPUTE, TRAVEL, IDLE = range(3)
-MOST_STAGES = 16
-"""Most bars of stages; adjacent stages that are equal share one."""
+MOST_BARS = 16
+"""Most bars of stages; equal stages share one."""
 
 
 @dataclass(frozen=True)
@@ -108,26 +108,38 @@ def _on(planned: PlannedJob, found: Forecast, ranks: int) -> Forecast:
 
 
 def _equal_stages(found: Forecast) -> list[tuple[str, StageForecast]]:
-    """Each series of adjacent equal stages."""
-    first, series = 0, []
-    for stage, equal in groupby(found.stages):
-        last = first + len(list(equal)) - 1
-        series.append((f"stage {first}" if first == last else f"stages {first} to {last}", stage))
-        first = last + 1
-    return series[:MOST_STAGES]
+    """Each set of equal stages, with their numbers."""
+    sets: list[tuple[StageForecast, list[int]]] = []
+    for number, stage in enumerate(found.stages):
+        equal = next((numbers for one, numbers in sets if one == stage), None)
+        if equal is None:
+            sets.append((stage, [number]))
+        else:
+            equal.append(number)
+    return [(f"stage{'s' if len(numbers) > 1 else ''} {_ranges(numbers)}", stage) for stage, numbers in sets]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as `0, 2 to 5, 7`."""
+    runs = groupby(enumerate(numbers), key=lambda place: place[1] - place[0])
+    following = [[number for _, number in run] for _, run in runs]
+    return ", ".join(f"{one[0]}" if len(one) == 1 else f"{one[0]} to {one[-1]}" for one in following)
 
 
 def _shares(found: Forecast) -> Picture:
     """The shares of a step of each stage that are computing, travel that nothing hides, and idle."""
-    step_s, bars, rows = found.micro_batch_s(overlap=True), [], []
+    step_s, shares = found.micro_batch_s(overlap=True), {}
     for name, stage in _equal_stages(found):
         compute_s, stage_s = stage.compute_s, max(stage.overlapped_s, stage.compute_s)
-        shares = [compute_s / step_s, (stage_s - compute_s) / step_s, max(0.0, 1 - stage_s / step_s)]
-        bars.append(stacked(name, [100 * share for share in shares]))
-        rows.append((name, f"{step_s * 1e3:.3f}", *(f"{share:.1%}" for share in shares)))
+        shares[name] = compute_s / step_s, (stage_s - compute_s) / step_s, max(0.0, 1 - stage_s / step_s)
+    rows = [(name, f"{step_s * 1e3:.3f}", *(f"{share:.1%}" for share in three)) for name, three in shares.items()]
+    least_idle = sorted(shares, key=lambda name: shares[name][IDLE])[:MOST_BARS]
+    bars = [stacked(name, [100 * share for share in shares[name]]) for name in shares if name in least_idle]
     title = f"{found.workload.name.capitalize()}: where the time of a stage goes"
     svg = bar_chart(bars, KINDS, Axis("% of the time between micro-batches"), title=title)
     caption = "Travel: rows on the links that no computing hides. Idle: the stage waits for other stages."
+    if len(bars) < len(rows):
+        caption += f" Bars of the {len(bars)} least idle of {len(rows)} sets of equal stages; the table has all."
     return Picture(title, svg, ("", "step (ms)", *KINDS), rows, caption)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moempi.arrays import Float64Array, IntArray
 from moempi.layout.placement import Placement
@@ -38,31 +39,25 @@ class DrawnRouting:
 class RecordedRouting:
     """Recorded routing, repeated: step n has the recorded tokens that follow those of step n - 1.
 
-    read(layer) gives the experts of all recorded tokens of a layer (T, K), T > 0. Of fewer tokens than a step has, all
-    count in proportion.
+    read(layer) gives the experts of all recorded tokens of a layer (T, K), T > 0, which are kept in the smallest type
+    that holds them. Of fewer tokens than a step has, all count in proportion.
     """
 
     def __init__(self, read: Callable[[int], IntArray], num_experts: int) -> None:
         self._read = read
         self._num_experts = num_experts
-        self._windows: dict[tuple[int, int], Float64Array] = {}
+        self._recorded: dict[int, NDArray[np.unsignedinteger]] = {}
 
     def counts(self, layer: int, steps: range, tokens: int) -> Float64Array:
         """See Routing."""
-        if (layer, tokens) not in self._windows:
-            self._windows[layer, tokens] = self._count(self._read(layer), tokens)
-        windows = self._windows[layer, tokens]
-        chosen: Float64Array = windows[np.array(steps) % len(windows)]
-        return chosen
-
-    def _count(self, experts: IntArray, tokens: int) -> Float64Array:
-        """How often each expert was chosen in each window of `tokens` tokens (windows, E)."""
+        if layer not in self._recorded:
+            self._recorded[layer] = self._read(layer).astype(np.min_scalar_type(self._num_experts - 1))
+        experts = self._recorded[layer]
         used = min(tokens, len(experts))
-        number = len(experts) // used
-        chosen = experts[: number * used].reshape(number, -1) + np.arange(number)[:, None] * self._num_experts
-        counts = np.bincount(chosen.reshape(-1), minlength=number * self._num_experts)
-        scaled: Float64Array = counts.reshape(number, self._num_experts) * np.float64(tokens / used)
-        return scaled
+        first_tokens = (step % (len(experts) // used) * used for step in steps)
+        windows = [experts[first : first + used].reshape(-1) for first in first_tokens]
+        counts = [np.bincount(window, minlength=self._num_experts) for window in windows]
+        return np.array(counts, np.float64) * (tokens / used)
 
 
 def inclusion_shares(preferences: Float64Array, top_k: int) -> Float64Array:
