@@ -140,6 +140,20 @@ def test_two_requeues_in_a_row(folder, prompts, undisturbed):
     batch.assert_as(undisturbed)
 
 
+def test_a_finished_job_that_is_submitted_again_continues_at_its_time_limit(folder, prompts, undisturbed):
+    """Its first requests are fewer than all of the job before, and its results are not those of that one."""
+    batch = Batch(folder, "again", prompts)
+    assert wait_for_end(batch.submit())["ExitCode"] == "0:0", batch.said()
+    job = batch.submit()
+    batch.wait_for_new_records()
+    output_of("scancel", "--batch", "--signal=USR1", job)
+    wait_for_requeue(job, 1)
+    assert wait_for_end(job)["ExitCode"] == "0:0", batch.said()
+    assert "(0 before), requeueing" in batch.said()
+    assert "complete already" not in batch.said()
+    batch.assert_as(undisturbed)
+
+
 def test_a_run_that_is_killed_whole(folder, prompts, undisturbed):
     """Its state says "running", and no rank is left to write another."""
     batch = Batch(folder, "killed", prompts)
