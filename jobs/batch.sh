@@ -146,7 +146,8 @@ start() {
     ended=$(mktemp)
     end_with_ranks "$child" "$ended" "$@" &
     local watch=$!
-    while wait "$child" || true; kill -0 "$child" 2>/dev/null; do :; done # a signal ends wait, not the child
+    # bash may lose a child that ends just as a signal ends `wait`, and then waits for it for ever.
+    while kill -0 "$child" 2>/dev/null; do sleep 0.1; done
     code=0
     wait "$child" || code=$?
     trap 'asked_early=1' USR1
