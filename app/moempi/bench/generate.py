@@ -1,20 +1,21 @@
-"""`moempi bench generate`: tokens per second of whole runs and of transformers' generate, with equal weights and cores.
+"""`moempi bench generate`: tokens per second of whole runs and of other programs, with equal weights and cores.
 
-Transformers saves a small random Qwen3-MoE, which moempi converts; both generate greedy tokens alternately.
-Transformers has as many threads as there are ranks, which sleep meanwhile.
+Transformers saves a random Qwen3-MoE, which moempi converts; all generate greedy tokens in turn. Transformers'
+generate, and llama.cpp if its Python package is installed, have the threads of all ranks, which sleep meanwhile.
 """
 
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from moempi.bench import peers
+from moempi.bench import llama_cpp, peers
 from moempi.bench.jobs import WEIGHTS, make_job, step_seconds, write_prompts
 from moempi.bench.measure import machine, ratio
 from moempi.commands.flags import count
@@ -25,7 +26,9 @@ from moempi.runtime.world import World
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
 
+GGUF = "model.gguf"
 VOCABULARY = 512
+LLAMA_CPP = "llama.cpp"
 POLL_S = 0.002
 
 
@@ -35,6 +38,8 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt", type=count, default=32, metavar="N", help="tokens of a prompt (32)")
     parser.add_argument("--tokens", type=count, default=32, metavar="N", help="tokens to generate (32)")
     parser.add_argument("--lanes", type=count, default=1, help="run.micro_batches; one machine has little to hide (1)")
+    parser.add_argument("--threads", type=count, default=1, help="run.threads, of each rank (1)")
+    parser.add_argument("--large", action="store_true", help="a model of 430 million parameters, not of 30")
     parser.add_argument("--rounds", type=count, default=3, help="measurements of each (3)")
 
 
@@ -42,19 +47,24 @@ def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective. Raises UsageError on several nodes or without transformers."""
     world.collectively(lambda: _check_usage(world))
     table = figures_table(
-        *("precision", "batch", "moempi", "transformers", "ratio", "same tokens"),
-        title=f"Tokens/s, {chosen.tokens} after prompts of {chosen.prompt}: {world.size} ranks, as many threads",
+        *("precision", "batch", "moempi", "peer", "its rate", "ratio", "same tokens"),
+        title=f"Tokens/s, {chosen.tokens} after {chosen.prompt}: {world.size} ranks of {chosen.threads} threads",
         caption=machine(world),
     )
     with tempfile.TemporaryDirectory() as own:
         folder = Path(world.comm.bcast(own))
         if world.rank == 0:
-            peers.save_model(folder / "model", vocabulary=VOCABULARY)
+            peers.save_model(
+                folder / "model", vocabulary=VOCABULARY, sizes=peers.LARGE if chosen.large else peers.SMALL
+            )
             convert(folder / "model", folder / WEIGHTS)
         _sleep_until_all(world)
         for precision in ("float32", "bfloat16"):
+            if world.rank == 0 and llama_cpp.has_llama_cpp():
+                llama_cpp.write_gguf(folder / "model", folder / GGUF, precision=precision)
             for sequences in chosen.sequences:
-                table.add_row(precision, str(sequences), *_compare(world, folder, precision, sequences, chosen))
+                for cells in _compare(world, folder, precision, sequences, chosen):
+                    table.add_row(precision, str(sequences), *cells)
         world.comm.Barrier()
     if world.rank == 0:
         console().print(table)
@@ -67,39 +77,62 @@ def _check_usage(world: World) -> None:
         raise UsageError("bench generate needs torch and transformers: bash jobs/setup.sh local convert peers")
 
 
-def _compare(world: World, folder: Path, precision: str, sequences: int, chosen: Namespace) -> list[str]:
-    """The cells of one batch: both rates, their ratio, and the share of equal tokens; collective."""
+Generate = Callable[[], tuple[float, Any]]
+"""Seconds, and the new tokens (batch, tokens)."""
+
+
+def _compare(world: World, folder: Path, precision: str, sequences: int, chosen: Namespace) -> list[list[str]]:
+    """The cells of one batch, for each peer: both rates, their ratio, and the share of equal tokens; collective."""
     prompts = np.random.default_rng(sequences).integers(0, VOCABULARY, (sequences, chosen.prompt))
     job = _job(folder, precision, sequences, chosen)
-    theirs: dict[str, Callable[[], Any]] = {}
+    theirs: dict[str, Generate] = {}
     if world.rank == 0:
         write_prompts(job.input.prompts, prompts.tolist())
-        theirs = peers.generators(
-            folder / "model", prompts, tokens=chosen.tokens, precision=precision, threads=world.size
-        )
+        theirs = _peers(folder, prompts, precision, threads=world.size * chosen.threads, tokens=chosen.tokens)
     taken: dict[str, list[float]] = {"moempi": [], **{name: [] for name in theirs}}
+    generated: dict[str, Any] = {}
     for _ in range(chosen.rounds + 1):
         taken["moempi"].append(step_seconds(world, job)[0])
         for name, generate in theirs.items():
-            begin = time.perf_counter()
-            generated = generate()
-            taken[name].append(time.perf_counter() - begin)
+            seconds, generated[name] = generate()
+            taken[name].append(seconds)
         _sleep_until_all(world)
     if world.rank:
         return []
     taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first warms up
-    best = min(theirs, key=lambda name: median(taken[name]))
-    with ResultFile(job.output.results) as results:
-        same = np.mean([record.tokens == row for record, row in zip(results.requests(), generated, strict=True)])
-    rates = (sequences * chosen.tokens / median(taken[name]) for name in ("moempi", best))
-    return [*(f"{rate:,.0f}" for rate in rates), f"{ratio(taken[best], taken['moempi']):.2f}", f"{same:.1%}"]
+    of_transformers = [name for name in theirs if name != LLAMA_CPP]
+    fastest = min(of_transformers, key=lambda name: median(taken[name]))
+    rows = []
+    for name in [fastest, *(name for name in theirs if name == LLAMA_CPP)]:
+        with ResultFile(job.output.results) as results:
+            pairs = zip(results.requests(), generated[name], strict=True)
+            same = np.mean([record.tokens == row for record, row in pairs])
+        ours, its = (f"{sequences * chosen.tokens / median(taken[each]):,.0f}" for each in ("moempi", name))
+        rows.append([ours, name, its, f"{ratio(taken[name], taken['moempi']):.2f}", f"{same:.1%}"])
+    return rows
+
+
+def _peers(folder: Path, prompts: Any, precision: str, *, threads: int, tokens: int) -> dict[str, Generate]:
+    """The functions of the peers that are installed."""
+    found = peers.generators(folder / "model", prompts, tokens=tokens, precision=precision, threads=threads)
+    theirs: dict[str, Generate] = {name: partial(_timed, generate) for name, generate in found.items()}
+    if llama_cpp.has_llama_cpp():
+        run = partial(llama_cpp.generate, folder / GGUF, prompts, tokens=tokens, threads=threads, folder=folder)
+        theirs[LLAMA_CPP] = lambda: run()[:2]
+    return theirs
+
+
+def _timed(generate: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    generated = generate()
+    return time.perf_counter() - begin, generated
 
 
 def _job(folder: Path, precision: str, sequences: int, chosen: Namespace) -> Job:
     run = {
         "backend": "numpy",
         "precision": precision,
-        "threads": 1,
+        "threads": chosen.threads,
         "max_sequences": max(sequences, chosen.lanes),
         "micro_batches": chosen.lanes,
     }

@@ -69,23 +69,39 @@ def make_moe_block(sizes: Sizes) -> tuple[Any, Any]:
     return config, Qwen3MoeSparseMoeBlock(config).eval()
 
 
-def save_model(folder: Path, *, vocabulary: int) -> None:
-    """Save a random Qwen3-MoE of 4 layers, width 512, and 16 experts of width 256, 4 per token."""
+SMALL: dict[str, int] = {
+    "hidden_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "moe_intermediate_size": 256,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+}
+"""About 30 million parameters."""
+LARGE: dict[str, int] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "moe_intermediate_size": 512,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+}
+"""About 430 million parameters."""
+
+
+def save_model(folder: Path, *, vocabulary: int, sizes: dict[str, int]) -> None:
+    """Save a random Qwen3-MoE with these sizes."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
+        **sizes,
         vocab_size=vocabulary,
-        hidden_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
         head_dim=64,
         intermediate_size=1024,
-        moe_intermediate_size=256,
-        num_experts=16,
-        num_experts_per_tok=4,
         norm_topk_prob=True,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
