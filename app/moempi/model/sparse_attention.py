@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend, Cache, Segment
+from moempi.backend.protocol import Array, Backend, Cache, Segment, Segments
 from moempi.config.architecture import AttentionShape, Indexer
 from moempi.model.rope import rope_angles
 
@@ -101,8 +101,10 @@ def sparse_rows(
 
     `capacities` (T,) are as for `rope_angles`.
     """
-    longest = max((segment.start + segment.length for segment in segments if segment.length), default=0)
-    if attention.indexer is None or longest <= attention.indexer.top_k:
+    if attention.indexer is None:
+        return None
+    step = Segments.of(segments)
+    if (step.starts + step.lengths).max(initial=0, where=step.lengths > 0) <= attention.indexer.top_k:
         return None
     return SparseRows(backend, attention, segments, capacities, top_k=attention.indexer.top_k)
 
@@ -116,7 +118,7 @@ def _parts(segments: Sequence[Segment], first: int, end: int | None) -> tuple[tu
         start = max(segment.start, first)
         stop = segment.start + segment.length if end is None else min(segment.start + segment.length, end)
         if start < stop:
-            parts.append(Segment(count, stop - start, start, segment.pages))
+            parts.append(Segment(count, stop - start, start, segment.pages, segment.state))
             rows.append(np.arange(start, stop) + segment.row - segment.start)
             count += stop - start
     return tuple(parts), np.concatenate(rows)
