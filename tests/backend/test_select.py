@@ -1,6 +1,7 @@
 """The selection of the backend, and the warning that a GPU is not used."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,12 +33,13 @@ def test_a_cpu_computes_with_compiled_kernels_if_there_are_any(monkeypatch, prod
     made = []
     monkeypatch.setattr(select, "CompiledBackend", lambda *given, **options: made.append((given, options)))
     run = RunSection(backend="numpy", precision="bfloat16", products=products)
-    monkeypatch.setattr(select, "load_kernels", lambda: None)
+    monkeypatch.setattr(select, "load_kernels", lambda **options: None)
     assert type(select.make_backend(run, local_rank=0, device_buffers=False)) is NumpyBackend
-    monkeypatch.setattr(select, "load_kernels", lambda: "kernels")
+    kernels = SimpleNamespace(has_pairs=True)
+    monkeypatch.setattr(select, "load_kernels", lambda pairs: kernels if pairs == is_fast else None)
     select.make_backend(run, local_rank=0, device_buffers=False, threads=3)
     ((given, options),) = made
-    assert given == ("kernels",)
+    assert given == (kernels,)
     assert (options["precision"], options["threads"], options["fast_products"]) == ("bfloat16", 3, is_fast)
 
 

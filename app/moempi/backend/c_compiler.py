@@ -39,8 +39,8 @@ def load_kernel(source: Path, *flags: Sequence[str]) -> ctypes.CDLL | None:
     """Load the library of one C file, or of a folder of them, compiled on first use.
 
     It is compiled with the first of several sets of flags that the compiler takes. Not collective; blocks for up to 2
-    COMPILE_LIMIT_S. Returns None if the library cannot be compiled or loaded, and logs a warning with the reason.
-    Raises OSError if `source` cannot be read: the package is damaged, and the fallback must not hide it.
+    COMPILE_LIMIT_S for each set. Returns None if the library cannot be compiled or loaded, and logs a warning with the
+    reason. Raises OSError if `source` cannot be read: the package is damaged, and the fallback must not hide it.
     """
     read = sorted(source.iterdir()) if source.is_dir() else [source]
     contents, names = [path.read_bytes() for path in read], [str(path) for path in read if path.suffix == ".c"]
@@ -48,9 +48,13 @@ def load_kernel(source: Path, *flags: Sequence[str]) -> ctypes.CDLL | None:
     for options in flags or ((),):
         code = b"\n".join([*contents, *(option.encode() for option in options)])
         try:
-            return _kept_or_compiled(source, code, [*options, *names])
+            library = _kept_or_compiled(source, code, [*options, *names])
         except (_CompilerError, OSError) as error:
             problems.append(" ".join(str(error).split()))
+        else:
+            for problem in problems:
+                log.info("compiled with other instructions: %s", problem)
+            return library
     warn_once(f"compiled kernels are off, the run is slower: {problems[0]}")
     return None
 

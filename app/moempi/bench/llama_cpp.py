@@ -58,7 +58,7 @@ def write_gguf(folder: Path, path: Path, *, precision: str) -> None:
     import gguf
 
     checkpoint = open_checkpoint(folder)
-    config = checkpoint.config
+    config = {"num_experts": checkpoint.config.get("num_local_experts"), **checkpoint.config}  # both names are used
     writer = gguf.GGUFWriter(path, "qwen3moe")
     _add_settings(writer, config)
     for name, source in _tensors(checkpoint.tensors, config):

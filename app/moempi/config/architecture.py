@@ -20,13 +20,16 @@ Index = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
 
 
+Rotations = Annotated[float, Meta(gt=0, le=1e6)]
+
+
 class Yarn(Struct, frozen=True, forbid_unknown_fields=True):
     """Interpolation of low rotary frequencies for a longer context (YaRN, Peng et al. 2023)."""
 
     factor: Positive
     original_positions: Count
-    beta_fast: Positive = 32.0
-    beta_slow: Positive = 1.0
+    beta_fast: Rotations = 32.0
+    beta_slow: Rotations = 1.0
     truncate: bool = True
 
 
@@ -278,6 +281,8 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
         tokens = (*self.eos_tokens, *(() if self.bos_token is None else (self.bos_token,)))
         if any(token >= self.vocab_size for token in tokens):
             return f"an end or begin token lies beyond vocab_size {self.vocab_size}"
+        if self.float32_norms and self.norm == "layer":
+            return "float32_norms goes with root mean square norms only"
         return (
             _attention_problem(self.attention)
             or _indexer_problem(self.attention, num_layers=self.num_layers)
@@ -325,8 +330,9 @@ def _indexer_problem(attention: AttentionShape, *, num_layers: int) -> str | Non
         return "attention.latent.indexer needs a query_rank: its queries are expanded from the latent vector of queries"
     if indexer.head_dim < latent.rope_dim:
         return f"attention.latent.indexer.head_dim {indexer.head_dim} is less than the rope_dim {latent.rope_dim}"
-    if any(layer >= num_layers for layer in indexer.shared_layers):
-        return f"attention.latent.indexer.shared_layers name a layer beyond num_layers {num_layers}"
+    shared = indexer.shared_layers
+    if any(layer >= num_layers for layer in shared) or len(set(shared)) != len(shared):
+        return f"attention.latent.indexer.shared_layers names a layer twice, or beyond num_layers {num_layers}"
     if 0 in indexer.shared_layers:
         return "attention.latent.indexer.shared_layers has layer 0, before which no layer has an indexer"
     return None
@@ -336,6 +342,8 @@ def _delta_problem(architecture: Architecture) -> str | None:
     rule, layers = architecture.delta_rule, architecture.delta_layers
     if any(layer >= architecture.num_layers for layer in layers) or len(set(layers)) != len(layers):
         return f"delta_layers names a layer twice, or beyond num_layers {architecture.num_layers}"
+    if layers and architecture.attention.indexer:
+        return "delta_layers and attention.latent.indexer do not go together"
     if bool(layers) != (rule is not None):
         return "delta_layers and delta_rule go together: one is missing"
     if rule and rule.num_value_heads % rule.num_key_heads:

@@ -73,12 +73,13 @@ def rank_memory(
 def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bool) -> int:
     """The peak number of values per row of a step: in attention or a delta rule, or in the experts and their buffers.
 
-    With `rounds_later` a product with a bias is first float32, twice the size of the rounded values beside it.
+    With `rounds_later` a product with a bias is first float32, twice the size of the rounded values beside it. Sparse
+    attention divides and joins the queries and the attended rows.
     """
     heads, experts = architecture.attention, architecture.experts
     dim = heads.cached_dim if heads.latent else heads.head_dim
     rule = architecture.delta_rule
-    projections = 3 if rounds_later and heads.biases != "none" else 2
+    projections = 5 if heads.indexer else 3 if rounds_later and heads.biases != "none" else 2
     attention = projections * (heads.num_heads * (1 + heads.output_gate) + 2 * heads.cached_heads) * dim // tensor
     if heads.indexer:
         chosen = min(heads.indexer.top_k, architecture.max_positions)

@@ -24,9 +24,7 @@ class GatedDelta:
     norm: RmsNorm
     output: Array
 
-    def __call__(
-        self, backend: Backend, x: Array, angles: Array, cache: LayerState, segments: Sequence[Segment]
-    ) -> Array:
+    def __call__(self, backend: Backend, x: Array, cache: LayerState, segments: Sequence[Segment]) -> Array:
         """Bring the states of the sequences up to date with rows x (T, D), and read them -> (T, D)."""
         rule, num_rows = self.rule, len(x)
         mixed = backend.causal_conv(backend.linear(x, self.mixed), self.taps, cache, segments)

@@ -52,6 +52,8 @@ class Layer:
         """
         if isinstance(self.attention, LatentAttention):
             return self.attention(backend, x, angles, cache, segments, sparse)
+        if isinstance(self.attention, GatedDelta):
+            return self.attention(backend, x, cache, segments)
         return self.attention(backend, x, angles, cache, segments)
 
 

@@ -74,16 +74,19 @@ def convert(source: str | Path, path: str | Path, *, progress: OnProgress | None
         tensors=((tensor, _pieces(tensor, sources)) for tensor, sources in plan.items()),
         progress=progress,
     )
-    num_rounded = sum(
-        tensor.dtype == "bfloat16" and source.dtype != "BF16" for tensor in plan for source in plan[tensor]
-    )
+    rounded = {
+        (source.path, source.name)
+        for tensor in plan
+        for source in plan[tensor]
+        if tensor.dtype == "bfloat16" and source.dtype != "BF16"
+    }
     return Summary(
         path=Path(path),
         architecture=architecture,
         fingerprint=fingerprint,
         num_tensors=len(plan),
         num_bytes=sum(tensor.num_bytes for tensor in plan),
-        num_rounded=num_rounded,
+        num_rounded=len(rounded),
         num_other_parts=len(checkpoint.tensors) - len(tensors),
         has_tokenizer=bool(checkpoint.tokenizer),
     )

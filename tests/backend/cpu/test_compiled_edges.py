@@ -14,7 +14,7 @@ from moempi.backend.cpu.kernels import BFLOAT16, FLOAT32, PAIRS, MatrixProduct, 
 from moempi.backend.protocol import Cache, RmsNorm
 from moempi.config.architecture import Clamp
 
-KERNELS = load_kernels()
+KERNELS = load_kernels(pairs=True)
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler, or a processor without kernels")
 AT_END = pytest.mark.parametrize("at_end", [True, False])
 LARGEST_NAN = np.uint32(0x7FFF0000).view(np.float32)
@@ -148,7 +148,7 @@ def test_the_sanitizer_reports_an_array_that_is_too_short():
     program = (
         "import numpy as np; from moempi.backend.cpu.kernels import load_kernels;"
         "w, packed = np.zeros(7 * 1000 - 1, np.uint16), np.zeros(8 * 1024, np.uint16);"
-        "load_kernels()._library.pack(w.ctypes.data, packed.ctypes.data, 7, 1000, 0, 0, 1)"
+        "load_kernels(pairs=True)._library.pack(w.ctypes.data, packed.ctypes.data, 7, 1000, 0, 0, 1)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode != 0

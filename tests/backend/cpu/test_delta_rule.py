@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from backend.cpu.test_backend import BACKENDS, close, values
+from moempi.backend.cpu import kernels
+from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.protocol import DeltaRates, RmsNorm, Segment
 from moempi.config.architecture import DeltaRule
 
@@ -116,3 +118,23 @@ def test_any_steps_and_any_other_sequences_give_the_same_bits(backend, cuts):
 def test_each_number_may_have_its_own_gate(backend):
     x, logits = values(5, 6), values(5, 6, seed=1)
     close(backend, backend.scale_by_sigmoid(x, logits), x / (1 + np.exp(-logits.astype(np.float64))))
+
+
+@pytest.mark.skipif(kernels.load_kernels() is None, reason="no C compiler, or a processor without kernels")
+@pytest.mark.parametrize("piece_flops", [1, 3e3, 1e5])
+def test_pieces_between_which_rows_travel_change_no_bit(monkeypatch, piece_flops):
+    segments = segments_of((1, 0, 20), (0, 3, 1), (2, 9, 0), (3, 0, 6))
+    x, rates = values(27, RULE.mixed_dim), values(27, 2 * RULE.num_value_heads, seed=2)
+    found = []
+    for flops in (kernels.PIECE_FLOPS, piece_flops):
+        monkeypatch.setattr(kernels, "PIECE_FLOPS", flops)
+        calls = []
+        backend = CompiledBackend(
+            kernels.load_kernels(), precision="float32", progress=lambda seen=calls: seen.append(0)
+        )
+        state = backend.layer_state(4, RULE)
+        state.tail[:], state.memory[:] = 0.5, 0.25
+        found.append((layer(backend, x, rates, state, segments), state.tail, state.memory, len(calls)))
+    for whole, divided in zip(found[0][:3], found[1][:3], strict=True):
+        np.testing.assert_array_equal(divided, whole)
+    assert found[1][3] > found[0][3]

@@ -8,7 +8,7 @@ from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import BFLOAT16, FLOAT32, PAIRS, MatrixProduct, load_kernels
 from moempi.backend.protocol import Expert
 
-KERNELS = load_kernels()
+KERNELS = load_kernels(pairs=True)
 needs_pairs = pytest.mark.skipif(not (KERNELS and KERNELS.has_pairs), reason="no AVX512-BF16 or no C compiler")
 
 
@@ -20,11 +20,11 @@ def values(*shape, seed=0):
 def test_fast_products_are_chosen_for_bfloat16_weights_and_equal_the_exact_ones_within_rounding():
     x, weight, bias = values(5, 24), narrow(values(10, 24, seed=1)), values(10, seed=2)
     exact = CompiledBackend(load_kernels(), precision="bfloat16")
-    fast = CompiledBackend(load_kernels(), precision="bfloat16", fast_products=True)
+    fast = CompiledBackend(KERNELS, precision="bfloat16", fast_products=True)
     assert fast.matrix(weight).weights == PAIRS
     assert fast.matrix(widen(weight)).weights == FLOAT32
     assert exact.matrix(weight).weights == BFLOAT16
-    in_float32 = CompiledBackend(load_kernels(), precision="float32", fast_products=True)
+    in_float32 = CompiledBackend(KERNELS, precision="float32", fast_products=True)
     assert in_float32.matrix(weight).weights == BFLOAT16
     for given in (None, bias):
         results = [backend.linear(x, backend.matrix(weight), given) for backend in (fast, exact)]

@@ -1,7 +1,7 @@
 """The CPU backend with compiled kernels.
 
 Matrices keep the type in which they are stored, and with bfloat16 the cache is bfloat16. A row's bits depend on the row
-and the weights alone: not on other rows, pages, threads or the processor.
+and the weights alone: not on other rows, pages, threads or, but for fast products, the processor.
 """
 
 from collections.abc import Callable, Sequence
@@ -222,7 +222,9 @@ class CompiledBackend(NumpyBackend):
         self, x: Float32Array, taps: Float32Array, state: LayerState, segments: Sequence[Segment]
     ) -> Float32Array:
         spans = self._laid_out(segments).spans
-        return self._kernels.convolve(contiguous_rows(x), taps, state.tail, spans, rounded=self.is_bfloat16)
+        return self._kernels.convolve(
+            contiguous_rows(x), taps, state.tail, spans, rounded=self.is_bfloat16, progress=self._progress
+        )
 
     def delta_rule(
         self,
@@ -236,11 +238,15 @@ class CompiledBackend(NumpyBackend):
         if not queries.strides[0] == keys.strides[0] == values.strides[0]:
             queries, keys, values = (np.ascontiguousarray(part) for part in heads)
         alpha, beta = alpha_and_beta(rates, constants)
-        read = self._kernels.apply_delta_rule(
-            (queries, keys, values), alpha, beta, state.memory, self._laid_out(segments).spans, rounded=self.is_bfloat16
+        return self._kernels.apply_delta_rule(
+            (queries, keys, values),
+            alpha,
+            beta,
+            state.memory,
+            self._laid_out(segments).spans,
+            rounded=self.is_bfloat16,
+            progress=self._progress,
         )
-        self._progress()
-        return read
 
     def gated_norm(self, x: Float32Array, gate: Float32Array, norm: RmsNorm) -> Float32Array:
         x, gate = np.ascontiguousarray(x), np.ascontiguousarray(gate)

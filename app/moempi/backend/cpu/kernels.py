@@ -1,11 +1,12 @@
 """The C kernels of `kernels/`: which the processor can run, and their calls on NumPy arrays.
 
-They are compiled on first use for the instructions of the processor: AVX-512, AVX2 or NEON, with the same bits on all.
+They are compiled on first use for the instructions of the processor: AVX-512, AVX2 or NEON, with the same bits on all,
+but for the processor's own products of bfloat16 (PAIRS).
 """
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,8 +27,9 @@ SOURCES = Path(__file__).with_name("kernels")
 EXACT_FLAGS = ("-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
 AVX512 = {"avx512f", "avx512bw", "avx512vl"}
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma")
+WITH_PAIRS = "AVX-512 with bfloat16"
 INSTRUCTIONS = {
-    "AVX-512 with bfloat16": (AVX512 | {"avx512_bf16"}, (*AVX512_FLAGS, "-mavx512bf16")),
+    WITH_PAIRS: (AVX512 | {"avx512_bf16"}, (*AVX512_FLAGS, "-mavx512bf16")),
     "AVX-512": (AVX512, AVX512_FLAGS),
     "AVX2": ({"avx2", "fma"}, ("-mavx2", "-mfma")),
     "NEON": ({"asimd"}, ()),
@@ -168,9 +170,12 @@ def instructions() -> list[str]:
 
 
 @cache
-def load_kernels(name: str | None = None) -> "Kernels | None":
-    """The kernels for a set of instructions, by default the widest; None if they cannot be compiled or run here."""
-    names = [name] if name else instructions()
+def load_kernels(name: str | None = None, *, pairs: bool = False) -> "Kernels | None":
+    """The kernels for a set of instructions, by default the widest; None if they cannot be compiled or run here.
+
+    Products of PAIRS are compiled with `pairs` only: some compilers do not know them.
+    """
+    names = [name] if name else [each for each in instructions() if pairs or each != WITH_PAIRS]
     if not names:
         return None
     library = load_kernel(SOURCES, *((*EXACT_FLAGS, *INSTRUCTIONS[each][1]) for each in names))
@@ -420,16 +425,46 @@ class Kernels:
         return out
 
     def convolve(
-        self, x: Float32Array, taps: Float32Array, tail: Float32Array, spans: IntArray, *, rounded: bool
+        self,
+        x: Float32Array,
+        taps: Float32Array,
+        tail: Float32Array,
+        spans: IntArray,
+        *,
+        rounded: bool,
+        progress: Callable[[], None] = lambda: None,
     ) -> Float32Array:
-        """The convolution of `StateVerbs.causal_conv`; the `spans` (n, 4) are of `attention_layout.CachedRows`."""
+        """The convolution of `StateVerbs.causal_conv`; the `spans` (n, 4) are of `attention_layout.CachedRows`.
+
+        Calls `progress` between pieces of PIECE_FLOPS of work.
+        """
         out = np.empty(x.shape, np.float32)
-        call = _Convolution(
-            _at(x), _at(taps), _at(tail), _at(out), _at(spans), len(spans), x.shape[1], len(taps), _row_stride(x),
-            rounded,
-        )  # fmt: skip
-        self._library.convolve(ctypes.addressof(call))
+        for piece in self._pieces(spans, 16 * taps.size):
+            call = _Convolution(
+                _at(x), _at(taps), _at(tail), _at(out), _at(piece), len(piece), x.shape[1], len(taps), _row_stride(x),
+                rounded,
+            )  # fmt: skip
+            self._library.convolve(ctypes.addressof(call))
+            progress()
         return out
+
+    def _pieces(self, spans: IntArray, row_flops: int) -> Iterator[IntArray]:
+        """The spans in order, divided where a piece of all threads is full; no piece has two parts of a span."""
+        most = max(1, int(self.threads * PIECE_FLOPS / row_flops))
+        if spans[:, 1].sum() <= most:
+            yield spans
+            return
+        piece: list[tuple[int, int, int, int]] = []
+        rows = 0
+        for row, length, start, state in spans.tolist():
+            for first in range(0, max(length, 1), most):
+                count = min(most, length - first)
+                if piece and rows + count > most:
+                    yield np.array(piece, np.int64)
+                    piece, rows = [], 0
+                piece.append((row + first, count, start + first, state))
+                rows += count
+        yield np.array(piece, np.int64)
 
     def apply_delta_rule(
         self,
@@ -440,15 +475,22 @@ class Kernels:
         spans: IntArray,
         *,
         rounded: bool,
+        progress: Callable[[], None] = lambda: None,
     ) -> Float32Array:
-        """The outputs of `StateVerbs.delta_rule`, given alpha and beta (T, H); rows of `heads` are equally apart."""
+        """The outputs of `StateVerbs.delta_rule`, given alpha and beta (T, H); rows of `heads` are equally apart.
+
+        Calls `progress` between pieces of PIECE_FLOPS of work.
+        """
         (rows, key_heads, key_dim), (num_heads, value_dim) = heads[0].shape, heads[2].shape[1:]
         out, units = np.empty((rows, num_heads, value_dim), np.float32), np.empty((2, *heads[0].shape), np.float32)
-        call = _DeltaRule(
-            *map(_at, heads), _at(alpha), _at(beta), _at(units[0]), _at(units[1]), _at(memory), _at(out), _at(spans),
-            len(spans), rows, key_heads, num_heads, key_dim, value_dim, _row_stride(heads[0]), rounded,
-        )  # fmt: skip
-        self._library.apply_delta_rule(ctypes.addressof(call))
+        for piece in self._pieces(spans, 8 * num_heads * key_dim * value_dim):
+            call = _DeltaRule(
+                *map(_at, heads), _at(alpha), _at(beta), _at(units[0]), _at(units[1]), _at(memory), _at(out),
+                _at(piece), len(piece), rows, key_heads, num_heads, key_dim, value_dim, _row_stride(heads[0]), rounded,
+            )  # fmt: skip
+            self._library.apply_delta_rule(ctypes.addressof(call))
+            rows = 0  # the first call divides the queries and keys of all rows by their lengths
+            progress()
         return out
 
     def normalize_gated(self, x: Float32Array, gate: Float32Array, norm: RmsNorm, *, rounded: bool) -> Float32Array:

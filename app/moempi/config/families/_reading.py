@@ -194,14 +194,18 @@ def leading_dense_layers(config: CheckpointConfig) -> tuple[int, ...]:
     """The layers without experts: those that `mlp_layer_types` calls dense, or the first `first_k_dense_replace`."""
     config.require("moe_layer_freq", 1, None)
     if not config.has("mlp_layer_types"):
-        return tuple(range(min(config.integer("first_k_dense_replace"), num_layers(config))))
+        return _leading_layers(config)
     types = config.texts("mlp_layer_types")
     if len(types) != num_layers(config) or not set(types) <= {"dense", "sparse"}:
         raise config.error(f"mlp_layer_types is not dense or sparse for each layer: {list(types)}")
     dense = tuple(layer for layer, kind in enumerate(types) if kind == "dense")
-    if config.has("first_k_dense_replace") and dense != tuple(range(config.integer("first_k_dense_replace"))):
+    if config.has("first_k_dense_replace") and dense != _leading_layers(config):
         raise config.error("mlp_layer_types and first_k_dense_replace differ")
     return dense
+
+
+def _leading_layers(config: CheckpointConfig) -> tuple[int, ...]:
+    return tuple(range(min(config.integer("first_k_dense_replace"), num_layers(config))))
 
 
 def windowed_layers(config: CheckpointConfig) -> tuple[int, ...]:

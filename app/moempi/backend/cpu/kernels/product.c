@@ -3,7 +3,7 @@
  *   out[t, n] = round( bias[n] + sum over k of x[t, k] * w[k, n] )        x (T, K), w (K, N), out (T, N), all float32
  *
  * The sum of an output is one chain of fused multiply-adds in ascending order of k: its bits depend on the row and the
- * weights alone, not on other rows, threads, the layout in memory or the processor.
+ * weights alone, not on other rows, threads, the layout in memory or the processor (but for PAIRS).
  *
  * A matrix is packed into panels of PANEL outputs, with zeros beyond N. Weights that are stored as bfloat16 stay so:
  *   FLOAT32   packed[n / PANEL][k][n % PANEL]
