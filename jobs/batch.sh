@@ -89,8 +89,12 @@ end_with_ranks() {
     local launcher=$1 ended=$2 patience_s last=$!
     shift 2
     trap '[ "$!" = "$last" ] || kill "$!" 2>/dev/null; exit' TERM
-    moempi state "$@" --wait >"$ended" 2>/dev/null &
-    wait $! || return 0
+    while true; do
+        moempi state "$@" --wait >"$ended" 2>/dev/null &
+        wait $! || return 0
+        # A run that was killed on another node counts as running for a while: this may be the end of the last one.
+        [ "$(run_of "$(<"$ended")")" = "$(run_of "$before")" ] || break
+    done
     case $(<"$ended") in
         *" lost_hosts="*) patience_s=0.3 ;;
         *" killed: "*) patience_s=2 ;;
@@ -119,6 +123,15 @@ stage_weights() {
 # progress JOB.toml [OPTION...]   "STATE FINISHED EXIT_CODE ..." of the job's last run; "none 0 0" before the first. Two runs
 # differ in the word run=SLURM_JOB@TIME.
 progress() { moempi state "$@" 2>/dev/null || echo none 0 0; }
+
+# run_of STATE   the word of a state that names its run; the whole state if it has none.
+run_of() {
+    local word
+    for word in $1; do
+        if [[ $word = run=* ]]; then echo "$word" && return 0; fi
+    done
+    echo "$1"
+}
 
 # is_own_code CODE   whether CODE is one that moempi ends with, and not a launcher's: all ranks have ended.
 is_own_code() { [ "$1" -ge 64 ] && [ "$1" -le 78 ]; }
@@ -167,9 +180,10 @@ start() {
         if [ "${state%% *}" != running ] || is_own_code "$code"; then break; fi
         sleep "$pause"
     done
-    if [ "$state" = "$before" ]; then
+    if [ "$(run_of "$state")" = "$(run_of "$before")" ]; then
         begun=
     elif [ "${state%% *}" = finished ]; then
+        if [ "$code" -eq 0 ]; then read -r _ _ code _ <<<"$state"; fi
         return 0
     fi
     if [ "$code" -eq 0 ]; then code=75; fi # mpirun ends with 0 when it loses a node
@@ -196,11 +210,11 @@ start_run() {
 run_job() {
     local state before after code asked begun lost='' more ranks
     state=$(progress "$@")
-    read -r _ before _ <<<"$state"
+    read -r _ before asked _ <<<"$state"
     if [ "${state%% *}" = finished ]; then
         if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [[ $state == *" run=$SLURM_JOB_ID@"* ]]; then
             echo "batch: the results are complete already"
-            return 0
+            return "$asked"
         fi
         before=0 # the run that begins now replaces the results of another job
     fi

@@ -159,6 +159,7 @@ def test_staged_weights_may_have_any_name(script, scratch):
         ("finished 9 0 run=16@1\nstopped 0 75 SIGUSR1 run=17@2\n", 75, 75, False, 0),
         ("finished 9 0 run=16@1\nfinished 9 0 run=17@2\n", 0, 0, False, 0),
         ("finished 9 0\nfinished 9 0 run=17@2\n", 0, 0, False, 0),
+        ("none 0 0\nfinished 9 65 errors 9 run=17@2\n", 0, 65, False, 0),  # mpirun lost a node at the end
         ("finished 9 0 run=16@1\n", 0, 75, False, 0),  # mpirun lost a node before the run began
         ("none 0 0\nrunning 5 0\nfailed 5 75 killed\n", 0, 75, True, 1),  # mpirun lost a node
     ],
@@ -274,10 +275,18 @@ def test_a_batch_job_that_does_not_fit_the_nodes_that_are_left_is_requeued(scrip
     assert (script.notes / "scontrol").read_text() == "requeue 17\n"
 
 
-def test_a_requeued_job_whose_results_are_complete_does_not_run_again(script):
-    outcome = script.run("job.toml", states="finished 9 0 run=17@then\n", SLURM_RESTART_COUNT="1")
-    assert outcome.returncode == 0
+@pytest.mark.parametrize(("ending", "code"), [("9 0", 0), ("9 65 errors 9", 65)])
+def test_a_requeued_job_whose_results_are_complete_does_not_run_again(script, ending, code):
+    outcome = script.run("job.toml", states=f"finished {ending} run=17@then\n", SLURM_RESTART_COUNT="1")
+    assert outcome.returncode == code
     assert not (script.notes / "run").exists()
+
+
+def test_the_last_run_that_counts_as_running_for_a_while_is_not_the_one_that_begins(script):
+    states = "running 5 0 run=17@1\nfailed 5 75 killed: process 1 on n1 run=17@1\nfinished 9 0 run=17@2\n"
+    outcome = script.run("job.toml", states=states, code=250, SLURM_RESTART_COUNT="1")
+    assert "start 1 ended with the launcher's code 250 and no new state" in outcome.stderr
+    assert "giving up" not in outcome.stderr
 
 
 @pytest.mark.parametrize("old", ["finished 9 0", "finished 9 0 run=1@then", "finished 9 0 run=170@then"])

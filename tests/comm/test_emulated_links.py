@@ -1,15 +1,20 @@
 """Emulated links: rows arrive unchanged, no earlier than latency and bandwidth allow."""
 
 import time
+from functools import partial
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
-from moempi.comm.transfers import NO_REQUEST
+from moempi.backend.cpu.backend import NumpyBackend
+from moempi.comm.hop import Hop
+from moempi.comm.transfers import NO_REQUEST, PendingTransfers, Transfers
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.comm.transports.base import wait
 from moempi.comm.transports.emulated import DelayedReceipt, EmulatedLinks, Link
-from moempi.layout.topology import NETWORK, NODE, Topology
+from moempi.comm.transports.loopback import Loopback
+from moempi.layout.topology import NETWORK, NODE, SELF, Topology
 
 
 def test_a_link_carries_one_transfer_after_another():
@@ -56,3 +61,16 @@ def test_rows_use_the_links_of_their_level(comm):
     wait(transport.start(rows, counts, np.empty_like(rows), counts))
     assert links[NODE].busy_s == pytest.approx(80 / 1e6)
     assert links[NETWORK].busy_s == pytest.approx(80 / 1e5)
+
+
+def test_a_rank_alone_waits_for_its_emulated_link():
+    backend = NumpyBackend(precision="float32")
+    transfers = Transfers(backend, PendingTransfers())
+    links = EmulatedLinks(
+        Loopback(partial(backend.row_buffer, width=2)), {SELF: Link(0.05, 1e9)}, levels=np.array([SELF]), row_bytes=8
+    )
+    hop = Hop(MPI.COMM_SELF, backend, transfers=transfers, transport=links)
+    begin = MPI.Wtime()
+    receipt = hop.send(np.ones((3, 2), np.float32), None, np.array([3]), np.array([3])).finish()
+    assert MPI.Wtime() - begin >= 0.05
+    np.testing.assert_array_equal(hop.unpack(receipt, None), np.ones((3, 2)))

@@ -42,7 +42,9 @@ class Hop:
         incoming = self._transport.incoming(int(recv_counts.sum()))
         start = partial(self._transport.start, outgoing, send_counts, incoming, recv_counts)
         if self.comm.size == 1:  # the next verbs on the rows are in the same queue
-            return start()
+            receipt = start()
+            yield receipt
+            return receipt
         return (yield from after_verbs(self.backend, start))
 
     def free(self) -> None:

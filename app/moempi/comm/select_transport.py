@@ -47,7 +47,8 @@ def choose_transport(
     and it cannot be used.
     """
     log, choice = logging.getLogger(__name__), ChosenTransport(section.transport, "as the job says")
-    if all(len(stage.ranks) == 1 for stage in grid.stages):
+    is_alone = all(len(stage.ranks) == 1 for stage in grid.stages)
+    if is_alone and section.transport != CudaIpc.name:
         choice = ChosenTransport(Loopback.name, "each stage has one rank")
     elif section.transport in ("auto", CudaIpc.name):
         stage_nodes = [topology.subset(stage.ranks).nodes for stage in grid.stages]

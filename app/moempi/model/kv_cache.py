@@ -82,4 +82,4 @@ class KVCache:
         distances = free[count - 1 :] - free[: len(free) - count + 1]
         first = int(np.argmax(distances == count - 1)) if len(distances) else 0
         self._free = np.concatenate([free[:first], free[first + count :]])
-        return free[first : first + count]
+        return free[first : first + count].copy()  # without the list of all free pages
