@@ -5,7 +5,6 @@ but for the processor's own products of bfloat16 (PAIRS).
 """
 
 import ctypes
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from moempi.arrays import Float32Array, Int32Array, IntArray, aligned_empty, widen
 from moempi.backend.c_compiler import load_kernel
+from moempi.backend.cpu import kernel_calls as calls
 from moempi.backend.cpu.attention_layout import CachedRows
 from moempi.backend.cpu.router import TOP_OF_GROUP
 from moempi.backend.protocol import Cache, RmsNorm, Stored
@@ -44,66 +44,9 @@ SCORE_BYTES = 64 << 20
 TASK_FLOPS = 4e6
 """Least work of a task that threads share, where a product has so much."""
 
-_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-
-
-def _fields(**types: Any) -> list[tuple[str, Any]]:
-    return list(types.items())
-
 
 FLOAT32, BFLOAT16, PAIRS = range(3)
 """How product.c packs weights."""
-_PRODUCT = struct.Struct("@PPPPlllllii")
-"""A `product` of product.c; as bytes, because a step describes thousands of them."""
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = _fields(
-        queries=_P, keys=_P, values=_P, out=_P, segments=_P, pages=_P, sinks=_P, num_segments=_L, heads=_L,
-        kv_heads=_L, dim=_L, value_dim=_L, value_stride=_L, window=_L, first_tasks=_P, is_bfloat16=_I, rounded=_I,
-    )  # fmt: skip
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = _fields(
-        x=_P, y=_P, weight=_P, sum=_P, out=_P, rows=_L, heads=_L, width=_L, stride=_L, eps=_F, quotient_rounded=_I,
-        rounded=_I,
-    )  # fmt: skip
-
-
-class _Activation(ctypes.Structure):
-    _fields_ = _fields(gate_up=_P, out=_P, rows=_L, width=_L, clamped=_I, rounded=_I, limit=_F, alpha=_F)
-
-
-class _Rotation(ctypes.Structure):
-    _fields_ = _fields(
-        x=_P, cosine=_P, sine=_P, out=_P, cache=_P, cached=_P, weight=_P, rows=_L, heads=_L, dim=_L, stride=_L,
-        pairs=_L, eps=_F, quotient_rounded=_I, interleaved=_I, rounded=_I, is_bfloat16=_I,
-    )  # fmt: skip
-
-
-class _Selection(ctypes.Structure):
-    _fields_ = _fields(
-        queries=_P, weights=_P, keys=_P, scores=_P, positions=_P, seen=_P, first_pages=_P, pages=_P, rows=_L, heads=_L,
-        dim=_L, width=_L, top_k=_L, is_bfloat16=_I,
-    )  # fmt: skip
-
-
-class _Convolution(ctypes.Structure):
-    _fields_ = _fields(
-        x=_P, taps=_P, tail=_P, out=_P, spans=_P, num_spans=_L, channels=_L, num_taps=_L, stride=_L, rounded=_I
-    )  # fmt: skip
-
-
-class _DeltaRule(ctypes.Structure):
-    _fields_ = _fields(
-        queries=_P, keys=_P, values=_P, alpha=_P, beta=_P, unit_queries=_P, unit_keys=_P, memory=_P, out=_P, spans=_P,
-        num_spans=_L, rows=_L, key_heads=_L, heads=_L, key_dim=_L, value_dim=_L, stride=_L, rounded=_I,
-    )  # fmt: skip
-
-
-class _GatedNorm(ctypes.Structure):
-    _fields_ = _fields(x=_P, gate=_P, weight=_P, out=_P, rows=_L, heads=_L, width=_L, eps=_F, rounded=_I)
 
 
 class PanelMatrix:
@@ -124,32 +67,6 @@ class MatrixProduct(NamedTuple):
     x_at: int = 0
     out_at: int = 0
     bias: Float32Array | None = None
-
-
-class _Gathering(ctypes.Structure):
-    _fields_ = _fields(from_=_P, to=_P, index=_P, rows=_L, width=_L, widens=_I, narrows=_I, bytes=_I)
-
-
-class _Combination(ctypes.Structure):
-    _fields_ = _fields(
-        buffer=_P, output_rows=_P, weights=_P, addends=_P * 2, out=_P, rows=_L, slots=_L, width=_L, is_bfloat16=_I
-    )  # fmt: skip
-
-
-class _LogSoftmax(ctypes.Structure):
-    _fields_ = _fields(logits=_P, out=_P, rows=_L, width=_L)
-
-
-class _Angles(ctypes.Structure):
-    _fields_ = _fields(positions=_P, frequencies=_P, cosine=_P, sine=_P, rows=_L, pairs=_L, amplitude=_F)
-
-
-class _Choice(ctypes.Structure):
-    _fields_ = _fields(
-        logits=_P, correction=_P, scores=_P, experts=_P, weights=_P, rows=_L, num=_L, top_k=_L, num_groups=_L,
-        kept_groups=_L, scores_of_group=_L, scoring=_I, renormalize=_I, rounds_logits=_I, rounded=_I, least_sum=_F,
-        scaling=_F,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +104,16 @@ class Kernels:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        library.pack.argtypes = [_P, _P, _L, _L, _L, _I, _I]
-        library.multiply.argtypes = [ctypes.c_char_p, _L, _P, _L, _L, _L]
+        library.pack.argtypes = [calls.POINTER, calls.POINTER, calls.LONG, calls.LONG, calls.LONG, calls.INT, calls.INT]
+        library.multiply.argtypes = [ctypes.c_char_p, calls.LONG, calls.POINTER, calls.LONG, calls.LONG, calls.LONG]
         library.pack.restype = library.multiply.restype = None
         for call in (
             *("normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows", "normalize_gated"),
             *("choose_experts", "log_softmax_rows", "angle_rows", "select_positions", "convolve", "apply_delta_rule"),
         ):
-            getattr(library, call).argtypes, getattr(library, call).restype = [_P], None
-        library.attend.argtypes, library.attend.restype = [_P, _L, _L], None
-        library.panel_outputs.restype = library.chunk_queries.restype = _L
+            getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER], None
+        library.attend.argtypes, library.attend.restype = [calls.POINTER, calls.LONG, calls.LONG], None
+        library.panel_outputs.restype = library.chunk_queries.restype = calls.LONG
         self.has_pairs = bool(library.has_pairs())
         self._panel = library.panel_outputs()
         self._chunk = library.chunk_queries()
@@ -253,7 +170,7 @@ class Kernels:
         for matrix, rows, x_at, out_at, bias in parts:
             inputs, outputs = matrix.shape
             addresses = x_address + 4 * x_at, matrix.address, 0 if bias is None else _at(bias), out_address + 4 * out_at
-            described.append(_PRODUCT.pack(*addresses, rows, inputs, outputs, *strides, matrix.weights, rounded))
+            described.append(calls.PRODUCT.pack(*addresses, rows, inputs, outputs, *strides, matrix.weights, rounded))
             numbers += rows * (inputs + self._panel)
             panels += len(matrix.packed)
             flops += 2 * rows * inputs * outputs
@@ -288,7 +205,7 @@ class Kernels:
         kv_heads, value_dim = values.shape[1:]
         out = np.empty((rows, heads, value_dim), np.float32)
         tasks = layout.attention_tasks(kv_heads, heads // kv_heads, self._chunk)
-        call = _Attention(
+        call = calls.Attention(
             _at(queries), _at(keys), _at(values), _at(out), _at(segments), _at(pages),
             None if sinks is None else _at(sinks), len(segments), heads, kv_heads, dim, value_dim,
             values.strides[1] // values.itemsize, window, _at(tasks.first),
@@ -321,7 +238,7 @@ class Kernels:
         scores = np.empty((min(step, rows), width), np.float32)
         for first in range(0, rows, step):
             some = slice(first, first + step)
-            call = _Selection(
+            call = calls.Selection(
                 _at(queries[some]), _at(weights[some]), _at(index.keys), _at(scores), _at(positions[some]),
                 _at(seen[some]), _at(first_pages[some]), _at(layout.pages), len(seen[some]), heads, dim, width, top_k,
                 index.keys.dtype == np.uint16,
@@ -344,7 +261,7 @@ class Kernels:
         heads, stride = 1 if x.ndim == 2 else x.shape[1], _row_stride(x)
         out = np.empty(x.shape, np.float32)
         total = x if y is None else np.empty(x.shape, np.float32)
-        call = _Norm(
+        call = calls.Norm(
             _at(x), None if y is None else _at(y), _at(weight), None if y is None else _at(total), _at(out), len(x),
             heads, x.shape[-1], stride, eps, quotient_rounded, rounded,
         )  # fmt: skip
@@ -356,7 +273,7 @@ class Kernels:
         rows, width = len(gate_up), gate_up.shape[1] // 2
         out = np.empty((rows, width), np.float32)
         limit, alpha = (0.0, 0.0) if clamp is None else (clamp.limit, clamp.alpha)
-        call = _Activation(_at(gate_up), _at(out), rows, width, clamp is not None, rounded, limit, alpha)
+        call = calls.Activation(_at(gate_up), _at(out), rows, width, clamp is not None, rounded, limit, alpha)
         self._library.activate_rows(ctypes.addressof(call))
         return out
 
@@ -367,7 +284,7 @@ class Kernels:
         rows, pairs = len(positions), len(frequencies)
         cosine, sine = (np.empty((rows, 1, pairs), np.float32) for _ in range(2))
         positions = np.ascontiguousarray(positions, np.int64)
-        call = _Angles(_at(positions), _at(frequencies), _at(cosine), _at(sine), rows, pairs, amplitude)
+        call = calls.Angles(_at(positions), _at(frequencies), _at(cosine), _at(sine), rows, pairs, amplitude)
         self._library.angle_rows(ctypes.addressof(call))
         return cosine, sine
 
@@ -390,7 +307,7 @@ class Kernels:
 
     def _rotate(self, x: Float32Array, rotation: Rotation | None, norm: RmsNorm | None, **target: Any) -> None:
         rows, heads, dim = x.shape
-        call = _Rotation(x=_at(x), rows=rows, heads=heads, dim=dim, stride=_row_stride(x), **target)
+        call = calls.Rotation(x=_at(x), rows=rows, heads=heads, dim=dim, stride=_row_stride(x), **target)
         if norm is not None:
             call.weight, call.eps = _at(norm.weight), norm.eps
             call.quotient_rounded = norm.rounded and rotation is not None and rotation.rounded
@@ -404,7 +321,7 @@ class Kernels:
         """Write rows[index], or all rows if None, to `out`: bfloat16 bits become float32, or float32 such bits."""
         widens, narrows = rows.dtype.itemsize < out.dtype.itemsize, rows.dtype.itemsize > out.dtype.itemsize
         at = None if index is None else _at(index)
-        call = _Gathering(_at(rows), _at(out), at, len(out), out.shape[1], widens, narrows, rows.itemsize)
+        call = calls.Gathering(_at(rows), _at(out), at, len(out), out.shape[1], widens, narrows, rows.itemsize)
         self._library.gather_rows(ctypes.addressof(call))
 
     def combine(
@@ -416,8 +333,8 @@ class Kernels:
     ) -> Float32Array:
         """The sums of `Backend.combine`; a buffer of bfloat16 bits gives rounded results."""
         out = np.empty((len(output_rows), buffer.shape[1]), np.float32)
-        added = (_P * 2)(*map(_at, addends))
-        call = _Combination(
+        added = (calls.POINTER * 2)(*map(_at, addends))
+        call = calls.Combination(
             _at(buffer), _at(output_rows), _at(weights), added, _at(out), len(out), output_rows.shape[1],
             buffer.shape[1], buffer.dtype == np.uint16,
         )  # fmt: skip
@@ -440,7 +357,7 @@ class Kernels:
         """
         out = np.empty(x.shape, np.float32)
         for piece in self._pieces(spans, 16 * taps.size):
-            call = _Convolution(
+            call = calls.Convolution(
                 _at(x), _at(taps), _at(tail), _at(out), _at(piece), len(piece), x.shape[1], len(taps), _row_stride(x),
                 rounded,
             )  # fmt: skip
@@ -484,7 +401,7 @@ class Kernels:
         (rows, key_heads, key_dim), (num_heads, value_dim) = heads[0].shape, heads[2].shape[1:]
         out, units = np.empty((rows, num_heads, value_dim), np.float32), np.empty((2, *heads[0].shape), np.float32)
         for piece in self._pieces(spans, 8 * num_heads * key_dim * value_dim):
-            call = _DeltaRule(
+            call = calls.DeltaRule(
                 *map(_at, heads), _at(alpha), _at(beta), _at(units[0]), _at(units[1]), _at(memory), _at(out),
                 _at(piece), len(piece), rows, key_heads, num_heads, key_dim, value_dim, _row_stride(heads[0]), rounded,
             )  # fmt: skip
@@ -496,14 +413,14 @@ class Kernels:
     def normalize_gated(self, x: Float32Array, gate: Float32Array, norm: RmsNorm, *, rounded: bool) -> Float32Array:
         """The norm of `StateVerbs.gated_norm`."""
         out = np.empty(x.shape, np.float32)
-        call = _GatedNorm(_at(x), _at(gate), _at(norm.weight), _at(out), *x.shape, norm.eps, rounded)
+        call = calls.GatedNorm(_at(x), _at(gate), _at(norm.weight), _at(out), *x.shape, norm.eps, rounded)
         self._library.normalize_gated(ctypes.addressof(call))
         return out
 
     def log_softmax(self, logits: Float32Array) -> Float32Array:
         """The logarithm of the softmax of each row of logits (T, V)."""
         out = np.empty(logits.shape, np.float32)
-        call = _LogSoftmax(_at(logits), _at(out), *logits.shape)
+        call = calls.LogSoftmax(_at(logits), _at(out), *logits.shape)
         self._library.log_softmax_rows(ctypes.addressof(call))
         return out
 
@@ -514,7 +431,7 @@ class Kernels:
         rows, num = logits.shape
         experts, weights = np.empty((rows, router.top_k), np.int32), np.empty((rows, router.top_k), np.float32)
         scores = np.empty(4 * rows * num, np.float32)
-        call = _Choice(
+        call = calls.Choice(
             _at(logits), None if correction is None else _at(correction), _at(scores), _at(experts), _at(weights),
             rows, num, router.top_k, router.num_groups, router.kept_groups, TOP_OF_GROUP[router.group_score],
             SCORINGS.index(router.scoring), router.renormalize, rounds and not router.float32_logits,
