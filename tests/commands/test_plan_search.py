@@ -108,9 +108,7 @@ def test_what_cannot_be_is_one_line(folder, capsys, arguments, code, words):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "flag", [["--for", "decode"], ["--token-ms", "5"], ["-o", "best.toml"], ["--explain"], ["--search-s", "9"]]
-)
+@pytest.mark.parametrize("flag", [["--for", "decode"], ["--token-ms", "5"], ["-o", "best.toml"], ["--search-s", "9"]])
 def test_flags_of_the_search_without_it_are_refused(folder, capsys, flag):
     assert plan(*flag) == 64
     assert "goes with --search" in capsys.readouterr().err

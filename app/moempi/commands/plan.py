@@ -9,6 +9,7 @@ from rich.table import Table
 
 from moempi.commands.dry_run import architecture_of
 from moempi.commands.flags import MAX_RANKS, add_job_flags, count, read_job, whole_number
+from moempi.commands.plan_explain import formulas
 from moempi.commands.plan_report import pictures_of, write_report
 from moempi.commands.plan_search import add_search_flags, require_search_flags, run_search, workload_of
 from moempi.commands.plan_virtual import add_virtual_flags, is_requested, require_virtual_flags, virtual_table
@@ -35,6 +36,8 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--ranks-per-node", type=count, default=0, metavar="N", help="ranks on a node (all)")
     parser.add_argument("--context", type=count, default=2048, metavar="N", help="decode: tokens in the cache (2048)")
     parser.add_argument("--prompt", type=count, default=4096, metavar="N", help="prefill: tokens of a prompt (4096)")
+    explain = "show what each figure is computed from; with --search, what the best layouts wait for"
+    parser.add_argument("--explain", action="store_true", help=explain)
     report = "write pictures of the forecast, an HTML file"
     parser.add_argument("--report", type=Path, metavar="PLAN.html", help=report)
     add_virtual_flags(parser)
@@ -59,7 +62,8 @@ def run(chosen: Namespace) -> int:
     tables = [_stage_table(forecasts), _total_table(forecasts)]
     if is_requested(chosen):
         tables.append(virtual_table(chosen, planned, forecasts))
-    console().print(*tables, f"A model's forecast, not a measurement, of: {machine.name}")
+    lines = [line for found in forecasts for line in formulas(found, machine)] if chosen.explain else []
+    console().print(*tables, *lines, f"A model's forecast, not a measurement, of: {machine.name}", sep="\n")
     if chosen.report:
         write_report(chosen.report, planned, [one for found in forecasts for one in pictures_of(planned, found)])
         print_line(f"wrote {chosen.report}")

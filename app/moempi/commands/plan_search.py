@@ -59,8 +59,6 @@ def add_search_flags(parser: ArgumentParser) -> None:
     seconds = "with --search: time limit (600)"
     parser.add_argument("--search-s", type=amount, metavar="S", help=seconds)
     parser.add_argument("-o", "--out", type=Path, metavar="BEST.toml", help="with --search: write the job found")
-    explain = "with --search: show what the best layout and the best of another shape wait for"
-    parser.add_argument("--explain", action="store_true", help=explain)
     add_force_flag(parser)
 
 
@@ -73,7 +71,6 @@ def require_search_flags(chosen: Namespace) -> None:
         "--search-s": chosen.search_s,
         "-o": chosen.out,
         "--output-tokens": chosen.output_tokens,
-        "--explain": chosen.explain or None,
     }
     given = [flag for flag, value in flags.items() if value is not None]
     if given and not chosen.search:
