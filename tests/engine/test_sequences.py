@@ -1,6 +1,7 @@
 """The sequences of a group in arrays, beside requests that take their tokens one at a time."""
 
 import sys
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -90,7 +91,9 @@ def test_requests_end_as_if_each_took_its_tokens_one_at_a_time(seed):
         owners = [twins[sequences.request(number).prompt.index] for number in work.numbers[work.ends].tolist()]
         for row, twin in enumerate(owners):
             assert_same_request(logit_requests[row], slow_request(twin, tokenizer.eos_tokens))
-            twin.accept(sampled.take(slice(row, row + 1)).with_top(twin.sampling.top_logprobs), tokenizer)
+            one, top = sampled.take(slice(row, row + 1)), twin.sampling.top_logprobs
+            one = replace(one, top_tokens=one.top_tokens[:, :top], top_logprobs=one.top_logprobs[:, :top])
+            twin.accept(one, tokenizer)
         for number, start, length in zip(*(values.tolist() for values in work[:3]), strict=True):
             twins[sequences.request(number).prompt.index].computed = start + length
         task.accept(sequences, work, sampled)

@@ -206,10 +206,6 @@ class SampledTokens:
         """Select rows by index."""
         return SampledTokens(self.tokens[index], self.logprobs[index], self.top_tokens[index], self.top_logprobs[index])
 
-    def with_top(self, top: int) -> "SampledTokens":
-        """Keep only the `top` most likely tokens of each row."""
-        return SampledTokens(self.tokens, self.logprobs, self.top_tokens[:, :top], self.top_logprobs[:, :top])
-
     @staticmethod
     def join(parts: "Sequence[SampledTokens]") -> "SampledTokens":
         """Concatenate the rows of all parts."""
