@@ -84,9 +84,10 @@ def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bo
     if heads.indexer:
         chosen = min(heads.indexer.top_k, architecture.max_positions)
         attention += 2 * heads.indexer.num_heads * heads.indexer.head_dim + chosen
-    if rule:
-        attention = max(attention, (2 * rule.mixed_dim + rule.num_value_heads * rule.value_dim) // tensor)
     hidden, rows = (6, 6) if rounds_later and experts.biases else (3, 4)
+    if rule:  # beside the buffers of the experts' rows
+        buffers = experts.router.top_k * rows * architecture.width
+        attention = max(attention, (2 * rule.mixed_dim + rule.num_value_heads * rule.value_dim + buffers) // tensor)
     routed = experts.router.top_k * (hidden * experts.width + rows * architecture.width) + 3 * experts.shared_width
     feed_forward = max(3 * architecture.dense_width, routed) // tensor
     return 4 * architecture.width + max(attention, feed_forward)
