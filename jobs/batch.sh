@@ -84,7 +84,7 @@ give_up_nodes() {
 }
 
 # end_with_ranks LAUNCHER FILE JOB.toml [OPTION...]   ends a launcher that waits for a lost node after its ranks have
-# ended; writes the state in which they ended to FILE.
+# ended; writes the state in which they ended to FILE. `before` is the state before the launcher's start.
 end_with_ranks() {
     local launcher=$1 ended=$2 patience_s last=$!
     shift 2

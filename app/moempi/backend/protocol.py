@@ -341,7 +341,7 @@ class RowVerbs(Protocol):
         """Compute silu(gate) * up of (T, 2F) -> (T, F); the clamped form is defined by `config.architecture.Clamp`."""
 
     def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
-        """Multiply rows x (T, D) by the sigmoid of their logits (T, 1), or each number by that of its own (T, D)."""
+        """Multiply rows x (T, D) by sigmoid(logits): one logit for each row (T, 1), or one for each number (T, D)."""
 
 
 class AttentionVerbs(Protocol):

@@ -103,7 +103,7 @@ def _add_settings(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 def _tensors(sources: Mapping[str, Source], config: Mapping[str, Any]) -> list[tuple[str, Source | list[Source]]]:
-    """The tensors of the file: their names there, and a source, or those of all experts."""
+    """The name of each tensor in the file, and its source; a tensor of experts has a list, one source for each."""
     found: list[tuple[str, Source | list[Source]]] = [
         (f"{name}.weight", sources[f"{theirs}.weight"]) for theirs, name in NAMES.items()
     ]

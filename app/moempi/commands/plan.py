@@ -1,8 +1,7 @@
 """`moempi plan`: the speed of a job, forecast on a machine that a file describes."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -19,9 +18,9 @@ from moempi.config.placement_file import read_job_placement
 from moempi.errors import UsageError
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology, virtual
-from moempi.observe.console import console, figures_table
+from moempi.observe.console import console, figures_table, numbered_runs
 from moempi.planning.candidates import SearchRequest
-from moempi.planning.forecast import Forecast, PlannedJob, StageForecast, forecast
+from moempi.planning.forecast import Forecast, PlannedJob, forecast
 from moempi.planning.workload import decode, prefill
 from moempi.printing import print_line
 from moempi.storage.files import check_output
@@ -99,21 +98,12 @@ def _stage_table(forecasts: Sequence[Forecast]) -> Table:
     table = figures_table("step", "stages", "ranks", "compute", "travel", "waiting", "overlapped", "limit")
     table.caption = "ms: compute of a step, travel of its rows; from step to step of a stage: waiting, overlapped"
     for found in forecasts:
-        for name, stage in _equal_stages(found):
+        for name, stage in numbered_runs(found.stages):
             spans = (stage.compute_s, stage.travel_s, stage.waiting_s, stage.overlapped_s)
             table.add_row(
                 found.workload.name, name, f"{stage.ranks}", *(f"{span * 1e3:.3f}" for span in spans), stage.limit
             )
     return table
-
-
-def _equal_stages(found: Forecast) -> Iterator[tuple[str, StageForecast]]:
-    """The forecast of each series of adjacent stages that have the same, and the numbers of these stages."""
-    first = 0
-    for stage, equal in groupby(found.stages):
-        last = first + len(list(equal)) - 1
-        yield f"{first}" if first == last else f"{first} to {last}", stage
-        first = last + 1
 
 
 def _total_table(forecasts: Sequence[Forecast]) -> Table:

@@ -217,7 +217,7 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     """A decoder-only transformer whose layers outside `dense_layers` are Mixture-of-Experts layers.
 
     `norm` is the root mean square norm, rounded before ("rms") or after ("rms_float32") multiplication by its weight,
-    or the layer norm with a bias ("layer"); with `float32_norms`, its weights and those of `qk_norm` are float32.
+    or the layer norm with a bias ("layer"). With `float32_norms`, all weights of norms are float32.
     `head_bias` is added to the logits. The `delta_layers` have a `delta_rule` in place of the attention.
     """
 

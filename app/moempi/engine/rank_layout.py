@@ -99,7 +99,7 @@ def lay_out_rank(
 def rank_threads(run: RunSection, world: World) -> int:
     """Threads of this rank: `run.threads`, or an equal share of its cores among the ranks of its node. Collective.
 
-    A quota of processors, as of a container, counts as so many cores.
+    A quota of processor time, as containers have, limits the number of cores.
     """
     cores = usable_cores()
     all_cores = world.comm.allgather((world.nodes[world.rank], cores))

@@ -2,7 +2,9 @@
 
 import os
 import sys
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -12,6 +14,7 @@ from rich.text import Text
 
 from moempi.printing import printable, shortened
 
+T = TypeVar("T")
 MAX_TEXT_LENGTH = 2000
 """A longer string is cut in its middle."""
 
@@ -69,3 +72,12 @@ def console() -> Console:
 def error_console() -> Console:
     """A console on stderr."""
     return PlainConsole(stderr=True)
+
+
+def numbered_runs(rows: Iterable[T]) -> Iterator[tuple[str, T]]:
+    """Each run of equal adjacent rows as one row, with the first and the last number of the run."""
+    first = 0
+    for row, equal in groupby(rows):
+        last = first + len(list(equal)) - 1
+        yield f"{first}" if first == last else f"{first} to {last}", row
+        first = last + 1

@@ -1,9 +1,8 @@
 """Tables about a run: its layout, its report, its outputs."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from statistics import fmean
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from moempi.config.size import format_size
-from moempi.observe.console import console, figures_table
+from moempi.observe.console import console, figures_table, numbered_runs
 from moempi.printing import print_line
 from moempi.storage.records import Scores
 
@@ -142,7 +141,7 @@ def stage_table(layout: LayoutTable) -> Table:
     """The counts of the stages, one row for all adjacent stages that are equal."""
     table = figures_table("stages", "layers", "ranks", "nodes", "groups", "experts")
     table.caption = "of a stage: layers, ranks, nodes, data parallel groups; of a rank: experts of a layer"
-    for name, row in _equal_stages(layout.stages):
+    for name, row in numbered_runs(layout.stages):
         table.add_row(name, *map(str, (row.layers, row.ranks, row.nodes, row.groups)), row.experts)
     return table
 
@@ -153,18 +152,9 @@ def memory_table(layout: LayoutTable) -> Table:
     table.caption = (
         f"bytes of the fullest rank of a stage; sequences of {layout.context:,} tokens that a group computes at a time"
     )
-    for name, row in _equal_stages(layout.stages):
+    for name, row in numbered_runs(layout.stages):
         table.add_row(name, *map(format_size, row.memory.values()), f"{row.sequences:,}", format_size(row.total))
     return table
-
-
-def _equal_stages(stages: Iterable[StageRow]) -> Iterator[tuple[str, StageRow]]:
-    """Each series of adjacent stages that are equal, with their numbers."""
-    first = 0
-    for row, equal in groupby(stages):
-        last = first + len(list(equal)) - 1
-        yield f"{first}" if first == last else f"{first} to {last}", row
-        first = last + 1
 
 
 def report_table(report: Report) -> Table:

@@ -176,7 +176,7 @@ def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens, tr
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_device_memory_of_states_equals_the_forecast(tmp_path, precision):
-    """The rows of the delta rule take more than those of the experts, whose buffers stay."""
+    """The rows of the delta rule take more than those of the experts, whose buffers stay; the fullest rank counts."""
     experts = Experts(num=4, width=32, router=Router(top_k=2))
     model = Architecture(
         family="random", vocab_size=64, width=64, num_layers=4, max_positions=256, attention=AttentionShape(4, 2, 16),
@@ -194,6 +194,7 @@ def test_device_memory_of_states_equals_the_forecast(tmp_path, precision):
     program = python("tests/simt/peak.py", "run", tmp_path / "job.toml")
     outcome = mpirun(2, *program, limit_s=120, PYTHONPATH="tests")
     assert outcome.code == 0, outcome.err
-    found = json.loads(outcome.out.splitlines()[-1])
-    assert found["loaded"] == found["held"]
-    assert 0.93 <= found["peak"] / found["forecast"] <= 1.07
+    ranks = [json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"')]
+    assert len(ranks) == 2
+    assert all(found["loaded"] == found["held"] for found in ranks)
+    assert 0.93 <= max(found["peak"] / found["forecast"] for found in ranks) <= 1.07

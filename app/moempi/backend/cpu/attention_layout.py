@@ -65,17 +65,14 @@ class CachedRows:
 
     def rows_of(self, positions: IntArray, some: slice) -> IntArray:
         """The rows of the cache of `positions` (n, k) of some of the new rows."""
-        pages = self.pages[self.first_pages[some, None] + positions // PAGE_ROWS].astype(np.int64)
-        rows: IntArray = pages * PAGE_ROWS + positions % PAGE_ROWS
-        return rows
+        return rows_of(self.pages.astype(np.int64), positions, first_page=self.first_pages[some, None])
 
 
 def lay_out_rows(segments: Sequence[Segment]) -> CachedRows:
     """Lay out the rows of a step; the segments are in the order of their rows, without gaps."""
     step = Segments.of(segments)
     positions = np.arange(int(step.lengths.sum())) + np.repeat(step.starts - step.rows, step.lengths)
-    pages = step.pages[np.repeat(step.first_pages, step.lengths) + positions // PAGE_ROWS]
-    rows = pages * PAGE_ROWS + positions % PAGE_ROWS
+    rows = rows_of(step.pages, positions, first_page=np.repeat(step.first_pages, step.lengths))
     numbered, spans = (
         np.stack([step.rows, step.lengths, step.starts, last], axis=1).astype(np.int64)
         for last in (step.first_pages, step.states)
@@ -124,6 +121,6 @@ def cache_rows(pages: IntArray, start: int, end: int) -> slice | IntArray:
     return rows_of(pages, np.arange(start, end))
 
 
-def rows_of(pages: IntArray, positions: IntArray) -> IntArray:
-    """The rows of the cache of any positions of a sequence."""
-    return pages[positions // PAGE_ROWS] * PAGE_ROWS + positions % PAGE_ROWS
+def rows_of(pages: IntArray, positions: IntArray, *, first_page: IntArray | int = 0) -> IntArray:
+    """The rows of the cache of any positions of sequences whose pages begin at pages[first_page]."""
+    return pages[first_page + positions // PAGE_ROWS] * PAGE_ROWS + positions % PAGE_ROWS
