@@ -33,6 +33,10 @@ if has avx512f && has avx512bw && has avx512vl; then
     run avx512 "" gcc -mavx512f -mavx512bw -mavx512vl -mavx2 -mfma
     compared+=", AVX-512"
 fi
+if has avx512_bf16; then
+    run avx512_bf16 "" gcc -mavx512f -mavx512bw -mavx512vl -mavx512bf16 -mavx2 -mfma
+    compared+=", AVX512-BF16"
+fi
 for other in "$work"/*.txt; do
     diff "$work/neon.txt" "$other" || { echo "instructions: $(basename "$other" .txt) has other bits than NEON" >&2; exit 1; }
 done

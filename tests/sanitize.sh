@@ -17,7 +17,7 @@ export CC="env --unset=LD_PRELOAD gcc $options" MOEMPI_SIMT_OPTIONS="$options" X
 # Leaks are the interpreter's. Its own allocator would hide what lies beyond a block.
 export ASAN_OPTIONS=detect_leaks=0:malloc_context_size=2 PYTHONMALLOC=malloc
 libraries="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
-LD_PRELOAD=$libraries python -c 'from moempi.backend.cpu.kernels import load_kernels as load; raise SystemExit(not load(pairs=True))'
+LD_PRELOAD=$libraries python -c 'from moempi.backend.cpu.kernels import load_kernels as load; raise SystemExit(not load())'
 # Of the tests that take longest, those of attention in one precision with a window and scattered pages.
 LD_PRELOAD=$libraries python -m pytest -q tests/backend/cpu/test_compiled_edges.py tests/backend/cpu/test_products.py \
     tests/comm/test_shared_flags.py tests/backend/cuda/test_backend.py tests/backend/cuda/test_selection.py tests/backend/cuda/test_kernels.py \

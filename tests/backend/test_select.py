@@ -28,19 +28,18 @@ def test_an_unused_gpu_is_one_warning_a_node(monkeypatch, caplog, broken_cupy, b
     assert [("libcublas" in record.message) for record in caplog.records] == [True] * warnings
 
 
-@pytest.mark.parametrize(("products", "is_fast"), [("exact", False), ("fast", True)])
-def test_a_cpu_computes_with_compiled_kernels_if_there_are_any(monkeypatch, products, is_fast):
+def test_a_cpu_computes_with_compiled_kernels_if_there_are_any(monkeypatch):
     made = []
     monkeypatch.setattr(select, "CompiledBackend", lambda *given, **options: made.append((given, options)))
-    run = RunSection(backend="numpy", precision="bfloat16", products=products)
-    monkeypatch.setattr(select, "load_kernels", lambda **options: None)
+    run = RunSection(backend="numpy", precision="bfloat16")
+    monkeypatch.setattr(select, "load_kernels", lambda: None)
     assert type(select.make_backend(run, local_rank=0, device_buffers=False)) is NumpyBackend
-    kernels = SimpleNamespace(has_pairs=True)
-    monkeypatch.setattr(select, "load_kernels", lambda pairs: kernels if pairs == is_fast else None)
+    kernels = SimpleNamespace()
+    monkeypatch.setattr(select, "load_kernels", lambda: kernels)
     select.make_backend(run, local_rank=0, device_buffers=False, threads=3)
     ((given, options),) = made
     assert given == (kernels,)
-    assert (options["precision"], options["threads"], options["fast_products"]) == ("bfloat16", 3, is_fast)
+    assert (options["precision"], options["threads"]) == ("bfloat16", 3)
 
 
 def test_nvidia_smi_is_a_sign_of_a_gpu(monkeypatch, tmp_path):

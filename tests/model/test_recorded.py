@@ -28,9 +28,12 @@ batch_tokens = 24
 """
 
 
+NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))
+
+
 @pytest.mark.parametrize("program", [("-m", "moempi"), ("tests/simt/run.py",)], ids=["numpy", "kernels"])
 @pytest.mark.parametrize(("precision", "within"), [("float32", 1e-4), ("bfloat16", 1.0)])
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in FIXTURES.glob("*/expected.json")))
+@pytest.mark.parametrize("name", NAMES)
 def test_log_probabilities_equal_the_recorded_ones(name, precision, within, program, tmp_path, mpirun):
     expected = json.loads((FIXTURES / name / "expected.json").read_text())
     convert(FIXTURES / name, tmp_path / "model.h5")
@@ -43,3 +46,15 @@ def test_log_probabilities_equal_the_recorded_ones(name, precision, within, prog
     difference = np.abs(record.score[1:] - expected["logprobs"])
     assert difference.max() <= within
     assert difference.mean() <= within / 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_products_have_bfloat16_values(name, tmp_path, mpirun):
+    """The kernels cut the low bits of these rows without notice."""
+    convert(FIXTURES / name, tmp_path / "model.h5")
+    tokens = json.loads((FIXTURES / name / "expected.json").read_text())["tokens"]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"tokens": tokens}))
+    (tmp_path / "job.toml").write_text(JOB.format(tmp_path, "bfloat16"))
+    program = launching.python("tests/backend/cpu/narrow_rows.py", "run", tmp_path / "job.toml")
+    outcome = mpirun(2, *program, PYTHONPATH="tests")
+    assert outcome.code == 0, outcome.err

@@ -47,13 +47,10 @@ def make_backend(
 
 def _cpu_backend(run: RunSection, *, threads: int, progress: Callable[[], None]) -> NumpyBackend:
     """The compiled kernels if they work here, else NumPy; both need no other rank."""
-    fast = run.products == "fast" and run.precision == "bfloat16"
-    kernels = load_kernels(pairs=fast)
+    kernels = load_kernels()
     if kernels is None:
         return NumpyBackend(precision=run.precision, progress=progress)
-    if fast and not kernels.has_pairs:
-        log.info('run.products = "fast": products are exact, the processor or the compiler has none of bfloat16')
-    return CompiledBackend(kernels, precision=run.precision, threads=threads, fast_products=fast, progress=progress)
+    return CompiledBackend(kernels, precision=run.precision, threads=threads, progress=progress)
 
 
 def count_gpus(run: RunSection) -> int:

@@ -39,7 +39,6 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--tokens", type=count, default=32, metavar="N", help="tokens to generate (32)")
     parser.add_argument("--lanes", type=count, default=1, help="run.micro_batches; one machine has little to hide (1)")
     parser.add_argument("--threads", type=count, default=1, help="run.threads, of each rank (1)")
-    parser.add_argument("--products", choices=("exact", "fast"), default="exact", help="run.products (exact)")
     parser.add_argument("--large", action="store_true", help="a model of 430 million parameters, not of 30")
     parser.add_argument("--rounds", type=count, default=3, help="measurements of each (3)")
 
@@ -134,7 +133,6 @@ def _job(folder: Path, precision: str, sequences: int, chosen: Namespace) -> Job
         "backend": "numpy",
         "precision": precision,
         "threads": chosen.threads,
-        "products": chosen.products,
         "max_sequences": max(sequences, chosen.lanes),
         "micro_batches": chosen.lanes,
     }

@@ -17,6 +17,7 @@ import numpy as np
 from moempi.arrays import Float32Array, narrow, round_to_bfloat16, widen
 from moempi.backend.c_compiler import load_kernel
 from moempi.backend.cpu.kernels import (
+    BFLOAT16,
     EXACT_FLAGS,
     INSTRUCTIONS,
     SOURCES,
@@ -58,7 +59,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print. Raises UsageError on several ranks, or without the compiled kernels."""
-    names = [name for name in instructions() if name != "AVX-512"]  # the same kernels as with bfloat16 pairs
+    names = instructions()
     if world.size > 1:
         raise UsageError("bench product measures one core; start it without a launcher, or on one rank")
     if load_kernels() is None:
@@ -105,10 +106,7 @@ def _measure(kernels: Kernels, peak: Peak, rows: int, chosen: Namespace) -> dict
     values = np.random.default_rng(0)
     stored = narrow(values.standard_normal((chosen.outputs, chosen.inputs), np.float32))
     x = round_to_bfloat16(values.standard_normal((rows, chosen.inputs), np.float32))
-    kinds: dict[str, tuple[Any, bool]] = {"bfloat16": (stored, False), "float32": (widen(stored), False)}
-    if kernels.has_pairs:
-        kinds["bfloat16, fast"] = stored, True
-    matrices = {kind: _matrices(kernels, *given) for kind, given in kinds.items()}
+    matrices = {"bfloat16": _matrices(kernels, stored), "float32": _matrices(kernels, widen(stored))}
     calls = {kind: _calls(kernels, x, of, chosen.outputs) for kind, of in matrices.items()}
     plain = [widen(stored).T.copy() for _ in range(len(matrices["float32"]))]
     calls["NumPy"] = [partial(np.matmul, x, matrix) for matrix in plain]
@@ -116,7 +114,7 @@ def _measure(kernels: Kernels, peak: Peak, rows: int, chosen: Namespace) -> dict
     flops = 2 * rows * chosen.inputs * chosen.outputs
     cells: dict[str, Sequence[str]] = {}
     for kind, of in matrices.items():
-        most = peak.pair_flops if kind.endswith("fast") else peak.flops
+        most = peak.flops if kind == "float32" else max(peak.flops, peak.pair_flops)
         read = of[0].packed.nbytes / seconds[kind]
         cells[kind] = (
             f"{flops / seconds[kind] / 1e9:.0f}",
@@ -129,10 +127,8 @@ def _measure(kernels: Kernels, peak: Peak, rows: int, chosen: Namespace) -> dict
     return cells
 
 
-def _matrices(kernels: Kernels, stored: Any, pairs: bool) -> list[PanelMatrix]:
-    return [
-        kernels.pack([stored], transposed=False, pairs=pairs) for _ in range(max(1, MATRICES_BYTES // stored.nbytes))
-    ]
+def _matrices(kernels: Kernels, stored: Any) -> list[PanelMatrix]:
+    return [kernels.pack([stored], transposed=False) for _ in range(max(1, MATRICES_BYTES // stored.nbytes))]
 
 
 def _calls(
@@ -140,8 +136,8 @@ def _calls(
 ) -> list[Callable[[], object]]:
     out = np.empty((len(x), outputs), np.float32)
     return [
-        partial(kernels.multiply, x, [MatrixProduct(matrix, len(x))], out, rounded=matrix.weights != 0)
-        for matrix in matrices
+        partial(kernels.multiply, x, [MatrixProduct(matrix, len(x))], out, narrow=is_narrow, rounded=is_narrow)
+        for matrix, is_narrow in ((matrix, matrix.weights == BFLOAT16) for matrix in matrices)
     ]
 
 

@@ -54,7 +54,6 @@ class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
     backend: Literal["auto", "numpy", "cupy"] = "auto"
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     reproducible: bool = False
-    products: Literal["exact", "fast"] = "exact"
     threads: Annotated[int, Meta(ge=1, le=1024)] | Literal["auto"] = "auto"
     overlap: bool = True
     micro_batches: Annotated[int, Meta(ge=1, le=4096)] | Literal["auto"] = 2
@@ -218,7 +217,6 @@ CHANGES_RESULTS = (
     "run.backend",
     "run.precision",
     "run.reproducible",
-    "run.products",
     "input.column",
     "sampling.defaults",
     "sampling.n",

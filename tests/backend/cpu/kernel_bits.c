@@ -10,9 +10,9 @@
 
 static uint64_t state = 1;
 
-static float number(void) { /* in [-2, 2), a bfloat16 value */
+static float number(void) { /* in [-2, 2), a bfloat16 value; some are small, so that sums are rounded */
     state = state * 6364136223846793005u + 1442695040888963407u;
-    return (float)((int)(state >> 56) - 128) / 64;
+    return (float)((int)(state >> 56) - 128) / (float)(64 << (state >> 48) % 8);
 }
 
 static float *numbers(long count) {
@@ -39,16 +39,16 @@ static void print(const char *name, const void *result, size_t bytes) {
     printf("%-28s %016llx\n", name, (unsigned long long)hash);
 }
 
-static void print_product(long rows, long inputs, long outputs, int is_bfloat16, int rounded) {
+static void print_product(long rows, long inputs, long outputs, int is_bfloat16, int narrow, int rounded) {
     float *x = numbers(rows * inputs), *w = numbers(inputs * outputs), *bias = numbers(outputs);
     long panel = panel_outputs(), panels = (outputs + panel - 1) / panel;
-    void *packed = calloc((size_t)(panels * panel * inputs), sizeof(float));
+    void *packed = calloc((size_t)(panels * panel * (inputs + 1)), sizeof(float));
     pack(is_bfloat16 ? (void *)halves(w, inputs * outputs) : (void *)w, packed, inputs, outputs, 0, 0, is_bfloat16);
-    float *out = numbers(rows * outputs), *scratch = calloc((size_t)(rows * (inputs + panel)), sizeof(float));
-    product p = {x, packed, bias, out, rows, inputs, outputs, inputs, outputs, is_bfloat16, rounded};
+    float *out = numbers(rows * outputs), *scratch = calloc((size_t)(rows * (inputs + 1 + panel)), sizeof(float));
+    product p = {x, packed, bias, out, rows, inputs, outputs, inputs, outputs, is_bfloat16, narrow, rounded};
     multiply(&p, 1, scratch, 1, 0, panels);
     char name[64];
-    snprintf(name, sizeof name, "product %ld x %ld x %ld%s %d", rows, inputs, outputs, is_bfloat16 ? " b" : "", rounded);
+    snprintf(name, sizeof name, "product %ld x %ld x %ld %d%d%d", rows, inputs, outputs, is_bfloat16, narrow, rounded);
     print(name, out, sizeof(float) * (size_t)(rows * outputs));
 }
 
@@ -190,8 +190,9 @@ int main(void) {
     use_threads(2);
     for (int is_bfloat16 = 0; is_bfloat16 < 2; is_bfloat16++) {
         for (long rows = 1; rows < 200; rows += rows < 14 ? 1 : 61)
-            print_product(rows, 100, 70, is_bfloat16, rows % 2);
-        print_product(25, 1700, 33, is_bfloat16, 0);
+            for (int narrow = 0; narrow <= is_bfloat16; narrow++)
+                print_product(rows, 101, 70, is_bfloat16, narrow, rows % 2);
+        print_product(25, 1700, 33, is_bfloat16, is_bfloat16, 0);
         for (long window = 0; window < 200; window += 90) {
             print_attention(4, 4, 32, window, is_bfloat16);
             print_attention(6, 2, 24, window, is_bfloat16);

@@ -10,16 +10,16 @@ import pytest
 from backend.cpu.guarded import guarded
 from moempi.arrays import narrow, round_to_bfloat16
 from moempi.backend.cpu.attention_layout import CachedRows
-from moempi.backend.cpu.kernels import BFLOAT16, FLOAT32, PAIRS, MatrixProduct, PanelMatrix, Rotation, load_kernels
+from moempi.backend.cpu.kernels import BFLOAT16, FLOAT32, MatrixProduct, PanelMatrix, Rotation, load_kernels
 from moempi.backend.protocol import Cache, RmsNorm
 from moempi.config.architecture import Clamp
 
-KERNELS = load_kernels(pairs=True)
+KERNELS = load_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler, or a processor without kernels")
 AT_END = pytest.mark.parametrize("at_end", [True, False])
 LARGEST_NAN = np.uint32(0x7FFF0000).view(np.float32)
 WIDTHS = (1, 15, 16, 17, 31, 33)
-WEIGHTS = (FLOAT32, BFLOAT16, PAIRS) if KERNELS and KERNELS.has_pairs else (FLOAT32, BFLOAT16)
+PACKINGS = pytest.mark.parametrize(("packing", "is_narrow"), [(FLOAT32, False), (BFLOAT16, False), (BFLOAT16, True)])
 
 
 def values(*shape, seed=0):
@@ -27,35 +27,35 @@ def values(*shape, seed=0):
 
 
 @AT_END
-@pytest.mark.parametrize("packing", WEIGHTS)
+@PACKINGS
 @pytest.mark.parametrize("outputs", [1, 15, 16, 17, 31, 32, 33, 65, 129])
 @pytest.mark.parametrize("inputs", [1, 2, 31, 64])
-def test_products_of_edge_sizes(inputs, outputs, packing, at_end):
+def test_products_of_edge_sizes(inputs, outputs, packing, is_narrow, at_end):
     weights, bias = values(outputs, inputs, seed=1), guarded(values(outputs, seed=2), at_end=at_end)
     stored = guarded(weights if packing == FLOAT32 else narrow(weights), at_end=at_end)
-    packed = KERNELS.pack([stored], transposed=False, pairs=packing == PAIRS)
-    transposed = KERNELS.pack([stored.T], transposed=True, pairs=packing == PAIRS)
+    packed = KERNELS.pack([stored], transposed=False)
+    transposed = KERNELS.pack([stored.T], transposed=True)
     assert packed.weights == packing
     np.testing.assert_array_equal(packed.packed, transposed.packed)
     matrix = PanelMatrix(guarded(packed.packed, at_end=at_end), packed.shape, packing)
     for rows in (1, 2, 5, 6, 7, 12, 13, 25, 97):
         x = guarded(values(rows, inputs), at_end=at_end)
         out = guarded(np.full((rows, outputs), np.nan, np.float32), at_end=at_end)
-        KERNELS.multiply(x, [MatrixProduct(matrix, rows, bias=bias)], out, rounded=False)
+        KERNELS.multiply(x, [MatrixProduct(matrix, rows, bias=bias)], out, narrow=is_narrow, rounded=False)
         np.testing.assert_allclose(out, x.astype(np.float64) @ weights.astype(np.float64).T + bias, atol=1e-4)
 
 
-@pytest.mark.parametrize("packing", WEIGHTS)
+@PACKINGS
 @pytest.mark.parametrize("special", [np.nan, LARGEST_NAN, np.inf, -np.inf, 2.0**-130, 2.0**127, -0.0])
-def test_special_numbers_stay_in_their_row(special, packing):
+def test_special_numbers_stay_in_their_row(special, packing, is_narrow):
     x, weights = values(13, 5), values(17, 5, seed=1)
     stored = weights if packing == FLOAT32 else narrow(weights)
-    matrix, results = KERNELS.pack([stored], transposed=False, pairs=packing == PAIRS), []
+    matrix, results = KERNELS.pack([stored], transposed=False), []
     for rounded in (False, True):
         for number in (x[3, 2], special):
             changed, out = x.copy(), np.empty((13, 17), np.float32)
             changed[3, 2] = number
-            KERNELS.multiply(changed, [MatrixProduct(matrix, 13)], out, rounded=rounded)
+            KERNELS.multiply(changed, [MatrixProduct(matrix, 13)], out, narrow=is_narrow, rounded=rounded)
             results.append(out)
     for plain, found in (results[:2], results[2:]):
         np.testing.assert_array_equal(np.delete(found, 3, axis=0), np.delete(plain, 3, axis=0))
@@ -148,7 +148,7 @@ def test_the_sanitizer_reports_an_array_that_is_too_short():
     program = (
         "import numpy as np; from moempi.backend.cpu.kernels import load_kernels;"
         "w, packed = np.zeros(7 * 1000 - 1, np.uint16), np.zeros(8 * 1024, np.uint16);"
-        "load_kernels(pairs=True)._library.pack(w.ctypes.data, packed.ctypes.data, 7, 1000, 0, 0, 1)"
+        "load_kernels()._library.pack(w.ctypes.data, packed.ctypes.data, 7, 1000, 0, 0, 1)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode != 0

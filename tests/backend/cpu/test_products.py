@@ -1,65 +1,105 @@
-"""Products in NumPy, and those of the processor's own bfloat16 instructions ("fast")."""
+"""The product kernel has the bits of its chain of multiply-adds, whatever the instructions."""
+
+import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from moempi.arrays import narrow, round_to_bfloat16, widen
-from moempi.backend.cpu.compiled import CompiledBackend
-from moempi.backend.cpu.kernels import BFLOAT16, FLOAT32, PAIRS, MatrixProduct, load_kernels
-from moempi.backend.protocol import Expert
+from moempi.backend.cpu import kernels
+from moempi.backend.cpu.kernels import BFLOAT16, MatrixProduct, instructions, load_kernels
 
-KERNELS = load_kernels(pairs=True)
-needs_pairs = pytest.mark.skipif(not (KERNELS and KERNELS.has_pairs), reason="no AVX512-BF16 or no C compiler")
+KERNELS = load_kernels()
+needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C compiler, or a processor without kernels")
+FLUSHED = 2.0**-126
+"""The smallest normal number."""
 
 
 def values(*shape, seed=0):
     return round_to_bfloat16(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-@needs_pairs
-def test_fast_products_are_chosen_for_bfloat16_weights_and_equal_the_exact_ones_within_rounding():
-    x, weight, bias = values(5, 24), narrow(values(10, 24, seed=1)), values(10, seed=2)
-    exact = CompiledBackend(load_kernels(), precision="bfloat16")
-    fast = CompiledBackend(KERNELS, precision="bfloat16", fast_products=True)
-    assert fast.matrix(weight).weights == PAIRS
-    assert fast.matrix(widen(weight)).weights == FLOAT32
-    assert exact.matrix(weight).weights == BFLOAT16
-    in_float32 = CompiledBackend(KERNELS, precision="float32", fast_products=True)
-    assert in_float32.matrix(weight).weights == BFLOAT16
-    for given in (None, bias):
-        results = [backend.linear(x, backend.matrix(weight), given) for backend in (fast, exact)]
-        np.testing.assert_allclose(*results, rtol=2.0**-7, atol=2e-2)
-    experts = [
-        [Expert(backend.matrix(narrow(values(16, 24, seed=3))), backend.matrix(narrow(values(24, 8, seed=4))))]
-        for backend in (fast, exact)
-    ]
-    outputs = [b.expert_mlp(x, e, np.array([5])) for b, e in zip((fast, exact), experts, strict=True)]
-    np.testing.assert_allclose(*outputs, rtol=2.0**-6, atol=5e-2)
-    logits = [backend.logits(x, backend.matrix(weight)) for backend in (fast, exact)]
-    np.testing.assert_allclose(*logits, atol=1e-4)
+def chain(x, weights, bias):
+    """The sums in float32, one product at a time; a product and its sum are exact in float64 for these numbers."""
+    sums = np.zeros((len(x), len(weights)), np.float32)
+    for k in sorted(range(x.shape[1]), key=lambda k: (k // 2, -k)):
+        exact = sums.astype(np.float64) + np.outer(x[:, k].astype(np.float64), weights[:, k].astype(np.float64))
+        sums = np.where(np.abs(exact) < FLUSHED, 0, exact).astype(np.float32)
+    return sums + bias
 
 
-@needs_pairs
+def product(of, x, parts, bias, *, is_narrow, threads=1, rounded=False):
+    of.use_threads(threads)
+    matrix = of.pack(parts, transposed=False)
+    out = np.empty((len(x), matrix.shape[1]), np.float32)
+    of.multiply(x, [MatrixProduct(matrix, len(x), bias=bias)], out, narrow=is_narrow, rounded=rounded)
+    return out
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", instructions())
 @pytest.mark.parametrize("shape", [(1, 1), (2, 64), (25, 70), (300, 129), (1800, 33)])
 @pytest.mark.parametrize("rows", [1, 5, 12, 13, 40, 500])
-def test_fast_products_of_a_row_do_not_depend_on_other_rows_and_threads(shape, rows):
+def test_products_have_the_bits_of_the_chain_for_any_rows_and_threads(name, shape, rows):
     inputs, outputs = shape
+    of = load_kernels(name)
     x, stored, bias = values(rows, inputs), narrow(values(outputs, inputs, seed=1)), values(outputs, seed=2)
-    exact = x.astype(np.float64) @ widen(stored).astype(np.float64).T + bias
-    matrix = KERNELS.pack([stored[:1], stored[1:]], transposed=False, pairs=True)
+    twin = chain(x, widen(stored), bias)
+    for is_narrow in (False, True):
+        whole = product(of, x, [stored[:1], stored[1:]], bias, is_narrow=is_narrow)
+        np.testing.assert_array_equal(whole, twin)
+        np.testing.assert_array_equal(product(of, x, [stored], bias, is_narrow=is_narrow, threads=3), whole)
+        rounded = product(of, x, [stored], bias, is_narrow=is_narrow, rounded=True)
+        np.testing.assert_array_equal(rounded, round_to_bfloat16(whole))
+    np.testing.assert_array_equal(product(of, x, [widen(stored)], bias, is_narrow=False), twin)
 
-    def product(x, *, threads=1, rounded=False):
-        KERNELS.use_threads(threads)
-        out = np.empty((len(x), outputs), np.float32)
-        KERNELS.multiply(x, [MatrixProduct(matrix, len(x), bias=bias)], out, rounded=rounded)
-        return out
 
-    whole = product(x)
-    np.testing.assert_allclose(whole, exact, atol=1e-5 * max(1.0, np.abs(exact).max(initial=0)))
-    np.testing.assert_array_equal(product(x, threads=3), whole)
-    np.testing.assert_array_equal(product(x, rounded=True), round_to_bfloat16(whole))
-    for row in range(0, rows, 7):
-        np.testing.assert_array_equal(product(x[row : row + 1])[0], whole[row])
+@needs_kernels
+@pytest.mark.parametrize("name", instructions())
+def test_float32_rows_keep_their_low_bits_with_bfloat16_weights(name):
+    x = np.round(np.random.default_rng(0).standard_normal((7, 33)) * 4096).astype(np.float32) / 4096
+    stored, bias = narrow(values(40, 33, seed=1)), np.zeros(40, np.float32)
+    found = product(load_kernels(name), x, [stored], bias, is_narrow=False)
+    np.testing.assert_array_equal(found, chain(x, widen(stored), bias))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", instructions())
+@pytest.mark.parametrize("is_narrow", [False, True])
+def test_subnormal_numbers_count_as_zero(name, is_narrow):
+    """Of an input, of a product, and of a sum of normal products."""
+    x = np.float32([[2.0**-130, 1], [2.0**-70, 0], [-(2.0**-63), 2.0**-63]])
+    stored = narrow(np.float32([[1, 0], [2.0**-60, 1], [2.0**-63, 2.0**-63 * (1 + 2.0**-7)]]))
+    found = product(load_kernels(name), x, [stored], np.zeros(3, np.float32), is_narrow=is_narrow)
+    assert found[0, 0] == 0
+    assert found[1, 1] == 0
+    assert found[2, 2] == 0
+    assert np.float32(2.0**-130) * np.float32(1) > 0  # only inside the kernel
+
+
+@needs_kernels
+def test_pairs_with_other_bits_are_not_used(monkeypatch, caplog):
+    asked = []
+
+    def load_kernel(_, *flags):
+        asked.append(len(flags))
+        return SimpleNamespace(pairs_are_chains=lambda: len(asked) > 1)
+
+    monkeypatch.setattr(kernels, "load_kernel", load_kernel)
+    monkeypatch.setattr(kernels, "instructions", lambda: list(kernels.INSTRUCTIONS))
+    monkeypatch.setattr(kernels, "Kernels", lambda library: library)
+    with caplog.at_level(logging.INFO):
+        assert load_kernels.__wrapped__() is not None
+    assert asked == [len(kernels.INSTRUCTIONS), len(kernels.INSTRUCTIONS) - 1]
+    assert "other bits" in caplog.text
+
+
+@needs_kernels
+def test_weights_keep_their_type():
+    stored = narrow(values(10, 24))
+    assert KERNELS.pack([stored], transposed=False).weights == BFLOAT16
+    assert KERNELS.pack([stored, widen(stored)], transposed=False).packed.dtype == np.float32
 
 
 def test_without_a_compiler_there_are_no_kernels(monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 """The CPU backend with compiled kernels.
 
 Matrices keep the type in which they are stored, and with bfloat16 the cache is bfloat16. A row's bits depend on the row
-and the weights alone: not on other rows, pages, threads or, but for fast products, the processor.
+and the weights alone: not on other rows, pages, threads or the processor.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +26,7 @@ MOST_LAYOUTS = 64
 
 
 class CompiledBackend(NumpyBackend):
-    """`NumpyBackend` on compiled kernels with `threads` threads.
-
-    With `fast_products`, bfloat16 matrices are multiplied by the processor's bfloat16 products if it has them, which
-    sum pairs: rows have other bits than elsewhere, though the same for any batch.
-    """
+    """`NumpyBackend` on compiled kernels with `threads` threads."""
 
     widened = False
 
@@ -40,19 +36,17 @@ class CompiledBackend(NumpyBackend):
         *,
         precision: str,
         threads: int = 1,
-        fast_products: bool = False,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(precision=precision, progress=progress)
         self.threads = kernels.use_threads(threads)
         self._kernels = kernels
-        self._packs_pairs = fast_products and self.is_bfloat16 and kernels.has_pairs
         self._layouts: dict[int, CachedRows] = {}
 
     # Memory
 
     def matrix(self, *stored: Stored, transposed: bool = False) -> Array:
-        return self._kernels.pack(stored, transposed=transposed, pairs=self._packs_pairs)
+        return self._kernels.pack(stored, transposed=transposed)
 
     def head_matrices(self, stored: Stored) -> Sequence[PanelMatrix]:
         return [self.matrix(one, transposed=True) for one in stored]
@@ -95,7 +89,7 @@ class CompiledBackend(NumpyBackend):
         out = np.empty((rows, heads, outputs), np.float32)
         parts = [MatrixProduct(matrix, rows, head * inputs, head * outputs) for head, matrix in enumerate(matrices)]
         x = x if x.strides[1:] == (x.itemsize * inputs, x.itemsize) else np.ascontiguousarray(x)
-        self._kernels.multiply(x, parts, out, rounded=self.is_bfloat16, progress=self._progress)
+        self._multiply(x, parts, out, rounded=self.is_bfloat16)
         return out
 
     def swiglu(self, gate_up: Float32Array, clamp: Clamp | None = None) -> Float32Array:
@@ -311,7 +305,7 @@ class CompiledBackend(NumpyBackend):
         for matrix, count, bias in matrices:
             parts.append(MatrixProduct(matrix, count, first * inputs, first * outputs, bias))
             first += count
-        self._kernels.multiply(x, parts, out, rounded=self.is_bfloat16, progress=self._progress)
+        self._multiply(x, parts, out, rounded=self.is_bfloat16)
         return out
 
     # Tokens
@@ -327,8 +321,11 @@ class CompiledBackend(NumpyBackend):
     ) -> Float32Array:
         out = np.empty((len(x), matrix.shape[1]), np.float32)
         part = MatrixProduct(matrix, len(x), bias=bias)
-        self._kernels.multiply(contiguous_rows(x), [part], out, rounded=rounded, progress=self._progress)
+        self._multiply(contiguous_rows(x), [part], out, rounded=rounded)
         return out
+
+    def _multiply(self, x: Float32Array, parts: Sequence[MatrixProduct], out: Float32Array, *, rounded: bool) -> None:
+        self._kernels.multiply(x, parts, out, narrow=self.is_bfloat16, rounded=rounded, progress=self._progress)
 
 
 def _as_index(index: IntArray | None) -> IntArray | None:

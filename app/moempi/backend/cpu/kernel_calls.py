@@ -15,7 +15,7 @@ TYPES: dict[str, Any] = {
     "int": INT,
     "float": FLOAT,
 }
-PRODUCT = struct.Struct("@PPPPlllllii")
+PRODUCT = struct.Struct("@PPPPllllliii0l")
 """A `product` of product.c; as bytes, because a step describes thousands of them."""
 
 

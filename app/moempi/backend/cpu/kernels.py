@@ -1,10 +1,10 @@
 """The C kernels of `kernels/`: which the processor can run, and their calls on NumPy arrays.
 
-They are compiled on first use for the instructions of the processor: AVX-512, AVX2 or NEON, with the same bits on all,
-but for the processor's own products of bfloat16 (PAIRS).
+They are compiled on first use for the instructions of the processor: AVX-512, AVX2 or NEON, with the same bits on all.
 """
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +23,7 @@ from moempi.backend.protocol import Cache, RmsNorm, Stored
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
+log = logging.getLogger(__name__)
 _FIRST_BYTE: Callable[[Any], ctypes.c_char] = ctypes.c_char.from_buffer
 SOURCES = Path(__file__).with_name("kernels")
 EXACT_FLAGS = ("-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
@@ -46,12 +47,12 @@ TASK_FLOPS = 4e6
 """Least work of a task that threads share, where a product has so much."""
 
 
-FLOAT32, BFLOAT16, PAIRS = range(3)
+FLOAT32, BFLOAT16 = range(2)
 """How product.c packs weights."""
 
 
 class PanelMatrix:
-    """A matrix (inputs, outputs) in the panels of product.c; `weights` is FLOAT32, BFLOAT16 or PAIRS."""
+    """A matrix (inputs, outputs) in the panels of product.c; `weights` is FLOAT32 or BFLOAT16."""
 
     def __init__(self, packed: npt.NDArray[Any], shape: tuple[int, int], weights: int) -> None:
         self.packed = packed
@@ -88,16 +89,16 @@ def instructions() -> list[str]:
 
 
 @cache
-def load_kernels(name: str | None = None, *, pairs: bool = False) -> "Kernels | None":
-    """The kernels for a set of instructions, by default the widest; None if they cannot be compiled or run here.
-
-    Products of PAIRS are compiled with `pairs` only: some compilers do not know them.
-    """
-    names = [name] if name else [each for each in instructions() if pairs or each != WITH_PAIRS]
-    if not names:
-        return None
-    library = load_kernel(SOURCES, *((*EXACT_FLAGS, *INSTRUCTIONS[each][1]) for each in names))
-    return None if library is None else Kernels(library)
+def load_kernels(name: str | None = None) -> "Kernels | None":
+    """The kernels for a set of instructions, by default the widest; None if they cannot be compiled or run here."""
+    names = [name] if name else instructions()
+    while names:
+        library = load_kernel(SOURCES, *((*EXACT_FLAGS, *INSTRUCTIONS[each][1]) for each in names))
+        if library is None or library.pairs_are_chains():
+            return None if library is None else Kernels(library)
+        log.info("the processor's bfloat16 products have other bits than multiply-adds, which are used instead")
+        names = [each for each in names if each != WITH_PAIRS]
+    return None
 
 
 class Kernels:
@@ -115,7 +116,6 @@ class Kernels:
             getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER], None
         library.attend.argtypes, library.attend.restype = [calls.POINTER, calls.LONG, calls.LONG], None
         library.panel_outputs.restype = library.chunk_queries.restype = calls.LONG
-        self.has_pairs = bool(library.has_pairs())
         self._panel = library.panel_outputs()
         self._chunk = library.chunk_queries()
         self._scratch = np.empty(0, np.float32)
@@ -129,21 +129,17 @@ class Kernels:
         self.threads = 1 if self._library.use_threads(count) else count
         return self.threads
 
-    def pack(self, parts: Sequence[Stored], *, transposed: bool, pairs: bool = False) -> PanelMatrix:
-        """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs).
-
-        With `pairs`, matrices of bfloat16 are packed for the processor's bfloat16 products, which it must have.
-        """
+    def pack(self, parts: Sequence[Stored], *, transposed: bool) -> PanelMatrix:
+        """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
         if len({part.dtype for part in parts}) > 1:
             parts = [widen(part) if part.dtype == np.uint16 else part for part in parts]
-        weights = FLOAT32 if parts[0].dtype != np.uint16 else PAIRS if pairs else BFLOAT16
+        weights = BFLOAT16 if parts[0].dtype == np.uint16 else FLOAT32
         inputs = parts[0].shape[0 if transposed else 1]
         counts = [part.shape[1 if transposed else 0] for part in parts]
-        steps = inputs + inputs % 2 if weights == PAIRS else inputs
-        packed = aligned_empty((-(-sum(counts) // self._panel), steps, self._panel), parts[0].dtype)
-        if steps != inputs:
-            packed[:] = 0
-        elif sum(counts) % self._panel:
+        packed = aligned_empty((-(-sum(counts) // self._panel), inputs + inputs % 2, self._panel), parts[0].dtype)
+        if inputs % 2:
+            packed[:, -2:] = 0
+        if sum(counts) % self._panel:
             packed[-1] = 0
         first = 0
         for part, count in zip(parts, counts, strict=True):
@@ -158,11 +154,13 @@ class Kernels:
         parts: Sequence[MatrixProduct],
         out: Float32Array,
         *,
+        narrow: bool,
         rounded: bool,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Multiply parts of x, whose rows are contiguous, as are the rows of `out`; round to bfloat16 if `rounded`.
 
+        All numbers of a `narrow` x must be bfloat16 values: others would be cut without notice.
         Calls `progress` between pieces of PIECE_FLOPS of work.
         """
         x_address, out_address = _at(x), _at(out)
@@ -171,8 +169,10 @@ class Kernels:
         for matrix, rows, x_at, out_at, bias in parts:
             inputs, outputs = matrix.shape
             addresses = x_address + 4 * x_at, matrix.address, 0 if bias is None else _at(bias), out_address + 4 * out_at
-            described.append(calls.PRODUCT.pack(*addresses, rows, inputs, outputs, *strides, matrix.weights, rounded))
-            numbers += rows * (inputs + self._panel)
+            described.append(
+                calls.PRODUCT.pack(*addresses, rows, inputs, outputs, *strides, matrix.weights, narrow, rounded)
+            )
+            numbers += rows * (inputs + 1 + self._panel)
             panels += len(matrix.packed)
             flops += 2 * rows * inputs * outputs
         if numbers > len(self._scratch):

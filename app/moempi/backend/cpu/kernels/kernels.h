@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 /* product.c */
-enum { FLOAT32, BFLOAT16, PAIRS }; /* how weights are packed */
+enum { FLOAT32, BFLOAT16 }; /* how weights are packed */
 
 typedef struct {
     const float *x;     /* (rows, inputs); a row begins `x_stride` numbers after the last */
@@ -11,13 +11,14 @@ typedef struct {
     const float *bias;  /* (outputs,), or NULL */
     float *out;         /* (rows, outputs), `out_stride` numbers apart */
     long rows, inputs, outputs, x_stride, out_stride;
-    int weights;        /* FLOAT32, BFLOAT16 or PAIRS */
+    int weights;        /* FLOAT32 or BFLOAT16 */
+    int narrow;         /* x has bfloat16 values */
     int rounded;        /* round the results to bfloat16 values */
 } product;
 
 long panel_outputs(void);
 void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int weights);
-int has_pairs(void); /* whether the processor's bfloat16 products are compiled */
+int pairs_are_chains(void);
 void multiply(const product *products, long count, float *scratch, long panels, long first, long last);
 
 /* attention.c */

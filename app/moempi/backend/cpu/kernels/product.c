@@ -2,17 +2,18 @@
  *
  *   out[t, n] = round( bias[n] + sum over k of x[t, k] * w[k, n] )        x (T, K), w (K, N), out (T, N), all float32
  *
- * The sum of an output is one chain of fused multiply-adds in ascending order of k: its bits depend on the row and the
- * weights alone, not on other rows, threads, the layout in memory or the processor (but for PAIRS).
+ * The sum of an output is one chain of fused multiply-adds, with inputs 1, 0, 3, 2, 5, 4 and so on. Subnormal numbers
+ * count as zero. The bits of an output depend on the row and the weights alone: not on other rows, on threads, on the
+ * type in which the weights are stored or on the processor.
  *
- * A matrix is packed into panels of PANEL outputs, with zeros beyond N. Weights that are stored as bfloat16 stay so:
+ * This is the chain of the processors' own products of pairs of bfloat16 numbers (AVX512-BF16), which are used for rows
+ * of bfloat16 values if `pairs_are_chains` finds on this processor that they have the same bits.
+ *
+ * A matrix is packed into panels of PANEL outputs, with zeros beyond N and an odd K:
  *   FLOAT32   packed[n / PANEL][k][n % PANEL]
- *   BFLOAT16  packed[n / PANEL][k][n % LANES][n / LANES % 2]    two outputs in a word
- *   PAIRS     packed[n / PANEL][k / 2][n % PANEL][k % 2]        two inputs in a word, with zeros beyond an odd K
- * PAIRS are for the bfloat16 products of a processor that has them: rows are of bfloat16 values, an operation adds the
- * products of two inputs to a sum, and its bits are of that operation; they depend on the row and the weights alone too.
+ *   BFLOAT16  packed[n / PANEL][k / 2][n % PANEL][k % 2]        the weights of two inputs in a word
  * A tile of rows and panels keeps its sums in registers. Rows are computed in blocks of at most BLOCK_ROWS, blocks in
- * runs that fit in the second-level cache; a block is packed as [k][row], with PAIRS as words [k / 2][row].
+ * runs that fit in the second-level cache; a block is packed as [k][row], for products of pairs as words [k / 2][row].
  *
  * NumPy twin: `NumpyBackend._product`.
  */
@@ -21,10 +22,10 @@
 #include "threads.h"
 
 #define PANEL (2 * LANES)
-#define BLOCK_ROWS (LANES == 8 ? 6 : 12)
+#define BLOCK_ROWS (LANES == 8 ? 5 : 12) /* AVX2 has 16 registers, the others 32 */
 #define MOST_PANELS 4
-#define RUN_BLOCKS (LANES == 8 ? 16 : 8)
-#define RUN_STEPS 768
+#define RUN_BLOCKS (LANES == 8 ? 19 : 8)
+#define RUN_WORDS 768
 
 typedef struct {
     const product *products;
@@ -45,22 +46,62 @@ typedef struct {
 
 static inline long quotient_up(long a, long b) { return (a + b - 1) / b; }
 static inline long panels_of(const product *p) { return quotient_up(p->outputs, PANEL); }
-static inline long inputs_of_step(const product *p) { return p->weights == PAIRS ? 2 : 1; }
-static inline long steps_of(const product *p) { return quotient_up(p->inputs, inputs_of_step(p)); }
-static inline long step_bytes(int weights) { return PANEL * (weights == BFLOAT16 ? 2 : 4); }
-static inline long scratch_of(const product *p) { return p->rows * (steps_of(p) + PANEL); }
-static inline long run_steps(const product *p) { return p->rows <= BLOCK_ROWS ? steps_of(p) : RUN_STEPS; }
-static inline int packs_rows(const product *p) { return p->rows > 1 || p->weights == PAIRS; }
+/* A step takes two inputs. PAIRS: they are a word of a packed row, and so are their weights. */
+enum { PAIRS = BFLOAT16 + 1 };
+static inline int kind_of(const product *p) {
+    return HAS_PAIRS && p->weights == BFLOAT16 && p->narrow ? PAIRS : p->weights;
+}
+static inline long steps_of(const product *p) { return quotient_up(p->inputs, 2); }
+static inline long step_bytes(int weights) { return PANEL * (weights == FLOAT32 ? 8 : 4); } /* of a panel */
+static inline long words_of_step(int kind) { return kind == PAIRS ? 1 : 2; }                /* of a packed row */
+static inline long words_of(const product *p) { return steps_of(p) * words_of_step(kind_of(p)); }
+static inline long scratch_of(const product *p) { return p->rows * (words_of(p) + PANEL); }
+static inline long run_steps(const product *p) {
+    return p->rows <= BLOCK_ROWS ? steps_of(p) : RUN_WORDS / words_of_step(kind_of(p));
+}
+static inline int packs_rows(const product *p) {
+    return p->rows > 1 || kind_of(p) == PAIRS || words_of(p) != p->inputs;
+}
 static inline long packed_runs(const product *p) {
     return packs_rows(p) ? quotient_up(p->rows, RUN_BLOCKS * BLOCK_ROWS) : 0;
 }
 
 long panel_outputs(void) { return PANEL; }
-int has_pairs(void) { return HAS_PAIRS; }
+
+/* Whether products of pairs, if they are compiled, have the bits of the chain: of numbers near and far from each other,
+ * and near the smallest and the largest.
+ */
+int pairs_are_chains(void) {
+    enum { TRIES = 2048 };
+    static const int exponents[][2] = {{127, 6}, {127, 60}, {64, 12}, {188, 8}}; /* of the numbers: lowest, how many */
+    uint64_t state = 1;
+    long before = flush_subnormals(), differ = 0;
+    for (int set = 0; set < 4; set++)
+        for (int i = 0; i < TRIES * HAS_PAIRS; i++) {
+            uint32_t words[3][LANES]; /* x, w, sum */
+            for (int n = 0; n < 3 * LANES; n++) {
+                state = state * 6364136223846793005u + 1442695040888963407u;
+                uint32_t high = (uint32_t)(state >> 32), low = (uint32_t)(state >> 48);
+                int first = exponents[set][0], count = exponents[set][1], of_sum = n >= 2 * LANES ? 2 * first - 127 : first;
+                uint32_t exponent = (uint32_t)(of_sum + (int)(low % (uint32_t)count)) << 23;
+                uint32_t other = (uint32_t)(first + (int)(low / 64 % (uint32_t)count)) << 7;
+                words[n / LANES][n % LANES] = n >= 2 * LANES ? (high & 0x807FFFFF) | exponent
+                                                             : (high & 0x807F807F) | exponent | other;
+            }
+            ivec x = load_bits(words[0]), w = load_bits(words[1]);
+            vec sum = load((const float *)words[2]), ours[2];
+            ours[0] = fused_pairs(as_floats(x), as_floats(w), sum);
+            ours[1] = fused(high_half(x), high_half(w), sum);
+            ours[1] = fused(low_half(x), low_half(w), ours[1]);
+            differ += memcmp(&ours[0], &ours[1], sizeof(vec)) != 0;
+        }
+    restore_subnormals(before);
+    return differ == 0;
+}
 
 /* Pack w, (N, K) or (K, N) if `transposed`, into the outputs from `first` on of a matrix of zeros. */
 void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int weights) {
-    long column = (weights == PAIRS ? quotient_up(inputs, 2) * 2 : inputs) * PANEL; /* numbers of a panel */
+    long column = quotient_up(inputs, 2) * 2 * PANEL; /* numbers of a panel */
     for (long n0 = 0; n0 < outputs; n0 += PANEL)
         for (long k0 = 0; k0 < inputs; k0 += PANEL)
             for (long n = n0; n < smallest(n0 + PANEL, outputs); n++) {
@@ -69,9 +110,6 @@ void pack(const void *w, void *packed, long inputs, long outputs, long first, in
                     long from = transposed ? k * outputs + n : n * inputs + k;
                     if (weights == FLOAT32)
                         ((float *)packed)[panel + k * PANEL + output] = ((const float *)w)[from];
-                    else if (weights == BFLOAT16)
-                        ((uint16_t *)packed)[panel + k * PANEL + output % LANES * 2 + output / LANES] =
-                            ((const uint16_t *)w)[from];
                     else
                         ((uint16_t *)packed)[panel + k / 2 * 2 * PANEL + output * 2 + k % 2] =
                             ((const uint16_t *)w)[from];
@@ -82,66 +120,74 @@ void pack(const void *w, void *packed, long inputs, long outputs, long first, in
 /* The rows of block i of a run; blocks of a run differ by at most one row. */
 static inline long block_end(long rows, long blocks, long i) { return rows * (i + 1) / blocks; }
 
-/* Words of two bfloat16 numbers: numbers 2 i and 2 i + 1 of a row of `inputs` numbers. */
+/* Numbers 2 i and 2 i + 1 of a row of `inputs` bfloat16 values, in the halves of a word. */
 static inline uint32_t pair_at(const float *x, long i, long inputs) {
     const uint32_t *bits = (const uint32_t *)x;
     return bits[2 * i] >> 16 | (2 * i + 1 < inputs ? bits[2 * i + 1] & 0xFFFF0000u : 0);
 }
 
-/* Pack the rows of one run: [run of steps][block][step][row]. */
+/* Pack `steps` steps, from number `s0` on, of row t of a block of `width` rows. */
+static inline void pack_row(const product *p, const float *from, float *to, long s0, long steps, long width, long t) {
+    if (kind_of(p) == PAIRS) {
+        for (long s = 0; s < steps; s++)
+            ((uint32_t *)to)[s * width + t] = pair_at(from, s0 + s, p->inputs);
+        return;
+    }
+    long words = words_of_step(kind_of(p)), first = s0 * words, count = smallest(steps * words, p->inputs - first);
+    for (long k = 0; k < count; k++)
+        to[k * width + t] = from[first + k];
+    if (count < steps * words)
+        to[count * width + t] = 0;
+}
+
+/* Pack the rows of one run: [run of steps][block][word][row]. */
 static void pack_run(const product *p, float *scratch, long first) {
     long rows = smallest(p->rows - first, RUN_BLOCKS * BLOCK_ROWS), blocks = quotient_up(rows, BLOCK_ROWS);
-    float *to = scratch + first * steps_of(p);
+    float *to = scratch + first * words_of(p);
     for (long s0 = 0; s0 < steps_of(p); s0 += run_steps(p)) {
         long steps = smallest(steps_of(p) - s0, run_steps(p)), begin = 0;
         for (long i = 0; i < blocks; i++) {
             long end = block_end(rows, blocks, i), width = end - begin;
-            for (long t = begin; t < end; t++) {
-                const float *from = p->x + (first + t) * p->x_stride;
-                if (p->weights == PAIRS)
-                    for (long s = 0; s < steps; s++)
-                        ((uint32_t *)to)[s * width + t - begin] = pair_at(from, s0 + s, p->inputs);
-                else
-                    for (long s = 0; s < steps; s++)
-                        to[s * width + t - begin] = from[s0 + s];
-            }
-            to += steps * width;
+            for (long t = 0; t < width; t++)
+                pack_row(p, p->x + (first + begin + t) * p->x_stride, to, s0, steps, width, t);
+            to += steps * words_of_step(kind_of(p)) * width;
             begin = end;
         }
     }
 }
 
-INLINE void load_weights(const char *at, vec *low, vec *high, const int weights) {
-    if (weights == BFLOAT16) {
-        ivec words = load_bits(at);
-        *low = as_floats(left(words, 16));
-        *high = as_floats(and_bits(words, bits1(0xFFFF0000u)));
-    } else {
-        *low = load((const float *)at);
-        *high = load((const float *)at + LANES);
+/* Add the products of one word of each row and the weights `low` and `high` of a panel's outputs, with `operation`. */
+#define ADD_PRODUCTS(operation, x, low, high) \
+    for (int r = 0; r < rows; r++) { \
+        const vec number = set1((x)[r]); \
+        sums[r][2 * p] = operation(number, low, sums[r][2 * p]); \
+        sums[r][2 * p + 1] = operation(number, high, sums[r][2 * p + 1]); \
     }
-}
 
-INLINE vec add_product(vec number, vec weight, vec sum, const int weights) {
-    return weights == PAIRS ? fused_pairs(number, weight, sum) : fused(number, weight, sum);
-}
-
-/* `rows`, `panels` and `weights` are constants after inlining; all outputs of the panels exist. */
-INLINE void compute(const tile *t, const int rows, const int panels, const int weights) {
+/* `rows`, `panels` and `kind` are constants after inlining; all outputs of the panels exist. */
+INLINE void compute(const tile *t, const int rows, const int panels, const int kind) {
     vec sums[BLOCK_ROWS][2 * MOST_PANELS];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < 2 * panels; v++)
             sums[r][v] = t->starts ? set1(0) : load(t->out + r * t->out_stride + v * LANES);
     const char *packed = t->packed;
     const float *x = t->x;
-    for (long s = 0; s < t->steps; s++, packed += step_bytes(weights), x += rows)
+    for (long s = 0; s < t->steps; s++, packed += step_bytes(kind), x += rows * words_of_step(kind))
         for (int p = 0; p < panels; p++) {
-            vec low, high;
-            load_weights(packed + p * t->panel_bytes, &low, &high, weights);
-            for (int r = 0; r < rows; r++) {
-                vec number = set1(x[r]);
-                sums[r][2 * p] = add_product(number, low, sums[r][2 * p], weights);
-                sums[r][2 * p + 1] = add_product(number, high, sums[r][2 * p + 1], weights);
+            const char *words = packed + p * t->panel_bytes;
+            const ivec low = load_bits(words), high = load_bits(words + 4 * LANES);
+            if (kind == PAIRS) {
+                ADD_PRODUCTS(fused_pairs, x, as_floats(low), as_floats(high))
+            } else if (kind == BFLOAT16) {
+                const vec odd_low = high_half(low), odd_high = high_half(high);
+                ADD_PRODUCTS(fused, x + rows, odd_low, odd_high)
+                const vec even_low = low_half(low), even_high = low_half(high);
+                ADD_PRODUCTS(fused, x, even_low, even_high)
+            } else {
+                const float *numbers = (const float *)words + PANEL; /* of the second input */
+                const vec odd_low = load(numbers), odd_high = load(numbers + LANES);
+                ADD_PRODUCTS(fused, x + rows, odd_low, odd_high)
+                ADD_PRODUCTS(fused, x, as_floats(low), as_floats(high))
             }
         }
     for (int r = 0; r < rows; r++)
@@ -158,13 +204,13 @@ INLINE void compute(const tile *t, const int rows, const int panels, const int w
 #define PANELS(rows) ((rows) == 1 || 4 * (rows) <= BLOCK_ROWS ? 4 : 2 * (rows) <= BLOCK_ROWS ? 2 : 1)
 
 /* `count` whole panels of a block of `rows` rows. */
-INLINE void compute_panels(tile t, long count, const int rows, const int weights) {
+INLINE void compute_panels(tile t, long count, const int rows, const int kind) {
     for (long left = count; left > 0;) {
         int panels = left >= PANELS(rows) ? PANELS(rows) : 1;
         if (panels == PANELS(rows))
-            compute(&t, rows, PANELS(rows), weights);
+            compute(&t, rows, PANELS(rows), kind);
         else
-            compute(&t, rows, 1, weights);
+            compute(&t, rows, 1, kind);
         t.packed += panels * t.panel_bytes;
         t.out += panels * PANEL;
         t.bias = t.bias ? t.bias + panels * PANEL : NULL;
@@ -172,27 +218,27 @@ INLINE void compute_panels(tile t, long count, const int rows, const int weights
     }
 }
 
-static void compute_block(tile t, long count, long rows, int weights) {
+static void compute_block(tile t, long count, long rows, int kind) {
 #define CASE(n) \
     case n: \
-        if (weights == FLOAT32) \
+        if (kind == FLOAT32) \
             compute_panels(t, count, n, FLOAT32); \
-        else if (weights == BFLOAT16) \
-            compute_panels(t, count, n, BFLOAT16); \
-        else if (HAS_PAIRS) \
+        else if (HAS_PAIRS && kind == PAIRS) \
             compute_panels(t, count, n, PAIRS); \
+        else \
+            compute_panels(t, count, n, BFLOAT16); \
         break;
     switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if BLOCK_ROWS > 6
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+#if BLOCK_ROWS > 5
+        CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
     }
 #undef CASE
 }
 
 /* `count` whole panels from the one at `t` on, of the run of rows whose packed blocks begin at t.x. */
-static void compute_run(tile t, long count, long rows, int weights) {
+static void compute_run(tile t, long count, long rows, int kind) {
     long blocks = quotient_up(rows, BLOCK_ROWS), at_once = blocks == 1 ? count : 1;
     for (long panel = 0; panel < count; panel += at_once) {
         tile here = t;
@@ -201,8 +247,8 @@ static void compute_run(tile t, long count, long rows, int weights) {
         for (long i = 0, begin = 0; i < blocks; i++) {
             long end = block_end(rows, blocks, i);
             here.out = t.out + begin * t.out_stride + panel * PANEL;
-            compute_block(here, at_once, end - begin, weights);
-            here.x += (end - begin) * t.steps;
+            compute_block(here, at_once, end - begin, kind);
+            here.x += (end - begin) * t.steps * words_of_step(kind);
             begin = end;
         }
     }
@@ -211,23 +257,24 @@ static void compute_run(tile t, long count, long rows, int weights) {
 /* Panels [first, last) for all rows; outputs that are no whole panel go to `edge` (rows, PANEL). */
 static void compute_product(const product *p, const float *x, float *edge, long first, long last) {
     long all = steps_of(p), whole = smallest(last, p->outputs / PANEL), width = p->outputs % PANEL;
+    int kind = kind_of(p);
     float bias[PANEL] = {0};
     if (p->bias && last > whole)
         memcpy(bias, p->bias + whole * PANEL, sizeof(float) * (size_t)width);
     for (long t = 0; t < p->rows; t += RUN_BLOCKS * BLOCK_ROWS) {
         long rows = smallest(p->rows - t, RUN_BLOCKS * BLOCK_ROWS);
         for (long s = 0; s < all; s += run_steps(p)) {
-            long steps = smallest(all - s, run_steps(p)), panel_bytes = all * step_bytes(p->weights);
-            tile here = {x + t * all + s * rows, p->packed + first * panel_bytes + s * step_bytes(p->weights), steps,
-                         panel_bytes, p->out + t * p->out_stride + first * PANEL, p->out_stride,
+            long steps = smallest(all - s, run_steps(p)), panel_bytes = all * step_bytes(kind);
+            tile here = {x + (t * all + s * rows) * words_of_step(kind), p->packed + first * panel_bytes + s * step_bytes(kind),
+                         steps, panel_bytes, p->out + t * p->out_stride + first * PANEL, p->out_stride,
                          p->bias ? p->bias + first * PANEL : NULL, s == 0, s + steps == all, p->rounded};
-            compute_run(here, whole - first, rows, p->weights);
+            compute_run(here, whole - first, rows, kind);
             if (last > whole) {
                 here.packed += (whole - first) * panel_bytes;
                 here.out = edge + t * PANEL;
                 here.out_stride = PANEL;
                 here.bias = p->bias ? bias : NULL;
-                compute_run(here, 1, rows, p->weights);
+                compute_run(here, 1, rows, kind);
             }
         }
     }
@@ -254,8 +301,9 @@ static void compute_task(const void *argument, long index) {
     for (const product *p = of->products;; scratch += scratch_of(p++)) {
         long tasks = quotient_up(panels_of(p), of->panels);
         if (index < tasks) {
-            long first = index * of->panels, last = smallest(first + of->panels, panels_of(p));
-            compute_product(p, packs_rows(p) ? scratch : p->x, scratch + p->rows * steps_of(p), first, last);
+            long first = index * of->panels, last = smallest(first + of->panels, panels_of(p)), before = flush_subnormals();
+            compute_product(p, packs_rows(p) ? scratch : p->x, scratch + p->rows * words_of(p), first, last);
+            restore_subnormals(before);
             return;
         }
         index -= tasks;
@@ -264,7 +312,7 @@ static void compute_task(const void *argument, long index) {
 
 /* Compute the tasks [first, last) of several products: `panels` panels each, all of a product before the next.
  *
- * `scratch` is memory for rows * (inputs + PANEL) numbers of each product, which the call with the first task fills.
+ * `scratch` is memory for rows * (inputs + 1 + PANEL) numbers of each product, which the call with the first task fills.
  */
 void multiply(const product *products, long count, float *scratch, long panels, long first, long last) {
     call of = {products, first, panels, scratch};

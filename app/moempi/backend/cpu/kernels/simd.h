@@ -104,6 +104,32 @@ INLINE vec fused_pairs(vec a, vec b, vec c) {
 #define fused_pairs fused
 #endif
 
+/* The bfloat16 number in a half of each word. */
+INLINE vec high_half(ivec words) { return as_floats(and_bits(words, bits1(0xFFFF0000u))); }
+INLINE vec low_half(ivec words) { return as_floats(left(words, 16)); }
+
+/* Let this thread take subnormal numbers, of inputs and results, for zero; returns its mode until now. */
+static inline long flush_subnormals(void) {
+    long before;
+#if defined(__aarch64__)
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(before | 1 << 24) : "memory");
+#else
+    before = (long)_mm_getcsr();
+    _mm_setcsr((unsigned)before | 0x8040);
+    __asm__ volatile("" : : : "memory");
+#endif
+    return before;
+}
+static inline void restore_subnormals(long before) {
+#if defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(before) : "memory");
+#else
+    __asm__ volatile("" : : : "memory");
+    _mm_setcsr((unsigned)before);
+#endif
+}
+
 static inline long smallest(long a, long b) { return a < b ? a : b; }
 static inline long largest(long a, long b) { return a > b ? a : b; }
 
