@@ -91,6 +91,26 @@ QWEN35_397B = QWEN35 | {
         "num_experts_per_tok": 10, "num_hidden_layers": 60, "shared_expert_intermediate_size": 1024,
     },
 }  # fmt: skip
+NEMOTRON_NANO = {
+    "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "attention_bias": False,
+    "attention_dropout": 0.0, "auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"},
+    "bos_token_id": 1, "chunk_size": 128, "conv_kernel": 4, "eos_token_id": 2, "expand": 2, "head_dim": 128,
+    "hidden_dropout": 0.0, "hidden_size": 2688, "initializer_range": 0.02, "intermediate_size": 1856,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "layer_norm_epsilon": 1e-5,
+    "mamba_head_dim": 64, "mamba_hidden_act": "silu", "mamba_num_heads": 64, "mamba_proj_bias": False,
+    "mamba_ssm_cache_dtype": "float32", "max_position_embeddings": 262144, "mlp_bias": False,
+    "mlp_hidden_act": "relu2", "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712,
+    "n_group": 1, "n_groups": 8, "n_routed_experts": 128, "n_shared_experts": 1, "norm_eps": 1e-5,
+    "norm_topk_prob": True, "num_attention_heads": 32, "num_experts_per_tok": 6, "num_hidden_layers": 52,
+    "num_key_value_heads": 2, "num_logits_to_keep": 1, "pad_token_id": 0, "partial_rotary_factor": 1.0,
+    "rescale_prenorm_residual": True, "residual_in_fp32": False, "rope_theta": 10000, "routed_scaling_factor": 2.5,
+    "sliding_window": None, "ssm_state_size": 128, "tie_word_embeddings": False, "time_step_floor": 0.0001,
+    "time_step_max": 0.1, "time_step_min": 0.001, "topk_group": 1, "torch_dtype": "bfloat16", "use_bias": False,
+    "use_cache": True, "use_conv_bias": True, "use_mamba_kernels": True, "vocab_size": 131072,
+}  # fmt: skip
+NEMOTRON_SUPER = NEMOTRON_NANO | {
+    "hidden_size": 4096, "hybrid_override_pattern": "MEMEMEM*E" * 2, "moe_latent_size": 1024, "num_hidden_layers": 18,
+}  # fmt: skip
 OLMOE = NOISE | {
     "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "attention_bias": False, "clip_qkv": None,
     "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 1024,
@@ -413,6 +433,7 @@ READ: dict[str, Values] = {
     "Qwen/Qwen3.5-35B-A3B-FP8": QWEN35 | {"quantization_config": BLOCKS},
     "Qwen/Qwen3.5-397B-A17B": QWEN35_397B,
     "Qwen/Qwen3.6-35B-A3B": QWEN35,
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": NEMOTRON_NANO,
 }
 """Models whose configurations are read."""
 
@@ -422,6 +443,7 @@ REFUSED: dict[str, tuple[Values, str]] = {
         QWEN3_30B | {"max_position_embeddings": 1010000, "dual_chunk_attention_config": _DUAL_CHUNKS},
         "dual_chunk_attention_config is not supported beyond its 262144 original positions",
     ),
+    "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16": (NEMOTRON_SUPER, "moe_latent_size = 1024 is not supported"),
     "MiniMaxAI/MiniMax-Text-01": (MINIMAX_M2 | {"model_type": "minimax"}, "model_type 'minimax'"),
     "Intel/Qwen3-30B-A3B-int4-AutoRound": (
         QWEN3_30B | {"quantization_config": {"bits": 4, "group_size": 128, "quant_method": "auto-round"}},

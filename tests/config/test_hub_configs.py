@@ -385,6 +385,46 @@ def test_linear_attention_that_is_another_is_refused(changes, message):
         read(hub_models.QWEN3_NEXT, **changes)
 
 
+def test_nemotron_3_nano():
+    nano = read(hub_models.NEMOTRON_NANO)
+    assert (nano.num_layers, len(nano.moe_layers), len(nano.state_space_layers)) == (52, 23, 23)
+    assert [layer for layer in range(52) if nano.has_cache(layer)] == [5, 12, 19, 26, 33, 42]
+    assert nano.state_space.memory_shape == (64, 128, 64)
+    assert nano.state_space.state_values == 64 * 128 * 64 + 3 * 6144
+    assert (nano.activation, nano.norm, nano.attention.rope.none) == ("relu2", "rms_float32", True)
+    assert (nano.experts.router.scoring, nano.experts.router.scaling, nano.experts.shared_width) == (
+        "sigmoid",
+        2.5,
+        3712,
+    )
+    kinds = {"M": "mamba", "E": "moe", "*": "attention"}
+    listed = [kinds[letter] for letter in hub_models.NEMOTRON_NANO["hybrid_override_pattern"]]
+    assert read(hub_models.NEMOTRON_NANO, hybrid_override_pattern=None, layers_block_type=listed) == nano
+    assert 31e9 < sum(math.prod(tensor.shape) for tensor in catalogue(nano)) < 32e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hybrid_override_pattern": "MEX" * 4}, "hybrid_override_pattern is not a known kind for each of 1 to 1000"),
+        ({"hybrid_override_pattern": ""}, "hybrid_override_pattern is not a known kind for each of 1 to 1000"),
+        ({"num_hidden_layers": 51}, "num_hidden_layers = 51 is not supported, only 52"),
+        ({"layers_block_type": ["mamba", "moe"]}, "num_hidden_layers = 52 is not supported, only 2"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act = 'silu' is not supported, only 'relu2'"),
+        ({"use_conv_bias": False}, "use_conv_bias = False is not supported"),
+        ({"use_bias": True}, "use_bias = True is not supported"),
+        ({"n_shared_experts": 2}, "n_shared_experts = 2 is not supported"),
+        ({"norm_eps": 1e-6}, "layer_norm_epsilon and norm_eps differ"),
+        ({"n_groups": 7}, "state_space.num_heads 64 is not a multiple of 7 groups"),
+        ({"ssm_state_size": 4096}, "Expected `int` <= 1024"),
+        ({"time_step_min": -1.0}, "Expected `float` >= 0"),
+    ],
+)
+def test_state_spaces_that_are_another_are_refused(changes, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        read(hub_models.NEMOTRON_NANO, **changes)
+
+
 def test_glm_4_7_flash_and_hy3_say_their_dense_layers_in_two_ways():
     for values in (GLM_FLASH, HY3):
         types = ["dense"] + ["sparse"] * (values["num_hidden_layers"] - 1)

@@ -11,7 +11,7 @@ from engine.jobs import make_job
 from engine.requests import EOS, make_request
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.comm.transfers import PendingTransfers
-from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Experts, Router
+from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Experts, Rope, Router, StateSpace
 from moempi.engine.lane import LaneContext
 from moempi.engine.lanes import Lanes, make_lanes
 from moempi.engine.load import load_model
@@ -50,6 +50,21 @@ STATEFUL = structs.replace(
     delta_layers=(0, 1, 3),
 )
 """A model with layers that keep a state per sequence."""
+SPACES = structs.replace(
+    SMALL,
+    num_layers=6,
+    max_positions=640,
+    attention=structs.replace(SMALL.attention, rope=Rope(dim=2, none=True)),
+    norm="rms_float32",
+    experts=structs.replace(SMALL.experts, shared_width=10),
+    dense_layers=(4,),
+    state_space=StateSpace(num_heads=4, head_dim=6, num_groups=2, state_dim=5, taps=4, least_step=0.1),
+    state_space_layers=(0, 3),
+    without_attention=(1, 4, 5),
+    without_feed_forward=(0, 2, 3),
+    activation="relu2",
+)
+"""A model whose layers are a state space, an attention without rope, experts or a dense network, each alone."""
 PAGES = 8
 
 

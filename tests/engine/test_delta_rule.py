@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from engine.runs import STATEFUL, Run, requests_of
+from engine.runs import SPACES, STATEFUL, Run, requests_of
 from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import load_kernels
 from moempi.storage.compare import compare
@@ -22,10 +22,15 @@ def compiled_backend(progress):
     return CompiledBackend(kernels, precision="bfloat16", threads=2, progress=progress)
 
 
-def computed(folder, lengths=LENGTHS, **options):
+@pytest.fixture(scope="module", params=[STATEFUL, SPACES], ids=["delta_rule", "state_space"])
+def architecture(request):
+    return request.param
+
+
+def computed(folder, architecture, lengths=LENGTHS, **options):
     """The tokens and the bits of their log-probabilities, of each request."""
     folder.mkdir(exist_ok=True)
-    run = Run(folder, requests_of(*lengths, limit=4), architecture=STATEFUL, **options)
+    run = Run(folder, requests_of(*lengths, limit=4), architecture=architecture, **options)
     run.lanes.run()
     return [
         (request.tokens, np.concatenate([sampled.logprobs for sampled in request.sampled]).tobytes())
@@ -36,18 +41,21 @@ def computed(folder, lengths=LENGTHS, **options):
 @pytest.mark.parametrize("batch_tokens", [7, 64, 512])
 @pytest.mark.parametrize("sequences", [1, 2, 7])
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_steps_slots_and_lanes_change_no_bit(tmp_path, batch_tokens, sequences, lanes):
-    expected = computed(tmp_path / "whole", run={"batch_tokens": 512, "max_sequences": 7, "micro_batches": 1})
+def test_steps_slots_and_lanes_change_no_bit(tmp_path, architecture, batch_tokens, sequences, lanes):
+    expected = computed(
+        tmp_path / "whole", architecture, run={"batch_tokens": 512, "max_sequences": 7, "micro_batches": 1}
+    )
     run = {"batch_tokens": batch_tokens, "max_sequences": sequences, "micro_batches": lanes}
-    assert computed(tmp_path / "divided", run=run) == expected
+    assert computed(tmp_path / "divided", architecture, run=run) == expected
 
 
 @pytest.mark.parametrize("batch_tokens", [7, 64])
-def test_compiled_kernels_and_bfloat16_change_no_bit_either(tmp_path, batch_tokens):
+def test_compiled_kernels_and_bfloat16_change_no_bit_either(tmp_path, architecture, batch_tokens):
     options = {"precision": "bfloat16", "max_sequences": 2}
     expected, found = (
         computed(
             tmp_path / str(rows),
+            architecture,
             make_backend=compiled_backend,
             run=options | {"batch_tokens": rows, "micro_batches": 1},
         )
@@ -56,18 +64,19 @@ def test_compiled_kernels_and_bfloat16_change_no_bit_either(tmp_path, batch_toke
     assert found == expected
 
 
-def test_a_request_is_the_same_after_any_other_in_its_slot(tmp_path):
-    alone = computed(tmp_path / "alone", lengths=(70,))
-    queued = computed(tmp_path / "queued", lengths=(70, 33, 70), run={"max_sequences": 1, "micro_batches": 1})
+def test_a_request_is_the_same_after_any_other_in_its_slot(tmp_path, architecture):
+    alone = computed(tmp_path / "alone", architecture, lengths=(70,))
+    lengths = (70, 33, 70)
+    queued = computed(tmp_path / "queued", architecture, lengths, run={"max_sequences": 1, "micro_batches": 1})
     assert queued[0] == alone[0]
-    assert computed(tmp_path / "again", lengths=(70, 33, 70), run={"max_sequences": 3}) == queued
+    assert computed(tmp_path / "again", architecture, lengths, run={"max_sequences": 3}) == queued
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
+def scored(tmp_path_factory, architecture):
     """`scored(ranks, name, *options, key=value)` scores prompts of up to 600 tokens into `<name>.h5`; how it ended."""
     folder = tmp_path_factory.mktemp("scored")
-    initialize(STATEFUL, folder / "weights.h5", seed=3)
+    initialize(architecture, folder / "weights.h5", seed=3)
     lengths = (600, 5, 130, 64, 65, 1, 300, 7)
     prompts = [{"tokens": [2 + (5 * index + row) % 38 for row in range(count)]} for index, count in enumerate(lengths)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))

@@ -7,7 +7,7 @@ from msgspec import structs
 
 from engine.jobs import make_job
 from engine.requests import make_request
-from engine.runs import STATEFUL
+from engine.runs import SPACES, STATEFUL
 from moempi.commands.dry_run import dry_run
 from moempi.config.architecture import DeltaRule
 from moempi.config.tensors import PAGE_ROWS
@@ -132,6 +132,26 @@ def test_the_memory_of_a_layout_counts_a_state_for_each_slot_and_pages_for_other
     assert {memory.slots for memory in layout.memory} == {6}
     page = PAGE_ROWS * STATEFUL.attention.cached_values // tensor * 4
     assert [memory.page for memory in layout.memory] == [(4 // stages - count) * page for count in layers]
+
+
+@pytest.mark.parametrize(("tensor", "stages"), [(1, 1), (2, 1), (1, 2)])
+def test_the_memory_of_a_layout_counts_states_of_state_spaces_and_pages_of_attention_alone(tensor, stages):
+    job = make_job(
+        parallel={"stages": stages, "tensor": tensor, "stage_layers": [6 // stages] * stages},
+        run={"max_sequences": 6, "precision": "float32"},
+    )
+    layout = make_layout(job, SPACES, [0] * (2 * stages * tensor))
+    values = SPACES.state_space.state_values // tensor
+    assert [memory.state for memory in layout.memory] == [count * 4 * values for count in ([2], [1, 1])[stages - 1]]
+    page = PAGE_ROWS * SPACES.attention.cached_values // tensor * 4
+    assert [memory.page for memory in layout.memory] == ([page], [page, 0])[stages - 1]
+
+
+def test_a_tensor_group_divides_groups_of_state_spaces_or_is_refused():
+    odd = structs.replace(SPACES, state_space=structs.replace(SPACES.state_space, num_groups=1))
+    message = r"parallel.tensor = 2 does not divide the model's state_space.num_groups of 1"
+    with pytest.raises(ConfigError, match=message):
+        make_layout(make_job(parallel={"tensor": 2}), odd, [0, 0])
 
 
 def test_a_tensor_group_divides_key_heads_or_is_refused():

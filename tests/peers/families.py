@@ -295,6 +295,33 @@ CASES |= {
         DELTA | {"linear_num_value_heads": 6, "layer_types": [LINEAR, FULL, LINEAR], "moe_intermediate_size": 24},
     ),
 }
+# One mixer a layer: M Mamba-2, E experts, * attention, - a dense network.
+NEMOTRON: dict[str, Any] = COMMON | {
+    "layers_block_type": [LINEAR, "moe", LINEAR, FULL, "moe"],
+    "num_hidden_layers": 5,
+    "head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 40,
+    "intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 6,
+    "n_groups": 4,
+    "ssm_state_size": 10,
+    "conv_kernel": 4,
+}
+CASES |= {
+    "nemotron_h": ("nemotron_h", NEMOTRON),
+    "nemotron_h-dense-groups-steps": (
+        "nemotron_h",
+        NEMOTRON
+        | {"layers_block_type": ["moe", FULL, "mlp", LINEAR, LINEAR, "moe", FULL], "num_hidden_layers": 7}
+        | {"n_group": 4, "topk_group": 2, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_groups": 2}
+        | {"time_step_min": 0.7, "conv_kernel": 3, "layer_norm_epsilon": 1e-4},
+    ),
+}
 # The library would save the experts of these one by one.
 FUSED_ON_HUB = ("qwen3_5_moe",)
 OFFSET_NORMS = ("qwen3_next", "qwen3_5_moe")

@@ -10,6 +10,7 @@ import pytest
 from msgspec import structs
 
 from engine.jobs import make_job
+from engine.runs import SPACES
 from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Indexer, Latent
 from moempi.config.machine_file import read_machine
 from moempi.config.reading import read_toml
@@ -103,6 +104,16 @@ def test_phases_are_the_points_of_the_schedule(position):
         phases = costs(tensor=tensor, hops=hops).step(layers, StepLoad(64, 64, 100), is_first=is_first, is_last=is_last)
         points = step_points(layers, MISSION.moe_layers, tensor=tensor, is_first=is_first, is_last=is_last)
         assert tuple(phase.point for phase in phases) == points
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_phases_of_layers_with_one_half_alone_are_the_points_of_the_schedule(tensor):
+    found = replace(costs(tensor=tensor), architecture=SPACES)
+    phases = found.step(range(6), StepLoad(64, 64, 100), is_first=True, is_last=True)
+    points = step_points(range(6), (1, 5), tensor=tensor, is_first=True, is_last=True, half_layers=(0, 1, 2, 3, 4, 5))
+    assert tuple(phase.point for phase in phases) == points
+    layers = [phase.point.layer for phase in phases if phase.point.layer >= 0]
+    assert layers == ([1, 1, 5, 5] if tensor == 1 else [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
 
 
 @pytest.mark.parametrize("tensor", [1, 8])

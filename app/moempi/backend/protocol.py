@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.config.architecture import Clamp, DeltaRule, Router
+from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.job import Sampling
 
 Array = Any
@@ -23,13 +23,17 @@ Stored = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """A SwiGLU network: `gate_up` maps D to 2F (gate first), `down` maps F to D; biases (2F,) and (D,) are optional."""
+    """A SwiGLU network: `gate_up` maps D to 2F (gate first), `down` maps F to D; biases (2F,) and (D,) are optional.
+
+    A network that is not `gated` is down(max(0, up x)^2), without biases: its `gate_up` is the matrix up, from D to F.
+    """
 
     gate_up: Array
     down: Array
     gate_up_bias: Array | None = None
     down_bias: Array | None = None
     clamp: Clamp | None = None
+    gated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,10 @@ class RmsNorm:
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """The state of each slot in a layer of the gated delta rule, in float32.
+    """The state of each slot in a layer of the gated delta rule or of state spaces, in float32.
 
-    `tail` (slots, taps - 1, C) holds the last rows before the convolution, `memory` (slots, value heads, key dim, value
-    dim) the sums of keys times values. A sequence that starts at position 0 begins with zeros, whatever its slot holds.
+    `tail` (slots, taps - 1, C) holds the last rows before the convolution, `memory` (slots, *memory_shape) the sums of
+    keys times values. A sequence that starts at position 0 begins with zeros, whatever its slot holds.
     """
 
     tail: Array
@@ -71,6 +75,15 @@ class DeltaRates:
 
     decay_log: Array
     decay_bias: Array
+
+
+@dataclass(frozen=True, slots=True)
+class StateConstants:
+    """The float32 constants (heads,) of state spaces: logarithm of the decay, bias of the step, factor of the input."""
+
+    decay_log: Array
+    step_bias: Array
+    skip: Array
 
 
 class Segment(NamedTuple):
@@ -340,6 +353,9 @@ class RowVerbs(Protocol):
     def swiglu(self, gate_up: Array, clamp: Clamp | None = None) -> Array:
         """Compute silu(gate) * up of (T, 2F) -> (T, F); the clamped form is defined by `config.architecture.Clamp`."""
 
+    def squared_relu(self, x: Array) -> Array:
+        """Compute max(0, x)^2 of x (T, F) (So et al. 2021)."""
+
     def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
         """Multiply rows x (T, D) by sigmoid(logits): one logit for each row (T, 1), or one for each number (T, D)."""
 
@@ -428,16 +444,18 @@ class AttentionVerbs(Protocol):
 
 
 class StateVerbs(Protocol):
-    """Linear attention by the gated delta rule (Yang et al. 2025): a state per sequence in place of cached keys.
+    """The gated delta rule (Yang et al. 2025) and state spaces: a state per sequence in place of cached keys.
 
     A row's results and the state after it have the same bits however the rows of its sequence come in steps.
     """
 
-    def layer_state(self, slots: int, rule: DeltaRule) -> LayerState:
+    def layer_state(self, slots: int, rule: DeltaRule | StateSpace) -> LayerState:
         """Allocate the state of `slots` sequences in one layer."""
 
-    def causal_conv(self, x: Array, taps: Array, state: LayerState, segments: Sequence[Segment]) -> Array:
-        """Compute silu(sum of taps[j, c] * x[t - n + 1 + j, c] over j) for x (T, C) and taps (n, C) -> (T, C).
+    def causal_conv(
+        self, x: Array, taps: Array, state: LayerState, segments: Sequence[Segment], bias: Array | None = None
+    ) -> Array:
+        """Compute silu(bias[c] + sum of taps[j, c] * x[t - n + 1 + j, c] over j) of x (T, C), taps (n, C) -> (T, C).
 
         Rows before the segment are from the tail of its sequence's state, which is brought up to date.
         """
@@ -456,6 +474,23 @@ class StateVerbs(Protocol):
         value heads) are b, then a. With q and k divided by their lengths sqrt(sum of squares + 1e-6), q also by
         sqrt(key dim), beta = sigmoid(b), alpha = exp(-exp(decay_log) * softplus(a + decay_bias)), each row computes
         S = alpha * S; S = S + k (beta * (v - k S)); output = q S. Key head h serves adjacent value heads.
+        """
+
+    def state_space(
+        self,
+        heads: tuple[Array, Array, Array],
+        steps: Array,
+        constants: StateConstants,
+        state: LayerState,
+        segments: Sequence[Segment],
+        *,
+        least_step: float,
+    ) -> Array:
+        """Compute outputs (T, heads, head dim), and bring the memory of the sequences up to date (Mamba-2, 2024).
+
+        `heads` are c and b (T, groups, state dim) and x (T, heads, head dim), `steps` (T, heads) are a. With
+        d = max(softplus(a + step_bias), least_step), each row computes S = exp(-exp(decay_log) * d) * S + b (d * x);
+        output = c S + skip * x. Group g serves adjacent heads.
         """
 
     def gated_norm(self, x: Array, gate: Array, norm: RmsNorm) -> Array:

@@ -3,6 +3,7 @@
 Every weight file contains it as JSON; `moempi init` reads it as TOML.
 """
 
+from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,7 +47,7 @@ class Rope(Struct, frozen=True, forbid_unknown_fields=True):
 
     The two numbers of a rotated pair are dim / 2 apart, or adjacent if `interleaved`. Cosines and sines are multiplied
     by `amplitude`; the i-th frequency is divided by `divisors[i]` (LongRoPE, Ding et al. 2024), all by a single one.
-    Long sequences have their own divisors and amplitude in `long`.
+    Long sequences have their own divisors and amplitude in `long`. With `none`, nothing is rotated.
     """
 
     theta: Positive = 10000.0
@@ -56,6 +57,7 @@ class Rope(Struct, frozen=True, forbid_unknown_fields=True):
     divisors: tuple[Positive, ...] = ()
     yarn: Yarn | None = None
     long: LongRope | None = None
+    none: bool = False
 
 
 class Indexer(Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,7 +163,53 @@ class DeltaRule(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def state_values(self) -> int:
         """Numbers of the state of one sequence in one layer, with the rows that the convolution looks back to."""
-        return self.num_value_heads * self.key_dim * self.value_dim + (self.taps - 1) * self.mixed_dim
+        return prod(self.memory_shape) + (self.taps - 1) * self.mixed_dim
+
+    @property
+    def memory_shape(self) -> tuple[int, int, int]:
+        """Heads, key dim and value dim of the state of one sequence in one layer."""
+        return self.num_value_heads, self.key_dim, self.value_dim
+
+    @property
+    def row_values(self) -> int:
+        """Numbers of a row that a layer holds at its peak."""
+        return 2 * self.mixed_dim + self.num_value_heads * self.value_dim
+
+
+class StateSpace(Struct, frozen=True, forbid_unknown_fields=True):
+    """Selective state spaces (Mamba-2, Dao & Gu 2024), with a state per sequence instead of cached keys.
+
+    Each of `num_heads` heads has a state (state_dim, head_dim) in float32; the inputs and outputs of the state are
+    shared by the adjacent heads of a group. Heads, inputs and outputs first pass a causal convolution of `taps`
+    positions with a bias. The step of a row is at least `least_step`.
+    """
+
+    num_heads: Count
+    head_dim: Annotated[int, Meta(ge=1, le=1 << 10)]
+    num_groups: Count
+    state_dim: Annotated[int, Meta(ge=1, le=1 << 10)]
+    taps: Annotated[int, Meta(ge=2, le=64)]
+    least_step: Annotated[float, Meta(ge=0, le=LARGEST)] = 0.0
+
+    @property
+    def mixed_dim(self) -> int:
+        """Numbers of a row that pass the convolution: heads, and inputs and outputs of the groups' states."""
+        return self.num_heads * self.head_dim + 2 * self.num_groups * self.state_dim
+
+    @property
+    def state_values(self) -> int:
+        """Numbers of the state of one sequence in one layer, with the rows that the convolution looks back to."""
+        return prod(self.memory_shape) + (self.taps - 1) * self.mixed_dim
+
+    @property
+    def memory_shape(self) -> tuple[int, int, int]:
+        """Heads, state dim and head dim of the state of one sequence in one layer."""
+        return self.num_heads, self.state_dim, self.head_dim
+
+    @property
+    def row_values(self) -> int:
+        """Numbers of a row that a layer holds at its peak."""
+        return 2 * self.mixed_dim + 3 * self.num_heads * self.head_dim
 
 
 class Router(Struct, frozen=True, forbid_unknown_fields=True):
@@ -198,7 +246,7 @@ class Clamp(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Experts(Struct, frozen=True, forbid_unknown_fields=True):
-    """The experts of every MoE layer: SwiGLU feed-forward networks of hidden size `width`.
+    """The experts of every MoE layer: feed-forward networks of hidden size `width`.
 
     If `shared_width` is not 0, a shared expert of that hidden size processes every token; `shared_gate` multiplies its
     output by the sigmoid of one additional logit.
@@ -217,8 +265,11 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     """A decoder-only transformer whose layers outside `dense_layers` are Mixture-of-Experts layers.
 
     `norm` is the root mean square norm, rounded before ("rms") or after ("rms_float32") multiplication by its weight,
-    or the layer norm with a bias ("layer"). With `float32_norms`, all weights of norms are float32.
-    `head_bias` is added to the logits. The `delta_layers` have a `delta_rule` in place of the attention.
+    or the layer norm with a bias ("layer"). With `float32_norms`, all weights of norms are float32. `head_bias`
+    is added to the logits. The `delta_layers` have a `delta_rule` in place of the attention, the `state_space_layers` a
+    `state_space`. The layers `without_attention` are a feed-forward alone, the layers `without_feed_forward` an
+    attention or what is in its place. Feed-forward networks are SwiGLU networks, or down(max(0, up x)^2) with the
+    `activation` "relu2" (So et al. 2021).
     """
 
     family: str
@@ -237,12 +288,39 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     float32_norms: bool = False
     delta_rule: DeltaRule | None = None
     delta_layers: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
+    state_space: StateSpace | None = None
+    state_space_layers: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
+    without_attention: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
+    without_feed_forward: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
+    activation: Literal["swiglu", "relu2"] = "swiglu"
     bos_token: Index | None = None
     eos_tokens: tuple[Index, ...] = ()
 
     def is_moe(self, layer: int) -> bool:
         """Whether `layer` (0-based) routes its tokens to experts."""
-        return layer not in self.dense_layers
+        return layer not in self.dense_layers and self.has_feed_forward(layer)
+
+    def has_feed_forward(self, layer: int) -> bool:
+        """Whether `layer` has a feed-forward, dense or of experts."""
+        return layer not in self.without_feed_forward
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether `layer` has an attention, or what is in its place."""
+        return layer not in self.without_attention
+
+    @property
+    def half_layers(self) -> tuple[int, ...]:
+        """The layers with an attention alone, or a feed-forward alone."""
+        return *self.without_attention, *self.without_feed_forward
+
+    def has_cache(self, layer: int) -> bool:
+        """Whether `layer` keeps keys and values of positions."""
+        return self.has_attention(layer) and not self.has_state(layer)
+
+    @property
+    def recurrence(self) -> DeltaRule | StateSpace | None:
+        """The rule of the layers that keep a state per sequence, if there are such."""
+        return self.delta_rule or self.state_space
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -251,7 +329,12 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
 
     def has_state(self, layer: int) -> bool:
         """Whether `layer` keeps a state per sequence, and no keys and values."""
-        return layer in self.delta_layers
+        return layer in self.delta_layers or layer in self.state_space_layers
+
+    def kind(self, layer: int) -> tuple[object, ...]:
+        """What the time of a layer depends on: layers of one kind take equal times."""
+        parts = self.has_attention(layer), self.has_feed_forward(layer), self.has_state(layer)
+        return *parts, self.is_moe(layer), self.window(layer), self.has_indexer(layer)
 
     def window(self, layer: int) -> int:
         """Positions that a token of `layer` attends to, itself included; 0 for all."""
@@ -288,6 +371,8 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
             or _indexer_problem(self.attention, num_layers=self.num_layers)
             or _experts_problem(self.experts)
             or _delta_problem(self)
+            or _state_space_problem(self)
+            or _halves_problem(self)
         )
 
 
@@ -348,6 +433,39 @@ def _delta_problem(architecture: Architecture) -> str | None:
         return "delta_layers and delta_rule go together: one is missing"
     if rule and rule.num_value_heads % rule.num_key_heads:
         return f"delta_rule.num_value_heads {rule.num_value_heads} is not a multiple of {rule.num_key_heads} key heads"
+    return None
+
+
+def _state_space_problem(architecture: Architecture) -> str | None:
+    space, layers = architecture.state_space, architecture.state_space_layers
+    if any(layer >= architecture.num_layers for layer in layers) or len(set(layers)) != len(layers):
+        return f"state_space_layers names a layer twice, or beyond num_layers {architecture.num_layers}"
+    if bool(layers) != (space is not None):
+        return "state_space_layers and state_space go together: one is missing"
+    if layers and architecture.attention.indexer:
+        return "state_space_layers and attention.latent.indexer do not go together"
+    if space and architecture.delta_rule:
+        return "state_space and delta_rule exclude each other"
+    if space and space.num_heads % space.num_groups:
+        return f"state_space.num_heads {space.num_heads} is not a multiple of {space.num_groups} groups"
+    return None
+
+
+def _halves_problem(architecture: Architecture) -> str | None:
+    """Every layer has an attention or a feed-forward; what has none is not described further."""
+    bare, alone = architecture.without_attention, architecture.without_feed_forward
+    if any(layer >= architecture.num_layers for layer in (*bare, *alone)):
+        return f"without_attention or without_feed_forward name a layer beyond num_layers {architecture.num_layers}"
+    if set(bare) & set(alone):
+        return "without_attention and without_feed_forward name the same layer"
+    if set(bare) & {*architecture.delta_layers, *architecture.state_space_layers}:
+        return "without_attention names a layer of a delta_rule or state_space"
+    if set(alone) & set(architecture.dense_layers):
+        return "without_feed_forward and dense_layers name the same layer"
+    if (bare or alone) and architecture.attention.indexer:
+        return "without_attention and without_feed_forward go with no attention.latent.indexer"
+    if architecture.activation == "relu2" and (architecture.experts.biases or architecture.experts.clamp):
+        return "activation relu2 goes with no biases and no clamp of experts"
     return None
 
 

@@ -10,7 +10,15 @@ from enum import Enum
 from functools import lru_cache
 from math import prod
 
-from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Experts, Indexer, Latent
+from moempi.config.architecture import (
+    Architecture,
+    AttentionShape,
+    DeltaRule,
+    Experts,
+    Indexer,
+    Latent,
+    StateSpace,
+)
 
 BLOCK_ROWS = 64
 """Default number of rows per checksum."""
@@ -106,10 +114,25 @@ def _stage_tensors(architecture: Architecture, layers: range) -> Iterator[Tensor
 
 def layer_tensors(architecture: Architecture, layer: int) -> Iterator[Tensor]:
     """The tensors of one layer."""
-    path, width = layer_path(layer), architecture.width
-    yield from _norm(architecture, f"{path}/attention_norm")
+    path, width, gated = layer_path(layer), architecture.width, architecture.activation == "swiglu"
+    if architecture.has_attention(layer):
+        yield from _norm(architecture, f"{path}/attention_norm")
+        yield from _mixer_tensors(architecture, layer, path)
+    if architecture.has_feed_forward(layer):
+        yield from _norm(architecture, f"{path}/feed_forward_norm")
+    if architecture.is_moe(layer):
+        yield from _expert_tensors(architecture.experts, width, path, gated=gated)
+    elif architecture.has_feed_forward(layer):
+        yield from _network(f"{path}/dense", architecture.dense_width, width, Share.HIDDEN, gated=gated)
+
+
+def _mixer_tensors(architecture: Architecture, layer: int, path: str) -> Iterator[Tensor]:
+    """Of the attention of a layer, or of what is in its place."""
+    width = architecture.width
     if architecture.delta_rule and architecture.has_state(layer):
         yield from _delta_tensors(architecture.delta_rule, width, f"{path}/delta")
+    elif architecture.state_space and architecture.has_state(layer):
+        yield from _state_space_tensors(architecture.state_space, width, f"{path}/state_space")
     elif architecture.attention.latent:
         yield from _latent_tensors(architecture.attention, architecture.attention.latent, width, f"{path}/attention")
         if architecture.attention.indexer and architecture.has_indexer(layer):
@@ -117,11 +140,6 @@ def layer_tensors(architecture: Architecture, layer: int) -> Iterator[Tensor]:
             yield from _indexer_tensors(architecture.attention.indexer, width, rank, f"{path}/attention")
     else:
         yield from _attention_tensors(architecture, f"{path}/attention")
-    yield from _norm(architecture, f"{path}/feed_forward_norm")
-    if architecture.is_moe(layer):
-        yield from _expert_tensors(architecture.experts, width, path)
-    else:
-        yield from _network(f"{path}/dense", architecture.dense_width, width, Share.HIDDEN)
 
 
 def _norm(architecture: Architecture, name: str) -> Iterator[Tensor]:
@@ -174,6 +192,23 @@ def _delta_tensors(rule: DeltaRule, width: int, path: str) -> Iterator[Tensor]:
     yield Tensor(f"{path}/o", (value_rows, width), Share.HEADS, block_rows=rule.value_dim, transposed=True)
 
 
+def _state_space_tensors(space: StateSpace, width: int, path: str) -> Iterator[Tensor]:
+    """Heads are in the order of their groups, so that a part of all rows has whole groups."""
+    shared, heads = space.num_heads // space.num_groups, space.num_heads
+    of_heads = heads * space.head_dim, shared * space.head_dim
+    of_groups = space.num_groups * space.state_dim, space.state_dim
+    yield Tensor(f"{path}/z", (of_heads[0], width), Share.HEADS, block_rows=of_heads[1])
+    for name, (rows, block) in (("x", of_heads), ("b", of_groups), ("c", of_groups)):
+        yield Tensor(f"{path}/{name}", (rows, width), Share.HEADS, block_rows=block)
+        yield Tensor(f"{path}/{name}_taps", (rows, space.taps), Share.HEADS, block_rows=block)
+        yield Tensor(f"{path}/{name}_taps_bias", (rows,), Share.HEADS, block_rows=block)
+    yield Tensor(f"{path}/step", (heads, width), Share.HEADS, block_rows=shared)
+    for name in ("decay_log", "step_bias", "skip"):
+        yield Tensor(f"{path}/{name}", (heads,), Share.HEADS, block_rows=shared, dtype="float32")
+    yield Tensor(f"{path}/norm", (of_heads[0],), Share.HEADS, block_rows=of_heads[1])
+    yield Tensor(f"{path}/o", (of_heads[0], width), Share.HEADS, block_rows=of_heads[1], transposed=True)
+
+
 def _latent_tensors(heads: AttentionShape, latent: Latent, width: int, path: str) -> Iterator[Tensor]:
     rank, biased, rows = latent.key_value_rank, heads.biases == "all", heads.num_heads * heads.head_dim
     if latent.query_rank:
@@ -210,14 +245,15 @@ def _output_tensors(heads: AttentionShape, width: int, path: str) -> Iterator[Te
         yield Tensor(f"{path}/o_bias", (width,))
 
 
-def _expert_tensors(experts: Experts, width: int, path: str) -> Iterator[Tensor]:
+def _expert_tensors(experts: Experts, width: int, path: str, *, gated: bool) -> Iterator[Tensor]:
     num, hidden, router = experts.num, experts.width, experts.router
     yield Tensor(f"{path}/router", (num, width), dtype="float32" if router.float32_logits else "bfloat16")
     if router.bias:
         yield Tensor(f"{path}/router_bias", (num,))
     if router.correction:
         yield Tensor(f"{path}/router_correction", (num,), dtype="float32")
-    yield Tensor(f"{path}/experts/gate", (num, hidden, width), Share.EXPERTS, block_rows=1)
+    if gated:
+        yield Tensor(f"{path}/experts/gate", (num, hidden, width), Share.EXPERTS, block_rows=1)
     yield Tensor(f"{path}/experts/up", (num, hidden, width), Share.EXPERTS, block_rows=1)
     yield Tensor(f"{path}/experts/down", (num, width, hidden), Share.EXPERTS, block_rows=1)
     if experts.biases:
@@ -225,12 +261,13 @@ def _expert_tensors(experts: Experts, width: int, path: str) -> Iterator[Tensor]
         yield Tensor(f"{path}/experts/up_bias", (num, hidden), Share.EXPERTS, block_rows=1)
         yield Tensor(f"{path}/experts/down_bias", (num, width), Share.EXPERTS, block_rows=1)
     if experts.shared_width:
-        yield from _network(f"{path}/shared", experts.shared_width, width, Share.ALL)
+        yield from _network(f"{path}/shared", experts.shared_width, width, Share.ALL, gated=gated)
     if experts.shared_gate:
         yield Tensor(f"{path}/shared_gate", (1, width))
 
 
-def _network(path: str, hidden: int, width: int, share: Share) -> Iterator[Tensor]:
-    yield Tensor(f"{path}/gate", (hidden, width), share)
+def _network(path: str, hidden: int, width: int, share: Share, *, gated: bool) -> Iterator[Tensor]:
+    if gated:
+        yield Tensor(f"{path}/gate", (hidden, width), share)
     yield Tensor(f"{path}/up", (hidden, width), share)
     yield Tensor(f"{path}/down", (hidden, width), share, transposed=True)

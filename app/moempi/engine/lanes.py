@@ -158,11 +158,13 @@ def _make_trace(
 
 def _points(rank_layout: RankLayout, model: Transformer, comm: LaneComm) -> Sequence[Point]:
     """The points of a step of one lane."""
+    architecture = model.architecture
     return step_points(
         rank_layout.stage.layers,
-        model.architecture.moe_layers,
+        architecture.moe_layers,
         tensor=comm.tensor.size,
         is_first=comm.link.is_first,
         is_last=comm.link.is_last,
         immediate=comm.immediate is not None,
+        half_layers=architecture.half_layers,
     )

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moempi.backend.protocol import Array, Backend, DeltaRates, Expert, RmsNorm
-from moempi.config.architecture import DeltaRule, Indexer, Latent
+from moempi.backend.protocol import Array, Backend, DeltaRates, Expert, RmsNorm, StateConstants
+from moempi.config.architecture import Architecture, DeltaRule, Indexer, Latent, StateSpace
 from moempi.config.tensors import layer_path
 from moempi.engine.shard import Shard
 from moempi.model.attention import Attention
@@ -19,7 +19,8 @@ from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
 from moempi.model.sparse_attention import LightningIndexer
-from moempi.model.transformer import Layer, Transformer
+from moempi.model.state_space import StateSpaceMixer
+from moempi.model.transformer import Layer, Mixer, Transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ def load_model(
 
     architecture = shard.architecture
     is_first, is_last = layers.start == 0, layers.stop == architecture.num_layers
-    rule, with_state = architecture.delta_rule, [layer for layer in layers if architecture.has_state(layer)]
+    with_cache = [layer for layer in layers if architecture.has_cache(layer)]
+    rule, num_states = architecture.recurrence, sum(map(architecture.has_state, layers))
     model = Transformer(
         architecture=architecture,
         backend=backend,
@@ -64,12 +66,12 @@ def load_model(
         cache=KVCache(
             backend,
             architecture.attention,
-            layers=len(layers) - len(with_state),
+            layers=len(with_cache),
             pages=pages,
             first_slot=slots.start,
-            index_dims=[architecture.index_values(layer) for layer in layers if not architecture.has_state(layer)],
+            index_dims=list(map(architecture.index_values, with_cache)),
         ),
-        states=[backend.layer_state(len(slots), rule) for _ in with_state if rule],
+        states=[backend.layer_state(len(slots), rule) for _ in range(num_states) if rule],
     )
     backend.finish_loading()  # the lanes compute on other queues, which do not wait for this one
     return model
@@ -87,22 +89,30 @@ def _head(shard: Shard, backend: Backend) -> LMHead:
 
 
 def _layer(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> Layer:
-    path, moe = layer_path(layer), shard.architecture.is_moe(layer)
+    path, architecture = layer_path(layer), shard.architecture
+    attends, feeds = architecture.has_attention(layer), architecture.has_feed_forward(layer)
     return Layer(
         index=layer,
-        attention_norm=_norm(shard, backend, f"{path}/attention_norm"),
-        attention=_mixer(shard, backend, layer),
-        feed_forward_norm=_norm(shard, backend, f"{path}/feed_forward_norm"),
-        feed_forward=_experts(shard, backend, layer, hosted) if moe else _dense(shard, backend, f"{path}/dense"),
+        attention_norm=_norm(shard, backend, f"{path}/attention_norm") if attends else None,
+        attention=_mixer(shard, backend, layer) if attends else None,
+        feed_forward_norm=_norm(shard, backend, f"{path}/feed_forward_norm") if feeds else None,
+        feed_forward=_feed_forward(shard, backend, layer, hosted) if feeds else None,
     )
 
 
-def _mixer(shard: Shard, backend: Backend, layer: int) -> Attention | LatentAttention | GatedDelta:
-    """The part of a layer in which positions meet."""
+def _feed_forward(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> Dense | MixtureOfExperts:
+    if shard.architecture.is_moe(layer):
+        return _experts(shard, backend, layer, hosted)
+    return _dense(shard, backend, f"{layer_path(layer)}/dense")
+
+
+def _mixer(shard: Shard, backend: Backend, layer: int) -> Mixer:
     path, architecture = layer_path(layer), shard.architecture
-    rule, latent = architecture.delta_rule, architecture.attention.latent
+    rule, space, latent = architecture.delta_rule, architecture.state_space, architecture.attention.latent
     if rule and architecture.has_state(layer):
         return _gated_delta(shard, backend, f"{path}/delta", rule=rule)
+    if space and architecture.has_state(layer):
+        return _state_space(shard, backend, f"{path}/state_space", space=space)
     if latent:
         return _latent_attention(shard, backend, f"{path}/attention", latent=latent)
     return _attention(shard, backend, f"{path}/attention", window=architecture.window(layer))
@@ -150,6 +160,24 @@ def _gated_delta(shard: Shard, backend: Backend, path: str, *, rule: DeltaRule) 
     )
 
 
+def _state_space(shard: Shard, backend: Backend, path: str, *, space: StateSpace) -> StateSpaceMixer:
+    def read(*names: str) -> Iterator[npt.NDArray[Any]]:
+        return (shard.read(f"{path}/{name}") for name in names)
+
+    return StateSpaceMixer(
+        space=space,
+        eps=shard.architecture.norm_eps,
+        mixed=backend.matrix(*read("x", "b", "c")),
+        taps=backend.tensor(np.ascontiguousarray(np.concatenate(list(read("x_taps", "b_taps", "c_taps"))).T)),
+        taps_bias=backend.tensor(*read("x_taps_bias", "b_taps_bias", "c_taps_bias")),
+        gate=backend.matrix(*read("z")),
+        steps=backend.matrix(*read("step")),
+        constants=StateConstants(*(backend.tensor(one) for one in read("decay_log", "step_bias", "skip"))),
+        norms=[backend.tensor(weights) for one in read("norm") for weights in np.split(one, space.num_groups)],
+        output=backend.matrix(*read("o"), transposed=True),
+    )
+
+
 def _latent_attention(shard: Shard, backend: Backend, path: str, *, latent: Latent) -> LatentAttention:
     shape = shard.architecture.attention
     unrotated_dim = shape.head_dim - latent.rope_dim
@@ -188,8 +216,9 @@ def _indexer(shard: Shard, backend: Backend, path: str, shape: Indexer) -> Light
 def _dense(shard: Shard, backend: Backend, path: str) -> Dense:
     return Dense(
         Expert(
-            gate_up=backend.matrix(shard.read(f"{path}/gate"), shard.read(f"{path}/up")),
+            gate_up=backend.matrix(*(shard.read(f"{path}/{name}") for name in _gate_and_up(shard.architecture))),
             down=backend.matrix(shard.read(f"{path}/down"), transposed=True),
+            gated=shard.architecture.activation == "swiglu",
         )
     )
 
@@ -214,12 +243,17 @@ def _expert(shard: Shard, backend: Backend, path: str, expert: int) -> Expert:
 
     experts = shard.architecture.experts
     return Expert(
-        gate_up=backend.matrix(read("gate"), read("up")),
+        gate_up=backend.matrix(*map(read, _gate_and_up(shard.architecture))),
         down=backend.matrix(read("down")),
         gate_up_bias=backend.tensor(read("gate_bias"), read("up_bias")) if experts.biases else None,
         down_bias=backend.tensor(read("down_bias")) if experts.biases else None,
         clamp=experts.clamp,
+        gated=shard.architecture.activation == "swiglu",
     )
+
+
+def _gate_and_up(architecture: Architecture) -> tuple[str, ...]:
+    return ("gate", "up") if architecture.activation == "swiglu" else ("up",)
 
 
 def _optional(shard: Shard, backend: Backend, *names: str) -> Array | None:

@@ -14,9 +14,9 @@ from moempi.storage.weights import WeightFile
 class Shard:
     """Part `part` of `parts` of every tensor that a tensor group divides, and all rows of the other tensors.
 
-    `architecture` describes the share: its attention and delta rule have the heads of this part. `num_bytes` counts
-    the bytes read so far. Every read first calls `on_read`. It raises DataError, which names file and tensor, if a
-    checksum is wrong.
+    `architecture` describes the share: its attention, delta rule and state space have the heads of this part.
+    `num_bytes` counts the bytes read so far. Every read first calls `on_read`. It raises DataError, which names file
+    and tensor, if a checksum is wrong.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Shard:
         self._parts = parts
         self._on_read = on_read
         self.num_bytes = 0
-        shape, rule = file.architecture.attention, file.architecture.delta_rule
+        shape, rule, space = file.architecture.attention, file.architecture.delta_rule, file.architecture.state_space
         self.architecture: Architecture = msgspec.structs.replace(
             file.architecture,
             attention=msgspec.structs.replace(
@@ -36,6 +36,10 @@ class Shard:
             delta_rule=rule
             and msgspec.structs.replace(
                 rule, num_key_heads=rule.num_key_heads // parts, num_value_heads=rule.num_value_heads // parts
+            ),
+            state_space=space
+            and msgspec.structs.replace(
+                space, num_heads=space.num_heads // parts, num_groups=space.num_groups // parts
             ),
         )
 

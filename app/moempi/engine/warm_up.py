@@ -67,9 +67,14 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
     angles = rope_angles(backend, architecture.attention, positions, capacities)
     sparse = sparse_rows(backend, architecture.attention, segments, capacities)
     for layer, cache in zip(model.layers, model.layer_caches, strict=True):
-        rows = layer.attention_norm(backend, x)
-        if not isinstance(cache, Cache) or len(cache.keys):
-            rows = layer.attend(backend, rows, angles, cache, segments, sparse)
+        rows = None
+        if layer.attention_norm is not None:
+            rows = layer.attention_norm(backend, x)
+            if not isinstance(cache, Cache) or len(cache.keys):
+                rows = layer.attend(backend, rows, angles, cache, segments, sparse)
+        if layer.feed_forward is None or layer.feed_forward_norm is None:
+            backend.add(x, rows)
+            continue
         _, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
         if isinstance(layer.feed_forward, MixtureOfExperts):
             _run_experts(model, layer.feed_forward, placements.get(layer.index), rows)

@@ -139,6 +139,8 @@ def _require_divisible(job: Job, architecture: Architecture) -> None:
     divided = {"num_heads": heads.num_heads, "num_kv_heads": heads.num_kv_heads}
     if architecture.delta_rule:
         divided["delta_rule.num_key_heads"] = architecture.delta_rule.num_key_heads
+    if architecture.state_space:
+        divided["state_space.num_groups"] = architecture.state_space.num_groups
     if architecture.dense_layers:
         divided["dense_width"] = architecture.dense_width
     for name, size in divided.items():

@@ -61,9 +61,9 @@ def rank_memory(
     cached = architecture.attention.cached_values // (1 if architecture.attention.latent else tensor)
     num_states = sum(map(architecture.has_state, layers))
     page = PAGE_ROWS * sum(
-        cached + architecture.index_values(layer) for layer in layers if not architecture.has_state(layer)
+        cached + architecture.index_values(layer) for layer in layers if architecture.has_cache(layer)
     )
-    state = num_states * (architecture.delta_rule.state_values if architecture.delta_rule else 0) // tensor * 4
+    state = num_states * (architecture.recurrence.state_values if architecture.recurrence else 0) // tensor * 4
     values = _values_per_row(architecture, tensor, rounds_later=on_gpu and is_bfloat16)
     rows = groups * job.lanes * job.run.batch_tokens * values
     page_bytes = page * (2 if is_bfloat16 and not widened else 4)
@@ -71,14 +71,14 @@ def rank_memory(
 
 
 def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bool) -> int:
-    """The peak number of values per row of a step: in attention or a delta rule, or in the experts and their buffers.
+    """The peak number of values per row of a step: in attention or its substitute, or in experts and their buffers.
 
     With `rounds_later` a product with a bias is first float32, twice the size of the rounded values beside it. Sparse
     attention divides and joins the queries and the attended rows.
     """
     heads, experts = architecture.attention, architecture.experts
     dim = heads.cached_dim if heads.latent else heads.head_dim
-    rule = architecture.delta_rule
+    rule = architecture.recurrence
     projections = 5 if heads.indexer else 3 if rounds_later and heads.biases != "none" else 2
     attention = projections * (heads.num_heads * (1 + heads.output_gate) + 2 * heads.cached_heads) * dim // tensor
     if heads.indexer:
@@ -87,7 +87,7 @@ def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bo
     hidden, rows = (6, 6) if rounds_later and experts.biases else (3, 4)
     if rule:  # beside the buffers of the experts' rows
         buffers = experts.router.top_k * rows * architecture.width
-        attention = max(attention, (2 * rule.mixed_dim + rule.num_value_heads * rule.value_dim + buffers) // tensor)
+        attention = max(attention, (rule.row_values + buffers) // tensor)
     routed = experts.router.top_k * (hidden * experts.width + rows * architecture.width) + 3 * experts.shared_width
     feed_forward = max(3 * architecture.dense_width, routed) // tensor
     return 4 * architecture.width + max(attention, feed_forward)

@@ -27,8 +27,11 @@ def step_points(
     is_first: bool,
     is_last: bool,
     immediate: bool = False,
+    half_layers: Sequence[int] = (),
 ) -> tuple[Point, ...]:
     """The points of one step of a stage that computes `layers`, in order.
+
+    The `half_layers` have an attention alone, or a feed-forward alone.
 
     With `immediate`, the last layer has no combine, because its outputs go to the next stage. In a pipeline, the first
     point of the first stage follows the step before: there it waits for the tokens that the last stage samples.
@@ -36,9 +39,9 @@ def step_points(
     points = [ROWS] if not is_first else [AGREE] if is_last else [TOKENS, AGREE]
     for layer in layers:
         divided = TENSOR_PHASES if tensor > 1 else ()
-        points.extend(
-            Point(layer, phase) for phase in (*divided, *(EXCHANGE_PHASES if layer in moe_layers else divided))
-        )
+        first = () if layer in half_layers else divided
+        last = EXCHANGE_PHASES if layer in moe_layers else divided
+        points.extend(Point(layer, phase) for phase in (*first, *last))
     if immediate:
         points.pop()
     elif tensor > 1:

@@ -13,13 +13,15 @@ from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """One SwiGLU network for every row."""
+    """One network for every row."""
 
     mlp: Expert
 
     def __call__(self, backend: Backend, x: Array) -> Array:
         """Map rows x (T, D) to (T, D); with a part of the hidden width, to an addend of the result."""
-        return backend.linear(backend.swiglu(backend.linear(x, self.mlp.gate_up)), self.mlp.down)
+        hidden = backend.linear(x, self.mlp.gate_up)
+        hidden = backend.swiglu(hidden) if self.mlp.gated else backend.squared_relu(hidden)
+        return backend.linear(hidden, self.mlp.down)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,10 @@ class Norm:
             return backend.layer_norm(x, self.weight, self.bias, eps=self.eps)
         return backend.rms_norm(x, self.weight, eps=self.eps, rounded=self.kind == "rms")
 
-    def of_sum(self, backend: Backend, x: Array, y: Array) -> tuple[Array, Array]:
-        """Add rows x and y (T, D); the sum, and the sum normalized."""
+    def of_sum(self, backend: Backend, x: Array, y: Array | None) -> tuple[Array, Array]:
+        """Add rows x and y (T, D), if there are such; the sum, and the sum normalized."""
+        if y is None:
+            return x, self(backend, x)
         if self.kind == "layer":
             total = backend.add(x, y)
             return total, self(backend, total)

@@ -45,8 +45,8 @@ def _of_long(rope: Rope, long: LongRope) -> Rope:
 def frequencies(rope: Rope, *, dim: int) -> Float32Array:
     """theta^(-2i / dim) for i = 0 .. dim / 2 - 1, rescaled by `rope`; float32, the precision used in training.
 
-    Each step needs them, so they are computed once; read-only. Powers are rounded from double precision: those of NumPy
-    in float32 differ between processors.
+    All are 0 if nothing is rotated. Each step needs them, so they are computed once; read-only. Powers are rounded from
+    double precision: those of NumPy in float32 differ between processors.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     periods = np.array([math.pow(np.float32(rope.theta), exponent) for exponent in exponents.tolist()], np.float32)
@@ -54,6 +54,8 @@ def frequencies(rope: Rope, *, dim: int) -> Float32Array:
         periods = periods * np.array(rope.divisors, np.float32)
     plain: Float32Array = (np.float32(1) / periods).astype(np.float32)
     result = plain if rope.yarn is None else _interpolated(plain, periods, rope.yarn, theta=rope.theta)
+    if rope.none:
+        result *= np.float32(0)
     result.flags.writeable = False
     return result
 

@@ -23,19 +23,27 @@ from moempi.model.norm import Norm
 from moempi.model.rope import rope_angles
 from moempi.model.router_balance import RoutingPolicy
 from moempi.model.sparse_attention import SparseRows, sparse_rows
+from moempi.model.state_space import StateSpaceMixer
 
 GATHER, SCATTER = TENSOR_PHASES
+Mixer = Attention | LatentAttention | GatedDelta | StateSpaceMixer
+"""The part of a layer in which positions meet."""
+WITH_STATE = GatedDelta, StateSpaceMixer
+"""The mixers that keep a state per sequence, and no keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One pre-norm block; `index` is its number in the whole model."""
+    """One pre-norm block; `index` is its number in the whole model.
+
+    A layer may have an attention alone or a feed-forward alone; then the other and its norm are None.
+    """
 
     index: int
-    attention_norm: Norm
-    attention: Attention | LatentAttention | GatedDelta
-    feed_forward_norm: Norm
-    feed_forward: Dense | MixtureOfExperts
+    attention_norm: Norm | None
+    attention: Mixer | None
+    feed_forward_norm: Norm | None
+    feed_forward: Dense | MixtureOfExperts | None
 
     def attend(
         self,
@@ -52,8 +60,10 @@ class Layer:
         """
         if isinstance(self.attention, LatentAttention):
             return self.attention(backend, x, angles, cache, segments, sparse)
-        if isinstance(self.attention, GatedDelta):
+        if isinstance(self.attention, WITH_STATE):
             return self.attention(backend, x, cache, segments)
+        if self.attention is None:
+            raise ValueError(f"layer {self.index} has no attention")
         return self.attention(backend, x, angles, cache, segments)
 
 
@@ -75,9 +85,12 @@ class Transformer:
 
     @property
     def layer_caches(self) -> Sequence[Any]:
-        """What each layer keeps of the positions before: a Cache, or a LayerState."""
+        """What each layer keeps of the positions before: a Cache, a LayerState, or None without an attention."""
         caches, states = iter(self.cache.layers), iter(self.states)
-        return [next(states if isinstance(layer.attention, GatedDelta) else caches) for layer in self.layers]
+        return [
+            layer.attention and next(states if isinstance(layer.attention, WITH_STATE) else caches)
+            for layer in self.layers
+        ]
 
     def embed(self, tokens: IntArray) -> Array:
         """The rows (T, D) of tokens (T,)."""
@@ -98,11 +111,16 @@ class Transformer:
         angles = rope_angles(backend, self.architecture.attention, batch.positions, batch.row_capacities)
         sparse = sparse_rows(backend, self.architecture.attention, segments, batch.row_capacities)
         for layer, cache in zip(self.layers, self.layer_caches, strict=True):
-            rows = layer.attention_norm(backend, x)
             gather, scatter = Point(layer.index, GATHER), Point(layer.index, SCATTER)
-            rows = yield from tensor.all_gather(rows, split, gather)
-            rows = layer.attend(backend, rows, angles, cache, segments, sparse)
-            rows = yield from tensor.reduce_scatter(rows, split, scatter)
+            rows = None
+            if layer.attention_norm is not None:
+                rows = layer.attention_norm(backend, x)
+                rows = yield from tensor.all_gather(rows, split, gather)
+                rows = layer.attend(backend, rows, angles, cache, segments, sparse)
+                rows = yield from tensor.reduce_scatter(rows, split, scatter)
+            if layer.feed_forward is None or layer.feed_forward_norm is None:
+                x = backend.add(x, rows)
+                continue
             x, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 combine = last_combine if layer is self.layers[-1] else comm.home_combine

@@ -327,7 +327,7 @@ def _signature(planned: PlannedJob, index: int) -> object:
     """Stages with equal signatures take equal times."""
     grid, architecture = planned.layout.grid, planned.architecture
     stage = grid.stages[index]
-    kinds = tuple((architecture.is_moe(layer), architecture.window(layer)) for layer in stage.layers)
+    kinds = tuple(map(architecture.kind, stage.layers))
     nodes = planned.topology.subset(stage.ranks).nodes
     is_end = index == 0, index == len(grid.stages) - 1
     immediate = index in planned.layout.immediate_stages

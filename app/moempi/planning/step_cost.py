@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moempi.arrays import IntArray, larger
-from moempi.config.architecture import Architecture, DeltaRule, Indexer
+from moempi.config.architecture import Architecture, DeltaRule, Indexer, StateSpace
 from moempi.config.machine_file import MachineFile
 from moempi.config.tensors import TENSOR_PARALLEL, layer_path, layer_tensors, stage_tensors
 from moempi.config.topology_file import Level
@@ -97,8 +97,7 @@ class StepCosts:
         pending_s = 0.0
         equal_layers: dict[object, tuple[list[Phase], float]] = {}
         for layer in layers:
-            model = self.architecture
-            kind: object = model.is_moe(layer), model.window(layer), model.has_indexer(layer), model.has_state(layer)
+            kind: object = self.architecture.kind(layer)
             if layer in load.routed:
                 kind = layer
             if kind not in equal_layers:
@@ -139,12 +138,12 @@ class StepCosts:
     def _layer(self, layer: int, load: StepLoad) -> Iterator[Phase]:
         """The phases of a layer; a dense layer without a tensor group has none (`_undivided_dense_layer`)."""
         attention_s = self._attention(layer, load)
-        if self.tensor > 1:
+        if self.tensor > 1 and self.architecture.has_attention(layer):
             yield from self._divided(layer, attention_s, load)
             attention_s = 0.0
         if self.architecture.is_moe(layer):
             yield from self._mixture_of_experts(layer, attention_s, load)
-        elif self.tensor > 1:
+        elif self.tensor > 1 and self.architecture.has_feed_forward(layer):
             yield from self._divided(layer, self._dense(layer, load), load)
 
     def _divided(self, layer: int, compute_s: float, load: StepLoad) -> Iterator[Phase]:
@@ -186,8 +185,10 @@ class StepCosts:
         return self.architecture.experts.router.top_k
 
     def _attention(self, layer: int, load: StepLoad) -> float:
-        if self.architecture.delta_rule and self.architecture.has_state(layer):
-            return self._delta_rule(layer, self.architecture.delta_rule, load)
+        if not self.architecture.has_attention(layer):
+            return 0.0
+        if self.architecture.recurrence and self.architecture.has_state(layer):
+            return self._recurrence(layer, self.architecture.recurrence, load)
         heads = self.architecture.attention
         window = self.architecture.window(layer)
         context, read = (min(positions, window or inf) for positions in (load.context, load.cached or load.context))
@@ -209,11 +210,11 @@ class StepCosts:
         cached = load.sequences * (load.cached or load.context) * indexer.head_dim
         return self._roofline(flops, cached * self.value_bytes)
 
-    def _delta_rule(self, layer: int, rule: DeltaRule, load: StepLoad) -> float:
+    def _recurrence(self, layer: int, rule: DeltaRule | StateSpace, load: StepLoad) -> float:
         """Each row decays, reads, changes and reads the state; a step reads and writes that of each sequence."""
         values = rule.state_values / self.tensor
         core_s = self._roofline(STATE_FLOPS * load.rows * values, 2 * STATE_BYTES * load.sequences * values)
-        return core_s + self._products(layer, "delta", load.rows)
+        return core_s + self._products(layer, "delta", load.rows) + self._products(layer, "state_space", load.rows)
 
     def _dense(self, layer: int, load: StepLoad) -> float:
         return self._products(layer, "dense", load.rows)

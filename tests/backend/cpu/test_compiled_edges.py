@@ -123,21 +123,23 @@ def test_selections_of_edge_sizes(dim, cached_type, at_end):
 
 @AT_END
 @pytest.mark.parametrize("dim", WIDTHS)
-def test_delta_rules_of_edge_sizes(dim, at_end):
+def test_delta_rules_and_state_spaces_of_edge_sizes(dim, at_end):
     def guarded_values(*shape, seed):
         return guarded(values(*shape, seed=seed), at_end=at_end)
 
     spans = guarded(np.array([[0, 2, 0, 1], [2, 3, 9, 0]]), at_end=at_end)
     tail, memory = guarded_values(2, 3, 4 * dim, seed=1), guarded_values(2, 2, dim, dim, seed=2)
-    mixed = KERNELS.convolve(
-        guarded_values(5, 4 * dim, seed=3), guarded_values(4, 4 * dim, seed=4), tail, spans, rounded=False
-    )
+    x, taps, bias = (guarded_values(*shape, seed=3) for shape in ((5, 4 * dim), (4, 4 * dim), (4 * dim,)))
+    mixed = KERNELS.convolve(x, taps, bias, tail, spans, rounded=False)
     mixed = guarded(mixed, at_end=at_end)
     heads = tuple(
         mixed[:, part].reshape(5, -1, dim) for part in (slice(dim), slice(dim, 2 * dim), slice(2 * dim, None))
     )
     alpha, beta = (guarded(np.abs(values(5, 2, seed=seed)) / 4, at_end=at_end) for seed in (5, 6))
     read = KERNELS.apply_delta_rule(heads, alpha, beta, memory, spans, rounded=True)
+    outputs, inputs = (guarded(np.ascontiguousarray(part), at_end=at_end) for part in heads[:2])
+    spaces, skip = (outputs, inputs, heads[2]), guarded_values(2, seed=9)
+    read += KERNELS.apply_state_space(spaces, (alpha, beta), skip, memory, spans, rounded=True)
     norm = RmsNorm(guarded_values(dim, seed=7), 1e-6)
     gated = KERNELS.normalize_gated(guarded(read, at_end=at_end), guarded_values(5, 2, dim, seed=8), norm, rounded=True)
     assert all(np.isfinite(found).all() for found in (mixed, tail, memory, gated))

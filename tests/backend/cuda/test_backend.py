@@ -13,8 +13,8 @@ from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
-from moempi.backend.protocol import DeltaRates, Expert, RmsNorm, Segment
-from moempi.config.architecture import AttentionShape, Clamp, DeltaRule, LongRope, Rope, Router
+from moempi.backend.protocol import DeltaRates, Expert, RmsNorm, Segment, StateConstants
+from moempi.config.architecture import AttentionShape, Clamp, DeltaRule, LongRope, Rope, Router, StateSpace
 from moempi.errors import ConfigError
 from moempi.model.rope import rope_angles
 
@@ -779,22 +779,43 @@ def delta_layer(pair, backend, number, rows, segments, state):
     return read, backend.gated_norm(read, gate, RmsNorm(given(7, seed=7, dtype=np.float32), 1e-5))
 
 
-def steps(backend):
+def steps(backend, rule):
     """40 rows of three sequences, one of which goes on from an earlier step."""
-    state = backend.layer_state(4, RULE)
+    state = backend.layer_state(4, rule)
     first = (Segment(0, 9, 0, NO_PAGES, 3), Segment(9, 1, 0, NO_PAGES, 1))
     second = (Segment(0, 20, 9, NO_PAGES, 3), Segment(20, 10, 0, NO_PAGES, 0))
     return state, ((slice(0, 10), first), (slice(10, 40), second))
 
 
 NO_PAGES = np.zeros(0, np.int64)
+SPACE = StateSpace(num_heads=6, head_dim=7, num_groups=2, state_dim=5, taps=4, least_step=0.3)
 
 
-def test_the_delta_rule_equals_the_cpu(pair):
-    (gpu_state, parts), (cpu_state, _) = steps(pair.gpu), steps(pair.cpu)
+def state_space_layer(pair, backend, number, rows, segments, state):
+    """The convolution and the state spaces of rows [first, last); `number` chooses the backend's arrays."""
+
+    def given(*shape, seed, dtype=None):
+        both = pair.values(*shape, seed=seed)
+        held = both[number] if dtype is None or number == 0 else backend.upload(both[0])
+        return held[rows] if shape[0] == 40 else held
+
+    x, taps, bias = given(40, 62, seed=1), given(4, 62, seed=2), given(62, seed=3)
+    mixed = backend.causal_conv(x, taps, state, segments, bias)
+    parts, shapes = (mixed[:, 52:], mixed[:, 42:52], mixed[:, :42]), ((2, 5), (2, 5), (6, 7))
+    heads = [part.reshape(len(mixed), *shape) for part, shape in zip(parts, shapes, strict=True)]
+    wide = StateConstants(*(given(6, seed=seed, dtype=np.float32) for seed in (4, 5, 6)))
+    return (backend.state_space(heads, given(40, 6, seed=7), wide, state, segments, least_step=0.3),)
+
+
+LAYERS = pytest.mark.parametrize(("layer", "rule"), [(delta_layer, RULE), (state_space_layer, SPACE)])
+
+
+@LAYERS
+def test_the_delta_rule_and_state_spaces_equal_the_cpu(pair, layer, rule):
+    (gpu_state, parts), (cpu_state, _) = steps(pair.gpu, rule), steps(pair.cpu, rule)
     for rows, segments in parts:
-        actual = delta_layer(pair, pair.gpu, 1, rows, segments, gpu_state)
-        expected = delta_layer(pair, pair.cpu, 0, rows, segments, cpu_state)
+        actual = layer(pair, pair.gpu, 1, rows, segments, gpu_state)
+        expected = layer(pair, pair.cpu, 0, rows, segments, cpu_state)
         for one, other in zip(actual, expected, strict=True):
             pair.close(one, other, units=8)
     for slot in (0, 1, 3):
@@ -802,17 +823,24 @@ def test_the_delta_rule_equals_the_cpu(pair):
         np.testing.assert_allclose(pair.gpu.download(gpu_state.memory)[slot], cpu_state.memory[slot], **tolerance)
 
 
+@LAYERS
 @pytest.mark.parametrize("cut", [1, 2, 7, 25])
-def test_a_sequence_has_the_same_bits_in_other_steps(pair, cut):
-    whole, divided = pair.gpu.layer_state(1, RULE), pair.gpu.layer_state(2, RULE)
-    expected = delta_layer(pair, pair.gpu, 1, slice(0, 40), (Segment(0, 40, 0, NO_PAGES, 0),), whole)
+def test_a_sequence_has_the_same_bits_in_other_steps(pair, layer, rule, cut):
+    whole, divided = pair.gpu.layer_state(1, rule), pair.gpu.layer_state(2, rule)
+    expected = layer(pair, pair.gpu, 1, slice(0, 40), (Segment(0, 40, 0, NO_PAGES, 0),), whole)
     parts = [
-        delta_layer(pair, pair.gpu, 1, rows, (Segment(0, rows.stop - rows.start, rows.start, NO_PAGES, 1),), divided)
+        layer(pair, pair.gpu, 1, rows, (Segment(0, rows.stop - rows.start, rows.start, NO_PAGES, 1),), divided)
         for rows in (slice(0, cut), slice(cut, 40))
     ]
     for whole_rows, *of_parts in zip(expected, *parts, strict=True):
         found = np.concatenate([pair.gpu.download(part) for part in of_parts])
         np.testing.assert_array_equal(found, pair.gpu.download(whole_rows))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (5, 4096)])
+def test_what_is_positive_is_squared(pair, shape):
+    x, gpu_x = pair.values(*shape)
+    pair.close(pair.gpu.squared_relu(gpu_x), pair.cpu.squared_relu(x))
 
 
 @pytest.mark.parametrize("width", [1, 7, 40])

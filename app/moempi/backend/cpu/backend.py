@@ -19,6 +19,7 @@ from moempi.backend.cpu.control_groups import available_bytes
 from moempi.backend.cpu.delta_rule import apply_delta_rule, convolve, silu
 from moempi.backend.cpu.router import choose, weights_of
 from moempi.backend.cpu.selection import best_positions, index_scores
+from moempi.backend.cpu.state_space import alpha_and_steps, apply_state_space
 from moempi.backend.protocol import (
     Array,
     Cache,
@@ -30,10 +31,11 @@ from moempi.backend.protocol import (
     SampledTokens,
     SamplingRequests,
     Segment,
+    StateConstants,
     Stored,
 )
 from moempi.backend.sampling import sample_tokens
-from moempi.config.architecture import Clamp, DeltaRule, Router
+from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
 
 PIECE_FLOPS, FEWEST_ROWS = 1e8, 32
@@ -187,6 +189,10 @@ class NumpyBackend:
         activated *= up
         return self._stored(activated)
 
+    def squared_relu(self, x: Float32Array) -> Float32Array:
+        positive = np.maximum(x, np.float32(0))
+        return self._stored(np.multiply(positive, positive, out=positive))
+
     def scale_by_sigmoid(self, x: Float32Array, logits: Float32Array) -> Float32Array:
         divisor: Float32Array = (1 + np.exp(-np.maximum(logits, -88).astype(np.float64))).astype(np.float32)
         return self._stored(x / divisor)
@@ -338,14 +344,19 @@ class NumpyBackend:
 
     # States
 
-    def layer_state(self, slots: int, rule: DeltaRule) -> LayerState:
-        memory = (slots, rule.num_value_heads, rule.key_dim, rule.value_dim)
-        return LayerState(np.zeros((slots, rule.taps - 1, rule.mixed_dim), np.float32), np.zeros(memory, np.float32))
+    def layer_state(self, slots: int, rule: DeltaRule | StateSpace) -> LayerState:
+        tail, memory = (slots, rule.taps - 1, rule.mixed_dim), (slots, *rule.memory_shape)
+        return LayerState(np.zeros(tail, np.float32), np.zeros(memory, np.float32))
 
     def causal_conv(
-        self, x: Float32Array, taps: Float32Array, state: LayerState, segments: Sequence[Segment]
+        self,
+        x: Float32Array,
+        taps: Float32Array,
+        state: LayerState,
+        segments: Sequence[Segment],
+        bias: Float32Array | None = None,
     ) -> Float32Array:
-        return self._stored(convolve(x, taps, state.tail, segments))
+        return self._stored(convolve(x, taps, state.tail, segments, bias))
 
     def delta_rule(
         self,
@@ -356,6 +367,20 @@ class NumpyBackend:
         segments: Sequence[Segment],
     ) -> Float32Array:
         read = apply_delta_rule(heads, rates, constants, state.memory, segments, progress=self._progress)
+        return self._stored(read)
+
+    def state_space(
+        self,
+        heads: tuple[Float32Array, Float32Array, Float32Array],
+        steps: Float32Array,
+        constants: StateConstants,
+        state: LayerState,
+        segments: Sequence[Segment],
+        *,
+        least_step: float,
+    ) -> Float32Array:
+        rates = alpha_and_steps(steps, constants, least_step=least_step)
+        read = apply_state_space(heads, rates, constants.skip, state.memory, segments, progress=self._progress)
         return self._stored(read)
 
     def gated_norm(self, x: Float32Array, gate: Float32Array, norm: RmsNorm) -> Float32Array:
@@ -436,10 +461,13 @@ class NumpyBackend:
         for expert, count in zip(experts, counts.tolist(), strict=True):
             if count:
                 gate_up = self.linear(rows[first : first + count], expert.gate_up, expert.gate_up_bias)
-                hidden = self.swiglu(gate_up, expert.clamp)
+                hidden = self._activated(gate_up, expert)
                 outputs[first : first + count] = self.linear(hidden, expert.down, expert.down_bias)
                 first += count
         return outputs
+
+    def _activated(self, gate_up: Float32Array, expert: Expert) -> Float32Array:
+        return self.swiglu(gate_up, expert.clamp) if expert.gated else self.squared_relu(gate_up)
 
     # Tokens
 

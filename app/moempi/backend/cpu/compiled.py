@@ -15,7 +15,18 @@ from moempi.backend.cpu.attention_layout import CachedRows, lay_out_copies, lay_
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.delta_rule import alpha_and_beta
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, MatrixProduct, PanelMatrix, Rotation, contiguous_rows
-from moempi.backend.protocol import Array, Cache, DeltaRates, Expert, LayerState, RmsNorm, Segment, Stored
+from moempi.backend.cpu.state_space import alpha_and_steps
+from moempi.backend.protocol import (
+    Array,
+    Cache,
+    DeltaRates,
+    Expert,
+    LayerState,
+    RmsNorm,
+    Segment,
+    StateConstants,
+    Stored,
+)
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
@@ -213,11 +224,16 @@ class CompiledBackend(NumpyBackend):
     # States
 
     def causal_conv(
-        self, x: Float32Array, taps: Float32Array, state: LayerState, segments: Sequence[Segment]
+        self,
+        x: Float32Array,
+        taps: Float32Array,
+        state: LayerState,
+        segments: Sequence[Segment],
+        bias: Float32Array | None = None,
     ) -> Float32Array:
         spans = self._laid_out(segments).spans
         return self._kernels.convolve(
-            contiguous_rows(x), taps, state.tail, spans, rounded=self.is_bfloat16, progress=self._progress
+            contiguous_rows(x), taps, bias, state.tail, spans, rounded=self.is_bfloat16, progress=self._progress
         )
 
     def delta_rule(
@@ -236,6 +252,26 @@ class CompiledBackend(NumpyBackend):
             (queries, keys, values),
             alpha,
             beta,
+            state.memory,
+            self._laid_out(segments).spans,
+            rounded=self.is_bfloat16,
+            progress=self._progress,
+        )
+
+    def state_space(
+        self,
+        heads: tuple[Float32Array, Float32Array, Float32Array],
+        steps: Float32Array,
+        constants: StateConstants,
+        state: LayerState,
+        segments: Sequence[Segment],
+        *,
+        least_step: float,
+    ) -> Float32Array:
+        return self._kernels.apply_state_space(
+            (np.ascontiguousarray(heads[0]), np.ascontiguousarray(heads[1]), contiguous_rows(heads[2])),
+            alpha_and_steps(steps, constants, least_step=least_step),
+            constants.skip,
             state.memory,
             self._laid_out(segments).spans,
             rounded=self.is_bfloat16,
@@ -292,7 +328,7 @@ class CompiledBackend(NumpyBackend):
         gate_up = self._multiplied_parts(
             rows, [(expert.gate_up, count, expert.gate_up_bias) for expert, count in chosen]
         )
-        hidden = self.swiglu(gate_up, chosen[0][0].clamp)
+        hidden = self._activated(gate_up, chosen[0][0])
         return self._multiplied_parts(hidden, [(expert.down, count, expert.down_bias) for expert, count in chosen])
 
     def _multiplied_parts(

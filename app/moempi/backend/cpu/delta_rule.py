@@ -23,7 +23,13 @@ def silu(x: Float32Array) -> Float32Array:
     return quotient
 
 
-def convolve(x: Float32Array, taps: Float32Array, tail: Float32Array, segments: Sequence[Segment]) -> Float32Array:
+def convolve(
+    x: Float32Array,
+    taps: Float32Array,
+    tail: Float32Array,
+    segments: Sequence[Segment],
+    bias: Float32Array | None = None,
+) -> Float32Array:
     """See `StateVerbs.causal_conv`; the products are added in the order of the positions, not rounded."""
     sums, look_back = np.empty(x.shape, np.float32), len(taps) - 1
     for segment in segments:
@@ -31,6 +37,8 @@ def convolve(x: Float32Array, taps: Float32Array, tail: Float32Array, segments: 
         before = tail[segment.state] if segment.start else np.zeros((look_back, x.shape[1]), np.float32)
         seen = np.concatenate([before, x[rows]])
         of_segment = seen[: segment.length] * taps[0]
+        if bias is not None:
+            of_segment += bias
         for tap in range(1, look_back + 1):
             of_segment += seen[tap : tap + segment.length] * taps[tap]
         sums[rows] = of_segment

@@ -74,7 +74,7 @@ Selection = _structure(
 Convolution = _structure(
     "Convolution",
     """
-    pointer x taps tail out spans
+    pointer x taps bias tail out spans
     long num_spans channels num_taps stride
     int rounded
     """,
@@ -82,7 +82,7 @@ Convolution = _structure(
 DeltaRule = _structure(
     "DeltaRule",
     """
-    pointer queries keys values alpha beta unit_queries unit_keys memory out spans
+    pointer queries keys values alpha beta skip unit_queries unit_keys memory out spans
     long num_spans rows key_heads heads key_dim value_dim stride
     int rounded
     """,

@@ -346,6 +346,7 @@ class Kernels:
         self,
         x: Float32Array,
         taps: Float32Array,
+        bias: Float32Array | None,
         tail: Float32Array,
         spans: IntArray,
         *,
@@ -359,8 +360,8 @@ class Kernels:
         out = np.empty(x.shape, np.float32)
         for piece in self._pieces(spans, 16 * taps.size):
             call = calls.Convolution(
-                _at(x), _at(taps), _at(tail), _at(out), _at(piece), len(piece), x.shape[1], len(taps), _row_stride(x),
-                rounded,
+                _at(x), _at(taps), None if bias is None else _at(bias), _at(tail), _at(out), _at(piece), len(piece),
+                x.shape[1], len(taps), _row_stride(x), rounded,
             )  # fmt: skip
             self._library.convolve(ctypes.addressof(call))
             progress()
@@ -403,11 +404,39 @@ class Kernels:
         out, units = np.empty((rows, num_heads, value_dim), np.float32), np.empty((2, *heads[0].shape), np.float32)
         for piece in self._pieces(spans, 8 * num_heads * key_dim * value_dim):
             call = calls.DeltaRule(
-                *map(_at, heads), _at(alpha), _at(beta), _at(units[0]), _at(units[1]), _at(memory), _at(out),
+                *map(_at, heads), _at(alpha), _at(beta), None, _at(units[0]), _at(units[1]), _at(memory), _at(out),
                 _at(piece), len(piece), rows, key_heads, num_heads, key_dim, value_dim, _row_stride(heads[0]), rounded,
             )  # fmt: skip
             self._library.apply_delta_rule(ctypes.addressof(call))
             rows = 0  # the first call divides the queries and keys of all rows by their lengths
+            progress()
+        return out
+
+    def apply_state_space(
+        self,
+        heads: tuple[Float32Array, Float32Array, Float32Array],
+        rates: tuple[Float32Array, Float32Array],
+        skip: Float32Array,
+        memory: Float32Array,
+        spans: IntArray,
+        *,
+        rounded: bool,
+        progress: Callable[[], None] = lambda: None,
+    ) -> Float32Array:
+        """The outputs of `StateVerbs.state_space`, given decays and steps (T, H).
+
+        The first two of `heads` are contiguous. Calls `progress` between pieces of PIECE_FLOPS of work.
+        """
+        outputs, inputs, values = heads
+        (rows, groups, state_dim), (num_heads, head_dim) = inputs.shape, values.shape[1:]
+        out = np.empty((rows, num_heads, head_dim), np.float32)
+        for piece in self._pieces(spans, 8 * num_heads * state_dim * head_dim):
+            call = calls.DeltaRule(
+                None, None, _at(values), *map(_at, rates), _at(skip), _at(outputs), _at(inputs), _at(memory),
+                _at(out), _at(piece), len(piece), rows, groups, num_heads, state_dim, head_dim, _row_stride(values),
+                rounded,
+            )  # fmt: skip
+            self._library.apply_delta_rule(ctypes.addressof(call))
             progress()
         return out
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from moempi.arrays import Float32Array, IntArray
 from moempi.backend.cuda.attention import PagedAttention, Rule
 from moempi.backend.cuda.attention_layout import AttentionLayout, is_latent, lay_out_rows, tile_kernel
-from moempi.backend.cuda.delta_rule import DeltaRuleVerbs
+from moempi.backend.cuda.delta_rule import StateVerbs
 from moempi.backend.cuda.device import Argument, Device
 from moempi.backend.cuda.few_rows import ExpertRows, FewRows, expert_rows
 from moempi.backend.cuda.launches import Launches, extents, rows_from
@@ -39,11 +39,12 @@ from moempi.backend.protocol import (
     SampledTokens,
     SamplingRequests,
     Segment,
+    StateConstants,
     Stored,
     take_likeliest,
 )
 from moempi.backend.sampling import sample_tokens
-from moempi.config.architecture import Clamp, DeltaRule, Router
+from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
 
@@ -85,7 +86,7 @@ class CudaBackend:
         self._few_rows = FewRows(self._launches, always=self.reproducible)
         self._progress = progress
         self._layouts: dict[int, deque[AttentionLayout]] = {}
-        self._delta_rule = DeltaRuleVerbs(self._launches, upload=self.upload)
+        self._states = StateVerbs(self._launches, upload=self.upload)
         self._frequencies: dict[tuple[int, bytes], Array] = {}
 
     # Memory
@@ -238,6 +239,11 @@ class CudaBackend:
         self._launches.by_vector("elementwise", "swiglu", out, gate_up, out, *rule)
         return out
 
+    def squared_relu(self, x: Array) -> Array:
+        out = self._launches.rows(x.shape)
+        self._launches.flat("squared_relu", prod(out.shape), x, out)
+        return out
+
     def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
         out = self._launches.rows(x.shape)
         if logits.shape == x.shape and x.shape[1] > 1:
@@ -358,11 +364,13 @@ class CudaBackend:
 
     # States
 
-    def layer_state(self, slots: int, rule: DeltaRule) -> LayerState:
-        return self._delta_rule.layer_state(slots, rule)
+    def layer_state(self, slots: int, rule: DeltaRule | StateSpace) -> LayerState:
+        return self._states.layer_state(slots, rule)
 
-    def causal_conv(self, x: Array, taps: Array, state: LayerState, segments: Sequence[Segment]) -> Array:
-        return self._delta_rule.causal_conv(x, taps, state, segments)
+    def causal_conv(
+        self, x: Array, taps: Array, state: LayerState, segments: Sequence[Segment], bias: Array | None = None
+    ) -> Array:
+        return self._states.causal_conv(x, taps, state, segments, bias)
 
     def delta_rule(
         self,
@@ -372,10 +380,22 @@ class CudaBackend:
         state: LayerState,
         segments: Sequence[Segment],
     ) -> Array:
-        return self._delta_rule.read(heads, rates, constants, state, segments)
+        return self._states.delta_rule(heads, rates, constants, state, segments)
+
+    def state_space(
+        self,
+        heads: tuple[Array, Array, Array],
+        steps: Array,
+        constants: StateConstants,
+        state: LayerState,
+        segments: Sequence[Segment],
+        *,
+        least_step: float,
+    ) -> Array:
+        return self._states.state_space(heads, steps, constants, state, segments, least_step=least_step)
 
     def gated_norm(self, x: Array, gate: Array, norm: RmsNorm) -> Array:
-        return self._delta_rule.gated_norm(x, gate, norm)
+        return self._states.gated_norm(x, gate, norm)
 
     # Experts
 
@@ -482,7 +502,8 @@ class CudaBackend:
     def _expert_of_many(self, rows: Array, own: ExpertRows, outputs: Array) -> None:
         x, out = (rows_from(whole, own.first, own.count) for whole in (rows, outputs))
         expert = own.expert
-        hidden = self.swiglu(self.linear(x, expert.gate_up, expert.gate_up_bias), expert.clamp)
+        hidden = self.linear(x, expert.gate_up, expert.gate_up_bias)
+        hidden = self.swiglu(hidden, expert.clamp) if expert.gated else self.squared_relu(hidden)
         self._products.biased(hidden, expert.down, expert.down_bias, out)
 
     # Tokens

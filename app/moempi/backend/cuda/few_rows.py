@@ -68,7 +68,7 @@ class FewRows:
 
     def takes(self, own: ExpertRows) -> bool:
         """Whether the kernels compute these rows."""
-        is_few = self._always or own.count <= MOST_ROWS
+        is_few = own.expert.gated and (self._always or own.count <= MOST_ROWS)
         return is_few and self._has_warpgroups and own.expert.gate_up.has_panels and own.expert.down.has_panels
 
     def expert_mlps(self, rows: Array, chosen: Sequence[ExpertRows], out: Array) -> None:

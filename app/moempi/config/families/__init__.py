@@ -23,6 +23,7 @@ from moempi.config.families.gpt_oss import GPT_OSS
 from moempi.config.families.hy_v3 import HY_V3
 from moempi.config.families.minimax_m2 import MINIMAX_M2
 from moempi.config.families.mixtral import MIXTRAL
+from moempi.config.families.nemotron_h import NEMOTRON_H
 from moempi.config.families.olmoe import OLMOE
 from moempi.config.families.phimoe import PHIMOE
 from moempi.config.families.qwen2_moe import QWEN2_MOE
@@ -58,6 +59,7 @@ FAMILIES = {
         SARVAM_MOE,
         QWEN3_NEXT,
         QWEN3_5_MOE_TEXT,
+        NEMOTRON_H,
     )
 }
 

@@ -1,6 +1,7 @@
-/* Linear attention by the gated delta rule: a state per sequence, brought up to date position by position.
+/* The gated delta rule and state spaces: a state per sequence, brought up to date position by position.
  *
- * A row's bits depend on the rows of its sequence alone, not on the steps that they come in. NumPy twins: delta_rule.py.
+ * A row's bits depend on the rows of its sequence alone, not on the steps that they come in. NumPy twins: delta_rule.py
+ * and state_space.py.
  */
 #include "kernels.h"
 #include "simd.h"
@@ -25,7 +26,7 @@ static void convolve_block(const void *argument, long index) {
     float *tail = c->tail + s->state * back * c->channels;
     for (long position = 0; position < s->length; position++)
         for (long d = first; d < last; d += GROUP) {
-            group sum = same(0);
+            group sum = c->bias ? load_part(c->bias + d, last - d) : same(0);
             for (long tap = 0; tap <= back; tap++) {
                 group seen = seen_group(c, s, tail, position - back + tap, d, last - d);
                 sum = fused_groups(seen, load_part(c->taps + tap * c->channels + d, last - d), sum);
@@ -68,7 +69,9 @@ static void unit_row(const void *argument, long row) {
     }
 }
 
-/* The rows of a sequence in the columns [d, d + GROUP) of a head's state, which is held in `columns` (key_dim). */
+/* The rows of a sequence in the columns [d, d + GROUP) of a head's state, which is held in `columns` (key_dim).
+ * The change of a delta rule is relative to what the key reads; that of state spaces is the value times its step.
+ */
 static void read_columns(const delta_rule *r, const span *s, long head, long d, group *columns) {
     const long left = r->value_dim - d, key_head = head / (r->heads / r->key_heads);
     float *state = r->memory + (s->state * r->heads + head) * r->key_dim * r->value_dim + d;
@@ -78,17 +81,19 @@ static void read_columns(const delta_rule *r, const span *s, long head, long d, 
         const long unit = (row * r->key_heads + key_head) * r->key_dim;
         const float *key = r->unit_keys + unit, *query = r->unit_queries + unit;
         const group alpha = same(r->alpha[row * r->heads + head]), beta = same(r->beta[row * r->heads + head]);
-        group seen = same(0), read = same(0);
-        group change = load_part(r->values + row * r->stride + head * r->value_dim + d, left);
+        const group value = load_part(r->values + row * r->stride + head * r->value_dim + d, left);
+        group seen = same(0), read = same(0), change = value;
         for (long i = 0; i < r->key_dim; i++) {
             EACH(v) columns[i].part[v] = mul(columns[i].part[v], alpha.part[v]);
             seen = fused_groups(columns[i], same(key[i]), seen);
         }
-        EACH(v) change.part[v] = mul(sub(change.part[v], seen.part[v]), beta.part[v]);
+        EACH(v) change.part[v] = mul(r->skip ? value.part[v] : sub(value.part[v], seen.part[v]), beta.part[v]);
         for (long i = 0; i < r->key_dim; i++) {
             columns[i] = fused_groups(same(key[i]), change, columns[i]);
             read = fused_groups(columns[i], same(query[i]), read);
         }
+        if (r->skip)
+            read = fused_groups(same(r->skip[head]), value, read);
         store_part(r->out + (row * r->heads + head) * r->value_dim + d, rounded_group(read, r->rounded), left);
     }
     for (long i = 0; i < r->key_dim; i++)
@@ -103,7 +108,8 @@ static void read_head(const void *argument, long index) {
 }
 
 void apply_delta_rule(const delta_rule *r) {
-    share_tasks(unit_row, r, r->rows);
+    if (!r->skip)
+        share_tasks(unit_row, r, r->rows);
     share_tasks(read_head, r, r->num_spans * r->heads);
 }
 

@@ -143,6 +143,7 @@ typedef struct {
 typedef struct {
     const float *x;    /* rows of `channels` numbers, `stride` apart */
     const float *taps; /* (num_taps, channels), the last for the row itself */
+    const float *bias; /* (channels,), or NULL */
     float *tail;       /* (states, num_taps - 1, channels): the last rows of each sequence */
     float *out;        /* (rows, channels) */
     const span *spans;
@@ -153,7 +154,8 @@ typedef struct {
 typedef struct {
     const float *queries, *keys, *values; /* of each row by head; rows are `stride` numbers apart */
     const float *alpha, *beta;            /* (rows, heads) */
-    float *unit_queries, *unit_keys;      /* scratch memory, (rows, key_heads, key_dim) */
+    const float *skip;                    /* (heads,) of state spaces, or NULL: then it is a delta rule */
+    float *unit_queries, *unit_keys;      /* (rows, key_heads, key_dim): scratch memory; outputs and inputs of states */
     float *memory;                        /* (states, heads, key_dim, value_dim) */
     float *out;                           /* (rows, heads, value_dim) */
     const span *spans;

@@ -8,6 +8,7 @@
 //   widen_rows        out = x (bfloat16 bits) as float                                  NumPy: moempi.arrays.widen
 //   scale_by_sigmoid  out = x (T, D) times the sigmoid of logits (T, 1)                 NumPy: scale_by_sigmoid
 //   scale_by_sigmoids  out = x times the sigmoids of as many logits                      NumPy: scale_by_sigmoid
+//   squared_relu      out = max(0, x)^2                                                  NumPy: squared_relu
 //   swiglu            out (T, F) = silu(gate) * up of (T, 2F), gate first; if alpha is not 0, the clamped form of
 //                     config.architecture.Clamp                                         NumPy: swiglu
 //
@@ -87,6 +88,14 @@ extern "C" __global__ void scale_by_sigmoids(const row* x, const row* logits, ro
   float numbers[8], exponents[8];
   unpack8(held_x, numbers), unpack8(held_logits, exponents);
   for (int i = 0; i < 8; ++i) numbers[i] /= 1.0f + expf(-exponents[i]);
+  store8(out + at, count - at, numbers);
+}
+
+extern "C" __global__ void squared_relu(const row* x, row* out, long long count) {
+  const long long at = first_of_thread();
+  float numbers[8];
+  load8(x + at, count - at, numbers);
+  for (int i = 0; i < 8; ++i) numbers[i] = numbers[i] < 0.0f ? 0.0f : numbers[i] * numbers[i];
   store8(out + at, count - at, numbers);
 }
 
