@@ -109,7 +109,12 @@ NEMOTRON_NANO = {
     "use_cache": True, "use_conv_bias": True, "use_mamba_kernels": True, "vocab_size": 131072,
 }  # fmt: skip
 NEMOTRON_SUPER = NEMOTRON_NANO | {
-    "hidden_size": 4096, "hybrid_override_pattern": "MEMEMEM*E" * 2, "moe_latent_size": 1024, "num_hidden_layers": 18,
+    "hidden_size": 4096, "intermediate_size": 2688,
+    "hybrid_override_pattern": "MEMEMEM*" + "EMEMEMEM*" * 2 + "EMEMEMEMEM*" * 4 + "EMEMEMEM*EMEMEMEME",
+    "mamba_num_heads": 128, "moe_intermediate_size": 2688, "moe_latent_size": 1024,
+    "moe_shared_expert_intermediate_size": 5376, "moe_shared_expert_overlap": False, "n_routed_experts": 512,
+    "mtp_hybrid_override_pattern": "*E", "num_experts_per_tok": 22, "num_hidden_layers": 88,
+    "num_nextn_predict_layers": 1, "routed_scaling_factor": 5.0,
 }  # fmt: skip
 OLMOE = NOISE | {
     "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "attention_bias": False, "clip_qkv": None,
