@@ -413,6 +413,7 @@ def test_nemotron_3_nano():
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act = 'silu' is not supported, only 'relu2'"),
         ({"use_conv_bias": False}, "use_conv_bias = False is not supported"),
         ({"use_bias": True}, "use_bias = True is not supported"),
+        ({"time_step_limit": [0.0, 0.1]}, "time_step_limit = [0.0, 0.1] is not supported"),
         ({"n_shared_experts": 2}, "n_shared_experts = 2 is not supported"),
         ({"norm_eps": 1e-6}, "layer_norm_epsilon and norm_eps differ"),
         ({"n_groups": 7}, "state_space.num_heads 64 is not a multiple of 7 groups"),

@@ -24,6 +24,11 @@ RECORDED = {
         "qwen3_5_moe_text",
         SMALLER | {"num_experts": 4, "layer_types": [families.FULL, families.LINEAR], "linear_value_head_dim": 7},
     ),
+    "nemotron_h": (
+        "nemotron_h",
+        {"hidden_size": 24, "n_routed_experts": 4, "mamba_num_heads": 4, "n_groups": 2, "time_step_min": 0.5}
+        | {"layers_block_type": [families.LINEAR, "moe", families.FULL, "mlp"], "num_hidden_layers": 4},
+    ),
 }
 
 

@@ -10,7 +10,8 @@ _OLD_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
 _INITIAL = ("time_step_max", "time_step_floor", "rescale_prenorm_residual", "expand")
 _OF_PROGRAMS = ("chunk_size", "num_logits_to_keep", "use_mamba_kernels", "moe_shared_expert_overlap")
 _PREDICTED = ("mtp_hybrid_override_pattern", "mtp_layers_block_type")
-_UNUSED_ROPE = ("rope_theta", "partial_rotary_factor", "rope_parameters", "rope_scaling", "time_step_limit")
+_UNUSED_ROPE = ("rope_theta", "partial_rotary_factor", "rope_parameters", "rope_scaling")
+_NO_LIMIT = [0.0, {"__float__": "Infinity"}]
 
 
 def _architecture(config: CheckpointConfig) -> Architecture:
@@ -70,6 +71,7 @@ def _check_options(config: CheckpointConfig) -> None:
     config.require("mamba_hidden_act", "silu")
     config.require("mamba_ssm_cache_dtype", "float32", None)
     config.require("n_shared_experts", 1)
+    config.require("time_step_limit", _NO_LIMIT, None)
     config.ignore(*_INITIAL, *_OF_PROGRAMS, *_PREDICTED, *_UNUSED_ROPE)
 
 
