@@ -13,7 +13,16 @@ from fuzz.mutation import Raw, any_value, damaged_text, mutated, to_json, to_tom
 from fuzz.seeds import ARCHITECTURE, JOB, MACHINE, MOE_LAYERS, PLACEMENT, RANKS, TOPOLOGY, without_none
 from fuzz.subject import Subject, Use, main, require, run
 from moempi.commands import run as run_command
-from moempi.config.architecture import Clamp, DeltaRule, Indexer, Latent, Rope, Yarn, read_architecture_file
+from moempi.config.architecture import (
+    Clamp,
+    DeltaRule,
+    Indexer,
+    Latent,
+    Rope,
+    StateSpace,
+    Yarn,
+    read_architecture_file,
+)
 from moempi.config.job import read_job_file, result_keys
 from moempi.config.tensors import catalogue
 from moempi.config.topology_file import read_topology
@@ -155,6 +164,11 @@ OPTIONS = {
     "attention.output_gate": (True, False),
     "delta_rule": (None, msgspec.to_builtins(DeltaRule(1, 2, 3, 4, taps=3))),
     "delta_layers": ([], [0], [0, 0], [7]),
+    "state_space": (None, msgspec.to_builtins(StateSpace(4, 3, num_groups=2, state_dim=5, taps=3))),
+    "state_space_layers": ([], [0], [0, 0], [7]),
+    "without_attention": ([], [1], [0, 1], [7]),
+    "without_feed_forward": ([], [0], [1, 1], [7]),
+    "activation": ("swiglu", "relu2"),
     "float32_norms": (True, False),
     "tied_embeddings": (True, False),
     "head_bias": (True, False),

@@ -7,6 +7,8 @@ import pytest
 
 from backend.cpu.test_backend import BACKENDS, close, values
 from backend.cpu.test_delta_rule import segments_of
+from moempi.backend.cpu import kernels
+from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.protocol import Expert, StateConstants
 from moempi.config.architecture import StateSpace
 
@@ -93,3 +95,23 @@ def test_a_network_without_a_gate_squares_what_is_positive(backend):
     found = backend.expert_mlp(x, experts, np.array([2, 3]))
     np.testing.assert_array_equal(found, backend.linear(hidden, experts[0].down))
     close(backend, backend.squared_relu(x), np.maximum(x.astype(np.float64), 0) ** 2)
+
+
+@pytest.mark.skipif(kernels.load_kernels() is None, reason="no C compiler, or a processor without kernels")
+@pytest.mark.parametrize("piece_flops", [1, 3e3, 1e5])
+def test_pieces_between_which_rows_travel_change_no_bit(monkeypatch, piece_flops):
+    segments = segments_of((1, 0, 20), (0, 3, 1), (2, 9, 0), (3, 0, 6))
+    x, steps = values(27, SPACE.mixed_dim), values(27, SPACE.num_heads, seed=2)
+    found = []
+    for flops in (kernels.PIECE_FLOPS, piece_flops):
+        monkeypatch.setattr(kernels, "PIECE_FLOPS", flops)
+        calls = []
+        backend = CompiledBackend(
+            kernels.load_kernels(), precision="float32", progress=lambda seen=calls: seen.append(0)
+        )
+        state = backend.layer_state(4, SPACE)
+        state.tail[:], state.memory[:] = 0.5, 0.25
+        found.append((layer(backend, x, steps, state, segments), state.tail, state.memory, len(calls)))
+    for whole, divided in zip(found[0][:3], found[1][:3], strict=True):
+        np.testing.assert_array_equal(divided, whole)
+    assert found[1][3] > found[0][3]
