@@ -439,6 +439,7 @@ READ: dict[str, Values] = {
     "Qwen/Qwen3.5-397B-A17B": QWEN35_397B,
     "Qwen/Qwen3.6-35B-A3B": QWEN35,
     "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": NEMOTRON_NANO,
+    "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16": NEMOTRON_SUPER,
 }
 """Models whose configurations are read."""
 
@@ -448,7 +449,6 @@ REFUSED: dict[str, tuple[Values, str]] = {
         QWEN3_30B | {"max_position_embeddings": 1010000, "dual_chunk_attention_config": _DUAL_CHUNKS},
         "dual_chunk_attention_config is not supported beyond its 262144 original positions",
     ),
-    "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16": (NEMOTRON_SUPER, "moe_latent_size = 1024 is not supported"),
     "MiniMaxAI/MiniMax-Text-01": (MINIMAX_M2 | {"model_type": "minimax"}, "model_type 'minimax'"),
     "Intel/Qwen3-30B-A3B-int4-AutoRound": (
         QWEN3_30B | {"quantization_config": {"bits": 4, "group_size": 128, "quant_method": "auto-round"}},

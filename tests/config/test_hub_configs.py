@@ -403,6 +403,20 @@ def test_nemotron_3_nano():
     assert 31e9 < sum(math.prod(tensor.shape) for tensor in catalogue(nano)) < 32e9
 
 
+def test_nemotron_3_super_has_latent_experts():
+    model = read(hub_models.NEMOTRON_SUPER)
+    assert (model.width, model.experts.latent_width, model.routed_width) == (4096, 1024, 1024)
+    shapes = {tensor.name: tensor.shape for tensor in catalogue(model)}
+    assert shapes["layers/001/latent/down"] == (1024, 4096)
+    assert shapes["layers/001/latent/up"] == (4096, 1024)
+    assert shapes["layers/001/experts/up"] == (512, 2688, 1024)
+    assert shapes["layers/001/experts/down"] == (512, 1024, 2688)
+    assert shapes["layers/001/router"] == (512, 4096)
+    assert shapes["layers/001/shared/up"] == (5376, 4096)
+    assert 119e9 < sum(map(math.prod, shapes.values())) < 122e9
+    assert read(hub_models.NEMOTRON_SUPER, moe_latent_size=None).routed_width == 4096
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -419,6 +433,9 @@ def test_nemotron_3_nano():
         ({"n_groups": 7}, "state_space.num_heads 64 is not a multiple of 7 groups"),
         ({"ssm_state_size": 4096}, "Expected `int` <= 1024"),
         ({"time_step_min": -1.0}, "Expected `float` >= 0"),
+        ({"moe_latent_size": "1024"}, "moe_latent_size is '1024', not an integer"),
+        ({"moe_latent_size": -1}, "Expected `int` >= 0"),
+        ({"moe_latent_size": 0}, "moe_latent_size is 0"),
     ],
 )
 def test_state_spaces_that_are_another_are_refused(changes, message):

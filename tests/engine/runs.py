@@ -65,6 +65,8 @@ SPACES = structs.replace(
     activation="relu2",
 )
 """A model whose layers are a state space, an attention without rope, experts or a dense network, each alone."""
+LATENT_EXPERTS = structs.replace(SPACES, experts=structs.replace(SPACES.experts, latent_width=6))
+"""A model whose experts compute in a latent width."""
 PAGES = 8
 
 

@@ -3,7 +3,7 @@
 import pytest
 from msgspec import structs
 
-from engine.runs import SMALL, SPACES, STATEFUL, Run, requests_of, tokens_of
+from engine.runs import LATENT_EXPERTS, SMALL, SPACES, STATEFUL, Run, requests_of, tokens_of
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.config.architecture import AttentionShape, Indexer, Latent
 from moempi.engine.warm_up import warm_up
@@ -47,8 +47,8 @@ class WatchedDevice(SimtDevice):
 
 @pytest.mark.parametrize(
     "architecture",
-    [SMALL, TILED, LATENT, INDEXED, PANELS, STATEFUL, SPACES],
-    ids=["small", "tiled", "latent", "indexed", "panels", "stateful", "spaces"],
+    [SMALL, TILED, LATENT, INDEXED, PANELS, STATEFUL, SPACES, LATENT_EXPERTS],
+    ids=["small", "tiled", "latent", "indexed", "panels", "stateful", "spaces", "latent_experts"],
 )
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_a_run_launches_no_kernel_for_the_first_time(tmp_path, architecture, precision):

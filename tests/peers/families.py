@@ -322,6 +322,17 @@ CASES |= {
         | {"time_step_min": 0.7, "conv_kernel": 3, "layer_norm_epsilon": 1e-4},
     ),
 }
+# Nemotron 3 Super and Ultra: experts compute in a latent width.
+NEMOTRON_LATENT = NEMOTRON | {"moe_latent_size": 24}
+CASES |= {
+    "nemotron_h-latent": ("nemotron_h", NEMOTRON_LATENT),
+    "nemotron_h-latent-wide-ends": (
+        "nemotron_h",
+        NEMOTRON_LATENT
+        | {"layers_block_type": ["moe", LINEAR, "moe", FULL, "mlp", "moe"], "num_hidden_layers": 6}
+        | {"moe_latent_size": 48, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 4},
+    ),
+}
 # The library would save the experts of these one by one.
 FUSED_ON_HUB = ("qwen3_5_moe",)
 OFFSET_NORMS = ("qwen3_next", "qwen3_5_moe")

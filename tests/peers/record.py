@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from peers import families  # noqa: E402
 
+SPACES = {"hidden_size": 24, "n_routed_experts": 4, "mamba_num_heads": 4, "n_groups": 2, "time_step_min": 0.5}
 SMALLER = {"num_hidden_layers": 2, "hidden_size": 24}
 RECORDED = {
     "qwen3_moe": ("qwen3_moe", SMALLER | {"num_experts": 5}),
@@ -26,8 +27,11 @@ RECORDED = {
     ),
     "nemotron_h": (
         "nemotron_h",
-        {"hidden_size": 24, "n_routed_experts": 4, "mamba_num_heads": 4, "n_groups": 2, "time_step_min": 0.5}
-        | {"layers_block_type": [families.LINEAR, "moe", families.FULL, "mlp"], "num_hidden_layers": 4},
+        SPACES | {"layers_block_type": [families.LINEAR, "moe", families.FULL, "mlp"], "num_hidden_layers": 4},
+    ),
+    "nemotron_h_latent": (
+        "nemotron_h-latent",
+        SPACES | {"layers_block_type": ["moe", families.LINEAR, "moe"], "num_hidden_layers": 3, "moe_latent_size": 8},
     ),
 }
 

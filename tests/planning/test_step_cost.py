@@ -116,6 +116,22 @@ def test_phases_of_layers_with_one_half_alone_are_the_points_of_the_schedule(ten
     assert layers == ([1, 1, 5, 5] if tensor == 1 else [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
 
 
+@pytest.mark.parametrize("hops", [1, 2])
+def test_latent_experts_are_sent_shorter_rows_which_two_products_map(hops):
+    rows, latent = 4096, 512
+    architecture = structs.replace(MISSION, experts=structs.replace(MISSION.experts, latent_width=latent))
+    plain, found = (
+        by_phase(one.step(range(30, 33), StepLoad(rows, 1, 1), is_first=False, is_last=False), 31)
+        for one in (costs(hops=hops), replace(costs(hops=hops), architecture=architecture))
+    )
+    for phase in ("dispatch", "combine"):
+        sent_s, shorter_s = (one[phase].transmissions[-1].link_s for one in (plain, found))
+        assert shorter_s == pytest.approx(sent_s * latent / WIDTH)
+    down_and_up_s = 2 * 2 * rows * WIDTH * latent / FLOPS  # up in the layer before
+    assert found["dispatch"].compute_s - plain["dispatch"].compute_s == pytest.approx(down_and_up_s)
+    assert found["combine"].compute_s == pytest.approx(rows * TOP_K * 6 * latent * EXPERT / FLOPS)
+
+
 @pytest.mark.parametrize("tensor", [1, 8])
 def test_the_last_stage_reads_its_share_of_the_head(tensor):
     last, other = (

@@ -21,6 +21,9 @@ class Addends:
         return [rows for rows in (self.shared, self.residual) if rows is not None]
 
 
+NO_ADDENDS = Addends(None, None)
+
+
 class Combine(Protocol):
     """The end of a MoE layer. Both calls are collective over the ranks of the stage; `plan` is the dispatch's."""
 

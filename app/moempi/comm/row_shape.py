@@ -7,7 +7,7 @@ from moempi.layout.grid import Grid
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """Rows of `width` elements for `top_k` experts each.
+    """Rows of `width` elements for `top_k` experts each, to which they are sent as rows of `routed_width` elements.
 
     A data parallel group of the first stage has at most `group_rows` rows in a step.
     """
@@ -15,6 +15,12 @@ class RowShape:
     width: int
     top_k: int
     group_rows: int
+    latent_width: int = 0
+
+    @property
+    def routed_width(self) -> int:
+        """Elements of a row on its way to an expert and back: `latent_width` if it is not 0."""
+        return self.latent_width or self.width
 
     def rank_rows(self, grid: Grid, stage: int, data: int) -> int:
         """The most rows of a step that a rank of data parallel group `data` of `stage` holds between its layers."""

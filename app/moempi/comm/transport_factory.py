@@ -36,7 +36,7 @@ class TransportFactory:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row in a comm buffer."""
-        return self.shape.width * self.backend.row_dtype.itemsize
+        return self.shape.routed_width * self.backend.row_dtype.itemsize
 
     def make(self, comm: MPI.Intracomm, topology: Topology, counters: Counters, *, across: bool = False) -> Transport:
         """A transport between the ranks of `comm` with this topology, which adds to `counters`; collective.
@@ -49,7 +49,7 @@ class TransportFactory:
             name,
             comm,
             self.backend,
-            width=self.shape.width,
+            width=self.shape.routed_width,
             nodes=topology.nodes,
             slot_bytes=self.slot_rows * self.row_bytes,
             windows=self.num_lanes,

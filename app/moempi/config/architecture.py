@@ -249,7 +249,8 @@ class Experts(Struct, frozen=True, forbid_unknown_fields=True):
     """The experts of every MoE layer: feed-forward networks of hidden size `width`.
 
     If `shared_width` is not 0, a shared expert of that hidden size processes every token; `shared_gate` multiplies its
-    output by the sigmoid of one additional logit.
+    output by the sigmoid of one additional logit. If `latent_width` is not 0, a token's row is mapped to that width for
+    its experts, and their weighted sum back to the model's width; router and shared expert process the row itself.
     """
 
     num: Annotated[int, Meta(ge=1, le=1 << 16)]
@@ -258,6 +259,7 @@ class Experts(Struct, frozen=True, forbid_unknown_fields=True):
     biases: bool = False
     clamp: Clamp | None = None
     shared_width: Index = 0
+    latent_width: Index = 0
     shared_gate: bool = False
 
 
@@ -299,6 +301,11 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True):
     def is_moe(self, layer: int) -> bool:
         """Whether `layer` (0-based) routes its tokens to experts."""
         return layer not in self.dense_layers and self.has_feed_forward(layer)
+
+    @property
+    def routed_width(self) -> int:
+        """Numbers of a row that is sent to an expert, and of its output."""
+        return self.experts.latent_width or self.width
 
     def has_feed_forward(self, layer: int) -> bool:
         """Whether `layer` has a feed-forward, dense or of experts."""

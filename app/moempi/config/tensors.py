@@ -14,7 +14,6 @@ from moempi.config.architecture import (
     Architecture,
     AttentionShape,
     DeltaRule,
-    Experts,
     Indexer,
     Latent,
     StateSpace,
@@ -121,7 +120,7 @@ def layer_tensors(architecture: Architecture, layer: int) -> Iterator[Tensor]:
     if architecture.has_feed_forward(layer):
         yield from _norm(architecture, f"{path}/feed_forward_norm")
     if architecture.is_moe(layer):
-        yield from _expert_tensors(architecture.experts, width, path, gated=gated)
+        yield from _expert_tensors(architecture, path, gated=gated)
     elif architecture.has_feed_forward(layer):
         yield from _network(f"{path}/dense", architecture.dense_width, width, Share.HIDDEN, gated=gated)
 
@@ -245,21 +244,25 @@ def _output_tensors(heads: AttentionShape, width: int, path: str) -> Iterator[Te
         yield Tensor(f"{path}/o_bias", (width,))
 
 
-def _expert_tensors(experts: Experts, width: int, path: str, *, gated: bool) -> Iterator[Tensor]:
+def _expert_tensors(architecture: Architecture, path: str, *, gated: bool) -> Iterator[Tensor]:
+    experts, width, routed = architecture.experts, architecture.width, architecture.routed_width
     num, hidden, router = experts.num, experts.width, experts.router
     yield Tensor(f"{path}/router", (num, width), dtype="float32" if router.float32_logits else "bfloat16")
     if router.bias:
         yield Tensor(f"{path}/router_bias", (num,))
     if router.correction:
         yield Tensor(f"{path}/router_correction", (num,), dtype="float32")
+    if experts.latent_width:
+        yield Tensor(f"{path}/latent/down", (routed, width))
+        yield Tensor(f"{path}/latent/up", (width, routed))
     if gated:
-        yield Tensor(f"{path}/experts/gate", (num, hidden, width), Share.EXPERTS, block_rows=1)
-    yield Tensor(f"{path}/experts/up", (num, hidden, width), Share.EXPERTS, block_rows=1)
-    yield Tensor(f"{path}/experts/down", (num, width, hidden), Share.EXPERTS, block_rows=1)
+        yield Tensor(f"{path}/experts/gate", (num, hidden, routed), Share.EXPERTS, block_rows=1)
+    yield Tensor(f"{path}/experts/up", (num, hidden, routed), Share.EXPERTS, block_rows=1)
+    yield Tensor(f"{path}/experts/down", (num, routed, hidden), Share.EXPERTS, block_rows=1)
     if experts.biases:
         yield Tensor(f"{path}/experts/gate_bias", (num, hidden), Share.EXPERTS, block_rows=1)
         yield Tensor(f"{path}/experts/up_bias", (num, hidden), Share.EXPERTS, block_rows=1)
-        yield Tensor(f"{path}/experts/down_bias", (num, width), Share.EXPERTS, block_rows=1)
+        yield Tensor(f"{path}/experts/down_bias", (num, routed), Share.EXPERTS, block_rows=1)
     if experts.shared_width:
         yield from _network(f"{path}/shared", experts.shared_width, width, Share.ALL, gated=gated)
     if experts.shared_gate:

@@ -95,7 +95,7 @@ def make_lanes(
             rank_layout.grid,
             context.model.backend,
             topology=rank_layout.topology,
-            width=context.model.architecture.width,
+            width=context.model.architecture.routed_width,
         )
     )
     transports = _transport_factory(job, world, rank_layout, context.model, name=transport.name)
@@ -129,8 +129,13 @@ def make_lanes(
 def _transport_factory(
     job: Job, world: World, rank_layout: RankLayout, model: Transformer, *, name: str
 ) -> TransportFactory:
-    top_k = model.architecture.experts.router.top_k
-    shape = RowShape(model.architecture.width, top_k=top_k, group_rows=job.run.batch_tokens)
+    architecture, experts = model.architecture, model.architecture.experts
+    shape = RowShape(
+        architecture.width,
+        top_k=experts.router.top_k,
+        group_rows=job.run.batch_tokens,
+        latent_width=experts.latent_width,
+    )
     return TransportFactory(
         backend=model.backend,
         name=name,

@@ -12,7 +12,7 @@ from moempi.config.architecture import Architecture, DeltaRule, Indexer, Latent,
 from moempi.config.tensors import layer_path
 from moempi.engine.shard import Shard
 from moempi.model.attention import Attention
-from moempi.model.feed_forward import Dense, MixtureOfExperts
+from moempi.model.feed_forward import Dense, LatentMaps, MixtureOfExperts
 from moempi.model.gated_delta import GatedDelta
 from moempi.model.head import LMHead
 from moempi.model.kv_cache import KVCache
@@ -234,7 +234,12 @@ def _experts(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]
         experts=tuple(_expert(shard, backend, f"{path}/experts", expert) for expert in hosted),
         shared=_dense(shard, backend, f"{path}/shared") if experts.shared_width else None,
         shared_gate=backend.matrix(shard.read(f"{path}/shared_gate")) if experts.shared_gate else None,
+        latent=_latent_maps(shard, backend, f"{path}/latent") if experts.latent_width else None,
     )
+
+
+def _latent_maps(shard: Shard, backend: Backend, path: str) -> LatentMaps:
+    return LatentMaps(*(backend.matrix(shard.read(f"{path}/{name}")) for name in ("down", "up")))
 
 
 def _expert(shard: Shard, backend: Backend, path: str, expert: int) -> Expert:

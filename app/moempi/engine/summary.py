@@ -68,7 +68,7 @@ def rank_record(world: World, run: RankRun, *, hops: int) -> RankRecord:
             "tensor": coords.tensor,
             "hops": hops,
             "departs": int(lanes[0].comm.immediate is not None),
-            "row_bytes": model.architecture.width * model.backend.row_dtype.itemsize,
+            "row_bytes": model.architecture.routed_width * model.backend.row_dtype.itemsize,
         },
         hosted=dict(rank_layout.hosted),
         **_balance_columns(run.lanes.balance, load, first_of_stage=coords.data == coords.tensor == 0),

@@ -97,8 +97,9 @@ def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Place
         chosen = pick_replicas(backend, Route(experts.layer, chosen, weights), placement)
         num_choices, num_ids = num_ids * placement.replica_period, len(placement.experts)
     source_rows, output_rows, _ = backend.group(chosen, np.arange(num_choices) % num_ids, num_ids=num_ids)
-    buffer = backend.comm_buffer(len(source_rows), model.architecture.width)
-    backend.pack(x, source_rows, buffer)
+    buffer = backend.comm_buffer(len(source_rows), model.architecture.routed_width)
+    routed = x if experts.latent is None else backend.linear(x, experts.latent.down)
+    backend.pack(routed, source_rows, buffer)
     rows = backend.unpack(buffer, None)
     num_rows = len(rows)
     while hosted and num_rows:  # a backend may compute few rows by other kernels
@@ -109,7 +110,10 @@ def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Place
     together = min(hosted, len(rows))  # and several experts in one launch
     if together:
         backend.expert_mlp(rows[:together], experts.experts, (np.arange(hosted) < together).astype(np.int64))
-    backend.combine(buffer, output_rows, weights, (x, x))
+    if experts.latent is None:
+        backend.combine(buffer, output_rows, weights, (x, x))
+    else:
+        backend.add(x, backend.linear(backend.combine(buffer, output_rows, weights), experts.latent.up))
     if experts.shared is not None:
         shared = experts.shared(backend, x)
         if experts.shared_gate is not None:

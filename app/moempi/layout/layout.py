@@ -74,6 +74,7 @@ def make_layout(
         )
         for index, (stage, stage_placements) in enumerate(zip(grid.stages, placements, strict=True))
     )
+    _require_home_sums(job, architecture)
     return Layout(grid, placements, memory, immediate_stages(job, architecture, grid))
 
 
@@ -121,11 +122,14 @@ def layer_cost(architecture: Architecture, layer: int) -> float:
 def immediate_stages(job: Job, architecture: Architecture, grid: Grid) -> tuple[int, ...]:
     """The stages that send expert outputs directly to the next stage: all but the last that end with a MoE layer.
 
-    Raises ConfigError if the job has immediate routing in two hops.
+    Outputs of latent experts return to their home ranks. Raises ConfigError if the job has immediate routing in two
+    hops.
     """
     if job.exchange.immediate and job.exchange.hops > 1:
         raise ConfigError("exchange.immediate = true goes with one hop only; use exchange.hops = 1")
     ends = [stage.layers[-1] for stage in grid.stages[:-1]] if job.exchange.immediate else []
+    if architecture.experts.latent_width:
+        return ()
     return tuple(index for index, layer in enumerate(ends) if architecture.is_moe(layer))
 
 
@@ -146,6 +150,12 @@ def _require_divisible(job: Job, architecture: Architecture) -> None:
     for name, size in divided.items():
         if size % tensor:
             raise ConfigError(f"parallel.tensor = {tensor} does not divide the model's {name} of {size}")
+
+
+def _require_home_sums(job: Job, architecture: Architecture) -> None:
+    """The home rank of a token maps the sum of its latent experts' outputs back to the model's width."""
+    if job.exchange.immediate and architecture.experts.latent_width:
+        raise ConfigError("exchange.immediate = true: outputs of the model's latent experts return home; use false")
 
 
 def _require_same_model(file: PlacementFile, architecture: Architecture) -> None:

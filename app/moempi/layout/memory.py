@@ -86,9 +86,10 @@ def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bo
         attention += 2 * heads.indexer.num_heads * heads.indexer.head_dim + chosen
     hidden, rows = (6, 6) if rounds_later and experts.biases else (3, 4)
     if rule:  # beside the buffers of the experts' rows
-        buffers = experts.router.top_k * rows * architecture.width
+        buffers = experts.router.top_k * rows * architecture.routed_width
         attention = max(attention, (rule.row_values + buffers) // tensor)
-    routed = experts.router.top_k * (hidden * experts.width + rows * architecture.width) + 3 * experts.shared_width
+    routed = experts.router.top_k * (hidden * experts.width + rows * architecture.routed_width)
+    routed += 3 * experts.shared_width
     feed_forward = max(3 * architecture.dense_width, routed) // tensor
     return 4 * architecture.width + max(attention, feed_forward)
 

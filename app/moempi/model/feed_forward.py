@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Array, Backend, Expert
-from moempi.comm.combine import Addends, Combine
+from moempi.comm.combine import NO_ADDENDS, Addends, Combine
 from moempi.comm.exchange import Exchange, Route
 from moempi.comm.transfers import Waits
 from moempi.config.architecture import Router
@@ -25,10 +25,26 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentMaps:
+    """The matrices that map a row to the width of its experts (D to L), and the weighted sum of their outputs back."""
+
+    down: Array
+    up: Array
+
+    def expand(self, backend: Backend, sums: Array, addends: Addends) -> Array:
+        """Map the sums (T, L) to (T, D), and add the addends, rounded as `Backend.combine` does."""
+        total = backend.linear(sums, self.up)
+        for rows in addends.in_order():
+            total = backend.add(rows, total)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
     """A router (D to E), the experts that this rank hosts, and the shared expert that computes every row.
 
-    The output of the shared expert is scaled by the sigmoid of `shared_gate` (D to 1), if the model has one.
+    The output of the shared expert is scaled by the sigmoid of `shared_gate` (D to 1), if the model has one. With
+    `latent` maps, the rank that holds a token computes both, so that rows of L numbers are exchanged.
     """
 
     layer: int
@@ -39,6 +55,7 @@ class MixtureOfExperts:
     router_correction: Array | None = None
     shared: Dense | None = None
     shared_gate: Array | None = None
+    latent: LatentMaps | None = None
 
     def forward(
         self,
@@ -55,12 +72,15 @@ class MixtureOfExperts:
         `combine` adds the shared expert's output and the residual, and decides where the sums go; its rows on this rank
         (T, D) are returned. Collective over the ranks of the stage. Yields while rows are on the network.
         """
-        dispatch = exchange.dispatch(x, self._route(backend, x, policy))
+        route = self._route(backend, x, policy)
+        dispatch = exchange.dispatch(x if self.latent is None else backend.linear(x, self.latent.down), route)
         addends = Addends(self._shared(backend, x), residual)
         rows, plan = yield from dispatch
-        combine.begin(plan, addends)
+        sent = addends if self.latent is None else NO_ADDENDS
+        combine.begin(plan, sent)
         outputs = backend.expert_mlp(rows, self.experts, plan.expert_counts)
-        return (yield from combine.finish(outputs, plan, addends))
+        sums = yield from combine.finish(outputs, plan, sent)
+        return sums if self.latent is None else self.latent.expand(backend, sums, addends)
 
     def _route(self, backend: Backend, x: Array, policy: RoutingPolicy) -> Route:
         logits = backend.logits(x, self.router, self.router_bias)

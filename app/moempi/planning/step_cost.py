@@ -101,13 +101,13 @@ class StepCosts:
             if layer in load.routed:
                 kind = layer
             if kind not in equal_layers:
-                equal_layers[kind] = list(self._layer(layer, load)), self._undivided_dense_layer(layer, load)
-            of_layer, undivided_s = equal_layers[kind]
+                equal_layers[kind] = list(self._layer(layer, load)), self._last_s(layer, load)
+            of_layer, last_s = equal_layers[kind]
             for phase in of_layer:
                 point = Point(layer, phase.point.phase)
                 phases.append(replace(phase, point=point, compute_s=phase.compute_s + pending_s))
                 pending_s = 0.0
-            pending_s += undivided_s
+            pending_s += last_s
         if self.immediate:
             pending_s += phases.pop().compute_s  # of the experts, whose outputs do not return
         for phase in self._end(layers, load, is_last=is_last):
@@ -136,7 +136,7 @@ class StepCosts:
         return [Phase(TOKENS, compute_s, sent=sent), Phase(AGREE, 0.0, agreement)]
 
     def _layer(self, layer: int, load: StepLoad) -> Iterator[Phase]:
-        """The phases of a layer; a dense layer without a tensor group has none (`_undivided_dense_layer`)."""
+        """The phases of a layer; a dense layer without a tensor group has none (`_last_s`)."""
         attention_s = self._attention(layer, load)
         if self.tensor > 1 and self.architecture.has_attention(layer):
             yield from self._divided(layer, attention_s, load)
@@ -157,7 +157,7 @@ class StepCosts:
         In two hops, choices and the counts inside the node travel beside the rows across nodes.
         """
         own = load.rows / self.tensor
-        routing_s = attention_s + self._products(layer, "router", own)
+        routing_s = attention_s + self._products(layer, "router", own) + self._products(layer, "latent/down", own)
         shared_s = self._products(layer, "shared", own)
         experts_s = self._experts(layer, load)
         counts, busiest = self._collective(COUNT_BYTES), self._busiest(layer, load)
@@ -174,11 +174,18 @@ class StepCosts:
         yield Phase(Point(layer, DISPATCH), routing_s, dispatch, beside_s=shared_s)
         yield Phase(Point(layer, COMBINE), experts_s, combine)
 
-    def _undivided_dense_layer(self, layer: int, load: StepLoad) -> float:
-        """Seconds of a dense layer that no tensor group divides, 0 for other layers; it delays the next phase."""
-        if self.tensor > 1 or self.architecture.is_moe(layer):
+    def _last_s(self, layer: int, load: StepLoad) -> float:
+        """Seconds of a layer after its last phase, which delay the next one: all of a dense layer without phases."""
+        if self.architecture.is_moe(layer):
+            return self._products(layer, "latent/up", load.rows / self.tensor)
+        if self.tensor > 1:
             return 0.0
         return self._attention(layer, load) + self._dense(layer, load)
+
+    @property
+    def _routed_bytes(self) -> int:
+        """Bytes of a row on its way to an expert and back."""
+        return self.row_bytes * self.architecture.routed_width // self.architecture.width
 
     @property
     def _top_k(self) -> int:
@@ -288,7 +295,7 @@ class StepCosts:
         choices = rows * self._top_k
         probability = 1 - (1 - 1 / hosting) ** choices
         ranks = self._count(self._levels[:hosting])
-        return self._transfer(ranks, probability, busiest * choices / hosting * self.row_bytes)
+        return self._transfer(ranks, probability, busiest * choices / hosting * self._routed_bytes)
 
     def _across_nodes(self, rows: float, busiest: float, *, row_bytes: int = 0) -> Transmission:
         """Each row once to every other node that hosts one of its experts."""
@@ -297,7 +304,7 @@ class StepCosts:
         elsewhere = num_experts - num_experts / len(nodes)
         share = 1 - prod(max(0.0, elsewhere - one) / (num_experts - one) for one in range(self._top_k))
         probability = 1 - (1 - share) ** rows
-        sent_bytes = busiest * rows * share * (row_bytes or self.row_bytes)
+        sent_bytes = busiest * rows * share * (row_bytes or self._routed_bytes)
         return self._transfer(self._count(self._levels[firsts[1:]]), probability, sent_bytes)
 
     def _inside_node(self, rows: float, busiest: float) -> Transmission:
@@ -305,7 +312,7 @@ class StepCosts:
         ranks = self._count(self._levels[self._levels <= NODE])
         choices = rows * self._top_k
         probability = 1 - (1 - 1 / ranks.sum()) ** choices
-        return self._transfer(ranks, probability, busiest * choices / ranks.sum() * self.row_bytes)
+        return self._transfer(ranks, probability, busiest * choices / ranks.sum() * self._routed_bytes)
 
     def _tensor_group(self, load: StepLoad) -> Transmission:
         """All rows of a tensor group: each rank sends its part to every other."""

@@ -174,25 +174,28 @@ def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens, tr
     assert 0.93 <= found["peak"] / found["forecast"] <= 1.07
 
 
-STATES = {
-    "delta_rule": {"delta_rule": DeltaRule(16, 16, 16, 16, taps=4), "delta_layers": (0, 1, 3)},
-    "state_space": {
-        "num_layers": 6, "state_space": StateSpace(16, 16, num_groups=4, state_dim=16, taps=4),
-        "state_space_layers": (0, 2, 4), "without_attention": (1, 5), "without_feed_forward": (0, 2, 3, 4),
-        "activation": "relu2",
-    },
+DELTA_RULE = {"delta_rule": DeltaRule(16, 16, 16, 16, taps=4), "delta_layers": (0, 1, 3)}
+STATE_SPACE = {
+    "num_layers": 6, "state_space": StateSpace(16, 16, num_groups=4, state_dim=16, taps=4),
+    "state_space_layers": (0, 2, 4), "without_attention": (1, 5), "without_feed_forward": (0, 2, 3, 4),
+    "activation": "relu2",
 }  # fmt: skip
+EXPERTS = Experts(num=4, width=32, router=Router(top_k=2))
+LATENT = {"experts": Experts(num=4, width=32, router=Router(top_k=2), latent_width=48)}
+STATES = {"delta_rule": DELTA_RULE, "state_space": STATE_SPACE, "latent_experts": STATE_SPACE | LATENT}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("states", STATES.values(), ids=STATES)
 def test_device_memory_of_states_equals_the_forecast(tmp_path, states, precision):
-    """The rows with states take more than those of the experts, whose buffers stay; the fullest rank counts."""
-    experts = Experts(num=4, width=32, router=Router(top_k=2))
-    sizes = {"vocab_size": 64, "width": 64, "num_layers": 4, "max_positions": 256} | states
-    model = Architecture(family="random", attention=AttentionShape(4, 2, 16), experts=experts, **sizes)
+    """The rows with states, or else of wide latent experts, take the most; the fullest rank counts."""
+    sizes = {"vocab_size": 64, "width": 64, "num_layers": 4, "max_positions": 256, "experts": EXPERTS} | states
+    model = Architecture(family="random", attention=AttentionShape(4, 2, 16), **sizes)
     initialize(model, tmp_path / "weights.h5", seed=1)
-    lines = [{"tokens": [7] * length, "max_tokens": 4, "ignore_eos": True} for length in (3, 60, 120) * 8]
+    lines = [
+        {"tokens": [(7 * row + length) % 64 for row in range(length)], "max_tokens": 4, "ignore_eos": True}
+        for length in (3, 60, 120) * 8
+    ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     values = {
         "model.weights": "weights.h5", "input.prompts": "prompts.jsonl", "output.results": "out.h5",

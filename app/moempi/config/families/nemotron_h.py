@@ -1,4 +1,4 @@
-"""Nemotron-H with experts (Nemotron-3-Nano-30B-A3B): each layer is Mamba-2, attention without rope, MoE or an MLP."""
+"""Nemotron-H with experts (Nemotron 3): each layer is Mamba-2, attention without rope, MoE or an MLP."""
 
 from moempi.config.architecture import MAX_LAYERS, Architecture, AttentionShape, Experts, Rope, StateSpace
 from moempi.config.families._deepseek import corrected_router
@@ -65,7 +65,7 @@ def _layer_kinds(config: CheckpointConfig) -> list[str]:
 
 def _check_options(config: CheckpointConfig) -> None:
     biases = ("attention_bias", "use_bias", "mlp_bias", "mamba_proj_bias")
-    config.refuse("moe_latent_size", "sliding_window", "residual_in_fp32", *biases)
+    config.refuse("sliding_window", "residual_in_fp32", *biases)
     config.require("use_conv_bias", True)
     config.require("mlp_hidden_act", "relu2")
     config.require("mamba_hidden_act", "silu")
@@ -81,7 +81,18 @@ def _experts(config: CheckpointConfig) -> Experts:
         width=config.integer("moe_intermediate_size"),
         router=corrected_router(config),
         shared_width=config.integer("moe_shared_expert_intermediate_size"),
+        latent_width=_latent_width(config),
     )
+
+
+def _latent_width(config: CheckpointConfig) -> int:
+    """The width in which experts compute, 0 for that of the model."""
+    if not config.has("moe_latent_size"):
+        return 0
+    width = config.integer("moe_latent_size")
+    if not width:
+        raise config.error("moe_latent_size is 0, not a width")
+    return width
 
 
 def _state_space(config: CheckpointConfig) -> StateSpace:
@@ -135,6 +146,8 @@ def _names(model: str, experts: dict[str, str | Fused]) -> Names:
         **{f"dense/{name}": f"{mixer}.{name}_proj.weight" for name in ("up", "down")},
         "router": f"{mixer}.gate.weight",
         "router_correction": f"{mixer}.gate.e_score_correction_bias",
+        "latent/down": f"{mixer}.fc1_latent_proj.weight",
+        "latent/up": f"{mixer}.fc2_latent_proj.weight",
         **{f"shared/{name}": f"{mixer}.shared_experts.{name}_proj.weight" for name in ("up", "down")},
         **experts,
     }
