@@ -53,7 +53,8 @@ class CupyArrayDevice(SimtDevice):
 
     def upload(self, values):
         resident, copied = self.empty(values.shape, values.dtype), values.copy()
-        self._queue.submit(lambda: np.copyto(on_host(resident), copied))
+        held = on_host(resident)
+        self._submit("upload", lambda: np.copyto(held, copied), (held, True))
         return resident
 
     def download(self, values):

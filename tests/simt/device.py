@@ -15,7 +15,7 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -27,13 +27,15 @@ import xxhash
 from moempi.arrays import narrow, widen
 from moempi.backend.cuda.device import ADDRESS, FORMATS, Argument, ExpertTable, Grid, Kernel
 from moempi.backend.protocol import HANDLE_BYTES, RowCopy
+from simt.queue_order import QueueOrder, uses_of
 
-HEADER = Path(__file__).with_name("simt.h")
+HEADER, RACES = (Path(__file__).with_name(name) for name in ("simt.h", "races.cpp"))
 LIBRARIES = Path(gettempdir()) / f"moempi-simt-{os.getuid()}"
 LETTERS = {ADDRESS: "p", FORMATS["int"]: "i", FORMATS["long long"]: "l", FORMATS["float"]: "f", FORMATS["Experts"]: "s"}
 # Unique symbols would give all libraries the shared memory of the first, whose arrays may be smaller.
-OPTIONS = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-fno-gnu-unique", "-Wno-unknown-pragmas"]
-OPTIONS += os.environ.get("MOEMPI_SIMT_OPTIONS", "").split()  # tests/sanitize.sh
+OPTIONS = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-gnu-unique", "-Wno-unknown-pragmas"]
+SANITIZERS = os.environ.get("MOEMPI_SIMT_OPTIONS", "").split()  # tests/sanitize.sh
+RACE_OPTIONS = [] if SANITIZERS else ["-g1", "-fsanitize=thread", "-DSIMT_RACES"]
 MOST_SHARED_BYTES = 227 << 10  # of a block of an H100
 FRESH = 0xFF  # every byte of memory before its first write: NaN in either precision, -1 as an index
 
@@ -46,14 +48,22 @@ class SimtDevice:
     """A `moempi.backend.cuda.device.Device` on the CPU; if `pinned`, comm buffers are host memory.
 
     If `eager`, work is done when it is submitted, and `peak_bytes` is the peak of a GPU; otherwise submitted work keeps
-    its arrays alive. With `fault_at`, that launch ends in a fault, after which every event of the device raises.
+    its arrays alive. With `fault_at`, that launch ends in a fault, after which every event of the device raises. With
+    an `order`, work of two queues that is not in order is an error. A race in shared memory ends the program, except
+    under the sanitizers of tests/sanitize.sh (races.cpp).
     """
 
     name = "SIMT on the CPU"
     memory_id = "SIMT"
 
     def __init__(
-        self, *, pinned: bool = True, eager: bool = False, fault_at: int = 0, has_warpgroups: bool = True
+        self,
+        *,
+        pinned: bool = True,
+        eager: bool = False,
+        fault_at: int = 0,
+        has_warpgroups: bool = True,
+        order: QueueOrder | None = None,
     ) -> None:
         self.comm_buffers_on_host = pinned
         self.has_warpgroups = has_warpgroups
@@ -62,6 +72,7 @@ class SimtDevice:
         self._paths: dict[int, str] = {}
         self.live_bytes = self.peak_bytes = self._launches = 0
         self._fault_at = fault_at
+        self._order = order
         self.use_queue(0)
 
     def available_bytes(self) -> int:
@@ -89,7 +100,7 @@ class SimtDevice:
 
     def upload(self, values: npt.NDArray[Any]) -> Resident:
         resident, copied = self.empty(values.shape, values.dtype), values.copy()
-        self._queue.submit(lambda: np.copyto(resident, copied))
+        self._submit("upload", lambda: np.copyto(resident, copied), (resident, True))
         return resident
 
     def download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -98,14 +109,14 @@ class SimtDevice:
 
     def start_download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         on_host = _fresh(values.shape, values.dtype)
-        self._queue.submit(lambda: np.copyto(on_host, values))
+        self._submit("download", lambda: np.copyto(on_host, values), (on_host, True), (values, False))
         return on_host
 
     def free_unused(self) -> None:
         """Memory is freed with its arrays."""
 
     def copy(self, values: Any, out: Any) -> None:
-        self._queue.submit(lambda: np.copyto(out, values))
+        self._submit("copy", lambda: np.copyto(out, values), (out, True), (values, False))
 
     def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
         """The memory is a file; the handle is its path."""
@@ -152,7 +163,7 @@ class SimtDevice:
         assert shared_bytes <= MOST_SHARED_BYTES
         self._launches += 1
         if self._launches == self._fault_at:
-            self._queue.submit(_fault)
+            self._submit("fault", _fault)
             return
         run = getattr(_library(kernel), f"launch_{kernel.name}")
         shape = (ctypes.c_uint * 7)(*grid, threads, 1, 1, shared_bytes)
@@ -162,7 +173,8 @@ class SimtDevice:
         first = ctypes.addressof(words)
         addresses = (ctypes.c_void_p * len(formats))(*(first + offset for offset in kernel.offsets))
         keep = (words, arguments)
-        self._queue.submit(lambda keep=keep: run(shape, addresses, letters.encode()))
+        work = partial(_run, run, shape, addresses, letters, keep)
+        self._submit(kernel.name, work, *(uses_of(kernel, arguments) if self._order else ()))
 
     def product(self, x: Any, matrix: Any, out: Any, *, transposed: bool) -> None:
         def run() -> None:
@@ -171,16 +183,23 @@ class SimtDevice:
             _store(out, product)
 
         assert x.dtype == matrix.dtype
-        self._queue.submit(run)
+        self._submit("product", run, (x, False), (matrix, False), (out, True))
 
     def products(self, x: Any, matrices: Any, out: Any) -> None:
         def run() -> None:
             _store(out, (_floats(x).transpose(1, 0, 2) @ _floats(matrices)).transpose(1, 0, 2))
 
-        self._queue.submit(run)
+        self._submit("products", run, (x, False), (matrices, False), (out, True))
 
     def record_event(self) -> "QueueEvent":
         return QueueEvent(self._queue, self._queue.submitted)
+
+    def _submit(self, name: str, work: Callable[[], object], *uses: tuple[Any, bool]) -> None:
+        """Submit work that uses these arrays, and writes some."""
+        if self._order is not None:
+            done = {number: queue.done for number, queue in self._queues.items()}
+            self._order.submit(self.queue, self._queue.submitted + 1, name, done, uses)
+        self._queue.submit(work)
 
     def _resident(self, values: npt.NDArray[Any]) -> Resident:
         """Count the memory until the array and its views are freed."""
@@ -233,6 +252,11 @@ class QueueEvent:
         self._queue.run(self._count)
 
 
+def _run(run: Any, shape: Any, addresses: Any, letters: str, _: Any) -> None:
+    """Run a kernel; the last argument is what its addresses point to."""
+    run(shape, addresses, letters.encode())
+
+
 def _fault() -> None:
     raise RuntimeError("an illegal memory access was encountered")
 
@@ -271,14 +295,22 @@ def _library(kernel: Kernel) -> ctypes.CDLL:
         f"{{ simt::launch({name}, shape, values, letters); }}\n"
         for name in names
     )
-    text = f"{HEADER.read_text()}\n{kernel.source}\n{launchers}"
-    digest = xxhash.xxh3_64_hexdigest((text + " ".join([*OPTIONS, *kernel.defines])).encode())
-    library = LIBRARIES / f"{Path(kernel.file).stem}-{digest}.so"
-    if not library.exists():
+    text = f'#line 1 "{HEADER.name}"\n{HEADER.read_text()}\n{kernel.source}\n{launchers}'.replace("#pragma once", "")
+    name = Path(kernel.file).stem
+    compiled = _build(f"{name}.o", text, [*OPTIONS, *SANITIZERS, *RACE_OPTIONS, *kernel.defines, "-c"])
+    others = [] if SANITIZERS else [_build("races.o", RACES.read_text(), [*OPTIONS, "-c"])]
+    linked = [*OPTIONS, *SANITIZERS, "-shared", str(compiled), *map(str, others)]
+    return ctypes.CDLL(str(_build(f"{name}.so", "", linked)))
+
+
+def _build(name: str, text: str, options: Sequence[str]) -> Path:
+    """The file that g++ makes of a source with these options."""
+    made = LIBRARIES / f"{xxhash.xxh3_64_hexdigest(''.join([text, *options]).encode())}-{name}"
+    if not made.exists():
         LIBRARIES.mkdir(mode=0o700, exist_ok=True)
-        with TemporaryDirectory(dir=LIBRARIES) as build:
-            source, made = Path(build) / "kernel.cpp", Path(build) / library.name
-            source.write_text(text.replace("#pragma once", ""))
-            subprocess.run(["g++", *OPTIONS, *kernel.defines, "-o", str(made), str(source)], check=True)
-            made.replace(library)
-    return ctypes.CDLL(str(library))
+        with TemporaryDirectory(dir=LIBRARIES) as folder:
+            built = Path(folder) / name
+            source = [] if not text else ["-x", "c++", "-"]
+            subprocess.run(["g++", *options, "-o", str(built), *source], input=text, text=True, check=True)
+            built.replace(made)
+    return made

@@ -3,7 +3,8 @@
 // Every CUDA thread of a block is a fiber. Fibers switch only at barriers, shuffles and votes, so a run is
 // deterministic; with SIMT_REVERSE set in the environment fibers and blocks run from the last to the first. A kernel
 // that lacks a barrier gives a different result in one of the two orders. A barrier that not all threads of the block
-// (or lanes of the warp) reach ends the program with a message. Shared memory is static: one block runs at a time.
+// (or lanes of the warp) reach ends the program with a message. Shared memory is static: one block runs at a time. With
+// SIMT_RACES defined, races.cpp ends the program at an access to shared memory that no barrier orders.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -16,6 +17,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <type_traits>
 #include <utility>
@@ -25,7 +27,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __shared__ static
+#define __shared__ static __attribute__((aligned(4)))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
@@ -38,11 +40,42 @@ struct Index {
   unsigned x, y, z;
 };
 
+// What is here is not in the section of shared memory, in which races.cpp looks for races.
+#define SIMT_STATE static __attribute__((section("simt_state")))
+// Into the kernel, so that the place of an access is there too.
+#define SIMT_INLINE inline __attribute__((always_inline))
+
 enum class State { running, at_warp_barrier, at_block_barrier, done };
 
 struct Copy {
   unsigned short* to;
   const unsigned short* from;
+};
+
+struct Product {
+  std::function<void()> multiply;
+  const void* place;
+};
+
+// Pieces of work in groups, which are done when their thread waits for them.
+template <class Work>
+struct Background {
+  std::vector<Work> pieces;
+  std::vector<size_t> groups;
+
+  void end_group() { groups.push_back(pieces.size()); }
+
+  // Do all groups but the last `kept`.
+  template <class Do>
+  void await_but(size_t kept, Do&& perform) {
+    if (groups.size() <= kept) return;
+    const size_t num_groups = groups.size() - kept, done = groups[num_groups - 1];
+    for (size_t i = 0; i < done; ++i) perform(pieces[i]);
+    pieces.erase(pieces.begin(), pieces.begin() + done);
+    groups.erase(groups.begin(), groups.begin() + num_groups);
+    for (size_t& end : groups) end -= done;
+  }
+  void clear() { pieces.clear(), groups.clear(); }
 };
 
 struct Fiber {
@@ -51,21 +84,36 @@ struct Fiber {
   State state = State::done;
   unsigned shuffles = 0;
   bool started = false;
-  std::vector<Copy> copies;
-  std::vector<size_t> groups;
+  Background<Copy> copies;
+  Background<Product> products;
   jmp_buf state_at_switch;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
 };
 
 alignas(1024) inline unsigned char dynamic_shared[228 << 10];
-inline Fiber fibers[MOST_THREADS];
-inline Fiber* current = nullptr;
-inline jmp_buf scheduler;
-inline Index block_index{}, block_size{}, grid_size{};
-inline uint64_t slots[2][MOST_THREADS];
-inline void (*body)(void*) = nullptr;
-inline void* body_arguments = nullptr;
+SIMT_STATE std::vector<Fiber> fibers(MOST_THREADS);
+SIMT_STATE Fiber* current = nullptr;
+SIMT_STATE jmp_buf scheduler;
+SIMT_STATE Index block_index{}, block_size{}, grid_size{};
+SIMT_STATE uint64_t slots[2][MOST_THREADS];
+SIMT_STATE void (*body)(void*) = nullptr;
+SIMT_STATE void* body_arguments = nullptr;
+
+// The calls of races.cpp.
+#ifdef SIMT_RACES
+extern "C" void races_run_thread(int thread), races_pass_block_barrier(), races_pass_warp_barrier();
+extern "C" void races_begin_copy(const void* to), races_end_copy(const void* to), races_add(const void* to, const void* place);
+extern "C" void races_set_place(const void* place);
+#else
+inline void races_run_thread(int) {}
+inline void races_pass_block_barrier() {}
+inline void races_pass_warp_barrier() {}
+inline void races_begin_copy(const void*) {}
+inline void races_end_copy(const void*) {}
+inline void races_add(const void*, const void*) {}
+inline void races_set_place(const void*) {}
+#endif
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "simt: %s (block %u %u %u)\n", message, block_index.x, block_index.y, block_index.z);
@@ -90,7 +138,11 @@ inline void fiber_main() {
 
 inline void resume(Fiber& fiber) {
   current = &fiber;
-  if (_setjmp(scheduler)) return;
+  races_run_thread(fiber.warp * WARP + fiber.lane);
+  if (_setjmp(scheduler)) {
+    races_run_thread(-1);
+    return;
+  }
   if (fiber.started) _longjmp(fiber.state_at_switch, 1);
   fiber.started = true;
   fiber.stack.reset(new char[STACK_BYTES]);
@@ -129,9 +181,10 @@ inline void run_block(int threads, bool reverse) {
     fiber.warp = thread / WARP;
     fiber.state = State::running;
     fiber.shuffles = 0;
-    fiber.copies.clear(), fiber.groups.clear();
+    fiber.copies.clear(), fiber.products.clear();
   }
   for (;;) {
+    races_pass_block_barrier();
     const int warps = threads / WARP;
     for (int i = 0; i < warps; ++i) run_warp((reverse ? warps - 1 - i : i) * WARP, reverse);
     int finished = 0;
@@ -221,7 +274,10 @@ Shared<T> exchange(T value) {
 #define gridDim (simt::grid_size)
 
 inline void __syncthreads() { simt::wait(simt::State::at_block_barrier); }
-inline void __syncwarp(unsigned = ~0u) { simt::wait(simt::State::at_warp_barrier); }
+inline void __syncwarp(unsigned = ~0u) {
+  simt::wait(simt::State::at_warp_barrier);
+  simt::races_pass_warp_barrier();
+}
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -268,7 +324,12 @@ template <class T>
 T __ldcg(const T* from) {
   return *from;
 }
-inline int atomicAdd(int* sum, int addend) { return std::exchange(*sum, *sum + addend); }
+__attribute__((noinline, no_sanitize("thread"))) inline int atomicAdd(int* sum, int addend) {
+  simt::races_add(sum, __builtin_return_address(0));
+  const int before = *sum;
+  *sum += addend;
+  return before;
+}
 inline void __threadfence() {}
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __fdividef(float dividend, float divisor) { return dividend / divisor; }
@@ -300,7 +361,7 @@ inline void fragment_rows(const unsigned* a, int g, float (*rows)[16]) {
 }
 
 template <bool TRANSPOSED>
-void load_eights(unsigned* to, const unsigned short* from) {
+SIMT_INLINE void load_eights(unsigned* to, const unsigned short* from) {
   require_aligned(from);
   const auto addresses = exchange(from);
   const int g = current->lane / 4, t = current->lane % 4;
@@ -326,26 +387,23 @@ inline void multiply_add(float* c, const unsigned* a, const unsigned* b) {
   for (int i = 0; i < 4; ++i)
     for (int k = 0; k < 16; ++k) c[i] += rows[i / 2][k] * columns[i % 2][k];
 }
-inline void load_matrices(unsigned* to, const unsigned short* from) { simt::load_eights<false>(to, from); }
-inline void load_transposed(unsigned* to, const unsigned short* from) { simt::load_eights<true>(to, from); }
+SIMT_INLINE void load_matrices(unsigned* to, const unsigned short* from) { simt::load_eights<false>(to, from); }
+SIMT_INLINE void load_transposed(unsigned* to, const unsigned short* from) { simt::load_eights<true>(to, from); }
 
 // Asynchronous copies to shared memory. A copy is done when its thread waits for it, so a missing wait is visible.
-inline void begin_copy(unsigned short* to, const unsigned short* from) {
+SIMT_INLINE void begin_copy(unsigned short* to, const unsigned short* from) {
   simt::require_aligned(to), simt::require_aligned(from);
-  simt::current->copies.push_back({to, from});
+  simt::races_begin_copy(to);
+  simt::current->copies.pieces.push_back({to, from});
 }
-inline void begin_copy_once(unsigned short* to, const unsigned short* from) { begin_copy(to, from); }
-inline void end_copies() { simt::current->groups.push_back(simt::current->copies.size()); }
+SIMT_INLINE void begin_copy_once(unsigned short* to, const unsigned short* from) { begin_copy(to, from); }
+inline void end_copies() { simt::current->copies.end_group(); }
 template <int N>
 void await_groups_but() {
-  auto &copies = simt::current->copies;
-  auto &groups = simt::current->groups;
-  if (groups.size() <= N) return;
-  const size_t num_groups = groups.size() - N, done = groups[num_groups - 1];
-  for (size_t i = 0; i < done; ++i) std::memcpy(copies[i].to, copies[i].from, 16);
-  copies.erase(copies.begin(), copies.begin() + done);
-  groups.erase(groups.begin(), groups.begin() + num_groups);
-  for (size_t& end : groups) end -= done;
+  simt::current->copies.await_but(N, [](const simt::Copy& copy) {
+    simt::races_end_copy(copy.to);
+    std::memcpy(copy.to, copy.from, 16);
+  });
 }
 inline void await_copies() {
   end_copies();
@@ -357,15 +415,22 @@ inline float fast_exp2(float number) { return std::exp2(number); }
 
 #define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(simt::dynamic_shared)
 
-// The matrix instructions of kernels/warpgroup.cuh, done at once. A shared address is an offset in dynamic memory.
+// The matrix instructions of kernels/warpgroup.cuh. A product is done when its thread waits for it: it reads the shared
+// memory and the registers as they are then. A shared address is an offset in dynamic memory.
 inline unsigned shared_address(const void* from) {
   return static_cast<unsigned>(static_cast<const unsigned char*>(from) - simt::dynamic_shared);
 }
 inline void publish_copies() {}
 inline void begin_products() {}
-inline void end_products() {}
+inline void end_products() { simt::current->products.end_group(); }
 template <int N>
-void await_products_but() {}
+void await_products_but() {
+  simt::current->products.await_but(N, [](const simt::Product& product) {
+    simt::races_set_place(product.place);
+    product.multiply();
+    simt::races_set_place(nullptr);
+  });
+}
 
 namespace simt {
 
@@ -391,21 +456,32 @@ inline void multiply_described(float (*c)[4], const unsigned* a, unsigned long l
 
 }  // namespace simt
 
+__attribute__((noinline)) inline const void* place_of_call() { return __builtin_return_address(0); }
+
+template <class Multiply>
+SIMT_INLINE void in_background(Multiply multiply) {
+  simt::current->products.pieces.push_back({multiply, place_of_call()});
+}
+
 template <int N>
 struct Width;
-inline void multiply_rows(float (*c)[4], const unsigned* a, unsigned long long b, int adds) {
-  if (!adds) std::memset(c, 0, 8 * sizeof *c);
-  simt::multiply_described(c, a, b, 64, true);
+SIMT_INLINE void multiply_rows(float (*c)[4], const unsigned* a, unsigned long long b, int adds) {
+  in_background([=] {
+    if (!adds) std::memset(c, 0, 8 * sizeof *c);
+    simt::multiply_described(c, a, b, 64, true);
+  });
 }
 template <int N>
-void multiply_shared(float (*c)[4], unsigned long long a, unsigned long long b, Width<N>) {
-  const int first = simt::current->warp % 4 * 16 + simt::current->lane / 4, t = simt::current->lane % 4;
-  for (int j = 0; j < N / 8; ++j)
-    for (int i = 0; i < 4; ++i)
-      for (int k = 0; k < 16; ++k)
-        c[j][i] += simt::number_at(a, k, first + i / 2 * 8, true) * simt::number_at(b, k, 8 * j + 2 * t + i % 2, true);
+SIMT_INLINE void multiply_shared(float (*c)[4], unsigned long long a, unsigned long long b, Width<N>) {
+  in_background([=] {
+    const int first = simt::current->warp % 4 * 16 + simt::current->lane / 4, t = simt::current->lane % 4;
+    for (int j = 0; j < N / 8; ++j)
+      for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k)
+          c[j][i] += simt::number_at(a, k, first + i / 2 * 8, true) * simt::number_at(b, k, 8 * j + 2 * t + i % 2, true);
+  });
 }
 template <int N>
-void multiply_columns(float (*c)[4], const unsigned* a, unsigned long long b, Width<N>) {
-  simt::multiply_described(c, a, b, N, false);
+SIMT_INLINE void multiply_columns(float (*c)[4], const unsigned* a, unsigned long long b, Width<N>) {
+  in_background([=] { simt::multiply_described(c, a, b, N, false); });
 }

@@ -38,12 +38,16 @@ class Kernel:
         return tuple(f"-D{name}" if value is None else f"-D{name}={value}" for name, value in self.constants)
 
     @property
-    def parameters(self) -> tuple[str, ...]:
-        """The format of each parameter, from the source."""
+    def parameter_types(self) -> tuple[str, ...]:
+        """The C++ type of each parameter, from the source."""
         found = re.search(rf"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?{self.name}\(([^)]*)\)", self.source)
         assert found, f"{self.file} has no kernel {self.name}"
-        types = [" ".join(parameter.split()[:-1]) for parameter in found[1].split(",")]
-        return tuple(ADDRESS if "*" in given else FORMATS[given] for given in types)
+        return tuple(" ".join(parameter.split()[:-1]) for parameter in found[1].split(","))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The format of each parameter."""
+        return tuple(ADDRESS if "*" in given else FORMATS[given] for given in self.parameter_types)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -63,12 +67,18 @@ def find_kernel(file: str, name: str, constants: tuple[tuple[str, int | None], .
 
 
 def _with_headers(file: str, seen: set[str]) -> str:
-    """Headers are inserted because compiler caches identify a kernel by its text; one that was `seen` becomes empty."""
+    """Headers are inserted because compiler caches identify a kernel by its text; one that was `seen` becomes empty.
+
+    Compilers name the place of an error by the lines `#line`.
+    """
     if file in seen:
         return ""
     seen.add(file)
-    lines = (KERNELS / file).read_text().splitlines(keepends=True)
-    return "".join(_with_headers(line.split('"')[1], seen) if line.startswith('#include "') else line for line in lines)
+    pieces = [f'#line 1 "{file}"\n']
+    for number, line in enumerate((KERNELS / file).read_text().splitlines(keepends=True), start=1):
+        included = line.startswith('#include "')
+        pieces += [_with_headers(line.split('"')[1], seen), f'#line {number + 1} "{file}"\n'] if included else [line]
+    return "".join(pieces)
 
 
 @dataclass(frozen=True, slots=True)
