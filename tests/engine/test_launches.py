@@ -1,4 +1,6 @@
-"""The kernels, products and copies that a layer of a decode step submits to the device, in their order."""
+"""What a layer of a decode step submits to the device, in its order, and its allocations and waits."""
+
+from collections import Counter
 
 import pytest
 from msgspec import structs
@@ -19,11 +21,38 @@ ARCHITECTURE = structs.replace(
 
 
 class CountedDevice(SimtDevice):
-    """A SIMT device with the names of all work that was submitted."""
+    """A SIMT device with the names of all work that was submitted, and the calls that submit none, each behind work."""
 
     def __init__(self):
         super().__init__()
         self.names = []
+        self.calls = []
+
+    def called(self, name):
+        self.calls.append((len(self.names), name))
+
+    def empty(self, shape, dtype):
+        self.called("from the pool")
+        return super().empty(shape, dtype)
+
+    def comm_buffer(self, shape, dtype):
+        self.called("from the driver")
+        return super().comm_buffer(shape, dtype)
+
+    def allocate_shared(self, shape, dtype):
+        self.called("from the driver")
+        return super().allocate_shared(shape, dtype)
+
+    def download(self, values):
+        self.called("wait")
+        return super().download(values)
+
+    def record_event(self):
+        self.called("event")
+        event = super().record_event()
+        synchronize = event.synchronize
+        event.synchronize = lambda: (self.called("wait"), synchronize())
+        return event
 
     def launch(self, kernel, grid, threads, arguments, **options):
         self.names.append(kernel.name)
@@ -51,7 +80,7 @@ class CountedDevice(SimtDevice):
 
 
 def last_step(folder, architecture):
-    """The work of a step that decodes sequences of 300 and of 5 tokens, behind its rotary angles."""
+    """The device, and its work in a step that decodes sequences of 300 and of 5 tokens, behind its rotary angles."""
     device = CountedDevice()
 
     def make_backend(progress):
@@ -61,7 +90,7 @@ def last_step(folder, architecture):
     run = Run(folder, requests_of(300, 5), architecture=architecture, make_backend=make_backend, run=settings)
     run.lanes.run()
     run.journal.close()
-    return device.names[-device.names[::-1].index("rope_angles") :]
+    return device, device.names[-device.names[::-1].index("rope_angles") :]
 
 
 LATENT = AttentionShape(
@@ -93,9 +122,19 @@ EXPERTS = [
 )
 def test_a_layer_of_a_decode_step_submits_this_and_no_more(tmp_path, attention, attention_names, number):
     """Kernels and products, and the download of the counts by which rows are sent."""
-    names = last_step(tmp_path, structs.replace(ARCHITECTURE, attention=attention))
+    _, names = last_step(tmp_path, structs.replace(ARCHITECTURE, attention=attention))
     names.remove("upload")  # where the step's rows are in the cache, once for all layers
     layer = ["rms_norm", *attention_names, "add_rms_norm", *EXPERTS]
     assert len(layer) - layer.count("download") == number
     assert names[: 3 * len(layer)] == 3 * layer
     assert names[3 * len(layer) :][:3] == ["upload", "take_rows", "rms_norm"]  # the head
+
+
+def test_a_layer_of_a_decode_step_waits_for_nothing_and_takes_no_memory_of_the_driver(tmp_path):
+    """The host polls one event, of the counts, and uploads nothing; the pool's memory is that of the layer before."""
+    device, names = last_step(tmp_path, ARCHITECTURE)
+    first = len(device.names) - len(names)
+    _, second, third, _ = (first + number for number, name in enumerate(names) if name == "rms_norm")
+    assert "upload" not in device.names[second:third]
+    calls = Counter(name for behind, name in device.calls if second < behind <= third)
+    assert calls == {"from the pool": 18, "event": 1}
