@@ -1,6 +1,7 @@
 """`moempi place`: it predicts what a run counts, before and after experts move."""
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,7 +12,9 @@ from moempi.storage.convert import convert
 from moempi.storage.journal import journal_paths
 from moempi.storage.merge import merge
 from mpirun import ROOT, execute, mpirun, python
+from storage.test_records import make_rank, make_request
 from storage.test_results import PROVENANCE, write_journals
+from storage.test_traces import make_routing
 
 JOB = ROOT / "jobs/abacus.toml"
 
@@ -142,11 +145,19 @@ def test_damaged_routing_is_refused(run, tmp_path):
     assert_refused(replaced("experts/load", lambda values: np.zeros((0, 2**40), np.int64)), "has 0 layers")
 
 
+def test_routing_without_home_ranks_is_refused(tmp_path):
+    path, trace = tmp_path / "plain.h5", make_routing(0, [(0, 0)])
+    write_journals(path, [msgspec.structs.replace(trace, home=False), make_rank(0), make_request(0, computed=1)])
+    merge(path, journal_paths(path), num_requests=1, provenance=PROVENANCE)
+    with pytest.raises(DataError, match=r"trace\.home=true"):
+        place_experts(path, PlacementRequest(), policy="linear", out=None)
+
+
 def test_results_without_routing_are_refused(tmp_path):
     path = tmp_path / "plain.h5"
     write_journals(path, [])
     merge(path, journal_paths(path), num_requests=0, provenance=PROVENANCE)
-    with pytest.raises(DataError, match=r"trace\.routing=true"):
+    with pytest.raises(DataError, match=r"trace\.routing=experts"):
         place_experts(path, PlacementRequest(), policy="linear", out=None)
     outcome = execute(*python("-m", "moempi", "place", path, "--replicas", "-1"))
     assert (outcome.code, len(outcome.lines)) == (UsageError.exit_code, 1)

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moempi.engine.earlier import NOTHING_EARLIER, Earlier, finished_requests, with_routing
-from moempi.engine.routed_rows import RoutedRows
+from moempi.engine.earlier import NOTHING_EARLIER, Earlier, finished_requests, with_traces
+from moempi.engine.traced_rows import TracedRows
 from moempi.errors import StorageError
 from moempi.storage.journal import JournalReader, JournalWriter, journal_path
-from moempi.storage.records import RankRecord, RequestRecord, RoutingRecord
+from moempi.storage.records import RankRecord, RequestRecord, TraceRecord
 
 NUM_REQUESTS = 10
 RANK = RankRecord(rank=0, host="n", expert_load=np.zeros((1, 2), np.int64), seconds={}, steps=1, tokens=2)
@@ -31,15 +31,15 @@ def request(index, *, tokens=0, scores=0, finish="length", text="", reference=No
 
 
 def routing(step, *, since=0):
-    return RoutingRecord(
+    return TraceRecord(
+        table="routing",
         since=since,
         step=step,
         rank=0,
         layers=(1,),
         requests=np.zeros(2, np.int64),
         positions=np.arange(2, dtype=np.int32),
-        experts=np.zeros((1, 2, 3), np.int32),
-        weights=np.zeros((1, 2, 3), np.float32),
+        columns={"experts": np.zeros((1, 2, 3), np.int32)},
     )
 
 
@@ -162,15 +162,15 @@ def test_a_file_that_is_no_journal_or_is_missing_is_a_storage_error(tmp_path):
 def routing_of(rows, *, since=0, step=0, layers=(1, 3)):
     """The routing of (request, position) pairs."""
     requests, positions = (np.array(column) for column in zip(*rows, strict=True))
-    return RoutingRecord(
+    return TraceRecord(
+        table="routing",
         since=since,
         step=step,
         rank=0,
         layers=layers,
         requests=requests.astype(np.int64),
         positions=positions.astype(np.int32),
-        experts=np.zeros((len(layers), len(rows), 2), np.int32),
-        weights=np.zeros((len(layers), len(rows), 2), np.float32),
+        columns={"experts": np.zeros((len(layers), len(rows), 2), np.uint8)},
     )
 
 
@@ -178,14 +178,14 @@ def routed_requests(*of_ranks, num_layers=2):
     """The requests of a scan by ranks, each of which reads the records of one journal, that need no computing again."""
     counts, finished = [], []
     for path in of_ranks:
-        counts.append(RoutedRows(NUM_REQUESTS))
-        finished.append(finished_requests([path], "run", NUM_REQUESTS, routed=counts[-1])[0])
+        counts.append(TracedRows(NUM_REQUESTS, ["routing"]))
+        finished.append(finished_requests([path], "run", NUM_REQUESTS, traced=counts[-1])[0])
     since = np.max([count.since for count in counts], axis=0)
     for count in counts:
         reduced = {id(count.since): since}
         count.reduce(lambda array, _, reduced=reduced: reduced.get(id(array), array))
     num_rows = np.sum([count.num_rows for count in counts], axis=0)
-    kept, num_lost = with_routing(np.concatenate(finished), num_rows, num_layers=num_layers)
+    kept, num_lost = with_traces(np.concatenate(finished), num_rows, {"routing": ("computed", num_layers)})
     assert num_lost == len(np.unique(np.concatenate(finished)["index"])) - len(kept)
     return kept["index"].tolist()
 

@@ -8,7 +8,7 @@ from moempi.comm.select_transport import ChosenTransport
 from moempi.layout.schedule import step_points
 from moempi.model.router_balance import MODEL_ROUTING, BiasPolicy, CapacityPolicy
 from moempi.storage.journal import JournalReader
-from moempi.storage.records import RoutingRecord
+from moempi.storage.records import TraceRecord
 
 LENGTHS = (5, 3, 30, 1, 12)
 
@@ -135,7 +135,7 @@ def test_the_recorded_steps_of_the_lanes_differ_and_cover_every_computed_token(t
     run.lanes.run()
     run.journal.close()
     with JournalReader(run.journal.path) as journal:
-        records = [record for _, record in journal.records() if isinstance(record, RoutingRecord)]
+        records = [record for _, record in journal.records() if isinstance(record, TraceRecord)]
     steps = [record.step for record in records]
     assert len(set(steps)) == len(steps)
     assert {step % 2 for step in steps} == {0, 1}

@@ -96,6 +96,15 @@ def test_a_resumed_run_has_each_token_once(run, alone):
 
 
 @pytest.mark.mpi
+def test_experts_alone_take_a_byte_each_and_no_more(run, alone):
+    settings = {"parallel.stages": 2, "parallel.stage_layers": "[4,2]", "trace.routing": "experts"}
+    with h5py.File(run(4, "experts", **settings)) as file:
+        assert sorted(file["routing"]) == ["experts", "layer", "offsets"]
+        assert file["routing/experts"].dtype == np.uint8
+        np.testing.assert_array_equal(file["routing/experts"][:], alone["experts"])
+
+
+@pytest.mark.mpi
 def test_no_routing_is_recorded_unless_asked_for(run):
     with h5py.File(run(2, "plain", **{"trace.routing": "false"})) as file:
         assert "routing" not in file

@@ -18,7 +18,7 @@ import numpy as np
 
 from faults.rehearsal import Rehearsal, require
 from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths, journals_folder
-from moempi.storage.records import RankRecord, Record, RequestRecord, RoutingRecord
+from moempi.storage.records import RankRecord, Record, RequestRecord, TraceRecord
 from mpirun import Outcome
 
 PAGE_BYTES = 4096
@@ -77,7 +77,7 @@ class StoppedRun:
         lost = [span.record for span in self.spans if not self.is_kept(span, journals)]
         kept = {span.record.index for span in self.of_kind(RequestRecord) if self.is_kept(span, journals)}
         for record in lost:
-            kept -= set(record.requests.tolist()) if isinstance(record, RoutingRecord) else set()
+            kept -= set(record.requests.tolist()) if isinstance(record, TraceRecord) else set()
         outcome = self.rehearsal.finish(results, num_ranks=3, **SETTINGS)
         found = EARLIER.search(outcome.out)
         num_kept = int(found[1].replace(",", "")) if found else 0
@@ -206,14 +206,14 @@ def replace(stopped: StoppedRun, make: Callable[[Path], object]) -> None:
 def cases(rehearsal: Rehearsal, dice: random.Random, flips: int) -> Iterator[tuple[str, Callable[[], None]]]:
     """`flips` flipped bits, in every part of a journal in turn, and each other damage."""
     stopped = cache(lambda: StoppedRun(rehearsal))
-    of_all, payload = (RequestRecord, RoutingRecord, RankRecord), slice(FRAME_BYTES, None)
+    of_all, payload = (RequestRecord, TraceRecord, RankRecord), slice(FRAME_BYTES, None)
     places: list[tuple[str, Callable[..., None]]] = [
         ("a header", flip_in_header),
         ("a length", lambda *given: flip_in_record(*given, LENGTH, *of_all)),
         ("a checksum", lambda *given: flip_in_record(*given, CHECKSUM, *of_all)),
         *(
             (name, lambda *given, kind=kind: flip_in_record(*given, payload, kind))
-            for name, kind in (("a request", RequestRecord), ("a routing", RoutingRecord), ("a rank", RankRecord))
+            for name, kind in (("a request", RequestRecord), ("a routing", TraceRecord), ("a rank", RankRecord))
         ),
     ]
     for number in range(flips):

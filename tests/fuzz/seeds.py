@@ -21,7 +21,7 @@ from mpirun import ROOT
 from storage.models import write_model
 from storage.test_records import make_rank, make_request
 from storage.test_results import merged
-from storage.test_routing import make_routing
+from storage.test_traces import make_routing
 
 MEMORY_FOLDER = Path("/dev/shm")
 """Syncing a file costs nothing there."""

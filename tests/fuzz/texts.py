@@ -56,7 +56,8 @@ JOB_VALUES: dict[str, Sequence[Any]] = {
     "topology.rank_memory": ("auto", "64GB", "1B"),
     "balance.mode": ("off", "bias", "capacity"),
     "balance.capacity": (1.0, 1e6),
-    "trace.routing": (False, True),
+    "trace.routing": (False, True, "experts", "weights"),
+    "trace.home": (False, True),
 }
 OTHER_KEYS = ("output.results", "model.architecture", "x.y", "", "run", "run." * 200 + "a", "a\0.b")
 RESULTS = (

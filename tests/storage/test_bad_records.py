@@ -14,7 +14,7 @@ from moempi.storage.records import encode
 from storage.test_journal_damage import frame
 from storage.test_records import make_rank, make_request, write_journal
 from storage.test_results import PROVENANCE, read
-from storage.test_routing import make_routing
+from storage.test_traces import make_routing
 
 REQUEST = make_request(2, top=2, score_top=1, computed=4)
 ROUTING = make_routing(1, [(2, 0), (2, 1)])
@@ -50,9 +50,16 @@ BAD_ROUTINGS = {
     "of a request beyond the job": {"requests": ("<i8", (2,), np.array([2, 3]).tobytes())},
     "at a negative position": {"positions": ("<i4", (2,), np.array([0, -1], np.int32).tobytes())},
     "of fewer experts": {
-        "experts": ("<i4", (2, 2, 1), bytes(16)),
-        "weights": ("<f4", (2, 2, 1), bytes(16)),
+        "columns": {"experts": ("<i4", (2, 2, 1), bytes(16)), "weights": ("<f4", (2, 2, 1), bytes(16))}
     },
+    "of fewer weights": {
+        "columns": {"experts": ("<i4", (2, 2, 2), bytes(32)), "weights": ("<f4", (2, 2, 1), bytes(16))}
+    },
+    "of experts of no slot": {"columns": {"experts": ("<i4", (2, 2), bytes(16))}},
+    "of other columns": {"columns": {"experts": ("<i4", (2, 2, 2), bytes(32))}},
+    "with a column of another table": {"columns": {"values": ("<f4", (2, 2, 2), bytes(32))}},
+    "with a column that the merge makes": {"columns": {"row": ("<i4", (2, 2), bytes(16))}},
+    "of an unknown table": {"table": "routings"},
     "of descending layers": {"layers": [3, 1]},
     "of a negative step": {"step": -1},
 }
@@ -127,7 +134,7 @@ def test_widths_without_values_need_no_space(tmp_path):
     wide = {"computed": 0, "tokens": ("<i4", (0,), b""), "logprobs": ("<f4", (0,), b"")}
     wide |= {name: (kind, (0, 2**40), b"") for name, kind in (("top_tokens", "<i4"), ("top_logprobs", "<f4"))}
     no_rows = {"requests": ("<i8", (0,), b""), "positions": ("<i4", (0,), b"")}
-    no_rows |= {name: (kind, (2, 0, 2**40), b"") for name, kind in (("experts", "<i4"), ("weights", "<f4"))}
+    no_rows["columns"] = {name: (kind, (2, 0, 2**40), b"") for name, kind in (("experts", "<i4"), ("weights", "<f4"))}
     path, _ = journal_of(tmp_path / "r.h5", payload_of(REQUEST, wide), payload_of(ROUTING, no_rows))
     assert merge_of(tmp_path / "r.h5", path) == []
 

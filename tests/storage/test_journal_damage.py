@@ -10,7 +10,7 @@ import pytest
 from moempi.errors import StorageError
 from moempi.storage import journal
 from moempi.storage.journal import JournalReader, JournalWriter
-from moempi.storage.records import RoutingRecord, encode
+from moempi.storage.records import TraceRecord, encode
 from storage.test_records import make_rank, make_request, read_journal, write_journal
 
 RECORDS = [*(make_request(i, top=i % 3, score_top=1 if i == 2 else None) for i in range(5)), make_rank(0)]
@@ -144,15 +144,15 @@ def test_a_record_inside_the_text_of_a_damaged_record_is_not_accepted(tmp_path, 
 
 
 def test_the_search_finds_every_kind_of_record():
-    routing = RoutingRecord(
+    routing = TraceRecord(
+        table="routing",
         since=0,
         step=0,
         rank=0,
         layers=(),
         requests=make_rank(0).expert_load[0, :0],
         positions=make_request(0, num_prompt=0).prompt,
-        experts=make_request(0, num_prompt=0).prompt.reshape(0, 0, 1),
-        weights=make_request(0, num_tokens=0).logprobs.reshape(0, 0, 1),
+        columns={"experts": make_request(0, num_prompt=0).prompt.reshape(0, 0, 1)},
     )
     for record in (make_request(0), make_rank(0), routing):
         head = encode(record).index(b"\xa4type")

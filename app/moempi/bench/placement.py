@@ -34,7 +34,7 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--ranks", type=count, default=16, metavar="R", help="ranks (16)")
     parser.add_argument("--ranks-per-node", type=count, default=4, metavar="N", help="ranks on a node (4)")
     parser.add_argument("--replicas", type=amount, default=0.25, help="replicas for skewed routing, as a share (0.25)")
-    parser.add_argument("--results", type=Path, metavar="RESULTS.h5", help="of a run with trace.routing = true")
+    parser.add_argument("--results", type=Path, metavar="RESULTS.h5", help="of a run with trace.routing and trace.home")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from moempi.config.job import Job
 from moempi.config.placement_file import read_job_placement
 from moempi.config.size import format_size, parse_size
 from moempi.config.tensors import PAGE_ROWS
+from moempi.config.traces import recorded_bytes
 from moempi.errors import ConfigError
 from moempi.layout.grid import Stage
 from moempi.layout.layout import Layout, make_layout
@@ -35,7 +36,9 @@ def dry_run(job: Job, nodes: Sequence[int], *, context: int = 0) -> LayoutTable:
     )
     context = min(context or DEFAULT_CONTEXT, architecture.max_positions)
     rows = [_row(job, layout, index, nodes, context=context) for index in range(len(layout.grid.stages))]
-    return LayoutTable(title, rows, context, refused=_memory_errors(job, layout))
+    return LayoutTable(
+        title, rows, context, refused=_memory_errors(job, layout), recorded=recorded_bytes(job, architecture)
+    )
 
 
 def architecture_of(job: Job) -> Architecture:

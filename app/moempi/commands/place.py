@@ -52,7 +52,7 @@ class PlacementRequest:
 
 def add_flags(parser: ArgumentParser) -> None:
     """The recorded run, the policy, and the ranks and links to choose a placement for."""
-    parser.add_argument("results", type=Path, metavar="RESULTS.h5", help="of a run with trace.routing = true")
+    parser.add_argument("results", type=Path, metavar="RESULTS.h5", help="of a run with trace.routing and trace.home")
     parser.add_argument("-o", "--out", type=Path, metavar="PLACEMENT.json", help="write the policy's placement")
     add_force_flag(parser)
     parser.add_argument("--policy", choices=["linear", "balanced", "topology"], default="topology", help="(topology)")
@@ -103,6 +103,8 @@ def place_experts(
     results, UsageError for ranks that do not fit the topology, StorageError for `out`.
     """
     with RoutingFile(results) as file:
+        if not file.has_home:
+            raise DataError(f"{results}: does not say where rows were routed; run the job with --set trace.home=true")
         placements: dict[str, list[Placement]] = {name: [] for name in POLICIES}
         forecasts: dict[str, list[ExchangeForecast]] = {}
         for index, layer in enumerate(file.layers):

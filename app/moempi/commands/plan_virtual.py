@@ -138,10 +138,10 @@ def _routing(text: str, architecture: Architecture) -> Routing:
 
 
 def _recorded_experts(path: str, layer: int) -> IntArray:
-    """The experts of the recorded tokens of a layer (T, K) in the order of their steps."""
+    """The experts of the recorded tokens of a layer (T, K), in the order of their steps if the file has them."""
     with RoutingFile(path) as file:
         found = file.layer(file.layers.index(layer), last=RECORDED_TOKENS)
-    if not len(found["step"]):
+    experts: IntArray = found["experts"]
+    if not len(experts):
         raise DataError(f"{path}: routing of layer {layer}: has no tokens")
-    experts: IntArray = found["experts"][np.argsort(found["step"], kind="stable")]
-    return experts
+    return experts[np.argsort(found["step"], kind="stable")] if "step" in found else experts

@@ -171,9 +171,24 @@ class PlacementSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TraceSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[trace]`: what to record besides the outputs; `routing` records each router's choices and weights per token."""
+    """`[trace]`: what to record at each position besides the outputs.
 
-    routing: bool = False
+    `routing` records the experts that each router chose, or also their "weights". `home` adds where each row was
+    routed: rank, step and place in it. `true` stands for "weights" with `home`.
+    """
+
+    routing: bool | Literal["experts", "weights"] = False
+    home: bool = False
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights of the chosen experts are recorded."""
+        return self.routing is True or self.routing == "weights"
+
+    @property
+    def has_home(self) -> bool:
+        """Whether rank, step and row of each route are recorded."""
+        return self.routing is True or (self.home and bool(self.routing))
 
 
 class Job(Struct, frozen=True, forbid_unknown_fields=True):
@@ -244,6 +259,7 @@ CHANGES_RESULTS = (
     "balance.capacity",
     "balance.sample",
     "trace.routing",
+    "trace.home",
 )
 """Keys that change a result, if only by the order of a sum: all attempts at a job have the same values."""
 

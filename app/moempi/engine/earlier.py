@@ -1,7 +1,7 @@
 """What earlier attempts at a job finished, as their journals say."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import IntArray
-from moempi.engine.routed_rows import RoutedRows
+from moempi.engine.traced_rows import TracedRows
 from moempi.errors import StorageError
 from moempi.storage.journal import JournalReader, Problem
-from moempi.storage.records import RequestRecord, RoutingRecord
+from moempi.storage.records import RequestRecord, TraceRecord
 
 FINISHES = ("stop", "length", "error")
 _FINISHED_REQUEST = np.dtype(
@@ -56,12 +56,12 @@ class Earlier:
 
 
 def finished_requests(
-    journals: Iterable[Path], fingerprint: str, num_requests: int, *, routed: RoutedRows | None = None
+    journals: Iterable[Path], fingerprint: str, num_requests: int, *, traced: TracedRows | None = None
 ) -> tuple[FinishedRequests, int, list[Problem]]:
     """Read the journals: their finished requests, the first step number that no attempt has used, and their problems.
 
-    Damage, incomplete records at the end and records that cannot be used are passed over. Recorded routing is counted
-    in `routed`, if given. Raises StorageError if a journal has another fingerprint or cannot be read.
+    Damage, incomplete records at the end and records that cannot be used are passed over. Recorded rows are counted
+    in `traced`, if given. Raises StorageError if a journal has another fingerprint or cannot be read.
     """
     finished, next_step, problems = [], 0, []
     for path in journals:
@@ -75,23 +75,26 @@ def finished_requests(
                 if isinstance(record, RequestRecord):
                     finished.append(_entry(record))
                     next_step = max(next_step, record.since + 1)
-                elif isinstance(record, RoutingRecord):
+                elif isinstance(record, TraceRecord):
                     next_step = max(next_step, record.step + 1)
-                    if routed is not None:
-                        routed.add(record)
+                    if traced is not None:
+                        traced.add(record)
             problems += journal.problems
     return np.array(finished, _FINISHED_REQUEST), next_step, problems
 
 
-def with_routing(
-    finished: FinishedRequests, num_rows: npt.NDArray[np.int64], *, num_layers: int
+def with_traces(
+    finished: FinishedRequests, num_rows: npt.NDArray[np.int64], rows_of: Mapping[str, tuple[str, int]]
 ) -> tuple[FinishedRequests, int]:
-    """The requests whose routing is recorded for all computed positions and `num_layers` layers; how many are not.
+    """The requests all of whose rows are recorded; how many are not.
 
-    `num_rows` (N,) is from `RoutedRows`. What was lost is recorded again by computing these requests again.
+    `num_rows` (tables, N) is from `TracedRows`. In the tables of `rows_of`, in the same order, a request has as many
+    rows as a field of it says, in as many layers. What was lost is recorded again by computing these requests again.
     """
     once = _latest(finished)
-    whole = num_rows[once["index"]] >= num_layers * once["computed"]
+    whole = np.ones(len(once), np.bool_)
+    for rows, (name, num_layers) in zip(num_rows, rows_of.values(), strict=True):
+        whole &= rows[once["index"]] >= num_layers * once[name]
     return once[whole], int((~whole).sum())
 
 

@@ -8,9 +8,9 @@ from moempi.backend.protocol import Array, SampledTokens
 from moempi.comm.batch import Batch
 from moempi.comm.lane_comm import LaneComm
 from moempi.comm.transfers import Waits, nothing
+from moempi.engine.lane_trace import LaneTrace
 from moempi.engine.micro_batches import MicroBatch, MicroBatches
 from moempi.engine.recorder import Recorder
-from moempi.engine.routing_trace import RoutingTrace
 from moempi.engine.scheduler import Scheduler
 from moempi.engine.sequences import NO_WORK, Work
 from moempi.engine.tasks import Task
@@ -41,7 +41,7 @@ class Lane:
     context: LaneContext
     comm: LaneComm
     policy: RoutingPolicy = MODEL_ROUTING
-    trace: RoutingTrace | None = None
+    trace: LaneTrace | None = None
 
     def steps(self, micro_batches: MicroBatches) -> Waits[None]:
         """Take steps until no rank has work for this lane or a rank is requested to stop; collective over all ranks.

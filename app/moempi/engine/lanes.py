@@ -15,9 +15,9 @@ from moempi.config.job import Job
 from moempi.engine.balance import Balance, make_balance
 from moempi.engine.interleave import interleave
 from moempi.engine.lane import Lane, LaneContext
+from moempi.engine.lane_trace import LaneTrace, make_trace_plan
 from moempi.engine.micro_batches import MicroBatches
 from moempi.engine.rank_layout import RankLayout
-from moempi.engine.routing_trace import RoutingTrace
 from moempi.layout.schedule import Point, step_points
 from moempi.model.router_balance import MODEL_ROUTING
 from moempi.model.transformer import Transformer
@@ -84,7 +84,7 @@ def make_lanes(
     pending: PendingTransfers,
     first_step: int,
 ) -> Lanes:
-    """The lanes of this rank; collective, blocks. The steps whose routing is recorded are numbered from `first_step`.
+    """The lanes of this rank; collective, blocks. The recorded steps are numbered from `first_step`.
 
     An error in the links that the job emulates ends all ranks.
     """
@@ -99,10 +99,7 @@ def make_lanes(
         )
     )
     transports = _transport_factory(job, world, rank_layout, context.model, name=transport.name)
-    traces = [
-        _make_trace(rank_layout, context, lane, first_step=first_step, stride=job.lanes) if job.trace.routing else None
-        for lane in range(job.lanes)
-    ]
+    traces = _make_traces(job, rank_layout, context, first_step=first_step)
     levels = rank_layout.topology.levels(rank_layout.ranks.rank)
     comms = [
         make_lane_comm(
@@ -147,18 +144,25 @@ def _transport_factory(
     )
 
 
-def _make_trace(
-    rank_layout: RankLayout, context: LaneContext, lane: int, *, first_step: int, stride: int
-) -> RoutingTrace:
-    return RoutingTrace(
-        context.recorder.append,
-        context.model.backend,
-        layers=[layer for layer in context.model.architecture.moe_layers if layer in rank_layout.stage.layers],
-        rank=rank_layout.ranks.rank,
-        since=first_step,
-        first_step=first_step + lane,
-        stride=stride,
-    )
+def _make_traces(
+    job: Job, rank_layout: RankLayout, context: LaneContext, *, first_step: int
+) -> Sequence[LaneTrace | None]:
+    """What each lane records."""
+    plan = make_trace_plan(job.trace, context.model.architecture, rank_layout.stage.layers)
+    if plan is None:
+        return [None] * job.lanes
+    return [
+        LaneTrace(
+            plan,
+            context.recorder.append,
+            context.model.backend,
+            rank=rank_layout.ranks.rank,
+            since=first_step,
+            first_step=first_step + lane,
+            stride=job.lanes,
+        )
+        for lane in range(job.lanes)
+    ]
 
 
 def _points(rank_layout: RankLayout, model: Transformer, comm: LaneComm) -> Sequence[Point]:

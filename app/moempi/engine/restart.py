@@ -16,10 +16,11 @@ import msgspec
 import numpy as np
 
 from moempi.backend.select import find_gpus
+from moempi.config.architecture import Architecture
 from moempi.config.job import Job, result_keys
-from moempi.engine.earlier import Earlier, finished_requests, with_routing
+from moempi.engine.earlier import Earlier, finished_requests, with_traces
 from moempi.engine.recovery import Recovery
-from moempi.engine.routed_rows import RoutedRows
+from moempi.engine.traced_rows import TracedRows
 from moempi.errors import DataError, StorageError
 from moempi.observe.progress import Counts
 from moempi.printing import one_line, print_error, printable
@@ -66,11 +67,16 @@ def run_fingerprint(job: Job, *, weights: str) -> str:
     return blake2b(msgspec.json.encode(contents), digest_size=16).hexdigest()
 
 
+def traced_rows(job: Job, architecture: Architecture) -> dict[str, tuple[str, int]]:
+    """The tables that a job records: the field of FinishedRequests that counts a request's rows, and the layers."""
+    return {"routing": ("computed", len(architecture.moe_layers))} if job.trace.routing else {}
+
+
 class Attempt:
     """One attempt at a job, with exclusive access to the job's output until `finish` or the end of its processes.
 
     The job has `num_requests`; `earlier` holds those that need not be computed again, `journal` takes this rank's
-    records. If the job records routing, a finished request whose routing was lost is not among the earlier ones. Making
+    records. A finished request that lost recorded rows (`trace`) is not among the earlier ones. Making
     an attempt is collective and blocks. It ends all ranks if another run holds the output, if the journals belong to
     another job, if the ranks read different prompts or weights, or if the disk fails.
     """
@@ -79,8 +85,8 @@ class Attempt:
         self, job: Job, world: World, weights: WeightFile, *, num_requests: int, max_errors: int | None = None
     ) -> None:
         self.num_requests = num_requests
-        self._routed_layers = len(weights.architecture.moe_layers) if job.trace.routing else 0
-        self._num_unrouted = 0
+        self._rows_of = traced_rows(job, weights.architecture)
+        self._num_untraced = 0
         self._may_replace = False
         self._written: os.stat_result | None = None
         self._results = job.output.results
@@ -164,14 +170,14 @@ class Attempt:
             return
         for problem in self._problems:
             log.warning("%s; its lost requests are computed again", problem)
-        if self._num_unrouted:
-            log.warning("%d finished requests lost recorded routing; they are computed again", self._num_unrouted)
+        if self._num_untraced:
+            log.warning("%d finished requests lost recorded rows; they are computed again", self._num_untraced)
 
     def warn_of_new_damage(self, problems: Iterable[Problem]) -> None:
         """Log the problems that the merge found and that were not there when the attempt began."""
-        routing = ", routing that is lost is -1" if self._routed_layers else ""
+        lost = ", recorded rows that are lost are not" if self._rows_of else ""
         for problem in sorted(set(problems) - set(self._problems)):
-            log.warning("%s; all requests are in the results%s", problem, routing)
+            log.warning("%s; all requests are in the results%s", problem, lost)
 
     def journals(self) -> list[Path]:
         """The journals of this attempt and of earlier ones."""
@@ -228,16 +234,15 @@ class Attempt:
         """The requests in all journals, of which each rank reads its share; collective."""
         comm = self._world.comm
         paths = comm.bcast(journal_paths(self._results) if comm.rank == 0 else None)
-        routed = RoutedRows(self.num_requests) if self._routed_layers else None
+        traced = TracedRows(self.num_requests, list(self._rows_of)) if self._rows_of else None
         share = self._world.collectively(
-            lambda: finished_requests(paths[comm.rank :: comm.size], fingerprint, self.num_requests, routed=routed)
+            lambda: finished_requests(paths[comm.rank :: comm.size], fingerprint, self.num_requests, traced=traced)
         )
         finished, steps, problems = zip(*comm.allgather(share), strict=True)
         self._problems = sorted(chain.from_iterable(problems))
         requests = np.concatenate(finished)
-        if routed is not None:
-            num_rows = routed.reduce(comm.allreduce)
-            requests, self._num_unrouted = with_routing(requests, num_rows, num_layers=self._routed_layers)
+        if traced is not None:
+            requests, self._num_untraced = with_traces(requests, traced.reduce(comm.allreduce), self._rows_of)
         return Earlier.from_finished(requests, next_step=max(steps))
 
     def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:

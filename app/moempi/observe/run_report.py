@@ -38,12 +38,16 @@ class StageRow:
 
 @dataclass(frozen=True, slots=True)
 class LayoutTable:
-    """The layout of a run by stage; a sequence has `context` tokens; `refused` lists the errors that end the run."""
+    """The layout of a run by stage; a sequence has `context` tokens; `refused` lists the errors that end the run.
+
+    `recorded` are the bytes of a position in the results, for each table of recorded values.
+    """
 
     title: str
     stages: Sequence[StageRow]
     context: int
     refused: Sequence[str] = ()
+    recorded: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,9 @@ class ScoreRow:
 def print_layout(layout: LayoutTable) -> None:
     """Print the layout on stdout, then one line an error."""
     console().print(layout.title, stage_table(layout), memory_table(layout))
+    if layout.recorded:
+        tables = ", ".join(f"{name} {num_bytes:,}" for name, num_bytes in layout.recorded.items())
+        print_line(f"recorded bytes of a token in the results: {tables}")
     for reason in layout.refused:
         print_line(f"refused: {reason}")
 

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from moempi.errors import StorageError
 from moempi.storage.closeable import Closeable
 from moempi.storage.journal import JournalReader, Problem
-from moempi.storage.records import RankRecord, Record, RequestRecord, RoutingRecord
-from moempi.storage.results_layout import ARRAYS, OFFSETS, OPTIONAL_TEXTS, TEXTS
+from moempi.storage.records import RankRecord, Record, RequestRecord, TraceRecord
+from moempi.storage.results_layout import ARRAYS, HOME, OFFSETS, OPTIONAL_TEXTS, TABLE_LAYERS, TEXTS, TRACES
 
 MAX_OPEN_JOURNALS = 64
 ITEM_BYTES = 8
 ENTRY_BYTES = 1024
 METADATA_BYTES = 256 << 10
+MOST_LAYERS = 1024
 
 NO_LOAD, NO_SHIFTS = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
 
@@ -61,9 +62,9 @@ class Journals(Closeable):
         """The record at an entry of `JournalIndex.entries`; raises StorageError."""
         return self._record_at(int(entry["journal"]), int(entry["offset"]), RequestRecord)
 
-    def routing_at(self, journal: int, offset: int) -> RoutingRecord:
-        """The routing record at an offset of a journal; raises StorageError."""
-        return self._record_at(journal, offset, RoutingRecord)
+    def trace_at(self, journal: int, offset: int) -> TraceRecord:
+        """The trace record at an offset of a journal; raises StorageError."""
+        return self._record_at(journal, offset, TraceRecord)
 
     def close(self) -> None:
         """Close the open journals."""
@@ -78,31 +79,36 @@ class Journals(Closeable):
         return record
 
 
-class RoutingIndex:
-    """Locations of the routing records, 40 bytes each: attempt, set of layers, step, journal and offset.
+@dataclass(frozen=True, slots=True)
+class TableRows:
+    """The rows of each request in a table: positions `first` (N,) to `first` + `num_rows` (N,) - 1."""
 
-    `top_k` is the number of experts per token, 0 if no routing is recorded.
+    first: NDArray[np.int64]
+    num_rows: NDArray[np.int64]
+
+
+class TraceIndex:
+    """Locations of the trace records of a table, 40 bytes each: attempt, set of layers, step, journal and offset.
+
+    `columns` are the type of each column and its shape behind rows and layers, equal in all records.
     """
 
-    def __init__(self) -> None:
-        self.top_k = 0
+    def __init__(self, first: TraceRecord) -> None:
+        self.columns = _columns_of(first)
         self._layer_sets: dict[tuple[int, ...], int] = {}
         self._entries = array("q")
 
     @property
     def layers(self) -> list[int]:
-        """The layers with recorded routing, ascending."""
+        """The layers that are recorded, ascending."""
         return sorted({layer for layers in self._layer_sets for layer in layers})
 
-    def add(self, record: RoutingRecord, *, journal: int, offset: int) -> None:
-        """Add the location of one record with rows; raises ValueError if its `top_k` differs from the others'."""
-        if not len(record.requests):
-            return
-        if self.top_k not in (0, record.experts.shape[2]):
-            raise ValueError(f"it has {record.experts.shape[2]} experts per token, others have {self.top_k}")
+    def add(self, record: TraceRecord, *, journal: int, offset: int) -> None:
+        """Add the location of one record; raises ValueError if its columns differ from the others'."""
+        if _columns_of(record) != self.columns:
+            raise ValueError(f"it has the columns {_columns_of(record)}, others have {self.columns}")
         layers = self._layer_sets.setdefault(record.layers, len(self._layer_sets))
         self._entries.extend((record.since, layers, record.step, journal, offset))
-        self.top_k = record.experts.shape[2]
 
     def groups(self) -> Iterator[list[tuple[int, int]]]:
         """Yield (journal, offset) of the records of one attempt and the same layers, by step; attempts in order."""
@@ -110,6 +116,13 @@ class RoutingIndex:
         entries = entries[np.lexsort(entries[:, 2::-1].T)]
         for group in np.split(entries, np.flatnonzero(np.diff(entries[:, :2], axis=0).any(axis=1)) + 1):
             yield [(journal, offset) for journal, offset in group[:, 3:].tolist()]
+
+
+def _columns_of(record: TraceRecord) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type of each column of the results, and shape behind rows and layers."""
+    columns = {name: (values.dtype.str, values.shape[2:]) for name, values in record.columns.items()}
+    kinds = {name: TRACES[record.table][name].dtypes[0] for name in HOME} if record.home else {}
+    return columns | {name: (np.dtype(kind).str, ()) for name, kind in kinds.items()}
 
 
 @dataclass(slots=True)
@@ -129,7 +142,7 @@ class JournalIndex:
     score_top: int = 0
     scored: bool = False
     problems: list[Problem] = field(default_factory=list)
-    routing: RoutingIndex = field(default_factory=RoutingIndex)
+    traces: dict[str, TraceIndex] = field(default_factory=dict)
 
     def add_request(self, record: RequestRecord, *, journal: int, offset: int) -> None:
         """Add the location and lengths of a request's record, in the place of one that was added before."""
@@ -161,9 +174,14 @@ class JournalIndex:
         nothing = {"expert_load": NO_LOAD, "asked_load": NO_LOAD, "shifts": NO_SHIFTS}
         self.ranks.append(msgspec.structs.replace(record, **nothing))
 
-    def add_routing(self, record: RoutingRecord, *, journal: int, offset: int) -> None:
-        """Add the location of the routing of one rank and step; raises ValueError as `RoutingIndex.add` does."""
-        self.routing.add(record, journal=journal, offset=offset)
+    def add_trace(self, record: TraceRecord, *, journal: int, offset: int) -> None:
+        """Add the location of the rows of one rank and step; raises ValueError as `TraceIndex.add` does."""
+        if len(record.requests):
+            self.traces.setdefault(record.table, TraceIndex(record)).add(record, journal=journal, offset=offset)
+
+    def table_rows(self, table: str) -> TableRows:
+        """The rows of each request in a table."""
+        return TableRows(np.zeros(len(self.entries), np.int64), self.entries["computed"])
 
     def moe_layers(self) -> list[int]:
         """The MoE layers, in which ranks host experts; all layers if no rank says what it hosts."""
@@ -193,10 +211,26 @@ class JournalIndex:
         sizes |= {dim: size for dim, size in (("top", self.top), ("score_top", self.score_top)) if size}
         sizes["layer"], sizes["expert"] = len(self.moe_layers()), self.expert_load.shape[1]
         sizes["hosted"] = sum(len(experts) for record in self.ranks for experts in record.hosted.values())
-        if self.routing.top_k:
-            sizes["routed_token"] = int(self.entries["computed"].sum())
-            sizes["routed_layer"], sizes["slot"] = len(self.routing.layers), self.routing.top_k
+        for table, traces in self.traces.items():
+            sizes |= self._trace_sizes(table, traces)
         return sizes
+
+    def _trace_sizes(self, table: str, traces: TraceIndex) -> dict[str, int]:
+        """The dimensions of a table and their sizes."""
+        sizes = {TABLE_LAYERS[table]: len(traces.layers)}
+        for name, (_, shape) in traces.columns.items():
+            rows, *others = TRACES[table][name].dims
+            sizes[rows] = int(self.table_rows(table).num_rows.sum())
+            sizes |= dict(zip(others[-len(shape) :] if shape else (), shape, strict=True))
+        return sizes
+
+    def _trace_bytes(self) -> int:
+        """The size of the tables of all traces."""
+        num_bytes = 0
+        for table, traces in self.traces.items():
+            row = sum(np.dtype(kind).itemsize * prod(shape) for kind, shape in traces.columns.values())
+            num_bytes += int(self.table_rows(table).num_rows.sum()) * row * len(traces.layers)
+        return num_bytes
 
     def file_bytes(self) -> int:
         """An upper bound of the file's size."""
@@ -205,9 +239,7 @@ class JournalIndex:
         texts = sum(2 * sizes[f"{name}_byte"] for name in self.texts())
         ranks = sum(len(record.host) + ITEM_BYTES * len(record.seconds) for record in self.ranks)
         ranks += 3 * ITEM_BYTES * sizes["hosted"]
-        if self.routing.top_k:
-            choices = sizes["routed_token"] * sizes["routed_layer"] * (1 + sizes["slot"])
-            arrays += ITEM_BYTES * (choices + 2 * sizes["routed_token"])
+        arrays += self._trace_bytes() + ITEM_BYTES * len(self.traces) * (len(self.entries) + MOST_LAYERS)
         entries = ENTRY_BYTES * (len(self.entries) + len(self.ranks))
         return arrays + texts + ranks + entries + 3 * self.expert_load.nbytes + METADATA_BYTES
 
@@ -226,8 +258,8 @@ def index_journals(journals: Journals, num_requests: int) -> JournalIndex:
             try:
                 if isinstance(record, RankRecord):
                     index.add_rank(record)
-                elif isinstance(record, RoutingRecord):
-                    index.add_routing(record, journal=number, offset=offset)
+                elif isinstance(record, TraceRecord):
+                    index.add_trace(record, journal=number, offset=offset)
                 elif index.entries["journal"][record.index] < 0:
                     index.add_request(record, journal=number, offset=offset)
                 else:

@@ -16,7 +16,7 @@ from moempi.storage.files import atomic, reserve
 from moempi.storage.hdf5 import create_file, write_attribute
 from moempi.storage.journal import Problem
 from moempi.storage.journal_index import JournalIndex, Journals, index_journals
-from moempi.storage.merge_routing import write_routing
+from moempi.storage.merge_traces import write_traces
 from moempi.storage.records import RankRecord, RequestRecord
 from moempi.storage.results_columns import create, create_scale, write_offsets
 from moempi.storage.results_layout import (
@@ -75,8 +75,7 @@ def merge(
             _write_provenance(file, provenance)
             columns = _create_columns(file, index)
             _write_ranks(file, index)
-            if index.routing.top_k:
-                write_routing(file, opened, index, require_success)
+            write_traces(file, opened, index, require_success)
             for start, stop in blocks(index.entries["num_bytes"]):
                 require_success()
                 records = [opened.request_at(entry) for entry in index.entries[start:stop]]

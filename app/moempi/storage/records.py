@@ -1,4 +1,4 @@
-"""The records of a run: one per finished request, one per rank, recorded routing; and their encoding (MessagePack)."""
+"""The records of a run: one per finished request and per rank, values at positions; their encoding (MessagePack)."""
 
 import math
 import re
@@ -13,6 +13,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from moempi.arrays import Float32Array, Int32Array
+from moempi.storage.results_layout import HOME, TRACES
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -20,7 +21,7 @@ Seconds = Annotated[float, Meta(ge=0)]
 SmallCount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_DTYPES = ("<i4", "<i8", "<f4")
+_DTYPES = ("<i4", "<i8", "<f4", "|u1", "<u2")
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
@@ -145,37 +146,50 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
             raise ValueError(f"{wrong[0]!r} is not a free identifier")
 
 
-class RoutingRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="routing"):
-    """The routers' choices on one rank in one step: experts and weights of its T rows in each of `layers`.
+class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trace"):
+    """Values at the T positions that one rank computed in one step, for a `table` of `results_layout.TRACES`.
 
-    Row t is position `positions[t]` (T,) int32 of request `requests[t]` (T,) int64. `experts` is int32 and `weights`
-    float32, both (layers, T, K). Rows with the same `step` were computed together, in the attempt at the job whose
-    first step is `since`. `rank` counts node by node; `layers` ascend. Raises ValueError if types or lengths disagree
-    or a position is negative.
+    Row t is position `positions[t]` (T,) int32 of request `requests[t]` (T,) int64. Each of the `columns` has the
+    values (layers, T, ...), of the model's `layers`, which ascend. Rows with the same `step` were computed together, in
+    the attempt at the job whose first step is `since`; `rank` counts node by node. With `home`, rank, step and row are
+    columns of the results. Raises ValueError if names, types or lengths disagree or a position is negative.
     """
 
+    table: Literal["routing"]
     since: Count
     step: Count
     rank: SmallCount
     layers: tuple[SmallCount, ...]
     requests: NDArray[np.int64]
     positions: Int32Array
-    experts: Int32Array
-    weights: Float32Array
+    columns: dict[str, NDArray[Any]]
+    home: bool = False
 
     def __post_init__(self) -> None:
-        rows, top_k = len(self.requests), self.experts.shape[-1]
+        rows, known = len(self.requests), TRACES[self.table]
         _expect("requests", self.requests, np.int64, (rows,))
         _expect("positions", self.positions, np.int32, (rows,))
-        _expect("experts", self.experts, np.int32, (len(self.layers), rows, top_k))
-        _expect("weights", self.weights, np.float32, self.experts.shape)
+        sizes: dict[str, int] = {}
+        for name, values in self.columns.items():
+            if name not in known or name in HOME:
+                raise ValueError(f"{self.table} has no column {name[:20]!r}")
+            dims = known[name].dims[2:]
+            shape = tuple(sizes.setdefault(dim, size) for dim, size in zip(dims, values.shape[2:], strict=False))
+            if values.dtype not in known[name].dtypes or len(shape) < len(dims):
+                raise ValueError(f"{name} is {_describe(values)}")
+            _expect(name, values, values.dtype.type, (len(self.layers), rows, *shape))
         if any(below >= above for below, above in pairwise(self.layers)):
             raise ValueError(f"layers {self.layers} do not ascend")
         if rows and self.positions.min() < 0:
             raise ValueError(f"position {self.positions.min()} is negative")
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the columns."""
+        return sum(values.nbytes for values in self.columns.values())
 
-Record = RequestRecord | RankRecord | RoutingRecord
+
+Record = RequestRecord | RankRecord | TraceRecord
 
 
 def encode(record: Record) -> bytes:
@@ -205,7 +219,7 @@ def _requests_of(record: Record) -> tuple[int, ...]:
     """The request of a record, or the first and the last in input order."""
     if isinstance(record, RequestRecord):
         return (record.index,)
-    if isinstance(record, RoutingRecord) and len(record.requests):
+    if isinstance(record, TraceRecord) and len(record.requests):
         return int(record.requests.min()), int(record.requests.max())
     return ()
 

@@ -171,13 +171,15 @@ class _Seconds:
         return [second if second >= 0 else None for second in self._values[start:stop].tolist()]
 
 
-def typed_dataset(file: Any, path: str, dtype: np.dtype[Any], num_dims: int) -> Any:
-    """The dataset `path` of type `dtype` with `num_dims` axes; raises DataError if it is another, or is refused."""
+def typed_dataset(file: Any, path: str, dtype: Any, num_dims: int) -> Any:
+    """The dataset `path` of a type `dtype`, or one of several, with `num_dims` axes; DataError if it is another."""
     dataset = h5py.Dataset(open_dataset(file, path))
     with raising_data_errors(file.filename, path):  # a damaged type may have no equal in NumPy
         found = dataset.dtype
-    if found != dtype or dataset.ndim != num_dims:
-        raise DataError(f"{file.filename}: {path}: is {found} {dataset.shape}, not {dtype} with {num_dims} axes")
+    allowed = [np.dtype(kind) for kind in (dtype if isinstance(dtype, tuple) else (dtype,))]
+    if found not in allowed or dataset.ndim != num_dims:
+        names = " or ".join(map(str, allowed))
+        raise DataError(f"{file.filename}: {path}: is {found} {dataset.shape}, not {names} with {num_dims} axes")
     return dataset
 
 

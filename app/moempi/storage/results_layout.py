@@ -6,14 +6,16 @@ for people, in which U+2400 replaces NUL because HDF5 strings cannot hold it. jo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moempi.config.traces import EXPERT_TYPES
+
 FORMAT = "moempi results"
 VERSION = 1
 NO_TOKEN = -1
-NO_EXPERT = -1
 NOWHERE = -1
 BLOCK_BYTES = 4 << 20
 RECORD_BYTES = 256
@@ -31,12 +33,16 @@ class ArrayColumn:
 
 
 @dataclass(frozen=True, slots=True)
-class RoutingColumn:
-    """A dataset of recorded routing; unknown entries read as `fill_value`."""
+class TraceColumn:
+    """A column of a table of values at positions; its dataset has one of the `dtypes`.
 
-    dtype: type[np.generic]
+    The first of its `dims` counts the rows of all requests, the second, in a table with layers, the layers. Of home
+    ranks, the journal has one number a record, from which the column is made.
+    """
+
+    path: str
+    dtypes: tuple[type[np.generic], ...]
     dims: tuple[str, ...]
-    fill_value: float
     long_name: str
 
 
@@ -108,15 +114,35 @@ HOSTED = {
     "layer": "layer of the model",
     "expert": "expert of the layer that the rank hosts",
 }
+_EXPERTS = tuple(np.dtype(name).type for name in EXPERT_TYPES)
 _OF_LAYER = ("routed_token", "routed_layer")
-ROUTING = {
-    "step": RoutingColumn(np.int64, ("routed_token",), NOWHERE, "step; the rows of equal steps travelled together"),
-    "rank": RoutingColumn(np.int32, _OF_LAYER, NOWHERE, "seat of the rank that routed the row"),
-    "row": RoutingColumn(np.int32, _OF_LAYER, NOWHERE, "number of the row among those of its rank and step"),
-    "experts": RoutingColumn(np.int32, (*_OF_LAYER, "slot"), NO_EXPERT, "chosen experts"),
-    "weights": RoutingColumn(np.float32, (*_OF_LAYER, "slot"), np.nan, "weights of the chosen experts"),
+TRACES: dict[str, dict[str, TraceColumn]] = {
+    "routing": {
+        "experts": TraceColumn("routing/experts", _EXPERTS, (*_OF_LAYER, "slot"), "chosen experts"),
+        "weights": TraceColumn("routing/weights", (np.float32,), (*_OF_LAYER, "slot"), "weights of the chosen experts"),
+        "step": TraceColumn(
+            "routing/step", (np.int64,), ("routed_token",), "step; the rows of equal steps travelled together"
+        ),
+        "rank": TraceColumn("routing/rank", (np.int32,), _OF_LAYER, "seat of the rank that routed the row"),
+        "row": TraceColumn("routing/row", (np.int32,), _OF_LAYER, "number of the row among those of its rank and step"),
+    },
 }
+"""The tables of values at positions, by name, and their columns."""
+TABLE_LAYERS = {"routing": "routed_layer"}
+"""The dimension of the layers of each table."""
+HOME = ("step", "rank", "row")
+"""The columns of the routing that say where a row was routed."""
 OFFSETS = {"prompt_token": "prompt/offsets", "output_token": "output/offsets"}
+
+
+def missing_value(dtype: np.dtype[Any]) -> float:
+    """What all entries of a row are if it was not recorded: NaN, -1, or the largest number of an unsigned type.
+
+    Such a row of experts is no choice, as no token chooses an expert twice.
+    """
+    if dtype.kind == "f":
+        return float("nan")
+    return int(np.iinfo(dtype).max) if dtype.kind == "u" else -1
 
 
 def blocks(num_bytes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

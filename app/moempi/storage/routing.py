@@ -11,7 +11,7 @@ from moempi.errors import DataError
 from moempi.storage.closeable import Closeable
 from moempi.storage.hdf5 import open_file, raising_data_errors, read_attribute, walk
 from moempi.storage.results import typed_dataset
-from moempi.storage.results_layout import FORMAT, HOSTED, NO_EXPERT, ROUTING, VERSION
+from moempi.storage.results_layout import FORMAT, HOME, HOSTED, TRACES, VERSION, missing_value
 
 MAX_SECONDS = 1e15
 
@@ -23,8 +23,8 @@ class RoutingFile(Closeable):
 
     `layers` are the Mixture-of-Experts layers. `ranks` holds the columns of /placement, one row per rank and run,
     `hosted` the columns of /placement/hosted and `counters` the columns of /network. `compute_s` is the compute time
-    summed over all ranks. Raises NoInputError if the file cannot be read and DataError if it holds no recorded routing
-    or is damaged.
+    summed over all ranks. `has_home` is whether it says where rows were routed. Raises NoInputError if the file cannot
+    be read and DataError if it holds no recorded routing or is damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -35,7 +35,7 @@ class RoutingFile(Closeable):
                 raise DataError(f"{path}: not a results file of layout {VERSION}")
             names = [name for name, is_group in walk(self._file) if not is_group]
             if "routing/experts" not in names:
-                raise DataError(f"{path}: holds no recorded routing; run the job with --set trace.routing=true")
+                raise DataError(f"{path}: holds no recorded routing; run the job with --set trace.routing=experts")
             with raising_data_errors(path, "routing"):
                 self._open(names)
         except BaseException:
@@ -45,18 +45,19 @@ class RoutingFile(Closeable):
     def layer(self, index: int, *, first: int = 0, last: int | None = None) -> Columns:
         """Read the routing of tokens `first` to `last` - 1 in layer layers[index].
 
-        Returns `rank`, `row`, `step`, `request` (T,) and `experts` (T, K). Leaves out tokens whose routing was lost
-        with a node. Raises DataError.
+        Returns `request` (T,), `experts` (T, K) and, if the file `has_home`, `rank`, `row` and `step` (T,). Leaves out
+        tokens whose routing was lost with a node. Raises DataError.
         """
         stop = self.num_tokens if last is None else min(last, self.num_tokens)
         with raising_data_errors(self.path, f"routing of layer {self.layers[index]}"):
-            names = ("rank", "row", "experts")
-            found: Columns = {name: self._columns[name][first:stop, index] for name in names}
-        found["step"] = self._columns["step"][first:stop]
+            found: Columns = {
+                name: dataset[first:stop] if dataset.ndim == 1 else dataset[first:stop, index]
+                for name, dataset in self._columns.items()
+            }
         found["request"] = np.searchsorted(self._offsets, np.arange(first, stop), side="right") - 1
-        known = (found["experts"] != NO_EXPERT).all(axis=1)
+        known = (found["experts"] != missing_value(found["experts"].dtype)).any(axis=1)
         found = {name: column[known].astype(np.int64) for name, column in found.items()}
-        for name in ("rank", "row", "step"):
+        for name in HOME if self.has_home else ():
             if len(found[name]) and found[name].min() < 0:
                 raise DataError(f"{self.path}: routing/{name}: negative")
         if found["experts"].size and not 0 <= found["experts"].min() <= found["experts"].max() < self.num_experts:
@@ -68,12 +69,14 @@ class RoutingFile(Closeable):
         self._file.close()
 
     def _open(self, names: list[str]) -> None:
+        self.has_home = "routing/rank" in names
         self._columns = {
-            name: typed_dataset(self._file, f"routing/{name}", np.dtype(column.dtype), len(column.dims))
-            for name, column in ROUTING.items()
+            name: typed_dataset(self._file, column.path, column.dtypes, len(column.dims))
+            for name, column in TRACES["routing"].items()
+            if name == "experts" or (self.has_home and name in HOME)
         }
         self.num_tokens, num_layers, self.top_k = self._columns["experts"].shape
-        shapes = {"step": (self.num_tokens,), "weights": self._columns["experts"].shape}
+        shapes = {"step": (self.num_tokens,)}
         for name, dataset in self._columns.items():
             if name != "experts" and dataset.shape != shapes.get(name, (self.num_tokens, num_layers)):
                 raise DataError(f"{self.path}: routing/{name}: {dataset.shape} beside {self.num_tokens} tokens")

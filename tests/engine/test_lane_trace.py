@@ -7,7 +7,7 @@ from moempi.backend.cpu.backend import NumpyBackend
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.exchange import Route
 from moempi.engine.earlier import finished_requests
-from moempi.engine.routing_trace import RoutingTrace
+from moempi.engine.lane_trace import LaneTrace, TracePlan
 from moempi.errors import StorageError
 from moempi.storage.journal import JournalReader, JournalWriter
 
@@ -15,8 +15,9 @@ LAYERS, TOP_K = (1, 4), 2
 BACKEND = NumpyBackend(precision="float32")
 
 
-def trace_of(write, *, layers=LAYERS, since=0, first_step=0, stride=1):
-    return RoutingTrace(write, BACKEND, layers=layers, rank=3, since=since, first_step=first_step, stride=stride)
+def trace_of(write, *, layers=LAYERS, since=0, first_step=0, stride=1, weights=True):
+    plan = TracePlan(routed=layers, experts=np.uint16, weights=weights)
+    return LaneTrace(plan, write, BACKEND, rank=3, since=since, first_step=first_step, stride=stride)
 
 
 def batch_of(requests, starts, lengths):
@@ -57,9 +58,15 @@ def test_a_record_holds_the_rows_and_the_routes_of_all_layers():
     assert (record.since, record.step, record.rank, record.layers) == (6, 8, 3, LAYERS)
     assert record.requests.tolist() == [7, 7, 2, 2, 2]
     assert record.positions.tolist() == [5, 6, 0, 1, 2]
-    for layer, experts, weights in zip(LAYERS, record.experts, record.weights, strict=True):
+    for layer, experts, weights in zip(LAYERS, record.columns["experts"], record.columns["weights"], strict=True):
         np.testing.assert_array_equal(experts, route_of(layer, 5).experts)
         np.testing.assert_array_equal(weights, route_of(layer, 5).weights.astype(np.float32))
+
+
+def test_experts_alone_have_the_planned_type_and_no_weights():
+    written = []
+    take_step(trace_of(written.append, weights=False), TWO)
+    assert {name: values.dtype for name, values in written[0].columns.items()} == {"experts": np.uint16}
 
 
 def test_a_part_of_the_rows_is_recorded_with_its_own_requests_and_positions():
@@ -67,7 +74,7 @@ def test_a_part_of_the_rows_is_recorded_with_its_own_requests_and_positions():
     take_step(trace_of(written.append), TWO, rows=[1, 2, 4])
     assert written[0].requests.tolist() == [7, 2, 2]
     assert written[0].positions.tolist() == [6, 0, 2]
-    assert written[0].experts.shape == (2, 3, TOP_K)
+    assert written[0].columns["experts"].shape == (2, 3, TOP_K)
 
 
 def test_a_step_is_written_once_its_last_layer_is_routed_and_not_before():
@@ -86,7 +93,10 @@ def test_a_stage_of_one_routed_layer_writes_with_each_route():
     for _ in range(2):
         trace.begin_step(TWO, np.arange(5))
         trace.add_route(route_of(4, 5))
-    assert [(record.step, record.layers, len(record.experts)) for record in written] == [(0, (4,), 1), (1, (4,), 1)]
+    assert [(record.step, record.layers, len(record.columns["experts"])) for record in written] == [
+        (0, (4,), 1),
+        (1, (4,), 1),
+    ]
 
 
 @pytest.mark.parametrize(("first_step", "stride", "steps"), [(0, 1, [0, 1, 2]), (11, 3, [11, 14, 17])])
@@ -97,7 +107,7 @@ def test_the_steps_of_a_lane_count_from_its_first_step_by_its_stride(first_step,
         take_step(trace, TWO, step=step)
     assert [record.step for record in written] == steps
     for step, record in enumerate(written):
-        np.testing.assert_array_equal(record.experts[0], route_of(1, 5, step).experts)
+        np.testing.assert_array_equal(record.columns["experts"][0], route_of(1, 5, step).experts)
 
 
 def test_a_step_without_rows_writes_nothing_but_has_its_number():

@@ -3,8 +3,8 @@
 import h5py
 import numpy as np
 
-from moempi.storage import merge_routing
-from moempi.storage.records import RoutingRecord
+from moempi.storage import merge_traces
+from moempi.storage.records import TraceRecord
 from storage.test_records import make_rank, make_request
 from storage.test_results import merged
 
@@ -16,15 +16,16 @@ def make_routing(step, tokens, *, since=0, layers=(1, 3), rank=0):
     requests, positions = (np.array(column) for column in zip(*tokens, strict=True))
     layer = np.array(layers)[:, None, None]
     experts = 100 * requests[None, :, None] + 10 * positions[None, :, None] + layer + 1000 * np.arange(TOP_K)
-    return RoutingRecord(
+    return TraceRecord(
+        table="routing",
+        home=True,
         since=since,
         step=step,
         rank=rank,
         layers=tuple(layers),
         requests=requests.astype(np.int64),
         positions=positions.astype(np.int32),
-        experts=experts.astype(np.int32),
-        weights=np.full(experts.shape, since + 0.5, np.float32),
+        columns={"experts": experts.astype(np.int32), "weights": np.full(experts.shape, since + 0.5, np.float32)},
     )
 
 
@@ -53,7 +54,7 @@ def test_a_request_has_the_rows_of_the_attempt_that_finished_it(tmp_path):
 
 
 def test_stages_and_tensor_groups_write_their_own_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_routing, "BLOCK_BYTES", 40)
+    monkeypatch.setattr(merge_traces, "BLOCK_BYTES", 40)
     one = [make_routing(step, [(step, 0), (step, 2)], layers=(1,), rank=0) for step in range(4)]
     other = [make_routing(step, [(step, 1)], layers=(1,), rank=1) for step in range(4)]
     last = [make_routing(step, [(step, p) for p in range(3)], layers=(2, 5), rank=2) for step in range(3)]
