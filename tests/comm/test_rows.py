@@ -32,6 +32,7 @@ def batch_of(slots, lengths, starts, *, logit_rows, freed=()):
         capacities=np.array(starts) + np.array(lengths),
         logit_rows=np.array(logit_rows),
         freed=np.array(freed, np.int64),
+        prompts=7 + np.array(slots),
         logit_requests=np.array([f"row {row}" for row in logit_rows]),
     )
 

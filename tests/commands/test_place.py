@@ -146,7 +146,7 @@ def test_damaged_routing_is_refused(run, tmp_path):
 
 
 def test_routing_without_home_ranks_is_refused(tmp_path):
-    path, trace = tmp_path / "plain.h5", make_routing(0, [(0, 0)])
+    path, trace = tmp_path / "plain.h5", make_routing(0, [(0, 0)], layers=(0, 1))
     write_journals(path, [msgspec.structs.replace(trace, home=False), make_rank(0), make_request(0, computed=1)])
     merge(path, journal_paths(path), num_requests=1, provenance=PROVENANCE)
     with pytest.raises(DataError, match=r"trace\.home=true"):

@@ -112,6 +112,7 @@ class Run:
             task=job.task,
             writes_records=self.rank_layout.writes_records,
             on_progress=self.progress.append,
+            hidden=job.trace.hidden_positions if job.trace.hidden else None,
         )
         groups = self.rank_layout.grid.num_groups(0)
         is_first, data = self.rank_layout.is_first_stage, self.rank_layout.coords.data

@@ -6,8 +6,9 @@ import pytest
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.exchange import Route
+from moempi.config.job import TraceSection
 from moempi.engine.earlier import finished_requests
-from moempi.engine.lane_trace import LaneTrace, TracePlan
+from moempi.engine.lane_trace import LaneTrace, StepNumbers, TracePlan
 from moempi.errors import StorageError
 from moempi.storage.journal import JournalReader, JournalWriter
 
@@ -16,11 +17,12 @@ BACKEND = NumpyBackend(precision="float32")
 
 
 def trace_of(write, *, layers=LAYERS, since=0, first_step=0, stride=1, weights=True):
-    plan = TracePlan(routed=layers, experts=np.uint16, weights=weights)
-    return LaneTrace(plan, write, BACKEND, rank=3, since=since, first_step=first_step, stride=stride)
+    section = TraceSection(routing="weights" if weights else "experts")
+    plan = TracePlan(section, routed=layers, experts=np.uint16)
+    return LaneTrace(plan, write, BACKEND, rank=3, steps=StepNumbers(since, first_step, stride))
 
 
-def batch_of(requests, starts, lengths):
+def batch_of(requests, starts, lengths, *, prompts=None):
     """A batch of these sequences, each in the slot of its place."""
     return Batch(
         tokens=np.zeros(sum(lengths), np.int64),
@@ -31,6 +33,7 @@ def batch_of(requests, starts, lengths):
         capacities=np.array(starts, np.int64) + lengths,
         logit_rows=NONE,
         freed=NONE,
+        prompts=np.array(starts if prompts is None else prompts, np.int64),
     )
 
 

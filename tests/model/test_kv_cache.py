@@ -61,6 +61,7 @@ def batch_of(slots, starts, capacities, *, freed):
         capacities=capacities,
         logit_rows=NONE,
         freed=np.array(freed, np.int64),
+        prompts=capacities,
     )
 
 

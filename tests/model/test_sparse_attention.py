@@ -63,7 +63,8 @@ def new_cache():
 
 def batch_of(starts, lengths):
     slots = np.arange(len(starts))
-    return Batch(NONE, slots, slots, np.array(starts), np.array(lengths), np.full(len(starts), LENGTH), NONE, NONE)
+    capacities = np.full(len(starts), LENGTH)
+    return Batch(NONE, slots, slots, np.array(starts), np.array(lengths), capacities, NONE, NONE, prompts=capacities)
 
 
 def attended(x, chunks, *, interleaved=False, attentions=None):

@@ -202,6 +202,7 @@ def _batch(step: Step, *, first_slot: int) -> Batch:
         capacities=np.full(step.sequences, step.context),
         logit_rows=NONE,
         freed=NONE,
+        prompts=np.full(step.sequences, step.context),
     )
 
 

@@ -107,6 +107,7 @@ def _make_step(
         capacities=np.array([tokens]),
         logit_rows=NONE,
         freed=NONE,
+        prompts=np.array([tokens]),
     )
 
     def send() -> Float32Array:

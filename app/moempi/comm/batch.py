@@ -19,9 +19,10 @@ class Batch:
     """Rows of S sequences, one after another, in ascending order of their KV slots; a step may have no rows.
 
     Sequence s has `lengths[s]` rows at positions from `starts[s]` on. Its KV slot is `slots[s]`, which holds at most
-    `capacities[s]` positions; it is request `requests[s]` of the job. Only the first stage has `tokens` (T,).
-    `logit_rows` (N,) are the rows whose logits are needed, ascending, and `logit_requests` (N,) their requests. `freed`
-    are the slots whose sequences ended before this step. With `stop` there is no step, and none follows.
+    `capacities[s]` positions; it is request `requests[s]` of the job, whose prompt has `prompts[s]` tokens. Only the
+    first stage has `tokens` (T,). `logit_rows` (N,) are the rows whose logits are needed, ascending, and
+    `logit_requests` (N,) their requests. `freed` are the slots whose sequences ended before this step. With `stop`
+    there is no step, and none follows.
     """
 
     tokens: IntArray
@@ -32,6 +33,7 @@ class Batch:
     capacities: IntArray
     logit_rows: IntArray
     freed: IntArray
+    prompts: IntArray
     logit_requests: LogitRequests = field(default_factory=lambda: NONE)
     stop: bool = False
 
@@ -65,6 +67,7 @@ class Batch:
             capacities=self.capacities[chosen],
             logit_rows=np.searchsorted(rows, self.logit_rows[has_logits]),
             freed=self.freed[(self.freed >= slots.start) & (self.freed < slots.stop)],
+            prompts=self.prompts[chosen],
             logit_requests=self.logit_requests[has_logits],
             stop=self.stop,
         )
@@ -88,6 +91,7 @@ class Batch:
             capacities=np.concatenate([part.capacities for part in parts]),
             logit_rows=np.concatenate([part.logit_rows + first for part, first in zip(parts, firsts, strict=False)]),
             freed=np.concatenate([part.freed for part in parts]),
+            prompts=np.concatenate([part.prompts for part in parts]),
             logit_requests=np.concatenate([part.logit_requests for part in parts]),
             stop=any(part.stop for part in parts),
         )
@@ -103,5 +107,6 @@ NO_STEP = Batch(
     capacities=NONE,
     logit_rows=NONE,
     freed=NONE,
+    prompts=NONE,
     stop=True,
 )

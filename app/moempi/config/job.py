@@ -18,6 +18,8 @@ Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Size = Annotated[str, Meta(pattern=r"^(auto|[0-9]{1,15}(\.[0-9]{1,15})?\s*([KMGT]i?)?B)$", max_length=40)]
 
 
+HiddenPositions = Literal["all", "last", "output"]
+
 MOST_LANES = 4
 """Lanes of a stage, if the job does not say: they hide the travel of rows in the mission's layout."""
 
@@ -175,10 +177,19 @@ class TraceSection(Struct, frozen=True, forbid_unknown_fields=True):
 
     `routing` records the experts that each router chose, or also their "weights". `home` adds where each row was
     routed: rank, step and place in it. `true` stands for "weights" with `home`.
+
+    `hidden` are the layers after whose `hidden_sublayer` the residual stream is recorded, as `hidden_dtype`: at all
+    positions, at the last one of the prompt, or at the ones that predict the "output". With `hidden_norm`, of the
+    model's last layer it is recorded behind the final norm.
     """
 
     routing: bool | Literal["experts", "weights"] = False
     home: bool = False
+    hidden: Annotated[tuple[Index, ...], Meta(max_length=MAX_LAYERS)] = ()
+    hidden_sublayer: Literal["attention", "feed_forward"] = "feed_forward"
+    hidden_norm: bool = False
+    hidden_positions: HiddenPositions = "all"
+    hidden_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     @property
     def has_weights(self) -> bool:
@@ -260,6 +271,11 @@ CHANGES_RESULTS = (
     "balance.sample",
     "trace.routing",
     "trace.home",
+    "trace.hidden",
+    "trace.hidden_sublayer",
+    "trace.hidden_norm",
+    "trace.hidden_positions",
+    "trace.hidden_dtype",
 )
 """Keys that change a result, if only by the order of a sum: all attempts at a job have the same values."""
 

@@ -1,7 +1,7 @@
 """What a job records at each position: types and bytes. Pure."""
 
 from moempi.config.architecture import Architecture
-from moempi.config.job import Job
+from moempi.config.job import HiddenPositions, Job, TraceSection
 
 EXPERT_TYPES = {"uint8": 1, "uint16": 2, "int32": 4}
 """The types of recorded experts, the smallest first, and their bytes."""
@@ -13,12 +13,30 @@ def expert_type(num_experts: int, top_k: int) -> str:
     return next((name for name, size in EXPERT_TYPES.items() if needed <= 256**size), "int32")
 
 
+def hidden_layers(trace: TraceSection, layers: range, *, num_layers: int) -> tuple[int, ...]:
+    """The layers whose hidden states the ranks of a stage of `layers` record.
+
+    The rows behind the feed-forward network of a stage's last layer are those that the next stage begins with.
+    """
+    behind = trace.hidden_sublayer == "feed_forward"
+    held = range(max(layers.start - behind, 0), layers.stop - (behind and layers.stop < num_layers))
+    return tuple(layer for layer in sorted(set(trace.hidden)) if layer in held)
+
+
+def first_hidden(positions: HiddenPositions, prompt: int, capacity: int) -> int:
+    """The first position of a request whose hidden states are recorded: 0, or that of the last token to predict one."""
+    return 0 if positions == "all" else min(prompt, capacity) - 1
+
+
 def recorded_bytes(job: Job, architecture: Architecture) -> dict[str, int]:
-    """Bytes that each table of recorded values takes in the results for one position."""
+    """Bytes that each table of recorded values takes in the results for one recorded position."""
     experts, trace = architecture.experts, job.trace
     layers, top_k = len(architecture.moe_layers), experts.router.top_k
     tables = {}
     if trace.routing:
         choice = EXPERT_TYPES[expert_type(experts.num, top_k)] + 4 * trace.has_weights
         tables["routing"] = layers * top_k * choice + (8 * layers + 8) * trace.has_home
+    if trace.hidden:
+        num_bytes = 2 if trace.hidden_dtype == "bfloat16" else 4
+        tables["hidden"] = len(set(trace.hidden)) * architecture.width * num_bytes
     return tables

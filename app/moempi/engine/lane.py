@@ -129,12 +129,15 @@ class Lane:
 
     def _compute(self, batch: Batch, split: RowSplit, rows: Array) -> Waits[Array]:
         """Compute the stage's layers; this rank's rows."""
-        part = self.comm.tensor.part
-        if self.trace is not None:
-            self.trace.begin_step(batch, split.indices[part])
+        part, model, trace = self.comm.tensor.part, self.context.model, self.trace
+        if trace is not None:
+            trace.begin_step(batch, split.indices[part])
         self.policy.begin_step(split.counts[part])
         last_combine = self.comm.last_combine(batch, split)
-        x = yield from self.context.model.forward(batch, split, rows, self.comm, self.policy, last_combine)
+        hooks = {} if trace is None else {"on_hidden": trace.add_hidden}
+        x = yield from model.forward(batch, split, rows, self.comm, self.policy, last_combine, **hooks)
+        if trace is not None:
+            trace.end_step()
         self.policy.end_step()
         return x
 
@@ -168,5 +171,6 @@ class Lane:
             capacities=sequences.capacities[work.numbers],
             logit_rows=logit_rows,
             freed=scheduler.take_freed(),
+            prompts=sequences.prompt_tokens[work.numbers],
             logit_requests=logit_requests,
         )

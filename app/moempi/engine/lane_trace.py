@@ -2,46 +2,72 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from moempi.arrays import IntArray
-from moempi.backend.protocol import Backend
+from moempi.arrays import IntArray, narrow, widen
+from moempi.backend.protocol import Array, Backend
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.exchange import Route
-from moempi.config.architecture import Architecture
 from moempi.config.job import TraceSection
-from moempi.config.traces import expert_type
+from moempi.config.traces import expert_type, hidden_layers
+from moempi.model.norm import Norm
+from moempi.model.transformer import FEED_FORWARD, Transformer
 from moempi.storage.records import TraceRecord
 
 
 @dataclass(frozen=True, slots=True)
 class TracePlan:
-    """What a rank records: the choices of the routers of `routed`, as `experts` numbers, with `weights` and `home`."""
+    """What a rank records: the choices of the routers of the layers `routed`, and the states behind layers `hidden`.
 
+    Choices are `experts` numbers, with `weights` and `home`. The states are recorded as `section` says; of the model's
+    last layer they pass through `norm`, if there is one.
+    """
+
+    section: TraceSection
     routed: tuple[int, ...] = ()
     experts: type[np.generic] = np.int32
-    weights: bool = False
-    home: bool = False
+    hidden: tuple[int, ...] = ()
+    norm: Norm | None = None
+    last_layer: int = -1
 
 
-def make_trace_plan(section: TraceSection, architecture: Architecture, layers: range) -> TracePlan | None:
-    """What a rank that computes `layers` records; None if nothing."""
-    if not section.routing:
+def make_trace_plan(section: TraceSection, model: Transformer, layers: range) -> TracePlan | None:
+    """What a rank that computes `layers` of a model records; None if the job records nothing."""
+    if not section.routing and not section.hidden:
         return None
-    routed = tuple(layer for layer in architecture.moe_layers if layer in layers)
-    experts = np.dtype(expert_type(architecture.experts.num, architecture.experts.router.top_k)).type
-    return TracePlan(routed, experts, section.has_weights, section.has_home)
+    architecture = model.architecture
+    routed = [layer for layer in architecture.moe_layers if layer in layers] if section.routing else []
+    return TracePlan(
+        section,
+        tuple(routed),
+        np.dtype(expert_type(architecture.experts.num, architecture.experts.router.top_k)).type,
+        hidden_layers(section, layers, num_layers=architecture.num_layers),
+        model.head.norm if model.head is not None and section.hidden_norm else None,
+        architecture.num_layers - 1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """The numbers of a lane's steps: `first`, `first + stride`, ...
+
+    No two lanes share a number, and all are above those of earlier attempts at the job, which ended before step
+    `since`.
+    """
+
+    since: int
+    first: int
+    stride: int
 
 
 class LaneTrace:
-    """Collects what is recorded of one lane's current step; the lane takes steps `first_step`, `+ stride`, ...
+    """Collects what the rank `rank` records of one lane's current step.
 
-    No two lanes share a step number, and all are above those of earlier attempts at the job, which ended before step
-    `since`. The routing of a step is written when the last of its layers is routed: before any request of that step can
-    finish.
+    The routing of a step is written when the last of its layers is routed, hidden states when it ends: before any
+    request of that step can finish, unless its rows are sent on by immediate routing.
     """
 
     def __init__(
@@ -51,27 +77,27 @@ class LaneTrace:
         backend: Backend,
         *,
         rank: int,
-        since: int,
-        first_step: int,
-        stride: int,
+        steps: StepNumbers,
     ) -> None:
         self._plan = plan
         self._write = write
         self._backend = backend
         self._rank = rank
-        self._since = since
-        self._step = first_step - stride
-        self._stride = stride
-        self._requests = self._positions = NONE
+        self._steps = steps
+        self._step = steps.first - steps.stride
+        self._requests, self._positions, self._kept = np.zeros(0, np.int64), np.zeros(0, np.int32), NONE
         self._in_step = False
         self._routes: list[Route] = []
+        self._states: list[Array] = []
 
     def begin_step(self, batch: Batch, rows: IntArray) -> None:
         """Begin a step that computes these rows (T,) of the batch."""
-        self._step += self._stride
+        self._step += self._steps.stride
         self._in_step = True
-        self._requests = np.repeat(batch.requests, batch.lengths)[rows]
-        self._positions = batch.positions[rows]
+        self._requests = np.repeat(batch.requests, batch.lengths)[rows].astype(np.int64, copy=False)
+        self._positions = batch.positions[rows].astype(np.int32)
+        if self._plan.hidden:
+            self._kept = self._kept_rows(batch, rows)
 
     def add_route(self, route: Route) -> None:
         """Add the route of one layer of the step; after the last layer, write them. Outside a step do nothing.
@@ -82,26 +108,70 @@ class LaneTrace:
             return
         self._routes.append(route)
         if route.layer == self._plan.routed[-1]:
-            self._in_step = False
             routes, self._routes = self._routes, []
             if len(self._positions):
-                self._write(self._routing(routes))
+                columns = self._routing(routes)
+                everything = np.arange(len(self._positions))
+                self._write(self._record("routing", self._plan.routed, everything, columns))
 
-    def _routing(self, routes: Sequence[Route]) -> TraceRecord:
+    def add_hidden(self, layer: int, sublayer: str, x: Array) -> None:
+        """Add the rows x (T, D) behind a layer's `sublayer`, if they are recorded. Does not block the host."""
+        plan = self._plan
+        if self._in_step and sublayer == plan.section.hidden_sublayer and layer in plan.hidden:
+            kept = self._backend.take_rows(x, self._kept)
+            is_normed = plan.norm is not None and layer == plan.last_layer and sublayer == FEED_FORWARD
+            self._states.append(plan.norm(self._backend, kept) if plan.norm and is_normed else kept)
+
+    def end_step(self) -> None:
+        """Write the hidden states of the step.
+
+        Blocks the host to download them; raises StorageError if they cannot be written.
+        """
+        self._in_step = False
+        states, self._states = self._states, []
+        if states and len(self._kept):
+            values = np.stack([self._stored(self._backend.download(state)) for state in states])
+            self._write(self._record("hidden", self._plan.hidden, self._kept, {"values": values}))
+
+    def _kept_rows(self, batch: Batch, rows: IntArray) -> IntArray:
+        """The rows of this rank whose hidden states are recorded."""
+        which = self._plan.section.hidden_positions
+        if which == "all":
+            return np.arange(len(rows))
+        first = np.repeat(np.minimum(batch.prompts, batch.capacities) - 1, batch.lengths)[rows]
+        kept = self._positions == first if which == "last" else self._positions >= first
+        return np.flatnonzero(kept)
+
+    def _stored(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Rows as they are recorded; bfloat16 as its bits."""
+        if self._plan.section.hidden_dtype == "bfloat16":
+            return values if values.dtype == np.uint16 else narrow(values)
+        return widen(values) if values.dtype == np.uint16 else values
+
+    def _routing(self, routes: Sequence[Route]) -> dict[str, npt.NDArray[Any]]:
         def stacked(arrays: Sequence[Any], dtype: type[np.generic]) -> npt.NDArray[Any]:
             return np.stack([self._backend.download(values) for values in arrays]).astype(dtype, copy=False)
 
         columns = {"experts": stacked([route.experts for route in routes], self._plan.experts)}
-        if self._plan.weights:
+        if self._plan.section.has_weights:
             columns["weights"] = stacked([route.weights for route in routes], np.float32)
+        return columns
+
+    def _record(
+        self,
+        table: Literal["routing", "hidden"],
+        layers: tuple[int, ...],
+        rows: IntArray,
+        columns: dict[str, npt.NDArray[Any]],
+    ) -> TraceRecord:
         return TraceRecord(
-            table="routing",
-            since=self._since,
+            table=table,
+            since=self._steps.since,
             step=self._step,
             rank=self._rank,
-            layers=self._plan.routed,
-            requests=self._requests.astype(np.int64, copy=False),
-            positions=self._positions.astype(np.int32),
+            layers=layers,
+            requests=self._requests[rows],
+            positions=self._positions[rows],
             columns=columns,
-            home=self._plan.home,
+            home=table == "routing" and self._plan.section.has_home,
         )

@@ -15,7 +15,7 @@ from moempi.config.job import Job
 from moempi.engine.balance import Balance, make_balance
 from moempi.engine.interleave import interleave
 from moempi.engine.lane import Lane, LaneContext
-from moempi.engine.lane_trace import LaneTrace, make_trace_plan
+from moempi.engine.lane_trace import LaneTrace, StepNumbers, make_trace_plan
 from moempi.engine.micro_batches import MicroBatches
 from moempi.engine.rank_layout import RankLayout
 from moempi.layout.schedule import Point, step_points
@@ -148,7 +148,7 @@ def _make_traces(
     job: Job, rank_layout: RankLayout, context: LaneContext, *, first_step: int
 ) -> Sequence[LaneTrace | None]:
     """What each lane records."""
-    plan = make_trace_plan(job.trace, context.model.architecture, rank_layout.stage.layers)
+    plan = make_trace_plan(job.trace, context.model, rank_layout.stage.layers)
     if plan is None:
         return [None] * job.lanes
     return [
@@ -157,9 +157,7 @@ def _make_traces(
             context.recorder.append,
             context.model.backend,
             rank=rank_layout.ranks.rank,
-            since=first_step,
-            first_step=first_step + lane,
-            stride=job.lanes,
+            steps=StepNumbers(first_step, first_step + lane, job.lanes),
         )
         for lane in range(job.lanes)
     ]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Protocol
 
+from moempi.config.job import HiddenPositions
 from moempi.engine.earlier import Earlier
 from moempi.engine.latency import count_latencies, no_latencies
 from moempi.engine.request import Request
@@ -25,7 +26,8 @@ class Recorder:
 
     The ranks of a tensor group finish the same requests; only one of them has `writes_records`. Every step calls
     `on_progress` with the sums of `counts` over all ranks. `exact` of `referenced` outputs equal their reference.
-    `disk_s` counts the seconds spent writing. The first step of this attempt at the job is `since`.
+    `disk_s` counts the seconds spent writing. The first step of this attempt at the job is `since`;
+    `hidden` are the positions whose hidden states are recorded, if any.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Recorder:
         writes_records: bool,
         on_progress: Callable[[Counts], None],
         since: int = 0,
+        hidden: HiddenPositions | None = None,
     ) -> None:
         self.steps = 0
         self.tokens = 0
@@ -49,6 +52,7 @@ class Recorder:
         self._task = task
         self._writes_records = writes_records
         self._since = since
+        self._hidden = hidden
         self._prompt_tokens = 0
         self._generated = 0
 
@@ -93,7 +97,7 @@ class Recorder:
     def _to_record(self, request: Request) -> RequestRecord:
         """The record of a finished request, or of an error if its values fit in none: it ends alone."""
         try:
-            return request.to_record(task=self._task, since=self._since)
+            return request.to_record(task=self._task, since=self._since, hidden=self._hidden)
         except ValueError as error:
             failed = Request(request.prompt, request.prompt_tokens, limit=0)
             failed.fail(f"its results cannot be recorded: {error}")

@@ -11,7 +11,8 @@ import xxhash
 
 from moempi.arrays import Int32Array
 from moempi.backend.protocol import NO_TOKENS, LogitAdjustment, SampledTokens
-from moempi.config.job import Sampling
+from moempi.config.job import HiddenPositions, Sampling
+from moempi.config.traces import first_hidden
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
 from moempi.storage.openai_batch import CHAT
@@ -128,9 +129,20 @@ class Request:
         """Finish with an error."""
         self.finish, self.error = "error", error
 
-    def to_record(self, *, task: str, since: int = 0) -> RequestRecord:
-        """The record of the finished request, of the attempt at the job whose first step is `since`."""
+    def hidden_rows(self, positions: HiddenPositions | None) -> tuple[int, int]:
+        """The first of the computed positions whose hidden states are recorded, and their number; None: no position."""
+        if positions is None or positions == "all":
+            return 0, self.computed if positions else 0
+        first = first_hidden(positions, len(self.prompt_tokens), self.capacity)
+        return first, min(max(self.computed - first, 0), 1 if positions == "last" else self.computed)
+
+    def to_record(self, *, task: str, since: int = 0, hidden: HiddenPositions | None = None) -> RequestRecord:
+        """The record of the finished request, of the attempt at the job whose first step is `since`.
+
+        `hidden` are the positions whose hidden states the job records, None if it records none.
+        """
         output = score = NO_LOGPROBS
+        hidden_first, hidden_rows = self.hidden_rows(hidden)
         if task == "generate":
             output = _logprob_columns(self.sampled, first_token=True)
         elif self.finish != "error":  # an error may follow the scores of some of the prompt's tokens
@@ -141,6 +153,8 @@ class Request:
             finish=self.finish or "error",
             error=self.error,
             computed=self.computed,
+            hidden_first=hidden_first,
+            hidden_rows=hidden_rows,
             since=since,
             first_token_s=self._since_admission(self.first_token_at),
             end_to_end_s=self._since_admission(perf_counter()),

@@ -69,7 +69,9 @@ def run_fingerprint(job: Job, *, weights: str) -> str:
 
 def traced_rows(job: Job, architecture: Architecture) -> dict[str, tuple[str, int]]:
     """The tables that a job records: the field of FinishedRequests that counts a request's rows, and the layers."""
-    return {"routing": ("computed", len(architecture.moe_layers))} if job.trace.routing else {}
+    routing = {"routing": ("computed", len(architecture.moe_layers))} if job.trace.routing else {}
+    hidden = {"hidden": ("hidden_rows", len(set(job.trace.hidden)))} if job.trace.hidden else {}
+    return routing | hidden
 
 
 class Attempt:

@@ -218,6 +218,7 @@ def _make_recorder(
         writes_records=writes_records,
         on_progress=on_progress,
         since=attempt.earlier.next_step,
+        hidden=job.trace.hidden_positions if job.trace.hidden else None,
     )
     if world.rank == 0:
         recorder.add_earlier(attempt.earlier)

@@ -36,14 +36,15 @@ class Sequences:
     """The requests in the KV slots `slots`; sequence i is in slot slots[i], and entry i of each array is of it.
 
     A sequence has `known` tokens of which `computed` are in the cache, at most `capacities`; a scored prompt knows no
-    more than it computes. `last_tokens` are the last known tokens of sequences that generate.
+    more than it computes. `last_tokens` are the last known tokens of sequences that generate, `prompt_tokens` the
+    lengths of their prompts.
     """
 
     def __init__(self, slots: range) -> None:
         self.requests: list[Request | None] = [None] * len(slots)
         self.slots: IntArray = np.arange(slots.start, slots.stop)
         self.prompts, self.known, self.computed, self.capacities = (np.zeros(len(slots), np.int64) for _ in range(4))
-        self.last_tokens, self._prompt_tokens, self._limits = (np.zeros(len(slots), np.int64) for _ in range(3))
+        self.last_tokens, self.prompt_tokens, self._limits = (np.zeros(len(slots), np.int64) for _ in range(3))
         self.finished, self._adjusts, self._looks_at_tokens, self._ignores_eos = (
             np.zeros(len(slots), np.bool_) for _ in range(4)
         )
@@ -56,7 +57,7 @@ class Sequences:
         self.requests[number] = request
         self.prompts[number], self.computed[number], self.capacities[number] = request.prompt.index, 0, request.capacity
         self.known[number] = prompt_tokens if request.limit else request.capacity
-        self._prompt_tokens[number], self._limits[number] = prompt_tokens, request.limit
+        self.prompt_tokens[number], self._limits[number] = prompt_tokens, request.limit
         self.finished[number], self._ignores_eos[number] = False, rules.ignore_eos
         self._adjusts[number] = rules.min_tokens > 0 or has_penalties(rules)
         self._looks_at_tokens[number] = bool(self._adjusts[number] or rules.stop or rules.stop_token_ids)
@@ -83,7 +84,7 @@ class Sequences:
     def work(self, index: IntArray, lengths: IntArray) -> Work:
         """The work of a step: the next `lengths` tokens of sequences."""
         starts = self.computed[index]
-        of_prompt = np.minimum(lengths, np.maximum(self._prompt_tokens[index] - starts, 0))
+        of_prompt = np.minimum(lengths, np.maximum(self.prompt_tokens[index] - starts, 0))
         return Work(index, starts, lengths, of_prompt, lengths == self.waiting(index))
 
     def tokens(self, work: Work) -> IntArray:
@@ -117,7 +118,7 @@ class Sequences:
         """
         self.known[index] += 1
         self.last_tokens[index] = sampled.tokens
-        generated, is_number = self.known[index] - self._prompt_tokens[index], np.isfinite(sampled.logprobs)
+        generated, is_number = self.known[index] - self.prompt_tokens[index], np.isfinite(sampled.logprobs)
         now = perf_counter()
         for number in index[(generated == 1) & is_number].tolist():
             self.request(number).first_token_at = now

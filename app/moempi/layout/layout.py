@@ -45,6 +45,7 @@ def make_layout(
     """
     _require_divisible(job, architecture)
     _require_balanceable(job, architecture)
+    _require_traceable(job, architecture)
     grid = make_grid(
         job.parallel,
         layer_costs=[layer_cost(architecture, layer) for layer in range(architecture.num_layers)],
@@ -175,6 +176,16 @@ def _require_balanceable(job: Job, architecture: Architecture) -> None:
             f'balance.mode = "{job.balance.mode}": the {architecture.family} router gives no weights to experts '
             'that it did not choose itself; use "off"'
         )
+
+
+def _require_traceable(job: Job, architecture: Architecture) -> None:
+    """Hidden states are of layers of the model; only generation has positions that predict an output."""
+    trace = job.trace
+    if max(trace.hidden, default=0) >= architecture.num_layers:
+        found = f"the model has no layer {max(trace.hidden)}, its {architecture.num_layers} layers count from 0"
+        raise ConfigError(f"trace.hidden: {found}")
+    if trace.hidden and trace.hidden_positions == "output" and job.task == "score":
+        raise ConfigError('trace.hidden_positions = "output": a scored prompt has no output; use "all" or "last"')
 
 
 def _require_slots(job: Job, architecture: Architecture, stage: Stage, placements: Mapping[int, Placement]) -> None:

@@ -7,6 +7,7 @@ from moempi.config.architecture import Architecture
 from moempi.config.job import Job, RunSection
 from moempi.config.size import format_size, parse_size
 from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tensors
+from moempi.config.traces import hidden_layers
 from moempi.errors import ConfigError
 
 CACHE_SHARE = 0.8
@@ -65,6 +66,7 @@ def rank_memory(
     )
     state = num_states * (architecture.recurrence.state_values if architecture.recurrence else 0) // tensor * 4
     values = _values_per_row(architecture, tensor, rounds_later=on_gpu and is_bfloat16)
+    values += architecture.width * len(hidden_layers(job.trace, layers, num_layers=architecture.num_layers)) // tensor
     rows = groups * job.lanes * job.run.batch_tokens * values
     page_bytes = page * (2 if is_bfloat16 and not widened else 4)
     return Memory(weights, page_bytes, rows * row_bytes, groups, state)

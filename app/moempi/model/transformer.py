@@ -1,6 +1,6 @@
 """The transformer: its forward pass is a generator that yields wherever it waits for rows of other ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,10 @@ Mixer = Attention | LatentAttention | GatedDelta | StateSpaceMixer
 """The part of a layer in which positions meet."""
 WITH_STATE = GatedDelta, StateSpaceMixer
 """The mixers that keep a state per sequence, and no keys and values."""
+ATTENTION, FEED_FORWARD = "attention", "feed_forward"
+
+OnHidden = Callable[[int, str, Array], object]
+"""Called with a layer, its sublayer ATTENTION or FEED_FORWARD, and the residual stream behind it (T, D)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +101,30 @@ class Transformer:
         return self.backend.embed(tokens, self.embedding)
 
     def forward(
-        self, batch: Batch, split: RowSplit, x: Array, comm: LaneComm, policy: RoutingPolicy, last_combine: Combine
+        self,
+        batch: Batch,
+        split: RowSplit,
+        x: Array,
+        comm: LaneComm,
+        policy: RoutingPolicy,
+        last_combine: Combine,
+        *,
+        on_hidden: OnHidden = lambda layer, sublayer, x: None,
     ) -> Waits[Array]:
         """Compute the layers of the stage for x, this rank's part of the batch's rows; collective over the stage.
 
         In attention and dense layers, a rank of a tensor group computes all rows with its part of the weights;
         elsewhere it computes its part of the rows. `last_combine` combines the experts' outputs of the stage's last
-        layer. Returns this rank's part of the rows after the last layer, or what `last_combine` returns. Yields while
-        it waits for rows.
+        layer. Returns this rank's part of the rows after the last layer, or what `last_combine` returns. `on_hidden`
+        gets this rank's part of the rows: what a stage begins with is behind the layer before. Yields while it waits
+        for rows.
         """
         backend, tensor = self.backend, comm.tensor
         segments = self.cache.segments(batch)
         angles = rope_angles(backend, self.architecture.attention, batch.positions, batch.row_capacities)
         sparse = sparse_rows(backend, self.architecture.attention, segments, batch.row_capacities)
         for layer, cache in zip(self.layers, self.layer_caches, strict=True):
+            on_hidden(layer.index - 1, FEED_FORWARD, x)
             gather, scatter = Point(layer.index, GATHER), Point(layer.index, SCATTER)
             rows = None
             if layer.attention_norm is not None:
@@ -120,8 +134,10 @@ class Transformer:
                 rows = yield from tensor.reduce_scatter(rows, split, scatter)
             if layer.feed_forward is None or layer.feed_forward_norm is None:
                 x = backend.add(x, rows)
+                on_hidden(layer.index, ATTENTION, x)
                 continue
             x, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
+            on_hidden(layer.index, ATTENTION, x)
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 combine = last_combine if layer is self.layers[-1] else comm.home_combine
                 x = yield from layer.feed_forward.forward(backend, rows, comm.exchange, combine, policy, residual=x)
@@ -129,4 +145,6 @@ class Transformer:
                 rows = yield from tensor.all_gather(rows, split, gather)
                 rows = layer.feed_forward(backend, rows)
                 x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, scatter)))
+        if self.head is not None:
+            on_hidden(self.layers[-1].index, FEED_FORWARD, x)
         return x

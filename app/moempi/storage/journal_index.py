@@ -28,9 +28,10 @@ NO_LOAD, NO_SHIFTS = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
 
 R = TypeVar("R", bound=Record)
 
+_COUNTS = ("computed", "hidden_first", "hidden_rows", "since")
 _ENTRY = np.dtype(
     [("journal", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("prompt_token", "i8"), ("output_token", "i8")]
-    + [("computed", "i8"), ("since", "i8")]
+    + [(name, "i8") for name in _COUNTS]
     + [(name, "i8") for name in TEXTS]
 )
 
@@ -149,7 +150,7 @@ class JournalIndex:
         arrays = [getattr(record, name) for name in ARRAYS]
         texts = [len((getattr(record, name) or "").encode()) for name in TEXTS]
         num_bytes = sum(array.nbytes for array in arrays) + sum(texts)
-        lengths = len(record.prompt), len(record.tokens), record.computed, record.since
+        lengths = len(record.prompt), len(record.tokens), *(getattr(record, name) for name in _COUNTS)
         self.entries[record.index] = (journal, offset, num_bytes, *lengths, *texts)
         # Without tokens, a width is a number without values behind it.
         self.top = max(self.top, record.top_tokens.shape[1] if record.top_tokens.size else 0)
@@ -181,6 +182,8 @@ class JournalIndex:
 
     def table_rows(self, table: str) -> TableRows:
         """The rows of each request in a table."""
+        if table == "hidden":
+            return TableRows(self.entries["hidden_first"], self.entries["hidden_rows"])
         return TableRows(np.zeros(len(self.entries), np.int64), self.entries["computed"])
 
     def moe_layers(self) -> list[int]:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from moempi.storage.hdf5 import FILE_TYPES, write_rows
 from moempi.storage.journal_index import JournalIndex, Journals, TableRows, TraceIndex
 from moempi.storage.records import TraceRecord
 from moempi.storage.results_columns import create, write_offsets
-from moempi.storage.results_layout import HOME, TABLE_LAYERS, TRACES, missing_value
+from moempi.storage.results_layout import HOME, TABLE_LAYERS, TRACES, TraceColumn, missing_value
 
 BLOCK_BYTES = 16 << 20
 
@@ -25,48 +27,81 @@ Rows = dict[str, NDArray[Any]]
 def write_traces(file: Any, journals: Journals, index: JournalIndex, require_success: Callable[[], None]) -> None:
     """Write the tables of all trace records; memory holds a few blocks of BLOCK_BYTES. Raises StorageError."""
     for table, traces in index.traces.items():
-        places = index.table_rows(table)
-        columns = _create_columns(file, table, traces, places)
+        table_rows = index.table_rows(table)
+        columns = _create_columns(file, table, traces, table_rows)
         for group in traces.groups():
             for records in _blocks(journals.trace_at(journal, offset) for journal, offset in group):
                 require_success()
-                rows = _sorted_rows(_joined(records), places)
+                rows = _sorted_rows(_joined(records), table_rows)
                 _write(columns, rows, [traces.layers.index(layer) for layer in records[0].layers])
 
 
-def _create_columns(file: Any, table: str, traces: TraceIndex, places: TableRows) -> dict[str, Any]:
+class _Column:
+    """A dataset of rows, or of rows and layers."""
+
+    def __init__(self, file: Any, column: TraceColumn, dtype: np.dtype[Any]) -> None:
+        missing = missing_value(dtype)
+        self._dataset = create(file, column.path, dtype, column.dims, column.long_name, fill_value=missing)
+
+    def write(self, rows: slice, layers: slice, values: NDArray[Any]) -> None:
+        """Write the values (T, ...) of a range of rows or, if it has layers, (T, L, ...) of a range of layers."""
+        self._dataset[rows if self._dataset.ndim == 1 else (rows, layers)] = values
+
+
+class _LayerColumns:
+    """A dataset of rows for each layer, in which the rows of a request are together; bfloat16 is given as its bits."""
+
+    def __init__(self, file: Any, column: TraceColumn, dtype: np.dtype[Any], layers: Sequence[int]) -> None:
+        self._type = "bfloat16" if dtype == np.uint16 else "float32"
+        kind = h5py.Datatype(FILE_TYPES[self._type])
+        rows, _, *others = column.dims
+        self._datasets = [
+            create(file, f"{column.path}/{layer:03}", kind, (rows, *others), column.long_name, fill_value=np.nan)
+            for layer in layers
+        ]
+
+    def write(self, rows: slice, layers: slice, values: NDArray[Any]) -> None:
+        """Write the values (T, L, ...) of a range of rows and layers."""
+        for number, dataset in enumerate(self._datasets[layers]):
+            write_rows(dataset.id, rows.start, values[:, number], dtype=self._type)
+
+
+def _create_columns(
+    file: Any, table: str, traces: TraceIndex, table_rows: TableRows
+) -> dict[str, _Column | _LayerColumns]:
     """The datasets of the columns that were recorded, and what says to whom their rows and layers belong."""
-    write_offsets(file, f"{table}/offsets", places.num_rows)
+    write_offsets(file, f"{table}/offsets", table_rows.num_rows)
     layers = create(file, f"{table}/layer", np.int32, (TABLE_LAYERS[table],), "layer of the model")
     layers[...] = traces.layers
-    columns = {}
+    if table == "hidden":
+        create(file, "hidden/first", np.int32, ("request",), "position of the first row")[...] = table_rows.first
+    columns: dict[str, _Column | _LayerColumns] = {}
     for name, column in TRACES[table].items():
         if name in traces.columns:
             dtype = np.dtype(traces.columns[name][0])
-            columns[name] = create(
-                file, column.path, dtype, column.dims, column.long_name, fill_value=missing_value(dtype)
+            in_layers = table == "hidden"
+            columns[name] = (
+                _LayerColumns(file, column, dtype, traces.layers) if in_layers else _Column(file, column, dtype)
             )
     return columns
 
 
-def _sorted_rows(rows: Rows, places: TableRows) -> Rows:
+def _sorted_rows(rows: Rows, table_rows: TableRows) -> Rows:
     """Rows sorted by their `file_row`; drops positions that the request does not have in the end."""
-    requests, numbers = rows["request"], rows["position"] - places.first[rows["request"]]
-    file_rows = (np.cumsum(places.num_rows) - places.num_rows)[requests] + numbers
+    requests, numbers = rows["request"], rows["position"] - table_rows.first[rows["request"]]
+    file_rows = (np.cumsum(table_rows.num_rows) - table_rows.num_rows)[requests] + numbers
     order = np.argsort(file_rows)
-    order = order[(numbers[order] >= 0) & (numbers[order] < places.num_rows[requests[order]])]
+    order = order[(numbers[order] >= 0) & (numbers[order] < table_rows.num_rows[requests[order]])]
     return {name: column[order] for name, column in (rows | {"file_row": file_rows}).items()}
 
 
-def _write(columns: Mapping[str, Any], rows: Rows, layers: Sequence[int]) -> None:
+def _write(columns: Mapping[str, _Column | _LayerColumns], rows: Rows, layers: Sequence[int]) -> None:
     """Write rows with ascending `file_row` to these layers of the file, each contiguous range at once."""
     for source, target in _ranges(rows["file_row"]):
-        for name, dataset in columns.items():
-            if dataset.ndim == 1:
-                dataset[target] = rows[name][source]
-                continue
-            for of_rows, of_file in _ranges(np.array(layers)):
-                dataset[target, of_file] = rows[name][source, of_rows]
+        for of_rows, of_file in _ranges(np.array(layers)):
+            for name, column in columns.items():
+                values = rows[name][source]
+                column.write(target, of_file, values if values.ndim == 1 else values[:, of_rows])
 
 
 def _ranges(indices: NDArray[np.int64]) -> Iterator[tuple[slice, slice]]:

@@ -39,6 +39,7 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     `top_logprobs` (m, k) hold the k likeliest tokens, (0, 0) unless requested. `score` (n,) float32 holds the prompt
     tokens' log-probabilities, the first NaN, with `score_top_tokens` and `score_top_logprobs` (n, k); all are empty
     when generating. `computed` positions went through the model, in the attempt at the job whose first step is `since`.
+    Hidden states are recorded at `hidden_rows` of them, from `hidden_first` on.
     The first token and the end came `first_token_s` and `end_to_end_s` after the request left the queue; None if never.
     `prompt_id` is the id of the prompt, None for its first sample. `endpoint` is OpenAI's for a chat, else None.
     `metadata` is the text of a JSON object. Raises ValueError if types or lengths disagree.
@@ -49,6 +50,8 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     finish: Literal["stop", "length", "error"]
     error: str = ""
     computed: Count = 0
+    hidden_first: SmallCount = 0
+    hidden_rows: Count = 0
     since: Count = 0
     first_token_s: Seconds | None = None
     end_to_end_s: Seconds | None = None
@@ -68,8 +71,8 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
 
     def __post_init__(self) -> None:
         n, m = len(self.prompt), len(self.tokens)
-        if self.computed > n + m:
-            raise ValueError(f"computed is {self.computed}, of {n + m} tokens")
+        if max(self.computed, self.hidden_first + self.hidden_rows) > n + m:
+            raise ValueError(f"computed is {self.computed} and hidden_rows {self.hidden_rows}, of {n + m} tokens")
         k, score_k = self.top_tokens.shape[-1], self.score_top_tokens.shape[-1]
         _expect("prompt", self.prompt, np.int32, (n,))
         _expect("tokens", self.tokens, np.int32, (m,))
@@ -155,7 +158,7 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
     columns of the results. Raises ValueError if names, types or lengths disagree or a position is negative.
     """
 
-    table: Literal["routing"]
+    table: Literal["routing", "hidden"]
     since: Count
     step: Count
     rank: SmallCount

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import h5py
 import numpy as np
 from h5py import h5d, h5p
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ def create(
     creation.set_layout(h5d.CONTIGUOUS)
     creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     if fill_value is not None:
-        creation.set_fill_value(np.array(fill_value, dtype))
+        creation.set_fill_value(np.array(fill_value, None if isinstance(dtype, h5py.Datatype) else dtype))
     dataset = file.create_dataset(path, shape=tuple(file[dim].shape[0] for dim in dims), dtype=dtype, dcpl=creation)
     for axis, dim in enumerate(dims):
         dataset.dims[axis].attach_scale(file[dim])

@@ -126,9 +126,17 @@ TRACES: dict[str, dict[str, TraceColumn]] = {
         "rank": TraceColumn("routing/rank", (np.int32,), _OF_LAYER, "seat of the rank that routed the row"),
         "row": TraceColumn("routing/row", (np.int32,), _OF_LAYER, "number of the row among those of its rank and step"),
     },
+    "hidden": {
+        "values": TraceColumn(
+            "hidden/values",
+            (np.uint16, np.float32),
+            ("hidden_token", "hidden_layer", "width"),
+            "residual stream behind a layer; bfloat16 is in the journal as its bits",
+        )
+    },
 }
 """The tables of values at positions, by name, and their columns."""
-TABLE_LAYERS = {"routing": "routed_layer"}
+TABLE_LAYERS = {"routing": "routed_layer", "hidden": "hidden_layer"}
 """The dimension of the layers of each table."""
 HOME = ("step", "rank", "row")
 """The columns of the routing that say where a row was routed."""
