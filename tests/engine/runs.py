@@ -125,7 +125,8 @@ class Run:
             pages=PAGES,
         )
         self.stop = SimpleNamespace(requested=False, end_of_steps=lambda: None)
-        task = Score(top=job.score.top_n) if job.task == "score" else Generate(Tokenizer(), top=0)
+        score = Score(top=job.score.top_n, dtype=job.score.dtype)
+        task = score if job.task == "score" else Generate(Tokenizer(), top=0)
         context = LaneContext(self.model, self.scheduler, task, self.recorder, self.stop)
         self.lanes: Lanes = make_lanes(job, self.world, self.rank_layout, context, pending=pending, first_step=0)
 

@@ -24,6 +24,7 @@ def test_the_same_job_has_the_same_fingerprint(job):
 
 
 OTHER_VALUES = {
+    "trace.hidden": (1,),
     "task": "score",
     "run.backend": "numpy",
     "run.precision": "float32",

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from moempi.api.results import Generated, Scored, generated, scored
+from moempi.api.results import Generated, Scored, generated, scored, with_likeliest
 from moempi.api.sampling_params import SamplingParams
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, ScoreSection
@@ -179,8 +179,8 @@ def _compute(engine: Engine, rows: list[dict[str, Any]], job: Job) -> list[Reque
     too_long = engine.submit(requests)
     engine.run(make_task(job, deployment.tokenizer, prompts), recorder)
     recorder.record(too_long)
-    of_ranks: list[list[RequestRecord]] = deployment.world.comm.allgather(records)
-    return sorted(chain.from_iterable(of_ranks), key=lambda record: record.index)
+    of_ranks: list[list[Record]] = deployment.world.comm.allgather(records)
+    return with_likeliest(chain.from_iterable(of_ranks))
 
 
 def _rows(prompts: Iterable[Prompt]) -> list[dict[str, Any]]:

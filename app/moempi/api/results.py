@@ -1,10 +1,15 @@
 """What an LLM returns for each request: a few Python lists, made of the record that a job would write."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from moempi.arrays import Float32Array, Int32Array
-from moempi.storage.records import RequestRecord
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from moempi.arrays import BoolArray, Float32Array, Int32Array
+from moempi.storage.records import Record, RequestRecord, TraceRecord
 
 Finish = Literal["stop", "length", "error"]
 
@@ -67,6 +72,35 @@ def scored(record: RequestRecord) -> Scored:
         finish=record.finish,
         error=record.error,
     )
+
+
+def with_likeliest(records: Iterable[Record]) -> list[RequestRecord]:
+    """The records of all requests in order, each with the likeliest tokens that were recorded at its positions."""
+    done: dict[int, RequestRecord] = {}
+    traces: list[TraceRecord] = []
+    for record in records:
+        if isinstance(record, RequestRecord):
+            done[record.index] = record
+        elif isinstance(record, TraceRecord):
+            traces.append(record)
+    for trace in traces:
+        for index in np.unique(trace.requests).tolist():
+            if len(done[index].score):
+                own = trace.requests == index
+                done[index] = _with_rows(done[index], trace.positions[own], trace.columns, own)
+    return [done[index] for index in sorted(done)]
+
+
+def _with_rows(
+    record: RequestRecord, positions: Int32Array, columns: Mapping[str, npt.NDArray[Any]], own: BoolArray
+) -> RequestRecord:
+    """The record with rows of likeliest tokens at positions; without any, they are -1 and NaN."""
+    shape = (len(record.score), columns["top_tokens"].shape[1])
+    tokens, logprobs = record.score_top_tokens, record.score_top_logprobs
+    if tokens.shape != shape:
+        tokens, logprobs = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float32)
+    tokens[positions], logprobs[positions] = columns["top_tokens"][own], columns["top_logprobs"][own]
+    return msgspec.structs.replace(record, score_top_tokens=tokens, score_top_logprobs=logprobs)
 
 
 def _likeliest(tokens: Int32Array, logprobs: Float32Array) -> list[dict[int, float]]:

@@ -82,7 +82,7 @@ def _candidates(scores: Scores, requests: SamplingRequests, top_k: int) -> tuple
 
     Tokens that top-p and min-p do not keep have probability 0.
     """
-    tokens = _likeliest(scores, top_k or scores.shape[1])
+    tokens = likeliest(scores, top_k or scores.shape[1])
     probabilities = np.exp(np.take_along_axis(scores, tokens, axis=1))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     if (requests["top_p"] < 1.0).any():
@@ -92,9 +92,11 @@ def _candidates(scores: Scores, requests: SamplingRequests, top_k: int) -> tuple
     return tokens, probabilities
 
 
-def _likeliest(scores: Scores, count: int) -> IntArray:
+def likeliest(scores: npt.NDArray[np.floating[Any]], count: int) -> IntArray:
     """The `count` tokens of each row with the highest scores, highest first; of equal ones the lower token first."""
     num_rows, vocabulary = scores.shape
+    if not count:
+        return np.zeros((num_rows, 0), np.int64)
     if count >= vocabulary:
         return np.argsort(-scores, axis=1, kind="stable")
     least = np.partition(scores, vocabulary - count, axis=1)[:, vocabulary - count]

@@ -101,9 +101,10 @@ class ChatSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ScoreSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[score]`: the number of likeliest tokens that the score task writes for each token."""
+    """`[score]`: the number of likeliest tokens that the score task writes for each token, and their numbers' type."""
 
     top_n: Index = 0
+    dtype: Literal["float16", "float32"] = "float32"
 
 
 class ExchangeSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -262,6 +263,7 @@ CHANGES_RESULTS = (
     "sampling.ignore_eos",
     "sampling.top_logprobs",
     "score.top_n",
+    "score.dtype",
     "exchange.hops",
     "parallel.tensor",
     "balance.mode",

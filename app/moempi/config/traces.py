@@ -36,6 +36,9 @@ def recorded_bytes(job: Job, architecture: Architecture) -> dict[str, int]:
     if trace.routing:
         choice = EXPERT_TYPES[expert_type(experts.num, top_k)] + 4 * trace.has_weights
         tables["routing"] = layers * top_k * choice + (8 * layers + 8) * trace.has_home
+    if job.task == "score" and job.score.top_n:
+        num_bytes = 4 + (2 if job.score.dtype == "float16" else 4)
+        tables["score"] = min(job.score.top_n, architecture.vocab_size) * num_bytes
     if trace.hidden:
         num_bytes = 2 if trace.hidden_dtype == "bfloat16" else 4
         tables["hidden"] = len(set(trace.hidden)) * architecture.width * num_bytes

@@ -17,14 +17,14 @@ from moempi.storage.records import RequestRecord, TraceRecord
 FINISHES = ("stop", "length", "error")
 _FINISHED_REQUEST = np.dtype(
     [
-        *((name, "i8") for name in ("index", "since", "tokens", "computed", "hidden_rows")),
+        *((name, "i8") for name in ("index", "since", "tokens", "computed", "hidden_rows", "scored")),
         *((name, "i1") for name in ("finish", "referenced", "exact")),
     ]
 )
 
 FinishedRequests = npt.NDArray[np.void]
-"""Finished requests: index, first step of the attempt, numbers of tokens, of computed positions and of hidden states,
-index in FINISHES, whether it has a reference, whether its text equals it."""
+"""Finished requests: index, first step of the attempt, numbers of tokens, of computed positions, of hidden states
+and of scored tokens, index in FINISHES, whether it has a reference, whether its text equals it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +104,13 @@ def _latest(finished: FinishedRequests) -> FinishedRequests:
     return ordered[np.diff(ordered["index"], prepend=-1) > 0]
 
 
-def _entry(record: RequestRecord) -> tuple[int, int, int, int, int, int, bool, bool]:
+def _entry(record: RequestRecord) -> tuple[int, int, int, int, int, int, int, bool, bool]:
     tokens = len(record.score) + len(record.tokens)
     referenced = record.reference is not None
     exact = referenced and record.text == record.reference
     finish = FINISHES.index(record.finish)
-    return record.index, record.since, tokens, record.computed, record.hidden_rows, finish, referenced, exact
+    rows = record.computed, record.hidden_rows, max(len(record.score) - 1, 0)
+    return record.index, record.since, tokens, *rows, finish, referenced, exact
 
 
 NOTHING_EARLIER = Earlier.from_finished(np.zeros(0, _FINISHED_REQUEST))

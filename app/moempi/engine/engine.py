@@ -93,7 +93,7 @@ def load_engine(
 def make_task(job: Job, tokenizer: TextTokenizer, prompts: Sequence[Prompt]) -> Task:
     """The job's task for all of its prompts."""
     if job.task == "score":
-        return Score(top=job.score.top_n)
+        return Score(top=job.score.top_n, dtype=job.score.dtype)
     return Generate(tokenizer, top=max((prompt.sampling.top_logprobs for prompt in prompts), default=0))
 
 

@@ -53,7 +53,9 @@ class Lane:
 
     def accept(self, micro_batch: MicroBatch, sampled: SampledTokens) -> None:
         """Advance the requests of a step by their sampled tokens, and record those that are finished."""
-        self.context.task.accept(self.context.scheduler.sequences, micro_batch.work, sampled)
+        likeliest = self.context.task.accept(self.context.scheduler.sequences, micro_batch.work, sampled)
+        if likeliest is not None:
+            self.context.recorder.record_likeliest(likeliest)
         self.context.recorder.end_step(self.context.scheduler.retire(micro_batch.index), micro_batch.work)
         micro_batch.sampled, micro_batch.work = None, NO_WORK
 

@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Protocol
 
+import numpy as np
+
 from moempi.config.job import HiddenPositions
 from moempi.engine.earlier import Earlier
 from moempi.engine.latency import count_latencies, no_latencies
 from moempi.engine.request import Request
 from moempi.engine.sequences import NO_WORK, Work
+from moempi.engine.tasks import Likeliest
 from moempi.observe.progress import Counts
-from moempi.storage.records import Record, RequestRecord
+from moempi.storage.records import Record, RequestRecord, TraceRecord
 
 
 class Journal(Protocol):
@@ -87,6 +90,22 @@ class Recorder:
             self.append(record)
             self.tokens += len(record.score) + len(record.tokens)
             self._count(record)
+
+    def record_likeliest(self, likeliest: Likeliest) -> None:
+        """Write the likeliest tokens at the positions of a step; raises StorageError if writing fails."""
+        if self._writes_records:
+            self.append(
+                TraceRecord(
+                    table="score",
+                    since=self._since,
+                    step=self._since + self.steps,
+                    rank=0,
+                    layers=(),
+                    requests=likeliest.requests.astype(np.int64, copy=False),
+                    positions=likeliest.positions.astype(np.int32),
+                    columns={"top_tokens": likeliest.tokens, "top_logprobs": likeliest.logprobs},
+                )
+            )
 
     def append(self, record: Record) -> None:
         """Write a record of any kind; raises StorageError if writing fails."""

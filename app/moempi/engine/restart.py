@@ -71,7 +71,8 @@ def traced_rows(job: Job, architecture: Architecture) -> dict[str, tuple[str, in
     """The tables that a job records: the field of FinishedRequests that counts a request's rows, and the layers."""
     routing = {"routing": ("computed", len(architecture.moe_layers))} if job.trace.routing else {}
     hidden = {"hidden": ("hidden_rows", len(set(job.trace.hidden)))} if job.trace.hidden else {}
-    return routing | hidden
+    score = {"score": ("scored", 1)} if job.task == "score" and job.score.top_n else {}
+    return routing | hidden | score
 
 
 class Attempt:

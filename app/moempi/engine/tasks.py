@@ -1,9 +1,10 @@
 """The two tasks, generate and score: the rows of a step that need logits, and what is done with the logits."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, SampledTokens
@@ -13,6 +14,15 @@ from moempi.comm.transfers import Waits
 from moempi.engine.sequences import OutputBlocks, Sequences, Work
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.model.head import LMHead
+
+
+class Likeliest(NamedTuple):
+    """The likeliest tokens (T, k) int32, and their log-probabilities, at positions (T,) of requests (T,) of the job."""
+
+    requests: IntArray
+    positions: IntArray
+    tokens: IntArray
+    logprobs: npt.NDArray[np.floating[Any]]
 
 
 class Task(Protocol):
@@ -35,8 +45,8 @@ class Task(Protocol):
         Collective over the tensor group, whose rank i brings counts[i] rows; yields while they travel in it.
         """
 
-    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
-        """Advance the requests of a step by the tokens sampled for its logit rows."""
+    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> Likeliest | None:
+        """Advance the requests of a step by the tokens sampled for its logit rows; what is recorded of them at once."""
 
 
 class Generate:
@@ -67,7 +77,7 @@ class Generate:
     ) -> Waits[SampledTokens]:
         return head.sample(rows, requests, tensor=tensor, counts=counts, top=self._top)
 
-    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
+    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> Likeliest | None:
         sequences.advance(work)
         index, blocks = work.numbers[work.ends], self._blocks_of(sequences, sampled)
         is_due = sequences.append(index, sampled, end_tokens=self._end_tokens) | blocks.append(index, sampled)
@@ -75,6 +85,7 @@ class Generate:
             request = sequences.request(number)
             request.accept(blocks.take(number, top=request.sampling.top_logprobs), self._tokenizer)
             sequences.finished[number] = request.finish is not None
+        return None
 
     def _blocks_of(self, sequences: Sequences, sampled: SampledTokens) -> OutputBlocks:
         if self._blocks is None:
@@ -83,10 +94,14 @@ class Generate:
 
 
 class Score:
-    """Scores every prompt token but the first: its log-probability, and the `top` likeliest tokens there."""
+    """Scores every prompt token but the first: its log-probability, and the `top` likeliest tokens there.
 
-    def __init__(self, *, top: int) -> None:
+    The log-probabilities of the likeliest tokens are recorded as `dtype`; a request does not hold them.
+    """
+
+    def __init__(self, *, top: int, dtype: Literal["float16", "float32"] = "float32") -> None:
         self._top = top
+        self._dtype = np.dtype(dtype)
 
     def logit_requests(self, sequences: Sequences, work: Work) -> tuple[IntArray, LogitRequests]:
         """The rows whose next token is in the prompt: all but the row of a prompt of one token."""
@@ -109,12 +124,18 @@ class Score:
     ) -> Waits[SampledTokens]:
         return head.score(rows, requests, tensor=tensor, counts=counts, top=self._top)
 
-    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
+    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> Likeliest | None:
         sequences.advance(work)
-        first = 0
+        first, places = 0, []
+        scores = SampledTokens(sampled.tokens, sampled.logprobs, sampled.top_tokens[:, :0], sampled.top_logprobs[:, :0])
         for number, start, length in zip(*(values.tolist() for values in work[:3]), strict=True):
             request = sequences.request(number)
             own = min(length, len(request.prompt_tokens) - 1 - start)
-            request.accept_scores(sampled.take(slice(first, first + own)))
+            request.accept_scores(scores.take(slice(first, first + own)))
             sequences.finished[number] = request.finish is not None
+            places.append((np.full(max(own, 0), sequences.prompts[number]), start + 1 + np.arange(own)))
             first += own
+        if not self._top or not first:
+            return None
+        requests, positions = map(np.concatenate, zip(*places, strict=True))
+        return Likeliest(requests, positions, sampled.top_tokens, sampled.top_logprobs.astype(self._dtype, copy=False))

@@ -29,7 +29,7 @@ class TracedRows:
             return
         self._forget_before(np.unique(record.requests), record.since)
         latest = record.requests[self.since[record.requests] == record.since]
-        np.add.at(self.num_rows[self._tables.index(record.table)], latest, len(record.layers))
+        np.add.at(self.num_rows[self._tables.index(record.table)], latest, max(len(record.layers), 1))
 
     def reduce(self, allreduce: AllReduce) -> NDArray[np.int64]:
         """The numbers of rows that all ranks counted (tables, N); collective."""

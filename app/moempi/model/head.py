@@ -11,8 +11,8 @@ from moempi.layout.schedule import HEAD_POINTS
 from moempi.model.norm import Norm
 
 HEAD_ROWS, LOGITS, _ = HEAD_POINTS
-SCORED_ROWS = 64
-"""Number of rows of a rank whose logits are computed at a time, which limits the memory for logits."""
+SCORED_ROWS, SCORED_LOGITS = 64, 1 << 24
+"""Most rows of a rank, and most logits, that are computed at a time when scoring, which limits memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class LMHead:
         self, x: Array, targets: IntArray, *, tensor: TensorGroup, counts: Sequence[int], top: int
     ) -> Waits[SampledTokens]:
         """Score targets (N,), the tokens after this rank's rows x (N, D), with the `top` likeliest tokens of each."""
-        scored = []
-        for first in range(0, max(*counts, 1), SCORED_ROWS):
-            chunk = slice(first, first + SCORED_ROWS)
-            in_chunk = [min(max(count - first, 0), SCORED_ROWS) for count in counts]
+        scored, at_once = [], max(1, min(SCORED_ROWS, SCORED_LOGITS // self.vocab_size))
+        for first in range(0, max(*counts, 1), at_once):
+            chunk = slice(first, first + at_once)
+            in_chunk = [min(max(count - first, 0), at_once) for count in counts]
             logits = yield from self._logits(x[chunk], tensor, in_chunk)
             scored.append(self.backend.score(logits, targets[chunk], top=top))
         return SampledTokens.join(scored)

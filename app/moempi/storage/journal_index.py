@@ -29,9 +29,10 @@ NO_LOAD, NO_SHIFTS = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
 R = TypeVar("R", bound=Record)
 
 _COUNTS = ("computed", "hidden_first", "hidden_rows", "since")
+_OF_SCORES = {column.path for column in TRACES["score"].values()}
 _ENTRY = np.dtype(
     [("journal", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("prompt_token", "i8"), ("output_token", "i8")]
-    + [(name, "i8") for name in _COUNTS]
+    + [(name, "i8") for name in ("scored", *_COUNTS)]
     + [(name, "i8") for name in TEXTS]
 )
 
@@ -82,10 +83,14 @@ class Journals(Closeable):
 
 @dataclass(frozen=True, slots=True)
 class TableRows:
-    """The rows of each request in a table: positions `first` (N,) to `first` + `num_rows` (N,) - 1."""
+    """The rows of each request in a table: positions `first` (N,) to `first` + `num_rows` (N,) - 1.
+
+    Only positions below `end` (N,) are recorded.
+    """
 
     first: NDArray[np.int64]
     num_rows: NDArray[np.int64]
+    end: NDArray[np.int64]
 
 
 class TraceIndex:
@@ -121,7 +126,7 @@ class TraceIndex:
 
 def _columns_of(record: TraceRecord) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type of each column of the results, and shape behind rows and layers."""
-    columns = {name: (values.dtype.str, values.shape[2:]) for name, values in record.columns.items()}
+    columns = {name: (values.dtype.str, record.row_shape(name)) for name, values in record.columns.items()}
     kinds = {name: TRACES[record.table][name].dtypes[0] for name in HOME} if record.home else {}
     return columns | {name: (np.dtype(kind).str, ()) for name, kind in kinds.items()}
 
@@ -150,7 +155,8 @@ class JournalIndex:
         arrays = [getattr(record, name) for name in ARRAYS]
         texts = [len((getattr(record, name) or "").encode()) for name in TEXTS]
         num_bytes = sum(array.nbytes for array in arrays) + sum(texts)
-        lengths = len(record.prompt), len(record.tokens), *(getattr(record, name) for name in _COUNTS)
+        lengths = len(record.prompt), len(record.tokens), len(record.score)
+        lengths += tuple(getattr(record, name) for name in _COUNTS)
         self.entries[record.index] = (journal, offset, num_bytes, *lengths, *texts)
         # Without tokens, a width is a number without values behind it.
         self.top = max(self.top, record.top_tokens.shape[1] if record.top_tokens.size else 0)
@@ -182,9 +188,13 @@ class JournalIndex:
 
     def table_rows(self, table: str) -> TableRows:
         """The rows of each request in a table."""
+        entries = self.entries
+        if table == "score":
+            return TableRows(np.zeros(len(entries), np.int64), entries["prompt_token"], entries["scored"])
+        first, num_rows = np.zeros(len(entries), np.int64), entries["computed"]
         if table == "hidden":
-            return TableRows(self.entries["hidden_first"], self.entries["hidden_rows"])
-        return TableRows(np.zeros(len(self.entries), np.int64), self.entries["computed"])
+            first, num_rows = entries["hidden_first"], entries["hidden_rows"]
+        return TableRows(first, num_rows, first + num_rows)
 
     def moe_layers(self) -> list[int]:
         """The MoE layers, in which ranks host experts; all layers if no rank says what it hosts."""
@@ -202,7 +212,9 @@ class JournalIndex:
         return [
             name
             for name, kind in ARRAYS.items()
-            if all(dim in dims for dim in kind.dims) and (self.scored or not name.startswith("score"))
+            if all(dim in dims for dim in kind.dims)
+            and (self.scored or not name.startswith("score"))
+            and not ("score" in self.traces and kind.path in _OF_SCORES)
         ]
 
     def sizes(self) -> dict[str, int]:
@@ -220,7 +232,7 @@ class JournalIndex:
 
     def _trace_sizes(self, table: str, traces: TraceIndex) -> dict[str, int]:
         """The dimensions of a table and their sizes."""
-        sizes = {TABLE_LAYERS[table]: len(traces.layers)}
+        sizes = {TABLE_LAYERS[table]: len(traces.layers)} if table in TABLE_LAYERS else {}
         for name, (_, shape) in traces.columns.items():
             rows, *others = TRACES[table][name].dims
             sizes[rows] = int(self.table_rows(table).num_rows.sum())
@@ -232,7 +244,7 @@ class JournalIndex:
         num_bytes = 0
         for table, traces in self.traces.items():
             row = sum(np.dtype(kind).itemsize * prod(shape) for kind, shape in traces.columns.values())
-            num_bytes += int(self.table_rows(table).num_rows.sum()) * row * len(traces.layers)
+            num_bytes += int(self.table_rows(table).num_rows.sum()) * row * max(len(traces.layers), 1)
         return num_bytes
 
     def file_bytes(self) -> int:

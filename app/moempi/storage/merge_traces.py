@@ -33,23 +33,26 @@ def write_traces(file: Any, journals: Journals, index: JournalIndex, require_suc
             for records in _blocks(journals.trace_at(journal, offset) for journal, offset in group):
                 require_success()
                 rows = _sorted_rows(_joined(records), table_rows)
-                _write(columns, rows, [traces.layers.index(layer) for layer in records[0].layers])
+                _write(columns, rows, [traces.layers.index(layer) for layer in records[0].layers] or [0])
 
 
 class _Column:
     """A dataset of rows, or of rows and layers."""
 
     def __init__(self, file: Any, column: TraceColumn, dtype: np.dtype[Any]) -> None:
+        self.has_layers = column.dims[1:2] == (TABLE_LAYERS["routing"],)
         missing = missing_value(dtype)
         self._dataset = create(file, column.path, dtype, column.dims, column.long_name, fill_value=missing)
 
     def write(self, rows: slice, layers: slice, values: NDArray[Any]) -> None:
         """Write the values (T, ...) of a range of rows or, if it has layers, (T, L, ...) of a range of layers."""
-        self._dataset[rows if self._dataset.ndim == 1 else (rows, layers)] = values
+        self._dataset[(rows, layers) if self.has_layers else rows] = values
 
 
 class _LayerColumns:
     """A dataset of rows for each layer, in which the rows of a request are together; bfloat16 is given as its bits."""
+
+    has_layers = True
 
     def __init__(self, file: Any, column: TraceColumn, dtype: np.dtype[Any], layers: Sequence[int]) -> None:
         self._type = "bfloat16" if dtype == np.uint16 else "float32"
@@ -70,9 +73,10 @@ def _create_columns(
     file: Any, table: str, traces: TraceIndex, table_rows: TableRows
 ) -> dict[str, _Column | _LayerColumns]:
     """The datasets of the columns that were recorded, and what says to whom their rows and layers belong."""
-    write_offsets(file, f"{table}/offsets", table_rows.num_rows)
-    layers = create(file, f"{table}/layer", np.int32, (TABLE_LAYERS[table],), "layer of the model")
-    layers[...] = traces.layers
+    if table in TABLE_LAYERS:
+        write_offsets(file, f"{table}/offsets", table_rows.num_rows)
+        layers = create(file, f"{table}/layer", np.int32, (TABLE_LAYERS[table],), "layer of the model")
+        layers[...] = traces.layers
     if table == "hidden":
         create(file, "hidden/first", np.int32, ("request",), "position of the first row")[...] = table_rows.first
     columns: dict[str, _Column | _LayerColumns] = {}
@@ -91,7 +95,8 @@ def _sorted_rows(rows: Rows, table_rows: TableRows) -> Rows:
     requests, numbers = rows["request"], rows["position"] - table_rows.first[rows["request"]]
     file_rows = (np.cumsum(table_rows.num_rows) - table_rows.num_rows)[requests] + numbers
     order = np.argsort(file_rows)
-    order = order[(numbers[order] >= 0) & (numbers[order] < table_rows.num_rows[requests[order]])]
+    is_recorded = (numbers >= 0) & (rows["position"] < table_rows.end[requests])
+    order = order[is_recorded[order]]
     return {name: column[order] for name, column in (rows | {"file_row": file_rows}).items()}
 
 
@@ -101,7 +106,7 @@ def _write(columns: Mapping[str, _Column | _LayerColumns], rows: Rows, layers: S
         for of_rows, of_file in _ranges(np.array(layers)):
             for name, column in columns.items():
                 values = rows[name][source]
-                column.write(target, of_file, values if values.ndim == 1 else values[:, of_rows])
+                column.write(target, of_file, values[:, of_rows] if column.has_layers else values)
 
 
 def _ranges(indices: NDArray[np.int64]) -> Iterator[tuple[slice, slice]]:
@@ -132,8 +137,10 @@ def _joined(records: list[TraceRecord]) -> Rows:
         "request": np.concatenate([record.requests for record in records]),
         "position": np.concatenate([record.positions for record in records]).astype(np.int64),
     }
+    axis = int(records[0].table in TABLE_LAYERS)
     for name in records[0].columns:
-        rows[name] = np.concatenate([record.columns[name] for record in records], axis=1).swapaxes(0, 1)
+        joined = np.concatenate([record.columns[name] for record in records], axis=axis)
+        rows[name] = joined.swapaxes(0, axis)
     return rows | (_home(records) if records[0].home else {})
 
 

@@ -13,7 +13,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from moempi.arrays import Float32Array, Int32Array
-from moempi.storage.results_layout import HOME, TRACES
+from moempi.storage.results_layout import HOME, TABLE_LAYERS, TRACES
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -21,7 +21,7 @@ Seconds = Annotated[float, Meta(ge=0)]
 SmallCount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_DTYPES = ("<i4", "<i8", "<f4", "|u1", "<u2")
+_DTYPES = ("<i4", "<i8", "<f4", "|u1", "<u2", "<f2")
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
@@ -153,12 +153,13 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
     """Values at the T positions that one rank computed in one step, for a `table` of `results_layout.TRACES`.
 
     Row t is position `positions[t]` (T,) int32 of request `requests[t]` (T,) int64. Each of the `columns` has the
-    values (layers, T, ...), of the model's `layers`, which ascend. Rows with the same `step` were computed together, in
-    the attempt at the job whose first step is `since`; `rank` counts node by node. With `home`, rank, step and row are
-    columns of the results. Raises ValueError if names, types or lengths disagree or a position is negative.
+    values (layers, T, ...) of the model's `layers`, which ascend, or (T, ...) in a table without layers. Rows with the
+    same `step` were computed together, in the attempt at the job whose first step is `since`; `rank` counts node by
+    node. With `home`, rank, step and row are columns of the results. Raises ValueError if names, types or lengths
+    disagree or a position is negative.
     """
 
-    table: Literal["routing", "hidden"]
+    table: Literal["routing", "hidden", "score"]
     since: Count
     step: Count
     rank: SmallCount
@@ -176,15 +177,20 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
         for name, values in self.columns.items():
             if name not in known or name in HOME:
                 raise ValueError(f"{self.table} has no column {name[:20]!r}")
-            dims = known[name].dims[2:]
-            shape = tuple(sizes.setdefault(dim, size) for dim, size in zip(dims, values.shape[2:], strict=False))
+            before = (len(self.layers), rows) if self.table in TABLE_LAYERS else (rows,)
+            dims, behind = known[name].dims[len(before) :], values.shape[len(before) :]
+            shape = tuple(sizes.setdefault(dim, size) for dim, size in zip(dims, behind, strict=False))
             if values.dtype not in known[name].dtypes or len(shape) < len(dims):
                 raise ValueError(f"{name} is {_describe(values)}")
-            _expect(name, values, values.dtype.type, (len(self.layers), rows, *shape))
+            _expect(name, values, values.dtype.type, (*before, *shape))
         if any(below >= above for below, above in pairwise(self.layers)):
             raise ValueError(f"layers {self.layers} do not ascend")
         if rows and self.positions.min() < 0:
             raise ValueError(f"position {self.positions.min()} is negative")
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a column behind rows and layers."""
+        return self.columns[name].shape[1 + (self.table in TABLE_LAYERS) :]
 
     @property
     def num_bytes(self) -> int:

@@ -120,7 +120,8 @@ class ResultFile(Closeable):
         for name, kind in ARRAYS.items():
             if kind.path in present:
                 offsets = OFFSETS[kind.dims[0]]
-                columns[name] = _Ragged(self._file, offsets, kind.path, np.dtype(kind.dtype), len(kind.dims))
+                dtypes = (kind.dtype, np.float16) if name == "score_top_logprobs" else kind.dtype
+                columns[name] = _Ragged(self._file, offsets, kind.path, dtypes, len(kind.dims))
         for name, text in TEXTS.items():
             if text.exact in present:
                 columns[name] = _Ragged(
@@ -135,7 +136,7 @@ class ResultFile(Closeable):
 class _Ragged:
     """A dataset with a varying number of rows per request, and the offsets of each request's rows."""
 
-    def __init__(self, file: Any, offsets: str, values: str, dtype: np.dtype[Any], num_dims: int) -> None:
+    def __init__(self, file: Any, offsets: str, values: str, dtype: Any, num_dims: int) -> None:
         self._values = typed_dataset(file, values, dtype, num_dims)
         self._offsets = typed_dataset(file, offsets, np.dtype(np.int64), 1)[:]
         starts_and_ends = len(self._offsets) > 0 and self._offsets[0] == 0 and self._offsets[-1] == len(self._values)
@@ -152,7 +153,9 @@ class _Ragged:
     def read(self, start: int, stop: int) -> list[NDArray[Any]]:
         """The rows of each request in [start, stop)."""
         bounds = self._offsets[start : stop + 1]
-        return np.split(self._values[bounds[0] : bounds[-1]], bounds[1:-1] - bounds[0])
+        rows = self._values[bounds[0] : bounds[-1]]
+        rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows
+        return np.split(rows, bounds[1:-1] - bounds[0])
 
 
 class _Seconds:

@@ -36,7 +36,7 @@ class ArrayColumn:
 class TraceColumn:
     """A column of a table of values at positions; its dataset has one of the `dtypes`.
 
-    The first of its `dims` counts the rows of all requests, the second, in a table with layers, the layers. Of home
+    The first of its `dims` counts the rows of all requests, the second, in a table of TABLE_LAYERS, the layers. Of home
     ranks, the journal has one number a record, from which the column is made.
     """
 
@@ -133,6 +133,14 @@ TRACES: dict[str, dict[str, TraceColumn]] = {
             ("hidden_token", "hidden_layer", "width"),
             "residual stream behind a layer; bfloat16 is in the journal as its bits",
         )
+    },
+    "score": {
+        "top_tokens": TraceColumn(
+            "score/top_tokens", (np.int32,), ("prompt_token", "score_top"), "likeliest token ids"
+        ),
+        "top_logprobs": TraceColumn(
+            "score/top_logprobs", (np.float32, np.float16), ("prompt_token", "score_top"), "their log-probabilities"
+        ),
     },
 }
 """The tables of values at positions, by name, and their columns."""

@@ -34,7 +34,7 @@ from moempi.backend.protocol import (
     StateConstants,
     Stored,
 )
-from moempi.backend.sampling import sample_tokens
+from moempi.backend.sampling import MOST_SCORES, likeliest, sample_tokens
 from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
 
@@ -479,8 +479,14 @@ class NumpyBackend:
         return self.score(logits, sample_tokens(logits, requests), top=top)
 
     def score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
+        at_once = max(1, MOST_SCORES // max(logits.shape[1], 1))
+        firsts = range(0, max(len(logits), 1), at_once)
+        pieces = (slice(first, first + at_once) for first in firsts)
+        return SampledTokens.join([self._score(logits[piece], targets[piece], top=top) for piece in pieces])
+
+    def _score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
         logprobs = self._log_softmax(logits)
-        top_tokens = np.argsort(-logits, axis=1, kind="stable")[:, :top] if top else np.zeros((len(logits), 0), int)
+        top_tokens = likeliest(np.nan_to_num(logits, nan=-np.inf, posinf=np.inf, neginf=-np.inf), top)
         return SampledTokens(
             tokens=targets.astype(np.int32),
             logprobs=np.take_along_axis(logprobs, targets.astype(np.intp)[:, None], axis=1)[:, 0],
