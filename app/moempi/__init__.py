@@ -14,6 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {"LLM": "moempi.api.llm", "SamplingParams": "moempi.api.sampling_params"}
+_LAZY |= {"Results": "moempi.storage.reader"}
 
 
 def __getattr__(name: str) -> Any:

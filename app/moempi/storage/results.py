@@ -73,7 +73,7 @@ class ResultFile(Closeable):
 
     def errors(self, *, limit: int) -> list[tuple[str, str]]:
         """Id and error of the first `limit` requests that ended with an error. Raises DataError."""
-        error, name = self._ragged("error"), self._ragged("id")
+        error, name = self.ragged("error"), self.ragged("id")
         if error is None or name is None:
             return []
         with raising_data_errors(self.path, "requests/error"):
@@ -82,12 +82,12 @@ class ResultFile(Closeable):
 
     def num_errors(self) -> int:
         """Number of requests that ended with an error."""
-        error = self._ragged("error")
+        error = self.ragged("error")
         return 0 if error is None else int(np.count_nonzero(error.num_bytes()))
 
     def scores(self) -> Scores | None:
         """The scores of all tokens, of which a few MiB are in memory; None if nothing was scored. Raises DataError."""
-        column = self._ragged("score")
+        column = self.ragged("score")
         if column is None:
             return None
         with raising_data_errors(self.path, "score/logprobs"):
@@ -110,21 +110,27 @@ class ResultFile(Closeable):
         """Close the file."""
         self._file.close()
 
-    def _ragged(self, name: str) -> "_Ragged | None":
-        column = self._columns.get(name)
-        return column if isinstance(column, _Ragged) else None
+    @property
+    def hdf5(self) -> Any:
+        """The open h5py.File."""
+        return self._file
 
-    def _open_columns(self) -> "dict[str, _Ragged | _Seconds]":
+    def ragged(self, name: str) -> "Ragged | None":
+        """The column of a field of RequestRecord; None if the file has none."""
+        column = self._columns.get(name)
+        return column if isinstance(column, Ragged) else None
+
+    def _open_columns(self) -> "dict[str, Ragged | _Seconds]":
         present = dict(walk(self._file))
-        columns: dict[str, _Ragged | _Seconds] = {}
+        columns: dict[str, Ragged | _Seconds] = {}
         for name, kind in ARRAYS.items():
             if kind.path in present:
                 offsets = OFFSETS[kind.dims[0]]
                 dtypes = (kind.dtype, np.float16) if name == "score_top_logprobs" else kind.dtype
-                columns[name] = _Ragged(self._file, offsets, kind.path, dtypes, len(kind.dims))
+                columns[name] = Ragged(self._file, offsets, kind.path, dtypes, len(kind.dims))
         for name, text in TEXTS.items():
             if text.exact in present:
-                columns[name] = _Ragged(
+                columns[name] = Ragged(
                     self._file, f"{text.exact}/offsets", f"{text.exact}/values", np.dtype(np.uint8), 1
                 )
         for name, duration in SECONDS.items():
@@ -133,7 +139,7 @@ class ResultFile(Closeable):
         return columns
 
 
-class _Ragged:
+class Ragged:
     """A dataset with a varying number of rows per request, and the offsets of each request's rows."""
 
     def __init__(self, file: Any, offsets: str, values: str, dtype: Any, num_dims: int) -> None:

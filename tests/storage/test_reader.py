@@ -1,0 +1,140 @@
+"""Results for Python, and their export as arrays: what the journals held, of each request alone."""
+
+import h5py
+import numpy as np
+import pyarrow.parquet
+import pytest
+from safetensors import safe_open
+
+from moempi import Results
+from moempi.arrays import narrow, widen
+from moempi.commands.export import ARRAYS
+from moempi.errors import DataError
+from moempi.storage.records import TraceRecord
+from storage.test_records import make_rank, make_request
+from storage.test_results import merged
+
+LENGTHS = (3, 1, 0)
+"""Computed positions of the requests."""
+
+
+def trace_of(table, columns, *, requests, positions, layers=(), step=0):
+    return TraceRecord(
+        table=table,
+        since=0,
+        step=step,
+        rank=0,
+        layers=layers,
+        requests=np.array(requests, np.int64),
+        positions=np.array(positions, np.int32),
+        columns=columns,
+    )
+
+
+def states_of(layer, requests, positions):
+    values = np.array(
+        [[100 * r + 10 * p + layer + w / 4 for w in range(4)] for r, p in zip(requests, positions, strict=True)]
+    )
+    return values.astype(np.float32)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Three requests: the second lacks the routing of its only position, the third failed at once."""
+    requests, positions = [0, 1, 0, 0], [1, 0, 0, 2]
+    states = np.stack([states_of(layer, requests, positions) for layer in (2, 5)])
+    experts = np.arange(2 * 3 * 2, dtype=np.uint8).reshape(2, 3, 2)
+    top = {"top_tokens": np.array([[7, 8]], np.int32), "top_logprobs": np.array([[-0.5, -1]], np.float16)}
+    records = [
+        trace_of("hidden", {"values": narrow(states)}, requests=requests, positions=positions, layers=(2, 5)),
+        trace_of("routing", {"experts": experts}, requests=[0, 0, 0], positions=[0, 1, 2], layers=(2, 5)),
+        trace_of("score", top, requests=[0], positions=[1]),
+        make_request(0, num_prompt=2, num_tokens=2, computed=3, hidden_rows=3, score_top=0, id="a"),
+        make_request(1, num_prompt=1, num_tokens=1, computed=1, hidden_rows=1, score_top=0, id="../b\0c"),
+        make_request(2, num_prompt=1, num_tokens=0, finish="error", error="bad", score_top=0, id="d"),
+        make_rank(0),
+    ]
+    return merged(tmp_path / "r.h5", records, num_requests=3)
+
+
+def test_a_request_has_its_own_rows_of_every_table(path):
+    with Results(path) as results:
+        assert (len(results), results.ids) == (3, ["a", "../b\0c", "d"])
+        assert (results.hidden_layers, results.routed_layers) == ((2, 5), (2, 5))
+        first = results["a"]
+        assert (first.index, first.finish, first.error) == (0, "length", "")
+        expected = widen(narrow(states_of(5, [0, 0, 0], [0, 1, 2])))
+        np.testing.assert_array_equal(first.hidden(layer=5), expected)
+        assert first.hidden_positions.tolist() == [0, 1, 2]
+        assert first.experts[:, 1].tolist() == [[6, 7], [8, 9], [10, 11]]
+        assert first.score_top_tokens.tolist() == [[-1, -1], [7, 8]]
+        np.testing.assert_array_equal(first.score_top_logprobs, [[np.nan, np.nan], [-0.5, -1]])
+        assert [result.index for result in results] == [0, 1, 2]
+        assert results[-1].hidden(2).shape == (0, 4)
+        assert results[2].error == "bad"
+
+
+def test_routing_is_as_trainers_take_it(path):
+    with Results(path) as results:
+        whole, lost, failed = (result.routing for result in results)
+        assert (whole.dtype, whole.shape) == (np.int16, (3, 2, 2))
+        assert whole[:, 0].tolist() == [[0, 1], [2, 3], [4, 5]]
+        assert lost.tolist() == [[[-1, -1], [-1, -1]]]
+        assert failed.shape == (0, 2, 2)
+        assert results[0].routing_weights is None
+
+
+def test_what_is_not_there_is_named(path):
+    with Results(path) as results:
+        with pytest.raises(KeyError, match="recorded layers: 2, 5"):
+            results["a"].hidden(layer=3)
+        with pytest.raises(KeyError):
+            results["x"]
+        with pytest.raises(IndexError):
+            results[3]
+        with pytest.raises(AttributeError, match="no logits"):
+            _ = results["a"].logits
+
+
+@pytest.mark.parametrize("name", ["hidden/offsets", "routing/offsets"])
+def test_offsets_that_do_not_fit_are_refused(path, name):
+    with h5py.File(path, "a") as file:
+        file[name][1] = 2**40
+    with Results(path) as results, pytest.raises(DataError, match="do not divide"):
+        results[0].hidden(2), results[0].experts
+
+
+def named(path):
+    with Results(path) as results:
+        return {f"{result.index}.{name}": values for result in results for name, values in result.arrays()}
+
+
+def test_npz_has_the_arrays_of_each_request(path, tmp_path):
+    assert ARRAYS["npz"](path, tmp_path / "out.npz") == 3
+    with np.load(tmp_path / "out.npz") as found:
+        expected = named(path)
+        assert sorted(found) == sorted([*expected, "ids"])
+        assert found["ids"].tolist() == ["a", "../b\0c", "d"]
+        for name, values in expected.items():
+            assert found[name].dtype == values.dtype
+            np.testing.assert_array_equal(found[name], values)
+
+
+def test_safetensors_has_the_arrays_of_each_request(path, tmp_path):
+    assert ARRAYS["safetensors"](path, tmp_path / "out.safetensors") == 3
+    with safe_open(tmp_path / "out.safetensors", "np") as found:
+        expected = named(path)
+        assert sorted(found.keys()) == sorted(expected)
+        assert found.metadata() == {"ids": '["a", "../b\\u0000c", "d"]'}
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found.get_tensor(name), values)
+
+
+def test_parquet_has_a_row_for_each_request(path, tmp_path):
+    assert ARRAYS["parquet"](path, tmp_path / "out.parquet") == 3
+    rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["id"] for row in rows] == ["a", "../b\0c", "d"]
+    for index, row in enumerate(rows):
+        with Results(path) as results:
+            for name, values in results[index].arrays():
+                np.testing.assert_array_equal(np.array(row[name], values.dtype).reshape(values.shape), values)
