@@ -95,6 +95,7 @@ class Run:
         comm=MPI.COMM_SELF,
         architecture=SMALL,
         make_backend=numpy_backend,
+        replay_of=None,
         **sections: Any,
     ):
         sections["run"] = {"precision": "float32", "batch_tokens": 24} | sections.get("run", {})
@@ -128,7 +129,9 @@ class Run:
         score = Score(top=job.score.top_n, dtype=job.score.dtype)
         task = score if job.task == "score" else Generate(Tokenizer(), top=0)
         context = LaneContext(self.model, self.scheduler, task, self.recorder, self.stop)
-        self.lanes: Lanes = make_lanes(job, self.world, self.rank_layout, context, pending=pending, first_step=0)
+        self.lanes: Lanes = make_lanes(
+            job, self.world, self.rank_layout, context, pending=pending, first_step=0, replay=replay_of
+        )
 
     def points(self, lane: int = 0):
         """Run one lane alone; the points that it reaches."""

@@ -52,7 +52,7 @@ def test_each_lane_has_a_policy_of_its_own(mode, kind):
 def step(policy, logits, layers=SMALL.moe_layers):
     """Route one step's rows with these router logits in each layer; the experts chosen."""
     backend, router = NumpyBackend(precision="float32"), SMALL.experts.router
-    policy.begin_step(len(logits))
+    policy.begin_step(np.zeros(len(logits), np.int64), np.arange(len(logits)))
     chosen = [policy.choose(backend, layer, logits, router, None)[0] for layer in layers]
     policy.end_step()
     policy.flush()

@@ -203,6 +203,16 @@ class TraceSection(Struct, frozen=True, forbid_unknown_fields=True):
         return self.routing is True or (self.home and bool(self.routing))
 
 
+class ReplaySection(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[replay]`: a file with the experts of requests at positions, as a run with `trace.routing` writes it.
+
+    Their weights are the router's own, or with `weights` those of the file.
+    """
+
+    routing: str = ""
+    weights: bool = False
+
+
 class Job(Struct, frozen=True, forbid_unknown_fields=True):
     """A job file."""
 
@@ -220,6 +230,7 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
     placement: PlacementSection = PlacementSection()
     balance: BalanceSection = BalanceSection()
     trace: TraceSection = TraceSection()
+    replay: ReplaySection = ReplaySection()
 
     @property
     def num_micro_batches(self) -> int:
@@ -278,6 +289,7 @@ CHANGES_RESULTS = (
     "trace.hidden_norm",
     "trace.hidden_positions",
     "trace.hidden_dtype",
+    "replay.weights",
 )
 """Keys that change a result, if only by the order of a sum: all attempts at a job have the same values."""
 
@@ -307,8 +319,9 @@ KEEPS_RESULTS = (
     "topology.rank_memory",
     "topology.emulate",
     "placement.file",
+    "replay.routing",
 )
-"""Keys that may change between attempts. Weights and prompts count by content, not by name."""
+"""Keys that may change between attempts. Weights, prompts and given routing count by content, not by name."""
 
 
 INPUTS = (
@@ -318,6 +331,7 @@ INPUTS = (
     "topology.file",
     "topology.emulate",
     "placement.file",
+    "replay.routing",
 )
 OUTPUTS = ("output.results",)
 """Keys that name files."""

@@ -11,6 +11,7 @@ from moempi.engine.lane import LaneContext
 from moempi.engine.lanes import Lanes, make_lanes
 from moempi.engine.load import Loading, load_model
 from moempi.engine.recorder import Recorder
+from moempi.engine.replay import Replay
 from moempi.engine.request import Request
 from moempi.engine.scheduler import Scheduler
 from moempi.engine.shard import Shard
@@ -63,12 +64,20 @@ class Engine:
 
 
 def load_engine(
-    deployment: Deployment, recorder: Recorder, stop: Stop, *, pages: int, progress: Progress, first_step: int = 0
+    deployment: Deployment,
+    recorder: Recorder,
+    stop: Stop,
+    *,
+    pages: int,
+    progress: Progress,
+    first_step: int = 0,
+    replay: Replay | None = None,
 ) -> Engine | None:
     """Load this rank's share of the model and make its lanes; collective, blocks.
 
-    Recorded routing goes to `recorder`, its steps are numbered from `first_step`. None on all ranks, and the end of
-    `progress`, if a rank is requested to `stop` meanwhile. A MoempiError of any rank ends all ranks.
+    What is recorded of steps, which are numbered from `first_step`, goes to `recorder`. Rows that have a route in
+    `replay` are given it. None on all ranks, and the end of `progress`, if a rank is requested to `stop` meanwhile. A
+    MoempiError of any rank ends all ranks.
     """
     job, world = deployment.job, deployment.world
     model, loading = _load(deployment, stop, pages=pages, progress=progress)
@@ -86,7 +95,9 @@ def load_engine(
     )
     context = LaneContext(model, scheduler, Generate(deployment.tokenizer, top=0), recorder, stop)
     pending = deployment.pending
-    lanes = make_lanes(job, world, deployment.rank_layout, context, pending=pending, first_step=first_step)
+    lanes = make_lanes(
+        job, world, deployment.rank_layout, context, pending=pending, first_step=first_step, replay=replay
+    )
     return Engine(deployment, lanes, loading, pages)
 
 

@@ -134,7 +134,8 @@ class Lane:
         part, model, trace = self.comm.tensor.part, self.context.model, self.trace
         if trace is not None:
             trace.begin_step(batch, split.indices[part])
-        self.policy.begin_step(split.counts[part])
+        own = split.indices[part]
+        self.policy.begin_step(np.repeat(batch.requests, batch.lengths)[own], batch.positions[own])
         last_combine = self.comm.last_combine(batch, split)
         hooks = {} if trace is None else {"on_hidden": trace.add_hidden}
         x = yield from model.forward(batch, split, rows, self.comm, self.policy, last_combine, **hooks)

@@ -18,8 +18,9 @@ from moempi.engine.lane import Lane, LaneContext
 from moempi.engine.lane_trace import LaneTrace, StepNumbers, make_trace_plan
 from moempi.engine.micro_batches import MicroBatches
 from moempi.engine.rank_layout import RankLayout
+from moempi.engine.replay import Replay, ReplayPolicy
 from moempi.layout.schedule import Point, step_points
-from moempi.model.router_balance import MODEL_ROUTING
+from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 from moempi.model.transformer import Transformer
 from moempi.runtime.world import World
 
@@ -83,8 +84,11 @@ def make_lanes(
     *,
     pending: PendingTransfers,
     first_step: int,
+    replay: Replay | None = None,
 ) -> Lanes:
     """The lanes of this rank; collective, blocks. The recorded steps are numbered from `first_step`.
+
+    Rows that have a route in `replay` are given it.
 
     An error in the links that the job emulates ends all ranks.
     """
@@ -114,7 +118,7 @@ def make_lanes(
         for trace in traces
     ]
     balance = make_balance(job.balance, comms, context.model.architecture, rank_layout.stage.layers)
-    policies = balance.policies if balance else [MODEL_ROUTING] * len(comms)
+    policies = balance.policies if balance else _replay_policies(rank_layout, context, replay, num_lanes=len(comms))
     lanes = [
         Lane(index, context, comm, policy, trace)
         for index, (comm, policy, trace) in enumerate(zip(comms, policies, traces, strict=True))
@@ -161,6 +165,17 @@ def _make_traces(
         )
         for lane in range(job.lanes)
     ]
+
+
+def _replay_policies(
+    rank_layout: RankLayout, context: LaneContext, replay: Replay | None, *, num_lanes: int
+) -> Sequence[RoutingPolicy]:
+    """The routing policy of each lane of a run without balancing."""
+    all_layers = context.model.architecture.moe_layers
+    layers = [layer for layer in all_layers if layer in rank_layout.stage.layers]
+    if replay is None or not layers:
+        return [MODEL_ROUTING] * num_lanes
+    return [ReplayPolicy(replay, layers, all_layers.index(layers[0])) for _ in range(num_lanes)]
 
 
 def _points(rank_layout: RankLayout, model: Transformer, comm: LaneComm) -> Sequence[Point]:

@@ -59,11 +59,12 @@ STATE_LIMIT_S = 1.0
 
 
 def run_fingerprint(job: Job, *, weights: str) -> str:
-    """Digest of everything that the results depend on: weights, prompts, and the job's `result_keys`.
+    """Digest of everything that the results depend on: weights, prompts, given routing, and the job's `result_keys`.
 
-    Raises NoInputError if the prompts cannot be read.
+    Raises NoInputError if prompts or routing cannot be read.
     """
-    contents = (weights, digest_file(job.input.prompts), result_keys(job))
+    routing = digest_file(job.replay.routing) if job.replay.routing else ""
+    contents = (weights, digest_file(job.input.prompts), routing, result_keys(job))
     return blake2b(msgspec.json.encode(contents), digest_size=16).hexdigest()
 
 

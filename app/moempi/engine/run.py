@@ -22,6 +22,7 @@ from moempi.engine.engine import load_engine, make_task
 from moempi.engine.kv_budget import useful_pages
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
+from moempi.engine.replay import Replay, open_replay
 from moempi.engine.request import Request
 from moempi.engine.restart import Attempt
 from moempi.engine.summary import RankRun, make_provenance, rank_record, run_report
@@ -71,13 +72,16 @@ def run_job(
     # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
     deployment = deploy(job, world, weights)
     requests = deployment.make_requests(deployment.own(_unfinished(prompts, attempt)), task=job.task)
+    replay = _open_replay(job, world, weights, prompts, requests)
     pages = deployment.cache_pages(useful_pages(requests, slots=len(deployment.slots)))
     _announce(job, world, weights, prompts)
     # The model and the lanes.
     progress = Progress(attempt.num_requests, enabled=world.rank == 0)
     recorder = _make_recorder(job, world, deployment.rank_layout, attempt, progress, requests)
     first_step = attempt.earlier.next_step
-    engine = load_engine(deployment, recorder, stop, pages=pages, progress=progress, first_step=first_step)
+    engine = load_engine(
+        deployment, recorder, stop, pages=pages, progress=progress, first_step=first_step, replay=replay
+    )
     if engine is None:
         return attempt.stop(stop)
     # The lanes run interleaved until no rank has work left.
@@ -85,6 +89,8 @@ def run_job(
     task, sample = make_task(job, deployment.tokenizer, prompts), _quality_sample(job, requests)
     del prompts, requests  # from here on the scheduler alone holds a request, until it is finished
     seconds = engine.run(task, recorder)
+    if replay is not None:
+        replay.file.close()
     if not engine.scheduler.num_unfinished:
         recorder.record(too_long)  # not if this attempt stopped early: the next one may have more memory
     progress.close()
@@ -139,6 +145,20 @@ def _write_results(
 
 def _read_prompts(job: Job, *, strict: bool) -> list[Prompt]:
     return read_prompts(job.input.prompts, sampling=job.sampling, strict=strict, column=job.input.column)
+
+
+def _open_replay(
+    job: Job, world: World, weights: WeightFile, prompts: Sequence[Prompt], requests: Sequence[Request]
+) -> Replay | None:
+    """The routing that the job is given, which fits the `requests` of this rank's group; collective."""
+
+    def open_fitting() -> Replay | None:
+        replay = open_replay(job.replay, prompts, weights.architecture)
+        if replay is not None:
+            replay.require_fits(requests)
+        return replay
+
+    return world.collectively(open_fitting)
 
 
 def _announce(job: Job, world: World, weights: WeightFile, prompts: Sequence[Prompt]) -> None:

@@ -23,6 +23,7 @@ from moempi.engine.latency import percentiles
 from moempi.engine.load import Loading
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
+from moempi.engine.replay import ReplayPolicy
 from moempi.observe.run_report import Report
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance
@@ -71,8 +72,20 @@ def rank_record(world: World, run: RankRun, *, hops: int) -> RankRecord:
             "row_bytes": model.architecture.routed_width * model.backend.row_dtype.itemsize,
         },
         hosted=dict(rank_layout.hosted),
+        replay=_replay_counts(lanes),
         **_balance_columns(run.lanes.balance, load, first_of_stage=coords.data == coords.tensor == 0),
     )
+
+
+def _replay_counts(lanes: Sequence[Lane]) -> dict[str, int]:
+    """The routes of this rank's rows that a file gave, and those that it changed; empty without a file."""
+    policies = [lane.policy for lane in lanes if isinstance(lane.policy, ReplayPolicy)]
+    if not policies:
+        return {}
+    return {
+        "routes": sum(policy.replayed for policy in policies),
+        "changed": sum(policy.changed for policy in policies),
+    }
 
 
 def _rank_position(rank_layout: RankLayout) -> dict[str, int]:
@@ -149,6 +162,7 @@ def run_report(
         earlier_requests=len(earlier.indices),
         earlier_tokens=earlier.tokens,
         slow_hosts=world.slow_hosts,
+        replay=dict(sum((Counter(one.replay) for one in records), Counter())),
         **_balance_figures(records, list(moe_layers)),
     )
 

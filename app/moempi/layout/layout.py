@@ -170,8 +170,16 @@ def _require_same_model(file: PlacementFile, architecture: Architecture) -> None
 
 
 def _require_balanceable(job: Job, architecture: Architecture) -> None:
-    """SparseMixer defines weights for its own choices only."""
-    if job.balance.mode != "off" and architecture.experts.router.scoring == "sparsemixer":
+    """SparseMixer defines weights for its own choices only; either a policy or a file moves choices."""
+    sparsemixer = architecture.experts.router.scoring == "sparsemixer"
+    if job.replay.routing and job.balance.mode != "off":
+        raise ConfigError('replay.routing: goes with balance.mode = "off" only, which moves no choices')
+    if job.replay.routing and sparsemixer and not job.replay.weights:
+        raise ConfigError(
+            f"replay.routing: the {architecture.family} router gives no weights to experts that it did not choose "
+            "itself; record weights and set replay.weights = true"
+        )
+    if job.balance.mode != "off" and sparsemixer:
         raise ConfigError(
             f'balance.mode = "{job.balance.mode}": the {architecture.family} router gives no weights to experts '
             'that it did not choose itself; use "off"'

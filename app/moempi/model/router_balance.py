@@ -19,8 +19,11 @@ from moempi.model.capacity import assign_within_quota, quotas
 class RoutingPolicy:
     """The model's own routing: the router alone chooses."""
 
-    def begin_step(self, num_rows: int) -> None:
-        """Begin a step in which this rank routes `num_rows` rows; collective over the stage, may block."""
+    def begin_step(self, requests: IntArray, positions: IntArray) -> None:
+        """Begin a step in which this rank routes these positions (T,) of requests (T,).
+
+        Collective over the stage, may block.
+        """
 
     def choose(
         self, backend: Backend, layer: int, logits: Array, router: Router, correction: Array | None
@@ -85,7 +88,7 @@ class BiasPolicy(RoutingPolicy):
         self._load_sum: Transfer[IntArray] | None = None
         self._terms = bias.values
 
-    def begin_step(self, num_rows: int) -> None:
+    def begin_step(self, requests: IntArray, positions: IntArray) -> None:
         self.flush()  # the load of the lane's last step
         self._terms = self._bias.values  # other lanes change the bias during this step, on each rank at another time
 
@@ -123,9 +126,9 @@ class CapacityPolicy(RoutingPolicy):
         self._row_sum: Transfer[IntArray] | None = None
         self._rows: IntArray = np.zeros(0, np.int64)
 
-    def begin_step(self, num_rows: int) -> None:
+    def begin_step(self, requests: IntArray, positions: IntArray) -> None:
         own = np.zeros(self._stage.size, np.int64)
-        own[self._stage.rank] = num_rows
+        own[self._stage.rank] = len(requests)
         self._row_sum = self._stage.iallreduce_sum(own.tolist())
 
     def choose(

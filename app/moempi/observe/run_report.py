@@ -63,7 +63,8 @@ class Report:
     routing policy, `asked_load` (L, E) is the load that the routers chose, `moved` the share of choices that the policy
     moved to another expert, and `logprob_change` the mean change that this makes to a token's log-probability, NaN
     if not measured. `errors` has the id and the error of the first requests that ended with one. `scores` sums up the
-    scores of all tokens. `slow_hosts` were found slow while the job ran.
+    scores of all tokens. `slow_hosts` were found slow while the job ran. `replay`
+    counts `routes` that a file gave, and those that it `changed`.
     """
 
     results: str
@@ -85,6 +86,7 @@ class Report:
     asked_load: NDArray[np.int64] | None = None
     moved: float = 0.0
     logprob_change: float = math.nan
+    replay: Mapping[str, int] = field(default_factory=dict)
     errors: Sequence[str] = ()
     scores: Scores | None = None
     slow_hosts: Sequence[str] = ()
@@ -190,6 +192,9 @@ def report_table(report: Report) -> Table:
     if report.asked_load is not None:
         table.add_row("without balancing, max/mean", _imbalance_text(report.asked_load))
         table.add_row("choices moved", f"{report.moved:.1%}")
+    if report.replay.get("routes"):
+        routes, changed = report.replay["routes"], report.replay.get("changed", 0)
+        table.add_row("routes replayed", f"{routes:,}, of which {changed / routes:.1%} differ from the router's own")
     if not math.isnan(report.logprob_change):
         table.add_row("quality cost", f"{report.logprob_change:+.4f} mean log-probability of a token")
     if report.earlier_requests:

@@ -155,6 +155,9 @@ def _write_ranks(file: Any, index: JournalIndex) -> None:
     for name in _keys(record.balance for record in ranks):
         figures = create(file, f"balance/{name}", np.float64, ("rank_run",), name.replace("_", " "))
         figures[...] = [record.balance.get(name, np.nan) for record in ranks]
+    for name in _keys(record.replay for record in ranks):
+        counts = create(file, f"replay/{name}", np.int64, ("rank_run",), f"{name} of the routing that was given")
+        counts[...] = [record.replay.get(name, 0) for record in ranks]
     _write_placement(file, ranks)
     for name in _keys(record.counters for record in ranks):
         units, long_name = "B" if name.endswith("_bytes") else "1", f"{name.replace('_', ' ')} sent"

@@ -120,7 +120,8 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     (stage, node); their keys are identifiers. Loading `loaded_bytes` of weights took `loading_s`. `hosted` lists the
     rank's experts by Mixture-of-Experts layer. With a balancing routing policy, `asked_load` (layers, experts) counts
     the routers' own choices, `shifts` (layers, experts) float32 is this rank's contribution to the final expert bias,
-    and `balance` holds further figures. Raises ValueError if types, shapes or keys are wrong.
+    and `balance` holds further figures. `replay` counts routes that a file gave. Raises ValueError if types, shapes or
+    keys are wrong.
     """
 
     rank: Count
@@ -136,6 +137,7 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     hosted: dict[SmallCount, tuple[SmallCount, ...]] = {}
     asked_load: NDArray[np.int64] = _NO_LOAD
     shifts: Float32Array = _NO_TOP_LOGPROBS
+    replay: dict[str, Count] = {}
     balance: dict[str, float] = {}
 
     def __post_init__(self) -> None:
@@ -143,7 +145,7 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
             raise ValueError(f"expert_load is {_describe(self.expert_load)}, not int64 (layers, experts)")
         _expect("asked_load", self.asked_load, np.int64, self.expert_load.shape, or_empty=True)
         _expect("shifts", self.shifts, np.float32, self.expert_load.shape, or_empty=True)
-        names = (*self.seconds, *self.counters, *self.place, *self.balance)
+        names = (*self.seconds, *self.counters, *self.place, *self.balance, *self.replay)
         wrong = [name for name in names if not name.isidentifier() or name in self.__struct_fields__]
         if wrong:
             raise ValueError(f"{wrong[0]!r} is not a free identifier")

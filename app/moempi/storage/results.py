@@ -144,21 +144,21 @@ class Ragged:
 
     def __init__(self, file: Any, offsets: str, values: str, dtype: Any, num_dims: int) -> None:
         self._values = typed_dataset(file, values, dtype, num_dims)
-        self._offsets = typed_dataset(file, offsets, np.dtype(np.int64), 1)[:]
-        starts_and_ends = len(self._offsets) > 0 and self._offsets[0] == 0 and self._offsets[-1] == len(self._values)
-        if not starts_and_ends or (np.diff(self._offsets) < 0).any():
+        self.offsets = typed_dataset(file, offsets, np.dtype(np.int64), 1)[:]
+        starts_and_ends = len(self.offsets) > 0 and self.offsets[0] == 0 and self.offsets[-1] == len(self._values)
+        if not starts_and_ends or (np.diff(self.offsets) < 0).any():
             raise DataError(f"{file.filename}: {offsets}: do not divide the {len(self._values)} rows of {values}")
-        self.num_requests = len(self._offsets) - 1
+        self.num_requests = len(self.offsets) - 1
 
     def num_bytes(self) -> NDArray[np.int64]:
         """Bytes of each request (N,)."""
         row_bytes = self._values.dtype.itemsize * int(np.prod(self._values.shape[1:]))
-        num_bytes: NDArray[np.int64] = np.diff(self._offsets) * row_bytes
+        num_bytes: NDArray[np.int64] = np.diff(self.offsets) * row_bytes
         return num_bytes
 
     def read(self, start: int, stop: int) -> list[NDArray[Any]]:
         """The rows of each request in [start, stop)."""
-        bounds = self._offsets[start : stop + 1]
+        bounds = self.offsets[start : stop + 1]
         rows = self._values[bounds[0] : bounds[-1]]
         rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows
         return np.split(rows, bounds[1:-1] - bounds[0])

@@ -1,0 +1,149 @@
+"""Routing that a job is given: the experts of requests at positions, in a results file or in HDF5 of the same shape."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from moempi.arrays import Float32Array, IntArray
+from moempi.config.architecture import Architecture
+from moempi.errors import DataError
+from moempi.storage.closeable import Closeable
+from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, read_attribute, walk
+from moempi.storage.results import Ragged, typed_dataset
+from moempi.storage.results_layout import FORMAT, missing_value
+
+EXPERT_TYPES = (np.uint8, np.uint16, np.int16, np.int32, np.int64)
+BLOCK_ROWS = 1 << 14
+NOT_GIVEN = -1
+"""The experts of a row without a route."""
+
+
+class ReplayFile(Closeable):
+    """The routing in the file `path`, which fits the MoE layers and experts of `architecture`.
+
+    `offsets` (N + 1) divide the rows (t, L, K) of `experts` among N requests, whose first row is position 0; `layer`
+    (L,) are all MoE layers, and `weights` (t, L, K), if there are any, those of the experts. In a results file these
+    are in /routing, and its ids name the requests. In any other file they are at the root; `id` (N,), fixed-length
+    strings, names the requests, otherwise they are those of the job, in order. A row of experts that are all -1, or the
+    largest number of an unsigned type, is no route. Raises NoInputError, or DataError if the file does not fit.
+    """
+
+    def __init__(self, path: str | Path, architecture: Architecture) -> None:
+        self.path = path
+        self._architecture = architecture
+        self._file = open_file(path)
+        try:
+            with raising_data_errors(path, "routing"):
+                self._open(dict(walk(self._file)))
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the file has weights of the experts."""
+        return self._weights is not None
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return self._architecture.experts.router.top_k
+
+    def requests_of(self, ids: Sequence[str]) -> IntArray:
+        """The request of the file for each request of a job with these `ids` (N,), -1 where it has none.
+
+        Raises DataError if it has none of them, or, without ids, another number of requests.
+        """
+        num_requests = len(self._offsets) - 1
+        if self._ids is None:
+            if num_requests != len(ids):
+                raise DataError(f"{self.path}: has routing of {num_requests} requests without ids, the job {len(ids)}")
+            return np.arange(len(ids))
+        numbers = {name: number for number, name in enumerate(self._ids)}
+        found = np.array([numbers.get(name, -1) for name in ids], np.int64)
+        if (found < 0).all():
+            raise DataError(f"{self.path}: has routing of none of the {len(ids)} requests of the job")
+        return found
+
+    def num_positions(self, request: int) -> int:
+        """The number of positions of a request of the file."""
+        return int(self._offsets[request + 1] - self._offsets[request])
+
+    def require_valid(self) -> None:
+        """Read all experts, a block at a time; raises DataError at a row that is no route."""
+        experts = self._architecture.experts
+        for start in range(0, self._experts.shape[0], BLOCK_ROWS):
+            with raising_data_errors(self.path, "routing"):
+                found = self._given(self._experts[start : start + BLOCK_ROWS])
+            ordered = np.sort(found, axis=2)
+            is_route = (ordered[:, :, 0] >= 0) & (ordered[:, :, -1] < experts.num)
+            is_route &= (np.diff(ordered, axis=2) > 0).all(axis=2)
+            bad = np.argwhere(~is_route & (found != NOT_GIVEN).any(axis=2))
+            if len(bad):
+                row, layer = bad[0].tolist()
+                request = int(np.searchsorted(self._offsets, start + row, side="right")) - 1
+                what = f"layer {self._architecture.moe_layers[layer]}, experts {found[row, layer].tolist()}"
+                position = start + row - int(self._offsets[request])
+                wanted = f"{self.top_k} different ones of {experts.num}"
+                raise DataError(f"{self.path}: request {request}, position {position}, {what}: not {wanted}")
+
+    def read(self, request: int, start: int, stop: int, layers: slice) -> tuple[IntArray, Float32Array | None]:
+        """Experts (stop - start, layers, K) and weights of positions of a request of the file; NOT_GIVEN beyond its."""
+        first, end = (int(self._offsets[request + at]) for at in (0, 1))
+        rows = slice(min(first + start, end), min(first + stop, end))
+        with raising_data_errors(self.path, "routing"):
+            experts = self._given(self._experts[rows, layers])
+            weights = None if self._weights is None else self._weights[rows, layers]
+        missing = (stop - start) - len(experts)
+        experts = np.pad(experts, ((0, missing), (0, 0), (0, 0)), constant_values=NOT_GIVEN)
+        return experts, None if weights is None else np.pad(weights, ((0, missing), (0, 0), (0, 0)))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _open(self, names: dict[str, bool]) -> None:
+        is_results = read_attribute(self._file, "format") == FORMAT
+        folder = "routing/" if is_results else ""
+        if f"{folder}experts" not in names:
+            raise DataError(f"{self.path}: has no {folder}experts; record it with --set trace.routing=experts")
+        self._experts = typed_dataset(self._file, f"{folder}experts", EXPERT_TYPES, 3)
+        self._offsets = Ragged(self._file, f"{folder}offsets", f"{folder}experts", EXPERT_TYPES, 3).offsets
+        layers = tuple(typed_dataset(self._file, f"{folder}layer", np.int32, 1)[:].tolist())
+        experts = self._architecture.experts
+        found, expected = (layers, self._experts.shape[2]), (self._architecture.moe_layers, experts.router.top_k)
+        if found != expected or self._experts.shape[1] != len(layers):
+            raise DataError(
+                f"{self.path}: has top-{found[1]} of {len(layers)} layers, the model top-{expected[1]} of its "
+                f"{len(expected[0])} MoE layers, {expected[0][0]} to {expected[0][-1]}"
+            )
+        self._weights = None
+        if f"{folder}weights" in names:
+            self._weights = typed_dataset(self._file, f"{folder}weights", np.float32, 3)
+            if self._weights.shape != self._experts.shape:
+                raise DataError(f"{self.path}: weights are {self._weights.shape}, experts {self._experts.shape}")
+        self._ids = self._read_ids(is_results, "id" in names)
+
+    def _read_ids(self, is_results: bool, has_ids: bool) -> list[str] | None:
+        if is_results:
+            column = Ragged(self._file, "requests/utf8/id/offsets", "requests/utf8/id/values", np.uint8, 1)
+            found = [bytes(value).decode() for value in column.read(0, column.num_requests)]
+        elif has_ids:
+            dataset = h5py.Dataset(open_dataset(self._file, "id"))
+            if dataset.dtype.kind != "S" or dataset.ndim != 1:
+                raise DataError(f"{self.path}: id: is {dataset.dtype} {dataset.shape}, not fixed-length strings")
+            found = [value.decode() for value in dataset[:].tolist()]
+        else:
+            return None
+        if len(found) != len(self._offsets) - 1 or len(set(found)) != len(found):
+            raise DataError(f"{self.path}: its ids are not one for each request, or not unique")
+        return found
+
+    def _given(self, experts: NDArray[Any]) -> IntArray:
+        """Experts as int32, NOT_GIVEN in rows without a route; what no int32 holds is beyond all experts."""
+        is_missing = (experts == missing_value(experts.dtype)).all(axis=2, keepdims=True)
+        return np.where(is_missing, NOT_GIVEN, np.clip(experts, -2, 2**31 - 1)).astype(np.int32)

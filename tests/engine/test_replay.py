@@ -1,0 +1,219 @@
+"""Replay: a job is given the experts of its rows. A recorded run replayed is the same run; other experts change it."""
+
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from engine.runs import SMALL, Run, requests_of
+from moempi.backend.cpu.backend import NumpyBackend
+from moempi.config.job import ReplaySection
+from moempi.engine.replay import Replay, ReplayPolicy, open_replay
+from moempi.errors import DataError, NoInputError
+from moempi.storage.merge import merge
+from moempi.storage.replay_file import NOT_GIVEN, ReplayFile
+from storage.test_results import PROVENANCE
+
+LENGTHS = (5, 30, 1, 12, 3)
+LIMIT = 4
+EXPERTS, TOP_K = SMALL.experts.num, SMALL.experts.router.top_k
+LAYERS = len(SMALL.moe_layers)
+
+
+def named_requests():
+    requests = requests_of(*LENGTHS, limit=LIMIT)
+    for request in requests:
+        request.prompt = replace(request.prompt, id=f"q{request.prompt.index}")
+    return requests
+
+
+PROMPTS = [request.prompt for request in named_requests()]
+
+
+def run_with(folder, replay_file=None, *, comm=MPI.COMM_SELF, weights=False, **sections):
+    """The results of a run of SMALL that records its routing, and the run; with the routing of a file, if given."""
+    folder.mkdir(exist_ok=True)
+    replay = open_replay(ReplaySection(str(replay_file), weights=weights), PROMPTS, SMALL) if replay_file else None
+    requests = named_requests()
+    if replay is not None:
+        replay.require_fits(requests)
+    run = Run(folder, requests, comm=comm, replay_of=replay, trace={"routing": "weights"}, **sections)
+    run.lanes.run()
+    run.journal.close()
+    if replay is not None:
+        replay.file.close()
+    comm.Barrier()
+    if comm.rank == 0:
+        paths = [folder / f"{rank}.part" for rank in range(comm.size)]
+        merge(folder / "r.h5", paths, num_requests=len(LENGTHS), provenance=PROVENANCE)
+    comm.Barrier()
+    return folder / "r.h5", [lane.policy for lane in run.lanes.each]
+
+
+def read(results):
+    names = ("output/tokens", "output/logprobs", "routing/experts", "routing/weights", "routing/offsets")
+    with h5py.File(results) as file:
+        return {name: file[name][:] for name in names}
+
+
+def counts(policies):
+    return sum(policy.replayed for policy in policies), sum(policy.changed for policy in policies)
+
+
+def rows_of(folder):
+    with h5py.File(folder / "r.h5") as file:
+        return int(file["routing/offsets"][-1])
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_record_replay_record_is_identical(tmp_path, weights):
+    recorded, _ = run_with(tmp_path / "one")
+    again, policies = run_with(tmp_path / "two", recorded, weights=weights)
+    for (name, expected), found in zip(read(recorded).items(), read(again).values(), strict=True):
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+    assert counts(policies) == (rows_of(tmp_path / "one") * LAYERS, 0)
+
+
+def shifted_file(path, recorded, *, leave_out=()):
+    """A file as trainers may write it: int16 experts, each one further; the requests `leave_out` have none."""
+    with h5py.File(recorded) as file, h5py.File(path, "w") as made:
+        offsets = file["routing/offsets"][:]
+        experts = (file["routing/experts"][:].astype(np.int16) + 1) % EXPERTS
+        for request in leave_out:
+            experts[offsets[request] : offsets[request + 1]] = -1
+        made["offsets"], made["layer"], made["experts"] = offsets, file["routing/layer"][:], experts
+    return experts, offsets
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    "sections",
+    [{}, {"parallel": {"stages": 2}, "exchange": {"immediate": True}}, {"parallel": {"tensor": 2}}],
+    ids=["ranks", "immediate", "tensor"],
+)
+def test_any_layout_replays_the_routing_that_one_rank_replays(tmp_path, comm, sections):
+    folder = comm.bcast(tmp_path)
+    given = folder / "given.h5"
+    if comm.rank == 0:
+        shifted_file(given, run_with(folder / "recorded")[0], leave_out=[1])
+    comm.Barrier()
+    results, policies = run_with(folder / "ranks", given, comm=comm, **sections)
+    replayed = comm.allreduce(sum(getattr(policy, "replayed", 0) for policy in policies))
+    if comm.rank == 0:
+        alone, policies = run_with(folder / "alone", given)
+        within = 1e-5 if "tensor" in str(sections) else 0.0
+        for name, expected in read(alone).items():
+            if name != "routing/experts" or not within:
+                np.testing.assert_allclose(read(results)[name], expected, rtol=0, atol=within, err_msg=name)
+        assert replayed == counts(policies)[0]
+
+
+def test_given_experts_are_used_where_there_are_any_and_the_router_chooses_elsewhere(tmp_path):
+    recorded, _ = run_with(tmp_path / "recorded")
+    experts, offsets = shifted_file(tmp_path / "given.h5", recorded, leave_out=[0])
+    results, policies = run_with(tmp_path / "replayed", tmp_path / "given.h5")
+    found, plain = read(results), read(recorded)
+    np.testing.assert_array_equal(found["routing/experts"][offsets[1] :], experts[offsets[1] :])
+    for name in ("routing/experts", "routing/weights"):
+        np.testing.assert_array_equal(found[name][: offsets[1]], plain[name][: offsets[1]])
+    replayed, changed = counts(policies)
+    assert replayed == (offsets[-1] - offsets[1]) * LAYERS
+    assert 0 < changed <= replayed
+
+
+def test_the_policy_gives_the_experts_and_the_routers_weights_for_them():
+    """The twin: softmax of the logits, renormalized over the given experts."""
+    backend, random = NumpyBackend(precision="float32"), np.random.default_rng(2)
+    logits, router = random.standard_normal((3, EXPERTS)).astype(np.float32), SMALL.experts.router
+    given = np.array([[[3, 1]], [[NOT_GIVEN] * 2], [[0, 2]]], np.int32)
+
+    class File:
+        top_k = TOP_K
+
+        def read(self, request, start, stop, layers):
+            return given[start:stop], None
+
+    policy = ReplayPolicy(Replay(File(), np.array([0]), weights=False), [SMALL.moe_layers[0]], 0)
+    policy.begin_step(np.zeros(3, np.int64), np.arange(3))
+    experts, weights = policy.choose(backend, SMALL.moe_layers[0], logits, router, None)
+    scores = np.exp(logits.astype(np.float64))
+    scores /= scores.sum(axis=1, keepdims=True)
+    own = np.argsort(-logits, axis=1)[:, :TOP_K]
+    expected = np.where(given[:, 0] == NOT_GIVEN, own, given[:, 0])
+    assert experts.tolist() == expected.tolist()
+    chosen = np.take_along_axis(scores, expected, axis=1)
+    chosen /= chosen.sum(axis=1, keepdims=True) if router.renormalize else 1
+    np.testing.assert_allclose(weights, chosen, rtol=1e-5)
+    assert policy.replayed == 2
+
+
+# Files that do not fit
+
+
+def made(path, **changes):
+    """A file of two requests, of 2 and 1 positions."""
+    experts = np.tile(np.arange(TOP_K, dtype=np.int16), (3, LAYERS, 1))
+    layers = np.array(SMALL.moe_layers, np.int32)
+    with h5py.File(path, "w") as file:
+        for name, values in ({"offsets": np.array([0, 2, 3]), "layer": layers, "experts": experts} | changes).items():
+            if values is not None:
+                file[name] = values
+    return path
+
+
+def experts_with(place, value):
+    experts = np.tile(np.arange(TOP_K, dtype=np.int16), (3, LAYERS, 1))
+    experts[place] = value
+    return experts
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"experts": None}, "has no experts"),
+        ({"experts": np.zeros((3, LAYERS, TOP_K), np.float32)}, "experts: is float32"),
+        ({"experts": np.zeros((3, LAYERS, TOP_K + 1), np.int16)}, f"top-{TOP_K + 1} of {LAYERS} layers"),
+        ({"layer": np.arange(LAYERS, dtype=np.int32) + 9}, "the model top-2"),
+        ({"offsets": np.array([0, 2, 4])}, "do not divide"),
+        ({"offsets": np.array([0, 4, 3])}, "do not divide"),
+        ({"weights": np.zeros((2, LAYERS, TOP_K), np.float32)}, "weights are"),
+        ({"id": np.array([b"a", b"a"])}, "not unique"),
+        ({"id": np.array([b"a"])}, "not one for each request"),
+        ({"id": np.array([b"\xff", b"a"])}, "damaged or not as written"),
+        ({"id": np.array([1, 2])}, "not fixed-length strings"),
+        ({"id": np.array([b"x", b"y"])}, "none of the 5 requests"),
+        ({}, "2 requests without ids, the job 5"),
+        ({"experts": experts_with((2, 1, 0), EXPERTS)}, "request 1, position 0, layer"),
+        ({"experts": experts_with((1, 0, 0), 1)}, "request 0, position 1"),
+        ({"experts": experts_with((0, 0, 0), -1)}, "request 0, position 0"),
+        ({"experts": experts_with((0, 0, 0), -7)}, "request 0, position 0"),
+        ({"experts": experts_with((0, 0, 0), 0).astype(np.int64) + 2**40}, "request 0, position 0"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, changes, words):
+    path = made(tmp_path / "given.h5", **changes)
+    with pytest.raises(DataError, match=words) as error:
+        open_replay(ReplaySection(str(path)), PROMPTS, SMALL)
+    assert str(path) in str(error.value)
+
+
+def test_more_positions_than_the_job_computes_and_missing_weights_are_refused(tmp_path):
+    names = np.array([PROMPTS[2].id.encode(), b"another"])
+    offsets = np.array([0, LIMIT + 1, LIMIT + 1])
+    experts = np.tile(np.arange(TOP_K, dtype=np.int16), (LIMIT + 1, LAYERS, 1))
+    path = made(tmp_path / "given.h5", id=names, offsets=offsets, experts=experts)
+    replay = open_replay(ReplaySection(str(path)), PROMPTS, SMALL)
+    with pytest.raises(DataError, match=f"{LIMIT + 1} positions, the job computes at most {LIMIT}"):
+        replay.require_fits(named_requests())
+    with pytest.raises(DataError, match="has no weights"):
+        open_replay(ReplaySection(str(path), weights=True), PROMPTS, SMALL)
+
+
+def test_a_file_that_is_missing_or_no_hdf5_is_refused(tmp_path):
+    with pytest.raises(NoInputError):
+        ReplayFile(tmp_path / "none.h5", SMALL)
+    (tmp_path / "text.h5").write_text("x" * 100)
+    with pytest.raises(DataError):
+        ReplayFile(tmp_path / "text.h5", SMALL)
