@@ -33,6 +33,8 @@ class Route:
 
 
 OnRoute = Callable[[Route], None]
+OnOutputs = Callable[[Array, Array], None]
+"""Called with received rows and the index (T, K) of each choice's output among them."""
 
 
 class Dispatched(NamedTuple):
@@ -68,6 +70,14 @@ class Exchange(ABC):
             layer: placement.physical_ids(hop.comm.rank, topology) for layer, placement in placements.items()
         }
         self._on_route = on_route
+        self._on_outputs: OnOutputs | None = None
+
+    def observe_outputs(self, on_outputs: OnOutputs) -> None:
+        """Call `on_outputs` with the outputs that return to this rank in each layer, before they are added up.
+
+        Only one hop brings them all.
+        """
+        self._on_outputs = on_outputs
 
     def dispatch(self, x: Array, route: Route) -> Waits[Dispatched]:
         """Send each row of x (T, D) to the K experts of its route."""
@@ -129,7 +139,7 @@ class OneHop(Exchange):
     def combine_steps(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Steps[Array]:
         """Send outputs back to the ranks that dispatched their rows, and add them up there."""
         receipt = yield from self._hop.send_steps(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
-        return self._hop.combine(receipt, plan.output_rows, plan.weights, addends)
+        return self._hop.combine(receipt, plan.output_rows, plan.weights, addends, on_outputs=self._on_outputs)
 
     def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
         """Start to exchange counts; the transfer's value is the plan of these choices. Collective, does not block."""

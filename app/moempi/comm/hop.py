@@ -1,6 +1,6 @@
 """One hop of rows between the ranks of one communicator, by one transport."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,11 +58,24 @@ class Hop:
         receipt.release()
         return unpacked
 
-    def combine(self, receipt: Receipt, output_rows: Array, weights: Array, addends: Sequence[Array] = ()) -> Array:
-        """Weighted sums (T, D) of the received rows output_rows (T, K), in slot order, plus the addends (T, D)."""
+    def combine(
+        self,
+        receipt: Receipt,
+        output_rows: Array,
+        weights: Array,
+        addends: Sequence[Array] = (),
+        *,
+        on_outputs: Callable[[Array, Array], None] | None = None,
+    ) -> Array:
+        """Weighted sums (T, D) of the received rows output_rows (T, K), in slot order, plus the addends (T, D).
+
+        `on_outputs` is called before with the received rows and their index (T, K).
+        """
         buffer, rows = receipt.rows()
-        received = buffer.view(self.backend.row_dtype)
-        combined = self.backend.combine(received, _compose(rows, output_rows), weights, addends)
+        received, index = buffer.view(self.backend.row_dtype), _compose(rows, output_rows)
+        if on_outputs is not None:
+            on_outputs(received, index)
+        combined = self.backend.combine(received, index, weights, addends)
         receipt.release()
         return combined
 

@@ -182,6 +182,8 @@ class TraceSection(Struct, frozen=True, forbid_unknown_fields=True):
     `hidden` are the layers after whose `hidden_sublayer` the residual stream is recorded, as `hidden_dtype`: at all
     positions, at the last one of the prompt, or at the ones that predict the "output". With `hidden_norm`, of the
     model's last layer it is recorded behind the final norm.
+
+    `statistics` records the weights and the norms of the chosen experts' outputs, and sums them up by prompt group.
     """
 
     routing: bool | Literal["experts", "weights"] = False
@@ -191,11 +193,17 @@ class TraceSection(Struct, frozen=True, forbid_unknown_fields=True):
     hidden_norm: bool = False
     hidden_positions: HiddenPositions = "all"
     hidden_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    statistics: bool = False
+
+    @property
+    def has_routing(self) -> bool:
+        """Whether the chosen experts are recorded."""
+        return bool(self.routing) or self.statistics
 
     @property
     def has_weights(self) -> bool:
         """Whether the weights of the chosen experts are recorded."""
-        return self.routing is True or self.routing == "weights"
+        return self.routing is True or self.routing == "weights" or self.statistics
 
     @property
     def has_home(self) -> bool:
@@ -289,6 +297,7 @@ CHANGES_RESULTS = (
     "trace.hidden_norm",
     "trace.hidden_positions",
     "trace.hidden_dtype",
+    "trace.statistics",
     "replay.weights",
 )
 """Keys that change a result, if only by the order of a sum: all attempts at a job have the same values."""

@@ -33,8 +33,8 @@ def recorded_bytes(job: Job, architecture: Architecture) -> dict[str, int]:
     experts, trace = architecture.experts, job.trace
     layers, top_k = len(architecture.moe_layers), experts.router.top_k
     tables = {}
-    if trace.routing:
-        choice = EXPERT_TYPES[expert_type(experts.num, top_k)] + 4 * trace.has_weights
+    if trace.has_routing:
+        choice = EXPERT_TYPES[expert_type(experts.num, top_k)] + 4 * trace.has_weights + 4 * trace.statistics
         tables["routing"] = layers * top_k * choice + (8 * layers + 8) * trace.has_home
     if job.task == "score" and job.score.top_n:
         num_bytes = 4 + (2 if job.score.dtype == "float16" else 4)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moempi.arrays import IntArray, narrow, widen
+from moempi.arrays import Float32Array, IntArray, narrow, widen
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.exchange import Route
@@ -36,10 +36,10 @@ class TracePlan:
 
 def make_trace_plan(section: TraceSection, model: Transformer, layers: range) -> TracePlan | None:
     """What a rank that computes `layers` of a model records; None if the job records nothing."""
-    if not section.routing and not section.hidden:
+    if not section.has_routing and not section.hidden:
         return None
     architecture = model.architecture
-    routed = [layer for layer in architecture.moe_layers if layer in layers] if section.routing else []
+    routed = [layer for layer in architecture.moe_layers if layer in layers] if section.has_routing else []
     return TracePlan(
         section,
         tuple(routed),
@@ -89,6 +89,7 @@ class LaneTrace:
         self._in_step = False
         self._routes: list[Route] = []
         self._states: list[Array] = []
+        self._norms: list[Float32Array] = []
 
     def begin_step(self, batch: Batch, rows: IntArray) -> None:
         """Begin a step that computes these rows (T,) of the batch."""
@@ -107,12 +108,29 @@ class LaneTrace:
         if not self._in_step or not self._plan.routed:
             return
         self._routes.append(route)
-        if route.layer == self._plan.routed[-1]:
-            routes, self._routes = self._routes, []
-            if len(self._positions):
-                columns = self._routing(routes)
-                everything = np.arange(len(self._positions))
-                self._write(self._record("routing", self._plan.routed, everything, columns))
+        if route.layer == self._plan.routed[-1] and not self._plan.section.statistics:
+            self._write_routing()
+
+    def add_outputs(self, rows: Array, output_rows: Array) -> None:
+        """Add the norms of the outputs rows[output_rows] (T, K, D) of one layer's chosen experts, in order of layers.
+
+        Outside a step do nothing. Blocks the host to download the outputs.
+        """
+        if self._in_step:
+            backend, shape = self._backend, output_rows.shape
+            found = backend.download(backend.unpack(rows, output_rows.reshape(-1)))
+            values = widen(found) if found.dtype == np.uint16 else found
+            self._norms.append(np.sqrt(np.square(values).sum(axis=1)).reshape(shape))
+
+    def _write_routing(self) -> None:
+        """Write the routes of the step, with the norms of the experts' outputs if they are recorded."""
+        columns = self._routing(self._routes)
+        if self._norms:
+            columns["norms"] = np.stack(self._norms)
+        self._routes, self._norms = [], []
+        if len(self._positions):
+            everything = np.arange(len(self._positions))
+            self._write(self._record("routing", self._plan.routed, everything, columns))
 
     def add_hidden(self, layer: int, sublayer: str, x: Array) -> None:
         """Add the rows x (T, D) behind a layer's `sublayer`, if they are recorded. Does not block the host."""
@@ -123,11 +141,13 @@ class LaneTrace:
             self._states.append(plan.norm(self._backend, kept) if plan.norm and is_normed else kept)
 
     def end_step(self) -> None:
-        """Write the hidden states of the step.
+        """Write the hidden states of the step, and its routing if that has to wait for the experts' outputs.
 
         Blocks the host to download them; raises StorageError if they cannot be written.
         """
         self._in_step = False
+        if self._routes:
+            self._write_routing()
         states, self._states = self._states, []
         if states and len(self._kept):
             values = np.stack([self._stored(self._backend.download(state)) for state in states])

@@ -117,6 +117,9 @@ def make_lanes(
         )
         for trace in traces
     ]
+    for comm, trace in zip(comms, traces, strict=True):
+        if trace is not None and job.trace.statistics:
+            comm.exchange.observe_outputs(trace.add_outputs)
     balance = make_balance(job.balance, comms, context.model.architecture, rank_layout.stage.layers)
     policies = balance.policies if balance else _replay_policies(rank_layout, context, replay, num_lanes=len(comms))
     lanes = [

@@ -162,6 +162,7 @@ class Request:
             prompt_id=self.prompt.prompt_id,
             endpoint=None if self.prompt.chat is None else CHAT,
             metadata=self.prompt.metadata,
+            group=self.prompt.group,
             text=self.text,
             prompt=self.prompt_tokens,
             tokens=np.array(self.tokens, np.int32),

@@ -70,7 +70,7 @@ def run_fingerprint(job: Job, *, weights: str) -> str:
 
 def traced_rows(job: Job, architecture: Architecture) -> dict[str, tuple[str, int]]:
     """The tables that a job records: the field of FinishedRequests that counts a request's rows, and the layers."""
-    routing = {"routing": ("computed", len(architecture.moe_layers))} if job.trace.routing else {}
+    routing = {"routing": ("computed", len(architecture.moe_layers))} if job.trace.has_routing else {}
     hidden = {"hidden": ("hidden_rows", len(set(job.trace.hidden)))} if job.trace.hidden else {}
     score = {"score": ("scored", 1)} if job.task == "score" and job.score.top_n else {}
     return routing | hidden | score

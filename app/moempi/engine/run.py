@@ -26,7 +26,7 @@ from moempi.engine.replay import Replay, open_replay
 from moempi.engine.request import Request
 from moempi.engine.restart import Attempt
 from moempi.engine.summary import RankRun, make_provenance, rank_record, run_report
-from moempi.errors import MoempiError
+from moempi.errors import DataError, MoempiError
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Counts, Progress
 from moempi.observe.run_report import Report, print_report
@@ -41,6 +41,8 @@ from moempi.storage.results import ResultFile
 from moempi.storage.weights import WeightFile
 
 MAX_ERRORS_SHOWN = 5
+MAX_GROUPS = 256
+"""Groups of prompts whose statistics are summed up: each has a number for each pair of experts of a layer."""
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +146,11 @@ def _write_results(
 
 
 def _read_prompts(job: Job, *, strict: bool) -> list[Prompt]:
-    return read_prompts(job.input.prompts, sampling=job.sampling, strict=strict, column=job.input.column)
+    prompts = read_prompts(job.input.prompts, sampling=job.sampling, strict=strict, column=job.input.column)
+    num_groups = len({prompt.group for prompt in prompts})
+    if job.trace.statistics and num_groups > MAX_GROUPS:
+        raise DataError(f"{job.input.prompts}: has {num_groups} groups; trace.statistics sums up at most {MAX_GROUPS}")
+    return prompts
 
 
 def _open_replay(

@@ -32,7 +32,7 @@ _COUNTS = ("computed", "hidden_first", "hidden_rows", "since")
 _OF_SCORES = {column.path for column in TRACES["score"].values()}
 _ENTRY = np.dtype(
     [("journal", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("prompt_token", "i8"), ("output_token", "i8")]
-    + [(name, "i8") for name in ("scored", *_COUNTS)]
+    + [(name, "i8") for name in ("scored", "in_group", *_COUNTS)]
     + [(name, "i8") for name in TEXTS]
 )
 
@@ -149,13 +149,15 @@ class JournalIndex:
     scored: bool = False
     problems: list[Problem] = field(default_factory=list)
     traces: dict[str, TraceIndex] = field(default_factory=dict)
+    _groups: dict[str, int] = field(default_factory=dict)
 
     def add_request(self, record: RequestRecord, *, journal: int, offset: int) -> None:
         """Add the location and lengths of a request's record, in the place of one that was added before."""
         arrays = [getattr(record, name) for name in ARRAYS]
         texts = [len((getattr(record, name) or "").encode()) for name in TEXTS]
         num_bytes = sum(array.nbytes for array in arrays) + sum(texts)
-        lengths = len(record.prompt), len(record.tokens), len(record.score)
+        group = self._groups.setdefault((record.group or "").replace("\0", "\u2400"), len(self._groups))
+        lengths = len(record.prompt), len(record.tokens), len(record.score), group
         lengths += tuple(getattr(record, name) for name in _COUNTS)
         self.entries[record.index] = (journal, offset, num_bytes, *lengths, *texts)
         # Without tokens, a width is a number without values behind it.
@@ -196,6 +198,23 @@ class JournalIndex:
             first, num_rows = entries["hidden_first"], entries["hidden_rows"]
         return TableRows(first, num_rows, first + num_rows)
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the norms of experts' outputs are recorded, and ranks say how many experts there are."""
+        return "routing" in self.traces and "norms" in self.traces["routing"].columns and bool(self.ranks)
+
+    @property
+    def groups(self) -> list[str]:
+        """The names of all groups of prompts, sorted; "" is of prompts without one."""
+        return sorted(self._groups)
+
+    @property
+    def group_of_request(self) -> NDArray[np.int64]:
+        """The number of each request's group in `groups` (N,)."""
+        ranks = np.argsort(np.argsort(list(self._groups)))
+        numbers: NDArray[np.int64] = ranks[self.entries["in_group"]]
+        return numbers
+
     def moe_layers(self) -> list[int]:
         """The MoE layers, in which ranks host experts; all layers if no rank says what it hosts."""
         layers = range(len(self.expert_load))
@@ -228,6 +247,8 @@ class JournalIndex:
         sizes["hosted"] = sum(len(experts) for record in self.ranks for experts in record.hosted.values())
         for table, traces in self.traces.items():
             sizes |= self._trace_sizes(table, traces)
+        if self.has_statistics:
+            sizes |= {"group": len(self._groups), "expert_beside": sizes["expert"]}
         return sizes
 
     def _trace_sizes(self, table: str, traces: TraceIndex) -> dict[str, int]:
@@ -245,6 +266,10 @@ class JournalIndex:
         for table, traces in self.traces.items():
             row = sum(np.dtype(kind).itemsize * prod(shape) for kind, shape in traces.columns.values())
             num_bytes += int(self.table_rows(table).num_rows.sum()) * row * max(len(traces.layers), 1)
+        if self.has_statistics:
+            experts = self.expert_load.shape[1]
+            num_sums = len(self._groups) * len(self.traces["routing"].layers) * experts * (experts + 3)
+            num_bytes += ITEM_BYTES * num_sums
         return num_bytes
 
     def file_bytes(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
+from moempi.storage.expert_statistics import write_statistics
 from moempi.storage.files import atomic, reserve
 from moempi.storage.hdf5 import create_file, write_attribute
 from moempi.storage.journal import Problem
@@ -76,6 +77,8 @@ def merge(
             columns = _create_columns(file, index)
             _write_ranks(file, index)
             write_traces(file, opened, index, require_success)
+            if index.has_statistics:
+                write_statistics(file, index, require_success)
             for start, stop in blocks(index.entries["num_bytes"]):
                 require_success()
                 records = [opened.request_at(entry) for entry in index.entries[start:stop]]

@@ -25,6 +25,8 @@ MAX_LINE_BYTES = 64 << 20
 MAX_TOKEN = 2**31 - 1
 MAX_TOP_LOGPROBS = 20
 """Likeliest tokens that a line may request, if the job has fewer: the largest number widens all requests' columns."""
+MAX_GROUP = 200
+"""Characters of the name of a group."""
 MAX_SHOWN = 100
 """Characters of a key or an id that an error shows."""
 
@@ -56,6 +58,8 @@ class Prompt:
     """JSON of a `Chat`, which takes less memory than its objects."""
     metadata: str | None = None
     prompt_id: str | None = None
+    group: str | None = None
+    """The group of prompts whose statistics it counts for."""
 
 
 class Chat(msgspec.Struct):
@@ -75,6 +79,7 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, Any] | None = None
     reference: NonEmpty | None = None
     metadata: msgspec.Raw = msgspec.Raw()
+    group: Annotated[str, Meta(min_length=1, max_length=MAX_GROUP)] | None = None
 
 
 class _OnlyId(msgspec.Struct):
@@ -90,7 +95,7 @@ _LINE: type[Any] = msgspec.defstruct(
     forbid_unknown_fields=True,
 )
 _KEYS = tuple(field.name for field in msgspec.structs.fields(_LINE))
-_OF_BATCH = frozenset(_KEYS) - {"id", "prompt", "tokens", "messages", "reference"}
+_OF_BATCH = frozenset(_KEYS) - {"id", "prompt", "tokens", "messages", "reference", "group"}
 _LINE_DECODER = msgspec.json.Decoder(_LINE)
 _ID_DECODER = msgspec.json.Decoder(_OnlyId)
 
@@ -241,6 +246,7 @@ def _parse(line: bytes, fallback: str, sampling: Sampling) -> Prompt:
         sampling=msgspec.structs.replace(sampling, **given) if given else sampling,
         chat=_chat(request),
         metadata=_object(request.metadata, "metadata"),
+        group=request.group,
     )
 
 

@@ -117,7 +117,7 @@ class Result:
 
     def __getattr__(self, name: str) -> Any:
         """A text, or an array of ARRAYS, by the name of its column."""
-        if name in ("id", "finish", "error", "reference", "prompt_id", "metadata", "text"):
+        if name in ("id", "finish", "error", "reference", "prompt_id", "metadata", "group", "text"):
             return self._results.text(name, self.index)
         if name in ARRAYS:
             found = self._results.array(name, self.index)

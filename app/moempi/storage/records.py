@@ -59,6 +59,7 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
     prompt_id: str | None = None
     endpoint: str | None = None
     metadata: str | None = None
+    group: str | None = None
     text: str = ""
     prompt: Int32Array = _NO_TOKENS
     tokens: Int32Array = _NO_TOKENS

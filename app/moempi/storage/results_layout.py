@@ -88,6 +88,7 @@ TEXTS = {
     ),
     "prompt_id": TextColumn("requests/prompt_id", "requests/utf8/prompt_id", "id of the prompt of a further sample"),
     "endpoint": TextColumn("requests/endpoint", "requests/utf8/endpoint", "OpenAI's name for requests of this kind"),
+    "group": TextColumn("requests/group", "requests/utf8/group", "group of the prompt"),
     "metadata": TextColumn("requests/metadata", "requests/utf8/metadata", "JSON object that the prompt came with"),
     "text": TextColumn("output/text/readable", "output/text", "generated text"),
 }
@@ -95,7 +96,7 @@ SECONDS = {
     "first_token_s": SecondsColumn("requests/first_token_s", "time from leaving the queue to the first token"),
     "end_to_end_s": SecondsColumn("requests/end_to_end_s", "time from leaving the queue to the end"),
 }
-OPTIONAL_TEXTS = ("reference", "prompt_id", "endpoint", "metadata")
+OPTIONAL_TEXTS = ("reference", "prompt_id", "endpoint", "metadata", "group")
 """Columns that are written only if a request has a value."""
 RANK_POSITION = {
     "seat": "number of the rank, counted node by node",
@@ -120,6 +121,7 @@ TRACES: dict[str, dict[str, TraceColumn]] = {
     "routing": {
         "experts": TraceColumn("routing/experts", _EXPERTS, (*_OF_LAYER, "slot"), "chosen experts"),
         "weights": TraceColumn("routing/weights", (np.float32,), (*_OF_LAYER, "slot"), "weights of the chosen experts"),
+        "norms": TraceColumn("routing/norms", (np.float32,), (*_OF_LAYER, "slot"), "norms of their outputs"),
         "step": TraceColumn(
             "routing/step", (np.int64,), ("routed_token",), "step; the rows of equal steps travelled together"
         ),
