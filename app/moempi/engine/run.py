@@ -18,6 +18,7 @@ from moempi.config.job import Job
 from moempi.config.recommended import KEYS
 from moempi.engine.balance import quality_cost
 from moempi.engine.deployment import deploy
+from moempi.engine.disk import require_disk
 from moempi.engine.engine import load_engine, make_task
 from moempi.engine.kv_budget import useful_pages
 from moempi.engine.rank_layout import RankLayout
@@ -74,6 +75,7 @@ def run_job(
     # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
     deployment = deploy(job, world, weights)
     requests = deployment.make_requests(deployment.own(_unfinished(prompts, attempt)), task=job.task)
+    require_disk(job, world, weights.architecture, requests if deployment.rank_layout.writes_records else [])
     replay = _open_replay(job, world, weights, prompts, requests)
     pages = deployment.cache_pages(useful_pages(requests, slots=len(deployment.slots)))
     _announce(job, world, weights, prompts)
