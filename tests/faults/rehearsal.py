@@ -8,6 +8,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import h5py
+import numpy as np
+
 import mpirun as launching
 from moempi.storage.convert import convert
 
@@ -59,6 +62,8 @@ class Rehearsal:
             "run.precision": "float32",
             "run.timeout_s": str(timeout_s),
             "exchange.transport": "alltoallv",
+            "trace.routing": "weights",
+            "trace.hidden": "[0,5]",
         } | settings
         return ["run", "jobs/abacus.toml", *(word for item in settings.items() for word in ("--set", "=".join(item)))]
 
@@ -124,10 +129,22 @@ class Rehearsal:
         require(not left, f"leaves {left}")
 
     def require_equal(self, results: Path) -> None:
-        """Require the undisturbed results."""
+        """Require the undisturbed results, and every recorded value of each position once."""
+        for (name, expected), found in zip(
+            recorded_of(self.reference).items(), recorded_of(results).values(), strict=True
+        ):
+            require(np.array_equal(found, expected), f"differs in {name}")
         compared = launching.execute(*launching.python("-m", "moempi", "compare", self.reference, results))
         same = f"{self.num_prompts} requests, 0 differ in tokens; log-probabilities within 0\n"
         require(compared.out == same, f"differs: {compared.out}{compared.err}")
+
+
+def recorded_of(results: Path) -> dict[str, np.ndarray]:
+    """All recorded values of a results file that are equal in any layout."""
+    with h5py.File(results) as file:
+        tables = [file["routing"], file["hidden"], file["hidden/values"]]
+        datasets = {item.name: item for table in tables for item in table.values() if isinstance(item, h5py.Dataset)}
+        return {name: item[:] for name, item in datasets.items() if name.split("/")[-1] not in ("rank", "row", "step")}
 
 
 def wait_for(note: Path, process: "subprocess.Popen[str]") -> None:

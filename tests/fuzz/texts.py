@@ -58,6 +58,14 @@ JOB_VALUES: dict[str, Sequence[Any]] = {
     "balance.capacity": (1.0, 1e6),
     "trace.routing": (False, True, "experts", "weights"),
     "trace.home": (False, True),
+    "trace.hidden": ([], [0], [1, 1], [999]),
+    "trace.hidden_sublayer": ("attention", "feed_forward"),
+    "trace.hidden_norm": (False, True),
+    "trace.hidden_positions": ("all", "last", "output"),
+    "trace.hidden_dtype": ("bfloat16", "float32"),
+    "trace.statistics": (False, True),
+    "score.dtype": ("float16", "float32"),
+    "replay.weights": (False, True),
 }
 OTHER_KEYS = ("output.results", "model.architecture", "x.y", "", "run", "run." * 200 + "a", "a\0.b")
 RESULTS = (
