@@ -20,12 +20,21 @@ from moempi.engine.earlier import NOTHING_EARLIER, Earlier
 from moempi.engine.load import Loading
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
-from moempi.engine.summary import PACKAGES, RankRun, make_provenance, rank_record, run_report
+from moempi.engine.summary import (
+    PACKAGES,
+    RankRun,
+    gather_records,
+    make_provenance,
+    rank_record,
+    run_report,
+    sum_totals,
+)
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import Topology
 from moempi.model.router_balance import MODEL_ROUTING, ExpertBias, MoveCounter
 from moempi.storage.records import RankRecord
 from moempi.storage.results_layout import NOWHERE
+from runtime.fake_world import FakeComm
 
 NUM_EXPERTS = SMALL.experts.num
 TOPOLOGY = Topology(nodes=(0, 0, 1, 1), islands=(0, 1, 2, 3), switches=(0, 0, 5, 5))
@@ -163,10 +172,16 @@ def test_a_rank_that_is_not_balanced_records_nothing_of_it():
 
 
 def report_of_all(comm, record, recorder, *, earlier=NOTHING_EARLIER):
+    """The report on rank 0; the totals alone on the others."""
+    world = SimpleNamespace(comm=comm)
+    totals = sum_totals(recorder, world)
+    gathered = gather_records(record, recorder, world)
+    if comm.rank > 0:
+        assert (gathered.records, sum(map(len, gathered.latencies.values()))) == ([], 0)
+        return totals
     return run_report(
-        record,
-        recorder,
-        SimpleNamespace(comm=comm, slow_hosts=()),
+        gathered,
+        totals,
         earlier=earlier,
         results="out.h5",
         transport="shared  (as the job says)",
@@ -249,7 +264,13 @@ def test_the_report_sums_over_the_ranks_and_keeps_their_seconds_apart(comm, num_
     record = rank_of(comm.rank, balance=balance)
     if comm.rank == 1:
         record.seconds["idle"] = 8.0
+    recorder.latencies["end to end"].update({-3 * comm.rank: 2, 64: 1})
     report = report_of_all(comm, record, recorder, earlier=EARLIER)
+    assert report.num_finished == 9
+    assert report.finishes == {"stop": 0 + 1 + 2 + 2, "length": 3 + 1}
+    if comm.rank > 0:
+        return
+    assert report.latencies["end to end"] == {50: 1.0, 90: 2.0, 99: 2.0}
     assert (report.tokens, report.wall_s) == (7 + 8 + 9, 6.0 + 8.0)
     assert report.seconds == {"compute": [5.0, 6.0, 7.0], "idle": [2.0, 8.0, 0.0]}
     assert report.finishes == {"stop": 0 + 1 + 2 + 2, "length": 3 + 1}
@@ -268,10 +289,32 @@ def test_the_report_sums_over_the_ranks_and_keeps_their_seconds_apart(comm, num_
 # Provenance
 
 
+# What a world of the mission's size sends
+
+
+@pytest.mark.parametrize(("rank", "limit_bytes"), [(0, 64 << 20), (1, 1 << 20)])
+def test_what_arrives_at_a_rank_of_the_mission_for_the_report(rank, limit_bytes):
+    """61 layers of 64 experts, 3,904 ranks, each with latencies in 2,000 buckets and the experts of its layer."""
+    comm, shape = FakeComm(rank, 3904), (61, 64)
+    load, bias = np.ones(shape, np.int64), np.ones(shape, np.float32)
+    balance = {"choices": 1.0, "moved_choices": 1.0}
+    record = rank_of(0, expert_load=load, asked_load=load, shifts=bias, hosted={30: (7,)}, balance=balance)
+    recorder = make_recorder(stop=1)
+    recorder.latencies["end to end"].update(dict.fromkeys(range(2000), 1))
+    assert sum_totals(recorder, SimpleNamespace(comm=comm)).num_finished == 3904
+    records = gather_records(record, recorder, SimpleNamespace(comm=comm)).records
+    assert max(comm.received) <= limit_bytes
+    if rank > 0:
+        assert (records, sum(comm.received) <= limit_bytes) == ([], True)
+    else:
+        assert (records[0].expert_load == 3904).all()
+        assert len(records) == 3904
+        assert not any(one.expert_load.size or one.asked_load.size or one.shifts.size for one in records[1:])
+
+
 def test_the_provenance_has_the_job_s_text_the_versions_and_the_hosts():
     start = datetime.now(UTC)
-    world = SimpleNamespace(comm=world_of_one(), size=1, host="node-7")
-    provenance = make_provenance("[model]\n", world, weights="abc", start=start)
+    provenance = make_provenance("[model]\n", ["node-7"], weights="abc", start=start)
     assert (provenance.job, provenance.weights, provenance.world_size) == ("[model]\n", "abc", 1)
     assert provenance.versions == {"moempi": __version__, **{package: version(package) for package in PACKAGES}}
     assert provenance.hosts == ("node-7",)

@@ -192,7 +192,7 @@ class Attempt:
     def stop(self, stop: Stop) -> int:
         """End an attempt that was stopped: write the state and print a line; return STOPPED. Collective, blocks."""
         self._world.collectively(self.journal.close)
-        reason = max(self._world.comm.allgather((stop.requested, stop.reason)))[1]
+        reason = self._world.comm.allreduce((stop.requested, stop.reason), max)[1]
         self._ended.set()
         self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
         if self._world.rank == 0:

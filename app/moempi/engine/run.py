@@ -26,18 +26,26 @@ from moempi.engine.recorder import Recorder
 from moempi.engine.replay import Replay, open_replay
 from moempi.engine.request import Request
 from moempi.engine.restart import Attempt
-from moempi.engine.summary import RankRun, make_provenance, rank_record, run_report
+from moempi.engine.summary import (
+    RankRun,
+    Totals,
+    gather_records,
+    make_provenance,
+    rank_record,
+    run_report,
+    sum_totals,
+)
 from moempi.errors import DataError, MoempiError
 from moempi.observe.logs import log_to_files
 from moempi.observe.progress import Counts, Progress
 from moempi.observe.run_report import Report, print_report
 from moempi.printing import print_error
+from moempi.runtime.reductions import sum_on_all
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance, merge
 from moempi.storage.prompt_form import find_form
 from moempi.storage.prompts import Prompt, read_prompts
-from moempi.storage.records import RankRecord
 from moempi.storage.results import ResultFile
 from moempi.storage.weights import WeightFile
 
@@ -98,14 +106,14 @@ def run_job(
     if not engine.scheduler.num_unfinished:
         recorder.record(too_long)  # not if this attempt stopped early: the next one may have more memory
     progress.close()
-    # Every rank closes its journal. If the run was stopped, the journals stay for the next attempt.
+    # All journals are closed. If the run was stopped, they stay for the next attempt.
     rank_run = RankRun(deployment.rank_layout, engine.lanes, recorder, engine.loading, seconds)
-    report = _report(job, world, attempt, rank_run, _close_journal(job, world, attempt, rank_run, sample=sample))
-    if report.num_finished < attempt.num_requests:
+    totals, report = _close_journals(job, world, attempt, rank_run, sample=sample)
+    if totals.num_finished < attempt.num_requests:
         return attempt.stop(stop)
-    exit_code = attempt.conclude(report.num_errors)
+    exit_code = attempt.conclude(totals.num_errors)
     # The results: rank 0 merges all journals.
-    origin = make_provenance(job_text, world, weights=weights.fingerprint, start=start)
+    origin = report and make_provenance(job_text, report.hosts, weights=weights.fingerprint, start=start)
     _write_results(job, world, attempt, report, provenance=origin, on_finished=partial(on_finished, exit_code))
     return exit_code
 
@@ -119,16 +127,16 @@ def _write_results(
     job: Job,
     world: World,
     attempt: Attempt,
-    report: Report,
+    report: Report | None,
     *,
-    provenance: Provenance,
+    provenance: Provenance | None,
     on_finished: Callable[[], None],
 ) -> None:
-    """Put the results in place, then print the report; collective.
+    """Put the results in place and print the report, on rank 0, which alone has it; collective.
 
     A failure after the results are in place is not this job's, and does not change its state.
     """
-    if world.rank == 0:
+    if provenance is not None:
         problems = merge(
             job.output.results,
             attempt.journals(),
@@ -140,10 +148,10 @@ def _write_results(
         attempt.finish()
         attempt.warn_of_new_damage(problems)
     world.comm.Barrier()
-    if world.rank > 0:
+    if provenance is None:
         on_finished()
     world.on_failure(None)
-    if world.rank == 0:
+    if report is not None:
         _print(_with_results(report))
 
 
@@ -251,7 +259,7 @@ def _make_recorder(
     if world.rank == 0:
         recorder.add_earlier(attempt.earlier)
     recorder.record(request for request in requests if request.finish)
-    attempt.count(Counts(*map(sum, zip(*world.comm.allgather(tuple(recorder.counts())), strict=True))))
+    attempt.count(Counts(*sum_on_all(world.comm, np.array(recorder.counts(), np.int64)).tolist()))
     return recorder
 
 
@@ -261,30 +269,33 @@ def _quality_sample(job: Job, requests: Iterable[Request]) -> list[Request]:
     return list(islice((request for request in requests if not request.finish), measured))
 
 
-def _close_journal(
+def _close_journals(
     job: Job, world: World, attempt: Attempt, rank_run: RankRun, *, sample: Sequence[Request]
-) -> RankRecord:
-    """Append the record of this rank, with the quality cost of balancing if the job measures it; collective."""
+) -> tuple[Totals, Report | None]:
+    """Close the journals, with the records of all ranks in that of rank 0, which alone gets a report; collective.
+
+    A record has the quality cost of balancing if the job measures it.
+    """
     world.watch(job.run.timeout_s)
     record, lanes = rank_record(world, rank_run, hops=job.exchange.hops), rank_run.lanes
     if lanes.balance and job.balance.sample:
         change = quality_cost(lanes.each, sample, world, sample=job.balance.sample, run=lanes.run)
         record = msgspec.structs.replace(record, balance={**record.balance, "logprob_change": change})
-    attempt.journal.append(record)
+    totals = sum_totals(rank_run.recorder, world)
+    gathered = gather_records(record, rank_run.recorder, world)
+    for one in gathered.records:
+        attempt.journal.append(one)
     attempt.journal.close()
     attempt.begin_results()
-    return record
-
-
-def _report(job: Job, world: World, attempt: Attempt, rank_run: RankRun, record: RankRecord) -> Report:
-    """The figures of the whole run, including the requests of earlier attempts; collective."""
-    transport = rank_run.lanes.transport
-    return run_report(
-        record,
-        rank_run.recorder,
-        world,
+    if not gathered.records:
+        return totals, None
+    report = run_report(
+        gathered,
+        totals,
         earlier=attempt.earlier,
         results=job.output.results,
-        transport=f"{transport.name}  ({transport.reason})",
-        moe_layers=rank_run.lanes.each[0].context.model.architecture.moe_layers,
+        transport=f"{lanes.transport.name}  ({lanes.transport.reason})",
+        moe_layers=lanes.each[0].context.model.architecture.moe_layers,
+        slow_hosts=world.slow_hosts,
     )
+    return totals, report

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,20 +17,23 @@ from moempi.comm.transfers import WAITS
 from moempi.comm.transports.counted import no_counts
 from moempi.config.architecture import Architecture
 from moempi.engine.balance import Balance
-from moempi.engine.earlier import Earlier
+from moempi.engine.earlier import FINISHES, Earlier
 from moempi.engine.lane import Lane
 from moempi.engine.lanes import Lanes
-from moempi.engine.latency import percentiles
+from moempi.engine.latency import Latencies, no_latencies, percentiles
 from moempi.engine.load import Loading
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
 from moempi.engine.replay import ReplayPolicy
 from moempi.observe.run_report import Report
+from moempi.runtime.reductions import gather_on_root, sum_on_all, sum_on_root
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance
-from moempi.storage.records import RankRecord
+from moempi.storage.records import RankRecord, decode, encode
 from moempi.storage.results_layout import NOWHERE
 
+LOADS = ("expert_load", "asked_load", "shifts")
+"""The arrays of a record by layer and expert, of which the results hold the sums over all ranks."""
 PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
 
@@ -116,52 +120,98 @@ def _balance_columns(balance: Balance | None, load: NDArray[np.int64], *, first_
     }
 
 
-def make_provenance(job_text: str, world: World, *, weights: str, start: datetime) -> Provenance:
-    """The provenance of the results; collective, blocks."""
+def make_provenance(job_text: str, hosts: Sequence[str], *, weights: str, start: datetime) -> Provenance:
+    """The provenance of the results of ranks on these hosts (R,)."""
     return Provenance(
         job=job_text,
         versions={"moempi": __version__, **{package: version(package) for package in PACKAGES}},
-        world_size=world.size,
-        hosts=tuple(world.comm.allgather(world.host)),
+        world_size=len(hosts),
+        hosts=tuple(hosts),
         weights=weights,
         start=start,
         end=datetime.now(UTC),
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The finished requests of the whole run, including earlier attempts; `exact` of `referenced` equal a reference."""
+
+    finishes: Counter[str]
+    exact: int
+    referenced: int
+
+    @property
+    def num_finished(self) -> int:
+        """Number of finished requests."""
+        return self.finishes.total()
+
+    @property
+    def num_errors(self) -> int:
+        """Number of finished requests that ended with an error."""
+        return self.finishes["error"]
+
+
+def sum_totals(recorder: Recorder, world: World) -> Totals:
+    """The totals over all ranks, on each of them; collective, blocks."""
+    own = [*(recorder.finishes[finish] for finish in FINISHES), recorder.exact, recorder.referenced]
+    *finishes, exact, referenced = sum_on_all(world.comm, np.array(own, np.int64)).tolist()
+    return Totals(+Counter(dict(zip(FINISHES, finishes, strict=True))), exact, referenced)
+
+
+class Gathered(NamedTuple):
+    """The records of all ranks in rank order, of which the first has the sums of their LOADS; and their latencies."""
+
+    records: Sequence[RankRecord]
+    latencies: Latencies
+
+
+def gather_records(record: RankRecord, recorder: Recorder, world: World) -> Gathered:
+    """The records and latencies of all ranks, on rank 0; nothing on the others. Collective, blocks."""
+    loads = {name: sum_on_root(world.comm, getattr(record, name)) for name in LOADS}
+    without_loads = msgspec.structs.replace(record, **{name: load[:0, :0] for name, load in loads.items()})
+    gathered = gather_on_root(world.comm, msgspec.msgpack.encode((encode(without_loads), recorder.latencies)))
+    records, latencies = [], no_latencies()
+    for of_rank in gathered:
+        encoded, of_kind = msgspec.msgpack.decode(of_rank, type=tuple[bytes, dict[str, dict[int, int]]])
+        records.append(cast("RankRecord", decode(encoded)))
+        for kind, counts in of_kind.items():
+            latencies[kind].update(counts)
+    first = [msgspec.structs.replace(one, **loads) for one in records[:1]]
+    return Gathered([*first, *records[1:]], latencies)
+
+
 def run_report(
-    record: RankRecord,
-    recorder: Recorder,
-    world: World,
+    gathered: Gathered,
+    totals: Totals,
     *,
     earlier: Earlier,
     results: str,
     transport: str,
     moe_layers: Sequence[int],
+    slow_hosts: Sequence[str] = (),
 ) -> Report:
-    """The figures of the whole run; collective, blocks."""
-    records = world.comm.allgather(record)
-    finishes = world.comm.allreduce(recorder.finishes)
-    exact, referenced = world.comm.allreduce(np.array([recorder.exact, recorder.referenced])).tolist()
-    load = np.sum([one.expert_load for one in records], axis=0)
+    """The figures of the whole run, from what `gather_records` and `sum_totals` return on rank 0."""
+    records, latencies = gathered
+    first = records[0]
     return Report(
         results=results,
         transport=transport,
-        sent={name: sum(one.counters[name] for one in records) for name in record.counters},
+        sent={name: sum(one.counters[name] for one in records) for name in first.counters},
         tokens=sum(one.tokens for one in records),
         wall_s=max(sum(one.seconds.values()) for one in records),
-        seconds={phase: [one.seconds[phase] for one in records] for phase in record.seconds},
-        expert_load=load[list(moe_layers)],
-        finishes=Counter(finishes),
-        exact=exact,
-        referenced=referenced,
-        latencies={name: percentiles(world.comm.allreduce(counts)) for name, counts in recorder.latencies.items()},
+        seconds={phase: [one.seconds[phase] for one in records] for phase in first.seconds},
+        expert_load=first.expert_load[list(moe_layers)],
+        finishes=totals.finishes,
+        exact=totals.exact,
+        referenced=totals.referenced,
+        latencies={name: percentiles(counts) for name, counts in latencies.items()},
         hosts=[one.host for one in records],
         loaded_bytes=sum(one.loaded_bytes for one in records),
         loading_s=[one.loading_s for one in records],
         earlier_requests=len(earlier.indices),
         earlier_tokens=earlier.tokens,
-        slow_hosts=world.slow_hosts,
+        slow_hosts=slow_hosts,
         replay=dict(sum((Counter(one.replay) for one in records), Counter())),
         **_balance_figures(records, list(moe_layers)),
     )
@@ -173,7 +223,7 @@ def _balance_figures(records: Sequence[RankRecord], moe_layers: list[int]) -> di
         return {}
     choices, moved = (sum(one.balance[name] for one in records) for name in ("choices", "moved_choices"))
     return {
-        "asked_load": np.sum([one.asked_load for one in records], axis=0)[moe_layers],
+        "asked_load": records[0].asked_load[moe_layers],
         "moved": moved / choices if choices else 0.0,
         "logprob_change": records[0].balance.get("logprob_change", math.nan),
     }

@@ -166,17 +166,17 @@ class JournalIndex:
         self.scored = self.scored or len(record.score) > 0
 
     def add_rank(self, record: RankRecord) -> None:
-        """Add one rank's expert loads to the sums and keep the rest of its record.
+        """Add the expert loads of a record to the sums, if it has any, and keep the rest of it.
 
         Raises ValueError if it counts other layers or experts than the records before.
         """
-        if not self.ranks:
-            self.expert_load = np.zeros_like(record.expert_load)
-        if record.expert_load.shape != self.expert_load.shape:
-            raise ValueError(
-                f"rank {record.rank} counted experts as {record.expert_load.shape}, others as {self.expert_load.shape}"
-            )
-        self.expert_load += record.expert_load
+        if record.expert_load.size:
+            if not self.expert_load.size:
+                self.expert_load = np.zeros_like(record.expert_load)
+            if record.expert_load.shape != self.expert_load.shape:
+                counted = f"{record.expert_load.shape}, others as {self.expert_load.shape}"
+                raise ValueError(f"rank {record.rank} counted experts as {counted}")
+            self.expert_load += record.expert_load
         if record.asked_load.size:
             self.asked_load = self.asked_load + record.asked_load if self.asked_load.size else record.asked_load
             self.shifts = self.shifts + record.shifts if self.shifts.size else record.shifts

@@ -114,15 +114,16 @@ class Scores:
 
 
 class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"):
-    """The work of one rank, written once at the end of its run.
+    """The work of one rank, written once at the end of its run, in the journal of rank 0.
 
     `expert_load` (layers, experts) int64 counts the tokens that this rank routed. `seconds` has one entry per phase
     (compute, exchange, idle), `counters` one per counter (network_bytes), `place` one per coordinate of the rank
     (stage, node); their keys are identifiers. Loading `loaded_bytes` of weights took `loading_s`. `hosted` lists the
     rank's experts by Mixture-of-Experts layer. With a balancing routing policy, `asked_load` (layers, experts) counts
     the routers' own choices, `shifts` (layers, experts) float32 is this rank's contribution to the final expert bias,
-    and `balance` holds further figures. `replay` counts routes that a file gave. Raises ValueError if types, shapes or
-    keys are wrong.
+    and `balance` holds further figures. `replay` counts routes that a file gave. In a journal, rank 0's record has the
+    sums of the three arrays over all ranks, and the others have none. Raises ValueError if types, shapes or keys are
+    wrong.
     """
 
     rank: Count
