@@ -7,6 +7,8 @@ import msgspec
 import pytest
 
 from engine.jobs import make_job
+from moempi.config.architecture import Architecture
+from moempi.config.reading import read_toml
 from moempi.config.tensors import catalogue
 from moempi.engine import rank_layout
 from moempi.engine.rank_layout import RankLayout, available_bytes, lay_out_rank, rank_threads
@@ -14,6 +16,7 @@ from moempi.errors import ConfigError
 from moempi.layout.layout import make_layout
 from moempi.layout.topology import virtual
 from moempi.runtime.world import AgreedExit, World
+from mpirun import ROOT
 from storage.models import SMALL
 
 MODEL = msgspec.structs.replace(SMALL, num_layers=4)  # layers 1 to 3 have three experts each
@@ -61,10 +64,20 @@ def test_experts_are_counted_from_the_first_rank_of_the_stage():
     ]
 
 
-def test_the_first_stage_decides_steps_and_the_first_of_a_tensor_group_writes_records():
+def test_the_first_stage_decides_steps_and_the_first_of_its_tensor_groups_write_records():
     ranks = lay_out(8, stages=2, tensor=2)
     assert [rank.is_first_stage for rank in ranks] == [True] * 4 + [False] * 4
-    assert [rank.writes_records for rank in ranks] == [True, False] * 4
+    assert [rank.writes_records for rank in ranks] == [True, False, True, False, *[False] * 4]
+
+
+def test_the_mission_makes_a_journal_for_each_group_of_its_first_stage():
+    job = make_job(parallel={"stages": 61, "tensor": 8}, run={"max_sequences": 3456})
+    layout = make_layout(job, read_toml(ROOT / "jobs/arch/mission.toml", Architecture), [0] * 3904)
+    topology = virtual(3904, 8)
+    ranks = (
+        RankLayout(SimpleNamespace(rank=rank), topology, layout, layout.grid.coordinates(rank)) for rank in range(3904)
+    )
+    assert sum(rank.writes_records for rank in ranks) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Log files of the ranks."""
+"""Log files of ranks."""
 
 import logging
 
@@ -19,13 +19,33 @@ def _no_handlers_left():
         handler.close()
 
 
-def test_each_rank_writes_its_own_file_beside_the_results(tmp_path, capsys):
+def test_a_rank_with_a_warning_writes_its_own_file_beside_the_results(tmp_path, capsys):
     results = tmp_path / "folder" / "a.h5"
+    log_to_files(results, 0)
     log_to_files(results, 3)
-    logging.getLogger("moempi.engine").warning("slow disk")
     path = logs_folder(results) / "rank-00003.log"
+    logging.getLogger("moempi.engine").info("transport shared")
+    assert not path.exists()
+    logging.getLogger("moempi.engine").warning("slow disk")
     assert path == tmp_path / "folder" / "a.h5.logs" / "rank-00003.log"
     assert "WARNING moempi.engine: slow disk" in path.read_text()
+    assert "transport" not in path.read_text()
+    assert capsys.readouterr().err == ""
+
+
+def test_rank_0_removes_the_logs_of_earlier_runs(tmp_path):
+    for rank in (0, 3):
+        log_to_files(tmp_path / "a.h5", rank)
+        logging.getLogger("moempi").warning("of an earlier run")
+    log_to_files(tmp_path / "a.h5", 0)
+    logging.getLogger("moempi").info("quiet")
+    assert [path.name for path in logs_folder(tmp_path / "a.h5").iterdir()] == ["rank-00000.log"]
+    assert "earlier" not in (logs_folder(tmp_path / "a.h5") / "rank-00000.log").read_text()
+
+
+def test_a_warning_for_which_no_file_can_be_made_ends_nothing(tmp_path, capsys):
+    log_to_files(tmp_path / "a.h5", 3)
+    logging.getLogger("moempi").warning("its folder is gone")
     assert capsys.readouterr().err == ""
 
 

@@ -81,7 +81,7 @@ class Batch:
         """Until a run has put some more requests to disk than there are now."""
 
         def num_bytes() -> int:
-            return sum(part.stat().st_size for part in Path(f"{self.results}.parts").glob("*.part"))
+            return sum(part.stat().st_size for part in Path(f"{self.results}.parts").rglob("*.part"))
 
         enough = num_bytes() + 4000
         wait_for(lambda: num_bytes() > enough, what=f"records of {self.results}")

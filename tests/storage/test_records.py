@@ -1,5 +1,6 @@
 import os
 import resource
+from collections import Counter
 
 import msgspec
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from moempi.errors import StorageError
 from moempi.storage import journal
-from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths
+from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths, journals_folder
 from moempi.storage.records import RankRecord, RequestRecord
 
 TEXTS = ["", "plain", "emoji \U0001f9ee", "nul \0 inside", "../../x", "line\nbreak\r\n", '"quoted"']
@@ -271,9 +272,22 @@ def test_rank_records_that_cannot_be_stored_are_refused(fields):
         make_rank(0, **fields)
 
 
-def test_journals_are_listed_in_rank_order(tmp_path):
+def test_journals_are_listed_in_rank_order_however_deep(tmp_path):
+    """Earlier versions wrote all of them into one folder."""
     results = tmp_path / "r.h5"
     assert journal_paths(results) == []
-    for rank in (12, 100000, 2):
+    for rank in (12, 100000, 2, 1001):
         write_journal(journal_path(results, rank), [])
-    assert [path.name for path in journal_paths(results)] == ["rank-00002.part", "rank-00012.part", "rank-100000.part"]
+    write_journal(journals_folder(results) / "rank-00003.part", [])
+    assert [path.name for path in journal_paths(results)] == [
+        "rank-00002.part",
+        "rank-00003.part",
+        "rank-00012.part",
+        "rank-01001.part",
+        "rank-100000.part",
+    ]
+
+
+def test_no_folder_has_the_journals_of_more_than_a_thousand_ranks(tmp_path):
+    folders = Counter(journal_path(tmp_path / "r.h5", rank).parent for rank in range(3904))
+    assert sorted(folders.values()) == [904, 1000, 1000, 1000]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moempi.arrays import IntArray
 from moempi.engine.traced_rows import TracedRows
 from moempi.errors import StorageError
-from moempi.storage.journal import JournalReader, Problem
+from moempi.storage.journal import JournalReader, Problem, whole_folder
 from moempi.storage.records import RequestRecord, TraceRecord
 
 FINISHES = ("stop", "length", "error")
@@ -69,7 +69,7 @@ def finished_requests(
             if journal.fingerprint != fingerprint:
                 raise StorageError(
                     f"{path}: belongs to an unfinished run with other weights, prompts or settings; finish that run, "
-                    f"remove {path.parent} to give it up, or choose another output.results"
+                    f"remove {whole_folder(path)} to give it up, or choose another output.results"
                 )
             for _, record in journal.records(num_requests=num_requests):
                 if isinstance(record, RequestRecord):

@@ -71,8 +71,8 @@ class RankLayout:
 
     @property
     def writes_records(self) -> bool:
-        """Whether this rank writes its group's request records: one rank of each tensor group."""
-        return self.coords.tensor == 0
+        """Whether this rank writes its group's request records: one rank of each tensor group of the first stage."""
+        return self.is_first_stage and self.coords.tensor == 0
 
 
 def lay_out_rank(

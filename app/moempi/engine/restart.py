@@ -35,6 +35,7 @@ from moempi.storage.journal import (
     remove_journals,
 )
 from moempi.storage.lock import OutputLock
+from moempi.storage.records import Record
 from moempi.storage.run_state import (
     TOUCH_EVERY_S,
     RunState,
@@ -76,13 +77,25 @@ def traced_rows(job: Job, architecture: Architecture) -> dict[str, tuple[str, in
     return routing | hidden | score
 
 
+class NoJournal:
+    """The journal of a rank that records nothing."""
+
+    def append(self, record: Record) -> None:
+        """Raise RuntimeError, because the record would be lost."""
+        raise RuntimeError(f"a rank without a journal has a {type(record).__name__}")
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class Attempt:
     """One attempt at a job, with exclusive access to the job's output until `finish` or the end of its processes.
 
-    The job has `num_requests`; `earlier` holds those that need not be computed again, `journal` takes this rank's
-    records. A finished request that lost recorded rows (`trace`) is not among the earlier ones. Making
-    an attempt is collective and blocks. It ends all ranks if another run holds the output, if the journals belong to
-    another job, if the ranks read different prompts or weights, or if the disk fails.
+    The job has `num_requests`; `earlier` holds those that need not be computed again. `journal` takes this rank's
+    records: that of rank 0 is open, others from `open_journal` on. A finished request that lost recorded rows (`trace`)
+    is not among the earlier ones. Making an attempt is collective and blocks. It ends all ranks if another run holds
+    the output, if the journals belong to another job, if the ranks read different prompts or weights, or if the disk
+    fails.
     """
 
     def __init__(
@@ -122,12 +135,17 @@ class Attempt:
         world.on_failure(self._write_failure)
         self.earlier = self._scan(fingerprint)
         self._counts = (len(self.earlier.indices), 0, self.earlier.finishes["error"])
-        self.journal = world.collectively(
-            lambda: JournalWriter(journal_path(self._results, world.rank), fingerprint=fingerprint)
-        )
-        world.collectively(lambda: self.write_state("running"))
+        self._fingerprint = fingerprint
+        self.journal: JournalWriter | NoJournal = NoJournal()
+        world.collectively(self._begin_output)
         if world.rank == 0:
             threading.Thread(target=self._touch_state, name="state", daemon=True).start()
+
+    def open_journal(self) -> None:
+        """Open the journal of this rank, unless it is open; raises StorageError. Not collective."""
+        if isinstance(self.journal, NoJournal):
+            path = journal_path(self._results, self._world.rank)
+            self.journal = JournalWriter(path, fingerprint=self._fingerprint)
 
     def also_writing_state(self, on_progress: Callable[[Counts], None]) -> Callable[[Counts], None]:
         """An `on_progress` that calls the given one and at times writes `run.json`."""
@@ -163,6 +181,12 @@ class Attempt:
         while not self._ended.wait(TOUCH_EVERY_S):
             touch_state(self._results)
 
+    def _begin_output(self) -> None:
+        """On rank 0, open its journal and write the state, so that a disk that takes no files is found at once."""
+        if self._world.rank == 0:
+            self.open_journal()
+            self.write_state("running")
+
     def write_state(self, state: State, *, reason: str = "", exit_code: int = 0) -> None:
         """Write `run.json`, on rank 0 only; raises StorageError if writing fails."""
         if self._world.rank == 0:
@@ -185,9 +209,9 @@ class Attempt:
 
     def journals(self) -> list[Path]:
         """The journals of this attempt and of earlier ones."""
-        # The listing of the folder may miss new files of other nodes.
-        own = [journal_path(self._results, rank) for rank in range(self._world.size)]
-        return list(dict.fromkeys([*journal_paths(self._results), *own]))
+        # The listing of a folder may miss new files of other nodes, which are found by name.
+        by_name = (journal_path(self._results, rank) for rank in range(self._world.size))
+        return list(dict.fromkeys([*journal_paths(self._results), *filter(Path.exists, by_name)]))
 
     def stop(self, stop: Stop) -> int:
         """End an attempt that was stopped: write the state and print a line; return STOPPED. Collective, blocks."""

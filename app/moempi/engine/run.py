@@ -244,10 +244,12 @@ def _make_recorder(
 ) -> Recorder:
     """This rank's recorder, which has recorded the refused requests; collective.
 
-    On rank 0 it counts the requests of earlier attempts as well.
+    On rank 0 it counts the requests of earlier attempts as well. Opens the journal, if the rank records anything.
     """
     on_progress = attempt.also_writing_state(progress.update)
     writes_records = rank_layout.writes_records
+    writes = writes_records or job.trace.has_routing or bool(job.trace.hidden)
+    world.collectively(lambda: attempt.open_journal() if writes else None)
     recorder = Recorder(
         attempt.journal,
         task=job.task,

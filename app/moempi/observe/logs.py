@@ -1,6 +1,7 @@
-"""Log files of the ranks, beside the results."""
+"""Log files of rank 0 and of ranks with warnings, beside the results."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from moempi.errors import StorageError
@@ -17,6 +18,14 @@ class _LineFormatter(logging.Formatter):
         return one_line(super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A log file; a warning for which no file can be made is lost, and ends nothing."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+
 def logs_folder(results: str | Path) -> Path:
     """The folder of a run's log files: `<results>.logs`."""
     return Path(f"{results}.logs")
@@ -29,14 +38,18 @@ def log_to_stderr() -> None:
 
 
 def log_to_files(results: str | Path, rank: int) -> None:
-    """Write the log of this rank to `<results>.logs/rank-00003.log`; rank 0 also prints warnings on stderr.
+    """Write the log of rank 0 to `<results>.logs/rank-00000.log`, and warnings on stderr.
 
-    Raises StorageError if the file cannot be created.
+    Another rank writes a file only if it has a warning. Rank 0 makes the folder and removes the files of earlier runs
+    before that. Raises StorageError if it cannot.
     """
     folder = logs_folder(results)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / f"rank-{rank:05d}.log", mode="w", encoding="utf-8")
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for earlier in folder.glob("rank-*.log"):
+                earlier.unlink()
+        file = _LogFile(folder / f"rank-{rank:05d}.log", mode="w", encoding="utf-8", delay=rank > 0)
     except OSError as error:
         raise StorageError(f"{folder}: no log file can be made: {error.strerror}") from error
     file.setFormatter(_LineFormatter(LINE))
@@ -47,7 +60,7 @@ def log_to_files(results: str | Path, rank: int) -> None:
         screen.setFormatter(_LineFormatter(STDERR_LINE))
         handlers.append(screen)
     logger = logging.getLogger("moempi")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
     for old in logger.handlers[:]:
         logger.removeHandler(old)
         old.close()

@@ -1,4 +1,4 @@
-"""The journal of a run: finished requests before the merge, in one append-only file per rank beside the results.
+"""The journals of a run: finished requests before the merge, in an append-only file of each rank that records any.
 
 A journal is a header followed by records, each preceded by its length and checksum. If a rank is killed at any moment,
 all records written before can be read. Bytes that are no whole record are either damage, if a whole record follows
@@ -32,6 +32,8 @@ from moempi.storage.records import Record, decode, encode
 MAGIC = b"MOEMPART"
 VERSION = 1
 SYNC_INTERVAL_S = 1.0
+FOLDER_RANKS = 1000
+"""Ranks whose journals are in one folder."""
 
 _HEADER = struct.Struct("<8sII")
 _FRAME = struct.Struct("<QQ")
@@ -57,13 +59,23 @@ def journals_folder(results_path: str | Path) -> Path:
 
 
 def journal_path(results_path: str | Path, rank: int) -> Path:
-    """The journal that `rank` writes."""
-    return journals_folder(results_path) / f"rank-{rank:05d}.part"
+    """The journal that `rank` writes, in a folder of those of FOLDER_RANKS ranks."""
+    return journals_folder(results_path) / f"{rank // FOLDER_RANKS}" / f"rank-{rank:05d}.part"
 
 
 def journal_paths(results_path: str | Path) -> list[Path]:
-    """All journals beside a results file, from this run or an unfinished earlier one, in rank order."""
-    return sorted(journals_folder(results_path).glob("rank-*.part"), key=lambda path: (len(path.name), path.name))
+    """All journals beside a results file, from this run or an unfinished earlier one, in rank order.
+
+    Earlier versions wrote them into `journals_folder` itself.
+    """
+    folder = journals_folder(results_path)
+    found = (*folder.glob("rank-*.part"), *folder.glob("[0-9]*/rank-*.part"))
+    return sorted(found, key=lambda path: (len(path.name), path.name, str(path)))
+
+
+def whole_folder(journal: Path) -> Path:
+    """The `journals_folder` that a journal is in."""
+    return journal.parent.parent if journal.parent.name.isdecimal() else journal.parent
 
 
 def remove_journals(results_path: str | Path) -> None:
@@ -348,7 +360,9 @@ class JournalWriter(Closeable):
     def _end_of_records(self, fingerprint: str) -> int:
         with JournalReader(self.path) as journal:
             if journal.fingerprint != fingerprint:
-                raise StorageError(f"{self.path}: belongs to another run; remove {self.path.parent} to start afresh")
+                raise StorageError(
+                    f"{self.path}: belongs to another run; remove {whole_folder(self.path)} to start afresh"
+                )
             for _ in journal.payloads():
                 pass
             return journal.append_at
