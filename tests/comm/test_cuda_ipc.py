@@ -172,6 +172,7 @@ def test_memory_that_reads_as_other_values_is_found(comm, num_ranks):
 
 @pytest.mark.ranks(4)
 def test_the_transport_is_chosen_where_it_can_be_used(comm, num_ranks):
+    from moempi.comm.rank_groups import RankGroups
     from moempi.comm.select_transport import choose_transport
     from moempi.config.job import ExchangeSection
     from moempi.errors import ConfigError
@@ -184,7 +185,9 @@ def test_the_transport_is_chosen_where_it_can_be_used(comm, num_ranks):
     two_nodes, one_node = Topology((0, 0, 1, 1)), Topology((0,) * 4)
 
     def choose(topology, **section):
-        return choose_transport(ExchangeSection(**section), comm, grid, backend, topology=topology, width=WIDTH)
+        return choose_transport(
+            ExchangeSection(**section), RankGroups.make(comm, grid), grid, backend, topology=topology, width=WIDTH
+        )
 
     assert choose(two_nodes, hops=2).name == "cuda_ipc"
     assert choose(one_node).name == "cuda_ipc"

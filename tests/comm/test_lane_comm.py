@@ -16,7 +16,8 @@ from moempi.comm.batch import NO_STEP
 from moempi.comm.combine import HomeCombine
 from moempi.comm.exchange import OneHop, Route
 from moempi.comm.immediate import ImmediateCombine, ImmediateLink
-from moempi.comm.lane_comm import SKEW_FACTOR, make_lane_comm, slot_rows
+from moempi.comm.lane_comm import SKEW_FACTOR, LaneOptions, make_lane_comm, slot_rows
+from moempi.comm.rank_groups import RankGroups
 from moempi.comm.row_shape import RowShape
 from moempi.comm.stage_link import StageLink
 from moempi.comm.transfers import PendingTransfers, Transfers
@@ -47,14 +48,14 @@ def make(comm, *, hops=1, ranks_per_node=2, on_route=None, make_backend=numpy_ba
     backend = make_backend()
     topology = virtual(comm.size, ranks_per_node)
     transfers = Transfers(backend, PendingTransfers(), levels=topology.levels(comm.rank))
+    layout = layout_of(comm.size, **sections)
     return make_lane_comm(
-        comm,
-        layout_of(comm.size, **sections),
+        RankGroups.make(comm, layout.grid),
+        layout,
         topology,
         transports=TransportFactory(backend=backend, name="alltoallv", shape=SHAPE, slot_rows=8),
         transfers=transfers,
-        hops=hops,
-        on_route=on_route,
+        options=LaneOptions(hops, on_route),
     )
 
 

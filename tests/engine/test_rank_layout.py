@@ -93,6 +93,12 @@ def memory(memory_id, num_bytes=900):
     return SimpleNamespace(memory_id=memory_id, available_bytes=lambda: num_bytes)
 
 
+def world_on(node, nodes, values):
+    """A world on one of the `nodes`, whose ranks gather their values."""
+    of_node = [value for other, value in zip(nodes, values, strict=True) if other == node]
+    return SimpleNamespace(node=SimpleNamespace(allgather=lambda _: of_node))
+
+
 @pytest.mark.parametrize(
     ("nodes", "memory_ids", "shares"),
     [
@@ -105,8 +111,7 @@ def memory(memory_id, num_bytes=900):
     ],
 )
 def test_the_ranks_of_a_node_share_each_of_its_memories(nodes, memory_ids, shares):
-    comm = SimpleNamespace(allgather=lambda _: list(zip(nodes, memory_ids, strict=True)))
-    worlds = [SimpleNamespace(rank=rank, nodes=nodes, comm=comm) for rank in range(len(nodes))]
+    worlds = [world_on(node, nodes, memory_ids) for node in nodes]
     backends = map(memory, memory_ids)
     found = [available_bytes(make_job().topology, *pair) for pair in zip(worlds, backends, strict=True)]
     assert found == shares
@@ -114,7 +119,7 @@ def test_the_ranks_of_a_node_share_each_of_its_memories(nodes, memory_ids, share
 
 def test_the_memory_that_the_job_states_counts_alone():
     job = make_job(topology={"rank_memory": "2KiB"})
-    assert available_bytes(job.topology, SimpleNamespace(rank=0, nodes=(0, 0)), memory("host")) == 2048
+    assert available_bytes(job.topology, world_on(0, (0, 0), "ab"), memory("host")) == 2048
 
 
 def test_the_forecast_of_memory_counts_numbers_as_the_backend_holds_them():
@@ -142,11 +147,9 @@ def test_the_forecast_of_memory_counts_numbers_as_the_backend_holds_them():
     ],
 )
 def test_the_ranks_of_a_node_share_its_cores(monkeypatch, stated, cores, threads):
-    nodes = (0,) * len(cores)
     for rank, expected in enumerate(threads):
-        comm = SimpleNamespace(allgather=lambda own: list(zip(nodes, cores, strict=True)))
         monkeypatch.setattr(rank_layout, "usable_cores", lambda own=cores[rank]: own)
-        world = SimpleNamespace(rank=rank, nodes=nodes, comm=comm)
+        world = world_on(0, [0] * len(cores), cores)
         assert rank_threads(make_job(run={"threads": stated}).run, world) == expected
 
 

@@ -1,6 +1,7 @@
 """Replay: a job is given the experts of its rows. A recorded run replayed is the same run; other experts change it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -32,10 +33,17 @@ def named_requests():
 PROMPTS = [request.prompt for request in named_requests()]
 
 
+def opened(section):
+    """The replay of PROMPTS by SMALL, as rank 0 opens it."""
+    return open_replay(
+        section, SMALL, SimpleNamespace(comm=MPI.COMM_SELF, rank=0, collectively=lambda act: act()), PROMPTS
+    )
+
+
 def run_with(folder, replay_file=None, *, comm=MPI.COMM_SELF, weights=False, **sections):
     """The results of a run of SMALL that records its routing, and the run; with the routing of a file, if given."""
     folder.mkdir(exist_ok=True)
-    replay = open_replay(ReplaySection(str(replay_file), weights=weights), PROMPTS, SMALL) if replay_file else None
+    replay = opened(ReplaySection(str(replay_file), weights=weights)) if replay_file else None
     requests = named_requests()
     if replay is not None:
         replay.require_fits(requests)
@@ -195,7 +203,7 @@ def experts_with(place, value):
 def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, changes, words):
     path = made(tmp_path / "given.h5", **changes)
     with pytest.raises(DataError, match=words) as error:
-        open_replay(ReplaySection(str(path)), PROMPTS, SMALL)
+        opened(ReplaySection(str(path)))
     assert str(path) in str(error.value)
 
 
@@ -204,11 +212,11 @@ def test_more_positions_than_the_job_computes_and_missing_weights_are_refused(tm
     offsets = np.array([0, LIMIT + 1, LIMIT + 1])
     experts = np.tile(np.arange(TOP_K, dtype=np.int16), (LIMIT + 1, LAYERS, 1))
     path = made(tmp_path / "given.h5", id=names, offsets=offsets, experts=experts)
-    replay = open_replay(ReplaySection(str(path)), PROMPTS, SMALL)
+    replay = opened(ReplaySection(str(path)))
     with pytest.raises(DataError, match=f"{LIMIT + 1} positions, the job computes at most {LIMIT}"):
         replay.require_fits(named_requests())
     with pytest.raises(DataError, match="has no weights"):
-        open_replay(ReplaySection(str(path), weights=True), PROMPTS, SMALL)
+        opened(ReplaySection(str(path), weights=True))
 
 
 def test_a_file_that_is_missing_or_no_hdf5_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from engine.jobs import make_job
 from moempi.config.job import CHANGES_RESULTS, KEEPS_RESULTS
-from moempi.engine.restart import run_fingerprint
+from moempi.engine import inputs
 from moempi.errors import NoInputError
 
 
@@ -17,6 +17,10 @@ def job(tmp_path):
 
 def with_keys(job, section, **keys):
     return msgspec.structs.replace(job, **{section: msgspec.structs.replace(getattr(job, section), **keys)})
+
+
+def run_fingerprint(job, *, weights):
+    return inputs.run_fingerprint(job, weights=weights, inputs=inputs._digest_inputs(job))
 
 
 def test_the_same_job_has_the_same_fingerprint(job):

@@ -4,11 +4,10 @@ import h5py
 import numpy as np
 import pytest
 
-from engine.runs import SMALL, Run, numpy_backend, requests_of
-from engine.test_replay import LENGTHS, LIMIT, PROMPTS, named_requests
+from engine.runs import Run, numpy_backend, requests_of
+from engine.test_replay import LENGTHS, LIMIT, named_requests, opened
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.config.job import ReplaySection
-from moempi.engine.replay import open_replay
 from moempi.storage.merge import merge
 from simt.device import SimtDevice
 from storage.test_results import PROVENANCE
@@ -76,7 +75,7 @@ def test_a_gpu_scores_the_likeliest_tokens_of_the_cpu(tmp_path):
 def test_a_gpu_replays_what_it_recorded_to_the_bit(tmp_path, weights):
     recorded = tables(tmp_path / "one", on_gpu("float32"), requests=named_requests(), trace={"routing": "weights"})
     section = ReplaySection(str(tmp_path / "one/r.h5"), weights=weights)
-    replay = open_replay(section, PROMPTS, SMALL)
+    replay = opened(section)
     with replay.file:
         again = tables(
             tmp_path / "two", on_gpu("float32"), requests=named_requests(), replay=replay, trace={"routing": "weights"}

@@ -173,7 +173,7 @@ def test_nodes_and_local_rank(comm, num_ranks):
     assert world.nodes == (0,) * num_ranks
     assert world.num_nodes == 1
     assert world.local_rank == comm.rank
-    assert world.split_matches_nodes
+    assert world.split_matches_nodes()
 
 
 @pytest.mark.ranks(3)
@@ -184,7 +184,7 @@ def test_node_names_of_slurm_come_first(comm, monkeypatch):
     world = World(comm)
     assert world.nodes == (0, 1, 0)
     assert world.local_rank == (0, 0, 1)[comm.rank]
-    assert not world.split_matches_nodes
+    assert not world.split_matches_nodes()
 
 
 @pytest.mark.ranks(1, 3)

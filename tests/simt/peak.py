@@ -10,7 +10,7 @@ from simt.device import SimtDevice
 
 device = SimtDevice(pinned=False, eager=True)
 found = {}
-lay_out_rank, load_model = deployment.lay_out_rank, engine.load_model
+rank_layout_on, load_model = deployment.rank_layout_on, engine.load_model
 
 
 def make_backend(run, *, progress, **_):
@@ -18,7 +18,7 @@ def make_backend(run, *, progress, **_):
 
 
 def watch_layout(*arguments, **named):
-    rank_layout = lay_out_rank(*arguments, **named)
+    rank_layout = rank_layout_on(*arguments, **named)
     found["memory"] = rank_layout.memory
     return rank_layout
 
@@ -32,7 +32,7 @@ def watch_load(*arguments, pages, **named):
     return model
 
 
-deployment.make_backend, deployment.lay_out_rank, engine.load_model = make_backend, watch_layout, watch_load
+deployment.make_backend, deployment.rank_layout_on, engine.load_model = make_backend, watch_layout, watch_load
 
 if __name__ == "__main__":
     code = main()

@@ -14,12 +14,14 @@ import xxhash
 
 from moempi.api.results import Generated, Scored, generated, scored, with_likeliest
 from moempi.api.sampling_params import SamplingParams
+from moempi.backend.select import count_gpus
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, ScoreSection
 from moempi.config.settings import read_settings
 from moempi.engine.chat import ChatRenderer, template_day
 from moempi.engine.deployment import deploy
 from moempi.engine.engine import Engine, load_engine, make_task
+from moempi.engine.inputs import PromptCounts
 from moempi.engine.recorder import Recorder
 from moempi.engine.sampling_defaults import with_sampling_defaults
 from moempi.engine.tokenizer import TextTokenizer
@@ -32,6 +34,7 @@ from moempi.storage.chat_templates import ChatTemplates
 from moempi.storage.closeable import Closeable
 from moempi.storage.prompts import Chat, make_prompts
 from moempi.storage.records import Record, RequestRecord
+from moempi.storage.tokenizer_check import check_tokenizer
 from moempi.storage.weights import WeightFile
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Mapping[str, Any]
@@ -159,8 +162,18 @@ class LLM(Closeable):
 
 def _load(job: Job, weights: WeightFile) -> Engine:
     """The engine, with a cache for as many sequences of all positions as it computes at a time; collective, blocks."""
-    deployment = deploy(job, script_world(), weights)
-    pages = deployment.cache_pages(len(deployment.slots) * pages_for(weights.architecture.max_positions))
+    world = script_world()
+
+    def check() -> tuple[int, Sequence[int]]:
+        if weights.tokenizer and world.rank == 0:
+            check_tokenizer(weights.tokenizer, origin=str(weights.path))  # before other ranks read it
+        num_gpus = count_gpus(job.run)
+        return num_gpus, [num_gpus]
+
+    num_gpus, (fewest_gpus,) = world.collectively_least(check, num=1)
+    deployment = deploy(job, world, weights, num_gpus=num_gpus, has_gpus=fewest_gpus > 0)
+    useful = len(deployment.slots) * pages_for(weights.architecture.max_positions)
+    _, pages = deployment.with_cache_pages(lambda: (None, useful))
     idle = Recorder([], task=job.task, writes_records=False, on_progress=lambda counts: None)
     engine = load_engine(deployment, idle, Stop(), pages=pages, progress=Progress(0, enabled=False))
     if engine is None:
@@ -172,12 +185,14 @@ def _compute(engine: Engine, rows: list[dict[str, Any]], job: Job) -> list[Reque
     """The records of all requests, on every rank in order; collective, blocks."""
     deployment, records = engine.deployment, list[Record]()
     prompts = make_prompts(rows, sampling=job.sampling)
-    requests = deployment.make_requests(deployment.own(prompts), task=job.task)
+    own, counts = deployment.own(prompts), PromptCounts.of(prompts)
+    chats = deployment.render_chats(own) if counts.chats else {}
+    requests = deployment.make_requests(own, task=job.task, chats=chats)
     writes_records = deployment.rank_layout.writes_records
     recorder = Recorder(records, task=job.task, writes_records=writes_records, on_progress=lambda counts: None)
     recorder.record(request for request in requests if request.finish)
     too_long = engine.submit(requests)
-    engine.run(make_task(job, deployment.tokenizer, prompts), recorder)
+    engine.run(make_task(job, deployment.tokenizer, top=counts.top_logprobs), recorder)
     recorder.record(too_long)
     of_ranks: list[list[Record]] = deployment.world.comm.allgather(records)
     return with_likeliest(chain.from_iterable(of_ranks))

@@ -25,6 +25,7 @@ from moempi.comm.batch import NONE, Batch
 from moempi.comm.combine import HomeCombine
 from moempi.comm.hop import Hop
 from moempi.comm.lane_comm import LaneComm, make_lane_comm
+from moempi.comm.rank_groups import RankGroups
 from moempi.comm.row_shape import RowShape
 from moempi.comm.transfers import Transfers, Waits
 from moempi.comm.transport_factory import TransportFactory
@@ -139,7 +140,7 @@ class _Rig:
         transports = TransportFactory(backend=bench.backend, name=Loopback.name, shape=shape, slot_rows=num_rows)
         self._comms: Sequence[LaneComm] = [
             make_lane_comm(
-                comm,
+                RankGroups.make(comm, grid),
                 layout,
                 Topology((0,)),
                 transports=transports,

@@ -12,6 +12,7 @@ from moempi.bench.measure import alternate, machine, ratio
 from moempi.bench.random_layer import Sizes, add_size_flags, make_layer, make_rows, run_to_end
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.lane_comm import make_lane_comm, slot_rows
+from moempi.comm.rank_groups import RankGroups
 from moempi.comm.row_shape import RowShape
 from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transport_factory import TransportFactory
@@ -87,7 +88,7 @@ def _make_step(
         backend=backend, name="alltoallv", shape=shape, slot_rows=slot_rows(shape, grid, world.rank)
     )
     comm = make_lane_comm(
-        world.comm,
+        RankGroups.make(world.comm, grid),
         Layout(grid, ({0: placement}, {0: placement}), memory=(), immediate_stages=immediate_stages),
         Topology(world.nodes),
         transports=transports,

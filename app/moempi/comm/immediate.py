@@ -16,6 +16,7 @@ from moempi.arrays import Float32Array, Int32Array, IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.batch import NO_STEP, NONE, Batch
 from moempi.comm.combine import Addends
+from moempi.comm.rank_groups import LinkComm
 from moempi.comm.route_plan import RoutePlan
 from moempi.comm.row_shape import RowShape
 from moempi.comm.stage_comm import StageComm
@@ -65,7 +66,7 @@ class ImmediateLink(StageLink):
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
+        comm: LinkComm,
         grid: Grid,
         backend: Backend,
         *,

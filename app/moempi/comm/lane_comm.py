@@ -10,6 +10,7 @@ from moempi.comm.combine import Combine, HomeCombine
 from moempi.comm.exchange import Exchange, OneHop, OnRoute
 from moempi.comm.hop import Hop
 from moempi.comm.immediate import ImmediateLink
+from moempi.comm.rank_groups import RankGroups
 from moempi.comm.row_shape import RowShape
 from moempi.comm.stage_comm import StageComm
 from moempi.comm.stage_link import StageLink
@@ -56,6 +57,14 @@ class LaneComm:
         return self.home_combine if self.immediate is None else self.immediate.combine(batch, split)
 
 
+@dataclass(frozen=True, slots=True)
+class LaneOptions:
+    """The hops of a row to an expert, and a function that is called with every route before it is dispatched."""
+
+    hops: int = 1
+    on_route: OnRoute | None = None
+
+
 def slot_rows(shape: RowShape, grid: Grid, rank: int) -> int:
     """Rows of a rank's shared-memory slot."""
     coords = grid.coordinates(rank)
@@ -63,29 +72,30 @@ def slot_rows(shape: RowShape, grid: Grid, rank: int) -> int:
 
 
 def make_lane_comm(
-    comm: MPI.Intracomm,
+    groups: RankGroups,
     layout: Layout,
     topology: Topology,
     *,
     transports: TransportFactory,
     transfers: Transfers,
-    hops: int = 1,
-    on_route: OnRoute | None = None,
+    lane: int = 0,
+    options: LaneOptions = LaneOptions(),
 ) -> LaneComm:
-    """The communication of one more lane between the ranks of `comm` with this topology; collective."""
+    """The communication of a lane, of which each has another number, between ranks of this topology.
+
+    Collective over each stage alone.
+    """
     grid, backend, shape = layout.grid, transports.backend, transports.shape
-    coords = grid.coordinates(comm.rank)
-    stage = MPI.Intracomm(comm.Split(coords.stage, comm.rank))
-    tensor = MPI.Intracomm(stage.Split(coords.data, comm.rank))
-    between_stages = comm.Dup()
+    rank, coords = groups.ranks.rank, grid.coordinates(groups.ranks.rank)
+    stage, tensor, link = groups.stage.Dup(), groups.tensor.Dup(), groups.link(lane)
     stage_comm = StageComm(stage, transfers)
-    factory = ExchangeFactory(transports, transfers, on_route)
-    make_exchange = factory.one_hop if hops == 1 else factory.two_hops
+    factory = ExchangeFactory(transports, transfers, options.on_route)
+    make_exchange = factory.one_hop if options.hops == 1 else factory.two_hops
     exchange = make_exchange(stage, layout.placements[coords.stage], topology.subset(grid.stages[coords.stage].ranks))
     immediate = None
     if layout.immediate_stages:
         immediate = ImmediateLink(
-            between_stages,
+            link,
             grid,
             backend,
             transfers=transfers,
@@ -96,14 +106,12 @@ def make_lane_comm(
     return LaneComm(
         exchange=exchange,
         stage=stage_comm,
-        tensor=TensorGroup(
-            tensor, backend, transfers=transfers, width=shape.width, first_rank=comm.rank - coords.tensor
-        ),
-        link=immediate or StageLink(between_stages, grid, backend, transfers=transfers, shape=shape),
+        tensor=TensorGroup(tensor, backend, transfers=transfers, width=shape.width, first_rank=rank - coords.tensor),
+        link=immediate or StageLink(link, grid, backend, transfers=transfers, shape=shape),
         transfers=transfers,
         home_combine=HomeCombine(exchange),
         immediate=immediate if immediate and immediate.sends_immediate else None,
-        comms=(stage, tensor, between_stages),
+        comms=(stage, tensor),
     )
 
 

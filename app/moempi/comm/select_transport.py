@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from moempi.backend.protocol import Backend
 from moempi.comm.peer_trial import mapping_problem
+from moempi.comm.rank_groups import RankGroups
 from moempi.comm.transports.alltoallv import Alltoallv
 from moempi.comm.transports.base import Transport, wait
 from moempi.comm.transports.cuda_ipc import CudaIpc
@@ -38,13 +39,21 @@ class ChosenTransport:
 
 
 def choose_transport(
-    section: ExchangeSection, comm: MPI.Intracomm, grid: Grid, backend: Backend, *, topology: Topology, width: int
+    section: ExchangeSection,
+    groups: RankGroups,
+    grid: Grid,
+    backend: Backend,
+    *,
+    topology: Topology,
+    width: int,
+    has_peer_memory: bool = True,
 ) -> ChosenTransport:
-    """The job's transport; for "auto" "cuda_ipc" where it can be used, else the fastest for rows of `width`; logged.
+    """The job's transport; for "auto" "cuda_ipc" where it can be used, else the stage's fastest for rows of `width`.
 
-    With "cuda_ipc" rows never leave the memory of GPUs. Collective over the ranks of `comm`, whose topology is
-    `topology`. A probe blocks for some milliseconds. Raises ConfigError, on all ranks, if the job requires "cuda_ipc"
-    and it cannot be used.
+    `has_peer_memory` is whether every rank may have peer memory. Logs the choice.
+    With "cuda_ipc" rows never leave the memory of GPUs. Collective over all ranks, whose topology is `topology`. A
+    probe blocks for some milliseconds. Raises ConfigError, on all ranks, if the job requires "cuda_ipc" and it cannot
+    be used.
     """
     log, choice = logging.getLogger(__name__), ChosenTransport(section.transport, "as the job says")
     is_alone = all(len(stage.ranks) == 1 for stage in grid.stages)
@@ -52,7 +61,9 @@ def choose_transport(
         choice = ChosenTransport(Loopback.name, "each stage has one rank")
     elif section.transport in ("auto", CudaIpc.name):
         stage_nodes = [topology.subset(stage.ranks).nodes for stage in grid.stages]
-        problem = _ipc_problem(section, comm, backend, topology=topology, stage_nodes=stage_nodes)
+        problem = "not every rank has a GPU"
+        if has_peer_memory:
+            problem = _ipc_problem(section, groups.ranks, backend, topology=topology, stage_nodes=stage_nodes)
         if section.transport == CudaIpc.name and problem:
             raise ConfigError(f'exchange.transport = "{CudaIpc.name}": {problem}; use "auto"')
         if problem and backend.peer_memory is not None:
@@ -60,10 +71,8 @@ def choose_transport(
         if section.transport == "auto" and not problem:
             choice = ChosenTransport(CudaIpc.name, "the ranks of each node read each other's GPU memory")
         elif section.transport == "auto":
-            coords = grid.coordinates(comm.rank)
-            stage = MPI.Intracomm(comm.Split(coords.stage, comm.rank))
-            choice = fastest(comm, stage, backend, width=width, nodes=stage_nodes[coords.stage])
-            stage.Free()
+            nodes = stage_nodes[grid.coordinates(groups.ranks.rank).stage]
+            choice = fastest(groups.stage, groups.stage, backend, width=width, nodes=nodes)
     log.info("transport %s: %s", choice.name, choice.reason)
     return choice
 

@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from moempi.backend.protocol import Array, Backend, SampledTokens
 from moempi.comm.batch import NO_STEP, Batch
+from moempi.comm.rank_groups import LinkComm
 from moempi.comm.row_shape import RowShape
 from moempi.comm.transfers import PIPELINE, Condition, Steps, Transfer, Transfers, after_verbs, complete
 from moempi.comm.transports.buffers import BufferRing
@@ -31,15 +32,13 @@ class StageStep(NamedTuple):
 
 
 class StageLink:
-    """A rank's messages to and from other stages; `comm` is the lane's own communicator of all ranks."""
+    """A rank's messages to and from other stages, over `comm`, whose tags no other lane uses."""
 
-    def __init__(
-        self, comm: MPI.Intracomm, grid: Grid, backend: Backend, *, transfers: Transfers, shape: RowShape
-    ) -> None:
-        coords = grid.coordinates(comm.rank)
+    def __init__(self, comm: LinkComm, grid: Grid, backend: Backend, *, transfers: Transfers, shape: RowShape) -> None:
+        coords = grid.coordinates(comm.ranks.rank)
         self.is_first = coords.stage == 0
         self.is_last = coords.stage == len(grid.stages) - 1
-        self._comm = comm
+        self._comm, self._first_tag = comm
         self._grid = grid
         self._coords = coords
         self._backend = backend
@@ -88,8 +87,8 @@ class StageLink:
 
     def stop_requested(self) -> bool:
         """Whether any rank of a later stage has called `request_stop`; does not block."""
-        while self._comm.iprobe(tag=STOP):
-            self._comm.recv(tag=STOP)
+        while self._comm.iprobe(tag=self._first_tag + STOP):
+            self._comm.recv(tag=self._first_tag + STOP)
             self._stop_requested = True
         return self._stop_requested
 
@@ -147,21 +146,21 @@ class StageLink:
 
     def _message_steps(self, source: int, tag: int) -> Steps[Any]:
         """Receive an object, once it has arrived."""
-        yield Condition(partial(self._comm.iprobe, source, tag))
-        return self._comm.recv(source=source, tag=tag)
+        yield Condition(partial(self._comm.iprobe, source, self._first_tag + tag))
+        return self._comm.recv(source=source, tag=self._first_tag + tag)
 
     def _send_message(self, message: object, rank: int, tag: int) -> None:
         """Send an object; does not block."""
-        request = self._comm.isend(message, rank, tag)
+        request = self._comm.isend(message, rank, self._first_tag + tag)
         self._sent.append(self._transfers.start(complete(request, None), waiting=PIPELINE))
 
     def _send_rows(self, rows: Array, rank: int, tag: int) -> None:
         """Send the rows of a buffer once they are written; does not block."""
         self._transfers.count_sent(TO_STAGE, rank, len(rows) * self._row.size)
-        start = partial(self._comm.Isend, [rows, len(rows), self._row], rank, tag)
+        start = partial(self._comm.Isend, [rows, len(rows), self._row], rank, self._first_tag + tag)
         self._sent.append(self._transfers.start(after_verbs(self._backend, start), waiting=PIPELINE))
 
     def _receive_rows(self, buffer: Array, source: int, tag: int) -> Transfer[MPI.Request]:
         """Receive into a buffer once no verb reads it; does not block."""
-        start = partial(self._comm.Irecv, [buffer, len(buffer), self._row], source, tag)
+        start = partial(self._comm.Irecv, [buffer, len(buffer), self._row], source, self._first_tag + tag)
         return self._transfers.start(after_verbs(self._backend, start), waiting=PIPELINE)

@@ -37,9 +37,9 @@ def run(chosen: Namespace) -> int:
         if chosen.output:
             force = chosen.force
             world.collectively(lambda: check_output(chosen.output, inputs=[], force=force) if not world.rank else None)
-        result = probe(world)
+        result, hidden_ranks = probe(world), not world.split_matches_nodes()
         if world.rank == 0:
-            print_probe(result, world)
+            print_probe(result, world, hidden_ranks=hidden_ranks)
         if chosen.measure or chosen.output:
             section = TopologySection(ranks_per_node=chosen.ranks_per_node)
             file, trials = measure(*world.by_node(section, domain=find_island(world.local_rank, on_gpu=True)))

@@ -15,15 +15,18 @@ from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 
 
-def print_probe(result: ProbeResult, world: World) -> None:
-    """Print the ranks, the GPUs of this rank's node, and the times of exchanges on stdout."""
+def print_probe(result: ProbeResult, world: World, *, hidden_ranks: bool) -> None:
+    """Print the ranks, the GPUs of this rank's node, and the times of exchanges on stdout.
+
+    `hidden_ranks` is whether MPI finds other shared-memory groups than the host names.
+    """
     lines = [
         result.library,
         f"{world.size} ranks on {world.num_nodes} nodes, "
         f"thread level {result.thread_level} of {result.max_thread_level}",
         *_gpu_lines(),
     ]
-    if not world.split_matches_nodes:
+    if hidden_ranks:
         lines.append("MPI finds other shared-memory groups than the host names: the launcher hides ranks of a node")
     lines.extend(_division_lines(result.topology))
     tables = (

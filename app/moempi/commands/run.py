@@ -48,33 +48,45 @@ def run(chosen: Namespace) -> int:
     stop = Stop(max_minutes=chosen.max_minutes)
     stop.catch_signals()  # before MPI, whose start takes time
     from moempi.engine.run import run_job
-    from moempi.engine.sampling_defaults import with_sampling_defaults
     from moempi.runtime.world import World
-    from moempi.storage.stdin import with_stdin
 
     world = World.start(monitor, debug=chosen.debug)
     with world.guard(accept=stop.accept):
-        job = world.collectively(lambda: read_job(chosen))
         if chosen.dry_run:
+            job = world.collectively(lambda: read_job(chosen))
             given = TopologySection(ranks_per_node=chosen.ranks_per_node)
             topology, _ = world.by_node(given if chosen.ranks_per_node else job.topology)
             return world.collectively(lambda: _show_layout(chosen, job, topology.nodes) if world.rank == 0 else 0)
-        world.collectively(lambda: _check_outputs(chosen, job) if world.rank == 0 else None)
-        text = Path(chosen.job).read_text(encoding="utf-8")
-        overrides = "".join(f"--set {override}\n" for override in chosen.set)
-        job_text = text + indent(overrides, "# ", lambda _: True)  # also the second line of an override
-        given_rules = world.collectively(lambda: given_keys(chosen.job, "sampling", overrides=chosen.set))
-        job = world.collectively(lambda: with_sampling_defaults(job, given=given_rules))
-        job = world.collectively(lambda: with_stdin(job, is_reader=world.rank == 0))
         return run_job(
-            job,
-            job_text=job_text,
+            lambda: _read(chosen, is_first=world.rank == 0),
+            job_text=_job_text(chosen) if world.rank == 0 else "",
             world=world,
             stop=stop,
             strict=chosen.strict,
             max_errors=chosen.max_errors,
             on_finished=world.finish,
         )
+
+
+def _read(chosen: Namespace, *, is_first: bool) -> Job:
+    """The job with what its weight file recommends; the first rank also checks its outputs, and copies stdin."""
+    from moempi.engine.sampling_defaults import with_sampling_defaults
+    from moempi.storage.stdin import with_stdin
+
+    job = read_job(chosen)
+    if is_first:
+        _check_outputs(chosen, job)
+    job = with_sampling_defaults(job, given=given_keys(chosen.job, "sampling", overrides=chosen.set))
+    return with_stdin(job, is_reader=is_first)
+
+
+def _job_text(chosen: Namespace) -> str:
+    """The job file, with the overrides as comments, also the second line of one; "" if reading the job will fail."""
+    overrides = "".join(f"--set {override}\n" for override in chosen.set)
+    try:
+        return Path(chosen.job).read_text(encoding="utf-8") + indent(overrides, "# ", lambda _: True)
+    except (OSError, ValueError):
+        return ""
 
 
 def _check_outputs(chosen: Namespace, job: Job) -> None:

@@ -1,24 +1,23 @@
 """The deployment of a job on the ranks, before its model is loaded: backends, layout, tokenizer, and the requests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
 from moempi.backend.protocol import Backend
-from moempi.backend.select import count_gpus, make_backend
+from moempi.backend.select import make_backend
 from moempi.comm.device_memory import takes_device_memory
 from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
-from moempi.engine.admission import make_requests
+from moempi.engine.admission import NO_CHATS, make_requests
 from moempi.engine.chat import ChatText, render_chats, template_day
-from moempi.engine.rank_layout import RankLayout, available_bytes, lay_out_rank, rank_threads
+from moempi.engine.rank_layout import RankLayout, available_bytes, find_ranks, rank_layout_on, rank_threads
 from moempi.engine.request import Request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.layout.memory import affordable_pages
 from moempi.runtime.world import World
 from moempi.storage.prompts import Prompt
-from moempi.storage.tokenizer_check import check_tokenizer
 from moempi.storage.weights import WeightFile
 
 T = TypeVar("T")
@@ -51,38 +50,42 @@ class Deployment:
             return everything[:0]
         return everything[self.rank_layout.coords.data :: self.rank_layout.grid.num_groups(0)]
 
-    def make_requests(self, own: Sequence[Prompt], *, task: str) -> list[Request]:
-        """The requests of this rank's group for its `own` prompts; the ones that cannot be computed have failed.
-
-        The group's first rank renders their chats, so that all have the same. Collective.
-        """
-        chats: dict[int, ChatText] = {}
-        if self.world.comm.allreduce(any(prompt.chat is not None for prompt in own), max):
-            chats = self._render_chats(own)
+    def make_requests(
+        self, own: Sequence[Prompt], *, task: str, chats: Mapping[int, ChatText] = NO_CHATS
+    ) -> list[Request]:
+        """The requests of this rank's group for its `own` prompts; the ones that cannot be computed have failed."""
         return make_requests(own, self.tokenizer, self.weights.architecture, task=task, chats=chats)
 
-    def cache_pages(self, useful: int) -> int:
-        """Cache pages of each group of the first stage: as many as are `useful` to it and every rank can allocate.
+    def with_cache_pages(self, action: Callable[[], tuple[T, int]]) -> tuple[T, int]:
+        """What `action` returns, with the cache pages of each group in the place of the pages that are useful to it.
 
-        `useful` is 0 beyond the first stage. Collective.
+        They are as many as are useful to any group of the first stage and every rank can allocate. A MoempiError of any
+        rank ends all ranks. Collective, blocks.
         """
-        job, world, memory = self.job, self.world, self.rank_layout.memory
-        available = available_bytes(job.topology, world, self.backend)
-        affordable = world.collectively(lambda: affordable_pages(job.run, memory, available=available))
-        pages: int = min(world.comm.allreduce(affordable, min), world.comm.allreduce(useful, max))
-        return pages
+        available = available_bytes(self.job.topology, self.world, self.backend)
 
-    def _render_chats(self, own: Sequence[Prompt]) -> dict[int, ChatText]:
+        def act() -> tuple[T, Sequence[int]]:
+            value, useful = action()
+            affordable = affordable_pages(self.job.run, self.rank_layout.memory, available=available)
+            return value, (affordable, -useful)
+
+        value, (affordable, useful) = self.world.collectively_least(act, num=2)
+        return value, min(affordable, -useful)
+
+    def render_chats(self, own: Sequence[Prompt]) -> dict[int, ChatText]:
+        """The texts of the chats among the `own` prompts of this rank's group, by the index of the prompt.
+
+        The group's first rank renders them, so that all have the same. Collective, blocks.
+        """
         world, coords, section = self.world, self.rank_layout.coords, self.job.chat
         start = datetime.fromisoformat(world.comm.bcast(datetime.now().isoformat()))
-        today = world.collectively(lambda: template_day(section, start))
         chats = world.collectively(
             lambda: render_chats(
                 own if coords.tensor == 0 else [],
                 self.weights.chat,
                 self.tokenizer,
                 section=section,
-                today=today,
+                today=template_day(section, start),
                 on_chat=lambda: world.alive(world.where),
             )
         )
@@ -92,46 +95,36 @@ class Deployment:
         return of_group
 
 
-def deploy(job: Job, world: World, weights: WeightFile) -> Deployment:
-    """Deploy a job on the ranks of `world`; collective, blocks. A MoempiError of any rank ends all ranks."""
-    backend, pending = _backend(job, world)
-    on_gpu = backend.name == "cupy"
-    rank_layout = lay_out_rank(job, world, weights.architecture, on_gpu=on_gpu, widened=backend.widened)
-    tokenizer = _tokenizer(job, world, weights)
-    return Deployment(job, world, weights, backend, pending, rank_layout, tokenizer)
+def deploy(job: Job, world: World, weights: WeightFile, *, num_gpus: int, has_gpus: bool) -> Deployment:
+    """Deploy a job on the ranks of `world`; collective, blocks. A MoempiError of any rank ends all ranks.
 
-
-def _backend(job: Job, world: World) -> tuple[Backend, PendingTransfers]:
-    """This rank's backend, and the transfers that it progresses; collective, blocks.
-
-    All ranks have comm buffers in device memory, or all on the host.
+    `num_gpus` is the number of GPUs of this node that the job can use, `has_gpus` whether every node has some.
     """
     pending = PendingTransfers()
-    gpus = world.collectively(lambda: count_gpus(job.run))
-    device_buffers = takes_device_memory(job.exchange, world, has_gpu=gpus > 0)
+    device_buffers = takes_device_memory(job.exchange, world, has_gpu=True) if has_gpus else False
     threads = rank_threads(job.run, world)
-    backend = world.collectively(
-        lambda: make_backend(
+    topology, ranks = find_ranks(job, world, on_gpu=num_gpus > 0)
+
+    def deploy_rank() -> Deployment:
+        backend = make_backend(
             job.run,
             local_rank=world.local_rank,
             device_buffers=device_buffers,
             threads=threads,
             progress=pending.progress,
         )
-    )
-    return backend, pending
+        tokenizer, on_gpu = _read_tokenizer(job, weights), backend.name == "cupy"
+        rank_layout = rank_layout_on(ranks, topology, job, weights.architecture, on_gpu=on_gpu, widened=backend.widened)
+        return Deployment(job, world, weights, backend, pending, rank_layout, tokenizer)
+
+    return world.collectively(deploy_rank)
 
 
-def _tokenizer(job: Job, world: World, weights: WeightFile) -> TextTokenizer:
-    """The tokenizer of the weight file; collective. Rank 0 first checks that it does not end the process."""
-    text, origin = weights.tokenizer, str(weights.path)
-    world.collectively(lambda: check_tokenizer(text, origin=origin) if text and world.rank == 0 else None)
-    return world.collectively(
-        lambda: TextTokenizer(
-            text,
-            eos_tokens=weights.architecture.eos_tokens,
-            origin=origin,
-            reads_special=job.input.special_tokens,
-            writes_special=job.output.special_tokens,
-        )
+def _read_tokenizer(job: Job, weights: WeightFile) -> TextTokenizer:
+    return TextTokenizer(
+        weights.tokenizer,
+        eos_tokens=weights.architecture.eos_tokens,
+        origin=str(weights.path),
+        reads_special=job.input.special_tokens,
+        writes_special=job.output.special_tokens,
     )

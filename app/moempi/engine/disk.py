@@ -19,6 +19,8 @@ def require_disk(job: Job, world: World, architecture: Architecture, requests: S
     `requests` are those that this rank records and that no other does. Values are on disk twice, in the journals and in
     the results.
     """
+    if not recorded_bytes(job, architecture):
+        return
     needed = 2 * world.comm.allreduce(_prompt_bytes(job, architecture, requests))
     world.collectively(lambda: _require_free(job.output.results, needed) if needed and world.rank == 0 else None)
 

@@ -1,6 +1,7 @@
 """The engine of a rank: its share of the model and its lanes, loaded once, which run requests any number of times."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -20,9 +21,7 @@ from moempi.engine.tokenizer import TextTokenizer
 from moempi.engine.warm_up import warm_up
 from moempi.model.transformer import Transformer
 from moempi.observe.progress import Progress
-from moempi.runtime.stop import Stop
-from moempi.runtime.stop_rounds import StopRounds
-from moempi.storage.prompts import Prompt
+from moempi.runtime.stop import Stop, StoppedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +100,11 @@ def load_engine(
     return Engine(deployment, lanes, loading, pages)
 
 
-def make_task(job: Job, tokenizer: TextTokenizer, prompts: Sequence[Prompt]) -> Task:
-    """The job's task for all of its prompts."""
+def make_task(job: Job, tokenizer: TextTokenizer, *, top: int) -> Task:
+    """The job's task; of its requests, one requests `top` likeliest tokens, and none more."""
     if job.task == "score":
         return Score(top=job.score.top_n, dtype=job.score.dtype)
-    return Generate(tokenizer, top=max((prompt.sampling.top_logprobs for prompt in prompts), default=0))
+    return Generate(tokenizer, top=top)
 
 
 def _load(deployment: Deployment, stop: Stop, *, pages: int, progress: Progress) -> tuple[Transformer | None, Loading]:
@@ -115,21 +114,26 @@ def _load(deployment: Deployment, stop: Stop, *, pages: int, progress: Progress)
     """
     world, rank_layout = deployment.world, deployment.rank_layout
     begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
-    most_layers = world.comm.allreduce(len(layers), max)
-    rounds = StopRounds(world.comm, lambda: stop.requested, rounds=most_layers)
     coords, parts = rank_layout.coords, rank_layout.grid.tensor
-    shard = Shard(deployment.weights, part=coords.tensor, parts=parts, on_read=rounds.check)
+
+    def check() -> None:
+        if stop.requested:
+            raise StoppedError
+
+    shard = Shard(deployment.weights, part=coords.tensor, parts=parts, on_read=check)
     all_pages = pages * rank_layout.num_groups
     slots = rank_layout.grid.slots(coords.stage, coords.data)
 
     def on_layer(loaded: int) -> None:
-        rounds.next_round()
         progress.loading(loaded, len(layers), shard.num_bytes)
 
-    def load() -> Transformer:
-        return load_model(
-            shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, slots=slots, on_layer=on_layer
-        )
+    def load() -> tuple[Transformer | None, Sequence[int]]:
+        with suppress(StoppedError):
+            model = load_model(
+                shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, slots=slots, on_layer=on_layer
+            )
+            return model, [not stop.requested]
+        return None, [False]
 
-    model = world.collectively(lambda: rounds.run(load))
-    return model, Loading(shard.num_bytes, perf_counter() - begin)
+    model, (all_loaded,) = world.collectively_least(load, num=1)
+    return model if all_loaded else None, Loading(shard.num_bytes, perf_counter() - begin)

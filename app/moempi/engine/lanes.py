@@ -1,16 +1,18 @@
 """The lanes of a rank: how they are made, and how they run interleaved."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from moempi.comm.lane_comm import LaneComm, make_lane_comm, slot_rows
+from moempi.comm.lane_comm import LaneComm, LaneOptions, make_lane_comm, slot_rows
+from moempi.comm.rank_groups import RankGroups
 from moempi.comm.row_shape import RowShape
 from moempi.comm.select_transport import ChosenTransport, choose_transport
 from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transport_factory import TransportFactory, emulated_links
+from moempi.comm.transports.emulated import Link
 from moempi.config.job import Job
 from moempi.engine.balance import Balance, make_balance
 from moempi.engine.interleave import interleave
@@ -19,6 +21,7 @@ from moempi.engine.lane_trace import LaneTrace, StepNumbers, make_trace_plan
 from moempi.engine.micro_batches import MicroBatches
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.replay import Replay, ReplayPolicy
+from moempi.errors import ConfigError
 from moempi.layout.schedule import Point, step_points
 from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 from moempi.model.transformer import Transformer
@@ -39,6 +42,7 @@ class Lanes:
     pending: PendingTransfers
     overlap: bool
     world: World
+    groups: RankGroups
 
     @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # such numbers end as logits, which are checked
     def run(self, lanes: Sequence[Lane] | None = None) -> float:
@@ -70,6 +74,7 @@ class Lanes:
         """Free the communicators and the shared memory of the lanes, which end with it; collective, blocks."""
         for lane in self.each:
             lane.comm.free()
+        self.groups.free()
 
     def _report(self, lane: int, point: Point) -> None:
         where = f"layer {point.layer} {point.phase}" if point.layer >= 0 else point.phase
@@ -92,30 +97,25 @@ def make_lanes(
 
     An error in the links that the job emulates ends all ranks.
     """
-    transport = world.collectively(
-        lambda: choose_transport(
-            job.exchange,
-            rank_layout.ranks,
-            rank_layout.grid,
-            context.model.backend,
-            topology=rank_layout.topology,
-            width=context.model.architecture.routed_width,
-        )
+    backend, groups = context.model.backend, RankGroups.make(rank_layout.ranks, rank_layout.grid)
+    links, (has_peer_memory,) = world.collectively_least(
+        lambda: (emulated_links(job.topology), [backend.peer_memory is not None]), num=1
     )
-    transports = _transport_factory(job, world, rank_layout, context.model, name=transport.name)
+    transport = _choose_transport(job, world, rank_layout, groups, context.model, has_peer_memory=bool(has_peer_memory))
+    transports = _transport_factory(job, rank_layout, context.model, name=transport.name, links=links)
     traces = _make_traces(job, rank_layout, context, first_step=first_step)
     levels = rank_layout.topology.levels(rank_layout.ranks.rank)
     comms = [
         make_lane_comm(
-            rank_layout.ranks,
+            groups,
             rank_layout.layout,
             rank_layout.topology,
             transports=transports,
-            transfers=Transfers(context.model.backend, pending, levels=levels),
-            hops=job.exchange.hops,
-            on_route=None if trace is None else trace.add_route,
+            transfers=Transfers(backend, pending, levels=levels),
+            lane=lane,
+            options=LaneOptions(job.exchange.hops, None if trace is None else trace.add_route),
         )
-        for trace in traces
+        for lane, trace in enumerate(traces)
     ]
     for comm, trace in zip(comms, traces, strict=True):
         if trace is not None and job.trace.statistics:
@@ -127,11 +127,30 @@ def make_lanes(
         for index, (comm, policy, trace) in enumerate(zip(comms, policies, traces, strict=True))
     ]
     points = _points(rank_layout, context.model, comms[0])
-    return Lanes(lanes, points, transport, balance, pending, job.run.overlap, world)
+    return Lanes(lanes, points, transport, balance, pending, job.run.overlap, world, groups)
+
+
+def _choose_transport(
+    job: Job, world: World, rank_layout: RankLayout, groups: RankGroups, model: Transformer, *, has_peer_memory: bool
+) -> ChosenTransport:
+    """The transport of this rank's stage; collective. All ranks have the same ConfigError, or none."""
+    try:
+        return choose_transport(
+            job.exchange,
+            groups,
+            rank_layout.grid,
+            model.backend,
+            topology=rank_layout.topology,
+            width=model.architecture.routed_width,
+            has_peer_memory=has_peer_memory,
+        )
+    except ConfigError as error:
+        world.raise_together(error)
+        raise
 
 
 def _transport_factory(
-    job: Job, world: World, rank_layout: RankLayout, model: Transformer, *, name: str
+    job: Job, rank_layout: RankLayout, model: Transformer, *, name: str, links: Mapping[int, Link]
 ) -> TransportFactory:
     architecture, experts = model.architecture, model.architecture.experts
     shape = RowShape(
@@ -147,7 +166,7 @@ def _transport_factory(
         slot_rows=slot_rows(shape, rank_layout.grid, rank_layout.ranks.rank),
         verify=job.exchange.verify,
         num_lanes=job.lanes,
-        links=world.collectively(lambda: emulated_links(job.topology)),
+        links=links,
     )
 
 

@@ -82,39 +82,45 @@ def lay_out_rank(
 
     `on_gpu` and `widened` are of this rank's backend, as in `make_layout`.
     """
-    topology, ranks = world.by_node(job.topology, domain=find_island(world.local_rank, on_gpu=on_gpu))
-    layout = world.collectively(
-        lambda: make_layout(
-            job,
-            architecture,
-            topology.nodes,
-            placement=read_job_placement(job),
-            on_gpu=on_gpu,
-            widened=widened,
-        )
+    topology, ranks = find_ranks(job, world, on_gpu=on_gpu)
+    return world.collectively(
+        lambda: rank_layout_on(ranks, topology, job, architecture, on_gpu=on_gpu, widened=widened)
     )
+
+
+def find_ranks(job: Job, world: World, *, on_gpu: bool) -> tuple[Topology, Any]:
+    """The topology of all ranks, and a communicator of them in its order; collective, blocks."""
+    return world.by_node(job.topology, domain=find_island(world.local_rank, on_gpu=on_gpu))
+
+
+def rank_layout_on(
+    ranks: Any, topology: Topology, job: Job, architecture: Architecture, *, on_gpu: bool, widened: bool
+) -> RankLayout:
+    """The rank layout of this rank of `ranks`, of a topology; raises MoempiError. Not collective."""
+    placement = read_job_placement(job)
+    layout = make_layout(job, architecture, topology.nodes, placement=placement, on_gpu=on_gpu, widened=widened)
     return RankLayout(ranks, topology, layout, layout.grid.coordinates(ranks.rank))
 
 
 def rank_threads(run: RunSection, world: World) -> int:
-    """Threads of this rank: `run.threads`, or an equal share of its cores among the ranks of its node. Collective.
+    """Threads of this rank: `run.threads`, or an equal share of its cores among the ranks of its node.
 
-    A quota of processor time, as containers have, limits the number of cores.
+    Collective over them. A quota of processor time, as containers have, limits the number of cores.
     """
-    cores = usable_cores()
-    all_cores = world.comm.allgather((world.nodes[world.rank], cores))
     if run.threads != "auto":
         return run.threads
+    cores = usable_cores()
+    of_node = world.node.allgather(cores)
     usable = min(len(cores.split(",")), processors())
-    return max(1, int(usable) // all_cores.count((world.nodes[world.rank], cores)))
+    return max(1, int(usable) // of_node.count(cores))
 
 
 def available_bytes(section: TopologySection, world: World, backend: Backend) -> int:
     """This rank's memory: `rank_memory` of the job, or an equal share of what is free in the memory of its backend.
 
-    The ranks of a node whose backends have the same memory share it. Collective.
+    The ranks of a node whose backends have the same memory share it. Collective over them.
     """
     if section.rank_memory != "auto":
         return parse_size(section.rank_memory)
-    memories = world.comm.allgather((world.nodes[world.rank], backend.memory_id))
-    return backend.available_bytes() // memories.count(memories[world.rank])
+    memories = world.node.allgather(backend.memory_id)
+    return backend.available_bytes() // memories.count(backend.memory_id)

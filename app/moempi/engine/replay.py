@@ -12,6 +12,7 @@ from moempi.config.job import ReplaySection
 from moempi.engine.request import Request
 from moempi.errors import DataError
 from moempi.model.router_balance import RoutingPolicy
+from moempi.runtime.world import World
 from moempi.storage.prompts import Prompt
 from moempi.storage.replay_file import NOT_GIVEN, ReplayFile
 
@@ -39,18 +40,28 @@ class Replay:
                 )
 
 
-def open_replay(section: ReplaySection, prompts: Sequence[Prompt], architecture: Architecture) -> Replay | None:
-    """The routing that a job is given; None if it is given none. Raises NoInputError, or DataError if it does not fit.
+def open_replay(
+    section: ReplaySection, architecture: Architecture, world: World, prompts: Sequence[Prompt]
+) -> Replay | None:
+    """The routing that a job is given; None if it is given none. Collective, blocks.
 
-    Reads the whole file once, a block at a time.
+    Rank 0 has the `prompts`, and reads the whole file once, a block at a time. Ends all ranks with a NoInputError, or
+    with a DataError if the file does not fit.
     """
     if not section.routing:
         return None
-    file = ReplayFile(section.routing, architecture)
-    if section.weights and not file.has_weights:
-        raise DataError(f"{section.routing}: has no weights, which replay.weights requests")
-    file.require_valid()
-    return Replay(file, file.requests_of([prompt.id for prompt in prompts]), section.weights)
+
+    def open_file() -> tuple[ReplayFile, IntArray | None]:
+        file = ReplayFile(section.routing, architecture)
+        if section.weights and not file.has_weights:
+            raise DataError(f"{section.routing}: has no weights, which replay.weights requests")
+        if world.rank > 0:
+            return file, None
+        file.require_valid()
+        return file, file.requests_of([prompt.id for prompt in prompts])
+
+    file, requests = world.collectively(open_file)
+    return Replay(file, world.comm.bcast(requests), section.weights)
 
 
 class ReplayPolicy(RoutingPolicy):

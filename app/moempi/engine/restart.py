@@ -6,27 +6,27 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
-from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
 
-from moempi.backend.select import find_gpus
 from moempi.config.architecture import Architecture
-from moempi.config.job import Job, result_keys
-from moempi.engine.earlier import Earlier, finished_requests, with_traces
+from moempi.config.job import Job
+from moempi.engine.earlier import NOTHING_EARLIER, Earlier, finished_requests, with_traces
+from moempi.engine.inputs import Inputs
 from moempi.engine.recovery import Recovery
+from moempi.engine.summary import Totals
 from moempi.engine.traced_rows import TracedRows
-from moempi.errors import DataError, StorageError
+from moempi.errors import StorageError
 from moempi.observe.progress import Counts
 from moempi.printing import one_line, print_error, printable
+from moempi.runtime.reductions import gather_on_root
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
-from moempi.storage.files import digest_file, remove_hidden
 from moempi.storage.journal import (
     JournalWriter,
     Problem,
@@ -34,7 +34,6 @@ from moempi.storage.journal import (
     journal_paths,
     remove_journals,
 )
-from moempi.storage.lock import OutputLock
 from moempi.storage.records import Record
 from moempi.storage.run_state import (
     TOUCH_EVERY_S,
@@ -43,11 +42,9 @@ from moempi.storage.run_state import (
     finished,
     is_replaced,
     results_identity,
-    state_path,
     touch_state,
     write_state,
 )
-from moempi.storage.weights import WeightFile
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +54,6 @@ STATE_MAX_PAUSE_S = 10.0
 """Seconds between updates of `run.json`: they double, so that also the state of a short run shows its progress."""
 STATE_LIMIT_S = 1.0
 """Seconds that a failing rank waits for `run.json` to be written."""
-
-
-def run_fingerprint(job: Job, *, weights: str) -> str:
-    """Digest of everything that the results depend on: weights, prompts, given routing, and the job's `result_keys`.
-
-    Raises NoInputError if prompts or routing cannot be read.
-    """
-    routing = digest_file(job.replay.routing) if job.replay.routing else ""
-    contents = (weights, digest_file(job.input.prompts), routing, result_keys(job))
-    return blake2b(msgspec.json.encode(contents), digest_size=16).hexdigest()
 
 
 def traced_rows(job: Job, architecture: Architecture) -> dict[str, tuple[str, int]]:
@@ -91,18 +78,16 @@ class NoJournal:
 class Attempt:
     """One attempt at a job, with exclusive access to the job's output until `finish` or the end of its processes.
 
-    The job has `num_requests`; `earlier` holds those that need not be computed again. `journal` takes this rank's
-    records: that of rank 0 is open, others from `open_journal` on. A finished request that lost recorded rows (`trace`)
-    is not among the earlier ones. Making an attempt is collective and blocks. It ends all ranks if another run holds
-    the output, if the journals belong to another job, if the ranks read different prompts or weights, or if the disk
-    fails.
+    The job has `num_requests`; `earlier` holds those that need not be computed again, their indices on rank 0 alone.
+    `journal` takes this rank's records from `begin` on. A finished request that lost recorded rows (`trace`) is not
+    among the earlier ones. Making an attempt is collective and blocks, if there are journals. It ends all ranks if they
+    belong to another job or cannot be read.
     """
 
-    def __init__(
-        self, job: Job, world: World, weights: WeightFile, *, num_requests: int, max_errors: int | None = None
-    ) -> None:
+    def __init__(self, world: World, inputs: Inputs, *, max_errors: int | None = None) -> None:
+        job, num_requests = inputs.job, inputs.counts.requests
         self.num_requests = num_requests
-        self._rows_of = traced_rows(job, weights.architecture)
+        self._rows_of = traced_rows(job, inputs.weights.architecture)
         self._num_untraced = 0
         self._may_replace = False
         self._written: os.stat_result | None = None
@@ -115,11 +100,9 @@ class Attempt:
         self._state_error = False
         self._ended = threading.Event()
         self._problems: list[Problem] = []
-        self._lock = world.collectively(lambda: _take_output(self._results) if world.rank == 0 else None)
+        self._lock = inputs.lock
+        self._fingerprint = inputs.fingerprint
         self._recovery = Recovery.from_state(self._results) if world.rank == 0 else None
-        resolved = _with_resolved_backend(job, world)
-        fingerprint = world.collectively(lambda: run_fingerprint(resolved, weights=weights.fingerprint))
-        world.collectively(lambda: _require_equal(fingerprint, world.comm.bcast(fingerprint)))
         self._begin = RunState(
             state="running",
             requests=num_requests,
@@ -133,19 +116,9 @@ class Attempt:
             max_errors=max_errors,
         )
         world.on_failure(self._write_failure)
-        self.earlier = self._scan(fingerprint)
-        self._counts = (len(self.earlier.indices), 0, self.earlier.finishes["error"])
-        self._fingerprint = fingerprint
+        self.earlier = self._scan() if inputs.has_journals else NOTHING_EARLIER
+        self._counts = (self.earlier.finishes.total(), 0, self.earlier.finishes["error"])
         self.journal: JournalWriter | NoJournal = NoJournal()
-        world.collectively(self._begin_output)
-        if world.rank == 0:
-            threading.Thread(target=self._touch_state, name="state", daemon=True).start()
-
-    def open_journal(self) -> None:
-        """Open the journal of this rank, unless it is open; raises StorageError. Not collective."""
-        if isinstance(self.journal, NoJournal):
-            path = journal_path(self._results, self._world.rank)
-            self.journal = JournalWriter(path, fingerprint=self._fingerprint)
 
     def also_writing_state(self, on_progress: Callable[[Counts], None]) -> Callable[[Counts], None]:
         """An `on_progress` that calls the given one and at times writes `run.json`."""
@@ -181,11 +154,17 @@ class Attempt:
         while not self._ended.wait(TOUCH_EVERY_S):
             touch_state(self._results)
 
-    def _begin_output(self) -> None:
-        """On rank 0, open its journal and write the state, so that a disk that takes no files is found at once."""
+    def begin(self, *, has_records: bool) -> None:
+        """Open the journal of this rank, if it has records, and on rank 0 write the state; raises StorageError.
+
+        Rank 0 always has a journal. Not collective.
+        """
+        if has_records or self._world.rank == 0:
+            path = journal_path(self._results, self._world.rank)
+            self.journal = JournalWriter(path, fingerprint=self._fingerprint)
         if self._world.rank == 0:
-            self.open_journal()
             self.write_state("running")
+            threading.Thread(target=self._touch_state, name="state", daemon=True).start()
 
     def write_state(self, state: State, *, reason: str = "", exit_code: int = 0) -> None:
         """Write `run.json`, on rank 0 only; raises StorageError if writing fails."""
@@ -213,8 +192,9 @@ class Attempt:
         by_name = (journal_path(self._results, rank) for rank in range(self._world.size))
         return list(dict.fromkeys([*journal_paths(self._results), *filter(Path.exists, by_name)]))
 
-    def stop(self, stop: Stop) -> int:
+    def stop(self, stop: Stop, totals: Totals) -> int:
         """End an attempt that was stopped: write the state and print a line; return STOPPED. Collective, blocks."""
+        self._counts = (totals.num_finished, self._counts[1], totals.num_errors)
         self._world.collectively(self.journal.close)
         reason = self._world.comm.allreduce((stop.requested, stop.reason), max)[1]
         self._ended.set()
@@ -258,20 +238,29 @@ class Attempt:
         if self._lock is not None:
             self._lock.release()
 
-    def _scan(self, fingerprint: str) -> Earlier:
-        """The requests in all journals, of which each rank reads its share; collective."""
+    def _scan(self) -> Earlier:
+        """The requests in all journals, of which each rank reads its share; their indices for rank 0 alone.
+
+        Collective, blocks.
+        """
         comm = self._world.comm
         paths = comm.bcast(journal_paths(self._results) if comm.rank == 0 else None)
         traced = TracedRows(self.num_requests, list(self._rows_of)) if self._rows_of else None
         share = self._world.collectively(
-            lambda: finished_requests(paths[comm.rank :: comm.size], fingerprint, self.num_requests, traced=traced)
+            lambda: finished_requests(
+                paths[comm.rank :: comm.size], self._fingerprint, self.num_requests, traced=traced
+            )
         )
-        finished, steps, problems = zip(*comm.allgather(share), strict=True)
-        self._problems = sorted(chain.from_iterable(problems))
-        requests = np.concatenate(finished)
+        finished, next_step, problems = share
+        next_step = comm.allreduce(next_step, max)
+        parts = gather_on_root(comm, finished.tobytes())
+        requests = np.frombuffer(b"".join(parts), finished.dtype)
+        self._problems = sorted(chain.from_iterable(comm.gather(problems) or ()))
         if traced is not None:
             requests, self._num_untraced = with_traces(requests, traced.reduce(comm.allreduce), self._rows_of)
-        return Earlier.from_finished(requests, next_step=max(steps))
+        earlier = Earlier.from_finished(requests, next_step=next_step)
+        of_first: Earlier = comm.bcast(replace(earlier, indices=earlier.indices[:0]))
+        return earlier if comm.rank == 0 else of_first
 
     def _state(self, state: State, *, reason: str, exit_code: int) -> RunState:
         finished, tokens, errors = self._counts
@@ -321,27 +310,6 @@ class Attempt:
     def _require_lock(self) -> None:
         if self._lock is not None:
             self._lock.require_in_place()
-
-
-def _with_resolved_backend(job: Job, world: World) -> Job:
-    """The job with the backend that "auto" selects; it stays "auto" if ranks differ. Collective."""
-    on_gpu = job.run.backend != "numpy" and find_gpus()[0] > 0
-    backends: set[Literal["numpy", "cupy"]] = set(world.comm.allgather("cupy" if on_gpu else "numpy"))
-    backend = backends.pop() if len(backends) == 1 else "auto"
-    return msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, backend=backend))
-
-
-def _take_output(results: str) -> OutputLock:
-    """Lock the output and remove the hidden files that a killed run left beside it."""
-    lock = OutputLock(results)
-    remove_hidden(results)
-    remove_hidden(state_path(results))
-    return lock
-
-
-def _require_equal(own: str, first: str) -> None:
-    if own != first:
-        raise DataError("this rank reads other weights or prompts than rank 0: is the file the same on every node?")
 
 
 def _now() -> str:

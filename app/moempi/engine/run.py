@@ -17,15 +17,17 @@ import numpy as np
 from moempi.config.job import Job
 from moempi.config.recommended import KEYS
 from moempi.engine.balance import quality_cost
-from moempi.engine.deployment import deploy
+from moempi.engine.deployment import Deployment, deploy
 from moempi.engine.disk import require_disk
 from moempi.engine.engine import load_engine, make_task
+from moempi.engine.inputs import Inputs, open_inputs
 from moempi.engine.kv_budget import useful_pages
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
 from moempi.engine.replay import Replay, open_replay
 from moempi.engine.request import Request
 from moempi.engine.restart import Attempt
+from moempi.engine.shares import scatter_prompts
 from moempi.engine.summary import (
     RankRun,
     Totals,
@@ -35,29 +37,25 @@ from moempi.engine.summary import (
     run_report,
     sum_totals,
 )
-from moempi.errors import DataError, MoempiError
-from moempi.observe.logs import log_to_files
-from moempi.observe.progress import Counts, Progress
+from moempi.errors import MoempiError
+from moempi.observe.progress import Progress
 from moempi.observe.run_report import Report, print_report
 from moempi.printing import print_error
-from moempi.runtime.reductions import sum_on_all
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance, merge
 from moempi.storage.prompt_form import find_form
-from moempi.storage.prompts import Prompt, read_prompts
+from moempi.storage.prompts import Prompt
 from moempi.storage.results import ResultFile
 from moempi.storage.weights import WeightFile
 
 MAX_ERRORS_SHOWN = 5
-MAX_GROUPS = 256
-"""Groups of prompts whose statistics are summed up: each has a number for each pair of experts of a layer."""
 
 log = logging.getLogger(__name__)
 
 
 def run_job(
-    job: Job,
+    given: Job | Callable[[], Job],
     *,
     job_text: str,
     world: World,
@@ -68,24 +66,23 @@ def run_job(
 ) -> int:
     """Run a job on all ranks of `world` and return the exit status; collective, blocks until the results are written.
 
-    Requests that earlier attempts finished are not run again. If a rank is requested to `stop`, all stop after a step
-    or tensor, with status 75; running the job again continues it. The status is 65 if all requests, or more than
-    `max_errors`, end with an error. `on_finished(exit status)` is called on each rank when the results are in place.
+    `given` is the job or a function that reads it. Requests that earlier attempts finished are not run again. If a rank
+    is requested to `stop`, all stop after a step or tensor, with status 75; running the job again continues it. The
+    status is 65 if all requests, or more than `max_errors`, end with an error. `on_finished(exit status)` is called on
+    each rank when the results are in place.
     """
     start = datetime.now(UTC)
-    world.watch(job.run.timeout_s)
-    # The inputs: every rank reads the prompts and the index of the weight file.
-    weights = world.collectively(lambda: WeightFile.open(job.model.weights))
-    prompts = world.collectively(lambda: _read_prompts(job, strict=strict))
-    # This attempt locks the output, and computes the requests that earlier ones did not finish.
-    attempt = Attempt(job, world, weights, num_requests=len(prompts), max_errors=max_errors)
-    _begin_logs(job, world, attempt)
+    # The inputs: rank 0 reads the prompts, every rank the index of the weight file.
+    inputs = open_inputs(given if callable(given) else lambda: given, world, strict=strict)
+    job, weights, prompts = inputs.job, inputs.weights, inputs.prompts
+    # This attempt computes the requests that earlier ones did not finish.
+    attempt = Attempt(world, inputs, max_errors=max_errors)
+    attempt.warn_of_damage()
     # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
-    deployment = deploy(job, world, weights)
-    requests = deployment.make_requests(deployment.own(_unfinished(prompts, attempt)), task=job.task)
+    deployment = deploy(job, world, weights, num_gpus=inputs.num_gpus, has_gpus=inputs.has_gpus)
+    requests, pages = _admit(deployment, attempt, prompts, has_chats=inputs.counts.chats > 0)
     require_disk(job, world, weights.architecture, requests if deployment.rank_layout.writes_records else [])
-    replay = _open_replay(job, world, weights, prompts, requests)
-    pages = deployment.cache_pages(useful_pages(requests, slots=len(deployment.slots)))
+    replay = _open_replay(inputs, world, requests)
     _announce(job, world, weights, prompts)
     # The model and the lanes.
     progress = Progress(attempt.num_requests, enabled=world.rank == 0)
@@ -95,11 +92,11 @@ def run_job(
         deployment, recorder, stop, pages=pages, progress=progress, first_step=first_step, replay=replay
     )
     if engine is None:
-        return attempt.stop(stop)
+        return attempt.stop(stop, sum_totals(recorder, world))
     # The lanes run interleaved until no rank has work left.
     too_long = engine.submit(requests)
-    task, sample = make_task(job, deployment.tokenizer, prompts), _quality_sample(job, requests)
-    del prompts, requests  # from here on the scheduler alone holds a request, until it is finished
+    task, sample = make_task(job, deployment.tokenizer, top=inputs.counts.top_logprobs), _quality_sample(job, requests)
+    del inputs, prompts, requests  # from here on the scheduler alone holds a request, until it is finished
     seconds = engine.run(task, recorder)
     if replay is not None:
         replay.file.close()
@@ -110,17 +107,40 @@ def run_job(
     rank_run = RankRun(deployment.rank_layout, engine.lanes, recorder, engine.loading, seconds)
     totals, report = _close_journals(job, world, attempt, rank_run, sample=sample)
     if totals.num_finished < attempt.num_requests:
-        return attempt.stop(stop)
+        return attempt.stop(stop, totals)
     exit_code = attempt.conclude(totals.num_errors)
     # The results: rank 0 merges all journals.
-    origin = report and make_provenance(job_text, report.hosts, weights=weights.fingerprint, start=start)
+    hosts = report.hosts if report else ()
+    origin = make_provenance(job_text, hosts, weights=weights.fingerprint, start=start)
     _write_results(job, world, attempt, report, provenance=origin, on_finished=partial(on_finished, exit_code))
     return exit_code
 
 
-def _begin_logs(job: Job, world: World, attempt: Attempt) -> None:
-    world.collectively(lambda: log_to_files(job.output.results, world.rank))
-    attempt.warn_of_damage()
+def _admit(
+    deployment: Deployment, attempt: Attempt, prompts: Sequence[Prompt], *, has_chats: bool
+) -> tuple[list[Request], int]:
+    """The requests of this rank's group, from the unfinished `prompts` of rank 0, and the cache pages of each group.
+
+    Begins the output of the attempt. Collective, blocks.
+    """
+    job, rank_layout = deployment.job, deployment.rank_layout
+    own = scatter_prompts(_unfinished(prompts, attempt), deployment.world, rank_layout)
+    chats = deployment.render_chats(own) if has_chats else {}
+
+    def make_requests() -> tuple[list[Request], int]:
+        attempt.begin(has_records=rank_layout.writes_records or job.trace.has_routing or bool(job.trace.hidden))
+        requests = deployment.make_requests(own, task=job.task, chats=chats)
+        return requests, useful_pages(requests, slots=len(deployment.slots))
+
+    return deployment.with_cache_pages(make_requests)
+
+
+def _open_replay(inputs: Inputs, world: World, requests: Sequence[Request]) -> Replay | None:
+    """The routing that the job is given, which fits the `requests` of this rank's group; collective, blocks."""
+    replay = open_replay(inputs.job.replay, inputs.weights.architecture, world, inputs.prompts)
+    if replay is not None:
+        world.collectively(lambda: replay.require_fits(requests))
+    return replay
 
 
 def _write_results(
@@ -129,14 +149,14 @@ def _write_results(
     attempt: Attempt,
     report: Report | None,
     *,
-    provenance: Provenance | None,
+    provenance: Provenance,
     on_finished: Callable[[], None],
 ) -> None:
     """Put the results in place and print the report, on rank 0, which alone has it; collective.
 
     A failure after the results are in place is not this job's, and does not change its state.
     """
-    if provenance is not None:
+    if report is not None:
         problems = merge(
             job.output.results,
             attempt.journals(),
@@ -148,33 +168,11 @@ def _write_results(
         attempt.finish()
         attempt.warn_of_new_damage(problems)
     world.comm.Barrier()
-    if provenance is None:
+    if report is None:
         on_finished()
     world.on_failure(None)
     if report is not None:
         _print(_with_results(report))
-
-
-def _read_prompts(job: Job, *, strict: bool) -> list[Prompt]:
-    prompts = read_prompts(job.input.prompts, sampling=job.sampling, strict=strict, column=job.input.column)
-    num_groups = len({prompt.group for prompt in prompts})
-    if job.trace.statistics and num_groups > MAX_GROUPS:
-        raise DataError(f"{job.input.prompts}: has {num_groups} groups; trace.statistics sums up at most {MAX_GROUPS}")
-    return prompts
-
-
-def _open_replay(
-    job: Job, world: World, weights: WeightFile, prompts: Sequence[Prompt], requests: Sequence[Request]
-) -> Replay | None:
-    """The routing that the job is given, which fits the `requests` of this rank's group; collective."""
-
-    def open_fitting() -> Replay | None:
-        replay = open_replay(job.replay, prompts, weights.architecture)
-        if replay is not None:
-            replay.require_fits(requests)
-        return replay
-
-    return world.collectively(open_fitting)
 
 
 def _announce(job: Job, world: World, weights: WeightFile, prompts: Sequence[Prompt]) -> None:
@@ -242,14 +240,12 @@ def _make_recorder(
     progress: Progress,
     requests: Sequence[Request],
 ) -> Recorder:
-    """This rank's recorder, which has recorded the refused requests; collective.
+    """This rank's recorder, which has recorded the refused requests.
 
-    On rank 0 it counts the requests of earlier attempts as well. Opens the journal, if the rank records anything.
+    On rank 0 it counts the requests of earlier attempts as well.
     """
     on_progress = attempt.also_writing_state(progress.update)
     writes_records = rank_layout.writes_records
-    writes = writes_records or job.trace.has_routing or bool(job.trace.hidden)
-    world.collectively(lambda: attempt.open_journal() if writes else None)
     recorder = Recorder(
         attempt.journal,
         task=job.task,
@@ -261,7 +257,7 @@ def _make_recorder(
     if world.rank == 0:
         recorder.add_earlier(attempt.earlier)
     recorder.record(request for request in requests if request.finish)
-    attempt.count(Counts(*sum_on_all(world.comm, np.array(recorder.counts(), np.int64)).tolist()))
+    attempt.count(recorder.counts())  # until the first step: its own
     return recorder
 
 

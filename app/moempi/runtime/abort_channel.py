@@ -1,6 +1,6 @@
 """Messages between ranks about the run: "the error line is printed", positions for a hang report, and loads.
 
-The watchdog's thread sends them over a communicator of their own, because the main thread may be blocked in MPI.
+The watchdog's thread sends them, because the main thread may be blocked in MPI.
 """
 
 import time
@@ -11,10 +11,8 @@ from mpi4py import MPI
 from moempi.runtime.hang import Position
 from moempi.runtime.slow_hosts import Load
 
-ANNOUNCE_TAG = 1
-QUERY_TAG = 2
-POSITION_TAG = 3
-LOAD_TAG = 4
+ANNOUNCE_TAG, QUERY_TAG, POSITION_TAG, LOAD_TAG = range(32_000, 32_004)
+"""Tags beyond those of messages between stages, and within MPI's limit of 32,767."""
 NUM_POLLS = 10
 POLL_INTERVAL_S = 0.005
 
@@ -22,12 +20,12 @@ POLL_INTERVAL_S = 0.005
 class AbortChannel:
     """A rank's abort messages: announcements to rank 0 and to its `peers`, queries to any rank.
 
-    `peers` are the other ranks of its host; `position` returns this rank's position. Making a channel is collective.
-    Its methods are safe from any thread.
+    `peers` are the other ranks of its host; `position` returns this rank's position. No other message over `comm` has
+    its tags. Its methods are safe from any thread.
     """
 
     def __init__(self, comm: MPI.Intracomm, peers: Iterable[int], position: Callable[[], Position]) -> None:
-        self._comm = comm.Dup()
+        self._comm = comm
         self._position = position
         self._sent: list[MPI.Request] = []
         self._receivers = [rank for rank in dict.fromkeys([0, *peers]) if rank != comm.rank]

@@ -16,6 +16,10 @@ REQUESTS = {signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "SIGINT", PASSED_ON: "SIGI
 """The signals that are requests, with what was done by whoever made them."""
 
 
+class StoppedError(Exception):
+    """The work of this rank ends early, because it is requested to stop."""
+
+
 class Stop:
     """Whether this process is requested to end after the current step. A request on one rank ends all ranks.
 

@@ -3,11 +3,12 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, Self, TypeVar
 
+import numpy as np
 from mpi4py import MPI
 
 from moempi.config.job import TopologySection
@@ -41,6 +42,10 @@ QUERY_SHARE = 0.1
 SIGNAL_QUERY_S = 0.4
 
 
+MOST = int(np.iinfo(np.int64).max)
+"""The number of a rank that has none to say in `World.collectively_least`."""
+
+
 class AgreedExit(SystemExit):
     """The exit of all ranks together in `World.raise_together`.
 
@@ -54,9 +59,8 @@ class World:
 
     `hosts` are the names of every rank's host (R,), as Slurm names it if there is one. `loss` is the loss of
     hosts that ends the run, known when its failure is reported.
-    `local_rank` is the number of lower ranks on this node. `split_matches_nodes` is False if MPI's shared-memory groups
-    differ from the groups of equal host names, which some launchers cause. `monitor` is this rank's, if the program
-    forked one. Making a World is collective.
+    `node` is a communicator of the ranks of this node, `local_rank` this rank's number in it. `monitor` is this
+    rank's, if the program forked one. Making a World is collective.
     """
 
     restricts_messages = True
@@ -73,8 +77,8 @@ class World:
         names, self.hosts, processes = zip(*comm.allgather(own_names), strict=True)
         order = {name: index for index, name in enumerate(dict.fromkeys(names))}
         self.nodes = tuple(order[name] for name in names)
-        self.local_rank = self.nodes[: self.rank].count(self.nodes[self.rank])
-        self.split_matches_nodes = _split_matches_nodes(comm, self.nodes)
+        self.node = MPI.Intracomm(comm.Split(self.nodes[self.rank], self.rank))
+        self.local_rank = self.node.rank
         self._monitor = Monitor() if monitor is None else monitor
         self._debug = debug
         peers = _peers(self.rank, self.nodes, processes)
@@ -106,10 +110,9 @@ class World:
             unlink_segments()
             raise UsageError(problem)
         try:
-            comm = MPI.COMM_WORLD.Dup()
-            comm.Barrier()
+            world = cls(MPI.COMM_WORLD.Dup(), monitor, debug=debug)
             unlink_segments()
-            return cls(comm, monitor, debug=debug)
+            return world
         except BaseException as error:
             time.sleep(0.0 if MPI.COMM_WORLD.rank == 0 else GRACE_S)
             if monitor.acquire_report_right():
@@ -144,9 +147,16 @@ class World:
 
         The lowest rank with an error prints its line, and its exit code is that of all ranks.
         """
-        first = self.comm.allreduce(self.rank if error is not None else self.size, op=MPI.MIN)
-        if first < self.size:
-            self._raise_agreed(error, first)
+        self._agree(error, ())
+
+    def _agree(self, error: MoempiError | None, numbers: Sequence[int]) -> list[int]:
+        """The least of each of the `numbers` over all ranks; as `raise_together` if any rank has an error."""
+        own = np.array([self.rank if error is not None else self.size, *numbers], np.int64)
+        least = np.empty_like(own)
+        self.comm.Allreduce(own, least, MPI.MIN)
+        if least[0] < self.size:
+            self._raise_agreed(error, int(least[0]))
+        return [int(number) for number in least[1:]]
 
     def _raise_agreed(self, error: MoempiError | None, first: int) -> NoReturn:
         """End with the error of rank `first`, the lowest that has one; collective."""
@@ -161,15 +171,33 @@ class World:
 
         If it raises a MoempiError on any rank, all ranks raise AgreedExit: see `raise_together`.
         """
+        return self.collectively_least(lambda: (action(), ()), num=0)[0]
+
+    def collectively_least(self, action: Callable[[], tuple[T, Sequence[int]]], *, num: int) -> tuple[T, Sequence[int]]:
+        """Like `collectively`, for an action that also returns `num` numbers: the least of each over all ranks.
+
+        One collective finds out whether all ranks succeeded, and what they have to know of each other to continue.
+        """
         self.alive(self.where)
-        value: list[T] = []
-        failure = None
+        done: list[T] = []
+        failure, numbers = None, [MOST] * num
         try:
-            value.append(action())
+            value, numbers[:] = action()
+            done.append(value)
         except MoempiError as error:
             failure = error
-        self.raise_together(failure)
-        return value[0]
+        least = self._agree(failure, numbers)
+        return done[0], least
+
+    def split_matches_nodes(self) -> bool:
+        """Whether MPI's shared-memory groups are the groups of equal host names; collective, blocks.
+
+        Some launchers hide ranks of a node from each other.
+        """
+        shared = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        agrees = shared.size == self.node.size
+        shared.Free()
+        return bool(self.comm.allreduce(agrees, MPI.LAND))
 
     def abort(self, error: BaseException) -> NoReturn:
         """Print one line with this rank and `error`, and abort all ranks; safe from any thread. Does not return."""
@@ -358,13 +386,6 @@ def _peers(rank: int, nodes: tuple[int, ...], processes: tuple[tuple[str, int], 
         for other, (other_space, number) in enumerate(processes)
         if other != rank and nodes[other] == nodes[rank] and other_space == space
     }
-
-
-def _split_matches_nodes(comm: MPI.Intracomm, nodes: tuple[int, ...]) -> bool:
-    shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    agrees = shared.size == nodes.count(nodes[comm.rank])
-    shared.Free()
-    return bool(comm.allreduce(agrees, op=MPI.LAND))
 
 
 def _same_code(_cause: str, code: int) -> int:

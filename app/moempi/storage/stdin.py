@@ -1,4 +1,4 @@
-"""Prompts from stdin: a copy of them beside the results, which all ranks and a restart read."""
+"""Prompts from stdin: a copy of them beside the results, which rank 0 and a restart read."""
 
 import os
 import shutil

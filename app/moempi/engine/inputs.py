@@ -1,0 +1,165 @@
+"""The inputs of a job, opened on all ranks, and the lock on its output."""
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal, NamedTuple, Self
+
+import msgspec
+
+from moempi.backend.select import count_gpus
+from moempi.config.job import Job, result_keys
+from moempi.errors import DataError
+from moempi.observe.logs import log_to_files
+from moempi.runtime.world import MOST, World
+from moempi.storage.files import digest_file, remove_hidden
+from moempi.storage.journal import journal_paths
+from moempi.storage.lock import OutputLock
+from moempi.storage.prompts import Prompt, read_prompts
+from moempi.storage.run_state import state_path
+from moempi.storage.tokenizer_check import check_tokenizer
+from moempi.storage.weights import WeightFile
+
+MAX_GROUPS = 256
+"""Groups of prompts whose statistics are summed up: each has a number for each pair of experts of a layer."""
+
+Backend = Literal["numpy", "cupy", "auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the ranks read, and what they know of each other before they lay the job out.
+
+    `prompts` are all prompts on rank 0, none on the others; `counts` are those of all prompts. `fingerprint` identifies
+    the run, `lock` is rank 0's on the output, None on the others. `num_gpus` is the number of GPUs of this node that
+    the job can use, `has_gpus` whether every node has some, `has_journals` whether there are journals of earlier
+    attempts.
+    """
+
+    job: Job
+    weights: WeightFile
+    prompts: Sequence[Prompt]
+    counts: "PromptCounts"
+    fingerprint: str
+    lock: OutputLock | None
+    num_gpus: int
+    has_gpus: bool
+    has_journals: bool
+
+
+class PromptCounts(NamedTuple):
+    """Numbers of requests and of chats among them, and the most likeliest tokens that one of them requests."""
+
+    requests: int
+    chats: int
+    top_logprobs: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt]) -> Self:
+        """The counts of these prompts."""
+        chats = sum(prompt.chat is not None for prompt in prompts)
+        return cls(len(prompts), chats, max((prompt.sampling.top_logprobs for prompt in prompts), default=0))
+
+
+class _Agreed(NamedTuple):
+    """Numbers of which all ranks get the least. The last eight are rank 0's, MOST on the others."""
+
+    weights: int
+    minus_weights: int
+    has_gpu: int
+    minus_has_gpu: int
+    num_journals: int
+    digest_0: int
+    digest_1: int
+    digest_2: int
+    digest_3: int
+    num_requests: int
+    num_chats: int
+    top_logprobs: int
+
+
+def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> Inputs:
+    """Read the job and open its weights; on rank 0, also read the prompts and lock the output. Begins the logs.
+
+    Collective, blocks. A MoempiError of any rank ends all ranks, and so does another run that holds the output, or
+    ranks that read different weights.
+    """
+    is_first, num = world.rank == 0, len(_Agreed._fields)
+
+    def open_all() -> tuple[tuple[Job, WeightFile, Sequence[Prompt], OutputLock | None, int], Sequence[int]]:
+        job = read_job()
+        world.watch(job.run.timeout_s)
+        weights = WeightFile.open(job.model.weights)
+        number, num_gpus = int(weights.fingerprint[:15], 16), count_gpus(job.run)
+        numbers = [number, -number, num_gpus > 0, -(num_gpus > 0)]
+        prompts: Sequence[Prompt] = ()
+        lock = None
+        if is_first:
+            prompts = _read_prompts(job, strict=strict)
+            digest = struct.unpack("<4I", bytes.fromhex(_digest_inputs(job)))
+            if weights.tokenizer:
+                check_tokenizer(weights.tokenizer, origin=str(weights.path))  # before other ranks read it
+            lock = _take_output(job.output.results)
+            num_journals = len(journal_paths(job.output.results))
+            numbers += [num_journals, *digest, *PromptCounts.of(prompts)]
+        log_to_files(job.output.results, world.rank)
+        return (job, weights, prompts, lock, num_gpus), [*numbers, *[MOST] * (num - len(numbers))]
+
+    (job, weights, prompts, lock, num_gpus), least = world.collectively_least(open_all, num=num)
+    agreed = _Agreed(*least)
+    if agreed.weights != -agreed.minus_weights:
+        _require_equal(weights, world)
+    backend: Backend = "cupy" if agreed.has_gpu else "auto" if agreed.minus_has_gpu else "numpy"
+    resolved = msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, backend=backend))
+    digest = struct.pack("<4I", *agreed[5:9]).hex()
+    return Inputs(
+        job=job,
+        weights=weights,
+        prompts=prompts,
+        counts=PromptCounts(*agreed[-3:]),
+        fingerprint=run_fingerprint(resolved, weights=weights.fingerprint, inputs=digest),
+        lock=lock,
+        num_gpus=num_gpus,
+        has_gpus=bool(agreed.has_gpu),
+        has_journals=agreed.num_journals > 0,
+    )
+
+
+def _read_prompts(job: Job, *, strict: bool) -> Sequence[Prompt]:
+    prompts = read_prompts(job.input.prompts, sampling=job.sampling, strict=strict, column=job.input.column)
+    num_groups = len({prompt.group for prompt in prompts})
+    if job.trace.statistics and num_groups > MAX_GROUPS:
+        raise DataError(f"{job.input.prompts}: has {num_groups} groups; trace.statistics sums up at most {MAX_GROUPS}")
+    return prompts
+
+
+def _digest_inputs(job: Job) -> str:
+    """The digest of the prompts, and of the routing that is replayed, if there is any."""
+    prompts = digest_file(job.input.prompts)
+    if not job.replay.routing:
+        return prompts
+    return blake2b(f"{prompts}{digest_file(job.replay.routing)}".encode(), digest_size=16).hexdigest()
+
+
+def run_fingerprint(job: Job, *, weights: str, inputs: str) -> str:
+    """Digest of everything that the results depend on: digests of weights and inputs, and the job's `result_keys`.
+
+    The backend of `job` is the one that "auto" selects, "auto" if ranks differ.
+    """
+    return blake2b(msgspec.json.encode((weights, inputs, result_keys(job))), digest_size=16).hexdigest()
+
+
+def _take_output(results: str) -> OutputLock:
+    """Lock the output and remove the hidden files that a killed run left beside it."""
+    lock = OutputLock(results)
+    remove_hidden(results)
+    remove_hidden(state_path(results))
+    return lock
+
+
+def _require_equal(weights: WeightFile, world: World) -> None:
+    """End all ranks, because their weights differ; collective."""
+    differs = weights.fingerprint != world.comm.bcast(weights.fingerprint)
+    problem = f"{weights.path}: this rank reads other weights than rank 0: is the file the same on every node?"
+    world.raise_together(DataError(problem) if differs else None)
