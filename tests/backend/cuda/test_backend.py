@@ -13,6 +13,7 @@ from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
+from moempi.backend.cuda.launches import BUS_BLOCKS
 from moempi.backend.protocol import DeltaRates, Expert, RmsNorm, Segment, StateConstants
 from moempi.config.architecture import AttentionShape, Clamp, DeltaRule, LongRope, Rope, Router, StateSpace
 from moempi.errors import ConfigError
@@ -581,6 +582,27 @@ def test_packing_and_unpacking_leave_rows_unchanged(pair, width):
     np.testing.assert_array_equal(pair.host(pair.gpu.embed(index, on_gpu)), rows[index])
     joined = pair.gpu.join([on_gpu[2:4], on_gpu[:0], on_gpu[5:]])
     np.testing.assert_array_equal(pair.host(joined), rows[[2, 3, 5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize("width", [300, 9000])
+def test_rows_cross_the_bus_in_few_blocks(pair, monkeypatch, width):
+    """So that blocks which wait for the bus leave the GPU to other lanes. In device memory each row has its own."""
+    device, blocks = pair.gpu.device, []
+    launch = device.launch
+    monkeypatch.setattr(
+        device, "launch", lambda kernel, grid, *given: (blocks.append(grid), launch(kernel, grid, *given))
+    )
+    rows, index = np.arange(300 * width, dtype=np.float32).reshape(300, width) % 256, np.arange(300)[::-1]
+    on_gpu, buffer = (
+        pair.gpu.device.upload(narrow(rows) if pair.is_bfloat16 else rows),
+        pair.gpu.comm_buffer(300, width),
+    )
+    pair.gpu.pack(on_gpu, index, buffer)
+    np.testing.assert_array_equal(pair.host(pair.gpu.unpack(buffer, index)), rows)
+    pair.gpu.pack(on_gpu, index, pair.gpu.row_buffer(300, width))
+    segments = -(-width * on_gpu.itemsize // 8192)
+    few = -(-BUS_BLOCKS // segments) if device.comm_buffers_on_host else 300
+    assert blocks == [(few, segments, 1), (few, segments, 1), (300, segments, 1)]
 
 
 def test_a_comm_buffer_is_written_once_the_event_is_done(pair):

@@ -464,7 +464,11 @@ class CudaBackend:
 
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
         on_device = index if index is None or self.device.holds(index) else self.upload(index)
-        self._launches.by_segment("packing", "take_rows", out, rows, on_device, out, prod(out.shape[1:]))
+        given, width = (rows, on_device, out), prod(out.shape[1:])
+        if self.device.holds(rows) and self.device.holds(out):
+            self._launches.by_segment("packing", "take_rows", out, *given, width)
+        else:
+            self._launches.over_bus("packing", "take_rows_over_bus", out, *given, len(out), width)
 
     def unpack(self, buffer: Array, index: Array | None) -> Array:
         """Rows in device memory that keep their order stay in the buffer."""

@@ -10,6 +10,8 @@ from moempi.backend.protocol import Array
 
 SEGMENT_BYTES = 8192
 """Bytes of a row per block of the kernels that copy rows; equals SEGMENT_BYTES of kernels/rows.cuh."""
+BUS_BLOCKS = 32
+"""Blocks that copy rows over the bus at a time: more would wait there in place of other lanes' kernels."""
 FLAT_NUMBERS = 2048
 """Numbers per block of a flat kernel."""
 ROUTER_ROWS = 4
@@ -81,8 +83,12 @@ class Launches:
 
     def by_segment(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
         """Launch one block per SEGMENT_BYTES of each row of `out`."""
-        row_bytes = prod(out.shape[1:]) * out.itemsize
-        self.launch(file, name, (len(out), -(-row_bytes // SEGMENT_BYTES), 1), 128, *arguments)
+        self.launch(file, name, (len(out), _segments(out), 1), 128, *arguments)
+
+    def over_bus(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
+        """Launch at most about BUS_BLOCKS blocks, each for SEGMENT_BYTES of several rows of `out`."""
+        segments = _segments(out)
+        self.launch(file, name, (min(len(out), -(-BUS_BLOCKS // max(1, segments))), segments, 1), 128, *arguments)
 
     def flat(self, name: str, count: int, *arguments: Argument) -> None:
         """Launch one thread per eight of `count` numbers; `count` is the kernel's last argument."""
@@ -93,6 +99,11 @@ class Launches:
         if all(grid):
             kernel = find_kernel(f"{file}.cu", name, (*self._constants, *constants.items()))
             self.device.launch(kernel, grid, threads, arguments)
+
+
+def _segments(rows: Array) -> int:
+    """How many times SEGMENT_BYTES a row has, rounded up."""
+    return -(-prod(rows.shape[1:]) * rows.itemsize // SEGMENT_BYTES)
 
 
 def rows_from(whole: Array, first: int, count: int) -> Array:
