@@ -35,7 +35,7 @@ LETTERS = {ADDRESS: "p", FORMATS["int"]: "i", FORMATS["long long"]: "l", FORMATS
 # Unique symbols would give all libraries the shared memory of the first, whose arrays may be smaller.
 OPTIONS = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-gnu-unique", "-Wno-unknown-pragmas"]
 SANITIZERS = os.environ.get("MOEMPI_SIMT_OPTIONS", "").split()  # tests/sanitize.sh
-RACE_OPTIONS = [] if SANITIZERS else ["-g1", "-fsanitize=thread", "-DSIMT_RACES"]
+RACE_OPTIONS = ["-g1", "-fsanitize=thread", "-DSIMT_RACES"]
 MOST_SHARED_BYTES = 227 << 10  # of a block of an H100
 FRESH = 0xFF  # every byte of memory before its first write: NaN in either precision, -1 as an index
 
@@ -49,8 +49,8 @@ class SimtDevice:
 
     If `eager`, work is done when it is submitted, and `peak_bytes` is the peak of a GPU; otherwise submitted work keeps
     its arrays alive. With `fault_at`, that launch ends in a fault, after which every event of the device raises. With
-    an `order`, work of two queues that is not in order is an error. A race in shared memory ends the program, except
-    under the sanitizers of tests/sanitize.sh (races.cpp).
+    an `order`, work of two queues that is not in order is an error. If it
+    `finds_races`, one in shared memory ends the program (races.cpp), except under the sanitizers of tests/sanitize.sh.
     """
 
     name = "SIMT on the CPU"
@@ -63,6 +63,7 @@ class SimtDevice:
         eager: bool = False,
         fault_at: int = 0,
         has_warpgroups: bool = True,
+        finds_races: bool = True,
         order: QueueOrder | None = None,
     ) -> None:
         self.comm_buffers_on_host = pinned
@@ -72,6 +73,7 @@ class SimtDevice:
         self._paths: dict[int, str] = {}
         self.live_bytes = self.peak_bytes = self._launches = 0
         self._fault_at = fault_at
+        self._finds_races = finds_races and not SANITIZERS
         self._order = order
         self.use_queue(0)
 
@@ -165,7 +167,7 @@ class SimtDevice:
         if self._launches == self._fault_at:
             self._submit("fault", _fault)
             return
-        run = getattr(_library(kernel), f"launch_{kernel.name}")
+        run = getattr(_library(kernel, finds_races=self._finds_races), f"launch_{kernel.name}")
         shape = (ctypes.c_uint * 7)(*grid, threads, 1, 1, shared_bytes)
         formats = kernel.parameters
         letters = "".join(LETTERS[format] for format in formats)
@@ -287,7 +289,7 @@ def _store(out: Any, values: npt.NDArray[np.float64]) -> None:
 
 
 @cache
-def _library(kernel: Kernel) -> ctypes.CDLL:
+def _library(kernel: Kernel, *, finds_races: bool) -> ctypes.CDLL:
     """The kernel's file with its constants, compiled once for all processes of this user."""
     names = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", kernel.source)
     launchers = "".join(
@@ -296,9 +298,9 @@ def _library(kernel: Kernel) -> ctypes.CDLL:
         for name in names
     )
     text = f'#line 1 "{HEADER.name}"\n{HEADER.read_text()}\n{kernel.source}\n{launchers}'.replace("#pragma once", "")
-    name = Path(kernel.file).stem
-    compiled = _build(f"{name}.o", text, [*OPTIONS, *SANITIZERS, *RACE_OPTIONS, *kernel.defines, "-c"])
-    others = [] if SANITIZERS else [_build("races.o", RACES.read_text(), [*OPTIONS, "-c"])]
+    name, races = Path(kernel.file).stem, RACE_OPTIONS if finds_races else []
+    compiled = _build(f"{name}.o", text, [*OPTIONS, *SANITIZERS, *races, *kernel.defines, "-c"])
+    others = [] if not finds_races else [_build("races.o", RACES.read_text(), [*OPTIONS, "-c"])]
     linked = [*OPTIONS, *SANITIZERS, "-shared", str(compiled), *map(str, others)]
     return ctypes.CDLL(str(_build(f"{name}.so", "", linked)))
 

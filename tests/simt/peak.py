@@ -8,7 +8,7 @@ from moempi.cli import main
 from moempi.engine import deployment, engine
 from simt.device import SimtDevice
 
-device = SimtDevice(pinned=False, eager=True)
+device = SimtDevice(pinned=False, eager=True, finds_races=False)
 found = {}
 rank_layout_on, load_model = deployment.rank_layout_on, engine.load_model
 

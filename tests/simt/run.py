@@ -16,7 +16,8 @@ from simt.device import SimtDevice
 def make_backend(run, *, local_rank, progress, **_):
     rank, launch = os.environ.get("MOEMPI_SIMT_FAULT", "0:0").split(":")
     fault_at = int(launch) if int(rank) == local_rank else 0
-    device = SimtDevice(pinned=os.environ.get("MOEMPI_SIMT_BUFFERS") != "device", fault_at=fault_at)
+    pinned = os.environ.get("MOEMPI_SIMT_BUFFERS") != "device"
+    device = SimtDevice(pinned=pinned, fault_at=fault_at, finds_races=False)
     return CudaBackend(device, precision=run.precision, reproducible=run.reproducible, progress=progress)
 
 

@@ -103,7 +103,7 @@ class Launches:
 
 def _segments(rows: Array) -> int:
     """How many times SEGMENT_BYTES a row has, rounded up."""
-    return -(-prod(rows.shape[1:]) * rows.itemsize // SEGMENT_BYTES)
+    return int(-(-prod(rows.shape[1:]) * rows.itemsize // SEGMENT_BYTES))
 
 
 def rows_from(whole: Array, first: int, count: int) -> Array:
