@@ -98,13 +98,20 @@ class ReplayPolicy(RoutingPolicy):
         if not is_given.any():
             return own, own_weights
         on_host = backend.download(own)
-        differs = (np.sort(on_host, axis=1) != np.sort(given, axis=1)).any(axis=1) & is_given[:, 0]
+        chosen = np.where(is_given, given, on_host).astype(on_host.dtype, copy=False)
+        differs = (np.sort(on_host, axis=1) != np.sort(chosen, axis=1)).any(axis=1)
         self.replayed += int(is_given.sum())
         self.changed += int(differs.sum())
-        experts = backend.upload(np.ascontiguousarray(np.where(is_given, given, on_host), on_host.dtype))
-        if self._weights is None:
-            return experts, backend.weigh_experts(logits, experts, router)
-        weights = np.where(is_given, self._weights[:, number], backend.download(own_weights))
+        experts = backend.upload(np.ascontiguousarray(chosen))
+        if self._weights is not None:
+            weights = np.where(is_given, self._weights[:, number], backend.download(own_weights))
+            return experts, backend.upload(np.ascontiguousarray(weights, np.float32))
+        is_own = (chosen == on_host).all(axis=1, keepdims=True)
+        if is_own.all():
+            return own, own_weights
+        # A backend may round the weights of experts that it is given in another way than those of its own choice.
+        weighed = backend.download(backend.weigh_experts(logits, experts, router))
+        weights = np.where(is_own, backend.download(own_weights), weighed)
         return experts, backend.upload(np.ascontiguousarray(weights, np.float32))
 
     def _read(self, requests: IntArray, positions: IntArray) -> tuple[IntArray, Float32Array | None]:
