@@ -30,7 +30,7 @@ def library(tmp_path_factory):
 
 
 def count_calls(mpirun, library, folder, **settings):
-    """Of each rank: collectives over all ranks, over fewer, and communicators made, before its first step."""
+    """Of each rank: collectives over all ranks, over fewer, and communicators made before its first step; modules."""
     initialize(SMALL, folder / "weights.h5", seed=1)
     (folder / "prompts.jsonl").write_text("".join(f'{{"tokens": [{token}, 2, 3]}}\n' for token in range(9)))
     keys = {
@@ -45,13 +45,17 @@ def count_calls(mpirun, library, folder, **settings):
     script = launching.python(HERE / "start_costs.py", library, folder / "calls", "run", folder / "job.toml")
     outcome = mpirun(RANKS, *script)
     assert outcome.code == 0, outcome.err
-    return [json.loads((folder / f"calls.{rank}").read_text())[0] for rank in range(RANKS)]
+    found = [json.loads((folder / f"calls.{rank}").read_text()) for rank in range(RANKS)]
+    return [(*rank["calls"], set(rank["modules"])) for rank in found]
 
 
 @pytest.mark.parametrize("transport", ["auto", "pairwise"])
 def test_few_collectives_are_over_all_ranks_before_the_first_step(mpirun, library, tmp_path, transport):
     counts = count_calls(mpirun, library, tmp_path, **{"exchange.transport": transport})
-    assert max(over_all for over_all, _, _ in counts) <= MOST_COLLECTIVES
+    assert max(over_all for over_all, *_ in counts) <= MOST_COLLECTIVES
+    for rank, (*_, modules) in enumerate(counts):
+        assert ("rich" in modules) == (rank == 0)
+        assert modules & {"tokenizers", "jinja2", "moempi.backend.cuda.backend"} == set()
 
 
 def test_communicators_do_not_depend_on_the_number_of_micro_batches(mpirun, library, tmp_path):
@@ -60,6 +64,6 @@ def test_communicators_do_not_depend_on_the_number_of_micro_batches(mpirun, libr
         counts = count_calls(
             mpirun, library, tmp_path, **{"run.micro_batches": micro_batches, "exchange.transport": "shared"}
         )
-        made.append([communicators for _, _, communicators in counts])
-        assert max(over_all for over_all, _, _ in counts) <= MOST_COLLECTIVES
+        made.append([communicators for _, _, communicators, _ in counts])
+        assert max(over_all for over_all, *_ in counts) <= MOST_COLLECTIVES
     assert made[0] == made[1]

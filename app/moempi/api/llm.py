@@ -171,7 +171,7 @@ def _load(job: Job, weights: WeightFile) -> Engine:
         return num_gpus, [num_gpus]
 
     num_gpus, (fewest_gpus,) = world.collectively_least(check, num=1)
-    deployment = deploy(job, world, weights, num_gpus=num_gpus, has_gpus=fewest_gpus > 0)
+    deployment = deploy(job, world, weights, num_gpus=num_gpus, has_gpus=fewest_gpus > 0, text_everywhere=True)
     useful = len(deployment.slots) * pages_for(weights.architecture.max_positions)
     _, pages = deployment.with_cache_pages(lambda: (None, useful))
     idle = Recorder([], task=job.task, writes_records=False, on_progress=lambda counts: None)

@@ -9,7 +9,6 @@ from pathlib import Path
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import load_kernels
-from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.locality import cpu_island, gpu_island
 from moempi.backend.protocol import Backend
 from moempi.config.job import RunSection
@@ -38,6 +37,7 @@ def make_backend(
         if run.backend == "auto" and local_rank == 0 and _seems_to_have_gpu():
             log.warning("this node seems to have a GPU, but the CPU is used: %s", find_gpus()[1])
         return _cpu_backend(run, threads=threads, progress=progress)
+    from moempi.backend.cuda.backend import CudaBackend
     from moempi.backend.cuda.cupy_device import CupyDevice
 
     device = CupyDevice(local_rank % gpus, pinned=not device_buffers)

@@ -95,10 +95,19 @@ class Deployment:
         return of_group
 
 
-def deploy(job: Job, world: World, weights: WeightFile, *, num_gpus: int, has_gpus: bool) -> Deployment:
+def deploy(
+    job: Job,
+    world: World,
+    weights: WeightFile,
+    *,
+    num_gpus: int,
+    has_gpus: bool,
+    text_everywhere: bool = False,
+) -> Deployment:
     """Deploy a job on the ranks of `world`; collective, blocks. A MoempiError of any rank ends all ranks.
 
-    `num_gpus` is the number of GPUs of this node that the job can use, `has_gpus` whether every node has some.
+    `num_gpus` is the number of GPUs of this node that the job can use, `has_gpus` whether every node has some. Ranks
+    beyond the first stage, which see no text, get the tokenizer only with `text_everywhere`.
     """
     pending = PendingTransfers()
     device_buffers = takes_device_memory(job.exchange, world, has_gpu=True) if has_gpus else False
@@ -113,16 +122,18 @@ def deploy(job: Job, world: World, weights: WeightFile, *, num_gpus: int, has_gp
             threads=threads,
             progress=pending.progress,
         )
-        tokenizer, on_gpu = _read_tokenizer(job, weights), backend.name == "cupy"
+        on_gpu = backend.name == "cupy"
         rank_layout = rank_layout_on(ranks, topology, job, weights.architecture, on_gpu=on_gpu, widened=backend.widened)
+        text = weights.tokenizer if rank_layout.is_first_stage or text_everywhere else ""
+        tokenizer = _read_tokenizer(job, weights, text)
         return Deployment(job, world, weights, backend, pending, rank_layout, tokenizer)
 
     return world.collectively(deploy_rank)
 
 
-def _read_tokenizer(job: Job, weights: WeightFile) -> TextTokenizer:
+def _read_tokenizer(job: Job, weights: WeightFile, text: str) -> TextTokenizer:
     return TextTokenizer(
-        weights.tokenizer,
+        text,
         eos_tokens=weights.architecture.eos_tokens,
         origin=str(weights.path),
         reads_special=job.input.special_tokens,

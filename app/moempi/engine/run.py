@@ -39,7 +39,7 @@ from moempi.engine.summary import (
 )
 from moempi.errors import MoempiError
 from moempi.observe.progress import Progress
-from moempi.observe.run_report import Report, print_report
+from moempi.observe.run_figures import Report
 from moempi.printing import print_error
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
@@ -110,9 +110,8 @@ def run_job(
         return attempt.stop(stop, totals)
     exit_code = attempt.conclude(totals.num_errors)
     # The results: rank 0 merges all journals.
-    hosts = report.hosts if report else ()
-    origin = make_provenance(job_text, hosts, weights=weights.fingerprint, start=start)
-    _write_results(job, world, attempt, report, provenance=origin, on_finished=partial(on_finished, exit_code))
+    origin = partial(make_provenance, job_text, weights=weights.fingerprint, start=start)
+    _write_results(job, world, attempt, report, make_origin=origin, on_finished=partial(on_finished, exit_code))
     return exit_code
 
 
@@ -149,7 +148,7 @@ def _write_results(
     attempt: Attempt,
     report: Report | None,
     *,
-    provenance: Provenance,
+    make_origin: Callable[[Sequence[str]], Provenance],
     on_finished: Callable[[], None],
 ) -> None:
     """Put the results in place and print the report, on rank 0, which alone has it; collective.
@@ -161,7 +160,7 @@ def _write_results(
             job.output.results,
             attempt.journals(),
             num_requests=attempt.num_requests,
-            provenance=provenance,
+            provenance=make_origin(report.hosts),
             before_replace=attempt.before_replace,
         )
         on_finished()
@@ -207,6 +206,8 @@ def _with_results(report: Report) -> Report:
 
 def _print(report: Report) -> None:
     """Print the report; if stdout cannot be written, warn, and let the interpreter flush it to nowhere."""
+    from moempi.observe.run_report import print_report
+
     try:
         print_report(report)
         if sys.stdout is not None:

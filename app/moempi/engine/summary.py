@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -25,7 +24,7 @@ from moempi.engine.load import Loading
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
 from moempi.engine.replay import ReplayPolicy
-from moempi.observe.run_report import Report
+from moempi.observe.run_figures import Report
 from moempi.runtime.reductions import gather_on_root, sum_on_all, sum_on_root
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance
@@ -122,6 +121,8 @@ def _balance_columns(balance: Balance | None, load: NDArray[np.int64], *, first_
 
 def make_provenance(job_text: str, hosts: Sequence[str], *, weights: str, start: datetime) -> Provenance:
     """The provenance of the results of ranks on these hosts (R,)."""
+    from importlib.metadata import version
+
     return Provenance(
         job=job_text,
         versions={"moempi": __version__, **{package: version(package) for package in PACKAGES}},

@@ -6,10 +6,12 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
-
-from tokenizers import AddedToken, Tokenizer
+from typing import TYPE_CHECKING
 
 from moempi.errors import DataError
+
+if TYPE_CHECKING:  # imported by ranks that have text
+    from tokenizers import AddedToken, Tokenizer
 
 MAX_REASON = 200
 """Characters of a tokenizer's own error text that an error record keeps."""
@@ -168,7 +170,7 @@ class TextTokenizer:
         return [numbers.get(token, token) for token in ids]
 
     @cached_property
-    def _quoting(self) -> tuple[Tokenizer, dict[int | None, int]]:
+    def _quoting(self) -> "tuple[Tokenizer, dict[int | None, int]]":
         """A tokenizer that has other texts for special tokens, enclosed by TOKEN, and their ids by its own."""
         tokenizer = _whole_texts(self._text)
         tokenizer.encode_special_tokens = True
@@ -177,7 +179,9 @@ class TextTokenizer:
         return tokenizer, {tokenizer.token_to_id(text): number for number, text in texts.items()}
 
 
-def _renamed(token: AddedToken, text: str) -> AddedToken:
+def _renamed(token: "AddedToken", text: str) -> "AddedToken":
+    from tokenizers import AddedToken
+
     """A token that the text stands for wherever it is, also if it is read as plain text."""
     return AddedToken(
         text,
@@ -213,14 +217,16 @@ def _any_of(patterns: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(patterns) or r"(?!)")
 
 
-def _whole_texts(text: str) -> Tokenizer:
+def _whole_texts(text: str) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _special_tokens(tokenizer: Tokenizer | None) -> dict[int, AddedToken]:
+def _special_tokens(tokenizer: "Tokenizer | None") -> "dict[int, AddedToken]":
     if tokenizer is None:
         return {}
     return {number: token for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
-
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as Bar
+from typing import TYPE_CHECKING, NamedTuple
 
 from moempi.config.size import format_size
-from moempi.observe.console import error_console
+
+if TYPE_CHECKING:  # rich is imported by the one rank that prints
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 LINE_EVERY_S = 5.0
 RATE_OVER_S = 2.0
@@ -36,17 +36,16 @@ class Counts(NamedTuple):
 class Progress:
     """A bar on a terminal, elsewhere one line every LINE_EVERY_S seconds; prints nothing unless `enabled` (rank 0)."""
 
-    def __init__(self, total: int, *, enabled: bool, console: Console | None = None) -> None:
+    def __init__(self, total: int, *, enabled: bool, console: "Console | None" = None) -> None:
         self._total = total
-        self._enabled = enabled
-        self._console = console or error_console()
+        self._console = (console or _error_console()) if enabled else None
         self._line_due = time.monotonic() + LINE_EVERY_S
         self._counts = Counts()
         self._first: tuple[float, Counts] | None = None
         self._before: tuple[float, Counts] | None = None
         self._rates = (0.0, 0.0)
         self._bar: Bar | None = None
-        self._task = TaskID(0)
+        self._task: TaskID | None = None
 
     def loading(self, layer: int, num_layers: int, num_bytes: int) -> None:
         """Show that `layer` layers of the rank's `num_layers` are loaded, and `num_bytes` are read."""
@@ -64,12 +63,12 @@ class Progress:
             self._rates = _rates(counts, self._before[1], seconds)
         if seconds >= RATE_OVER_S:
             self._before = now, counts
-        if self._enabled:
+        if self._console is not None:
             self._show(self._text, share=counts.finished / max(self._total, 1))
 
     def close(self) -> None:
         """Stop the bar in its last state, or print a last line, with the rates of the whole run."""
-        if not self._enabled:
+        if self._console is None:
             return
         if self._first is not None:
             self._rates = _rates(self._counts, self._first[1], time.monotonic() - self._first[0])
@@ -80,17 +79,19 @@ class Progress:
             self._console.print(f"moempi: {self._text()}", soft_wrap=True)
 
     def _show(self, text: Callable[[], str], *, share: float) -> None:
-        if not self._enabled:
+        if self._console is None:
             return
         if self._console.is_terminal:
-            self._draw(text(), share)
+            self._draw(self._console, text(), share)
         elif time.monotonic() >= self._line_due:
             self._line_due = time.monotonic() + LINE_EVERY_S
             self._console.print(f"moempi: {text()}", soft_wrap=True)
 
-    def _draw(self, text: str, share: float) -> None:
-        if self._bar is None:
-            self._bar = Bar(BarColumn(BAR_WIDTH), TextColumn("{task.description}", markup=False), console=self._console)
+    def _draw(self, console: "Console", text: str, share: float) -> None:
+        if self._bar is None or self._task is None:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(BarColumn(BAR_WIDTH), TextColumn("{task.description}", markup=False), console=console)
             self._task = self._bar.add_task("", total=1.0)
             self._bar.start()
         self._bar.update(self._task, completed=share, description=text)
@@ -113,6 +114,12 @@ class Progress:
         if not done or not left:
             return _clock(elapsed_s)
         return f"{_clock(elapsed_s)}, {_clock(elapsed_s * left / done)} left"
+
+
+def _error_console() -> "Console":
+    from moempi.observe.console import error_console
+
+    return error_console()
 
 
 def _rates(now: Counts, before: Counts, seconds: float) -> tuple[float, float]:
