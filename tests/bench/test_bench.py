@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from moempi.bench.start import exponent
 from mpirun import python
 
 TINY = ("--width", "32", "--expert-width", "16", "--experts", "4", "--top-k", "2")
@@ -65,6 +66,19 @@ def test_immediate_measures_two_stages_and_refuses_an_odd_number_of_ranks(mpirun
     assert odd.code == 64
     assert len(odd.lines) == 1
     assert "3 ranks do not form two equal ones" in odd.lines[0]
+
+
+def test_start_prints_a_row_for_each_number_of_ranks_and_the_growth(mpirun):
+    outcome = mpirun(3, *python("-m", "moempi", "bench", "start", "--rounds", "1"))
+    require_80_columns(outcome)
+    rows = [line.split()[0] for line in outcome.out.splitlines() if len(line.split()) == 5]
+    assert rows == ["1", "2", "exponent"]
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_the_exponent_of_growth_is_that_of_a_power(power):
+    sizes = [1, 2, 4, 8]
+    assert exponent(sizes, [3.0 * size**power for size in sizes]) == pytest.approx(power)
 
 
 def test_a_wrong_flag_is_a_usage_error(mpirun):

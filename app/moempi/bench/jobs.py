@@ -34,14 +34,19 @@ def write_prompts(path: str | Path, prompts: Iterable[Sequence[int]]) -> None:
     Path(path).write_text("\n".join(lines), encoding="utf-8")
 
 
+def silently_run(world: World, job: Job, *, stop: Stop) -> None:
+    """Run a job on the ranks of `world`, without output; collective, blocks."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        run_job(job, job_text="", world=world, stop=stop, strict=True)
+
+
 def step_seconds(world: World, job: Job) -> tuple[float, int]:
     """Run a job; return the seconds of all steps on the slowest rank, without start and loading, and their number.
 
     Collective, blocks; the values are equal on all ranks.
     """
     world.comm.Barrier()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        run_job(job, job_text="", world=world, stop=Stop(), strict=True)
+    silently_run(world, job, stop=Stop())
     world.comm.Barrier()
     own = (0.0, 0)
     if world.rank == 0:
