@@ -46,7 +46,7 @@ def injected_cases(rehearsal: Rehearsal) -> Iterator[Case]:
     """Each fault at each point, on the first rank and the last."""
     for fault in FAULTS:
         for point in ("prompts", "weights", *POINTS, "append", "merge"):
-            for rank in (0,) if point == "merge" else (0, RANKS - 1):
+            for rank in (0,) if point in ("prompts", "merge") else (0, RANKS - 1):
                 yield fault, lambda fault=fault, point=point, rank=rank: inject(rehearsal, fault, point, rank)
 
 
