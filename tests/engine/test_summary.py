@@ -61,6 +61,7 @@ def make_lane(*, waits=(0.0, 0.0, 0.0), sent=0, load=(), immediate=None):
     for layer, expert in load:
         expert_load[layer][expert] += 1
     return SimpleNamespace(
+        policy=MODEL_ROUTING,
         context=SimpleNamespace(model=SimpleNamespace(architecture=SMALL, backend=backend)),
         comm=SimpleNamespace(
             transfers=transfers, exchange=SimpleNamespace(expert_load=expert_load), immediate=immediate
