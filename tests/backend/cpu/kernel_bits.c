@@ -160,26 +160,28 @@ static void print_choices(int scoring, long groups) {
     print("  weights", weights, sizeof weights);
 }
 
-static void print_delta_rule(long key_heads, long heads, long key_dim, long value_dim, int rounded) {
+/* A delta rule, or a state space with its skip connection and a bias of the convolution. */
+static void print_recurrence(int is_space, long key_heads, long heads, long key_dim, long value_dim, int rounded) {
     long rows = 30, channels = 2 * key_heads * key_dim + heads * value_dim, states = 3, taps = 4;
     span spans[] = {{0, 20, 5, 2}, {20, 1, 0, 0}, {21, 9, 0, 1}};
     float *tail = numbers(states * (taps - 1) * channels), *mixed = numbers(rows * channels);
-    convolution c = {numbers(rows * channels), numbers(taps * channels), tail, mixed, spans, 3, channels, taps, channels,
-                     rounded};
+    convolution c = {numbers(rows * channels), numbers(taps * channels), is_space ? numbers(channels) : NULL, tail, mixed,
+                     spans, 3, channels, taps, channels, rounded};
     convolve(&c);
     float *alpha = numbers(rows * heads), *memory = numbers(states * heads * key_dim * value_dim);
     for (long i = 0; i < rows * heads; i++)
         alpha[i] = (alpha[i] + 2) / 4;
     float *out = numbers(rows * heads * value_dim), *gated = numbers(rows * heads * value_dim);
     delta_rule r = {mixed, mixed + key_heads * key_dim, mixed + 2 * key_heads * key_dim, alpha, alpha,
-                    numbers(rows * key_heads * key_dim), numbers(rows * key_heads * key_dim), memory, out, spans, 3, rows,
-                    key_heads, heads, key_dim, value_dim, channels, rounded};
+                    is_space ? numbers(heads) : NULL, numbers(rows * key_heads * key_dim),
+                    numbers(rows * key_heads * key_dim), memory, out, spans, 3, rows, key_heads, heads, key_dim, value_dim, channels,
+                    rounded};
     apply_delta_rule(&r);
     gated_norm n = {out, numbers(rows * heads * value_dim), numbers(value_dim), gated, rows, heads, value_dim, 1e-6f,
                     rounded};
     normalize_gated(&n);
     char name[64];
-    snprintf(name, sizeof name, "delta rule %ld/%ld x %ld %d", heads, key_heads, key_dim, rounded);
+    snprintf(name, sizeof name, "%s %ld/%ld x %ld %d", is_space ? "space" : "delta rule", heads, key_heads, key_dim, rounded);
     print(name, gated, sizeof(float) * (size_t)(rows * heads * value_dim));
     print("  convolution", mixed, sizeof(float) * (size_t)(rows * channels));
     print("  tail", tail, sizeof(float) * (size_t)(states * (taps - 1) * channels));
@@ -201,8 +203,10 @@ int main(void) {
         print_selection(64, 128, is_bfloat16);
         for (long width = 8; width < 80; width += 23)
             print_rows(width, is_bfloat16);
-        print_delta_rule(2, 6, 16, 32, is_bfloat16);
-        print_delta_rule(1, 1, 5, 21, is_bfloat16);
+        for (int is_space = 0; is_space < 2; is_space++) {
+            print_recurrence(is_space, 2, 6, 16, 32, is_bfloat16);
+            print_recurrence(is_space, 1, 1, 5, 21, is_bfloat16);
+        }
     }
     print_angles(64);
     for (long width = 10; width < 1000; width *= 7)
