@@ -94,6 +94,7 @@ def _check_outputs(chosen: Namespace, job: Job) -> None:
 
     Makes the folder of the results.
     """
+    from moempi.config.job import input_files
     from moempi.errors import StorageError
     from moempi.observe.logs import logs_folder
     from moempi.storage.files import check_output, refuse_same_file
@@ -101,9 +102,7 @@ def _check_outputs(chosen: Namespace, job: Job) -> None:
     from moempi.storage.results import is_results_file
     from moempi.storage.run_state import state_path
 
-    named = (job.model.weights, job.model.architecture, job.input.prompts)
-    assumed = (job.topology.file, job.topology.emulate, job.placement.file)
-    inputs = [chosen.job, *filter(None, named + assumed)]
+    inputs = [chosen.job, *input_files(job)]
     results = Path(job.output.results)
     try:
         results.parent.mkdir(parents=True, exist_ok=True)

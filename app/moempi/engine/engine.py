@@ -79,12 +79,14 @@ def load_engine(
     MoempiError of any rank ends all ranks.
     """
     job, world = deployment.job, deployment.world
-    model, loading = _load(deployment, stop, pages=pages, progress=progress)
-    if model is None:
+    loaded = _load(deployment, stop, pages=pages, progress=progress)
+    if loaded is None:
         progress.close()
         return None
-    grouped = deployment.rank_layout.placements if job.exchange.hops == 1 else {}
-    warm_up(model, world, placements=grouped, lanes=job.lanes)
+    model, loading, warms_up = loaded
+    if warms_up:
+        grouped = deployment.rank_layout.placements if job.exchange.hops == 1 else {}
+        warm_up(model, world, placements=grouped, lanes=job.lanes)
     scheduler = Scheduler(
         (),
         micro_batches=job.num_micro_batches,
@@ -107,10 +109,12 @@ def make_task(job: Job, tokenizer: TextTokenizer, *, top: int) -> Task:
     return Generate(tokenizer, top=top)
 
 
-def _load(deployment: Deployment, stop: Stop, *, pages: int, progress: Progress) -> tuple[Transformer | None, Loading]:
+def _load(
+    deployment: Deployment, stop: Stop, *, pages: int, progress: Progress
+) -> tuple[Transformer, Loading, bool] | None:
     """This rank's share of the model, with `pages` cache pages for each group; collective.
 
-    No model on all ranks if a rank is requested to stop meanwhile.
+    With it whether any rank's backend has kernels to warm up. None on all ranks if one is requested to stop meanwhile.
     """
     world, rank_layout = deployment.world, deployment.rank_layout
     begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
@@ -132,8 +136,10 @@ def _load(deployment: Deployment, stop: Stop, *, pages: int, progress: Progress)
             model = load_model(
                 shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, slots=slots, on_layer=on_layer
             )
-            return model, [not stop.requested]
-        return None, [False]
+            return model, [not stop.requested, deployment.backend.record_event() is None]
+        return None, [False, True]
 
-    model, (all_loaded,) = world.collectively_least(load, num=1)
-    return model if all_loaded else None, Loading(shard.num_bytes, perf_counter() - begin)
+    model, (all_loaded, none_warms_up) = world.collectively_least(load, num=2)
+    if model is None or not all_loaded:
+        return None
+    return model, Loading(shard.num_bytes, perf_counter() - begin), not none_warms_up

@@ -63,10 +63,17 @@ class PromptCounts(NamedTuple):
 
 
 class _Agreed(NamedTuple):
-    """Numbers of which all ranks get the least. The last eight are rank 0's, MOST on the others."""
+    """Numbers of which all ranks get the least: a number and its opposite are so if all ranks have the same.
+
+    `replay` is of the first rank of each node, the last eight are rank 0's; they are MOST on the others.
+    """
 
     weights: int
     minus_weights: int
+    job: int
+    minus_job: int
+    replay: int
+    minus_replay: int
     has_gpu: int
     minus_has_gpu: int
     num_journals: int
@@ -92,7 +99,12 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
         world.watch(job.run.timeout_s)
         weights = WeightFile.open(job.model.weights)
         number, num_gpus = int(weights.fingerprint[:15], 16), count_gpus(job.run)
-        numbers = [number, -number, num_gpus > 0, -(num_gpus > 0)]
+        of_job = _number(msgspec.json.encode(result_keys(job)))
+        replay = [MOST, MOST]
+        if job.replay.routing and world.local_rank == 0:
+            routing = _number(digest_file(job.replay.routing).encode())
+            replay = [routing, -routing]
+        numbers = [number, -number, of_job, -of_job, *replay, num_gpus > 0, -(num_gpus > 0)]
         prompts: Sequence[Prompt] = ()
         lock = None
         if is_first:
@@ -108,11 +120,10 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
 
     (job, weights, prompts, lock, num_gpus), least = world.collectively_least(open_all, num=num)
     agreed = _Agreed(*least)
-    if agreed.weights != -agreed.minus_weights:
-        _require_equal(weights, world)
+    _require_equal(agreed, job, weights, world)
     backend: Backend = "cupy" if agreed.has_gpu else "auto" if agreed.minus_has_gpu else "numpy"
     resolved = msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, backend=backend))
-    digest = struct.pack("<4I", *agreed[5:9]).hex()
+    digest = struct.pack("<4I", agreed.digest_0, agreed.digest_1, agreed.digest_2, agreed.digest_3).hex()
     return Inputs(
         job=job,
         weights=weights,
@@ -158,8 +169,19 @@ def _take_output(results: str) -> OutputLock:
     return lock
 
 
-def _require_equal(weights: WeightFile, world: World) -> None:
-    """End all ranks, because their weights differ; collective."""
-    differs = weights.fingerprint != world.comm.bcast(weights.fingerprint)
-    problem = f"{weights.path}: this rank reads other weights than rank 0: is the file the same on every node?"
-    world.raise_together(DataError(problem) if differs else None)
+def _number(content: bytes) -> int:
+    """60 bits of a digest."""
+    return int(blake2b(content, digest_size=16).hexdigest()[:15], 16)
+
+
+def _require_equal(agreed: _Agreed, job: Job, weights: WeightFile, world: World) -> None:
+    """End all ranks if they read different files; collective if they do."""
+    if agreed.job != -agreed.minus_job:
+        world.raise_together(DataError("the ranks read different jobs: is the job file the same on every node?"))
+    if job.replay.routing and agreed.replay != -agreed.minus_replay:
+        problem = f"{job.replay.routing}: the nodes have different routing: is the file the same on every node?"
+        world.raise_together(DataError(problem))
+    if agreed.weights != -agreed.minus_weights:
+        differs = weights.fingerprint != world.comm.bcast(weights.fingerprint)
+        problem = f"{weights.path}: this rank reads other weights than rank 0: is the file the same on every node?"
+        world.raise_together(DataError(problem) if differs else None)

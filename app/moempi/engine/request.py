@@ -134,7 +134,9 @@ class Request:
         if positions is None or positions == "all":
             return 0, self.computed if positions else 0
         first = first_hidden(positions, len(self.prompt_tokens), self.capacity)
-        return first, min(max(self.computed - first, 0), 1 if positions == "last" else self.computed)
+        if self.computed <= max(first, 0):
+            return 0, 0
+        return first, 1 if positions == "last" else self.computed - first
 
     def to_record(self, *, task: str, since: int = 0, hidden: HiddenPositions | None = None) -> RequestRecord:
         """The record of the finished request, of the attempt at the job whose first step is `since`.

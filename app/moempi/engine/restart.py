@@ -79,7 +79,7 @@ class Attempt:
     """One attempt at a job, with exclusive access to the job's output until `finish` or the end of its processes.
 
     The job has `num_requests`; `earlier` holds those that need not be computed again, their indices on rank 0 alone.
-    `journal` takes this rank's records from `begin` on. A finished request that lost recorded rows (`trace`) is not
+    `journal` takes this rank's records from `begin` on. A finished request that lost recorded rows is not
     among the earlier ones. Making an attempt is collective and blocks, if there are journals. It ends all ranks if they
     belong to another job or cannot be read.
     """
@@ -172,7 +172,7 @@ class Attempt:
             write_state(self._results, self._state(state, reason=reason, exit_code=exit_code))
 
     def warn_of_damage(self) -> None:
-        """Log on rank 0 the problems of journals of earlier attempts, and how many requests lost their routing."""
+        """Log on rank 0 the problems of journals of earlier attempts, and how many requests lost recorded rows."""
         if self._world.rank > 0:
             return
         for problem in self._problems:

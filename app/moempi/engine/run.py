@@ -16,6 +16,7 @@ import numpy as np
 
 from moempi.config.job import Job
 from moempi.config.recommended import KEYS
+from moempi.config.traces import recorded_bytes
 from moempi.engine.balance import quality_cost
 from moempi.engine.deployment import Deployment, deploy
 from moempi.engine.disk import require_disk
@@ -81,8 +82,7 @@ def run_job(
     # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
     deployment = deploy(job, world, weights, num_gpus=inputs.num_gpus, has_gpus=inputs.has_gpus)
     requests, pages = _admit(deployment, attempt, prompts, has_chats=inputs.counts.chats > 0)
-    require_disk(job, world, weights.architecture, requests if deployment.rank_layout.writes_records else [])
-    replay = _open_replay(inputs, world, requests)
+    replay = _check(inputs, deployment, attempt, requests) if _is_checked(deployment) else None
     _announce(job, world, weights, prompts)
     # The model and the lanes.
     progress = Progress(attempt.num_requests, enabled=world.rank == 0)
@@ -120,25 +120,49 @@ def _admit(
 ) -> tuple[list[Request], int]:
     """The requests of this rank's group, from the unfinished `prompts` of rank 0, and the cache pages of each group.
 
-    Begins the output of the attempt. Collective, blocks.
+    Begins the output of the attempt, if the job is not checked. Collective, blocks.
     """
     job, rank_layout = deployment.job, deployment.rank_layout
     own = scatter_prompts(_unfinished(prompts, attempt), deployment.world, rank_layout)
     chats = deployment.render_chats(own) if has_chats else {}
 
     def make_requests() -> tuple[list[Request], int]:
-        attempt.begin(has_records=rank_layout.writes_records or job.trace.has_routing or bool(job.trace.hidden))
+        if not _is_checked(deployment):
+            attempt.begin(has_records=_has_records(deployment))
         requests = deployment.make_requests(own, task=job.task, chats=chats)
         return requests, useful_pages(requests, slots=len(deployment.slots))
 
     return deployment.with_cache_pages(make_requests)
 
 
-def _open_replay(inputs: Inputs, world: World, requests: Sequence[Request]) -> Replay | None:
-    """The routing that the job is given, which fits the `requests` of this rank's group; collective, blocks."""
-    replay = open_replay(inputs.job.replay, inputs.weights.architecture, world, inputs.prompts)
-    if replay is not None:
-        world.collectively(lambda: replay.require_fits(requests))
+def _is_checked(deployment: Deployment) -> bool:
+    """Whether what the job records or replays may refuse it."""
+    job = deployment.job
+    return bool(job.replay.routing or recorded_bytes(job, deployment.weights.architecture))
+
+
+def _has_records(deployment: Deployment) -> bool:
+    """Whether this rank records anything."""
+    trace = deployment.job.trace
+    return deployment.rank_layout.writes_records or trace.has_routing or bool(trace.hidden)
+
+
+def _check(inputs: Inputs, deployment: Deployment, attempt: Attempt, requests: Sequence[Request]) -> Replay | None:
+    """The routing that the job is given, which fits the `requests` of this rank's group; begins the output.
+
+    Ends all ranks if the disk has no space for what is recorded; the corrected job finds no journals of this one.
+    Collective, blocks.
+    """
+    job, world, architecture = inputs.job, deployment.world, inputs.weights.architecture
+    require_disk(job, world, architecture, requests if deployment.rank_layout.writes_records else [])
+    replay = open_replay(job.replay, architecture, world, inputs.prompts)
+
+    def begin() -> None:
+        if replay is not None:
+            replay.require_fits(requests)
+        attempt.begin(has_records=_has_records(deployment))
+
+    world.collectively(begin)
     return replay
 
 
@@ -258,7 +282,8 @@ def _make_recorder(
     if world.rank == 0:
         recorder.add_earlier(attempt.earlier)
     recorder.record(request for request in requests if request.finish)
-    attempt.count(recorder.counts())  # until the first step: its own
+    if world.rank == 0:
+        attempt.count(recorder.counts())
     return recorder
 
 
@@ -281,6 +306,7 @@ def _close_journals(
         change = quality_cost(lanes.each, sample, world, sample=job.balance.sample, run=lanes.run)
         record = msgspec.structs.replace(record, balance={**record.balance, "logprob_change": change})
     totals = sum_totals(rank_run.recorder, world)
+    world.collectively(lambda: attempt.journal.close() if world.rank > 0 else None)  # before rank 0 merges them
     gathered = gather_records(record, rank_run.recorder, world)
     for one in gathered.records:
         attempt.journal.append(one)

@@ -9,7 +9,8 @@ from moempi.storage.prompts import Prompt
 TAG = 32_100
 """Beyond the tags of messages between stages."""
 PIECE = 10_000
-"""Prompts that are sent at a time."""
+PIECE_BYTES = 64 << 20
+"""Prompts, and bytes of their texts and tokens, that are sent at a time; a larger prompt is sent alone."""
 
 
 def scatter_prompts(prompts: Sequence[Prompt], world: World, rank_layout: RankLayout) -> list[Prompt]:
@@ -32,6 +33,18 @@ def scatter_prompts(prompts: Sequence[Prompt], world: World, rank_layout: RankLa
 
 def _pieces(share: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
     """Lists of prompts, of which the last is empty."""
-    for start in range(0, len(share), PIECE):
-        yield share[start : start + PIECE]
+    start = num_bytes = 0
+    for index, prompt in enumerate(share):
+        num_bytes += _num_bytes(prompt)
+        if index - start == PIECE or (num_bytes > PIECE_BYTES and index > start):
+            yield share[start:index]
+            start, num_bytes = index, _num_bytes(prompt)
+    if start < len(share):
+        yield share[start:]
     yield []
+
+
+def _num_bytes(prompt: Prompt) -> int:
+    """The size of what may be long in a prompt."""
+    parts = (prompt.text, prompt.chat, prompt.reference, prompt.metadata, prompt.error)
+    return (0 if prompt.tokens is None else prompt.tokens.nbytes) + sum(len(part or "") for part in parts)

@@ -33,8 +33,6 @@ def warm_up(model: Transformer, world: World, *, placements: Mapping[int, Placem
     its first slot are written. A MoempiError of any rank ends all ranks, such as too many physical experts for the
     backend.
     """
-    if model.backend.record_event() is None:
-        return
     is_first = world.local_rank == 0
     run = partial(_run_all, model, placements, lanes)
     world.collectively(lambda: run() if is_first else None)
@@ -43,7 +41,7 @@ def warm_up(model: Transformer, world: World, *, placements: Mapping[int, Placem
 
 def _run_all(model: Transformer, placements: Mapping[int, Placement], lanes: int) -> None:
     backend = model.backend
-    for lane in range(lanes):
+    for lane in range(lanes if backend.record_event() is not None else 0):
         with backend.on_queue(lane):
             for num_rows in NUM_ROWS:
                 _run_layers(model, placements, num_rows)
