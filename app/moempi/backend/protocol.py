@@ -62,7 +62,8 @@ class LayerState:
     """The state of each slot in a layer of the gated delta rule or of state spaces, in float32.
 
     `tail` (slots, taps - 1, C) holds the last rows before the convolution, `memory` (slots, *memory_shape) the sums of
-    keys times values. A sequence that starts at position 0 begins with zeros, whatever its slot holds.
+    keys times values, of a state space of inputs times values. A sequence that starts at position 0 begins with zeros,
+    whatever its slot holds.
     """
 
     tail: Array

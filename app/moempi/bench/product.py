@@ -18,12 +18,11 @@ from moempi.arrays import Float32Array, narrow, round_to_bfloat16, widen
 from moempi.backend.c_compiler import load_kernel
 from moempi.backend.cpu.kernels import (
     BFLOAT16,
-    EXACT_FLAGS,
-    INSTRUCTIONS,
     SOURCES,
     Kernels,
     MatrixProduct,
     PanelMatrix,
+    compiler_flags,
     instructions,
     load_kernels,
 )
@@ -59,7 +58,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print. Raises UsageError on several ranks, or without the compiled kernels."""
-    names = instructions()
+    names = [name for name in instructions() if load_kernels(name) is not None]
     if world.size > 1:
         raise UsageError("bench product measures one core; start it without a launcher, or on one rank")
     if load_kernels() is None:
@@ -80,7 +79,7 @@ def run(world: World, chosen: Namespace) -> None:
 
 def find_peak(name: str, *, rounds: int) -> Peak:
     """The most that one core does with these instructions: the best of `rounds` measurements."""
-    library = load_kernel(SOURCE, (*EXACT_FLAGS, *INSTRUCTIONS[name][1], f"-I{SOURCES}"))
+    library = load_kernel(SOURCE, (*compiler_flags(name), f"-I{SOURCES}"))
     assert library is not None
     numbers, out = np.ones(READ_BYTES // 4, np.float32), np.zeros(64, np.float32)
     best = [0.0, 0.0, 0.0]

@@ -22,7 +22,7 @@ class Norm:
         return backend.rms_norm(x, self.weight, eps=self.eps, rounded=self.kind == "rms")
 
     def of_sum(self, backend: Backend, x: Array, y: Array | None) -> tuple[Array, Array]:
-        """Add rows x and y (T, D), if there are such; the sum, and the sum normalized."""
+        """Add rows y to x (T, D), unless y is None; the sum, and the sum normalized."""
         if y is None:
             return x, self(backend, x)
         if self.kind == "layer":

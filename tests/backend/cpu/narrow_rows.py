@@ -7,10 +7,11 @@ import numpy as np
 from moempi.backend.cpu.kernels import Kernels
 from moempi.cli import main
 
-multiply = Kernels.multiply
+multiply, checks = Kernels.multiply, []
 
 
 def checked(self, x, parts, out, *, narrow, **options):
+    checks.append(narrow)
     if narrow and (np.ascontiguousarray(x).view(np.uint32) & 0xFFFF).any():
         raise ValueError(f"rows of {x.shape} are not bfloat16 values")
     return multiply(self, x, parts, out, narrow=narrow, **options)
@@ -18,4 +19,5 @@ def checked(self, x, parts, out, *, narrow, **options):
 
 if __name__ == "__main__":
     Kernels.multiply = checked
-    sys.exit(main())
+    code = main()
+    sys.exit(code or not any(checks))

@@ -53,6 +53,11 @@ def test_the_kernels_of_an_h100_take_no_more_registers_than_the_table_says(name,
         assert_launchable(kernel, resources)
 
 
+def test_every_row_of_the_table_is_of_a_compilation():
+    names = [name for name, _, _ in variants()]
+    assert not [row for row in table() if not any(row.startswith(f"{name} ") for name in names)]
+
+
 def test_registers_that_spill_are_found(monkeypatch):
     """The planted fault: blocks of 1,024 threads, two at a time, leave 32 registers for a thread."""
     pytest.importorskip("cupy")
@@ -85,8 +90,6 @@ def test_the_sanitizer_reports_what_a_kernel_reads_beyond_an_array(num_read, bey
     program = f"""
 import numpy as np
 from moempi.backend.cuda.device import Kernel
-from backend.cuda.ptxas import BFLOAT16_ONLY, HOPPER_ONLY, PRECISIONS, SHAPES, compile_kernels, table, variants
-from mpirun import ROOT
 from simt.device import SimtDevice
 source = '''
 extern "C" __global__ void sum(const float* from, float* to, int count) {{

@@ -1,7 +1,7 @@
 """The CPU backend with compiled kernels.
 
 Matrices keep the type in which they are stored, and with bfloat16 the cache is bfloat16. A row's bits depend on the row
-and the weights alone: not on other rows, pages, threads or the processor.
+and the weights alone: not on other rows, pages, threads or, but for the decay of states (NumPy's), the processor.
 """
 
 from collections.abc import Callable, Sequence

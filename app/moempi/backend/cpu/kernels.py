@@ -88,12 +88,17 @@ def instructions() -> list[str]:
     return [name for name, (needed, _) in INSTRUCTIONS.items() if needed <= set(features)]
 
 
+def compiler_flags(name: str) -> tuple[str, ...]:
+    """The flags of one of the INSTRUCTIONS; pairs are those of WITH_PAIRS alone, whatever the compiler's own flags."""
+    return (*EXACT_FLAGS, *INSTRUCTIONS[name][1], *(() if name == WITH_PAIRS else ("-DWITHOUT_PAIRS",)))
+
+
 @cache
 def load_kernels(name: str | None = None) -> "Kernels | None":
     """The kernels for a set of instructions, by default the widest; None if they cannot be compiled or run here."""
     names = [name] if name else instructions()
     while names:
-        library = load_kernel(SOURCES, *((*EXACT_FLAGS, *INSTRUCTIONS[each][1]) for each in names))
+        library = load_kernel(SOURCES, *map(compiler_flags, names))
         if library is None or library.pairs_are_chains():
             return None if library is None else Kernels(library)
         log.info("the processor's bfloat16 products have other bits than multiply-adds, which are used instead")

@@ -35,7 +35,7 @@ typedef struct {
 
 /* A tile: one block of rows and adjacent panels, over a run of inputs. */
 typedef struct {
-    const float *x; /* [k][row] */
+    const float *x; /* [k][row], of PAIRS words [k / 2][row] */
     const char *packed;
     long steps, panel_bytes;
     float *out;
@@ -52,7 +52,7 @@ static inline int kind_of(const product *p) {
     return HAS_PAIRS && p->weights == BFLOAT16 && p->narrow ? PAIRS : p->weights;
 }
 static inline long steps_of(const product *p) { return quotient_up(p->inputs, 2); }
-static inline long step_bytes(int weights) { return PANEL * (weights == FLOAT32 ? 8 : 4); } /* of a panel */
+static inline long step_bytes(int kind) { return PANEL * (kind == FLOAT32 ? 8 : 4); } /* of a panel */
 static inline long words_of_step(int kind) { return kind == PAIRS ? 1 : 2; }                /* of a packed row */
 static inline long words_of(const product *p) { return steps_of(p) * words_of_step(kind_of(p)); }
 static inline long scratch_of(const product *p) { return p->rows * (words_of(p) + PANEL); }
@@ -68,35 +68,48 @@ static inline long packed_runs(const product *p) {
 
 long panel_outputs(void) { return PANEL; }
 
-/* Whether products of pairs, if they are compiled, have the bits of the chain: of numbers near and far from each other,
- * and near the smallest and the largest.
+static int same_bits(const float *a, const float *b, long count) {
+    int same = 1;
+    for (long i = 0; i < count; i++)
+        same &= memcmp(a + i, b + i, sizeof(float)) == 0 || (a[i] != a[i] && b[i] != b[i]);
+    return same;
+}
+
+/* A number with random sign and bits, whose exponent is one of `count` from `first` on; of bfloat16 without low bits. */
+static uint32_t random_bits(uint64_t *state, long first, long count, int is_bfloat16) {
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    uint32_t bits = (uint32_t)(*state >> 32), low = (uint32_t)*state >> 8 & 0xFFFF;
+    return (bits & (is_bfloat16 ? 0x807F0000u : 0x807FFFFFu)) | (uint32_t)(first + low % count) << 23;
+}
+
+/* Whether products of pairs, if they are compiled, have the bits of the chain; two numbers that are none count as equal.
+ *
+ * Tried are numbers near and far from each other, the largest, and the smallest with subnormal ones.
  */
 int pairs_are_chains(void) {
     enum { TRIES = 2048 };
-    static const int exponents[][2] = {{127, 6}, {127, 60}, {64, 12}, {188, 8}}; /* of the numbers: lowest, how many */
+    static const long exponents[][4] = {
+        {127, 6, 127, 12}, {100, 60, 100, 100}, {187, 8, 247, 8}, {0, 130, 0, 130}, {60, 8, 0, 16}};
     uint64_t state = 1;
-    long before = flush_subnormals(), differ = 0;
-    for (int set = 0; set < 4; set++)
-        for (int i = 0; i < TRIES * HAS_PAIRS; i++) {
-            uint32_t words[3][LANES]; /* x, w, sum */
-            for (int n = 0; n < 3 * LANES; n++) {
-                state = state * 6364136223846793005u + 1442695040888963407u;
-                uint32_t high = (uint32_t)(state >> 32), low = (uint32_t)(state >> 48);
-                int first = exponents[set][0], count = exponents[set][1], of_sum = n >= 2 * LANES ? 2 * first - 127 : first;
-                uint32_t exponent = (uint32_t)(of_sum + (int)(low % (uint32_t)count)) << 23;
-                uint32_t other = (uint32_t)(first + (int)(low / 64 % (uint32_t)count)) << 7;
-                words[n / LANES][n % LANES] = n >= 2 * LANES ? (high & 0x807FFFFF) | exponent
-                                                             : (high & 0x807F807F) | exponent | other;
-            }
-            ivec x = load_bits(words[0]), w = load_bits(words[1]);
-            vec sum = load((const float *)words[2]), ours[2];
-            ours[0] = fused_pairs(as_floats(x), as_floats(w), sum);
-            ours[1] = fused(high_half(x), high_half(w), sum);
-            ours[1] = fused(low_half(x), low_half(w), ours[1]);
-            differ += memcmp(&ours[0], &ours[1], sizeof(vec)) != 0;
+    long before = flush_subnormals();
+    int same = 1;
+    for (int i = 0; i < TRIES * HAS_PAIRS * 5; i++) {
+        const long *range = exponents[i % 5]; /* lowest and how many, of factors and of sums */
+        uint32_t x[LANES], w[LANES], sums[LANES];
+        for (int n = 0; n < LANES; n++) {
+            x[n] = random_bits(&state, range[0], range[1], 1) | random_bits(&state, range[0], range[1], 1) >> 16;
+            w[n] = random_bits(&state, range[0], range[1], 1) | random_bits(&state, range[0], range[1], 1) >> 16;
+            sums[n] = random_bits(&state, range[2], range[3], 0);
         }
+        ivec some = load_bits(x), other = load_bits(w);
+        vec sum = as_floats(load_bits(sums));
+        float pairs[LANES], chain[LANES];
+        store(pairs, fused_pairs(as_floats(some), as_floats(other), sum));
+        store(chain, fused(low_half(some), low_half(other), fused(high_half(some), high_half(other), sum)));
+        same &= same_bits(pairs, chain, LANES);
+    }
     restore_subnormals(before);
-    return differ == 0;
+    return same;
 }
 
 /* Pack w, (N, K) or (K, N) if `transposed`, into the outputs from `first` on of a matrix of zeros. */

@@ -94,7 +94,7 @@ INLINE void store_halves(uint16_t *p, ivec v) { vst1_u16(p, vmovn_u32(v)); }
 #endif
 
 /* c plus the products of two pairs of bfloat16 numbers in each lane. */
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(WITHOUT_PAIRS)
 #define HAS_PAIRS 1
 INLINE vec fused_pairs(vec a, vec b, vec c) {
     return _mm512_dpbf16_ps(c, (__m512bh)as_bits(a), (__m512bh)as_bits(b));
