@@ -118,4 +118,5 @@ def _rank(rank):
 def _routing(rank):
     tokens = [(request, position) for request in range(rank, REQUESTS, RANKS) for position in range(TOKENS)]
     record = make_routing(0, tokens, layers=MOE_LAYERS, rank=rank)
-    return msgspec.structs.replace(record, experts=record.experts % ARCHITECTURE.experts.num)
+    experts = record.columns["experts"] % ARCHITECTURE.experts.num
+    return msgspec.structs.replace(record, columns={**record.columns, "experts": experts})
