@@ -11,6 +11,7 @@ from moempi.arrays import narrow, widen
 from moempi.commands.export import ARRAYS
 from moempi.errors import DataError
 from moempi.storage.records import TraceRecord
+from moempi.storage.results import Ragged
 from storage.test_records import make_rank, make_request
 from storage.test_results import merged
 
@@ -71,6 +72,7 @@ def test_a_request_has_its_own_rows_of_every_table(path):
         np.testing.assert_array_equal(first.score_top_logprobs, [[np.nan, np.nan], [-0.5, -1]])
         assert [result.index for result in results] == [0, 1, 2]
         assert results[-1].hidden(2).shape == (0, 4)
+        assert results[-1].hidden_positions.shape == (0,)
         assert results[2].error == "bad"
 
 
@@ -102,6 +104,71 @@ def test_offsets_that_do_not_fit_are_refused(path, name):
         file[name][1] = 2**40
     with Results(path) as results, pytest.raises(DataError, match="do not divide"):
         results[0].hidden(2), results[0].experts
+
+
+def replaced(path, **datasets):
+    """The file with other datasets, deleted where None; `__` is `/` in their names."""
+    with h5py.File(path, "a") as file:
+        for name, values in datasets.items():
+            del file[name.replace("__", "/")]
+            if values is not None:
+                file[name.replace("__", "/")] = values
+    return path
+
+
+@pytest.mark.parametrize(
+    ("datasets", "words"),
+    [
+        ({"routing__experts": np.zeros((3, 30000, 2), np.uint8)}, r"routing/experts: \(3, 30000, 2\) does not fit 2"),
+        ({"routing__experts": None}, "routing/experts: is missing"),
+        ({"routing__layer": np.array([5, 2], np.int32)}, "routing/layer: does not ascend"),
+        ({"hidden__first": np.zeros(1, np.int32)}, "hidden/first: is of 1 requests, not of 3"),
+        ({"hidden__layer": np.array([2, 7], np.int32)}, "hidden/values/007: is missing"),
+        ({"hidden__layer": np.array([-3, 2], np.int32)}, "hidden/layer: does not ascend"),
+    ],
+)
+def test_tables_that_contradict_themselves_are_refused_on_opening(path, datasets, words):
+    with pytest.raises(DataError, match=words):
+        Results(replaced(path, **datasets))
+
+
+def test_weights_of_another_shape_than_the_experts_are_refused_on_opening(path):
+    with h5py.File(path, "a") as file:
+        file["routing/weights"] = np.zeros((4, 2, 3), np.float32)
+    with pytest.raises(DataError, match="routing/weights"):
+        Results(path)
+
+
+@pytest.mark.parametrize("num_rows", [3, 1 << 40])
+def test_rows_without_entries_are_refused_however_many(path, num_rows):
+    replaced(path, hidden__values__002=None, hidden__offsets=np.array([0, num_rows, num_rows, num_rows]))
+    with h5py.File(path, "a") as file:
+        file.create_dataset("hidden/values/002", (num_rows, 0), np.float32)
+    with Results(path) as results, pytest.raises(DataError, match="rows without entries"):
+        _ = results[0].hidden_positions
+
+
+def test_routing_takes_no_memory_beyond_its_rows(path):
+    layers, wide = np.arange(3000, dtype=np.int32), np.zeros((0, 3000, 30000), np.uint8)
+    prompt = np.zeros(10**4, np.int32)
+    failed = {"routing__layer": layers, "routing__experts": wide, "routing__offsets": np.zeros(4, np.int64)}
+    of_prompt = {"prompt__tokens": prompt, "prompt__offsets": np.array([0, 0, 0, len(prompt)])}
+    replaced(path, **failed, **of_prompt, score=None)
+    with Results(path) as results:
+        assert results[2].routing.shape == (0, 3000, 30000)
+        with pytest.raises(DataError, match="request 0 has 0 rows, not 1"):
+            _ = results[0].routing
+
+
+def test_ids_are_read_in_blocks(tmp_path, monkeypatch):
+    done = [make_request(i, id=f"é{i}" * (i % 3)) for i in range(50)]
+    reads = []
+    read = Ragged.read
+    with Results(merged(tmp_path / "r.h5", [*done, make_rank(0)], num_requests=50)) as results:
+        monkeypatch.setattr(Ragged, "read", lambda self, *bounds: reads.append(bounds) or read(self, *bounds))
+        assert results.ids == [record.id for record in done]
+        assert results["é1"].index == 1
+    assert reads == [(0, 50)]
 
 
 def named(path):

@@ -13,7 +13,7 @@ from moempi.errors import DataError
 from moempi.storage.closeable import Closeable
 from moempi.storage.hdf5 import raising_data_errors, walk
 from moempi.storage.results import Ragged, ResultFile, typed_dataset
-from moempi.storage.results_layout import ARRAYS, TRACES, missing_value
+from moempi.storage.results_layout import ARRAYS, TEXTS, TRACES, blocks, missing_value
 
 NOT_RECORDED = -1
 """What `Result.routing` has where no expert was recorded."""
@@ -31,10 +31,12 @@ class Results(Closeable):
         self.path = path
         self._file = ResultFile(path)
         try:
-            names = dict(walk(self._file.hdf5))
-            self.hidden_layers = self._layers("hidden") if "hidden" in names else ()
-            self.routed_layers = self._layers("routing") if "routing" in names else ()
-            self._names = frozenset(names)
+            self._names = frozenset(name for name, is_group in walk(self._file.hdf5) if not is_group)
+            self.hidden_layers = self._layers("hidden")
+            self.routed_layers = self._layers("routing")
+            if self.hidden_layers:
+                self._first = self._typed("hidden/first", np.int32, 1)
+            self._require_whole()
         except BaseException:
             self._file.close()
             raise
@@ -51,10 +53,15 @@ class Results(Closeable):
         index = self._indices[request] if isinstance(request, str) else range(len(self))[request]
         return Result(self, index)
 
-    @property
+    @cached_property
     def ids(self) -> list[str]:
         """The ids of all requests, in order."""
-        return list(self._indices)
+        column = self._file.ragged("id")
+        if column is None:
+            raise DataError(f"{self.path}: has no ids")
+        with raising_data_errors(self.path, "ids"):
+            parts = (column.read(start, stop) for start, stop in blocks(column.num_bytes()))
+            return [value.tobytes().decode() for part in parts for value in part]
 
     def text(self, name: str, index: int) -> str:
         """A text of a request, "" if there is none."""
@@ -69,22 +76,26 @@ class Results(Closeable):
         column = self._file.ragged(name)
         return None if column is None else self._read(column, name, index)
 
-    def rows(self, table: str, path: str, num_dims: int, index: int) -> NDArray[Any] | None:
-        """The rows of a request in the dataset `path` of a table; None if the file has none."""
+    def routing(self, name: str, index: int) -> NDArray[Any] | None:
+        """The rows (t, L, K) of a request in a column of the routing; None if the file has none."""
+        path = f"routing/{name}"
         if path not in self._names:
             return None
-        if path not in self._opened:
-            columns = TRACES[table].values()
-            dtypes = next((column.dtypes for column in columns if column.path == path), (np.float32,))
-            self._opened[path] = Ragged(self._file.hdf5, f"{table}/offsets", path, dtypes, num_dims)
-            if self._opened[path].num_requests != len(self):
-                raise DataError(f"{self.path}: {table}/offsets: is not of {len(self)} requests")
-        return self._read(self._opened[path], path, index)
+        return self._read(self._table("routing", path, TRACES["routing"][name].dtypes, 3), path, index)
 
-    def first_hidden(self, index: int) -> int:
-        """The position of the first recorded hidden state of a request."""
+    def hidden(self, layer: int, index: int) -> Float32Array:
+        """The recorded hidden states (h, D) of a request behind one of `hidden_layers`."""
+        path = _states_path(layer)
+        return self._read(self._table("hidden", path, np.float32, 2), path, index)
+
+    def hidden_positions(self, index: int) -> Int32Array:
+        """The positions (h,) of the recorded hidden states of a request."""
+        if not self.hidden_layers:
+            return np.zeros(0, np.int32)
+        offsets = self._table("hidden", _states_path(self.hidden_layers[0]), np.float32, 2).offsets
         with raising_data_errors(self.path, "hidden/first"):
-            return int(typed_dataset(self._file.hdf5, "hidden/first", np.int32, 1)[index])
+            first = int(self._first[index])
+        return first + np.arange(offsets[index + 1] - offsets[index], dtype=np.int32)
 
     def close(self) -> None:
         """Close the file."""
@@ -92,11 +103,45 @@ class Results(Closeable):
 
     @cached_property
     def _indices(self) -> dict[str, int]:
-        return {self.text("id", index): index for index in range(len(self))}
+        return {name: index for index, name in enumerate(self.ids)}
 
     def _layers(self, table: str) -> tuple[int, ...]:
-        layers: list[int] = typed_dataset(self._file.hdf5, f"{table}/layer", np.int32, 1)[:].tolist()
-        return tuple(layers)
+        """The layers of a table, () if the file has no such table."""
+        if not any(name.startswith(f"{table}/") for name in self._names):
+            return ()
+        layers: tuple[int, ...] = tuple(self._typed(f"{table}/layer", np.int32, 1)[:].tolist())
+        if list(layers) != sorted({layer for layer in layers if layer >= 0}):
+            raise DataError(f"{self.path}: {table}/layer: does not ascend from 0 or above")
+        return layers
+
+    def _require_whole(self) -> None:
+        """Raise DataError unless the tables have a dataset for each layer, and their shapes agree."""
+        needed = [_states_path(layer) for layer in self.hidden_layers]
+        needed += ["routing/experts"] if self.routed_layers else []
+        if missing := sorted(set(needed) - self._names):
+            raise DataError(f"{self.path}: {missing[0]}: is missing")
+        if self.hidden_layers and len(self._first) != len(self):
+            raise DataError(f"{self.path}: hidden/first: is of {len(self._first)} requests, not of {len(self)}")
+        shapes = {
+            path: self._typed(path, TRACES["routing"][name].dtypes, 3).shape
+            for name in ("experts", "weights")
+            if (path := f"routing/{name}") in self._names
+        }
+        for path, shape in shapes.items():
+            if shape != shapes.get("routing/experts") or shape[1] != len(self.routed_layers):
+                raise DataError(f"{self.path}: {path}: {shape} does not fit {len(self.routed_layers)} layers")
+
+    def _table(self, table: str, path: str, dtypes: Any, num_dims: int) -> Ragged:
+        """The dataset `path` of a table, opened once."""
+        if path not in self._opened:
+            found = Ragged(self._file.hdf5, f"{table}/offsets", path, dtypes, num_dims)
+            if found.num_requests != len(self):
+                raise DataError(f"{self.path}: {table}/offsets: is not of {len(self)} requests")
+            self._opened[path] = found
+        return self._opened[path]
+
+    def _typed(self, path: str, dtype: Any, num_dims: int) -> Any:
+        return typed_dataset(self._file.hdf5, path, dtype, num_dims)
 
     def _read(self, column: Ragged, name: str, index: int) -> NDArray[Any]:
         with raising_data_errors(self.path, f"{name} of request {index}"):
@@ -116,8 +161,8 @@ class Result:
         self._results = results
 
     def __getattr__(self, name: str) -> Any:
-        """A text, or an array of ARRAYS, by the name of its column."""
-        if name in ("id", "finish", "error", "reference", "prompt_id", "metadata", "group", "text"):
+        """A text of TEXTS, or an array of ARRAYS, by the name of its column."""
+        if name in TEXTS:
             return self._results.text(name, self.index)
         if name in ARRAYS:
             found = self._results.array(name, self.index)
@@ -129,31 +174,29 @@ class Result:
         if layer not in self._results.hidden_layers:
             recorded = ", ".join(map(str, self._results.hidden_layers)) or "none"
             raise KeyError(f"hidden states of layer {layer} are not recorded; recorded layers: {recorded}")
-        rows = self._results.rows("hidden", f"hidden/values/{layer:03}", 2, self.index)
-        return np.zeros((0, 0), np.float32) if rows is None else rows
+        return self._results.hidden(layer, self.index)
 
     @property
     def hidden_positions(self) -> Int32Array:
         """The positions (h,) of the rows of `hidden`: prompt tokens are 0 to n - 1, generated ones follow."""
-        layers = self._results.hidden_layers
-        first = self._results.first_hidden(self.index) if layers else 0
-        return first + np.arange(len(self.hidden(layers[0])) if layers else 0, dtype=np.int32)
+        return self._results.hidden_positions(self.index)
 
     @property
     def experts(self) -> NDArray[Any] | None:
         """The chosen experts (t, L, K) of the computed positions; None if they are not recorded."""
-        return self._results.rows("routing", "routing/experts", 3, self.index)
+        return self._results.routing("experts", self.index)
 
     @property
     def routing_weights(self) -> Float32Array | None:
         """The weights (t, L, K) of the chosen experts; None if they are not recorded."""
-        return self._results.rows("routing", "routing/weights", 3, self.index)
+        return self._results.routing("weights", self.index)
 
     @property
     def routing(self) -> NDArray[np.int16] | None:
-        """The chosen experts as trainers take them: int16 (n + m - 1, L, K), NOT_RECORDED where there are none.
+        """The chosen experts as trainers take them: int16 (t, L, K), NOT_RECORDED where there are none.
 
-        None if the file has no routing; raises DataError if an expert does not fit.
+        There are n + m - 1 rows, fewer only of a request that ended with an error. None if the file has no routing;
+        raises DataError if an expert does not fit, or if rows are missing.
         """
         experts = self.experts
         if experts is None:
@@ -162,9 +205,11 @@ class Result:
         most = np.iinfo(TRAINER_DTYPE).max
         if known.any() and experts[known].max() > most:
             raise DataError(f"{self._results.path}: an expert beyond {most} does not fit {np.dtype(TRAINER_DTYPE)}")
-        positions = max(len(self.prompt) + len(self.tokens) - 1, 0)
-        routing = np.full((max(positions, len(experts)), *experts.shape[1:]), NOT_RECORDED, TRAINER_DTYPE)
-        routing[: len(experts)][known] = experts[known]
+        num_rows = len(self.prompt) + len(self.tokens) - 1
+        if self.finish != "error" and len(experts) < num_rows:
+            raise DataError(f"{self._results.path}: request {self.index} has {len(experts)} rows, not {num_rows}")
+        routing = np.full(experts.shape, NOT_RECORDED, TRAINER_DTYPE)
+        routing[known] = experts[known]
         return routing
 
     def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -175,5 +220,11 @@ class Result:
         for name in ("routing", "routing_weights"):
             if (found := getattr(self, name)) is not None:
                 yield name, found
+        if self._results.hidden_layers:
+            yield "hidden_positions", self.hidden_positions
         for layer in self._results.hidden_layers:
             yield f"hidden.{layer}", self.hidden(layer)
+
+
+def _states_path(layer: int) -> str:
+    return f"hidden/values/{layer:03}"
