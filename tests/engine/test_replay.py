@@ -7,12 +7,14 @@ import h5py
 import numpy as np
 import pytest
 from mpi4py import MPI
+from msgspec import structs
 
 from engine.runs import SMALL, Run, requests_of
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.config.job import ReplaySection
 from moempi.engine.replay import Replay, ReplayPolicy, open_replay
 from moempi.errors import DataError, NoInputError
+from moempi.storage import replay_file
 from moempi.storage.merge import merge
 from moempi.storage.replay_file import NOT_GIVEN, ReplayFile
 from storage.test_results import PROVENANCE
@@ -205,6 +207,50 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, changes, words):
     with pytest.raises(DataError, match=words) as error:
         opened(ReplaySection(str(path)))
     assert str(path) in str(error.value)
+
+
+def weights_with(place, value):
+    weights = np.full((3, LAYERS, TOP_K), 0.5, np.float32)
+    weights[place] = value
+    return weights
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5])
+def test_weights_that_are_no_weights_are_refused_if_they_are_used(tmp_path, value, monkeypatch):
+    monkeypatch.setattr(replay_file, "BLOCK_ROWS", 2)
+    names = np.array([PROMPTS[1].id.encode(), PROMPTS[2].id.encode()])
+    path = made(tmp_path / "given.h5", id=names, weights=weights_with((2, 1, 0), value))
+    words = rf"request 1, position 0, layer {SMALL.moe_layers[1]}, weights .*{value}.*: negative or not finite"
+    with pytest.raises(DataError, match=words):
+        opened(ReplaySection(str(path), weights=True))
+    assert opened(ReplaySection(str(path))).file.has_weights
+
+
+def test_weights_of_rows_that_are_routed_as_usual_are_not_looked_at(tmp_path):
+    names = np.array([PROMPTS[1].id.encode(), PROMPTS[2].id.encode()])
+    changes = {"experts": experts_with(2, -1), "weights": weights_with(2, np.nan)}
+    path = made(tmp_path / "given.h5", id=names, **changes)
+    assert opened(ReplaySection(str(path), weights=True)).weights
+
+
+def test_each_block_that_is_read_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay_file, "BLOCK_ROWS", 2)
+    blocks = []
+    with ReplayFile(made(tmp_path / "given.h5"), SMALL) as file:
+        file.require_valid(weights=False, on_block=lambda: blocks.append(1))
+    assert len(blocks) == 2
+
+
+def test_results_of_another_layout_and_models_without_moe_layers_are_refused(tmp_path):
+    path = made(tmp_path / "given.h5")
+    dense = structs.replace(SMALL, dense_layers=tuple(range(SMALL.num_layers)))
+    with pytest.raises(DataError, match="has routing, the model no MoE layers"):
+        ReplayFile(path, dense)
+    recorded, _ = run_with(tmp_path / "recorded")
+    with h5py.File(recorded, "a") as file:
+        file.attrs["version"] = 2
+    with pytest.raises(DataError, match="not a results file of layout 1: it says 2"):
+        ReplayFile(recorded, SMALL)
 
 
 def test_more_positions_than_the_job_computes_and_missing_weights_are_refused(tmp_path):

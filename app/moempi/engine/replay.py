@@ -57,7 +57,7 @@ def open_replay(
             raise DataError(f"{section.routing}: has no weights, which replay.weights requests")
         if world.rank > 0:
             return file, None
-        file.require_valid()
+        file.require_valid(weights=section.weights)
         return file, file.requests_of([prompt.id for prompt in prompts])
 
     file, requests = world.collectively(open_file)

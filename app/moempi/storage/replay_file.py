@@ -1,6 +1,6 @@
 """Routing that a job is given: the experts of requests at positions, in a results file or in HDF5 of the same shape."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,13 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from moempi.arrays import Float32Array, IntArray
+from moempi.arrays import BoolArray, Float32Array, IntArray
 from moempi.config.architecture import Architecture
 from moempi.errors import DataError
 from moempi.storage.closeable import Closeable
 from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, read_attribute, walk
 from moempi.storage.results import Ragged, typed_dataset
-from moempi.storage.results_layout import FORMAT, missing_value
+from moempi.storage.results_layout import FORMAT, VERSION, missing_value
 
 EXPERT_TYPES = (np.uint8, np.uint16, np.int16, np.int32, np.int64)
 BLOCK_ROWS = 1 << 14
@@ -73,23 +73,26 @@ class ReplayFile(Closeable):
         """The number of positions of a request of the file."""
         return int(self._offsets[request + 1] - self._offsets[request])
 
-    def require_valid(self) -> None:
-        """Read all experts, a block at a time; raises DataError at a row that is no route."""
-        experts = self._architecture.experts
+    def require_valid(self, *, weights: bool, on_block: Callable[[], object] = lambda: None) -> None:
+        """Read all experts, and the `weights` if they are used, a block at a time; calls `on_block` before each.
+
+        Raises DataError at a row that is no route, and at a route with a weight that is negative or not finite.
+        """
         for start in range(0, self._experts.shape[0], BLOCK_ROWS):
+            on_block()
+            rows = slice(start, start + BLOCK_ROWS)
             with raising_data_errors(self.path, "routing"):
-                found = self._given(self._experts[start : start + BLOCK_ROWS])
-            ordered = np.sort(found, axis=2)
-            is_route = (ordered[:, :, 0] >= 0) & (ordered[:, :, -1] < experts.num)
+                experts = self._given(self._experts[rows])
+                weight = self._weights[rows] if weights and self._weights is not None else None
+            is_given = (experts != NOT_GIVEN).any(axis=2)
+            ordered = np.sort(experts, axis=2)
+            is_route = (ordered[:, :, 0] >= 0) & (ordered[:, :, -1] < self._architecture.experts.num)
             is_route &= (np.diff(ordered, axis=2) > 0).all(axis=2)
-            bad = np.argwhere(~is_route & (found != NOT_GIVEN).any(axis=2))
-            if len(bad):
-                row, layer = bad[0].tolist()
-                request = int(np.searchsorted(self._offsets, start + row, side="right")) - 1
-                what = f"layer {self._architecture.moe_layers[layer]}, experts {found[row, layer].tolist()}"
-                position = start + row - int(self._offsets[request])
-                wanted = f"{self.top_k} different ones of {experts.num}"
-                raise DataError(f"{self.path}: request {request}, position {position}, {what}: not {wanted}")
+            wanted = f"{self.top_k} different ones of {self._architecture.experts.num}"
+            self._require_all(is_route | ~is_given, start, experts, f"experts {{}}: not {wanted}")
+            if weight is not None:
+                is_weight = (np.isfinite(weight) & (weight >= 0)).all(axis=2)
+                self._require_all(is_weight | ~is_given, start, weight, "weights {}: negative or not finite")
 
     def read(self, request: int, start: int, stop: int, layers: slice) -> tuple[IntArray, Float32Array | None]:
         """Experts (stop - start, layers, K) and weights of positions of a request of the file; NOT_GIVEN beyond its."""
@@ -107,7 +110,12 @@ class ReplayFile(Closeable):
         self._file.close()
 
     def _open(self, names: dict[str, bool]) -> None:
+        if not self._architecture.moe_layers:
+            raise DataError(f"{self.path}: has routing, the model no MoE layers")
         is_results = read_attribute(self._file, "format") == FORMAT
+        version = read_attribute(self._file, "version")
+        if is_results and version != VERSION:
+            raise DataError(f"{self.path}: not a results file of layout {VERSION}: it says {version}")
         folder = "routing/" if is_results else ""
         if f"{folder}experts" not in names:
             raise DataError(f"{self.path}: has no {folder}experts; record it with --set trace.routing=experts")
@@ -142,6 +150,16 @@ class ReplayFile(Closeable):
         if len(found) != len(self._offsets) - 1 or len(set(found)) != len(found):
             raise DataError(f"{self.path}: its ids are not one for each request, or not unique")
         return found
+
+    def _require_all(self, is_good: BoolArray, start: int, values: NDArray[Any], what: str) -> None:
+        """Raise DataError with the first of the `values` (T, L, K) of rows from `start` that is not good (T, L)."""
+        bad = np.argwhere(~is_good)
+        if len(bad):
+            row, layer = bad[0].tolist()
+            request = int(np.searchsorted(self._offsets, start + row, side="right")) - 1
+            where = f"request {request}, position {start + row - int(self._offsets[request])}"
+            where += f", layer {self._architecture.moe_layers[layer]}"
+            raise DataError(f"{self.path}: {where}, {what.format(values[row, layer].tolist())}")
 
     def _given(self, experts: NDArray[Any]) -> IntArray:
         """Experts as int32, NOT_GIVEN in rows without a route; what no int32 holds is beyond all experts."""
