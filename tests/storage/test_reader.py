@@ -1,5 +1,8 @@
 """Results for Python, and their export as arrays: what the journals held, of each request alone."""
 
+import struct
+import tracemalloc
+
 import h5py
 import numpy as np
 import pyarrow.parquet
@@ -10,6 +13,7 @@ from moempi import Results
 from moempi.arrays import narrow, widen
 from moempi.commands.export import ARRAYS
 from moempi.errors import DataError
+from moempi.storage import export_arrays
 from moempi.storage.records import TraceRecord
 from moempi.storage.results import Ragged
 from storage.test_records import make_rank, make_request
@@ -50,7 +54,17 @@ def path(tmp_path):
         trace_of("hidden", {"values": narrow(states)}, requests=requests, positions=positions, layers=(2, 5)),
         trace_of("routing", {"experts": experts}, requests=[0, 0, 0], positions=[0, 1, 2], layers=(2, 5)),
         trace_of("score", top, requests=[0], positions=[1]),
-        make_request(0, num_prompt=2, num_tokens=2, computed=3, hidden_rows=3, score_top=0, id="a"),
+        make_request(
+            0,
+            num_prompt=2,
+            num_tokens=2,
+            computed=3,
+            hidden_rows=3,
+            score_top=0,
+            id="a",
+            group="math",
+            metadata='{"a": 1}',
+        ),
         make_request(1, num_prompt=1, num_tokens=1, computed=1, hidden_rows=1, score_top=0, id="../b\0c"),
         make_request(2, num_prompt=1, num_tokens=0, finish="error", error="bad", score_top=0, id="d"),
         make_rank(0),
@@ -180,11 +194,47 @@ def test_npz_has_the_arrays_of_each_request(path, tmp_path):
     assert ARRAYS["npz"](path, tmp_path / "out.npz") == 3
     with np.load(tmp_path / "out.npz") as found:
         expected = named(path)
-        assert sorted(found) == sorted([*expected, "ids"])
-        assert found["ids"].tolist() == ["a", "../b\0c", "d"]
+        assert sorted(found) == sorted([*expected, "ids", "ids_offsets"])
+        ids = np.split(found["ids"], found["ids_offsets"][1:-1])
+        assert [one.tobytes().decode() for one in ids] == ["a", "../b\0c", "d"]
         for name, values in expected.items():
             assert found[name].dtype == values.dtype
             np.testing.assert_array_equal(found[name], values)
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet"])
+def test_an_export_holds_a_few_requests_in_memory(tmp_path, form, monkeypatch):
+    """40 requests of 1 MiB, one of whose ids is 100,000 times as long as the others."""
+    monkeypatch.setattr(export_arrays, "_GROUP_BYTES", 2 << 20)
+    done = [make_request(i, num_prompt=1 << 18, id=f"{i}" * (100_000 if i == 9 else 1)) for i in range(40)]
+    path = merged(tmp_path / "r.h5", [*done, make_rank(0)], num_requests=len(done))
+    tracemalloc.start()
+    assert ARRAYS[form](path, tmp_path / "out") == len(done)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 12 << 20
+
+
+def test_row_groups_have_several_requests(tmp_path, monkeypatch):
+    done = [make_request(i, num_prompt=i % 7) for i in range(300)]
+    path = merged(tmp_path / "r.h5", [*done, make_rank(0)], num_requests=len(done))
+    ARRAYS["parquet"](path, tmp_path / "one")
+    monkeypatch.setattr(export_arrays, "_GROUP_BYTES", 64 << 10)
+    ARRAYS["parquet"](path, tmp_path / "several")
+    one, several = (pyarrow.parquet.ParquetFile(tmp_path / name) for name in ("one", "several"))
+    assert one.num_row_groups == 1
+    assert 3 <= several.num_row_groups <= 10
+    assert one.read().to_pylist() == several.read().to_pylist()
+    assert one.read(["prompt"]).to_pylist() == [{"prompt": record.prompt.tolist()} for record in done]
+
+
+def test_more_arrays_than_a_safetensors_header_names_are_refused(path, tmp_path, monkeypatch):
+    ARRAYS["safetensors"](path, tmp_path / "out.safetensors")
+    (num_bytes,) = struct.unpack("<Q", (tmp_path / "out.safetensors").read_bytes()[:8])
+    monkeypatch.setattr(export_arrays, "_HEADER_BYTES", num_bytes - 1)
+    with pytest.raises(DataError, match="export it as npz or parquet"):
+        ARRAYS["safetensors"](path, tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_safetensors_has_the_arrays_of_each_request(path, tmp_path):
@@ -201,6 +251,13 @@ def test_parquet_has_a_row_for_each_request(path, tmp_path):
     assert ARRAYS["parquet"](path, tmp_path / "out.parquet") == 3
     rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["id"] for row in rows] == ["a", "../b\0c", "d"]
+    assert [(row["group"], row["metadata"], row["error"]) for row in rows] == [
+        ("math", '{"a": 1}', ""),
+        ("", "", ""),
+        ("", "", "bad"),
+    ]
+    assert not {"prompt_id", "endpoint", "reference"} & rows[0].keys()
+    assert [row["hidden_positions"] for row in rows] == [[0, 1, 2], [0], []]
     for index, row in enumerate(rows):
         with Results(path) as results:
             for name, values in results[index].arrays():

@@ -63,6 +63,10 @@ class Results(Closeable):
             parts = (column.read(start, stop) for start, stop in blocks(column.num_bytes()))
             return [value.tobytes().decode() for part in parts for value in part]
 
+    def has_text(self, name: str) -> bool:
+        """Whether the file has this text of its requests."""
+        return self._file.ragged(name) is not None
+
     def text(self, name: str, index: int) -> str:
         """A text of a request, "" if there is none."""
         column = self._file.ragged(name)
@@ -211,6 +215,12 @@ class Result:
         routing = np.full(experts.shape, NOT_RECORDED, TRAINER_DTYPE)
         routing[known] = experts[known]
         return routing
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Yield name and value of all texts that the file has of its requests."""
+        for name in TEXTS:
+            if self._results.has_text(name):
+                yield name, self._results.text(name, self.index)
 
     def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yield name and values of all arrays that the file has of this request, one in memory at a time."""
