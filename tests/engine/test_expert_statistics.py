@@ -1,5 +1,6 @@
 """Statistics of experts by prompt group: the sums that a loop over the recorded positions makes, in any layout."""
 
+import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,9 +16,14 @@ from moempi.config.traces import recorded_bytes
 from moempi.engine.summary import _expert_load
 from moempi.errors import ConfigError
 from moempi.layout.layout import make_layout
-from moempi.storage import expert_statistics
+from moempi.storage import expert_statistics, journal_index
+from moempi.storage.expert_statistics import write_statistics
+from moempi.storage.journal_index import JournalIndex
 from moempi.storage.merge import merge
 from moempi.storage.records import RankRecord
+from moempi.storage.results_columns import create_scale
+from storage.test_reader import trace_of
+from storage.test_records import make_request
 from storage.test_results import PROVENANCE
 
 LENGTHS = (5, 30, 1, 12, 3)
@@ -106,6 +112,32 @@ def test_norms_are_those_of_the_chosen_experts_outputs(tmp_path):
                     np.testing.assert_allclose(
                         file["routing/norms"][row, number, slot], np.linalg.norm(output), rtol=1e-5
                     )
+
+
+def test_memory_holds_a_block_of_rows_whatever_their_number(tmp_path):
+    """A million rows in ten requests, of which every other one has none; int64 of all rows would be 8 MiB."""
+    num_rows = 1 << 20
+    index = JournalIndex(np.zeros(10, journal_index._ENTRY))
+    index.add_rank(RankRecord(rank=0, host="n", expert_load=np.ones((1, 4), np.int64), seconds={}, steps=1, tokens=1))
+    for i in range(10):
+        own = (i % 2) * num_rows // 5
+        done = make_request(i, num_prompt=own, computed=own, group="odd" if i % 4 == 1 else None)
+        index.add_request(done, journal=0, offset=0)
+    routed = {"experts": np.zeros((1, 1, 1), np.uint8)}
+    routed |= {name: np.ones((1, 1, 1), np.float32) for name in ("weights", "norms")}
+    index.add_trace(trace_of("routing", routed, requests=[1], positions=[0], layers=(0,)), journal=0, offset=0)
+    with h5py.File(tmp_path / "r.h5", "w") as file:
+        for name, size in index.sizes().items():
+            create_scale(file, name, size)
+        for name, kind in (("experts", np.uint8), ("weights", np.float32), ("norms", np.float32)):
+            file.create_dataset(f"routing/{name}", (num_rows // 5 * 5, 1, 1), kind)
+        tracemalloc.start()
+        write_statistics(file, index, lambda: None)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        tokens = file["statistics/tokens"][:, 0, 0].tolist()
+    assert (index.groups, tokens) == (["", "odd"], [num_rows // 5 * 2, num_rows // 5 * 3])
+    assert most < 4 << 20
 
 
 @pytest.mark.ranks(4)

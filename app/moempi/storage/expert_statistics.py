@@ -32,28 +32,33 @@ def write_statistics(file: Any, index: JournalIndex, require_success: Callable[[
     pairs = create(
         file, "statistics/pairs", np.int64, (*OF_EXPERT, "expert_beside"), "positions that chose both experts"
     )
-    group_of_row = np.repeat(index.group_of_request, index.entries["computed"])
+    ends, group_of_request = np.cumsum(index.entries["computed"]), index.group_of_request
     for layer in range(len(index.traces["routing"].layers)):
         require_success()
-        totals = _layer_sums(file, layer, group_of_row, (len(index.groups), num_experts))
+        totals = _layer_sums(file, layer, ends, group_of_request, (len(index.groups), num_experts))
         for name, dataset in sums.items():
             dataset[:, layer] = totals[name]
         pairs[:, layer] = totals["pairs"]
 
 
 def _layer_sums(
-    file: Any, layer: int, group_of_row: NDArray[np.int64], shape: tuple[int, int]
+    file: Any, layer: int, ends: NDArray[np.int64], group_of_request: NDArray[np.int64], shape: tuple[int, int]
 ) -> dict[str, NDArray[Any]]:
-    """The sums (groups, experts) and pairs (groups, experts, experts) of one layer."""
+    """The sums (groups, experts) and pairs (groups, experts, experts) of one layer.
+
+    The rows of request i end before row `ends[i]`.
+    """
     num_groups, num_experts = shape
     totals: dict[str, NDArray[Any]] = {name: np.zeros(shape, kind) for name, (kind, _) in SUMS.items()}
     totals["pairs"] = np.zeros((*shape, num_experts), np.int64)
-    for start in range(0, len(group_of_row), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
+    num_rows = int(ends[-1]) if len(ends) else 0
+    for start in range(0, num_rows, BLOCK_ROWS):
+        rows = slice(start, min(start + BLOCK_ROWS, num_rows))
         experts, gates, norms = (file[f"routing/{name}"][rows, layer] for name in ("experts", "weights", "norms"))
         known = (experts != missing_value(experts.dtype)).any(axis=1)
         experts, gates, norms = experts[known].astype(np.int64), gates[known].astype(np.float64), norms[known]
-        groups = group_of_row[rows][known]
+        numbers = np.arange(rows.start, rows.stop)[known]
+        groups = group_of_request[np.searchsorted(ends, numbers, side="right")]
         entries = (groups[:, None] * num_experts + experts).reshape(-1)
         for name, values in (("tokens", None), ("gates", gates), ("gated_norms", gates * norms)):
             found = np.bincount(entries, None if values is None else values.reshape(-1), num_groups * num_experts)
