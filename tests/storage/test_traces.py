@@ -2,11 +2,13 @@
 
 import h5py
 import numpy as np
+from msgspec import structs
 
 from moempi.storage import merge_traces
+from moempi.storage.merge import merge
 from moempi.storage.records import TraceRecord
 from storage.test_records import make_rank, make_request
-from storage.test_results import merged
+from storage.test_results import PROVENANCE, merged, write_journals
 
 TOP_K = 2
 
@@ -79,3 +81,49 @@ def test_layers_that_are_not_neighbours_are_written_to_their_own_columns(tmp_pat
     records = [make_routing(0, [(0, 0)], layers=(1, 5)), make_routing(0, [(0, 0)], layers=(3,), rank=1)]
     found = read(merged(tmp_path / "r.h5", [*records, make_request(0, computed=1)], num_requests=1))
     assert found["experts"][0, :, 0].tolist() == [1, 3, 5]
+
+
+def lacking(path, *records_by_rank, num_requests):
+    """The sentences of the merge's problems."""
+    journals = write_journals(path, *records_by_rank)
+    return [str(problem) for problem in merge(path, journals, num_requests=num_requests, provenance=PROVENANCE)]
+
+
+def test_requests_that_lack_rows_of_their_last_attempt_are_counted(tmp_path):
+    whole = [make_routing(0, [(0, 0), (0, 1)]), make_request(0, computed=2)]
+    early = [make_routing(0, [(1, 0), (1, 1)])]
+    done = make_request(1, computed=2, since=3)
+    last = [make_routing(3, [(1, 0), (1, 1)], since=3)]
+    torn = "1 of 2 requests lack recorded rows"
+    assert lacking(tmp_path / "r.h5", [*whole, *early, done], last, num_requests=2) == []
+    # A position, a layer, and an attempt that is not there.
+    few = [make_routing(3, [(1, 0)], since=3)]
+    one_layer = [make_routing(3, [(1, 0), (1, 1)], since=3, layers=(1,))]
+    for number, rows in enumerate((few, one_layer, [])):
+        path = tmp_path / f"{number}.h5"
+        assert lacking(path, [*whole, *early, done], rows, num_requests=2) == [f"{path}: {torn}"]
+
+
+def test_the_first_position_of_a_scored_prompt_has_no_row(tmp_path):
+    top = {"top_tokens": np.zeros((2, 1), np.int32), "top_logprobs": np.zeros((2, 1), np.float32)}
+    scored, single = (make_request(i, num_prompt=n, num_tokens=0, score_top=0) for i, n in enumerate((3, 1)))
+    rows = TraceRecord(
+        table="score",
+        since=0,
+        step=0,
+        rank=0,
+        layers=(),
+        requests=np.zeros(2, np.int64),
+        positions=np.array([1, 2], np.int32),
+        columns=top,
+    )
+    assert lacking(tmp_path / "r.h5", [scored, single, rows], num_requests=2) == []
+    half = structs.replace(
+        rows,
+        requests=rows.requests[:1],
+        positions=rows.positions[:1],
+        columns={name: values[:1] for name, values in top.items()},
+    )
+    path = tmp_path / "half.h5"
+    found = lacking(path, [scored, single, half], num_requests=2)
+    assert found == [f"{path}: 1 of 2 requests lack recorded rows"]

@@ -59,10 +59,11 @@ def merge(
     """Write the results file atomically from the journals of all ranks; keeps the journals.
 
     Returns the problems of journals: damage, a torn end, a record that cannot be used, two records of a request that
-    differ in tokens. Requests are in the order 0 to `num_requests` - 1. Memory holds about 100 bytes per request and a
-    few MiB. Call this on one rank, after all ranks have closed their journals. Calls `before_replace` with the path of
-    the new file, which is whole on disk and not yet in place; if that raises, an earlier results file stays. Raises
-    StorageError if a request is missing, if the journals are from different runs, or if the disk fails.
+    differ in tokens; and one that counts the requests that lack recorded rows. Requests are in the order 0 to
+    `num_requests` - 1. Memory holds about 100 bytes per request and a few MiB. Call this on one rank, after all ranks
+    have closed their journals. Calls `before_replace` with the path of the new file, which is whole on disk and not yet
+    in place; if that raises, an earlier results file stays. Raises StorageError if a request is missing, if the
+    journals are from different runs, or if the disk fails.
     """
     with Journals(journals) as opened:
         index = index_journals(opened, num_requests)
@@ -76,7 +77,7 @@ def merge(
             _write_provenance(file, provenance)
             columns = _create_columns(file, index)
             _write_ranks(file, index)
-            write_traces(file, opened, index, require_success)
+            num_untraced = write_traces(file, opened, index, require_success)
             if index.has_statistics:
                 write_statistics(file, index, require_success)
             for start, stop in blocks(index.entries["num_bytes"]):
@@ -84,6 +85,9 @@ def merge(
                 records = [opened.request_at(entry) for entry in index.entries[start:stop]]
                 for column in columns:
                     column.write(records)
+        if num_untraced:
+            sentence = f"{results_path}: {num_untraced} of {num_requests} requests lack recorded rows"
+            index.problems.append(Problem(Path(results_path), 0, sentence))
         return index.problems
 
 

@@ -24,16 +24,26 @@ Rows = dict[str, NDArray[Any]]
 """Columns of a table by name, all with the same number of rows."""
 
 
-def write_traces(file: Any, journals: Journals, index: JournalIndex, require_success: Callable[[], None]) -> None:
-    """Write the tables of all trace records; memory holds a few blocks of BLOCK_BYTES. Raises StorageError."""
+def write_traces(file: Any, journals: Journals, index: JournalIndex, require_success: Callable[[], None]) -> int:
+    """Write the tables of all trace records; memory holds a few blocks of BLOCK_BYTES. Raises StorageError.
+
+    Returns the number of requests whose latest attempt lacks rows of a table in any of its layers.
+    """
+    is_whole = np.ones(len(index.entries), np.bool_)
     for table, traces in index.traces.items():
         table_rows = index.table_rows(table)
         columns = _create_columns(file, table, traces, table_rows)
+        num_written = np.zeros(len(index.entries), np.int64)
         for group in traces.groups():
             for records in _blocks(journals.trace_at(journal, offset) for journal, offset in group):
                 require_success()
                 rows = _sorted_rows(_joined(records), table_rows)
                 _write(columns, rows, [traces.layers.index(layer) for layer in records[0].layers] or [0])
+                latest = rows["request"][index.entries["since"][rows["request"]] == records[0].since]
+                np.add.at(num_written, latest, max(len(records[0].layers), 1))
+        num_rows = np.maximum(table_rows.end - 1, 0) if table == "score" else table_rows.num_rows
+        is_whole &= num_written >= num_rows * max(len(traces.layers), 1)
+    return int((~is_whole).sum())
 
 
 class _Column:
