@@ -110,7 +110,7 @@ class LLM(Closeable):
         """
         section = self._job.score if top_n is None else ScoreSection(top_n)
         job = msgspec.structs.replace(self._job, task="score", score=section)
-        return [scored(record) for record in self._run("score", _rows(prompts), job)]
+        return [scored(record, top_n=section.top_n) for record in self._run("score", _rows(prompts), job)]
 
     def chat_text(self, messages: Sequence[Message], *, template_kwargs: Mapping[str, Any] | None = None) -> str:
         """The text of a conversation by the chat template, for a prompt of text. Not collective; blocks.

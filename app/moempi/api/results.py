@@ -62,13 +62,16 @@ def generated(record: RequestRecord) -> Generated:
     )
 
 
-def scored(record: RequestRecord) -> Scored:
-    """The result of a request of the task score."""
+def scored(record: RequestRecord, *, top_n: int) -> Scored:
+    """The result of a request of the task score, for which `top_n` likeliest tokens were requested."""
+    likeliest = _likeliest(record.score_top_tokens, record.score_top_logprobs)
+    if top_n and not likeliest:
+        likeliest = [{} for _ in record.score]  # a prompt of one token has none of them
     return Scored(
         id=record.id,
         tokens=record.prompt.tolist(),
         logprobs=record.score.tolist(),
-        top_logprobs=_likeliest(record.score_top_tokens, record.score_top_logprobs),
+        top_logprobs=likeliest,
         finish=record.finish,
         error=record.error,
     )
