@@ -9,13 +9,16 @@ import pyarrow.parquet
 import pytest
 from safetensors import safe_open
 
+from engine.runs import SMALL
 from moempi import Results
 from moempi.arrays import narrow, widen
 from moempi.commands.export import ARRAYS
 from moempi.errors import DataError
 from moempi.storage import export_arrays
 from moempi.storage.records import TraceRecord
+from moempi.storage.replay_file import ReplayFile
 from moempi.storage.results import Ragged
+from moempi.storage.routing import RoutingFile
 from storage.test_records import make_rank, make_request
 from storage.test_results import merged
 
@@ -160,6 +163,16 @@ def test_rows_without_entries_are_refused_however_many(path, num_rows):
         file.create_dataset("hidden/values/002", (num_rows, 0), np.float32)
     with Results(path) as results, pytest.raises(DataError, match="rows without entries"):
         _ = results[0].hidden_positions
+
+
+def test_routing_without_entries_is_refused_by_every_reader(path):
+    num_rows = 1 << 40
+    replaced(path, routing__offsets=np.array([0, num_rows, num_rows, num_rows]), routing__experts=None)
+    with h5py.File(path, "a") as file:
+        file.create_dataset("routing/experts", (num_rows, 2, 0), np.uint8)
+    for reader in (Results, RoutingFile, lambda path: ReplayFile(path, SMALL)):
+        with pytest.raises(DataError, match="rows without entries"):
+            reader(path)
 
 
 def test_routing_takes_no_memory_beyond_its_rows(path):

@@ -148,8 +148,6 @@ class Ragged:
         starts_and_ends = len(self.offsets) > 0 and self.offsets[0] == 0 and self.offsets[-1] == len(self._values)
         if not starts_and_ends or (np.diff(self.offsets) < 0).any():
             raise DataError(f"{file.filename}: {offsets}: do not divide the {len(self._values)} rows of {values}")
-        if len(self._values) and not self._values.size:  # rows of no bytes may be more than memory can count
-            raise DataError(f"{file.filename}: {values}: is {self._values.shape}, rows without entries")
         self.num_requests = len(self.offsets) - 1
 
     def num_bytes(self) -> NDArray[np.int64]:
@@ -191,6 +189,8 @@ def typed_dataset(file: Any, path: str, dtype: Any, num_dims: int) -> Any:
     if found not in allowed or dataset.ndim != num_dims:
         names = " or ".join(map(str, allowed))
         raise DataError(f"{file.filename}: {path}: is {found} {dataset.shape}, not {names} with {num_dims} axes")
+    if len(dataset) and not dataset.size:  # rows of no bytes may be more than memory can count
+        raise DataError(f"{file.filename}: {path}: is {dataset.shape}, rows without entries")
     return dataset
 
 
