@@ -37,9 +37,10 @@ PROMPTS = [request.prompt for request in named_requests()]
 
 def opened(section):
     """The replay of PROMPTS by SMALL, as rank 0 opens it."""
-    return open_replay(
-        section, SMALL, SimpleNamespace(comm=MPI.COMM_SELF, rank=0, collectively=lambda act: act()), PROMPTS
+    world = SimpleNamespace(
+        comm=MPI.COMM_SELF, rank=0, collectively=lambda act: act(), where="", alive=lambda phase: None
     )
+    return open_replay(section, SMALL, world, PROMPTS)
 
 
 def run_with(folder, replay_file=None, *, comm=MPI.COMM_SELF, weights=False, **sections):

@@ -24,6 +24,13 @@ pytest.importorskip("transformers")
 families = pytest.importorskip("peers.families")
 
 WITHIN = 2e-4
+DELTA_RULE = ("qwen3_next", "qwen3_5_moe")
+WITHIN_OUTLIERS, OUTLIERS = 1e-3, 1
+"""In the gated delta rule, one position of a case may differ by more, because rounding is amplified there.
+
+At position 573 of qwen3_5_moe transformers' float32 differs from its float64 by 1.4e-4, which is 8 times its 99th
+percentile, and other orders of the sums in a product by 4e-5 to 5e-4.
+"""
 MARGIN = 1e-3
 BFLOAT16_SHARE = 1.5
 RANKS = (1, 4)
@@ -98,14 +105,16 @@ def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
     alone = scores(tmp_path / "score-1.h5")
     scored = ("score", "staged", *groups)
     others = [scores(tmp_path / f"{name}-4.h5") for name in scored]
-    largest = max(float(np.abs(found - exact).max()) for found in (alone, *others))
+    differences = [np.abs(found - exact) for found in (alone, *others)]
+    largest = max(float(difference.max()) for difference in differences)
     rounded = max(float(np.abs(scores(tmp_path / f"rounded-{ranks}.h5") - exact).mean()) for ranks in RANKS)
     chosen, other, margin = compare_choices(tmp_path / "score-1.h5", reference)
     table.append(f"{case:42}{largest:10.1e}{rounded:11.4f}{theirs:9.4f}{chosen:9}{other:6}")
     assert margin <= MARGIN
     for name in scored:
         assert compare_choices(tmp_path / f"{name}-4.h5", reference)[2] <= MARGIN
-    assert largest <= WITHIN
+    assert largest <= (WITHIN_OUTLIERS if case.startswith(DELTA_RULE) else WITHIN)
+    assert all((difference > WITHIN).sum() <= OUTLIERS for difference in differences)
     assert rounded <= BFLOAT16_SHARE * theirs
     for others_of_same_bits in others[:2]:
         np.testing.assert_array_equal(others_of_same_bits, alone)

@@ -57,7 +57,7 @@ def open_replay(
             raise DataError(f"{section.routing}: has no weights, which replay.weights requests")
         if world.rank > 0:
             return file, None
-        file.require_valid(weights=section.weights)
+        file.require_valid(weights=section.weights, on_block=lambda: world.alive(world.where))
         return file, file.requests_of([prompt.id for prompt in prompts])
 
     file, requests = world.collectively(open_file)
