@@ -83,7 +83,9 @@ def journal_of(results, *payloads):
 
 
 def merge_of(results, *paths):
-    return list(map(str, merge(results, paths, num_requests=NUM_REQUESTS, provenance=PROVENANCE)))
+    """The problems but one: request 2 has fewer recorded rows than computed tokens (see test_traces.py)."""
+    problems = map(str, merge(results, paths, num_requests=NUM_REQUESTS, provenance=PROVENANCE))
+    return [problem for problem in problems if problem != f"{results}: 1 of {NUM_REQUESTS} requests lack recorded rows"]
 
 
 @pytest.mark.parametrize("changes", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
