@@ -151,7 +151,7 @@ def test_each_part_joins_the_ranks_of_its_stage_or_its_tensor_group(comm, num_ra
 @pytest.mark.ranks(4)
 def test_rows_to_the_next_stage_and_in_a_tensor_group_are_counted(comm, num_ranks):
     lane_comm = make(comm, parallel={"stages": 2, "tensor": 2})
-    sequence = {"requests": 0, "slots": 0, "starts": 0, "lengths": 3, "capacities": 8}
+    sequence = {"requests": 0, "slots": 0, "starts": 0, "lengths": 3, "capacities": 8, "prompts": 3}
     columns = {name: np.array([value]) for name, value in sequence.items()}
     batch, split = replace(NO_STEP, stop=False, **columns), RowSplit((3,), 2)
     if comm.rank < 2:
