@@ -33,6 +33,7 @@ from faults.rehearsal import BrokenError, Rehearsal, is_alive, require, wait_for
 
 Case = tuple[str, Callable[[], object]]
 
+NO_TRACE = {"trace.routing": "false", "trace.hidden": "[]"}
 KILL = "SIGKILL at any time"
 AFTER_END = "SIGKILL after the end"
 RANKS = 3
@@ -84,9 +85,13 @@ def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> Non
 
 
 def disk_cases(rehearsal: Rehearsal) -> Iterator[Case]:
-    """A disk of 4 MB with no free space, with space for a few records, and for all records but not the results."""
+    """A disk of 4 MB with no free space, with space for a few records, and for all records but not the results.
+
+    Nothing but requests is recorded; a disk without space for what is recorded of all tokens is refused beforehand.
+    """
     for name, free_bytes in (("create", 0), ("append", 24 << 10), ("merge", 72 << 10)):
-        yield f"full disk at {name}", lambda free_bytes=free_bytes: fill_disk(rehearsal, free_bytes)
+        yield f"full disk at {name}", lambda free_bytes=free_bytes: fill_disk(rehearsal, free_bytes, **NO_TRACE)
+    yield "small disk", lambda: fill_disk(rehearsal, 24 << 10, words="record less")
     yield "read-only disk", lambda: read_only_disk(rehearsal)
 
 
@@ -102,15 +107,16 @@ def small_disk(rehearsal: Rehearsal) -> Iterator[Path]:
         subprocess.run(["umount", disk], check=True)
 
 
-def fill_disk(rehearsal: Rehearsal, free_bytes: int) -> None:
+def fill_disk(rehearsal: Rehearsal, free_bytes: int, words: str = "cannot be", **settings: str) -> None:
     with small_disk(rehearsal) as results:
         ballast = results.parent / "ballast"
         num_bytes = shutil.disk_usage(results.parent).free - free_bytes
         with ballast.open("wb") as file:
             file.write(bytes(num_bytes))
-        require_refusal(rehearsal, results)
+        require_refusal(rehearsal, results, words=words, **settings)
         ballast.unlink()
-        rehearsal.finish(results, num_ranks=2)
+        rehearsal.finish(results, num_ranks=2, compare=False, **settings)
+        rehearsal.require_equal_answers(results)
 
 
 def read_only_disk(rehearsal: Rehearsal) -> None:
@@ -150,9 +156,9 @@ def folder_cases(rehearsal: Rehearsal) -> Iterator[Case]:
     yield "two runs on one output", in_use
 
 
-def require_refusal(rehearsal: Rehearsal, results: Path, *, words: str = "cannot be") -> None:
+def require_refusal(rehearsal: Rehearsal, results: Path, *, words: str = "cannot be", **settings: str) -> None:
     """Exit code 74 and one line, whatever the ranks."""
-    outcome = launching.mpirun(RANKS, *launching.python("-m", "moempi", *rehearsal.command(results)))
+    outcome = launching.mpirun(RANKS, *launching.python("-m", "moempi", *rehearsal.command(results, **settings)))
     lines = [line for line in outcome.lines if "requests, " not in line]
     require(outcome.code == 74, f"exit code {outcome.code}: {outcome.err}")
     require(len(lines) == 1 and words in lines[0], f"{lines}")

@@ -134,6 +134,10 @@ class Rehearsal:
             recorded_of(self.reference).items(), recorded_of(results).values(), strict=True
         ):
             require(np.array_equal(found, expected), f"differs in {name}")
+        self.require_equal_answers(results)
+
+    def require_equal_answers(self, results: Path) -> None:
+        """Require the undisturbed tokens and log-probabilities."""
         compared = launching.execute(*launching.python("-m", "moempi", "compare", self.reference, results))
         same = f"{self.num_prompts} requests, 0 differ in tokens; log-probabilities within 0\n"
         require(compared.out == same, f"differs: {compared.out}{compared.err}")
