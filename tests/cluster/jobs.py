@@ -84,7 +84,7 @@ class Job:
 
         def num_bytes() -> int:
             self._note_state()
-            return sum(part.stat().st_size for part in Path(f"{self.results}.parts").glob("rank-*.part"))
+            return sum(part.stat().st_size for part in Path(f"{self.results}.parts").rglob("rank-*.part"))
 
         wait_for(lambda: num_bytes() > 4000, what=f"records: {self.said()}")
 
