@@ -116,7 +116,7 @@ def fill_disk(rehearsal: Rehearsal, free_bytes: int, words: str = "cannot be", *
         require_refusal(rehearsal, results, words=words, **settings)
         ballast.unlink()
         rehearsal.finish(results, num_ranks=2, compare=False, **settings)
-        rehearsal.require_equal_answers(results)
+        rehearsal.require_equal_outputs(results)
 
 
 def read_only_disk(rehearsal: Rehearsal) -> None:

@@ -134,9 +134,9 @@ class Rehearsal:
             recorded_of(self.reference).items(), recorded_of(results).values(), strict=True
         ):
             require(np.array_equal(found, expected), f"differs in {name}")
-        self.require_equal_answers(results)
+        self.require_equal_outputs(results)
 
-    def require_equal_answers(self, results: Path) -> None:
+    def require_equal_outputs(self, results: Path) -> None:
         """Require the undisturbed tokens and log-probabilities."""
         compared = launching.execute(*launching.python("-m", "moempi", "compare", self.reference, results))
         same = f"{self.num_prompts} requests, 0 differ in tokens; log-probabilities within 0\n"

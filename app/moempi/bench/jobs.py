@@ -35,9 +35,14 @@ def write_prompts(path: str | Path, prompts: Iterable[Sequence[int]]) -> None:
 
 
 def silently_run(world: World, job: Job, *, stop: Stop) -> None:
-    """Run a job on the ranks of `world`, without output; collective, blocks."""
+    """Run a job on the ranks of `world`, without output; collective, blocks.
+
+    Raises RuntimeError if the job does not end with 0: a run that ends early would be measured as a fast one.
+    """
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        run_job(job, job_text="", world=world, stop=stop, strict=True)
+        code = run_job(job, job_text="", world=world, stop=stop, strict=True)
+    if code:
+        raise RuntimeError(f"the measured job ended with exit code {code}")
 
 
 def step_seconds(world: World, job: Job) -> tuple[float, int]:

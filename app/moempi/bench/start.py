@@ -1,7 +1,7 @@
 """`moempi bench start`: how the start, the first steps, the end and the memory of a run grow with its ranks.
 
-A random model of a few numbers runs on the first 1, 2, 4 ... of the ranks; nearly all time is that of the program
-around the arithmetic. The other ranks sleep.
+A random model, so small that its arithmetic takes little of the time, runs on the first 1, 2, 4 ... of the ranks. The
+other ranks sleep.
 """
 
 import tempfile
@@ -124,6 +124,8 @@ def _measure(world: World, folder: Path, *, size: int) -> RunParts:
         begin, timed, stop = time.perf_counter(), TimedWorld(own), TimedStop()
         silently_run(timed, _job(folder, size), stop=stop)
         end, first = time.perf_counter(), timed.first_step_at
+        if not (first and stop.steps_done_at):
+            raise RuntimeError(f"the run on {size} ranks ended before its steps were done")
         parts = RunParts(first - begin, stop.steps_done_at - first, end - stop.steps_done_at, _private_mb())
     done = world.comm.Ibarrier()
     while not done.Test():  # a blocking call would take time from the ranks that run

@@ -93,9 +93,7 @@ def make_lanes(
 ) -> Lanes:
     """The lanes of this rank; collective, blocks. The recorded steps are numbered from `first_step`.
 
-    Rows that have a route in `replay` are given it.
-
-    An error in the links that the job emulates ends all ranks.
+    Rows that have a route in `replay` are given it. An error in the links that the job emulates ends all ranks.
     """
     backend, groups = context.model.backend, RankGroups.make(rank_layout.ranks, rank_layout.grid)
     links, (has_peer_memory,) = world.collectively_least(

@@ -89,7 +89,7 @@ def instructions() -> list[str]:
 
 
 def compiler_flags(name: str) -> tuple[str, ...]:
-    """The flags of one of the INSTRUCTIONS; pairs are those of WITH_PAIRS alone, whatever the compiler's own flags."""
+    """The flags of one of the INSTRUCTIONS. Only WITH_PAIRS multiplies pairs, also if `CC` enables them everywhere."""
     return (*EXACT_FLAGS, *INSTRUCTIONS[name][1], *(() if name == WITH_PAIRS else ("-DWITHOUT_PAIRS",)))
 
 

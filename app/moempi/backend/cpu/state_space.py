@@ -21,7 +21,6 @@ def apply_state_space(
     """See `StateVerbs.state_space`, given decays and steps (T, H); not rounded. Calls `progress` every POSITIONS."""
     (outputs, inputs, values), (alpha, steps) = heads, rates
     shared = values.shape[1] // inputs.shape[1]
-    outputs, inputs = (np.repeat(part, shared, axis=1)[..., None] for part in (outputs, inputs))
     decays, changes = alpha[..., None, None], (values * steps[..., None])[:, :, None, :]
     read = np.empty(values.shape, np.float32)
     for segment in segments:
@@ -30,8 +29,9 @@ def apply_state_space(
             state[:] = 0
         for row in range(segment.row, segment.row + segment.length):
             state *= decays[row]
-            state += inputs[row] * changes[row]
-            read[row] = (state * outputs[row]).sum(axis=1)
+            input_row, output_row = (np.repeat(part[row], shared, axis=0)[..., None] for part in (inputs, outputs))
+            state += input_row * changes[row]
+            read[row] = (state * output_row).sum(axis=1)
             if row % POSITIONS == 0:
                 progress()
     read += values * skip[:, None]

@@ -96,7 +96,7 @@ def _latent_width(config: CheckpointConfig) -> int:
 
 
 def _state_space(config: CheckpointConfig) -> StateSpace:
-    """Steps are at least `time_step_min`, as transformers computes those of prompts."""
+    """The step size of a position is at least `time_step_min`, which transformers applies to prompts alone."""
     return StateSpace(
         num_heads=config.integer("mamba_num_heads"),
         head_dim=config.integer("mamba_head_dim"),
