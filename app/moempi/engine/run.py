@@ -102,6 +102,7 @@ def run_job(
         replay.file.close()
     if not engine.scheduler.num_unfinished:
         recorder.record(too_long)  # not if this attempt stopped early: the next one may have more memory
+    del too_long
     progress.close()
     # All journals are closed. If the run was stopped, they stay for the next attempt.
     rank_run = RankRun(deployment.rank_layout, engine.lanes, recorder, engine.loading, seconds)
