@@ -6,7 +6,18 @@ WIDTH, TOP_K = 16, 3
 
 
 def make(
-    comm, placement, *, transport, hops, nodes, islands=(), switches=(), precision="float32", links=None, pending=None
+    comm,
+    placement,
+    *,
+    transport,
+    hops,
+    nodes,
+    islands=(),
+    switches=(),
+    precision="float32",
+    links=None,
+    pending=None,
+    top_k=TOP_K,
 ):
     """The exchange and the transfers of a lane, as `make_lane_comm` makes them; `links` by level are emulated."""
     from moempi.backend.cpu.backend import NumpyBackend
@@ -19,7 +30,7 @@ def make(
     pending = pending or PendingTransfers()
     backend = NumpyBackend(precision=precision, progress=pending.progress)
     transfers = Transfers(backend, pending)
-    shape = RowShape(WIDTH, top_k=TOP_K, group_rows=20)
+    shape = RowShape(WIDTH, top_k=top_k, group_rows=20)
     transports = TransportFactory(backend=backend, name=transport, shape=shape, slot_rows=64, links=links or {})
     factory = ExchangeFactory(transports, transfers)
     make_exchange = factory.one_hop if hops == 1 else factory.two_hops

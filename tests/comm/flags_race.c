@@ -31,7 +31,8 @@ static void transfer(flags *f, int64_t number) {
         for (int64_t i = 0; i < sent[peer]; i++)
             *row++ = value(number, f->own, peer);
     }
-    flags_signal(f, parity, 1, sent, received);
+    flags_signal(f, parity, 1, sent);
+    flags_expect(f, parity, received);
     while (flags_poll(f, parity) != ALL_IN_SLOTS)
         sched_yield();
     const int64_t *found = f->rows[parity];

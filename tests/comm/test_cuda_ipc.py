@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from comm.test_transports import PATTERNS, counts_of
-from moempi.comm.transports.base import wait
+from moempi.comm.transports.base import start_transfer, wait
 
 WIDTH = 12
 
@@ -49,7 +49,8 @@ def start(transport, backend, rank, counts, step):
     event = backend.record_event()
     while not event.is_done():
         pass
-    return transport.start(outgoing, counts[rank], transport.incoming(len(expected)), counts[:, rank]), expected
+    incoming = transport.incoming(len(expected))
+    return start_transfer(transport, outgoing, counts[rank], incoming, counts[:, rank]), expected
 
 
 def received(backend, receipt):

@@ -32,7 +32,8 @@ def exchange(flags, number, counts, group_ranks, *, fits=True):
     for rank, own in zip(group_ranks, flags, strict=True):
         assert own.slot_is_free(parity)
         received = counts[:, rank]
-        own.signal(number, fits=fits, sent=counts[rank], received=received, num_rows=int(received.sum()))
+        own.signal(number, fits=fits, sent=counts[rank])
+        own.expect(number, received=received, num_rows=int(received.sum()))
     for rank, own in zip(group_ranks, flags, strict=True):
         expected = [
             (2 * sender + parity) * SLOT_ROWS + counts[other, :rank].sum() + np.arange(counts[other, rank])
@@ -76,9 +77,10 @@ def test_transfers_of_edge_sizes(kinds, step):
 def test_a_poll_before_the_signal_waits():
     flags = make_flags([CompiledFlags, CompiledFlags], [0, 1])
     counts = np.ones(2, np.int64)
-    flags[0].signal(2, fits=True, sent=counts, received=counts, num_rows=2)
+    flags[0].signal(2, fits=True, sent=counts)
+    flags[0].expect(2, received=counts, num_rows=2)
     assert flags[0].poll(2) == WAITING
-    flags[1].signal(2, fits=True, sent=counts, received=counts, num_rows=2)
+    flags[1].signal(2, fits=True, sent=counts)
     assert flags[0].poll(2) == ALL_IN_SLOTS
     assert not flags[1].slot_is_free(0)
     flags[0].release(2)

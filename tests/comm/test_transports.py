@@ -1,5 +1,6 @@
 """Every transport sends every row to its destination; the rows encode source, destination, step and index."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,17 +61,17 @@ def block(source, destination, count, step):
     return rows.view(np.uint8)
 
 
-def start(transport, rank, counts, step):
-    """Start a transfer; its receipt, and the rows that should be received."""
+def start(transport, rank, counts, step, *, on_sent=lambda: None):
+    """Start a transfer, call `on_sent` when its rows are sent; its receipt, and the rows that should be received."""
     size = len(counts)
     outgoing = transport.outgoing(counts[rank].sum())
     assert outgoing.ctypes.data % 64 == 0 or not len(outgoing)
     sent = [block(rank, peer, counts[rank, peer], step) for peer in range(size)]
     outgoing[:] = np.concatenate(sent)
     expected = np.concatenate([block(peer, rank, counts[peer, rank], step) for peer in range(size)])
-    incoming = np.full(expected.shape, 255, np.uint8)
-    receipt = transport.start(outgoing, counts[rank], incoming, counts[:, rank])
-    return receipt, expected
+    transport.send(outgoing, counts[rank])
+    on_sent()
+    return transport.receive(np.full(expected.shape, 255, np.uint8), counts[:, rank]), expected
 
 
 def received(receipt):
@@ -111,6 +112,33 @@ def test_two_transfers_are_pending_while_ranks_are_late(comm, num_ranks):
         receipt, expected = started[0]
         wait(receipt)
         assert (received(receipt) == expected).all()
+
+
+@pytest.mark.ranks(2, 3)
+def test_a_rank_may_send_the_rows_of_the_next_transfer_before_others_have_received_the_last(comm, num_ranks):
+    import time
+
+    for name, transport in transports(comm).items():
+        for step in range(12):
+            late = partial(time.sleep, 0.003 if step % num_ranks == comm.rank else 0)
+            receipt, expected = start(transport, comm.rank, counts_of("random", num_ranks, step), step, on_sent=late)
+            wait(receipt)
+            assert (received(receipt) == expected).all(), f"{name}, step {step}"
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_receives_rows_that_were_sent_before_it_knew_of_them(comm, num_ranks):
+    """Only the collective waits for the receiver: all other transports need no more of a sender than `send`."""
+    for name, transport in transports(comm).items():
+        if name == "alltoallv":
+            continue
+        counts = np.array([[0, 2], [0, 0]])  # rank 1 sends nothing, so rank 0 waits for nothing of rank 1
+        receipt, expected = start(transport, comm.rank, counts, 0, on_sent=comm.Barrier if comm.rank else lambda: None)
+        if comm.rank == 0:
+            comm.Barrier()
+        wait(receipt)
+        assert (received(receipt) == expected).all(), name
+        comm.Barrier()
 
 
 @pytest.mark.ranks(2)
@@ -158,8 +186,12 @@ def test_a_hop_whose_slot_is_not_free_waits_without_blocking(comm, num_ranks):
     transport = Shared(comm, row_bytes=ROW_BYTES)
     hop = Hop(comm, backend, transfers=Transfers(backend, PendingTransfers()), transport=transport)
     rows, counts = np.full((2, width), 1.0 + comm.rank, np.float32), np.ones(2, np.int64)
-    receipts = [hop.send(rows, None, counts, counts).finish() for _ in range(2)]
-    third = hop.send(rows, None, counts, counts)  # neither of the others has been read
+
+    def exchange():
+        return hop.transfers.start(hop.exchange_steps(rows, None, counts, counts))
+
+    receipts = [exchange().finish() for _ in range(2)]
+    third = exchange()  # neither of the others has been read
     assert not third.Test()
     comm.Barrier()
     for receipt in receipts:

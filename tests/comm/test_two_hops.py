@@ -25,7 +25,7 @@ def test_two_hops_give_the_sums_of_one_hop(comm, num_ranks):
 
     placement = linear(NUM_EXPERTS, num_ranks)
     for nodes in map(numbered, node_shapes(num_ranks)):
-        exchanges = [make(comm, placement, transport=name, hops=2, nodes=nodes)[0] for name in TRANSPORTS]
+        exchanges = [make(comm, placement, transport=name, hops=2, nodes=nodes, top_k=TOP_K)[0] for name in TRANSPORTS]
         for step in range(3):
             rows = rows_of(comm.rank, (3 * comm.rank + 5 * step) % 8, step)
             experts, weights = route_of(comm.rank, len(rows), NUM_EXPERTS, step, top_k=TOP_K)
@@ -43,7 +43,7 @@ def test_each_token_is_sent_once_per_node(comm, num_ranks):
     placement = linear(NUM_EXPERTS, num_ranks)
     hosts = np.searchsorted(placement.bounds, np.arange(NUM_EXPERTS), side="right") - 1
     for nodes in map(numbered, node_shapes(num_ranks)):
-        exchange, transfers = make(comm, placement, transport="shared", hops=2, nodes=nodes)
+        exchange, transfers = make(comm, placement, transport="shared", hops=2, nodes=nodes, top_k=TOP_K)
         rows = rows_of(comm.rank, 20, 0)
         experts, weights = route_of(comm.rank, 20, NUM_EXPERTS, 0, top_k=TOP_K)
         exchange_rows(exchange, placement, comm.rank, rows, experts, weights)
@@ -62,7 +62,8 @@ def test_bfloat16_sums_differ_by_rounding_only(comm, num_ranks):
     from moempi.layout.placement import linear
 
     placement = linear(NUM_EXPERTS, num_ranks)
-    exchange, _ = make(comm, placement, transport="shared", hops=2, nodes=(0, 0, 1, 1), precision="bfloat16")
+    nodes = (0, 0, 1, 1)
+    exchange, _ = make(comm, placement, transport="shared", hops=2, nodes=nodes, precision="bfloat16", top_k=TOP_K)
     rows = round_to_bfloat16(rows_of(comm.rank, 12, 1))
     experts, weights = route_of(comm.rank, 12, NUM_EXPERTS, 1, top_k=TOP_K)
     _, combined = exchange_rows(exchange, placement, comm.rank, rows, experts, weights)

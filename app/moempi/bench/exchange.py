@@ -12,7 +12,7 @@ from moempi.arrays import aligned_empty
 from moempi.bench import peers
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.comm.transports.alltoallv import Alltoallv
-from moempi.comm.transports.base import Transport, wait
+from moempi.comm.transports.base import Transport, start_transfer, wait
 from moempi.comm.transports.pairwise import Pairwise
 from moempi.comm.transports.shared import Shared
 from moempi.commands.flags import count
@@ -88,7 +88,7 @@ def _repeat(exchange: Callable[[], object]) -> None:
 
 def _exchange(transport: Transport, counts: Any, incoming: Any) -> None:
     outgoing = transport.outgoing(len(incoming))
-    receipt = transport.start(outgoing, counts, incoming, counts)
+    receipt = start_transfer(transport, outgoing, counts, incoming, counts)
     wait(receipt)
     receipt.release()
 
@@ -99,7 +99,7 @@ def _check(world: World, transport: Transport, counts: Any, incoming: Any) -> No
     for _ in range(BUFFERS):
         outgoing = transport.outgoing(len(incoming))
         outgoing[:] = world.rank % 256
-        receipt = transport.start(outgoing, counts, incoming, counts)
+        receipt = start_transfer(transport, outgoing, counts, incoming, counts)
         wait(receipt)
         rows, index = receipt.rows()
         if ((rows[: len(sources)] if index is None else rows[index]) != sources[:, None]).any():

@@ -1,6 +1,7 @@
 """The exchange of a MoE layer: `dispatch` sends rows to their experts, `combine` adds up the experts' outputs per row.
 
-Each of the two is one transfer, which advances by itself through all its steps: counts, then rows, on one hop or two.
+Each of the two is one transfer, which advances by itself through all its steps, on one hop or two. `dispatch` sends
+rows while their numbers are exchanged, so that one latency covers both.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from mpi4py import MPI
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.hop import Hop
-from moempi.comm.route_plan import GroupedChoices, RoutePlan, make_plan
+from moempi.comm.route_plan import GroupedChoices, RoutePlan, make_plan, rows_by_rank
 from moempi.comm.transfers import IDLE, Steps, Transfer, Waits, downloaded
 from moempi.layout.placement import Placement
 from moempi.layout.schedule import EXCHANGE_PHASES, Point
@@ -124,21 +125,25 @@ class OneHop(Exchange):
         self._num_counts = {layer: _num_counts(placed, hop.comm) for layer, placed in placements.items()}
 
     def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
-        """Exchange counts, then send rows as soon as the counts of all ranks are received."""
+        """Send rows, while counts are exchanged; receive as soon as the counts of all ranks are received."""
         layer, placement, backend = route.layer, self.placements[route.layer], self._hop.backend
         experts, num_ids = pick_replicas(backend, route, placement), len(placement.experts)
         source_rows, output_rows, counts = backend.group(experts, self._uploaded_ids(layer), num_ids=num_ids)
         (counts,) = yield from downloaded(backend, counts)
-        choices = GroupedChoices(counts.astype(np.int64, copy=False), source_rows, output_rows, route.weights)
-        np.add.at(self.expert_load[layer], placement.experts, choices.counts)
+        counts = counts.astype(np.int64, copy=False)
+        send_counts = rows_by_rank(counts, placement.bounds)
+        choices = GroupedChoices(counts, send_counts, source_rows, output_rows, route.weights)
+        np.add.at(self.expert_load[layer], placement.experts, counts)
         planning = self.plan_from_counts(layer, choices)
+        sending = self._hop.send(x, source_rows, send_counts)
         yield planning
         plan = planning.finish()
-        return Dispatched((yield from self.send_steps(x, plan)), plan)
+        receipt = yield from self._hop.receive_steps(sending, plan.recv_counts)
+        return Dispatched(self._hop.unpack(receipt, plan.by_expert), plan)
 
     def combine_steps(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Steps[Array]:
         """Send outputs back to the ranks that dispatched their rows, and add them up there."""
-        receipt = yield from self._hop.send_steps(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
+        receipt = yield from self._hop.exchange_steps(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
         return self._hop.combine(receipt, plan.output_rows, plan.weights, addends, on_outputs=self._on_outputs)
 
     def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
@@ -147,7 +152,7 @@ class OneHop(Exchange):
 
     def send_steps(self, x: Array, plan: RoutePlan) -> Steps[Array]:
         """Send the rows of x by a plan; the value is the rows that this rank receives, in expert order. Collective."""
-        receipt = yield from self._hop.send_steps(x, plan.source_rows, plan.send_counts, plan.recv_counts)
+        receipt = yield from self._hop.exchange_steps(x, plan.source_rows, plan.send_counts, plan.recv_counts)
         return self._hop.unpack(receipt, plan.by_expert)
 
     def _uploaded_ids(self, layer: int) -> Array:
@@ -157,14 +162,14 @@ class OneHop(Exchange):
         return self._ids_on_backend[layer]
 
     def _plan_steps(self, layer: int, choices: GroupedChoices) -> Steps[RoutePlan]:
-        comm, bounds = self._hop.comm, self.placements[layer].bounds
+        comm = self._hop.comm
         sent, received = self._num_counts[layer]
         if comm.size == 1:
-            return make_plan(layer, choices, choices.counts[None], bounds=bounds)
+            return make_plan(layer, choices, choices.counts[None])
         counts_here = np.empty((comm.size, received[0]), np.int64)
         yield comm.Ialltoallv([choices.counts, sent, MPI.INT64_T], [counts_here, received, MPI.INT64_T])
         self._hop.transfers.count_rows(sent=int(choices.counts.sum()), received=int(counts_here.sum()))
-        return make_plan(layer, choices, counts_here, bounds=bounds)
+        return make_plan(layer, choices, counts_here)
 
 
 def _num_counts(placement: Placement, comm: MPI.Intracomm) -> tuple[Sequence[int], Sequence[int]]:

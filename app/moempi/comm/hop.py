@@ -1,21 +1,21 @@
 """One hop of rows between the ranks of one communicator, by one transport."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from mpi4py import MPI
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
-from moempi.comm.transfers import Condition, Steps, Transfer, Transfers, after_verbs
+from moempi.comm.transfers import Condition, Steps, Transfer, Transfers
 from moempi.comm.transports.base import Receipt, Transport
 
 
 class Hop:
-    """Sends rows between the ranks of `comm`; `send` and `send_steps` are collective.
+    """Sends rows between the ranks of `comm`; a `send` and its receipt are collective.
 
-    Two transfers may be pending at a time. Each received transfer must be unpacked or combined exactly once.
+    Two transfers may be pending at a time; a transfer's receipt is requested before the next `send`. Each received
+    transfer must be unpacked or combined exactly once.
     """
 
     def __init__(self, comm: MPI.Intracomm, backend: Backend, *, transfers: Transfers, transport: Transport) -> None:
@@ -24,28 +24,40 @@ class Hop:
         self.transfers = transfers
         self._transport = transport
 
-    def send(self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray) -> Transfer[Receipt]:
-        """Start the transfer of `send_steps`."""
-        return self.transfers.start(self.send_steps(rows, index, send_counts, recv_counts))
+    def send(self, rows: Array, index: Array | None, counts: IntArray) -> Transfer[None]:
+        """Start to send rows[index], or all rows if None, ordered by destination: counts (R,) rows to each rank.
 
-    def send_steps(
+        The transfer is finished when the rows are packed; it does not wait for their receivers.
+        """
+        return self.transfers.start(self._send_steps(rows, index, counts))
+
+    def receive_steps(self, sending: Transfer[None], counts: IntArray) -> Steps[Receipt]:
+        """Receive counts (R,) rows from each rank, once the `send` of this rank is finished; the value is the receipt.
+
+        Verbs that read the buffer earlier are done then: they were submitted before the rows were packed.
+        """
+        if not sending.finished:
+            yield sending
+        sending.finish()
+        receipt = self._transport.receive(self._transport.incoming(int(counts.sum())), counts)
+        yield receipt
+        return receipt
+
+    def exchange_steps(
         self, rows: Array, index: Array | None, send_counts: IntArray, recv_counts: IntArray
     ) -> Steps[Receipt]:
-        """Send rows[index], or all rows if None, which are ordered by destination; the value is the receipt.
+        """Send and receive rows of which both counts (R,) are known; the value is the receipt."""
+        return (yield from self.receive_steps(self.send(rows, index, send_counts), recv_counts))
 
-        Counts (R,) are rows to and from each rank.
-        """
+    def _send_steps(self, rows: Array, index: Array | None, counts: IntArray) -> Steps[None]:
         if not self._transport.can_send():
             yield Condition(self._transport.can_send)
-        outgoing = self._transport.outgoing(int(send_counts.sum()))
+        outgoing = self._transport.outgoing(int(counts.sum()))
         self.backend.pack(rows, index, outgoing.view(self.backend.row_dtype))
-        incoming = self._transport.incoming(int(recv_counts.sum()))
-        start = partial(self._transport.start, outgoing, send_counts, incoming, recv_counts)
-        if self.comm.size == 1:  # the next verbs on the rows are in the same queue
-            receipt = start()
-            yield receipt
-            return receipt
-        return (yield from after_verbs(self.backend, start))
+        event = None if self.comm.size == 1 else self.backend.record_event()  # alone: the rows stay in the same queue
+        if event is not None:
+            yield Condition(event.is_done)
+        self._transport.send(outgoing, counts)
 
     def free(self) -> None:
         """Free the transport, once all receipts are unpacked or combined; collective, blocks."""

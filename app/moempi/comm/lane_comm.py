@@ -17,7 +17,8 @@ from moempi.comm.stage_link import StageLink
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import Transfers
 from moempi.comm.transport_factory import TransportFactory
-from moempi.comm.two_hops import TwoHops
+from moempi.comm.transports.pairwise import Pairwise
+from moempi.comm.two_hops import CHOICE_BYTES, TwoHops
 from moempi.layout.forwarders import Forwarders
 from moempi.layout.grid import Grid
 from moempi.layout.layout import Layout
@@ -135,7 +136,8 @@ class ExchangeFactory:
         node_placements = {layer: placement.subset(node_ranks) for layer, placement in placements.items()}
         inside = OneHop(self._hop(node, node_topology), node_placements, node_topology)
         across = self._hop(comm, topology, across=True)
-        return TwoHops(across, inside, placements, topology, on_route=self.on_route)
+        choices = Pairwise(comm, row_bytes=CHOICE_BYTES * self.transports.shape.top_k)
+        return TwoHops(across, choices, inside, placements, topology, on_route=self.on_route)
 
     def _hop(self, comm: MPI.Intracomm, topology: Topology, *, across: bool = False) -> Hop:
         transport = self.transports.make(comm, topology, self.transfers.counters, across=across)

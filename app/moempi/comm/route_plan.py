@@ -12,12 +12,13 @@ from moempi.arrays import IntArray
 class GroupedChoices:
     """The choices of one rank, (token, slot) pairs, sorted by physical expert.
 
-    `counts` (P,) are the choices of each physical expert, `source_rows` (N,) the token of each choice, `output_rows`
-    (T, K) the index of each choice in this order, `weights` (T, K) the choices' weights. `counts` is on the host, the
-    other arrays are the backend's.
+    `counts` (P,) are the choices of each physical expert and `send_counts` (R,) of each rank's experts, on the host.
+    `source_rows` (N,) is the token of each choice, `output_rows` (T, K) the index of each choice in this order, and
+    `weights` (T, K) the choices' weights, on the backend.
     """
 
     counts: IntArray
+    send_counts: IntArray
     source_rows: Any
     output_rows: Any
     weights: Any
@@ -75,18 +76,12 @@ class TwoHopPlan:
         return self.inside.expert_counts
 
 
-def make_plan(layer: int, choices: GroupedChoices, counts_here: IntArray, *, bounds: IntArray) -> RoutePlan:
-    """The plan of grouped choices, given the counts_here (R, experts hosted here) that this rank has received.
-
-    Rank r hosts the physical experts from bounds[r] up to bounds[r + 1] (R + 1,).
-    """
+def make_plan(layer: int, choices: GroupedChoices, counts_here: IntArray) -> RoutePlan:
+    """The plan of grouped choices, given the counts_here (R, experts hosted here) that this rank has received."""
     by_expert, by_source = expert_order(counts_here)
-    before = np.zeros(len(choices.counts) + 1, np.int64)
-    choices.counts.cumsum(out=before[1:])
-    first_rows = before[bounds]
     return RoutePlan(
         layer=layer,
-        send_counts=first_rows[1:] - first_rows[:-1],
+        send_counts=choices.send_counts,
         recv_counts=counts_here.sum(axis=1),
         expert_counts=counts_here.sum(axis=0),
         source_rows=choices.source_rows,
@@ -95,6 +90,17 @@ def make_plan(layer: int, choices: GroupedChoices, counts_here: IntArray, *, bou
         by_expert=by_expert,
         by_source=by_source,
     )
+
+
+def rows_by_rank(counts: IntArray, bounds: IntArray) -> IntArray:
+    """The rows for each rank (R,), given the rows of each physical expert (P,).
+
+    Rank r hosts the physical experts from bounds[r] up to bounds[r + 1] (R + 1,).
+    """
+    before = np.zeros(len(counts) + 1, np.int64)
+    counts.cumsum(out=before[1:])
+    first_rows: IntArray = before[bounds]
+    return first_rows[1:] - first_rows[:-1]
 
 
 def expert_order(counts: IntArray) -> tuple[IntArray | None, IntArray | None]:

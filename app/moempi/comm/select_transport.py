@@ -13,7 +13,7 @@ from moempi.backend.protocol import Backend
 from moempi.comm.peer_trial import mapping_problem
 from moempi.comm.rank_groups import RankGroups
 from moempi.comm.transports.alltoallv import Alltoallv
-from moempi.comm.transports.base import Transport, wait
+from moempi.comm.transports.base import Transport, start_transfer, wait
 from moempi.comm.transports.cuda_ipc import CudaIpc
 from moempi.comm.transports.loopback import Loopback
 from moempi.comm.transports.pairwise import Pairwise
@@ -167,7 +167,7 @@ def exchange_s(transport: Transport, group: MPI.Intracomm, *, rows: int) -> floa
         outgoing, incoming = (buffer(int(counts.sum())) for buffer in (transport.outgoing, transport.incoming))
         group.Barrier()
         begin = MPI.Wtime()
-        receipt = transport.start(outgoing, counts, incoming, counts)
+        receipt = start_transfer(transport, outgoing, counts, incoming, counts)
         wait(receipt)
         receipt.release()
         taken.append(MPI.Wtime() - begin)

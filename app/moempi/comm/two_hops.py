@@ -11,25 +11,32 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from mpi4py import MPI
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array
 from moempi.comm.exchange import Dispatched, Exchange, OneHop, OnRoute, Route, pick_replicas
 from moempi.comm.hop import Hop
-from moempi.comm.route_plan import GroupedChoices, RoutePlan, TwoHopPlan
+from moempi.comm.route_plan import GroupedChoices, RoutePlan, TwoHopPlan, rows_by_rank
 from moempi.comm.transfers import IDLE, Steps, Transfer, complete, downloaded
+from moempi.comm.transports.base import Transport
 from moempi.layout.forwarders import ABSENT, Forwarders, NodeTransfers, node_transfers
 from moempi.layout.placement import Placement
 from moempi.layout.topology import Topology
 
+CHOICE_BYTES = 2 * 4
+"""A choice in a message: the physical expert and its weight."""
+
 
 class TwoHops(Exchange):
-    """An exchange of two hops, `across` the nodes of a stage and `inside` a node."""
+    """An exchange of two hops, `across` the nodes of a stage and `inside` a node.
+
+    `choices` sends the choice messages, of `CHOICE_BYTES` for each of a row's choices, between the ranks of `across`.
+    """
 
     def __init__(
         self,
         across: Hop,
+        choices: Transport,
         inside: OneHop,
         placements: Mapping[int, Placement],
         topology: Topology,
@@ -37,6 +44,7 @@ class TwoHops(Exchange):
         on_route: OnRoute | None = None,
     ) -> None:
         super().__init__(across, placements, topology, on_route=on_route)
+        self._choices = choices
         self._inside = inside
         self._forwarders = Forwarders(topology.nodes, across.comm.rank)
         nodes = np.array(topology.nodes)
@@ -45,21 +53,24 @@ class TwoHops(Exchange):
     def free(self) -> None:
         """Free the transports of both hops."""
         super().free()
+        self._choices.free()
         self._inside.free()
 
     def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
-        """Exchange counts; then send rows across, while choices and the counts inside the node are exchanged."""
+        """Send rows and choices across, while counts are exchanged; plan inside the node while rows travel."""
         layer, backend, placement = route.layer, self._hop.backend, self.placements[route.layer]
         chosen, weights = yield from downloaded(backend, pick_replicas(backend, route, placement), route.weights)
         physical = self._physical_ids[layer][chosen]
         np.add.at(self.expert_load[layer], placement.experts[physical], 1)
         pairs = node_transfers(self._node_of_physical[layer][physical], len(self._forwarders.ranks))
-        counts = self._start_counts(pairs)
+        send_counts = self._send_counts(pairs)
+        counts = self._start_counts(send_counts)
+        sending = self._hop.send(x, backend.upload(pairs.tokens), send_counts)
+        self._send_choices(_choice_messages(pairs, self._node_of_physical[layer], physical, weights), send_counts)
         yield counts
-        send_counts, recv_counts = counts.finish()
-        sending = self._hop.send(x, backend.upload(pairs.tokens), send_counts, recv_counts)
-        messages = _choice_messages(pairs, self._node_of_physical[layer], physical, weights)
-        choices = self._start_choices(messages, send_counts, recv_counts)
+        recv_counts = counts.finish()
+        receiving = self._hop.transfers.start(self._hop.receive_steps(sending, recv_counts))
+        choices = self._receive_choices(recv_counts, physical.shape[1])
         yield choices
         planning = self._plan_inside(layer, choices.finish())
         yield planning
@@ -71,33 +82,40 @@ class TwoHops(Exchange):
             present=backend.upload(pairs.present),
             inside=planning.finish(),
         )
-        yield sending
-        rows = self._hop.unpack(sending.finish(), None)
+        yield receiving
+        rows = self._hop.unpack(receiving.finish(), None)
         return Dispatched((yield from self._inside.send_steps(rows, plan.inside)), plan)
 
     def combine_steps(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array] = ()) -> Steps[Array]:
         """Combine inside the node, then across the nodes."""
         rows = yield from self._inside.combine_steps(outputs, plan.inside)
-        receipt = yield from self._hop.send_steps(rows, None, plan.recv_counts, plan.send_counts)
+        receipt = yield from self._hop.exchange_steps(rows, None, plan.recv_counts, plan.send_counts)
         return self._hop.combine(receipt, plan.output_rows, plan.present, addends)
 
-    def _start_counts(self, pairs: NodeTransfers) -> Transfer[tuple[IntArray, IntArray]]:
-        """Start to exchange counts; the value is the numbers of rows to and from each rank (R,). Collective."""
+    def _send_counts(self, pairs: NodeTransfers) -> IntArray:
+        """The rows to each rank (R,)."""
         forwarders = self._forwarders.ranks
-        send_counts = np.zeros(self._hop.comm.size, np.int64)
-        send_counts[forwarders] = np.bincount(pairs.nodes, minlength=len(forwarders))
+        counts = np.zeros(self._hop.comm.size, np.int64)
+        counts[forwarders] = np.bincount(pairs.nodes, minlength=len(forwarders))
+        return counts
+
+    def _start_counts(self, send_counts: IntArray) -> Transfer[IntArray]:
+        """Start to exchange counts; the value is the rows from each rank (R,). Collective."""
         recv_counts = np.empty_like(send_counts)
         request = self._hop.comm.Ialltoall(send_counts, recv_counts)
-        return self._hop.transfers.start(complete(request, (send_counts, recv_counts)), waiting=IDLE)
+        return self._hop.transfers.start(complete(request, recv_counts, send_counts), waiting=IDLE)
 
-    def _start_choices(self, outgoing: IntArray, send_counts: IntArray, recv_counts: IntArray) -> Transfer[IntArray]:
-        """Start to exchange choice messages, ordered by rank; the value is the received ones (M, 2, K). Collective."""
-        incoming = np.empty((int(recv_counts.sum()), *outgoing.shape[1:]), np.int32)
-        numbers = incoming.shape[1] * incoming.shape[2]
-        request = self._hop.comm.Ialltoallv(
-            [outgoing, send_counts * numbers, MPI.INT32_T], [incoming, recv_counts * numbers, MPI.INT32_T]
-        )
-        return self._hop.transfers.start(complete(request, incoming, outgoing), waiting=IDLE)
+    def _send_choices(self, messages: IntArray, counts: IntArray) -> None:
+        """Send choice messages (M, 2, K), ordered by rank; collective, does not block."""
+        outgoing = self._choices.outgoing(len(messages))
+        outgoing.view(np.int32).reshape(messages.shape)[:] = messages
+        self._choices.send(outgoing, counts)
+
+    def _receive_choices(self, counts: IntArray, top_k: int) -> Transfer[IntArray]:
+        """Start to receive choice messages; the value is these (M, 2, K). Collective."""
+        incoming = self._choices.incoming(int(counts.sum()))
+        messages = incoming.view(np.int32).reshape(len(incoming), 2, top_k)
+        return self._hop.transfers.start(complete(self._choices.receive(incoming, counts), messages), waiting=IDLE)
 
     def _plan_inside(self, layer: int, messages: IntArray) -> Transfer[RoutePlan]:
         """Start to plan the second hop of the rows with these choice messages (M, 2, K). Collective."""
@@ -111,8 +129,11 @@ class TwoHops(Exchange):
         output_rows = np.empty(physical.shape, np.int64)
         output_rows[present] = np.argsort(order)
         upload = self._hop.backend.upload
+        placement = self._inside.placements[layer]
+        counts = np.bincount(local_physical, minlength=len(placement.experts))
         grouped = GroupedChoices(
-            counts=np.bincount(local_physical, minlength=len(self._inside.placements[layer].experts)),
+            counts=counts,
+            send_counts=rows_by_rank(counts, placement.bounds),
             source_rows=upload(np.nonzero(present)[0][order]),
             output_rows=upload(np.where(present, output_rows, output_rows[:, :1])),
             weights=upload(np.where(present, weights, np.float32(0))),

@@ -11,6 +11,9 @@ class Alltoallv(BufferedTransport):
 
     name = "alltoallv"
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> BufferReceipt:
-        request = self._comm.Ialltoallv([outgoing, send_counts, self._row], [incoming, recv_counts, self._row])
-        return BufferReceipt(request, incoming)
+    def send(self, outgoing: Any, counts: IntArray) -> None:
+        """Only note the rows: the collective begins when this rank can receive."""
+        self._sent = [outgoing, counts, self._row]
+
+    def receive(self, incoming: Any, counts: IntArray) -> BufferReceipt:
+        return BufferReceipt(self._comm.Ialltoallv(self._sent, [incoming, counts, self._row]), incoming)

@@ -38,33 +38,48 @@ class Receipt(Completion, Protocol):
 class Transport(Protocol):
     """A way to send rows of a fixed number of bytes between the ranks of a group.
 
-    Starting a transfer is collective over the group, in the same order on all ranks. Two may be pending at a time.
+    A transfer is a `send`, then a `receive`; both are collective over the group, in the same order on all ranks, and do
+    not block. Rows are sent before their receiver knows how many there are. Two transfers may be pending at a time.
     """
 
     name: str
 
     def outgoing(self, rows: int) -> Any:
-        """A buffer (rows, row bytes) of uint8 for the rows of the next `start`.
+        """A buffer (rows, row bytes) of uint8 for the rows of the next `send`.
 
         The buffer is reused two transfers later. Blocks until `can_send`.
         """
 
     def incoming(self, rows: int) -> Any:
-        """A buffer (rows, row bytes) for the received rows of the next `start`, reused two transfers later."""
+        """A buffer (rows, row bytes) for the rows of the next `receive`, reused two transfers later."""
 
     def can_send(self) -> bool:
         """Whether the receivers have read the rows that the next outgoing buffer held; does not block."""
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
-        """Send rows of `outgoing`, ordered by destination, and receive into `incoming`, ordered by source.
+    def send(self, outgoing: Any, counts: IntArray) -> None:
+        """Send the rows of `outgoing`, ordered by destination: counts (R,) rows to each rank.
 
-        Both are the buffers that the last calls of these names returned. Counts (R,) are rows to and from each rank.
-        Does not block; neither buffer may change until the receipt is complete. A transport may leave the received
-        rows elsewhere than in `incoming`: `Receipt.rows` returns where they are.
+        The buffer is the one that the last `outgoing` returned. It may not change until the transfer's receipt is
+        complete.
+        """
+
+    def receive(self, incoming: Any, counts: IntArray) -> Receipt:
+        """Receive the rows of the transfer that was sent last, ordered by source: counts (R,) rows from each rank.
+
+        `incoming` is the buffer that the last call of this name returned, and may not change until the receipt is
+        complete. A transport may leave the received rows elsewhere: `Receipt.rows` returns where they are.
         """
 
     def free(self) -> None:
         """Free communicators and memory, once all transfers are complete and released; collective, blocks."""
+
+
+def start_transfer(
+    transport: Transport, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray
+) -> Receipt:
+    """Start a transfer of which both counts (R,) are known; collective, does not block."""
+    transport.send(outgoing, send_counts)
+    return transport.receive(incoming, recv_counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +102,7 @@ class BufferReceipt:
 class BufferedTransport:
     """A base for transports that use two buffers in alternation for each direction; the constructor is collective.
 
-    They send over a duplicate of `comm`: transfers start when their verbs are done, not in the program order of the
+    They send over a duplicate of `comm`: rows are sent when their verbs are done, not in the program order of the
     collectives on `comm`. A row is one MPI datatype of `row_bytes`, so counts are rows and fit into an int.
     `allocate(rows)` makes a buffer, on the host by default.
     """

@@ -31,9 +31,12 @@ class Counted(TransportWrapper):
         self._row_bytes = row_bytes
         self._ranks_by_level = {LEVELS[level]: np.flatnonzero(levels == level) for level in np.unique(levels)}
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> Receipt:
+    def send(self, outgoing: Any, counts: IntArray) -> None:
         for level, ranks in self._ranks_by_level.items():
-            sent = send_counts[ranks]
+            sent = counts[ranks]
             self._counters[f"{TO_EXPERTS}{level}_bytes"] += int(sent.sum()) * self._row_bytes
             self._counters[f"{TO_EXPERTS}{level}_messages"] += int(np.count_nonzero(sent))
-        return self._transport.start(outgoing, send_counts, incoming, recv_counts)
+        self._transport.send(outgoing, counts)
+
+    def receive(self, incoming: Any, counts: IntArray) -> Receipt:
+        return self._transport.receive(incoming, counts)

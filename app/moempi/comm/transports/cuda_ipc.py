@@ -128,15 +128,18 @@ class CudaIpc:
     def can_send(self) -> bool:
         return self.flags.slot_is_free((self._number + 1) % 2)
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> IpcReceipt:
+    def send(self, outgoing: Any, counts: IntArray) -> None:
         """Raises RuntimeError if two transfers are pending: their slots are in use."""
         self._number += 1
         earlier = self._receipts[self._number % 2]
         if earlier is not None and not earlier.is_complete:
             raise RuntimeError("a third transfer of cuda_ipc was started while two are pending")
+        self.flags.signal(self._number, fits=True, sent=counts)
+
+    def receive(self, incoming: Any, counts: IntArray) -> IpcReceipt:
         # Without rows, the flags compute no index of the rows, which receivers of blocks do not need.
-        self.flags.signal(self._number, fits=True, sent=send_counts, received=recv_counts, num_rows=0)
-        receipt = self._receipts[self._number % 2] = IpcReceipt(self, self._number, incoming, recv_counts)
+        self.flags.expect(self._number, received=counts, num_rows=0)
+        receipt = self._receipts[self._number % 2] = IpcReceipt(self, self._number, incoming, counts)
         return receipt
 
     def copy_from_slots(self, receipt: IpcReceipt) -> Event:

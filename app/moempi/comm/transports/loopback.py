@@ -18,7 +18,7 @@ class Loopback:
         self._buffers = BufferRing(2, allocate)
 
     def outgoing(self, rows: int) -> Any:
-        """A buffer for the next `start`, reused two transfers later."""
+        """A buffer for the next `send`, reused two transfers later."""
         return self._buffers.take(rows)
 
     def incoming(self, rows: int) -> Any:
@@ -28,9 +28,13 @@ class Loopback:
         """Whether the next buffer is free: always."""
         return True
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> BufferReceipt:
-        """A receipt, already complete, of the rows of `outgoing`."""
-        return BufferReceipt(NO_REQUEST, outgoing)
+    def send(self, outgoing: Any, counts: IntArray) -> None:
+        """Note the rows."""
+        self._sent = outgoing
+
+    def receive(self, incoming: Any, counts: IntArray) -> BufferReceipt:
+        """A receipt, already complete, of the rows that were sent."""
+        return BufferReceipt(NO_REQUEST, self._sent)
 
     def free(self) -> None:
         """Nothing needs to be freed."""

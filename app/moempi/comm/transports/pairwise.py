@@ -23,7 +23,7 @@ class RequestGroup:
 
 
 class Pairwise(BufferedTransport):
-    """Irecv and Isend for each other rank that has rows; `start` copies this rank's rows for itself.
+    """Isend and Irecv for each other rank that has rows; `receive` copies this rank's rows for itself.
 
     Messages name the memory of a whole buffer and the first row, because mpi4py takes long to find the memory of an
     array, above all of one on a device.
@@ -31,19 +31,25 @@ class Pairwise(BufferedTransport):
 
     name = "pairwise"
     _tag = 0
+    _own: Any = None
+    _sends: list[MPI.Request]
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> BufferReceipt:
+    def send(self, outgoing: Any, counts: IntArray) -> None:
         self._tag = (self._tag + 1) % TAGS
-        requests = []
-        received, source, target = blocks(recv_counts), memory_of(outgoing), memory_of(incoming)
-        for rank, (first, last) in received.items():
+        self._sends, source = [], memory_of(outgoing)
+        for rank, (first, last) in blocks(counts).items():
+            if rank != self._comm.rank:
+                self._sends.append(self._comm.Isend([source, (last - first, first), self._row], rank, self._tag))
+            else:
+                self._own = outgoing[first:last]
+
+    def receive(self, incoming: Any, counts: IntArray) -> BufferReceipt:
+        requests, target = self._sends, memory_of(incoming)
+        for rank, (first, last) in blocks(counts).items():
             if rank != self._comm.rank:
                 requests.append(self._comm.Irecv([target, (last - first, first), self._row], rank, self._tag))
-        for rank, (first, last) in blocks(send_counts).items():
-            if rank != self._comm.rank:
-                requests.append(self._comm.Isend([source, (last - first, first), self._row], rank, self._tag))
             else:
-                copy_rows(incoming, received[rank], outgoing[first:last])
+                copy_rows(incoming, (first, last), self._own)
         return BufferReceipt(RequestGroup(requests), incoming)
 
 

@@ -131,6 +131,8 @@ class Shared(BufferedTransport):
             memory[:words_bytes], ranks, own=self._local_rank, slot_rows=self._slot_rows, sync=self._window.Sync
         )
         self._number = 0
+        self._sends: list[MPI.Request] = []
+        self._overflow: Any = None
 
     def free(self) -> None:
         self._unregister()
@@ -154,13 +156,21 @@ class Shared(BufferedTransport):
     def _next_slot(self) -> int:
         return (self._number + 1) % 2
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> SharedReceipt:
+    def send(self, outgoing: Any, counts: IntArray) -> None:
         self._number += 1
-        receipt = SharedReceipt(self, self._number, incoming, recv_counts, [])
         fits = len(outgoing) <= self._slot_rows
+        self._sends, self._overflow = [], None
         if not fits or self._spans_nodes:
-            self._exchange_messages(receipt, outgoing, send_counts, fits=fits)
-        self.flags.signal(self._number, fits=fits, sent=send_counts, received=recv_counts, num_rows=len(incoming))
+            self._send_messages(outgoing, counts, fits=fits)
+        self.flags.signal(self._number, fits=fits, sent=counts)
+
+    def receive(self, incoming: Any, counts: IntArray) -> SharedReceipt:
+        receipt = SharedReceipt(self, self._number, incoming, counts, self._sends, self._overflow)
+        if self._spans_nodes:
+            for rank, (first, last) in blocks(counts).items():
+                if rank not in self._local_ranks:
+                    receipt.requests.append(self._receive(receipt, rank, first, last))
+        self.flags.expect(self._number, received=counts, num_rows=len(incoming))
         return receipt
 
     def reads_in_place(self, counts: IntArray) -> bool:
@@ -174,17 +184,14 @@ class Shared(BufferedTransport):
                 self._copy_from(receipt, rank, first, last)
         self.flags.release(receipt.number)
 
-    def _exchange_messages(self, receipt: SharedReceipt, outgoing: Any, send_counts: IntArray, *, fits: bool) -> None:
-        """Start to send and receive messages: between nodes, and inside the node those that exceed this rank's slot."""
-        for rank, (first, last) in blocks(receipt.counts).items():
-            if rank not in self._local_ranks:
-                receipt.requests.append(self._receive(receipt, rank, first, last))
-        for rank, (first, last) in blocks(send_counts).items():
+    def _send_messages(self, outgoing: Any, counts: IntArray, *, fits: bool) -> None:
+        """Start to send messages: to other nodes, and inside the node if the rows exceed this rank's slot."""
+        for rank, (first, last) in blocks(counts).items():
             if rank == self._comm.rank:
-                receipt.overflow = None if fits else outgoing[first:last]
+                self._overflow = None if fits else outgoing[first:last]
             elif rank not in self._local_ranks or not fits:
                 message = [outgoing[first:last], last - first, self._row]
-                receipt.requests.append(self._comm.Isend(message, rank, receipt.number % TAGS))
+                self._sends.append(self._comm.Isend(message, rank, self._number % TAGS))
 
     def _has_rows_of_other_nodes(self, counts: IntArray) -> bool:
         return any(rank not in self._local_ranks for rank in blocks(counts))

@@ -45,16 +45,14 @@ int flags_slot_is_free(const flags *f, int parity) {
     return f->free[parity] = 1;
 }
 
-/* Signal to the receivers where their rows are, and record which signals are missing. */
-void flags_signal(flags *f, int parity, int fits, const int64_t *sent, const int64_t *received) {
+/* Signal to the receivers where their rows are, and record which of them must read the slot. */
+void flags_signal(flags *f, int parity, int fits, const int64_t *sent) {
     int64_t number = f->numbers[parity] += 2, rank = 0, row = 0;
     f->free[parity] = 0;
     for (int64_t peer = 0; peer < f->size; peer++) {
         for (; rank < f->ranks[peer]; rank++)
             row += sent[rank];
         int64_t at = parity * f->size + peer, is_own = peer == f->own;
-        f->received[at] = received[rank];
-        f->missing[at] = !is_own && received[rank];
         f->expected[at] = !is_own && sent[rank] ? number : 0;
         if (is_own)
             f->firsts[at] = fits ? row : BY_MESSAGE;
@@ -63,6 +61,15 @@ void flags_signal(flags *f, int parity, int fits, const int64_t *sent, const int
             atomic_store_explicit(flag + 1, fits ? row : BY_MESSAGE, memory_order_relaxed);
             atomic_store_explicit(flag, number, memory_order_release);
         }
+    }
+}
+
+/* Record which senders have rows for this rank: their signals are missing. */
+void flags_expect(flags *f, int parity, const int64_t *received) {
+    for (int64_t peer = 0; peer < f->size; peer++) {
+        int64_t at = parity * f->size + peer;
+        f->received[at] = received[f->ranks[peer]];
+        f->missing[at] = peer != f->own && f->received[at];
     }
 }
 

@@ -57,15 +57,13 @@ class SharedFlags:
             for receiver, expected in enumerate(self._expected[parity].tolist())
         )
 
-    def signal(self, number: int, *, fits: bool, sent: IntArray, received: IntArray, num_rows: int) -> None:
+    def signal(self, number: int, *, fits: bool, sent: IntArray) -> None:
         """Signal to the receivers where their rows are, or, unless the rows `fits`, that they are sent as messages.
 
-        Counts (R,) are rows to and from each rank of the group; `num_rows` is the sum of `received`.
+        `sent` (R,) are rows to each rank of the group.
         """
         parity, before = number % 2, np.cumsum(sent) - sent
         others = np.arange(len(self._ranks)) != self._own
-        self._received[parity] = received[self._ranks]
-        self._missing[parity] = others & (self._received[parity] > 0)
         self._expected[parity] = np.where(others & (sent[self._ranks] > 0), number, 0)
         self._firsts[parity] = before[self._ranks] if fits else BY_MESSAGE
         receivers = np.flatnonzero(self._expected[parity]).tolist()
@@ -75,8 +73,17 @@ class SharedFlags:
         for receiver in receivers:
             self._words[self._line(self._own, parity, receiver)] = number
 
+    def expect(self, number: int, *, received: IntArray, num_rows: int) -> None:
+        """Expect the signals of the senders of this transfer, after this rank's own signal.
+
+        `received` (R,) are rows from each rank of the group; `num_rows` is their sum, or 0 if `rows` are not needed.
+        """
+        parity, others = number % 2, np.arange(len(self._ranks)) != self._own
+        self._received[parity] = received[self._ranks]
+        self._missing[parity] = others & (self._received[parity] > 0)
+
     def poll(self, number: int) -> int:
-        """WAITING, ALL_IN_SLOTS or SOME_BY_MESSAGE; does not block."""
+        """WAITING, ALL_IN_SLOTS or SOME_BY_MESSAGE, after `expect`; does not block."""
         parity = number % 2
         for sender in np.flatnonzero(self._missing[parity]).tolist():
             line = self._line(sender, parity, self._own)
@@ -145,13 +152,16 @@ class CompiledFlags(SharedFlags):
     def slot_is_free(self, parity: int) -> bool:
         return bool(self._seen_free[parity] or self._library.flags_slot_is_free(self._address, parity))
 
-    def signal(self, number: int, *, fits: bool, sent: IntArray, received: IntArray, num_rows: int) -> None:
+    def signal(self, number: int, *, fits: bool, sent: IntArray) -> None:
+        self._library.flags_signal(self._address, number % 2, int(fits), _words(sent))
+
+    def expect(self, number: int, *, received: IntArray, num_rows: int) -> None:
         parity = number % 2
         if num_rows > len(self._rows[parity]):
             self._rows[parity] = np.zeros(2 * num_rows, np.int64)
             self._fields.rows[parity] = self._rows[parity].ctypes.data
             self._fields.capacities[parity] = len(self._rows[parity])
-        self._library.flags_signal(self._address, parity, int(fits), _words(sent), _words(received))
+        self._library.flags_expect(self._address, parity, _words(received))
 
     def poll(self, number: int) -> int:
         found: int = self._library.flags_poll(self._address, number % 2)
@@ -184,5 +194,5 @@ def _library() -> ctypes.PyDLL | None:
     if library is None:
         return None
     flags = ctypes.PyDLL(library._name, handle=library._handle)
-    flags.flags_signal.restype = flags.flags_release.restype = None
+    flags.flags_signal.restype = flags.flags_expect.restype = flags.flags_release.restype = None
     return flags

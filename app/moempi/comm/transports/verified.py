@@ -28,13 +28,16 @@ class Verified(TransportWrapper):
         self._comm.Free()
         super().free()
 
-    def start(self, outgoing: Any, send_counts: IntArray, incoming: Any, recv_counts: IntArray) -> "CheckedReceipt":
+    def send(self, outgoing: Any, counts: IntArray) -> None:
+        self._sent = _checksums(outgoing, counts)
+        self._expected = np.empty_like(self._sent)
+        self._request = self._comm.Ialltoall(self._sent, self._expected)
+        self._transport.send(outgoing, counts)
+
+    def receive(self, incoming: Any, counts: IntArray) -> "CheckedReceipt":
         """Completing the receipt raises DataError, which names both ranks, if rows or counts differ."""
-        sent = _checksums(outgoing, send_counts)
-        expected = np.empty_like(sent)
-        request = self._comm.Ialltoall(sent, expected)
-        receipt = self._transport.start(outgoing, send_counts, incoming, recv_counts)
-        return CheckedReceipt(receipt, request, sent, expected, recv_counts, self._comm.rank)
+        receipt = self._transport.receive(incoming, counts)
+        return CheckedReceipt(receipt, self._request, self._sent, self._expected, counts, self._comm.rank)
 
 
 @dataclass(slots=True)
