@@ -87,6 +87,40 @@ class StateConstants:
     skip: Array
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionBlock:
+    """The weights of an attention between two norms, the second one of the sum with the residual stream.
+
+    `head_norms` are of queries and keys. `window` and `sinks` as in `Backend.attend`, `interleaved` as in `rotate`.
+    """
+
+    norm: RmsNorm
+    qkv: Array
+    qkv_bias: Array | None
+    head_norms: tuple[RmsNorm, RmsNorm] | None
+    output: Array
+    output_bias: Array | None
+    next_norm: RmsNorm
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    interleaved: bool
+    scale: float
+    window: int
+    sinks: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsBlock:
+    """The weights of a router, its rule, and all experts of its layer in order."""
+
+    router: Array
+    router_bias: Array | None
+    rule: Router
+    correction: Array | None
+    experts: Sequence[Expert]
+
+
 class Segment(NamedTuple):
     """The new rows of one sequence in a step: rows [row, row + length) are at positions [start, start + length).
 
@@ -604,7 +638,42 @@ class PeerMemory(Protocol):
         """Submit copies to rows of `target`, behind each other and beside all queues; the event is behind them."""
 
 
-class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, StateVerbs, ExpertVerbs, TokenVerbs, Protocol):
+class FusedAttention(Protocol):
+    """The verbs of an attention block in one, for at most `most_rows` rows; the bits are those of the verbs."""
+
+    most_rows: int
+
+    def __call__(self, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> tuple[Array, Array]:
+        """Extend the cache by rows x (T, D) of the residual stream, and attend them.
+
+        Returns their sum with the attention's output, and its norm, both (T, D).
+        """
+
+
+class FusedExperts(Protocol):
+    """The verbs of an experts block in one, for at most `most_rows` rows; the bits are those of the verbs."""
+
+    most_rows: int
+
+    def __call__(self, x: Array, addends: Sequence[Array], load: IntArray) -> tuple[Array, Array, Array]:
+        """The weighted sums of the experts of rows x (T, D), plus the addends (T, D), as by `Backend.combine`.
+
+        Returns them, and the experts and weights (T, K) that the router chose. Adds the number of choices of each
+        expert to `load` (E,), on the host.
+        """
+
+
+class FusedVerbs(Protocol):
+    """Parts of a layer that a rank computes alone, made once of their weights; None if a backend has no such part."""
+
+    def fuse_attention(self, block: AttentionBlock) -> FusedAttention | None:
+        """The block as one call."""
+
+    def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
+        """The block as one call."""
+
+
+class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, StateVerbs, ExpertVerbs, FusedVerbs, TokenVerbs, Protocol):
     """A machine that holds weights and rows and computes with them."""
 
     name: str

@@ -16,7 +16,7 @@ from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.hop import Hop
 from moempi.comm.route_plan import GroupedChoices, RoutePlan, make_plan, rows_by_rank
-from moempi.comm.transfers import IDLE, Steps, Transfer, Waits, downloaded
+from moempi.comm.transfers import IDLE, Steps, Transfer, Wait, Waits, downloaded
 from moempi.layout.placement import Placement
 from moempi.layout.schedule import EXCHANGE_PHASES, Point
 from moempi.layout.topology import Topology
@@ -72,6 +72,8 @@ class Exchange(ABC):
         }
         self._on_route = on_route
         self._on_outputs: OnOutputs | None = None
+        in_order = {layer: (tuple(range(placement.num_experts)),) for layer, placement in placements.items()}
+        self._alone = {layer for layer, placement in placements.items() if placement.hosted == in_order[layer]}
 
     def observe_outputs(self, on_outputs: OnOutputs) -> None:
         """Call `on_outputs` with the outputs that return to this rank in each layer, before they are added up.
@@ -95,6 +97,17 @@ class Exchange(ABC):
         """
         transfer = self._hop.transfers.start(self.combine_steps(outputs, plan, addends))
         return transfer.received(Point(plan.layer, COMBINE))
+
+    def keeps_rows(self, layer: int) -> bool:
+        """Whether this rank alone hosts the experts of a layer, in order, and nobody observes their outputs."""
+        return layer in self._alone and self._on_outputs is None
+
+    def pass_over(self, route: Route) -> Waits[None]:
+        """Pass the points of a layer whose rows stay on this rank, and whose choices are in `expert_load`."""
+        if self._on_route is not None:
+            self._on_route(route)
+        for phase in EXCHANGE_PHASES:
+            yield Wait(Point(route.layer, phase), self._hop.transfers.finished)
 
     def free(self) -> None:
         """Free communicators and memory of its own, once all transfers are finished; collective, blocks."""

@@ -131,6 +131,7 @@ class Transfers:
     another stage, "idle" for a slower rank of this stage. `counters` are bytes and messages by level of link;
     `levels` (R,) are the levels of this rank's links to all ranks of the run. `count_mismatch` is the number of rows
     that this rank planned to send, less the number that it planned to receive; its sum over all ranks is 0.
+    `finished` is a transfer of nothing.
     """
 
     def __init__(self, backend: Backend, pending: PendingTransfers, *, levels: IntArray = NO_LEVELS) -> None:
@@ -141,6 +142,7 @@ class Transfers:
         self.counters: Counters = no_counts()
         self.count_mismatch = 0
         self.longest_nap_s = NAP_S if backend.record_event() is None else EVENT_NAP_S
+        self.finished: Transfer[None] = Transfer(nothing(), self, waiting=EXCHANGE)
 
     def start(self, steps: Steps[T], *, waiting: str = EXCHANGE) -> "Transfer[T]":
         """Start a transfer; the time that the host is blocked by it is added to `waits[waiting]`. Does not block."""

@@ -1,7 +1,7 @@
 """Loading: a rank reads its share of a weight file and builds its part of the model."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,12 +91,17 @@ def _head(shard: Shard, backend: Backend) -> LMHead:
 def _layer(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> Layer:
     path, architecture = layer_path(layer), shard.architecture
     attends, feeds = architecture.has_attention(layer), architecture.has_feed_forward(layer)
+    norm = _norm(shard, backend, f"{path}/attention_norm") if attends else None
+    attention = _mixer(shard, backend, layer) if attends else None
+    next_norm = _norm(shard, backend, f"{path}/feed_forward_norm") if feeds else None
+    block = attention.block(norm, next_norm) if isinstance(attention, Attention) and norm and next_norm else None
     return Layer(
         index=layer,
-        attention_norm=_norm(shard, backend, f"{path}/attention_norm") if attends else None,
-        attention=_mixer(shard, backend, layer) if attends else None,
-        feed_forward_norm=_norm(shard, backend, f"{path}/feed_forward_norm") if feeds else None,
+        attention_norm=norm,
+        attention=attention,
+        feed_forward_norm=next_norm,
         feed_forward=_feed_forward(shard, backend, layer, hosted) if feeds else None,
+        fused_attention=backend.fuse_attention(block) if block else None,
     )
 
 
@@ -225,7 +230,7 @@ def _dense(shard: Shard, backend: Backend, path: str) -> Dense:
 
 def _experts(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> MixtureOfExperts:
     path, experts = layer_path(layer), shard.architecture.experts
-    return MixtureOfExperts(
+    layer_experts = MixtureOfExperts(
         layer=layer,
         rule=experts.router,
         router=backend.matrix(shard.read(f"{path}/router")),
@@ -236,6 +241,8 @@ def _experts(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]
         shared_gate=backend.matrix(shard.read(f"{path}/shared_gate")) if experts.shared_gate else None,
         latent=_latent_maps(shard, backend, f"{path}/latent") if experts.latent_width else None,
     )
+    block = layer_experts.block() if len(hosted) == experts.num else None
+    return replace(layer_experts, fused=backend.fuse_experts(block)) if block else layer_experts
 
 
 def _latent_maps(shard: Shard, backend: Backend, path: str) -> LatentMaps:

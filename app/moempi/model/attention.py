@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, Cache, RmsNorm, Segment
+from moempi.backend.protocol import Array, AttentionBlock, Backend, Cache, RmsNorm, Segment
 from moempi.config.architecture import AttentionShape
+from moempi.model.norm import Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,37 @@ class Attention:
             interleaved=shape.rope.interleaved,
             norms=self._head_norms(),
         )
-        scale = shape.head_dim**-0.5 * shape.score_factor
-        attended = backend.attend(queries, cache, segments, scale=scale, window=self.window, sinks=self.sinks)
+        attended = backend.attend(queries, cache, segments, scale=self._scale, window=self.window, sinks=self.sinks)
         attended = attended.reshape(num_rows, shape.num_heads * shape.value_dim)
         if self.gate is not None:
             attended = backend.scale_by_sigmoid(attended, backend.linear(x, self.gate))
         return backend.linear(attended, self.output, self.output_bias)
+
+    def block(self, norm: Norm, next_norm: Norm) -> AttentionBlock | None:
+        """The attention between two norms of the residual stream; None if it has parts that a block has not."""
+        shape, before, after = self.shape, norm.rms, next_norm.rms
+        if not before or not after or shape.qk_norm == "vector" or shape.clip or self.gate is not None:
+            return None
+        return AttentionBlock(
+            norm=before,
+            qkv=self.qkv,
+            qkv_bias=self.qkv_bias,
+            head_norms=self._head_norms(),
+            output=self.output,
+            output_bias=self.output_bias,
+            next_norm=after,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            interleaved=shape.rope.interleaved,
+            scale=self._scale,
+            window=self.window,
+            sinks=self.sinks,
+        )
+
+    @property
+    def _scale(self) -> float:
+        return float(self.shape.head_dim**-0.5 * self.shape.score_factor)
 
     def _head_norms(self) -> tuple[RmsNorm, RmsNorm] | None:
         """The norms of each head of queries and of keys, if the model has them."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, Expert
-from moempi.comm.combine import NO_ADDENDS, Addends, Combine
+from moempi.backend.protocol import Array, Backend, Expert, ExpertsBlock, FusedExperts
+from moempi.comm.combine import NO_ADDENDS, Addends, Combine, HomeCombine
 from moempi.comm.exchange import Exchange, Route
 from moempi.comm.transfers import Waits
 from moempi.config.architecture import Router
@@ -44,7 +44,8 @@ class MixtureOfExperts:
     """A router (D to E), the experts that this rank hosts, and the shared expert that computes every row.
 
     The output of the shared expert is scaled by the sigmoid of `shared_gate` (D to 1), if the model has one. With
-    `latent` maps, the rank that holds a token computes both, so that rows of L numbers are exchanged.
+    `latent` maps, the rank that holds a token computes both, so that rows of L numbers are exchanged. `fused` is the
+    layer without exchange and shared expert as one verb, if the backend has it.
     """
 
     layer: int
@@ -56,6 +57,13 @@ class MixtureOfExperts:
     shared: Dense | None = None
     shared_gate: Array | None = None
     latent: LatentMaps | None = None
+    fused: FusedExperts | None = None
+
+    def block(self) -> ExpertsBlock | None:
+        """The layer on a rank that hosts all its experts in order; None if it has parts that a block has not."""
+        if self.latent is not None:
+            return None
+        return ExpertsBlock(self.router, self.router_bias, self.rule, self.router_correction, self.experts)
 
     def forward(
         self,
@@ -72,6 +80,12 @@ class MixtureOfExperts:
         `combine` adds the shared expert's output and the residual, and decides where the sums go; its rows on this rank
         (T, D) are returned. Collective over the ranks of the stage. Yields while rows are on the network.
         """
+        fused, is_alone = self.fused, isinstance(combine, HomeCombine) and exchange.keeps_rows(self.layer)
+        if fused is not None and len(x) <= fused.most_rows and is_alone and policy is MODEL_ROUTING:
+            addends = Addends(self._shared(backend, x), residual)
+            sums, *chosen = fused(x, addends.in_order(), exchange.expert_load[self.layer])
+            yield from exchange.pass_over(Route(self.layer, *chosen))
+            return sums
         route = self._route(backend, x, policy)
         dispatch = exchange.dispatch(x if self.latent is None else backend.linear(x, self.latent.down), route)
         addends = Addends(self._shared(backend, x), residual)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Array, Backend, RmsNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,11 @@ class Norm:
     eps: float
     weight: Array
     bias: Array | None = None
+
+    @property
+    def rms(self) -> RmsNorm | None:
+        """The same norm of a row as one vector; None if it is another kind."""
+        return None if self.kind == "layer" else RmsNorm(self.weight, self.eps, self.kind == "rms")
 
     def __call__(self, backend: Backend, x: Array) -> Array:
         """Normalize rows x (T, D)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend, LayerState, Segment
+from moempi.backend.protocol import Array, Backend, FusedAttention, LayerState, Segment
 from moempi.comm.batch import Batch
 from moempi.comm.combine import Combine
 from moempi.comm.lane_comm import LaneComm
@@ -41,6 +41,7 @@ class Layer:
     """One pre-norm block; `index` is its number in the whole model.
 
     A layer may have an attention alone or a feed-forward alone; then the other and its norm are None.
+    `fused_attention` is the attention with both norms as one verb, if the backend has it.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Layer:
     attention: Mixer | None
     feed_forward_norm: Norm | None
     feed_forward: Dense | MixtureOfExperts | None
+    fused_attention: FusedAttention | None = None
 
     def attend(
         self,
@@ -69,6 +71,12 @@ class Layer:
         if self.attention is None:
             raise ValueError(f"layer {self.index} has no attention")
         return self.attention(backend, x, angles, cache, segments)
+
+    def add_to_residual(self, backend: Backend, x: Array, rows: Array | None) -> tuple[Array, Array | None]:
+        """Add what the attention returned to x (T, D); the sum, and its norm if a feed-forward follows."""
+        if self.feed_forward_norm is None:
+            return backend.add(x, rows), None
+        return self.feed_forward_norm.of_sum(backend, x, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,18 +134,19 @@ class Transformer:
         for layer, cache in zip(self.layers, self.layer_caches, strict=True):
             on_hidden(layer.index - 1, FEED_FORWARD, x)
             gather, scatter = Point(layer.index, GATHER), Point(layer.index, SCATTER)
-            rows = None
-            if layer.attention_norm is not None:
-                rows = layer.attention_norm(backend, x)
-                rows = yield from tensor.all_gather(rows, split, gather)
-                rows = layer.attend(backend, rows, angles, cache, segments, sparse)
-                rows = yield from tensor.reduce_scatter(rows, split, scatter)
-            if layer.feed_forward is None or layer.feed_forward_norm is None:
-                x = backend.add(x, rows)
-                on_hidden(layer.index, ATTENTION, x)
-                continue
-            x, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
+            fused, rows = layer.fused_attention, None
+            if fused is not None and tensor.size == 1 and len(x) <= fused.most_rows:
+                x, rows = fused(x, angles, cache, segments)
+            else:
+                if layer.attention_norm is not None:
+                    rows = layer.attention_norm(backend, x)
+                    rows = yield from tensor.all_gather(rows, split, gather)
+                    rows = layer.attend(backend, rows, angles, cache, segments, sparse)
+                    rows = yield from tensor.reduce_scatter(rows, split, scatter)
+                x, rows = layer.add_to_residual(backend, x, rows)
             on_hidden(layer.index, ATTENTION, x)
+            if layer.feed_forward is None:
+                continue
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 combine = last_combine if layer is self.layers[-1] else comm.home_combine
                 x = yield from layer.feed_forward.forward(backend, rows, comm.exchange, combine, policy, residual=x)

@@ -45,8 +45,8 @@ static void print_product(long rows, long inputs, long outputs, int is_bfloat16,
     void *packed = calloc((size_t)(panels * panel * (inputs + 1)), sizeof(float));
     pack(is_bfloat16 ? (void *)halves(w, inputs * outputs) : (void *)w, packed, inputs, outputs, 0, 0, is_bfloat16);
     float *out = numbers(rows * outputs), *scratch = calloc((size_t)(rows * (inputs + 1 + panel)), sizeof(float));
-    product p = {x, packed, bias, out, rows, inputs, outputs, inputs, outputs, is_bfloat16, narrow, rounded};
-    multiply(&p, 1, scratch, 1, 0, panels);
+    product p = {x, packed, bias, out, NULL, rows, inputs, outputs, inputs, outputs, is_bfloat16, narrow, rounded};
+    multiply(&p, 1, scratch, 0, product_tasks(&p, 1));
     char name[64];
     snprintf(name, sizeof name, "product %ld x %ld x %ld %d%d%d", rows, inputs, outputs, is_bfloat16, narrow, rounded);
     print(name, out, sizeof(float) * (size_t)(rows * outputs));
@@ -123,7 +123,7 @@ static void print_rows(long width, int rounded) {
     }
     int64_t output_rows[] = {0, 3, 6, 6, 1, 2, 5, 4, 0, 0};
     combination c = {rounded ? (void *)halves(x, rows * width) : (void *)x, output_rows, numbers(10), {y, sum}, out, 5, 2,
-                     width, rounded};
+                     width, rounded, rounded};
     snprintf(name, sizeof name, "combination %ld %d", width, rounded);
     combine_rows(&c);
     print(name, out, sizeof(float) * (size_t)(5 * width));
@@ -188,6 +188,60 @@ static void print_recurrence(int is_space, long key_heads, long heads, long key_
     print("  memory", memory, sizeof(float) * (size_t)(states * heads * key_dim * value_dim));
 }
 
+/* A matrix of random weights, packed. */
+static matrix packed_matrix(long inputs, long outputs, int is_bfloat16) {
+    long panel = panel_outputs(), panels = (outputs + panel - 1) / panel;
+    float *w = numbers(inputs * outputs);
+    for (long i = 0; i < inputs * outputs; i++)
+        w[i] /= 4;
+    char *packed = calloc((size_t)(panels * panel * (inputs + 1)), sizeof(float));
+    pack(is_bfloat16 ? (void *)halves(w, inputs * outputs) : (void *)w, packed, inputs, outputs, 0, 0, is_bfloat16);
+    matrix m = {packed, numbers(outputs), inputs, outputs, is_bfloat16};
+    return m;
+}
+
+static void print_layer(long rows, int is_bfloat16) {
+    enum { WIDTH = 50, HEADS = 4, KV_HEADS = 2, DIM = 24, HIDDEN = 37, EXPERTS = 6, TOP_K = 3, POSITIONS = 128 };
+    norm_weights norms[4];
+    for (int i = 0; i < 4; i++)
+        norms[i] = (norm_weights){numbers(i % 3 ? DIM : WIDTH), 1e-6f, is_bfloat16};
+    attention_layer l = {packed_matrix(WIDTH, (HEADS + 2 * KV_HEADS) * DIM, is_bfloat16),
+                         packed_matrix(HEADS * DIM, WIDTH, is_bfloat16), norms[0], norms[1], norms[2], norms[3],
+                         HEADS, KV_HEADS, DIM, 0.3f, 0, is_bfloat16};
+    int64_t cached[rows], load[EXPERTS] = {0};
+    for (long row = 0; row < rows; row++)
+        cached[row] = 3 + row;
+    float *keys = calloc(POSITIONS * KV_HEADS * DIM, sizeof(float)), *values = calloc(POSITIONS * KV_HEADS * DIM, sizeof(float));
+    float *sum = numbers(rows * WIDTH), *out = numbers(rows * WIDTH);
+    attention_rows a = {numbers(rows * WIDTH), numbers(rows * 10), numbers(rows * 10), (char *)keys, (char *)values, cached,
+                        numbers(rows * HEADS * DIM), numbers(rows * HEADS * DIM), sum, out,
+                        aligned_alloc(64, (size_t)attention_scratch(&l, rows)), rows, 10};
+    begin_attention(&l, &a);
+    end_attention(&l, &a);
+    char name[64];
+    snprintf(name, sizeof name, "attention of a layer %ld %d", rows, is_bfloat16);
+    print(name, a.queries, sizeof(float) * (size_t)(rows * HEADS * DIM));
+    print("  keys", keys, POSITIONS * KV_HEADS * DIM * sizeof(float));
+    print("  values", values, POSITIONS * KV_HEADS * DIM * sizeof(float));
+    print("  sum", sum, sizeof(float) * (size_t)(rows * WIDTH));
+    print("  norm", out, sizeof(float) * (size_t)(rows * WIDTH));
+    expert experts[EXPERTS];
+    matrix gate_up, down;
+    for (int e = 0; e < EXPERTS; e++) {
+        gate_up = packed_matrix(WIDTH, 2 * HIDDEN, is_bfloat16), down = packed_matrix(HIDDEN, WIDTH, is_bfloat16);
+        experts[e] = (expert){gate_up.packed, down.packed, gate_up.bias, down.bias};
+    }
+    experts_layer of_experts = {packed_matrix(WIDTH, EXPERTS, is_bfloat16), gate_up, down, experts, NULL, EXPERTS, TOP_K,
+                                1, 1, 1, SOFTMAX, 1, is_bfloat16, is_bfloat16, 1e-20f, 1, 0, 0, 0, is_bfloat16};
+    int32_t chosen[rows * TOP_K];
+    experts_rows r = {out, {numbers(rows * WIDTH), NULL}, sum, chosen, numbers(rows * TOP_K), load,
+                      aligned_alloc(64, (size_t)experts_scratch(&of_experts, rows)), rows};
+    compute_experts(&of_experts, &r);
+    snprintf(name, sizeof name, "experts of a layer %ld %d", rows, is_bfloat16);
+    print(name, sum, sizeof(float) * (size_t)(rows * WIDTH));
+    print("  load", load, sizeof load);
+}
+
 int main(void) {
     use_threads(2);
     for (int is_bfloat16 = 0; is_bfloat16 < 2; is_bfloat16++) {
@@ -203,6 +257,8 @@ int main(void) {
         print_selection(64, 128, is_bfloat16);
         for (long width = 8; width < 80; width += 23)
             print_rows(width, is_bfloat16);
+        for (long rows = 1; rows < 40; rows += 12)
+            print_layer(rows, is_bfloat16);
         for (int is_space = 0; is_space < 2; is_space++) {
             print_recurrence(is_space, 2, 6, 16, 32, is_bfloat16);
             print_recurrence(is_space, 1, 1, 5, 21, is_bfloat16);

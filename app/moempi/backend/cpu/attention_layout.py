@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moempi.arrays import Float32Array, Int32Array, IntArray
+from moempi.arrays import Float32Array, Int32Array, IntArray, address_of
 from moempi.backend.protocol import Segment, Segments
 from moempi.config.tensors import PAGE_ROWS
 
@@ -18,12 +18,13 @@ Mask = tuple[int, Float32Array]
 class AttentionTasks(NamedTuple):
     """Tasks of attention that threads share: the `first` (n + 1,) of each segment, their `number`, and their scores.
 
-    `scores` are pairs of a row and a key, at most.
+    `scores` are pairs of a row and a key, at most. `address` is of `first`.
     """
 
     first: IntArray
     number: int
     scores: int
+    address: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,14 @@ class CachedRows:
     pages: Int32Array
     rows: IntArray
     _tasks: dict[tuple[int, int], AttentionTasks] = field(default_factory=dict)
+    _addresses: list[int] = field(default_factory=list)
+
+    @property
+    def addresses(self) -> list[int]:
+        """The addresses of `segments`, `pages` and `rows`, for all layers."""
+        if not self._addresses:
+            self._addresses.extend(map(address_of, (self.segments, self.pages, self.rows)))
+        return self._addresses
 
     def attention_tasks(self, kv_heads: int, shared: int, queries: int) -> AttentionTasks:
         """The tasks of at most `queries` queries each, where `shared` heads share a key-value head, for all layers."""
@@ -47,7 +56,8 @@ class CachedRows:
             lengths, starts = self.segments[:, 1], self.segments[:, 2]
             first = np.zeros(len(lengths) + 1, np.int64)
             np.cumsum(-(-lengths * shared // queries) * kv_heads, out=first[1:])
-            self._tasks[kv_heads, shared] = AttentionTasks(first, int(first[-1]), int(lengths @ (starts + lengths)))
+            scores = int(lengths @ (starts + lengths))
+            self._tasks[kv_heads, shared] = AttentionTasks(first, int(first[-1]), scores, address_of(first))
         return self._tasks[kv_heads, shared]
 
     @property

@@ -22,10 +22,14 @@ from moempi.backend.cpu.selection import best_positions, index_scores
 from moempi.backend.cpu.state_space import alpha_and_steps, apply_state_space
 from moempi.backend.protocol import (
     Array,
+    AttentionBlock,
     Cache,
     DeltaRates,
     Download,
     Expert,
+    ExpertsBlock,
+    FusedAttention,
+    FusedExperts,
     LayerState,
     RmsNorm,
     SampledTokens,
@@ -468,6 +472,14 @@ class NumpyBackend:
 
     def _activated(self, gate_up: Float32Array, expert: Expert) -> Float32Array:
         return self.swiglu(gate_up, expert.clamp) if expert.gated else self.squared_relu(gate_up)
+
+    # Parts of a layer
+
+    def fuse_attention(self, block: AttentionBlock) -> FusedAttention | None:
+        """There is none."""
+
+    def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
+        """There is none."""
 
     # Tokens
 

@@ -14,13 +14,18 @@ from moempi.arrays import Float32Array, Int32Array, IntArray, widen
 from moempi.backend.cpu.attention_layout import CachedRows, lay_out_copies, lay_out_rows
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.delta_rule import alpha_and_beta
+from moempi.backend.cpu.fused import KernelAttention, KernelExperts, can_fuse
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, MatrixProduct, PanelMatrix, Rotation, contiguous_rows
 from moempi.backend.cpu.state_space import alpha_and_steps
 from moempi.backend.protocol import (
     Array,
+    AttentionBlock,
     Cache,
     DeltaRates,
     Expert,
+    ExpertsBlock,
+    FusedAttention,
+    FusedExperts,
     LayerState,
     RmsNorm,
     Segment,
@@ -343,6 +348,14 @@ class CompiledBackend(NumpyBackend):
             first += count
         self._multiply(x, parts, out, rounded=self.is_bfloat16)
         return out
+
+    # Parts of a layer
+
+    def fuse_attention(self, block: AttentionBlock) -> FusedAttention | None:
+        return KernelAttention(self._kernels, block, self._laid_out, rounded=self.is_bfloat16, progress=self._progress)
+
+    def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
+        return KernelExperts(self._kernels, block, rounded=self.is_bfloat16) if can_fuse(block) else None
 
     # Tokens
 

@@ -15,7 +15,7 @@ TYPES: dict[str, Any] = {
     "int": INT,
     "float": FLOAT,
 }
-PRODUCT = struct.Struct("@PPPPllllliii0l")
+PRODUCT = struct.Struct("@PPPPPllllliii0l")
 """A `product` of product.c; as bytes, because a step describes thousands of them."""
 
 
@@ -111,7 +111,7 @@ Combination = _structure(
     two_pointers addends
     pointer out
     long rows slots width
-    int is_bfloat16
+    int is_bfloat16 rounded
     """,
 )
 LogSoftmax = _structure(
@@ -136,5 +136,61 @@ Choice = _structure(
     long rows num top_k num_groups kept_groups scores_of_group
     int scoring renormalize rounds_logits rounded
     float least_sum scaling
+    """,
+)
+NormWeights = TYPES["norm_weights"] = _structure(
+    "NormWeights",
+    """
+    pointer weight
+    float eps
+    int quotient_rounded
+    """,
+)
+Matrix = TYPES["matrix"] = _structure(
+    "Matrix",
+    """
+    pointer packed bias
+    long inputs outputs
+    int weights
+    """,
+)
+AttentionLayer = _structure(
+    "AttentionLayer",
+    """
+    matrix qkv output
+    norm_weights before of_queries of_keys after
+    long heads kv_heads dim
+    float scale
+    int interleaved is_bfloat16
+    """,
+)
+AttentionRows = _structure(
+    "AttentionRows",
+    """
+    pointer x cosine sine keys values cached queries attended sum out scratch
+    long rows pairs
+    """,
+)
+Expert = _structure("Expert", "pointer gate_up down gate_up_bias down_bias")
+ExpertsLayer = _structure(
+    "ExpertsLayer",
+    """
+    matrix router gate_up down
+    pointer experts correction
+    long num top_k num_groups kept_groups scores_of_group
+    int scoring renormalize rounds_logits rounds_weights
+    float least_sum scaling
+    int clamped
+    float limit alpha
+    int is_bfloat16
+    """,
+)
+ExpertsRows = _structure(
+    "ExpertsRows",
+    """
+    pointer x
+    two_pointers addends
+    pointer out experts weights load scratch
+    long rows
     """,
 )

@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, Int32Array, IntArray, aligned_empty, widen
+from moempi.arrays import address_of as _at
 from moempi.backend.c_compiler import load_kernel
 from moempi.backend.cpu import kernel_calls as calls
-from moempi.backend.cpu.attention_layout import CachedRows
+from moempi.backend.cpu.attention_layout import AttentionTasks, CachedRows
 from moempi.backend.cpu.router import TOP_OF_GROUP
 from moempi.backend.protocol import Cache, RmsNorm, Stored
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
 log = logging.getLogger(__name__)
-_FIRST_BYTE: Callable[[Any], ctypes.c_char] = ctypes.c_char.from_buffer
 SOURCES = Path(__file__).with_name("kernels")
 EXACT_FLAGS = ("-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
 AVX512 = {"avx512f", "avx512bw", "avx512vl"}
@@ -43,8 +43,6 @@ SCORINGS = ("softmax", "sigmoid", "softmax_chosen")
 """The rules of router.c, by number."""
 SCORE_BYTES = 64 << 20
 """Memory for the scores of an indexer; more rows are scored in several calls."""
-TASK_FLOPS = 4e6
-"""Least work of a task that threads share, where a product has so much."""
 
 
 FLOAT32, BFLOAT16 = range(2)
@@ -110,9 +108,10 @@ class Kernels:
     """Calls of the compiled kernels. Results are complete when a call returns."""
 
     def __init__(self, library: Any) -> None:
-        self._library = library
+        self.library = library
         library.pack.argtypes = [calls.POINTER, calls.POINTER, calls.LONG, calls.LONG, calls.LONG, calls.INT, calls.INT]
-        library.multiply.argtypes = [ctypes.c_char_p, calls.LONG, calls.POINTER, calls.LONG, calls.LONG, calls.LONG]
+        library.multiply.argtypes = [ctypes.c_char_p, calls.LONG, calls.POINTER, calls.LONG, calls.LONG]
+        library.product_tasks.argtypes, library.product_tasks.restype = [ctypes.c_char_p, calls.LONG], calls.LONG
         library.pack.restype = library.multiply.restype = None
         for call in (
             *("normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows", "normalize_gated"),
@@ -120,10 +119,15 @@ class Kernels:
         ):
             getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER], None
         library.attend.argtypes, library.attend.restype = [calls.POINTER, calls.LONG, calls.LONG], None
+        for call in ("begin_attention", "end_attention", "compute_experts"):
+            getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER, calls.POINTER], None
+        for call in ("attention_scratch", "experts_scratch"):
+            getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER, calls.LONG], calls.LONG
         library.panel_outputs.restype = library.chunk_queries.restype = calls.LONG
         self._panel = library.panel_outputs()
-        self._chunk = library.chunk_queries()
+        self.chunk = library.chunk_queries()
         self._scratch = np.empty(0, np.float32)
+        self._workspace, self._workspace_at = np.empty(0, np.uint8), 0
         self.threads = 1
 
     def use_threads(self, count: int) -> int:
@@ -131,8 +135,15 @@ class Kernels:
 
         A pool that is larger from an earlier call keeps its size. Returns 1 if a thread cannot start.
         """
-        self.threads = 1 if self._library.use_threads(count) else count
+        self.threads = 1 if self.library.use_threads(count) else count
         return self.threads
+
+    def workspace(self, num_bytes: int) -> int:
+        """The address of memory that the next call of a fused part of a layer may use."""
+        if num_bytes > len(self._workspace):
+            self._workspace = aligned_empty((num_bytes + num_bytes // 4,), np.uint8)
+            self._workspace_at = _at(self._workspace)
+        return self._workspace_at
 
     def pack(self, parts: Sequence[Stored], *, transposed: bool) -> PanelMatrix:
         """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
@@ -149,7 +160,7 @@ class Kernels:
         first = 0
         for part, count in zip(parts, counts, strict=True):
             stored = np.ascontiguousarray(part)
-            self._library.pack(_at(stored), _at(packed), inputs, count, first, int(transposed), weights)
+            self.library.pack(_at(stored), _at(packed), inputs, count, first, int(transposed), weights)
             first += count
         return PanelMatrix(packed, (inputs, sum(counts)), weights)
 
@@ -170,25 +181,27 @@ class Kernels:
         """
         x_address, out_address = _at(x), _at(out)
         strides = _row_stride(x), _row_stride(out)
-        described, numbers, panels, flops = [], 0, 0, 0
+        described, numbers, flops = [], 0, 0
         for matrix, rows, x_at, out_at, bias in parts:
             inputs, outputs = matrix.shape
-            addresses = x_address + 4 * x_at, matrix.address, 0 if bias is None else _at(bias), out_address + 4 * out_at
+            addresses = (
+                x_address + 4 * x_at,
+                matrix.address,
+                0 if bias is None else _at(bias),
+                out_address + 4 * out_at,
+            )
             described.append(
-                calls.PRODUCT.pack(*addresses, rows, inputs, outputs, *strides, matrix.weights, narrow, rounded)
+                calls.PRODUCT.pack(*addresses, 0, rows, inputs, outputs, *strides, matrix.weights, narrow, rounded)
             )
             numbers += rows * (inputs + 1 + self._panel)
-            panels += len(matrix.packed)
             flops += 2 * rows * inputs * outputs
         if numbers > len(self._scratch):
             self._scratch = np.empty(numbers, np.float32)
-        at_once = max(1, min(int(TASK_FLOPS * panels / max(flops, 1)), -(-panels // self.threads)))
-        tasks = sum(-(-len(part.matrix.packed) // at_once) for part in parts)
-        step = max(1, int(tasks * min(1.0, self.threads * PIECE_FLOPS / max(flops, 1))))
         array, memory = b"".join(described), self._scratch  # held while `progress` may run other verbs
-        scratch = _at(memory)
+        scratch, tasks = _at(memory), self.library.product_tasks(array, len(described))
+        step = max(1, int(tasks * min(1.0, self.threads * PIECE_FLOPS / max(flops, 1))))
         for first in range(0, tasks, step):
-            self._library.multiply(array, len(described), scratch, at_once, first, min(first + step, tasks))
+            self.library.multiply(array, len(described), scratch, first, min(first + step, tasks))
             progress()
 
     def attend(
@@ -210,19 +223,23 @@ class Kernels:
         keys, values, segments, pages = cache.keys, cache.values, layout.segments, layout.pages
         kv_heads, value_dim = values.shape[1:]
         out = np.empty((rows, heads, value_dim), np.float32)
-        tasks = layout.attention_tasks(kv_heads, heads // kv_heads, self._chunk)
+        tasks = layout.attention_tasks(kv_heads, heads // kv_heads, self.chunk)
         call = calls.Attention(
             _at(queries), _at(keys), _at(values), _at(out), _at(segments), _at(pages),
             None if sinks is None else _at(sinks), len(segments), heads, kv_heads, dim, value_dim,
             values.strides[1] // values.itemsize, window, _at(tasks.first),
             keys.dtype == np.uint16, rounded,
         )  # fmt: skip
-        flops = 2 * tasks.scores * heads * (dim + value_dim)
+        self.attend_tasks(call, tasks, progress)
+        return out
+
+    def attend_tasks(self, call: Any, tasks: AttentionTasks, progress: Callable[[], None]) -> None:
+        """Compute all tasks of a `kernel_calls.Attention`; calls `progress` between pieces of PIECE_FLOPS of work."""
+        flops = 2 * tasks.scores * call.heads * (call.dim + call.value_dim)
         step = max(1, int(tasks.number * min(1.0, self.threads * PIECE_FLOPS / max(flops, 1))))
         for first in range(0, tasks.number, step):
-            self._library.attend(ctypes.addressof(call), first, min(first + step, tasks.number))
+            self.library.attend(ctypes.addressof(call), first, min(first + step, tasks.number))
             progress()
-        return out
 
     def select_positions(
         self,
@@ -249,7 +266,7 @@ class Kernels:
                 _at(seen[some]), _at(first_pages[some]), _at(layout.pages), len(seen[some]), heads, dim, width, top_k,
                 index.keys.dtype == np.uint16,
             )  # fmt: skip
-            self._library.select_positions(ctypes.addressof(call))
+            self.library.select_positions(ctypes.addressof(call))
             progress()
         return positions
 
@@ -271,7 +288,7 @@ class Kernels:
             _at(x), None if y is None else _at(y), _at(weight), None if y is None else _at(total), _at(out), len(x),
             heads, x.shape[-1], stride, eps, quotient_rounded, rounded,
         )  # fmt: skip
-        self._library.normalize_rows(ctypes.addressof(call))
+        self.library.normalize_rows(ctypes.addressof(call))
         return total, out
 
     def activate(self, gate_up: Float32Array, clamp: Clamp | None, *, rounded: bool) -> Float32Array:
@@ -280,7 +297,7 @@ class Kernels:
         out = np.empty((rows, width), np.float32)
         limit, alpha = (0.0, 0.0) if clamp is None else (clamp.limit, clamp.alpha)
         call = calls.Activation(_at(gate_up), _at(out), rows, width, clamp is not None, rounded, limit, alpha)
-        self._library.activate_rows(ctypes.addressof(call))
+        self.library.activate_rows(ctypes.addressof(call))
         return out
 
     def rope_angles(
@@ -291,7 +308,7 @@ class Kernels:
         cosine, sine = (np.empty((rows, 1, pairs), np.float32) for _ in range(2))
         positions = np.ascontiguousarray(positions, np.int64)
         call = calls.Angles(_at(positions), _at(frequencies), _at(cosine), _at(sine), rows, pairs, amplitude)
-        self._library.angle_rows(ctypes.addressof(call))
+        self.library.angle_rows(ctypes.addressof(call))
         return cosine, sine
 
     def rotate(self, x: Float32Array, rotation: Rotation, norm: RmsNorm | None = None) -> Float32Array:
@@ -321,14 +338,14 @@ class Kernels:
             call.cosine, call.sine = _at(rotation.cosine), _at(rotation.sine)
             call.pairs = rotation.cosine.shape[-1]
             call.interleaved, call.rounded = rotation.interleaved, rotation.rounded
-        self._library.rotate_rows(ctypes.addressof(call))
+        self.library.rotate_rows(ctypes.addressof(call))
 
     def copy_rows(self, rows: npt.NDArray[Any], index: IntArray | None, out: npt.NDArray[Any]) -> None:
         """Write rows[index], or all rows if None, to `out`: bfloat16 bits become float32, or float32 such bits."""
         widens, narrows = rows.dtype.itemsize < out.dtype.itemsize, rows.dtype.itemsize > out.dtype.itemsize
         at = None if index is None else _at(index)
         call = calls.Gathering(_at(rows), _at(out), at, len(out), out.shape[1], widens, narrows, rows.itemsize)
-        self._library.gather_rows(ctypes.addressof(call))
+        self.library.gather_rows(ctypes.addressof(call))
 
     def combine(
         self,
@@ -342,9 +359,9 @@ class Kernels:
         added = (calls.POINTER * 2)(*map(_at, addends))
         call = calls.Combination(
             _at(buffer), _at(output_rows), _at(weights), added, _at(out), len(out), output_rows.shape[1],
-            buffer.shape[1], buffer.dtype == np.uint16,
+            buffer.shape[1], buffer.dtype == np.uint16, buffer.dtype == np.uint16,
         )  # fmt: skip
-        self._library.combine_rows(ctypes.addressof(call))
+        self.library.combine_rows(ctypes.addressof(call))
         return out
 
     def convolve(
@@ -368,7 +385,7 @@ class Kernels:
                 _at(x), _at(taps), None if bias is None else _at(bias), _at(tail), _at(out), _at(piece), len(piece),
                 x.shape[1], len(taps), _row_stride(x), rounded,
             )  # fmt: skip
-            self._library.convolve(ctypes.addressof(call))
+            self.library.convolve(ctypes.addressof(call))
             progress()
         return out
 
@@ -412,7 +429,7 @@ class Kernels:
                 *map(_at, heads), _at(alpha), _at(beta), None, _at(units[0]), _at(units[1]), _at(memory), _at(out),
                 _at(piece), len(piece), rows, key_heads, num_heads, key_dim, value_dim, _row_stride(heads[0]), rounded,
             )  # fmt: skip
-            self._library.apply_delta_rule(ctypes.addressof(call))
+            self.library.apply_delta_rule(ctypes.addressof(call))
             rows = 0  # the first call divides the queries and keys of all rows by their lengths
             progress()
         return out
@@ -441,7 +458,7 @@ class Kernels:
                 _at(out), _at(piece), len(piece), rows, groups, num_heads, state_dim, head_dim, _row_stride(values),
                 rounded,
             )  # fmt: skip
-            self._library.apply_delta_rule(ctypes.addressof(call))
+            self.library.apply_delta_rule(ctypes.addressof(call))
             progress()
         return out
 
@@ -449,14 +466,14 @@ class Kernels:
         """The norm of `StateVerbs.gated_norm`."""
         out = np.empty(x.shape, np.float32)
         call = calls.GatedNorm(_at(x), _at(gate), _at(norm.weight), _at(out), *x.shape, norm.eps, rounded)
-        self._library.normalize_gated(ctypes.addressof(call))
+        self.library.normalize_gated(ctypes.addressof(call))
         return out
 
     def log_softmax(self, logits: Float32Array) -> Float32Array:
         """The logarithm of the softmax of each row of logits (T, V)."""
         out = np.empty(logits.shape, np.float32)
         call = calls.LogSoftmax(_at(logits), _at(out), *logits.shape)
-        self._library.log_softmax_rows(ctypes.addressof(call))
+        self.library.log_softmax_rows(ctypes.addressof(call))
         return out
 
     def choose_experts(
@@ -472,7 +489,7 @@ class Kernels:
             SCORINGS.index(router.scoring), router.renormalize, rounds and not router.float32_logits,
             rounds and not router.float32_weights, router.least_sum, router.scaling,
         )  # fmt: skip
-        self._library.choose_experts(ctypes.addressof(call))
+        self.library.choose_experts(ctypes.addressof(call))
         return experts, weights
 
 
@@ -488,12 +505,3 @@ def contiguous_rows(x: Float32Array) -> Float32Array:
 
 def _row_stride(x: Float32Array) -> int:
     return x.strides[0] // x.itemsize if len(x) > 1 else x[:1].size
-
-
-def _at(array: npt.NDArray[Any]) -> int:
-    """The address of an array's first number."""
-    try:
-        return ctypes.addressof(_FIRST_BYTE(array))  # takes a fifth of the time of NumPy's own ways
-    except (TypeError, ValueError, BufferError):  # an array that is read-only, empty or not contiguous
-        address: int = array.__array_interface__["data"][0]
-        return address

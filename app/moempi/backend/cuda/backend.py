@@ -29,11 +29,15 @@ from moempi.backend.cuda.products import Matrix, Products
 from moempi.backend.cuda.selection import Selection
 from moempi.backend.protocol import (
     Array,
+    AttentionBlock,
     Cache,
     DeltaRates,
     Download,
     Event,
     Expert,
+    ExpertsBlock,
+    FusedAttention,
+    FusedExperts,
     LayerState,
     RmsNorm,
     SampledTokens,
@@ -509,6 +513,14 @@ class CudaBackend:
         hidden = self.linear(x, expert.gate_up, expert.gate_up_bias)
         hidden = self.swiglu(hidden, expert.clamp) if expert.gated else self.squared_relu(hidden)
         self._products.biased(hidden, expert.down, expert.down_bias, out)
+
+    # Parts of a layer
+
+    def fuse_attention(self, block: AttentionBlock) -> FusedAttention | None:
+        """There is none."""
+
+    def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
+        """There is none."""
 
     # Tokens
 

@@ -10,6 +10,7 @@ typedef struct {
     const char *packed;
     const float *bias;  /* (outputs,), or NULL */
     float *out;         /* (rows, outputs), `out_stride` numbers apart */
+    const int64_t *index; /* row t is x[index[t]]; NULL for the same row */
     long rows, inputs, outputs, x_stride, out_stride;
     int weights;        /* FLOAT32 or BFLOAT16 */
     int narrow;         /* x has bfloat16 values */
@@ -19,7 +20,8 @@ typedef struct {
 long panel_outputs(void);
 void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int weights);
 int pairs_are_chains(void);
-void multiply(const product *products, long count, float *scratch, long panels, long first, long last);
+long product_tasks(const product *products, long count);
+void multiply(const product *products, long count, float *scratch, long first, long last);
 
 /* attention.c */
 typedef struct {
@@ -110,7 +112,8 @@ typedef struct {
     const float *addends[2];    /* (rows, width), or NULL */
     float *out;                 /* (rows, width) */
     long rows, slots, width;
-    int is_bfloat16;            /* the buffer, and the results are rounded */
+    int is_bfloat16;            /* the buffer */
+    int rounded;
 } combination;
 
 typedef struct {
@@ -192,3 +195,71 @@ typedef struct {
 } choice;
 
 void choose_experts(const choice *c);
+
+/* layer.c */
+typedef struct {
+    const float *weight; /* NULL if there is no norm */
+    float eps;
+    int quotient_rounded;
+} norm_weights;
+
+typedef struct {
+    const char *packed;
+    const float *bias; /* (outputs,), or NULL */
+    long inputs, outputs;
+    int weights;       /* FLOAT32 or BFLOAT16 */
+} matrix;
+
+typedef struct {
+    matrix qkv, output;
+    norm_weights before, of_queries, of_keys, after;
+    long heads, kv_heads, dim;
+    float scale;
+    int interleaved;
+    int is_bfloat16; /* the rows and the cache */
+} attention_layer;
+
+typedef struct {
+    const float *x;             /* (rows, width) */
+    const float *cosine, *sine; /* (rows, pairs) */
+    char *keys, *values;        /* the cache; row t is written to row cached[t] */
+    const int64_t *cached;
+    float *queries, *attended;  /* (rows, heads, dim) */
+    float *sum, *out;           /* (rows, width): x plus the output, and its norm */
+    void *scratch;
+    long rows, pairs;
+} attention_rows;
+
+typedef struct {
+    const char *gate_up, *down;
+    const float *gate_up_bias, *down_bias; /* or NULL */
+} expert;
+
+typedef struct {
+    matrix router, gate_up, down; /* of the experts without addresses: those are in `experts` (num) */
+    const expert *experts;
+    const float *correction;      /* of the choice, as are those from `num` to `scaling` */
+    long num, top_k, num_groups, kept_groups, scores_of_group;
+    int scoring, renormalize, rounds_logits, rounds_weights;
+    float least_sum, scaling;
+    int clamped;                  /* the activation */
+    float limit, alpha;
+    int is_bfloat16;              /* the rows */
+} experts_layer;
+
+typedef struct {
+    const float *x;          /* (rows, width) */
+    const float *addends[2]; /* (rows, width), or NULL */
+    float *out;              /* (rows, width) */
+    int32_t *experts;        /* (rows, top_k): what the router chooses */
+    float *weights;          /* (rows, top_k) */
+    int64_t *load;           /* (num,): the choices of each expert are added */
+    void *scratch;
+    long rows;
+} experts_rows;
+
+long attention_scratch(const attention_layer *l, long rows);
+void begin_attention(const attention_layer *l, const attention_rows *a);
+void end_attention(const attention_layer *l, const attention_rows *a);
+long experts_scratch(const experts_layer *l, long rows);
+void compute_experts(const experts_layer *l, const experts_rows *r);

@@ -26,6 +26,8 @@
 #define MOST_PANELS 4
 #define RUN_BLOCKS (LANES == 8 ? 19 : 8)
 #define RUN_WORDS 768
+#define TASK_FLOPS 4e6        /* least work of a task, where a product has so much */
+#define FEW_WORDS (1L << 14)  /* packed words that threads do not share */
 
 typedef struct {
     const product *products;
@@ -61,6 +63,9 @@ static inline long run_steps(const product *p) {
 }
 static inline int packs_rows(const product *p) {
     return p->rows > 1 || kind_of(p) == PAIRS || words_of(p) != p->inputs;
+}
+static inline const float *row_of(const product *p, long t) {
+    return p->x + (p->index ? p->index[t] : t) * p->x_stride;
 }
 static inline long packed_runs(const product *p) {
     return packs_rows(p) ? quotient_up(p->rows, RUN_BLOCKS * BLOCK_ROWS) : 0;
@@ -162,7 +167,7 @@ static void pack_run(const product *p, float *scratch, long first) {
         for (long i = 0; i < blocks; i++) {
             long end = block_end(rows, blocks, i), width = end - begin;
             for (long t = 0; t < width; t++)
-                pack_row(p, p->x + (first + begin + t) * p->x_stride, to, s0, steps, width, t);
+                pack_row(p, row_of(p, first + begin + t), to, s0, steps, width, t);
             to += steps * words_of_step(kind_of(p)) * width;
             begin = end;
         }
@@ -315,7 +320,7 @@ static void compute_task(const void *argument, long index) {
         long tasks = quotient_up(panels_of(p), of->panels);
         if (index < tasks) {
             long first = index * of->panels, last = smallest(first + of->panels, panels_of(p)), before = flush_subnormals();
-            compute_product(p, packs_rows(p) ? scratch : p->x, scratch + p->rows * words_of(p), first, last);
+            compute_product(p, packs_rows(p) ? scratch : row_of(p, 0), scratch + p->rows * words_of(p), first, last);
             restore_subnormals(before);
             return;
         }
@@ -323,15 +328,39 @@ static void compute_task(const void *argument, long index) {
     }
 }
 
-/* Compute the tasks [first, last) of several products: `panels` panels each, all of a product before the next.
+/* Panels of a task: a task has TASK_FLOPS of work, but all threads have tasks. */
+static long task_panels(const product *products, long count) {
+    double panels = 0, flops = 1;
+    for (const product *p = products; p < products + count; p++) {
+        panels += (double)panels_of(p);
+        flops += 2.0 * (double)p->rows * (double)p->inputs * (double)p->outputs;
+    }
+    return largest(1, smallest((long)(TASK_FLOPS * panels / flops), quotient_up((long)panels, thread_count())));
+}
+
+/* The tasks of several products: adjacent panels of one, all of a product before the next. */
+long product_tasks(const product *products, long count) {
+    long panels = task_panels(products, count), tasks = 0;
+    for (long i = 0; i < count; i++)
+        tasks += quotient_up(panels_of(products + i), panels);
+    return tasks;
+}
+
+/* Compute the tasks [first, last) of several products.
  *
  * `scratch` is memory for rows * (inputs + 1 + PANEL) numbers of each product, which the call with the first task fills.
  */
-void multiply(const product *products, long count, float *scratch, long panels, long first, long last) {
-    call of = {products, first, panels, scratch};
-    long runs = 0;
-    for (long i = 0; i < count && first == 0; i++)
+void multiply(const product *products, long count, float *scratch, long first, long last) {
+    call of = {products, first, task_panels(products, count), scratch};
+    long runs = 0, words = 0;
+    for (long i = 0; i < count && first == 0; i++) {
         runs += packed_runs(products + i);
-    share_tasks(pack_rows_of, &of, runs);
+        words += products[i].rows * words_of(products + i);
+    }
+    if (words > FEW_WORDS)
+        share_tasks(pack_rows_of, &of, runs);
+    else
+        for (long i = 0; i < runs; i++)
+            pack_rows_of(&of, i);
     share_tasks(compute_task, &of, last - first);
 }

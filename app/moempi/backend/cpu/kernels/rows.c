@@ -140,11 +140,11 @@ static void combine_row(const void *argument, long row) {
             vec weight = set1(c->weights[row * c->slots + k]);
             EACH(i) sum.part[i] = add(sum.part[i], mul(numbers.part[i], weight));
         }
-        sum = rounded_group(sum, c->is_bfloat16);
+        sum = rounded_group(sum, c->rounded);
         for (int a = 0; a < 2 && c->addends[a]; a++) {
             group addend = load_part(c->addends[a] + row * c->width + d, left);
             EACH(i) sum.part[i] = add(sum.part[i], addend.part[i]);
-            sum = rounded_group(sum, c->is_bfloat16);
+            sum = rounded_group(sum, c->rounded);
         }
         store_part(c->out + row * c->width + d, sum, left);
     }

@@ -80,8 +80,10 @@ int use_threads(int count) {
     return failed;
 }
 
+int thread_count(void) { return owner == getpid() ? num_threads : 1; }
+
 void share_tasks(void (*task)(const void *, long), const void *argument, long count) {
-    if (num_threads < 2 || count < 2 || owner != getpid()) {
+    if (count < 2 || thread_count() < 2) {
         for (long i = 0; i < count; i++)
             task(argument, i);
         return;

@@ -9,3 +9,6 @@ int use_threads(int count);
 
 /* Call task(argument, i) once for each i in [0, count), in any order and on any thread; returns when all are done. */
 void share_tasks(void (*task)(const void *argument, long i), const void *argument, long count);
+
+/* The number of threads that the next call uses. */
+int thread_count(void);

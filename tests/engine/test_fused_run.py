@@ -1,0 +1,96 @@
+"""Runs whose layers are fused on a rank that is alone in its stage have the results of runs by separate verbs."""
+
+import pytest
+from msgspec import structs
+
+from engine.runs import SMALL, Run, requests_of, tokens_of
+from moempi.backend.cpu.compiled import CompiledBackend
+from moempi.backend.cpu.fused import KernelAttention, KernelExperts
+from moempi.backend.cpu.kernels import load_kernels
+from moempi.config.architecture import Clamp
+from moempi.storage.journal import JournalReader
+from moempi.storage.records import TraceRecord
+
+pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or a processor without kernels")
+LENGTHS = (5, 3, 30, 1, 12)
+ARCHITECTURES = {
+    "plain": SMALL,
+    "shared": structs.replace(SMALL, experts=structs.replace(SMALL.experts, shared_width=10, shared_gate=True)),
+    "clamped": structs.replace(SMALL, experts=structs.replace(SMALL.experts, biases=True, clamp=Clamp(1.7, 2.0))),
+    "grouped": structs.replace(SMALL, attention=structs.replace(SMALL.attention, num_kv_heads=1, qk_norm="head")),
+}
+
+
+class Separate(CompiledBackend):
+    """Has no fused parts."""
+
+    def fuse_attention(self, block):
+        return None
+
+    def fuse_experts(self, block):
+        return None
+
+
+@pytest.fixture
+def num_calls(monkeypatch):
+    """Calls of each fused part."""
+    calls = {KernelAttention: 0, KernelExperts: 0}
+
+    def counted(part):
+        plain = part.__call__
+
+        def call(self, *arguments):
+            calls[part] += 1
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(part, "__call__", call)
+
+    for part in calls:
+        counted(part)
+    return calls
+
+
+def result_of(folder, backend, precision, **options):
+    """Tokens, loads and recorded values of a run."""
+    folder.mkdir()
+    kernels, run = load_kernels(), options.pop("run", {})
+    made = Run(
+        folder,
+        requests_of(*LENGTHS),
+        make_backend=lambda progress: backend(kernels, precision=precision, progress=progress),
+        run={"precision": precision} | run,
+        **options,
+    )
+    made.lanes.run()
+    loads = [lane.comm.exchange.expert_load for lane in made.lanes.each]
+    made.journal.close()
+    with JournalReader(folder / "0.part") as journal:
+        traces = [record for _, record in journal.records() if isinstance(record, TraceRecord)]
+    return (
+        tokens_of(made.requests),
+        [one.logprobs.tolist() for request in made.requests for one in request.sampled],
+        [{layer: load.tolist() for layer, load in of_lane.items()} for of_lane in loads],
+        [{name: values.tolist() for name, values in record.columns.items()} for record in traces],
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"run": {"micro_batches": 2}},
+        {"trace": {"routing": "weights", "hidden": (0, 1, 2, 3)}},
+        {"balance": {"mode": "bias"}},
+    ],
+    ids=["plain", "lanes", "trace", "balance"],
+)
+def test_fused_layers_change_no_result(name, precision, options, num_calls, tmp_path):
+    options = {"architecture": ARCHITECTURES[name]} | options
+    expected = result_of(tmp_path / "separate", Separate, precision, **options)
+    assert not any(num_calls.values())
+    found = result_of(tmp_path / "fused", CompiledBackend, precision, **options)
+    assert num_calls[KernelAttention] > 0
+    assert (num_calls[KernelExperts] > 0) is ("balance" not in options)
+    assert found == expected
