@@ -1,5 +1,7 @@
 """Runs whose layers are fused on a rank that is alone in its stage have the results of runs by separate verbs."""
 
+import sys
+
 import pytest
 from msgspec import structs
 
@@ -94,3 +96,33 @@ def test_fused_layers_change_no_result(name, precision, options, num_calls, tmp_
     assert num_calls[KernelAttention] > 0
     assert (num_calls[KernelExperts] > 0) is ("balance" not in options)
     assert found == expected
+
+
+def calls_of(folder, num_layers, tokens):
+    """Calls of functions, in Python or C, of a run that generates `tokens` tokens after one prompt."""
+    folder.mkdir()
+    architecture = structs.replace(SMALL, num_layers=num_layers, dense_layers=())
+    run = Run(
+        folder,
+        requests_of(4, limit=tokens),
+        architecture=architecture,
+        make_backend=lambda progress: CompiledBackend(load_kernels(), precision="float32", progress=progress),
+    )
+    count = 0
+
+    def on_event(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(on_event)
+    try:
+        run.lanes.run(run.lanes.each[:1])
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_a_decode_step_makes_few_calls_in_a_layer(tmp_path):
+    few, many = ([calls_of(tmp_path / f"{layers}-{tokens}", layers, tokens) for tokens in (4, 12)] for layers in (2, 6))
+    of_layers = (many[1] - many[0]) - (few[1] - few[0])
+    assert of_layers / (4 * 8) <= 110

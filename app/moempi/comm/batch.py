@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ LogitRequests = npt.NDArray[Any]
 """For each row whose logits are needed: a SAMPLING_REQUEST, or the token to score."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """Rows of S sequences, one after another, in ascending order of their KV slots; a step may have no rows.
 
@@ -37,12 +38,12 @@ class Batch:
     logit_requests: LogitRequests = field(default_factory=lambda: NONE)
     stop: bool = False
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows of all sequences (T)."""
         return int(self.lengths.sum())
 
-    @property
+    @cached_property
     def positions(self) -> IntArray:
         """Position of every row in its sequence (T,)."""
         first_rows = np.cumsum(self.lengths) - self.lengths

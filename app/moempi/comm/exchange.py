@@ -103,11 +103,10 @@ class Exchange(ABC):
         return layer in self._alone and self._on_outputs is None
 
     def pass_over(self, route: Route) -> Waits[None]:
-        """Pass the points of a layer whose rows stay on this rank, and whose choices are in `expert_load`."""
+        """Pass the last point of a layer whose rows stay on this rank, and whose choices are in `expert_load`."""
         if self._on_route is not None:
             self._on_route(route)
-        for phase in EXCHANGE_PHASES:
-            yield Wait(Point(route.layer, phase), self._hop.transfers.finished)
+        yield Wait(Point(route.layer, COMBINE), self._hop.transfers.finished)
 
     def free(self) -> None:
         """Free communicators and memory of its own, once all transfers are finished; collective, blocks."""

@@ -133,16 +133,15 @@ class Transformer:
         sparse = sparse_rows(backend, self.architecture.attention, segments, batch.row_capacities)
         for layer, cache in zip(self.layers, self.layer_caches, strict=True):
             on_hidden(layer.index - 1, FEED_FORWARD, x)
-            gather, scatter = Point(layer.index, GATHER), Point(layer.index, SCATTER)
             fused, rows = layer.fused_attention, None
             if fused is not None and tensor.size == 1 and len(x) <= fused.most_rows:
                 x, rows = fused(x, angles, cache, segments)
             else:
                 if layer.attention_norm is not None:
                     rows = layer.attention_norm(backend, x)
-                    rows = yield from tensor.all_gather(rows, split, gather)
+                    rows = yield from tensor.all_gather(rows, split, Point(layer.index, GATHER))
                     rows = layer.attend(backend, rows, angles, cache, segments, sparse)
-                    rows = yield from tensor.reduce_scatter(rows, split, scatter)
+                    rows = yield from tensor.reduce_scatter(rows, split, Point(layer.index, SCATTER))
                 x, rows = layer.add_to_residual(backend, x, rows)
             on_hidden(layer.index, ATTENTION, x)
             if layer.feed_forward is None:
@@ -151,9 +150,9 @@ class Transformer:
                 combine = last_combine if layer is self.layers[-1] else comm.home_combine
                 x = yield from layer.feed_forward.forward(backend, rows, comm.exchange, combine, policy, residual=x)
             else:
-                rows = yield from tensor.all_gather(rows, split, gather)
+                rows = yield from tensor.all_gather(rows, split, Point(layer.index, GATHER))
                 rows = layer.feed_forward(backend, rows)
-                x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, scatter)))
+                x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, Point(layer.index, SCATTER))))
         if self.head is not None:
             on_hidden(self.layers[-1].index, FEED_FORWARD, x)
         return x

@@ -83,11 +83,10 @@ def lay_out_rows(segments: Sequence[Segment]) -> CachedRows:
     step = Segments.of(segments)
     positions = np.arange(int(step.lengths.sum())) + np.repeat(step.starts - step.rows, step.lengths)
     rows = rows_of(step.pages, positions, first_page=np.repeat(step.first_pages, step.lengths))
-    numbered, spans = (
-        np.stack([step.rows, step.lengths, step.starts, last], axis=1).astype(np.int64)
-        for last in (step.first_pages, step.states)
-    )
-    return CachedRows(segments, numbered, spans, step.pages.astype(np.int32), rows.astype(np.int64))
+    numbered = np.empty((2, len(step), 4), np.int64)
+    numbered[:, :, 0], numbered[:, :, 1], numbered[:, :, 2] = step.rows, step.lengths, step.starts
+    numbered[0, :, 3], numbered[1, :, 3] = step.first_pages, step.states
+    return CachedRows(segments, numbered[0], numbered[1], step.pages.astype(np.int32), rows.astype(np.int64))
 
 
 def lay_out_copies(count: int, length: int) -> CachedRows:

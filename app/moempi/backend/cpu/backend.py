@@ -497,13 +497,14 @@ class NumpyBackend:
         return SampledTokens.join([self._score(logits[piece], targets[piece], top=top) for piece in pieces])
 
     def _score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
-        logprobs = self._log_softmax(logits)
-        top_tokens = likeliest(np.nan_to_num(logits, nan=-np.inf, posinf=np.inf, neginf=-np.inf), top)
+        logprobs, rows = self._log_softmax(logits), np.arange(len(logits))
+        ordered = np.nan_to_num(logits, nan=-np.inf, posinf=np.inf, neginf=-np.inf) if top else logits
+        top_tokens = likeliest(ordered, top)
         return SampledTokens(
             tokens=targets.astype(np.int32),
-            logprobs=np.take_along_axis(logprobs, targets.astype(np.intp)[:, None], axis=1)[:, 0],
+            logprobs=logprobs[rows, targets],
             top_tokens=top_tokens.astype(np.int32),
-            top_logprobs=np.take_along_axis(logprobs, top_tokens, axis=1),
+            top_logprobs=logprobs[rows[:, None], top_tokens],
         )
 
     # Precision and reproducibility

@@ -15,6 +15,8 @@ from moempi.backend.protocol import AttentionBlock, Cache, ExpertsBlock, RmsNorm
 
 FUSED_FLOPS = 5e8
 """Most work of a thread in one call, some milliseconds: it does not call `progress`."""
+FUSED_ROWS = 512
+"""Most rows of a call, which limits scratch memory."""
 
 
 class KernelAttention:
@@ -65,9 +67,9 @@ class KernelAttention:
             queries_at, keys_at, values_at, attended_at, segments_at, pages_at, self._sinks_at, len(layout.segments),
             num_heads, kv_heads, dim, dim, dim, self._block.window, tasks.address, self._rounded, self._rounded,
         )  # fmt: skip
-        kernels.library.begin_attention(self._layer_at, ctypes.addressof(call))
+        kernels.library.begin_attention(self._layer_at, call)
         kernels.attend_tasks(attention, tasks, self._progress)
-        kernels.library.end_attention(self._layer_at, ctypes.addressof(call))
+        kernels.library.end_attention(self._layer_at, call)
         return out[0], out[1]
 
     def _addresses_of(self, cache: Cache) -> tuple[int, int]:
@@ -110,7 +112,7 @@ class KernelExperts:
             _at(weights), _at(load),
             kernels.workspace(kernels.library.experts_scratch(self._layer_at, rows)), rows,
         )  # fmt: skip
-        kernels.library.compute_experts(self._layer_at, ctypes.addressof(call))
+        kernels.library.compute_experts(self._layer_at, call)
         return out, experts, weights
 
 
@@ -121,12 +123,9 @@ def can_fuse(block: ExpertsBlock) -> bool:
 
 
 def _most_rows(kernels: Kernels, *matrices: PanelMatrix) -> int:
-    """The rows whose products with these matrices take FUSED_FLOPS of each thread."""
-    return int(
-        FUSED_FLOPS
-        * kernels.threads
-        // sum(2 * inputs * outputs for inputs, outputs in (each.shape for each in matrices))
-    )
+    """The rows whose products with these matrices take FUSED_FLOPS of each thread, at most FUSED_ROWS."""
+    of_row = sum(2 * inputs * outputs for inputs, outputs in (matrix.shape for matrix in matrices))
+    return min(FUSED_ROWS, int(FUSED_FLOPS * kernels.threads // of_row))
 
 
 def _matrix(matrix: PanelMatrix, bias: Float32Array | None = None) -> ctypes.Structure:

@@ -118,9 +118,15 @@ class Kernels:
             *("choose_experts", "log_softmax_rows", "angle_rows", "select_positions", "convolve", "apply_delta_rule"),
         ):
             getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER], None
-        library.attend.argtypes, library.attend.restype = [calls.POINTER, calls.LONG, calls.LONG], None
-        for call in ("begin_attention", "end_attention", "compute_experts"):
-            getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER, calls.POINTER], None
+        library.attend.argtypes = [ctypes.POINTER(calls.Attention), calls.LONG, calls.LONG]
+        library.attend.restype = None
+        for call, rows in (
+            ("begin_attention", calls.AttentionRows),
+            ("end_attention", calls.AttentionRows),
+            ("compute_experts", calls.ExpertsRows),
+        ):
+            getattr(library, call).argtypes = [calls.POINTER, ctypes.POINTER(rows)]
+            getattr(library, call).restype = None
         for call in ("attention_scratch", "experts_scratch"):
             getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER, calls.LONG], calls.LONG
         library.panel_outputs.restype = library.chunk_queries.restype = calls.LONG
@@ -238,7 +244,7 @@ class Kernels:
         flops = 2 * tasks.scores * call.heads * (call.dim + call.value_dim)
         step = max(1, int(tasks.number * min(1.0, self.threads * PIECE_FLOPS / max(flops, 1))))
         for first in range(0, tasks.number, step):
-            self.library.attend(ctypes.addressof(call), first, min(first + step, tasks.number))
+            self.library.attend(call, first, min(first + step, tasks.number))
             progress()
 
     def select_positions(
