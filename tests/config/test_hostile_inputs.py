@@ -135,6 +135,12 @@ def test_numbers_of_a_job_have_bounds(tmp_path, key, value):
     assert_refused(lambda: read_toml(tmp_path / "job.toml", Job, overrides=[f"{key}={value}"]), ConfigError)
 
 
+@pytest.mark.parametrize("value", ["1e-9", "1", "nan", "inf", "-inf", "-10000.1", "-" + "9" * 400, "'-1'", "[[]]"])
+def test_a_threshold_is_a_log_probability(tmp_path, value):
+    (tmp_path / "job.toml").write_text(JOB)
+    assert_refused(lambda: read_toml(tmp_path / "job.toml", Job, overrides=[f"score.threshold={value}"]), ConfigError)
+
+
 @pytest.mark.parametrize(
     "override", ["a." * 50_000 + "a=1", "run." * 50_000 + "a=1", "." * 1000 + "=1", "run=" + "[" * 60_000]
 )

@@ -12,6 +12,7 @@ from engine.requests import EOS, make_request
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.comm.transfers import PendingTransfers
 from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Experts, Rope, Router, StateSpace
+from moempi.engine.engine import make_task
 from moempi.engine.lane import LaneContext
 from moempi.engine.lanes import Lanes, make_lanes
 from moempi.engine.load import load_model
@@ -21,7 +22,6 @@ from moempi.engine.recorder import Recorder
 from moempi.engine.request import Request
 from moempi.engine.scheduler import Scheduler
 from moempi.engine.shard import Shard
-from moempi.engine.tasks import Generate, Score
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.observe.progress import Counts
 from moempi.runtime.world import World
@@ -126,8 +126,7 @@ class Run:
             pages=PAGES,
         )
         self.stop = SimpleNamespace(requested=False, end_of_steps=lambda: None)
-        score = Score(top=job.score.top_n, dtype=job.score.dtype)
-        task = score if job.task == "score" else Generate(Tokenizer(), top=0)
+        task = make_task(job, Tokenizer(), top=0)
         context = LaneContext(self.model, self.scheduler, task, self.recorder, self.stop)
         self.lanes: Lanes = make_lanes(
             job, self.world, self.rank_layout, context, pending=pending, first_step=0, replay=replay_of

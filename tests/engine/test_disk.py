@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from engine.jobs import make_job
 from engine.runs import SMALL, requests_of
-from moempi.config.traces import recorded_bytes
+from moempi.config.traces import least_recorded_bytes
 from moempi.engine.disk import require_disk
 from moempi.errors import StorageError
 
@@ -22,11 +22,12 @@ WORLD = SimpleNamespace(comm=MPI.COMM_SELF, rank=0, collectively=lambda act: act
         ({"trace": {"hidden": [1], "hidden_positions": "last"}}, 2),
         ({"trace": {"routing": "experts"}}, 12),
         ({"task": "score", "score": {"top_n": 3}}, 12),
+        ({"task": "score", "score": {"threshold": -9.0}}, 12),
     ],
 )
 def test_a_disk_that_is_a_byte_too_small_is_named(tmp_path, monkeypatch, sections, rows):
     job, requests = make_job(tmp_path / "new/folder", **sections), requests_of(4, 8)
-    needed = 2 * rows * sum(recorded_bytes(job, SMALL).values())
+    needed = 2 * rows * sum(least_recorded_bytes(job, SMALL).values())
     for free in (needed, needed - 1):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         if free == needed:

@@ -15,7 +15,7 @@ from moempi.engine.tokenizer import TextTokenizer
 
 TOP = 3
 TOKENIZER = TextTokenizer("", eos_tokens=(EOS,))
-SCORE = Score(top=TOP)
+SCORE = Score()
 
 
 def generate():
@@ -114,17 +114,6 @@ def test_generated_tokens_return_to_their_requests_whatever_the_batches(lengths,
 # Score
 
 
-class KeptScore(Score):
-    """Keeps what is to be recorded."""
-
-    def __init__(self, **given):
-        super().__init__(**given)
-        self.kept = []
-
-    def accept(self, *given):
-        self.kept.append(super().accept(*given))
-
-
 def test_every_row_with_a_next_token_in_its_prompt_is_scored():
     whole, half, tail = make_request([1, 2, 3], 0), make_request([4, 5, 6], 0), make_request([7, 8, 9], 0)
     tail.computed = 1
@@ -146,13 +135,7 @@ def test_a_prompt_of_one_token_is_computed_without_logits():
 def test_every_score_belongs_to_its_token_whatever_the_batches(lengths, batch_tokens):
     prompts = [[1000 * index + position for position in range(length)] for index, length in enumerate(lengths)]
     requests = [make_request(tokens, 0, index=index) for index, tokens in enumerate(prompts)]
-    task = KeptScore(top=TOP)
-    take_steps(task, requests, lambda _, work, rows, targets: make_sampled(targets, top=TOP), batch_tokens=batch_tokens)
-    for found in filter(None, task.kept):
-        tokens = 1000 * found.requests + found.positions
-        np.testing.assert_array_equal(found.tokens[:, 0], tokens)
-        np.testing.assert_array_equal(found.logprobs, make_sampled(tokens, top=TOP).top_logprobs)
-    assert sum(len(found.tokens) for found in filter(None, task.kept)) == sum(lengths) - len(lengths)
+    take_steps(SCORE, requests, lambda _, work, rows, targets: make_sampled(targets), batch_tokens=batch_tokens)
     for request in requests:
         record = request.to_record(task="score")
         assert record.finish == "length"

@@ -1,17 +1,23 @@
 """The LM head equals a NumPy twin, in pieces as in one, and on a tensor group as on one rank."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from mpi4py import MPI
 
 from backend.sampling_twin import requests_of, row_of
 from moempi.backend.cpu.backend import NumpyBackend
+from moempi.backend.cpu.compiled import CompiledBackend
+from moempi.backend.cpu.kernels import load_kernels
+from moempi.backend.protocol import SampledTokens
+from moempi.backend.scores import SUM_TOKENS, Above
 from moempi.bench.random_layer import run_to_end
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.layout.row_split import part_range
 from moempi.model import head as module
-from moempi.model.head import SCORED_ROWS, LMHead
+from moempi.model.head import SCORED_ROWS, LMHead, ScoredTokens
 from moempi.model.norm import Norm
 
 WIDTH, VOCAB, TOP, EPS = 24, 37, 4, 1e-5
@@ -37,6 +43,20 @@ def weights(*, biased=True):
 
 def rows_of(seed, count):
     return np.random.default_rng((2, seed)).normal(size=(count, WIDTH)).astype(np.float32)
+
+
+def score(head, tensor, x, targets, counts, **tokens):
+    """The scores of a rank's rows, and what is written of them, in one piece."""
+    pieces, recorded = [], ScoredTokens(**({"top": TOP} | tokens))
+
+    def keep(rows, scored):
+        pieces.append(scored)
+
+    sampled = run_to_end(head.score(x, targets, tensor=tensor, counts=counts, recorded=recorded, on_scored=keep))
+    top_tokens, top_logprobs = (np.concatenate([piece[place] for piece in pieces]) for place in (1, 2))
+    above = Above(*(np.concatenate([piece.above[place] for piece in pieces]) for place in range(3)))
+    np.testing.assert_array_equal(np.concatenate([piece.logprobs for piece in pieces]), sampled.logprobs)
+    return SampledTokens(sampled.tokens, sampled.logprobs, top_tokens, top_logprobs), above
 
 
 def targets_of(seed, count):
@@ -106,7 +126,7 @@ def test_each_row_is_sampled_by_its_own_request():
 def test_the_scores_are_the_twin_s_log_probabilities_of_the_targets(biased, count):
     head, tensor, _ = make_head(biased=biased)
     x, targets = rows_of(1, count), targets_of(1, count)
-    scored = run_to_end(head.score(x, targets, tensor=tensor, counts=[count], top=TOP))
+    scored = score(head, tensor, x, targets, [count])[0]
     logprobs = twin_logprobs(x, biased=biased)
     np.testing.assert_array_equal(scored.tokens, targets)
     np.testing.assert_allclose(scored.logprobs, logprobs[np.arange(count), targets], rtol=0, atol=1e-4)
@@ -117,10 +137,10 @@ def test_pieces_of_scored_rows_have_the_bits_of_one_piece(monkeypatch):
     head, tensor, backend = make_head()
     count = 2 * SCORED_ROWS + 7
     x, targets = rows_of(2, count), targets_of(2, count)
-    in_pieces = run_to_end(head.score(x, targets, tensor=tensor, counts=[count], top=TOP))
+    in_pieces = score(head, tensor, x, targets, [count])[0]
     assert backend.logit_rows == [SCORED_ROWS, SCORED_ROWS, 7]
     monkeypatch.setattr(module, "SCORED_ROWS", 10 * SCORED_ROWS)
-    whole = run_to_end(head.score(x, targets, tensor=tensor, counts=[count], top=TOP))
+    whole = score(head, tensor, x, targets, [count])[0]
     assert backend.logit_rows[3:] == [count]
     for name in ("tokens", "logprobs", "top_tokens", "top_logprobs"):
         np.testing.assert_array_equal(getattr(in_pieces, name), getattr(whole, name))
@@ -131,7 +151,7 @@ def test_no_rows_give_no_tokens_and_no_scores():
     x = rows_of(0, 0)
     for tokens in (
         run_to_end(head.sample(x, requests_of([]), tensor=tensor, counts=[0], top=TOP)),
-        run_to_end(head.score(x, targets_of(0, 0), tensor=tensor, counts=[0], top=TOP)),
+        score(head, tensor, x, targets_of(0, 0), [0])[0],
     ):
         assert (len(tokens.tokens), len(tokens.logprobs), tokens.top_tokens.shape) == (0, 0, (0, TOP))
 
@@ -149,8 +169,8 @@ def test_a_tensor_group_samples_and_scores_as_one_rank_does(comm, num_ranks, cou
             run_to_end(alone.sample(x, greedy(own), tensor=one_rank, counts=[own], top=TOP)),
         ),
         (
-            run_to_end(head.score(x, targets, tensor=tensor, counts=counts, top=TOP)),
-            run_to_end(alone.score(x, targets, tensor=one_rank, counts=[own], top=TOP)),
+            score(head, tensor, x, targets, counts)[0],
+            score(alone, one_rank, x, targets, [own])[0],
         ),
     ]
     for divided, whole in pairs:
@@ -159,3 +179,59 @@ def test_a_tensor_group_samples_and_scores_as_one_rank_does(comm, num_ranks, cou
         np.testing.assert_allclose(divided.logprobs, whole.logprobs, rtol=0, atol=1e-6)
         np.testing.assert_allclose(divided.top_logprobs, whole.top_logprobs, rtol=0, atol=1e-6)
     assert max(backend.logit_rows[1:]) <= 2 * SCORED_ROWS
+
+
+def large_vocabulary():
+    """A head matrix and bias, rows and targets, of a vocabulary of several blocks with equal logits in two of them."""
+    random, vocab = np.random.default_rng(5), 5 * SUM_TOKENS + 777
+    matrix, bias = (random.normal(size=size).astype(np.float32) for size in ((vocab, WIDTH), vocab))
+    matrix[SUM_TOKENS + 5], bias[SUM_TOKENS + 5] = matrix[3], bias[3]
+    return matrix, bias, random.normal(size=(9, WIDTH)).astype(np.float32), random.integers(0, vocab, 9)
+
+
+@pytest.mark.parametrize("make", [NumpyBackend, partial(CompiledBackend, load_kernels())])
+def test_pieces_of_the_vocabulary_of_any_size_have_the_bits_of_one(monkeypatch, make):
+    matrix, bias, x, targets = large_vocabulary()
+    backend = make(precision="float32")
+    norm = Norm(kind="rms", eps=EPS, weight=np.ones(WIDTH, np.float32))
+    head = LMHead(backend, norm, backend.matrix(matrix), bias, len(matrix))
+    tensor = TensorGroup(MPI.COMM_SELF, backend, transfers=Transfers(backend, PendingTransfers()), width=WIDTH)
+    found = []
+    for logits in (1, 2 * len(x) * SUM_TOKENS, 1 << 30):
+        monkeypatch.setattr(module, "SCORED_LOGITS", logits)
+        found.append(score(head, tensor, x, targets, [len(x)], top=300, threshold=-9.0))
+    for sampled, above in found[1:]:
+        for name in ("logprobs", "top_tokens", "top_logprobs"):
+            np.testing.assert_array_equal(getattr(sampled, name), getattr(found[0][0], name))
+        for values, expected in zip(above, found[0][1], strict=True):
+            np.testing.assert_array_equal(values, expected)
+    logits = norm(backend, x).astype(np.float64) @ matrix.T + bias
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert_top(found[0][0], logprobs, top=300)
+    counts, tokens, _ = found[0][1]
+    near = (np.abs(logprobs + 9.0) < 1e-4).sum(axis=1)
+    assert (np.abs(counts - (logprobs > -9.0).sum(axis=1)) <= near).all()
+    assert set(np.flatnonzero(logprobs[0] > -9.0 + 1e-4)) <= set(tokens[: counts[0]])
+
+
+@pytest.mark.ranks(3)
+def test_a_tensor_group_scores_a_large_vocabulary_in_pieces_as_one_rank_does(comm, monkeypatch):
+    matrix, bias, x, targets = large_vocabulary()
+    backend, counts = NumpyBackend(precision="float32"), (4, 0, 5)
+    norm = Norm(kind="rms", eps=EPS, weight=np.ones(WIDTH, np.float32))
+    found = []
+    for group, rows, of_ranks in (
+        (comm, slice(0, 4) if comm.rank == 0 else slice(4, 4 + counts[comm.rank]), counts),
+        (MPI.COMM_SELF, slice(0, 9), [9]),
+    ):
+        own = part_range(len(matrix), group.size, group.rank)
+        head = LMHead(backend, norm, backend.matrix(matrix[own]), bias[own], len(matrix))
+        tensor = TensorGroup(group, backend, transfers=Transfers(backend, PendingTransfers()), width=WIDTH)
+        monkeypatch.setattr(module, "SCORED_LOGITS", 9 * SUM_TOKENS)
+        sampled, above = score(head, tensor, x[rows], targets[rows], of_ranks, top=300, threshold=-9.0)
+        found.append((sampled, above, rows))
+    (divided, above, rows), (whole, whole_above, _) = found
+    np.testing.assert_array_equal(divided.top_tokens, whole.top_tokens[rows])
+    np.testing.assert_allclose(divided.top_logprobs, whole.top_logprobs[rows], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(divided.logprobs, whole.logprobs[rows], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(above.counts, whole_above.counts[rows])

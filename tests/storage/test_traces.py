@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 from msgspec import structs
 
-from moempi.storage import merge_traces
+from moempi.storage import journal_index
 from moempi.storage.merge import merge
 from moempi.storage.records import TraceRecord
 from storage.test_records import make_rank, make_request
@@ -56,7 +56,7 @@ def test_a_request_has_the_rows_of_the_attempt_that_finished_it(tmp_path):
 
 
 def test_stages_and_tensor_groups_write_their_own_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_traces, "BLOCK_BYTES", 40)
+    monkeypatch.setattr(journal_index, "BLOCK_BYTES", 40)
     one = [make_routing(step, [(step, 0), (step, 2)], layers=(1,), rank=0) for step in range(4)]
     other = [make_routing(step, [(step, 1)], layers=(1,), rank=1) for step in range(4)]
     last = [make_routing(step, [(step, p) for p in range(3)], layers=(2, 5), rank=2) for step in range(3)]

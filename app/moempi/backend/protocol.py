@@ -263,6 +263,22 @@ class SampledTokens:
         return SampledTokens(*map(np.concatenate, columns))
 
 
+@dataclass(frozen=True, slots=True)
+class LogitScan:
+    """Of logits (N, W) of consecutive tokens: what the log-probabilities of a whole vocabulary are made of.
+
+    Of each block of tokens the largest logit m, `highest`, and the sum of exp(logit - m), `sums` (N, blocks); the
+    target's logit (N,), any number if the target is not among the tokens; the likeliest tokens, counted from the first
+    of these, with their logits (N, k), the likeliest and of equal ones the lowest first.
+    """
+
+    highest: Float32Array
+    sums: Float32Array
+    target_logits: Float32Array
+    top_tokens: npt.NDArray[np.int32]
+    top_logits: Float32Array
+
+
 class Event(Protocol):
     """A point in a queue of submitted work."""
 
@@ -604,6 +620,15 @@ class TokenVerbs(Protocol):
 
     def score(self, logits: Array, targets: IntArray, *, top: int) -> SampledTokens:
         """Compute the log-probability of each row's target token (N,). Blocks the host."""
+
+    def take_outputs(self, matrix: Array, outputs: range) -> Array:
+        """The columns of products for `outputs` of a matrix, in its memory; a range of whole blocks of `scan`."""
+
+    def scan(self, logits: Array, targets: IntArray, *, first: int, top: int) -> LogitScan:
+        """Scan logits (N, W) of tokens from `first` on, in blocks of `scores.SUM_TOKENS`. Blocks the host.
+
+        `targets` (N,) are tokens of the whole vocabulary.
+        """
 
 
 HANDLE_BYTES = 64

@@ -71,8 +71,22 @@ class TensorGroup:
         """
         if self.size == 1:
             return logits
-        steps = self._exchange_logits(logits, counts, vocab_size=vocab_size)
-        return self._backend.upload((yield from self._transfers.start(steps).received(point)))
+        lengths = [len(part_range(vocab_size, self.size, part)) for part in range(self.size)]
+        steps = self._exchange_logits(logits, counts, lengths=lengths)
+        pieces = yield from self._transfers.start(steps).received(point)
+        return self._backend.upload(np.concatenate(pieces, axis=1))
+
+    def exchange_logit_parts(
+        self, logits: Array, counts: Sequence[int], *, lengths: Sequence[int], point: Point
+    ) -> Waits[Sequence[Array]]:
+        """The logits of this rank's rows for each rank's piece of the vocabulary: (counts[part], lengths[i]) of rank i.
+
+        `logits` (sum(counts), lengths[part]) float32 are the logits of all ranks' rows for this rank's piece.
+        """
+        if self.size == 1:
+            return [logits]
+        steps = self._exchange_logits(logits, counts, lengths=lengths)
+        return [self._backend.upload(piece) for piece in (yield from self._transfers.start(steps).received(point))]
 
     def merge_sampled(
         self, sampled: SampledTokens, rows_of_part: Sequence[IntArray], point: Point
@@ -114,17 +128,17 @@ class TensorGroup:
         yield from after_verbs(self._backend, partial(self._comm.Ialltoallv, sent, received))
         return incoming
 
-    def _exchange_logits(self, logits: Array, counts: Sequence[int], *, vocab_size: int) -> Steps[Float32Array]:
-        lengths = [len(part_range(vocab_size, self.size, part)) for part in range(self.size)]
+    def _exchange_logits(
+        self, logits: Array, counts: Sequence[int], *, lengths: Sequence[int]
+    ) -> Steps[Sequence[Float32Array]]:
         own = counts[self.part]
         (on_host,) = yield from downloaded(self._backend, logits)
-        outgoing, incoming = np.ascontiguousarray(on_host, np.float32), np.empty(own * vocab_size, np.float32)
+        outgoing, incoming = np.ascontiguousarray(on_host, np.float32), np.empty(own * sum(lengths), np.float32)
         sent = [outgoing, [count * lengths[self.part] for count in counts], MPI.FLOAT]
         self._count(counts, lengths[self.part] * outgoing.itemsize)
         yield self._comm.Ialltoallv(sent, [incoming, [own * length for length in lengths], MPI.FLOAT])
         pieces = np.split(incoming, own * np.cumsum(lengths)[:-1])
-        rows = [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)]
-        return np.concatenate(rows, axis=1)
+        return [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)]
 
     def _gather_sampled(self, sampled: SampledTokens, counts: Sequence[int]) -> Steps[SampledTokens]:
         logprobs, top_logprobs = (_bits(values) for values in (sampled.logprobs[:, None], sampled.top_logprobs))

@@ -101,9 +101,14 @@ class ChatSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ScoreSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[score]`: the number of likeliest tokens that the score task writes for each token, and their numbers' type."""
+    """`[score]`: what the score task writes of each token beside its log-probability.
+
+    That is the `top_n` likeliest tokens, and all tokens whose log-probability is above `threshold`, none if it is 0;
+    their log-probabilities are written as `dtype`.
+    """
 
     top_n: Index = 0
+    threshold: Annotated[float, Meta(ge=-10_000, le=0)] = 0.0
     dtype: Literal["float16", "float32"] = "float32"
 
 
@@ -282,6 +287,7 @@ CHANGES_RESULTS = (
     "sampling.ignore_eos",
     "sampling.top_logprobs",
     "score.top_n",
+    "score.threshold",
     "score.dtype",
     "exchange.hops",
     "parallel.tensor",

@@ -11,7 +11,7 @@ from moempi.config.reading import read_tree
 from moempi.errors import ConfigError
 
 ORIGIN = "LLM"
-OF_FILES = ("model", "input.prompts", "input.column", "output.results", "task", "trace", "replay")
+OF_FILES = ("model", "input.prompts", "input.column", "output.results", "task", "score.threshold", "trace", "replay")
 """Sections and keys of a job file that mean nothing without its files."""
 
 _SECTIONS: dict[str, list[str]] = {

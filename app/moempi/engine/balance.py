@@ -93,7 +93,7 @@ def quality_cost(
 
 def _scoring(lane: Lane) -> Lane:
     """The same lane with the score task; it records nothing."""
-    context = replace(lane.context, task=Score(top=0), recorder=lane.context.recorder.muted())
+    context = replace(lane.context, task=Score(), recorder=lane.context.recorder.muted())
     return replace(lane, context=context, trace=None)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
 from moempi.config.size import format_size
-from moempi.config.traces import recorded_bytes
+from moempi.config.traces import least_recorded_bytes
 from moempi.engine.request import Request
 from moempi.errors import StorageError
 from moempi.runtime.world import World
@@ -19,7 +19,7 @@ def require_disk(job: Job, world: World, architecture: Architecture, requests: S
     `requests` are those that this rank records and that no other does. Values are on disk twice, in the journals and in
     the results.
     """
-    if not recorded_bytes(job, architecture):
+    if not least_recorded_bytes(job, architecture):
         return
     needed = 2 * world.comm.allreduce(_prompt_bytes(job, architecture, requests))
     world.collectively(lambda: _require_free(job.output.results, needed) if needed and world.rank == 0 else None)
@@ -27,7 +27,7 @@ def require_disk(job: Job, world: World, architecture: Architecture, requests: S
 
 def _prompt_bytes(job: Job, architecture: Architecture, requests: Sequence[Request]) -> int:
     """The least bytes that are recorded of requests: of the computed tokens of their prompts."""
-    tables = recorded_bytes(job, architecture)
+    tables = least_recorded_bytes(job, architecture)
     to_compute = [request for request in requests if not request.finish]
     tokens = sum(min(len(request.prompt_tokens), request.capacity) for request in to_compute)
     hidden = tokens if job.trace.hidden_positions == "all" else len(to_compute)
@@ -42,5 +42,5 @@ def _require_free(results: str, needed: int) -> None:
     if needed > free:
         raise StorageError(
             f"{results}: what the job records of its prompts takes {format_size(needed)} with its parts, "
-            f"{folder} has {format_size(free)} free; record less ([trace], score.top_n) or choose another disk"
+            f"{folder} has {format_size(free)} free; record less ([trace], [score]) or choose another disk"
         )

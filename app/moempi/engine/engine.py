@@ -19,6 +19,7 @@ from moempi.engine.shard import Shard
 from moempi.engine.tasks import Generate, Score, Task
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.engine.warm_up import warm_up
+from moempi.model.head import ScoredTokens
 from moempi.model.transformer import Transformer
 from moempi.observe.progress import Progress
 from moempi.runtime.stop import Stop, StoppedError
@@ -105,7 +106,7 @@ def load_engine(
 def make_task(job: Job, tokenizer: TextTokenizer, *, top: int) -> Task:
     """The job's task; of its requests, one requests `top` likeliest tokens, and none more."""
     if job.task == "score":
-        return Score(top=job.score.top_n, dtype=job.score.dtype)
+        return Score(ScoredTokens(job.score.top_n, job.score.threshold), dtype=job.score.dtype)
     return Generate(tokenizer, top=top)
 
 

@@ -13,7 +13,7 @@ from moempi.engine.micro_batches import MicroBatch, MicroBatches
 from moempi.engine.recorder import Recorder
 from moempi.engine.scheduler import Scheduler
 from moempi.engine.sequences import NO_WORK, Work
-from moempi.engine.tasks import Task
+from moempi.engine.tasks import Tables, Task
 from moempi.layout.row_split import RowSplit
 from moempi.layout.schedule import AGREE, GATHER_OUTPUT, HEAD_POINTS, ROWS, TOKENS
 from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
@@ -53,9 +53,7 @@ class Lane:
 
     def accept(self, micro_batch: MicroBatch, sampled: SampledTokens) -> None:
         """Advance the requests of a step by their sampled tokens, and record those that are finished."""
-        likeliest = self.context.task.accept(self.context.scheduler.sequences, micro_batch.work, sampled)
-        if likeliest is not None:
-            self.context.recorder.record_likeliest(likeliest)
+        self.context.task.accept(self.context.scheduler.sequences, micro_batch.work, sampled)
         self.context.recorder.end_step(self.context.scheduler.retire(micro_batch.index), micro_batch.work)
         micro_batch.sampled, micro_batch.work = None, NO_WORK
 
@@ -158,7 +156,14 @@ class Lane:
         own = rows_of_part[tensor.part]
         rows = model.backend.take_rows(x, np.searchsorted(split.indices[tensor.part], batch.logit_rows[own]))
         requests, counts = batch.logit_requests[own], list(map(len, rows_of_part))
-        sampled = yield from self.context.task.sample(model.head, tensor, rows, requests, counts=counts)
+        of_rows = np.repeat(batch.requests, batch.lengths)[batch.logit_rows[own]]
+        positions = batch.positions[batch.logit_rows[own]] + 1
+
+        def record(rows: slice, tables: Tables) -> None:
+            self.context.recorder.record_rows(of_rows[rows], positions[rows], tables)
+
+        task = self.context.task
+        sampled = yield from task.sample(model.head, tensor, rows, requests, counts=counts, record=record)
         return (yield from tensor.merge_sampled(sampled, rows_of_part, HEAD_POINTS[-1]))
 
     def _batch(self, work: Work) -> Batch:

@@ -70,6 +70,11 @@ class RankLayout:
         return self.coords.stage == 0
 
     @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank is in the last stage, which has the head."""
+        return self.coords.stage == len(self.grid.stages) - 1
+
+    @property
     def writes_records(self) -> bool:
         """Whether this rank writes its group's request records: one rank of each tensor group of the first stage."""
         return self.is_first_stage and self.coords.tensor == 0

@@ -7,12 +7,13 @@ from typing import Protocol
 
 import numpy as np
 
+from moempi.arrays import IntArray
 from moempi.config.job import HiddenPositions
 from moempi.engine.earlier import Earlier
 from moempi.engine.latency import count_latencies, no_latencies
 from moempi.engine.request import Request
 from moempi.engine.sequences import NO_WORK, Work
-from moempi.engine.tasks import Likeliest
+from moempi.engine.tasks import Tables
 from moempi.observe.progress import Counts
 from moempi.storage.records import Record, RequestRecord, TraceRecord
 
@@ -91,19 +92,19 @@ class Recorder:
             self.tokens += len(record.score) + len(record.tokens)
             self._count(record)
 
-    def record_likeliest(self, likeliest: Likeliest) -> None:
-        """Write the likeliest tokens at the positions of a step; raises StorageError if writing fails."""
-        if self._writes_records:
+    def record_rows(self, requests: IntArray, positions: IntArray, tables: Tables) -> None:
+        """Write values at positions (T,) of requests (T,) of the current step; raises StorageError if writing fails."""
+        for table, columns in tables.items() if len(requests) else ():
             self.append(
                 TraceRecord(
-                    table="score",
+                    table=table,
                     since=self._since,
                     step=self._since + self.steps,
                     rank=0,
                     layers=(),
-                    requests=likeliest.requests.astype(np.int64, copy=False),
-                    positions=likeliest.positions.astype(np.int32),
-                    columns={"top_tokens": likeliest.tokens, "top_logprobs": likeliest.logprobs},
+                    requests=requests.astype(np.int64, copy=False),
+                    positions=positions.astype(np.int32),
+                    columns=dict(columns),
                 )
             )
 

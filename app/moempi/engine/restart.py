@@ -60,8 +60,8 @@ def traced_rows(job: Job, architecture: Architecture) -> dict[str, tuple[str, in
     """The tables that a job records: the field of FinishedRequests that counts a request's rows, and the layers."""
     routing = {"routing": ("computed", len(architecture.moe_layers))} if job.trace.has_routing else {}
     hidden = {"hidden": ("hidden_rows", len(set(job.trace.hidden)))} if job.trace.hidden else {}
-    score = {"score": ("scored", 1)} if job.task == "score" and job.score.top_n else {}
-    return routing | hidden | score
+    kept = {"score": job.score.top_n, "above": job.score.threshold} if job.task == "score" else {}
+    return routing | hidden | {table: ("scored", 1) for table, setting in kept.items() if setting}
 
 
 class NoJournal:

@@ -16,7 +16,7 @@ import numpy as np
 
 from moempi.config.job import Job
 from moempi.config.recommended import KEYS
-from moempi.config.traces import recorded_bytes
+from moempi.config.traces import recorded_bytes, records_scores
 from moempi.engine.balance import quality_cost
 from moempi.engine.deployment import Deployment, deploy
 from moempi.engine.disk import require_disk
@@ -144,8 +144,9 @@ def _is_checked(deployment: Deployment) -> bool:
 
 def _has_records(deployment: Deployment) -> bool:
     """Whether this rank records anything."""
-    trace = deployment.job.trace
-    return deployment.rank_layout.writes_records or trace.has_routing or bool(trace.hidden)
+    trace, rank_layout = deployment.job.trace, deployment.rank_layout
+    scores = rank_layout.is_last_stage and records_scores(deployment.job)
+    return rank_layout.writes_records or trace.has_routing or bool(trace.hidden) or scores
 
 
 def _check(inputs: Inputs, deployment: Deployment, attempt: Attempt, requests: Sequence[Request]) -> Replay | None:

@@ -1,28 +1,25 @@
 """The two tasks, generate and score: the rows of a step that need logits, and what is done with the logits."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, SampledTokens
+from moempi.backend.scores import Scored
 from moempi.comm.batch import LogitRequests
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import Waits
 from moempi.engine.sequences import OutputBlocks, Sequences, Work
 from moempi.engine.tokenizer import TextTokenizer
-from moempi.model.head import LMHead
+from moempi.model.head import NOTHING_ELSE, LMHead, ScoredTokens
 
-
-class Likeliest(NamedTuple):
-    """The likeliest tokens (T, k) int32, and their log-probabilities, at positions (T,) of requests (T,) of the job."""
-
-    requests: IntArray
-    positions: IntArray
-    tokens: IntArray
-    logprobs: npt.NDArray[np.floating[Any]]
+Tables = Mapping[Literal["score", "above"], Mapping[str, npt.NDArray[Any]]]
+"""Columns by name of each table of `results_layout.TRACES`, with the same rows."""
+OnRows = Callable[[slice, Tables], None]
+"""Takes what is recorded of a range of the logit rows of a step."""
 
 
 class Task(Protocol):
@@ -39,14 +36,16 @@ class Task(Protocol):
         requests: LogitRequests,
         *,
         counts: Sequence[int],
+        record: OnRows,
     ) -> Waits[SampledTokens]:
         """The sampled tokens, or the scores, of rows (N, D) of the last layer.
 
-        Collective over the tensor group, whose rank i brings counts[i] rows; yields while they travel in it.
+        Collective over the tensor group, whose rank i brings counts[i] rows; yields while they travel in it. What is
+        recorded at each row, and does not travel to the first stage, goes to `record`.
         """
 
-    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> Likeliest | None:
-        """Advance the requests of a step by the tokens sampled for its logit rows; what is recorded of them at once."""
+    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
+        """Advance the requests of a step by the tokens sampled for its logit rows."""
 
 
 class Generate:
@@ -74,10 +73,11 @@ class Generate:
         requests: LogitRequests,
         *,
         counts: Sequence[int],
+        record: OnRows,
     ) -> Waits[SampledTokens]:
         return head.sample(rows, requests, tensor=tensor, counts=counts, top=self._top)
 
-    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> Likeliest | None:
+    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
         sequences.advance(work)
         index, blocks = work.numbers[work.ends], self._blocks_of(sequences, sampled)
         is_due = sequences.append(index, sampled, end_tokens=self._end_tokens) | blocks.append(index, sampled)
@@ -85,7 +85,6 @@ class Generate:
             request = sequences.request(number)
             request.accept(blocks.take(number, top=request.sampling.top_logprobs), self._tokenizer)
             sequences.finished[number] = request.finish is not None
-        return None
 
     def _blocks_of(self, sequences: Sequences, sampled: SampledTokens) -> OutputBlocks:
         if self._blocks is None:
@@ -94,13 +93,15 @@ class Generate:
 
 
 class Score:
-    """Scores every prompt token but the first: its log-probability, and the `top` likeliest tokens there.
+    """Scores every prompt token but the first, and records the `recorded` tokens there.
 
-    The log-probabilities of the likeliest tokens are recorded as `dtype`; a request does not hold them.
+    Their log-probabilities are recorded as `dtype`; a request does not hold them.
     """
 
-    def __init__(self, *, top: int, dtype: Literal["float16", "float32"] = "float32") -> None:
-        self._top = top
+    def __init__(
+        self, recorded: ScoredTokens = NOTHING_ELSE, *, dtype: Literal["float16", "float32"] = "float32"
+    ) -> None:
+        self._recorded = recorded
         self._dtype = np.dtype(dtype)
 
     def logit_requests(self, sequences: Sequences, work: Work) -> tuple[IntArray, LogitRequests]:
@@ -121,21 +122,30 @@ class Score:
         requests: LogitRequests,
         *,
         counts: Sequence[int],
+        record: OnRows,
     ) -> Waits[SampledTokens]:
-        return head.score(rows, requests, tensor=tensor, counts=counts, top=self._top)
+        def on_scored(rows: slice, scored: Scored) -> None:
+            record(rows, self._tables(scored))
 
-    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> Likeliest | None:
+        return head.score(rows, requests, tensor=tensor, counts=counts, recorded=self._recorded, on_scored=on_scored)
+
+    def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
         sequences.advance(work)
-        first, places = 0, []
-        scores = SampledTokens(sampled.tokens, sampled.logprobs, sampled.top_tokens[:, :0], sampled.top_logprobs[:, :0])
+        first = 0
         for number, start, length in zip(*(values.tolist() for values in work[:3]), strict=True):
             request = sequences.request(number)
-            own = min(length, len(request.prompt_tokens) - 1 - start)
-            request.accept_scores(scores.take(slice(first, first + own)))
+            own = max(min(length, len(request.prompt_tokens) - 1 - start), 0)
+            request.accept_scores(sampled.take(slice(first, first + own)))
             sequences.finished[number] = request.finish is not None
-            places.append((np.full(max(own, 0), sequences.prompts[number]), start + 1 + np.arange(own)))
             first += own
-        if not self._top or not first:
-            return None
-        requests, positions = map(np.concatenate, zip(*places, strict=True))
-        return Likeliest(requests, positions, sampled.top_tokens, sampled.top_logprobs.astype(self._dtype, copy=False))
+
+    def _tables(self, scored: Scored) -> Tables:
+        """What is recorded of a few rows."""
+        tables: dict[Literal["score", "above"], dict[str, npt.NDArray[Any]]] = {}
+        if self._recorded.top:
+            logprobs = scored.top_logprobs.astype(self._dtype, copy=False)
+            tables["score"] = {"top_tokens": scored.top_tokens, "top_logprobs": logprobs}
+        if self._recorded.threshold:
+            counts, tokens, logprobs = scored.above
+            tables["above"] = {"counts": counts, "tokens": tokens, "logprobs": logprobs.astype(self._dtype, copy=False)}
+        return tables

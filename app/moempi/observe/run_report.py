@@ -74,7 +74,9 @@ def print_layout(layout: LayoutTable) -> None:
     """Print the layout on stdout, then one line an error."""
     console().print(layout.title, stage_table(layout), memory_table(layout))
     if layout.recorded:
-        tables = ", ".join(f"{name} {num_bytes:,}" for name, num_bytes in layout.recorded.items())
+        tables = ", ".join(
+            f"{name} {'at most ' * (name == 'above')}{num_bytes:,}" for name, num_bytes in layout.recorded.items()
+        )
         print_line(f"recorded bytes of a token in the results: {tables}")
     for reason in layout.refused:
         print_line(f"refused: {reason}")

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,9 +16,10 @@ from moempi.errors import StorageError
 from moempi.storage.closeable import Closeable
 from moempi.storage.journal import JournalReader, Problem
 from moempi.storage.records import RankRecord, Record, RequestRecord, TraceRecord
-from moempi.storage.results_layout import ARRAYS, HOME, OFFSETS, OPTIONAL_TEXTS, TABLE_LAYERS, TEXTS, TRACES
+from moempi.storage.results_layout import ARRAYS, HOME, OFFSETS, OPTIONAL_TEXTS, SCORES, TABLE_LAYERS, TEXTS, TRACES
 
 MAX_OPEN_JOURNALS = 64
+BLOCK_BYTES = 16 << 20
 ITEM_BYTES = 8
 ENTRY_BYTES = 1024
 METADATA_BYTES = 256 << 10
@@ -81,6 +82,20 @@ class Journals(Closeable):
         return record
 
 
+def trace_blocks(records: Iterable[TraceRecord]) -> Iterator[list[TraceRecord]]:
+    """Yield lists of records, each of about BLOCK_BYTES."""
+    block: list[TraceRecord] = []
+    num_bytes = 0
+    for record in records:
+        block.append(record)
+        num_bytes += record.num_bytes
+        if num_bytes >= BLOCK_BYTES:
+            yield block
+            block, num_bytes = [], 0
+    if block:
+        yield block
+
+
 @dataclass(frozen=True, slots=True)
 class TableRows:
     """The rows of each request in a table: positions `first` (N,) to `first` + `num_rows` (N,) - 1.
@@ -96,11 +111,13 @@ class TableRows:
 class TraceIndex:
     """Locations of the trace records of a table, 40 bytes each: attempt, set of layers, step, journal and offset.
 
-    `columns` are the type of each column and its shape behind rows and layers, equal in all records.
+    `columns` are the type of each column and its shape behind rows and layers, equal in all records. The records of
+    all attempts have `num_bytes` of columns.
     """
 
     def __init__(self, first: TraceRecord) -> None:
         self.columns = _columns_of(first)
+        self.num_bytes = 0
         self._layer_sets: dict[tuple[int, ...], int] = {}
         self._entries = array("q")
 
@@ -113,6 +130,7 @@ class TraceIndex:
         """Add the location of one record; raises ValueError if its columns differ from the others'."""
         if _columns_of(record) != self.columns:
             raise ValueError(f"it has the columns {_columns_of(record)}, others have {self.columns}")
+        self.num_bytes += record.num_bytes
         layers = self._layer_sets.setdefault(record.layers, len(self._layer_sets))
         self._entries.extend((record.since, layers, record.step, journal, offset))
 
@@ -191,7 +209,7 @@ class JournalIndex:
     def table_rows(self, table: str) -> TableRows:
         """The rows of each request in a table."""
         entries = self.entries
-        if table == "score":
+        if table in SCORES:
             return TableRows(np.zeros(len(entries), np.int64), entries["prompt_token"], entries["scored"])
         first, num_rows = np.zeros(len(entries), np.int64), entries["computed"]
         if table == "hidden":
@@ -253,6 +271,8 @@ class JournalIndex:
 
     def _trace_sizes(self, table: str, traces: TraceIndex) -> dict[str, int]:
         """The dimensions of a table and their sizes."""
+        if table == "above":  # the number of its values is known once the latest rows are found
+            return {"above_bound": int(self.table_rows(table).num_rows.sum()) + 1}
         sizes = {TABLE_LAYERS[table]: len(traces.layers)} if table in TABLE_LAYERS else {}
         for name, (_, shape) in traces.columns.items():
             rows, *others = TRACES[table][name].dims
@@ -264,6 +284,9 @@ class JournalIndex:
         """The size of the tables of all traces."""
         num_bytes = 0
         for table, traces in self.traces.items():
+            if table == "above":
+                num_bytes += traces.num_bytes + ITEM_BYTES * (int(self.table_rows(table).num_rows.sum()) + 1)
+                continue
             row = sum(np.dtype(kind).itemsize * prod(shape) for kind, shape in traces.columns.values())
             num_bytes += int(self.table_rows(table).num_rows.sum()) * row * max(len(traces.layers), 1)
         if self.has_statistics:

@@ -4,8 +4,7 @@ The next attempt at a job computes an interrupted request again, and its rows re
 Rows are therefore written in the order of the attempts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -13,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.storage.hdf5 import FILE_TYPES, write_rows
-from moempi.storage.journal_index import JournalIndex, Journals, TableRows, TraceIndex
+from moempi.storage.journal_index import JournalIndex, Journals, TableRows, TraceIndex, trace_blocks
+from moempi.storage.merge_above import write_above
 from moempi.storage.records import TraceRecord
 from moempi.storage.results_columns import create, write_offsets
-from moempi.storage.results_layout import HOME, TABLE_LAYERS, TRACES, TraceColumn, missing_value
-
-BLOCK_BYTES = 16 << 20
+from moempi.storage.results_layout import HOME, SCORES, TABLE_LAYERS, TRACES, TraceColumn, missing_value, ranges
 
 Rows = dict[str, NDArray[Any]]
 """Columns of a table by name, all with the same number of rows."""
@@ -32,16 +30,19 @@ def write_traces(file: Any, journals: Journals, index: JournalIndex, require_suc
     is_whole = np.ones(len(index.entries), np.bool_)
     for table, traces in index.traces.items():
         table_rows = index.table_rows(table)
+        num_rows = np.maximum(table_rows.end - 1, 0) if table in SCORES else table_rows.num_rows
+        if table == "above":
+            is_whole &= write_above(file, journals, index, require_success) >= num_rows
+            continue
         columns = _create_columns(file, table, traces, table_rows)
         num_written = np.zeros(len(index.entries), np.int64)
         for group in traces.groups():
-            for records in _blocks(journals.trace_at(journal, offset) for journal, offset in group):
+            for records in trace_blocks(journals.trace_at(journal, offset) for journal, offset in group):
                 require_success()
                 rows = _sorted_rows(_joined(records), table_rows)
                 _write(columns, rows, [traces.layers.index(layer) for layer in records[0].layers] or [0])
                 latest = rows["request"][index.entries["since"][rows["request"]] == records[0].since]
                 np.add.at(num_written, latest, max(len(records[0].layers), 1))
-        num_rows = np.maximum(table_rows.end - 1, 0) if table == "score" else table_rows.num_rows
         is_whole &= num_written >= num_rows * max(len(traces.layers), 1)
     return int((~is_whole).sum())
 
@@ -112,33 +113,11 @@ def _sorted_rows(rows: Rows, table_rows: TableRows) -> Rows:
 
 def _write(columns: Mapping[str, _Column | _LayerColumns], rows: Rows, layers: Sequence[int]) -> None:
     """Write rows with ascending `file_row` to these layers of the file, each contiguous range at once."""
-    for source, target in _ranges(rows["file_row"]):
-        for of_rows, of_file in _ranges(np.array(layers)):
+    for source, target in ranges(rows["file_row"]):
+        for of_rows, of_file in ranges(np.array(layers)):
             for name, column in columns.items():
                 values = rows[name][source]
                 column.write(target, of_file, values[:, of_rows] if column.has_layers else values)
-
-
-def _ranges(indices: NDArray[np.int64]) -> Iterator[tuple[slice, slice]]:
-    """Yield the places of consecutive ascending `indices`, and the range that they are."""
-    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-    for first, last in pairwise([0, *breaks.tolist(), len(indices)]):
-        if first < last:
-            yield slice(first, last), slice(int(indices[first]), int(indices[last - 1]) + 1)
-
-
-def _blocks(records: Iterable[TraceRecord]) -> Iterator[list[TraceRecord]]:
-    """Yield lists of records, each of about BLOCK_BYTES."""
-    block: list[TraceRecord] = []
-    num_bytes = 0
-    for record in records:
-        block.append(record)
-        num_bytes += record.num_bytes
-        if num_bytes >= BLOCK_BYTES:
-            yield block
-            block, num_bytes = [], 0
-    if block:
-        yield block
 
 
 def _joined(records: list[TraceRecord]) -> Rows:

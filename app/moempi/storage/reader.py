@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,22 @@ from moempi.errors import DataError
 from moempi.storage.closeable import Closeable
 from moempi.storage.hdf5 import raising_data_errors, walk
 from moempi.storage.results import Ragged, ResultFile, typed_dataset
-from moempi.storage.results_layout import ARRAYS, TEXTS, TRACES, blocks, missing_value
+from moempi.storage.results_layout import ABOVE_OFFSETS, ARRAYS, TEXTS, TRACES, blocks, missing_value
 
 NOT_RECORDED = -1
 """What `Result.routing` has where no expert was recorded."""
 TRAINER_DTYPE = np.int16
+
+
+class Above(NamedTuple):
+    """The tokens above a threshold at the positions of a prompt: at p `tokens[offsets[p] : offsets[p + 1]]`, ascending.
+
+    `offsets` (n + 1,) int64, `tokens` (s,) int32, and their `logprobs` (s,) float32.
+    """
+
+    offsets: NDArray[np.int64]
+    tokens: Int32Array
+    logprobs: Float32Array
 
 
 class Results(Closeable):
@@ -79,6 +90,24 @@ class Results(Closeable):
         """An array of a request by its name in `records.RequestRecord`; None if the file has none."""
         column = self._file.ragged(name)
         return None if column is None else self._read(column, name, index)
+
+    def above(self, index: int) -> Above | None:
+        """The tokens above the threshold at the positions of a request; None if the file has none."""
+        prompts = self._file.ragged("prompt")
+        if ABOVE_OFFSETS not in self._names or prompts is None:
+            return None
+        offsets, tokens, logprobs = (
+            self._typed(column.path, np.int64 if name == "counts" else column.dtypes, 1)
+            for name, column in TRACES["above"].items()
+        )
+        first, last = prompts.offsets[index : index + 2].tolist()
+        with raising_data_errors(self.path, f"{ABOVE_OFFSETS} of request {index}"):
+            bounds = offsets[first : last + 1]
+            fits = len(bounds) == last - first + 1 and (np.diff(bounds) >= 0).all() and len(tokens) == len(logprobs)
+            if not fits or bounds[0] < 0 or bounds[-1] > len(tokens):
+                raise DataError(f"{self.path}: {ABOVE_OFFSETS}: do not divide the {len(tokens)} values")
+            own = slice(bounds[0], bounds[-1])
+            return Above(bounds - bounds[0], tokens[own], logprobs[own].astype(np.float32))
 
     def routing(self, name: str, index: int) -> NDArray[Any] | None:
         """The rows (t, L, K) of a request in a column of the routing; None if the file has none."""
@@ -186,6 +215,11 @@ class Result:
         return self._results.hidden_positions(self.index)
 
     @property
+    def above(self) -> Above | None:
+        """The tokens above `score.threshold` at each position of the prompt; None if they are not recorded."""
+        return self._results.above(self.index)
+
+    @property
     def experts(self) -> NDArray[Any] | None:
         """The chosen experts (t, L, K) of the computed positions; None if they are not recorded."""
         return self._results.routing("experts", self.index)
@@ -227,6 +261,8 @@ class Result:
         for name in ARRAYS:
             if (found := self._results.array(name, self.index)) is not None:
                 yield name, found
+        if (above := self.above) is not None:
+            yield from ((f"score_above_{name}", values) for name, values in above._asdict().items())
         for name in ("routing", "routing_weights"):
             if (found := getattr(self, name)) is not None:
                 yield name, found

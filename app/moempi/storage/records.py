@@ -157,13 +157,14 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
     """Values at the T positions that one rank computed in one step, for a `table` of `results_layout.TRACES`.
 
     Row t is position `positions[t]` (T,) int32 of request `requests[t]` (T,) int64. Each of the `columns` has the
-    values (layers, T, ...) of the model's `layers`, which ascend, or (T, ...) in a table without layers. Rows with the
-    same `step` were computed together, in the attempt at the job whose first step is `since`; `rank` counts node by
-    node. With `home`, rank, step and row are columns of the results. Raises ValueError if names, types or lengths
-    disagree or a position is negative.
+    values (layers, T, ...) of the model's `layers`, which ascend, or (T, ...) in a table without layers. In the table
+    "above" row t has counts[t] of the values (sum of counts,) of the other columns. Rows with the same `step` were
+    computed together, in the attempt at the job whose first step is `since`; `rank` counts node by node. With `home`,
+    rank, step and row are columns of the results. Raises ValueError if names, types or lengths disagree or a position
+    is negative.
     """
 
-    table: Literal["routing", "hidden", "score"]
+    table: Literal["routing", "hidden", "score", "above"]
     since: Count
     step: Count
     rank: SmallCount
@@ -182,6 +183,8 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
             if name not in known or name in HOME:
                 raise ValueError(f"{self.table} has no column {name[:20]!r}")
             before = (len(self.layers), rows) if self.table in TABLE_LAYERS else (rows,)
+            if self.table == "above" and name != "counts":
+                before = (self._num_values(),)
             dims, behind = known[name].dims[len(before) :], values.shape[len(before) :]
             shape = tuple(sizes.setdefault(dim, size) for dim, size in zip(dims, behind, strict=False))
             if values.dtype not in known[name].dtypes or len(shape) < len(dims):
@@ -191,6 +194,13 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
             raise ValueError(f"layers {self.layers} do not ascend")
         if rows and self.positions.min() < 0:
             raise ValueError(f"position {self.positions.min()} is negative")
+
+    def _num_values(self) -> int:
+        """The number of values of a table whose rows have various numbers of them."""
+        counts = self.columns.get("counts")
+        if counts is None or (len(counts) and counts.min() < 0):
+            raise ValueError("above has no counts, or negative ones")
+        return int(counts.sum(dtype=np.int64))
 
     def row_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a column behind rows and layers."""

@@ -6,6 +6,7 @@ for people, in which U+2400 replaces NUL because HDF5 strings cannot hold it. jo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -144,13 +145,32 @@ TRACES: dict[str, dict[str, TraceColumn]] = {
             "score/top_logprobs", (np.float32, np.float16), ("prompt_token", "score_top"), "their log-probabilities"
         ),
     },
+    "above": {
+        "counts": TraceColumn("score/above/offsets", (np.int32,), ("prompt_token",), "number of tokens above"),
+        "tokens": TraceColumn("score/above/tokens", (np.int32,), ("above_token",), "token ids above the threshold"),
+        "logprobs": TraceColumn(
+            "score/above/logprobs", (np.float32, np.float16), ("above_token",), "their log-probabilities"
+        ),
+    },
 }
 """The tables of values at positions, by name, and their columns."""
+ABOVE_OFFSETS = TRACES["above"]["counts"].path
+"""The offsets of each prompt token's row of tokens above the threshold; the journal has the lengths."""
+SCORES = ("score", "above")
+"""The tables with a row for each prompt token but the first."""
 TABLE_LAYERS = {"routing": "routed_layer", "hidden": "hidden_layer"}
 """The dimension of the layers of each table."""
 HOME = ("step", "rank", "row")
 """The columns of the routing that say where a row was routed."""
 OFFSETS = {"prompt_token": "prompt/offsets", "output_token": "output/offsets"}
+
+
+def ranges(indices: NDArray[np.int64]) -> Iterator[tuple[slice, slice]]:
+    """Yield the places of consecutive ascending `indices`, and the range that they are."""
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    for first, last in pairwise([0, *breaks.tolist(), len(indices)]):
+        if first < last:
+            yield slice(first, last), slice(int(indices[first]), int(indices[last - 1]) + 1)
 
 
 def missing_value(dtype: np.dtype[Any]) -> float:

@@ -140,11 +140,12 @@ static void print_angles(long pairs) {
     print("sines", sine, sizeof(float) * (size_t)(6 * pairs));
 }
 
-static void print_log_softmax(long width) {
-    float *out = numbers(3 * width);
-    log_softmax l = {numbers(3 * width), out, 3, width};
-    log_softmax_rows(&l);
-    print("log softmax", out, sizeof(float) * (size_t)(3 * width));
+static void print_exponential_sums(long width) {
+    long blocks = (width + 15) / 16;
+    float *out = numbers(6 * blocks);
+    exponential_sums e = {numbers(3 * width), out, out + 3 * blocks, 3, width, 16};
+    sum_exponentials(&e);
+    print("exponential sums", out, sizeof(float) * (size_t)(6 * blocks));
 }
 
 static void print_choices(int scoring, long groups) {
@@ -266,7 +267,7 @@ int main(void) {
     }
     print_angles(64);
     for (long width = 10; width < 1000; width *= 7)
-        print_log_softmax(width);
+        print_exponential_sums(width);
     for (int scoring = SOFTMAX; scoring <= SOFTMAX_CHOSEN; scoring++)
         for (long groups = 1; groups <= 8; groups += 7)
             print_choices(scoring, groups);

@@ -31,6 +31,7 @@ from moempi.backend.protocol import (
     FusedAttention,
     FusedExperts,
     LayerState,
+    LogitScan,
     RmsNorm,
     SampledTokens,
     SamplingRequests,
@@ -39,6 +40,7 @@ from moempi.backend.protocol import (
     Stored,
 )
 from moempi.backend.sampling import MOST_SCORES, likeliest, sample_tokens
+from moempi.backend.scores import SUM_TOKENS, RowScores
 from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
 
@@ -491,31 +493,41 @@ class NumpyBackend:
         return self.score(logits, sample_tokens(logits, requests), top=top)
 
     def score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
-        at_once = max(1, MOST_SCORES // max(logits.shape[1], 1))
-        firsts = range(0, max(len(logits), 1), at_once)
-        pieces = (slice(first, first + at_once) for first in firsts)
-        return SampledTokens.join([self._score(logits[piece], targets[piece], top=top) for piece in pieces])
+        scores = RowScores(targets, top=top)
+        scores.add(self.scan(logits, targets, first=0, top=top), first=0, width=logits.shape[1])
+        logprobs, top_tokens, top_logprobs, _ = scores.result()
+        return SampledTokens(targets.astype(np.int32), logprobs, top_tokens, top_logprobs)
 
-    def _score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
-        logprobs, rows = self._log_softmax(logits), np.arange(len(logits))
-        ordered = np.nan_to_num(logits, nan=-np.inf, posinf=np.inf, neginf=-np.inf) if top else logits
-        top_tokens = likeliest(ordered, top)
-        return SampledTokens(
-            tokens=targets.astype(np.int32),
-            logprobs=logprobs[rows, targets],
-            top_tokens=top_tokens.astype(np.int32),
-            top_logprobs=logprobs[rows[:, None], top_tokens],
-        )
+    def take_outputs(self, matrix: Array, outputs: range) -> Array:
+        return matrix[:, outputs.start : outputs.stop]
+
+    def scan(self, logits: Float32Array, targets: IntArray, *, first: int, top: int) -> LogitScan:
+        rows, width = logits.shape
+        top_tokens = np.empty((rows, min(top, width)), np.int32)
+        at_once = max(1, MOST_SCORES // max(width, 1))
+        for start in range(0, rows if top else 0, at_once):
+            piece = slice(start, start + at_once)
+            numbers = np.nan_to_num(logits[piece], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+            top_tokens[piece] = likeliest(numbers, top)
+        places = np.clip(targets - first, 0, width - 1)
+        target_logits = logits[np.arange(rows), places]
+        top_logits = np.take_along_axis(logits, top_tokens, axis=1)
+        return LogitScan(*self._exponential_sums(logits), target_logits, top_tokens, top_logits)
 
     # Precision and reproducibility
 
     def _stored(self, values: Float32Array) -> Float32Array:
         return round_to_bfloat16(values) if self.is_bfloat16 else values
 
-    def _log_softmax(self, logits: Float32Array) -> Float32Array:
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        logprobs: Float32Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-        return logprobs
+    def _exponential_sums(self, logits: Float32Array) -> tuple[Float32Array, Float32Array]:
+        """The largest number m of each block of logits (N, V), and the sum of exp(x - m) (N, blocks)."""
+        firsts = range(0, logits.shape[1], SUM_TOKENS)
+        highest, sums = np.empty((2, len(logits), len(firsts)), np.float32)
+        for number, first in enumerate(firsts):
+            block = logits[:, first : first + SUM_TOKENS]
+            highest[:, number] = most = block.max(axis=1)
+            sums[:, number] = np.exp(block - np.where(np.isneginf(most), 0, most)[:, None]).sum(axis=1)
+        return highest, sums
 
     def _stored_logits(self, logits: Float32Array, router: Router) -> Float32Array:
         return logits if router.float32_logits else self._stored(logits)

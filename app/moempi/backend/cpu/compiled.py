@@ -32,6 +32,7 @@ from moempi.backend.protocol import (
     StateConstants,
     Stored,
 )
+from moempi.backend.scores import SUM_TOKENS
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 
@@ -362,8 +363,11 @@ class CompiledBackend(NumpyBackend):
     def logits(self, x: Float32Array, head: Array, bias: Float32Array | None = None) -> Float32Array:
         return self._multiplied(x, head, bias, rounded=False)
 
-    def _log_softmax(self, logits: Float32Array) -> Float32Array:
-        return self._kernels.log_softmax(np.ascontiguousarray(logits))
+    def take_outputs(self, matrix: PanelMatrix, outputs: range) -> PanelMatrix:
+        return self._kernels.take_outputs(matrix, outputs)
+
+    def _exponential_sums(self, logits: Float32Array) -> tuple[Float32Array, Float32Array]:
+        return self._kernels.sum_exponentials(np.ascontiguousarray(logits), block=SUM_TOKENS)
 
     def _multiplied(
         self, x: Float32Array, matrix: PanelMatrix, bias: Float32Array | None, *, rounded: bool

@@ -114,11 +114,11 @@ Combination = _structure(
     int is_bfloat16 rounded
     """,
 )
-LogSoftmax = _structure(
-    "LogSoftmax",
+ExponentialSums = _structure(
+    "ExponentialSums",
     """
-    pointer logits out
-    long rows width
+    pointer logits highest sums
+    long rows width block
     """,
 )
 Angles = _structure(

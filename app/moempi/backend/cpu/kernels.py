@@ -115,7 +115,7 @@ class Kernels:
         library.pack.restype = library.multiply.restype = None
         for call in (
             *("normalize_rows", "activate_rows", "rotate_rows", "gather_rows", "combine_rows", "normalize_gated"),
-            *("choose_experts", "log_softmax_rows", "angle_rows", "select_positions", "convolve", "apply_delta_rule"),
+            *("choose_experts", "sum_exponentials", "angle_rows", "select_positions", "convolve", "apply_delta_rule"),
         ):
             getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER], None
         library.attend.argtypes = [ctypes.POINTER(calls.Attention), calls.LONG, calls.LONG]
@@ -169,6 +169,13 @@ class Kernels:
             self.library.pack(_at(stored), _at(packed), inputs, count, first, int(transposed), weights)
             first += count
         return PanelMatrix(packed, (inputs, sum(counts)), weights)
+
+    def take_outputs(self, matrix: PanelMatrix, outputs: range) -> PanelMatrix:
+        """The columns `outputs` of a matrix, which begin with a panel."""
+        if outputs.start % self._panel:
+            raise ValueError(f"outputs from {outputs.start} on do not begin with a panel of {self._panel}")
+        panels = matrix.packed[outputs.start // self._panel : -(-outputs.stop // self._panel)]
+        return PanelMatrix(panels, (matrix.shape[0], len(outputs)), matrix.weights)
 
     def multiply(
         self,
@@ -475,12 +482,13 @@ class Kernels:
         self.library.normalize_gated(ctypes.addressof(call))
         return out
 
-    def log_softmax(self, logits: Float32Array) -> Float32Array:
-        """The logarithm of the softmax of each row of logits (T, V)."""
-        out = np.empty(logits.shape, np.float32)
-        call = calls.LogSoftmax(_at(logits), _at(out), *logits.shape)
-        self.library.log_softmax_rows(ctypes.addressof(call))
-        return out
+    def sum_exponentials(self, logits: Float32Array, *, block: int) -> tuple[Float32Array, Float32Array]:
+        """The largest number m of each block of logits (T, V), and the sum of exp(x - m) (T, blocks)."""
+        rows, width = logits.shape
+        highest, sums = np.empty((2, rows, -(-width // block)), np.float32)
+        call = calls.ExponentialSums(_at(logits), _at(highest), _at(sums), rows, width, block)
+        self.library.sum_exponentials(ctypes.addressof(call))
+        return highest, sums
 
     def choose_experts(
         self, logits: Float32Array, router: Router, correction: Float32Array | None, *, rounds: bool

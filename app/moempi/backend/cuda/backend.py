@@ -1,7 +1,7 @@
 """The GPU backend: CUDA kernels on a `Device`, and matrix products by the device's library.
 
-Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `sample` and `score`
-returns when its work is submitted; while these three wait, they call `progress`, so that the transfers of all lanes
+Rows, weights and the cache are bfloat16 bits, or float32 throughout. Every verb but `download`, `sample`, `score` and
+`scan` returns when its work is submitted; while these wait, they call `progress`, so that the transfers of all lanes
 advance. `finish_loading` and the upload of a large array block without it. Matrices stay as they are stored. With
 `reproducible`, each row's bits are independent of the other rows: products.py makes calls of one size, few_rows.py
 computes experts in parts of few rows where it can, and attention goes row by row.
@@ -39,6 +39,7 @@ from moempi.backend.protocol import (
     FusedAttention,
     FusedExperts,
     LayerState,
+    LogitScan,
     RmsNorm,
     SampledTokens,
     SamplingRequests,
@@ -48,6 +49,7 @@ from moempi.backend.protocol import (
     take_likeliest,
 )
 from moempi.backend.sampling import sample_tokens
+from moempi.backend.scores import SUM_TOKENS
 from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
@@ -545,6 +547,24 @@ class CudaBackend:
         given = (logits, self.upload(targets), *found)
         self._launches.launch("tokens", "score", (rows, 1, 1), 1024, *given, vocabulary, top)
         return SampledTokens(*self._download(*found))
+
+    def take_outputs(self, matrix: Matrix, outputs: range) -> Matrix:
+        own = slice(outputs.start, outputs.stop)
+        return Matrix(matrix.values[:, own] if matrix.transposed else matrix.values[own], matrix.transposed)
+
+    def scan(self, logits: Array, targets: IntArray, *, first: int, top: int) -> LogitScan:
+        (rows, width), top = logits.shape, min(top, logits.shape[1])
+        blocks = -(-width // SUM_TOKENS)
+        highest, sums, target_logits, top_logits = (
+            self.device.empty(shape, np.float32) for shape in ((rows, blocks), (rows, blocks), (rows,), (rows, top))
+        )
+        top_tokens = self.device.empty((rows, top), np.int32)
+        given = (logits, highest, sums, width, SUM_TOKENS)
+        self._launches.launch("tokens", "sum_exponentials", (rows, blocks, 1), 256, *given)
+        places = self.upload(np.clip(targets - first, 0, width - 1))
+        found = (target_logits, top_tokens, top_logits)
+        self._launches.launch("tokens", "likeliest", (rows, 1, 1), 1024, logits, places, *found, width, top)
+        return LogitScan(*self._download(highest, sums, *found))
 
 
 def _weighing(router: Router) -> tuple[bool, float, float]:

@@ -117,10 +117,10 @@ typedef struct {
 } combination;
 
 typedef struct {
-    const float *logits; /* (rows, width) */
-    float *out;          /* (rows, width): the logarithm of the softmax of each row */
-    long rows, width;
-} log_softmax;
+    const float *logits;   /* (rows, width) */
+    float *highest, *sums; /* (rows, blocks): of each block of numbers the largest, and the sum of exp(x - largest) */
+    long rows, width, block;
+} exponential_sums;
 
 typedef struct {
     const int64_t *positions;
@@ -135,7 +135,7 @@ void activate_rows(const activation *a);
 void rotate_rows(const rotation *r);
 void gather_rows(const gathering *g);
 void combine_rows(const combination *c);
-void log_softmax_rows(const log_softmax *l);
+void sum_exponentials(const exponential_sums *e);
 void angle_rows(const angles *a);
 
 /* delta_rule.c */

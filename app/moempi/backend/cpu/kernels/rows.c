@@ -150,15 +150,17 @@ static void combine_row(const void *argument, long row) {
     }
 }
 
-static void log_softmax_row(const void *argument, long row) {
-    const log_softmax *l = argument;
-    const float *logits = l->logits + row * l->width;
+static void sum_block(const void *argument, long number) {
+    const exponential_sums *e = argument;
+    long blocks = (e->width + e->block - 1) / e->block, first = number % blocks * e->block;
+    long width = smallest(e->block, e->width - first);
+    const float *logits = e->logits + number / blocks * e->width + first;
     float most = -INFINITY;
-    for (long i = 0; i < l->width; i++)
+    for (long i = 0; i < width; i++)
         most = logits[i] > most || logits[i] != logits[i] ? logits[i] : most;
     group sum = same(0);
-    for (long i = 0; i < l->width; i += GROUP) {
-        long left = l->width - i;
+    for (long i = 0; i < width && most > -INFINITY; i += GROUP) {
+        long left = width - i;
         float numbers[GROUP];
         group g = load_part(logits + i, left);
         EACH(v) g.part[v] = exponential(sub(g.part[v], set1(most)));
@@ -168,9 +170,8 @@ static void log_softmax_row(const void *argument, long row) {
         g = load_group(numbers);
         EACH(v) sum.part[v] = add(sum.part[v], g.part[v]);
     }
-    float shift = (float)log((double)sum_of(sum));
-    for (long i = 0; i < l->width; i++)
-        l->out[row * l->width + i] = (logits[i] - most) - shift;
+    e->highest[number] = most;
+    e->sums[number] = sum_of(sum);
 }
 
 #define HALF_PI 1.5707963267948966
@@ -230,6 +231,8 @@ void normalize_rows(const norm *n) { share_rows(normalize_row, n, n->rows, n->he
 void activate_rows(const activation *a) { share_rows(activate_row, a, a->rows, 2 * a->width); }
 void rotate_rows(const rotation *r) { share_rows(rotate_row, r, r->rows, r->heads * r->dim); }
 void gather_rows(const gathering *g) { share_rows(gather_row, g, g->rows, g->width); }
-void log_softmax_rows(const log_softmax *l) { share_rows(log_softmax_row, l, l->rows, l->width); }
+void sum_exponentials(const exponential_sums *e) {
+    share_rows(sum_block, e, e->rows * ((e->width + e->block - 1) / e->block), smallest(e->width, e->block));
+}
 void angle_rows(const angles *a) { share_rows(angle_row, a, a->rows, 8 * a->pairs); }
 void combine_rows(const combination *c) { share_rows(combine_row, c, c->rows, c->slots * c->width); }

@@ -3,7 +3,13 @@
 //   score   per row: the token (its target, or the most likely token if the target is negative), its log-probability,
 //           and the `top` most likely tokens with theirs, lowest token first on a tie    NumPy: score, greedy sample
 //
-// Shapes: targets, tokens and logprobs (N), top_tokens and top_logprobs (N, top). Launch: one block of 1,024 per row.
+//   sum_exponentials   per row and block of `tokens` logits the largest, m, and the sum of exp(logit - m)
+//                                                                                             NumPy: _exponential_sums
+//   likeliest   per row: the logit of a place, and the `top` likeliest tokens with their logits, as in `score`
+//                                                                                                        NumPy: scan
+//
+// Shapes: targets, places, tokens and logprobs (N), top_tokens, top_logprobs and top_logits (N, top), highest and sums
+// (N, blocks). Launch: one block of 1,024 per row; sum_exponentials one of 256 per row and block of tokens.
 #include "rows.cuh"
 
 struct Candidate {
@@ -64,4 +70,34 @@ extern "C" __global__ void score(const float* logits, const int* targets, int* t
     if (target >= 0) tokens[blockIdx.x] = target;
     logprobs[blockIdx.x] = row_logits[tokens[blockIdx.x]] - highest - log_sum;
   }
+}
+
+extern "C" __global__ void sum_exponentials(const float* logits, float* highest, float* sums, int width, int tokens) {
+  const int first = blockIdx.y * tokens, count = min(tokens, width - first);
+  const float* own = logits + static_cast<long long>(blockIdx.x) * width + first;
+  float most = -infinity(), sum = 0.0f;
+  for (int token = threadIdx.x; token < count; token += blockDim.x) most = fmaxf(most, own[token]);
+  most = block_max(most);
+  const float shift = most == -infinity() ? 0.0f : most;
+  for (int token = threadIdx.x; token < count; token += blockDim.x) sum += expf(own[token] - shift);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) {
+    highest[blockIdx.x * gridDim.y + blockIdx.y] = most;
+    sums[blockIdx.x * gridDim.y + blockIdx.y] = sum;
+  }
+}
+
+extern "C" __global__ void likeliest(const float* logits, const int* places, float* place_logits, int* top_tokens,
+                                     float* top_logits, int width, int top) {
+  const float* row_logits = logits + static_cast<long long>(blockIdx.x) * width;
+  Candidate likely = {infinity(), -1};
+  for (int nth = 0; nth < top; ++nth) {
+    likely = next_likeliest(row_logits, width, likely);
+    if (likely.token >= width) likely.token = 0;  // only NaN is left
+    if (threadIdx.x == 0) {
+      top_tokens[blockIdx.x * top + nth] = likely.token;
+      top_logits[blockIdx.x * top + nth] = likely.logit;
+    }
+  }
+  if (threadIdx.x == 0) place_logits[blockIdx.x] = row_logits[places[blockIdx.x]];
 }
