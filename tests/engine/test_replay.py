@@ -1,5 +1,6 @@
 """Replay: a job is given the experts of its rows. A recorded run replayed is the same run; other experts change it."""
 
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,10 +10,12 @@ import pytest
 from mpi4py import MPI
 from msgspec import structs
 
+from engine.jobs import make_job
 from engine.runs import SMALL, Run, requests_of
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.config.job import ReplaySection
-from moempi.engine.replay import Replay, ReplayPolicy, open_replay
+from moempi.engine import replay as module
+from moempi.engine.replay import Replay, ReplayPolicy, check_line_files, line_files, open_replay
 from moempi.errors import DataError, NoInputError
 from moempi.storage import replay_file
 from moempi.storage.merge import merge
@@ -35,12 +38,12 @@ def named_requests():
 PROMPTS = [request.prompt for request in named_requests()]
 
 
-def opened(section):
-    """The replay of PROMPTS by SMALL, as rank 0 opens it."""
+def opened(section, prompts=PROMPTS):
+    """The replay of prompts by SMALL, as rank 0 opens it."""
     world = SimpleNamespace(
-        comm=MPI.COMM_SELF, rank=0, collectively=lambda act: act(), where="", alive=lambda phase: None
+        comm=MPI.COMM_SELF, rank=0, local_rank=0, collectively=lambda act: act(), where="", alive=lambda phase: None
     )
-    return open_replay(section, SMALL, world, PROMPTS)
+    return open_replay(section, SMALL, world, prompts)
 
 
 def run_with(folder, replay_file=None, *, comm=MPI.COMM_SELF, weights=False, **sections):
@@ -54,7 +57,7 @@ def run_with(folder, replay_file=None, *, comm=MPI.COMM_SELF, weights=False, **s
     run.lanes.run()
     run.journal.close()
     if replay is not None:
-        replay.file.close()
+        replay.close()
     comm.Barrier()
     if comm.rank == 0:
         paths = [folder / f"{rank}.part" for rank in range(comm.size)]
@@ -146,7 +149,7 @@ def test_the_policy_gives_the_experts_and_the_routers_weights_for_them():
         def read(self, request, start, stop, layers):
             return given[start:stop], None
 
-    policy = ReplayPolicy(Replay(File(), np.array([0]), weights=False), [SMALL.moe_layers[0]], 0)
+    policy = ReplayPolicy(Replay([File()], np.array([[0, 0]]), weights=False), [SMALL.moe_layers[0]], 0)
     policy.begin_step(np.zeros(3, np.int64), np.arange(3))
     experts, weights = policy.choose(backend, SMALL.moe_layers[0], logits, router, None)
     scores = np.exp(logits.astype(np.float64))
@@ -224,7 +227,7 @@ def test_weights_that_are_no_weights_are_refused_if_they_are_used(tmp_path, valu
     words = rf"request 1, position 0, layer {SMALL.moe_layers[1]}, weights .*{value}.*: negative or not finite"
     with pytest.raises(DataError, match=words):
         opened(ReplaySection(str(path), weights=True))
-    assert opened(ReplaySection(str(path))).file.has_weights
+    assert opened(ReplaySection(str(path))).files[0].has_weights
 
 
 def test_weights_of_rows_that_are_routed_as_usual_are_not_looked_at(tmp_path):
@@ -272,3 +275,96 @@ def test_a_file_that_is_missing_or_no_hdf5_is_refused(tmp_path):
     (tmp_path / "text.h5").write_text("x" * 100)
     with pytest.raises(DataError):
         ReplayFile(tmp_path / "text.h5", SMALL)
+
+
+def with_lines(folder, *paths, **sections):
+    """PROMPTS that name files of routing, None for none, as a job in the folder has them, and the job."""
+    job = make_job(folder, **sections)
+    prompts = [replace(prompt, replay=path) for prompt, path in zip(PROMPTS, paths, strict=True)]
+    return check_line_files(prompts, job, SMALL, lambda: None), job
+
+
+def test_a_prompt_line_names_its_own_file_which_comes_before_the_jobs(tmp_path):
+    recorded, _ = run_with(tmp_path / "recorded")
+    shifted_file(tmp_path / "of_job.h5", recorded)
+    experts, offsets = shifted_file(tmp_path / "plain.h5", recorded)
+    with h5py.File(tmp_path / "of_line.h5", "w") as file:  # of one request, without ids
+        own = (experts[offsets[1] : offsets[2]] + 1) % EXPERTS
+        file["offsets"], file["layer"], file["experts"] = [0, len(own)], np.int32(SMALL.moe_layers), own
+    prompts, _ = with_lines(tmp_path, None, "of_line.h5", None, "recorded/r.h5", None)
+    assert not any(prompt.error for prompt in prompts)
+    assert line_files(prompts) == [str(tmp_path / "of_line.h5"), str(tmp_path / "recorded/r.h5")]
+    requests = named_requests()
+    for request, prompt in zip(requests, prompts, strict=True):
+        request.prompt = prompt
+    replay = opened(ReplaySection(str(tmp_path / "of_job.h5")), prompts)
+    with closing(replay):
+        run = Run(tmp_path, requests, replay_of=replay, trace={"routing": "weights"})
+        run.lanes.run()
+    run.journal.close()
+    merge(tmp_path / "r.h5", [tmp_path / "0.part"], num_requests=len(LENGTHS), provenance=PROVENANCE)
+    found, plain = read(tmp_path / "r.h5")["routing/experts"], read(recorded)["routing/experts"]
+    for request in range(len(LENGTHS)):
+        rows = slice(offsets[request], offsets[request + 1])
+        expected = {1: own, 3: plain[rows]}.get(request, experts[rows])
+        np.testing.assert_array_equal(found[rows], expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("none.h5", "cannot be read"), ("text.h5", "text.h5"), ("other.h5", "no routing of request"), ("few.h5", "top-1")],
+)
+def test_a_line_whose_file_does_not_fit_fails_alone(tmp_path, path, words):
+    (tmp_path / "text.h5").write_text("x" * 100)
+    recorded, _ = run_with(tmp_path / "recorded")
+    experts, _ = shifted_file(tmp_path / "plain.h5", recorded)
+    for name, shape in (("other.h5", experts[:3]), ("few.h5", experts[:3, :, :1])):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["offsets"], file["layer"], file["experts"] = [0, 3], np.int32(SMALL.moe_layers), shape
+            file["id"] = np.array([b"another"])
+    prompts, _ = with_lines(tmp_path, None, path, path, "recorded/r.h5", None)
+    assert [bool(prompt.error) for prompt in prompts] == [False, True, True, False, False]
+    for prompt in prompts[1:3]:
+        assert prompt.error.startswith("replay: ")
+        assert words in prompt.error
+        assert (prompt.text, prompt.tokens, prompt.replay) == (None, None, None)
+
+
+def test_a_line_goes_without_balancing_and_not_with_the_output_of_the_job(tmp_path):
+    run_with(tmp_path / "recorded")
+    (refused, *_), _ = with_lines(tmp_path, "recorded/r.h5", *[None] * 4, balance={"mode": "bias"})
+    assert "goes with balance.mode" in refused.error
+    output = {"results": str(tmp_path / "recorded/r.h5")}
+    (refused, *_), _ = with_lines(tmp_path, "recorded/r.h5", *[None] * 4, output=output)
+    assert "is the output of the job" in refused.error
+
+
+def test_a_line_with_more_positions_than_the_job_computes_fails_alone(tmp_path):
+    experts = np.tile(np.arange(TOP_K, dtype=np.int16), (LIMIT + 1, LAYERS, 1))
+    made(tmp_path / "given.h5", offsets=np.array([0, LIMIT + 1]), experts=experts)
+    prompts, _ = with_lines(tmp_path, None, None, "given.h5", None, None)
+    requests = named_requests()
+    requests[2].prompt = prompts[2]
+    replay = opened(ReplaySection(), prompts)
+    with closing(replay):
+        replay.require_fits(requests)
+    assert [request.finish for request in requests] == [None, None, "error", None, None]
+    assert f"{LIMIT + 1} positions, the job computes at most {LIMIT}" in requests[2].error
+
+
+def test_a_file_more_than_can_be_open_fails_its_lines(tmp_path, monkeypatch):
+    run_with(tmp_path / "recorded")
+    (tmp_path / "again.h5").write_bytes((tmp_path / "recorded/r.h5").read_bytes())
+    monkeypatch.setattr(module, "MOST_FILES", 1)
+    prompts, _ = with_lines(tmp_path, "recorded/r.h5", "again.h5", "recorded/r.h5", None, None)
+    assert [bool(prompt.error) for prompt in prompts] == [False, True, False, False, False]
+
+
+def test_samples_of_a_prompt_use_its_routing(tmp_path):
+    run_with(tmp_path / "recorded")
+    prompts = [*PROMPTS, replace(PROMPTS[1], index=5, id="q1#1", prompt_id="q1", replay="recorded/r.h5")]
+    checked = check_line_files(prompts, make_job(tmp_path), SMALL, lambda: None)
+    assert not checked[5].error
+    replay = opened(ReplaySection(), checked)
+    with closing(replay):
+        assert replay.requests.tolist() == [[-1, -1]] * 5 + [[0, 1]]

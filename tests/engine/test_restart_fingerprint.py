@@ -19,8 +19,8 @@ def with_keys(job, section, **keys):
     return msgspec.structs.replace(job, **{section: msgspec.structs.replace(getattr(job, section), **keys)})
 
 
-def run_fingerprint(job, *, weights):
-    return inputs.run_fingerprint(job, weights=weights, inputs=inputs._digest_inputs(job))
+def run_fingerprint(job, *, weights, of_prompts=()):
+    return inputs.run_fingerprint(job, weights=weights, inputs=inputs._digest_inputs(job, of_prompts))
 
 
 def test_the_same_job_has_the_same_fingerprint(job):
@@ -98,7 +98,10 @@ def test_task_weights_and_prompts_change_the_fingerprint(job, tmp_path):
     for content in ("one", "another"):
         (tmp_path / "routing.h5").write_text(content)
         fingerprints.add(run_fingerprint(replayed, weights="w"))
-    assert len(fingerprints) == 6
+        fingerprints.add(
+            run_fingerprint(job, weights="w", of_prompts=[str(tmp_path / "routing.h5"), job.input.prompts])
+        )
+    assert len(fingerprints) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Recorded values and replay on the simulated CUDA device: the rows of the CPU backend, and the same bits again."""
 
+from contextlib import closing
+
 import h5py
 import numpy as np
 import pytest
@@ -76,7 +78,7 @@ def test_a_gpu_replays_what_it_recorded_to_the_bit(tmp_path, weights):
     recorded = tables(tmp_path / "one", on_gpu("float32"), requests=named_requests(), trace={"routing": "weights"})
     section = ReplaySection(str(tmp_path / "one/r.h5"), weights=weights)
     replay = opened(section)
-    with replay.file:
+    with closing(replay):
         again = tables(
             tmp_path / "two", on_gpu("float32"), requests=named_requests(), replay=replay, trace={"routing": "weights"}
         )

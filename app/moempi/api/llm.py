@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from itertools import chain
 from typing import Any
@@ -33,6 +34,7 @@ from moempi.runtime.stop import Stop
 from moempi.storage.chat_templates import ChatTemplates
 from moempi.storage.closeable import Closeable
 from moempi.storage.prompts import Chat, make_prompts
+from moempi.storage.prompts import Prompt as PromptLine
 from moempi.storage.records import Record, RequestRecord
 from moempi.storage.tokenizer_check import check_tokenizer
 from moempi.storage.weights import WeightFile
@@ -184,7 +186,7 @@ def _load(job: Job, weights: WeightFile) -> Engine:
 def _compute(engine: Engine, rows: list[dict[str, Any]], job: Job) -> list[RequestRecord]:
     """The records of all requests, on every rank in order; collective, blocks."""
     deployment, records = engine.deployment, list[Record]()
-    prompts = make_prompts(rows, sampling=job.sampling)
+    prompts = [_without_replay(prompt) for prompt in make_prompts(rows, sampling=job.sampling)]
     own, counts = deployment.own(prompts), PromptCounts.of(prompts)
     chats = deployment.render_chats(own) if counts.chats else {}
     requests = deployment.make_requests(own, task=job.task, chats=chats)
@@ -196,6 +198,14 @@ def _compute(engine: Engine, rows: list[dict[str, Any]], job: Job) -> list[Reque
     recorder.record(too_long)
     of_ranks: list[list[Record]] = deployment.world.comm.allgather(records)
     return with_likeliest(chain.from_iterable(of_ranks))
+
+
+def _without_replay(prompt: PromptLine) -> PromptLine:
+    """The prompt; with an error if it names a file of routing, which only a job reads."""
+    if prompt.replay is None:
+        return prompt
+    error = "replay: only a job replays routing"
+    return replace(prompt, text=None, tokens=None, chat=None, replay=None, error=error)
 
 
 def _rows(prompts: Iterable[Prompt]) -> list[dict[str, Any]]:

@@ -11,7 +11,19 @@ from moempi.errors import UsageError
 from moempi.runtime.monitor import Monitor
 from moempi.runtime.shm_segments import choose_segment_folder
 
-BENCHMARKS = ("product", "layer", "generate", "exchange", "overlap", "immediate", "placement", "plan", "start", "gpu")
+BENCHMARKS = (
+    "product",
+    "layer",
+    "generate",
+    "exchange",
+    "overlap",
+    "immediate",
+    "placement",
+    "plan",
+    "start",
+    "record",
+    "gpu",
+)
 
 
 class _Parser(ArgumentParser):

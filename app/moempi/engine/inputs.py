@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple, Self
 import msgspec
 
 from moempi.backend.select import count_gpus
+from moempi.config.architecture import Architecture
 from moempi.config.job import Job, result_keys
+from moempi.engine.replay import check_line_files, line_files
 from moempi.errors import DataError
 from moempi.observe.logs import log_to_files
 from moempi.runtime.world import MOST, World
@@ -49,23 +51,28 @@ class Inputs:
 
 
 class PromptCounts(NamedTuple):
-    """Numbers of requests and of chats among them, and the most likeliest tokens that one of them requests."""
+    """Numbers of requests and of chats among them, the most likeliest tokens that one of them requests.
+
+    `replays` is the number of requests that name a file of routing.
+    """
 
     requests: int
     chats: int
     top_logprobs: int
+    replays: int
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> Self:
         """The counts of these prompts."""
         chats = sum(prompt.chat is not None for prompt in prompts)
-        return cls(len(prompts), chats, max((prompt.sampling.top_logprobs for prompt in prompts), default=0))
+        replays = sum(prompt.replay is not None for prompt in prompts)
+        return cls(len(prompts), chats, max((prompt.sampling.top_logprobs for prompt in prompts), default=0), replays)
 
 
 class _Agreed(NamedTuple):
     """Numbers of which all ranks get the least: a number and its opposite are so if all ranks have the same.
 
-    `replay` is of the first rank of each node, the last eight are rank 0's; they are MOST on the others.
+    `replay` is of the first rank of each node, the last nine are rank 0's; they are MOST on the others.
     """
 
     weights: int
@@ -84,6 +91,7 @@ class _Agreed(NamedTuple):
     num_requests: int
     num_chats: int
     top_logprobs: int
+    num_replays: int
 
 
 def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> Inputs:
@@ -108,8 +116,8 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
         prompts: Sequence[Prompt] = ()
         lock = None
         if is_first:
-            prompts = _read_prompts(job, strict=strict)
-            digest = struct.unpack("<4I", bytes.fromhex(_digest_inputs(job)))
+            prompts = _read_prompts(job, weights.architecture, world, strict=strict)
+            digest = struct.unpack("<4I", bytes.fromhex(_digest_inputs(job, line_files(prompts))))
             if weights.tokenizer:
                 check_tokenizer(weights.tokenizer, origin=str(weights.path))  # before other ranks read it
             lock = _take_output(job.output.results)
@@ -128,7 +136,7 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
         job=job,
         weights=weights,
         prompts=prompts,
-        counts=PromptCounts(*agreed[-3:]),
+        counts=PromptCounts(*agreed[-4:]),
         fingerprint=run_fingerprint(resolved, weights=weights.fingerprint, inputs=digest),
         lock=lock,
         num_gpus=num_gpus,
@@ -137,20 +145,24 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
     )
 
 
-def _read_prompts(job: Job, *, strict: bool) -> Sequence[Prompt]:
+def _read_prompts(job: Job, architecture: Architecture, world: World, *, strict: bool) -> Sequence[Prompt]:
     prompts = read_prompts(job.input.prompts, sampling=job.sampling, strict=strict, column=job.input.column)
     num_groups = len({prompt.group for prompt in prompts})
     if job.trace.statistics and num_groups > MAX_GROUPS:
         raise DataError(f"{job.input.prompts}: has {num_groups} groups; trace.statistics sums up at most {MAX_GROUPS}")
+    prompts = check_line_files(prompts, job, architecture, on_block=lambda: world.alive(world.where))
+    bad = next((prompt.error for prompt in prompts if prompt.error), "")
+    if bad and strict:
+        raise DataError(bad)
     return prompts
 
 
-def _digest_inputs(job: Job) -> str:
-    """The digest of the prompts, and of the routing that is replayed, if there is any."""
-    prompts = digest_file(job.input.prompts)
-    if not job.replay.routing:
-        return prompts
-    return blake2b(f"{prompts}{digest_file(job.replay.routing)}".encode(), digest_size=16).hexdigest()
+def _digest_inputs(job: Job, of_prompts: Sequence[str]) -> str:
+    """The digest of the prompts, and of the routing that is replayed, if there is any, also `of_prompts`."""
+    digests = digest_file(job.input.prompts)
+    for path in [*([job.replay.routing] if job.replay.routing else []), *of_prompts]:
+        digests = blake2b(f"{digests}{digest_file(path)}".encode(), digest_size=16).hexdigest()
+    return digests
 
 
 def run_fingerprint(job: Job, *, weights: str, inputs: str) -> str:

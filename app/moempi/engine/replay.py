@@ -1,67 +1,177 @@
 """Replay: a routing policy that gives rows the experts of a file, and counts them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from moempi.arrays import Float32Array, IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.config.architecture import Architecture, Router
-from moempi.config.job import ReplaySection
+from moempi.config.job import Job, ReplaySection
 from moempi.engine.request import Request
-from moempi.errors import DataError
+from moempi.errors import DataError, MoempiError
+from moempi.layout.layout import require_replayable
 from moempi.model.router_balance import RoutingPolicy
 from moempi.runtime.world import World
+from moempi.storage.files import digest_file
 from moempi.storage.prompts import Prompt
 from moempi.storage.replay_file import NOT_GIVEN, ReplayFile
+
+MOST_FILES = 256
+"""Files that the lines of a prompt file may name; all are open during a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The routing of `file` for the requests of a job: request i is `requests[i]` of the file, -1 if it has none.
+    """The routing of `files` for the requests of a job: request i is `requests[i]`, a file and a request of it.
 
-    With `weights`, the weights of the experts are the file's too.
+    Both are -1 if it has none. With `weights`, the weights of the experts are the files' too.
     """
 
-    file: ReplayFile
+    files: Sequence[ReplayFile]
     requests: IntArray
     weights: bool
 
     def require_fits(self, requests: Sequence[Request]) -> None:
-        """Raise DataError if the file has more positions of a request than the job may compute."""
+        """Fail the requests whose own file has more positions of them than the job may compute.
+
+        Raises DataError if the job's file has.
+        """
         for request in requests:
-            number = int(self.requests[request.prompt.index])
-            positions = self.file.num_positions(number) if number >= 0 else 0
-            if not request.finish and positions > request.capacity:
-                raise DataError(
-                    f"{self.file.path}: request {request.prompt.id[:100]!r} has routing of {positions} positions, "
-                    f"the job computes at most {request.capacity}"
-                )
+            file, number = self.requests[request.prompt.index].tolist()
+            positions = self.files[file].num_positions(number) if file >= 0 else 0
+            if request.finish or positions <= request.capacity:
+                continue
+            problem = (
+                f"{self.files[file].path}: request {request.prompt.id[:100]!r} has routing of {positions} positions, "
+                f"the job computes at most {request.capacity}"
+            )
+            if request.prompt.replay is None:
+                raise DataError(problem)
+            request.fail(problem)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            file.close()
+
+
+def check_line_files(
+    prompts: Sequence[Prompt], job: Job, architecture: Architecture, on_block: Callable[[], object]
+) -> list[Prompt]:
+    """The prompts, whose own files of routing are named from the folder of the prompt file; reads these once.
+
+    A prompt whose file does not fit the model, the job or the prompt has its error. Calls `on_block` as
+    `ReplayFile.require_valid` does.
+    """
+    folder = Path(job.input.prompts).parent
+    problems: dict[str, str] = {}
+    files: dict[str, ReplayFile] = {}
+    checked = []
+    for prompt in prompts:
+        if prompt.replay is not None and not prompt.error:
+            path = str(folder / prompt.replay)
+            try:
+                if path not in files and path not in problems:
+                    files[path] = _open_line_file(path, job, architecture, num_before=len(files), on_block=on_block)
+                problem = problems.get(path, "")
+                if not problem:
+                    files[path].request_of(_names(prompt))
+            except MoempiError as error:
+                problem = str(error)
+                if path not in files:
+                    problems[path] = problem
+            prompt = replace(prompt, replay=path) if not problem else _failed(prompt, f"replay: {problem}")
+        checked.append(prompt)
+    for file in files.values():
+        file.close()
+    return checked
+
+
+def line_files(prompts: Sequence[Prompt]) -> list[str]:
+    """The files of routing that prompts name, each once."""
+    return list(dict.fromkeys(prompt.replay for prompt in prompts if prompt.replay is not None))
 
 
 def open_replay(
     section: ReplaySection, architecture: Architecture, world: World, prompts: Sequence[Prompt]
 ) -> Replay | None:
-    """The routing that a job is given; None if it is given none. Collective, blocks.
+    """The routing that a job and its prompts are given; None if they are given none. Collective, blocks.
 
-    Rank 0 has the `prompts`, and reads the whole file once, a block at a time. Ends all ranks with a NoInputError, or
-    with a DataError if the file does not fit.
+    Rank 0 has the `prompts`, which `check_line_files` has checked, and reads the job's whole file once, a block at a
+    time. Ends all ranks with a NoInputError, or with a DataError if the file does not fit, or if nodes have different
+    files of prompts.
     """
-    if not section.routing:
+    of_job = [section.routing] if section.routing else []
+    paths = world.comm.bcast(of_job + line_files(prompts))
+    if not paths:
         return None
 
-    def open_file() -> tuple[ReplayFile, IntArray | None]:
-        file = ReplayFile(section.routing, architecture)
-        if section.weights and not file.has_weights:
+    def open_files() -> tuple[list[ReplayFile], IntArray | None]:
+        files = [ReplayFile(path, architecture) for path in paths]
+        if of_job and section.weights and not files[0].has_weights:
             raise DataError(f"{section.routing}: has no weights, which replay.weights requests")
         if world.rank > 0:
-            return file, None
-        file.require_valid(weights=section.weights, on_block=lambda: world.alive(world.where))
-        return file, file.requests_of([prompt.id for prompt in prompts])
+            return files, None
+        requests = np.full((len(prompts), 2), -1, np.int64)
+        if of_job:
+            files[0].require_valid(weights=section.weights, on_block=lambda: world.alive(world.where))
+            requests[:, 1] = files[0].requests_of([prompt.id for prompt in prompts])
+            requests[:, 0] = np.where(requests[:, 1] >= 0, 0, -1)
+        numbers = {path: number for number, path in enumerate(paths) if number >= len(of_job)}
+        for prompt in prompts:
+            if prompt.replay is not None:
+                number = numbers[prompt.replay]
+                requests[prompt.index] = number, files[number].request_of(_names(prompt))
+        return files, requests
 
-    file, requests = world.collectively(open_file)
-    return Replay(file, world.comm.bcast(requests), section.weights)
+    files, requests = world.collectively(open_files)
+    if len(paths) > len(of_job):
+        _require_same_files(paths[len(of_job) :], world)
+    return Replay(files, world.comm.bcast(requests), section.weights)
+
+
+def _open_line_file(
+    path: str, job: Job, architecture: Architecture, *, num_before: int, on_block: Callable[[], object]
+) -> ReplayFile:
+    """Open and read a file that prompts name; raises NoInputError, DataError or ConfigError."""
+    require_replayable(job, architecture, what=path)
+    if num_before == MOST_FILES:
+        raise DataError(f"{path}: is one file more than {MOST_FILES}")
+    with suppress(OSError):
+        if Path(path).samefile(job.output.results):
+            raise DataError(f"{path}: is the output of the job")
+    file = ReplayFile(path, architecture)
+    try:
+        if job.replay.weights and not file.has_weights:
+            raise DataError(f"{path}: has no weights, which replay.weights requests")
+        file.require_valid(weights=job.replay.weights, on_block=on_block)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _names(prompt: Prompt) -> list[str]:
+    """The ids under which a file may have the routing of a prompt: its own, and that of its first sample."""
+    return [prompt.id] if prompt.prompt_id is None else [prompt.id, prompt.prompt_id]
+
+
+def _failed(prompt: Prompt, error: str) -> Prompt:
+    return replace(prompt, text=None, tokens=None, chat=None, replay=None, error=error)
+
+
+def _require_same_files(paths: Sequence[str], world: World) -> None:
+    """End all ranks with a DataError if nodes have other files than rank 0; collective."""
+    own = world.collectively(lambda: [digest_file(path) for path in paths] if world.local_rank == 0 else None)
+    of_ranks = [found for found in world.comm.allgather(own) if found is not None]
+    different = [path for path, *found in zip(paths, *of_ranks, strict=True) if len(set(found)) > 1]
+    if different:
+        problem = f"{different[0]}: the nodes have different routing: is the file the same on every node?"
+        world.raise_together(DataError(problem))
 
 
 class ReplayPolicy(RoutingPolicy):
@@ -116,10 +226,10 @@ class ReplayPolicy(RoutingPolicy):
 
     def _read(self, requests: IntArray, positions: IntArray) -> tuple[IntArray, Float32Array | None]:
         """The routes of consecutive positions of one request."""
-        top_k = self._replay.file.top_k
-        number = int(self._replay.requests[requests[0]]) if len(requests) else -1
-        if number < 0:
+        top_k = self._replay.files[0].top_k
+        file, number = self._replay.requests[requests[0]].tolist() if len(requests) else (-1, -1)
+        if file < 0:
             shape = (len(requests), len(self._layers), top_k)
             return np.full(shape, NOT_GIVEN, np.int32), np.zeros(shape, np.float32)
         first = int(positions[0])
-        return self._replay.file.read(number, first, first + len(positions), self._of_file)
+        return self._replay.files[file].read(number, first, first + len(positions), self._of_file)

@@ -81,8 +81,8 @@ def run_job(
     attempt.warn_of_damage()
     # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
     deployment = deploy(job, world, weights, num_gpus=inputs.num_gpus, has_gpus=inputs.has_gpus)
-    requests, pages = _admit(deployment, attempt, prompts, has_chats=inputs.counts.chats > 0)
-    replay = _check(inputs, deployment, attempt, requests) if _is_checked(deployment) else None
+    requests, pages = _admit(inputs, deployment, attempt)
+    replay = _check(inputs, deployment, attempt, requests) if _is_checked(inputs) else None
     _announce(job, world, weights, prompts)
     # The model and the lanes.
     progress = Progress(attempt.num_requests, enabled=world.rank == 0)
@@ -99,7 +99,7 @@ def run_job(
     del inputs, prompts, requests  # from here on the scheduler alone holds a request, until it is finished
     seconds = engine.run(task, recorder)
     if replay is not None:
-        replay.file.close()
+        replay.close()
     if not engine.scheduler.num_unfinished:
         recorder.record(too_long)  # not if this attempt stopped early: the next one may have more memory
     del too_long
@@ -116,19 +116,17 @@ def run_job(
     return exit_code
 
 
-def _admit(
-    deployment: Deployment, attempt: Attempt, prompts: Sequence[Prompt], *, has_chats: bool
-) -> tuple[list[Request], int]:
-    """The requests of this rank's group, from the unfinished `prompts` of rank 0, and the cache pages of each group.
+def _admit(inputs: Inputs, deployment: Deployment, attempt: Attempt) -> tuple[list[Request], int]:
+    """The requests of this rank's group, from the unfinished prompts of rank 0, and the cache pages of each group.
 
     Begins the output of the attempt, if the job is not checked. Collective, blocks.
     """
     job, rank_layout = deployment.job, deployment.rank_layout
-    own = scatter_prompts(_unfinished(prompts, attempt), deployment.world, rank_layout)
-    chats = deployment.render_chats(own) if has_chats else {}
+    own = scatter_prompts(_unfinished(inputs.prompts, attempt), deployment.world, rank_layout)
+    chats = deployment.render_chats(own) if inputs.counts.chats else {}
 
     def make_requests() -> tuple[list[Request], int]:
-        if not _is_checked(deployment):
+        if not _is_checked(inputs):
             attempt.begin(has_records=_has_records(deployment))
         requests = deployment.make_requests(own, task=job.task, chats=chats)
         return requests, useful_pages(requests, slots=len(deployment.slots))
@@ -136,10 +134,10 @@ def _admit(
     return deployment.with_cache_pages(make_requests)
 
 
-def _is_checked(deployment: Deployment) -> bool:
+def _is_checked(inputs: Inputs) -> bool:
     """Whether what the job records or replays may refuse it."""
-    job = deployment.job
-    return bool(job.replay.routing or recorded_bytes(job, deployment.weights.architecture))
+    job = inputs.job
+    return bool(job.replay.routing or inputs.counts.replays or recorded_bytes(job, inputs.weights.architecture))
 
 
 def _has_records(deployment: Deployment) -> bool:

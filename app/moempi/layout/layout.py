@@ -171,18 +171,23 @@ def _require_same_model(file: PlacementFile, architecture: Architecture) -> None
 
 def _require_balanceable(job: Job, architecture: Architecture) -> None:
     """SparseMixer defines weights for its own choices only; either a policy or a file moves choices."""
-    sparsemixer = architecture.experts.router.scoring == "sparsemixer"
-    if job.replay.routing and job.balance.mode != "off":
-        raise ConfigError('replay.routing: goes with balance.mode = "off" only, which moves no choices')
-    if job.replay.routing and sparsemixer and not job.replay.weights:
-        raise ConfigError(
-            f"replay.routing: the {architecture.family} router gives no weights to experts that it did not choose "
-            "itself; record weights and set replay.weights = true"
-        )
-    if job.balance.mode != "off" and sparsemixer:
+    if job.replay.routing:
+        require_replayable(job, architecture, what="replay.routing")
+    if job.balance.mode != "off" and architecture.experts.router.scoring == "sparsemixer":
         raise ConfigError(
             f'balance.mode = "{job.balance.mode}": the {architecture.family} router gives no weights to experts '
             'that it did not choose itself; use "off"'
+        )
+
+
+def require_replayable(job: Job, architecture: Architecture, *, what: str) -> None:
+    """Raise ConfigError, about `what`, unless the job can use the experts of a file."""
+    if job.balance.mode != "off":
+        raise ConfigError(f'{what}: goes with balance.mode = "off" only, which moves no choices')
+    if architecture.experts.router.scoring == "sparsemixer" and not job.replay.weights:
+        raise ConfigError(
+            f"{what}: the {architecture.family} router gives no weights to experts that it did not choose "
+            "itself; record weights and set replay.weights = true"
         )
 
 

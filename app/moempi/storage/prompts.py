@@ -27,6 +27,8 @@ MAX_TOP_LOGPROBS = 20
 """Likeliest tokens that a line may request, if the job has fewer: the largest number widens all requests' columns."""
 MAX_GROUP = 200
 """Characters of the name of a group."""
+MAX_PATH = 4096
+"""Characters of the path of a file."""
 MAX_SHOWN = 100
 """Characters of a key or an id that an error shows."""
 
@@ -60,6 +62,8 @@ class Prompt:
     prompt_id: str | None = None
     group: str | None = None
     """The group of prompts whose statistics it counts for."""
+    replay: str | None = None
+    """The file with the experts that its tokens use."""
 
 
 class Chat(msgspec.Struct):
@@ -80,6 +84,7 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
     reference: NonEmpty | None = None
     metadata: msgspec.Raw = msgspec.Raw()
     group: Annotated[str, Meta(min_length=1, max_length=MAX_GROUP)] | None = None
+    replay: Annotated[str, Meta(min_length=1, max_length=MAX_PATH, pattern="^[^\\x00]*$")] | None = None
 
 
 class _OnlyId(msgspec.Struct):
@@ -95,7 +100,7 @@ _LINE: type[Any] = msgspec.defstruct(
     forbid_unknown_fields=True,
 )
 _KEYS = tuple(field.name for field in msgspec.structs.fields(_LINE))
-_OF_BATCH = frozenset(_KEYS) - {"id", "prompt", "tokens", "messages", "reference", "group"}
+_OF_BATCH = frozenset(_KEYS) - {"id", "prompt", "tokens", "messages", "reference", "group", "replay"}
 _LINE_DECODER = msgspec.json.Decoder(_LINE)
 _ID_DECODER = msgspec.json.Decoder(_OnlyId)
 
@@ -247,6 +252,7 @@ def _parse(line: bytes, fallback: str, sampling: Sampling) -> Prompt:
         chat=_chat(request),
         metadata=_object(request.metadata, "metadata"),
         group=request.group,
+        replay=request.replay,
     )
 
 

@@ -1,6 +1,7 @@
 """Routing that a job is given: the experts of requests at positions, in a results file or in HDF5 of the same shape."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,26 @@ class ReplayFile(Closeable):
             if num_requests != len(ids):
                 raise DataError(f"{self.path}: has routing of {num_requests} requests without ids, the job {len(ids)}")
             return np.arange(len(ids))
-        numbers = {name: number for number, name in enumerate(self._ids)}
-        found = np.array([numbers.get(name, -1) for name in ids], np.int64)
+        found = np.array([self._numbers.get(name, -1) for name in ids], np.int64)
         if (found < 0).all():
             raise DataError(f"{self.path}: has routing of none of the {len(ids)} requests of the job")
         return found
+
+    def request_of(self, names: Sequence[str]) -> int:
+        """The request of the file with the first of these `names` that it has; its only one if it has no ids.
+
+        Raises DataError if there is none.
+        """
+        if self._ids is None and len(self._offsets) == 2:
+            return 0
+        found = next((self._numbers[name] for name in names if name in self._numbers), None)
+        if found is None:
+            raise DataError(f"{self.path}: has no routing of request {names[0][:100]!r}")
+        return found
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self._ids or ())}
 
     def num_positions(self, request: int) -> int:
         """The number of positions of a request of the file."""
