@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 NUM_GREEDY = 12
@@ -336,6 +337,8 @@ CASES |= {
 # The library would save the experts of these one by one.
 FUSED_ON_HUB = ("qwen3_5_moe",)
 OFFSET_NORMS = ("qwen3_next", "qwen3_5_moe")
+# Types that the library lacks, and the type that is the same arithmetic: the hub's files name its class.
+SAME_AS = {"kimi_k2": "deepseek_v3"}
 # Multimodal wrappers around a language model of another type, with small parts for images; only text is compared.
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
     "kimi_k25": (
@@ -353,13 +356,17 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"out_hidden_size": 32, "num_position_embeddings": 16},
     ),
 }
+KIMI: dict[str, Any] = DEEPSEEK | {
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": YARN | {"beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+}
 CASES |= {
-    "kimi_k25-yarn": (
-        "kimi_k25",
-        DEEPSEEK
-        | {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "rms_norm_eps": 1e-5}
-        | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
-    ),
+    "kimi_k2-yarn": ("kimi_k2", KIMI),
+    "kimi_k2-no_q_latent": ("kimi_k2", KIMI | {"q_lora_rank": None, "n_shared_experts": 2, "rope_parameters": None}),
+    "kimi_k25-yarn": ("kimi_k25", KIMI),
     "qwen3_vl_moe": (
         "qwen3_vl_moe",
         QWEN3
@@ -373,11 +380,13 @@ CASES |= {
 class Expected:
     """What transformers computes: per prompt log-probabilities of its tokens but the first, and greedy tokens.
 
-    `experts` and `weights` (tokens, MoE layers, K) are what its routers chose in float32 for all tokens of the prompts
-    but the last of each, or for its only one.
+    `rounding` is how far its float32 is from its float64: more where rounding is amplified, as by the norm of numbers
+    that nearly cancel. `experts` and `weights` (tokens, MoE layers, K) are what its routers chose in float32 for all
+    tokens of the prompts but the last of each, or for its only one.
     """
 
     float32: list[torch.Tensor]
+    rounding: list[torch.Tensor]
     bfloat16: list[torch.Tensor]
     greedy: list[list[int]]
     experts: torch.Tensor
@@ -403,13 +412,15 @@ def write_checkpoint(folder: Path, case: str) -> None:
     model.save_pretrained(folder, save_original_format=CASES[case][0] not in FUSED_ON_HUB)
     if CASES[case][0] == "kimi_k25":
         name_layers(folder / "model.safetensors")
+    if CASES[case][0].startswith("kimi"):
+        write_as_kimi(folder)
     refuse_fused(folder)
 
 
 def _config(case: str) -> Any:
     model_type, options = CASES[case]
     if model_type not in WRAPPERS:
-        return AutoConfig.for_model(model_type, **options)
+        return AutoConfig.for_model(SAME_AS.get(model_type, model_type), **options)
     inner, vision = WRAPPERS[model_type]
     tied = options["tie_word_embeddings"]
     text = {"model_type": inner, **options}
@@ -425,6 +436,21 @@ def name_layers(path: Path) -> None:
     tensors = load_file(path)
     theirs, hub = "language_model.model.blocks.", "language_model.model.layers."
     save_file({name.replace(theirs, hub): one for name, one in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def write_as_kimi(folder: Path) -> None:
+    """The hub calls the language model kimi_k2, spells its rotary embedding as it was, and holds the frequencies."""
+    config = json.loads((folder / "config.json").read_text())
+    inner = config.get("text_config", config)
+    rope = inner.pop("rope_parameters")
+    inner["model_type"], inner["rope_theta"] = "kimi_k2", rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    inner["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("kv_a_layernorm.weight")]:
+        tensors[name.replace("kv_a_layernorm.weight", "rotary_emb.inv_freq")] = torch.ones(4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def refuse_fused(folder: Path) -> None:
@@ -451,19 +477,45 @@ def _values(name: str, shape: torch.Size, random: torch.Generator, *, is_offset:
 
 def expected(folder: Path, tokens: list[list[int]]) -> Expected:
     """The reference's answers; each precision is loaded anew, because casting a model ruins its rotary buffers."""
-    scores, choices = {}, []
-    for dtype in (torch.float32, torch.bfloat16):
-        model_type = json.loads((folder / "config.json").read_text())["model_type"]
-        model = _class_of(model_type).from_pretrained(folder, dtype=dtype).eval()
-        use_long_factors(model)
-        with torch.no_grad():
-            if dtype == torch.float32:
-                choices = _record_routing(model)
-            scores[dtype] = [_scores(model, prompt) for prompt in tokens]
-            if dtype == torch.float32:
-                experts, weights = _by_token(choices, num_prompts=len(tokens))
-                greedy = [_greedy(model, prompt) for prompt in tokens[: len(LENGTHS)]]
-    return Expected(scores[torch.float32], scores[torch.bfloat16], greedy, experts, weights)
+    with torch.no_grad():
+        model = load(folder, torch.float32)
+        choices = _record_routing(model)
+        float32 = [_scores(model, prompt) for prompt in tokens]
+        experts, weights = _by_token(choices, num_prompts=len(tokens))
+        greedy = [_greedy(model, prompt) for prompt in tokens[: len(LENGTHS)]]
+        model = load(folder, torch.bfloat16)
+        bfloat16 = [_scores(model, prompt) for prompt in tokens]
+        with InFloat64():
+            model = load(folder, torch.float64)
+            float64 = [_scores(model, prompt) for prompt in tokens]
+    rounding = [(one - other).abs() for one, other in zip(float32, float64, strict=True)]
+    return Expected(float32, rounding, bfloat16, greedy, experts, weights)
+
+
+def load(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """The reference of a checkpoint; only its plain experts compute in float64."""
+    values = json.loads((folder / "config.json").read_text())
+    model_type = values.pop("model_type")
+    for inner in [values["text_config"]] if "text_config" in values else []:
+        inner["model_type"] = SAME_AS.get(inner["model_type"], inner["model_type"])
+    config = AutoConfig.for_model(SAME_AS.get(model_type, model_type), **values)
+    options |= {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    model = _class_of(model_type).from_pretrained(folder, config=config, dtype=dtype, **options).eval()
+    use_long_factors(model)
+    return model
+
+
+class InFloat64(TorchFunctionMode):
+    """While it is active, what asks for float32 gets float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        options = {key: _widened(value) for key, value in (kwargs or {}).items()}
+        return func(*(_widened(value) for value in args), **options)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def use_long_factors(model: Any) -> None:

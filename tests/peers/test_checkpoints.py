@@ -37,7 +37,7 @@ def converted(folder: Path) -> bytes:
 @pytest.mark.parametrize("case", FIRST_CASES.values())
 def test_experts_that_transformers_fused(case: str, tmp_path: Path) -> None:
     families.write_checkpoint(tmp_path / "hub", case)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.float32)
+    model = families.load(tmp_path / "hub", torch.float32)
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     names = tensor_files.load_file(tmp_path / "fused/model.safetensors")
     assert any(name.endswith(("mlp.experts.gate_up_proj", "mixer.experts.up_proj")) for name in names)
@@ -61,9 +61,7 @@ def test_8_bit_blocks_that_transformers_expanded(case: str, tmp_path: Path) -> N
     config = json.loads((tmp_path / "eight/config.json").read_text()) | {"quantization_config": BLOCKS}
     (tmp_path / "eight/config.json").write_text(json.dumps(config))
     expansion = transformers.FineGrainedFP8Config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "eight", quantization_config=expansion, dtype=torch.bfloat16
-    )
+    model = families.load(tmp_path / "eight", torch.bfloat16, quantization_config=expansion)
     model.save_pretrained(tmp_path / "sixteen")
     config.pop("quantization_config")
     (tmp_path / "sixteen/config.json").write_text(json.dumps(config))

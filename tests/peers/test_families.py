@@ -1,7 +1,8 @@
 """Every family against transformers: log-probabilities, greedy tokens and bfloat16, at 1 and at 4 ranks,
 which are also two stages of two ranks, each a tensor group where the layout allows it.
 
-Float32 log-probabilities agree within WITHIN; greedy tokens and the routers' choices are equal, but for choices between
+Float32 log-probabilities agree within WITHIN, or within ROUNDINGS times what transformers' own float32 differs from its
+float64 at the position, if that is more; greedy tokens and the routers' choices are equal, but for choices between
 experts whose weights are within MARGIN of each other. In bfloat16 the mean distance from the float32 reference is at
 most BFLOAT16_SHARE times that of transformers' own bfloat16. A table is printed at the end.
 """
@@ -24,13 +25,7 @@ pytest.importorskip("transformers")
 families = pytest.importorskip("peers.families")
 
 WITHIN = 2e-4
-DELTA_RULE = ("qwen3_next", "qwen3_5_moe")
-WITHIN_OUTLIERS, OUTLIERS = 1e-3, 1
-"""In the gated delta rule, one position of a case may differ by more, because rounding is amplified there.
-
-At position 573 of qwen3_5_moe transformers' float32 differs from its float64 by 1.4e-4, which is 8 times its 99th
-percentile, and other orders of the sums in a product by 4e-5 to 5e-4.
-"""
+ROUNDINGS = 4
 MARGIN = 1e-3
 BFLOAT16_SHARE = 1.5
 RANKS = (1, 4)
@@ -75,8 +70,10 @@ ignore_eos = true
 def table() -> Iterator[list[str]]:
     rows: list[str] = []
     yield rows
-    head = f"{'family and options':42}{'float32':>10}{'bfloat16':>11}{'theirs':>9}{'choices':>9}{'other':>6}"
-    print("\nlargest and mean differences of log-probabilities from transformers' float32; the routers' choices, and")
+    head = f"{'family and options':42}{'float32':>10}{'rounding':>10}{'more':>5}"
+    head += f"{'bfloat16':>11}{'theirs':>9}{'choices':>9}{'other':>6}"
+    print("\nlargest difference of log-probabilities from transformers' float32, and of this from its float64;")
+    print(f"positions that differ by more than {WITHIN:.0e}; mean differences in bfloat16; the routers' choices, and")
     print("how many of them are another expert")
     print("\n".join([head, *rows]))
 
@@ -100,21 +97,20 @@ def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
     run_jobs(tmp_path, 1, ("score", "greedy", "rounded"))
     groups = () if case.startswith(WHOLE_NORMS) else OF_TENSOR_GROUPS
     run_jobs(tmp_path, 4, (*OF_4_RANKS, *groups))
-    exact = flat(reference.float32)
+    exact, rounding = flat(reference.float32), flat(reference.rounding)
     theirs = np.abs(flat(reference.bfloat16) - exact).mean()
     alone = scores(tmp_path / "score-1.h5")
     scored = ("score", "staged", *groups)
     others = [scores(tmp_path / f"{name}-4.h5") for name in scored]
-    differences = [np.abs(found - exact) for found in (alone, *others)]
-    largest = max(float(difference.max()) for difference in differences)
+    differences = np.max([np.abs(found - exact) for found in (alone, *others)], axis=0)
     rounded = max(float(np.abs(scores(tmp_path / f"rounded-{ranks}.h5") - exact).mean()) for ranks in RANKS)
     chosen, other, margin = compare_choices(tmp_path / "score-1.h5", reference)
-    table.append(f"{case:42}{largest:10.1e}{rounded:11.4f}{theirs:9.4f}{chosen:9}{other:6}")
+    row = f"{case:42}{differences.max():10.1e}{rounding.max():10.1e}{(differences > WITHIN).sum():5}"
+    table.append(f"{row}{rounded:11.4f}{theirs:9.4f}{chosen:9}{other:6}")
     assert margin <= MARGIN
     for name in scored:
         assert compare_choices(tmp_path / f"{name}-4.h5", reference)[2] <= MARGIN
-    assert largest <= (WITHIN_OUTLIERS if case.startswith(DELTA_RULE) else WITHIN)
-    assert all((difference > WITHIN).sum() <= OUTLIERS for difference in differences)
+    assert (differences <= np.maximum(WITHIN, ROUNDINGS * rounding)).all()
     assert rounded <= BFLOAT16_SHARE * theirs
     for others_of_same_bits in others[:2]:
         np.testing.assert_array_equal(others_of_same_bits, alone)

@@ -40,7 +40,7 @@ def test_recorded_values_are_those_of_transformers(case: str, tmp_path: Path) ->
     families.write_checkpoint(tmp_path / "hub", case)
     convert(tmp_path / "hub", tmp_path / "model.h5")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"tokens": prompt}) + "\n" for prompt in tokens))
-    states, logprobs = reference(tmp_path / "hub", case, tokens)
+    states, logprobs = reference(tmp_path / "hub", tokens)
     for ranks, stages in ((1, 1), (4, 2)):
         job = tmp_path / f"job-{ranks}.toml"
         job.write_text(JOB.format(ranks=ranks, stages=stages, top=TOP, layers=list(range(len(states[0])))))
@@ -57,9 +57,9 @@ def test_recorded_values_are_those_of_transformers(case: str, tmp_path: Path) ->
                 assert result.routing is None or (result.routing >= 0).all()
 
 
-def reference(folder: Path, case: str, prompts: list[list[int]]) -> tuple[list[list[np.ndarray]], list[np.ndarray]]:
+def reference(folder: Path, prompts: list[list[int]]) -> tuple[list[list[np.ndarray]], list[np.ndarray]]:
     """The states behind each layer, the last behind the final norm, and log-probabilities of the computed tokens."""
-    model = families._class_of(families.CASES[case][0]).from_pretrained(folder, dtype=torch.float32).eval()
+    model = families.load(folder, torch.float32)
     states, logprobs = [], []
     for prompt in prompts:
         with torch.no_grad():
