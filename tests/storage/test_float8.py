@@ -162,4 +162,7 @@ def test_a_wrapper_may_have_the_quantization_outside(tmp_path):
     eight, sixteen = quantized(bfloat16_tensors(values), (ROWS, COLUMNS), "_scale_inv")
     outer = {"model_type": "any", "text_config": values, "quantization_config": BLOCKS}
     wrapped = {f"language_model.{name}": one for name, one in eight.items()}
-    assert converted(tmp_path / "eight", outer, wrapped) == converted(tmp_path / "sixteen", values, sixteen)
+    expected = converted(tmp_path / "sixteen", values, sixteen)
+    assert converted(tmp_path / "eight", outer, wrapped) == expected
+    inner = values | {"quantization_config": {"quant_method": "gptq"}}  # of the model that was quantized again
+    assert converted(tmp_path / "again", outer | {"text_config": inner}, wrapped) == expected

@@ -1,6 +1,9 @@
 """Checkpoints as the hub has them: tensors that are computed, tied, fused or wrapped, and downloads that failed."""
 
 import json
+import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from moempi.storage.convert import convert
 from moempi.storage.weights import WeightFile
 from storage.checkpoints import QWEN3_MOE, write_checkpoint, write_safetensors
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 DEEPSEEK = DEEPSEEK_V3 | {"quantization_config": None}
@@ -355,6 +359,43 @@ def test_fused_inputs_of_qwen3_next_are_taken_apart_by_key_head(tmp_path):
 def test_tensors_of_a_delta_rule_that_do_not_fit_are_refused_by_name(tmp_path, changes, message):
     qwen3_next(tmp_path / "hub", **{name: ("BF16", np.zeros(shape, "<u2")) for name, shape in changes.items()})
     with pytest.raises(DataError, match=f"{DELTA}.{next(iter(changes))}: {message}"):
+        convert(tmp_path / "hub", tmp_path / "model.h5")
+
+
+@pytest.mark.parametrize("values", [DEEPSEEK, hub_models.GLM_45, hub_models.GLM_47_FLASH, hub_models.HY3])
+def test_as_many_layers_are_left_out_as_the_configuration_says_predict_further_tokens(tmp_path, values):
+    values = small(values)
+    tensors, last = bfloat16_tensors(values), values["num_hidden_layers"]
+
+    def with_layer(layer, said):
+        more = {f"model.layers.{layer}.enorm.weight": ("BF16", np.zeros(16, "<u2"))}
+        return converted(tmp_path / "hub", values | {"num_nextn_predict_layers": said}, tensors | more)
+
+    assert with_layer(last, 1) == with_layer(last + 1, 2) == converted(tmp_path / "less", values, tensors)
+    for layer, said in ((last, 0), (last, None), (last + 1, 1)):
+        with pytest.raises(DataError, match=f"model.layers.{layer}.enorm.weight: is not a tensor of this"):
+            with_layer(layer, said)
+
+
+def test_infinity_in_a_configuration_is_read_as_python_writes_it(tmp_path):
+    folder = shutil.copytree(FIXTURES / "nemotron_h", tmp_path / "hub")
+    values = json.loads((folder / "config.json").read_text())
+
+    def with_limit(limit):
+        (folder / "config.json").write_text(json.dumps(values | {"time_step_limit": limit}))
+        convert(folder, folder / "model.h5")
+        return (folder / "model.h5").read_bytes()
+
+    assert with_limit([0.0, math.inf]) == with_limit(None)
+    for other in (math.nan, -math.inf):
+        with pytest.raises(DataError, match=r"time_step_limit = .* is not supported"):
+            with_limit([0.0, other])
+
+
+def test_an_adapter_in_the_folder_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "hub")
+    (tmp_path / "hub/adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    with pytest.raises(DataError, match=r"adapter_config.json: the folder has an adapter \(LoRA\)"):
         convert(tmp_path / "hub", tmp_path / "model.h5")
 
 

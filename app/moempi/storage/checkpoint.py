@@ -1,5 +1,6 @@
 """A checkpoint folder in the hub's format: config.json, tokenizer.json, safetensors files. All content is untrusted."""
 
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
 MAX_METADATA_BYTES = 1 << 28
 HEADER_LENGTH_BYTES = 8
 MAX_BEGIN_BYTES = 64
@@ -126,6 +128,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise NoInputError(
             f"{folder}: is not a folder with a checkpoint (config.json, *.safetensors){where_to_get(folder)}"
         )
+    if _is_named(folder / ADAPTER_FILE):
+        raise DataError(
+            f"{folder / ADAPTER_FILE}: the folder has an adapter (LoRA), which would not be applied; "
+            f"merge it into the weights, or move it away"
+        )
     config = _with_quantization(_read_object(folder / "config.json"), _read_optional(folder / "hf_quant_config.json"))
     tokenizer_config = _read_optional(folder / "special_tokens_map.json")
     tokenizer_config |= _read_optional(folder / "tokenizer_config.json")
@@ -157,9 +164,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     content = read_input(path, limit=MAX_METADATA_BYTES, too_long=DataError)
     refuse_placeholder(path, content)
     try:
+        if b"Infinity" in content or b"NaN" in content:
+            content = _without_constants(content)
         return msgspec.json.decode(content, type=dict[str, Any])
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON object: {error}") from error
+
+
+def _without_constants(content: bytes) -> bytes:
+    """JSON in which NaN and Infinity, which Python writes though JSON lacks them, are objects as in transformers 5."""
+    return msgspec.json.encode(json.loads(content, parse_constant=lambda name: {"__float__": name}))
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

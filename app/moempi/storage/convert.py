@@ -16,6 +16,7 @@ from moempi.config.families import (
     Rows,
     Sources,
     checkpoint_family,
+    checkpoint_predicting_layers,
     checkpoint_quantization,
     is_other_part,
     part_name,
@@ -102,16 +103,18 @@ class _ConversionPlan:
             raise DataError(f"{checkpoint.config_path}: asks for more layers than the files have tensors")
         self._table = TensorTable(checkpoint.folder, tensors)
         self._architecture = architecture
-        self._quantization = checkpoint_quantization(checkpoint.config, origin=str(checkpoint.config_path))
-        names = checkpoint_family(checkpoint.config, origin=str(checkpoint.config_path))
+        origin = str(checkpoint.config_path)
+        self._quantization = checkpoint_quantization(checkpoint.config, origin=origin)
+        names = checkpoint_family(checkpoint.config, origin=origin)
         self.sources = {
             tensor: tuple(self._checked(source, tensor) for source in self._sources(self._names(names, tensor), tensor))
             for tensor in catalogue(architecture)
         }
         if architecture.tied_embeddings:
             self._require_same_head(names, next(iter(self.sources)))
+        predicting = checkpoint_predicting_layers(checkpoint.config, architecture.num_layers, origin=origin)
         for name, extra in self._table.unused():
-            if not names.leaves_out(name, num_layers=architecture.num_layers) and not self._is_no_bias(name, extra):
+            if not names.leaves_out(name, predicting=predicting) and not self._is_no_bias(name, extra):
                 raise DataError(f"{extra.path}: {extra.name}: is not a tensor of this {architecture.family} model")
 
     def _names(self, names: Family, tensor: Tensor) -> Sources:

@@ -9,7 +9,7 @@ from moempi.config.architecture import Architecture
 from moempi.config.families._family import Family, Fused, OnePlus, Rows, Sources
 from moempi.config.families._harmless import HARMLESS
 from moempi.config.families._quantization import Quantization, part_name, read_quantization
-from moempi.config.families._reading import CheckpointConfig
+from moempi.config.families._reading import CheckpointConfig, num_predicting_layers
 from moempi.config.families._wrapper import is_other_part, language_model, plain_name
 from moempi.config.families.deepseek_v2 import DEEPSEEK_V2
 from moempi.config.families.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
@@ -103,6 +103,12 @@ def checkpoint_quantization(values: Mapping[str, Any], *, origin: str) -> Quanti
     return read_quantization(config, found.quantizations)
 
 
+def checkpoint_predicting_layers(values: Mapping[str, Any], num_layers: int, *, origin: str) -> range:
+    """The layers behind `num_layers` that predict further tokens, by a decoded config.json; raises DataError."""
+    config = _language_model(values, {}, origin=origin)[1]
+    return range(num_layers, num_layers + num_predicting_layers(config))
+
+
 def _language_model(
     values: Mapping[str, Any], generation: Mapping[str, Any], *, origin: str
 ) -> tuple[Family, CheckpointConfig]:
@@ -120,6 +126,7 @@ __all__ = [
     "Rows",
     "Sources",
     "checkpoint_family",
+    "checkpoint_predicting_layers",
     "checkpoint_quantization",
     "is_other_part",
     "part_name",

@@ -172,6 +172,11 @@ def num_layers(config: CheckpointConfig) -> int:
     return number
 
 
+def num_predicting_layers(config: CheckpointConfig) -> int:
+    """How many layers after the model's predict further tokens."""
+    return sum(config.integer(key) for key in ("num_nextn_predict_layers", "num_mtp_modules") if config.has(key))
+
+
 def head_dim(config: CheckpointConfig) -> int:
     """Size of a head: `head_dim`, or width / heads for checkpoints without the key."""
     if config.has("head_dim"):

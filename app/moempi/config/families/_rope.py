@@ -15,6 +15,7 @@ _NAMED = ("rope_theta", "rope_type", "type")
 _KINDS = ("default", "yarn", "longrope", "linear", "dynamic", "llama3")
 _YARN_AMPLITUDE = ("attention_factor", "mscale", "mscale_all_dim")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_SECTIONS = ("mrope_section", "mrope_interleaved")  # of positions in images; a text has one position
 _LONGROPE = ("short_factor", "long_factor", "short_mscale", "long_mscale", "original_max_position_embeddings")
 
 
@@ -83,7 +84,10 @@ def yarn_magnitude(factor: float, mscale: float) -> float:
 def _scaled(config: CheckpointConfig, scaling: CheckpointConfig | None, *, theta: float, dim: int) -> dict[str, Any]:
     """The fields of Rope that a type other than default has."""
     kind = rope_kind(scaling)
-    if scaling is None or kind == "default":
+    if scaling is None:
+        return {}
+    if kind == "default":  # may keep the numbers of a scaled one, which then say nothing
+        scaling.only(*_ALWAYS, *_YARN, *_YARN_AMPLITUDE, *_LLAMA3, *_LONGROPE, *_SECTIONS)
         return {}
     if kind == "yarn":
         return {"amplitude": _yarn_amplitude(scaling), "yarn": _yarn(scaling)}

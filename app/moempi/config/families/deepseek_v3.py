@@ -15,5 +15,5 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     return deepseek(config, "deepseek_v3", router=corrected_router(config))
 
 
-DEEPSEEK_V3 = Family(model_type="deepseek_v3", architecture=_architecture, names=DEEPSEEK_NAMES, more_layers=True)
+DEEPSEEK_V3 = Family(model_type="deepseek_v3", architecture=_architecture, names=DEEPSEEK_NAMES)
 KIMI_K2 = replace(DEEPSEEK_V3, model_type="kimi_k2")

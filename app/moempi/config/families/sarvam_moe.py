@@ -63,5 +63,4 @@ SARVAM_MOE = Family(
     architecture=_architecture,
     names=DECODER_NAMES | _HUB,
     fused_names=FUSED_NAMES | {name: DECODER_NAMES[name] for name in _HUB},
-    more_layers=True,
 )

@@ -22,4 +22,4 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     )
 
 
-SOLAR_OPEN = Family(model_type="solar_open", architecture=_architecture, names=DECODER_NAMES, more_layers=True)
+SOLAR_OPEN = Family(model_type="solar_open", architecture=_architecture, names=DECODER_NAMES)
