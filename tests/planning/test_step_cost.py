@@ -74,7 +74,7 @@ def test_two_hops_send_a_row_once_to_each_distinct_node():
     phases = by_phase(costs(hops=2).step(range(30, 32), StepLoad(rows, 1, 1), is_first=False, is_last=False), 31)
     share = 1 - comb(56, TOP_K) / comb(64, TOP_K)
     assert pytest.approx(66.5, rel=0.01) == 7 * share * 2 * WIDTH / 1024  # KiB a token between nodes
-    (_, there, inside), (inside_back, back) = phases["dispatch"].transmissions, phases["combine"].transmissions
+    (there, inside), (inside_back, back) = phases["dispatch"].transmissions, phases["combine"].transmissions
     across, choices = (rows * 7 * share * num_bytes / NETWORK for num_bytes in (2 * WIDTH, 8 * TOP_K))
     assert there.link_s == pytest.approx(across + choices)
     assert back.link_s == pytest.approx(across)

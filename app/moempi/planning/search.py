@@ -19,7 +19,7 @@ from moempi.planning.workload import Workload
 
 GAIN = 0.005
 """A candidate is simulated if its bound is better than the best by more than this share."""
-PATIENCE = 20
+PATIENCE = 30
 """Candidates that are tried in a row without a better one, if not all are."""
 FRONT_STEP = 0.2
 """The least share by which the latency decreases from a row of the Pareto front to the next."""

@@ -154,7 +154,7 @@ class StepCosts:
     def _mixture_of_experts(self, layer: int, attention_s: float, load: StepLoad) -> Iterator[Phase]:
         """The phases of an exchange: computation up to each, and its transfer.
 
-        In two hops, choices and the counts inside the node travel beside the rows across nodes.
+        Counts travel beside the rows; in two hops, choices and then the counts inside the node do, too.
         """
         own = load.rows / self.tensor
         routing_s = attention_s + self._products(layer, "router", own) + self._products(layer, "latent/down", own)
@@ -163,13 +163,15 @@ class StepCosts:
         counts, busiest = self._collective(COUNT_BYTES), self._busiest(layer, load)
         if self.hops == 1:
             rows = self._one_hop(own, busiest)
-            dispatch, combine = [counts, rows], [rows]
+            dispatch = [Transmission(rows.link_s, larger(rows.latency_s, counts.latency_s))]
+            combine = [rows]
         else:
             reach = larger(1.0, load.routed[layer].node_tokens) if layer in load.routed else busiest
             across, inside = self._across_nodes(own, reach), self._inside_node(own, busiest)
             choices = self._across_nodes(own, reach, row_bytes=CHOICE_BYTES * self._top_k)
-            latency_s = larger(across.latency_s, choices.latency_s + counts.latency_s)
-            dispatch = [counts, Transmission(choices.link_s + across.link_s, latency_s), inside]
+            planned_s = larger(choices.latency_s, counts.latency_s) + counts.latency_s
+            latency_s = larger(across.latency_s, planned_s)
+            dispatch = [Transmission(choices.link_s + across.link_s, latency_s), inside]
             combine = [inside, across]
         yield Phase(Point(layer, DISPATCH), routing_s, dispatch, beside_s=shared_s)
         yield Phase(Point(layer, COMBINE), experts_s, combine)
