@@ -15,6 +15,7 @@ from mpi4py import MPI
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.hop import Hop
+from moempi.comm.output_norms import OnNorms, norms_of
 from moempi.comm.route_plan import GroupedChoices, RoutePlan, make_plan, rows_by_rank
 from moempi.comm.transfers import IDLE, Steps, Transfer, Wait, Waits, downloaded
 from moempi.layout.placement import Placement
@@ -34,8 +35,6 @@ class Route:
 
 
 OnRoute = Callable[[Route], None]
-OnOutputs = Callable[[Array, Array], None]
-"""Called with received rows and the index (T, K) of each choice's output among them."""
 
 
 class Dispatched(NamedTuple):
@@ -71,16 +70,13 @@ class Exchange(ABC):
             layer: placement.physical_ids(hop.comm.rank, topology) for layer, placement in placements.items()
         }
         self._on_route = on_route
-        self._on_outputs: OnOutputs | None = None
+        self._on_norms: OnNorms | None = None
         in_order = {layer: (tuple(range(placement.num_experts)),) for layer, placement in placements.items()}
         self._alone = {layer for layer, placement in placements.items() if placement.hosted == in_order[layer]}
 
-    def observe_outputs(self, on_outputs: OnOutputs) -> None:
-        """Call `on_outputs` with the outputs that return to this rank in each layer, before they are added up.
-
-        Only one hop brings them all.
-        """
-        self._on_outputs = on_outputs
+    def observe_norms(self, on_norms: OnNorms) -> None:
+        """Call `on_norms` with the norms of the outputs that are combined on this rank, in each layer."""
+        self._on_norms = on_norms
 
     def dispatch(self, x: Array, route: Route) -> Waits[Dispatched]:
         """Send each row of x (T, D) to the K experts of its route."""
@@ -100,7 +96,7 @@ class Exchange(ABC):
 
     def keeps_rows(self, layer: int) -> bool:
         """Whether this rank alone hosts the experts of a layer, in order, and nobody observes their outputs."""
-        return layer in self._alone and self._on_outputs is None
+        return layer in self._alone and self._on_norms is None
 
     def pass_over(self, route: Route) -> Waits[None]:
         """Pass the last point of a layer whose rows stay on this rank, and whose choices are in `expert_load`."""
@@ -156,7 +152,13 @@ class OneHop(Exchange):
     def combine_steps(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Steps[Array]:
         """Send outputs back to the ranks that dispatched their rows, and add them up there."""
         receipt = yield from self._hop.exchange_steps(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
-        return self._hop.combine(receipt, plan.output_rows, plan.weights, addends, on_outputs=self._on_outputs)
+        on_norms, backend = self._on_norms, self._hop.backend
+
+        def on_outputs(rows: Array, output_rows: Array) -> None:
+            if on_norms is not None:
+                on_norms(norms_of(backend, rows, output_rows))
+
+        return self._hop.combine(receipt, plan.output_rows, plan.weights, addends, on_outputs=on_outputs)
 
     def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
         """Start to exchange counts; the transfer's value is the plan of these choices. Collective, does not block."""

@@ -77,7 +77,7 @@ class Hop:
         weights: Array,
         addends: Sequence[Array] = (),
         *,
-        on_outputs: Callable[[Array, Array], None] | None = None,
+        on_outputs: Callable[[Array, Array], None] = lambda rows, output_rows: None,
     ) -> Array:
         """Weighted sums (T, D) of the received rows output_rows (T, K), in slot order, plus the addends (T, D).
 
@@ -85,8 +85,7 @@ class Hop:
         """
         buffer, rows = receipt.rows()
         received, index = buffer.view(self.backend.row_dtype), _compose(rows, output_rows)
-        if on_outputs is not None:
-            on_outputs(received, index)
+        on_outputs(received, index)
         combined = self.backend.combine(received, index, weights, addends)
         receipt.release()
         return combined

@@ -16,6 +16,7 @@ from moempi.arrays import Float32Array, Int32Array, IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.batch import NO_STEP, NONE, Batch
 from moempi.comm.combine import Addends
+from moempi.comm.output_norms import OnLateNorms, row_norms
 from moempi.comm.rank_groups import LinkComm
 from moempi.comm.route_plan import RoutePlan
 from moempi.comm.row_shape import RowShape
@@ -77,6 +78,7 @@ class ImmediateLink(StageLink):
     ) -> None:
         super().__init__(comm, grid, backend, transfers=transfers, shape=shape)
         self._stage = stage
+        self._on_norms: OnLateNorms | None = None
         self.sends_immediate = self._coords.stage in immediate_stages
         self._receives_immediate = self._coords.stage - 1 in immediate_stages
         allocate = partial(backend.comm_buffer, width=shape.width)
@@ -87,7 +89,22 @@ class ImmediateLink(StageLink):
     def combine(self, batch: Batch, split: RowSplit) -> "ImmediateCombine":
         """The end of the stage's last layer in one step."""
         own = split.indices[self._coords.tensor]
-        return ImmediateCombine(self, self._stage, self._backend, owners=self.owners(batch), own=own)
+        return ImmediateCombine(
+            self, self._stage, self._backend, owners=self.owners(batch), own=own, on_norms=self._on_norms
+        )
+
+    def observe_norms(self, on_norms: OnLateNorms) -> None:
+        """Call `on_norms` with a transfer of the norms of the outputs for this rank's rows, in each step."""
+        self._on_norms = on_norms
+
+    def start_norms(self, norms: Float32Array, plan: RoutePlan) -> Transfer[Float32Array]:
+        """Start to return norms (N,), ordered by home rank; the value is this rank's (T, K). Collective."""
+        return self._transfers.start(self._norm_steps(norms, plan, self._backend.download(plan.output_rows)))
+
+    def _norm_steps(self, norms: Float32Array, plan: RoutePlan, output_rows: IntArray) -> Steps[Float32Array]:
+        returning = self._stage.ialltoallv(norms.view(np.int32), plan.recv_counts, plan.send_counts)
+        yield returning
+        return returning.finish().view(np.float32)[output_rows]
 
     def stop(self) -> None:
         if self.sends_immediate:
@@ -170,11 +187,20 @@ class ImmediateCombine:
     """The outputs are sent to the owners of their rows.
 
     `owners` are the owners of the rows of this rank's group, `own` (n,) the indices of this rank's rows in the batch.
+    The outputs' norms return to the home ranks, if `on_norms` takes them.
     """
 
     def __init__(
-        self, link: ImmediateLink, stage: StageComm, backend: Backend, *, owners: Sequence[Owner], own: IntArray
+        self,
+        link: ImmediateLink,
+        stage: StageComm,
+        backend: Backend,
+        *,
+        owners: Sequence[Owner],
+        own: IntArray,
+        on_norms: OnLateNorms | None = None,
     ) -> None:
+        self._on_norms = on_norms
         self._link = link
         self._stage = stage
         self._backend = backend
@@ -218,6 +244,9 @@ class ImmediateCombine:
         owners = self._output_owners.finish()
         index = np.arange(len(owners)) if plan.by_source is None else plan.by_source
         self._link.send_to_owners(outputs, index, owners, OUTPUTS)
+        if self._on_norms is not None:
+            norms = row_norms(self._backend, outputs)[index]
+            self._on_norms(self._link.start_norms(norms, plan))
         return outputs[:0]
 
 

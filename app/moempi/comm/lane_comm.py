@@ -10,6 +10,7 @@ from moempi.comm.combine import Combine, HomeCombine
 from moempi.comm.exchange import Exchange, OneHop, OnRoute
 from moempi.comm.hop import Hop
 from moempi.comm.immediate import ImmediateLink
+from moempi.comm.output_norms import OnLateNorms, OnNorms
 from moempi.comm.rank_groups import RankGroups
 from moempi.comm.row_shape import RowShape
 from moempi.comm.stage_comm import StageComm
@@ -52,6 +53,15 @@ class LaneComm:
         self.exchange.free()
         for comm in self.comms:
             comm.Free()
+
+    def observe_norms(self, on_norms: OnNorms, on_late_norms: OnLateNorms) -> None:
+        """Call one of these with the norms of the outputs for this rank's rows, in each layer in order.
+
+        It is `on_late_norms` in a last layer whose outputs go to the next stage.
+        """
+        self.exchange.observe_norms(on_norms)
+        if self.immediate is not None:
+            self.immediate.observe_norms(on_late_norms)
 
     def last_combine(self, batch: Batch, split: RowSplit) -> Combine:
         """The end of the stage's last layer in one step."""

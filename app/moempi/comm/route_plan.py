@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moempi.arrays import IntArray
+from moempi.arrays import BoolArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class TwoHopPlan:
 
     `send_counts` and `recv_counts` (R,) are the rows that are sent to and from each rank across nodes. `output_rows`
     (T, N) is the index among the returned rows of the row from each node of a token, `present` (T, N) is 1, or 0 if the
-    token has fewer nodes.
+    token has fewer nodes. The sent rows are of `tokens` (P,); `chosen` (M, K) are the choices of the received rows that
+    are on this node.
     """
 
     layer: int
@@ -69,6 +70,8 @@ class TwoHopPlan:
     output_rows: Any
     present: Any
     inside: RoutePlan
+    tokens: IntArray
+    chosen: BoolArray
 
     @property
     def expert_counts(self) -> IntArray:

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from mpi4py import MPI
 
-from moempi.arrays import IntArray
+from moempi.arrays import Float32Array, IntArray
 from moempi.backend.protocol import Array
 from moempi.comm.exchange import Dispatched, Exchange, OneHop, OnRoute, Route, pick_replicas
 from moempi.comm.hop import Hop
+from moempi.comm.output_norms import OnNorms
 from moempi.comm.route_plan import GroupedChoices, RoutePlan, TwoHopPlan, rows_by_rank
 from moempi.comm.transfers import IDLE, Steps, Transfer, complete, downloaded
 from moempi.comm.transports.base import Transport
@@ -46,6 +48,7 @@ class TwoHops(Exchange):
         super().__init__(across, placements, topology, on_route=on_route)
         self._choices = choices
         self._inside = inside
+        self._of_forwarder: list[Float32Array] = []
         self._forwarders = Forwarders(topology.nodes, across.comm.rank)
         nodes = np.array(topology.nodes)
         self._node_of_physical = {layer: nodes[placement.ranks] for layer, placement in placements.items()}
@@ -72,7 +75,8 @@ class TwoHops(Exchange):
         receiving = self._hop.transfers.start(self._hop.receive_steps(sending, recv_counts))
         choices = self._receive_choices(recv_counts, physical.shape[1])
         yield choices
-        planning = self._plan_inside(layer, choices.finish())
+        received = choices.finish()
+        planning = self._plan_inside(layer, received)
         yield planning
         plan = TwoHopPlan(
             layer=layer,
@@ -81,6 +85,8 @@ class TwoHops(Exchange):
             output_rows=backend.upload(pairs.pairs),
             present=backend.upload(pairs.present),
             inside=planning.finish(),
+            tokens=pairs.tokens,
+            chosen=received[:, 0] != ABSENT,
         )
         yield receiving
         rows = self._hop.unpack(receiving.finish(), None)
@@ -89,8 +95,30 @@ class TwoHops(Exchange):
     def combine_steps(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array] = ()) -> Steps[Array]:
         """Combine inside the node, then across the nodes."""
         rows = yield from self._inside.combine_steps(outputs, plan.inside)
+        if self._on_norms is not None:
+            self._on_norms((yield from self._norm_steps(plan, len(plan.output_rows))))
         receipt = yield from self._hop.exchange_steps(rows, None, plan.recv_counts, plan.send_counts)
         return self._hop.combine(receipt, plan.output_rows, plan.present, addends)
+
+    def observe_norms(self, on_norms: OnNorms) -> None:
+        """See the base class; a forwarder has the norms of its node's experts, and sends them to the home ranks."""
+        super().observe_norms(on_norms)
+        self._inside.observe_norms(self._of_forwarder.append)
+
+    def _norm_steps(self, plan: TwoHopPlan, num_tokens: int) -> Steps[Float32Array]:
+        """Return the norms that this forwarder has; the value is the norms (T, K) of this rank's tokens."""
+        in_slots, (of_forwarder,) = np.zeros(plan.chosen.shape, np.float32), self._of_forwarder
+        self._of_forwarder.clear()
+        num_chosen = plan.chosen.sum(axis=1, keepdims=True)
+        in_slots[plan.chosen] = of_forwarder[np.arange(plan.chosen.shape[1]) < num_chosen]
+        top_k = plan.chosen.shape[1]
+        incoming = np.empty((int(plan.send_counts.sum()), top_k), np.float32)
+        yield self._hop.comm.Ialltoallv(
+            [in_slots, plan.recv_counts * top_k, MPI.FLOAT], [incoming, plan.send_counts * top_k, MPI.FLOAT]
+        )
+        norms = np.zeros((num_tokens, top_k), np.float32)
+        np.add.at(norms, plan.tokens, incoming)  # of each choice one node has the norm, the others 0
+        return norms
 
     def _send_counts(self, pairs: NodeTransfers) -> IntArray:
         """The rows to each rank (R,)."""

@@ -1,9 +1,11 @@
 """What a lane records at the positions that it computes: one record a step and table, in the rank's journal."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -11,6 +13,7 @@ from moempi.arrays import Float32Array, IntArray, narrow, widen
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.exchange import Route
+from moempi.comm.transfers import Transfer
 from moempi.config.job import TraceSection
 from moempi.config.traces import expert_type, hidden_layers
 from moempi.model.norm import Norm
@@ -67,7 +70,8 @@ class LaneTrace:
     """Collects what the rank `rank` records of one lane's current step.
 
     The routing of a step is written when the last of its layers is routed, hidden states when it ends: before any
-    request of that step can finish, unless its rows are sent on by immediate routing.
+    request of that step can finish, unless its rows are sent on by immediate routing. Norms that return after the step
+    are written with its routing, in a later step or by `flush`.
     """
 
     def __init__(
@@ -90,9 +94,13 @@ class LaneTrace:
         self._routes: list[Route] = []
         self._states: list[Array] = []
         self._norms: list[Float32Array] = []
+        self._late_norms: Transfer[Float32Array] | None = None
+        self._unwritten: deque[tuple[TraceRecord, list[Float32Array], Transfer[Float32Array]]] = deque()
 
     def begin_step(self, batch: Batch, rows: IntArray) -> None:
         """Begin a step that computes these rows (T,) of the batch."""
+        while self._unwritten and self._unwritten[0][2].Test():
+            self._write_late()
         self._step += self._steps.stride
         self._in_step = True
         self._requests = np.repeat(batch.requests, batch.lengths)[rows].astype(np.int64, copy=False)
@@ -111,26 +119,41 @@ class LaneTrace:
         if route.layer == self._plan.routed[-1] and not self._plan.section.statistics:
             self._write_routing()
 
-    def add_outputs(self, rows: Array, output_rows: Array) -> None:
-        """Add the norms of the outputs rows[output_rows] (T, K, D) of one layer's chosen experts, in order of layers.
-
-        Outside a step do nothing. Blocks the host to download the outputs.
-        """
+    def add_norms(self, norms: Float32Array) -> None:
+        """Add the norms (T, K) of one layer's chosen outputs, in order of layers. Outside a step do nothing."""
         if self._in_step:
-            backend, shape = self._backend, output_rows.shape
-            found = backend.download(backend.unpack(rows, output_rows.reshape(-1)))
-            values = widen(found) if found.dtype == np.uint16 else found
-            self._norms.append(np.sqrt(np.square(values).sum(axis=1)).reshape(shape))
+            self._norms.append(norms)
+
+    def add_late_norms(self, norms: Transfer[Float32Array]) -> None:
+        """Add the norms of the step's last layer, which may return after the step."""
+        if self._in_step:
+            self._late_norms = norms
+
+    def flush(self) -> None:
+        """Write the routing of steps whose norms returned later; blocks until they have, on all ranks of the stage."""
+        while self._unwritten:
+            self._write_late()
 
     def _write_routing(self) -> None:
         """Write the routes of the step, with the norms of the experts' outputs if they are recorded."""
         columns = self._routing(self._routes)
-        if self._norms:
-            columns["norms"] = np.stack(self._norms)
-        self._routes, self._norms = [], []
+        norms, late, self._routes, self._norms, self._late_norms = self._norms, self._late_norms, [], [], None
+        everything = np.arange(len(self._positions))
+        if late is not None:
+            record = self._record("routing", self._plan.routed, everything, columns)
+            self._unwritten.append((record, norms, late))
+            return
+        if norms:
+            columns["norms"] = np.stack(norms)
         if len(self._positions):
-            everything = np.arange(len(self._positions))
             self._write(self._record("routing", self._plan.routed, everything, columns))
+
+    def _write_late(self) -> None:
+        """Write the first of the records that wait for norms, once these have returned."""
+        record, norms, late = self._unwritten.popleft()
+        whole = np.stack([*norms, late.finish()])
+        if len(record.requests):
+            self._write(msgspec.structs.replace(record, columns=record.columns | {"norms": whole}))
 
     def add_hidden(self, layer: int, sublayer: str, x: Array) -> None:
         """Add the rows x (T, D) behind a layer's `sublayer`, if they are recorded. Does not block the host."""

@@ -64,6 +64,8 @@ class Lanes:
             micro_batches.drain(lanes[0].accept)
         for lane in lanes:
             lane.policy.flush()
+            if lane.trace is not None:
+                lane.trace.flush()
         return time.perf_counter() - begin
 
     def busy_s(self) -> float:
@@ -117,7 +119,7 @@ def make_lanes(
     ]
     for comm, trace in zip(comms, traces, strict=True):
         if trace is not None and job.trace.statistics:
-            comm.exchange.observe_outputs(trace.add_outputs)
+            comm.observe_norms(trace.add_norms, trace.add_late_norms)
     balance = make_balance(job.balance, comms, context.model.architecture, rank_layout.stage.layers)
     policies = balance.policies if balance else _replay_policies(rank_layout, context, replay, num_lanes=len(comms))
     lanes = [

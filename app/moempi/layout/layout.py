@@ -197,11 +197,6 @@ def _require_traceable(job: Job, architecture: Architecture) -> None:
     if max(trace.hidden, default=0) >= architecture.num_layers:
         found = f"the model has no layer {max(trace.hidden)}, its {architecture.num_layers} layers count from 0"
         raise ConfigError(f"trace.hidden: {found}")
-    if trace.statistics and (job.exchange.hops > 1 or job.exchange.immediate):
-        raise ConfigError(
-            "trace.statistics: needs each expert's output at the token's home rank; use exchange.hops = 1 and "
-            "exchange.immediate = false"
-        )
     if trace.hidden and trace.hidden_positions == "output" and job.task == "score":
         raise ConfigError('trace.hidden_positions = "output": a scored prompt has no output; use "all" or "last"')
 
