@@ -43,9 +43,13 @@ def route_of(layer, num_rows, step=0):
     return Route(layer, experts.astype(np.int64), experts / 2)
 
 
+def begin_step(trace, batch, rows):
+    trace.begin_step(batch, rows, np.repeat(batch.requests, batch.lengths)[rows], batch.positions[rows])
+
+
 def take_step(trace, batch, rows=None, *, step=0):
     rows = np.arange(batch.num_rows) if rows is None else np.array(rows, np.int64)
-    trace.begin_step(batch, rows)
+    begin_step(trace, batch, rows)
     for layer in LAYERS:
         trace.add_route(route_of(layer, len(rows), step))
 
@@ -83,7 +87,7 @@ def test_a_part_of_the_rows_is_recorded_with_its_own_requests_and_positions():
 def test_a_step_is_written_once_its_last_layer_is_routed_and_not_before():
     written = []
     trace = trace_of(written.append)
-    trace.begin_step(TWO, np.arange(5))
+    begin_step(trace, TWO, np.arange(5))
     trace.add_route(route_of(1, 5))
     assert written == []
     trace.add_route(route_of(4, 5))
@@ -94,7 +98,7 @@ def test_a_stage_of_one_routed_layer_writes_with_each_route():
     written = []
     trace = trace_of(written.append, layers=(4,))
     for _ in range(2):
-        trace.begin_step(TWO, np.arange(5))
+        begin_step(trace, TWO, np.arange(5))
         trace.add_route(route_of(4, 5))
     assert [(record.step, record.layers, len(record.columns["experts"])) for record in written] == [
         (0, (4,), 1),

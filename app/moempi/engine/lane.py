@@ -129,13 +129,13 @@ class Lane:
 
     def _compute(self, batch: Batch, split: RowSplit, rows: Array) -> Waits[Array]:
         """Compute the stage's layers; this rank's rows."""
-        part, model, trace = self.comm.tensor.part, self.context.model, self.trace
+        model, trace, own = self.context.model, self.trace, split.indices[self.comm.tensor.part]
+        requests, positions = np.repeat(batch.requests, batch.lengths)[own], batch.positions[own]
         if trace is not None:
-            trace.begin_step(batch, split.indices[part])
-        own = split.indices[part]
-        self.policy.begin_step(np.repeat(batch.requests, batch.lengths)[own], batch.positions[own])
+            trace.begin_step(batch, own, requests, positions)
+        self.policy.begin_step(requests, positions)
         last_combine = self.comm.last_combine(batch, split)
-        hooks = {} if trace is None else {"on_hidden": trace.add_hidden}
+        hooks = {"on_hidden": trace.add_hidden} if trace is not None and trace.records_hidden else {}
         x = yield from model.forward(batch, split, rows, self.comm, self.policy, last_combine, **hooks)
         if trace is not None:
             trace.end_step()
@@ -156,11 +156,12 @@ class Lane:
         own = rows_of_part[tensor.part]
         rows = model.backend.take_rows(x, np.searchsorted(split.indices[tensor.part], batch.logit_rows[own]))
         requests, counts = batch.logit_requests[own], list(map(len, rows_of_part))
-        of_rows = np.repeat(batch.requests, batch.lengths)[batch.logit_rows[own]]
-        positions = batch.positions[batch.logit_rows[own]] + 1
 
         def record(rows: slice, tables: Tables) -> None:
-            self.context.recorder.record_rows(of_rows[rows], positions[rows], tables)
+            if tables:
+                numbers = batch.logit_rows[own][rows]
+                of_rows = np.repeat(batch.requests, batch.lengths)[numbers]
+                self.context.recorder.record_rows(of_rows, batch.positions[numbers] + 1, tables)
 
         task = self.context.task
         sampled = yield from task.sample(model.head, tensor, rows, requests, counts=counts, record=record)

@@ -97,14 +97,18 @@ class LaneTrace:
         self._late_norms: Transfer[Float32Array] | None = None
         self._unwritten: deque[tuple[TraceRecord, list[Float32Array], Transfer[Float32Array]]] = deque()
 
-    def begin_step(self, batch: Batch, rows: IntArray) -> None:
-        """Begin a step that computes these rows (T,) of the batch."""
+    @property
+    def records_hidden(self) -> bool:
+        """Whether `add_hidden` has to be called."""
+        return bool(self._plan.hidden)
+
+    def begin_step(self, batch: Batch, rows: IntArray, requests: IntArray, positions: IntArray) -> None:
+        """Begin a step that computes these rows (T,) of the batch, at `positions` (T,) of `requests` (T,)."""
         while self._unwritten and self._unwritten[0][2].Test():
             self._write_late()
         self._step += self._steps.stride
         self._in_step = True
-        self._requests = np.repeat(batch.requests, batch.lengths)[rows].astype(np.int64, copy=False)
-        self._positions = batch.positions[rows].astype(np.int32)
+        self._requests, self._positions = requests.astype(np.int64, copy=False), positions.astype(np.int32)
         if self._plan.hidden:
             self._kept = self._kept_rows(batch, rows)
 
@@ -138,15 +142,14 @@ class LaneTrace:
         """Write the routes of the step, with the norms of the experts' outputs if they are recorded."""
         columns = self._routing(self._routes)
         norms, late, self._routes, self._norms, self._late_norms = self._norms, self._late_norms, [], [], None
-        everything = np.arange(len(self._positions))
         if late is not None:
-            record = self._record("routing", self._plan.routed, everything, columns)
+            record = self._record("routing", self._plan.routed, columns)
             self._unwritten.append((record, norms, late))
             return
         if norms:
             columns["norms"] = np.stack(norms)
         if len(self._positions):
-            self._write(self._record("routing", self._plan.routed, everything, columns))
+            self._write(self._record("routing", self._plan.routed, columns))
 
     def _write_late(self) -> None:
         """Write the first of the records that wait for norms, once these have returned."""
@@ -174,7 +177,7 @@ class LaneTrace:
         states, self._states = self._states, []
         if states and len(self._kept):
             values = np.stack([self._stored(self._backend.download(state)) for state in states])
-            self._write(self._record("hidden", self._plan.hidden, self._kept, {"values": values}))
+            self._write(self._record("hidden", self._plan.hidden, {"values": values}, self._kept))
 
     def _kept_rows(self, batch: Batch, rows: IntArray) -> IntArray:
         """The rows of this rank whose hidden states are recorded."""
@@ -193,7 +196,10 @@ class LaneTrace:
 
     def _routing(self, routes: Sequence[Route]) -> dict[str, npt.NDArray[Any]]:
         def stacked(arrays: Sequence[Any], dtype: type[np.generic]) -> npt.NDArray[Any]:
-            return np.stack([self._backend.download(values) for values in arrays]).astype(dtype, copy=False)
+            whole = np.empty((len(arrays), *arrays[0].shape), dtype)
+            for number, values in enumerate(arrays):
+                whole[number] = self._backend.download(values)
+            return whole
 
         columns = {"experts": stacked([route.experts for route in routes], self._plan.experts)}
         if self._plan.section.has_weights:
@@ -204,8 +210,8 @@ class LaneTrace:
         self,
         table: Literal["routing", "hidden"],
         layers: tuple[int, ...],
-        rows: IntArray,
         columns: dict[str, npt.NDArray[Any]],
+        rows: IntArray | slice = slice(None),
     ) -> TraceRecord:
         return TraceRecord(
             table=table,
