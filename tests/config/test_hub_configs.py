@@ -695,6 +695,7 @@ def test_llama3_keeps_fast_frequencies_and_divides_slow_ones():
         (OLMOE, {"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "rope_type and type differ"),
         (OLMOE, {"rope_scaling": V3_YARN | {"surprise": 1}}, "surprise = 1 is not supported"),
         (OLMOE, {"rope_parameters": {"rope_type": "default", "surprise": 1}}, "surprise = 1 is not supported"),
+        (OLMOE, {"rope_scaling": {"factor": 4.0}}, "rope_scaling: factor = 4.0 is not supported"),
         (OLMOE, {"rope_parameters": {"full_attention": V3_YARN}}, "full_attention = {'type': 'yarn', "),
         (OLMOE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         (DEEPSEEK_V3, {"topk_method": "greedy"}, "topk_method = 'greedy' is not supported"),

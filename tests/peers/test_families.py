@@ -130,7 +130,7 @@ def run_jobs(folder: Path, ranks: int, names: tuple[str, ...]) -> None:
         values["trace"] = str(task == "score" and precision == "float32").lower()
         paths.append(folder / f"{name}-{ranks}.toml")
         paths[-1].write_text(JOB.format(**places, **values))
-    outcome = launching.mpirun(ranks, *launching.python(Path(__file__).with_name("run_jobs.py"), *paths), limit_s=120)
+    outcome = launching.mpirun(ranks, *launching.python(Path(__file__).with_name("run_jobs.py"), *paths), limit_s=400)
     assert outcome.code == 0, outcome.err
 
 

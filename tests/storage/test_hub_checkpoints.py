@@ -377,6 +377,14 @@ def test_as_many_layers_are_left_out_as_the_configuration_says_predict_further_t
             with_layer(layer, said)
 
 
+@pytest.mark.parametrize("values", [hub_models.ERNIE_21B, hub_models.MIXTRAL, hub_models.DOTS])
+def test_a_layer_after_the_last_is_refused_where_layers_that_predict_have_other_names(tmp_path, values):
+    values = small(values) | {"num_nextn_predict_layers": 1}
+    name = f"model.layers.{values['num_hidden_layers']}.input_layernorm.weight"
+    with pytest.raises(DataError, match=f"{name}: is not a tensor of this"):
+        converted(tmp_path / "hub", values, bfloat16_tensors(values) | {name: ("BF16", np.zeros(16, "<u2"))})
+
+
 def test_infinity_in_a_configuration_is_read_as_python_writes_it(tmp_path):
     folder = shutil.copytree(FIXTURES / "nemotron_h", tmp_path / "hub")
     values = json.loads((folder / "config.json").read_text())

@@ -70,7 +70,8 @@ class Family:
     tensor names to the checkpoint's, both with `{layer}`; a name with `{expert}` is one matrix per expert, which our
     tensor stacks. `fused_names` are the names that differ where transformers 5 saved the experts of a layer as one
     tensor. `quantizations` are the values of `quant_method` that can be converted. `left_out` is a regular expression
-    of the checkpoint's tensors that the model does not need.
+    of the checkpoint's tensors that the model does not need. With `more_layers`, layers after the model's predict
+    further tokens, as many as the configuration says, and are left out too.
     """
 
     model_type: str
@@ -78,6 +79,7 @@ class Family:
     names: Names
     fused_names: Names = field(default_factory=lambda: FUSED_NAMES)
     quantizations: tuple[str, ...] = METHODS
+    more_layers: bool = False
     left_out: str | None = None
 
     def sources(self, tensor: Tensor) -> Sources:
@@ -92,7 +94,7 @@ class Family:
     def leaves_out(self, name: str, *, predicting: range) -> bool:
         """Whether the checkpoint's tensor `name` is not part of the model; `predicting` layers are not."""
         layer = _THEIR_LAYER.match(name)
-        if _UNUSED.search(name) or (layer and int(layer[1]) in predicting):
+        if _UNUSED.search(name) or (self.more_layers and layer and int(layer[1]) in predicting):
             return True
         return bool(self.left_out and re.search(self.left_out, name))
 

@@ -86,6 +86,8 @@ def _scaled(config: CheckpointConfig, scaling: CheckpointConfig | None, *, theta
     kind = rope_kind(scaling)
     if scaling is None:
         return {}
+    if not (scaling.has("rope_type") or scaling.has("type")):
+        scaling.only(*_ALWAYS, *_SECTIONS)
     if kind == "default":  # may keep the numbers of a scaled one, which then say nothing
         scaling.only(*_ALWAYS, *_YARN, *_YARN_AMPLITUDE, *_LLAMA3, *_LONGROPE, *_SECTIONS)
         return {}

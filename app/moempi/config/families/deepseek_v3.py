@@ -15,5 +15,5 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     return deepseek(config, "deepseek_v3", router=corrected_router(config))
 
 
-DEEPSEEK_V3 = Family(model_type="deepseek_v3", architecture=_architecture, names=DEEPSEEK_NAMES)
+DEEPSEEK_V3 = Family(model_type="deepseek_v3", architecture=_architecture, names=DEEPSEEK_NAMES, more_layers=True)
 KIMI_K2 = replace(DEEPSEEK_V3, model_type="kimi_k2")

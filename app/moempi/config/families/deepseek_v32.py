@@ -12,4 +12,4 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     return deepseek(config, "deepseek_v32", router=corrected_router(config), indexer=indexer)
 
 
-DEEPSEEK_V32 = Family(model_type="deepseek_v32", architecture=_architecture, names=INDEXED_NAMES)
+DEEPSEEK_V32 = Family(model_type="deepseek_v32", architecture=_architecture, names=INDEXED_NAMES, more_layers=True)

@@ -24,4 +24,4 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     )
 
 
-GLM4_MOE = Family(model_type="glm4_moe", architecture=_architecture, names=DECODER_NAMES)
+GLM4_MOE = Family(model_type="glm4_moe", architecture=_architecture, names=DECODER_NAMES, more_layers=True)

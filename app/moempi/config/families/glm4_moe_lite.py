@@ -10,4 +10,4 @@ def _architecture(config: CheckpointConfig) -> Architecture:
     return deepseek(config, "glm4_moe_lite", router=corrected_router(config))
 
 
-GLM4_MOE_LITE = Family(model_type="glm4_moe_lite", architecture=_architecture, names=DEEPSEEK_NAMES)
+GLM4_MOE_LITE = Family(model_type="glm4_moe_lite", architecture=_architecture, names=DEEPSEEK_NAMES, more_layers=True)

@@ -50,4 +50,4 @@ def _scheduled(config: CheckpointConfig) -> tuple[int, ...] | None:
     return tuple(layer for layer in layers if max(layer - skipped + 1, 0) % period)
 
 
-GLM_MOE_DSA = Family(model_type="glm_moe_dsa", architecture=_architecture, names=INDEXED_NAMES)
+GLM_MOE_DSA = Family(model_type="glm_moe_dsa", architecture=_architecture, names=INDEXED_NAMES, more_layers=True)

@@ -51,4 +51,5 @@ HY_V3 = Family(
     fused_names=FUSED_NAMES
     | in_layers({name: theirs.replace("shared_mlp", "shared_experts") for name, theirs in _SHARED.items()})
     | in_layers({"router": "mlp.gate.weight", **_CORRECTION}),
+    more_layers=True,
 )

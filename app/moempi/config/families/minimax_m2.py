@@ -43,4 +43,5 @@ MINIMAX_M2 = Family(
     names=MIXTRAL_NAMES | in_layers({"router_correction": "block_sparse_moe.e_score_correction_bias"}),
     fused_names=FUSED_NAMES
     | in_layers({"router": "mlp.gate.weight", "router_correction": "mlp.e_score_correction_bias"}),
+    more_layers=True,
 )
