@@ -110,9 +110,7 @@ def whole(scored):
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (1, {"run.batch_tokens": 7}),
-        (2, {"run.batch_tokens": 64}),
-        (3, {"run.batch_tokens": 512}),
+        *((ranks, {"run.batch_tokens": rows}) for ranks in (1, 2, 3, 4) for rows in (7, 64, 512)),
         (4, {"run.batch_tokens": 7, "run.max_sequences": 1}),
         (2, {"run.batch_tokens": 64, "parallel.stages": 2}),
         (4, {"run.batch_tokens": 512, "parallel.stages": 2, "run.max_sequences": 3}),

@@ -495,12 +495,13 @@ def expected(folder: Path, tokens: list[list[int]]) -> Expected:
 def load(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
     """The reference of a checkpoint; only its plain experts compute in float64."""
     values = json.loads((folder / "config.json").read_text())
-    model_type = values.pop("model_type")
-    for inner in [values["text_config"]] if "text_config" in values else []:
-        inner["model_type"] = SAME_AS.get(inner["model_type"], inner["model_type"])
-    config = AutoConfig.for_model(SAME_AS.get(model_type, model_type), **values)
-    options |= {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    model = _class_of(model_type).from_pretrained(folder, config=config, dtype=dtype, **options).eval()
+    model_type, inner = values["model_type"], values.get("text_config", values)
+    if inner["model_type"] in SAME_AS:
+        inner["model_type"] = SAME_AS[inner["model_type"]]
+        options["config"] = AutoConfig.for_model(values.pop("model_type"), **values)
+    if dtype == torch.float64:
+        options["experts_implementation"] = "eager"
+    model = _class_of(model_type).from_pretrained(folder, dtype=dtype, **options).eval()
     use_long_factors(model)
     return model
 

@@ -1,9 +1,9 @@
 """The number formats of quantized checkpoints, bit for bit, against the libraries that write them.
 
 Expansions of compressed-tensors are compared with its own, of AWQ and of ModelOpt's 4-bit numbers with what it converts
-their layouts to, of 8-bit numbers with a scale per block or matrix and of gpt-oss with those of transformers. GPTQ has
-no light library (gptqmodel 7.7 needs another torch, and is built from source): tests/storage/test_packed.py compares it
-with its formula.
+their layouts to, of 8-bit numbers with a scale per block or matrix and of gpt-oss with those of transformers. GPTQ's
+libraries do not install beside this torch (gptqmodel 7.7 needs another one and is built from source, auto-gptq 0.7 old
+versions of others): tests/storage/test_packed.py compares it with its formula.
 """
 
 import numpy as np
