@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.requests import EOS, abacus_tokenizer, make_prompt, make_request
-from moempi.config.tensors import PAGE_ROWS
-from moempi.engine.admission import make_requests, refuse_too_long
+from engine.requests import EOS, abacus_tokenizer, make_prompt
+from moempi.engine import admission
 from moempi.engine.chat import ChatText
 from moempi.engine.tokenizer import TextTokenizer
 from storage.models import SMALL
@@ -19,13 +18,9 @@ NO_TOKENIZER = TextTokenizer("", eos_tokens=(EOS,))
 
 
 def admit(prompt, *, task="generate", tokenizer=NO_TOKENIZER):
-    (request,) = make_requests([prompt], tokenizer, ARCHITECTURE, task=task)
+    request = admission.make_request(prompt, tokenizer, ARCHITECTURE, task=task)
     assert request.prompt is prompt
     return request
-
-
-def test_no_prompts_are_no_requests():
-    assert make_requests([], NO_TOKENIZER, ARCHITECTURE, task="generate") == []
 
 
 def test_text_is_encoded_and_given_tokens_are_taken_as_they_are():
@@ -38,17 +33,10 @@ def test_text_is_encoded_and_given_tokens_are_taken_as_they_are():
         assert (admitted.tolist(), admitted.dtype) == (tokens, np.int32)
 
 
-def test_requests_keep_the_order_of_the_prompts_and_a_bad_one_ends_alone():
-    prompts = [
-        make_prompt(tokens=[5], index=0),
-        make_prompt(index=1, error="p.jsonl: line 2: not a prompt"),
-        make_prompt(tokens=[6], index=2),
-    ]
-    requests = make_requests(prompts, NO_TOKENIZER, ARCHITECTURE, task="generate")
-    assert [request.prompt.index for request in requests] == [0, 1, 2]
-    assert [request.finish for request in requests] == [None, "error", None]
-    assert [request.error for request in requests] == ["", "p.jsonl: line 2: not a prompt", ""]
-    assert len(requests[1].prompt_tokens) == 0
+def test_a_prompt_with_an_error_is_a_request_with_it():
+    request = admit(make_prompt(error="p.jsonl: line 2: not a prompt"))
+    assert (request.finish, request.error) == ("error", "p.jsonl: line 2: not a prompt")
+    assert len(request.prompt_tokens) == 0
 
 
 def test_text_without_a_tokenizer_is_an_error():
@@ -65,9 +53,10 @@ def test_a_prompt_without_tokens_is_an_error(task):
 
 def test_a_chat_has_the_tokens_of_its_text_without_a_begin_token_or_its_error():
     tokenizer = abacus_tokenizer()
-    chats = {0: ChatText("1<eos>2"), 1: ChatText(error="no template")}
-    prompts = [make_prompt(index=index) for index in (0, 1)]
-    first, second = make_requests(prompts, tokenizer, ARCHITECTURE, task="generate", chats=chats)
+    first, second = (
+        admission.make_request(make_prompt(), tokenizer, ARCHITECTURE, task="generate", chat=chat)
+        for chat in (ChatText("1<eos>2"), ChatText(error="no template"))
+    )
     assert first.prompt_tokens.tolist() == [*tokenizer.encode("1"), EOS, *tokenizer.encode("2")]
     assert (second.finish, second.error) == ("error", "no template")
 
@@ -112,20 +101,3 @@ def test_max_tokens_is_cut_to_the_positions_that_the_prompt_leaves(length, max_t
 
 def test_a_scored_prompt_generates_nothing():
     assert admit(make_prompt(tokens=[5, 6], max_tokens=4), task="score").limit == 0
-
-
-@pytest.mark.parametrize(("length", "limit", "refused"), [(2 * PAGE_ROWS, 1, False), (2 * PAGE_ROWS, 2, True)])
-def test_a_request_that_needs_more_pages_than_the_rank_has_is_refused(length, limit, refused):
-    short, long = make_request([5], 1), make_request([5] * length, limit)
-    assert refuse_too_long([short, long], pages=2) == ([long] if refused else [])
-    assert short.finish is None
-    assert long.finish == ("error" if refused else None)
-    if refused:
-        assert long.error == "needs 3 cache pages, the rank has 2; raise run.kv_memory or lower max_tokens"
-
-
-def test_a_request_that_is_finished_already_is_not_refused_again():
-    request = make_request([5] * (9 * PAGE_ROWS), 1)
-    request.fail("the first error")
-    assert refuse_too_long([request], pages=1) == []
-    assert request.error == "the first error"

@@ -10,7 +10,7 @@ from moempi.config.job import Sampling
 from moempi.engine.request import Request
 from moempi.storage.export import export
 from moempi.storage.export_openai import openai_lines
-from moempi.storage.prompts import read_prompts
+from moempi.storage.prompt_spool import read_prompts
 from storage.test_results import merged
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -21,7 +21,7 @@ JSON = st.recursive(
 
 def records_of(path):
     """The records of a model that repeats each prompt."""
-    for prompt in read_prompts(path, sampling=Sampling(), strict=True):
+    for prompt in read_prompts(path, sampling=Sampling(), strict=True, folder=path.parent)[0]:
         request = Request(prompt, np.array([5], np.int32), limit=0)
         request.finish, request.text = "length", prompt.text
         yield request.to_record(task="generate")

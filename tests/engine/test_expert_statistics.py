@@ -1,7 +1,6 @@
 """Statistics of experts by prompt group: the sums that a loop over the recorded positions makes, in any layout."""
 
 import tracemalloc
-from dataclasses import replace
 from itertools import pairwise
 
 import h5py
@@ -40,7 +39,7 @@ def run_with(folder, comm=MPI.COMM_SELF, **sections):
     folder.mkdir(exist_ok=True)
     requests = requests_of(*LENGTHS, limit=LIMIT)
     for request, group in zip(requests, GROUPS, strict=True):
-        request.prompt = replace(request.prompt, group=group)
+        request.prompt = structs.replace(request.prompt, group=group)
     run = Run(folder, requests, comm=comm, trace=TRACE, **sections)
     run.lanes.run()
     load = _expert_load(run.lanes.each, run.model.architecture)

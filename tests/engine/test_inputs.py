@@ -12,14 +12,17 @@ from mpi4py import MPI
 from engine.jobs import make_job
 from engine.runs import SMALL, requests_of
 from moempi.commands import run as run_command
+from moempi.config.job import Sampling
 from moempi.engine import shares
 from moempi.engine.inputs import open_inputs
+from moempi.engine.rank_layout import lay_out_rank
 from moempi.engine.run import run_job
 from moempi.errors import StorageError
 from moempi.runtime.stop import Stop
 from moempi.runtime.world import AgreedExit, World
 from moempi.storage.initialize import initialize
 from moempi.storage.journal import journal_paths
+from moempi.storage.prompt_spool import PromptCodec
 from moempi.storage.results import ResultFile
 
 
@@ -79,12 +82,50 @@ def test_the_routing_that_is_replayed_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "pieces"), [((), []), ((3, 3), [2]), ((30, 3, 3, 3, 30), [1, 3, 1]), ((3,) * 9, [4, 4, 1])]
+    ("lengths", "groups", "pieces"),
+    [
+        ((), 1, []),
+        ((3, 3), 1, [2]),
+        ((30, 3, 3, 3, 30), 1, [1, 3, 1]),
+        ((3,) * 9, 1, [4, 4, 1]),
+        ((3,) * 9, 2, [6, 3]),
+        ((9, 3, 9, 9, 3), 3, [2, 2, 1]),
+    ],
 )
-def test_prompts_are_sent_in_pieces_of_a_number_and_a_size(monkeypatch, lengths, pieces):
+def test_prompts_are_sent_in_pieces_of_a_number_and_a_size(monkeypatch, lengths, groups, pieces):
     monkeypatch.setattr(shares, "PIECE", 4)
     monkeypatch.setattr(shares, "PIECE_BYTES", 80)
     prompts = [request.prompt for request in requests_of(*lengths)]
-    sent = list(shares._pieces(prompts))
-    assert [len(piece) for piece in sent] == [*pieces, 0]
-    assert [prompt.index for piece in sent for prompt in piece] == list(range(len(lengths)))
+    sent = list(shares._shares(prompts, groups))
+    assert [sum(map(len, piece)) for piece in sent] == pieces
+    for group in range(groups):
+        assert [prompt for piece in sent for prompt in piece[group]] == prompts[group::groups]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"stages": 2}])
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_rank_of_the_first_stage_gets_the_prompts_of_its_group(comm, monkeypatch, parallel, fails):
+    monkeypatch.setattr(shares, "PIECE", 4)
+    prompts = [request.prompt for request in requests_of(*range(1, 30))]
+
+    def on_first():
+        yield from prompts
+        if fails:
+            raise StorageError("the disk")
+
+    rank_layout = lay_out_rank(make_job(parallel=parallel), World(comm), SMALL, on_gpu=False)
+    codec, found, failure = PromptCodec(Sampling()), [], ""
+    try:
+        for piece in shares.scatter_prompts(on_first() if comm.rank == 0 else (), codec, World(comm), rank_layout):
+            found.append(piece)
+    except StorageError as error:
+        failure = str(error)
+    coords, groups = rank_layout.coords, rank_layout.grid.num_groups(0)
+    expected = prompts[coords.data :: groups] if coords.stage == 0 else []
+    expected = [prompt.index for prompt in expected]
+    received = [prompt.index for piece in found for prompt in piece]
+    assert received == expected[: len(received)]
+    assert fails or len(received) == len(expected)
+    assert (len(found) > 0) == (coords.stage == 0)
+    assert failure == ("the disk" if fails and comm.rank == 0 else "")

@@ -1,5 +1,7 @@
 """How many pages of key-value cache the requests can use, and how many fit into a rank's memory."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,39 +22,28 @@ from moempi.storage.initialize import initialize
 GIB = 1 << 30
 
 
-def requests_of(*pages):
-    """Requests that fill these numbers of pages to the last position."""
-    return [make_request([5] * (count * PAGE_ROWS), 1) for count in pages]
-
-
 # Useful pages
 
 
 def test_no_requests_use_no_pages():
-    assert useful_pages([], slots=4) == 0
+    assert useful_pages({}, slots=4) == 0
 
 
 @pytest.mark.parametrize(("length", "limit", "pages"), [(1, 1, 1), (PAGE_ROWS, 1, 1), (PAGE_ROWS, 2, 2), (60, 70, 3)])
 def test_one_request_uses_the_pages_of_its_prompt_and_of_all_generated_tokens_but_the_last(length, limit, pages):
-    assert useful_pages([make_request([5] * length, limit)], slots=4) == pages
+    assert pages_for(make_request([5] * length, limit).capacity) == pages
 
 
 def test_the_longest_requests_may_be_in_the_slots_at_once():
-    requests = requests_of(1, 5, 2, 3)
+    requests = Counter((1, 5, 2, 3))
     assert [useful_pages(requests, slots=slots) for slots in (0, 1, 2, 3, 4, 9)] == [0, 5, 8, 10, 11, 11]
-
-
-def test_a_finished_request_uses_no_pages():
-    requests = requests_of(7, 2)
-    requests[0].fail("too long")
-    assert useful_pages(requests, slots=4) == 2
 
 
 @settings(deadline=None)
 @given(pages=st.lists(st.integers(1, 4), max_size=6), slots=st.integers(1, 6), data=st.data())
 def test_no_choice_of_running_requests_uses_more(pages, slots, data):
     running = data.draw(st.permutations(pages))[:slots]
-    assert sum(running) <= useful_pages(requests_of(*pages), slots=slots)
+    assert sum(running) <= useful_pages(Counter(pages), slots=slots)
 
 
 # Affordable pages

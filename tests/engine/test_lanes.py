@@ -83,7 +83,7 @@ def test_lanes_can_run_again_when_requests_are_submitted(tmp_path):
     run = Run(tmp_path, requests_of(4))
     run.lanes.run()
     more = requests_of(4, 7)
-    run.scheduler.submit(more)
+    run.scheduler.submit(more, count=len(more))
     run.lanes.run()
     assert tokens_of(more)[0] == tokens_of(run.requests)[0]
     assert all(request.finish == "length" for request in more)

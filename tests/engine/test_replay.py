@@ -1,7 +1,6 @@
 """Replay: a job is given the experts of its rows. A recorded run replayed is the same run; other experts change it."""
 
 from contextlib import closing
-from dataclasses import replace
 from types import SimpleNamespace
 
 import h5py
@@ -15,7 +14,7 @@ from engine.runs import SMALL, Run, requests_of
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.config.job import ReplaySection
 from moempi.engine import replay as module
-from moempi.engine.replay import Replay, ReplayPolicy, check_line_files, line_files, open_replay
+from moempi.engine.replay import LineFiles, Replay, ReplayPolicy, open_replay
 from moempi.errors import DataError, NoInputError
 from moempi.storage import replay_file
 from moempi.storage.merge import merge
@@ -31,19 +30,21 @@ LAYERS = len(SMALL.moe_layers)
 def named_requests():
     requests = requests_of(*LENGTHS, limit=LIMIT)
     for request in requests:
-        request.prompt = replace(request.prompt, id=f"q{request.prompt.index}")
+        request.prompt = structs.replace(request.prompt, id=f"q{request.prompt.index}")
     return requests
 
 
 PROMPTS = [request.prompt for request in named_requests()]
 
 
-def opened(section, prompts=PROMPTS):
-    """The replay of prompts by SMALL, as rank 0 opens it."""
+def opened(section, prompts=PROMPTS, *, folder="."):
+    """The replay of prompts of a file in `folder` by SMALL, as rank 0 opens it."""
+    job = SimpleNamespace(replay=section, input=SimpleNamespace(prompts=f"{folder}/prompts.jsonl"))
     world = SimpleNamespace(
         comm=MPI.COMM_SELF, rank=0, local_rank=0, collectively=lambda act: act(), where="", alive=lambda phase: None
     )
-    return open_replay(section, SMALL, world, prompts)
+    names = dict.fromkeys(prompt.replay for prompt in prompts if prompt.replay)
+    return open_replay(job, SMALL, world, prompts, names)
 
 
 def run_with(folder, replay_file=None, *, comm=MPI.COMM_SELF, weights=False, **sections):
@@ -52,7 +53,7 @@ def run_with(folder, replay_file=None, *, comm=MPI.COMM_SELF, weights=False, **s
     replay = opened(ReplaySection(str(replay_file), weights=weights)) if replay_file else None
     requests = named_requests()
     if replay is not None:
-        replay.require_fits(requests)
+        assert not any(map(replay.problem_of, requests))
     run = Run(folder, requests, comm=comm, replay_of=replay, trace={"routing": "weights"}, **sections)
     run.lanes.run()
     run.journal.close()
@@ -264,7 +265,7 @@ def test_more_positions_than_the_job_computes_and_missing_weights_are_refused(tm
     path = made(tmp_path / "given.h5", id=names, offsets=offsets, experts=experts)
     replay = opened(ReplaySection(str(path)))
     with pytest.raises(DataError, match=f"{LIMIT + 1} positions, the job computes at most {LIMIT}"):
-        replay.require_fits(named_requests())
+        replay.problem_of(named_requests()[2])
     with pytest.raises(DataError, match="has no weights"):
         opened(ReplaySection(str(path), weights=True))
 
@@ -280,8 +281,9 @@ def test_a_file_that_is_missing_or_no_hdf5_is_refused(tmp_path):
 def with_lines(folder, *paths, **sections):
     """PROMPTS that name files of routing, None for none, as a job in the folder has them, and the job."""
     job = make_job(folder, **sections)
-    prompts = [replace(prompt, replay=path) for prompt, path in zip(PROMPTS, paths, strict=True)]
-    return check_line_files(prompts, job, SMALL, lambda: None), job
+    prompts = [structs.replace(prompt, replay=path) for prompt, path in zip(PROMPTS, paths, strict=True)]
+    with LineFiles(job, SMALL, on_block=lambda: None) as files:
+        return [files.check(prompt) for prompt in prompts], job
 
 
 def test_a_prompt_line_names_its_own_file_which_comes_before_the_jobs(tmp_path):
@@ -293,11 +295,10 @@ def test_a_prompt_line_names_its_own_file_which_comes_before_the_jobs(tmp_path):
         file["offsets"], file["layer"], file["experts"] = [0, len(own)], np.int32(SMALL.moe_layers), own
     prompts, _ = with_lines(tmp_path, None, "of_line.h5", None, "recorded/r.h5", None)
     assert not any(prompt.error for prompt in prompts)
-    assert line_files(prompts) == [str(tmp_path / "of_line.h5"), str(tmp_path / "recorded/r.h5")]
     requests = named_requests()
     for request, prompt in zip(requests, prompts, strict=True):
         request.prompt = prompt
-    replay = opened(ReplaySection(str(tmp_path / "of_job.h5")), prompts)
+    replay = opened(ReplaySection(str(tmp_path / "of_job.h5")), prompts, folder=tmp_path)
     with closing(replay):
         run = Run(tmp_path, requests, replay_of=replay, trace={"routing": "weights"})
         run.lanes.run()
@@ -345,11 +346,11 @@ def test_a_line_with_more_positions_than_the_job_computes_fails_alone(tmp_path):
     prompts, _ = with_lines(tmp_path, None, None, "given.h5", None, None)
     requests = named_requests()
     requests[2].prompt = prompts[2]
-    replay = opened(ReplaySection(), prompts)
+    replay = opened(ReplaySection(), prompts, folder=tmp_path)
     with closing(replay):
-        replay.require_fits(requests)
-    assert [request.finish for request in requests] == [None, None, "error", None, None]
-    assert f"{LIMIT + 1} positions, the job computes at most {LIMIT}" in requests[2].error
+        problems = list(map(replay.problem_of, requests))
+    assert [bool(problem) for problem in problems] == [False, False, True, False, False]
+    assert f"{LIMIT + 1} positions, the job computes at most {LIMIT}" in problems[2]
 
 
 def test_a_file_more_than_can_be_open_fails_its_lines(tmp_path, monkeypatch):
@@ -362,9 +363,10 @@ def test_a_file_more_than_can_be_open_fails_its_lines(tmp_path, monkeypatch):
 
 def test_samples_of_a_prompt_use_its_routing(tmp_path):
     run_with(tmp_path / "recorded")
-    prompts = [*PROMPTS, replace(PROMPTS[1], index=5, id="q1#1", prompt_id="q1", replay="recorded/r.h5")]
-    checked = check_line_files(prompts, make_job(tmp_path), SMALL, lambda: None)
+    prompts = [*PROMPTS, structs.replace(PROMPTS[1], index=5, id="q1#1", prompt_id="q1", replay="recorded/r.h5")]
+    with LineFiles(make_job(tmp_path), SMALL, on_block=lambda: None) as files:
+        checked = [files.check(prompt) for prompt in prompts]
     assert not checked[5].error
-    replay = opened(ReplaySection(), checked)
+    replay = opened(ReplaySection(), checked, folder=tmp_path)
     with closing(replay):
         assert replay.requests.tolist() == [[-1, -1]] * 5 + [[0, 1]]

@@ -82,3 +82,29 @@ def test_lanes_share_few_requests_evenly():
 def test_lanes_share_few_slots_or_pages_evenly(slots, pages):
     steps = run([sequence(i, 2, 3) for i in range(24)], lanes=3, slots=slots, batch_tokens=64, pages=pages)
     assert [len(work) for _, work in steps] == [2] * len(steps)
+
+
+def test_requests_are_taken_from_their_source_when_they_are_needed():
+    requests, taken = [sequence(number, 3, 0) for number in range(40)], []
+
+    def source(some):
+        for request in some:
+            taken.append(request)
+            yield request
+
+    scheduler = Scheduler([], micro_batches=1, slots=range(4), batch_tokens=64, pages=9)
+    scheduler.submit(source(requests[:30]), count=30)
+    scheduler.submit(source(requests[30:]), count=10)
+    assert (scheduler.num_queued, scheduler.num_unfinished, len(taken)) == (40, 40, 0)
+    assert scheduler.first(2) == requests[:2] == taken
+    finished = []
+    while scheduler.num_unfinished:
+        work = scheduler.next_work(0)
+        assert len(taken) <= len(finished) + 4
+        scheduler.sequences.advance(work)
+        scheduler.sequences.finished[work.numbers] = True
+        finished += scheduler.retire(0)
+    assert finished == requests
+    scheduler.submit(source(requests), count=40)
+    assert scheduler.first(50) == requests
+    assert scheduler.num_queued == 40

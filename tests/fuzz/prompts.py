@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,12 @@ from fuzz.mutation import damaged_text, mutated, to_json
 from fuzz.seeds import ARCHITECTURE, JOB, TOKENIZER
 from fuzz.subject import Subject, Use, require
 from moempi.config.job import Sampling
-from moempi.engine.admission import make_requests, refuse_too_long
+from moempi.engine.admission import make_request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.printing import MAX_LINE_LENGTH
-from moempi.storage.prompts import read_prompts
+from moempi.storage.prompt_spool import read_prompts
 from moempi.storage.records import decode, encode
 
-PAGES = 1
 RUN = JOB.replace("none.h5", "weights.h5").replace("../seeds/prompts", "prompts").replace("../seeds/results", "results")
 
 
@@ -30,7 +30,7 @@ def tokenizer() -> TextTokenizer:
 
 def use_prompts(path: str) -> None:
     """Read prompts, make them requests as a run does, and their records; raises as a strict run does."""
-    prompts = read_prompts(path, sampling=Sampling(), strict=False)
+    prompts = list(read_prompts(path, sampling=Sampling(), strict=False, folder=gettempdir())[0])
     require([prompt.index for prompt in prompts] == list(range(len(prompts))), "indices do not count up")
     for prompt in prompts:
         if prompt.error:
@@ -43,9 +43,8 @@ def use_prompts(path: str) -> None:
     names = [prompt.id for prompt in prompts if not prompt.error]
     require(len(set(names)) == len(names), "two requests have one id")
     for task in ("generate", "score"):
-        requests = make_requests(prompts, tokenizer(), ARCHITECTURE, task=task)
-        refuse_too_long(requests, pages=PAGES)
-        for request in requests:
+        for prompt in prompts:
+            request = make_request(prompt, tokenizer(), ARCHITECTURE, task=task)
             if request.finish is None:
                 request.uniform(len(request.prompt_tokens))
                 request.logit_adjustment()
@@ -57,7 +56,7 @@ def use_prompts(path: str) -> None:
             require(
                 again.id == record.id and np.array_equal(again.prompt, request.prompt_tokens), "a record is another"
             )
-    read_prompts(path, sampling=Sampling(), strict=True)
+    read_prompts(path, sampling=Sampling(), strict=True, folder=gettempdir())
 
 
 LINES: list[dict[str, Any]] = [

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import tempfile
 import tracemalloc
 from contextlib import suppress
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from moempi.errors import ConfigError, DataError, NoInputError
 from moempi.storage import prompts as prompts_module
 from moempi.storage.openai_batch import CHAT, COMPLETIONS
 from moempi.storage.prompt_form import PromptForm, find_form, open_decompressed
-from moempi.storage.prompts import read_prompts
+from moempi.storage.prompt_spool import read_prompts
 
 SAMPLING = Sampling(max_tokens=7)
 NEEDS_ZSTD = pytest.mark.skipif(
@@ -28,7 +29,8 @@ NEEDS_ZSTD = pytest.mark.skipif(
 
 
 def read(path, *, column="", strict=True):
-    return read_prompts(path, sampling=SAMPLING, strict=strict, column=column)
+    folder = tempfile.gettempdir()
+    return list(read_prompts(path, sampling=SAMPLING, strict=strict, folder=folder, column=column)[0])
 
 
 def write(path, text):

@@ -1,4 +1,5 @@
 import json
+import tempfile
 
 import h5py
 import numpy as np
@@ -10,7 +11,8 @@ from moempi.config.job import Sampling
 from moempi.errors import DataError, NoInputError
 from moempi.printing import MAX_LINE_LENGTH
 from moempi.storage import prompts
-from moempi.storage.prompts import make_prompts, read_prompts
+from moempi.storage.prompt_spool import read_prompts
+from moempi.storage.prompts import make_prompts
 
 SAMPLING = Sampling(max_tokens=7, stop=("x",))
 
@@ -21,7 +23,7 @@ def write_lines(path, *lines):
 
 
 def read(path, *, strict=False):
-    return read_prompts(path, sampling=SAMPLING, strict=strict)
+    return list(read_prompts(path, sampling=SAMPLING, strict=strict, folder=tempfile.gettempdir())[0])
 
 
 def test_lines_become_prompts_in_order(tmp_path):
@@ -168,7 +170,8 @@ def test_a_bad_line_keeps_its_id(tmp_path):
 def test_no_line_widens_the_columns_of_all_requests(tmp_path, of_job, limit):
     """The results have as many likeliest tokens at each token as the request that wants most."""
     path = write_lines(tmp_path / "p", *({"prompt": "a", "top_logprobs": number} for number in (0, limit, limit + 1)))
-    prompts = read_prompts(path, sampling=Sampling(top_logprobs=of_job), strict=False)
+    prompts, counts = read_prompts(path, sampling=Sampling(top_logprobs=of_job), strict=False, folder=tmp_path)
+    assert counts.top_logprobs == max(limit, of_job)
     assert [bool(prompt.error) for prompt in prompts] == [False, False, True]
     assert max(prompt.sampling.top_logprobs for prompt in prompts) == max(limit, of_job)
 

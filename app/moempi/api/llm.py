@@ -3,15 +3,16 @@
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from itertools import chain
+from tempfile import gettempdir
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from msgspec import structs
 
 from moempi.api.results import Generated, Scored, generated, scored, with_likeliest
 from moempi.api.sampling_params import SamplingParams
@@ -19,10 +20,10 @@ from moempi.backend.select import count_gpus
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, ScoreSection
 from moempi.config.settings import read_settings
+from moempi.engine.admitted import admit
 from moempi.engine.chat import ChatRenderer, template_day
 from moempi.engine.deployment import deploy
 from moempi.engine.engine import Engine, load_engine, make_task
-from moempi.engine.inputs import PromptCounts
 from moempi.engine.recorder import Recorder
 from moempi.engine.sampling_defaults import with_sampling_defaults
 from moempi.engine.tokenizer import TextTokenizer
@@ -33,6 +34,7 @@ from moempi.runtime.script_world import script_world
 from moempi.runtime.stop import Stop
 from moempi.storage.chat_templates import ChatTemplates
 from moempi.storage.closeable import Closeable
+from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool
 from moempi.storage.prompts import Chat, make_prompts
 from moempi.storage.prompts import Prompt as PromptLine
 from moempi.storage.records import Record, RequestRecord
@@ -187,15 +189,23 @@ def _compute(engine: Engine, rows: list[dict[str, Any]], job: Job) -> list[Reque
     """The records of all requests, on every rank in order; collective, blocks."""
     deployment, records = engine.deployment, list[Record]()
     prompts = [_without_replay(prompt) for prompt in make_prompts(rows, sampling=job.sampling)]
-    own, counts = deployment.own(prompts), PromptCounts.of(prompts)
-    chats = deployment.render_chats(own) if counts.chats else {}
-    requests = deployment.make_requests(own, task=job.task, chats=chats)
-    writes_records = deployment.rank_layout.writes_records
-    recorder = Recorder(records, task=job.task, writes_records=writes_records, on_progress=lambda counts: None)
-    recorder.record(request for request in requests if request.finish)
-    too_long = engine.submit(requests)
-    engine.run(make_task(job, deployment.tokenizer, top=counts.top_logprobs), recorder)
-    recorder.record(too_long)
+    counts, codec = PromptCounts(), PromptCodec(job.sampling)
+    for prompt in prompts:
+        counts.add(prompt)
+    with admit(
+        [deployment.own(prompts)],
+        deployment,
+        task=job.task,
+        has_chats=counts.chats > 0,
+        spool=lambda: PromptSpool(codec, gettempdir()),
+    ) as admitted:
+        deployment.world.collectively(admitted.require_whole)
+        writes_records = deployment.rank_layout.writes_records
+        recorder = Recorder(records, task=job.task, writes_records=writes_records, on_progress=lambda counts: None)
+        recorder.record(admitted.refused())
+        engine.submit(admitted)
+        engine.run(make_task(job, deployment.tokenizer, top=counts.top_logprobs), recorder)
+        recorder.record(admitted.too_long(engine.pages))
     of_ranks: list[list[Record]] = deployment.world.comm.allgather(records)
     return with_likeliest(chain.from_iterable(of_ranks))
 
@@ -205,7 +215,7 @@ def _without_replay(prompt: PromptLine) -> PromptLine:
     if prompt.replay is None:
         return prompt
     error = "replay: only a job replays routing"
-    return replace(prompt, text=None, tokens=None, chat=None, replay=None, error=error)
+    return structs.replace(prompt, text=None, tokens=None, chat=None, replay=None, error=error)
 
 
 def _rows(prompts: Iterable[Prompt]) -> list[dict[str, Any]]:

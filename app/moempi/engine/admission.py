@@ -1,6 +1,6 @@
-"""Admission: the prompts of a rank become requests; a prompt that the model cannot compute becomes an error record."""
+"""Admission: a prompt becomes a request; one that the model cannot compute becomes an error record."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,41 +11,15 @@ from moempi.engine.chat import ChatText
 from moempi.engine.request import Request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.errors import DataError
-from moempi.layout.memory import pages_for
 from moempi.storage.prompts import Prompt
 
 NO_CHATS: Mapping[int, ChatText] = {}
 
 
-def make_requests(
-    prompts: Iterable[Prompt],
-    tokenizer: TextTokenizer,
-    architecture: Architecture,
-    *,
-    task: str,
-    chats: Mapping[int, ChatText] = NO_CHATS,
-) -> list[Request]:
-    """A request for each prompt; the ones that the model cannot compute have failed.
-
-    `chats` has the text of each chat by the index of its prompt.
-    """
-    return [_make_request(prompt, tokenizer, architecture, task, chats.get(prompt.index)) for prompt in prompts]
-
-
-def refuse_too_long(requests: Iterable[Request], *, pages: int) -> list[Request]:
-    """Fail the unfinished requests that need more than all `pages` of the cache, and return them."""
-    refused = [request for request in requests if request.finish is None and pages_for(request.capacity) > pages]
-    for request in refused:
-        request.fail(
-            f"needs {pages_for(request.capacity)} cache pages, the rank has {pages}; "
-            "raise run.kv_memory or lower max_tokens"
-        )
-    return refused
-
-
-def _make_request(
-    prompt: Prompt, tokenizer: TextTokenizer, architecture: Architecture, task: str, chat: ChatText | None
+def make_request(
+    prompt: Prompt, tokenizer: TextTokenizer, architecture: Architecture, *, task: str, chat: ChatText | None = None
 ) -> Request:
+    """The request of a prompt, which has failed if the model cannot compute it; `chat` is the text of a chat."""
     tokens: IntArray = NO_TOKENS
     error = prompt.error or (chat.error if chat else "") or _unknown_token(prompt, architecture)
     if not error:

@@ -102,7 +102,7 @@ def _scores(
 ) -> list[Float64Array]:
     """Log-probabilities of each request's tokens; empty for a request that a stop of the run left unfinished."""
     again = [Request(request.prompt, request.all_tokens, limit=0) for request in requests]
-    lanes[0].context.scheduler.submit(again)
+    lanes[0].context.scheduler.submit(again, count=len(again))
     run(lanes)
     scores = []
     for request, scored in zip(requests, again, strict=True):

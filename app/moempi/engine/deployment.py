@@ -1,8 +1,7 @@
-"""The deployment of a job on the ranks, before its model is loaded: backends, layout, tokenizer, and the requests."""
+"""The deployment of a job on the ranks, before its model is loaded: backends, layout, tokenizer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TypeVar
 
 from moempi.backend.protocol import Backend
@@ -10,8 +9,8 @@ from moempi.backend.select import make_backend
 from moempi.comm.device_memory import takes_device_memory
 from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
-from moempi.engine.admission import NO_CHATS, make_requests
-from moempi.engine.chat import ChatText, render_chats, template_day
+from moempi.engine.admission import make_request
+from moempi.engine.chat import ChatText
 from moempi.engine.rank_layout import RankLayout, available_bytes, find_ranks, rank_layout_on, rank_threads
 from moempi.engine.request import Request
 from moempi.engine.tokenizer import TextTokenizer
@@ -50,11 +49,9 @@ class Deployment:
             return everything[:0]
         return everything[self.rank_layout.coords.data :: self.rank_layout.grid.num_groups(0)]
 
-    def make_requests(
-        self, own: Sequence[Prompt], *, task: str, chats: Mapping[int, ChatText] = NO_CHATS
-    ) -> list[Request]:
-        """The requests of this rank's group for its `own` prompts; the ones that cannot be computed have failed."""
-        return make_requests(own, self.tokenizer, self.weights.architecture, task=task, chats=chats)
+    def make_request(self, prompt: Prompt, *, task: str, chat: ChatText | None = None) -> Request:
+        """The request of a prompt, which has failed if the model cannot compute it; `chat` is the text of a chat."""
+        return make_request(prompt, self.tokenizer, self.weights.architecture, task=task, chat=chat)
 
     def with_cache_pages(self, action: Callable[[], tuple[T, int]]) -> tuple[T, int]:
         """What `action` returns, with the cache pages of each group in the place of the pages that are useful to it.
@@ -71,28 +68,6 @@ class Deployment:
 
         value, (affordable, useful) = self.world.collectively_least(act, num=2)
         return value, min(affordable, -useful)
-
-    def render_chats(self, own: Sequence[Prompt]) -> dict[int, ChatText]:
-        """The texts of the chats among the `own` prompts of this rank's group, by the index of the prompt.
-
-        The group's first rank renders them, so that all have the same. Collective, blocks.
-        """
-        world, coords, section = self.world, self.rank_layout.coords, self.job.chat
-        start = datetime.fromisoformat(world.comm.bcast(datetime.now().isoformat()))
-        chats = world.collectively(
-            lambda: render_chats(
-                own if coords.tensor == 0 else [],
-                self.weights.chat,
-                self.tokenizer,
-                section=section,
-                today=template_day(section, start),
-                on_chat=lambda: world.alive(world.where),
-            )
-        )
-        group = self.rank_layout.ranks.Split(coords.data if coords.stage == 0 else world.size, coords.tensor)
-        of_group: dict[int, ChatText] = group.bcast(chats)
-        group.Free()
-        return of_group
 
 
 def deploy(

@@ -1,7 +1,7 @@
 """The disk that recorded values take, which a run needs before it begins."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from moempi.config.architecture import Architecture
@@ -13,7 +13,7 @@ from moempi.errors import StorageError
 from moempi.runtime.world import World
 
 
-def require_disk(job: Job, world: World, architecture: Architecture, requests: Sequence[Request]) -> None:
+def require_disk(job: Job, world: World, architecture: Architecture, requests: Iterable[Request]) -> None:
     """End all ranks with a StorageError if the disk has no space for what is recorded of the prompts alone; collective.
 
     `requests` are those that this rank records and that no other does. Values are on disk twice, in the journals and in
@@ -25,12 +25,15 @@ def require_disk(job: Job, world: World, architecture: Architecture, requests: S
     world.collectively(lambda: _require_free(job.output.results, needed) if needed and world.rank == 0 else None)
 
 
-def _prompt_bytes(job: Job, architecture: Architecture, requests: Sequence[Request]) -> int:
+def _prompt_bytes(job: Job, architecture: Architecture, requests: Iterable[Request]) -> int:
     """The least bytes that are recorded of requests: of the computed tokens of their prompts."""
     tables = least_recorded_bytes(job, architecture)
-    to_compute = [request for request in requests if not request.finish]
-    tokens = sum(min(len(request.prompt_tokens), request.capacity) for request in to_compute)
-    hidden = tokens if job.trace.hidden_positions == "all" else len(to_compute)
+    tokens = num_requests = 0
+    for request in requests:
+        if not request.finish:
+            num_requests += 1
+            tokens += min(len(request.prompt_tokens), request.capacity)
+    hidden = tokens if job.trace.hidden_positions == "all" else num_requests
     return sum(num_bytes * (hidden if table == "hidden" else tokens) for table, num_bytes in tables.items())
 
 

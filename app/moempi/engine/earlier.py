@@ -15,6 +15,7 @@ from moempi.storage.journal import JournalReader, Problem, whole_folder
 from moempi.storage.records import RequestRecord, TraceRecord
 
 FINISHES = ("stop", "length", "error")
+_BLOCK = 1 << 16
 _FINISHED_REQUEST = np.dtype(
     [
         *((name, "i8") for name in ("index", "since", "tokens", "computed", "hidden_rows", "scored")),
@@ -63,7 +64,7 @@ def finished_requests(
     Damage, incomplete records at the end and records that cannot be used are passed over. Recorded rows are counted
     in `traced`, if given. Raises StorageError if a journal has another fingerprint or cannot be read.
     """
-    finished, next_step, problems = [], 0, []
+    blocks, block, next_step, problems = [], list[tuple[int, ...]](), 0, list[Problem]()
     for path in journals:
         with JournalReader(path) as journal:
             if journal.fingerprint != fingerprint:
@@ -73,14 +74,17 @@ def finished_requests(
                 )
             for _, record in journal.records(num_requests=num_requests):
                 if isinstance(record, RequestRecord):
-                    finished.append(_entry(record))
+                    block.append(_entry(record))
+                    if len(block) == _BLOCK:
+                        blocks.append(np.array(block, _FINISHED_REQUEST))
+                        block.clear()
                     next_step = max(next_step, record.since + 1)
                 elif isinstance(record, TraceRecord):
                     next_step = max(next_step, record.step + 1)
                     if traced is not None:
                         traced.add(record)
             problems += journal.problems
-    return np.array(finished, _FINISHED_REQUEST), next_step, problems
+    return np.concatenate([*blocks, np.array(block, _FINISHED_REQUEST)]), next_step, problems
 
 
 def with_traces(

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 from moempi.config.job import Job
-from moempi.engine.admission import refuse_too_long
+from moempi.engine.admitted import AdmittedRequests
 from moempi.engine.deployment import Deployment
 from moempi.engine.lane import LaneContext
 from moempi.engine.lanes import Lanes, make_lanes
 from moempi.engine.load import Loading, load_model
 from moempi.engine.recorder import Recorder
 from moempi.engine.replay import Replay
-from moempi.engine.request import Request
 from moempi.engine.scheduler import Scheduler
 from moempi.engine.shard import Shard
 from moempi.engine.tasks import Generate, Score, Task
@@ -39,11 +38,9 @@ class Engine:
         """The scheduler of this rank's group, which keeps the slots of the cache from run to run."""
         return self.lanes.each[0].context.scheduler
 
-    def submit(self, requests: Sequence[Request]) -> list[Request]:
-        """Queue the requests that can be computed; one that needs more pages than there are fails, and is returned."""
-        too_long = refuse_too_long(requests, pages=self.pages)
-        self.scheduler.submit(request for request in requests if not request.finish)
-        return too_long
+    def submit(self, admitted: AdmittedRequests) -> None:
+        """Queue the requests that can be computed and need no more pages than there are."""
+        self.scheduler.submit(admitted.fitting(self.pages), count=admitted.num_fitting(self.pages))
 
     def run(self, task: Task, recorder: Recorder) -> float:
         """Compute all queued requests, and record each when it is finished; the seconds. Collective, blocks.

@@ -1,24 +1,25 @@
 """The inputs of a job, opened on all ranks, and the lock on its output."""
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal, NamedTuple, Self
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from moempi.backend.select import count_gpus
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, result_keys
-from moempi.engine.replay import check_line_files, line_files
+from moempi.engine.replay import LineFiles, line_file
 from moempi.errors import DataError
 from moempi.observe.logs import log_to_files
 from moempi.runtime.world import MOST, World
 from moempi.storage.files import digest_file, remove_hidden
 from moempi.storage.journal import journal_paths
 from moempi.storage.lock import OutputLock
-from moempi.storage.prompts import Prompt, read_prompts
+from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool, read_prompts
 from moempi.storage.run_state import state_path
 from moempi.storage.tokenizer_check import check_tokenizer
 from moempi.storage.weights import WeightFile
@@ -33,16 +34,16 @@ Backend = Literal["numpy", "cupy", "auto"]
 class Inputs:
     """What the ranks read, and what they know of each other before they lay the job out.
 
-    `prompts` are all prompts on rank 0, none on the others; `counts` are those of all prompts. `fingerprint` identifies
-    the run, `lock` is rank 0's on the output, None on the others. `num_gpus` is the number of GPUs of this node that
-    the job can use, `has_gpus` whether every node has some, `has_journals` whether there are journals of earlier
-    attempts.
+    `prompts` are all prompts on rank 0, none on the others; of their `counts`, ranks above 0 have only the numbers of
+    requests, chats and replays and `top_logprobs`. `fingerprint` identifies the run, `lock` is rank 0's on the output,
+    None on the others. `num_gpus` is the number of GPUs of this node that the job can use, `has_gpus` whether every
+    node has some, `has_journals` whether there are journals of earlier attempts.
     """
 
     job: Job
     weights: WeightFile
-    prompts: Sequence[Prompt]
-    counts: "PromptCounts"
+    prompts: PromptSpool
+    counts: PromptCounts
     fingerprint: str
     lock: OutputLock | None
     num_gpus: int
@@ -50,23 +51,15 @@ class Inputs:
     has_journals: bool
 
 
-class PromptCounts(NamedTuple):
-    """Numbers of requests and of chats among them, the most likeliest tokens that one of them requests.
+class _Opened(NamedTuple):
+    """What a rank has opened."""
 
-    `replays` is the number of requests that name a file of routing.
-    """
-
-    requests: int
-    chats: int
-    top_logprobs: int
-    replays: int
-
-    @classmethod
-    def of(cls, prompts: Sequence[Prompt]) -> Self:
-        """The counts of these prompts."""
-        chats = sum(prompt.chat is not None for prompt in prompts)
-        replays = sum(prompt.replay is not None for prompt in prompts)
-        return cls(len(prompts), chats, max((prompt.sampling.top_logprobs for prompt in prompts), default=0), replays)
+    job: Job
+    weights: WeightFile
+    prompts: PromptSpool
+    counts: PromptCounts
+    lock: OutputLock | None
+    num_gpus: int
 
 
 class _Agreed(NamedTuple):
@@ -102,7 +95,7 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
     """
     is_first, num = world.rank == 0, len(_Agreed._fields)
 
-    def open_all() -> tuple[tuple[Job, WeightFile, Sequence[Prompt], OutputLock | None, int], Sequence[int]]:
+    def open_all() -> tuple[_Opened, Sequence[int]]:
         job = read_job()
         world.watch(job.run.timeout_s)
         weights = WeightFile.open(job.model.weights)
@@ -113,30 +106,31 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
             routing = _number(digest_file(job.replay.routing).encode())
             replay = [routing, -routing]
         numbers = [number, -number, of_job, -of_job, *replay, num_gpus > 0, -(num_gpus > 0)]
-        prompts: Sequence[Prompt] = ()
+        prompts, counts = PromptSpool(PromptCodec(job.sampling), ""), PromptCounts()
         lock = None
         if is_first:
-            prompts = _read_prompts(job, weights.architecture, world, strict=strict)
-            digest = struct.unpack("<4I", bytes.fromhex(_digest_inputs(job, line_files(prompts))))
+            prompts, counts = _read_prompts(job, weights.architecture, world, strict=strict)
+            digest = struct.unpack("<4I", bytes.fromhex(_digest_inputs(job, counts.replay_files)))
             if weights.tokenizer:
                 check_tokenizer(weights.tokenizer, origin=str(weights.path))  # before other ranks read it
             lock = _take_output(job.output.results)
             num_journals = len(journal_paths(job.output.results))
-            numbers += [num_journals, *digest, *PromptCounts.of(prompts)]
+            numbers += [num_journals, *digest, counts.requests, counts.chats, counts.top_logprobs, counts.replays]
         log_to_files(job.output.results, world.rank)
-        return (job, weights, prompts, lock, num_gpus), [*numbers, *[MOST] * (num - len(numbers))]
+        return _Opened(job, weights, prompts, counts, lock, num_gpus), [*numbers, *[MOST] * (num - len(numbers))]
 
-    (job, weights, prompts, lock, num_gpus), least = world.collectively_least(open_all, num=num)
+    (job, weights, prompts, counts, lock, num_gpus), least = world.collectively_least(open_all, num=num)
     agreed = _Agreed(*least)
     _require_equal(agreed, job, weights, world)
     backend: Backend = "cupy" if agreed.has_gpu else "auto" if agreed.minus_has_gpu else "numpy"
+    counts.requests, counts.chats, counts.top_logprobs, counts.replays = agreed[-4:]
     resolved = msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, backend=backend))
     digest = struct.pack("<4I", agreed.digest_0, agreed.digest_1, agreed.digest_2, agreed.digest_3).hex()
     return Inputs(
         job=job,
         weights=weights,
         prompts=prompts,
-        counts=PromptCounts(*agreed[-4:]),
+        counts=counts,
         fingerprint=run_fingerprint(resolved, weights=weights.fingerprint, inputs=digest),
         lock=lock,
         num_gpus=num_gpus,
@@ -145,22 +139,32 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
     )
 
 
-def _read_prompts(job: Job, architecture: Architecture, world: World, *, strict: bool) -> Sequence[Prompt]:
-    prompts = read_prompts(job.input.prompts, sampling=job.sampling, strict=strict, column=job.input.column)
-    num_groups = len({prompt.group for prompt in prompts})
-    if job.trace.statistics and num_groups > MAX_GROUPS:
+def _read_prompts(
+    job: Job, architecture: Architecture, world: World, *, strict: bool
+) -> tuple[PromptSpool, PromptCounts]:
+    def on_block() -> None:
+        world.alive(world.where)
+
+    with LineFiles(job, architecture, on_block=on_block) as files:
+        prompts, counts = read_prompts(
+            job.input.prompts,
+            sampling=job.sampling,
+            strict=strict,
+            folder=Path(job.output.results).parent,
+            column=job.input.column,
+            check=files.check,
+            on_block=on_block,
+        )
+    if job.trace.statistics and (num_groups := len(counts.groups)) > MAX_GROUPS:
         raise DataError(f"{job.input.prompts}: has {num_groups} groups; trace.statistics sums up at most {MAX_GROUPS}")
-    prompts = check_line_files(prompts, job, architecture, on_block=lambda: world.alive(world.where))
-    bad = next((prompt.error for prompt in prompts if prompt.error), "")
-    if bad and strict:
-        raise DataError(bad)
-    return prompts
+    return prompts, counts
 
 
-def _digest_inputs(job: Job, of_prompts: Sequence[str]) -> str:
-    """The digest of the prompts, and of the routing that is replayed, if there is any, also `of_prompts`."""
+def _digest_inputs(job: Job, names: Iterable[str]) -> str:
+    """The digest of the prompts, and of the routing that is replayed, if there is any, also files of these `names`."""
     digests = digest_file(job.input.prompts)
-    for path in [*([job.replay.routing] if job.replay.routing else []), *of_prompts]:
+    of_job = [job.replay.routing] if job.replay.routing else []
+    for path in (*of_job, *(line_file(job, name) for name in names)):
         digests = blake2b(f"{digests}{digest_file(path)}".encode(), digest_size=16).hexdigest()
     return digests
 

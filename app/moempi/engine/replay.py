@@ -1,22 +1,25 @@
 """Replay: a routing policy that gives rows the experts of a file, and counts them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from moempi.arrays import Float32Array, IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.config.architecture import Architecture, Router
-from moempi.config.job import Job, ReplaySection
+from moempi.config.job import Job
 from moempi.engine.request import Request
 from moempi.errors import DataError, MoempiError
 from moempi.layout.layout import require_replayable
 from moempi.model.router_balance import RoutingPolicy
 from moempi.runtime.world import World
+from moempi.storage.closeable import Closeable
 from moempi.storage.files import digest_file
+from moempi.storage.prompt_spool import PromptSpool
 from moempi.storage.prompts import Prompt
 from moempi.storage.replay_file import NOT_GIVEN, ReplayFile
 
@@ -35,23 +38,22 @@ class Replay:
     requests: IntArray
     weights: bool
 
-    def require_fits(self, requests: Sequence[Request]) -> None:
-        """Fail the requests whose own file has more positions of them than the job may compute.
+    def problem_of(self, request: Request) -> str:
+        """Why a request cannot replay its own file, which has more positions of it than the job may compute; else "".
 
         Raises DataError if the job's file has.
         """
-        for request in requests:
-            file, number = self.requests[request.prompt.index].tolist()
-            positions = self.files[file].num_positions(number) if file >= 0 else 0
-            if request.finish or positions <= request.capacity:
-                continue
-            problem = (
-                f"{self.files[file].path}: request {request.prompt.id[:100]!r} has routing of {positions} positions, "
-                f"the job computes at most {request.capacity}"
-            )
-            if request.prompt.replay is None:
-                raise DataError(problem)
-            request.fail(problem)
+        file, number = self.requests[request.prompt.index].tolist()
+        positions = self.files[file].num_positions(number) if file >= 0 else 0
+        if positions <= request.capacity:
+            return ""
+        problem = (
+            f"{self.files[file].path}: request {request.prompt.id[:100]!r} has routing of {positions} positions, "
+            f"the job computes at most {request.capacity}"
+        )
+        if request.prompt.replay is None:
+            raise DataError(problem)
+        return problem
 
     def close(self) -> None:
         """Close the files."""
@@ -59,54 +61,84 @@ class Replay:
             file.close()
 
 
-def check_line_files(
-    prompts: Sequence[Prompt], job: Job, architecture: Architecture, on_block: Callable[[], object]
-) -> list[Prompt]:
-    """The prompts, whose own files of routing are named from the folder of the prompt file; reads these once.
+class LineFiles(Closeable):
+    """The files of routing that prompts name, from the folder of the prompt file; each is read once.
 
-    A prompt whose file does not fit the model, the job or the prompt has its error. Calls `on_block` as
-    `ReplayFile.require_valid` does.
+    Calls `on_block` as `ReplayFile.require_valid` does.
     """
-    folder = Path(job.input.prompts).parent
-    problems: dict[str, str] = {}
-    files: dict[str, ReplayFile] = {}
-    checked = []
-    for prompt in prompts:
-        if prompt.replay is not None and not prompt.error:
-            path = str(folder / prompt.replay)
+
+    def __init__(self, job: Job, architecture: Architecture, *, on_block: Callable[[], object]) -> None:
+        self._job = job
+        self._architecture = architecture
+        self._on_block = on_block
+        self._files: dict[str, ReplayFile] = {}
+        self._problems: dict[str, str] = {}
+
+    def check(self, prompt: Prompt) -> Prompt:
+        """The prompt; with an error if its file does not fit the model, the job or the prompt."""
+        if prompt.replay is None or prompt.error:
+            return prompt
+        problem = self._problem_of(line_file(self._job, prompt.replay), prompt)
+        if not problem:
+            return prompt
+        return structs.replace(prompt, text=None, tokens=None, chat=None, replay=None, error=f"replay: {problem}")
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _problem_of(self, path: str, prompt: Prompt) -> str:
+        if path not in self._files and path not in self._problems:
             try:
-                if path not in files and path not in problems:
-                    files[path] = _open_line_file(path, job, architecture, num_before=len(files), on_block=on_block)
-                problem = problems.get(path, "")
-                if not problem:
-                    files[path].request_of(_names(prompt))
+                self._files[path] = self._open(path)
             except MoempiError as error:
-                problem = str(error)
-                if path not in files:
-                    problems[path] = problem
-            prompt = replace(prompt, replay=path) if not problem else _failed(prompt, f"replay: {problem}")
-        checked.append(prompt)
-    for file in files.values():
-        file.close()
-    return checked
+                self._problems[path] = str(error)
+        if path in self._problems:
+            return self._problems[path]
+        try:
+            self._files[path].request_of(_names(prompt))
+        except MoempiError as error:
+            return str(error)
+        return ""
+
+    def _open(self, path: str) -> ReplayFile:
+        """Open and read a file; raises NoInputError, DataError or ConfigError."""
+        require_replayable(self._job, self._architecture, what=path)
+        if len(self._files) == MOST_FILES:
+            raise DataError(f"{path}: is one file more than {MOST_FILES}")
+        with suppress(OSError):
+            if Path(path).samefile(self._job.output.results):
+                raise DataError(f"{path}: is the output of the job")
+        file = ReplayFile(path, self._architecture)
+        try:
+            if self._job.replay.weights and not file.has_weights:
+                raise DataError(f"{path}: has no weights, which replay.weights requests")
+            file.require_valid(weights=self._job.replay.weights, on_block=self._on_block)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
 
-def line_files(prompts: Sequence[Prompt]) -> list[str]:
-    """The files of routing that prompts name, each once."""
-    return list(dict.fromkeys(prompt.replay for prompt in prompts if prompt.replay is not None))
+def line_file(job: Job, name: str) -> str:
+    """The path of a file that a prompt line names, from the folder of the prompt file."""
+    return str(Path(job.input.prompts).parent / name)
 
 
 def open_replay(
-    section: ReplaySection, architecture: Architecture, world: World, prompts: Sequence[Prompt]
+    job: Job, architecture: Architecture, world: World, prompts: PromptSpool, names: Iterable[str]
 ) -> Replay | None:
     """The routing that a job and its prompts are given; None if they are given none. Collective, blocks.
 
-    Rank 0 has the `prompts`, which `check_line_files` has checked, and reads the job's whole file once, a block at a
-    time. Ends all ranks with a NoInputError, or with a DataError if the file does not fit, or if nodes have different
-    files of prompts.
+    Rank 0 has the `prompts`, which `LineFiles` has checked, and the `names` of files in them; it reads the job's whole
+    file once, a block at a time. Ends all ranks with a NoInputError, or with a DataError if the file does not fit, or
+    if nodes have different files of prompts.
     """
+    section = job.replay
     of_job = [section.routing] if section.routing else []
-    paths = world.comm.bcast(of_job + line_files(prompts))
+    names = world.comm.bcast(list(names))
+    paths = [*of_job, *(line_file(job, name) for name in names)]
     if not paths:
         return None
 
@@ -121,7 +153,7 @@ def open_replay(
             files[0].require_valid(weights=section.weights, on_block=lambda: world.alive(world.where))
             requests[:, 1] = files[0].requests_of([prompt.id for prompt in prompts])
             requests[:, 0] = np.where(requests[:, 1] >= 0, 0, -1)
-        numbers = {path: number for number, path in enumerate(paths) if number >= len(of_job)}
+        numbers = {name: number for number, name in enumerate(names, start=len(of_job))}
         for prompt in prompts:
             if prompt.replay is not None:
                 number = numbers[prompt.replay]
@@ -129,39 +161,14 @@ def open_replay(
         return files, requests
 
     files, requests = world.collectively(open_files)
-    if len(paths) > len(of_job):
+    if names:
         _require_same_files(paths[len(of_job) :], world)
     return Replay(files, world.comm.bcast(requests), section.weights)
-
-
-def _open_line_file(
-    path: str, job: Job, architecture: Architecture, *, num_before: int, on_block: Callable[[], object]
-) -> ReplayFile:
-    """Open and read a file that prompts name; raises NoInputError, DataError or ConfigError."""
-    require_replayable(job, architecture, what=path)
-    if num_before == MOST_FILES:
-        raise DataError(f"{path}: is one file more than {MOST_FILES}")
-    with suppress(OSError):
-        if Path(path).samefile(job.output.results):
-            raise DataError(f"{path}: is the output of the job")
-    file = ReplayFile(path, architecture)
-    try:
-        if job.replay.weights and not file.has_weights:
-            raise DataError(f"{path}: has no weights, which replay.weights requests")
-        file.require_valid(weights=job.replay.weights, on_block=on_block)
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
 def _names(prompt: Prompt) -> list[str]:
     """The ids under which a file may have the routing of a prompt: its own, and that of its first sample."""
     return [prompt.id] if prompt.prompt_id is None else [prompt.id, prompt.prompt_id]
-
-
-def _failed(prompt: Prompt, error: str) -> Prompt:
-    return replace(prompt, text=None, tokens=None, chat=None, replay=None, error=error)
 
 
 def _require_same_files(paths: Sequence[str], world: World) -> None:

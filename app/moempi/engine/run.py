@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -17,10 +16,11 @@ import numpy as np
 from moempi.config.job import Job
 from moempi.config.recommended import KEYS
 from moempi.config.traces import recorded_bytes, records_scores
+from moempi.engine.admitted import AdmittedRequests, admit
 from moempi.engine.balance import quality_cost
 from moempi.engine.deployment import Deployment, deploy
 from moempi.engine.disk import require_disk
-from moempi.engine.engine import load_engine, make_task
+from moempi.engine.engine import Engine, load_engine, make_task
 from moempi.engine.inputs import Inputs, open_inputs
 from moempi.engine.kv_budget import useful_pages
 from moempi.engine.rank_layout import RankLayout
@@ -46,6 +46,7 @@ from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance, merge
 from moempi.storage.prompt_form import find_form
+from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool
 from moempi.storage.prompts import Prompt
 from moempi.storage.results import ResultFile
 from moempi.storage.weights import WeightFile
@@ -75,7 +76,7 @@ def run_job(
     start = datetime.now(UTC)
     # The inputs: rank 0 reads the prompts, every rank the index of the weight file.
     inputs = open_inputs(given if callable(given) else lambda: given, world, strict=strict)
-    job, weights, prompts = inputs.job, inputs.weights, inputs.prompts
+    job, weights = inputs.job, inputs.weights
     # This attempt computes the requests that earlier ones did not finish.
     attempt = Attempt(world, inputs, max_errors=max_errors)
     attempt.warn_of_damage()
@@ -83,7 +84,8 @@ def run_job(
     deployment = deploy(job, world, weights, num_gpus=inputs.num_gpus, has_gpus=inputs.has_gpus)
     requests, pages = _admit(inputs, deployment, attempt)
     replay = _check(inputs, deployment, attempt, requests) if _is_checked(inputs) else None
-    _announce(job, world, weights, prompts)
+    _announce(job, world, weights, inputs.counts)
+    inputs.prompts.close()
     # The model and the lanes.
     progress = Progress(attempt.num_requests, enabled=world.rank == 0)
     recorder = _make_recorder(job, world, deployment.rank_layout, attempt, progress, requests)
@@ -94,15 +96,14 @@ def run_job(
     if engine is None:
         return attempt.stop(stop, sum_totals(recorder, world))
     # The lanes run interleaved until no rank has work left.
-    too_long = engine.submit(requests)
-    task, sample = make_task(job, deployment.tokenizer, top=inputs.counts.top_logprobs), _quality_sample(job, requests)
-    del inputs, prompts, requests  # from here on the scheduler alone holds a request, until it is finished
+    engine.submit(requests)
+    task, sample = make_task(job, deployment.tokenizer, top=inputs.counts.top_logprobs), _quality_sample(job, engine)
     seconds = engine.run(task, recorder)
     if replay is not None:
         replay.close()
     if not engine.scheduler.num_unfinished:
-        recorder.record(too_long)  # not if this attempt stopped early: the next one may have more memory
-    del too_long
+        recorder.record(requests.too_long(pages))  # not if this attempt stopped early: the next may have more memory
+    requests.close()
     progress.close()
     # All journals are closed. If the run was stopped, they stay for the next attempt.
     rank_run = RankRun(deployment.rank_layout, engine.lanes, recorder, engine.loading, seconds)
@@ -116,22 +117,27 @@ def run_job(
     return exit_code
 
 
-def _admit(inputs: Inputs, deployment: Deployment, attempt: Attempt) -> tuple[list[Request], int]:
+def _admit(inputs: Inputs, deployment: Deployment, attempt: Attempt) -> tuple[AdmittedRequests, int]:
     """The requests of this rank's group, from the unfinished prompts of rank 0, and the cache pages of each group.
 
     Begins the output of the attempt, if the job is not checked. Collective, blocks.
     """
-    job, rank_layout = deployment.job, deployment.rank_layout
-    own = scatter_prompts(_unfinished(inputs.prompts, attempt), deployment.world, rank_layout)
-    chats = deployment.render_chats(own) if inputs.counts.chats else {}
+    job, codec = deployment.job, PromptCodec(deployment.job.sampling)
+    admitted = admit(
+        scatter_prompts(_unfinished(inputs.prompts, attempt), codec, deployment.world, deployment.rank_layout),
+        deployment,
+        task=job.task,
+        has_chats=inputs.counts.chats > 0,
+        spool=lambda: PromptSpool(codec, Path(job.output.results).parent),
+    )
 
-    def make_requests() -> tuple[list[Request], int]:
+    def begin() -> tuple[AdmittedRequests, int]:
+        admitted.require_whole()
         if not _is_checked(inputs):
             attempt.begin(has_records=_has_records(deployment))
-        requests = deployment.make_requests(own, task=job.task, chats=chats)
-        return requests, useful_pages(requests, slots=len(deployment.slots))
+        return admitted, useful_pages(admitted.pages, slots=len(deployment.slots))
 
-    return deployment.with_cache_pages(make_requests)
+    return deployment.with_cache_pages(begin)
 
 
 def _is_checked(inputs: Inputs) -> bool:
@@ -147,7 +153,7 @@ def _has_records(deployment: Deployment) -> bool:
     return rank_layout.writes_records or trace.has_routing or bool(trace.hidden) or scores
 
 
-def _check(inputs: Inputs, deployment: Deployment, attempt: Attempt, requests: Sequence[Request]) -> Replay | None:
+def _check(inputs: Inputs, deployment: Deployment, attempt: Attempt, requests: AdmittedRequests) -> Replay | None:
     """The routing that the job is given, which fits the `requests` of this rank's group; begins the output.
 
     Ends all ranks if the disk has no space for what is recorded; the corrected job finds no journals of this one.
@@ -155,11 +161,11 @@ def _check(inputs: Inputs, deployment: Deployment, attempt: Attempt, requests: S
     """
     job, world, architecture = inputs.job, deployment.world, inputs.weights.architecture
     require_disk(job, world, architecture, requests if deployment.rank_layout.writes_records else [])
-    replay = open_replay(job.replay, architecture, world, inputs.prompts)
+    replay = open_replay(job, architecture, world, inputs.prompts, inputs.counts.replay_files)
 
     def begin() -> None:
         if replay is not None:
-            replay.require_fits(requests)
+            requests.refuse(replay.problem_of)
         attempt.begin(has_records=_has_records(deployment))
 
     world.collectively(begin)
@@ -198,17 +204,16 @@ def _write_results(
         _print(_with_results(report))
 
 
-def _announce(job: Job, world: World, weights: WeightFile, prompts: Sequence[Prompt]) -> None:
+def _announce(job: Job, world: World, weights: WeightFile, counts: PromptCounts) -> None:
     """Print on rank 0 what was found in the prompt file, and what the weight file lacks for it."""
     if world.rank == 0:
-        refused = sum(bool(prompt.error) for prompt in prompts)
         form = find_form(job.input.prompts, column=job.input.column)
-        counts = f"{len(prompts)} requests, {refused} of them refused" if refused else f"{len(prompts)} requests"
-        print_error(f"{job.input.prompts}: {counts}, {form}")
+        refused = f", {counts.refused} of them refused" if counts.refused else ""
+        print_error(f"{job.input.prompts}: {counts.requests} requests{refused}, {form}")
         if job.sampling.defaults == "model":
             rules = ", ".join(f"{key} {getattr(job.sampling, key):g}" for key in KEYS)
             print_error(f"sampling defaults of {weights.path}, and of the job: {rules}")
-        _warn_of_texts(prompts, weights)
+        _warn_of_texts(counts, weights)
 
 
 def _with_results(report: Report) -> Report:
@@ -242,19 +247,21 @@ def _print(report: Report) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def _unfinished(prompts: Sequence[Prompt], attempt: Attempt) -> Sequence[Prompt]:
+def _unfinished(prompts: Iterable[Prompt], attempt: Attempt) -> Iterable[Prompt]:
     """The prompts that earlier attempts did not finish."""
-    return [prompts[index] for index in np.setdiff1d(np.arange(len(prompts)), attempt.earlier.indices).tolist()]
+    is_finished = np.zeros(attempt.num_requests, np.bool_)
+    is_finished[attempt.earlier.indices] = True
+    finished = is_finished.tobytes()
+    return (prompt for prompt in prompts if not finished[prompt.index])
 
 
-def _warn_of_texts(prompts: Sequence[Prompt], weights: WeightFile) -> None:
+def _warn_of_texts(counts: PromptCounts, weights: WeightFile) -> None:
     """Say once what the errors of single requests will say: that the weight file lacks what their prompts need."""
-    chats = sum(prompt.chat is not None for prompt in prompts)
-    texts = sum(prompt.text is not None for prompt in prompts) + chats
+    texts = counts.texts + counts.chats
     if texts and not weights.tokenizer:
         log.warning("%s holds no tokenizer: %d prompts of text end as errors; give tokens", weights.path, texts)
-    elif chats and not weights.chat:
-        log.warning("%s holds no chat template: %d prompts of messages end as errors", weights.path, chats)
+    elif counts.chats and not weights.chat:
+        log.warning("%s holds no chat template: %d prompts of messages end as errors", weights.path, counts.chats)
 
 
 def _make_recorder(
@@ -263,7 +270,7 @@ def _make_recorder(
     rank_layout: RankLayout,
     attempt: Attempt,
     progress: Progress,
-    requests: Sequence[Request],
+    requests: AdmittedRequests,
 ) -> Recorder:
     """This rank's recorder, which has recorded the refused requests.
 
@@ -281,16 +288,15 @@ def _make_recorder(
     )
     if world.rank == 0:
         recorder.add_earlier(attempt.earlier)
-    recorder.record(request for request in requests if request.finish)
+    recorder.record(requests.refused())
     if world.rank == 0:
         attempt.count(recorder.counts())
     return recorder
 
 
-def _quality_sample(job: Job, requests: Iterable[Request]) -> list[Request]:
+def _quality_sample(job: Job, engine: Engine) -> list[Request]:
     """The first requests to compute, as many as the quality cost of balancing needs; they outlive their records."""
-    measured = job.balance.sample if job.balance.mode != "off" else 0
-    return list(islice((request for request in requests if not request.finish), measured))
+    return engine.scheduler.first(job.balance.sample) if job.balance.mode != "off" else []
 
 
 def _close_journals(

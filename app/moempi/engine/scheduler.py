@@ -1,8 +1,8 @@
 """The scheduler of a rank: the requests that a micro-batch computes next. Continuous batching with chunked prefill."""
 
 from collections import deque
-from collections.abc import Iterable
-from itertools import accumulate, islice, takewhile
+from collections.abc import Collection, Iterable, Iterator
+from itertools import accumulate, chain, islice, takewhile
 from time import perf_counter
 
 import numpy as np
@@ -22,9 +22,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, requests: Iterable[Request], *, micro_batches: int, slots: range, batch_tokens: int, pages: int
+        self, requests: Collection[Request], *, micro_batches: int, slots: range, batch_tokens: int, pages: int
     ) -> None:
-        self._queue = deque(requests)
+        self._queue = deque[Request]()
+        """The first queued requests; the others are still in `_source`."""
+        self._source: Iterator[Request] = iter(())
+        self._num_in_source = 0
         self.sequences = Sequences(slots)
         self._active: list[IntArray] = [np.zeros(0, np.int64)] * micro_batches
         """The sequences of each micro-batch, in order of admission."""
@@ -32,10 +35,26 @@ class Scheduler:
         self._free = deque(range(len(slots)))
         self._batch_tokens = batch_tokens
         self._pages = pages
+        self.submit(requests, count=len(requests))
 
-    def submit(self, requests: Iterable[Request]) -> None:
-        """Append requests to the queue."""
-        self._queue.extend(requests)
+    def submit(self, requests: Iterable[Request], *, count: int) -> None:
+        """Append `count` requests to the queue, which takes each of them when it is needed."""
+        self._source = chain(self._source, requests) if self._num_in_source else iter(requests)
+        self._num_in_source += count
+
+    def first(self, count: int) -> list[Request]:
+        """The first `count` requests of the queue, or all that there are."""
+        missing = min(max(count - len(self._queue), 0), self._num_in_source)
+        self._queue.extend(islice(self._source, missing))
+        self._num_in_source -= missing
+        if not self._num_in_source:
+            self._source = iter(())
+        return list(islice(self._queue, count))
+
+    @property
+    def num_queued(self) -> int:
+        """Number of requests in the queue."""
+        return len(self._queue) + self._num_in_source
 
     @property
     def num_micro_batches(self) -> int:
@@ -44,7 +63,7 @@ class Scheduler:
 
     def unfinished(self, micro_batch: int) -> int:
         """Number of requests that the micro-batch may still have to compute: its own and all queued ones."""
-        return len(self._queue) + len(self._active[micro_batch])
+        return self.num_queued + len(self._active[micro_batch])
 
     @property
     def num_running(self) -> int:
@@ -54,7 +73,7 @@ class Scheduler:
     @property
     def num_unfinished(self) -> int:
         """Number of requests of all micro-batches, and of the queue."""
-        return len(self._queue) + self.num_running
+        return self.num_queued + self.num_running
 
     def next_work(self, micro_batch: int) -> Work:
         """The micro-batch's next step.
@@ -104,5 +123,5 @@ class Scheduler:
 
     def _num_admissible(self) -> int:
         """Number of queued requests, from the first one on, that free slots and pages hold."""
-        needed = accumulate(pages_for(request.capacity) for request in islice(self._queue, len(self._free)))
+        needed = accumulate(pages_for(request.capacity) for request in self.first(len(self._free)))
         return sum(1 for _ in takewhile(lambda pages: pages <= self._pages, needed))

@@ -1,50 +1,66 @@
-"""Rank 0 reads the prompts; each rank of the first stage gets those of its data parallel group."""
+"""Rank 0 has the prompts; each rank of the first stage gets those of its data parallel group, a piece at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from moempi.engine.rank_layout import RankLayout
+from moempi.errors import MoempiError
 from moempi.runtime.world import World
+from moempi.storage.prompt_spool import PromptCodec, num_bytes
 from moempi.storage.prompts import Prompt
 
 TAG = 32_100
 """Beyond the tags of messages between stages."""
-PIECE = 10_000
+PIECE = 1024
 PIECE_BYTES = 64 << 20
-"""Prompts, and bytes of their texts and tokens, that are sent at a time; a larger prompt is sent alone."""
+"""Prompts of a group, and bytes of texts and tokens of all groups, at a time; a larger prompt is sent alone."""
 
 
-def scatter_prompts(prompts: Sequence[Prompt], world: World, rank_layout: RankLayout) -> list[Prompt]:
-    """This rank's share of the `prompts` of rank 0: every n-th, if the first stage has n groups; none beyond it.
+def scatter_prompts(
+    prompts: Iterable[Prompt], codec: PromptCodec, world: World, rank_layout: RankLayout
+) -> Iterator[list[Prompt]]:
+    """Yield this rank's share of the `prompts` of rank 0 in pieces: every n-th, if the first stage has n groups.
 
-    Collective over rank 0 and the first stage, blocks. Memory beside the shares is that of PIECE prompts.
+    Ranks beyond it have none. The ranks of a group get the same pieces. Collective over rank 0 and the first stage:
+    each takes all pieces. Blocks. Memory is that of a piece of all groups. A MoempiError of `prompts` ends the
+    pieces of all ranks, and is raised on rank 0.
     """
-    ranks, grid = rank_layout.ranks, rank_layout.grid
     if world.rank == 0:
-        for rank in grid.stages[0].ranks:
-            if rank != ranks.rank:
-                for piece in _pieces(prompts[grid.coordinates(rank).data :: grid.num_groups(0)]):
-                    ranks.send(piece, rank, TAG)
-        return list(prompts[rank_layout.coords.data :: grid.num_groups(0)]) if rank_layout.is_first_stage else []
-    share: list[Prompt] = []
-    while rank_layout.is_first_stage and (piece := ranks.recv(tag=TAG)):
-        share += piece
-    return share
+        yield from _scatter(prompts, codec, rank_layout)
+        return
+    while rank_layout.is_first_stage and (piece := codec.decode(rank_layout.ranks.recv(tag=TAG))):
+        yield piece
 
 
-def _pieces(share: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
-    """Lists of prompts, of which the last is empty."""
-    start = num_bytes = 0
-    for index, prompt in enumerate(share):
-        num_bytes += _num_bytes(prompt)
-        if index - start == PIECE or (num_bytes > PIECE_BYTES and index > start):
-            yield share[start:index]
-            start, num_bytes = index, _num_bytes(prompt)
-    if start < len(share):
-        yield share[start:]
-    yield []
+def _scatter(prompts: Iterable[Prompt], codec: PromptCodec, rank_layout: RankLayout) -> Iterator[list[Prompt]]:
+    ranks, coords, grid = rank_layout.ranks, rank_layout.coords, rank_layout.grid
+    others = [(rank, grid.coordinates(rank).data) for rank in grid.stages[0].ranks if rank != ranks.rank]
+    failure = None
+    try:
+        for shares in _shares(prompts, grid.num_groups(0)):
+            encoded = [codec.encode(share) if share and others else b"" for share in shares]
+            for rank, group in others:
+                if shares[group]:
+                    ranks.send(encoded[group], rank, TAG)
+            if rank_layout.is_first_stage and shares[coords.data]:
+                yield shares[coords.data]
+    except MoempiError as error:
+        failure = error
+    for rank, _ in others:
+        ranks.send(codec.encode(()), rank, TAG)
+    if failure is not None:
+        raise failure
 
 
-def _num_bytes(prompt: Prompt) -> int:
-    """The size of what may be long in a prompt."""
-    parts = (prompt.text, prompt.chat, prompt.reference, prompt.metadata, prompt.error)
-    return (0 if prompt.tokens is None else prompt.tokens.nbytes) + sum(len(part or "") for part in parts)
+def _shares(prompts: Iterable[Prompt], num_groups: int) -> Iterator[list[list[Prompt]]]:
+    """Yield the next prompts of each group."""
+    shares: list[list[Prompt]] = [[] for _ in range(num_groups)]
+    held = held_bytes = 0
+    for number, prompt in enumerate(prompts):
+        size = num_bytes(prompt)
+        if held == PIECE * num_groups or (held and held_bytes + size > PIECE_BYTES):
+            yield shares
+            shares, held, held_bytes = [[] for _ in range(num_groups)], 0, 0
+        shares[number % num_groups].append(prompt)
+        held, held_bytes = held + 1, held_bytes + size
+    if held:
+        yield shares

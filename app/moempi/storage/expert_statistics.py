@@ -32,7 +32,7 @@ def write_statistics(file: Any, index: JournalIndex, require_success: Callable[[
     pairs = create(
         file, "statistics/pairs", np.int64, (*OF_EXPERT, "expert_beside"), "positions that chose both experts"
     )
-    ends, group_of_request = np.cumsum(index.entries["computed"]), index.group_of_request
+    ends, group_of_request = np.cumsum(index.entries["computed"], dtype=np.int64), index.group_of_request
     for layer in range(len(index.traces["routing"].layers)):
         require_success()
         totals = _layer_sums(file, layer, ends, group_of_request, (len(index.groups), num_experts))

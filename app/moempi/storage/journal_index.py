@@ -29,12 +29,11 @@ NO_LOAD, NO_SHIFTS = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
 
 R = TypeVar("R", bound=Record)
 
-_COUNTS = ("computed", "hidden_first", "hidden_rows", "since")
+_COUNTS = ("computed", "hidden_first", "hidden_rows")
+_LENGTHS = ("prompt_token", "output_token", "scored", "in_group", *_COUNTS, *TEXTS)
 _OF_SCORES = {column.path for column in TRACES["score"].values()}
 _ENTRY = np.dtype(
-    [("journal", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("prompt_token", "i8"), ("output_token", "i8")]
-    + [(name, "i8") for name in ("scored", "in_group", *_COUNTS)]
-    + [(name, "i8") for name in TEXTS]
+    [("journal", "i4"), ("offset", "i8"), ("num_bytes", "i8"), ("since", "i8")] + [(name, "u4") for name in _LENGTHS]
 )
 
 
@@ -177,7 +176,7 @@ class JournalIndex:
         group = self._groups.setdefault((record.group or "").replace("\0", "\u2400"), len(self._groups))
         lengths = len(record.prompt), len(record.tokens), len(record.score), group
         lengths += tuple(getattr(record, name) for name in _COUNTS)
-        self.entries[record.index] = (journal, offset, num_bytes, *lengths, *texts)
+        self.entries[record.index] = (journal, offset, num_bytes, record.since, *lengths, *texts)
         # Without tokens, a width is a number without values behind it.
         self.top = max(self.top, record.top_tokens.shape[1] if record.top_tokens.size else 0)
         self.score_top = max(self.score_top, record.score_top_tokens.shape[1] if record.score_top_tokens.size else 0)
@@ -210,10 +209,11 @@ class JournalIndex:
         """The rows of each request in a table."""
         entries = self.entries
         if table in SCORES:
-            return TableRows(np.zeros(len(entries), np.int64), entries["prompt_token"], entries["scored"])
-        first, num_rows = np.zeros(len(entries), np.int64), entries["computed"]
+            num_tokens, scored = (entries[name].astype(np.int64) for name in ("prompt_token", "scored"))
+            return TableRows(np.zeros(len(entries), np.int64), num_tokens, scored)
+        first, num_rows = np.zeros(len(entries), np.int64), entries["computed"].astype(np.int64)
         if table == "hidden":
-            first, num_rows = entries["hidden_first"], entries["hidden_rows"]
+            first, num_rows = (entries[name].astype(np.int64) for name in ("hidden_first", "hidden_rows"))
         return TableRows(first, num_rows, first + num_rows)
 
     @property

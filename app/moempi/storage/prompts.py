@@ -1,16 +1,16 @@
 """The prompts of a job: lines of JSON, each a request; lines and rows of other forms; or token arrays in HDF5."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator
 from difflib import get_close_matches
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
 import h5py
 import msgspec
 import numpy as np
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, Meta, UnsetType, structs
 from numpy.typing import NDArray
 
 from moempi.arrays import Int32Array
@@ -20,6 +20,7 @@ from moempi.storage.hdf5 import open_dataset, open_file, raising_data_errors, wa
 from moempi.storage.openai_batch import translate
 from moempi.storage.prompt_form import PromptForm, find_form, open_decompressed
 from moempi.storage.prompt_table import Row, csv_rows, parquet_rows
+from moempi.storage.repeated import digest
 
 MAX_LINE_BYTES = 64 << 20
 MAX_TOKEN = 2**31 - 1
@@ -32,6 +33,8 @@ MAX_PATH = 4096
 MAX_SHOWN = 100
 """Characters of a key or an id that an error shows."""
 
+_ROWS = 1024
+"""Rows of arrays whose offsets and ids are read at a time."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UNKNOWN_FIELD = "Object contains unknown field `"
 
@@ -40,8 +43,7 @@ NonEmpty = Annotated[str, Meta(min_length=1)]
 Given = TypeVar("Given", bytes, Row)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True, eq=False):
     """One request: its `index` among the file's requests, and either `text`, `tokens` (n,) int32, n > 0, or a `chat`.
 
     A non-empty `error` is the reason why the line cannot be used; such a request has none of these and finishes
@@ -92,35 +94,28 @@ class _OnlyId(msgspec.Struct):
     custom_id: NonEmpty | int | None = None
 
 
-_OVERRIDES = {field.name: field.type for field in msgspec.structs.fields(Sampling) if field.name != "defaults"}
+_OVERRIDES = {field.name: field.type for field in structs.fields(Sampling) if field.name != "defaults"}
+_OVERRIDES_OF = attrgetter(*_OVERRIDES)
 _LINE: type[Any] = msgspec.defstruct(
     "_Line",
     [(name, kind | UnsetType, UNSET) for name, kind in _OVERRIDES.items()],
     bases=(_Request,),
     forbid_unknown_fields=True,
 )
-_KEYS = tuple(field.name for field in msgspec.structs.fields(_LINE))
+_KEYS = tuple(field.name for field in structs.fields(_LINE))
 _OF_BATCH = frozenset(_KEYS) - {"id", "prompt", "tokens", "messages", "reference", "group", "replay"}
 _LINE_DECODER = msgspec.json.Decoder(_LINE)
 _ID_DECODER = msgspec.json.Decoder(_OnlyId)
 
 
-def read_prompts(path: str | Path, *, sampling: Sampling, strict: bool, column: str = "") -> list[Prompt]:
-    """Read all requests of a file in order, of any form that `find_form` knows; a line may override `sampling`.
+def find_prompts(
+    path: str | Path, *, sampling: Sampling, column: str = "", repeated: Collection[int]
+) -> Iterator[Prompt]:
+    """The requests of a file in order, of any form that `find_form` knows, a few in memory at a time.
 
-    A prompt with `n` samples becomes n requests; the id of sample i > 0 is that of the prompt, "#" and i. A bad line,
-    or a line with the id of an earlier one, becomes a `Prompt` with an error that names file and line; if `strict`,
-    raises DataError instead. Raises NoInputError if the file cannot be read, DataError if it has no prompts or does not
-    have the format in jobs/README.md.
+    See `read_prompts`. Only an id with one of the `repeated` digests is compared with earlier ones.
     """
-    prompts: list[Prompt] = []
-    for prompt in _numbered(_read(path, find_form(path, column=column), sampling, column), sampling):
-        if prompt.error and strict:
-            raise DataError(prompt.error)
-        prompts.append(prompt)
-    if not prompts:
-        raise DataError(f"{path}: has no prompts")
-    return prompts
+    return _numbered(_read(path, find_form(path, column=column), sampling, column), sampling, repeated)
 
 
 def make_prompts(rows: Iterable[Row], *, sampling: Sampling) -> list[Prompt]:
@@ -128,20 +123,26 @@ def make_prompts(rows: Iterable[Row], *, sampling: Sampling) -> list[Prompt]:
 
     Errors begin with the number of the object, as `prompts[3]`.
     """
-    return list(_numbered(_read_objects(rows, sampling), sampling))
+    return list(_numbered(_read_objects(rows, sampling), sampling, repeated=None))
 
 
-def _numbered(found: Iterable[tuple[str, str, Prompt]], sampling: Sampling) -> Iterator[Prompt]:
-    """All samples of the prompts, with their indices; one with the id of an earlier one becomes an error."""
+def _numbered(
+    found: Iterable[tuple[str, str, Prompt]], sampling: Sampling, repeated: Collection[int] | None
+) -> Iterator[Prompt]:
+    """All samples of the prompts, with their indices; one with the id of an earlier one becomes an error.
+
+    Only ids with one of the `repeated` digests can do so, if these are known.
+    """
     first_use: dict[str, str] = {}
     index = 0
     for location, fallback, prompt in found:
         for sample in _samples(prompt):
-            first = first_use.setdefault(sample.id, location)
-            if first is not location and not sample.error:
-                error = f"{location}: id {sample.id[:MAX_SHOWN]!r} was used before, at {first}"
-                sample = _bad(fallback, sampling, error)
-            yield replace(sample, index=index)
+            if repeated is None or (repeated and digest(sample.id) in repeated):
+                first = first_use.setdefault(sample.id, location)
+                if first is not location and not sample.error:
+                    error = f"{location}: id {sample.id[:MAX_SHOWN]!r} was used before, at {first}"
+                    sample = _bad(fallback, sampling, error)
+            yield structs.replace(sample, index=index)
             index += 1
 
 
@@ -150,7 +151,7 @@ def _samples(prompt: Prompt) -> Iterator[Prompt]:
     yield prompt
     if not prompt.error:
         for number in range(1, prompt.sampling.n):
-            yield replace(prompt, id=f"{prompt.id}#{number}", prompt_id=prompt.id)
+            yield structs.replace(prompt, id=f"{prompt.id}#{number}", prompt_id=prompt.id)
 
 
 def _read(path: str | Path, form: PromptForm, sampling: Sampling, column: str) -> Iterator[tuple[str, str, Prompt]]:
@@ -241,14 +242,17 @@ def _parse(line: bytes, fallback: str, sampling: Sampling) -> Prompt:
         raise msgspec.DecodeError(
             f"top_logprobs: {request.top_logprobs} is more than {limit}; raise sampling.top_logprobs in the job file"
         )
-    given = {key: value for key in _OVERRIDES if (value := getattr(request, key)) is not UNSET}
+    values = _OVERRIDES_OF(request)
+    given = {}
+    if values.count(UNSET) < len(values):
+        given = {key: value for key, value in zip(_OVERRIDES, values, strict=True) if value is not UNSET}
     return Prompt(
         index=0,
         id=fallback if request.id is None else str(request.id),
         text=request.prompt,
         tokens=None if request.tokens is None else np.array(request.tokens, np.int32),
         reference=request.reference,
-        sampling=msgspec.structs.replace(sampling, **given) if given else sampling,
+        sampling=structs.replace(sampling, **given) if given else sampling,
         chat=_chat(request),
         metadata=_object(request.metadata, "metadata"),
         group=request.group,
@@ -280,37 +284,50 @@ def _object(raw: msgspec.Raw, key: str) -> str | None:
 
 def _read_arrays(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
     with open_file(path) as file, raising_data_errors(path):
-        values, offsets = _integers(file, "values"), _integers(file, "offsets").astype(np.int64)
-        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
-            raise DataError(f"{path}: offsets: do not ascend from 0 to the {len(values)} entries of values")
+        values, offsets = _integers(file, "values"), _integers(file, "offsets")
+        _require_ascending(path, offsets, num_values=len(values))
         ids = _ids(file, num_rows=len(offsets) - 1) if "id" in dict(walk(file)) else None
-    for index, (start, stop) in enumerate(pairwise(offsets)):
-        location, fallback = f"{path}: row {index}", f"row-{index}"
-        tokens, name = values[start:stop], fallback if ids is None else ids[index]
-        if not len(tokens):
-            prompt = _bad(name or fallback, sampling, f"{location}: has no tokens")
-        elif tokens.min() < 0 or tokens.max() > MAX_TOKEN:
-            prompt = _bad(name or fallback, sampling, f"{location}: holds a number that is not a token id")
-        elif not name:
-            prompt = _bad(fallback, sampling, f"{location}: its id is empty or not UTF-8")
-        else:
-            prompt = Prompt(0, name, None, tokens.astype(np.int32), None, sampling)
-        yield location, fallback, prompt
+        for first in range(0, len(offsets) - 1, _ROWS):
+            bounds = offsets[first : first + _ROWS + 1].tolist()
+            names = None if ids is None else ids[first : first + _ROWS].tolist()
+            for row, (start, stop) in enumerate(pairwise(bounds)):
+                location, fallback = f"{path}: row {first + row}", f"row-{first + row}"
+                name = fallback if names is None else _id_text(names[row])
+                yield location, fallback, _row_prompt(values[start:stop], name, location, fallback, sampling)
 
 
-def _integers(file: Any, name: str) -> NDArray[Any]:
+def _require_ascending(path: str | Path, offsets: h5py.Dataset, *, num_values: int) -> None:
+    """Raise DataError if the offsets do not ascend from 0 to the number of values."""
+    ascend = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == num_values
+    for first in range(0, len(offsets), _ROWS):
+        ascend = ascend and not (np.diff(offsets[first : first + _ROWS + 1].astype(np.int64)) < 0).any()
+    if not ascend:
+        raise DataError(f"{path}: offsets: do not ascend from 0 to the {num_values} entries of values")
+
+
+def _row_prompt(tokens: NDArray[Any], name: str, location: str, fallback: str, sampling: Sampling) -> Prompt:
+    if not len(tokens):
+        return _bad(name or fallback, sampling, f"{location}: has no tokens")
+    if tokens.min() < 0 or tokens.max() > MAX_TOKEN:
+        return _bad(name or fallback, sampling, f"{location}: holds a number that is not a token id")
+    if not name:
+        return _bad(fallback, sampling, f"{location}: its id is empty or not UTF-8")
+    return Prompt(0, name, None, tokens.astype(np.int32), None, sampling)
+
+
+def _integers(file: Any, name: str) -> h5py.Dataset:
     dataset = h5py.Dataset(open_dataset(file, name))
     if dataset.dtype.kind not in "iu" or dataset.ndim != 1:
         raise DataError(f"{file.filename}: {name}: is {dataset.dtype} {dataset.shape}, not integers on one axis")
-    return np.asarray(dataset[:])
+    return dataset
 
 
-def _ids(file: Any, *, num_rows: int) -> list[str]:
+def _ids(file: Any, *, num_rows: int) -> h5py.Dataset:
     dataset = h5py.Dataset(open_dataset(file, "id"))
     if dataset.dtype.kind not in "iuS" or dataset.shape != (num_rows,):
         found = f"{file.filename}: id: is {dataset.dtype} {dataset.shape}"
         raise DataError(f"{found}, not ({num_rows},) integers or fixed-length strings")
-    return [_id_text(entry) for entry in dataset[:].tolist()]
+    return dataset
 
 
 def _id_text(entry: int | bytes) -> str:

@@ -223,6 +223,11 @@ def encode(record: Record) -> bytes:
         return _ENCODER.encode(_without_surrogates(record))
 
 
+def replace_surrogates(text: str) -> str:
+    """The text with U+FFFD in the place of lone surrogates, which have no UTF-8 form."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
 def decode(payload: bytes, *, num_requests: int = sys.maxsize) -> Record:
     """The record in bytes from `encode`.
 
@@ -274,7 +279,7 @@ def _unpack_array(_: type, packed: Any) -> NDArray[Any]:
 
 def _without_surrogates(record: Record) -> Record:
     texts = {name: value for name, value in msgspec.structs.asdict(record).items() if isinstance(value, str)}
-    changes: dict[str, Any] = {name: _SURROGATES.sub("\ufffd", text) for name, text in texts.items()}
+    changes: dict[str, Any] = {name: replace_surrogates(text) for name, text in texts.items()}
     return msgspec.structs.replace(record, **changes)
 
 

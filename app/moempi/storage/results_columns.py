@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from moempi.storage.hdf5 import write_attribute
 
 
-def write_offsets(file: Any, path: str, lengths: NDArray[np.int64]) -> None:
+def write_offsets(file: Any, path: str, lengths: NDArray[Any]) -> None:
     """Write the offsets (N + 1,) of each request's rows, given the number of rows per request, `lengths` (N,)."""
     dataset = create(file, path, np.int64, ("request_bound",), "request i has rows offsets[i] to offsets[i + 1] - 1")
-    dataset[...] = np.concatenate(([0], np.cumsum(lengths)))
+    dataset[...] = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 
 
 def create(

@@ -1,0 +1,240 @@
+"""The prompts of a job in order, of which a few MiB are in memory: the others are in a file that has no name."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from moempi.config.job import Sampling
+from moempi.errors import DataError, StorageError
+from moempi.storage.closeable import Closeable
+from moempi.storage.prompts import Prompt, find_prompts
+from moempi.storage.records import replace_surrogates
+from moempi.storage.repeated import RepeatedDigests
+
+BLOCK = 1024
+BLOCK_BYTES = 1 << 20
+"""Prompts, and bytes of their texts and tokens, that are written at a time; a larger prompt is written alone."""
+MEMORY_BYTES = 32 << 20
+"""Bytes of a spool that stay in memory, without a file."""
+
+_LENGTH_BYTES = 8
+
+
+class _Stored(msgspec.Struct, array_like=True):
+    """The fields of a `Prompt` in order; `sampling` is None if it is the default."""
+
+    index: int
+    id: str
+    text: str | None
+    tokens: bytes | None
+    reference: str | None
+    sampling: Sampling | None
+    error: str
+    chat: bytes | None
+    metadata: str | None
+    prompt_id: str | None
+    group: str | None
+    replay: str | None
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(list[_Stored])
+
+
+class PromptCodec:
+    """Bytes of prompts, most of which have the `sampling` parameters of their job."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+
+    def encode(self, prompts: Iterable[Prompt]) -> bytes:
+        """The bytes of prompts."""
+        return _ENCODER.encode([self._stored(prompt) for prompt in prompts])
+
+    def decode(self, encoded: bytes) -> list[Prompt]:
+        """The prompts of bytes from `encode`."""
+        return [self._prompt(stored) for stored in _DECODER.decode(encoded)]
+
+    def _stored(self, prompt: Prompt) -> _Stored:
+        return _Stored(
+            prompt.index,
+            prompt.id,
+            prompt.text,
+            None if prompt.tokens is None else prompt.tokens.tobytes(),
+            prompt.reference,
+            None if prompt.sampling == self._sampling else prompt.sampling,
+            replace_surrogates(prompt.error) if prompt.error else "",  # a path may be no UTF-8
+            prompt.chat,
+            prompt.metadata,
+            prompt.prompt_id,
+            prompt.group,
+            prompt.replay,
+        )
+
+    def _prompt(self, stored: _Stored) -> Prompt:
+        return Prompt(
+            stored.index,
+            stored.id,
+            stored.text,
+            None if stored.tokens is None else np.frombuffer(stored.tokens, np.int32),
+            stored.reference,
+            stored.sampling or self._sampling,
+            stored.error,
+            stored.chat,
+            stored.metadata,
+            stored.prompt_id,
+            stored.group,
+            stored.replay,
+        )
+
+
+class PromptSpool(Closeable):
+    """Prompts in the order in which they were added; each iteration reads them anew.
+
+    `folder` is where a file without a name holds them, if they take more than MEMORY_BYTES. Raises StorageError if it
+    cannot be written or read.
+    """
+
+    def __init__(self, codec: PromptCodec, folder: str | Path) -> None:
+        self._codec = codec
+        self._folder = Path(folder)
+        self._file: Any = SpooledTemporaryFile(max_size=MEMORY_BYTES, dir=str(folder))  # noqa: SIM115
+        self._block: list[Prompt] = []
+        self._block_bytes = 0
+        self._end = 0
+        self._num_prompts = 0
+
+    def __len__(self) -> int:
+        return self._num_prompts
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return chain.from_iterable(self._blocks())
+
+    def append(self, prompt: Prompt) -> None:
+        """Add a prompt."""
+        self._block.append(prompt)
+        self._num_prompts += 1
+        self._block_bytes += num_bytes(prompt)
+        if len(self._block) == BLOCK or self._block_bytes >= BLOCK_BYTES:
+            self._write_block()
+
+    def close(self) -> None:
+        """Remove all prompts."""
+        self._file.close()
+        self._block, self._end, self._num_prompts = [], 0, 0
+
+    def _write_block(self) -> None:
+        encoded = self._codec.encode(self._block)
+        try:
+            self._file.seek(self._end)
+            self._file.write(len(encoded).to_bytes(_LENGTH_BYTES))
+            self._file.write(encoded)
+        except OSError as error:
+            raise self._failure("written", error) from error
+        self._end += _LENGTH_BYTES + len(encoded)
+        self._block, self._block_bytes = [], 0
+
+    def _blocks(self) -> Iterator[list[Prompt]]:
+        offset = 0
+        while offset < self._end:
+            try:
+                self._file.seek(offset)
+                length = int.from_bytes(self._file.read(_LENGTH_BYTES))
+                encoded = self._file.read(length)
+            except OSError as error:
+                raise self._failure("read", error) from error
+            offset += _LENGTH_BYTES + length
+            yield self._codec.decode(encoded)
+        yield self._block
+
+    def _failure(self, verb: str, error: OSError) -> StorageError:
+        return StorageError(f"{self._folder}: a file of prompts in it cannot be {verb}: {error.strerror or error}")
+
+
+def num_bytes(prompt: Prompt) -> int:
+    """The size of what may be long in a prompt."""
+    parts = (prompt.text, prompt.chat, prompt.reference, prompt.metadata, prompt.error)
+    return (0 if prompt.tokens is None else prompt.tokens.nbytes) + sum(len(part) for part in parts if part)
+
+
+@dataclass(slots=True)
+class PromptCounts:
+    """Numbers of requests, and of the texts, chats, errors and replays of an own file among them.
+
+    `top_logprobs` are the most likeliest tokens that one of them requests, `groups` the names of groups of prompts,
+    None for prompts without one, `replay_files` the files that replays name, each once.
+    """
+
+    requests: int = 0
+    texts: int = 0
+    chats: int = 0
+    refused: int = 0
+    top_logprobs: int = 0
+    groups: set[str | None] = field(default_factory=set)
+    replays: int = 0
+    replay_files: dict[str, None] = field(default_factory=dict)
+
+    def add(self, prompt: Prompt) -> None:
+        """Count a prompt."""
+        self.requests += 1
+        self.texts += prompt.text is not None
+        self.chats += prompt.chat is not None
+        self.refused += bool(prompt.error)
+        self.top_logprobs = max(self.top_logprobs, prompt.sampling.top_logprobs)
+        self.groups.add(prompt.group)
+        if prompt.replay is not None:
+            self.replays += 1
+            self.replay_files[prompt.replay] = None
+
+
+def read_prompts(
+    path: str | Path,
+    *,
+    sampling: Sampling,
+    strict: bool,
+    folder: str | Path,
+    column: str = "",
+    check: Callable[[Prompt], Prompt] = lambda prompt: prompt,
+    on_block: Callable[[], None] = lambda: None,
+) -> tuple[PromptSpool, PromptCounts]:
+    """Read and count all requests of a file in order, of any form of `find_form`; a line may override `sampling`.
+
+    A prompt with `n` samples becomes n requests; the id of sample i > 0 is that of the prompt, "#" and i. A bad line,
+    or a line with the id of an earlier one, becomes a `Prompt` with an error that names file and line, and `check` may
+    give any prompt an error; if `strict`, raises DataError instead. Memory holds 8 bytes a request and a few MiB;
+    `folder` takes the rest. The file is read again if ids are repeated. Calls `on_block` every BLOCK requests. Raises
+    NoInputError if the file cannot be read, DataError if it has no prompts or does not have the format in
+    jobs/README.md.
+    """
+
+    def spool(repeated: Collection[int], on_id: Callable[[str], None]) -> tuple[PromptSpool, PromptCounts]:
+        found, counts = PromptSpool(PromptCodec(sampling), folder), PromptCounts()
+        for prompt in find_prompts(path, sampling=sampling, column=column, repeated=repeated):
+            on_id(prompt.id)
+            prompt = check(prompt)
+            if prompt.error and strict:
+                raise DataError(prompt.error)
+            if counts.requests % BLOCK == 0:
+                on_block()
+            found.append(prompt)
+            counts.add(prompt)
+        if not counts.requests:
+            raise DataError(f"{path}: has no prompts")
+        return found, counts
+
+    digests = RepeatedDigests()
+    try:
+        found, counts = spool((), digests.add)
+        if not digests.found():
+            return found, counts
+        found.close()
+    except DataError:
+        if not digests.found():  # otherwise a repeated id may be an earlier error
+            raise
+    return spool(digests.found(), lambda _: None)
