@@ -37,6 +37,8 @@ def make_request(
 
 
 def _unknown_token(prompt: Prompt, architecture: Architecture) -> str:
+    if not prompt.sampling.logit_bias and not prompt.sampling.stop_token_ids:
+        return ""
     named = {"logit_bias": prompt.sampling.logit_bias, "stop_token_ids": prompt.sampling.stop_token_ids}
     for key, tokens in named.items():
         if (largest := max(tokens, default=0)) >= architecture.vocab_size:

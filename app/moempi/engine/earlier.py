@@ -18,7 +18,8 @@ FINISHES = ("stop", "length", "error")
 _BLOCK = 1 << 16
 _FINISHED_REQUEST = np.dtype(
     [
-        *((name, "i8") for name in ("index", "since", "tokens", "computed", "hidden_rows", "scored")),
+        *((name, "i8") for name in ("index", "since")),
+        *((name, "u4") for name in ("tokens", "computed", "hidden_rows", "scored")),
         *((name, "i1") for name in ("finish", "referenced", "exact")),
     ]
 )
@@ -98,14 +99,14 @@ def with_traces(
     once = _latest(finished)
     whole = np.ones(len(once), np.bool_)
     for rows, (name, num_layers) in zip(num_rows, rows_of.values(), strict=True):
-        whole &= rows[once["index"]] >= num_layers * once[name]
+        whole &= rows[once["index"]] >= num_layers * once[name].astype(np.int64)
     return once[whole], int((~whole).sum())
 
 
 def _latest(finished: FinishedRequests) -> FinishedRequests:
     """The first entry of the latest attempt for each request, by index."""
-    ordered = finished[np.lexsort((-finished["since"], finished["index"]))]
-    return ordered[np.diff(ordered["index"], prepend=-1) > 0]
+    order = np.lexsort((-finished["since"], finished["index"]))
+    return finished[order[np.diff(finished["index"][order], prepend=-1) > 0]]
 
 
 def _entry(record: RequestRecord) -> tuple[int, int, int, int, int, int, int, bool, bool]:

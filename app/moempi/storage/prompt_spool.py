@@ -159,8 +159,9 @@ class PromptSpool(Closeable):
 
 def num_bytes(prompt: Prompt) -> int:
     """The size of what may be long in a prompt."""
-    parts = (prompt.text, prompt.chat, prompt.reference, prompt.metadata, prompt.error)
-    return (0 if prompt.tokens is None else prompt.tokens.nbytes) + sum(len(part) for part in parts if part)
+    tokens = 0 if prompt.tokens is None else prompt.tokens.nbytes
+    given = len(prompt.text or "") + len(prompt.chat or b"")
+    return tokens + given + len(prompt.reference or "") + len(prompt.metadata or "") + len(prompt.error)
 
 
 @dataclass(slots=True)
