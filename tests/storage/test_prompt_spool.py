@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import msgspec
@@ -161,3 +162,14 @@ def test_prompts_are_counted(tmp_path):
     _, counts = read_prompts(path, sampling=SAMPLING, strict=False, folder=tmp_path, on_block=lambda: calls.append(1))
     assert counts == PromptCounts(requests=6, texts=1, chats=1, refused=1, top_logprobs=4, groups={"g", None})
     assert calls == [1]
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_spool, "MEMORY_BYTES", 1000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="a file of prompts in it cannot be written: File too large"):
+            spool_of(_many(5000), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
