@@ -145,8 +145,8 @@ class Segments(Sequence[Segment]):
     def __init__(
         self, lengths: IntArray, starts: IntArray, num_pages: IntArray, pages: IntArray, states: IntArray
     ) -> None:
-        self.rows, self.lengths, self.starts, self.states = np.cumsum(lengths) - lengths, lengths, starts, states
-        self.first_pages, self.pages = np.cumsum(num_pages) - num_pages, pages
+        self.rows, self.lengths, self.starts, self.states = lengths.cumsum() - lengths, lengths, starts, states
+        self.first_pages, self.pages = num_pages.cumsum() - num_pages, pages
         self._num_pages = num_pages
 
     @classmethod

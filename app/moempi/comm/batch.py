@@ -46,13 +46,13 @@ class Batch:
     @cached_property
     def positions(self) -> IntArray:
         """Position of every row in its sequence (T,)."""
-        first_rows = np.cumsum(self.lengths) - self.lengths
-        return np.repeat(self.starts - first_rows, self.lengths) + np.arange(self.num_rows)
+        first_rows = self.lengths.cumsum() - self.lengths
+        return (self.starts - first_rows).repeat(self.lengths) + np.arange(self.num_rows)
 
     @property
     def row_capacities(self) -> IntArray:
         """Positions that the sequence of every row may have (T,)."""
-        return np.repeat(self.capacities, self.lengths)
+        return self.capacities.repeat(self.lengths)
 
     def of_slots(self, slots: range) -> tuple[Self, IntArray]:
         """The sub-batch of the sequences with these slots, without tokens, and the indices of its rows."""

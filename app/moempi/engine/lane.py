@@ -130,7 +130,7 @@ class Lane:
     def _compute(self, batch: Batch, split: RowSplit, rows: Array) -> Waits[Array]:
         """Compute the stage's layers; this rank's rows."""
         model, trace, own = self.context.model, self.trace, split.indices[self.comm.tensor.part]
-        requests, positions = np.repeat(batch.requests, batch.lengths)[own], batch.positions[own]
+        requests, positions = batch.requests.repeat(batch.lengths)[own], batch.positions[own]
         if trace is not None:
             trace.begin_step(batch, own, requests, positions)
         self.policy.begin_step(requests, positions)

@@ -82,11 +82,11 @@ class Scheduler:
         """
         self._admit(micro_batch)
         active = self._active[micro_batch]
-        active = active[np.argsort(self.sequences.waiting(active) > 1, kind="stable")]
+        active = active[(self.sequences.waiting(active) > 1).argsort(kind="stable")]
         waiting = self.sequences.waiting(active)
-        left = self._batch_tokens - (np.cumsum(waiting) - waiting)
+        left = self._batch_tokens - (waiting.cumsum() - waiting)
         lengths = np.minimum(waiting, np.maximum(left, 0))
-        by_slot = np.argsort(active)
+        by_slot = active.argsort()
         by_slot = by_slot[lengths[by_slot] > 0]
         return self.sequences.work(active[by_slot], lengths[by_slot])
 

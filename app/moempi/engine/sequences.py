@@ -89,9 +89,9 @@ class Sequences:
 
     def tokens(self, work: Work) -> IntArray:
         """The tokens of the rows of a step, one sequence after another."""
-        tokens = np.repeat(self.last_tokens[work.numbers], work.lengths)
-        first_rows = np.cumsum(work.lengths) - work.lengths
-        for entry in np.flatnonzero(work.of_prompt).tolist():
+        tokens = self.last_tokens[work.numbers].repeat(work.lengths)
+        first_rows = work.lengths.cumsum() - work.lengths
+        for entry in work.of_prompt.nonzero()[0].tolist():
             row, start, count = int(first_rows[entry]), int(work.starts[entry]), int(work.of_prompt[entry])
             request = self.request(int(work.numbers[entry]))
             tokens[row : row + count] = request.prompt_tokens[start : start + count]
@@ -104,9 +104,9 @@ class Sequences:
     def sampling_requests(self, index: IntArray, end_tokens: Collection[int]) -> SamplingRequests:
         """How to sample the next tokens of sequences that have no other tokens to compute."""
         requests, known = self._sampling[index], self.known[index]
-        for row in np.flatnonzero(requests["temperature"] > 0.0).tolist():
+        for row in (requests["temperature"] > 0.0).nonzero()[0].tolist():
             requests["uniform"][row] = self.request(int(index[row])).uniform(int(known[row]))
-        for row in np.flatnonzero(self._adjusts[index]).tolist():
+        for row in self._adjusts[index].nonzero()[0].tolist():
             adjustment = self.request(int(index[row])).logit_adjustment(end_tokens)
             requests["adjustment"][row] = adjustment if adjustment.changes_logits else None
         return requests

@@ -62,7 +62,7 @@ class Generate:
 
     def logit_requests(self, sequences: Sequences, work: Work) -> tuple[IntArray, LogitRequests]:
         """The last row of each request that has no uncomputed tokens after this step."""
-        rows = np.cumsum(work.lengths)[work.ends] - 1
+        rows = work.lengths.cumsum()[work.ends] - 1
         return rows, sequences.sampling_requests(work.numbers[work.ends], self._tokenizer.eos_tokens)
 
     def sample(

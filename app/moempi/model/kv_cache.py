@@ -53,7 +53,7 @@ class KVCache:
         if unknown > 0:
             self._pages = np.append(self._pages, np.zeros(unknown, object))
             self._num_pages = np.append(self._num_pages, np.zeros(unknown, np.int64))
-        new = np.flatnonzero(self._num_pages[batch.slots] == 0)
+        new = (self._num_pages[batch.slots] == 0).nonzero()[0]
         if len(new):
             self._allocate(batch.slots[new], batch.capacities[new])
         pages = np.concatenate([NO_PAGES, *self._pages[batch.slots]])

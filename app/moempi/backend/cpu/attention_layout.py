@@ -55,7 +55,7 @@ class CachedRows:
         if (kv_heads, shared) not in self._tasks:
             lengths, starts = self.segments[:, 1], self.segments[:, 2]
             first = np.zeros(len(lengths) + 1, np.int64)
-            np.cumsum(-(-lengths * shared // queries) * kv_heads, out=first[1:])
+            (-(-lengths * shared // queries) * kv_heads).cumsum(out=first[1:])
             scores = int(lengths @ (starts + lengths))
             self._tasks[kv_heads, shared] = AttentionTasks(first, int(first[-1]), scores, address_of(first))
         return self._tasks[kv_heads, shared]
@@ -81,8 +81,8 @@ class CachedRows:
 def lay_out_rows(segments: Sequence[Segment]) -> CachedRows:
     """Lay out the rows of a step; the segments are in the order of their rows, without gaps."""
     step = Segments.of(segments)
-    positions = np.arange(int(step.lengths.sum())) + np.repeat(step.starts - step.rows, step.lengths)
-    rows = rows_of(step.pages, positions, first_page=np.repeat(step.first_pages, step.lengths))
+    positions = np.arange(int(step.lengths.sum())) + (step.starts - step.rows).repeat(step.lengths)
+    rows = rows_of(step.pages, positions, first_page=step.first_pages.repeat(step.lengths))
     numbered = np.empty((2, len(step), 4), np.int64)
     numbered[:, :, 0], numbered[:, :, 1], numbered[:, :, 2] = step.rows, step.lengths, step.starts
     numbered[0, :, 3], numbered[1, :, 3] = step.first_pages, step.states
