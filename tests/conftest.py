@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import mpirun as launching
+
+settings.register_profile("loaded machine", deadline=None)
+settings.load_profile("loaded machine")
 
 # Set inside such a world: the folder where each rank writes what became of its tests.
 WORLD_VARIABLE = "MOEMPI_TEST_WORLD"

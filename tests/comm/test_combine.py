@@ -4,7 +4,7 @@ from functools import reduce
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.arrays import round_to_bfloat16
@@ -80,7 +80,6 @@ def test_a_step_without_rows_combines_none():
     assert (combined.shape, points) == ((0, 8), POINTS)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(["float32", "bfloat16"]))
 def test_the_bits_are_two_rounded_additions_in_this_order(seed, precision):
     random = np.random.default_rng(seed)

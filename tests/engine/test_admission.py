@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.requests import EOS, abacus_tokenizer, make_prompt
@@ -91,7 +91,6 @@ def test_a_generated_token_needs_a_position_and_the_last_token_of_a_scored_promp
     assert (request.finish, request.error) == ("error" if error else None, error)
 
 
-@settings(deadline=None)
 @given(length=st.integers(1, POSITIONS - 1), max_tokens=st.integers(1, 20))
 def test_max_tokens_is_cut_to_the_positions_that_the_prompt_leaves(length, max_tokens):
     request = admit(make_prompt(tokens=[5] * length, max_tokens=max_tokens))

@@ -33,7 +33,7 @@ def exported(path, folder, **options):
     return [json.loads(line) for line in (folder / "out.jsonl").open(encoding="utf-8", newline="\n")]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=TEXT, name=TEXT.filter(bool), metadata=st.dictionaries(TEXT, JSON, max_size=3), ascii_only=st.booleans())
 def test_any_text_survives_from_prompt_to_export(tmp_path_factory, text, name, metadata, ascii_only):
     folder = tmp_path_factory.mktemp("any")

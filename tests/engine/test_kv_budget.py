@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -39,7 +39,6 @@ def test_the_longest_requests_may_be_in_the_slots_at_once():
     assert [useful_pages(requests, slots=slots) for slots in (0, 1, 2, 3, 4, 9)] == [0, 5, 8, 10, 11, 11]
 
 
-@settings(deadline=None)
 @given(pages=st.lists(st.integers(1, 4), max_size=6), slots=st.integers(1, 6), data=st.data())
 def test_no_choice_of_running_requests_uses_more(pages, slots, data):
     running = data.draw(st.permutations(pages))[:slots]

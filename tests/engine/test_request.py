@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.requests import EOS, abacus_tokenizer, byte_tokenizer, make_prompt, make_request, make_sampled
@@ -36,7 +36,6 @@ def test_the_last_token_needs_no_position(length, limit, positions):
     assert make_request(range(length), limit).capacity == positions
 
 
-@settings(deadline=None)
 @given(prompt=st.lists(st.integers(0, 99), min_size=1, max_size=20), limit=st.integers(1, 6), data=st.data())
 def test_chunked_prefill_computes_every_token_once_and_in_order(prompt, limit, data):
     request = make_request(prompt, limit)
@@ -63,7 +62,6 @@ def test_the_uniform_number_of_a_seed_an_id_and_a_position_never_changes(seed, n
     assert make_request([5] * 3, 4, name=name, seed=seed).uniform(3) == uniform
 
 
-@settings(deadline=None)
 @given(name=st.text(max_size=20), seed=st.integers(0, 2**63), length=st.integers(0, 50))
 def test_the_uniform_number_is_below_one(name, seed, length):
     uniform = make_request([5], 4, name=name, seed=seed).uniform(length)
@@ -188,7 +186,6 @@ def test_half_a_character_does_not_stop_and_a_written_replacement_character_does
     assert (request.finish, request.text, len(request.tokens)) == ("stop", "日", 6)
 
 
-@settings(deadline=None)
 @given(pieces=st.lists(st.sampled_from([*"ab日é", "<s>", "<|end|>"]), min_size=1, max_size=8), data=st.data())
 def test_a_generation_stops_at_the_first_token_with_which_the_text_has_a_stop_text(pieces, data):
     tokenizer = byte_tokenizer("<s>", "<|end|>", writes_special=True)

@@ -3,7 +3,7 @@
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.config.tensors import TENSOR_PARALLEL, Share, catalogue
@@ -48,7 +48,6 @@ def test_every_part_reads_all_other_tensors_whole(file, name):
         np.testing.assert_array_equal(Shard(file, part=part, parts=2).read(name), origin_values(TENSORS[name]))
 
 
-@settings(deadline=None)
 @given(parts=st.integers(1, 9), name=st.sampled_from(["embedding", "head"]))
 def test_parts_of_the_vocabulary_are_cut_as_the_logits_are(file, parts, name):
     """150 rows: with a remainder for most numbers of parts."""

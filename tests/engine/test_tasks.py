@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.requests import EOS, make_request, make_sampled
@@ -95,7 +95,6 @@ def test_each_request_keeps_as_many_likeliest_tokens_as_it_names():
 LENGTHS = st.lists(st.integers(1, 2 * PAGE_ROWS), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, limit=st.integers(1, 4), batch_tokens=st.integers(1, 150))
 def test_generated_tokens_return_to_their_requests_whatever_the_batches(lengths, limit, batch_tokens):
     requests = [make_request([5] * length, limit, index=index) for index, length in enumerate(lengths)]
@@ -130,7 +129,6 @@ def test_a_prompt_of_one_token_is_computed_without_logits():
     assert request.to_record(task="score").score.shape == (1,)
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, batch_tokens=st.integers(1, 150))
 def test_every_score_belongs_to_its_token_whatever_the_batches(lengths, batch_tokens):
     prompts = [[1000 * index + position for position in range(length)] for index, length in enumerate(lengths)]

@@ -115,7 +115,7 @@ def test_what_prompts_need_and_the_weight_file_lacks_is_said_once(speller, tmp_p
 TEXTS: list[str] = []
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=150, database=None)
 @given(st.text() | st.lists(st.sampled_from([START, END, "<think>", "é", "\0", "\r\n", "\ufdd05\ufdd0"])).map("".join))
 def draw_text(text):
     TEXTS.append(text)

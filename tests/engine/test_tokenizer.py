@@ -5,7 +5,7 @@ import json
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 
@@ -20,7 +20,6 @@ LIBRARY = Tokenizer.from_str(byte_tokenizer_text(*SPECIAL))
 CHARACTERS = [token for token in TOKENIZER["model"]["vocab"] if len(token) == 1]
 
 
-@settings(deadline=None)
 @given(st.text(st.sampled_from(CHARACTERS), max_size=30))
 def test_text_of_the_vocabulary_survives_encoding_and_decoding(text):
     tokenizer = abacus_tokenizer()
@@ -41,13 +40,11 @@ def test_a_special_token_spelled_out_in_a_prompt_is_that_token_or_as_asked_plain
 PIECES = st.sampled_from([*SPECIAL, *"<|>ab \n", "日", "é", "<s", "end|>", *PRIVATE]) | st.text(max_size=4)
 
 
-@settings(deadline=None)
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_a_prompt_has_the_tokens_that_the_library_gives_with_special_tokens_on(text):
     assert byte_tokenizer(*SPECIAL).encode(text) == LIBRARY.encode(text).ids
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 255 + len(SPECIAL)), max_size=20))
 def test_tokens_have_the_text_that_the_library_gives_with_special_tokens_or_without(tokens):
     for writes_special in (False, True):
@@ -55,7 +52,6 @@ def test_tokens_have_the_text_that_the_library_gives_with_special_tokens_or_with
         assert found == LIBRARY.decode(tokens, skip_special_tokens=not writes_special)
 
 
-@settings(deadline=None)
 @given(st.text(), st.booleans())
 def test_any_text_survives_encoding_and_decoding(text, reads_special):
     tokenizer = byte_tokenizer(*SPECIAL, reads_special=reads_special, writes_special=True)
@@ -74,7 +70,6 @@ def test_words_end_where_the_library_ends_them():
 
 
 @pytest.mark.parametrize("kinds", [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}], ids=str)
-@settings(deadline=None)
 @given(pieces=st.lists(st.tuples(st.booleans(), PIECES), max_size=10))
 def test_of_a_chat_only_the_parts_that_are_not_quoted_have_special_tokens(kinds, pieces):
     """As the library gives the whole text, if each special token in a quoted part is of signs that no other has."""

@@ -1,7 +1,7 @@
 """The points of a step, and the order in which lanes are resumed."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.layout.schedule import AGREE, GATHER_OUTPUT, HEAD_POINTS, ROWS, TOKENS, LaneOrder, Point, step_points
@@ -93,7 +93,6 @@ def test_without_overlap_a_lane_takes_a_whole_step_before_another_is_resumed():
     assert resumed[2:8] == [(lane, phase) for lane in (0, 1) for phase in ("dispatch", "combine", "agree")]
 
 
-@settings(deadline=None)
 @given(
     steps=st.lists(st.integers(0, 4), min_size=1, max_size=4),
     tensor=st.integers(1, 2),

@@ -25,7 +25,7 @@ def steps(draw):
     return rows, top_k, num_experts, factor, np.argsort(-scores, axis=1, kind="stable")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(steps())
 def test_no_expert_exceeds_its_capacity_and_every_row_has_its_experts(step):
     rows, top_k, num_experts, factor, ranked = step
@@ -55,7 +55,7 @@ def twin(ranked, quota, top_k):
     return taken if all(len(experts) == top_k for experts in taken) else None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps())
 def test_rows_get_their_first_preferences_within_the_quota(step):
     rows, top_k, num_experts, factor, ranked = step

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.storage.export import export
@@ -71,7 +71,6 @@ def test_the_samples_of_a_prompt_are_the_choices_of_one_line_and_a_failed_one_is
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-@settings(deadline=None)
 @given(text=TEXT, name=TEXT.filter(bool), endpoint=st.sampled_from([None, CHAT]))
 def test_any_text_is_what_the_package_reads(tmp_path_factory, text, name, endpoint):
     (line,) = exported(tmp_path_factory.mktemp("any"), [make_request(0, id=name, text=text, endpoint=endpoint)])

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.config.job import Sampling
@@ -291,7 +291,6 @@ def csv_bytes(text):
     return written.getvalue().encode()
 
 
-@settings(deadline=None)
 @given(text=TEXT)
 def test_any_text_is_read_as_written_in_every_form(tmp_path_factory, text):
     folder = tmp_path_factory.getbasetemp()
@@ -304,7 +303,6 @@ def test_any_text_is_read_as_written_in_every_form(tmp_path_factory, text):
         assert [prompt.text for prompt in read(write(folder / name, content))] == [text], name
 
 
-@settings(deadline=None)
 @given(content=st.binary(max_size=80), name=st.sampled_from(["a.csv", "a.txt", "a.jsonl", "a.jsonl.gz"]))
 def test_any_bytes_give_prompts_or_one_error(tmp_path_factory, content, name):
     path = write(tmp_path_factory.getbasetemp() / name, content)
@@ -312,7 +310,6 @@ def test_any_bytes_give_prompts_or_one_error(tmp_path_factory, content, name):
         assert read(path, strict=False)
 
 
-@settings(deadline=None)
 @given(line=st.binary(max_size=80))
 def test_any_line_of_a_batch_is_a_prompt_or_an_error(tmp_path_factory, line):
     first = json.dumps(batch({"prompt": "x"})).encode()

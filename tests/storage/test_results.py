@@ -344,7 +344,7 @@ def test_a_file_that_is_not_a_results_file_is_refused(tmp_path):
 sizes = st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 3), st.integers(0, 3), st.text(max_size=8))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes=st.lists(sizes, max_size=6), num_ranks=st.integers(1, 3), order=st.randoms())
 def test_any_requests_are_read_as_written(tmp_path, shapes, num_ranks, order):
     requests = [

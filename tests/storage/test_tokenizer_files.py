@@ -175,7 +175,6 @@ def test_a_text_has_the_tokens_of_tiktoken_and_these_its_text(kimi, text):
     tokenizer.encode_special_tokens = False
 
 
-@settings(deadline=None)
 @given(tokens=st.lists(st.integers(0, NUM_RANKS + 7), max_size=20))
 def test_any_tokens_have_the_text_of_tiktoken(kimi, tokens):
     encoding, tokenizer = kimi

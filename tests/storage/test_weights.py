@@ -49,7 +49,7 @@ def test_a_model_is_read_as_written(model):
             assert weights.tensor(tensor.name) == tensor
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(index=st.integers(0, len(catalogue(SMALL)) - 1), ends=st.tuples(st.integers(0, 150), st.integers(0, 150)))
 def test_any_range_of_rows(model, index, ends):
     tensor = catalogue(SMALL)[index]
