@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mpirun as launching
-from faults import damaging, ending, merging, soak
+from faults import damaging, ending, merging, scoring, soak
 from faults.inject_fault import FAULTS, POINTS, RELEASE
 from faults.rehearsal import BrokenError, Rehearsal, is_alive, require, wait_for
 
@@ -185,6 +185,7 @@ def cases(rehearsal: Rehearsal, dice: random.Random, *, kills: int, endings: int
     yield from merging.cases(rehearsal.folder)
     yield from ending.cases(rehearsal, dice, endings)
     yield from damaging.cases(rehearsal, dice, flips)
+    yield from scoring.cases(rehearsal.folder, dice, kills)
 
 
 def run(

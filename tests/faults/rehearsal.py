@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import h5py
 import numpy as np
@@ -17,6 +19,7 @@ from moempi.storage.convert import convert
 PROGRAM = Path(__file__).with_name("inject_fault.py")
 END_S = 10.0
 TIMEOUT_S = 4.0  # a busy machine may pause for two
+NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 PROGRESS = re.compile(r"moempi: (\d+/\d+ requests|loading weights|.*: \d+ requests), ")
 
 
@@ -30,9 +33,13 @@ def require(holds: bool, what: str) -> None:
 
 
 class Rehearsal:
-    """A job of `num_prompts` prompts in float32, and the results of an undisturbed run for comparison."""
+    """A job of `num_prompts` prompts in float32, and the results of an undisturbed run for comparison.
 
-    def __init__(self, folder: Path, *, num_prompts: int = 96) -> None:
+    All its runs have these `settings`.
+    """
+
+    def __init__(self, folder: Path, *, num_prompts: int = 96, settings: Mapping[str, str] = NO_SETTINGS) -> None:
+        self.settings = settings
         self.folder = folder
         self.num_prompts = num_prompts
         self._numbers = itertools.count()
@@ -64,6 +71,7 @@ class Rehearsal:
             "exchange.transport": "alltoallv",
             "trace.routing": "weights",
             "trace.hidden": "[0,5]",
+            **self.settings,
         } | settings
         return ["run", "jobs/abacus.toml", *(word for item in settings.items() for word in ("--set", "=".join(item)))]
 
@@ -133,7 +141,7 @@ class Rehearsal:
         for (name, expected), found in zip(
             recorded_of(self.reference).items(), recorded_of(results).values(), strict=True
         ):
-            require(np.array_equal(found, expected), f"differs in {name}")
+            require(np.array_equal(found, expected, equal_nan=expected.dtype.kind == "f"), f"differs in {name}")
         self.require_equal_outputs(results)
 
     def require_equal_outputs(self, results: Path) -> None:
@@ -146,7 +154,8 @@ class Rehearsal:
 def recorded_of(results: Path) -> dict[str, np.ndarray]:
     """All recorded values of a results file that are equal in any layout."""
     with h5py.File(results) as file:
-        tables = [file["routing"], file["hidden"], file["hidden/values"]]
+        named = ("routing", "hidden", "hidden/values", "score", "score/above", "statistics")
+        tables = [file[name] for name in named if name in file]
         datasets = {item.name: item for table in tables for item in table.values() if isinstance(item, h5py.Dataset)}
         return {name: item[:] for name, item in datasets.items() if name.split("/")[-1] not in ("rank", "row", "step")}
 
