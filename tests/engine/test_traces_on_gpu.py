@@ -64,13 +64,16 @@ def test_rows_in_bfloat16_are_recorded_as_they_are(tmp_path):
 
 
 def test_a_gpu_scores_the_likeliest_tokens_of_the_cpu(tmp_path):
-    sections = {"task": "score", "score": {"top_n": 6}}
+    sections = {"task": "score", "score": {"top_n": 6, "threshold": -3.7}}
     cpu, gpu = (
         tables(tmp_path / name, make, requests=requests_of(*LENGTHS, limit=0), **sections)
         for name, make in (("cpu", numpy_backend), ("gpu", on_gpu("float32")))
     )
     np.testing.assert_array_equal(gpu["score/top_tokens"], cpu["score/top_tokens"])
     np.testing.assert_allclose(gpu["score/top_logprobs"], cpu["score/top_logprobs"], rtol=0, atol=1e-5)
+    for name in ("offsets", "tokens"):
+        np.testing.assert_array_equal(gpu[f"score/above/{name}"], cpu[f"score/above/{name}"])
+    np.testing.assert_allclose(gpu["score/above/logprobs"], cpu["score/above/logprobs"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [False, True])

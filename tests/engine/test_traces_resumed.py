@@ -24,6 +24,7 @@ def run(tmp_path_factory):
             "output.results": folder / f"{name}.h5",
             "task": "score",
             "score.top_n": 3,
+            "score.threshold": -4.0,
             "run.precision": "float32",
             "run.max_sequences": 2,
             "run.batch_tokens": 8,
@@ -41,7 +42,9 @@ def run(tmp_path_factory):
 def read(path):
     found = {}
     with h5py.File(path) as file:
-        for name in ("score/logprobs", "score/top_tokens", "score/top_logprobs", "routing/experts", "hidden/offsets"):
+        for name in ("logprobs", "top_tokens", "top_logprobs", "above/offsets", "above/tokens", "above/logprobs"):
+            found[name] = file[f"score/{name}"][:]
+        for name in ("routing/experts", "hidden/offsets"):
             found[name] = file[name][:]
         for layer in ("000", "005"):
             found[f"hidden {layer}"] = file[f"hidden/values/{layer}"][:]

@@ -622,7 +622,7 @@ class TokenVerbs(Protocol):
         """Compute the log-probability of each row's target token (N,). Blocks the host."""
 
     def take_outputs(self, matrix: Array, outputs: range) -> Array:
-        """The columns of products for `outputs` of a matrix, in its memory; a range of whole blocks of `scan`."""
+        """The part of a matrix, not transposed, for `outputs`, in its memory; they begin with a block of `scan`."""
 
     def scan(self, logits: Array, targets: IntArray, *, first: int, top: int) -> LogitScan:
         """Scan logits (N, W) of tokens from `first` on, in blocks of `scores.SUM_TOKENS`. Blocks the host.

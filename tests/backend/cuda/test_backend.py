@@ -15,6 +15,7 @@ from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.cuda.launches import BUS_BLOCKS
 from moempi.backend.protocol import DeltaRates, Expert, RmsNorm, Segment, StateConstants
+from moempi.backend.scores import SUM_TOKENS
 from moempi.config.architecture import AttentionShape, Clamp, DeltaRule, LongRope, Rope, Router, StateSpace
 from moempi.errors import ConfigError
 from moempi.model.rope import rope_angles
@@ -776,6 +777,29 @@ def test_sample_and_score_equal_the_cpu(pair, vocabulary):
     np.testing.assert_allclose(scored.logprobs, targets.logprobs, rtol=1e-5, atol=1e-5)
     assert sampled.tokens[5] < vocabulary
     assert np.isnan(sampled.logprobs[5])
+
+
+@pytest.mark.parametrize("width", [3, SUM_TOKENS, SUM_TOKENS + 5])
+def test_a_scan_of_logits_equals_the_cpu(pair, width):
+    logits = np.random.default_rng(1).normal(size=(5, width)).astype(np.float32) * 3
+    logits[2, :2] = 20  # a tie
+    logits[3, :3] = -np.inf
+    logits[4, 0] = np.nan
+    targets, first = np.array([100, 101, 102, 7, 100]), 100
+    with np.errstate(all="ignore"):
+        expected = pair.cpu.scan(logits, targets, first=first, top=2)
+        found = pair.gpu.scan(pair.gpu.upload(logits), targets, first=first, top=2)
+    np.testing.assert_array_equal(found.highest[:4], expected.highest[:4])
+    np.testing.assert_allclose(found.sums, expected.sums, rtol=1e-5)
+    np.testing.assert_array_equal(found.target_logits[:3], expected.target_logits[:3])
+    for name in ("top_tokens", "top_logits"):
+        np.testing.assert_array_equal(getattr(found, name)[:3], getattr(expected, name)[:3])
+
+
+def test_outputs_of_a_matrix_are_its_products(pair):
+    gpu_x, whole = pair.values(3, 24)[1], pair.gpu.matrix(narrow(pair.values(50, 24, seed=1)[0]))
+    found = pair.host(pair.gpu.logits(gpu_x, pair.gpu.take_outputs(whole, range(16, 48))))
+    np.testing.assert_allclose(found, pair.host(pair.gpu.logits(gpu_x, whole))[:, 16:48], rtol=1e-6, atol=1e-6)
 
 
 # States

@@ -549,8 +549,7 @@ class CudaBackend:
         return SampledTokens(*self._download(*found))
 
     def take_outputs(self, matrix: Matrix, outputs: range) -> Matrix:
-        own = slice(outputs.start, outputs.stop)
-        return Matrix(matrix.values[:, own] if matrix.transposed else matrix.values[own], matrix.transposed)
+        return Matrix(rows_from(matrix.values, outputs.start, len(outputs)), matrix.transposed)
 
     def scan(self, logits: Array, targets: IntArray, *, first: int, top: int) -> LogitScan:
         (rows, width), top = logits.shape, min(top, logits.shape[1])
