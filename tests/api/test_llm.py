@@ -119,6 +119,8 @@ def test_prompts_are_texts_tokens_arrays_or_objects_and_a_bad_one_is_an_error_of
 @pytest.mark.ranks(1, 4)
 def test_a_scored_prompt_has_likeliest_tokens_at_each_of_its_tokens(folder):
     with LLM(folder / "weights.h5", **RUN) as llm:
+        (refused,) = llm.score([{"tokens": [2, 3], "replay": "r.h5"}])
+        assert (refused.finish, refused.error) == ("error", "replay: only a job replays routing")
         one, two = llm.score([[2]], top_n=2), llm.score([[2], [2, 3], []], top_n=2)
         assert [score.top_logprobs for score in one] == [[{}]]
         assert [[len(likeliest) for likeliest in score.top_logprobs] for score in two] == [[0], [0, 2], []]

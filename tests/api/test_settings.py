@@ -37,6 +37,7 @@ def test_settings_are_keys_of_a_job_by_their_last_name_or_sections():
         ({"output": {"results": "r.h5"}}, r"LLM: output\.results is for job files"),
         ({"model": {"weights": "other.h5"}}, "LLM: model is for job files"),
         ({"trace": {"routing": True}}, "LLM: trace is for job files"),
+        ({"score": {"threshold": -3.0}}, "LLM: score.threshold is for job files"),
         ({"task": "score"}, "LLM: unknown setting task"),
     ],
 )

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 from moempi.bench.start import exponent
-from mpirun import python
+from mpirun import ROOT, python
 
 TINY = ("--width", "32", "--expert-width", "16", "--experts", "4", "--top-k", "2")
 
@@ -66,6 +66,16 @@ def test_immediate_measures_two_stages_and_refuses_an_odd_number_of_ranks(mpirun
     assert odd.code == 64
     assert len(odd.lines) == 1
     assert "3 ranks do not form two equal ones" in odd.lines[0]
+
+
+def test_record_prints_what_each_recorded_table_costs_on_one_rank(mpirun, tmp_path):
+    (tmp_path / "few.jsonl").write_text("".join((ROOT / "jobs/abacus.jsonl").read_text().splitlines(keepends=True)[:6]))
+    command = python("-m", "moempi", "bench", "record", "--rounds", "1", "--prompts", tmp_path / "few.jsonl")
+    outcome = mpirun(1, *command, "--model", ROOT / "weights/abacus")
+    require_80_columns(outcome)
+    for name in ("nothing", "routing, experts", "hidden states of a layer", "top-20", "tokens above -5", "statistics"):
+        assert f" {name} " in outcome.out
+    assert mpirun(2, *command).code == 64
 
 
 def test_start_prints_a_row_for_each_number_of_ranks_and_the_growth(mpirun):
