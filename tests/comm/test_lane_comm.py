@@ -16,7 +16,7 @@ from moempi.comm.batch import NO_STEP
 from moempi.comm.combine import HomeCombine
 from moempi.comm.exchange import OneHop, Route
 from moempi.comm.immediate import ImmediateCombine, ImmediateLink
-from moempi.comm.lane_comm import SKEW_FACTOR, LaneOptions, make_lane_comm, slot_rows
+from moempi.comm.lane_comm import LaneOptions, make_lane_comm, slot_rows
 from moempi.comm.rank_groups import RankGroups
 from moempi.comm.row_shape import RowShape
 from moempi.comm.stage_link import StageLink
@@ -24,6 +24,7 @@ from moempi.comm.transfers import PendingTransfers, Transfers
 from moempi.comm.transport_factory import TransportFactory
 from moempi.comm.two_hops import TwoHops
 from moempi.layout.layout import make_layout
+from moempi.layout.row_buffers import SKEW_FACTOR
 from moempi.layout.row_split import RowSplit
 from moempi.layout.schedule import Point
 from moempi.layout.topology import virtual

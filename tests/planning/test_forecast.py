@@ -42,26 +42,26 @@ def test_scoring_reaches_what_the_arithmetic_of_the_machine_allows():
 
 def test_decoding_in_the_mission_reaches_400_000_tokens_per_second():
     found = forecasts("mission.toml")["decode"]
-    sequences = 3456 / 68
+    sequences = 3372 / 68
     read = sequences * 2048 * 2 * 128**2 * 2 / 8 + (4 * 7168 * 128**2 / 8 + 3 * 7168 * 2048 + 7168 * 64) * 2
     assert found.stages[30].memory_s == pytest.approx(read / MEMORY, rel=1e-3)
     assert found.stages[30].compute_s == pytest.approx(read / MEMORY, rel=1e-3)
     assert found.tokens_per_s(overlap=True) >= 400_000
-    assert found.sequences == 8 * 3456
+    assert found.sequences == 8 * 3372
     assert found.seconds(overlap=True) == pytest.approx(found.sequences / found.tokens_per_s(overlap=True))
 
 
 def test_caches_that_exceed_the_memory_are_refused_with_bytes_and_what_fits():
     with pytest.raises(ConfigError, match=r"32,768 sequences of 2,048 tokens .* need 5\d\d\.\d\d GiB .* 3,\d\d\d fit"):
         forecasts("mission.toml", "run.max_sequences=32768")
-    fitting = forecasts("mission.toml", "run.max_sequences=3486")["decode"]
-    assert fitting.sequences == 8 * 3486
-    with pytest.raises(ConfigError, match=r"3,486 fit"):
-        forecasts("mission.toml", "run.max_sequences=3487")
+    fitting = forecasts("mission.toml", "run.max_sequences=3373")["decode"]
+    assert fitting.sequences == 8 * 3373
+    with pytest.raises(ConfigError, match=r"3,373 fit"):
+        forecasts("mission.toml", "run.max_sequences=3374")
     for in_flight in (76, 85, 105):  # the slots of a micro-batch are no whole number
-        odd = forecasts("mission.toml", "run.max_sequences=3486", f"run.micro_batches={in_flight}")["decode"]
-        assert odd.sequences == 8 * 3486
-    with pytest.raises(ConfigError, match=r"3,456 sequences of 4,096 tokens"):
+        odd = forecasts("mission.toml", "run.max_sequences=3373", f"run.micro_batches={in_flight}")["decode"]
+        assert odd.sequences == 8 * 3373
+    with pytest.raises(ConfigError, match=r"3,372 sequences of 4,096 tokens"):
         forecasts("mission.toml", context=4096)
 
 
@@ -76,10 +76,12 @@ def test_the_memory_of_the_machine_counts_if_the_job_states_none():
 
 
 def test_prefill_has_the_batches_that_the_slots_allow():
-    few = forecasts("mission-score.toml", "run.batch_tokens=8192")["prefill"]
+    few = forecasts("mission-score.toml", "run.batch_tokens=8192", "run.lanes=1")["prefill"]
     assert few.tokens == 64 * 4096  # one slot of a micro-batch has one text of 4,096 tokens
     assert few.sequences == 64 * 122
-    short = forecasts("mission-score.toml", "run.batch_tokens=8192", "run.max_sequences=244", prompt=2048)["prefill"]
+    short = forecasts(
+        "mission-score.toml", "run.batch_tokens=8192", "run.lanes=1", "run.max_sequences=244", prompt=2048
+    )["prefill"]
     assert short.tokens == 64 * 2 * 2048
     enough = forecasts("mission-score.toml", "run.max_sequences=976", prompt=512)["prefill"]
     assert (enough.tokens, enough.sequences) == (64 * 4096, 64 * 976)

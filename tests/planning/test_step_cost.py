@@ -14,7 +14,7 @@ from engine.runs import SPACES
 from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Indexer, Latent
 from moempi.config.machine_file import read_machine
 from moempi.config.reading import read_toml
-from moempi.layout.memory import rank_memory
+from moempi.layout.memory import StageRank, rank_memory
 from moempi.layout.schedule import HEAD_POINTS, step_points
 from moempi.layout.topology import Topology, virtual
 from moempi.planning.step_cost import StepCosts, StepLoad
@@ -239,7 +239,7 @@ def test_the_keys_of_indexers_are_counted_in_the_cache():
         for one in (None, indexer)
     ]
     job = make_job(run={"precision": "bfloat16"})
-    pages = [rank_memory(job, one, range(4), hosted=1, groups=1, on_gpu=True).page for one in architectures]
+    pages = [rank_memory(job, one, StageRank(range(4), hosted=1, groups=1), on_gpu=True).page for one in architectures]
     assert pages == [64 * 2 * 4 * 40, 64 * 2 * (4 * 40 + 2 * 16)]
 
 

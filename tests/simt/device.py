@@ -126,7 +126,7 @@ class SimtDevice:
         number, path = tempfile.mkstemp(dir=LIBRARIES)
         with os.fdopen(number, "wb") as file:
             file.write(bytes([FRESH]) * max(1, math.prod(shape) * np.dtype(dtype).itemsize))
-        values = self._mapped(path, shape, dtype)
+        values = self._resident(_mapped(path, shape, dtype))
         weakref.finalize(values.base, os.unlink, path)
         self._paths[values.ctypes.data] = path
         return values
@@ -135,7 +135,8 @@ class SimtDevice:
         return self._paths[values.ctypes.data].encode().ljust(HANDLE_BYTES, b"\0")
 
     def map_shared(self, handle: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
-        return self._mapped(handle.rstrip(b"\0").decode(), shape, dtype)
+        """The memory counts on the device that allocated it."""
+        return _mapped(handle.rstrip(b"\0").decode(), shape, dtype).view(Resident)
 
     def unmap_shared(self, values: Resident) -> None:
         for queue in self._queues.values():
@@ -144,12 +145,6 @@ class SimtDevice:
     def copy_rows(self, copy: RowCopy, target: Any) -> None:
         rows = copy.source[copy.source_first : copy.source_first + copy.num_rows]
         self.copy(rows, target[copy.first : copy.first + copy.num_rows])
-
-    def _mapped(self, path: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
-        with Path(path).open("r+b") as file:
-            memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
-        values = memory[: math.prod(shape) * np.dtype(dtype).itemsize]
-        return self._resident(values.view(dtype).reshape(shape))
 
     def launch(
         self,
@@ -261,6 +256,12 @@ def _run(run: Any, shape: Any, addresses: Any, letters: str, _: Any) -> None:
 
 def _fault() -> None:
     raise RuntimeError("an illegal memory access was encountered")
+
+
+def _mapped(path: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    with Path(path).open("r+b") as file:
+        memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+    return memory[: math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
 
 
 def _fresh(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -24,11 +24,9 @@ from moempi.layout.forwarders import Forwarders
 from moempi.layout.grid import Grid
 from moempi.layout.layout import Layout
 from moempi.layout.placement import Placement
+from moempi.layout.row_buffers import SKEW_FACTOR
 from moempi.layout.row_split import RowSplit
 from moempi.layout.topology import Topology
-
-SKEW_FACTOR = 2
-"""Rows of a shared-memory slot, as a multiple of the rows that uniform routing sends; a larger send uses messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class LaneOptions:
 
 
 def slot_rows(shape: RowShape, grid: Grid, rank: int) -> int:
-    """Rows of a rank's shared-memory slot."""
+    """Rows of a rank's slot."""
     coords = grid.coordinates(rank)
     return SKEW_FACTOR * shape.top_k * shape.rank_rows(grid, coords.stage, coords.data)
 

@@ -21,6 +21,7 @@ from moempi.comm.transports.shared import Shared, SlotOptions
 from moempi.config.job import ExchangeSection
 from moempi.errors import ConfigError
 from moempi.layout.grid import Grid
+from moempi.layout.row_buffers import ipc_obstacle
 from moempi.layout.topology import Topology
 
 NAMES = (Alltoallv.name, Pairwise.name, Shared.name, CudaIpc.name)
@@ -86,15 +87,7 @@ def _ipc_problem(
     stage_nodes: Sequence[tuple[int, ...]],
 ) -> str:
     """Why "cuda_ipc" cannot be used, or ""; the same on all ranks. Collective, blocks."""
-    if section.verify:
-        return "exchange.verify reads rows on the host"
-    if section.buffers == "host":
-        return 'exchange.buffers = "host"'
-    if section.hops == 1 and any(len(set(nodes)) > 1 for nodes in stage_nodes):
-        return "the ranks of a stage are on several nodes, which takes exchange.hops = 2"
-    if len(set(topology.nodes)) == comm.size > 1:
-        return "every rank is alone on its node"
-    return mapping_problem(comm, topology, backend)
+    return ipc_obstacle(section, stage_nodes) or mapping_problem(comm, topology, backend)
 
 
 def make_transport(

@@ -11,8 +11,9 @@ from moempi.config.placement_file import PlacementFile
 from moempi.config.tensors import Share, layer_tensors
 from moempi.errors import ConfigError
 from moempi.layout.grid import Grid, Stage, make_grid
-from moempi.layout.memory import Memory, rank_memory
+from moempi.layout.memory import Memory, StageRank, rank_memory
 from moempi.layout.placement import Placement, linear
+from moempi.layout.row_buffers import ipc_obstacle
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +61,17 @@ def make_layout(
         placements = tuple(_placements_of_file(placement, stage) for stage in grid.stages)
     for stage, stage_placements in zip(grid.stages, placements, strict=True):
         _require_slots(job, architecture, stage, stage_placements)
-    memory = tuple(
-        replace(
-            rank_memory(
-                job,
-                architecture,
-                stage.layers,
-                hosted=_most_hosted(stage_placements),
-                groups=_most_groups(grid, index),
-                on_gpu=on_gpu,
-                widened=widened,
-            ),
-            slots=-(-grid.num_slots // grid.num_groups(index)),
-        )
-        for index, (stage, stage_placements) in enumerate(zip(grid.stages, placements, strict=True))
-    )
+    stage_nodes = [tuple(nodes[rank] for rank in stage.ranks) for stage in grid.stages]
+    may_read_peers = on_gpu and job.exchange.transport in ("auto", "cuda_ipc")
+    reads_peers = may_read_peers and not ipc_obstacle(job.exchange, stage_nodes)
+    memory = []
+    for index, stage in enumerate(grid.stages):
+        hosted, groups = _most_hosted(placements[index]), _most_groups(grid, index)
+        rank = StageRank(stage.layers, hosted, groups, stage_nodes[index], reads_peers)
+        of_rank = rank_memory(job, architecture, rank, on_gpu=on_gpu, widened=widened)
+        memory.append(replace(of_rank, slots=-(-grid.num_slots // grid.num_groups(index))))
     _require_home_sums(job, architecture)
-    return Layout(grid, placements, memory, immediate_stages(job, architecture, grid))
+    return Layout(grid, placements, tuple(memory), immediate_stages(job, architecture, grid))
 
 
 def _most_groups(grid: Grid, stage: int) -> int:

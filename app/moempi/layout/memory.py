@@ -1,7 +1,8 @@
 """The memory that a rank needs. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, RunSection
@@ -9,6 +10,7 @@ from moempi.config.size import format_size, parse_size
 from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tensors
 from moempi.config.traces import hidden_layers
 from moempi.errors import ConfigError
+from moempi.layout.row_buffers import GROWTH, exchange_rows, nodes_of_row, received_factor
 
 CACHE_SHARE = 0.8
 """Share of the memory left beside weights and rows; the rest is for MPI, the interpreter and temporary arrays."""
@@ -35,26 +37,33 @@ class Memory:
         return self.weights + self.rows + self.state * self.slots
 
 
+@dataclass(frozen=True, slots=True)
+class StageRank:
+    """A rank that computes `layers` for `groups` groups and hosts `hosted` experts per MoE layer.
+
+    `nodes` (R,) are the nodes of the stage's ranks. With `reads_peers` they read each other's GPU memory inside a node.
+    """
+
+    layers: range
+    hosted: float
+    groups: int
+    nodes: Sequence[int] = (0,)
+    reads_peers: bool = False
+
+
 def rank_memory(
-    job: Job,
-    architecture: Architecture,
-    layers: range,
-    *,
-    hosted: float,
-    groups: int,
-    on_gpu: bool,
-    widened: bool = False,
+    job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool, widened: bool = False
 ) -> Memory:
-    """Memory of a rank that computes `layers` for `groups` groups and hosts `hosted` experts per MoE layer.
+    """Memory of a rank of a stage.
 
     `on_gpu`: size for the CUDA backend, whose numbers have the run's precision. On a CPU matrices keep the type in
     which they are stored, the cache has the run's precision, and rows are float32; `widened`: all are float32.
     """
-    tensor = job.parallel.tensor
-    fractions = {Share.EXPERTS: hosted / architecture.experts.num, **dict.fromkeys(TENSOR_PARALLEL, 1 / tensor)}
+    tensor, layers = job.parallel.tensor, rank.layers
+    fractions = {Share.EXPERTS: rank.hosted / architecture.experts.num, **dict.fromkeys(TENSOR_PARALLEL, 1 / tensor)}
     tensors = stage_tensors(architecture, layers)
     is_bfloat16 = job.run.precision == "bfloat16"
-    row_bytes = 2 if on_gpu and is_bfloat16 else 4
+    row_bytes, sent_bytes = 2 if on_gpu and is_bfloat16 else 4, 2 if is_bfloat16 else 4
     weight_bytes = {"bfloat16": 4 if widened or (on_gpu and not is_bfloat16) else 2, "float32": 4}
     weights = sum(
         int(prod(tensor.shape) * fractions.get(tensor.share, 1)) * weight_bytes[tensor.dtype] for tensor in tensors
@@ -65,35 +74,84 @@ def rank_memory(
         cached + architecture.index_values(layer) for layer in layers if architecture.has_cache(layer)
     )
     state = num_states * (architecture.recurrence.state_values if architecture.recurrence else 0) // tensor * 4
-    values = _values_per_row(architecture, tensor, rounds_later=on_gpu and is_bfloat16)
-    values += architecture.width * len(hidden_layers(job.trace, layers, num_layers=architecture.num_layers)) // tensor
-    rows = groups * job.lanes * job.run.batch_tokens * values
+    values = _values_per_row(job, architecture, rank, on_gpu=on_gpu)
+    values += architecture.width * len(hidden_layers(job.trace, layers, num_layers=architecture.num_layers)) / tensor
+    sent = _buffered_values_per_row(job, architecture, rank, on_gpu=on_gpu)
+    rows = rank.groups * job.lanes * job.run.batch_tokens
     page_bytes = page * (2 if is_bfloat16 and not widened else 4)
-    return Memory(weights, page_bytes, rows * row_bytes, groups, state)
+    return Memory(weights, page_bytes, rows * ceil(values * row_bytes + sent * sent_bytes), rank.groups, state)
 
 
-def _values_per_row(architecture: Architecture, tensor: int, *, rounds_later: bool) -> int:
-    """The peak number of values per row of a step: in attention or its substitute, or in experts and their buffers.
+def _values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
+    """The peak number of values per row of a step, beside buffers: in attention or its substitute, or in feed-forward.
 
-    With `rounds_later` a product with a bias is first float32, twice the size of the rounded values beside it. Sparse
-    attention divides and joins the queries and the attended rows.
+    A product with a bias that rounds later is first float32, twice the size of the rounded values beside it. Sparse
+    attention divides and joins the queries and the attended rows. A tensor group gathers rows, and adds up its outputs.
     """
-    heads, experts = architecture.attention, architecture.experts
+    heads, tensor = architecture.attention, job.parallel.tensor
+    rounds_later = on_gpu and job.run.precision == "bfloat16"
     dim = heads.cached_dim if heads.latent else heads.head_dim
-    rule = architecture.recurrence
     projections = 5 if heads.indexer else 3 if rounds_later and heads.biases != "none" else 2
-    attention = projections * (heads.num_heads * (1 + heads.output_gate) + 2 * heads.cached_heads) * dim // tensor
+    attention = projections * (heads.num_heads * (1 + heads.output_gate) + 2 * heads.cached_heads) * dim / tensor
     if heads.indexer:
         chosen = min(heads.indexer.top_k, architecture.max_positions)
         attention += 2 * heads.indexer.num_heads * heads.indexer.head_dim + chosen
-    hidden, rows = (6, 6) if rounds_later and experts.biases else (3, 4)
-    if rule:  # beside the buffers of the experts' rows
-        buffers = experts.router.top_k * rows * architecture.routed_width
-        attention = max(attention, (rule.row_values + buffers) // tensor)
-    routed = experts.router.top_k * (hidden * experts.width + rows * architecture.routed_width)
-    routed += 3 * experts.shared_width
-    feed_forward = max(3 * architecture.dense_width, routed) // tensor
-    return 4 * architecture.width + max(attention, feed_forward)
+    if architecture.recurrence:
+        attention = max(attention, architecture.recurrence.row_values / tensor)
+    gathered = 2 * architecture.width * (tensor > 1)
+    divided = gathered + max(attention, 3 * architecture.dense_width / tensor)
+    routed = _expert_values_per_row(job, architecture, rank, on_gpu=on_gpu)
+    return 4 * architecture.width / tensor + max(divided, routed / tensor)
+
+
+def _expert_values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
+    """The peak number of values for each row of this rank in the experts of a layer, and in the shared expert.
+
+    Received rows that are in the order of the experts, and in this memory as they are computed, stay in their buffer.
+    The outputs of two hops are added up on the forwarder, once the hidden values are freed.
+    """
+    experts, width = architecture.experts, architecture.routed_width
+    is_bfloat16 = job.run.precision == "bfloat16"
+    received = received_factor(len(rank.nodes)) * experts.router.top_k
+    stays = on_gpu and _has_buffers(job, on_gpu=on_gpu)
+    copied = 0.0 if stays and (rank.hosted <= 1 or len(rank.nodes) == 1) else received
+    added = 0.0
+    if job.exchange.hops > 1:
+        added = received_factor(len(rank.nodes)) * nodes_of_row(rank.nodes, experts.num, experts.router.top_k)
+        copied += 0.0 if stays else added
+    biased = on_gpu and is_bfloat16 and experts.biases
+    hidden = received * ((6 if biased else 3) * experts.width + (2 * width if biased else 0))
+    return (copied + received) * width + max(hidden, added * width) + 3 * experts.shared_width
+
+
+def _buffered_values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
+    """The number of values per row in the buffers of a lane: its exchange, its tensor group and its stage links."""
+    exchange, experts, tensor = job.exchange, architecture.experts, job.parallel.tensor
+    has_messages = _has_buffers(job, on_gpu=on_gpu)
+    rows = exchange_rows(
+        rank.nodes,
+        hops=exchange.hops,
+        num_experts=experts.num,
+        top_k=experts.router.top_k,
+        has_slots=rank.reads_peers or (exchange.transport == "shared" and not on_gpu),
+        has_messages=has_messages,
+    )
+    of_exchange = rows * architecture.routed_width / tensor
+    if not has_messages:
+        return of_exchange
+    is_last = rank.layers.stop == architecture.num_layers
+    links = GROWTH * (not is_last) + (rank.layers.start > 0)
+    if exchange.immediate:
+        outputs = received_factor(len(rank.nodes)) * experts.router.top_k + 1 + (experts.shared_width > 0)
+        links += GROWTH * outputs * ((not is_last) + (rank.layers.start > 0))
+    of_tensor_group = 4 * GROWTH * (tensor > 1)
+    return of_exchange + (of_tensor_group + links / tensor) * architecture.width
+
+
+def _has_buffers(job: Job, *, on_gpu: bool) -> bool:
+    """Whether the memory of a rank may have the buffers of messages: on GPUs unless they are on the host."""
+    on_host = job.exchange.buffers == "host" or job.exchange.verify or job.exchange.transport == "shared"
+    return not (on_gpu and on_host)
 
 
 def pages_for(capacity: int) -> int:

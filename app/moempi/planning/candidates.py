@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 from itertools import product
 from math import ceil, inf
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from msgspec import structs
@@ -19,7 +19,7 @@ from moempi.config.job import Job
 from moempi.config.machine_file import MachineFile
 from moempi.errors import ConfigError
 from moempi.layout.grid import balanced_stages
-from moempi.layout.layout import immediate_stages, make_layout
+from moempi.layout.layout import make_layout
 from moempi.layout.memory import pages_for
 from moempi.layout.topology import Topology
 from moempi.planning.forecast import Forecast, PlannedJob, Step, forecast_step
@@ -27,6 +27,8 @@ from moempi.planning.workload import Workload
 
 BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 LANES = (1, 2, 3, 4)
+WAYS_OF_ROWS: tuple[tuple[Literal[1, 2], bool], ...] = ((1, False), (1, True), (2, False))
+"""Hops, and whether routing is immediate."""
 MICRO_BATCHES_OF_STAGE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 4.0)
 """Micro-batches in flight, as multiples of the number of stages; at most one for each lane of each stage."""
 SHARES_OF_SEQUENCES = tuple(0.5 ** (power / 2) for power in range(17))
@@ -158,30 +160,33 @@ def _with_steps(
     request: SearchRequest, shape: Shape, *, layers: Sequence[int] = (), ranks: Sequence[int] = ()
 ) -> list[Candidates]:
     """The layout with each way of its rows that makes a difference, and its kinds of steps; [] if nothing fits."""
-    try:
-        planned = lay_out(request, shape, layers=layers, ranks=ranks)
-    except ConfigError:
-        return []
-    steps = _steps(planned, request)
-    if steps is None:
-        return []
-    nodes = planned.topology.nodes
-    spans_nodes = any(nodes[stage.ranks[0]] != nodes[stage.ranks[-1]] for stage in planned.layout.grid.stages)
     found = []
-    for hops, immediate in ((1, False), (1, True), (2, False)):
-        exchange = structs.replace(planned.job.exchange, hops=hops, immediate=immediate)
-        job = structs.replace(planned.job, exchange=exchange)
-        stages = immediate_stages(job, request.architecture, planned.layout.grid)
-        if (spans_nodes or hops == 1) and (stages or not immediate):
-            routed = replace(planned, job=job, layout=replace(planned.layout, immediate_stages=stages))
-            found.append(Candidates(shape.replicas, routed, steps, forecast_step(routed, request.workload, steps)))
+    for hops, immediate in WAYS_OF_ROWS:
+        try:
+            planned = lay_out(request, shape, layers=layers, ranks=ranks, hops=hops, immediate=immediate)
+        except ConfigError:
+            continue
+        nodes = planned.topology.nodes
+        spans_nodes = any(nodes[stage.ranks[0]] != nodes[stage.ranks[-1]] for stage in planned.layout.grid.stages)
+        if (spans_nodes or hops == 1) and (planned.layout.immediate_stages or not immediate):
+            steps = _steps(planned, request)
+            if steps is not None:
+                found.append(
+                    Candidates(shape.replicas, planned, steps, forecast_step(planned, request.workload, steps))
+                )
     return found
 
 
 def lay_out(
-    request: SearchRequest, shape: Shape, *, layers: Sequence[int] = (), ranks: Sequence[int] = ()
+    request: SearchRequest,
+    shape: Shape,
+    *,
+    layers: Sequence[int] = (),
+    ranks: Sequence[int] = (),
+    hops: Literal[1, 2] = 1,
+    immediate: bool = False,
 ) -> PlannedJob:
-    """The job in a layout of this shape, with one hop, one lane and all slots.
+    """The job in a layout of this shape, with one lane and all slots.
 
     `layers` and `ranks` are those of each stage, () for the default. Raises ConfigError if it cannot be divided so.
     """
@@ -190,7 +195,7 @@ def lay_out(
         job.parallel, stages=shape.stages, tensor=shape.tensor, stage_layers=tuple(layers), stage_ranks=tuple(ranks)
     )
     run = structs.replace(job.run, overlap=True, micro_batches=1, lanes=1, max_sequences=MOST_SEQUENCES)
-    exchange = structs.replace(job.exchange, hops=1, immediate=False)
+    exchange = structs.replace(job.exchange, hops=hops, immediate=immediate)
     job = structs.replace(job, parallel=parallel, run=run, exchange=exchange)
     topology = request.topology.subset(range(len(request.topology.nodes) // shape.replicas))
     layout = make_layout(job, request.architecture, topology.nodes, on_gpu=job.run.backend == "cupy")

@@ -19,6 +19,7 @@ from moempi.config.architecture import Architecture, DeltaRule, Indexer, StateSp
 from moempi.config.machine_file import MachineFile
 from moempi.config.tensors import TENSOR_PARALLEL, layer_path, layer_tensors, stage_tensors
 from moempi.config.topology_file import Level
+from moempi.layout.row_buffers import share_of_rows
 from moempi.layout.schedule import (
     AGREE,
     EXCHANGE_PHASES,
@@ -302,9 +303,7 @@ class StepCosts:
     def _across_nodes(self, rows: float, busiest: float, *, row_bytes: int = 0) -> Transmission:
         """Each row once to every other node that hosts one of its experts."""
         nodes, firsts = np.unique(self.topology.nodes[: self._num_hosting], return_index=True)
-        num_experts = self.architecture.experts.num
-        elsewhere = num_experts - num_experts / len(nodes)
-        share = 1 - prod(max(0.0, elsewhere - one) / (num_experts - one) for one in range(self._top_k))
+        share = share_of_rows(self.architecture.experts.num, self._top_k, len(nodes))
         probability = 1 - (1 - share) ** rows
         sent_bytes = busiest * rows * share * (row_bytes or self._routed_bytes)
         return self._transfer(self._count(self._levels[firsts[1:]]), probability, sent_bytes)

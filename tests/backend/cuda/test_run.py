@@ -152,7 +152,7 @@ def test_a_missing_gpu_is_reported_in_one_line(alone, tmp_path):
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("batch_tokens", "transport"), [(64, "auto"), (256, "auto"), (256, "cuda_ipc")])
 def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens, transport):
-    """Weights and cache are exact to the byte; the peak is within 7 % for a model whose rows are a fifth of it."""
+    """Weights and cache are exact to the byte; the peak is at most a tenth below."""
     lines = [{"tokens": [7] * length, "max_tokens": 4, "ignore_eos": True} for length in (3, 60, 120) * 8]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
     named = {
@@ -171,7 +171,7 @@ def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens, tr
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out.splitlines()[-1])
     assert found["loaded"] == found["held"]
-    assert 0.93 <= found["peak"] / found["forecast"] <= 1.07
+    assert 0.9 <= found["peak"] / found["forecast"] <= 1
 
 
 DELTA_RULE = {"delta_rule": DeltaRule(16, 16, 16, 16, taps=4), "delta_layers": (0, 1, 3)}
@@ -199,7 +199,7 @@ def test_device_memory_of_states_equals_the_forecast(tmp_path, states, precision
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     values = {
         "model.weights": "weights.h5", "input.prompts": "prompts.jsonl", "output.results": "out.h5",
-        "run.precision": precision, "run.batch_tokens": 512, "run.max_sequences": 5, "run.lanes": 1,
+        "run.precision": precision, "run.batch_tokens": 256, "run.max_sequences": 8, "run.lanes": 1,
         "run.micro_batches": 1,
     }  # fmt: skip
     (tmp_path / "job.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
@@ -209,4 +209,51 @@ def test_device_memory_of_states_equals_the_forecast(tmp_path, states, precision
     ranks = [json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"')]
     assert len(ranks) == 2
     assert all(found["loaded"] == found["held"] for found in ranks)
-    assert 0.93 <= max(found["peak"] / found["forecast"] for found in ranks) <= 1.07
+    assert 0.8 <= max(found["peak"] / found["forecast"] for found in ranks) <= 1
+
+
+IPC = {"exchange.transport": "cuda_ipc"}
+TWO_HOPS = {"exchange.hops": 2, "topology.ranks_per_node": 2}
+MESSAGES = {"exchange.transport": "alltoallv", "exchange.buffers": "device"}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "settings"),
+    [
+        (1, {}),
+        (2, IPC),
+        (2, MESSAGES),
+        (2, IPC | {"parallel.tensor": 2}),
+        (4, IPC),
+        (4, IPC | TWO_HOPS),
+        (4, MESSAGES | TWO_HOPS),
+    ],
+    ids=["one", "ipc", "messages", "tensor", "four", "hops", "hops, messages"],
+)
+def test_rows_take_no_more_device_memory_than_the_forecast(tmp_path, num_ranks, settings):
+    """Steps are full of rows, and experts are wider than attention; the fullest rank has up to a fifth less."""
+    router = Router(top_k=2)
+    sizes = {"vocab_size": 64, "width": 512, "num_layers": 4, "max_positions": 256}
+    model = Architecture(
+        family="random", attention=AttentionShape(4, 2, 16), experts=Experts(num=4, width=128, router=router), **sizes
+    )
+    initialize(model, tmp_path / "weights.h5", seed=1)
+    lengths = (3, 60, 120) * 16
+    lines = [
+        {"tokens": [(7 * one**2 + 3 * row**2 + one * row) % 64 for row in range(length)], "max_tokens": 4}
+        for one, length in enumerate(lengths)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    values = {
+        "model.weights": "weights.h5", "input.prompts": "prompts.jsonl", "output.results": "out.h5",
+        "sampling.ignore_eos": True, "run.batch_tokens": 512, "run.max_sequences": 12, "run.lanes": 1,
+        "run.micro_batches": 1,
+    } | settings  # fmt: skip
+    (tmp_path / "job.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    program = python("tests/simt/peak.py", "run", tmp_path / "job.toml")
+    outcome = mpirun(num_ranks, *program, limit_s=240, PYTHONPATH="tests")
+    assert outcome.code == 0, outcome.err
+    ranks = [json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"')]
+    assert len(ranks) == num_ranks
+    taken = max((found["peak"] - found["held"]) / (found["forecast"] - found["held"]) for found in ranks)
+    assert 0.8 <= taken <= 1

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from moempi.layout.row_buffers import grown
+
 
 class BufferRing:
     """`count` buffers that `take` returns in rotation; each one stays untouched for `count - 1` further calls.
@@ -20,7 +22,7 @@ class BufferRing:
         """A buffer of `rows` rows with undefined contents."""
         number = self._next = (self._next + 1) % len(self._buffers)
         if len(self._buffers[number]) < rows:
-            self._buffers[number] = self._allocate(rows + rows // 4)
+            self._buffers[number] = self._allocate(grown(rows))
         if len(self._taken[number]) != rows:
             self._taken[number] = self._buffers[number][:rows]
         return self._taken[number]

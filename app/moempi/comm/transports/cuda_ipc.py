@@ -25,6 +25,7 @@ from moempi.comm.transports.pairwise import blocks
 from moempi.comm.transports.shared import open_window
 from moempi.comm.transports.shared_flags import WAITING, SharedFlags, flags_bytes, make_shared_flags
 from moempi.errors import ConfigError
+from moempi.layout.row_buffers import grown
 
 SLOT = np.dtype([("version", np.int64), ("rows", np.int64), ("handle", np.uint8, HANDLE_BYTES), ("unused", "V48")])
 """A slot as its owner describes it, in two cache lines: how often it was replaced, its rows, its handle."""
@@ -122,7 +123,7 @@ class CudaIpc:
         parity = (self._number + 1) % 2
         own = self._own[parity]
         if not own or len(own[-1]) < rows:
-            own.append(self._new_slot(parity, max(self._least_rows, rows + rows // 4)))
+            own.append(self._new_slot(parity, max(self._least_rows, grown(rows))))
         return own[-1][:rows]
 
     def can_send(self) -> bool:
