@@ -197,16 +197,16 @@ def test_ctrl_c_stops_at_the_next_tensor_while_weights_are_read(rehearsal, launc
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_request_to_one_rank_ends_its_loading_and_then_the_run(rehearsal, rank):
+def test_a_request_to_one_rank_stops_the_loading_of_all(rehearsal, rank):
     results = rehearsal.fresh()
-    run = SlowLoad(rehearsal, results, "launch", "-n", "3", seconds=0.03)
+    run = SlowLoad(rehearsal, results, "launch", "-n", "3", seconds=0.1)
     os.kill(int((run.notes / f"{rank}.pid").read_text()), signal.SIGUSR1)
     code, state = run.end(), read_state(results)
     assert (code, state.state, state.exit_code, state.reason) == (75, "stopped", 75, "SIGUSR1"), run.text
     stopped = run.num_reads()
     whole = SlowLoad(rehearsal, rehearsal.fresh(), "launch", "-n", "3", seconds=0)
     assert whole.end() == 0
-    assert stopped[rank] < whole.num_reads()[rank]
+    assert all(stopped[each] < count for each, count in whole.num_reads().items())
 
 
 @pytest.mark.mpi

@@ -118,8 +118,13 @@ def _load(
     begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
     coords, parts = rank_layout.coords, rank_layout.grid.tensor
 
-    def check() -> None:
+    def is_stopped() -> bool:
         if stop.requested:
+            world.request_stop()  # the other ranks read weights as well
+        return stop.requested or world.stop_requested
+
+    def check() -> None:
+        if is_stopped():
             raise StoppedError
 
     shard = Shard(deployment.weights, part=coords.tensor, parts=parts, on_read=check)
@@ -134,7 +139,7 @@ def _load(
             model = load_model(
                 shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, slots=slots, on_layer=on_layer
             )
-            return model, [not stop.requested, deployment.backend.record_event() is None]
+            return model, [not is_stopped(), deployment.backend.record_event() is None]
         return None, [False, True]
 
     model, (all_loaded, none_warms_up) = world.collectively_least(load, num=2)

@@ -1,4 +1,4 @@
-"""Messages between ranks about the run: "the error line is printed", positions for a hang report, and loads.
+"""Messages between ranks about the run: "the error line is printed", positions for a hang report, loads, and stops.
 
 The watchdog's thread sends them, because the main thread may be blocked in MPI.
 """
@@ -11,7 +11,7 @@ from mpi4py import MPI
 from moempi.runtime.hang import Position
 from moempi.runtime.slow_hosts import Load
 
-ANNOUNCE_TAG, QUERY_TAG, POSITION_TAG, LOAD_TAG = range(32_000, 32_004)
+ANNOUNCE_TAG, QUERY_TAG, POSITION_TAG, LOAD_TAG, STOP_TAG = range(32_000, 32_005)
 """Tags beyond those of messages between stages, and within MPI's limit of 32,767."""
 NUM_POLLS = 10
 POLL_INTERVAL_S = 0.005
@@ -28,6 +28,7 @@ class AbortChannel:
         self._comm = comm
         self._position = position
         self._sent: list[MPI.Request] = []
+        self._stop_requested = False
         self._receivers = [rank for rank in dict.fromkeys([0, *peers]) if rank != comm.rank]
 
     def announce(self) -> None:
@@ -83,6 +84,29 @@ class AbortChannel:
             loads[status.source] = message.recv()
         return loads
 
-    def _send(self, rank: int, tag: int, message: Position | Load | None) -> None:
+    @property
+    def stop_requested(self) -> bool:
+        """Whether any rank has called `request_stop`, as far as this rank knows."""
+        return self._stop_requested
+
+    def request_stop(self) -> None:
+        """Send to all ranks that the run is to stop: along a binary tree, a level in each period of the watchdogs."""
+        self._send_stop(self._comm.rank)
+
+    def forward_stop(self) -> None:
+        """Pass on the messages of `request_stop` that have arrived; the watchdog calls it in every period."""
+        while (message := self._comm.improbe(tag=STOP_TAG)) is not None:
+            self._send_stop(message.recv())
+
+    def _send_stop(self, root: int) -> None:
+        """Send to this rank's children in the tree of `root`, if this is the first stop."""
+        if self._stop_requested:
+            return
+        self._stop_requested = True
+        place = (self._comm.rank - root) % self._comm.size
+        for child in range(2 * place + 1, min(2 * place + 3, self._comm.size)):
+            self._send((child + root) % self._comm.size, STOP_TAG, root)
+
+    def _send(self, rank: int, tag: int, message: Position | Load | int | None) -> None:
         # The requests are kept, because MPI reads their buffers, and never waited for: the receiver may be dead.
         self._sent.append(self._comm.isend(message, rank, tag))

@@ -238,6 +238,15 @@ class World:
         """
         self._on_failure = write or _same_code
 
+    def request_stop(self) -> None:
+        """Send to all ranks that the run is to stop; each knows it within a few periods of the watchdogs."""
+        self._abort_channel.request_stop()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a rank has called `request_stop`, as far as this rank knows."""
+        return self._abort_channel.stop_requested
+
     def finish(self, exit_code: int) -> None:
         """The process has done its work: until its end no failure changes its exit code, and signals are ignored.
 
@@ -336,6 +345,7 @@ class World:
     def _reply(self) -> None:
         """Everything that the watchdog's thread sends in a period."""
         self._abort_channel.reply()
+        self._abort_channel.forward_stop()
         if self.num_nodes > 1 and self._load is not None and (load := self._load.due()) is not None:
             self._abort_channel.send_load(load)
         if self.rank == 0:
