@@ -170,7 +170,7 @@ def test_a_dry_run_says_what_fits_and_forecasts_in_80_columns():
     rows = [line.split() for line in lines if "8.00 KiB" in line]
     assert len(rows) == 4
     assert {row[-3] for row in rows} == {"68"}
-    tight = moempi(*dry, "--set", "topology.rank_memory=3GB")
+    tight = moempi(*dry, "--set", "topology.rank_memory=3.5GB")
     assert tight.code == 0, tight.err
     first, *others = [int(line.split()[-3]) for line in tight.out.splitlines() if "8.00 KiB" in line]
     assert 0 < first < min(others) <= max(others) < int(rows[0][-3])

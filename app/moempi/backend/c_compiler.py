@@ -23,7 +23,8 @@ import xxhash
 
 from moempi.backend.kept_files import keep, kept_folder, read_kept, warn_once
 
-COMPILE_LIMIT_S = 60.0
+COMPILE_LIMIT_S = 240.0
+"""It takes some 15 s of a core, which other work may share. Ranks that wait for it end after `run.timeout_s`, 300 s."""
 POLL_S = 0.05
 RETRY_S = 24 * 3600.0
 """How long a compiler that did not end is not started again."""
