@@ -20,6 +20,7 @@ from moempi.backend.c_compiler import load_kernel
 from moempi.backend.cpu import kernel_calls as calls
 from moempi.backend.cpu.attention_layout import AttentionTasks, CachedRows
 from moempi.backend.cpu.router import TOP_OF_GROUP
+from moempi.backend.cpu.weight_memory import WeightMemory
 from moempi.backend.protocol import Cache, RmsNorm, Stored
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
@@ -133,6 +134,7 @@ class Kernels:
         self._panel = library.panel_outputs()
         self.chunk = library.chunk_queries()
         self._scratch = np.empty(0, np.float32)
+        self._weights = WeightMemory()
         self._workspace, self._workspace_at = np.empty(0, np.uint8), 0
         self.threads = 1
 
@@ -158,7 +160,7 @@ class Kernels:
         weights = BFLOAT16 if parts[0].dtype == np.uint16 else FLOAT32
         inputs = parts[0].shape[0 if transposed else 1]
         counts = [part.shape[1 if transposed else 0] for part in parts]
-        packed = aligned_empty((-(-sum(counts) // self._panel), inputs + inputs % 2, self._panel), parts[0].dtype)
+        packed = self._weights.empty((-(-sum(counts) // self._panel), inputs + inputs % 2, self._panel), parts[0].dtype)
         if inputs % 2:
             packed[:, -2:] = 0
         if sum(counts) % self._panel:
