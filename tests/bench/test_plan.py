@@ -3,15 +3,29 @@
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
-from moempi.bench.plan import CALIBRATION_RUNS, MODEL, PARAMETERS, RunShape, _Bench, _machine, _toml, fit, predict_s
+from moempi.bench.plan import (
+    CALIBRATION_RUNS,
+    FREE,
+    MODEL,
+    PARAMETERS,
+    RunShape,
+    _Bench,
+    _levels,
+    _machine,
+    _toml,
+    fit,
+    predict_s,
+)
 from moempi.config.machine_file import read_machine
 from moempi.storage.initialize import initialize
 
 
-def test_a_machine_fitted_to_its_own_predictions_predicts_the_same(tmp_path):
-    true = _machine((20.0, 0.3, 40.0, 25.0))
-    fitted = fit([(shape, predict_s(shape, true, 2)) for shape in CALIBRATION_RUNS], 2)
+@pytest.mark.parametrize("link", [FREE, (50.0, 0.1)], ids=["free links", "real links"])
+def test_a_machine_fitted_to_its_own_predictions_predicts_the_same(tmp_path, link):
+    true = structs.replace(_machine((20.0, 0.3, 40.0, 25.0)), levels=_levels(link))
+    fitted = fit([(shape, predict_s(shape, true, 2)) for shape in CALIBRATION_RUNS], 2, _levels(link))
     for shape in (*CALIBRATION_RUNS, RunShape(32, lanes=4), RunShape(1), RunShape(8, tensor=2)):
         assert predict_s(shape, fitted, 2) == pytest.approx(predict_s(shape, true, 2), rel=0.01)
     (tmp_path / "machine.toml").write_text(_toml(fitted))

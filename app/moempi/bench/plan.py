@@ -1,7 +1,7 @@
 """`moempi bench plan`: forecasts of `moempi plan` and measured times of the same runs, on this machine.
 
 A machine is fitted to a few runs of a random model. Other runs, with other rows, lanes, overlap, emulated links and
-layouts, are then predicted and measured.
+layouts, are then predicted and measured. Between nodes, of one rank each, the real links are measured first.
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 
 from moempi.bench.jobs import WEIGHTS, make_job, step_seconds, write_prompts
 from moempi.bench.measure import machine as machine_line
+from moempi.comm.link_probe import measure_network
 from moempi.commands.flags import add_force_flag, count
 from moempi.config.architecture import Architecture, AttentionShape, Experts, Router
 from moempi.config.job import Job
@@ -50,13 +51,16 @@ PARAMETERS = ("tflops", "memory_gb_s", "turn_us", "tensor_overhead_us")
 """The fitted keys of a machine file."""
 NEGLIGIBLE_S = 1e-9
 """The smallest fitted cost: a machine file holds its reciprocal."""
+LEAST_SHARE = 0.05
+"""The least share of a calibration run that is not the links'."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunShape:
     """A run: sequences per rank, lanes, overlap, latency (us) and bandwidth (GB/s) of the emulated links, layout.
 
-    Every rank is a node, but the ranks of a tensor group are on one. Links are emulated inside a stage only.
+    Every rank is a node, but the ranks of a tensor group are on one. Links are emulated inside a stage only. With FREE
+    links, rows travel as fast as they do.
     """
 
     sequences: int
@@ -94,7 +98,12 @@ TEST_RUNS = (
     *(RunShape(sequences, stages=2) for sequences in (8, 32, 96)),
     *(RunShape(sequences, tensor=2) for sequences in (8, 32, 96)),
 )
-"""The runs that are predicted, on 2 ranks and more."""
+"""The runs that are predicted, on 2 ranks and more of one node."""
+TEST_RUNS_BETWEEN_NODES = (
+    *(RunShape(sequences, lanes, lanes > 1) for sequences in (8, 24, 48, 96) for lanes in (1, 2, 4)),
+    *(RunShape(sequences, 2, overlap, hops=2) for sequences in (24, 96) for overlap in (False, True)),
+    *(RunShape(sequences, stages=2) for sequences in (8, 24, 48, 96)),
+)
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -117,17 +126,22 @@ def run(world: World, chosen: Namespace) -> None:
         if world.rank == 0:
             initialize(MODEL, bench.folder / WEIGHTS, seed=1)
         world.comm.Barrier()
-        machine = fit([(shape, bench.seconds(shape, chosen.repeats)) for shape in CALIBRATION_RUNS], world.size)
+        between = world.num_nodes > 1
+        levels = _levels(measure_network(world.comm)) if between else _levels(FREE)
+        calibration_runs = [shape for shape in CALIBRATION_RUNS if not between or shape.tensor == 1]
+        calibration = [(shape, bench.seconds(shape, chosen.repeats)) for shape in calibration_runs]
+        machine = fit(calibration, world.size, levels)
         table = figures_table(
             *("sequences", "lanes", "overlap", "link us, GB/s", "layout", "forecast ms", "measured ms", "ratio"),
             title=f"A token of all sequences, {world.size} ranks, {MODEL.num_layers} layers of width {MODEL.width}",
             caption=machine_line(world),
         )
         runs = []
-        for shape in TEST_RUNS:
+        for shape in TEST_RUNS_BETWEEN_NODES if between else TEST_RUNS:
             predicted, measured = predict_s(shape, machine, world.size), bench.seconds(shape, chosen.repeats)
             runs.append((predicted / shape.sequences, measured / shape.sequences))
-            link = f"{shape.link[0]:g}, {shape.link[1]:g}"
+            network = _linked(machine, shape.link).levels[-1]
+            link = f"{network.latency_us:.4g}, {network.bandwidth_gb_s:.4g}"
             figures = (f"{predicted * 1e3:.1f}", f"{measured * 1e3:.1f}", f"{predicted / measured:.2f}")
             overlap = "on" if shape.overlap else "off"
             table.add_row(str(shape.sequences), str(shape.lanes), overlap, link, shape.layout, *figures)
@@ -146,8 +160,8 @@ def run(world: World, chosen: Namespace) -> None:
 
 
 def _check_usage(world: World) -> None:
-    if world.num_nodes > 1:
-        raise UsageError("bench plan emulates links between ranks of one node; start it on one")
+    if 1 < world.num_nodes < world.size:
+        raise UsageError("bench plan takes one rank of each node, or ranks of one node")
     if world.size % 2:
         raise UsageError("bench plan has runs of 2 stages and of tensor groups of 2; start it on 2, 4, ... ranks")
 
@@ -168,17 +182,24 @@ def predict_s(shape: RunShape, machine: MachineFile, num_ranks: int) -> float:
     return forecast(planned, decode(STEPS // 2)).seconds(overlap=shape.overlap)
 
 
-def fit(calibration: Sequence[tuple[RunShape, float]], num_ranks: int) -> MachineFile:
-    """The machine whose predictions are closest to the seconds of the calibration runs.
+def fit(calibration: Sequence[tuple[RunShape, float]], num_ranks: int, levels: tuple[Level, ...]) -> MachineFile:
+    """The machine with links of these levels whose predictions are closest to the seconds of the calibration runs.
 
-    These runs have no overlap and links without cost, so their time is a sum of four costs: arithmetic, memory traffic
-    and the host's overheads. Each cost is at least NEGLIGIBLE_S.
+    These runs have no overlap, so their time is that of the links and a sum of four costs: arithmetic, memory traffic
+    and the host's overheads. Each cost is at least NEGLIGIBLE_S. Without tensor groups, both overheads are equal.
     """
     number = range(len(PARAMETERS))
     units = [_machine([1.0 if other == index else NEGLIGIBLE_S for other in number]) for index in number]
     amounts = np.array([[predict_s(shape, unit, num_ranks) for unit in units] for shape, _ in calibration])
-    costs = fit_costs(amounts, np.array([seconds for _, seconds in calibration]))
-    return _machine(np.maximum(costs, NEGLIGIBLE_S).tolist())
+    free = _machine([NEGLIGIBLE_S] * len(PARAMETERS))
+    linked = msgspec.structs.replace(free, levels=levels)
+    of_links = [predict_s(shape, linked, num_ranks) - predict_s(shape, free, num_ranks) for shape, _ in calibration]
+    seconds = np.array([seconds for _, seconds in calibration])
+    # Links that explain more than a run took leave a little of it for the others.
+    costs = fit_costs(amounts, np.maximum(seconds - of_links, LEAST_SHARE * seconds))
+    found = msgspec.structs.replace(_machine(np.maximum(costs, NEGLIGIBLE_S).tolist()), levels=levels)
+    has_tensor_groups = any(shape.tensor > 1 for shape, _ in calibration)
+    return found if has_tensor_groups else msgspec.structs.replace(found, tensor_overhead_us=found.turn_us)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +258,8 @@ def _machine(costs: Sequence[float]) -> MachineFile:
 
 
 def _linked(machine: MachineFile, link: tuple[float, float]) -> MachineFile:
-    return msgspec.structs.replace(machine, levels=_levels(link))
+    """The machine with these links; with its own if they are FREE."""
+    return machine if link == FREE else msgspec.structs.replace(machine, levels=_levels(link))
 
 
 def _levels(link: tuple[float, float]) -> tuple[Level, ...]:

@@ -21,6 +21,8 @@ ROUNDS = 15
 NUM_CALIBRATION = 40
 NUM_TRIALS = 20
 LEAST_PER_BYTE_S = 1e-12
+SMALL, LARGE = 1 << 10, 1 << 20
+"""Bytes of the messages of `measure_network`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list
     levels = np.array([topology.levels(rank) for rank in range(comm.size)])
     random = np.random.default_rng(comm.size)
     calibration = [_sizes(random, np.isin(levels, _some_levels(random))) for _ in range(NUM_CALIBRATION)]
-    seconds = np.array([_time(comm, sizes) for sizes in calibration])
+    seconds = np.array([exchange_s(comm, sizes) for sizes in calibration])
     loads = np.array([_loads(sizes, levels) for sizes in calibration])
     latency_s, per_byte_s = np.split(fit_costs(loads, seconds), 2)
     found: list[Level] = []
@@ -55,8 +57,16 @@ def measure(topology: Topology, comm: MPI.Intracomm) -> tuple[TopologyFile, list
     trials = []
     for _ in range(NUM_TRIALS):
         sizes = _sizes(random, levels >= 0)
-        trials.append(LinkTrial(int(sizes.sum()), predict_s(file, sizes), _time(comm, sizes)))
+        trials.append(LinkTrial(int(sizes.sum()), predict_s(file, sizes), exchange_s(comm, sizes)))
     return file, trials
+
+
+def measure_network(comm: MPI.Intracomm) -> tuple[float, float]:
+    """Latency (us) and bandwidth (GB/s) of links that are all alike, from messages of two sizes; collective, blocks."""
+    between = 1 - np.eye(comm.size, dtype=np.int64)
+    small_s, large_s = (exchange_s(comm, num_bytes * between) / (comm.size - 1) for num_bytes in (SMALL, LARGE))
+    per_byte_s = max((large_s - small_s) / (LARGE - SMALL), LEAST_PER_BYTE_S)
+    return small_s * 1e6, 1e-9 / per_byte_s
 
 
 def predict_s(file: TopologyFile, sizes: IntArray) -> float:
@@ -96,8 +106,11 @@ def _loads(sizes: IntArray, levels: IntArray) -> Float64Array:
     return np.array([np.count_nonzero(sent) for sent in own] + [sent.sum() for sent in own], float)
 
 
-def _time(comm: MPI.Intracomm, sizes: IntArray) -> float:
-    """Median seconds, on the slowest rank, of an exchange in which rank s sends sizes[s, r] bytes to rank r."""
+def exchange_s(comm: MPI.Intracomm, sizes: IntArray) -> float:
+    """Median seconds, on the slowest rank, of an exchange in which rank s sends sizes[s, r] bytes to rank r (R, R).
+
+    Collective, blocks.
+    """
     send_counts, recv_counts = sizes[comm.rank], sizes[:, comm.rank]
     outgoing, incoming = (aligned_empty((int(counts.sum()),), np.uint8) for counts in (send_counts, recv_counts))
     outgoing[:] = comm.rank % 256
