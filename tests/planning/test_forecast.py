@@ -78,13 +78,13 @@ def test_the_memory_of_the_machine_counts_if_the_job_states_none():
 def test_prefill_has_the_batches_that_the_slots_allow():
     few = forecasts("mission-score.toml", "run.batch_tokens=8192", "run.lanes=1")["prefill"]
     assert few.tokens == 64 * 4096  # one slot of a micro-batch has one text of 4,096 tokens
-    assert few.sequences == 64 * 122
+    assert few.sequences == 64 * 130
     short = forecasts(
-        "mission-score.toml", "run.batch_tokens=8192", "run.lanes=1", "run.max_sequences=244", prompt=2048
+        "mission-score.toml", "run.batch_tokens=8192", "run.lanes=1", "run.max_sequences=260", prompt=2048
     )["prefill"]
     assert short.tokens == 64 * 2 * 2048
-    enough = forecasts("mission-score.toml", "run.max_sequences=976", prompt=512)["prefill"]
-    assert (enough.tokens, enough.sequences) == (64 * 4096, 64 * 976)
+    enough = forecasts("mission-score.toml", "run.max_sequences=1040", prompt=512)["prefill"]
+    assert (enough.tokens, enough.sequences) == (64 * 4096, 64 * 1040)
 
 
 def test_a_step_of_a_workload():
