@@ -203,6 +203,10 @@ def test_the_transport_is_chosen_where_it_can_be_used(comm, num_ranks):
     ]:
         with pytest.raises(ConfigError, match=problem):
             choose(topology, transport="cuda_ipc", **section)
+    grid = Grid((Stage(range(1), range(2)), Stage(range(1, 2), range(2, 4))), tensor=1, slots_per_group=4)
+    assert choose(alone, hops=2).name != "cuda_ipc"
+    with pytest.raises(ConfigError, match="alone on its node"):
+        choose(alone, transport="cuda_ipc", hops=2)
 
 
 @pytest.mark.ranks(2)

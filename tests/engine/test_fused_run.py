@@ -53,7 +53,7 @@ def num_calls(monkeypatch):
 
 
 def result_of(folder, backend, precision, **options):
-    """Tokens, loads and recorded values of a run."""
+    """Tokens, loads, counters and recorded values of a run."""
     folder.mkdir()
     kernels, run = load_kernels(), options.pop("run", {})
     made = Run(
@@ -72,6 +72,7 @@ def result_of(folder, backend, precision, **options):
         tokens_of(made.requests),
         [one.logprobs.tolist() for request in made.requests for one in request.sampled],
         [{layer: load.tolist() for layer, load in of_lane.items()} for of_lane in loads],
+        [lane.comm.transfers.counters for lane in made.lanes.each],
         [{name: values.tolist() for name, values in record.columns.items()} for record in traces],
     )
 

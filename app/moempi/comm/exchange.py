@@ -1,7 +1,7 @@
 """The exchange of a MoE layer: `dispatch` sends rows to their experts, `combine` adds up the experts' outputs per row.
 
 Each of the two is one transfer, which advances by itself through all its steps, on one hop or two. `dispatch` sends
-rows while their numbers are exchanged, so that one latency covers both.
+rows while their numbers are exchanged, so that one latency covers both, except over the collective of `alltoallv`.
 """
 
 from abc import ABC, abstractmethod
@@ -98,10 +98,13 @@ class Exchange(ABC):
         """Whether this rank alone hosts the experts of a layer, in order, and nobody observes their outputs."""
         return layer in self._alone and self._on_norms is None
 
-    def pass_over(self, route: Route) -> Waits[None]:
-        """Pass the last point of a layer whose rows stay on this rank, and whose choices are in `expert_load`."""
+    def pass_over(self, x: Array, route: Route) -> Waits[None]:
+        """Pass the last point of a layer whose rows x (T, D) stay on this rank; its choices are in `expert_load`."""
         if self._on_route is not None:
             self._on_route(route)
+        num_bytes = route.experts.size * x.shape[1] * self._hop.backend.row_dtype.itemsize
+        for _ in EXCHANGE_PHASES:  # there and back
+            self._hop.transfers.count_kept(num_bytes)
         yield Wait(Point(route.layer, COMBINE), self._hop.transfers.finished)
 
     def free(self) -> None:

@@ -8,15 +8,21 @@ from moempi.arrays import Float32Array, widen
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.transfers import Transfer
 
+NUMBERS_AT_ONCE = 1 << 20
+"""Numbers of rows that are copied at a time."""
 OnNorms = Callable[[Float32Array], None]
 """Takes the norms (T, K) of the outputs of one layer's choices."""
 OnLateNorms = Callable[[Transfer[Float32Array]], None]
-"""Takes a transfer of them, which may finish after the step."""
+"""Takes a transfer of such norms, which may finish after the step."""
 
 
 def norms_of(backend: Backend, rows: Array, output_rows: Array) -> Float32Array:
     """The Euclidean norms (T, K) of rows[output_rows] of a comm buffer. Blocks the host to download the rows."""
-    return row_norms(backend, backend.unpack(rows, output_rows.reshape(-1))).reshape(output_rows.shape)
+    index = output_rows.reshape(-1)
+    at_once = max(1, NUMBERS_AT_ONCE // rows.shape[1])
+    firsts = range(0, max(len(index), 1), at_once)
+    pieces = [row_norms(backend, backend.unpack(rows, index[first : first + at_once])) for first in firsts]
+    return np.concatenate(pieces).reshape(output_rows.shape)
 
 
 def row_norms(backend: Backend, rows: Array) -> Float32Array:

@@ -13,7 +13,7 @@ from moempi.backend.protocol import Backend
 from moempi.comm.peer_trial import mapping_problem
 from moempi.comm.rank_groups import RankGroups
 from moempi.comm.transports.alltoallv import Alltoallv
-from moempi.comm.transports.base import Transport, start_transfer, wait
+from moempi.comm.transports.base import Transport, wait
 from moempi.comm.transports.cuda_ipc import CudaIpc
 from moempi.comm.transports.loopback import Loopback
 from moempi.comm.transports.pairwise import Pairwise
@@ -61,7 +61,7 @@ def choose_transport(
     if is_alone and section.transport != CudaIpc.name:
         choice = ChosenTransport(Loopback.name, "each stage has one rank")
     elif section.transport in ("auto", CudaIpc.name):
-        stage_nodes = [topology.subset(stage.ranks).nodes for stage in grid.stages]
+        stage_nodes = [tuple(topology.nodes[rank] for rank in stage.ranks) for stage in grid.stages]
         problem = "not every rank has a GPU"
         if has_peer_memory:
             problem = _ipc_problem(section, groups.ranks, backend, topology=topology, stage_nodes=stage_nodes)
@@ -153,14 +153,16 @@ def candidates(backend: Backend) -> list[str]:
 
 
 def exchange_s(transport: Transport, group: MPI.Intracomm, *, rows: int) -> float:
-    """Median seconds on this rank to exchange `rows` rows between each pair of ranks; collective, blocks."""
-    counts = np.full(group.size, rows)
+    """Median seconds on this rank to exchange counts and `rows` rows between each pair of ranks; collective, blocks."""
+    counts, received = np.full((2, group.size), rows)
     taken = []
     for _ in range(ROUNDS):
         outgoing, incoming = (buffer(int(counts.sum())) for buffer in (transport.outgoing, transport.incoming))
         group.Barrier()
         begin = MPI.Wtime()
-        receipt = start_transfer(transport, outgoing, counts, incoming, counts)
+        transport.send(outgoing, counts)
+        wait(group.Ialltoall(counts, received))  # as a dispatch exchanges its counts
+        receipt = transport.receive(incoming, received)
         wait(receipt)
         receipt.release()
         taken.append(MPI.Wtime() - begin)

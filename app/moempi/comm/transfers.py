@@ -19,9 +19,9 @@ import numpy.typing as npt
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Array, Backend
 from moempi.comm.transports.base import Completion
-from moempi.comm.transports.counted import Counters, no_counts
+from moempi.comm.transports.counted import TO_EXPERTS, Counters, no_counts
 from moempi.layout.schedule import Point
-from moempi.layout.topology import LEVELS
+from moempi.layout.topology import LEVELS, SELF
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Completion)
@@ -157,6 +157,12 @@ class Transfers:
             level = LEVELS[self._levels[rank]]
             self.counters[f"{kind}{level}_bytes"] += num_bytes
             self.counters[f"{kind}{level}_messages"] += 1
+
+    def count_kept(self, num_bytes: int) -> None:
+        """Count a message of rows of this rank to its own experts, or back; nothing if it is empty."""
+        if num_bytes:
+            self.counters[f"{TO_EXPERTS}{LEVELS[SELF]}_bytes"] += num_bytes
+            self.counters[f"{TO_EXPERTS}{LEVELS[SELF]}_messages"] += 1
 
     def count_rows(self, *, sent: int, received: int) -> None:
         """Add the rows of one plan to `count_mismatch`."""

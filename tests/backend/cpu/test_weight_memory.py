@@ -1,6 +1,7 @@
 """Memory for matrices: arrays that overlap none, are aligned, and keep their chunk alive."""
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from moempi.backend.cpu.weight_memory import HUGE_PAGE_BYTES, WeightMemory
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(weight_memory, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(weight_memory, "CHUNK_BYTES", 65536)
 
 
 def test_arrays_of_any_size_are_aligned_and_overlap_none(small_chunks):
@@ -27,12 +28,28 @@ def test_arrays_of_any_size_are_aligned_and_overlap_none(small_chunks):
     assert all((array == number).all() for number, array in enumerate(arrays))
 
 
-def test_a_chunk_begins_with_a_huge_page_and_holds_what_is_larger(small_chunks):
+def test_a_large_array_begins_with_a_huge_page_and_is_freed_alone(small_chunks):
     memory = WeightMemory()
+    small = memory.empty((8,), np.float32)
     large = memory.empty((3 << 20,), np.uint8)
     assert large.ctypes.data % HUGE_PAGE_BYTES == 0
     large[:] = 7
-    assert memory.empty((1,), np.float32).ctypes.data % HUGE_PAGE_BYTES == 0  # the next chunk
+    assert memory.empty((8,), np.float32).ctypes.data == small.ctypes.data + ALIGNMENT_BYTES  # in the same chunk
+    freed = weakref.ref(root_of(large))
+    del large
+    gc.collect()
+    assert freed() is None
+
+
+def root_of(array):
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def test_too_little_memory_is_an_error_of_memory():
+    with pytest.raises(MemoryError, match=r"1,125,899,906,842,624 bytes for weights"):
+        WeightMemory().empty((1 << 50,), np.uint8)
 
 
 def test_an_array_outlives_its_memory():

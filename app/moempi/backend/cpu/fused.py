@@ -15,6 +15,8 @@ from moempi.backend.protocol import AttentionBlock, Cache, ExpertsBlock, RmsNorm
 
 FUSED_FLOPS = 5e8
 """Most work of a thread in one call, some milliseconds: it does not call `progress`."""
+FUSED_BYTES = 2e8
+"""Most bytes of experts that a thread reads in one call, some milliseconds, too."""
 FUSED_ROWS = 512
 """Most rows of a call, which limits scratch memory."""
 
@@ -98,7 +100,10 @@ class KernelExperts:
             0.0 if clamp is None else clamp.limit, 0.0 if clamp is None else clamp.alpha, rounded,
         )  # fmt: skip
         self._layer_at = ctypes.addressof(self._layer)
-        self.most_rows = _most_rows(kernels, block.router, *[first.gate_up, first.down] * rule.top_k)
+        of_row = _most_rows(kernels, block.router, *[first.gate_up, first.down] * rule.top_k)
+        expert_bytes = first.gate_up.packed.nbytes + first.down.packed.nbytes
+        readable = int(FUSED_BYTES * kernels.threads // expert_bytes)  # experts of a call, each of which is read once
+        self.most_rows = of_row if readable >= len(addresses) else min(of_row, readable // rule.top_k)
 
     def __call__(
         self, x: Float32Array, addends: Sequence[Float32Array], load: IntArray

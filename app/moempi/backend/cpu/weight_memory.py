@@ -15,17 +15,22 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 class WeightMemory:
-    """Arrays one after another in large chunks, each of which is freed with its last array."""
+    """Arrays one after another in chunks, each of which is freed with its last array, and large arrays alone.
+
+    The chunk that is not full stays.
+    """
 
     def __init__(self) -> None:
         self._left: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An uninitialised C-ordered array, aligned like `aligned_empty`."""
+        """An uninitialised C-ordered array, aligned like `aligned_empty`; raises MemoryError."""
         num_bytes = prod(shape) * np.dtype(dtype).itemsize
         taken = -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        if taken > CHUNK_BYTES // 2:
+            return _chunk(num_bytes).view(dtype).reshape(shape)
         if taken > len(self._left):
-            self._left = _chunk(max(taken, CHUNK_BYTES))
+            self._left = _chunk(CHUNK_BYTES)
         array: npt.NDArray[Any] = self._left[:num_bytes].view(dtype).reshape(shape)
         self._left = self._left[taken:]
         return array
@@ -33,7 +38,10 @@ class WeightMemory:
 
 def _chunk(num_bytes: int) -> npt.NDArray[np.uint8]:
     """Memory that begins with a huge page; pages that are never written take none."""
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"Unable to allocate {num_bytes:,} bytes for weights") from error
     with suppress(AttributeError, OSError):  # a system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     chunk = np.frombuffer(memory, np.uint8)

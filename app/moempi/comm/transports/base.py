@@ -39,7 +39,8 @@ class Transport(Protocol):
     """A way to send rows of a fixed number of bytes between the ranks of a group.
 
     A transfer is a `send`, then a `receive`; both are collective over the group, in the same order on all ranks, and do
-    not block. Rows are sent before their receiver knows how many there are. Two transfers may be pending at a time.
+    not block. `send` needs nothing of the receivers, which may not know yet how many rows there are; a collective
+    transport sends when this rank receives. Two transfers may be pending at a time.
     """
 
     name: str

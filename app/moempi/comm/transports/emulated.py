@@ -22,10 +22,10 @@ class Link:
     free_at: float = 0.0
     busy_s: float = 0.0
 
-    def arrival(self, num_bytes: int, *, begin: float) -> float:
-        """Occupy the link with a transfer from `begin` on; its arrival; both by `time.perf_counter`."""
+    def arrival(self, num_bytes: int) -> float:
+        """Occupy the link with a transfer from now on; its arrival time by `time.perf_counter`."""
         carrying_s = num_bytes / self.bytes_per_s
-        self.free_at = max(begin, self.free_at) + carrying_s
+        self.free_at = max(time.perf_counter(), self.free_at) + carrying_s
         self.busy_s += carrying_s
         return self.free_at + self.latency_s
 
@@ -48,7 +48,8 @@ class EmulatedLinks(TransportWrapper):
     """A transport whose transfers take as long as `links`; `levels` (R,) are the levels of the links to each rank.
 
     A transfer is complete when the rows of all its levels have arrived; its time starts when the receiver calls
-    `send`. `on_transfer` is called with the start and the arrival of each transfer, by `time.perf_counter`.
+    `receive`, which knows that all senders have begun. `on_transfer` is called with the start and the arrival of each
+    transfer, by `time.perf_counter`.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class EmulatedLinks(TransportWrapper):
         self._on_transfer = on_transfer
 
     def send(self, outgoing: Any, counts: IntArray) -> None:
-        self._send_counts, self._begin = counts, time.perf_counter()
+        self._send_counts = counts
         self._transport.send(outgoing, counts)
 
     def receive(self, incoming: Any, counts: IntArray) -> DelayedReceipt:
@@ -76,7 +77,7 @@ class EmulatedLinks(TransportWrapper):
         for level, link in self._links.items():
             rows = max(int(each[self._levels == level].sum()) for each in (self._send_counts, counts))
             if rows:
-                arrival = max(arrival, link.arrival(rows * self._row_bytes, begin=self._begin))
+                arrival = max(arrival, link.arrival(rows * self._row_bytes))
         if self._on_transfer is not None:
-            self._on_transfer(self._begin, arrival)
+            self._on_transfer(time.perf_counter(), arrival)
         return DelayedReceipt(receipt, arrival)
