@@ -45,12 +45,13 @@ class Dispatched(NamedTuple):
 
 
 class Exchange(ABC):
-    """Moves the rows of one lane between the ranks of a stage; every call is collective over them and does not block.
+    """Moves the rows of one lane between the ranks of a stage.
 
-    A call starts a transfer. The generator that it returns yields once, then returns the transfer's value.
-    `placements` are the placements of each layer's experts on the ranks, `topology` is the ranks' topology. `on_route`
-    is called with every route before it is dispatched. `expert_load` is, for each layer, the number of choices of this
-    rank's rows for each expert (E,).
+    `dispatch` and `combine` are collective over them, do not block, and start a transfer each; the generator that they
+    return yields once, then returns the transfer's value. `placements` are the placements of each layer's experts on
+    the ranks, `topology` is the ranks' topology. `on_route` is called with every route before its experts compute.
+    `expert_load` is, for each layer, the number of choices of this rank's rows for each expert (E,); a layer that
+    `keeps_rows` may add to it elsewhere.
     """
 
     def __init__(

@@ -27,7 +27,8 @@ class Hop:
     def send(self, rows: Array, index: Array | None, counts: IntArray) -> Transfer[None]:
         """Start to send rows[index], or all rows if None, ordered by destination: counts (R,) rows to each rank.
 
-        The transfer is finished when the rows are packed; it does not wait for their receivers.
+        The transfer is finished when the rows are packed and sent. It waits until the rows of the transfer before the
+        last one are read, but not for the receivers of its own rows.
         """
         return self.transfers.start(self._send_steps(rows, index, counts))
 

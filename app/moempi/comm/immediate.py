@@ -98,7 +98,7 @@ class ImmediateLink(StageLink):
         self._on_norms = on_norms
 
     def start_norms(self, norms: Float32Array, plan: RoutePlan) -> Transfer[Float32Array]:
-        """Start to return norms (N,), ordered by home rank; the value is this rank's (T, K). Collective."""
+        """Start to send norms (N,), ordered by home rank; the value is the norms (T, K) of this rank. Collective."""
         return self._transfers.start(self._norm_steps(norms, plan, self._backend.download(plan.output_rows)))
 
     def _norm_steps(self, norms: Float32Array, plan: RoutePlan, output_rows: IntArray) -> Steps[Float32Array]:

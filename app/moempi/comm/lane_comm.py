@@ -19,12 +19,12 @@ from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import Transfers
 from moempi.comm.transport_factory import TransportFactory
 from moempi.comm.transports.pairwise import Pairwise
-from moempi.comm.two_hops import CHOICE_BYTES, TwoHops
+from moempi.comm.two_hops import TwoHops
 from moempi.layout.forwarders import Forwarders
 from moempi.layout.grid import Grid
 from moempi.layout.layout import Layout
 from moempi.layout.placement import Placement
-from moempi.layout.row_buffers import SKEW_FACTOR
+from moempi.layout.row_buffers import CHOICE_BYTES, SKEW_FACTOR
 from moempi.layout.row_split import RowSplit
 from moempi.layout.topology import Topology
 

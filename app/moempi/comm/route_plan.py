@@ -60,7 +60,7 @@ class TwoHopPlan:
 
     `send_counts` and `recv_counts` (R,) are the rows that are sent to and from each rank across nodes. `output_rows`
     (T, N) is the index among the returned rows of the row from each node of a token, `present` (T, N) is 1, or 0 if the
-    token has fewer nodes. The sent rows are of `tokens` (P,); `chosen` (M, K) are the choices of the received rows that
+    token has fewer nodes. The sent rows are of `tokens` (S,); `chosen` (M, K) are the choices of the received rows that
     are on this node.
     """
 

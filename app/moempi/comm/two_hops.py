@@ -25,14 +25,11 @@ from moempi.layout.forwarders import ABSENT, Forwarders, NodeTransfers, node_tra
 from moempi.layout.placement import Placement
 from moempi.layout.topology import Topology
 
-CHOICE_BYTES = 2 * 4
-"""A choice in a message: the physical expert and its weight."""
-
 
 class TwoHops(Exchange):
     """An exchange of two hops, `across` the nodes of a stage and `inside` a node.
 
-    `choices` sends the choice messages, of `CHOICE_BYTES` for each of a row's choices, between the ranks of `across`.
+    `choices` sends the choice messages, CHOICE_BYTES for each of a row's choices, between the ranks of `across`.
     """
 
     def __init__(
@@ -106,7 +103,7 @@ class TwoHops(Exchange):
         self._inside.observe_norms(self._of_forwarder.append)
 
     def _norm_steps(self, plan: TwoHopPlan, num_tokens: int) -> Steps[Float32Array]:
-        """Return the norms that this forwarder has; the value is the norms (T, K) of this rank's tokens."""
+        """Send this forwarder's norms to the home ranks; the value is the norms of this rank's tokens (T, K)."""
         in_slots, (of_forwarder,) = np.zeros(plan.chosen.shape, np.float32), self._of_forwarder
         self._of_forwarder.clear()
         num_chosen = plan.chosen.sum(axis=1, keepdims=True)

@@ -113,7 +113,7 @@ def _expert_values_per_row(job: Job, architecture: Architecture, rank: StageRank
     experts, width = architecture.experts, architecture.routed_width
     is_bfloat16 = job.run.precision == "bfloat16"
     received = received_factor(len(rank.nodes)) * experts.router.top_k
-    stays = on_gpu and _has_buffers(job, on_gpu=on_gpu)
+    stays = on_gpu and _has_messages(job, on_gpu=on_gpu)
     copied = 0.0 if stays and (rank.hosted <= 1 or len(rank.nodes) == 1) else received
     added = 0.0
     if job.exchange.hops > 1:
@@ -127,7 +127,7 @@ def _expert_values_per_row(job: Job, architecture: Architecture, rank: StageRank
 def _buffered_values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
     """The number of values per row in the buffers of a lane: its exchange, its tensor group and its stage links."""
     exchange, experts, tensor = job.exchange, architecture.experts, job.parallel.tensor
-    has_messages = _has_buffers(job, on_gpu=on_gpu)
+    has_messages = _has_messages(job, on_gpu=on_gpu)
     rows = exchange_rows(
         rank.nodes,
         hops=exchange.hops,
@@ -148,8 +148,8 @@ def _buffered_values_per_row(job: Job, architecture: Architecture, rank: StageRa
     return of_exchange + (of_tensor_group + links / tensor) * architecture.width
 
 
-def _has_buffers(job: Job, *, on_gpu: bool) -> bool:
-    """Whether the memory of a rank may have the buffers of messages: on GPUs unless they are on the host."""
+def _has_messages(job: Job, *, on_gpu: bool) -> bool:
+    """Whether buffers of messages may be in the memory where a rank computes: not on a GPU if they are on the host."""
     on_host = job.exchange.buffers == "host" or job.exchange.verify or job.exchange.transport == "shared"
     return not (on_gpu and on_host)
 

@@ -9,7 +9,7 @@ from moempi.config.job import ExchangeSection
 SKEW_FACTOR = 2
 """Rows of a slot, as a multiple of the rows that uniform routing sends; a larger send uses messages or a new slot."""
 RECEIVED_FACTOR = 1.5
-"""Rows for which a rank has memory when others send them, as a multiple of the rows of uniform routing."""
+"""Rows for which a rank has memory when others send them, as a multiple of the rows of even routing."""
 
 
 def grown(rows: int) -> int:
@@ -18,6 +18,8 @@ def grown(rows: int) -> int:
 
 
 GROWTH = grown(4) / 4
+CHOICE_BYTES = 8
+"""A choice in a message of two hops: the physical expert and its weight."""
 
 
 def ipc_obstacle(exchange: ExchangeSection, stage_nodes: Sequence[Sequence[int]]) -> str:
@@ -41,12 +43,12 @@ def share_of_rows(num_experts: int, top_k: int, num_nodes: int) -> float:
 
 
 def received_factor(num_ranks: int) -> float:
-    """Rows for which a rank of `num_ranks` has memory, as a multiple of the rows of uniform routing."""
+    """Rows for which a rank of `num_ranks` has memory, as a multiple of the rows of even routing."""
     return min(RECEIVED_FACTOR, num_ranks)
 
 
 def nodes_of_row(nodes: Sequence[int], num_experts: int, top_k: int) -> float:
-    """Nodes to which a row is sent in two hops, its own among them, on the average of uniform routing."""
+    """Nodes to which a row is sent in two hops, its own among them, on the average of even routing."""
     num_nodes = len(set(nodes))
     return num_nodes * share_of_rows(num_experts, top_k, num_nodes)
 

@@ -27,7 +27,7 @@ from moempi.planning.workload import Workload
 
 BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 LANES = (1, 2, 3, 4)
-WAYS_OF_ROWS: tuple[tuple[Literal[1, 2], bool], ...] = ((1, False), (1, True), (2, False))
+ROUTES: tuple[tuple[Literal[1, 2], bool], ...] = ((1, False), (1, True), (2, False))
 """Hops, and whether routing is immediate."""
 MICRO_BATCHES_OF_STAGE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 4.0)
 """Micro-batches in flight, as multiples of the number of stages; at most one for each lane of each stage."""
@@ -159,9 +159,9 @@ def least_memory(request: SearchRequest, shapes: Iterable[Shape]) -> float:
 def _with_steps(
     request: SearchRequest, shape: Shape, *, layers: Sequence[int] = (), ranks: Sequence[int] = ()
 ) -> list[Candidates]:
-    """The layout with each way of its rows that makes a difference, and its kinds of steps; [] if nothing fits."""
+    """The layout with each of ROUTES that makes a difference, and its kinds of steps; [] if nothing fits."""
     found = []
-    for hops, immediate in WAYS_OF_ROWS:
+    for hops, immediate in ROUTES:
         try:
             planned = lay_out(request, shape, layers=layers, ranks=ranks, hops=hops, immediate=immediate)
         except ConfigError:

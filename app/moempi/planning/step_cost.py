@@ -19,7 +19,7 @@ from moempi.config.architecture import Architecture, DeltaRule, Indexer, StateSp
 from moempi.config.machine_file import MachineFile
 from moempi.config.tensors import TENSOR_PARALLEL, layer_path, layer_tensors, stage_tensors
 from moempi.config.topology_file import Level
-from moempi.layout.row_buffers import share_of_rows
+from moempi.layout.row_buffers import CHOICE_BYTES, share_of_rows
 from moempi.layout.schedule import (
     AGREE,
     EXCHANGE_PHASES,
@@ -34,7 +34,6 @@ from moempi.layout.topology import NETWORK, NODE, Topology
 from moempi.planning.simulate import Phase, Transmission
 
 COUNT_BYTES = 8
-CHOICE_BYTES = 8
 LOGIT_BYTES = 4
 STATE_BYTES = 4
 STATE_FLOPS = 7

@@ -1,4 +1,4 @@
-"""Parts of a layer in one call each of layer.c: the bits of the separate verbs, without their time in Python."""
+"""Parts of a layer in few calls of layer.c: the bits of the separate verbs, without their time in Python."""
 
 import ctypes
 from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ Counters = dict[str, int]
 """`<kind><level>_bytes` and `<kind><level>_messages` that a rank sent; a message is a transfer's rows for one rank.
 
 The kind is one of KINDS: rows to experts and back, rows to the next stage, rows and logits of a tensor group. Numbers
-of rows, batches and sampled tokens are not counted.
+of rows, choices and norms of two hops, batches and sampled tokens are not counted.
 """
 TO_EXPERTS, TO_STAGE, IN_TENSOR_GROUP = KINDS = ("", "stage_", "tensor_")
 

@@ -236,9 +236,9 @@ typedef struct {
 } expert;
 
 typedef struct {
-    matrix router, gate_up, down; /* of the experts without addresses: those are in `experts` (num) */
+    matrix router, gate_up, down; /* `gate_up` and `down` without addresses, which `experts` (num) has */
     const expert *experts;
-    const float *correction;      /* of the choice, as are those from `num` to `scaling` */
+    const float *correction;      /* it and the fields from `num` to `scaling` are of the choice */
     long num, top_k, num_groups, kept_groups, scores_of_group;
     int scoring, renormalize, rounds_logits, rounds_weights;
     float least_sum, scaling;
