@@ -65,6 +65,21 @@ def fields(request):
     return record | arrays | {"limit": request.limit, "open": request.finish, "sampling": request.sampling}
 
 
+def test_a_refused_request_fails_once_and_is_not_computed():
+    found, names = admitted(), ["b", "three pages"]
+    refused, pages = [request.prompt.id for request in found.refused()], found.pages.total()
+    others = [request.prompt.id for request in found if request.prompt.id not in names]
+    found.refuse(lambda request: "does not fit" if request.prompt.id in names else "")
+    for _ in range(2):
+        assert [request.prompt.id for request in found] == others
+        failed = list(found.refused())
+        assert [request.prompt.id for request in failed] == [*refused, *names]
+        assert [request.error for request in failed[-2:]] == ["does not fit"] * 2
+    assert found.pages.total() == pages - 2
+    assert found.num_fitting(9) == len(others)
+    assert list(found.too_long(1)) == []
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(max_tokens=3)])
 def test_requests_are_made_again_as_they_were(sampling):
     found = AdmittedRequests(MAKE, lambda: PromptSpool(PromptCodec(sampling), ""))

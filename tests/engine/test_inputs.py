@@ -94,7 +94,7 @@ def test_the_routing_that_is_replayed_is_not_replaced(tmp_path):
 )
 def test_prompts_are_sent_in_pieces_of_a_number_and_a_size(monkeypatch, lengths, groups, pieces):
     monkeypatch.setattr(shares, "PIECE", 4)
-    monkeypatch.setattr(shares, "PIECE_BYTES", 80)
+    monkeypatch.setattr(shares, "PIECE_BYTES", 88)
     prompts = [request.prompt for request in requests_of(*lengths)]
     sent = list(shares._shares(prompts, groups))
     assert [sum(map(len, piece)) for piece in sent] == pieces

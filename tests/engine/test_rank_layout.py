@@ -133,7 +133,8 @@ def test_the_forecast_of_memory_counts_numbers_as_the_backend_holds_them():
     assert compiled.weights == in_float32.weights == stored
     assert widened.weights == 4 * sum(prod(tensor.shape) for tensor in catalogue(MODEL))
     assert (compiled.page, in_float32.page, widened.page) == (on_gpu.page, 2 * on_gpu.page, 2 * on_gpu.page)
-    assert compiled.rows == in_float32.rows == widened.rows == 2 * on_gpu.rows
+    assert in_float32.rows == 2 * on_gpu.rows
+    assert on_gpu.rows < compiled.rows == widened.rows < in_float32.rows  # float32 values, buffers of bfloat16
 
 
 @pytest.mark.parametrize(

@@ -38,18 +38,21 @@ run.kv_memory = "64MiB"
 MIB = 1 << 20
 
 
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(code)
+"""
+"""A small process, because the peak of a process begins with that of the process that starts it."""
+
+
 def moempi(*words: object) -> int:
     """Peak resident memory of a command, in bytes."""
-    arguments = [sys.executable, "-m", "moempi", *map(str, words)]
-    process = subprocess.Popen(
-        arguments, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    with process.stderr as stderr:
-        said = stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, said
-    return usage.ru_maxrss * 1024
+    arguments = [sys.executable, "-c", MEASURE, sys.executable, "-m", "moempi", *map(str, words)]
+    outcome = subprocess.run(arguments, check=False, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    return int(outcome.stdout)
 
 
 def peaks(folder: Path, *, vocabulary: int, tokens: int) -> dict[str, int]:

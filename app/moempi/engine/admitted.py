@@ -23,7 +23,7 @@ WITHOUT_TEXT = b""
 class AdmittedRequests(Closeable):
     """The requests that can be computed and the ones that have failed, each in order, and the pages that they need.
 
-    Memory holds a few MiB of both. `make` makes the request of a prompt, always alike. Raises StorageError.
+    Memory holds up to 32 MiB of each. `make` makes the same request of the same prompt. Raises StorageError.
     """
 
     def __init__(self, make: Callable[..., Request], spool: Callable[[], PromptSpool]) -> None:
@@ -133,9 +133,9 @@ def admit(
 
 
 def _as_tokens(request: Request) -> Prompt:
-    """The prompt of a request with its tokens in the place of what they were made from; with its error if it has none.
+    """The prompt of a request, with tokens instead of a text or chat, of which the same request can be made.
 
-    The same request can be made of it.
+    A prompt without tokens keeps its error.
     """
     prompt, has_tokens = request.prompt, len(request.prompt_tokens) > 0
     return structs.replace(

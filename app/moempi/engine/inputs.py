@@ -16,7 +16,7 @@ from moempi.engine.replay import LineFiles, line_file
 from moempi.errors import DataError
 from moempi.observe.logs import log_to_files
 from moempi.runtime.world import MOST, World
-from moempi.storage.files import digest_file, remove_hidden
+from moempi.storage.files import digest_file, file_state, remove_hidden
 from moempi.storage.journal import journal_paths
 from moempi.storage.lock import OutputLock
 from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool, read_prompts
@@ -109,8 +109,11 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
         prompts, counts = PromptSpool(PromptCodec(job.sampling), ""), PromptCounts()
         lock = None
         if is_first:
+            state = file_state(job.input.prompts)
             prompts, counts = _read_prompts(job, weights.architecture, world, strict=strict)
             digest = struct.unpack("<4I", bytes.fromhex(_digest_inputs(job, counts.replay_files)))
+            if file_state(job.input.prompts) != state:
+                raise DataError(f"{job.input.prompts}: changed while it was read; start the run again")
             if weights.tokenizer:
                 check_tokenizer(weights.tokenizer, origin=str(weights.path))  # before other ranks read it
             lock = _take_output(job.output.results)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from msgspec import structs
@@ -80,7 +80,7 @@ class LineFiles(Closeable):
             return prompt
         problem = self._problem_of(line_file(self._job, prompt.replay), prompt)
         if not problem:
-            return prompt
+            return structs.replace(prompt, replay=str(PurePath(prompt.replay)))
         return structs.replace(prompt, text=None, tokens=None, chat=None, replay=None, error=f"replay: {problem}")
 
     def close(self) -> None:
@@ -89,13 +89,15 @@ class LineFiles(Closeable):
             file.close()
 
     def _problem_of(self, path: str, prompt: Prompt) -> str:
-        if path not in self._files and path not in self._problems:
-            try:
-                self._files[path] = self._open(path)
-            except MoempiError as error:
-                self._problems[path] = str(error)
         if path in self._problems:
             return self._problems[path]
+        try:
+            if path not in self._files:
+                self._files[path] = self._open(path)
+        except MoempiError as error:
+            if len(self._problems) < MOST_FILES:
+                self._problems[path] = str(error)
+            return str(error)
         try:
             self._files[path].request_of(_names(prompt))
         except MoempiError as error:

@@ -191,3 +191,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_state(path: str | Path) -> tuple[int, ...]:
+    """Numbers that change with the contents of a file; none if there is no such file."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,6 +1,7 @@
 """The prompts of a job in order, of which a few MiB are in memory: the others are in a file that has no name."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from moempi.config.job import Sampling
 from moempi.errors import DataError, StorageError
 from moempi.storage.closeable import Closeable
-from moempi.storage.prompts import Prompt, find_prompts
+from moempi.storage.prompts import Check, Prompt, as_it_is, find_prompts
 from moempi.storage.records import replace_surrogates
 from moempi.storage.repeated import RepeatedDigests
 
@@ -23,6 +24,8 @@ BLOCK_BYTES = 1 << 20
 MEMORY_BYTES = 32 << 20
 """Bytes of a spool that stay in memory, without a file."""
 
+NUMBER_BYTES = 100
+"""Memory of a number in a tuple or a mapping of Python."""
 _LENGTH_BYTES = 8
 
 
@@ -126,7 +129,8 @@ class PromptSpool(Closeable):
 
     def close(self) -> None:
         """Remove all prompts."""
-        self._file.close()
+        with suppress(OSError):  # of what could not be written
+            self._file.close()
         self._block, self._end, self._num_prompts = [], 0, 0
 
     def _write_block(self) -> None:
@@ -135,7 +139,9 @@ class PromptSpool(Closeable):
             self._file.seek(self._end)
             self._file.write(len(encoded).to_bytes(_LENGTH_BYTES))
             self._file.write(encoded)
+            self._file.flush()
         except OSError as error:
+            self.close()
             raise self._failure("written", error) from error
         self._end += _LENGTH_BYTES + len(encoded)
         self._block, self._block_bytes = [], 0
@@ -158,18 +164,21 @@ class PromptSpool(Closeable):
 
 
 def num_bytes(prompt: Prompt) -> int:
-    """The size of what may be long in a prompt."""
+    """The size of what may be long in a prompt, about."""
     tokens = 0 if prompt.tokens is None else prompt.tokens.nbytes
-    given = len(prompt.text or "") + len(prompt.chat or b"")
-    return tokens + given + len(prompt.reference or "") + len(prompt.metadata or "") + len(prompt.error)
+    given = len(prompt.text or "") + len(prompt.chat or b"") + len(prompt.reference or "") + len(prompt.metadata or "")
+    names = len(prompt.id) + len(prompt.prompt_id or "") + len(prompt.group or "") + len(prompt.replay or "")
+    sampling = prompt.sampling
+    numbers = len(sampling.logit_bias) + len(sampling.stop_token_ids)
+    return tokens + given + names + len(prompt.error) + sum(map(len, sampling.stop)) + NUMBER_BYTES * numbers
 
 
 @dataclass(slots=True)
 class PromptCounts:
     """Numbers of requests, and of the texts, chats, errors and replays of an own file among them.
 
-    `top_logprobs` are the most likeliest tokens that one of them requests, `groups` the names of groups of prompts,
-    None for prompts without one, `replay_files` the files that replays name, each once.
+    `top_logprobs` is the largest number of likeliest tokens that a request asks for, `groups` the names of groups of
+    prompts, None for prompts without one, `replay_files` the files that replays name, each once.
     """
 
     requests: int = 0
@@ -201,24 +210,23 @@ def read_prompts(
     strict: bool,
     folder: str | Path,
     column: str = "",
-    check: Callable[[Prompt], Prompt] = lambda prompt: prompt,
+    check: Check = as_it_is,
     on_block: Callable[[], None] = lambda: None,
 ) -> tuple[PromptSpool, PromptCounts]:
     """Read and count all requests of a file in order, of any form of `find_form`; a line may override `sampling`.
 
     A prompt with `n` samples becomes n requests; the id of sample i > 0 is that of the prompt, "#" and i. A bad line,
     or a line with the id of an earlier one, becomes a `Prompt` with an error that names file and line, and `check` may
-    give any prompt an error; if `strict`, raises DataError instead. Memory holds 8 bytes a request and a few MiB;
-    `folder` takes the rest. The file is read again if ids are repeated. Calls `on_block` every BLOCK requests. Raises
-    NoInputError if the file cannot be read, DataError if it has no prompts or does not have the format in
-    jobs/README.md.
+    give any prompt an error; if `strict`, raises DataError instead. Memory holds 8 bytes a request, more of repeated
+    ids, groups and replayed files, and up to 32 MiB; `folder` takes the rest. The file is read again if ids are
+    repeated. Calls `on_block` every BLOCK requests. Raises NoInputError if the file cannot be read, DataError if it has
+    no prompts or does not have the format in jobs/README.md.
     """
 
     def spool(repeated: Collection[int], on_id: Callable[[str], None]) -> tuple[PromptSpool, PromptCounts]:
         found, counts = PromptSpool(PromptCodec(sampling), folder), PromptCounts()
-        for prompt in find_prompts(path, sampling=sampling, column=column, repeated=repeated):
+        for prompt in find_prompts(path, sampling=sampling, column=column, repeated=repeated, check=check):
             on_id(prompt.id)
-            prompt = check(prompt)
             if prompt.error and strict:
                 raise DataError(prompt.error)
             if counts.requests % BLOCK == 0:

@@ -89,6 +89,10 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
     replay: Annotated[str, Meta(min_length=1, max_length=MAX_PATH, pattern="^[^\\x00]*$")] | None = None
 
 
+Check = Callable[[Prompt], Prompt]
+"""Returns a prompt as it is, or with an error."""
+
+
 class _OnlyId(msgspec.Struct):
     id: NonEmpty | int | None = None
     custom_id: NonEmpty | int | None = None
@@ -108,14 +112,19 @@ _LINE_DECODER = msgspec.json.Decoder(_LINE)
 _ID_DECODER = msgspec.json.Decoder(_OnlyId)
 
 
+def as_it_is(prompt: Prompt) -> Prompt:
+    """The check of prompts that are all right."""
+    return prompt
+
+
 def find_prompts(
-    path: str | Path, *, sampling: Sampling, column: str = "", repeated: Collection[int]
+    path: str | Path, *, sampling: Sampling, column: str = "", repeated: Collection[int], check: Check = as_it_is
 ) -> Iterator[Prompt]:
     """The requests of a file in order, of any form that `find_form` knows, a few in memory at a time.
 
     See `read_prompts`. Only an id with one of the `repeated` digests is compared with earlier ones.
     """
-    return _numbered(_read(path, find_form(path, column=column), sampling, column), sampling, repeated)
+    return _numbered(_read(path, find_form(path, column=column), sampling, column), sampling, repeated, check)
 
 
 def make_prompts(rows: Iterable[Row], *, sampling: Sampling) -> list[Prompt]:
@@ -123,15 +132,15 @@ def make_prompts(rows: Iterable[Row], *, sampling: Sampling) -> list[Prompt]:
 
     Errors begin with the number of the object, as `prompts[3]`.
     """
-    return list(_numbered(_read_objects(rows, sampling), sampling, repeated=None))
+    return list(_numbered(_read_objects(rows, sampling), sampling, None, as_it_is))
 
 
 def _numbered(
-    found: Iterable[tuple[str, str, Prompt]], sampling: Sampling, repeated: Collection[int] | None
+    found: Iterable[tuple[str, str, Prompt]], sampling: Sampling, repeated: Collection[int] | None, check: Check
 ) -> Iterator[Prompt]:
     """All samples of the prompts, with their indices; one with the id of an earlier one becomes an error.
 
-    Only ids with one of the `repeated` digests can do so, if these are known.
+    Only ids with one of the `repeated` digests can do so, if these are known. An error of `check` gets the location.
     """
     first_use: dict[str, str] = {}
     index = 0
@@ -142,7 +151,9 @@ def _numbered(
                 if first is not location and not sample.error:
                     error = f"{location}: id {sample.id[:MAX_SHOWN]!r} was used before, at {first}"
                     sample = _bad(fallback, sampling, error)
-            yield structs.replace(sample, index=index)
+            checked = check(sample)
+            error = checked.error if sample.error or not checked.error else f"{location}: {checked.error}"
+            yield structs.replace(checked, index=index, error=error)
             index += 1
 
 
