@@ -3,6 +3,7 @@
 The watchdog's thread sends them, because the main thread may be blocked in MPI.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -28,7 +29,7 @@ class AbortChannel:
         self._comm = comm
         self._position = position
         self._sent: list[MPI.Request] = []
-        self._stop_requested = False
+        self._stop = threading.Lock()  # held from the first stop on
         self._receivers = [rank for rank in dict.fromkeys([0, *peers]) if rank != comm.rank]
 
     def announce(self) -> None:
@@ -87,26 +88,32 @@ class AbortChannel:
     @property
     def stop_requested(self) -> bool:
         """Whether any rank has called `request_stop`, as far as this rank knows."""
-        return self._stop_requested
+        return self._stop.locked()
 
     def request_stop(self) -> None:
-        """Send to all ranks that the run is to stop: along a binary tree, a level in each period of the watchdogs."""
+        """Send to all ranks that the run is to stop; other ranks may do so at the same time.
+
+        The messages follow the edges of one binary tree, whose root is rank 0, an edge in each period of the watchdogs:
+        every rank knows it after at most 2 log2(ranks) periods. A rank sends at most three messages.
+        """
         self._send_stop(self._comm.rank)
 
     def forward_stop(self) -> None:
-        """Pass on the messages of `request_stop` that have arrived; the watchdog calls it in every period."""
-        while (message := self._comm.improbe(tag=STOP_TAG)) is not None:
-            self._send_stop(message.recv())
+        """Forward the messages of `request_stop` that have arrived; the watchdog calls it in every period."""
+        status = MPI.Status()
+        while (message := self._comm.improbe(tag=STOP_TAG, status=status)) is not None:
+            message.recv()
+            self._send_stop(status.source)
 
-    def _send_stop(self, root: int) -> None:
-        """Send to this rank's children in the tree of `root`, if this is the first stop."""
-        if self._stop_requested:
+    def _send_stop(self, source: int) -> None:
+        """Send to the parent and the children of this rank, except `source`, if this is the first stop."""
+        if not self._stop.acquire(blocking=False):
             return
-        self._stop_requested = True
-        place = (self._comm.rank - root) % self._comm.size
-        for child in range(2 * place + 1, min(2 * place + 3, self._comm.size)):
-            self._send((child + root) % self._comm.size, STOP_TAG, root)
+        rank = self._comm.rank
+        for neighbour in ((rank - 1) // 2, 2 * rank + 1, 2 * rank + 2):  # rank 0 has no parent: -1
+            if 0 <= neighbour < self._comm.size and neighbour != source:
+                self._send(neighbour, STOP_TAG, None)
 
-    def _send(self, rank: int, tag: int, message: Position | Load | int | None) -> None:
+    def _send(self, rank: int, tag: int, message: Position | Load | None) -> None:
         # The requests are kept, because MPI reads their buffers, and never waited for: the receiver may be dead.
         self._sent.append(self._comm.isend(message, rank, tag))

@@ -239,7 +239,7 @@ class World:
         self._on_failure = write or _same_code
 
     def request_stop(self) -> None:
-        """Send to all ranks that the run is to stop; each knows it within a few periods of the watchdogs."""
+        """Send to all ranks that the run is to stop; each knows it after at most 2 log2(ranks) watchdog periods."""
         self._abort_channel.request_stop()
 
     @property
