@@ -377,6 +377,44 @@ def test_as_many_layers_are_left_out_as_the_configuration_says_predict_further_t
             with_layer(layer, said)
 
 
+PREDICTED, MODULES = "num_nextn_predict_layers", "num_mtp_modules"
+
+
+@pytest.mark.parametrize(("predicted", "modules", "most"), [(1, 1, 1), (1, 2, 2), (2, 1, 2), (None, 1, 1), (1, 0, 1)])
+def test_of_two_numbers_of_layers_that_predict_further_tokens_the_larger_is_left_out(
+    tmp_path, predicted, modules, most
+):
+    values = small(DEEPSEEK)
+    tensors, last = bfloat16_tensors(values), values["num_hidden_layers"]
+    values |= {PREDICTED: predicted, MODULES: modules}
+
+    def with_layer(layer):
+        more = {f"model.layers.{layer}.enorm.weight": ("BF16", np.zeros(16, "<u2"))}
+        return converted(tmp_path / "hub", values, tensors | more)
+
+    assert with_layer(last + most - 1) == converted(tmp_path / "less", values, tensors)
+    with pytest.raises(DataError, match=f"model.layers.{last + most}.enorm.weight: is not a tensor of this"):
+        with_layer(last + most)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({PREDICTED: -1}, f"config.json: {PREDICTED} is -1, not 0 to "),
+        ({PREDICTED: -1, MODULES: 2}, f"config.json: {PREDICTED} is -1, not 0 to "),
+        ({PREDICTED: 1, MODULES: -3}, f"config.json: {MODULES} is -3, not 0 to "),
+        ({MODULES: 10**30}, f"config.json: {MODULES} is {10**30}, not 0 to "),
+        ({PREDICTED: 1.5}, f"config.json: {PREDICTED} is 1.5, not an integer"),
+        ({PREDICTED: 1, MODULES: "2"}, f"config.json: {MODULES} is '2', not an integer"),
+        ({MODULES: True}, f"config.json: {MODULES} is True, not an integer"),
+    ],
+)
+def test_a_number_of_layers_that_predict_further_tokens_is_refused_by_name(tmp_path, changes, message):
+    values = small(DEEPSEEK)
+    with pytest.raises(DataError, match=message):
+        converted(tmp_path / "hub", values | changes, bfloat16_tensors(values))
+
+
 @pytest.mark.parametrize("values", [hub_models.ERNIE_21B, hub_models.MIXTRAL, hub_models.DOTS])
 def test_a_layer_after_the_last_is_refused_where_layers_that_predict_have_other_names(tmp_path, values):
     values = small(values) | {"num_nextn_predict_layers": 1}

@@ -173,8 +173,12 @@ def num_layers(config: CheckpointConfig) -> int:
 
 
 def num_predicting_layers(config: CheckpointConfig) -> int:
-    """How many layers after the model's predict further tokens."""
-    return sum(config.integer(key) for key in ("num_nextn_predict_layers", "num_mtp_modules") if config.has(key))
+    """How many layers after the model's predict further tokens, at most MAX_LAYERS: the larger of two keys."""
+    numbers = {key: config.integer(key) for key in ("num_nextn_predict_layers", "num_mtp_modules") if config.has(key)}
+    for key, number in numbers.items():
+        if not 0 <= number <= MAX_LAYERS:
+            raise config.error(f"{key} is {number}, not 0 to {MAX_LAYERS}")
+    return max(numbers.values(), default=0)
 
 
 def head_dim(config: CheckpointConfig) -> int:
