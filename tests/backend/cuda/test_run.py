@@ -152,7 +152,7 @@ def test_a_missing_gpu_is_reported_in_one_line(alone, tmp_path):
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("batch_tokens", "transport"), [(64, "auto"), (256, "auto"), (256, "cuda_ipc")])
 def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens, transport):
-    """Weights and cache are exact to the byte; the peak is at most a tenth below, or 3 % above: partial sums of few rows."""
+    """Weights and cache are exact to the byte; the peak is at most a tenth below, or with few rows 3 % above."""
     lines = [{"tokens": [7] * length, "max_tokens": 4, "ignore_eos": True} for length in (3, 60, 120) * 8]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
     named = {
