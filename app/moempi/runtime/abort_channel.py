@@ -74,7 +74,8 @@ class AbortChannel:
 
     def send_load(self, load: Load) -> None:
         """Send this rank's load to rank 0, which may be this rank."""
-        self._sent = [request for request in self._sent if not request.Test()]
+        for request in [request for request in tuple(self._sent) if request.Test()]:
+            self._sent.remove(request)  # in place: another thread may append one meanwhile
         self._send(0, LOAD_TAG, load)
 
     def received_loads(self) -> dict[int, Load]:
