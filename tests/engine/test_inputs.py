@@ -13,7 +13,7 @@ from engine.jobs import make_job
 from engine.runs import SMALL, requests_of
 from moempi.commands import run as run_command
 from moempi.config.job import Sampling
-from moempi.engine import shares
+from moempi.engine import inputs, shares
 from moempi.engine.inputs import open_inputs
 from moempi.engine.rank_layout import lay_out_rank
 from moempi.engine.run import run_job
@@ -71,6 +71,21 @@ def test_a_job_that_is_refused_for_what_it_records_leaves_no_journals(tmp_path, 
             run(job)
     assert end.value.code == 74
     assert not journal_paths(job.output.results)
+
+
+def test_a_prompt_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch, capfd):
+    job, digest_inputs = made_job(tmp_path), inputs._digest_inputs
+
+    def change(*arguments):
+        found = digest_inputs(*arguments)
+        (tmp_path / "prompts.jsonl").write_text('{"tokens": [1, 2]}')
+        return found
+
+    monkeypatch.setattr(inputs, "_digest_inputs", change)
+    with pytest.raises(AgreedExit) as end:
+        run(job)
+    assert end.value.code == 65
+    assert "prompts.jsonl: changed while it was read" in capfd.readouterr().err
 
 
 def test_the_routing_that_is_replayed_is_not_replaced(tmp_path):

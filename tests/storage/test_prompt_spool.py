@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moempi.config.job import Sampling
 from moempi.errors import DataError, StorageError
 from moempi.storage import prompt_spool, repeated
-from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool, read_prompts
+from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool, num_bytes, read_prompts
 from moempi.storage.prompts import Prompt
 from moempi.storage.repeated import RepeatedDigests, digest
 
@@ -34,6 +34,7 @@ PROMPTS = st.builds(
     metadata=st.none() | TEXT,
     prompt_id=st.none() | TEXT,
     group=st.none() | TEXT,
+    replay=st.none() | TEXT,
 )
 
 
@@ -148,6 +149,40 @@ def test_a_strict_run_ends_at_the_first_error_of_the_file(tmp_path, lines, error
     with pytest.raises(DataError) as found:
         ids(path, strict=True)
     assert str(found.value).startswith(f"{tmp_path}/{error}")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_error_of_a_check_names_the_line(tmp_path, strict):
+    def check(prompt):
+        return msgspec.structs.replace(prompt, error="replay: no such file") if prompt.id == "b" else prompt
+
+    path = write(tmp_path / "p", {"id": "a", "prompt": "1"}, {"id": "b", "prompt": "2"}, "{")
+    expected = f"{path}:2: replay: no such file"
+    if strict:
+        with pytest.raises(DataError, match=expected):
+            read_prompts(path, sampling=SAMPLING, strict=True, folder=tmp_path, check=check)
+        return
+    prompts, _ = read_prompts(path, sampling=SAMPLING, strict=False, folder=tmp_path, check=check)
+    errors = [prompt.error for prompt in prompts]
+    assert errors[:2] == ["", expected]
+    assert errors[2].startswith(f"{path}:3: ")
+
+
+@pytest.mark.parametrize(
+    "long",
+    [
+        {"id": "i" * 1000},
+        {"group": "g" * 1000},
+        {"replay": "r" * 1000},
+        {"sampling": Sampling(stop=("s" * 500, "t" * 500))},
+        {"sampling": Sampling(logit_bias=dict.fromkeys(range(1000), 1.0))},
+        {"sampling": Sampling(stop_token_ids=tuple(range(1000)))},
+    ],
+    ids=["id", "group", "replay", "stop", "logit_bias", "stop_token_ids"],
+)
+def test_all_that_may_be_long_counts(long):
+    plain = Prompt(0, "", "", None, None, SAMPLING)
+    assert num_bytes(msgspec.structs.replace(plain, **long)) >= num_bytes(plain) + 900
 
 
 def test_prompts_are_counted(tmp_path):
