@@ -155,6 +155,14 @@ def test_a_tensor_group_divides_key_heads_or_is_refused():
         make_layout(job, odd, [0, 0])
 
 
+def test_a_tensor_group_has_at_most_as_many_ranks_as_the_vocabulary_tokens():
+    job, nodes = make_job(parallel={"tensor": 2}), [0, 0]
+    message = r"parallel.tensor = 2 is more ranks than there are tokens; use at most the model's vocab_size of 1$"
+    with pytest.raises(ConfigError, match=message):
+        make_layout(job, structs.replace(STATEFUL, vocab_size=1), nodes)
+    assert make_layout(job, structs.replace(STATEFUL, vocab_size=2), nodes).memory
+
+
 def test_the_dry_run_shows_the_state_of_a_sequence_and_what_does_not_fit(tmp_path):
     initialize(STATEFUL, tmp_path / "weights.h5", seed=1)
     run = {"max_sequences": 6, "precision": "float32"}

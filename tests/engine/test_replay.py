@@ -313,7 +313,13 @@ def test_a_prompt_line_names_its_own_file_which_comes_before_the_jobs(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("none.h5", "cannot be read"), ("text.h5", "text.h5"), ("other.h5", "no routing of request"), ("few.h5", "top-1")],
+    [
+        ("none.h5", "cannot be read"),
+        ("text.h5", "text.h5"),
+        ("other.h5", "no routing of request"),
+        ("few.h5", "top-1"),
+        ("plain.h5", "plain.h5: has routing of 5 requests without ids, a line needs 1"),
+    ],
 )
 def test_a_line_whose_file_does_not_fit_fails_alone(tmp_path, path, words):
     (tmp_path / "text.h5").write_text("x" * 100)

@@ -147,6 +147,44 @@ def test_a_lost_row_is_reported_and_has_no_tokens(tmp_path):
     assert read(tmp_path / "r.h5")["offsets"].tolist() == [0, 0, 0, 2]
 
 
+def merged(folder, *records, num_requests):
+    """The problems of a merge of these records, and the tokens of each row."""
+    with JournalWriter(folder / "0.part", fingerprint="run") as journal:
+        for record in records:
+            journal.append(record)
+    problems = merge(folder / "r.h5", [folder / "0.part"], num_requests=num_requests, provenance=PROVENANCE)
+    found = read(folder / "r.h5")
+    np.testing.assert_array_equal(found["logprobs"], -found["tokens"].astype(np.float32))
+    return problems, [row.tolist() for row in np.split(found["tokens"], found["offsets"][1:-1])]
+
+
+@pytest.mark.parametrize("counts", [[2, 1, 3], [2, 4, 3], [2, 0, 3]])
+def test_a_row_that_two_records_contradict_leaves_its_neighbours_whole(tmp_path, counts):
+    records = [
+        above_of([0, 0, 1], [1, 2, 1], [1, 1, 1], since=0, first=1),
+        above_of([1, 1, 1], [2, 3, 4], counts, since=0, first=10),
+        above_of([1], [3], [2], since=0, first=30),
+        request_of(0, 3, since=0),
+        request_of(1, 5, since=0),
+    ]
+    problems, rows = merged(tmp_path, *records, num_requests=2)
+    last = 10 + counts[0] + counts[1]
+    assert rows == [[], [1], [2], [], [3], [10, 11], [30, 31], [last, last + 1, last + 2]]
+    assert problems == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_two_records_of_a_row_do_not_hide_that_another_is_lost(tmp_path, count):
+    records = [
+        above_of([0, 0], [1, 2], [2, 2], since=0, first=1),
+        above_of([0], [2], [count], since=0, first=20),
+        request_of(0, 4, since=0),
+    ]
+    (problem,), rows = merged(tmp_path, *records, num_requests=1)
+    assert "1 of 1 requests lack recorded rows" in problem.sentence
+    assert rows == [[], [1, 2], list(range(20, 20 + count)), []]
+
+
 @pytest.mark.parametrize("counts", [[3, 3], [-1, 6]])
 def test_a_record_whose_counts_do_not_fit_is_refused(counts):
     sound = above_of([0, 0], [1, 2], [2, 3], since=0, first=0)

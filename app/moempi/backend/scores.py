@@ -62,7 +62,7 @@ class RowScores:
             return
         tokens = np.concatenate([self._top_tokens, scan.top_tokens + np.int32(first)], axis=1)
         logits = np.concatenate([self._top_logits, scan.top_logits], axis=1)
-        order = np.lexsort((tokens, -np.nan_to_num(logits, nan=-np.inf)), axis=1)[:, : self._top]
+        order = np.lexsort((tokens, -without_nan(logits)), axis=1)[:, : self._top]
         self._top_tokens = np.take_along_axis(tokens, order, axis=1)
         self._top_logits = np.take_along_axis(logits, order, axis=1)
 
@@ -103,6 +103,12 @@ class RowScores:
             highest: Float32Array = of_blocks.max(axis=1)
             total = (sums * np.exp(of_blocks - highest[:, None]).astype(np.float64)).sum(axis=1)
             return highest, np.log(total).astype(np.float32)
+
+
+def without_nan(logits: Float32Array) -> Float32Array:
+    """Logits with -inf in the place of NaN, by which the likeliest tokens are chosen."""
+    numbers: Float32Array = np.nan_to_num(logits, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    return numbers
 
 
 def tokens_above(logits: Float32Array, least: Float32Array) -> tuple[IntArray, IntArray, Float32Array]:

@@ -130,12 +130,18 @@ def immediate_stages(job: Job, architecture: Architecture, grid: Grid) -> tuple[
 
 
 def _require_divisible(job: Job, architecture: Architecture) -> None:
-    """Heads and hidden sizes must be multiples of the tensor group's size; a norm over all heads cannot be divided."""
+    """Heads and hidden sizes must be multiples of the tensor group's size, and each of its ranks has tokens.
+
+    A norm over all heads cannot be divided.
+    """
     heads, tensor = architecture.attention, job.parallel.tensor
     if tensor > 1 and heads.qk_norm == "vector":
         raise ConfigError(
             f"parallel.tensor = {tensor}: the model normalizes queries over all heads, which cannot be divided; use 1"
         )
+    if tensor > architecture.vocab_size:
+        most = f"use at most the model's vocab_size of {architecture.vocab_size}"
+        raise ConfigError(f"parallel.tensor = {tensor} is more ranks than there are tokens; {most}")
     divided = {"num_heads": heads.num_heads, "num_kv_heads": heads.num_kv_heads}
     if architecture.delta_rule:
         divided["delta_rule.num_key_heads"] = architecture.delta_rule.num_key_heads

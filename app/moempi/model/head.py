@@ -108,7 +108,8 @@ class LMHead:
     def _pieces(self, num_parts: int, *, num_rows: int) -> Iterator[tuple[int, list[range]]]:
         """Yield the tokens of a piece of each rank's part of the vocabulary, and the number of the first in its part.
 
-        Pieces are blocks of SUM_TOKENS, but for the last; none is empty.
+        Pieces are whole blocks of SUM_TOKENS, but for the last. None is empty: a layout of more ranks in a tensor group
+        than tokens in the vocabulary is refused.
         """
         lengths = [len(part_range(self.vocab_size, num_parts, part)) for part in range(num_parts)]
         width = max(1, SCORED_LOGITS // (max(num_rows, 1) * SUM_TOKENS)) * SUM_TOKENS

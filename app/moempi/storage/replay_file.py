@@ -74,7 +74,10 @@ class ReplayFile(Closeable):
 
         Raises DataError if there is none.
         """
-        if self._ids is None and len(self._offsets) == 2:
+        if self._ids is None:
+            num_requests = len(self._offsets) - 1
+            if num_requests != 1:
+                raise DataError(f"{self.path}: has routing of {num_requests} requests without ids, a line needs 1")
             return 0
         found = next((self._numbers[name] for name in names if name in self._numbers), None)
         if found is None:

@@ -8,6 +8,7 @@ from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import load_kernels
 from moempi.backend.protocol import Expert, Segment
+from moempi.backend.scores import SUM_TOKENS, RowScores
 from moempi.config.architecture import Clamp, Router
 
 EXACT = NumpyBackend(precision="float32")
@@ -268,6 +269,28 @@ def test_expert_mlp_applies_each_expert_to_its_rows(backend):
         hidden = rows[part].astype(np.float64) @ gate_up.T
         expected = hidden[:, :6] / (1 + np.exp(-hidden[:, :6])) * hidden[:, 6:] @ down.T
         np.testing.assert_allclose(actual[part], expected, atol=0.05 if backend.is_bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("width", [SUM_TOKENS, 2 * SUM_TOKENS])
+@pytest.mark.parametrize("top", [3, 8])
+def test_the_likeliest_tokens_of_pieces_are_those_of_one_piece_whatever_the_logits(width, top):
+    vocabulary, random = 3 * SUM_TOKENS + 5, np.random.default_rng(8)
+    logits = np.full((6, vocabulary), -np.inf, np.float32)
+    special = np.array([np.nan, np.inf, -np.inf, np.finfo(np.float32).max, np.finfo(np.float32).min, 0], np.float32)
+    for row in range(6):
+        logits[row, ::SUM_TOKENS] = random.permutation(special)[:4]
+    logits[4:, : 2 * SUM_TOKENS] = np.nan
+    targets, whole, pieces = np.zeros(6, int), *(RowScores(np.zeros(6, int), top=top) for _ in range(2))
+    with np.errstate(invalid="ignore"):
+        whole.add(EXACT.scan(logits, targets, first=0, top=top), first=0, width=vocabulary)
+        for first in range(0, vocabulary, width):
+            piece = logits[:, first : first + width]
+            pieces.add(EXACT.scan(piece, targets, first=first, top=top), first=first, width=piece.shape[1])
+        found, expected = pieces.result(), whole.result()
+    np.testing.assert_array_equal(found.top_tokens, expected.top_tokens)
+    np.testing.assert_array_equal(found.top_logprobs, expected.top_logprobs)
+    numbers = np.where(np.isnan(logits), -np.inf, logits.astype(np.float64))
+    np.testing.assert_array_equal(found.top_tokens, np.argsort(-numbers, axis=1, kind="stable")[:, :top])
 
 
 def test_score_returns_the_log_softmax_and_the_most_likely_tokens():

@@ -40,7 +40,7 @@ from moempi.backend.protocol import (
     Stored,
 )
 from moempi.backend.sampling import MOST_SCORES, likeliest, sample_tokens
-from moempi.backend.scores import SUM_TOKENS, RowScores
+from moempi.backend.scores import SUM_TOKENS, RowScores, without_nan
 from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
 
@@ -507,8 +507,7 @@ class NumpyBackend:
         at_once = max(1, MOST_SCORES // max(width, 1))
         for start in range(0, rows if top else 0, at_once):
             piece = slice(start, start + at_once)
-            numbers = np.nan_to_num(logits[piece], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-            top_tokens[piece] = likeliest(numbers, top)
+            top_tokens[piece] = likeliest(without_nan(logits[piece]), top)
         places = np.clip(targets - first, 0, width - 1)
         target_logits = logits[np.arange(rows), places]
         top_logits = np.take_along_axis(logits, top_tokens, axis=1)
