@@ -17,7 +17,7 @@ from moempi.storage.run_state import read_state
 
 NUM_PROMPTS = 32
 END_S = 20.0
-PHASES = {"loading": ("weights", 1), "prefill": ("dispatch", 1), "decode": ("agree", 9), "merge": ("merge", 1)}
+PHASES = {"loading": ("weights", 1), "prefill": ("agree", 1), "decode": ("agree", 9), "merge": ("merge", 1)}
 STOPPING = "moempi: stopping at the next step; the same command continues (Ctrl-C again ends at once)"
 WRITING = "moempi: writing the results (Ctrl-C again ends at once)"
 
