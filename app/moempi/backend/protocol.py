@@ -664,7 +664,7 @@ class PeerMemory(Protocol):
 
 
 class FusedAttention(Protocol):
-    """The verbs of an attention block in one, for at most `most_rows` rows; the bits are those of the verbs."""
+    """An attention block as one verb, for at most `most_rows` rows, with the bits of its separate verbs."""
 
     most_rows: int
 
@@ -676,7 +676,7 @@ class FusedAttention(Protocol):
 
 
 class FusedExperts(Protocol):
-    """The verbs of an experts block in one, for at most `most_rows` rows; the bits are those of the verbs."""
+    """An experts block as one verb, for at most `most_rows` rows, with the bits of its separate verbs."""
 
     most_rows: int
 

@@ -185,7 +185,7 @@ def predict_s(shape: RunShape, machine: MachineFile, num_ranks: int) -> float:
 def fit(calibration: Sequence[tuple[RunShape, float]], num_ranks: int, levels: tuple[Level, ...]) -> MachineFile:
     """The machine with links of these levels whose predictions are closest to the seconds of the calibration runs.
 
-    These runs have no overlap, so their time is that of the links and a sum of four costs: arithmetic, memory traffic
+    Without overlap, a run takes the seconds of the links plus the sum of four costs: arithmetic, memory traffic
     and the host's overheads. Each cost is at least NEGLIGIBLE_S. Without tensor groups, both overheads are equal.
     """
     number = range(len(PARAMETERS))

@@ -219,7 +219,7 @@ class TraceSection(Struct, frozen=True, forbid_unknown_fields=True):
 class ReplaySection(Struct, frozen=True, forbid_unknown_fields=True):
     """`[replay]`: a file with the experts of requests at positions, as a run with `trace.routing` writes it.
 
-    Their weights are the router's own, or with `weights` those of the file. A prompt line may name another file.
+    Their weights are the router's, or with `weights` the file's. A prompt line may name another file.
     """
 
     routing: str = ""

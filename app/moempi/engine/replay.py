@@ -169,7 +169,7 @@ def open_replay(
 
 
 def _names(prompt: Prompt) -> list[str]:
-    """The ids under which a file may have the routing of a prompt: its own, and that of its first sample."""
+    """The ids by which a file may hold the routing of a prompt: its own id, then the id of its first sample."""
     return [prompt.id] if prompt.prompt_id is None else [prompt.id, prompt.prompt_id]
 
 

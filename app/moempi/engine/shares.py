@@ -1,4 +1,4 @@
-"""Rank 0 has the prompts; each rank of the first stage gets those of its data parallel group, a piece at a time."""
+"""Rank 0 has the prompts; each rank of the first stage gets its group's prompts, a piece at a time."""
 
 from collections.abc import Iterable, Iterator
 

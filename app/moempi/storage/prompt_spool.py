@@ -14,7 +14,7 @@ import numpy as np
 from moempi.config.job import Sampling
 from moempi.errors import DataError, StorageError
 from moempi.storage.closeable import Closeable
-from moempi.storage.prompts import Check, Prompt, as_it_is, find_prompts
+from moempi.storage.prompts import Check, Prompt, accept, find_prompts
 from moempi.storage.records import replace_surrogates
 from moempi.storage.repeated import RepeatedDigests
 
@@ -210,7 +210,7 @@ def read_prompts(
     strict: bool,
     folder: str | Path,
     column: str = "",
-    check: Check = as_it_is,
+    check: Check = accept,
     on_block: Callable[[], None] = lambda: None,
 ) -> tuple[PromptSpool, PromptCounts]:
     """Read and count all requests of a file in order, of any form of `find_form`; a line may override `sampling`.

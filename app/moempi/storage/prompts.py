@@ -112,13 +112,13 @@ _LINE_DECODER = msgspec.json.Decoder(_LINE)
 _ID_DECODER = msgspec.json.Decoder(_OnlyId)
 
 
-def as_it_is(prompt: Prompt) -> Prompt:
-    """The check of prompts that are all right."""
+def accept(prompt: Prompt) -> Prompt:
+    """The check that finds no error in any prompt."""
     return prompt
 
 
 def find_prompts(
-    path: str | Path, *, sampling: Sampling, column: str = "", repeated: Collection[int], check: Check = as_it_is
+    path: str | Path, *, sampling: Sampling, column: str = "", repeated: Collection[int], check: Check = accept
 ) -> Iterator[Prompt]:
     """The requests of a file in order, of any form that `find_form` knows, a few in memory at a time.
 
@@ -132,7 +132,7 @@ def make_prompts(rows: Iterable[Row], *, sampling: Sampling) -> list[Prompt]:
 
     Errors begin with the number of the object, as `prompts[3]`.
     """
-    return list(_numbered(_read_objects(rows, sampling), sampling, None, as_it_is))
+    return list(_numbered(_read_objects(rows, sampling), sampling, None, accept))
 
 
 def _numbered(
