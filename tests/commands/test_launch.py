@@ -12,7 +12,7 @@ import pytest
 import mpirun as launching
 from faults.rehearsal import Rehearsal, is_alive
 from moempi.commands import launch as launch_command
-from moempi.commands.launch import BANNER, copy_without_banner
+from moempi.commands.launch import BANNER, WARNING, copy_without_notices
 from moempi.storage.run_state import read_state
 
 NUM_PROMPTS = 32
@@ -32,14 +32,17 @@ WRITING = "moempi: writing the results (Ctrl-C again ends at once)"
         (BANNER[:100], BANNER[:100]),
         (b"-" * 80 + b"\n", b"-" * 80 + b"\n"),
         (b"-" + BANNER, b"-"),
+        (b"a\n" + WARNING + b"MOD\n" + WARNING + b"MOD\nb" + WARNING + b"c\n", b"a\nb" + WARNING + b"c\n"),
+        (WARNING + b"MOD(4) on fd 20 failed.\n[warn] another\n[warn] E", b"[warn] another\n[warn] E"),
+        (b"moempi: why\n" + WARNING + b"MOD\n" + BANNER + WARNING + b"MOD\n", b"moempi: why\n"),
     ],
 )
-def test_what_the_ranks_write_passes_and_the_banner_of_mpirun_does_not(tmp_path, monkeypatch, size, written, passed):
+def test_what_the_ranks_write_passes_and_the_notices_of_mpirun_do_not(tmp_path, monkeypatch, size, written, passed):
     source, target = os.pipe(), os.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY)
     os.write(source[1], written)
     os.close(source[1])
     monkeypatch.setattr(launch_command, "_CHUNK_BYTES", size)
-    copy_without_banner(source[0], target)
+    copy_without_notices(source[0], target)
     os.close(source[0])
     os.close(target)
     assert (tmp_path / "out").read_bytes() == passed

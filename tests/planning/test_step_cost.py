@@ -116,6 +116,16 @@ def test_phases_of_layers_with_one_half_alone_are_the_points_of_the_schedule(ten
     assert layers == ([1, 1, 5, 5] if tensor == 1 else [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_rank_alone_has_no_overhead_of_exchanges(num_ranks):
+    machine = structs.replace(MACHINE, turn_us=1e6)
+    found = replace(costs(virtual(num_ranks, 1), hosted=64 // num_ranks), machine=machine)
+    phases = found.step(range(30, 33), StepLoad(8, 8, 100), is_first=False, is_last=False)
+    assert len(phases) == 7
+    overhead_s = 1 + 6 * (num_ranks > 1)  # of the rows from the stage before
+    assert sum(phase.compute_s for phase in phases) == pytest.approx(overhead_s, rel=0.01)
+
+
 @pytest.mark.parametrize("hops", [1, 2])
 def test_latent_experts_are_sent_shorter_rows_which_two_products_map(hops):
     rows, latent = 4096, 512

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,10 @@ OWN_CODES = (0, *range(64, 79))
 """Exit codes of `moempi` itself; after a signal any other is the launcher's, of ranks that it has killed."""
 BANNER = b"-" * 74 + b"\nprterun detected that one or more processes exited with non-zero status,\n"
 """What Open MPI's mpirun writes at its end if the exit code of the ranks is not 0, which they have explained."""
+WARNING = b"[warn] Epoll "
+"""The begin of lines of libevent: mpirun closed a descriptor of a rank that has ended before it gave up watching it."""
+_WARNINGS = re.compile(b"(?<=\n)(?:" + re.escape(WARNING) + b"[^\n]*\n)+")
+_UNFINISHED = re.compile(b"(?<=\n)" + re.escape(WARNING) + b"[^\n]*\\Z")
 _CHUNK_BYTES = 1 << 16
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -111,7 +116,7 @@ class _Launcher:
 
     def wait(self) -> int:
         if self._process.stderr is not None:
-            copy_without_banner(self._process.stderr.fileno(), STDERR)
+            copy_without_notices(self._process.stderr.fileno(), STDERR)
         return self._process.wait()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -126,17 +131,28 @@ class _Launcher:
                 self._process.send_signal(signal.SIGCONT)
 
 
-def copy_without_banner(source: int, target: int) -> None:
-    """Copy what comes from a descriptor to another at once, except BANNER and what follows; blocks until its end."""
-    held = b""
+def copy_without_notices(source: int, target: int) -> None:
+    """Copy what comes from a descriptor to another at once, except WARNING's lines, and BANNER and what follows.
+
+    Blocks until its end.
+    """
+    text = b"\n"  # the last byte that is written, or the begin of a line, and what is not written
     while chunk := os.read(source, _CHUNK_BYTES):
-        held += chunk
-        if BANNER in held:
-            continue
-        begun = next(length for length in range(len(BANNER), -1, -1) if held.endswith(BANNER[:length]))
-        write_bytes(target, held[: len(held) - begun])
-        held = held[len(held) - begun :]
-    write_bytes(target, held.partition(BANNER)[0])
+        text = _WARNINGS.sub(b"", text + chunk)
+        if BANNER not in text:
+            passed = len(text) - _begun_bytes(text)
+            write_bytes(target, text[1:passed])
+            text = text[passed - 1 :]
+    write_bytes(target, text.partition(BANNER)[0][1:])
+
+
+def _begun_bytes(text: bytes) -> int:
+    """The bytes at the end of a text, behind its first, that may begin a BANNER or a line of WARNING."""
+    if unfinished := _UNFINISHED.search(text):
+        return len(unfinished[0])
+    banner = next(length for length in range(len(BANNER), -1, -1) if text[1:].endswith(BANNER[:length]))
+    line = text.rpartition(b"\n")[2]
+    return max(banner, len(line) * (b"\n" in text and WARNING.startswith(line)))
 
 
 def _end_with_parent() -> None:

@@ -120,7 +120,9 @@ class StepCosts:
         return [replace(phase, compute_s=phase.compute_s + self.host_overhead_s(phase.point)) for phase in phases]
 
     def host_overhead_s(self, point: Point) -> float:
-        """Seconds of the host's overhead when a lane is resumed at `point`."""
+        """Seconds of the host's overhead when a lane is resumed at `point`; rows of a rank alone stay with it."""
+        if self._num_ranks == 1 and point.phase in EXCHANGE_PHASES:
+            return 0.0
         of_tensor_group = self.machine.tensor_overhead_us
         if of_tensor_group is None or not (point.phase in TENSOR_PHASES or point in HEAD_POINTS):
             return self.machine.turn_us * 1e-6
