@@ -1,5 +1,7 @@
+import errno
 import os
 import resource
+import threading
 from collections import Counter
 
 import msgspec
@@ -220,6 +222,26 @@ def test_records_are_synced_at_most_once_a_second_and_at_close(tmp_path, monkeyp
     writer.close()
     writer.close()
     assert len(synced) in (4, 5)
+
+
+def test_appends_do_not_wait_for_the_disk_and_report_its_failure(tmp_path, monkeypatch):
+    ended, now = threading.Event(), [100.0]
+
+    def fail_late(_file):
+        assert ended.wait(10)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(journal.os, "fdatasync", fail_late)
+    writer = JournalWriter(tmp_path / "p", fingerprint="run")
+    for index in range(40):
+        now[0] += 0.1
+        writer.append(make_request(index))
+    ended.set()
+    with pytest.raises(StorageError, match="Input/output error"):
+        writer.close()
+    writer.close()
+    assert [record.index for record in read_journal(tmp_path / "p")[0]] == [*range(40)]
 
 
 def test_a_file_that_is_not_a_journal_is_refused(tmp_path):

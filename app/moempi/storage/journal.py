@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import BinaryIO
 
 from xxhash import xxh3_64_intdigest
@@ -315,6 +316,8 @@ class JournalWriter(Closeable):
 
     def __init__(self, path: str | Path, *, fingerprint: str) -> None:
         self.path = Path(path)
+        self._syncing: Thread | None = None
+        self._sync_error: OSError | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.path.exists():
@@ -328,16 +331,16 @@ class JournalWriter(Closeable):
         self._synced_at = time.monotonic()
 
     def append(self, record: Record) -> None:
-        """Write one record with one system call; blocks for an fdatasync at most once per second.
+        """Write one record with one system call, and once per second start an fdatasync, which blocks no one.
 
-        Raises StorageError if the disk is full or fails; the journal then ends with the last complete record. Also
-        raises it, within a second, if the file was removed or replaced.
+        Raises StorageError if the disk is full or fails, in an fdatasync before this call too; the journal then ends
+        with the last complete record. Also raises it, within a second, if the file was removed or replaced.
         """
         payload = encode(record)
         try:
             self._write(_FRAME.pack(len(payload), xxh3_64_intdigest(payload)) + payload)
             if time.monotonic() - self._synced_at >= SYNC_INTERVAL_S:
-                self._sync()
+                self._start_sync()
         except OSError as error:
             raise self._failure(error) from error
 
@@ -349,8 +352,11 @@ class JournalWriter(Closeable):
         if self._file < 0:
             return
         file, self._file = self._file, -1
+        if self._syncing is not None:
+            self._syncing.join()
         try:
             self._require_in_place(file)
+            self._raise_sync_error()
             os.fdatasync(file)
         except OSError as error:
             raise self._failure(error) from error
@@ -381,10 +387,25 @@ class JournalWriter(Closeable):
         if not is_in_place(file, self.path):
             raise StorageError(f"{self.path}: was removed or replaced during the run, its records are lost; run again")
 
-    def _sync(self) -> None:
+    def _start_sync(self) -> None:
+        """Start an fdatasync beside the run, unless the one before has not ended."""
         self._require_in_place(self._file)
-        os.fdatasync(self._file)
+        if self._syncing is not None and self._syncing.is_alive():
+            return
+        self._raise_sync_error()
+        self._syncing = Thread(target=self._sync, args=(self._file,), name="journal sync", daemon=True)
+        self._syncing.start()
         self._synced_at = time.monotonic()
+
+    def _sync(self, file: int) -> None:
+        try:
+            os.fdatasync(file)
+        except OSError as error:
+            self._sync_error = error
+
+    def _raise_sync_error(self) -> None:
+        if self._sync_error is not None:
+            raise self._sync_error
 
     def _failure(self, error: OSError) -> StorageError:
         return StorageError(f"{self.path}: cannot be written: {error.strerror}")
