@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moempi.config.tensors import TENSOR_PARALLEL, Share, catalogue
+from moempi.config.tensors import TENSOR_PARALLEL, Share, catalogue, layer_tensors
 from moempi.engine.shard import Shard
 from moempi.errors import DataError
 from moempi.layout.row_split import part_range
@@ -132,3 +132,17 @@ def test_damaged_rows_stop_the_part_that_reads_them_alone(path, tmp_path):
         with pytest.raises(DataError, match=f"changed.h5: {name}: rows 12 to 16 are damaged"):
             last.read(name)
         assert last.num_bytes == 0
+
+
+@pytest.mark.parametrize(("part", "parts", "layers"), [(0, 1, range(3)), (1, 2, range(1, 3)), (1, 3, range(0, 2))])
+def test_what_is_read_ahead_are_the_bytes_that_are_read_in_their_order(file, path, part, parts, layers):
+    shard, contents = Shard(file, part=part, parts=parts), path.read_bytes()
+    read = [shard.read(name).tobytes() for name in ("embedding",) if layers.start == 0]
+    for layer in layers:
+        names = [tensor.name for tensor in layer_tensors(SMALL, layer)]
+        stacks = [name for name in names if "/experts/" in name]  # the last of a layer
+        read += [shard.read(name).tobytes() for name in names if name not in stacks]
+        read += [shard.read_expert(name, expert).tobytes() for expert in (2, 0) for name in stacks]
+    read += [shard.read(name).tobytes() for name in ("norm", "head") if layers.stop == SMALL.num_layers]
+    ranges = shard._byte_ranges(layers, dict.fromkeys(layers, (2, 0)))
+    assert [contents[one.start : one.stop] for one in ranges] == read

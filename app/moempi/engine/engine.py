@@ -135,7 +135,7 @@ def _load(
         progress.loading(loaded, len(layers), shard.num_bytes)
 
     def load() -> tuple[Transformer | None, Sequence[int]]:
-        with suppress(StoppedError):
+        with suppress(StoppedError), shard.read_ahead(layers, hosted):
             model = load_model(
                 shard, deployment.backend, layers=layers, hosted=hosted, pages=all_pages, slots=slots, on_layer=on_layer
             )

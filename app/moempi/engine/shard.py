@@ -1,13 +1,15 @@
 """The share of a weight file that one rank of a tensor group reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import msgspec
 import numpy.typing as npt
 
 from moempi.config.architecture import Architecture
-from moempi.config.tensors import TENSOR_PARALLEL
+from moempi.config.tensors import TENSOR_PARALLEL, Share, Tensor, stage_tensors
+from moempi.storage.read_ahead import ReadAhead
 from moempi.storage.weights import WeightFile
 
 
@@ -49,8 +51,11 @@ class Shard:
 
     def read_part(self, name: str) -> npt.NDArray[Any]:
         """This part's rows of any tensor, verified; `part_range` divides the rows in the same way."""
-        rows = self._file.tensor(name).shape[0]
-        return self._read(name, self._part * rows // self._parts, (self._part + 1) * rows // self._parts)
+        return self._read(name, *self._rows_of_part(name))
+
+    def read_ahead(self, layers: range, hosted: Mapping[int, tuple[int, ...]]) -> ReadAhead:
+        """Begin to read the share of a stage and the experts hosted[layer] ahead of the reads; close what it returns."""
+        return ReadAhead(self._file.path, self._byte_ranges(layers, hosted), lambda: self.num_bytes)
 
     def has(self, name: str) -> bool:
         """Whether the model has a tensor `name`."""
@@ -66,8 +71,34 @@ class Shard:
         matrix: npt.NDArray[Any] = self._read(name, expert, expert + 1)[0]
         return matrix
 
+    def _byte_ranges(self, layers: range, hosted: Mapping[int, tuple[int, ...]]) -> Iterator[range]:
+        """Where the file has the share of a stage, in the order of reading: its experts one by one."""
+        architecture = self._file.architecture
+        for stack, tensors in groupby(stage_tensors(architecture, layers), key=_stack):
+            if not stack:
+                yield from (self._byte_range(tensor) for tensor in tensors)
+                continue
+            names = [tensor.name for tensor in tensors]
+            for expert in hosted.get(int(stack.split("/")[1]), ()):
+                yield from (self._file.byte_range(name, expert, expert + 1) for name in names)
+
+    def _byte_range(self, tensor: Tensor) -> range:
+        """Where the file has this part of a tensor; a tied embedding is the head as well."""
+        name = tensor.name if self._file.has(tensor.name) else "embedding"
+        is_part = tensor.share in TENSOR_PARALLEL
+        return self._file.byte_range(name, *(self._rows_of_part(name) if is_part else (0, tensor.shape[0])))
+
+    def _rows_of_part(self, name: str) -> tuple[int, int]:
+        rows = self._file.tensor(name).shape[0]
+        return self._part * rows // self._parts, (self._part + 1) * rows // self._parts
+
     def _read(self, name: str, *rows: int) -> npt.NDArray[Any]:
         self._on_read()
         values = self._file.read(name, *rows)
         self.num_bytes += values.nbytes
         return values
+
+
+def _stack(tensor: Tensor) -> str:
+    """The group of a tensor that stacks the experts of a layer, like `layers/007/experts`; empty for another tensor."""
+    return tensor.name.rpartition("/")[0] if tensor.share is Share.EXPERTS else ""

@@ -93,6 +93,12 @@ class WeightFile(Closeable):
         """Whether the model has a tensor `name`."""
         return name in self._tensors
 
+    def byte_range(self, name: str, start: int, stop: int) -> range:
+        """Where the file has rows [start, stop) of the tensor `name`."""
+        tensor, offset = self._tensors[name], self._datasets[name].get_offset() or 0
+        row_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
+        return range(offset + start * row_bytes, offset + stop * row_bytes)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> AnyArray:
         """Read rows [start, stop) of the tensor `name`: uint16 bits for bfloat16, else float32, aligned to 64 bytes.
 
