@@ -134,7 +134,7 @@ def test_damaged_rows_stop_the_part_that_reads_them_alone(path, tmp_path):
         assert last.num_bytes == 0
 
 
-@pytest.mark.parametrize(("part", "parts", "layers"), [(0, 1, range(3)), (1, 2, range(1, 3)), (1, 3, range(0, 2))])
+@pytest.mark.parametrize(("part", "parts", "layers"), [(0, 1, range(3)), (1, 2, range(1, 3)), (1, 3, range(2))])
 def test_what_is_read_ahead_are_the_bytes_that_are_read_in_their_order(file, path, part, parts, layers):
     shard, contents = Shard(file, part=part, parts=parts), path.read_bytes()
     read = [shard.read(name).tobytes() for name in ("embedding",) if layers.start == 0]
