@@ -101,10 +101,12 @@ LATENT = AttentionShape(
 )
 ATTENTION = ["product", "rotate_into_cache", "attend_rows", "product"]
 LATENT_ATTENTION = [
-    *("product", "rms_norm", "product", "products"),  # queries
-    "product",  # keys
-    *("rotate_into_latent_cache", "attend_rows", "products", "product"),
+    *("product", "extend_latent_cache"),  # queries and keys
+    *("product", "products"),  # queries
+    *("attend_rows", "products", "product"),
 ]
+SHORT_LATENT = structs.replace(LATENT, latent=structs.replace(LATENT.latent, query_rank=0))
+SHORT_LATENT_ATTENTION = [name for number, name in enumerate(LATENT_ATTENTION) if number != 2]
 EXPERTS = [
     *("product", "choose_experts", "group", "download"),
     *("take_rows", "gate_up_few", "multiply_few", "take_rows", "combine"),
@@ -116,9 +118,10 @@ EXPERTS = [
     [
         (SMALL.attention, ATTENTION, 14),
         (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 14),
-        (LATENT, LATENT_ATTENTION, 19),
+        (LATENT, LATENT_ATTENTION, 17),
+        (SHORT_LATENT, SHORT_LATENT_ATTENTION, 16),
     ],
-    ids=["plain", "normalized heads", "latent"],
+    ids=["plain", "normalized heads", "latent", "latent keys alone"],
 )
 def test_a_layer_of_a_decode_step_submits_this_and_no_more(tmp_path, attention, attention_names, number):
     """Kernels and products, and the download of the counts by which rows are sent."""

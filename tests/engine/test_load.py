@@ -286,20 +286,21 @@ def test_latent_attention_is_absorbed_head_by_head(files, part):
         np.testing.assert_array_equal(attention.absorb_keys[head], expand[:4])
         np.testing.assert_array_equal(attention.expand_values[head], expand[4:].T)
     np.testing.assert_array_equal(attention.queries, values(file, f"{path}/q_expand", part, 2).T)
-    np.testing.assert_array_equal(attention.query_latent, values(file, f"{path}/q_latent").T)
+    down = [values(file, f"{path}/{name}_latent") for name in ("q", "kv")]
+    np.testing.assert_array_equal(attention.down, np.concatenate(down).T)
     np.testing.assert_array_equal(attention.query_norm, values(file, f"{path}/q_latent_norm"))
-    np.testing.assert_array_equal(attention.query_bias, values(file, f"{path}/q_latent_bias"))
-    np.testing.assert_array_equal(attention.key_value_latent, values(file, f"{path}/kv_latent").T)
+    biases = [values(file, f"{path}/{name}_latent_bias") for name in ("q", "kv")]
+    np.testing.assert_array_equal(attention.down_bias, np.concatenate(biases))
     np.testing.assert_array_equal(attention.key_value_norm, values(file, f"{path}/kv_latent_norm"))
-    np.testing.assert_array_equal(attention.key_value_bias, values(file, f"{path}/kv_latent_bias"))
     np.testing.assert_array_equal(attention.output, values(file, f"{path}/o", part, 2))
 
 
 def test_latent_attention_without_a_query_rank_takes_queries_from_the_row(files):
     attention = load(files["short_latent"])[0].layers[0].attention
-    np.testing.assert_array_equal(attention.queries, values(files["short_latent"], "layers/000/attention/q").T)
-    assert (attention.query_latent, attention.query_norm, attention.query_bias) == (None, None, None)
-    assert (attention.key_value_bias, attention.output_bias) == (None, None)
+    down = [values(files["short_latent"], f"layers/000/attention/{name}") for name in ("q", "kv_latent")]
+    np.testing.assert_array_equal(attention.down, np.concatenate(down).T)
+    assert (attention.queries, attention.query_norm) == (None, None)
+    assert (attention.down_bias, attention.output_bias) == (None, None)
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -41,13 +41,12 @@ def built(held, query_rank):
     return LatentAttention(
         shape=attention,
         latent=attention.latent,
-        queries=BACKEND.matrix(narrow(held["queries"])),
-        key_value_latent=BACKEND.matrix(narrow(held["latent"])),
+        down=BACKEND.matrix(narrow(held["query_latent" if query_rank else "queries"]), narrow(held["latent"])),
         key_value_norm=held["norm"],
         absorb_keys=held["expand"][:, :PLAIN],
         expand_values=held["expand"][:, PLAIN:].transpose(0, 2, 1),
         output=BACKEND.matrix(narrow(held["output"])),
-        query_latent=BACKEND.matrix(narrow(held["query_latent"])) if query_rank else None,
+        queries=BACKEND.matrix(narrow(held["queries"])) if query_rank else None,
         query_norm=held["query_norm"] if query_rank else None,
     )
 

@@ -48,10 +48,10 @@ def built(attention, *, has_indexer=True):
         matrix("index_weights"),
     )
     return LatentAttention(
-        shape=attention, latent=attention.latent, queries=matrix("queries"), key_value_latent=matrix("latent"),
+        shape=attention, latent=attention.latent, down=BACKEND.matrix(HELD["query_latent"], HELD["latent"]),
         key_value_norm=np.ones(RANK, np.float32), absorb_keys=HELD["expand"][:, :PLAIN],
         expand_values=HELD["expand"][:, PLAIN:].transpose(0, 2, 1), output=matrix("output"),
-        query_latent=matrix("query_latent"), query_norm=np.ones(QUERY_RANK, np.float32),
+        queries=matrix("queries"), query_norm=np.ones(QUERY_RANK, np.float32),
         indexer=indexer if has_indexer else None,
     )  # fmt: skip
 

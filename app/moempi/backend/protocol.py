@@ -442,9 +442,8 @@ class AttentionVerbs(Protocol):
         first. Shapes and bits equal the results of `rms_norm`, `rotate` and `extend_cache`. The cache is not latent.
         """
 
-    def rotate_into_latent_cache(
+    def extend_latent_cache(
         self,
-        queries: tuple[Array, Array],
         keys: tuple[Array, Array],
         angles: Array,
         *,
@@ -452,11 +451,12 @@ class AttentionVerbs(Protocol):
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
-    ) -> Array:
-        """Rotate the second part of queries and keys, normalize the first part of the keys, and cache both parts.
+        queries: tuple[Array, RmsNorm] | None = None,
+    ) -> Array | None:
+        """Normalize the first part of keys (T, 1, kept), rotate the second (T, 1, dim), and cache both.
 
-        Parts are (T, H, kept) and (T, H, dim), and with one head for the keys. Returns both parts of the queries
-        (T, H, kept + dim). Bits equal the results of `rms_norm`, `rotate`, `join_columns` and `extend_cache`.
+        Returns the latent vectors (T, N) of `queries`, normalized by their own norm, if any. Bits equal the results of
+        `rms_norm`, `rotate`, `join_columns` and `extend_cache`.
         """
 
     def attend(
@@ -473,6 +473,21 @@ class AttentionVerbs(Protocol):
 
         A query sees the last `window` positions, or all of them if `window` is 0. `sinks` (H,) are extra logits in the
         divisor of the softmax.
+        """
+
+    def attend_latent(
+        self,
+        queries: tuple[Array, Array],
+        angles: Array,
+        cache: Cache,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        interleaved: bool = False,
+    ) -> Array:
+        """`attend` over a latent cache, of queries in two parts (T, H, value dim) and (T, H, dim).
+
+        The second part is rotated first. Bits equal the results of `rotate`, `join_columns` and `attend`.
         """
 
     def select_positions(

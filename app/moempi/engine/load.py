@@ -185,18 +185,16 @@ def _state_space(shard: Shard, backend: Backend, path: str, *, space: StateSpace
 
 def _latent_attention(shard: Shard, backend: Backend, path: str, *, latent: Latent) -> LatentAttention:
     shape = shard.architecture.attention
-    unrotated_dim = shape.head_dim - latent.rope_dim
+    unrotated_dim, of_queries = shape.head_dim - latent.rope_dim, "q_latent" if latent.query_rank else "q"
     expand = shard.read(f"{path}/kv_expand").reshape(-1, unrotated_dim + latent.value_dim, latent.key_value_rank)
     return LatentAttention(
         shape=shape,
         latent=latent,
-        queries=backend.matrix(shard.read(f"{path}/q_expand" if latent.query_rank else f"{path}/q")),
-        query_latent=backend.matrix(shard.read(f"{path}/q_latent")) if latent.query_rank else None,
+        down=backend.matrix(shard.read(f"{path}/{of_queries}"), shard.read(f"{path}/kv_latent")),
+        down_bias=_down_bias(shard, backend, path, latent=latent),
+        queries=backend.matrix(shard.read(f"{path}/q_expand")) if latent.query_rank else None,
         query_norm=_optional(shard, backend, f"{path}/q_latent_norm"),
-        query_bias=_optional(shard, backend, f"{path}/q_latent_bias"),
-        key_value_latent=backend.matrix(shard.read(f"{path}/kv_latent")),
         key_value_norm=backend.tensor(shard.read(f"{path}/kv_latent_norm")),
-        key_value_bias=_optional(shard, backend, f"{path}/kv_latent_bias"),
         absorb_keys=backend.head_matrices(expand[:, :unrotated_dim]),
         expand_values=backend.head_matrices(expand[:, unrotated_dim:].transpose(0, 2, 1)),
         output=backend.matrix(shard.read(f"{path}/o"), transposed=True),
@@ -205,6 +203,16 @@ def _latent_attention(shard: Shard, backend: Backend, path: str, *, latent: Late
         if latent.indexer and shard.has(f"{path}/index_q")
         else None,
     )
+
+
+def _down_bias(shard: Shard, backend: Backend, path: str, *, latent: Latent) -> Array | None:
+    """The bias of queries and latent vectors; queries without a latent vector have none, so zeros."""
+    if not shard.has(f"{path}/kv_latent_bias"):
+        return None
+    of_keys, heads = shard.read(f"{path}/kv_latent_bias"), shard.architecture.attention
+    if latent.query_rank:
+        return backend.tensor(shard.read(f"{path}/q_latent_bias"), of_keys)
+    return backend.tensor(np.zeros(heads.num_heads * heads.head_dim, of_keys.dtype), of_keys)
 
 
 def _indexer(shard: Shard, backend: Backend, path: str, shape: Indexer) -> LightningIndexer:

@@ -438,47 +438,88 @@ def test_rotation_into_the_cache_takes_rows_of_any_alignment(pair, first):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kept", "dim", "pairs", "lengths"),
+    ("query_dim", "kept", "dim", "pairs", "lengths"),
     [
-        (4, 32, 8, 4, DECODED),
-        (5, 32, 16, 8, ADDED),
-        (1, 9, 7, 3, ADDED),
-        (3, 1, 2, 1, [(1, 1)]),
-        (16, 512, 64, 32, DECODED),
+        (48, 32, 8, 4, DECODED),
+        (0, 32, 16, 8, ADDED),
+        (5, 9, 7, 3, ADDED),
+        (0, 1, 2, 1, [(1, 1)]),
+        (1536, 512, 64, 32, DECODED),
+        (20_000, 512, 64, 32, [(1, 1)]),
     ],
 )
-def test_rotation_into_a_latent_cache_has_the_bits_of_its_parts(pair, heads, kept, dim, pairs, lengths, interleaved):
-    """The rotated parts are views of products with other columns."""
-    width, rows, other = kept + dim, sum(new for _, new in lengths), 8 if dim % 8 == 0 else 5
+def test_extending_a_latent_cache_has_the_bits_of_its_parts(pair, query_dim, kept, dim, pairs, lengths, interleaved):
+    """Queries and keys are columns of one product."""
+    width, rows = kept + dim, sum(new for _, new in lengths)
     (caches, segments), ((_, separate), _) = (
         cached(pair, heads=1, dim=width, lengths=lengths, scattered=True, latent=kept) for _ in range(2)
     )
-    (kept_queries, queries), (keys, products) = (
-        (pair.values(rows, heads, kept, seed=4), pair.values(rows, heads, other + dim, seed=5)),
-        (pair.values(rows, 1, kept, seed=6), pair.values(rows, 1, other + dim, seed=7)),
-    )
-    cpu_parts, gpu_parts = (
-        ((kept_queries[n], queries[n][..., other:]), (keys[n], products[n][..., other:])) for n in range(2)
-    )
+    down = pair.values(rows, query_dim + width, seed=4)
+    keys = [(of_keys[..., :kept], of_keys[..., kept:]) for of_keys in (both[:, None, query_dim:] for both in down)]
+    angles = angles_of(pair, pairs, lengths)
+    weights, query_weights = pair.values(kept, seed=8), pair.values(query_dim, seed=9)
+    found = []
+    for number, backend in enumerate((pair.cpu, pair.gpu)):
+        norm, query_norm = RmsNorm(weights[number], 1e-5), RmsNorm(query_weights[number], 1e-6)
+        queries = (down[number][:, :query_dim], query_norm) if query_dim else None
+        given = {"norm": norm, "cache": caches[number], "segments": segments, "interleaved": interleaved}
+        found.append(backend.extend_latent_cache(keys[number], angles[number], queries=queries, **given))
+    kept_keys, rotary = keys[1]
+    vectors = pair.gpu.rms_norm(kept_keys, weights[1], eps=1e-5)
+    rotated = pair.gpu.rotate(rotary, angles[1], interleaved=interleaved)
+    pair.gpu.extend_cache(separate, pair.gpu.join_columns(vectors, rotated), None, segments)
+    assert_same_bits(pair, caches[1].keys, separate.keys)
+    pair.close(caches[1].keys, caches[0].keys, units=2)
+    if query_dim:
+        assert_same_bits(pair, found[1], pair.gpu.rms_norm(down[1][:, :query_dim], query_weights[1], eps=1e-6))
+        pair.close(found[1], found[0], units=2)
+    else:
+        assert found == [None, None]
+
+
+def angles_of(pair, pairs, lengths):
+    """The angles of the last rows of sequences, of the CPU and of the GPU."""
     positions = np.concatenate([np.arange(total - new, total) for total, new in lengths])
     frequencies = np.float32(100) ** -np.linspace(0, 1, pairs).astype(np.float32)
-    cpu_angles, gpu_angles = (
-        backend.rope_angles(positions, frequencies=frequencies, amplitude=1.2) for backend in (pair.cpu, pair.gpu)
-    )
-    given, (weight, gpu_weight) = {"segments": segments, "interleaved": interleaved}, pair.values(kept, seed=8)
-    norm, gpu_norm = (RmsNorm(weights, 1e-5) for weights in (weight, gpu_weight))
-    expected = pair.cpu.rotate_into_latent_cache(*cpu_parts, cpu_angles, norm=norm, cache=caches[0], **given)
-    actual = pair.gpu.rotate_into_latent_cache(*gpu_parts, gpu_angles, norm=gpu_norm, cache=caches[1], **given)
-    vectors = pair.gpu.rms_norm(gpu_parts[1][0], gpu_weight, eps=1e-5)
-    joined_queries, joined_keys = (
-        pair.gpu.join_columns(first, pair.gpu.rotate(second, gpu_angles, interleaved=interleaved))
-        for first, second in (gpu_parts[0], (vectors, gpu_parts[1][1]))
-    )
-    pair.gpu.extend_cache(separate, joined_keys, None, segments)
-    assert_same_bits(pair, actual, joined_queries)
-    assert_same_bits(pair, caches[1].keys, separate.keys)
-    pair.close(actual, expected, units=2)
-    pair.close(caches[1].keys, caches[0].keys, units=2)
+    return [backend.rope_angles(positions, frequencies=frequencies, amplitude=1.2) for backend in (pair.cpu, pair.gpu)]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kept", "dim", "pairs", "lengths"),
+    [
+        (5, 32, 8, 4, [(20, 20), (300, 1)]),
+        (4, 32, 16, 5, [(700, 2), (1, 1)]),
+        (3, 9, 7, 3, [(130, 3)]),
+        (8, 512, 64, 32, [(300, 1), (64, 1)]),
+    ],
+)
+def test_queries_rotated_by_attention_have_the_bits_of_rotated_queries(
+    pair, heads, kept, dim, pairs, lengths, interleaved
+):
+    """The rotated parts are columns of a product of all heads; its other columns are absorbed."""
+    caches, segments = cached(pair, heads=1, dim=kept + dim, lengths=lengths, scattered=True, latent=kept)
+    rows, other, angles = sum(new for _, new in lengths), 6, angles_of(pair, pairs, lengths)
+    absorbed, products = pair.values(rows, heads, kept, seed=3), pair.values(rows, heads, other + dim, seed=4)
+    cpu_parts, gpu_parts = ((absorbed[n], products[n][..., other:]) for n in range(2))
+    rule = {"scale": 0.04, "interleaved": interleaved}
+    expected = pair.cpu.attend_latent(cpu_parts, angles[0], caches[0], segments, **rule)
+    actual = pair.gpu.attend_latent(gpu_parts, angles[1], caches[1], segments, **rule)
+    rotated = pair.gpu.rotate(gpu_parts[1], angles[1], interleaved=interleaved)
+    joined = pair.gpu.join_columns(gpu_parts[0], rotated)
+    assert_same_bits(pair, actual, pair.gpu.attend(joined, caches[1], segments, scale=0.04))
+    np.testing.assert_allclose(pair.host(actual), expected, atol=0.012 if pair.is_bfloat16 else 4e-6)
+
+
+@pytest.mark.parametrize("limit", ["MOST_BLOCKS", "PARTIAL_BYTES"])
+def test_rotated_rows_of_several_launches_equal_those_of_one(device, monkeypatch, limit):
+    pair, lengths = Pair(device, "bfloat16"), [(300, 7)]
+    caches, segments = cached(pair, heads=1, dim=40, lengths=lengths, scattered=True, latent=32)
+    queries, angles = (pair.values(7, 2, 32)[1], pair.values(7, 2, 8, seed=1)[1]), angles_of(pair, 4, lengths)[1]
+    given = (queries, angles, caches[1], segments)
+    together = pair.gpu.download(pair.gpu.attend_latent(*given, scale=0.25))
+    monkeypatch.setattr(f"moempi.backend.cuda.attention.{limit}", 3 if limit == "MOST_BLOCKS" else 600)
+    np.testing.assert_array_equal(pair.gpu.download(pair.gpu.attend_latent(*given, scale=0.25)), together)
 
 
 def test_cleared_pages_are_zero(pair):

@@ -256,9 +256,8 @@ class NumpyBackend:
         self.extend_cache(cache, self.rotate(keys, angles, interleaved=interleaved), values, segments)
         return self.rotate(queries, angles, interleaved=interleaved)
 
-    def rotate_into_latent_cache(
+    def extend_latent_cache(
         self,
-        queries: tuple[Float32Array, Float32Array],
         keys: tuple[Float32Array, Float32Array],
         angles: tuple[Float32Array, Float32Array],
         *,
@@ -266,14 +265,12 @@ class NumpyBackend:
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
-    ) -> Float32Array:
+        queries: tuple[Float32Array, RmsNorm] | None = None,
+    ) -> Float32Array | None:
         vectors = self.rms_norm(keys[0], norm.weight, eps=norm.eps)
-        joined_queries, joined_keys = (
-            self.join_columns(kept, self.rotate(rotated, angles, interleaved=interleaved))
-            for kept, rotated in (queries, (vectors, keys[1]))
-        )
-        self.extend_cache(cache, joined_keys, None, segments)
-        return joined_queries
+        rotated = self.rotate(keys[1], angles, interleaved=interleaved)
+        self.extend_cache(cache, self.join_columns(vectors, rotated), None, segments)
+        return None if queries is None else self.rms_norm(queries[0], queries[1].weight, eps=queries[1].eps)
 
     def attend(
         self,
@@ -302,6 +299,19 @@ class NumpyBackend:
                 attended[rows] = result[low - first : high - first]
                 self._progress()
         return self._stored(attended)
+
+    def attend_latent(
+        self,
+        queries: tuple[Float32Array, Float32Array],
+        angles: tuple[Float32Array, Float32Array],
+        cache: Cache,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        interleaved: bool = False,
+    ) -> Float32Array:
+        rotated = self.rotate(queries[1], angles, interleaved=interleaved)
+        return self.attend(self.join_columns(queries[0], rotated), cache, segments, scale=scale)
 
     def select_positions(
         self,

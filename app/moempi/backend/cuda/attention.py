@@ -28,6 +28,32 @@ class Rule:
     sinks: Array | None
 
 
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Queries (T, H, dim), or their first numbers, with what comes behind them and is rotated where they are read.
+
+    `rotary` is (T, H, rope dim), `angles` are the cosines and sines (T, n) of the rows.
+    """
+
+    numbers: Array
+    rotary: Array | None = None
+    angles: tuple[Array, Array] | None = None
+    interleaved: bool = False
+
+    def rows_from(self, first: int, count: int) -> tuple[Array | None, ...]:
+        """Numbers, rotary, cosines and sines of rows [first, first + count)."""
+        parts = (self.numbers, self.rotary, *(self.angles or (None, None)))
+        return tuple(part if part is None else rows_from(part, first, count) for part in parts)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Pairs, whether they are interleaved, and the row stride and head stride of `rotary`."""
+        if self.rotary is None or self.angles is None:
+            return 0, 0, 0, 0
+        _, _, *strides = extents(self.rotary)
+        return self.angles[0].shape[1], int(self.interleaved), *strides
+
+
 class PagedAttention:
     """The kernels that write and read the cache."""
 
@@ -48,6 +74,13 @@ class PagedAttention:
         if layout.tile_kernel is not None and len(layout.tiles):
             self._attend_tiles(queries, cache, layout, layout.tile_kernel, rule, out)
         for run in layout.single_rows:
+            self.attend_rows(Queries(queries), cache, layout, run, rule, out)
+        return out
+
+    def attend_latent(self, queries: Queries, cache: Cache, layout: AttentionLayout, rule: Rule) -> Array:
+        """The outputs (T, H, value dim) of queries whose numbers are as many as a value of the latent cache has."""
+        out = self._launches.rows(queries.numbers.shape)
+        for run in layout.single_rows:
             self.attend_rows(queries, cache, layout, run, rule, out)
         return out
 
@@ -64,7 +97,7 @@ class PagedAttention:
         )
 
     def attend_rows(
-        self, queries: Array, cache: Cache, layout: AttentionLayout, run: SingleRows, rule: Rule, out: Array
+        self, queries: Queries, cache: Cache, layout: AttentionLayout, run: SingleRows, rule: Rule, out: Array
     ) -> None:
         """Attend single rows in blocks of keys, as many rows per launch as PARTIAL_BYTES holds."""
         _, heads, value_dim = out.shape
@@ -73,18 +106,19 @@ class PagedAttention:
         head_rounds = kv_heads * -(-(heads // kv_heads) // together)
         value_stride = cache.keys.shape[-1] if is_latent(cache) else value_dim
         dims = {**head_dims(cache), "HEADS": together}
-        sizes = (heads, kv_heads, value_stride, rule.scale, rule.window)
+        sizes = (heads, kv_heads, value_stride, rule.scale, rule.window, *queries.sizes)
         rows, splits = run.rows, -(-run.most_keys // SPLIT_KEYS)
         partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
         step = max(1, min(MOST_BLOCKS, PARTIAL_BYTES // max(1, partial_bytes)))
         for first in range(rows.start, rows.stop, step):
             num_rows = min(step, rows.stop - first)
-            own, spans, attended = (rows_from(x, first, num_rows) for x in (queries, layout.spans, out))
+            own = queries.rows_from(first, num_rows)
+            spans, attended = (rows_from(x, first, num_rows) for x in (layout.spans, out))
             sums = stats = arrived = None
             if splits > 1:
                 sums = self._device.empty((num_rows, heads, splits, value_dim), np.float32)
                 stats = self._device.empty((num_rows, heads, splits, 2), np.float32)
                 arrived = self._launches.counters(num_rows * head_rounds)
-            given = (own, cache.keys, cache.values, rule.sinks, spans, layout.pages)
+            given = (*own, cache.keys, cache.values, rule.sinks, spans, layout.pages)
             results, grid = (sums, stats, arrived, attended), (head_rounds, splits, num_rows)
             self._launches.launch("attention", "attend_rows", grid, 128, *given, *results, *sizes, **dims)

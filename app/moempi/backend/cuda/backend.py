@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.cuda.attention import PagedAttention, Rule
+from moempi.backend.cuda.attention import PagedAttention, Queries, Rule
 from moempi.backend.cuda.attention_layout import AttentionLayout, is_latent, lay_out_rows, tile_kernel
 from moempi.backend.cuda.delta_rule import StateVerbs
 from moempi.backend.cuda.device import Argument, Device
 from moempi.backend.cuda.few_rows import ExpertRows, FewRows, expert_rows
-from moempi.backend.cuda.launches import Launches, extents, rows_from
+from moempi.backend.cuda.launches import Launches, extents, norm_threads, rows_from
 from moempi.backend.cuda.peer_memory import DevicePeerMemory
 from moempi.backend.cuda.products import Matrix, Products
 from moempi.backend.cuda.selection import Selection
@@ -312,9 +312,8 @@ class CudaBackend:
         )
         return out
 
-    def rotate_into_latent_cache(
+    def extend_latent_cache(
         self,
-        queries: tuple[Array, Array],
         keys: tuple[Array, Array],
         angles: tuple[Array, Array],
         *,
@@ -322,16 +321,35 @@ class CudaBackend:
         cache: Cache,
         segments: Sequence[Segment],
         interleaved: bool = False,
-    ) -> Array:
-        layout, width = self._attention_layout(cache, segments), cache.keys.shape[-1]
-        (heads, kept, *kept_strides), (_, dim, *strides) = map(extents, queries)
-        (_, _, kept_key_stride, _), (_, _, key_stride, _) = map(extents, keys)
-        out = self._launches.rows((*queries[0].shape[:2], width))
-        given = (*queries, *keys, norm.weight, *angles, layout.spans, layout.pages, out, cache.keys)
-        sizes = (heads, kept, dim, angles[0].shape[1], *kept_strides, *strides, kept_key_stride, key_stride)
-        grid = (len(out), -(-heads * width // ROTATED_NUMBERS) + 1, 1)
-        self._launches.launch("rope", "rotate_into_latent_cache", grid, 128, *given, *sizes, interleaved, norm.eps)
+        queries: tuple[Array, RmsNorm] | None = None,
+    ) -> Array | None:
+        layout = self._attention_layout(cache, segments)
+        (_, kept, kept_stride, _), (_, dim, key_stride, _) = map(extents, keys)
+        latent, query_norm = queries or (None, None)
+        out = None if latent is None else self._launches.rows(latent.shape)
+        _, query_dim, query_stride, _ = (0, 0, 0, 0) if latent is None else extents(latent)
+        weights = (query_norm and query_norm.weight, norm.weight)
+        given = (latent, *keys, *weights, *angles, layout.spans, layout.pages, out, cache.keys)
+        sizes = (query_dim, kept, dim, angles[0].shape[1], query_stride, kept_stride, key_stride, interleaved)
+        grid, threads = (len(keys[0]), 1, 1), 128
+        if latent is not None:
+            grid, threads = (len(keys[0]), 2, 1), norm_threads(query_dim)
+        eps = (query_norm.eps if query_norm else 0.0, norm.eps)
+        self._launches.launch("rope", "extend_latent_cache", grid, threads, *given, *sizes, *eps)
         return out
+
+    def attend_latent(
+        self,
+        queries: tuple[Array, Array],
+        angles: tuple[Array, Array],
+        cache: Cache,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        interleaved: bool = False,
+    ) -> Array:
+        both, rule = Queries(*queries, angles, interleaved), Rule(scale, 0, None)
+        return self._attention.attend_latent(both, cache, self._attention_layout(cache, segments), rule)
 
     def attend(
         self,

@@ -77,9 +77,8 @@ class Launches:
     def by_norm(self, name: str, out: Array, *arguments: Argument, weight: Array) -> None:
         """Launch one block per vector of `out`; a thread takes several eights, whose loads overlap."""
         width = out.shape[-1]
-        threads = min(512, block_threads(-(-width // 4)))
         grid, constants = (prod(out.shape) // width, 1, 1), self.weight_type(weight)
-        self.launch("norm", name, grid, threads, *arguments, **constants)
+        self.launch("norm", name, grid, norm_threads(width), *arguments, **constants)
 
     def by_segment(self, file: str, name: str, out: Array, *arguments: Argument) -> None:
         """Launch one block per SEGMENT_BYTES of each row of `out`."""
@@ -114,6 +113,11 @@ def rows_from(whole: Array, first: int, count: int) -> Array:
 def block_threads(width: int) -> int:
     """Threads of a block for `width` numbers, eight per thread: whole warps, at most 1,024."""
     return int(min(1024, 32 * -(-width // 256)))
+
+
+def norm_threads(width: int) -> int:
+    """Threads of a block that normalizes a vector of `width` numbers by kernels/norm.cuh."""
+    return min(512, block_threads(-(-width // 4)))
 
 
 def extents(x: Array) -> tuple[int, int, int, int]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moempi.backend.cuda.attention import MOST_BLOCKS, PagedAttention, Rule
+from moempi.backend.cuda.attention import MOST_BLOCKS, PagedAttention, Queries, Rule
 from moempi.backend.cuda.attention_layout import AttentionLayout, SingleRows, lay_out_rows
 from moempi.backend.cuda.launches import SEGMENT_BYTES, Launches, rows_from
 from moempi.backend.protocol import Array, Cache, Segment
@@ -59,7 +59,9 @@ class Selection:
             given = (cache.keys, chosen, spans, layout.pages, keys, copied_rows, width)
             self._launches.launch("selection", "take_positions", (top_k, count, segments), 128, *given)
             copies = Cache(keys, keys[..., :value_dim])
-            self._attention.attend_rows(own, copies, of_copies, SingleRows(range(count), top_k), rule, attended)
+            self._attention.attend_rows(
+                Queries(own), copies, of_copies, SingleRows(range(count), top_k), rule, attended
+            )
         return out
 
     def _layout_of_copies(self, count: int, top_k: int) -> AttentionLayout:

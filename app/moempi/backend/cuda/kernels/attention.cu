@@ -9,13 +9,18 @@
 // of one split, that is the output. Otherwise the block that is last for its row and heads adds up the splits, in their
 // order, rescaled to one highest score.
 //
-// Shapes: queries (T, H, HEAD_DIM), out (T, H, VALUE_DIM), spans (T, 2) as in kv_cache.cu, sums (T, H, splits,
+// Queries whose last part is still to be rotated come in two arrays, the first numbers (T, H, VALUE_DIM) and `rotary`
+// (T, H, HEAD_DIM - VALUE_DIM), which has strides in numbers; a block rotates its heads by the row's angles as it reads
+// them, as by rotate in rope.cu. Otherwise `rotary` is null.                            NumPy twin: attend_latent
+//
+// Shapes: queries (T, H, HEAD_DIM), cosines and sines (T, pairs), out (T, H, VALUE_DIM), spans (T, 2) as in kv_cache.cu, sums (T, H, splits,
 // VALUE_DIM), stats (T, H, splits, 2) with the highest score first; `arrived`, an int for each row and head group, is
 // zero between launches. HEAD_DIM and VALUE_DIM, at most 1,024, and HEADS are compile-time constants. Keys and values
 // are read once; a warp reads one page. Adjacent blocks read adjacent heads of the same keys, so what the GPU reads at
 // one time is contiguous. A row's bits do not depend on its batch.
 // Launch: (key-value heads * ceil(shared / HEADS), splits, T) blocks of 128.
 #include "paging.cuh"
+#include "rotation.cuh"
 
 const int THREADS = 128, WARPS = THREADS / WARP_THREADS;
 const int SPLIT = WARPS * PAGE_ROWS;  // keys per block; equals SPLIT_KEYS of cuda/attention.py
@@ -224,9 +229,10 @@ __device__ inline bool is_last_block(int* arrived, int total) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
-    attend_rows(const row* queries, const row* keys, const row* values, const row* sinks, const int* spans,
-                const int* pages, float* sums, float* stats, int* arrived, row* out, int heads, int kv_heads,
-                int value_stride, float scale, int window) {
+    attend_rows(const row* queries, const row* rotary, const float* cosines, const float* sines, const row* keys,
+                const row* values, const row* sinks, const int* spans, const int* pages, float* sums, float* stats,
+                int* arrived, row* out, int heads, int kv_heads, int value_stride, float scale, int window, int pairs,
+                int interleaved, long long rotary_stride, long long rotary_head_stride) {
   __shared__ __align__(16) float scaled[HEADS][Keys::EIGHTS * 8], all_scores[WARPS][PAGE_ROWS][HEADS];
   __shared__ __align__(16) float partial[WARPS][Values::EIGHTS * 8], warp_stats[HEADS][WARPS][2];
   const long long token = blockIdx.z;
@@ -239,10 +245,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
   if (split < first_split || split >= first_split + own_splits) return;
 #pragma unroll 1
   for (int i = threadIdx.x; i < HEADS * Keys::EIGHTS * 8; i += THREADS) {
-    const int head = i / (Keys::EIGHTS * 8), column = i % (Keys::EIGHTS * 8);
+    const int head = i / (Keys::EIGHTS * 8), column = i % (Keys::EIGHTS * 8), number = first_head + head;
     const bool exists = head < own_heads && column < HEAD_DIM;
-    const row* query = queries + (token * heads + first_head + head) * HEAD_DIM;
-    scaled[head][column] = exists ? widen(query[column]) * scale : 0.0f;
+    float query = 0.0f;
+    if (HEAD_DIM > VALUE_DIM && rotary) {
+      const row* from = rotary + token * rotary_stride + number * rotary_head_stride;
+      if (exists && column < VALUE_DIM) query = widen(queries[(token * heads + number) * VALUE_DIM + column]);
+      else if (exists)
+        query = rotated_number(from, cosines + token * pairs, sines + token * pairs, column - VALUE_DIM, pairs,
+                               interleaved);
+    } else if (exists) {
+      query = widen(queries[(token * heads + number) * HEAD_DIM + column]);
+    }
+    scaled[head][column] = query * scale;
   }
   const int warp = threadIdx.x / WARP_THREADS, lane = threadIdx.x % WARP_THREADS, page = split * WARPS + warp;
   const int first = max(0, seen_from - page * PAGE_ROWS), last = min(PAGE_ROWS, position + 1 - page * PAGE_ROWS);

@@ -7,63 +7,18 @@
 // A block norms one vector and writes it contiguously; strides are in numbers.
 // Launch: T * H blocks; layer_norm threads as in elementwise.cu; the others ceil(width / 32) threads, rounded up to
 // whole warps, at most 512.
-#include "rows.cuh"
-
-const int IN_FLIGHT = 4;
-
-// Numbers of a vector that the block's threads fetch together.
-__device__ inline int eights_step() { return IN_FLIGHT * static_cast<int>(blockDim.x) * 8; }
-
-__device__ inline void add_squares(float* squares, const float* numbers) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) *squares += numbers[n] * numbers[n];
-}
-
-// Write the block's vector of `out` from a vector and each thread's sum of squares. A thread reads no other numbers of
-// the vector than it has squared.
-__device__ inline void normalize(const row* vector, float squares, const norm_weight* weight, row* out, int width,
-                                 float eps, int rounded) {
-  Eight<row> held[IN_FLIGHT];
-  Eight<norm_weight> held_weights[IN_FLIGHT];
-  const float factor = rsqrtf(__fdividef(block_sum(squares), width) + eps);
-  for (int first = threadIdx.x * 8; first < width; first += eights_step()) {
-    fetch_eights<IN_FLIGHT>(held, vector, first, width);
-    fetch_eights<IN_FLIGHT>(held_weights, weight, first, width);
-#pragma unroll
-    for (int i = 0; i < IN_FLIGHT; ++i) {
-      const int column = first + i * static_cast<int>(blockDim.x) * 8;
-      float numbers[8], weights[8];
-      unpack8(held[i], numbers), unpack8(held_weights[i], weights);
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const float normalized = numbers[n] * factor;
-        numbers[n] = (rounded ? stored(normalized) : normalized) * weights[n];
-      }
-      if (column < width) store8(out + static_cast<long long>(blockIdx.x) * width + column, width - column, numbers);
-    }
-  }
-}
+#include "norm.cuh"
 
 extern "C" __global__ void rms_norm(const row* x, const norm_weight* weight, row* out, int heads, int width,
                                     long long token_stride, long long head_stride, float eps, int rounded) {
-  const row* vector = x + vector_start(blockIdx.x, heads, token_stride, head_stride);
-  Eight<row> held[IN_FLIGHT];
-  float squares = 0.0f;
-  for (int first = threadIdx.x * 8; first < width; first += eights_step()) {
-    fetch_eights<IN_FLIGHT>(held, vector, first, width);
-#pragma unroll
-    for (int i = 0; i < IN_FLIGHT; ++i) {
-      float numbers[8];
-      unpack8(held[i], numbers);
-      add_squares(&squares, numbers);
-    }
-  }
-  normalize(vector, squares, weight, out, width, eps, rounded);
+  normalize_vector(x + vector_start(blockIdx.x, heads, token_stride, head_stride), weight,
+                   out + static_cast<long long>(blockIdx.x) * width, width, eps, rounded);
 }
 
 extern "C" __global__ void add_rms_norm(const row* x, const row* y, const norm_weight* weight, row* total, row* out,
                                         int width, long long x_stride, long long y_stride, float eps, int rounded) {
-  x += blockIdx.x * x_stride, y += blockIdx.x * y_stride, total += static_cast<long long>(blockIdx.x) * width;
+  x += blockIdx.x * x_stride, y += blockIdx.x * y_stride;
+  total += static_cast<long long>(blockIdx.x) * width, out += static_cast<long long>(blockIdx.x) * width;
   Eight<row> held_x[IN_FLIGHT], held_y[IN_FLIGHT];
   float squares = 0.0f;
   for (int first = threadIdx.x * 8; first < width; first += eights_step()) {

@@ -6,15 +6,17 @@
 //   rotate_into_cache  out = rotate of queries (T, H, dim); cached keys[cache row of t] = rotate of keys[t], cached
 //                      values[cache row of t] = values[t], both (key-value heads, dim); with weights of norms, heads
 //                      of queries and keys are normalized first, as by rms_norm in norm.cu     NumPy: rotate_into_cache
-//   rotate_into_latent_cache  out (T, H, kept + dim) = kept queries (T, H, kept), then rotate of queries (T, H, dim);
-//                      cached keys[cache row of t] (kept + dim) the same of the keys' one head, whose kept part is
-//                      normalized first                                                 NumPy: rotate_into_latent_cache
+//   extend_latent_cache  cached keys[cache row of t] (kept + dim) = kept keys (T, kept), normalized as by rms_norm, then
+//                      rotate of keys (T, dim); unless null, out (T, N) = rms_norm of queries (T, N)
+//                                                                                              NumPy: extend_latent_cache
 //
 // Shapes: x, queries, keys and values have strides in numbers, out is contiguous; spans (T, 2) as in kv_cache.cu.
 // Launch: rope_angles ceil(T * n / 256) blocks of 256; rotate_into_cache (T, ceil((H + 2 key-value heads) / together))
-// blocks of 128, each of which has up to `together` heads; the others (T, ceil(numbers of a row / 2048)) blocks of 128,
-// of rotate_into_latent_cache numbers of its queries, and one block more for its key.
+// blocks of 128, each of which has up to `together` heads; extend_latent_cache (T, 2) blocks of the threads of rms_norm of
+// N numbers, or (T, 1) blocks of whole warps without queries; rotate (T, ceil(numbers of a row / 2048)) blocks of 128.
+#include "norm.cuh"
 #include "paging.cuh"
+#include "rotation.cuh"
 
 extern "C" __global__ void rope_angles(const int* positions, const float* frequencies, float* cosines, float* sines,
                                        int rows, int pairs, float amplitude) {
@@ -59,19 +61,19 @@ __device__ inline void rotate_eight(const row* from, const float* cosines, const
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int a = INTERLEAVED ? 2 * i : i, b = INTERLEAVED ? 2 * i + 1 : i + 8;
-    rotated[a] = numbers[a] * cosine[i] - numbers[b] * sine[i];
-    rotated[b] = numbers[b] * cosine[i] + numbers[a] * sine[i];
+    rotated[a] = rotated_first(numbers[a], numbers[b], cosine[i], sine[i]);
+    rotated[b] = rotated_second(numbers[a], numbers[b], cosine[i], sine[i]);
   }
   store8(to + first, 8, rotated), store8(to + second, 8, rotated + 8);
 }
 
 __device__ inline void rotate_one(const row* from, const float* cosines, const float* sines, row* to, int pair,
                                   int pairs, int interleaved, const HeadNorm& norm) {
-  const int first = interleaved ? 2 * pair : pair, second = interleaved ? first + 1 : pair + pairs;
+  const int first = first_of_pair(pair, interleaved), second = second_of_pair(pair, pairs, interleaved);
   float a[8] = {widen(from[first])}, b[8] = {widen(from[second])};
   normalize8(a, norm, first, 1), normalize8(b, norm, second, 1);
-  narrow(a[0] * cosines[pair] - b[0] * sines[pair], to + first);
-  narrow(b[0] * cosines[pair] + a[0] * sines[pair], to + second);
+  narrow(rotated_first(a[0], b[0], cosines[pair], sines[pair]), to + first);
+  narrow(rotated_second(a[0], b[0], cosines[pair], sines[pair]), to + second);
 }
 
 __device__ inline void copy_numbers(const row* from, row* to, int column, int count, const HeadNorm& norm) {
@@ -167,35 +169,22 @@ extern "C" __global__ void rotate_into_cache(
   }
 }
 
-extern "C" __global__ void rotate_into_latent_cache(
-    const row* kept_queries, const row* queries, const row* kept_keys, const row* keys, const norm_weight* key_norm,
-    const float* cosines, const float* sines, const int* spans, const int* pages, row* out, row* cached_keys, int heads,
-    int kept, int dim, int pairs, long long kept_query_stride, long long kept_query_head_stride, long long query_stride,
-    long long query_head_stride, long long kept_key_stride, long long key_stride, int interleaved, float eps) {
+extern "C" __global__ void extend_latent_cache(
+    const row* queries, const row* kept_keys, const row* keys, const norm_weight* query_norm,
+    const norm_weight* key_norm, const float* cosines, const float* sines, const int* spans, const int* pages, row* out,
+    row* cached_keys, int query_dim, int kept, int dim, int pairs, long long query_stride, long long kept_stride,
+    long long key_stride, int interleaved, float query_eps, float key_eps) {
   const long long token = blockIdx.x;
-  const int width = kept + dim, query_blocks = gridDim.y - 1;
-  const bool is_key = blockIdx.y == query_blocks;
-  kept_queries += token * kept_query_stride, queries += token * query_stride;
-  kept_keys += token * kept_key_stride, keys += token * key_stride;
-  cosines += token * pairs, sines += token * pairs;
-  out += token * heads * width, cached_keys += cache_row(pages + spans[2 * token + 1], spans[2 * token]) * width;
-  const bool by_eights = is_by_eights(kept_queries, kept_query_head_stride, kept, 0) &&
-                         is_by_eights(queries, query_head_stride, dim, pairs) && is_by_eights(kept_keys, 0, kept, 0) &&
-                         is_by_eights(keys, 0, dim, pairs);
-  const int size = by_eights ? 8 : 1, copies = kept / size, parts = copies + (dim - pairs) / size;
-  const HeadNorm plain = {nullptr, 0.0f, 0};
-  if (is_key) {
-    const HeadNorm norm = {key_norm, norm_factor(kept_keys, kept, eps), 1};
-    for (int part = threadIdx.x; part < parts; part += blockDim.x)
-      if (part < copies) copy_numbers(kept_keys, cached_keys, part * size, size, norm);
-      else rotate_part(keys, cosines, sines, cached_keys + kept, part - copies, size, pairs, interleaved, plain);
+  if (blockIdx.y == 1) {
+    normalize_vector(queries + token * query_stride, query_norm, out + token * query_dim, query_dim, query_eps, 1);
     return;
   }
-  for (int task = blockIdx.y * blockDim.x + threadIdx.x; task < heads * parts; task += query_blocks * blockDim.x) {
-    const int head = task / parts, part = task - head * parts;
-    row* to = out + head * width;
-    if (part < copies) copy_numbers(kept_queries + head * kept_query_head_stride, to, part * size, size, plain);
-    else rotate_part(queries + head * query_head_stride, cosines, sines, to + kept, part - copies, size, pairs,
-                     interleaved, plain);
-  }
+  kept_keys += token * kept_stride, keys += token * key_stride, cosines += token * pairs, sines += token * pairs;
+  cached_keys += cache_row(pages + spans[2 * token + 1], spans[2 * token]) * (kept + dim);
+  const bool by_eights = is_by_eights(kept_keys, 0, kept, 0) && is_by_eights(keys, 0, dim, pairs);
+  const int size = by_eights ? 8 : 1, copies = kept / size, parts = copies + (dim - pairs) / size;
+  const HeadNorm norm = {key_norm, norm_factor(kept_keys, kept, key_eps), 1}, plain = {nullptr, 0.0f, 0};
+  for (int part = threadIdx.x; part < parts; part += blockDim.x)
+    if (part < copies) copy_numbers(kept_keys, cached_keys, part * size, size, norm);
+    else rotate_part(keys, cosines, sines, cached_keys + kept, part - copies, size, pairs, interleaved, plain);
 }
