@@ -15,7 +15,11 @@ TABLE = Path(__file__).with_suffix(".txt")
 SHAPES = {"EXPERTS": 64, "IDS": 64, "HEAD_DIM": 128, "VALUE_DIM": 128, "HEADS": 4, "ROWS": 64}
 HOPPER_ONLY = {"attention_warpgroups.cu", "few_rows.cu"}
 BFLOAT16_ONLY = {"attention_tiles.cu", *HOPPER_ONLY}
-PRECISIONS = {"bfloat16": {}, "float32": {"FLOAT32_ROWS": None}}
+PRECISIONS = {
+    "bfloat16": {},
+    "bfloat16,float32-weights": {"FLOAT32_WEIGHTS": 1},  # norms beside bfloat16 rows
+    "float32": {"FLOAT32_ROWS": None},
+}
 MORE_SHAPES = {
     "attention.cu": [
         {"HEAD_DIM": key, "VALUE_DIM": value, "HEADS": heads}
@@ -57,16 +61,23 @@ def compile_kernels(file, architecture, constants):
     return found
 
 
+def compilations(files):
+    """Each file with each of the precisions for which the program compiles it."""
+    for file in sorted(files):
+        for precision in PRECISIONS:
+            has_weights = "norm_weight" in (KERNELS / file).read_text()
+            if precision == "bfloat16" or (file not in BFLOAT16_ONLY and (precision == "float32" or has_weights)):
+                yield file, precision
+
+
 def variants():
     """The file and the constants of each compilation of the table, with a name."""
-    for file in sorted(path.name for path in KERNELS.glob("*.cu")):
-        for precision, constants in PRECISIONS.items():
-            if precision == "bfloat16" or file not in BFLOAT16_ONLY:
-                for shape in ({}, *MORE_SHAPES.get(file, ())):
-                    source = Kernel(file, "").source
-                    used = {key: value for key, value in (SHAPES | shape).items() if re.search(rf"\b{key}\b", source)}
-                    name = " ".join([file, precision, *(f"{key}={value}" for key, value in used.items())])
-                    yield name, file, {**constants, **used}
+    for file, precision in compilations(path.name for path in KERNELS.glob("*.cu")):
+        for shape in ({}, *MORE_SHAPES.get(file, ())):
+            source = Kernel(file, "").source
+            used = {key: value for key, value in (SHAPES | shape).items() if re.search(rf"\b{key}\b", source)}
+            name = " ".join([file, precision, *(f"{key}={value}" for key, value in used.items())])
+            yield name, file, {**PRECISIONS[precision], **used}
 
 
 def table():

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from backend.cuda.ptxas import BFLOAT16_ONLY, HOPPER_ONLY, PRECISIONS, SHAPES, compile_kernels, table, variants
+from backend.cuda.ptxas import HOPPER_ONLY, PRECISIONS, SHAPES, compilations, compile_kernels, table, variants
 from moempi.backend.cuda.device import KERNELS, Kernel, find_kernel
 from mpirun import ROOT
 from simt.device import SimtDevice
@@ -26,12 +26,11 @@ MOST_THREADS = {
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("file", sorted({path.name for path in KERNELS.glob("*.cu")} - HOPPER_ONLY))
+@pytest.mark.parametrize(
+    ("file", "precision"), list(compilations({path.name for path in KERNELS.glob("*.cu")} - HOPPER_ONLY))
+)
 def test_nvrtc_compiles_the_kernels_for_blocks_that_can_be_launched(file, precision, architecture):
     pytest.importorskip("cupy")
-    if precision == "float32" and file in BFLOAT16_ONLY:
-        pytest.skip("this kernel takes bfloat16 alone")
     found = compile_kernels(file, architecture, PRECISIONS[precision] | SHAPES)
     assert found
     for kernel, resources in found.items():
