@@ -9,7 +9,7 @@ from msgspec import structs
 
 from engine.jobs import make_job
 from engine.requests import make_request
-from engine.runs import SPACES, STATEFUL
+from engine.runs import SMALL, SPACES, STATEFUL
 from moempi.commands.dry_run import dry_run
 from moempi.config.architecture import DeltaRule
 from moempi.config.tensors import PAGE_ROWS
@@ -122,6 +122,20 @@ def test_the_memory_of_a_layout_counts_a_state_for_each_slot_and_pages_for_other
     assert {memory.slots for memory in layout.memory} == {6}
     page = PAGE_ROWS * STATEFUL.attention.cached_values // tensor * 4
     assert [memory.page for memory in layout.memory] == [(4 // stages - count) * page for count in layers]
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+@pytest.mark.parametrize("nodes", [[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 2, 3]])
+def test_rows_of_a_transport_that_a_probe_chooses_are_those_of_the_larger(nodes, immediate):
+    """Rows that are sent: 2 of each of K choices; received: 1.5. Messages: 4 buffers; shared: 2 slots, 2 buffers."""
+    rows = {}
+    for transport in ("auto", "shared", "pairwise", "alltoallv"):
+        exchange = {"transport": transport, "immediate": immediate}
+        layout = make_layout(make_job(exchange=exchange, parallel={"stages": 2}), SMALL, nodes)
+        rows[transport] = [memory.rows for memory in layout.memory]
+    assert rows["pairwise"] == rows["alltoallv"]
+    assert rows["auto"] == list(map(max, rows["shared"], rows["pairwise"]))
+    assert rows["auto"] != rows["pairwise"]
 
 
 @pytest.mark.parametrize(("tensor", "stages"), [(1, 1), (2, 1), (1, 2)])

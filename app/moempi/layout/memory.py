@@ -125,21 +125,30 @@ def _expert_values_per_row(job: Job, architecture: Architecture, rank: StageRank
 
 
 def _buffered_values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
-    """The number of values per row in the buffers of a lane: its exchange, its tensor group and its stage links."""
+    """The number of values per row in the buffers of a lane: its exchange, its tensor group and its stage links.
+
+    On a CPU a probe at the start of the run chooses the transport "auto": the buffers are then the larger of slots and
+    messages.
+    """
     exchange, experts, tensor = job.exchange, architecture.experts, job.parallel.tensor
-    has_messages = _has_messages(job, on_gpu=on_gpu)
-    rows = exchange_rows(
-        rank.nodes,
-        hops=exchange.hops,
-        num_experts=experts.num,
-        top_k=experts.router.top_k,
-        has_slots=rank.reads_peers or (exchange.transport == "shared" and not on_gpu),
-        has_messages=has_messages,
+    has_messages, is_last = _has_messages(job, on_gpu=on_gpu), rank.layers.stop == architecture.num_layers
+    may_have_slots = rank.reads_peers or (exchange.transport in ("auto", "shared") and not on_gpu)
+    is_probed = exchange.transport == "auto" and not on_gpu
+    rows = max(
+        exchange_rows(
+            rank.nodes,
+            hops=exchange.hops,
+            num_experts=experts.num,
+            top_k=experts.router.top_k,
+            has_slots=has_slots,
+            has_messages=has_messages,
+            sends_immediate=exchange.immediate and not is_last,
+        )
+        for has_slots in {may_have_slots, may_have_slots and not is_probed}
     )
     of_exchange = rows * architecture.routed_width / tensor
     if not has_messages:
         return of_exchange
-    is_last = rank.layers.stop == architecture.num_layers
     links = GROWTH * (not is_last) + (rank.layers.start > 0)
     if exchange.immediate:
         outputs = received_factor(len(rank.nodes)) * experts.router.top_k + 1 + (experts.shared_width > 0)

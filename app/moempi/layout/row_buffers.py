@@ -54,16 +54,25 @@ def nodes_of_row(nodes: Sequence[int], num_experts: int, top_k: int) -> float:
 
 
 def exchange_rows(
-    nodes: Sequence[int], *, hops: int, num_experts: int, top_k: int, has_slots: bool, has_messages: bool
+    nodes: Sequence[int],
+    *,
+    hops: int,
+    num_experts: int,
+    top_k: int,
+    has_slots: bool,
+    has_messages: bool,
+    sends_immediate: bool = False,
 ) -> float:
     """Rows of all buffers of one lane's exchange between ranks on `nodes` (R,), for each row of this rank.
 
     With `has_slots`, a transport inside a node has slots, as `cuda_ipc` and `shared`, else it sends messages.
-    `has_messages`: the buffers of messages are in this memory.
+    `has_messages`: the buffers of messages are in this memory. With `sends_immediate` the last dispatch of a step has
+    no combine, so that either of the two buffers of a direction holds the larger transfer in turn.
     """
     received = received_factor(len(nodes)) * top_k
     if hops == 1:
-        return _hop_rows(len(nodes), top_k, (top_k, received), has_slots=has_slots, has_messages=has_messages)
+        transfers = (received if sends_immediate else top_k, received)
+        return _hop_rows(len(nodes), top_k, transfers, has_slots=has_slots, has_messages=has_messages)
     sent = nodes_of_row(nodes, num_experts, top_k)
     across = (sent, received_factor(len(nodes)) * sent)
     on_node = max(Counter(nodes).values())
