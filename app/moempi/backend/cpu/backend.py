@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray, aligned_empty, round_to_bfloat16, widen
-from moempi.backend.cpu.attention_layout import BLOCK, Mask, cache_rows, causal_mask, query_blocks, rows_of
+from moempi.backend.cpu.attention import AttentionRule, attend_positions, attend_segments
+from moempi.backend.cpu.attention_layout import BLOCK, cache_rows
 from moempi.backend.cpu.control_groups import available_bytes
 from moempi.backend.cpu.delta_rule import apply_delta_rule, convolve, silu
 from moempi.backend.cpu.router import choose, weights_of
-from moempi.backend.cpu.selection import best_positions, index_scores
+from moempi.backend.cpu.selection import select_of_segments
 from moempi.backend.cpu.state_space import alpha_and_steps, apply_state_space
 from moempi.backend.protocol import (
     Array,
@@ -283,22 +284,8 @@ class NumpyBackend:
         sinks: Float32Array | None = None,
     ) -> Float32Array:
         """The softmax is in float32."""
-        num_rows, heads, dim = queries.shape
-        attended = np.empty((num_rows, heads, cache.values.shape[-1]), np.float32)
-        for segment in segments:
-            end = segment.start + segment.length
-            for first, last, num_keys in query_blocks(segment.start, end):
-                first_key = max(0, first - window + 1) // PAGE_ROWS * PAGE_ROWS if window else 0
-                seen = cache_rows(segment.pages, first_key, num_keys)
-                mask = causal_mask(first, last, first_key=first_key, end_key=num_keys, window=window)
-                low, high = max(first, segment.start), min(last, end)
-                rows = slice(segment.row + low - segment.start, segment.row + high - segment.start)
-                block = np.zeros((last - first, heads, dim), np.float32)
-                np.multiply(queries[rows], np.float32(scale), out=block[low - first : high - first])
-                result = _attention(block, cache.keys[seen], cache.values[seen], mask, sinks)
-                attended[rows] = result[low - first : high - first]
-                self._progress()
-        return self._stored(attended)
+        rule = AttentionRule(scale, window, sinks)
+        return self._stored(attend_segments(queries, cache, segments, rule, progress=self._progress))
 
     def attend_latent(
         self,
@@ -322,21 +309,7 @@ class NumpyBackend:
         *,
         top_k: int,
     ) -> npt.NDArray[np.int32]:
-        positions = np.empty((len(queries), top_k), np.int32)
-        for segment in segments:
-            end = segment.start + segment.length
-            for first, last, num_keys in query_blocks(segment.start, end):
-                low, high = max(first, segment.start), min(last, end)
-                rows = range(segment.row + low - segment.start, segment.row + high - segment.start)
-                own, block = slice(low - first, high - first), (last - first, *queries.shape[1:])
-                padded, padded_weights = np.zeros(block, np.float32), np.zeros(block[:2], np.float32)
-                padded[own], padded_weights[own] = queries[rows.start : rows.stop], weights[rows.start : rows.stop]
-                keys = index.keys[cache_rows(segment.pages, 0, num_keys), 0]
-                scores = index_scores(padded, padded_weights, keys)[own]
-                for row, seen, of_row in zip(rows, range(low + 1, high + 1), scores, strict=True):
-                    positions[row] = best_positions(of_row[:seen], top_k)
-                self._progress()
-        return positions
+        return select_of_segments(queries, weights, index, segments, top_k=top_k, progress=self._progress)
 
     def attend_selected(
         self,
@@ -348,14 +321,7 @@ class NumpyBackend:
         scale: float,
     ) -> Float32Array:
         """The softmax is in float32."""
-        attended = np.empty((*queries.shape[:2], cache.values.shape[-1]), np.float32)
-        all_seen = positions.shape[1], np.zeros((1, 0), np.float32)
-        for segment in segments:
-            for row in range(segment.row, segment.row + segment.length):
-                chosen = rows_of(segment.pages, positions[row])
-                query = queries[row : row + 1] * np.float32(scale)
-                attended[row] = _attention(query, cache.keys[chosen], cache.values[chosen], all_seen, None)[0]
-            self._progress()
+        attended = attend_positions(queries, cache, segments, positions, scale=scale, progress=self._progress)
         return self._stored(attended)
 
     # States
@@ -558,32 +524,3 @@ def _in_blocks(x: Float32Array) -> Float32Array:
     padded = np.zeros((-(-len(x) // BLOCK) * BLOCK, *x.shape[1:]), np.float32)
     padded[: len(x)] = x
     return padded
-
-
-def _attention(
-    queries: Float32Array,
-    keys: Float32Array,
-    values: Float32Array,
-    mask: Mask,
-    sinks: Float32Array | None,
-) -> Float32Array:
-    """Softmax attention of scaled queries (n, H, dim) over keys (m, key-value heads, dim) -> (n, H, value dim)."""
-    num_rows, heads, dim = queries.shape
-    kv_heads = keys.shape[1]
-    shared = heads // kv_heads
-    grouped = queries.reshape(num_rows, kv_heads, shared, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
-    scores = np.matmul(grouped, keys.transpose(1, 2, 0))
-    from_key, penalty = mask
-    scores.reshape(kv_heads, num_rows, shared, -1)[..., from_key:] += penalty[:, None, :]
-    highest = scores.max(axis=-1, keepdims=True)
-    if sinks is not None:
-        sink = np.tile(sinks.reshape(kv_heads, shared), num_rows)[..., None]
-        highest = np.maximum(highest, sink)
-    scores -= highest
-    np.exp(scores, out=scores)
-    total = scores.sum(axis=-1, keepdims=True)
-    if sinks is not None:
-        total += np.exp(sink - highest)
-    mixed: Float32Array = np.matmul(scores, values.transpose(1, 0, 2))
-    mixed /= total
-    return mixed.reshape(kv_heads, num_rows, shared, -1).transpose(1, 0, 2, 3).reshape(num_rows, heads, -1)
