@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from moempi.backend.protocol import SAMPLING_REQUEST, LogitAdjustment, sampling_request
 from moempi.backend.sampling import adjusted
+from moempi.backend.values import SAMPLING_REQUEST, LogitAdjustment, sampling_request
 from moempi.config.job import Sampling
 
 

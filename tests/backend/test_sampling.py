@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from backend.sampling_twin import requests_of, row_of, sample_slowly
 from moempi.backend import sampling
-from moempi.backend.protocol import take_likeliest
 from moempi.backend.sampling import adjusted, sample_tokens
+from moempi.backend.values import take_likeliest
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2], np.float32))
 GRID = (np.arange(2000) + 0.5) / 2000

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from moempi.backend.protocol import SampledTokens
+from moempi.backend.values import SampledTokens
 from moempi.config.job import Sampling
 from moempi.engine.request import Request
 from moempi.engine.tokenizer import TextTokenizer

@@ -9,7 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from engine.jobs import make_job
-from moempi.backend.protocol import LogitAdjustment, SampledTokens
+from moempi.backend.values import LogitAdjustment, SampledTokens
 from moempi.comm.batch import Batch
 from moempi.engine.request import Request
 from moempi.engine.run import run_job

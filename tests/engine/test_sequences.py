@@ -9,7 +9,7 @@ import pytest
 
 from engine.requests import EOS, abacus_tokenizer, make_request, make_sampled
 from engine.runs import Run, requests_of
-from moempi.backend.protocol import SAMPLING_REQUEST, SampledTokens, sampling_request
+from moempi.backend.values import SAMPLING_REQUEST, SampledTokens, sampling_request
 from moempi.engine.scheduler import Scheduler
 from moempi.engine.sequences import BLOCK_TOKENS, OutputBlocks
 from moempi.engine.tasks import Generate

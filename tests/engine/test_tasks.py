@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.requests import EOS, make_request, make_sampled
-from moempi.backend.protocol import SampledTokens
+from moempi.backend.values import SampledTokens
 from moempi.config.tensors import PAGE_ROWS
 from moempi.engine.scheduler import Scheduler
 from moempi.engine.sequences import Sequences

@@ -10,8 +10,8 @@ from backend.sampling_twin import requests_of, row_of
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import load_kernels
-from moempi.backend.protocol import SampledTokens
 from moempi.backend.scores import SUM_TOKENS, Above
+from moempi.backend.values import SampledTokens
 from moempi.bench.random_layer import run_to_end
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import PendingTransfers, Transfers

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.backend.protocol import Segment, Segments
+from moempi.backend.values import Segment, Segments
 from moempi.comm.batch import NONE, Batch
 from moempi.config.architecture import AttentionShape
 from moempi.config.tensors import PAGE_ROWS

@@ -5,7 +5,7 @@ import pytest
 
 from moempi.arrays import narrow, round_to_bfloat16
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.backend.protocol import Segment
+from moempi.backend.values import Segment
 from moempi.config.architecture import AttentionShape, Latent, Rope
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.rope import rope_angles

@@ -5,7 +5,7 @@ import pytest
 
 from moempi.arrays import narrow
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.backend.protocol import Cache, Segment
+from moempi.backend.values import Cache, Segment
 from moempi.comm.batch import NONE, Batch
 from moempi.config.architecture import AttentionShape, Indexer, Latent, Rope
 from moempi.model.latent_attention import LatentAttention

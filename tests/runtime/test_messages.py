@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from moempi.backend.protocol import SampledTokens
+from moempi.backend.values import SampledTokens
 from moempi.comm.batch import NO_STEP
 from moempi.config.job import Sampling
 from moempi.runtime.hang import Position

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.protocol import LogitAdjustment, SamplingRequests, take_likeliest
+from moempi.backend.values import LogitAdjustment, SamplingRequests, take_likeliest
 
 Scores = npt.NDArray[np.float64]
 

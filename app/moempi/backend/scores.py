@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, Int32Array, IntArray
-from moempi.backend.protocol import LogitScan
+from moempi.backend.values import LogitScan
 
 SUM_TOKENS = 4096
 """Tokens of a block; each piece but the last is of whole blocks."""

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from moempi.backend.protocol import Cache, Segment
+from moempi.backend.values import Cache, Segment
 from moempi.bench.gpu_parts import Make, one_sequence
 from moempi.bench.gpu_report import COPY, OURS, Bench, Case
 from moempi.bench.torch_peers import ATTENTION_BACKENDS

@@ -16,7 +16,7 @@ import numpy as np
 
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.cuda.products import Matrix
-from moempi.backend.protocol import Array, Expert
+from moempi.backend.values import Array, Expert
 from moempi.bench.gpu_parts import NORM_EPS, Make
 from moempi.bench.gpu_report import OURS, Bench, Case
 from moempi.bench.random_layer import WEIGHT_DEVIATION, Sizes, make_exchange, run_to_end

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moempi.backend.cuda.products import Matrix
-from moempi.backend.protocol import Array, Expert, Segment
+from moempi.backend.values import Array, Expert, Segment
 from moempi.bench.gpu_report import COPY, KERNELS, OURS, Bench, Case
 from moempi.bench.random_layer import WEIGHT_DEVIATION
 from moempi.config.architecture import Rope, Router

@@ -20,8 +20,9 @@ import numpy as np
 
 from moempi.arrays import narrow
 from moempi.backend.cuda.backend import CudaBackend
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
 from moempi.backend.select import make_backend
+from moempi.backend.values import Array
 from moempi.bench.device_calls import around_calls, record_calls, replay
 from moempi.bench.gpu_clock import Timer
 from moempi.bench.gpu_report import write_json

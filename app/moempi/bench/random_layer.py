@@ -7,7 +7,8 @@ from typing import TypeVar
 import numpy as np
 
 from moempi.arrays import Bits, Float32Array, narrow, round_to_bfloat16
-from moempi.backend.protocol import Backend, Expert
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Expert
 from moempi.comm.exchange import OneHop
 from moempi.comm.hop import Hop
 from moempi.comm.transfers import Waits

@@ -7,7 +7,7 @@ import numpy as np
 from moempi.arrays import narrow
 from moempi.backend.cuda.device import Device
 from moempi.backend.cuda.products import Matrix
-from moempi.backend.protocol import Array, Expert
+from moempi.backend.values import Array, Expert
 from moempi.bench.random_layer import WEIGHT_DEVIATION, Sizes
 from moempi.config.architecture import Router
 from moempi.model.feed_forward import MixtureOfExperts

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moempi.backend.protocol import Array, Cache
+from moempi.backend.values import Array, Cache
 from moempi.bench import peers
 from moempi.bench.random_layer import Sizes
 

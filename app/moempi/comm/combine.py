@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moempi.backend.protocol import Array
+from moempi.backend.values import Array
 from moempi.comm.exchange import Exchange
 from moempi.comm.transfers import Waits
 

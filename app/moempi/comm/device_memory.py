@@ -12,7 +12,7 @@ import sys
 import numpy as np
 from mpi4py import MPI
 
-from moempi.backend.protocol import Array
+from moempi.backend.values import Array
 from moempi.comm.transports.base import Completion, wait
 from moempi.comm.transports.pairwise import RequestGroup
 from moempi.config.job import ExchangeSection

@@ -13,7 +13,8 @@ import numpy as np
 from mpi4py import MPI
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array
 from moempi.comm.hop import Hop
 from moempi.comm.output_norms import OnNorms, norms_of
 from moempi.comm.route_plan import GroupedChoices, RoutePlan, make_plan, rows_by_rank

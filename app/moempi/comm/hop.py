@@ -6,7 +6,8 @@ from typing import Any
 from mpi4py import MPI
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array
 from moempi.comm.transfers import Condition, Steps, Transfer, Transfers
 from moempi.comm.transports.base import Receipt, Transport
 

@@ -13,7 +13,8 @@ import numpy as np
 from mpi4py import MPI
 
 from moempi.arrays import Float32Array, Int32Array, IntArray
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array
 from moempi.comm.batch import NO_STEP, NONE, Batch
 from moempi.comm.combine import Addends
 from moempi.comm.output_norms import OnLateNorms, row_norms

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from moempi.arrays import Float32Array, widen
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array
 from moempi.comm.transfers import Transfer
 
 NUMBERS_AT_ONCE = 1 << 20

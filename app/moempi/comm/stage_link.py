@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
-from moempi.backend.protocol import Array, Backend, SampledTokens
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array, SampledTokens
 from moempi.comm.batch import NO_STEP, Batch
 from moempi.comm.rank_groups import LinkComm
 from moempi.comm.row_shape import RowShape

@@ -12,7 +12,8 @@ import numpy as np
 from mpi4py import MPI
 
 from moempi.arrays import Float32Array, Int32Array, IntArray
-from moempi.backend.protocol import Array, Backend, SampledTokens
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array, SampledTokens
 from moempi.comm.transfers import Steps, Transfers, Waits, after_verbs, downloaded
 from moempi.comm.transports.buffers import BufferRing
 from moempi.comm.transports.counted import IN_TENSOR_GROUP

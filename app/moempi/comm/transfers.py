@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array
 from moempi.comm.transports.base import Completion
 from moempi.comm.transports.counted import TO_EXPERTS, Counters, no_counts
 from moempi.layout.schedule import Point

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.protocol import Array
+from moempi.backend.values import Array
 from moempi.comm.exchange import Dispatched, Exchange, OneHop, OnRoute, Route, pick_replicas
 from moempi.comm.hop import Hop
 from moempi.comm.output_norms import OnNorms

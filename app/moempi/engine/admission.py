@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import NO_TOKENS
+from moempi.backend.values import NO_TOKENS
 from moempi.config.architecture import Architecture
 from moempi.engine.chat import ChatText
 from moempi.engine.request import Request

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moempi.backend.protocol import Array, SampledTokens
+from moempi.backend.values import Array, SampledTokens
 from moempi.comm.batch import Batch
 from moempi.comm.lane_comm import LaneComm
 from moempi.comm.transfers import Waits, nothing

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray, narrow, widen
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.exchange import Route
 from moempi.comm.transfers import Transfer

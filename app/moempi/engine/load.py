@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moempi.backend.protocol import Array, Backend, DeltaRates, Expert, RmsNorm, StateConstants
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array, DeltaRates, Expert, RmsNorm, StateConstants
 from moempi.config.architecture import Architecture, DeltaRule, Indexer, Latent, StateSpace
 from moempi.config.tensors import layer_path
 from moempi.engine.shard import Shard

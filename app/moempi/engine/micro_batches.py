@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moempi.backend.protocol import SampledTokens
+from moempi.backend.values import SampledTokens
 from moempi.comm.stage_link import StageLink
 from moempi.comm.transfers import Transfer
 from moempi.engine.sequences import NO_WORK, Work

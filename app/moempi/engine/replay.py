@@ -9,7 +9,8 @@ import numpy as np
 from msgspec import structs
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array
 from moempi.config.architecture import Architecture, Router
 from moempi.config.job import Job
 from moempi.engine.request import Request

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from moempi.arrays import Int32Array
-from moempi.backend.protocol import NO_TOKENS, LogitAdjustment, SampledTokens
+from moempi.backend.values import NO_TOKENS, LogitAdjustment, SampledTokens
 from moempi.config.job import HiddenPositions, Sampling
 from moempi.config.traces import first_hidden
 from moempi.engine.tokenizer import TextTokenizer

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moempi.arrays import BoolArray, IntArray
-from moempi.backend.protocol import SAMPLING_REQUEST, SampledTokens, SamplingRequests, has_penalties, sampling_request
+from moempi.backend.values import SAMPLING_REQUEST, SampledTokens, SamplingRequests, has_penalties, sampling_request
 from moempi.engine.request import Request
 
 BLOCK_TOKENS = 16

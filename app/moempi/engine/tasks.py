@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, SampledTokens
 from moempi.backend.scores import Scored
+from moempi.backend.values import Array, SampledTokens
 from moempi.comm.batch import LogitRequests
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import Waits

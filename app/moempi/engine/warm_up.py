@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from moempi.backend.protocol import Array, Cache, Segment
+from moempi.backend.values import Array, Cache, Segment
 from moempi.comm.exchange import Route, pick_replicas
 from moempi.config.tensors import PAGE_ROWS
 from moempi.layout.memory import pages_for

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, AttentionBlock, Backend, Cache, RmsNorm, Segment
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array, AttentionBlock, Cache, RmsNorm, Segment
 from moempi.config.architecture import AttentionShape
 from moempi.model.norm import Norm
 

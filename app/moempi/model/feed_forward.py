@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, Expert, ExpertsBlock, FusedExperts
+from moempi.backend.protocol import Backend, FusedExperts
+from moempi.backend.values import Array, Expert, ExpertsBlock
 from moempi.comm.combine import NO_ADDENDS, Addends, Combine, HomeCombine
 from moempi.comm.exchange import Exchange, Route
 from moempi.comm.transfers import Waits

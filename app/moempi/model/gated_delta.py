@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, DeltaRates, LayerState, RmsNorm, Segment
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array, DeltaRates, LayerState, RmsNorm, Segment
 from moempi.config.architecture import DeltaRule
 
 

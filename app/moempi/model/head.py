@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend, SampledTokens, SamplingRequests
+from moempi.backend.protocol import Backend
 from moempi.backend.scores import SUM_TOKENS, RowScores, Scored, tokens_above
+from moempi.backend.values import Array, SampledTokens, SamplingRequests
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import Waits
 from moempi.config.traces import most_above

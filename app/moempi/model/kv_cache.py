@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import NO_PAGES, Backend, Cache, Segments
+from moempi.backend.protocol import Backend
+from moempi.backend.values import NO_PAGES, Cache, Segments
 from moempi.comm.batch import Batch
 from moempi.config.architecture import AttentionShape
 from moempi.layout.memory import pages_for

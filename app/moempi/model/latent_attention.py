@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, Cache, RmsNorm, Segment
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array, Cache, RmsNorm, Segment
 from moempi.config.architecture import AttentionShape, Latent
 from moempi.model.sparse_attention import LightningIndexer, SparseRows
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moempi.backend.protocol import Array, Backend, RmsNorm
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array, RmsNorm
 
 
 @dataclass(frozen=True, slots=True)

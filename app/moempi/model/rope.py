@@ -7,7 +7,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array
 from moempi.config.architecture import AttentionShape, LongRope, Rope, Yarn
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from msgspec import structs
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array
 from moempi.comm.stage_comm import StageComm
 from moempi.comm.transfers import Transfer
 from moempi.config.architecture import Router

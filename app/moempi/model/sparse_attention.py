@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend, Cache, Segment, Segments
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array, Cache, Segment, Segments
 from moempi.config.architecture import AttentionShape, Indexer
 from moempi.model.rope import rope_angles
 

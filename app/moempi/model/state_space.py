@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moempi.backend.protocol import Array, Backend, LayerState, Segment, StateConstants
+from moempi.backend.protocol import Backend
+from moempi.backend.values import Array, LayerState, Segment, StateConstants
 from moempi.config.architecture import StateSpace
 
 

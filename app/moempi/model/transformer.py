@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Array, Backend, FusedAttention, LayerState, Segment
+from moempi.backend.protocol import Backend, FusedAttention
+from moempi.backend.values import Array, LayerState, Segment
 from moempi.comm.batch import Batch
 from moempi.comm.combine import Combine
 from moempi.comm.lane_comm import LaneComm

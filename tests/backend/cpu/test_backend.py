@@ -7,8 +7,8 @@ from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import load_kernels
-from moempi.backend.protocol import Expert, Segment
 from moempi.backend.scores import SUM_TOKENS, RowScores
+from moempi.backend.values import Expert, Segment
 from moempi.config.architecture import Clamp, Router
 
 EXACT = NumpyBackend(precision="float32")

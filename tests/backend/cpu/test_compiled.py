@@ -7,7 +7,7 @@ from moempi.arrays import narrow, round_to_bfloat16
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import MatrixProduct, instructions, load_kernels
-from moempi.backend.protocol import Expert, RmsNorm, Segment
+from moempi.backend.values import Expert, RmsNorm, Segment
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 

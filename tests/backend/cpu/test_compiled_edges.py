@@ -11,7 +11,7 @@ from backend.cpu.guarded import guarded
 from moempi.arrays import narrow, round_to_bfloat16
 from moempi.backend.cpu.attention_layout import CachedRows
 from moempi.backend.cpu.kernels import BFLOAT16, FLOAT32, MatrixProduct, PanelMatrix, Rotation, load_kernels
-from moempi.backend.protocol import Cache, RmsNorm
+from moempi.backend.values import Cache, RmsNorm
 from moempi.config.architecture import Clamp
 
 KERNELS = load_kernels()

@@ -8,7 +8,7 @@ import pytest
 from backend.cpu.test_backend import BACKENDS, close, values
 from moempi.backend.cpu import kernels
 from moempi.backend.cpu.compiled import CompiledBackend
-from moempi.backend.protocol import DeltaRates, RmsNorm, Segment
+from moempi.backend.values import DeltaRates, RmsNorm, Segment
 from moempi.config.architecture import DeltaRule
 
 RULE = DeltaRule(num_key_heads=2, num_value_heads=6, key_dim=5, value_dim=7, taps=4)

@@ -9,7 +9,7 @@ from backend.cpu.guarded import guarded
 from moempi.arrays import address_of, narrow, round_to_bfloat16
 from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import instructions, load_kernels
-from moempi.backend.protocol import Expert, ExpertsBlock, Segment
+from moempi.backend.values import Expert, ExpertsBlock, Segment
 from moempi.config.architecture import AttentionShape, Clamp, Rope, Router
 from moempi.config.tensors import PAGE_ROWS
 from moempi.model.attention import Attention

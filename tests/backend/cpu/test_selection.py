@@ -9,7 +9,7 @@ from moempi.backend.cpu import compiled, kernels
 from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import load_kernels
 from moempi.backend.cpu.selection import best_positions
-from moempi.backend.protocol import Segment
+from moempi.backend.values import Segment
 
 PAGES = np.array([4, 1, 2])
 LENGTH = 150

@@ -9,7 +9,7 @@ from backend.cpu.test_backend import BACKENDS, close, values
 from backend.cpu.test_delta_rule import segments_of
 from moempi.backend.cpu import kernels
 from moempi.backend.cpu.compiled import CompiledBackend
-from moempi.backend.protocol import Expert, StateConstants
+from moempi.backend.values import Expert, StateConstants
 from moempi.config.architecture import StateSpace
 
 SPACE = StateSpace(num_heads=6, head_dim=7, num_groups=2, state_dim=5, taps=4, least_step=0.3)

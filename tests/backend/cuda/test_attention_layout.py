@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moempi.backend.cuda.attention_layout import WARP_TILES, lay_out_rows
-from moempi.backend.protocol import Segment
+from moempi.backend.values import Segment
 from simt.device import SimtDevice
 
 SEGMENTS = [Segment(0, 1, 70, np.array([4, 9])), Segment(1, 66, 10, np.array([3, 5])), Segment(67, 3, 0, np.array([7]))]

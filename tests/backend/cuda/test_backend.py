@@ -14,8 +14,8 @@ from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.cuda.launches import BUS_BLOCKS
-from moempi.backend.protocol import DeltaRates, Expert, RmsNorm, Segment, StateConstants
 from moempi.backend.scores import SUM_TOKENS
+from moempi.backend.values import DeltaRates, Expert, RmsNorm, Segment, StateConstants
 from moempi.config.architecture import AttentionShape, Clamp, DeltaRule, LongRope, Rope, Router, StateSpace
 from moempi.errors import ConfigError
 from moempi.model.rope import rope_angles

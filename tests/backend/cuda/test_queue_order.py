@@ -10,7 +10,7 @@ from engine.test_warm_up import INDEXED, LATENT, PANELS, TILED
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.cuda.device import ExpertTable, find_kernel
 from moempi.backend.cuda.launches import Launches
-from moempi.backend.protocol import Cache
+from moempi.backend.values import Cache
 from simt.device import SimtDevice
 from simt.queue_order import QueueOrder, uses_of
 

@@ -8,7 +8,7 @@ import pytest
 from backend.cuda.test_backend import Pair, cached
 from moempi.arrays import narrow
 from moempi.backend.cuda import selection
-from moempi.backend.protocol import Segment
+from moempi.backend.values import Segment
 
 LENGTHS = [(300, 1), (70, 3), (230, 90)]
 

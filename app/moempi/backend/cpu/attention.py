@@ -7,7 +7,7 @@ import numpy as np
 
 from moempi.arrays import Float32Array, Int32Array
 from moempi.backend.cpu.attention_layout import Mask, cache_rows, causal_mask, query_blocks, rows_of
-from moempi.backend.protocol import Cache, Segment
+from moempi.backend.values import Cache, Segment
 from moempi.config.tensors import PAGE_ROWS
 
 

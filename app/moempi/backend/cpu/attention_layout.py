@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moempi.arrays import Float32Array, Int32Array, IntArray, address_of
-from moempi.backend.protocol import Segment, Segments
+from moempi.backend.values import Segment, Segments
 from moempi.config.tensors import PAGE_ROWS
 
 BLOCK = 8

@@ -21,16 +21,16 @@ from moempi.backend.cpu.delta_rule import apply_delta_rule, convolve, silu
 from moempi.backend.cpu.router import choose, weights_of
 from moempi.backend.cpu.selection import select_of_segments
 from moempi.backend.cpu.state_space import alpha_and_steps, apply_state_space
-from moempi.backend.protocol import (
+from moempi.backend.protocol import Download, FusedAttention, FusedExperts
+from moempi.backend.sampling import MOST_SCORES, likeliest, sample_tokens
+from moempi.backend.scores import SUM_TOKENS, RowScores, without_nan
+from moempi.backend.values import (
     Array,
     AttentionBlock,
     Cache,
     DeltaRates,
-    Download,
     Expert,
     ExpertsBlock,
-    FusedAttention,
-    FusedExperts,
     LayerState,
     LogitScan,
     RmsNorm,
@@ -40,8 +40,6 @@ from moempi.backend.protocol import (
     StateConstants,
     Stored,
 )
-from moempi.backend.sampling import MOST_SCORES, likeliest, sample_tokens
-from moempi.backend.scores import SUM_TOKENS, RowScores, without_nan
 from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
 

@@ -17,22 +17,21 @@ from moempi.backend.cpu.delta_rule import alpha_and_beta
 from moempi.backend.cpu.fused import KernelAttention, KernelExperts, can_fuse
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, MatrixProduct, PanelMatrix, Rotation, contiguous_rows
 from moempi.backend.cpu.state_space import alpha_and_steps
-from moempi.backend.protocol import (
+from moempi.backend.protocol import FusedAttention, FusedExperts
+from moempi.backend.scores import SUM_TOKENS
+from moempi.backend.values import (
     Array,
     AttentionBlock,
     Cache,
     DeltaRates,
     Expert,
     ExpertsBlock,
-    FusedAttention,
-    FusedExperts,
     LayerState,
     RmsNorm,
     Segment,
     StateConstants,
     Stored,
 )
-from moempi.backend.scores import SUM_TOKENS
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from moempi.arrays import Float32Array
-from moempi.backend.protocol import DeltaRates, Segment
+from moempi.backend.values import DeltaRates, Segment
 
 LEAST_LENGTH = 1e-6
 """Added to the sum of squares of a query or key before its root."""

@@ -11,7 +11,7 @@ from moempi.backend.cpu import kernel_calls as calls
 from moempi.backend.cpu.attention_layout import CachedRows
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, PanelMatrix
 from moempi.backend.cpu.router import TOP_OF_GROUP
-from moempi.backend.protocol import AttentionBlock, Cache, ExpertsBlock, RmsNorm, Segment
+from moempi.backend.values import AttentionBlock, Cache, ExpertsBlock, RmsNorm, Segment
 
 FUSED_FLOPS = 5e8
 """Most work of a thread in one call, some milliseconds: it does not call `progress`."""

@@ -21,7 +21,7 @@ from moempi.backend.cpu import kernel_calls as calls
 from moempi.backend.cpu.attention_layout import AttentionTasks, CachedRows
 from moempi.backend.cpu.router import TOP_OF_GROUP
 from moempi.backend.cpu.weight_memory import WeightMemory
-from moempi.backend.protocol import Cache, RmsNorm, Stored
+from moempi.backend.values import Cache, RmsNorm, Stored
 from moempi.config.architecture import Clamp, Router
 from moempi.config.tensors import PAGE_ROWS
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from moempi.arrays import Float32Array, Int32Array, IntArray
 from moempi.backend.cpu.attention_layout import cache_rows, query_blocks
-from moempi.backend.protocol import Cache, Segment
+from moempi.backend.values import Cache, Segment
 from moempi.config.tensors import PAGE_ROWS
 
 SCORED_KEYS = 16 * PAGE_ROWS

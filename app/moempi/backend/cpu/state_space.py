@@ -6,7 +6,7 @@ import numpy as np
 
 from moempi.arrays import Float32Array
 from moempi.backend.cpu.delta_rule import POSITIONS
-from moempi.backend.protocol import Segment, StateConstants
+from moempi.backend.values import Segment, StateConstants
 
 
 def apply_state_space(

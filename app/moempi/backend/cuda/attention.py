@@ -7,7 +7,7 @@ import numpy as np
 from moempi.backend.cuda.attention_layout import AttentionLayout, SingleRows, TileKernel, head_dims, is_latent
 from moempi.backend.cuda.device import find_kernel
 from moempi.backend.cuda.launches import Launches, extents, rows_from
-from moempi.backend.protocol import Array, Cache
+from moempi.backend.values import Array, Cache
 
 SPLIT_KEYS = 256
 """Keys per block of kernels/attention.cu."""

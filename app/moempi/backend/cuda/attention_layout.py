@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moempi.arrays import BoolArray, IntArray
-from moempi.backend.protocol import Array, Cache, Segment, Segments
+from moempi.backend.values import Array, Cache, Segment, Segments
 from moempi.config.tensors import PAGE_ROWS
 
 LEAST_TILE_ROWS = 16

@@ -27,17 +27,16 @@ from moempi.backend.cuda.launches import Launches, extents, norm_threads, rows_f
 from moempi.backend.cuda.peer_memory import DevicePeerMemory
 from moempi.backend.cuda.products import Matrix, Products
 from moempi.backend.cuda.selection import Selection
-from moempi.backend.protocol import (
+from moempi.backend.protocol import Download, Event, FusedAttention, FusedExperts
+from moempi.backend.sampling import sample_tokens
+from moempi.backend.scores import SUM_TOKENS
+from moempi.backend.values import (
     Array,
     AttentionBlock,
     Cache,
     DeltaRates,
-    Download,
-    Event,
     Expert,
     ExpertsBlock,
-    FusedAttention,
-    FusedExperts,
     LayerState,
     LogitScan,
     RmsNorm,
@@ -48,8 +47,6 @@ from moempi.backend.protocol import (
     Stored,
     take_likeliest,
 )
-from moempi.backend.sampling import sample_tokens
-from moempi.backend.scores import SUM_TOKENS
 from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError

@@ -12,7 +12,8 @@ from cupy_backends.cuda.libs import cublas
 
 from moempi.backend.cuda.compiled_kernel import CompiledKernel
 from moempi.backend.cuda.device import Argument, Grid, Kernel
-from moempi.backend.protocol import Array, RowCopy
+from moempi.backend.protocol import RowCopy
+from moempi.backend.values import Array
 from moempi.errors import ConfigError
 
 REAL = {np.dtype(np.uint16): 14, np.dtype(np.float32): 0}

@@ -6,7 +6,7 @@ import numpy as np
 
 from moempi.arrays import IntArray
 from moempi.backend.cuda.launches import Launches, extents
-from moempi.backend.protocol import Array, DeltaRates, LayerState, RmsNorm, Segment, StateConstants
+from moempi.backend.values import Array, DeltaRates, LayerState, RmsNorm, Segment, StateConstants
 from moempi.config.architecture import DeltaRule, StateSpace
 
 BLOCK_THREADS = 128

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moempi.backend.protocol import Array, Event, RowCopy
+from moempi.backend.protocol import Event, RowCopy
+from moempi.backend.values import Array
 
 KERNELS = Path(__file__).with_name("kernels")
 

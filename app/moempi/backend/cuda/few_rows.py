@@ -9,7 +9,7 @@ import numpy as np
 
 from moempi.backend.cuda.device import MOST_EXPERTS, ExpertTable, Kernel, find_kernel
 from moempi.backend.cuda.launches import Launches
-from moempi.backend.protocol import Array, Expert
+from moempi.backend.values import Array, Expert
 
 MOST_ROWS = 64
 """Rows of an expert in one launch."""

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.backend.cuda.device import Argument, Device, Grid, find_kernel
-from moempi.backend.protocol import Array
+from moempi.backend.values import Array
 
 SEGMENT_BYTES = 8192
 """Bytes of a row per block of the kernels that copy rows; equals SEGMENT_BYTES of kernels/rows.cuh."""

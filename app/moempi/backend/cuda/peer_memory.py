@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.backend.cuda.device import Device
-from moempi.backend.protocol import Array, Event, RowCopy
+from moempi.backend.protocol import Event, RowCopy
+from moempi.backend.values import Array
 
 COPY_QUEUE = -1
 """The queue of the copies of all lanes, which the copy engines of the GPU work through beside the lanes' kernels."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moempi.backend.cuda.launches import Launches, rows_from
-from moempi.backend.protocol import Array
+from moempi.backend.values import Array
 
 PRODUCT_ROWS = 64
 PANEL_WIDTH = 64

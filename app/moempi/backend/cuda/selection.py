@@ -5,7 +5,7 @@ import numpy as np
 from moempi.backend.cuda.attention import MOST_BLOCKS, PagedAttention, Queries, Rule
 from moempi.backend.cuda.attention_layout import AttentionLayout, SingleRows, lay_out_rows
 from moempi.backend.cuda.launches import SEGMENT_BYTES, Launches, rows_from
-from moempi.backend.protocol import Array, Cache, Segment
+from moempi.backend.values import Array, Cache, Segment
 from moempi.config.tensors import PAGE_ROWS
 
 SCORE_BYTES = 64 << 20

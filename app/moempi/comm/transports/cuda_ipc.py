@@ -19,7 +19,8 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import HANDLE_BYTES, Array, Event, PeerMemory, RowCopy
+from moempi.backend.protocol import HANDLE_BYTES, Event, PeerMemory, RowCopy
+from moempi.backend.values import Array
 from moempi.comm.transports.buffers import BufferRing
 from moempi.comm.transports.pairwise import blocks
 from moempi.comm.transports.shared import open_window
