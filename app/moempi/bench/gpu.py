@@ -14,7 +14,7 @@ from typing import Any
 
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.select import make_backend
-from moempi.bench.gpu_attention import decode_cases, prefill_cases
+from moempi.bench.gpu_attention import decode_cases, preemption_cases, prefill_cases
 from moempi.bench.gpu_clock import EventClock, Timer, describe
 from moempi.bench.gpu_layer import block_cases, layer_cases
 from moempi.bench.gpu_parts import Make, copy_case, expert_cases, packing_cases, small_cases
@@ -36,6 +36,7 @@ PARTS: Mapping[str, Cases] = {
     "small": lambda bench, sizes, _: small_cases(bench, sizes),
     "decode": lambda bench, sizes, _: decode_cases(bench, sizes),
     "prefill": lambda bench, sizes, _: prefill_cases(bench, sizes),
+    "preemption": lambda bench, sizes, _: preemption_cases(bench, sizes),
     "layer": layer_cases,
     "blocks": block_cases,
 }

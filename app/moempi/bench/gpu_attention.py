@@ -1,13 +1,13 @@
 """Attention on a GPU: decoding, one new row per sequence, and prefill, all rows of one sequence."""
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 
 from moempi.backend.values import Cache, Segment
-from moempi.bench.gpu_parts import Make, one_sequence
+from moempi.bench.gpu_parts import NORM_EPS, Make, one_sequence
 from moempi.bench.gpu_report import COPY, OURS, Bench, Case
 from moempi.bench.torch_peers import ATTENTION_BACKENDS
 from moempi.config.tensors import PAGE_ROWS
@@ -24,6 +24,11 @@ def decode_cases(bench: Bench, sizes: Namespace) -> Iterator[Make]:
 def prefill_cases(bench: Bench, sizes: Namespace) -> Iterator[Make]:
     """All rows of a sequence beside torch's flash and cuDNN attention; FlashAttention-3 is not measured."""
     yield "prefill attention", partial(_prefill, bench, sizes)
+
+
+def preemption_cases(bench: Bench, sizes: Namespace) -> Iterator[Make]:
+    """A short kernel while the attention of another queue runs, alone, and one with the priority of attention."""
+    yield "preemption", partial(_preemption, bench, sizes)
 
 
 def _random_cache(bench: Bench, sizes: Namespace, pages: int) -> Cache:
@@ -72,4 +77,32 @@ def _prefill(bench: Bench, sizes: Namespace) -> Case:
             **bench.peers.attention(queries, cache, sequences=1, context=sizes.context, scale=scale),
         },
         same=PEERS,
+    )
+
+
+def _preemption(bench: Bench, sizes: Namespace) -> Case:
+    """Two calls of attention for each short kernel, so that they outlast it; one short kernel is attention as well."""
+    backend, scale = bench.backend, sizes.head_dim**-0.5
+    long, rows = _decode(bench, sizes, max(sizes.sequences)).contestants[OURS], bench.values.rows(1, sizes.width)
+    queries, cache = bench.values.rows(1, sizes.heads, sizes.head_dim), _random_cache(bench, sizes, 1)
+    norm = partial(backend.rms_norm, rows, bench.values.rows(sizes.width), eps=NORM_EPS)
+    short = partial(backend.attend, queries, cache, one_sequence(1), scale=scale)
+
+    def beside_attention(run: Callable[[], object]) -> None:
+        with backend.on_queue(1):
+            long()
+            long()
+        run()
+
+    return Case(
+        "preemption",
+        f"1 row beside decode attention of {max(sizes.sequences)} sequences of {sizes.context:,}",
+        0,
+        "",
+        {
+            OURS: partial(beside_attention, norm),
+            "without attention": norm,
+            "short attention": partial(beside_attention, short),
+            "short attention alone": short,
+        },
     )

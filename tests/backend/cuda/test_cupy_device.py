@@ -3,7 +3,10 @@
 On a GPU, a real fault as well.
 """
 
+import ctypes
 import os
+import re
+import struct
 import subprocess
 import sys
 from importlib import import_module
@@ -11,6 +14,8 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+
+from moempi.backend.cuda.device import KERNELS, PREEMPTIBLE, find_kernel
 
 cupy = pytest.importorskip("cupy")
 NAME = "moempi.backend.cuda.cupy_device"
@@ -72,6 +77,72 @@ def test_pinned_memory_is_freed_once_and_quietly_after_a_fault(monkeypatch, devi
     memory = device._PinnedMemory(8)
     del memory
     assert freed == [4096]
+
+
+def launches_of(monkeypatch, kernel, **options):
+    """The launches of a kernel: the attributes of cuLaunchKernelEx as (identifier, value), None if there are none."""
+    module, seen = import_module("moempi.backend.cuda.compiled_kernel"), []
+
+    def launch_with_attributes(config, *_):
+        *_, address, number = struct.unpack("=7I4xQQI4x", config)
+        held = ctypes.string_at(address, 72 * number)
+        seen.append([struct.unpack_from("=i4xi", held, 72 * index) for index in range(number)])
+        return 0
+
+    function = SimpleNamespace(ptr=1)
+    loaded = SimpleNamespace(load=lambda _: None, get_function=lambda _: function)
+    monkeypatch.setattr(module, "Module", lambda: loaded)
+    monkeypatch.setattr(module, "compiled", lambda *_: b"")
+    monkeypatch.setattr(module, "_launch_kernel_ex", lambda: launch_with_attributes)
+    monkeypatch.setattr(module.driver, "launchKernel", lambda *_: seen.append(None))
+    compiled = module.CompiledKernel(kernel, architecture="sm_90", shared_bytes=0)
+    compiled((1, 1, 1), 32, 5, [0] * len(kernel.parameters), **options)
+    return seen
+
+
+def test_long_kernels_alone_are_launched_with_the_least_priority(monkeypatch):
+    """cuda.h: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6, CU_LAUNCH_ATTRIBUTE_PRIORITY is 8."""
+    latent = (("HEAD_DIM", 576), ("VALUE_DIM", 512), ("HEADS", 4))
+    for file, name, constants in (
+        ("attention.cu", "attend_rows", latent),
+        ("attention_tiles.cu", "attend_tiles", (("HEAD_DIM", 128), ("VALUE_DIM", 128))),
+        ("attention_warpgroups.cu", "attend_tiles", (("HEAD_DIM", 128), ("VALUE_DIM", 128))),
+        ("selection.cu", "index_scores", ()),
+        ("selection.cu", "choose_positions", ()),
+        ("selection.cu", "take_positions", ()),
+        ("delta_rule.cu", "delta_rule", ()),
+        ("delta_rule.cu", "state_space", ()),
+    ):
+        assert launches_of(monkeypatch, find_kernel(file, name, constants)) == [[(8, 0)]]
+    for file, name in (("norm.cu", "rms_norm"), ("delta_rule.cu", "causal_conv"), ("packing.cu", "take_rows")):
+        assert launches_of(monkeypatch, find_kernel(file, name)) == [None]
+    assert launches_of(monkeypatch, find_kernel("norm.cu", "rms_norm"), early=True) == [[(6, 1)]]
+
+
+def test_every_long_kernel_is_one_of_a_file():
+    defined = set(re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", all_kernels()))
+    assert defined >= PREEMPTIBLE
+
+
+def all_kernels():
+    return "".join(path.read_text() for path in KERNELS.glob("*.cu"))
+
+
+def test_queues_have_a_priority_above_that_of_long_kernels(monkeypatch, device):
+    made = []
+
+    def make_stream(**options):
+        made.append(options)
+        return SimpleNamespace(ptr=7, use=lambda: None)
+
+    monkeypatch.setattr(device.cupy.cuda, "Stream", make_stream)
+    monkeypatch.setattr(device.cublas, "create", lambda: 1, raising=False)
+    monkeypatch.setattr(device.cublas, "setStream", lambda *_: None, raising=False)
+    gpu = object.__new__(device.CupyDevice)
+    gpu._queues = {}
+    for number in (0, 1, 0):
+        gpu.use_queue(number)
+    assert made == [{"non_blocking": True, "priority": -1}] * 2
 
 
 @pytest.mark.skipif(os.environ.get("MOEMPI_TEST_DEVICE") != "cuda", reason="needs a GPU")

@@ -41,6 +41,7 @@ class CompiledKernel:
             permission = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             driver.funcSetAttribute(self._function.ptr, permission, shared_bytes)
         self._pointer = self._function.ptr
+        self._attribute = LEAST_PRIORITY if kernel.is_preemptible else None
         self._shared_bytes = shared_bytes
         formats = kernel.parameters
         packed = struct.Struct("=" + "".join(formats))
@@ -55,8 +56,9 @@ class CompiledKernel:
         """Submit one launch to a stream; one that is `early` begins while the kernel before it ends."""
         self._pack(self._words, 0, *_words(arguments))
         shape = (*grid, threads, 1, 1, self._shared_bytes)
-        if early:
-            _launch_early(self._pointer, shape, stream, self._parameters)
+        attribute = EARLY if early else self._attribute
+        if attribute is not None:
+            _launch_with(attribute, self._pointer, shape, stream, self._parameters)
         else:
             driver.launchKernel(self._pointer, *shape, stream, self._parameters, 0)
 
@@ -116,10 +118,15 @@ def _address(values: Any) -> int:
     return 0 if values is None else int(values.data.ptr)
 
 
-PROGRAMMATIC_STREAM_SERIALIZATION = 6
-"""CUlaunchAttributeID of a launch that begins early."""
-EARLY = ctypes.create_string_buffer(struct.pack("=i4xi", PROGRAMMATIC_STREAM_SERIALIZATION, 1), 72)
-"""One CUlaunchAttribute: its value begins at byte 8."""
+def _attribute(number: int, value: int) -> "ctypes.Array[ctypes.c_char]":
+    """A CUlaunchAttribute, whose value begins at byte 8."""
+    return ctypes.create_string_buffer(struct.pack("=i4xi", number, value), 72)
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION, PRIORITY = 6, 8
+"""CUlaunchAttributeIDs of a launch that begins early, and of a launch's priority in place of its stream's."""
+EARLY, LEAST_PRIORITY = _attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 1), _attribute(PRIORITY, 0)
+"""0 is the least priority of a GPU; pending blocks of higher priorities, which are negative, are scheduled first."""
 CONFIG = struct.Struct("=7I4xQQI4x")
 """CUlaunchConfig: grid, block, dynamic shared memory, stream, and the attributes."""
 
@@ -132,6 +139,6 @@ def _launch_kernel_ex() -> Any:
     return function
 
 
-def _launch_early(function: int, shape: Sequence[int], stream: int, parameters: int) -> None:
-    config = CONFIG.pack(*shape, stream, ctypes.addressof(EARLY), 1)
+def _launch_with(attribute: Any, function: int, shape: Sequence[int], stream: int, parameters: int) -> None:
+    config = CONFIG.pack(*shape, stream, ctypes.addressof(attribute), 1)
     driver.check_status(_launch_kernel_ex()(config, function, parameters, None))

@@ -23,6 +23,10 @@ MOST_EXPERTS = 32
 FORMATS = {"int": "i4x", "long long": "q", "float": "f4x", "Experts": f"{MOST_EXPERTS * (2 * 8 + 3 * 4)}s"}
 """Format of a kernel's parameter in the module `struct`, padded to a multiple of 8 bytes; a pointer is an ADDRESS."""
 ADDRESS = "Q"
+PREEMPTIBLE = frozenset(
+    ("attend_rows", "attend_tiles", "index_scores", "choose_positions", "take_positions", "delta_rule", "state_space")
+)
+"""Kernels that may take long: those of attention and of states, whose work rises with the length of sequences."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +41,11 @@ class Kernel:
     def defines(self) -> tuple[str, ...]:
         """Compiler options for the constants."""
         return tuple(f"-D{name}" if value is None else f"-D{name}={value}" for name, value in self.constants)
+
+    @property
+    def is_preemptible(self) -> bool:
+        """Whether its blocks that have not begun give way to kernels of other queues that are not preemptible."""
+        return self.name in PREEMPTIBLE
 
     @property
     def parameter_types(self) -> tuple[str, ...]:
@@ -114,8 +123,8 @@ Argument = Array | ExpertTable | int | float | None
 class Device(Protocol):
     """A machine that runs the kernels.
 
-    Work is submitted to the current queue and runs later, in the order of its queue. Freed memory is reused only by
-    work submitted to the same queue afterwards.
+    Work is submitted to the current queue and runs later, in the order of its queue. A kernel that is preemptible gives
+    way to the work of other queues. Freed memory is reused only by work submitted to the same queue afterwards.
     """
 
     name: str
