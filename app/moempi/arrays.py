@@ -34,6 +34,13 @@ def smaller(one: float, other: float) -> float:
     return -larger(-one, -other)
 
 
+def where(condition: bool, one: float, other: float) -> float:
+    """One number if a condition holds, else another; of arrays (n,), n of them."""
+    if isinstance(condition, np.ndarray):
+        return np.where(condition, one, other)
+    return one if condition else other
+
+
 def widen(bits: Bits, out: Float32Array | None = None) -> Float32Array:
     """Convert bfloat16 bits to float32 values; exact."""
     result = np.empty(bits.shape, np.float32) if out is None else out

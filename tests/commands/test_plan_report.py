@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from moempi.cli import main
-from moempi.commands.plan_report import _shares
+from moempi.commands.plan_report import KINDS, _parts, _shares
 from moempi.observe.html_page import NOTHING_LOADED
+from moempi.planning.simulate import Resumed
 from mpirun import ROOT
 
 MACHINE = ROOT / "jobs/machines/mission-h100.toml"
@@ -129,6 +130,25 @@ def test_a_report_replaces_no_other_file(folder, capsys):
     (folder / "plan.html").write_text("mine")
     assert plan("--report", "plan.html") == 74
     assert (folder / "plan.html").read_text() == "mine"
+
+
+def test_a_lane_that_gives_way_is_idle_between_what_it_computes():
+    lane = [
+        Resumed(0, False, 0.0, 0.0, [(0.0, 1.0)]),
+        Resumed(0, False, 0.0, 3.0, [(4.0, 5.0), (7.0, 8.0)]),
+        Resumed(0, True, 0.0, 9.0, [(9.0, 9.5)]),
+    ]
+    parts = [(begin, end, KINDS[kind]) for begin, end, kind in _parts(lane, 0.5, 8.75)]
+    assert parts == [
+        (0.0, 500.0, "compute"),
+        (500.0, 2500.0, "travel"),
+        (2500.0, 3500.0, "idle"),
+        (3500.0, 4500.0, "compute"),
+        (4500.0, 6500.0, "idle"),
+        (6500.0, 7500.0, "compute"),
+        (7500.0, 8500.0, "travel"),
+        (8500.0, 8750.0, "compute"),
+    ]
 
 
 @dataclass(frozen=True)

@@ -102,11 +102,31 @@ def test_a_step_of_a_workload():
 def test_a_stage_is_limited_by_the_largest_of_its_parts():
     decoding = forecasts("mission.toml", "run.micro_batches=122", "run.lanes=4")["decode"]
     assert decoding.stages[30].limit == "memory"
-    assert forecasts("mission.toml")["decode"].stages[60].limit == "latency"
+    queued = structs.replace(MACHINE, preempts_attention=False)
+    assert forecasts("mission.toml", machine=queued)["decode"].stages[60].limit == "latency"
     slow_links = tuple(structs.replace(level, bandwidth_gb_s=15.0) for level in MACHINE.levels)
     slow_host = structs.replace(MACHINE, turn_us=1e6)
     for machine, limit in ((structs.replace(MACHINE, levels=slow_links), "link"), (slow_host, "host")):
         assert forecasts("mission-score.toml", machine=machine)["prefill"].stages[30].limit == limit
+
+
+@pytest.mark.parametrize("micro_batches", [70, 80])
+def test_more_lanes_lose_nothing_where_attention_gives_way(micro_batches):
+    """Behind the attention of others, micro-batches in front wait for those behind them, and move in bunches."""
+
+    def speeds(machine):
+        return [
+            forecasts("mission.toml", f"run.lanes={lanes}", f"run.micro_batches={micro_batches}", machine=machine)[
+                "decode"
+            ].tokens_per_s(overlap=True)
+            for lanes in (2, 3, 4)
+        ]
+
+    preempted, queued = speeds(MACHINE), speeds(structs.replace(MACHINE, preempts_attention=False))
+    for fewer, more in pairwise(preempted):
+        assert more >= 0.98 * fewer
+    assert min(preempted) > 1.05 * max(queued)
+    assert queued[1] < 0.9 * queued[0]
 
 
 def test_a_first_token_needs_the_steps_of_its_prompt():

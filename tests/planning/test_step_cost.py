@@ -46,6 +46,32 @@ def test_many_rows_take_the_arithmetic_of_their_products():
     assert pytest.approx(705e6, rel=1e-3) == TOP_K * 6 * WIDTH * EXPERT
 
 
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_what_gives_way_is_the_reading_of_the_cache_in_the_phase_of_attention(tensor):
+    sequences, context = 54.0, 2048
+    load = StepLoad(sequences, sequences, context)
+    phases = costs(tensor=tensor).step(range(30, 32), load, is_first=False, is_last=True)
+    cache_s = sequences * context * 2 * HEADS * 2 / tensor / MEMORY
+    of_attention = "dispatch" if tensor == 1 else "scatter"
+    for phase in phases:
+        expected_s = cache_s if phase.point.phase == of_attention else 0.0
+        assert phase.preemptible_s == pytest.approx(expected_s)
+        assert phase.preemptible_s <= phase.compute_s
+    queued = replace(costs(tensor=tensor), machine=structs.replace(MACHINE, preempts_attention=False))
+    others = queued.step(range(30, 32), load, is_first=False, is_last=True)
+    assert others == [replace(phase, preemptible_s=0.0) for phase in phases]
+
+
+def test_attention_of_layers_without_phases_gives_way_in_the_phase_behind_it():
+    """Layers 0 and 1 are dense: the attention of three layers comes before the experts of layer 2."""
+    architecture = structs.replace(MISSION, dense_layers=(0, 1, 3), dense_width=WIDTH)
+    load = StepLoad(8.0, 8.0, 2048)
+    phases = replace(costs(), architecture=architecture).step(range(4), load, is_first=False, is_last=False)
+    cache_s = 8 * 2048 * 2 * HEADS * 2 / MEMORY
+    assert [phase.point.phase for phase in phases] == ["rows", "dispatch", "combine"]
+    assert [phase.preemptible_s for phase in phases] == pytest.approx([cache_s, 3 * cache_s, 0.0])
+
+
 def test_few_rows_take_the_reading_of_weights_and_cache():
     sequences, context = 1, 2048
     phases = by_phase(

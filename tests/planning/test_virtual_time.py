@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,18 +36,21 @@ class SlowStage:
         self.order = LaneOrder(lanes, [phase.point for phase in phases_of(0)])
         self.hosts, self.links = [0.0] * ranks, [0.0] * ranks
         self.at, self.steps = [-1] * lanes, [lane - lanes for lane in range(lanes)]
-        self.arrivals, self.moving, self.fed = [0.0] * lanes, [], {}
+        self.arrivals, self.moving, self.fed, self.giving_way = [0.0] * lanes, [], {}, []
 
     def send(self, starts, transmission):
         """When the last rank's part arrives everywhere."""
         arrivals = []
         for rank in range(self.ranks):
-            link_s, latency_s = (np.broadcast_to(one, self.ranks)[rank] for one in transmission)
+            link_s, latency_s = (self.of_rank(one, rank) for one in transmission)
             begin = starts[rank] if link_s == 0 else max(starts[rank], self.links[rank])
             if link_s:
                 self.links[rank] = begin + link_s
             arrivals.append(begin + link_s + latency_s)
         return max(arrivals)
+
+    def of_rank(self, seconds, rank):
+        return np.broadcast_to(seconds, self.ranks)[rank]
 
     def move(self, until):
         """Send all that starts up to a time, and before a lane that may be resumed has its rows."""
@@ -58,28 +62,78 @@ class SlowStage:
                 self.moving.append(([self.send(starts, left[0])] * self.ranks, lane, left[1:]))
                 self.moving.sort(key=lambda one: max(one[0]))
 
-    def next_s(self):
-        candidates = self.order.candidates()
-        while self.moving and max(self.moving[0][0]) < min(self.arrivals[lane] for lane in candidates):
+    def end_s(self):
+        """When all ranks will have computed what gives way of the first phase, if no lane is resumed before."""
+        if not self.giving_way:
+            return inf
+        first = self.giving_way[0]
+        return max(
+            self.hosts[rank] + first.left[rank] if first.ended[rank] == inf else first.ended[rank]
+            for rank in range(self.ranks)
+        )
+
+    def resume_s(self):
+        candidates, end_s = self.order.candidates(), self.end_s()
+        while self.moving and max(self.moving[0][0]) < min([end_s, *(self.arrivals[lane] for lane in candidates)]):
             self.move(max(self.moving[0][0]))
         return max(*self.hosts, min(self.arrivals[lane] for lane in candidates))
 
-    def resume(self):
-        """Resume a lane; if it begins a step, the one before and when what it sent arrives."""
-        now = self.next_s()
+    def next_s(self):
+        return min(self.resume_s(), self.end_s())
+
+    def give_way(self, until):
+        """Compute what gives way up to a time, each phase with its rest."""
+        for rank in range(self.ranks):
+            for one in self.giving_way:
+                if one.ended[rank] < inf:
+                    continue
+                if self.hosts[rank] + one.left[rank] > until:
+                    one.left[rank] -= max(until - self.hosts[rank], 0.0)
+                    self.hosts[rank] = max(until, self.hosts[rank])
+                    break
+                self.hosts[rank] += one.left[rank]
+                self.compute_rest(one, rank)
+
+    def compute_rest(self, one, rank):
+        compute_s, preemptible_s = (
+            self.of_rank(seconds, rank) for seconds in (one.phase.compute_s, one.phase.preemptible_s)
+        )
+        one.ended[rank] = self.hosts[rank] + compute_s - preemptible_s
+        self.hosts[rank] = one.ended[rank] + self.of_rank(one.phase.beside_s, rank)
+
+    def advance(self):
+        """Resume a lane, or end what gives way; if a lane begins a step, the one before and when what it sent arrives.
+
+        None while there is none.
+        """
+        if self.end_s() <= self.resume_s():
+            self.give_way(self.end_s())
+            return self.wait(self.giving_way.pop(0))
+        now = self.resume_s()
         self.move(now)
         lane = next(one for one in self.order.candidates() if self.arrivals[one] <= now)
         self.order.resume(lane)
         self.at[lane] = (self.at[lane] + 1) % len(self.phases_of(0))
-        step, begins = self.steps[lane], self.at[lane] == 0
-        phase = self.phases_of(max(step, 0))[self.at[lane]]
+        phase = self.phases_of(max(self.steps[lane], 0))[self.at[lane]]
         self.order.wait(lane, phase.point)
-        if begins and step < 0:
+        if self.at[lane] == 0 and self.steps[lane] < 0:
             phase = Phase(phase.point, 0.0)
+        self.give_way(self.arrivals[lane])
+        self.hosts = [max(host, self.arrivals[lane]) for host in self.hosts]
+        self.arrivals[lane] = inf
+        left = [self.of_rank(phase.preemptible_s, rank) for rank in range(self.ranks)]
+        one = SimpleNamespace(lane=lane, phase=phase, left=left, ended=[inf] * self.ranks)
+        if max(left) > 0:
+            self.giving_way.append(one)
+            return None
         for rank in range(self.ranks):
-            compute_s = np.broadcast_to(phase.compute_s, self.ranks)[rank]
-            self.hosts[rank] = max(self.hosts[rank], self.arrivals[lane]) + compute_s
-        starts, self.arrivals[lane] = list(self.hosts), inf
+            self.compute_rest(one, rank)
+        return self.wait(one)
+
+    def wait(self, one):
+        """A lane has computed a phase."""
+        lane, starts, phase = one.lane, one.ended, one.phase
+        step, begins = self.steps[lane], self.at[lane] == 0
         if begins:
             self.steps[lane] += self.lanes
             self.arrivals[lane] = self.fed.pop(self.steps[lane], inf)
@@ -90,8 +144,6 @@ class SlowStage:
         if phase.sent:
             self.move(max(starts))
             sent_s = self.send(starts, phase.sent)
-        for rank in range(self.ranks):
-            self.hosts[rank] += np.broadcast_to(phase.beside_s, self.ranks)[rank]
         return (step, sent_s) if begins and step >= 0 else None
 
     def feed(self, step, at_s):
@@ -109,7 +161,7 @@ def slow_ends(stages, *, lanes, in_flight, num_steps, ranks):
     ends = [inf] * num_steps
     while max(ends) == inf:
         index = min(range(len(stages)), key=lambda one: stages[one].next_s())
-        ended = stages[index].resume()
+        ended = stages[index].advance()
         if ended and index < len(stages) - 1:
             stages[index + 1].feed(*ended)
         elif ended:
@@ -119,7 +171,7 @@ def slow_ends(stages, *, lanes, in_flight, num_steps, ranks):
     return ends
 
 
-def random_stage(dice, ranks, *, first):
+def random_stage(dice, ranks, *, first, preempts=False):
     """Phases with numbers of their own for each step and rank."""
     points = [TOKENS if first else ROWS, *(Point(0, str(number)) for number in range(dice.randrange(1, 4)))]
     chains = [dice.randrange(3) for _ in points]
@@ -132,17 +184,20 @@ def random_stage(dice, ranks, *, first):
             numbers = lambda: random.random(ranks) * random.integers(0, 2)  # noqa: B023, E731
             moved = [Transmission(numbers(), numbers() * 0.1) for _ in range(chain if point.layer == 0 else 0)]
             sent = Transmission(numbers(), random.random()) if point.layer < 0 else None
-            phases.append(Phase(point, numbers(), moved, numbers() * 0.3, sent))
+            compute_s = numbers()
+            preemptible_s = compute_s * random.choice([0.0, 1.0, random.random(ranks)[0]]) * preempts
+            phases.append(Phase(point, compute_s, moved, numbers() * 0.3, sent, preemptible_s))
         return phases
 
     return phases_of
 
 
-def test_times_are_those_of_a_simulation_of_every_rank():
+@pytest.mark.parametrize("preempts", [False, True])
+def test_times_are_those_of_a_simulation_of_every_rank(preempts):
     dice = random.Random(5)
     for _ in range(60):
         ranks, lanes, number = dice.randrange(1, 4), dice.randrange(1, 4), dice.randrange(2, 5)
-        stages = [random_stage(dice, ranks, first=index == 0) for index in range(number)]
+        stages = [random_stage(dice, ranks, first=index == 0, preempts=preempts) for index in range(number)]
         given = {"lanes": lanes, "in_flight": dice.randrange(lanes, lanes * number + 3), "num_steps": 12}
         np.testing.assert_allclose(
             step_ends_s(stages, **given, drains=True), slow_ends(stages, **given, ranks=ranks), rtol=1e-12

@@ -270,7 +270,7 @@ def _levels(link: tuple[float, float]) -> tuple[Level, ...]:
 
 def _toml(machine: MachineFile) -> str:
     lines = [f"name = {json.dumps(machine.name)}", *(f"{name} = {getattr(machine, name)!r}" for name in PARAMETERS)]
-    lines.append("reads_ahead = false")
+    lines += ["reads_ahead = false", "preempts_attention = false"]
     for level in machine.levels:
         lines += ["", "[[levels]]", f'name = "{level.name}"', f"latency_us = {level.latency_us!r}"]
         lines.append(f"bandwidth_gb_s = {level.bandwidth_gb_s!r}")

@@ -172,13 +172,21 @@ def _timeline(planned: PlannedJob, found: Forecast) -> Picture:
 
 def _parts(resumed: Sequence[Resumed], begin_s: float, length_s: float) -> list[tuple[float, float, int]]:
     """The parts of a lane's bar from `begin_s` on, in milliseconds."""
-    parts = [(resumed[0].begin_s, resumed[0].end_s, COMPUTE)]
+    parts = [*_computing(resumed[0])]
     for before, one in pairwise(resumed):
         arrived_s = max(one.arrived_s, before.end_s)
         parts.append((before.end_s, arrived_s, IDLE if before.begins else TRAVEL))
-        parts += [(arrived_s, one.begin_s, IDLE), (one.begin_s, one.end_s, COMPUTE)]
+        parts += [(arrived_s, one.begin_s, IDLE), *_computing(one)]
     clipped = ((max(begin - begin_s, 0.0), min(end - begin_s, length_s), kind) for begin, end, kind in parts)
     return [(begin * 1e3, end * 1e3, kind) for begin, end, kind in clipped if end > begin]
+
+
+def _computing(resumed: Resumed) -> Iterator[tuple[float, float, int]]:
+    """The parts in which a resumed lane computes, and those between them, in which it gives way to others."""
+    for number, (begin_s, end_s) in enumerate(resumed.spans):
+        if number:
+            yield resumed.spans[number - 1][1], begin_s, IDLE
+        yield begin_s, end_s, COMPUTE
 
 
 def _slow_rank(planned: PlannedJob, found: Forecast) -> Picture:

@@ -3,8 +3,9 @@
 `tflops` and `memory_gb_s` are the arithmetic and memory rates of a rank's matrix products. `turn_us` is the host
 overhead per resumption of a lane, `tensor_overhead_us` that after a transfer of its tensor group (`turn_us` by
 default), which plans no rows. `memory_gb` is the memory of a rank, 0 if unknown. `reads_ahead` is true if reading of
-weights overlaps with arithmetic (GPUs), false if it comes first (a CPU whose products pack the weights). `levels` are
-the links, as in topology.json.
+weights overlaps with arithmetic (GPUs), false if it comes first (a CPU whose products pack the weights).
+`preempts_attention` is true if kernels of attention give way to those of other lanes (GPUs, which schedule kernels by
+priority), false if a rank computes one phase after another (CPUs). `levels` are the links, as in topology.json.
 """
 
 from pathlib import Path
@@ -27,6 +28,7 @@ class MachineFile(Struct, frozen=True, forbid_unknown_fields=True):
     turn_us: Cost = 0.0
     tensor_overhead_us: Cost | None = None
     reads_ahead: bool = True
+    preempts_attention: bool = False
 
 
 def read_machine(path: str | Path) -> MachineFile:

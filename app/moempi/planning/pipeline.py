@@ -13,7 +13,7 @@ from moempi.arrays import Float64Array
 from moempi.planning.simulate import PhasesOf, Resumed, VirtualStage
 
 Observer = Callable[[int, int, Resumed], None]
-"""observer(stage, step, resumed) is called whenever a lane was resumed."""
+"""observer(stage, step, resumed) is called whenever a resumed lane has computed."""
 
 
 def step_ends_s(
@@ -54,7 +54,7 @@ class _Pipeline:
         self._ends = ends
 
     def run(self) -> Float64Array:
-        """Resume the stage whose next lane is the earliest, until all steps have ended."""
+        """Let the stage go on that does so the earliest, until all steps have ended."""
         queue = [(0.0, index) for index in range(len(self._stages))]
         heapify(queue)
         left = len(self._ends)
@@ -62,7 +62,7 @@ class _Pipeline:
             at_s, index = heappop(queue)
             if at_s != self._stages[index].next_s():
                 continue  # it has been fed since
-            ended = self._resume(index)
+            ended = self._advance(index)
             changed = {index}
             if ended is not None:
                 step, arrival_s = ended
@@ -73,10 +73,12 @@ class _Pipeline:
                     heappush(queue, (next_s, other))
         return self._ends
 
-    def _resume(self, index: int) -> tuple[int, float] | None:
-        """Resume a lane of a stage; the step that it has ended, if any, and when the next stage has its rows."""
+    def _advance(self, index: int) -> tuple[int, float] | None:
+        """Let a stage go on; the step that a lane has ended, if any, and when the next stage has its rows."""
         stage = self._stages[index]
-        resumed = stage.resume()
+        resumed = stage.advance()
+        if resumed is None:
+            return None
         step = stage.step(resumed.lane)
         if self._observer:
             self._observer(index, step, resumed)

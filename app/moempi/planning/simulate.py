@@ -1,12 +1,15 @@
 """The time of a stage's lanes with and without overlap: the schedule replayed with durations. Pure.
 
-A rank's host computes for one lane at a time, in the order of the schedule. Its link carries one transmission after
-another, in the order in which they start. A lane is resumed when its transfer has arrived from all ranks. Where all
-ranks of a stage take equal times, one stands for all.
+A rank's host computes for one lane at a time, in the order of the schedule. What is preemptible, it computes only while
+no other lane has anything else to compute, and one lane after another, in the order in which they were resumed; on a
+GPU, whose blocks are not interrupted, those that run delay the others by up to the time of a block. Its link carries
+one transmission after another, in the order in which they start. A lane is resumed when its transfer has arrived from
+all ranks. Where all ranks of a stage take equal times, one stands for all.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -14,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moempi.arrays import larger
+from moempi.arrays import larger, where
 from moempi.layout.schedule import LaneOrder, Point
 
 WARM_UP_STEPS = 8
@@ -36,7 +39,8 @@ class Phase:
     """One phase of a lane: `compute_s` of computing, then one transfer, and `beside_s` more of computing up to `point`.
 
     Each of the transfer's `transmissions` starts as soon as the previous one has arrived, whichever lane computes. The
-    lane does not wait for `sent`, which starts at the same time. Where ranks differ, the seconds are arrays (R,).
+    lane does not wait for `sent`, which starts at the same time. The first `preemptible_s` of `compute_s` give way to
+    other lanes. Where ranks differ, the seconds are arrays (R,).
     """
 
     point: Point
@@ -44,6 +48,7 @@ class Phase:
     transmissions: Sequence[Transmission] = ()
     beside_s: float = 0.0
     sent: Transmission | None = None
+    preemptible_s: float = 0.0
 
     @property
     def travel_s(self) -> float:
@@ -63,15 +68,24 @@ PhasesOf = Callable[[int], Sequence[Phase]]
 class Resumed(NamedTuple):
     """A lane that was resumed, whether it has begun a step, and when what it sent arrives, if anything.
 
-    What it waited for arrived at `arrived_s`. The last rank computed from `begin_s` to `end_s`.
+    What it waited for arrived at `arrived_s`. The last rank computed in `spans`, between which it gave way.
     """
 
     lane: int
     begins: bool
     sent_s: float
     arrived_s: float
-    begin_s: float
-    end_s: float
+    spans: Sequence[tuple[float, float]]
+
+    @property
+    def begin_s(self) -> float:
+        """When the last rank began to compute."""
+        return self.spans[0][0]
+
+    @property
+    def end_s(self) -> float:
+        """When the last rank had computed all."""
+        return self.spans[-1][1]
 
 
 class VirtualStage:
@@ -83,19 +97,20 @@ class VirtualStage:
     """
 
     def __init__(self, phases_of: PhasesOf, *, lanes: int, fed: bool = False) -> None:
-        self.host_s = 0.0
         self._phases_of = phases_of
         first = phases_of(0)
         if fed:  # there is no step before, whose end would take time
-            first = [replace(first[0], compute_s=0.0, beside_s=0.0, sent=None), *first[1:]]
+            first = [replace(first[0], compute_s=0.0, beside_s=0.0, sent=None, preemptible_s=0.0), *first[1:]]
         self._phases = [first] * lanes
         self._steps = [lane - lanes for lane in range(lanes)]
         self._fed = fed
         self._order = LaneOrder(lanes, [phase.point for phase in first])
+        self._hosts = _Hosts()
         self._link = _Link(lanes)
         self._at = [-1] * lanes
         self._candidates = self._order.candidates()
         self._next_s: float | None = None
+        self._resumes = True
 
     def feed(self, lane: int, at_s: float) -> None:
         """What a lane waits for at its first point arrives at this time."""
@@ -107,35 +122,121 @@ class VirtualStage:
         return self._steps[lane]
 
     def next_s(self) -> float:
-        """When a lane is resumed next; infinite if all lanes wait for another stage."""
+        """When a lane is resumed next, or has computed what gives way; infinite if all wait for another stage."""
         if self._next_s is None:
-            self._next_s = max(latest(self.host_s), self._link.first_arrival(self._candidates))
+            end_s = self._hosts.first_end_s()
+            arrival_s = self._link.first_arrival(self._candidates, before=end_s)
+            resume_s = max(latest(self._hosts.free_s), arrival_s)
+            self._resumes = resume_s < end_s
+            self._next_s = min(resume_s, end_s)
         return self._next_s
 
-    def resume(self) -> Resumed:
-        """Resume a lane up to its next point."""
+    def advance(self) -> Resumed | None:
+        """Go on to `next_s`; the lane that has computed up to its next point, None if it gives way before."""
         at_s = self.next_s()
+        computed = self._resume(at_s) if self._resumes else self._hosts.end_first()
+        self._next_s = None
+        return None if computed is None else self._wait(computed)
+
+    def _resume(self, at_s: float) -> "_Computing | None":
+        """Resume the first lane whose transfer has arrived; its phase if that is computed without giving way."""
         self._link.advance(at_s)
         lane = next(lane for lane in self._candidates if self._link.arrivals[lane] <= at_s)
-        arrived_s = self._link.arrivals[lane]
         self._order.resume(lane)
         index = self._at[lane] = (self._at[lane] + 1) % len(self._phases[lane])
         phase, begins = self._phases[lane][index], index == 0
         if begins:
-            self._steps[lane] += len(self._at)
-            self._phases[lane] = self._phases_of(self._steps[lane])
+            self._phases[lane] = self._phases_of(self._steps[lane] + len(self._at))
         self._order.wait(lane, phase.point)
-        self._candidates, self._next_s = self._order.candidates(), None
-        begun_s = larger(self.host_s, arrived_s)
-        sent_s = self.host_s = begun_s + phase.compute_s
+        self._candidates = self._order.candidates()
+        computing = _Computing(lane, phase, begins, self._link.arrivals[lane], phase.preemptible_s)
+        self._link.arrivals[lane] = inf
+        return computing if self._hosts.compute(computing) else None
+
+    def _wait(self, computed: "_Computing") -> Resumed:
+        """Let a lane wait for the transfer of a phase that it has computed."""
+        lane, phase, begins, ended_s = computed.lane, computed.phase, computed.begins, computed.ended_s
+        if begins:
+            self._steps[lane] += len(self._at)
         if not (begins and self._fed):
-            self._link.start(lane, self.host_s, phase.transmissions)
-        else:
-            self._link.arrivals[lane] = inf
-        if phase.sent is not None:
-            sent_s = self._link.send(self.host_s, phase.sent)
-        self.host_s = self.host_s + phase.beside_s
-        return Resumed(lane, begins, latest(sent_s), arrived_s, latest(begun_s), latest(self.host_s))
+            self._link.start(lane, ended_s, phase.transmissions)
+        sent_s = ended_s if phase.sent is None else self._link.send(ended_s, phase.sent)
+        return Resumed(lane, begins, latest(sent_s), computed.arrived_s, computed.spans)
+
+
+@dataclass(slots=True)
+class _Computing:
+    """A phase that a resumed lane computes; on each rank, `left_s` of what is preemptible are left.
+
+    A rank has computed all but what is beside the transfer at `ended_s`, which is infinite until it is known.
+    """
+
+    lane: int
+    phase: Phase
+    begins: bool
+    arrived_s: float
+    left_s: float
+    ended_s: float = inf
+    spans: list[tuple[float, float]] = field(default_factory=list)
+
+    def add_span(self, begin_s: float, end_s: float) -> None:
+        """The last rank has computed from `begin_s` to `end_s`."""
+        begin_s, end_s = latest(begin_s), latest(end_s)
+        if self.spans and self.spans[-1][1] >= begin_s:
+            begin_s = self.spans.pop()[0]
+        self.spans.append((begin_s, end_s))
+
+
+class _Hosts:
+    """The hosts of the ranks of a stage, and the phases that give way; what was computed up to `free_s` is known."""
+
+    def __init__(self) -> None:
+        self.free_s = 0.0
+        self._preemptible: deque[_Computing] = deque()
+
+    def compute(self, computing: _Computing) -> bool:
+        """Begin a phase whose lane was resumed, before all that gives way; whether it is computed, or gives way too."""
+        self._compute_preemptible(computing.arrived_s)
+        self.free_s = larger(self.free_s, computing.arrived_s)
+        if latest(computing.left_s) > 0:
+            self._preemptible.append(computing)
+            return False
+        begin_s = self.free_s
+        self._compute_rest(computing, True)
+        computing.add_span(begin_s, self.free_s)
+        return True
+
+    def first_end_s(self) -> float:
+        """When the last rank will have computed what gives way of the first phase; infinite if no phase does."""
+        if not self._preemptible:
+            return inf
+        first = self._preemptible[0]
+        return latest(where(first.ended_s == inf, self.free_s + first.left_s, first.ended_s))
+
+    def end_first(self) -> _Computing:
+        """Compute up to `first_end_s`; the first phase."""
+        self._compute_preemptible(self.first_end_s())
+        return self._preemptible.popleft()
+
+    def _compute_preemptible(self, until_s: float) -> None:
+        """Compute what gives way, one phase after another, and behind each its rest, which does not."""
+        is_free: bool = True
+        for one in self._preemptible:
+            begin_s, end_s = self.free_s, self.free_s + one.left_s
+            computes = is_free & (one.ended_s == inf)
+            ends = computes & (end_s <= until_s)
+            self.free_s = where(computes, where(ends, end_s, larger(begin_s, until_s)), begin_s)
+            one.left_s = where(ends, 0.0, one.left_s - (self.free_s - begin_s))
+            self._compute_rest(one, ends)
+            if latest(ends) or latest(self.free_s) > latest(begin_s):
+                one.add_span(begin_s, self.free_s)
+            is_free = is_free & (one.ended_s < inf)
+
+    def _compute_rest(self, one: _Computing, ends: bool) -> None:
+        """Compute what does not give way of a phase, on the ranks of which `ends` is true."""
+        ended_s = self.free_s + (one.phase.compute_s - one.phase.preemptible_s)
+        one.ended_s = where(ends, ended_s, one.ended_s)
+        self.free_s = where(ends, ended_s + one.phase.beside_s, self.free_s)
 
 
 class _Link:
@@ -162,10 +263,13 @@ class _Link:
         while self._events and self._events[0][0] <= until:
             self._advance_one()
 
-    def first_arrival(self, lanes: Sequence[int]) -> float:
-        """When the first transfer of these lanes arrives, if no further one is started meanwhile."""
+    def first_arrival(self, lanes: Sequence[int], *, before: float = inf) -> float:
+        """When the first transfer of these lanes arrives, if no further one is started meanwhile.
+
+        Any time that is not `before` stands for those that are not.
+        """
         first = min([self.arrivals[lane] for lane in lanes])
-        while self._events and first > self._events[0][0]:
+        while self._events and self._events[0][0] < min(first, before):
             self._advance_one()
             first = min([self.arrivals[lane] for lane in lanes])
         return first
@@ -214,7 +318,7 @@ def overlapped_s(phases: Sequence[Phase], *, lanes: int) -> float:
     compute_s, link_s = sum(phase.compute_s + phase.beside_s for phase in phases), sum(phase.link_s for phase in phases)
     stage, begins = VirtualStage(equal_steps(phases), lanes=lanes), list[float]()
     while len(begins) <= (WARM_UP_STEPS + MEASURED_STEPS) * lanes:
-        resumed = stage.resume()
-        if resumed.begins:
+        resumed = stage.advance()
+        if resumed is not None and resumed.begins:
             begins.append(resumed.end_s)
     return max((begins[-1] - begins[WARM_UP_STEPS * lanes]) / MEASURED_STEPS, lanes * compute_s, lanes * link_s)

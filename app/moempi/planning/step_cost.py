@@ -3,7 +3,8 @@
 A matrix product takes the maximum of its arithmetic and the reading of its weights (the roofline model of Williams,
 Waterman and Patterson 2009), or their sum on a machine that does not read ahead. A message takes the latency of its
 level plus its bytes over the bandwidth. Routing is even unless a load has `routed` layers. `moempi bench plan`
-compares this model with measurements.
+compares this model with measurements. Where a machine preempts attention, its kernels give way to other lanes; its
+products do not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,22 @@ class RoutedRows(NamedTuple):
     node_tokens: float
 
 
+class Computing(NamedTuple):
+    """Seconds of computing, of which the kernels of attention take `preemptible_s`."""
+
+    seconds: float = 0.0
+    preemptible_s: float = 0.0
+
+    def after(self, other: "Computing") -> "Computing":
+        """Both, one after the other."""
+        return Computing(other.seconds + self.seconds, other.preemptible_s + self.preemptible_s)
+
+    def before(self, phase: Phase) -> Phase:
+        """A phase that begins with this."""
+        seconds, preemptible_s = Computing(phase.compute_s, phase.preemptible_s).after(self)
+        return replace(phase, compute_s=seconds, preemptible_s=preemptible_s)
+
+
 @dataclass(frozen=True, slots=True)
 class StepLoad:
     """One lane's step in one data parallel group: `rows` of `sequences`, each row attending to `context` positions.
@@ -94,29 +111,29 @@ class StepCosts:
         The first phase ends the step before: it sends that step's rows or tokens to another stage.
         """
         phases: list[Phase] = []
-        pending_s = 0.0
-        equal_layers: dict[object, tuple[list[Phase], float]] = {}
+        pending = Computing()
+        equal_layers: dict[object, tuple[list[Phase], Computing]] = {}
         for layer in layers:
             kind: object = self.architecture.kind(layer)
             if layer in load.routed:
                 kind = layer
             if kind not in equal_layers:
-                equal_layers[kind] = list(self._layer(layer, load)), self._last_s(layer, load)
-            of_layer, last_s = equal_layers[kind]
+                equal_layers[kind] = list(self._layer(layer, load)), self._last(layer, load)
+            of_layer, last = equal_layers[kind]
             for phase in of_layer:
-                point = Point(layer, phase.point.phase)
-                phases.append(replace(phase, point=point, compute_s=phase.compute_s + pending_s))
-                pending_s = 0.0
-            pending_s += last_s
+                phases.append(pending.before(replace(phase, point=Point(layer, phase.point.phase))))
+                pending = Computing()
+            pending = last.after(pending)
         if self.immediate:
-            pending_s += phases.pop().compute_s  # of the experts, whose outputs do not return
+            pending = Computing(phases.pop().compute_s).after(pending)  # of the experts, whose outputs do not return
         for phase in self._end(layers, load, is_last=is_last):
-            phases.append(replace(phase, compute_s=phase.compute_s + pending_s))
-            pending_s = 0.0
+            phases.append(pending.before(phase))
+            pending = Computing()
         if is_last and self.tensor == 1:
-            pending_s += self._head_s(layers, load)
+            pending = Computing(self._head_s(layers, load)).after(pending)
         sent = None if is_first and is_last else self._stage_link(layers, load, is_last=is_last)
-        phases = [*self._begin(pending_s, sent, is_first=is_first), *phases]
+        begin, *others = self._begin(sent, is_first=is_first)
+        phases = [pending.before(begin), *others, *phases]
         return [replace(phase, compute_s=phase.compute_s + self.host_overhead_s(phase.point)) for phase in phases]
 
     def host_overhead_s(self, point: Point) -> float:
@@ -128,38 +145,39 @@ class StepCosts:
             return self.machine.turn_us * 1e-6
         return of_tensor_group * 1e-6
 
-    def _begin(self, compute_s: float, sent: Transmission | None, *, is_first: bool) -> list[Phase]:
+    def _begin(self, sent: Transmission | None, *, is_first: bool) -> list[Phase]:
         """The phases before the first layer; rows and tokens of other stages have arrived in a full pipeline."""
         agreement = [self._collective(COUNT_BYTES)]
         if not is_first:
-            return [Phase(ROWS, compute_s, sent=sent)]
+            return [Phase(ROWS, 0.0, sent=sent)]
         if sent is None:
-            return [Phase(AGREE, compute_s, agreement)]
-        return [Phase(TOKENS, compute_s, sent=sent), Phase(AGREE, 0.0, agreement)]
+            return [Phase(AGREE, 0.0, agreement)]
+        return [Phase(TOKENS, 0.0, sent=sent), Phase(AGREE, 0.0, agreement)]
 
     def _layer(self, layer: int, load: StepLoad) -> Iterator[Phase]:
-        """The phases of a layer; a dense layer without a tensor group has none (`_last_s`)."""
-        attention_s = self._attention(layer, load)
+        """The phases of a layer; a dense layer without a tensor group has none (`_last`)."""
+        attention = self._attention(layer, load)
         if self.tensor > 1 and self.architecture.has_attention(layer):
-            yield from self._divided(layer, attention_s, load)
-            attention_s = 0.0
+            yield from self._divided(layer, attention, load)
+            attention = Computing()
         if self.architecture.is_moe(layer):
-            yield from self._mixture_of_experts(layer, attention_s, load)
+            dispatch, combine = self._mixture_of_experts(layer, load)
+            yield from (attention.before(dispatch), combine)
         elif self.tensor > 1 and self.architecture.has_feed_forward(layer):
-            yield from self._divided(layer, self._dense(layer, load), load)
+            yield from self._divided(layer, Computing(self._dense(layer, load)), load)
 
-    def _divided(self, layer: int, compute_s: float, load: StepLoad) -> Iterator[Phase]:
+    def _divided(self, layer: int, computing: Computing, load: StepLoad) -> Iterator[Phase]:
         """Computation that a tensor group divides, between its all-gather and reduce-scatter of all rows."""
-        for name, seconds in zip(TENSOR_PHASES, (0.0, compute_s), strict=True):
-            yield Phase(Point(layer, name), seconds, [self._tensor_group(load)])
+        for name, one in zip(TENSOR_PHASES, (Computing(), computing), strict=True):
+            yield one.before(Phase(Point(layer, name), 0.0, [self._tensor_group(load)]))
 
-    def _mixture_of_experts(self, layer: int, attention_s: float, load: StepLoad) -> Iterator[Phase]:
+    def _mixture_of_experts(self, layer: int, load: StepLoad) -> Iterator[Phase]:
         """The phases of an exchange: computation up to each, and its transfer.
 
         Counts travel beside the rows; in two hops, choices and then the counts inside the node do, too.
         """
         own = load.rows / self.tensor
-        routing_s = attention_s + self._products(layer, "router", own) + self._products(layer, "latent/down", own)
+        routing_s = self._products(layer, "router", own) + self._products(layer, "latent/down", own)
         shared_s = self._products(layer, "shared", own)
         experts_s = self._experts(layer, load)
         counts, busiest = self._collective(COUNT_BYTES), self._busiest(layer, load)
@@ -178,13 +196,13 @@ class StepCosts:
         yield Phase(Point(layer, DISPATCH), routing_s, dispatch, beside_s=shared_s)
         yield Phase(Point(layer, COMBINE), experts_s, combine)
 
-    def _last_s(self, layer: int, load: StepLoad) -> float:
-        """Seconds of a layer after its last phase, which delay the next one: all of a dense layer without phases."""
+    def _last(self, layer: int, load: StepLoad) -> Computing:
+        """What a layer computes after its last phase, which delays the next: all of a dense layer without phases."""
         if self.architecture.is_moe(layer):
-            return self._products(layer, "latent/up", load.rows / self.tensor)
+            return Computing(self._products(layer, "latent/up", load.rows / self.tensor))
         if self.tensor > 1:
-            return 0.0
-        return self._attention(layer, load) + self._dense(layer, load)
+            return Computing()
+        return Computing(self._dense(layer, load)).after(self._attention(layer, load))
 
     @property
     def _routed_bytes(self) -> int:
@@ -195,11 +213,19 @@ class StepCosts:
     def _top_k(self) -> int:
         return self.architecture.experts.router.top_k
 
-    def _attention(self, layer: int, load: StepLoad) -> float:
+    def _attention(self, layer: int, load: StepLoad) -> Computing:
         if not self.architecture.has_attention(layer):
-            return 0.0
+            return Computing()
         if self.architecture.recurrence and self.architecture.has_state(layer):
-            return self._recurrence(layer, self.architecture.recurrence, load)
+            kernels_s = self._recurrence(self.architecture.recurrence, load)
+            products_s = self._products(layer, "delta", load.rows) + self._products(layer, "state_space", load.rows)
+        else:
+            kernels_s = self._kernels_s(layer, load)
+            products_s = self._products(layer, "attention", load.rows)
+        return Computing(kernels_s + products_s, kernels_s * self.machine.preempts_attention)
+
+    def _kernels_s(self, layer: int, load: StepLoad) -> float:
+        """Scores and sums of attention over the cache, and the choice of positions, without the products of rows."""
         heads = self.architecture.attention
         window = self.architecture.window(layer)
         context, read = (min(positions, window or inf) for positions in (load.context, load.cached or load.context))
@@ -210,8 +236,7 @@ class StepCosts:
         dims = heads.cached_dim + heads.latent.key_value_rank if heads.latent else heads.head_dim + heads.value_dim
         flops = 2 * load.rows * context * heads.num_heads * dims / self.tensor
         cached = heads.cached_values / (1 if heads.latent else self.tensor)
-        core_s = self._roofline(flops, load.sequences * read * cached * self.value_bytes)
-        return core_s + index_s + self._products(layer, "attention", load.rows)
+        return self._roofline(flops, load.sequences * read * cached * self.value_bytes) + index_s
 
     def _choice(self, indexer: Indexer, layer: int, load: StepLoad) -> float:
         """The scores of an indexer for the whole context, and their keys; every rank of a tensor group computes all."""
@@ -221,11 +246,10 @@ class StepCosts:
         cached = load.sequences * (load.cached or load.context) * indexer.head_dim
         return self._roofline(flops, cached * self.value_bytes)
 
-    def _recurrence(self, layer: int, rule: DeltaRule | StateSpace, load: StepLoad) -> float:
+    def _recurrence(self, rule: DeltaRule | StateSpace, load: StepLoad) -> float:
         """Each row decays, reads, changes and reads the state; a step reads and writes that of each sequence."""
         values = rule.state_values / self.tensor
-        core_s = self._roofline(STATE_FLOPS * load.rows * values, 2 * STATE_BYTES * load.sequences * values)
-        return core_s + self._products(layer, "delta", load.rows) + self._products(layer, "state_space", load.rows)
+        return self._roofline(STATE_FLOPS * load.rows * values, 2 * STATE_BYTES * load.sequences * values)
 
     def _dense(self, layer: int, load: StepLoad) -> float:
         return self._products(layer, "dense", load.rows)

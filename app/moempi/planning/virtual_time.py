@@ -122,6 +122,7 @@ class _Slow:
                 [self._transmission(one) for one in phase.transmissions],
                 phase.beside_s * self.rank,
                 phase.sent and self._transmission(phase.sent),
+                phase.preemptible_s * self.rank,
             )
             for phase in phases
         ]
@@ -156,6 +157,7 @@ def _of_step(phase: Phase, index: int) -> Phase:
         [Transmission(_one(one.link_s, index), _one(one.latency_s, index)) for one in phase.transmissions],
         _one(phase.beside_s, index),
         phase.sent and Transmission(_one(phase.sent.link_s, index), _one(phase.sent.latency_s, index)),
+        _one(phase.preemptible_s, index),
     )
 
 
