@@ -37,14 +37,14 @@ def named_requests():
 PROMPTS = [request.prompt for request in named_requests()]
 
 
-def opened(section, prompts=PROMPTS, *, folder="."):
-    """The replay of prompts of a file in `folder` by SMALL, as rank 0 opens it."""
+def opened(section, prompts=PROMPTS, *, folder=".", architecture=SMALL):
+    """The replay of prompts of a file in `folder` by a model, as rank 0 opens it."""
     job = SimpleNamespace(replay=section, input=SimpleNamespace(prompts=f"{folder}/prompts.jsonl"))
     world = SimpleNamespace(
         comm=MPI.COMM_SELF, rank=0, local_rank=0, collectively=lambda act: act(), where="", alive=lambda phase: None
     )
     names = dict.fromkeys(prompt.replay for prompt in prompts if prompt.replay)
-    return open_replay(job, SMALL, world, prompts, names)
+    return open_replay(job, architecture, world, prompts, names)
 
 
 def run_with(folder, replay_file=None, *, comm=MPI.COMM_SELF, weights=False, **sections):
@@ -212,6 +212,14 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, changes, words):
     with pytest.raises(DataError, match=words) as error:
         opened(ReplaySection(str(path)))
     assert str(path) in str(error.value)
+
+
+def test_ids_are_read_where_they_are_looked_up_alone(tmp_path):
+    path = made(tmp_path / "given.h5", id=np.array([b"a", b"a"]))
+    with ReplayFile(path, SMALL) as file:  # as a rank that looks up nothing
+        assert file.read(0, 0, 2, slice(0, 1))[0].shape == (2, 1, TOP_K)
+        with pytest.raises(DataError, match="not unique"):
+            file.read_ids()
 
 
 def weights_with(place, value):
