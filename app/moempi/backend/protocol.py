@@ -399,6 +399,12 @@ class TokenVerbs(Protocol):
         `targets` (N,) are tokens of the whole vocabulary.
         """
 
+    def tokens_above(self, logits: Array, least: Float32Array) -> tuple[IntArray, IntArray, Float32Array]:
+        """The rows and columns (S,) of logits (N, V) above the `least` of their row (N,), in order, and the logits.
+
+        NaN is above nothing. Blocks the host, to which no other logits are copied.
+        """
+
 
 HANDLE_BYTES = 64
 """Bytes of the handle by which another process maps GPU memory."""

@@ -6,7 +6,6 @@ The exponentials of each block of SUM_TOKENS tokens are summed first, then the s
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from moempi.arrays import Float32Array, Int32Array, IntArray
 from moempi.backend.values import LogitScan
@@ -15,6 +14,9 @@ SUM_TOKENS = 4096
 """Tokens of a block; each piece but the last is of whole blocks."""
 SLACK = 1e-3
 """More than the rounding of a log-probability, in which a bound on logits may err."""
+
+_QUIET = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+"""A logit that is not finite makes the log-probabilities of its row NaN."""
 
 
 class Above(NamedTuple):
@@ -66,6 +68,7 @@ class RowScores:
         self._top_tokens = np.take_along_axis(tokens, order, axis=1)
         self._top_logits = np.take_along_axis(logits, order, axis=1)
 
+    @_QUIET
     def least_logits(self) -> Float32Array:
         """Logits (N,) below which no token is above the threshold, by the pieces so far."""
         highest, shift = self._log_sums()
@@ -80,6 +83,7 @@ class RowScores:
         may_be_above = logits > self.least_logits()[rows]
         self._above = rows[may_be_above], tokens[may_be_above], logits[may_be_above]
 
+    @_QUIET
     def result(self) -> Scored:
         """The scores, once all pieces are added."""
         highest, shift = self._log_sums()
@@ -99,20 +103,12 @@ class RowScores:
         """The largest logit m of each row, and the logarithm of its sum of exp(x - m)."""
         blocks = sorted(self._blocks, key=lambda block: block[0])
         of_blocks, sums = (np.concatenate([block[part] for block in blocks], axis=1) for part in (1, 2))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            highest: Float32Array = of_blocks.max(axis=1)
-            total = (sums * np.exp(of_blocks - highest[:, None]).astype(np.float64)).sum(axis=1)
-            return highest, np.log(total).astype(np.float32)
+        highest: Float32Array = of_blocks.max(axis=1)
+        total = (sums * np.exp(of_blocks - highest[:, None]).astype(np.float64)).sum(axis=1)
+        return highest, np.log(total).astype(np.float32)
 
 
 def without_nan(logits: Float32Array) -> Float32Array:
     """Logits with -inf in the place of NaN, by which the likeliest tokens are chosen."""
     numbers: Float32Array = np.nan_to_num(logits, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     return numbers
-
-
-def tokens_above(logits: Float32Array, least: Float32Array) -> tuple[IntArray, IntArray, Float32Array]:
-    """The rows and columns (S,) of logits (N, V) above the `least` of their row (N,), and the logits."""
-    rows, columns = np.nonzero(logits > least[:, None])
-    values: npt.NDArray[np.float32] = logits[rows, columns]
-    return rows, columns, values

@@ -84,6 +84,7 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
         logits = backend.logits(model.head.norm(backend, x), model.head.matrix, model.head.bias)
         backend.score(logits, np.zeros(num_rows, np.int64), top=1)
         backend.scan(logits, np.zeros(num_rows, np.int64), first=0, top=1)
+        backend.tokens_above(logits[:1], np.full(1, -np.inf, np.float32))
 
 
 def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Placement | None, x: Array) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend
-from moempi.backend.scores import SUM_TOKENS, RowScores, Scored, tokens_above
+from moempi.backend.scores import SUM_TOKENS, RowScores, Scored
 from moempi.backend.values import Array, SampledTokens, SamplingRequests
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import Waits
@@ -102,7 +102,7 @@ class LMHead:
                 scan = backend.scan(part, targets, first=piece.start, top=recorded.top)
                 scores.add(scan, first=piece.start, width=len(piece))
                 if recorded.threshold:
-                    found, tokens, values = tokens_above(backend.download(part), scores.least_logits())
+                    found, tokens, values = backend.tokens_above(part, scores.least_logits())
                     scores.add_above(found, tokens + piece.start, values)
         return scores.result()
 

@@ -1,5 +1,7 @@
 """Every verb of the CPU backend against a slow, obvious twin in float64."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -281,7 +283,8 @@ def test_the_likeliest_tokens_of_pieces_are_those_of_one_piece_whatever_the_logi
         logits[row, ::SUM_TOKENS] = random.permutation(special)[:4]
     logits[4:, : 2 * SUM_TOKENS] = np.nan
     targets, whole, pieces = np.zeros(6, int), *(RowScores(np.zeros(6, int), top=top) for _ in range(2))
-    with np.errstate(invalid="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         whole.add(EXACT.scan(logits, targets, first=0, top=top), first=0, width=vocabulary)
         for first in range(0, vocabulary, width):
             piece = logits[:, first : first + width]

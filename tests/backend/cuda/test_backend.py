@@ -801,40 +801,67 @@ def test_reproducible_experts_take_their_rows_in_launches_of_few(device, monkeyp
 
 @pytest.mark.parametrize("vocabulary", [3, 5000])
 def test_sample_and_score_equal_the_cpu(pair, vocabulary):
-    logits = np.random.default_rng(1).normal(size=(6, vocabulary)).astype(np.float32) * 3
+    logits = np.random.default_rng(1).normal(size=(9, vocabulary)).astype(np.float32) * 3
     logits[2, 1] = logits[2, 2] = 20  # a tie
-    logits[5] = np.nan
-    on_gpu = pair.gpu.upload(logits)
-    settings = [{}, {"temperature": 0.8, "top_p": 0.9}, {}, {"repetition_penalty": 1.5}, {"temperature": 2.0}, {}]
+    logits[5], logits[6, 0], logits[7, 1], logits[8] = np.nan, np.nan, np.inf, -np.inf
+    on_gpu, targets = pair.gpu.upload(logits), np.array([1, 0, 2, 2, 1, 0, 1, 1, 2])
+    settings = [
+        {},
+        {"temperature": 0.8, "top_p": 0.9},
+        {},
+        {"repetition_penalty": 1.5},
+        {"temperature": 2.0},
+        *[{}] * 4,
+    ]
     requests = requests_of([row_of(uniform=0.4, seen=[0, 2], **kind) for kind in settings])
     with np.errstate(all="ignore"):
         expected, sampled = pair.cpu.sample(logits, requests, top=2), pair.gpu.sample(on_gpu, requests, top=2)
-        scored = pair.gpu.score(on_gpu, np.array([1, 0, 2, 2, 1, 0]), top=0)
-        targets = pair.cpu.score(logits, np.array([1, 0, 2, 2, 1, 0]), top=0)
-    np.testing.assert_array_equal(sampled.tokens[:5], expected.tokens[:5])
-    np.testing.assert_array_equal(sampled.top_tokens[:5], expected.top_tokens[:5])
+        found, scored = pair.gpu.score(on_gpu, targets, top=0), pair.cpu.score(logits, targets, top=0)
+    np.testing.assert_array_equal(sampled.tokens, expected.tokens)
+    np.testing.assert_array_equal(sampled.top_tokens, expected.top_tokens)
     np.testing.assert_allclose(sampled.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(sampled.top_logprobs[:5], expected.top_logprobs[:5], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(scored.logprobs, targets.logprobs, rtol=1e-5, atol=1e-5)
-    assert sampled.tokens[5] < vocabulary
-    assert np.isnan(sampled.logprobs[5])
+    np.testing.assert_allclose(sampled.top_logprobs, expected.top_logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.logprobs, scored.logprobs, rtol=1e-5, atol=1e-5)
+    assert np.isnan(sampled.logprobs[5:]).all()
 
 
 @pytest.mark.parametrize("width", [3, SUM_TOKENS, SUM_TOKENS + 5])
 def test_a_scan_of_logits_equals_the_cpu(pair, width):
-    logits = np.random.default_rng(1).normal(size=(5, width)).astype(np.float32) * 3
+    logits = np.random.default_rng(1).normal(size=(9, width)).astype(np.float32) * 3
     logits[2, :2] = 20  # a tie
     logits[3, :3] = -np.inf
-    logits[4, 0] = np.nan
-    targets, first = np.array([100, 101, 102, 7, 100]), 100
-    with np.errstate(all="ignore"):
-        expected = pair.cpu.scan(logits, targets, first=first, top=2)
-        found = pair.gpu.scan(pair.gpu.upload(logits), targets, first=first, top=2)
-    np.testing.assert_array_equal(found.highest[:4], expected.highest[:4])
+    logits[4, 0] = np.inf
+    logits[5:, 0] = np.nan
+    logits[6, :-1], logits[7], logits[8, 1:] = np.nan, np.nan, -np.inf
+    targets, first = np.array([100, 101, 102, 7, 100, 100, 101, 102, 101]), 100
+    expected = pair.cpu.scan(logits, targets, first=first, top=3)
+    found = pair.gpu.scan(pair.gpu.upload(logits), targets, first=first, top=3)
+    np.testing.assert_array_equal(found.highest[:5], expected.highest[:5])
     np.testing.assert_allclose(found.sums, expected.sums, rtol=1e-5)
-    np.testing.assert_array_equal(found.target_logits[:3], expected.target_logits[:3])
-    for name in ("top_tokens", "top_logits"):
-        np.testing.assert_array_equal(getattr(found, name)[:3], getattr(expected, name)[:3])
+    for name in ("target_logits", "top_tokens", "top_logits"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+
+
+@pytest.mark.parametrize("width", [3, 1024, 5000])
+def test_the_tokens_above_a_limit_are_those_of_the_cpu_and_nothing_else_is_downloaded(pair, width, monkeypatch):
+    logits = np.random.default_rng(1).normal(size=(7, width)).astype(np.float32)
+    least = np.array([0.5, np.inf, np.nan, -np.inf, 2.0, -0.5, 0.0], np.float32)
+    logits[4, ::2], logits[5, 1:], logits[6, :2] = np.inf, np.nan, -np.inf
+    on_gpu, downloads = pair.gpu.upload(logits), []
+    start_download = pair.gpu.device.start_download
+
+    def count(values):
+        downloads.append(values.nbytes)
+        return start_download(values)
+
+    monkeypatch.setattr(pair.gpu.device, "start_download", count)
+    found, expected = pair.gpu.tokens_above(on_gpu, least), pair.cpu.tokens_above(logits, least)
+    for values, of_cpu in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(values, of_cpu)
+    assert sum(downloads) == 4 * len(logits) + 8 * len(found[0])
+    downloads.clear()
+    assert [len(values) for values in pair.gpu.tokens_above(on_gpu, np.full(7, np.inf, np.float32))] == [0, 0, 0]
+    assert sum(downloads) == 4 * len(logits)
 
 
 def test_outputs_of_a_matrix_are_its_products(pair):

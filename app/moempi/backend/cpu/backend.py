@@ -487,11 +487,17 @@ class NumpyBackend:
         top_logits = np.take_along_axis(logits, top_tokens, axis=1)
         return LogitScan(*self._exponential_sums(logits), target_logits, top_tokens, top_logits)
 
+    def tokens_above(self, logits: Float32Array, least: Float32Array) -> tuple[IntArray, IntArray, Float32Array]:
+        rows, columns = np.nonzero(logits > least[:, None])
+        values: Float32Array = logits[rows, columns]
+        return rows, columns, values
+
     # Precision and reproducibility
 
     def _stored(self, values: Float32Array) -> Float32Array:
         return round_to_bfloat16(values) if self.is_bfloat16 else values
 
+    @np.errstate(over="ignore", invalid="ignore")
     def _exponential_sums(self, logits: Float32Array) -> tuple[Float32Array, Float32Array]:
         """The largest number m of each block of logits (N, V), and the sum of exp(x - m) (N, blocks)."""
         firsts = range(0, logits.shape[1], SUM_TOKENS)

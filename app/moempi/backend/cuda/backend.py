@@ -580,6 +580,20 @@ class CudaBackend:
         self._launches.launch("tokens", "likeliest", (rows, 1, 1), 1024, logits, places, *found, width, top)
         return LogitScan(*self._download(highest, sums, *found))
 
+    def tokens_above(self, logits: Array, least: Float32Array) -> tuple[IntArray, IntArray, Float32Array]:
+        """The first kernel counts, so that the second writes what is downloaded, and no more."""
+        (rows, width), grid = logits.shape, (len(logits), 1, 1)
+        limits, counts = self.upload(least), self.device.empty((rows,), np.int32)
+        self._launches.launch("tokens", "count_above", grid, 1024, logits, limits, counts, width)
+        in_row = self.download(counts)
+        ends = np.cumsum(in_row)
+        found = [self.device.empty((int(in_row.sum()),), kind) for kind in (np.int32, np.float32)]
+        if len(found[0]):
+            given = (logits, limits, self.upload(ends - in_row), *found, width)
+            self._launches.launch("tokens", "take_above", grid, 1024, *given)
+        columns, values = self._download(*found)
+        return np.repeat(np.arange(rows), in_row), columns, values
+
 
 def _weighing(router: Router) -> tuple[bool, float, float]:
     return router.renormalize, router.least_sum, router.scaling

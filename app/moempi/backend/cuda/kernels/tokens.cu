@@ -7,9 +7,12 @@
 //                                                                                             NumPy: _exponential_sums
 //   likeliest   per row: the logit of a place, and the `top` likeliest tokens with their logits, as in `score`
 //                                                                                                        NumPy: scan
+//   count_above, take_above   per row: how many logits are above its `least`, and these tokens, ascending, with their
+//                             logits, the first at the row's place in `firsts`                    NumPy: tokens_above
 //
-// Shapes: targets, places, tokens and logprobs (N), top_tokens, top_logprobs and top_logits (N, top), highest and sums
-// (N, blocks). Launch: one block of 1,024 per row; sum_exponentials one of 256 per row and block of tokens.
+// NaN is as likely as minus infinity. Shapes: targets, places, tokens and logprobs (N), top_tokens, top_logprobs and
+// top_logits (N, top), highest and sums (N, blocks), least, firsts and counts (N), the tokens and logits above (S).
+// Launch: one block of 1,024 per row; sum_exponentials one of 256 per row and block of tokens.
 #include "rows.cuh"
 
 struct Candidate {
@@ -37,7 +40,8 @@ __device__ inline Candidate next_likeliest(const float* logits, int vocabulary, 
   __shared__ Candidate of_warp[WARP_THREADS];
   Candidate own = {-infinity(), 0x7fffffff};
   for (int token = threadIdx.x; token < vocabulary; token += blockDim.x) {
-    const Candidate found = {logits[token], token};
+    const float logit = logits[token];
+    const Candidate found = {logit != logit ? -infinity() : logit, token};
     if (is_before(last, found) && is_before(found, own)) own = found;
   }
   own = warp_first(own);
@@ -59,12 +63,12 @@ extern "C" __global__ void score(const float* logits, const int* targets, int* t
   const int target = targets[blockIdx.x], rounds = target < 0 ? max(top, 1) : top;
   for (int nth = 0; nth < rounds; ++nth) {
     likely = next_likeliest(row_logits, vocabulary, likely);
-    if (likely.token >= vocabulary) likely.token = 0;  // only NaN is left
     if (threadIdx.x == 0 && nth < top) {
       top_tokens[blockIdx.x * top + nth] = likely.token;
-      top_logprobs[blockIdx.x * top + nth] = likely.logit - highest - log_sum;
+      top_logprobs[blockIdx.x * top + nth] = row_logits[likely.token] - highest - log_sum;
     }
-    if (threadIdx.x == 0 && nth == 0 && target < 0) tokens[blockIdx.x] = likely.token;
+    if (threadIdx.x == 0 && nth == 0 && target < 0)
+      tokens[blockIdx.x] = log_sum != log_sum ? 0 : likely.token;  // as sample_tokens
   }
   if (threadIdx.x == 0) {
     if (target >= 0) tokens[blockIdx.x] = target;
@@ -93,11 +97,44 @@ extern "C" __global__ void likeliest(const float* logits, const int* places, flo
   Candidate likely = {infinity(), -1};
   for (int nth = 0; nth < top; ++nth) {
     likely = next_likeliest(row_logits, width, likely);
-    if (likely.token >= width) likely.token = 0;  // only NaN is left
     if (threadIdx.x == 0) {
       top_tokens[blockIdx.x * top + nth] = likely.token;
-      top_logits[blockIdx.x * top + nth] = likely.logit;
+      top_logits[blockIdx.x * top + nth] = row_logits[likely.token];
     }
   }
   if (threadIdx.x == 0) place_logits[blockIdx.x] = row_logits[places[blockIdx.x]];
+}
+
+extern "C" __global__ void count_above(const float* logits, const float* least, int* counts, int width) {
+  __shared__ int found;
+  const float* own = logits + static_cast<long long>(blockIdx.x) * width;
+  if (threadIdx.x == 0) found = 0;
+  int count = 0;
+  for (int token = threadIdx.x; token < width; token += blockDim.x) count += own[token] > least[blockIdx.x];
+  __syncthreads();
+  if (count) atomicAdd(&found, count);
+  __syncthreads();
+  if (threadIdx.x == 0) counts[blockIdx.x] = found;
+}
+
+extern "C" __global__ void take_above(const float* logits, const float* least, const int* firsts, int* tokens,
+                                      float* found, int width) {
+  __shared__ int of_warp[WARP_THREADS];
+  const int lane = threadIdx.x % WARP_THREADS, warp = threadIdx.x / WARP_THREADS, warps = blockDim.x / WARP_THREADS;
+  const float* own = logits + static_cast<long long>(blockIdx.x) * width;
+  int first = firsts[blockIdx.x];  // the place of the first token of this round
+  for (int start = 0; start < width; start += blockDim.x) {
+    const int token = start + threadIdx.x;
+    const bool is_above = token < width && own[token] > least[blockIdx.x];
+    const unsigned all = __ballot_sync(FULL_WARP, is_above);
+    __syncthreads();  // the counts of the round before have been read
+    if (lane == 0) of_warp[warp] = __popc(all);
+    __syncthreads();
+    int place = first + __popc(all & ((1u << lane) - 1u));
+    for (int other = 0; other < warps; ++other) {
+      if (other < warp) place += of_warp[other];
+      first += of_warp[other];
+    }
+    if (is_above) tokens[place] = token, found[place] = own[token];
+  }
 }
