@@ -2,6 +2,7 @@
 
 import h5py
 import numpy as np
+import pytest
 from msgspec import structs
 
 from moempi.storage import journal_index
@@ -127,3 +128,26 @@ def test_the_first_position_of_a_scored_prompt_has_no_row(tmp_path):
     path = tmp_path / "half.h5"
     found = lacking(path, [scored, single, half], num_requests=2)
     assert found == [f"{path}: 1 of 2 requests lack recorded rows"]
+
+
+@pytest.mark.parametrize("block_bytes", [1, journal_index.BLOCK_BYTES])
+def test_a_row_that_several_records_have_does_not_hide_that_another_is_lost(tmp_path, monkeypatch, block_bytes):
+    monkeypatch.setattr(journal_index, "BLOCK_BYTES", block_bytes)
+    done, one = make_request(0, computed=3), [make_routing(0, [(0, 0)]), make_routing(1, [(0, 0), (0, 2)])]
+    path = tmp_path / "twice.h5"
+    assert lacking(path, [*one, *one, done], one, num_requests=1) == [f"{path}: 1 of 1 requests lack recorded rows"]
+    assert read(path)["experts"][:, 0, 0].tolist() == [1, -1, 21]
+    other = [make_routing(2, [(0, 1), (0, 2)])]
+    assert lacking(tmp_path / "whole.h5", [*one, *other, done], one, num_requests=1) == []
+    assert read(tmp_path / "whole.h5")["experts"][:, 0, 0].tolist() == [1, 11, 21]
+
+
+def test_rows_of_each_set_of_layers_count_for_themselves(tmp_path):
+    done, positions = make_request(0, computed=2), [(0, 0), (0, 1)]
+    first, last = (make_routing(0, positions, layers=layers) for layers in ((1,), (3,)))
+    assert lacking(tmp_path / "r.h5", [first, last, done], num_requests=1) == []
+    path = tmp_path / "one.h5"
+    half = make_routing(0, positions[:1], layers=(3,))
+    assert lacking(path, [first, first, half, half, done], num_requests=1) == [
+        f"{path}: 1 of 1 requests lack recorded rows"
+    ]

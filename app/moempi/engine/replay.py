@@ -18,7 +18,7 @@ from moempi.errors import DataError, MoempiError
 from moempi.layout.layout import require_replayable
 from moempi.model.router_balance import RoutingPolicy
 from moempi.runtime.world import World
-from moempi.storage.closeable import Closeable
+from moempi.storage.closeable import Closeable, close_all
 from moempi.storage.files import digest_file
 from moempi.storage.prompt_spool import PromptSpool
 from moempi.storage.prompts import Prompt
@@ -29,7 +29,7 @@ MOST_FILES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
+class Replay(Closeable):
     """The routing of `files` for the requests of a job: request i is `requests[i]`, a file and a request of it.
 
     Both are -1 if it has none. With `weights`, the weights of the experts are the files' too.
@@ -58,8 +58,7 @@ class Replay:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self.files:
-            file.close()
+        close_all(self.files)
 
 
 class LineFiles(Closeable):
@@ -86,8 +85,7 @@ class LineFiles(Closeable):
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files.values():
-            file.close()
+        close_all(self._files.values())
 
     def _problem_of(self, path: str, prompt: Prompt) -> str:
         if path in self._problems:
@@ -115,6 +113,7 @@ class LineFiles(Closeable):
                 raise DataError(f"{path}: is the output of the job")
         file = ReplayFile(path, self._architecture)
         try:
+            file.read_ids()
             if self._job.replay.weights and not file.has_weights:
                 raise DataError(f"{path}: has no weights, which replay.weights requests")
             file.require_valid(weights=self._job.replay.weights, on_block=self._on_block)
@@ -151,6 +150,8 @@ def open_replay(
             raise DataError(f"{section.routing}: has no weights, which replay.weights requests")
         if world.rank > 0:
             return files, None
+        for file in files:
+            file.read_ids()
         requests = np.full((len(prompts), 2), -1, np.int64)
         if of_job:
             files[0].require_valid(weights=section.weights, on_block=lambda: world.alive(world.where))

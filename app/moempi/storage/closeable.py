@@ -1,6 +1,8 @@
 """The base of what is opened and must be closed."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Self
 
 
@@ -16,3 +18,10 @@ class Closeable(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def close_all(opened: Iterable[Closeable]) -> None:
+    """Close each; an error closes the others first."""
+    with ExitStack() as stack:
+        for each in opened:
+            stack.callback(each.close)

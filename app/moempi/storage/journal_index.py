@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
-from moempi.storage.closeable import Closeable
+from moempi.storage.closeable import Closeable, close_all
 from moempi.storage.journal import JournalReader, Problem
 from moempi.storage.records import RankRecord, Record, RequestRecord, TraceRecord
 from moempi.storage.results_layout import ARRAYS, HOME, OFFSETS, OPTIONAL_TEXTS, SCORES, TABLE_LAYERS, TEXTS, TRACES
@@ -70,8 +70,7 @@ class Journals(Closeable):
 
     def close(self) -> None:
         """Close the open journals."""
-        for journal in self._opened.values():
-            journal.close()
+        close_all(self._opened.values())
 
     def _record_at(self, journal: int, offset: int, kind: type[R]) -> R:
         opened = self.open(journal)

@@ -4,7 +4,9 @@ The next attempt at a job computes an interrupted request again, and its rows re
 Rows are therefore written in the order of the attempts.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import h5py
@@ -23,9 +25,10 @@ Rows = dict[str, NDArray[Any]]
 
 
 def write_traces(file: Any, journals: Journals, index: JournalIndex, require_success: Callable[[], None]) -> int:
-    """Write the tables of all trace records; memory holds a few blocks of BLOCK_BYTES. Raises StorageError.
+    """Write the tables of all trace records. Raises StorageError.
 
-    Returns the number of requests whose latest attempt lacks rows of a table in any of its layers.
+    Memory holds a few blocks of BLOCK_BYTES, and a bit for each row and stage. Returns the number of requests whose
+    latest attempt lacks rows of a table in any of its layers.
     """
     is_whole = np.ones(len(index.entries), np.bool_)
     for table, traces in index.traces.items():
@@ -36,15 +39,32 @@ def write_traces(file: Any, journals: Journals, index: JournalIndex, require_suc
             continue
         columns = _create_columns(file, table, traces, table_rows)
         num_written = np.zeros(len(index.entries), np.int64)
+        row_sets = defaultdict[tuple[int, ...], _RowSet](partial(_RowSet, int(table_rows.num_rows.sum())))
         for group in traces.groups():
             for records in trace_blocks(journals.trace_at(journal, offset) for journal, offset in group):
                 require_success()
                 rows = _sorted_rows(_joined(records), table_rows)
                 _write(columns, rows, [traces.layers.index(layer) for layer in records[0].layers] or [0])
-                latest = rows["request"][index.entries["since"][rows["request"]] == records[0].since]
-                np.add.at(num_written, latest, max(len(records[0].layers), 1))
+                is_latest = index.entries["since"][rows["request"]] == records[0].since
+                is_new = row_sets[records[0].layers].add(rows["file_row"][is_latest])
+                np.add.at(num_written, rows["request"][is_latest][is_new], max(len(records[0].layers), 1))
         is_whole &= num_written >= num_rows * max(len(traces.layers), 1)
     return int((~is_whole).sum())
+
+
+class _RowSet:
+    """A set of rows of the file, a bit each: a row counts once, however many records have it."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._bits = np.zeros(-(-num_rows // 8), np.uint8)
+
+    def add(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Add ascending rows (T,); whether each was not there before (T,)."""
+        places, bits = rows >> 3, (1 << (rows & 7)).astype(np.uint8)
+        is_new: NDArray[np.bool_] = (self._bits[places] & bits) == 0
+        is_new[1:] &= np.diff(rows) != 0
+        np.bitwise_or.at(self._bits, places, bits)
+        return is_new
 
 
 class _Column:
@@ -105,7 +125,7 @@ def _sorted_rows(rows: Rows, table_rows: TableRows) -> Rows:
     """Rows sorted by their `file_row`; drops positions that the request does not have in the end."""
     requests, numbers = rows["request"], rows["position"] - table_rows.first[rows["request"]]
     file_rows = (np.cumsum(table_rows.num_rows) - table_rows.num_rows)[requests] + numbers
-    order = np.argsort(file_rows)
+    order = np.argsort(file_rows, kind="stable")
     is_recorded = (numbers >= 0) & (rows["position"] < table_rows.end[requests])
     order = order[is_recorded[order]]
     return {name: column[order] for name, column in (rows | {"file_row": file_rows}).items()}

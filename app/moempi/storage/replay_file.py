@@ -1,7 +1,6 @@
 """Routing that a job is given: the experts of requests at positions, in a results file or in HDF5 of the same shape."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,12 @@ class ReplayFile(Closeable):
     def __init__(self, path: str | Path, architecture: Architecture) -> None:
         self.path = path
         self._architecture = architecture
+        self._numbers: dict[str, int] | None
         self._file = open_file(path)
         try:
             with raising_data_errors(path, "routing"):
-                self._open(dict(walk(self._file)))
+                self._names = dict(walk(self._file))
+                self._open()
         except BaseException:
             self._file.close()
             raise
@@ -54,13 +55,21 @@ class ReplayFile(Closeable):
         """Experts of a token."""
         return self._architecture.experts.router.top_k
 
+    def read_ids(self) -> None:
+        """Read all ids, by which `requests_of` and `request_of` find requests; raises DataError if they do not fit."""
+        with raising_data_errors(self.path, "id"):
+            ids = self._ids()
+        if ids is not None and (len(ids) != len(self._offsets) - 1 or len(set(ids)) != len(ids)):
+            raise DataError(f"{self.path}: its ids are not one for each request, or not unique")
+        self._numbers = None if ids is None else {name: number for number, name in enumerate(ids)}
+
     def requests_of(self, ids: Sequence[str]) -> IntArray:
         """The request of the file for each request of a job with these `ids` (N,), -1 where it has none.
 
         Raises DataError if it has none of them, or, without ids, another number of requests.
         """
         num_requests = len(self._offsets) - 1
-        if self._ids is None:
+        if self._numbers is None:
             if num_requests != len(ids):
                 raise DataError(f"{self.path}: has routing of {num_requests} requests without ids, the job {len(ids)}")
             return np.arange(len(ids))
@@ -74,7 +83,7 @@ class ReplayFile(Closeable):
 
         Raises DataError if there is none.
         """
-        if self._ids is None:
+        if self._numbers is None:
             num_requests = len(self._offsets) - 1
             if num_requests != 1:
                 raise DataError(f"{self.path}: has routing of {num_requests} requests without ids, a line needs 1")
@@ -83,10 +92,6 @@ class ReplayFile(Closeable):
         if found is None:
             raise DataError(f"{self.path}: has no routing of request {names[0][:100]!r}")
         return found
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self._ids or ())}
 
     def num_positions(self, request: int) -> int:
         """The number of positions of a request of the file."""
@@ -128,15 +133,15 @@ class ReplayFile(Closeable):
         """Close the file."""
         self._file.close()
 
-    def _open(self, names: dict[str, bool]) -> None:
+    def _open(self) -> None:
         if not self._architecture.moe_layers:
             raise DataError(f"{self.path}: has routing, the model no MoE layers")
-        is_results = read_attribute(self._file, "format") == FORMAT
+        self._is_results = read_attribute(self._file, "format") == FORMAT
         version = read_attribute(self._file, "version")
-        if is_results and version != VERSION:
+        if self._is_results and version != VERSION:
             raise DataError(f"{self.path}: not a results file of layout {VERSION}: it says {version}")
-        folder = "routing/" if is_results else ""
-        if f"{folder}experts" not in names:
+        folder = "routing/" if self._is_results else ""
+        if f"{folder}experts" not in self._names:
             raise DataError(f"{self.path}: has no {folder}experts; record it with --set trace.routing=experts")
         self._experts = typed_dataset(self._file, f"{folder}experts", EXPERT_TYPES, 3)
         self._offsets = Ragged(self._file, f"{folder}offsets", f"{folder}experts", EXPERT_TYPES, 3).offsets
@@ -149,26 +154,21 @@ class ReplayFile(Closeable):
                 f"{len(expected[0])} MoE layers, {expected[0][0]} to {expected[0][-1]}"
             )
         self._weights = None
-        if f"{folder}weights" in names:
+        if f"{folder}weights" in self._names:
             self._weights = typed_dataset(self._file, f"{folder}weights", np.float32, 3)
             if self._weights.shape != self._experts.shape:
                 raise DataError(f"{self.path}: weights are {self._weights.shape}, experts {self._experts.shape}")
-        self._ids = self._read_ids(is_results, "id" in names)
 
-    def _read_ids(self, is_results: bool, has_ids: bool) -> list[str] | None:
-        if is_results:
+    def _ids(self) -> list[str] | None:
+        if self._is_results:
             column = Ragged(self._file, "requests/utf8/id/offsets", "requests/utf8/id/values", np.uint8, 1)
-            found = [bytes(value).decode() for value in column.read(0, column.num_requests)]
-        elif has_ids:
-            dataset = h5py.Dataset(open_dataset(self._file, "id"))
-            if dataset.dtype.kind != "S" or dataset.ndim != 1:
-                raise DataError(f"{self.path}: id: is {dataset.dtype} {dataset.shape}, not fixed-length strings")
-            found = [value.decode() for value in dataset[:].tolist()]
-        else:
+            return [bytes(value).decode() for value in column.read(0, column.num_requests)]
+        if "id" not in self._names:
             return None
-        if len(found) != len(self._offsets) - 1 or len(set(found)) != len(found):
-            raise DataError(f"{self.path}: its ids are not one for each request, or not unique")
-        return found
+        dataset = h5py.Dataset(open_dataset(self._file, "id"))
+        if dataset.dtype.kind != "S" or dataset.ndim != 1:
+            raise DataError(f"{self.path}: id: is {dataset.dtype} {dataset.shape}, not fixed-length strings")
+        return [value.decode() for value in dataset[:].tolist()]
 
     def _require_all(self, is_good: BoolArray, start: int, values: NDArray[Any], what: str) -> None:
         """Raise DataError with the first of the `values` (T, L, K) of rows from `start` that is not good (T, L)."""
