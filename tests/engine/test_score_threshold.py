@@ -5,6 +5,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+from msgspec import structs
 
 from engine.jobs import make_job
 from engine.runs import SMALL
@@ -14,7 +15,7 @@ from moempi.config.traces import most_above, recorded_bytes
 from moempi.storage.export_arrays import export_npz, export_parquet, export_safetensors
 from moempi.storage.journal import JournalReader, JournalWriter
 from moempi.storage.merge import merge
-from moempi.storage.records import RequestRecord, TraceRecord
+from moempi.storage.records import RequestRecord, TraceRecord, decode, encode
 from storage.test_results import PROVENANCE
 
 THRESHOLD = -3.7
@@ -188,17 +189,9 @@ def test_two_records_of_a_row_do_not_hide_that_another_is_lost(tmp_path, count):
 @pytest.mark.parametrize("counts", [[3, 3], [-1, 6]])
 def test_a_record_whose_counts_do_not_fit_is_refused(counts):
     sound = above_of([0, 0], [1, 2], [2, 3], since=0, first=0)
+    record = structs.replace(sound, columns=sound.columns | {"counts": np.array(counts, np.int32)})
     with pytest.raises(ValueError, match=r"above has no counts|tokens is int32"):
-        TraceRecord(
-            table="above",
-            since=0,
-            step=0,
-            rank=0,
-            layers=(),
-            requests=sound.requests,
-            positions=sound.positions,
-            columns=sound.columns | {"counts": np.array(counts, np.int32)},
-        )
+        decode(encode(record))
 
 
 def test_the_journal_holds_each_position_once_and_the_foretold_bytes_bound_it(tmp_path):

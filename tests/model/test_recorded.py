@@ -52,7 +52,8 @@ def test_log_probabilities_equal_the_recorded_ones(name, precision, within, prog
 @pytest.mark.skipif(load_kernels() is None, reason="no C compiler, or a processor without kernels")
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, []) for name in NAMES]
+    [(name, ["trace.hidden=[0,1]"]) for name in NAMES]
+    + [(name, ["trace.hidden=[0,1]", "trace.hidden_sublayer=attention"]) for name in NAMES]
     + [("qwen3_moe", ["exchange.hops=2", "topology.ranks_per_node=1"]), ("qwen3_moe", ["parallel.tensor=2"])],
 )
 def test_rows_of_products_have_bfloat16_values(name, options, tmp_path, mpirun):

@@ -161,11 +161,15 @@ class LaneTrace:
 
     def add_hidden(self, layer: int, sublayer: str, x: Array) -> None:
         """Add the rows x (T, D) behind a layer's `sublayer`, if they are recorded. Does not block the host."""
-        plan = self._plan
-        if self._in_step and sublayer == plan.section.hidden_sublayer and layer in plan.hidden:
-            kept = self._backend.take_rows(x, self._kept)
-            is_normed = plan.norm is not None and layer == plan.last_layer and sublayer == FEED_FORWARD
-            self._states.append(plan.norm(self._backend, kept) if plan.norm and is_normed else kept)
+        plan, backend = self._plan, self._backend
+        if not self._in_step or sublayer != plan.section.hidden_sublayer or layer not in plan.hidden:
+            return
+        rows: IntArray | None = self._kept
+        state = backend.row_buffer(len(self._kept), x.shape[1])
+        if plan.norm is not None and layer == plan.last_layer and sublayer == FEED_FORWARD:
+            x, rows = plan.norm(backend, backend.take_rows(x, self._kept)), None
+        backend.pack(x, rows, state)
+        self._states.append(state)
 
     def end_step(self) -> None:
         """Write the hidden states of the step, and its routing if that has to wait for the experts' outputs.
@@ -177,8 +181,7 @@ class LaneTrace:
             self._write_routing()
         states, self._states = self._states, []
         if states and len(self._kept):
-            values = np.stack([self._stored(self._backend.download(state)) for state in states])
-            self._write(self._record("hidden", self._plan.hidden, {"values": values}, self._kept))
+            self._write(self._record("hidden", self._plan.hidden, {"values": self._stored(states)}, self._kept))
 
     def _kept_rows(self, batch: Batch, rows: IntArray) -> IntArray:
         """The rows of this rank whose hidden states are recorded."""
@@ -189,23 +192,30 @@ class LaneTrace:
         kept = self._positions == first if which == "last" else self._positions >= first
         return np.flatnonzero(kept)
 
-    def _stored(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Rows as they are recorded; bfloat16 as its bits."""
-        if self._plan.section.hidden_dtype == "bfloat16":
-            return values if values.dtype == np.uint16 else narrow(values)
-        return widen(values) if values.dtype == np.uint16 else values
+    def _stored(self, states: Sequence[Array]) -> npt.NDArray[Any]:
+        """The rows (T, D) of all layers as they are recorded (L, T, D); bfloat16 as its bits."""
+        is_narrow = self._plan.section.hidden_dtype == "bfloat16"
+        stored: npt.NDArray[Any] = np.empty((len(states), *states[0].shape), np.uint16 if is_narrow else np.float32)
+        for layer, state in zip(stored, states, strict=True):
+            values = self._backend.download(state)
+            if values.dtype == layer.dtype:
+                layer[:] = values
+            elif is_narrow:
+                narrow(values, out=layer)
+            else:
+                widen(values, out=layer)
+        return stored
 
     def _routing(self, routes: Sequence[Route]) -> dict[str, npt.NDArray[Any]]:
-        def stacked(arrays: Sequence[Any], dtype: type[np.generic]) -> npt.NDArray[Any]:
-            whole = np.empty((len(arrays), *arrays[0].shape), dtype)
-            for number, values in enumerate(arrays):
-                whole[number] = self._backend.download(values)
-            return whole
-
-        columns = {"experts": stacked([route.experts for route in routes], self._plan.experts)}
+        columns = {"experts": self._joined([route.experts for route in routes], self._plan.experts)}
         if self._plan.section.has_weights:
-            columns["weights"] = stacked([route.weights for route in routes], np.float32)
+            columns["weights"] = self._joined([route.weights for route in routes], np.float32)
         return columns
+
+    def _joined(self, layers: Sequence[Array], dtype: type[np.generic]) -> npt.NDArray[Any]:
+        """The rows (T, K) of all layers (L, T, K)."""
+        on_host = list(map(self._backend.download, layers))
+        return np.concatenate(on_host, dtype=dtype, casting="unsafe").reshape(len(on_host), *on_host[0].shape)
 
     def _record(
         self,

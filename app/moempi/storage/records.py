@@ -160,8 +160,7 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
     values (layers, T, ...) of the model's `layers`, which ascend, or (T, ...) in a table without layers. In the table
     "above" row t has counts[t] of the values (sum of counts,) of the other columns. Rows with the same `step` were
     computed together, in the attempt at the job whose first step is `since`; `rank` counts node by node. With `home`,
-    rank, step and row are columns of the results. Raises ValueError if names, types or lengths disagree or a position
-    is negative.
+    rank, step and row are columns of the results. A record is checked when it is read, not when it is made.
     """
 
     table: Literal["routing", "hidden", "score", "above"]
@@ -174,7 +173,8 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
     columns: dict[str, NDArray[Any]]
     home: bool = False
 
-    def __post_init__(self) -> None:
+    def require_valid(self) -> None:
+        """Raise ValueError if names, types or lengths disagree or a position is negative."""
         rows, known = len(self.requests), TRACES[self.table]
         _expect("requests", self.requests, np.int64, (rows,))
         _expect("positions", self.positions, np.int32, (rows,))
@@ -237,6 +237,8 @@ def decode(payload: bytes, *, num_requests: int = sys.maxsize) -> Record:
         record = _DECODER.decode(payload)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if isinstance(record, TraceRecord):
+        record.require_valid()
     for request in _requests_of(record):
         if not 0 <= request < num_requests:
             raise ValueError(f"it is of request {request}, the job has {num_requests}")
@@ -264,10 +266,10 @@ def _describe(array: NDArray[Any]) -> str:
     return f"{array.dtype} {array.shape}"
 
 
-def _pack_array(array: object) -> tuple[str, tuple[int, ...], bytes]:
+def _pack_array(array: object) -> tuple[str, tuple[int, ...], memoryview | bytes]:
     if not isinstance(array, np.ndarray):
         raise NotImplementedError(f"a record cannot hold {type(array)}")
-    return array.dtype.str, array.shape, array.tobytes()
+    return array.dtype.str, array.shape, array.data if array.flags.c_contiguous else array.tobytes()
 
 
 def _unpack_array(_: type, packed: Any) -> NDArray[Any]:

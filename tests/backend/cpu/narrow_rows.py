@@ -7,17 +7,28 @@ import numpy as np
 from moempi.backend.cpu.kernels import Kernels
 from moempi.cli import main
 
-multiply, checks = Kernels.multiply, []
+multiply, copy_rows, checks = Kernels.multiply, Kernels.copy_rows, []
+
+
+def require_narrow(x):
+    checks.append(x.shape)
+    if (np.ascontiguousarray(x).view(np.uint32) & 0xFFFF).any():
+        raise ValueError(f"rows of {x.shape} are not bfloat16 values")
 
 
 def checked(self, x, parts, out, *, narrow, **options):
-    checks.append(narrow)
-    if narrow and (np.ascontiguousarray(x).view(np.uint32) & 0xFFFF).any():
-        raise ValueError(f"rows of {x.shape} are not bfloat16 values")
+    if narrow:
+        require_narrow(x)
     return multiply(self, x, parts, out, narrow=narrow, **options)
 
 
+def checked_copy(self, rows, index, out):
+    if (rows.dtype, out.dtype) == (np.float32, np.uint16):
+        require_narrow(rows)
+    return copy_rows(self, rows, index, out)
+
+
 if __name__ == "__main__":
-    Kernels.multiply = checked
+    Kernels.multiply, Kernels.copy_rows = checked, checked_copy
     code = main()
-    sys.exit(code or not any(checks))
+    sys.exit(code or not checks)
