@@ -54,7 +54,7 @@ class Shard:
         return self._read(name, *self._rows_of_part(name))
 
     def read_ahead(self, layers: range, hosted: Mapping[int, tuple[int, ...]]) -> ReadAhead:
-        """Begin to read the share of a stage, with the experts hosted[layer], ahead of the reads; close it at the end."""
+        """Begin to read a stage, with the experts hosted[layer], ahead of the reads; close what it returns."""
         return ReadAhead(self._file.path, self._byte_ranges(layers, hosted), lambda: self.num_bytes)
 
     def has(self, name: str) -> bool:
