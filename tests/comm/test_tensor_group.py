@@ -16,9 +16,7 @@ def test_each_rank_gets_complete_logits_of_its_rows(comm, num_ranks, rows_of_ran
     from moempi.comm.tensor_group import TensorGroup
     from moempi.comm.transfers import PendingTransfers, Transfers
     from moempi.layout.row_split import part_range
-    from moempi.layout.schedule import HEAD_POINTS
-
-    head_rows, logits, _ = HEAD_POINTS
+    from moempi.layout.schedule import HEAD_COUNTS, HEAD_ROWS, LOGITS
 
     backend = NumpyBackend(precision="float32")
     transfers = Transfers(backend, PendingTransfers())
@@ -26,12 +24,13 @@ def test_each_rank_gets_complete_logits_of_its_rows(comm, num_ranks, rows_of_ran
     counts = [rows_of_rank(rank) for rank in range(num_ranks)]
     # Row i of rank r holds 100 r + i; its logit v is 100 r + i + v / 16.
     own = np.repeat((100 * comm.rank + np.arange(counts[comm.rank], dtype=np.float32))[:, None], WIDTH, axis=1)
-    rows = run_to_end(group.all_gather_rows(own, counts, head_rows))
+    assert run_to_end(group.all_gather_counts(counts[comm.rank], HEAD_COUNTS)) == counts
+    rows = run_to_end(group.all_gather_rows(own, counts, HEAD_ROWS))
     all_rows = [100 * rank + row for rank in range(num_ranks) for row in range(counts[rank])]
     np.testing.assert_array_equal(rows[:, 0], all_rows)
     part = part_range(LENGTH, num_ranks, comm.rank).astype(np.float32)
     own_logits = rows[:, :1] + part / 16
-    whole = run_to_end(group.exchange_logits(own_logits, counts, vocab_size=LENGTH, point=logits))
+    whole = run_to_end(group.exchange_logits(own_logits, counts, vocab_size=LENGTH, point=LOGITS))
     assert whole.shape == (counts[comm.rank], LENGTH)
     np.testing.assert_array_equal(whole, own[:, :1] + np.arange(LENGTH, dtype=np.float32) / 16)
 

@@ -144,7 +144,9 @@ def load(folder, backend, rank_layout, *, architecture):
     path = folder / f"{rank_layout.ranks.rank}.h5"
     initialize(architecture, path, seed=7)
     with closing(WeightFile.open(path)) as file:
-        shard = Shard(file, part=rank_layout.coords.tensor, parts=rank_layout.grid.tensor)
+        grid = rank_layout.grid
+        head = grid.head_part(rank_layout.ranks.rank), grid.head_ranks
+        shard = Shard(file, part=rank_layout.coords.tensor, parts=grid.tensor, head=head)
         layers, pages = rank_layout.stage.layers, PAGES * rank_layout.num_groups
         slots = rank_layout.grid.slots(rank_layout.coords.stage, rank_layout.coords.data)
         return load_model(shard, backend, layers=layers, hosted=rank_layout.hosted, pages=pages, slots=slots)

@@ -17,6 +17,7 @@ from moempi.engine.kv_budget import useful_pages
 from moempi.errors import ConfigError
 from moempi.layout.layout import make_layout
 from moempi.layout.memory import Memory, affordable_pages, pages_for
+from moempi.layout.row_buffers import GROWTH
 from moempi.storage.initialize import initialize
 
 GIB = 1 << 30
@@ -175,6 +176,32 @@ def test_a_tensor_group_has_at_most_as_many_ranks_as_the_vocabulary_tokens():
     with pytest.raises(ConfigError, match=message):
         make_layout(job, structs.replace(STATEFUL, vocab_size=1), nodes)
     assert make_layout(job, structs.replace(STATEFUL, vocab_size=2), nodes).memory
+
+
+def test_a_stage_has_at_most_as_many_ranks_that_divide_a_head_as_the_vocabulary_tokens():
+    job, nodes = make_job(parallel={"head": "stage", "stages": 2}), [0] * 6
+    message = (
+        r'parallel.head = "stage": the last stage has 3 ranks, the model\'s vocab_size is 2; use "tensor" or fewer'
+    )
+    with pytest.raises(ConfigError, match=message):
+        make_layout(job, structs.replace(STATEFUL, vocab_size=2), nodes)
+    assert make_layout(job, structs.replace(STATEFUL, vocab_size=3), nodes).memory
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_memory_of_the_last_stage_counts_its_part_of_the_head_and_the_rows_of_all_groups(tensor, tied):
+    architecture, run = structs.replace(SMALL, tied_embeddings=tied), {"batch_tokens": 32, "max_sequences": 16}
+    (first, last), (first_divided, last_divided) = (
+        make_layout(make_job(run=run, parallel=parallel), architecture, [0] * 8).memory
+        for parallel in ({"stages": 2, "tensor": tensor}, {"stages": 2, "tensor": tensor, "head": "stage"})
+    )
+    assert first_divided == first
+    head_bytes = SMALL.vocab_size * SMALL.width * 2
+    assert last.weights - last_divided.weights == head_bytes // tensor - head_bytes // 4
+    logit_rows = 4 // tensor * 16 // 2  # of a lane; each of 2 lanes has one of 2 micro-batches
+    buffers = 2 * 2 * GROWTH * logit_rows * (1 + 1 / 4) * SMALL.width * 2
+    assert last_divided.rows - last.rows == pytest.approx(buffers, abs=2 * 32)
 
 
 def test_the_dry_run_shows_the_state_of_a_sequence_and_what_does_not_fit(tmp_path):

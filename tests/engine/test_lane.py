@@ -15,7 +15,8 @@ def points_of_step(run, **options):
     stage = run.rank_layout.stage
     is_first, is_last = stage.layers.start == 0, stage.layers.stop == SMALL.num_layers
     options = {"tensor": 1} | options
-    return list(step_points(stage.layers, SMALL.moe_layers, is_first=is_first, is_last=is_last, **options))
+    options = {"head": options["tensor"] * is_last} | options
+    return list(step_points(stage.layers, SMALL.moe_layers, is_first=is_first, **options))
 
 
 def num_generated(run):

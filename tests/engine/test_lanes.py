@@ -101,9 +101,7 @@ def test_every_lane_has_transfers_and_an_exchange_of_its_own_and_shares_the_rest
 def test_the_rows_of_a_rank_alone_in_its_stage_stay_there(tmp_path, transport):
     run = Run(tmp_path, requests_of(3), exchange={"transport": transport, "hops": 2, "verify": True})
     assert run.lanes.transport == ChosenTransport("loopback", "each stage has one rank")
-    assert run.lanes.points == step_points(
-        range(SMALL.num_layers), SMALL.moe_layers, tensor=1, is_first=True, is_last=True
-    )
+    assert run.lanes.points == step_points(range(SMALL.num_layers), SMALL.moe_layers, tensor=1, is_first=True, head=1)
     run.lanes.run()
     assert len(run.requests[0].tokens) == 3
 

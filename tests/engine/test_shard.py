@@ -53,13 +53,23 @@ def test_parts_of_the_vocabulary_are_cut_as_the_logits_are(file, parts, name):
     """150 rows: with a remainder for most numbers of parts."""
     rows = origin_values(TENSORS[name])
     for part in range(parts):
-        read = Shard(file, part=part, parts=parts).read_part(name)
+        read = Shard(file, part=part, parts=parts).read_vocabulary(name)
         np.testing.assert_array_equal(read, rows[part_range(len(rows), parts, part)])
         assert len(rows) // parts <= len(read) <= len(rows) // parts + 1
 
 
+def test_the_vocabulary_may_be_cut_into_other_parts_than_the_heads(file):
+    shard = Shard(file, part=1, parts=2, head=(2, 3))
+    for name in ("embedding", "head"):
+        rows = origin_values(TENSORS[name])
+        np.testing.assert_array_equal(shard.read_vocabulary(name), rows[part_range(len(rows), 3, 2)])
+    np.testing.assert_array_equal(shard.read("head"), shard.read_vocabulary("head"))
+    name = "layers/001/attention/q"
+    np.testing.assert_array_equal(shard.read(name), Shard(file, part=1, parts=2).read(name))
+
+
 def test_more_parts_than_rows_leave_some_empty(file):
-    parts = [Shard(file, part=part, parts=11).read_part("norm") for part in range(11)]
+    parts = [Shard(file, part=part, parts=11).read_vocabulary("norm") for part in range(11)]
     assert sorted(map(len, parts)) == [0] * 3 + [1] * 8
     np.testing.assert_array_equal(np.concatenate(parts), origin_values(TENSORS["norm"]))
 
@@ -93,7 +103,7 @@ def test_all_bytes_read_are_counted(file):
         shard.read(name)
         expected += num_bytes
         assert shard.num_bytes == expected
-    shard.read_part("embedding")
+    shard.read_vocabulary("embedding")
     shard.read_expert("layers/001/experts/down", 2)
     assert shard.num_bytes == expected + 38 * 8 * 2 + 8 * 6 * 2
 
@@ -114,7 +124,7 @@ def test_only_part_0_is_the_first(file):
 def test_a_tensor_that_the_model_lacks(file):
     shard = Shard(file, part=0, parts=1)
     assert [shard.has(name) for name in ("head", "head_bias")] == [True, False]
-    for read in (shard.read, shard.read_part):
+    for read in (shard.read, shard.read_vocabulary):
         with pytest.raises(KeyError, match="head_bias"):
             read("head_bias")
     assert shard.num_bytes == 0

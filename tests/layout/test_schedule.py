@@ -11,23 +11,51 @@ STEP = (AGREE, DISPATCH, COMBINE)
 
 
 def test_points_of_a_single_stage():
-    points = step_points(range(3), (1, 2), tensor=1, is_first=True, is_last=True)
+    points = step_points(range(3), (1, 2), tensor=1, is_first=True, head=1)
     assert points == (AGREE, *(Point(layer, phase) for layer in (1, 2) for phase in ("dispatch", "combine")))
 
 
 def test_points_of_a_pipeline_begin_with_what_another_stage_sends():
-    assert step_points(range(1), (), tensor=1, is_first=True, is_last=False) == (TOKENS, AGREE)
-    assert step_points(range(1), (), tensor=1, is_first=False, is_last=True) == (ROWS,)
+    assert step_points(range(1), (), tensor=1, is_first=True) == (TOKENS, AGREE)
+    assert step_points(range(1), (), tensor=1, is_first=False, head=1) == (ROWS,)
 
 
 def test_a_tensor_group_gathers_what_it_sends_or_samples():
     divided = tuple(Point(0, phase) for phase in ("gather", "scatter", "gather", "scatter"))
-    assert step_points(range(1), (), tensor=2, is_first=False, is_last=False) == (ROWS, *divided, GATHER_OUTPUT)
-    assert step_points(range(1), (), tensor=2, is_first=False, is_last=True) == (ROWS, *divided, *HEAD_POINTS)
+    assert step_points(range(1), (), tensor=2, is_first=False) == (ROWS, *divided, GATHER_OUTPUT)
+    assert step_points(range(1), (), tensor=2, is_first=False, head=2) == (ROWS, *divided, *HEAD_POINTS[1:])
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_tensor_groups_that_divide_a_head_together_first_exchange_their_numbers_of_rows(tensor):
+    points = step_points(range(1), (), tensor=tensor, is_first=True, head=4)
+    assert points[0] == AGREE
+    assert points[-4:] == HEAD_POINTS
+    assert [point.phase for point in HEAD_POINTS] == ["head counts", "head rows", "logits", "sampled"]
+
+
+@given(
+    rounds=st.lists(st.lists(st.integers(1, 4), min_size=2, max_size=2), min_size=1, max_size=4), first=st.booleans()
+)
+def test_lanes_that_score_different_numbers_of_rows_do_not_hold_each_other_up(rounds, first):
+    """rounds[step][lane] times a lane reaches the points of rows and logits in a step."""
+    step = step_points(range(1), (), tensor=1, is_first=True, head=2)
+    order, left = LaneOrder(2, step), []
+    for lane in range(2):
+        points = [point for counts in rounds for point in (*step[:2], *step[2:4] * counts[lane], step[-1])]
+        left.append(points)
+    while candidates := order.candidates():
+        lane = candidates[0 if first else -1]
+        order.resume(lane)
+        if left[lane]:
+            order.wait(lane, left[lane].pop(0))
+        else:
+            order.end(lane)
+    assert left == [[], []]
 
 
 def test_immediate_routing_has_no_last_combine():
-    points = step_points(range(2), (0, 1), tensor=2, is_first=False, is_last=False, immediate=True)
+    points = step_points(range(2), (0, 1), tensor=2, is_first=False, immediate=True)
     layer = ["gather", "scatter", "dispatch"]
     assert [point.phase for point in points] == ["rows", *layer, "combine", *layer]
 
@@ -96,13 +124,13 @@ def test_without_overlap_a_lane_takes_a_whole_step_before_another_is_resumed():
 @given(
     steps=st.lists(st.integers(0, 4), min_size=1, max_size=4),
     tensor=st.integers(1, 2),
-    position=st.tuples(st.booleans(), st.booleans()),
+    is_first=st.booleans(),
+    head=st.integers(0, 2),
     choices=st.lists(st.integers(0, 3), min_size=400, max_size=400),
     overlap=st.booleans(),
 )
-def test_steps_begin_and_end_in_the_same_order_whatever_arrives_first(steps, tensor, position, choices, overlap):
-    is_first, is_last = position
-    points = step_points(range(3), (1, 2), tensor=tensor, is_first=is_first, is_last=is_last)
+def test_steps_begin_and_end_in_the_same_order_whatever_arrives_first(steps, tensor, is_first, head, choices, overlap):
+    points = step_points(range(3), (1, 2), tensor=tensor, is_first=is_first, head=head * tensor)
     order = LaneOrder(len(steps), points, overlap=overlap)
     at, left = [len(points) - 1] * len(steps), [count * len(points) for count in steps]
     begun, ended = [], []

@@ -52,7 +52,7 @@ def score(head, tensor, x, targets, counts, **tokens):
     def keep(rows, scored):
         pieces.append(scored)
 
-    sampled = run_to_end(head.score(x, targets, tensor=tensor, counts=counts, recorded=recorded, on_scored=keep))
+    sampled = run_to_end(head.score(x, targets, group=tensor, counts=counts, recorded=recorded, on_scored=keep))
     top_tokens, top_logprobs = (np.concatenate([piece[place] for piece in pieces]) for place in (1, 2))
     above = Above(*(np.concatenate([piece.above[place] for piece in pieces]) for place in range(3)))
     np.testing.assert_array_equal(np.concatenate([piece.logprobs for piece in pieces]), sampled.logprobs)
@@ -100,7 +100,7 @@ def greedy(count):
 def test_the_sampled_tokens_are_the_twin_s_likeliest(biased):
     head, tensor, _ = make_head(biased=biased)
     x = rows_of(0, 9)
-    sampled = run_to_end(head.sample(x, greedy(9), tensor=tensor, counts=[9], top=TOP))
+    sampled = run_to_end(head.sample(x, greedy(9), group=tensor, counts=[9], top=TOP))
     logprobs = twin_logprobs(x, biased=biased)
     np.testing.assert_array_equal(sampled.tokens, logprobs.argmax(axis=1))
     np.testing.assert_allclose(sampled.logprobs, logprobs.max(axis=1), rtol=0, atol=1e-4)
@@ -112,7 +112,7 @@ def test_each_row_is_sampled_by_its_own_request():
     x = np.repeat(rows_of(0, 1), 6, axis=0)
     uniforms = [0.0, 0.1, 0.4, 0.6, 0.9, 0.99]
     requests = requests_of([row_of(temperature=1.0, uniform=uniform) for uniform in uniforms])
-    sampled = run_to_end(head.sample(x, requests, tensor=tensor, counts=[6], top=0))
+    sampled = run_to_end(head.sample(x, requests, group=tensor, counts=[6], top=0))
     logprobs = twin_logprobs(x)[0]
     order = np.argsort(-logprobs)
     drawn = order[np.searchsorted(np.exp(logprobs[order]).cumsum(), uniforms, side="right")]
@@ -150,7 +150,7 @@ def test_no_rows_give_no_tokens_and_no_scores():
     head, tensor, _ = make_head()
     x = rows_of(0, 0)
     for tokens in (
-        run_to_end(head.sample(x, requests_of([]), tensor=tensor, counts=[0], top=TOP)),
+        run_to_end(head.sample(x, requests_of([]), group=tensor, counts=[0], top=TOP)),
         score(head, tensor, x, targets_of(0, 0), [0])[0],
     ):
         assert (len(tokens.tokens), len(tokens.logprobs), tokens.top_tokens.shape) == (0, 0, (0, TOP))
@@ -165,8 +165,8 @@ def test_a_tensor_group_samples_and_scores_as_one_rank_does(comm, num_ranks, cou
     x, targets = rows_of(comm.rank, own), targets_of(comm.rank, own)
     pairs = [
         (
-            run_to_end(head.sample(x, greedy(own), tensor=tensor, counts=counts, top=TOP)),
-            run_to_end(alone.sample(x, greedy(own), tensor=one_rank, counts=[own], top=TOP)),
+            run_to_end(head.sample(x, greedy(own), group=tensor, counts=counts, top=TOP)),
+            run_to_end(alone.sample(x, greedy(own), group=one_rank, counts=[own], top=TOP)),
         ),
         (
             score(head, tensor, x, targets, counts)[0],

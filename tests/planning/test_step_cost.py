@@ -126,9 +126,11 @@ def test_a_tensor_group_divides_attention_and_its_rows():
 def test_phases_are_the_points_of_the_schedule(position):
     is_first, is_last = position
     layers = range(0 if is_first else 1, 61 if is_last else 5)
-    for tensor, hops in product((1, 8), (1, 2)):
-        phases = costs(tensor=tensor, hops=hops).step(layers, StepLoad(64, 64, 100), is_first=is_first, is_last=is_last)
-        points = step_points(layers, MISSION.moe_layers, tensor=tensor, is_first=is_first, is_last=is_last)
+    for tensor, hops, head in product((1, 8), (1, 2), ("tensor", "stage")):
+        own = costs(tensor=tensor, hops=hops, head=head)
+        phases = own.step(layers, StepLoad(64, 64, 100), is_first=is_first, is_last=is_last)
+        ranks = is_last * (64 if head == "stage" else tensor)
+        points = step_points(layers, MISSION.moe_layers, tensor=tensor, is_first=is_first, head=ranks)
         assert tuple(phase.point for phase in phases) == points
 
 
@@ -136,7 +138,7 @@ def test_phases_are_the_points_of_the_schedule(position):
 def test_phases_of_layers_with_one_half_alone_are_the_points_of_the_schedule(tensor):
     found = replace(costs(tensor=tensor), architecture=SPACES)
     phases = found.step(range(6), StepLoad(64, 64, 100), is_first=True, is_last=True)
-    points = step_points(range(6), (1, 5), tensor=tensor, is_first=True, is_last=True, half_layers=(0, 1, 2, 3, 4, 5))
+    points = step_points(range(6), (1, 5), tensor=tensor, is_first=True, head=tensor, half_layers=(0, 1, 2, 3, 4, 5))
     assert tuple(phase.point for phase in phases) == points
     layers = [phase.point.layer for phase in phases if phase.point.layer >= 0]
     assert layers == ([1, 1, 5, 5] if tensor == 1 else [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
@@ -183,6 +185,28 @@ def test_the_last_stage_reads_its_share_of_the_head(tensor):
 
 
 @pytest.mark.parametrize("tensor", [1, 8])
+def test_all_ranks_of_a_stage_read_a_64th_of_the_head_and_compute_the_rows_of_all_groups(tensor):
+    load = StepLoad(48, 48, 100)
+    divided, whole = (
+        {phase.point: phase for phase in one.step(range(59, 61), load, is_first=False, is_last=True)}
+        for one in (costs(tensor=tensor, head="stage"), costs(tensor=tensor))
+    )
+    counts, rows, logits, sampled = (divided[point] for point in HEAD_POINTS)
+    all_rows, own = 48 * 64 / tensor, 48 / tensor
+    values = 129280 * WIDTH / 64
+    assert logits.compute_s == pytest.approx(max(2 * all_rows * values / FLOPS, 2 * values / MEMORY))
+    assert counts.travel_s == pytest.approx(6 * 5e-6 + 64 * 8 / NETWORK)
+    assert rows.link_s == pytest.approx(63 * own * 2 * WIDTH / NETWORK)
+    assert rows.travel_s - rows.link_s == pytest.approx(6 * 5e-6)
+    assert logits.link_s == pytest.approx(own * 4 * 129280 / 64 * (56 / NETWORK + 7 / NVLINK))
+    assert logits.travel_s - logits.link_s == pytest.approx(56 * 5e-6 + 7 * 2e-6)
+    if tensor == 8:
+        assert sampled == whole[HEAD_POINTS[-1]]
+    else:
+        assert sampled.travel_s == 0
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
 def test_every_dense_layer_counts(tensor):
     one, three = (
         costs(tensor=tensor).step(range(first, 4), StepLoad(4096, 1, 2048), is_first=False, is_last=False)
@@ -207,7 +231,7 @@ def test_immediate_routing_sends_each_output_and_each_residual_to_the_next_stage
         costs(tensor=tensor, immediate=immediate).step(layers, load, is_first=False, is_last=False)
         for immediate in (False, True)
     )
-    points = step_points(layers, MISSION.moe_layers, tensor=tensor, is_first=False, is_last=False, immediate=True)
+    points = step_points(layers, MISSION.moe_layers, tensor=tensor, is_first=False, immediate=True)
     assert tuple(phase.point for phase in immediate) == points
     assert sum(phase.compute_s for phase in immediate) == pytest.approx(sum(phase.compute_s for phase in back))
     rows = 512 / tensor

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mpi4py import MPI
 
@@ -33,6 +34,7 @@ from moempi.layout.topology import Topology
 class LaneComm:
     """One lane's `exchange` and `stage` between the ranks of a stage, `tensor` group, and `link` to other stages.
 
+    The ranks of `head` divide the LM head: it is `tensor`, or on the last stage a group of all its ranks.
     `home_combine` ends every MoE layer except, with immediate routing, the stage's last. `immediate` is the link if the
     outputs of the stage's last layer are sent directly to the next stage, else None. `comms` are its communicators.
     """
@@ -40,6 +42,7 @@ class LaneComm:
     exchange: Exchange
     stage: StageComm
     tensor: TensorGroup
+    head: TensorGroup
     link: StageLink
     transfers: Transfers
     home_combine: HomeCombine
@@ -97,6 +100,12 @@ def make_lane_comm(
     grid, backend, shape = layout.grid, transports.backend, transports.shape
     rank, coords = groups.ranks.rank, grid.coordinates(groups.ranks.rank)
     stage, tensor, link = groups.stage.Dup(), groups.tensor.Dup(), groups.link(lane)
+    make_group = partial(TensorGroup, backend=backend, transfers=transfers, width=shape.width)
+    tensor_group = make_group(tensor, first_rank=rank - coords.tensor)
+    comms, head = [stage, tensor], tensor_group
+    if coords.stage == len(grid.stages) - 1 and grid.head_ranks > grid.tensor:
+        comms.append(groups.stage.Dup())
+        head = make_group(comms[-1], first_rank=grid.stages[-1].ranks.start)
     stage_comm = StageComm(stage, transfers)
     factory = ExchangeFactory(transports, transfers, options.on_route)
     make_exchange = factory.one_hop if options.hops == 1 else factory.two_hops
@@ -115,12 +124,13 @@ def make_lane_comm(
     return LaneComm(
         exchange=exchange,
         stage=stage_comm,
-        tensor=TensorGroup(tensor, backend, transfers=transfers, width=shape.width, first_rank=rank - coords.tensor),
+        tensor=tensor_group,
+        head=head,
         link=immediate or StageLink(link, grid, backend, transfers=transfers, shape=shape),
         transfers=transfers,
         home_combine=HomeCombine(exchange),
         immediate=immediate if immediate and immediate.sends_immediate else None,
-        comms=(stage, tensor),
+        comms=comms,
     )
 
 

@@ -3,6 +3,8 @@
 Between the layers each rank holds only its part of the rows (a RowSplit). `all_gather` sends all rows to all ranks of
 the group before a divided matrix, `reduce_scatter` adds up their partial results after it (Korthikanti et al. 2022,
 sequence parallelism). So each row is dispatched to its experts by one rank only.
+
+The LM head is divided in the tensor group, or in a group of the same kind that is the whole last stage.
 """
 
 from collections.abc import Sequence
@@ -22,7 +24,9 @@ from moempi.layout.schedule import Point
 
 
 class TensorGroup:
-    """A rank's tensor group. All methods are collective and yield once, at `point`; in a group of one rank, never.
+    """A group of ranks that divide matrices: a tensor group, or for the LM head also the last stage.
+
+    All methods are collective and yield once, at `point`; in a group of one rank, never.
 
     The ranks of `comm` are consecutive ranks of the run, from `first_rank` on.
     Each transfer is finished, and its verbs are submitted, before the next one starts on the same queue.
@@ -57,6 +61,12 @@ class TensorGroup:
         parts = yield from self._transfers.start(self._all_to_all(addends, split, own)).received(point)
         return self._backend.combine(parts, *self._sum_of_parts(own))
 
+    def all_gather_counts(self, own: int, point: Point) -> Waits[list[int]]:
+        """The number of rows of each rank in rank order; this rank has `own` rows."""
+        if self.size == 1:
+            return [own]
+        return (yield from self._transfers.start(self._all_gather_counts(own)).received(point))
+
     def all_gather_rows(self, x: Array, counts: Sequence[int], point: Point) -> Waits[Array]:
         """The rows of all ranks in rank order (sum(counts), D); rank i has counts[i] rows."""
         if self.size == 1:
@@ -74,20 +84,7 @@ class TensorGroup:
             return logits
         lengths = [len(part_range(vocab_size, self.size, part)) for part in range(self.size)]
         steps = self._exchange_logits(logits, counts, lengths=lengths)
-        pieces = yield from self._transfers.start(steps).received(point)
-        return self._backend.upload(np.concatenate(pieces, axis=1))
-
-    def exchange_logit_parts(
-        self, logits: Array, counts: Sequence[int], *, lengths: Sequence[int], point: Point
-    ) -> Waits[Sequence[Array]]:
-        """The logits of this rank's rows for each rank's piece of the vocabulary: (counts[part], lengths[i]) of rank i.
-
-        `logits` (sum(counts), lengths[part]) float32 are the logits of all ranks' rows for this rank's piece.
-        """
-        if self.size == 1:
-            return [logits]
-        steps = self._exchange_logits(logits, counts, lengths=lengths)
-        return [self._backend.upload(piece) for piece in (yield from self._transfers.start(steps).received(point))]
+        return self._backend.upload((yield from self._transfers.start(steps).received(point)))
 
     def merge_sampled(
         self, sampled: SampledTokens, rows_of_part: Sequence[IntArray], point: Point
@@ -112,6 +109,11 @@ class TensorGroup:
             self._addends = self._backend.upload(rows), self._backend.upload(np.ones(rows.shape, np.float32))
         return self._addends
 
+    def _all_gather_counts(self, own: int) -> Steps[list[int]]:
+        outgoing, counts = np.array([own], np.int64), np.empty(self.size, np.int64)
+        yield self._comm.Iallgather(outgoing, counts)
+        return counts.tolist()
+
     def _all_gather(self, x: Array, counts: Sequence[int]) -> Steps[Array]:
         outgoing, incoming = self._outgoing.take(counts[self.part]), self._incoming.take(sum(counts))
         self._backend.pack(x, None, outgoing)
@@ -129,9 +131,7 @@ class TensorGroup:
         yield from after_verbs(self._backend, partial(self._comm.Ialltoallv, sent, received))
         return incoming
 
-    def _exchange_logits(
-        self, logits: Array, counts: Sequence[int], *, lengths: Sequence[int]
-    ) -> Steps[Sequence[Float32Array]]:
+    def _exchange_logits(self, logits: Array, counts: Sequence[int], *, lengths: Sequence[int]) -> Steps[Float32Array]:
         own = counts[self.part]
         (on_host,) = yield from downloaded(self._backend, logits)
         outgoing, incoming = np.ascontiguousarray(on_host, np.float32), np.empty(own * sum(lengths), np.float32)
@@ -139,7 +139,9 @@ class TensorGroup:
         self._count(counts, lengths[self.part] * outgoing.itemsize)
         yield self._comm.Ialltoallv(sent, [incoming, [own * length for length in lengths], MPI.FLOAT])
         pieces = np.split(incoming, own * np.cumsum(lengths)[:-1])
-        return [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)]
+        return np.concatenate(
+            [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)], axis=1
+        )
 
     def _gather_sampled(self, sampled: SampledTokens, counts: Sequence[int]) -> Steps[SampledTokens]:
         logprobs, top_logprobs = (_bits(values) for values in (sampled.logprobs[:, None], sampled.top_logprobs))

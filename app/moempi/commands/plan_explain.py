@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from moempi.config.machine_file import MachineFile
+from moempi.layout.schedule import HEAD_POINTS, LOGITS
 from moempi.planning.forecast import Forecast
 
 
@@ -40,3 +41,9 @@ def _slowest_stage(found: Forecast, machine: MachineFile) -> Iterator[str]:
     yield f"    memory {slowest.memory_s * 1e3:.3f} ms = {megabytes:,.0f} MB / {machine.memory_gb_s:,g} GB/s"
     host_ms, link_ms, travel_ms = (part * 1e3 for part in (slowest.host_s, slowest.link_s, slowest.travel_s))
     yield f"    host {host_ms:.3f} ms, link {link_ms:.3f} ms, travel {travel_ms:.3f} ms"
+    head = [phase for phase in found.stages[-1].phases if phase.point in HEAD_POINTS]
+    if head:
+        travel = ", ".join(f"{phase.point.phase.removeprefix('head ')} {phase.travel_s * 1e3:.3f} ms" for phase in head)
+        computing_ms = sum(phase.compute_s for phase in head if phase.point == LOGITS) * 1e3
+        num_ranks = found.stages[-1].step.costs.head_ranks
+        yield f"  head, divided among {num_ranks} ranks: logits {computing_ms:.3f} ms; travel: {travel}"

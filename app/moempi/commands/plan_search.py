@@ -40,7 +40,7 @@ MANY_SHAPES = 1000
 """More shapes are tried in random order, of which a limited search tries the first."""
 MOST_ROWS = 8
 """Rows of the Pareto front."""
-LETTERS = "N x: jobs; PP: stages; DP: groups of a stage; TP: ranks of a group; *: uneven"
+LETTERS = "N x: jobs; PP: stages; DP: groups of a stage; TP: ranks of a group; *: uneven; H: head of a stage"
 FLAGS: dict[Cost, tuple[str, float]] = {next_token_s: ("--token-ms", 1e3), first_token_s: ("--first-token-s", 1.0)}
 """The flag of each limit, and its units in a second."""
 
@@ -335,10 +335,12 @@ def _latency_cells(found: Found) -> list[str]:
 
 
 def _name(found: Found) -> str:
-    """The layout in the field's letters, with * if layers or ranks of its stages are other than by default."""
+    """The layout in the field's letters, with * if layers or ranks of its stages are other than by default.
+
+    H if all ranks of the last stage divide the LM head.
+    """
     replicas, stages, tensor = found.shape
-    parallel = found.planned.job.parallel
-    name = f"PP{stages} DP{found.planned.layout.grid.num_groups(0)} TP{tensor}"
-    return (
-        ("" if replicas == 1 else f"{replicas} x ") + name + "*" * bool(parallel.stage_layers or parallel.stage_ranks)
-    )
+    parallel, grid = found.planned.job.parallel, found.planned.layout.grid
+    uneven = "*" * bool(parallel.stage_layers or parallel.stage_ranks)
+    name = f"PP{stages} DP{grid.num_groups(0)} TP{tensor}{uneven}"
+    return ("" if replicas == 1 else f"{replicas} x ") + name + " H" * (grid.head_ranks > tensor)

@@ -133,13 +133,15 @@ class ParallelSection(Struct, frozen=True, forbid_unknown_fields=True):
     """`[parallel]`: division of ranks into stages, tensor groups and data parallel groups.
 
     `stage_layers` and `stage_ranks` are the numbers of layers and ranks of each stage; if empty, layers are balanced by
-    cost and ranks are divided evenly. `experts_per_rank` limits the experts of a layer on a rank; 0 is no limit.
+    cost and ranks are divided evenly. `experts_per_rank` limits the experts of a layer on a rank; 0 is no limit. The LM
+    head is divided in each "tensor" group of the last stage, or among all ranks of that "stage".
     """
 
     stages: Annotated[int, Meta(ge=1, le=MAX_LAYERS)] = 1
     stage_layers: tuple[Count, ...] = ()
     stage_ranks: tuple[Count, ...] = ()
     tensor: Count = 1
+    head: Literal["tensor", "stage"] = "tensor"
     experts_per_rank: Index = 0
 
 
@@ -328,6 +330,7 @@ KEEPS_RESULTS = (
     "parallel.stages",
     "parallel.stage_layers",
     "parallel.stage_ranks",
+    "parallel.head",
     "parallel.experts_per_rank",
     "topology.ranks_per_node",
     "topology.file",

@@ -116,7 +116,7 @@ def _load(
     """
     world, rank_layout = deployment.world, deployment.rank_layout
     begin, layers, hosted = perf_counter(), rank_layout.stage.layers, rank_layout.hosted
-    coords, parts = rank_layout.coords, rank_layout.grid.tensor
+    coords, grid = rank_layout.coords, rank_layout.grid
 
     def is_stopped() -> bool:
         if stop.requested:
@@ -127,9 +127,10 @@ def _load(
         if is_stopped():
             raise StoppedError
 
-    shard = Shard(deployment.weights, part=coords.tensor, parts=parts, on_read=check)
+    head = grid.head_part(rank_layout.ranks.rank), grid.head_ranks
+    shard = Shard(deployment.weights, part=coords.tensor, parts=grid.tensor, head=head, on_read=check)
     all_pages = pages * rank_layout.num_groups
-    slots = rank_layout.grid.slots(coords.stage, coords.data)
+    slots = grid.slots(coords.stage, coords.data)
 
     def on_layer(loaded: int) -> None:
         progress.loading(loaded, len(layers), shard.num_bytes)

@@ -7,7 +7,7 @@ import numpy as np
 from moempi.backend.values import Array, SampledTokens
 from moempi.comm.batch import Batch
 from moempi.comm.lane_comm import LaneComm
-from moempi.comm.transfers import Waits, nothing
+from moempi.comm.transfers import Wait, Waits, nothing
 from moempi.engine.lane_trace import LaneTrace
 from moempi.engine.micro_batches import MicroBatch, MicroBatches
 from moempi.engine.recorder import Recorder
@@ -15,7 +15,7 @@ from moempi.engine.scheduler import Scheduler
 from moempi.engine.sequences import NO_WORK, Work
 from moempi.engine.tasks import Tables, Task
 from moempi.layout.row_split import RowSplit
-from moempi.layout.schedule import AGREE, GATHER_OUTPUT, HEAD_POINTS, ROWS, TOKENS
+from moempi.layout.schedule import AGREE, GATHER_OUTPUT, HEAD_COUNTS, ROWS, SAMPLED, TOKENS
 from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 from moempi.model.transformer import Transformer
 from moempi.observe.progress import Counts
@@ -149,13 +149,15 @@ class Lane:
 
     def _sample(self, batch: Batch, split: RowSplit, x: Array) -> Waits[SampledTokens]:
         """Sample a token for each logit row of the batch; each rank of a tensor group samples for its part."""
-        tensor, model = self.comm.tensor, self.context.model
+        tensor, head, model = self.comm.tensor, self.comm.head, self.context.model
         if model.head is None:
             raise RuntimeError("the last stage has no head")
         rows_of_part = split.divide(batch.logit_rows)
         own = rows_of_part[tensor.part]
         rows = model.backend.take_rows(x, np.searchsorted(split.indices[tensor.part], batch.logit_rows[own]))
         requests, counts = batch.logit_requests[own], list(map(len, rows_of_part))
+        if head is not tensor:
+            counts = yield from head.all_gather_counts(len(own), HEAD_COUNTS)
 
         def record(rows: slice, tables: Tables) -> None:
             if tables:
@@ -164,8 +166,10 @@ class Lane:
                 self.context.recorder.record_rows(of_rows, batch.positions[numbers] + 1, tables)
 
         task = self.context.task
-        sampled = yield from task.sample(model.head, tensor, rows, requests, counts=counts, record=record)
-        return (yield from tensor.merge_sampled(sampled, rows_of_part, HEAD_POINTS[-1]))
+        sampled = yield from task.sample(model.head, head, rows, requests, counts=counts, record=record)
+        if head.size > tensor.size == 1:
+            yield Wait(SAMPLED, self.comm.transfers.finished)
+        return (yield from tensor.merge_sampled(sampled, rows_of_part, SAMPLED))
 
     def _batch(self, work: Work) -> Batch:
         scheduler = self.context.scheduler

@@ -208,7 +208,7 @@ def _points(rank_layout: RankLayout, model: Transformer, comm: LaneComm) -> Sequ
         architecture.moe_layers,
         tensor=comm.tensor.size,
         is_first=comm.link.is_first,
-        is_last=comm.link.is_last,
+        head=comm.head.size if comm.link.is_last else 0,
         immediate=comm.immediate is not None,
         half_layers=architecture.half_layers,
     )

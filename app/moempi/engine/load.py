@@ -83,7 +83,7 @@ def _head(shard: Shard, backend: Backend) -> LMHead:
     return LMHead(
         backend=backend,
         norm=_norm(shard, backend, "norm"),
-        matrix=backend.matrix(shard.read_part("embedding" if architecture.tied_embeddings else "head")),
+        matrix=backend.matrix(shard.read_vocabulary("embedding" if architecture.tied_embeddings else "head")),
         bias=_optional(shard, backend, "head_bias"),
         vocab_size=architecture.vocab_size,
     )

@@ -16,17 +16,24 @@ from moempi.storage.weights import WeightFile
 class Shard:
     """Part `part` of `parts` of every tensor that a tensor group divides, and all rows of the other tensors.
 
+    `head` is the part, and the number of parts, of the vocabulary's tensors if several tensor groups divide them.
     `architecture` describes the share: its attention, delta rule and state space have the heads of this part.
     `num_bytes` counts the bytes read so far. Every read first calls `on_read`. It raises DataError, which names file
     and tensor, if a checksum is wrong.
     """
 
     def __init__(
-        self, file: WeightFile, *, part: int, parts: int, on_read: Callable[[], object] = lambda: None
+        self,
+        file: WeightFile,
+        *,
+        part: int,
+        parts: int,
+        head: tuple[int, int] | None = None,
+        on_read: Callable[[], object] = lambda: None,
     ) -> None:
         self._file = file
         self._part = part
-        self._parts = parts
+        self._divisions = dict.fromkeys(TENSOR_PARALLEL, (part, parts)) | {Share.VOCABULARY: head or (part, parts)}
         self._on_read = on_read
         self.num_bytes = 0
         shape, rule, space = file.architecture.attention, file.architecture.delta_rule, file.architecture.state_space
@@ -46,12 +53,13 @@ class Shard:
         )
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """The tensor, verified; only this part's rows if tensor groups divide it."""
-        return self.read_part(name) if self._file.tensor(name).share in TENSOR_PARALLEL else self._read(name)
+        """The tensor, verified; only this part's rows if ranks divide it."""
+        share = self._file.tensor(name).share
+        return self._read_part(name, share) if share in TENSOR_PARALLEL else self._read(name)
 
-    def read_part(self, name: str) -> npt.NDArray[Any]:
-        """This part's rows of any tensor, verified; `part_range` divides the rows in the same way."""
-        return self._read(name, *self._rows_of_part(name))
+    def read_vocabulary(self, name: str) -> npt.NDArray[Any]:
+        """This part's rows of a tensor with a row for each token, verified; `part_range` divides them the same way."""
+        return self._read_part(name, Share.VOCABULARY)
 
     def read_ahead(self, layers: range, hosted: Mapping[int, tuple[int, ...]]) -> ReadAhead:
         """Begin to read a stage, with the experts hosted[layer], ahead of the reads; close what it returns."""
@@ -86,11 +94,15 @@ class Shard:
         """Where the file has this part of a tensor; a tied embedding is the head as well."""
         name = tensor.name if self._file.has(tensor.name) else "embedding"
         is_part = tensor.share in TENSOR_PARALLEL
-        return self._file.byte_range(name, *(self._rows_of_part(name) if is_part else (0, tensor.shape[0])))
+        return self._file.byte_range(name, *(self._rows(name, tensor.share) if is_part else (0, tensor.shape[0])))
 
-    def _rows_of_part(self, name: str) -> tuple[int, int]:
-        rows = self._file.tensor(name).shape[0]
-        return self._part * rows // self._parts, (self._part + 1) * rows // self._parts
+    def _rows(self, name: str, share: Share) -> tuple[int, int]:
+        """The rows of this part of a tensor that ranks divide along this dimension."""
+        (part, parts), rows = self._divisions[share], self._file.tensor(name).shape[0]
+        return part * rows // parts, (part + 1) * rows // parts
+
+    def _read_part(self, name: str, share: Share) -> npt.NDArray[Any]:
+        return self._read(name, *self._rows(name, share))
 
     def _read(self, name: str, *rows: int) -> npt.NDArray[Any]:
         self._on_read()

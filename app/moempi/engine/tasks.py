@@ -31,7 +31,7 @@ class Task(Protocol):
     def sample(
         self,
         head: LMHead,
-        tensor: TensorGroup,
+        group: TensorGroup,
         rows: Array,
         requests: LogitRequests,
         *,
@@ -40,8 +40,8 @@ class Task(Protocol):
     ) -> Waits[SampledTokens]:
         """The sampled tokens, or the scores, of rows (N, D) of the last layer.
 
-        Collective over the tensor group, whose rank i brings counts[i] rows; yields while they travel in it. What is
-        recorded at each row, and does not travel to the first stage, goes to `record`.
+        Collective over the group that divides the head, whose rank i brings counts[i] rows; yields while they travel in
+        it. What is recorded at each row, and does not travel to the first stage, goes to `record`.
         """
 
     def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
@@ -68,14 +68,14 @@ class Generate:
     def sample(
         self,
         head: LMHead,
-        tensor: TensorGroup,
+        group: TensorGroup,
         rows: Array,
         requests: LogitRequests,
         *,
         counts: Sequence[int],
         record: OnRows,
     ) -> Waits[SampledTokens]:
-        return head.sample(rows, requests, tensor=tensor, counts=counts, top=self._top)
+        return head.sample(rows, requests, group=group, counts=counts, top=self._top)
 
     def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
         sequences.advance(work)
@@ -117,7 +117,7 @@ class Score:
     def sample(
         self,
         head: LMHead,
-        tensor: TensorGroup,
+        group: TensorGroup,
         rows: Array,
         requests: LogitRequests,
         *,
@@ -127,7 +127,7 @@ class Score:
         def on_scored(rows: slice, scored: Scored) -> None:
             record(rows, self._tables(scored))
 
-        return head.score(rows, requests, tensor=tensor, counts=counts, recorded=self._recorded, on_scored=on_scored)
+        return head.score(rows, requests, group=group, counts=counts, recorded=self._recorded, on_scored=on_scored)
 
     def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
         sequences.advance(work)

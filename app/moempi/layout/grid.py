@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import inf
+from typing import Literal
 
 from moempi.config.job import ParallelSection
 from moempi.errors import ConfigError
@@ -36,11 +37,15 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Grid:
-    """Stages of tensor groups; each data parallel group of the first stage has `slots_per_group` KV slots."""
+    """Stages of tensor groups; each data parallel group of the first stage has `slots_per_group` KV slots.
+
+    Each tensor group of the last stage divides the LM head, or all ranks of the "stage" divide it.
+    """
 
     stages: tuple[Stage, ...]
     tensor: int
     slots_per_group: int
+    head: Literal["tensor", "stage"] = "tensor"
 
     def coordinates(self, rank: int) -> Coordinates:
         """The coordinates of `rank`."""
@@ -55,6 +60,15 @@ class Grid:
     def num_groups(self, stage: int) -> int:
         """Data parallel groups of a stage."""
         return len(self.stages[stage].ranks) // self.tensor
+
+    @property
+    def head_ranks(self) -> int:
+        """Ranks that divide the LM head."""
+        return len(self.stages[-1].ranks) if self.head == "stage" else self.tensor
+
+    def head_part(self, rank: int) -> int:
+        """The part of the LM head of a rank of the last stage."""
+        return (rank - self.stages[-1].ranks.start) % self.head_ranks
 
     @property
     def num_slots(self) -> int:
@@ -115,7 +129,7 @@ def make_grid(
     shares = zip(_ranges(layers), _ranges(ranks), strict=True)
     # Every group of every stage computes at least one slot, so that it takes part in every step.
     slots = max(slots_per_group, *(-(-count // ranks[0]) for count in ranks))
-    return Grid(tuple(Stage(own_layers, own_ranks) for own_layers, own_ranks in shares), tensor, slots)
+    return Grid(tuple(Stage(own_layers, own_ranks) for own_layers, own_ranks in shares), tensor, slots, parallel.head)
 
 
 def balanced_stages(costs: Sequence[float], stages: int, joined: Collection[int] = ()) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ def make_layout(
         slots_per_group=max(job.run.max_sequences, job.num_micro_batches),
         joined=architecture.joined_layers,
     )
+    _require_tokens(grid, architecture)
     if placement is None:
         placements = tuple(_linear_placements(architecture, stage) for stage in grid.stages)
     else:
@@ -152,6 +153,15 @@ def _require_divisible(job: Job, architecture: Architecture) -> None:
     for name, size in divided.items():
         if size % tensor:
             raise ConfigError(f"parallel.tensor = {tensor} does not divide the model's {name} of {size}")
+
+
+def _require_tokens(grid: Grid, architecture: Architecture) -> None:
+    """Each rank that divides the LM head has tokens."""
+    if grid.head_ranks > architecture.vocab_size:
+        raise ConfigError(
+            f'parallel.head = "{grid.head}": the last stage has {grid.head_ranks} ranks, the model\'s vocab_size is '
+            f'{architecture.vocab_size}; use "tensor" or fewer ranks'
+        )
 
 
 def _require_home_sums(job: Job, architecture: Architecture) -> None:

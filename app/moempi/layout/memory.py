@@ -10,7 +10,7 @@ from moempi.config.size import format_size, parse_size
 from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tensors
 from moempi.config.traces import hidden_layers
 from moempi.errors import ConfigError
-from moempi.layout.row_buffers import GROWTH, exchange_rows, nodes_of_row, received_factor
+from moempi.layout.row_buffers import GROWTH, SCORED_ROWS, exchange_rows, nodes_of_row, received_factor
 
 CACHE_SHARE = 0.8
 """Share of the memory left beside weights and rows; the rest is for MPI, the interpreter and temporary arrays."""
@@ -61,6 +61,8 @@ def rank_memory(
     """
     tensor, layers = job.parallel.tensor, rank.layers
     fractions = {Share.EXPERTS: rank.hosted / architecture.experts.num, **dict.fromkeys(TENSOR_PARALLEL, 1 / tensor)}
+    if job.parallel.head == "stage":
+        fractions[Share.VOCABULARY] = 1 / max(tensor, len(rank.nodes))
     tensors = stage_tensors(architecture, layers)
     is_bfloat16 = job.run.precision == "bfloat16"
     row_bytes, sent_bytes = 2 if on_gpu and is_bfloat16 else 4, 2 if is_bfloat16 else 4
@@ -101,7 +103,20 @@ def _values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on
     gathered = 2 * architecture.width * (tensor > 1)
     divided = gathered + max(attention, 3 * architecture.dense_width / tensor)
     routed = _expert_values_per_row(job, architecture, rank, on_gpu=on_gpu)
-    return 4 * architecture.width / tensor + max(divided, routed / tensor)
+    of_head = _head_rows_per_row(job, architecture, rank) * architecture.width
+    return 4 * architecture.width / tensor + max(divided, routed / tensor, of_head)
+
+
+def _head_rows_per_row(job: Job, architecture: Architecture, rank: StageRank) -> float:
+    """The most rows that the ranks of the last stage gather for a head they all divide, for each row of one group."""
+    groups = len(rank.nodes) // job.parallel.tensor
+    if job.parallel.head == "tensor" or groups <= 1 or rank.layers.stop < architecture.num_layers:
+        return 0.0
+    if job.task == "score":
+        of_group = SCORED_ROWS * job.parallel.tensor
+    else:
+        of_group = ceil(max(job.run.max_sequences, job.num_micro_batches) / job.num_micro_batches)
+    return groups * min(1.0, of_group / job.run.batch_tokens)
 
 
 def _expert_values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
@@ -125,7 +140,7 @@ def _expert_values_per_row(job: Job, architecture: Architecture, rank: StageRank
 
 
 def _buffered_values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
-    """The number of values per row in the buffers of a lane: its exchange, its tensor group and its stage links.
+    """The number of values per row in the buffers of a lane: exchange, tensor group, stage links, a stage's head.
 
     On a CPU a probe at the start of the run chooses the transport "auto": the buffers are then the larger of slots and
     messages.
@@ -154,7 +169,8 @@ def _buffered_values_per_row(job: Job, architecture: Architecture, rank: StageRa
         outputs = received_factor(len(rank.nodes)) * experts.router.top_k + 1 + (experts.shared_width > 0)
         links += GROWTH * outputs * ((not is_last) + (rank.layers.start > 0))
     of_tensor_group = 4 * GROWTH * (tensor > 1)
-    return of_exchange + (of_tensor_group + links / tensor) * architecture.width
+    of_head = 2 * GROWTH * _head_rows_per_row(job, architecture, rank) * (1 + 1 / len(rank.nodes))
+    return of_exchange + (of_tensor_group + of_head + links / tensor) * architecture.width
 
 
 def _has_messages(job: Job, *, on_gpu: bool) -> bool:

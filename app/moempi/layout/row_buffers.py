@@ -10,6 +10,8 @@ SKEW_FACTOR = 2
 """Rows of a slot, as a multiple of the rows that uniform routing sends; a larger send uses messages or a new slot."""
 RECEIVED_FACTOR = 1.5
 """Rows for which a rank has memory when others send them, as a multiple of the rows of even routing."""
+SCORED_ROWS = 64
+"""Most rows of a rank that are scored at a time."""
 
 
 def grown(rows: int) -> int:

@@ -14,7 +14,9 @@ class Point(NamedTuple):
 TOKENS, AGREE, ROWS, GATHER_OUTPUT = (Point(-1, phase) for phase in ("tokens", "agree", "rows", "gather"))
 BEGIN_POINTS = (TOKENS, AGREE, ROWS)
 """The points before the first layer."""
-HEAD_POINTS = tuple(Point(-1, phase) for phase in ("head rows", "logits", "sampled"))
+HEAD_POINTS = HEAD_COUNTS, HEAD_ROWS, LOGITS, SAMPLED = tuple(
+    Point(-1, phase) for phase in ("head counts", "head rows", "logits", "sampled")
+)
 TENSOR_PHASES = ("gather", "scatter")
 EXCHANGE_PHASES = ("dispatch", "combine")
 
@@ -25,18 +27,19 @@ def step_points(
     *,
     tensor: int,
     is_first: bool,
-    is_last: bool,
+    head: int = 0,
     immediate: bool = False,
     half_layers: Sequence[int] = (),
 ) -> tuple[Point, ...]:
     """The points of one step of a stage that computes `layers`, in order.
 
-    The `half_layers` have an attention alone, or a feed-forward alone.
+    `head` ranks divide the LM head of the last stage; 0: of another stage. The `half_layers` have an attention alone,
+    or a feed-forward alone.
 
     With `immediate`, the last layer has no combine, because its outputs go to the next stage. In a pipeline, the first
     point of the first stage follows the step before: there it waits for the tokens that the last stage samples.
     """
-    points = [ROWS] if not is_first else [AGREE] if is_last else [TOKENS, AGREE]
+    points = [ROWS] if not is_first else [AGREE] if head else [TOKENS, AGREE]
     for layer in layers:
         divided = TENSOR_PHASES if tensor > 1 else ()
         first = () if layer in half_layers else divided
@@ -44,9 +47,22 @@ def step_points(
         points.extend(Point(layer, phase) for phase in (*first, *last))
     if immediate:
         points.pop()
+    elif head:
+        points.extend(head_points(tensor=tensor, head=head))
     elif tensor > 1:
-        points.extend(HEAD_POINTS if is_last else [GATHER_OUTPUT])
+        points.append(GATHER_OUTPUT)
     return tuple(points)
+
+
+def head_points(*, tensor: int, head: int) -> tuple[Point, ...]:
+    """The points of an LM head that `head` ranks divide: a tensor group of `tensor` ranks, or several groups.
+
+    Several groups do not know each other's numbers of rows and exchange them first. A lane that scores reaches
+    HEAD_ROWS and LOGITS many times in a step: its last point is SAMPLED, also without a tensor group.
+    """
+    if head == 1:
+        return ()
+    return HEAD_POINTS if head > tensor else HEAD_POINTS[1:]
 
 
 class LaneOrder:

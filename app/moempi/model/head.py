@@ -1,6 +1,6 @@
 """The LM head: final norm and output matrix, and tokens sampled or scored with their logits."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +12,12 @@ from moempi.backend.values import Array, SampledTokens, SamplingRequests
 from moempi.comm.tensor_group import TensorGroup
 from moempi.comm.transfers import Waits
 from moempi.config.traces import most_above
-from moempi.layout.row_split import part_range
-from moempi.layout.schedule import HEAD_POINTS
+from moempi.layout.row_buffers import SCORED_ROWS
+from moempi.layout.schedule import HEAD_ROWS, LOGITS
 from moempi.model.norm import Norm
 
-HEAD_ROWS, LOGITS, _ = HEAD_POINTS
-SCORED_ROWS, SCORED_LOGITS, SCORED_TOKENS = 64, 1 << 22, 1 << 20
-"""Most rows of a rank, logits, and tokens that are written, which are computed at a time when scoring: its memory."""
+SCORED_LOGITS, SCORED_TOKENS = 1 << 22, 1 << 20
+"""Most logits, and tokens that are written, which a rank computes at a time when scoring: its memory."""
 
 OnScored = Callable[[slice, Scored], None]
 """Takes the scores of a range of a rank's rows."""
@@ -41,10 +40,10 @@ NOTHING_ELSE = ScoredTokens()
 
 @dataclass(frozen=True, slots=True)
 class LMHead:
-    """This rank's part of the head: rows of the matrix (V, D) and of the bias (V,), divided in the tensor group.
+    """This rank's part of the head: rows of the matrix (V, D) and of the bias (V,), divided in a group.
 
-    Its methods are collective over the tensor group `tensor`, where rank i has counts[i] rows, and yield while rows and
-    logits travel in it. `sample` and `score` block the host for the backend's verbs.
+    Its methods are collective over the `group`, where rank i has counts[i] rows, and yield while rows and logits travel
+    in it. `sample` and `score` block the host for the backend's verbs. The results do not depend on the division.
     """
 
     backend: Backend
@@ -54,17 +53,17 @@ class LMHead:
     vocab_size: int
 
     def sample(
-        self, x: Array, requests: SamplingRequests, *, tensor: TensorGroup, counts: Sequence[int], top: int
+        self, x: Array, requests: SamplingRequests, *, group: TensorGroup, counts: Sequence[int], top: int
     ) -> Waits[SampledTokens]:
         """Sample the next token after each of this rank's rows x (N, D), with the `top` likeliest tokens."""
-        return self.backend.sample((yield from self._logits(x, tensor, counts)), requests, top=top)
+        return self.backend.sample((yield from self._logits(x, group, counts)), requests, top=top)
 
     def score(
         self,
         x: Array,
         targets: IntArray,
         *,
-        tensor: TensorGroup,
+        group: TensorGroup,
         counts: Sequence[int],
         recorded: ScoredTokens = NOTHING_ELSE,
         on_scored: OnScored = lambda rows, scored: None,
@@ -76,52 +75,49 @@ class LMHead:
         """
         logprobs = np.empty(len(targets), np.float32)
         at_once = max(1, min(SCORED_ROWS, SCORED_TOKENS // max(recorded.most(self.vocab_size), 1)))
+        if group.size > 1:
+            at_once = max(1, min(at_once, SCORED_LOGITS // self.vocab_size))
         for first in range(0, max(*counts, 1), at_once):
             chunk = slice(first, first + at_once)
             in_chunk = [min(max(count - first, 0), at_once) for count in counts]
-            scored = yield from self._scores(x[chunk], targets[chunk], tensor, in_chunk, recorded)
+            scored = yield from self._scores(x[chunk], targets[chunk], group, in_chunk, recorded)
             logprobs[chunk] = scored.logprobs
             on_scored(chunk, scored)
         nothing = np.zeros((len(targets), 0), np.int32), np.zeros((len(targets), 0), np.float32)
         return SampledTokens(targets.astype(np.int32), logprobs, *nothing)
 
     def _scores(
-        self, x: Array, targets: IntArray, tensor: TensorGroup, counts: Sequence[int], recorded: ScoredTokens
+        self, x: Array, targets: IntArray, group: TensorGroup, counts: Sequence[int], recorded: ScoredTokens
     ) -> Waits[Scored]:
-        """The scores of a few rows, from the logits of a piece of the vocabulary at a time."""
-        backend = self.backend
+        """The scores of a few rows: a rank alone has the logits of a piece of the vocabulary at a time."""
         scores = RowScores(targets, top=recorded.top, threshold=recorded.threshold)
-        rows = yield from tensor.all_gather_rows(self.norm(backend, x), counts, HEAD_ROWS)
-        for first, pieces in self._pieces(tensor.size, num_rows=len(rows)):
-            lengths = list(map(len, pieces))
-            local = range(first, first + lengths[tensor.part])
-            bias = None if self.bias is None else self.bias[local.start : local.stop]
-            logits = backend.logits(rows, backend.take_outputs(self.matrix, local), bias)
-            of_parts = yield from tensor.exchange_logit_parts(logits, counts, lengths=lengths, point=LOGITS)
-            for piece, part in zip(pieces, of_parts, strict=True):
-                scan = backend.scan(part, targets, first=piece.start, top=recorded.top)
-                scores.add(scan, first=piece.start, width=len(piece))
-                if recorded.threshold:
-                    found, tokens, values = backend.tokens_above(part, scores.least_logits())
-                    scores.add_above(found, tokens + piece.start, values)
+
+        def add(logits: Array, first: int) -> None:
+            scan = self.backend.scan(logits, targets, first=first, top=recorded.top)
+            scores.add(scan, first=first, width=logits.shape[1])
+            if recorded.threshold:
+                found, tokens, values = self.backend.tokens_above(logits, scores.least_logits())
+                scores.add_above(found, tokens + first, values)
+
+        if group.size > 1:
+            add((yield from self._logits(x, group, counts)), 0)
+        else:
+            self._add_pieces(self.norm(self.backend, x), add)
         return scores.result()
 
-    def _pieces(self, num_parts: int, *, num_rows: int) -> Iterator[tuple[int, list[range]]]:
-        """Yield the tokens of a piece of each rank's part of the vocabulary, and the number of the first in its part.
+    def _add_pieces(self, rows: Array, add: Callable[[Array, int], None]) -> None:
+        """Call `add` with the logits of each piece of the vocabulary and its first token.
 
-        Pieces are whole blocks of SUM_TOKENS, but for the last. None is empty: a layout of more ranks in a tensor group
-        than tokens in the vocabulary is refused.
+        Pieces are whole blocks of SUM_TOKENS, but for the last.
         """
-        lengths = [len(part_range(self.vocab_size, num_parts, part)) for part in range(num_parts)]
-        width = max(1, SCORED_LOGITS // (max(num_rows, 1) * SUM_TOKENS)) * SUM_TOKENS
-        firsts = range(0, max(min(lengths), 1), width)
-        for first in firsts:
-            widths = [length - first if first == firsts[-1] else width for length in lengths]
-            starts = np.cumsum([0, *lengths[:-1]]) + first
-            yield first, [range(start, start + own) for start, own in zip(starts.tolist(), widths, strict=True)]
+        width = max(1, SCORED_LOGITS // (max(len(rows), 1) * SUM_TOKENS)) * SUM_TOKENS
+        for first in range(0, self.vocab_size, width):
+            piece = range(first, min(first + width, self.vocab_size))
+            bias = None if self.bias is None else self.bias[piece.start : piece.stop]
+            add(self.backend.logits(rows, self.backend.take_outputs(self.matrix, piece), bias), first)
 
-    def _logits(self, x: Array, tensor: TensorGroup, counts: Sequence[int]) -> Waits[Array]:
+    def _logits(self, x: Array, group: TensorGroup, counts: Sequence[int]) -> Waits[Array]:
         """Logits (N, V) of this rank's rows, in float32."""
-        rows = yield from tensor.all_gather_rows(self.norm(self.backend, x), counts, HEAD_ROWS)
+        rows = yield from group.all_gather_rows(self.norm(self.backend, x), counts, HEAD_ROWS)
         logits = self.backend.logits(rows, self.matrix, self.bias)
-        return (yield from tensor.exchange_logits(logits, counts, vocab_size=self.vocab_size, point=LOGITS))
+        return (yield from group.exchange_logits(logits, counts, vocab_size=self.vocab_size, point=LOGITS))

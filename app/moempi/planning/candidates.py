@@ -1,7 +1,8 @@
 """The layouts that a search compares, and the kinds of steps that fit into the memory of each. Pure.
 
 A layout is a number of replicas, which are independent jobs, with stages, tensor groups and hops. Stages have equal
-ranks and layers that are balanced by weights, or ranks or layers that even out the seconds of their steps.
+ranks and layers that are balanced by weights, or ranks or layers that even out the seconds of their steps. Tensor
+groups divide the LM head, or in the fastest layout of a shape all ranks of the last stage.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,8 +28,9 @@ from moempi.planning.workload import Workload
 
 BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 LANES = (1, 2, 3, 4)
-ROUTES: tuple[tuple[Literal[1, 2], bool], ...] = ((1, False), (1, True), (2, False))
+Route = tuple[Literal[1, 2], bool]
 """Hops, and whether routing is immediate."""
+ROUTES: tuple[Route, ...] = ((1, False), (1, True), (2, False))
 MICRO_BATCHES_OF_STAGE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 4.0)
 """Micro-batches in flight, as multiples of the number of stages; at most one for each lane of each stage."""
 SHARES_OF_SEQUENCES = tuple(0.5 ** (power / 2) for power in range(17))
@@ -135,10 +137,14 @@ def candidates(request: SearchRequest, shapes: Iterable[Shape]) -> Iterator[Cand
     """The layouts of these shapes that fit into the memory of a rank, each with its kinds of steps."""
     for shape in shapes:
         equal = _with_steps(request, shape)
+        if equal:
+            equal += _with_stage_head(request, shape, _fastest(equal)[0])
         yield from equal
         if equal and shape.stages > 1:
-            for layers, ranks in dict.fromkeys(_uneven(*_fastest(equal))):
-                yield from _with_steps(request, shape, layers=layers, ranks=ranks)
+            fastest, step = _fastest(equal)
+            head = fastest.planned.job.parallel.head
+            for layers, ranks in dict.fromkeys(_uneven(fastest, step)):
+                yield from _with_steps(request, shape, layers=layers, ranks=ranks, head=head)
 
 
 def least_memory(request: SearchRequest, shapes: Iterable[Shape]) -> float:
@@ -156,14 +162,28 @@ def least_memory(request: SearchRequest, shapes: Iterable[Shape]) -> float:
     return least
 
 
+def _with_stage_head(request: SearchRequest, shape: Shape, of: Candidates) -> list[Candidates]:
+    """A layout with the LM head divided among all ranks of its last stage; [] if they are one tensor group."""
+    exchange, grid = of.planned.job.exchange, of.planned.layout.grid
+    if grid.num_groups(len(grid.stages) - 1) == 1:
+        return []
+    return _with_steps(request, shape, head="stage", routes=[(exchange.hops, exchange.immediate)])
+
+
 def _with_steps(
-    request: SearchRequest, shape: Shape, *, layers: Sequence[int] = (), ranks: Sequence[int] = ()
+    request: SearchRequest,
+    shape: Shape,
+    *,
+    layers: Sequence[int] = (),
+    ranks: Sequence[int] = (),
+    head: Literal["tensor", "stage"] = "tensor",
+    routes: Sequence[Route] = ROUTES,
 ) -> list[Candidates]:
-    """The layout with each of ROUTES that makes a difference, and its kinds of steps; [] if nothing fits."""
+    """The layout with each of the routes that makes a difference, and its kinds of steps; [] if nothing fits."""
     found = []
-    for hops, immediate in ROUTES:
+    for hops, immediate in routes:
         try:
-            planned = lay_out(request, shape, layers=layers, ranks=ranks, hops=hops, immediate=immediate)
+            planned = lay_out(request, shape, layers=layers, ranks=ranks, head=head, hops=hops, immediate=immediate)
         except ConfigError:
             continue
         nodes = planned.topology.nodes
@@ -183,6 +203,7 @@ def lay_out(
     *,
     layers: Sequence[int] = (),
     ranks: Sequence[int] = (),
+    head: Literal["tensor", "stage"] = "tensor",
     hops: Literal[1, 2] = 1,
     immediate: bool = False,
 ) -> PlannedJob:
@@ -192,7 +213,12 @@ def lay_out(
     """
     job = request.job
     parallel = structs.replace(
-        job.parallel, stages=shape.stages, tensor=shape.tensor, stage_layers=tuple(layers), stage_ranks=tuple(ranks)
+        job.parallel,
+        stages=shape.stages,
+        tensor=shape.tensor,
+        stage_layers=tuple(layers),
+        stage_ranks=tuple(ranks),
+        head=head,
     )
     run = structs.replace(job.run, overlap=True, micro_batches=1, lanes=1, max_sequences=MOST_SEQUENCES)
     exchange = structs.replace(job.exchange, hops=hops, immediate=immediate)

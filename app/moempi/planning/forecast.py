@@ -370,6 +370,7 @@ def _stage_step(planned: PlannedJob, index: int, load: StepLoad) -> StageStep:
         value_bytes=value_bytes,
         stage_link_level=_link_level(planned, index),
         immediate=index in planned.layout.immediate_stages,
+        head=grid.head,
     )
     return StageStep(
         costs,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import ceil, inf, log2, prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,11 +25,16 @@ from moempi.layout.schedule import (
     AGREE,
     EXCHANGE_PHASES,
     GATHER_OUTPUT,
+    HEAD_COUNTS,
     HEAD_POINTS,
+    HEAD_ROWS,
+    LOGITS,
     ROWS,
+    SAMPLED,
     TENSOR_PHASES,
     TOKENS,
     Point,
+    head_points,
 )
 from moempi.layout.topology import NETWORK, NODE, Topology
 from moempi.planning.simulate import Phase, Transmission
@@ -91,7 +96,8 @@ class StepCosts:
 
     `topology` is that of the stage's ranks, `tensor` the size of a tensor group. A row is sent as `row_bytes`; a number
     of weights and cache takes `value_bytes`. `stage_link_level` is the level of the links to the next stage, to which
-    the experts of the last layer send their outputs with `immediate` routing.
+    the experts of the last layer send their outputs with `immediate` routing. A "tensor" group divides the LM head, or
+    all ranks of the "stage".
     """
 
     machine: MachineFile
@@ -104,6 +110,7 @@ class StepCosts:
     value_bytes: int
     stage_link_level: int = NETWORK
     immediate: bool = False
+    head: Literal["tensor", "stage"] = "tensor"
 
     def step(self, layers: range, load: StepLoad, *, is_first: bool, is_last: bool) -> list[Phase]:
         """The phases of one lane's step through `layers`, one per point of `schedule.step_points`.
@@ -129,7 +136,7 @@ class StepCosts:
         for phase in self._end(layers, load, is_last=is_last):
             phases.append(pending.before(phase))
             pending = Computing()
-        if is_last and self.tensor == 1:
+        if is_last and self.head_ranks == 1:
             pending = Computing(self._head_s(layers, load)).after(pending)
         sent = None if is_first and is_last else self._stage_link(layers, load, is_last=is_last)
         begin, *others = self._begin(sent, is_first=is_first)
@@ -265,22 +272,39 @@ class StepCosts:
         return self._roofline(2 * rows * values, chosen * values * self.value_bytes)
 
     def _end(self, layers: range, load: StepLoad, *, is_last: bool) -> list[Phase]:
-        """A tensor group all-gathers the rows; on the last stage it exchanges slices of the logits, then tokens."""
+        """The rows of a tensor group are all-gathered; on the last stage the head ends a step."""
+        if is_last:
+            return self._head(layers, load)
         if self.tensor == 1 or self.immediate:
             return []
-        if not is_last:
-            return [Phase(GATHER_OUTPUT, 0.0, [self._tensor_group(load)])]
-        logits_bytes = LOGIT_BYTES * self.architecture.vocab_size / self.tensor
-        rows, logits, sampled = (
-            [self._all_to_all(load.sequences, num_bytes)] for num_bytes in (self.row_bytes, logits_bytes, COUNT_BYTES)
+        return [Phase(GATHER_OUTPUT, 0.0, [self._tensor_group(load)])]
+
+    def _head(self, layers: range, load: StepLoad) -> list[Phase]:
+        """The ranks that divide the head gather their rows and exchange slices of logits, and tensor groups tokens.
+
+        Ranks of several tensor groups send each other their numbers of rows first.
+        """
+        own = load.sequences / self.tensor
+        logits_bytes = LOGIT_BYTES * self.architecture.vocab_size / self.head_ranks
+        if self.head_ranks > self.tensor:
+            rows = self._all_gather(own * self.row_bytes)
+            logits = self._transfer(self._count(self._levels[1:]), 1.0, own * logits_bytes)
+        else:
+            rows, logits = (self._all_to_all(load.sequences, size) for size in (self.row_bytes, logits_bytes))
+        phases = (
+            Phase(HEAD_COUNTS, 0.0, [self._collective(COUNT_BYTES)]),
+            Phase(HEAD_ROWS, 0.0, [rows]),
+            Phase(LOGITS, self._head_s(layers, load), [logits]),
+            Phase(SAMPLED, 0.0, [self._all_to_all(load.sequences, COUNT_BYTES)]),
         )
-        computing_s = (0.0, self._head_s(layers, load), 0.0)
-        return list(map(Phase, HEAD_POINTS, computing_s, (rows, logits, sampled)))
+        points = head_points(tensor=self.tensor, head=self.head_ranks)
+        return [phase for phase in phases if phase.point in points]
 
     def _head_s(self, layers: range, load: StepLoad) -> float:
-        """The logits of one row of each sequence."""
+        """The logits of one row of each sequence of all groups that divide the head."""
         matrices = [tensor for tensor in stage_tensors(self.architecture, layers) if tensor.name == "head"]
-        return self._matrices(sum(prod(one.shape) for one in matrices) / self.tensor, load.sequences)
+        rows = load.sequences * self.head_ranks / self.tensor
+        return self._matrices(sum(prod(one.shape) for one in matrices) / self.head_ranks, rows)
 
     def _products(self, layer: int, part: str, rows: float) -> float:
         """The products of rows with the matrices of a part of a layer."""
@@ -296,6 +320,11 @@ class StepCosts:
     @property
     def _num_ranks(self) -> int:
         return len(self.topology.nodes)
+
+    @property
+    def head_ranks(self) -> int:
+        """Ranks that divide the LM head."""
+        return self._num_ranks if self.head == "stage" else self.tensor
 
     @property
     def _num_groups(self) -> int:
@@ -369,6 +398,12 @@ class StepCosts:
         messages = ceil(log2(self._num_ranks)) if self._num_ranks > 1 else 0
         bytes_s = num_bytes * self._num_ranks / (farthest.bandwidth_gb_s * 1e9)
         return Transmission(0.0, messages * farthest.latency_us * 1e-6 + bytes_s)
+
+    def _all_gather(self, num_bytes: float) -> Transmission:
+        """`num_bytes` of each rank to all ranks over links of the farthest level, in log2(ranks) messages."""
+        farthest = self.machine.levels[int(self._levels.max())]
+        bytes_s = num_bytes * (self._num_ranks - 1) / (farthest.bandwidth_gb_s * 1e9)
+        return Transmission(bytes_s, ceil(log2(self._num_ranks)) * farthest.latency_us * 1e-6)
 
     def _count(self, levels: IntArray | Sequence[int]) -> IntArray:
         """The number of ranks at each level."""

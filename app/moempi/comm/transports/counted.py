@@ -11,8 +11,8 @@ from moempi.layout.topology import LEVELS
 Counters = dict[str, int]
 """`<kind><level>_bytes` and `<kind><level>_messages` that a rank sent; a message is a transfer's rows for one rank.
 
-The kind is one of KINDS: rows to experts and back, rows to the next stage, rows and logits of a tensor group. Numbers
-of rows, choices and norms of two hops, batches and sampled tokens are not counted.
+The kind is one of KINDS: rows to experts and back, rows to the next stage, rows and logits of a tensor group and of
+the LM head. Numbers of rows, choices and norms of two hops, batches and sampled tokens are not counted.
 """
 TO_EXPERTS, TO_STAGE, IN_TENSOR_GROUP = KINDS = ("", "stage_", "tensor_")
 
