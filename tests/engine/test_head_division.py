@@ -1,7 +1,5 @@
 """An LM head that all ranks of the last stage divide gives the bits of one that each tensor group divides."""
 
-import json
-
 import h5py
 import numpy as np
 import pytest
@@ -23,7 +21,6 @@ ALL_DENSE = structs.replace(SMALL, dense_layers=(0, 1, 2, 3))
 LAYOUTS = [
     {},
     {"tensor": 2},
-    {"tensor": 4},
     {"stages": 2},
     {"stages": 2, "tensor": 2},
     {"stages": 2, "stage_ranks": [1, 3]},
@@ -36,19 +33,24 @@ STEPS = [
     {"micro_batches": 5, "lanes": 3, "max_sequences": 5},
     {"micro_batches": 1, "batch_tokens": 7},
 ]
+CASES = [
+    pytest.param(model, parallel, STEPS[(number + first) % len(STEPS)], id=f"{name} {parallel}")
+    for first, (name, model) in enumerate({"experts": SMALL, "dense end": DENSE_END, "dense": ALL_DENSE}.items())
+    for number, parallel in enumerate(LAYOUTS)
+]
 LENGTHS = (5, 30, 1, 12, 3, 2, 2, 9, 17, 1, 4)
 
 
-def merged(folder, comm, *, num_requests, **options):
-    """The requests and the results file of a run; the file on rank 0."""
+def merged(folder, comm, *, lengths=LENGTHS, limit=3, **options):
+    """The tokens and the results file of a run; on rank 0."""
     folder.mkdir(exist_ok=True)
-    run = Run(folder, comm=comm, **options)
+    run = Run(folder, requests_of(*lengths, limit=limit), comm=comm, **options)
     run.lanes.run()
     run.journal.close()
     tokens = comm.gather(tokens_of(run.requests))
     if comm.rank == 0:
         paths = [folder / f"{rank}.part" for rank in range(comm.size)]
-        merge(folder / "r.h5", paths, num_requests=num_requests, provenance=PROVENANCE)
+        merge(folder / "r.h5", paths, num_requests=len(lengths), provenance=PROVENANCE)
     run.lanes.free()
     return tokens, folder / "r.h5"
 
@@ -70,7 +72,7 @@ def columns(results):
 def assert_equal_with_either_head(folder, comm, parallel, **options):
     folder = comm.bcast(folder)
     found = [
-        merged(folder / head, comm, parallel=parallel | {"head": head}, num_requests=len(LENGTHS), **options)
+        merged(folder / head, comm, parallel=parallel | {"head": head}, **options)
         for head in ("tensor", "stage")
     ]
     if comm.rank == 0:
@@ -85,25 +87,19 @@ def assert_equal_with_either_head(folder, comm, parallel, **options):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("steps", STEPS, ids=["default", "waiting", "many lanes", "one"])
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=json.dumps)
-@pytest.mark.parametrize("architecture", [SMALL, DENSE_END, ALL_DENSE], ids=["experts", "dense end", "dense"])
+@pytest.mark.parametrize(("architecture", "parallel", "steps"), CASES)
 def test_generation_in_any_layout(tmp_path, comm, num_ranks, architecture, parallel, steps):
-    options = {"architecture": architecture, "requests": requests_of(*LENGTHS), "run": steps}
-    assert_equal_with_either_head(tmp_path, comm, parallel, **options)
+    assert_equal_with_either_head(tmp_path, comm, parallel, architecture=architecture, run=steps)
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("steps", STEPS, ids=["default", "waiting", "many lanes", "one"])
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=json.dumps)
-@pytest.mark.parametrize("architecture", [SMALL, DENSE_END, ALL_DENSE], ids=["experts", "dense end", "dense"])
+@pytest.mark.parametrize(("architecture", "parallel", "steps"), CASES)
 @pytest.mark.parametrize("rows", [1, 64])
 def test_scoring_in_any_layout(tmp_path, comm, num_ranks, monkeypatch, architecture, parallel, steps, rows):
     """Also if groups score very different numbers of rows, a few at a time."""
     monkeypatch.setattr("moempi.model.head.SCORED_ROWS", rows)
-    options = {"architecture": architecture, "requests": requests_of(*LENGTHS, limit=0), "run": steps}
-    score = {"top_n": 7, "threshold": -3.7}
-    assert_equal_with_either_head(tmp_path, comm, parallel, task="score", score=score, **options)
+    options = {"task": "score", "limit": 0, "score": {"top_n": 7, "threshold": -3.7}}
+    assert_equal_with_either_head(tmp_path, comm, parallel, architecture=architecture, run=steps, **options)
 
 
 @pytest.mark.ranks(4)
@@ -111,8 +107,7 @@ def test_scoring_in_any_layout(tmp_path, comm, num_ranks, monkeypatch, architect
 def test_fewer_requests_than_groups(tmp_path, comm, num_ranks, stages):
     """Groups without rows take every step."""
     folder = comm.bcast(tmp_path)
-    requests = requests_of(5)
-    tokens, _ = merged(folder, comm, requests=requests, num_requests=1, parallel=STAGE | {"stages": stages})
+    tokens, _ = merged(folder, comm, lengths=[5], parallel=STAGE | {"stages": stages})
     if comm.rank == 0:
         assert [len(found) for of_rank in tokens for found in of_rank] == [3]
 

@@ -215,9 +215,10 @@ def test_pieces_of_the_vocabulary_of_any_size_have_the_bits_of_one(monkeypatch, 
 
 
 @pytest.mark.ranks(3)
-def test_a_tensor_group_scores_a_large_vocabulary_in_pieces_as_one_rank_does(comm, monkeypatch):
+@pytest.mark.parametrize("make", [NumpyBackend, partial(CompiledBackend, load_kernels())])
+def test_a_group_scores_a_large_vocabulary_with_the_bits_of_one_rank(comm, num_ranks, monkeypatch, make):
     matrix, bias, x, targets = large_vocabulary()
-    backend, counts = NumpyBackend(precision="float32"), (4, 0, 5)
+    backend, counts = make(precision="float32"), (4, 0, 5)
     norm = Norm(kind="rms", eps=EPS, weight=np.ones(WIDTH, np.float32))
     found = []
     for group, rows, of_ranks in (
@@ -231,7 +232,10 @@ def test_a_tensor_group_scores_a_large_vocabulary_in_pieces_as_one_rank_does(com
         sampled, above = score(head, tensor, x[rows], targets[rows], of_ranks, top=300, threshold=-9.0)
         found.append((sampled, above, rows))
     (divided, above, rows), (whole, whole_above, _) = found
-    np.testing.assert_array_equal(divided.top_tokens, whole.top_tokens[rows])
-    np.testing.assert_allclose(divided.top_logprobs, whole.top_logprobs[rows], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(divided.logprobs, whole.logprobs[rows], rtol=0, atol=1e-5)
+    for name in ("logprobs", "top_tokens", "top_logprobs"):
+        np.testing.assert_array_equal(getattr(divided, name), getattr(whole, name)[rows])
     np.testing.assert_array_equal(above.counts, whole_above.counts[rows])
+    of_rows = np.repeat(np.arange(9), whole_above.counts)
+    own = np.isin(of_rows, np.arange(9)[rows])
+    np.testing.assert_array_equal(above.tokens, whole_above.tokens[own])
+    np.testing.assert_array_equal(above.logprobs, whole_above.logprobs[own])
