@@ -71,10 +71,7 @@ def columns(results):
 
 def assert_equal_with_either_head(folder, comm, parallel, **options):
     folder = comm.bcast(folder)
-    found = [
-        merged(folder / head, comm, parallel=parallel | {"head": head}, **options)
-        for head in ("tensor", "stage")
-    ]
+    found = [merged(folder / head, comm, parallel=parallel | {"head": head}, **options) for head in ("tensor", "stage")]
     if comm.rank == 0:
         (tokens, whole), (divided_tokens, divided) = found
         assert divided_tokens == tokens
@@ -139,8 +136,9 @@ TASKS = {
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("ranks", "stages", "tensor"), [(4, 1, 1), (4, 2, 1), (4, 1, 2), (8, 2, 2), (8, 2, 1)])
+@pytest.mark.parametrize(
+    ("task", "ranks", "stages", "tensor"), [("greedy", 4, 1, 1), ("sampled", 4, 2, 1), ("score", 8, 2, 2)]
+)
 def test_whole_runs(run, tmp_path, task, ranks, stages, tensor):
     layout = {"parallel.stages": stages, "parallel.tensor": tensor} | TASKS[task]
     for head in ("tensor", "stage"):

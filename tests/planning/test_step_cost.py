@@ -192,14 +192,17 @@ def test_all_ranks_of_a_stage_read_a_64th_of_the_head_and_compute_the_rows_of_al
         for one in (costs(tensor=tensor, head="stage"), costs(tensor=tensor))
     )
     counts, rows, logits, sampled = (divided[point] for point in HEAD_POINTS)
-    all_rows, own = 48 * 64 / tensor, 48 / tensor
+    groups, own, nodes_s = 64 // tensor, 48 / tensor, {1: 6 * 5e-6, 8: 3 * 5e-6}[tensor]  # Bruck's messages
     values = 129280 * WIDTH / 64
-    assert logits.compute_s == pytest.approx(max(2 * all_rows * values / FLOPS, 2 * values / MEMORY))
-    assert counts.travel_s == pytest.approx(6 * 5e-6 + 64 * 8 / NETWORK)
-    assert rows.link_s == pytest.approx(63 * own * 2 * WIDTH / NETWORK)
-    assert rows.travel_s - rows.link_s == pytest.approx(6 * 5e-6)
-    assert logits.link_s == pytest.approx(own * 4 * 129280 / 64 * (56 / NETWORK + 7 / NVLINK))
-    assert logits.travel_s - logits.link_s == pytest.approx(56 * 5e-6 + 7 * 2e-6)
+    assert logits.compute_s == pytest.approx(max(2 * 48 * groups * values / FLOPS, 2 * values / MEMORY))
+    assert counts.travel_s == pytest.approx(nodes_s + (groups - 1) * tensor * 8 / NETWORK)
+    inside, inside_s = (tensor - 1) * groups * own / NVLINK, (tensor - 1) * 2e-6
+    assert rows.link_s == pytest.approx((groups - 1) * own * 2 * WIDTH / NETWORK + inside * 2 * WIDTH)
+    assert rows.travel_s - rows.link_s == pytest.approx(nodes_s + inside_s)
+    slice_bytes, near = 4 * 129280 / 64, {1: 7, 8: 0}[tensor]
+    across = (groups - 1 - near) / NETWORK + near / NVLINK
+    assert logits.link_s == pytest.approx(own * slice_bytes * tensor * across + inside * slice_bytes)
+    assert logits.travel_s - logits.link_s == pytest.approx((groups - 1 - near) * 5e-6 + near * 2e-6 + inside_s)
     if tensor == 8:
         assert sampled == whole[HEAD_POINTS[-1]]
     else:

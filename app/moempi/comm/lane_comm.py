@@ -9,6 +9,7 @@ from mpi4py import MPI
 from moempi.comm.batch import Batch
 from moempi.comm.combine import Combine, HomeCombine
 from moempi.comm.exchange import Exchange, OneHop, OnRoute
+from moempi.comm.head_group import HeadGroup
 from moempi.comm.hop import Hop
 from moempi.comm.immediate import ImmediateLink
 from moempi.comm.output_norms import OnLateNorms, OnNorms
@@ -34,7 +35,7 @@ from moempi.layout.topology import Topology
 class LaneComm:
     """One lane's `exchange` and `stage` between the ranks of a stage, `tensor` group, and `link` to other stages.
 
-    The ranks of `head` divide the LM head: it is `tensor`, or on the last stage a group of all its ranks.
+    The ranks of `head` divide the LM head: the tensor group, or on the last stage all its tensor groups.
     `home_combine` ends every MoE layer except, with immediate routing, the stage's last. `immediate` is the link if the
     outputs of the stage's last layer are sent directly to the next stage, else None. `comms` are its communicators.
     """
@@ -42,7 +43,7 @@ class LaneComm:
     exchange: Exchange
     stage: StageComm
     tensor: TensorGroup
-    head: TensorGroup
+    head: HeadGroup
     link: StageLink
     transfers: Transfers
     home_combine: HomeCombine
@@ -102,10 +103,12 @@ def make_lane_comm(
     stage, tensor, link = groups.stage.Dup(), groups.tensor.Dup(), groups.link(lane)
     make_group = partial(TensorGroup, backend=backend, transfers=transfers, width=shape.width)
     tensor_group = make_group(tensor, first_rank=rank - coords.tensor)
-    comms, head = [stage, tensor], tensor_group
+    comms, across = [stage, tensor], MPI.COMM_SELF
     if coords.stage == len(grid.stages) - 1 and grid.head_ranks > grid.tensor:
-        comms.append(groups.stage.Dup())
-        head = make_group(comms[-1], first_rank=grid.stages[-1].ranks.start)
+        across = MPI.Intracomm(groups.stage.Split(coords.tensor, coords.data))
+        comms.append(across)
+    first_rank = grid.stages[coords.stage].ranks.start + coords.tensor
+    across_groups = make_group(across, first_rank=first_rank, stride=grid.tensor)
     stage_comm = StageComm(stage, transfers)
     factory = ExchangeFactory(transports, transfers, options.on_route)
     make_exchange = factory.one_hop if options.hops == 1 else factory.two_hops
@@ -125,7 +128,7 @@ def make_lane_comm(
         exchange=exchange,
         stage=stage_comm,
         tensor=tensor_group,
-        head=head,
+        head=HeadGroup(tensor_group, across_groups, backend, transfers=transfers),
         link=immediate or StageLink(link, grid, backend, transfers=transfers, shape=shape),
         transfers=transfers,
         home_combine=HomeCombine(exchange),

@@ -3,8 +3,6 @@
 Between the layers each rank holds only its part of the rows (a RowSplit). `all_gather` sends all rows to all ranks of
 the group before a divided matrix, `reduce_scatter` adds up their partial results after it (Korthikanti et al. 2022,
 sequence parallelism). So each row is dispatched to its experts by one rank only.
-
-The LM head is divided in the tensor group, or in a group of the same kind that is the whole last stage.
 """
 
 from collections.abc import Sequence
@@ -16,31 +14,37 @@ from mpi4py import MPI
 from moempi.arrays import Float32Array, Int32Array, IntArray
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array, SampledTokens
-from moempi.comm.transfers import Steps, Transfers, Waits, after_verbs, downloaded
+from moempi.comm.transfers import Steps, Transfers, Waits, after_verbs
 from moempi.comm.transports.buffers import BufferRing
 from moempi.comm.transports.counted import IN_TENSOR_GROUP
-from moempi.layout.row_split import RowSplit, part_range
+from moempi.layout.row_split import RowSplit
 from moempi.layout.schedule import Point
 
 
 class TensorGroup:
-    """A group of ranks that divide matrices: a tensor group, or for the LM head also the last stage.
+    """A group of ranks that divide matrices. All methods are collective; methods with a `point` yield once, there.
 
-    All methods are collective and yield once, at `point`; in a group of one rank, never.
-
-    The ranks of `comm` are consecutive ranks of the run, from `first_rank` on.
+    In a group of one rank they never yield. The ranks of `comm` are every `stride`-th rank of the run, from
+    `first_rank` on.
     Each transfer is finished, and its verbs are submitted, before the next one starts on the same queue.
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, backend: Backend, *, transfers: Transfers, width: int, first_rank: int = 0
+        self,
+        comm: MPI.Intracomm,
+        backend: Backend,
+        *,
+        transfers: Transfers,
+        width: int,
+        first_rank: int = 0,
+        stride: int = 1,
     ) -> None:
         self.size = comm.size
         self.part = comm.rank
         self._comm = comm
         self._backend = backend
         self._transfers = transfers
-        self._first_rank = first_rank
+        self._ranks = range(first_rank, first_rank + comm.size * stride, stride)
         allocate = partial(backend.comm_buffer, width=width)
         self._outgoing, self._incoming = BufferRing(2, allocate), BufferRing(2, allocate)
         self._addends: tuple[Array, Array] | None = None
@@ -50,7 +54,7 @@ class TensorGroup:
         """All rows (T, D), in the batch's order, from each rank's part of them."""
         if self.size == 1:
             return x
-        gathered = yield from self._transfers.start(self._all_gather(x, split.counts)).received(point)
+        gathered = yield from self._transfers.start(self.rows_steps(x, split.counts)).received(point)
         return self._backend.unpack(gathered, split.by_row)
 
     def reduce_scatter(self, addends: Array, split: RowSplit, point: Point) -> Waits[Array]:
@@ -61,30 +65,37 @@ class TensorGroup:
         parts = yield from self._transfers.start(self._all_to_all(addends, split, own)).received(point)
         return self._backend.combine(parts, *self._sum_of_parts(own))
 
-    def all_gather_counts(self, own: int, point: Point) -> Waits[list[int]]:
-        """The number of rows of each rank in rank order; this rank has `own` rows."""
-        if self.size == 1:
-            return [own]
-        return (yield from self._transfers.start(self._all_gather_counts(own)).received(point))
+    def counts_steps(self, counts: Sequence[int]) -> Steps[IntArray]:
+        """The steps of an all-gather of n numbers of each rank; the value is those of all ranks (size, n)."""
+        outgoing, incoming = np.array(counts, np.int64), np.empty((self.size, len(counts)), np.int64)
+        yield self._comm.Iallgather(outgoing, incoming)
+        return incoming
 
-    def all_gather_rows(self, x: Array, counts: Sequence[int], point: Point) -> Waits[Array]:
-        """The rows of all ranks in rank order (sum(counts), D); rank i has counts[i] rows."""
-        if self.size == 1:
-            return x
-        gathered = yield from self._transfers.start(self._all_gather(x, counts)).received(point)
-        return self._backend.unpack(gathered, None)
+    def rows_steps(self, x: Array, counts: Sequence[int]) -> Steps[Array]:
+        """The steps of an all-gather of rows; the value is a buffer of counts[i] rows of each rank i, in rank order."""
+        outgoing, incoming = self._outgoing.take(counts[self.part]), self._incoming.take(sum(counts))
+        self._backend.pack(x, None, outgoing)
+        sent, received = [outgoing, len(outgoing), self._row], [incoming, list(counts), self._row]
+        self._count([len(outgoing)] * self.size, self._row.size)
+        yield from after_verbs(self._backend, partial(self._comm.Iallgatherv, sent, received))
+        return incoming
 
-    def exchange_logits(self, logits: Array, counts: Sequence[int], *, vocab_size: int, point: Point) -> Waits[Array]:
-        """Complete logits (counts[part], V) of this rank's rows.
+    def slices_steps(
+        self, slices: Float32Array, counts: Sequence[int], *, lengths: Sequence[int]
+    ) -> Steps[Float32Array]:
+        """The steps of an exchange of `slices` (sum(counts), lengths[part]) of all ranks' rows.
 
-        `logits` (sum(counts), own part of V) float32 are the logits of all ranks' rows for this rank's part of the
-        vocabulary, which `part_range` divides.
+        The value is the complete rows of this rank (counts[part], sum(lengths)): rank i has a slice of lengths[i].
         """
-        if self.size == 1:
-            return logits
-        lengths = [len(part_range(vocab_size, self.size, part)) for part in range(self.size)]
-        steps = self._exchange_logits(logits, counts, lengths=lengths)
-        return self._backend.upload((yield from self._transfers.start(steps).received(point)))
+        own, outgoing = counts[self.part], np.ascontiguousarray(slices, np.float32)
+        incoming = np.empty(own * sum(lengths), np.float32)
+        sent = [outgoing, [count * lengths[self.part] for count in counts], MPI.FLOAT]
+        self._count(counts, lengths[self.part] * outgoing.itemsize)
+        yield self._comm.Ialltoallv(sent, [incoming, [own * length for length in lengths], MPI.FLOAT])
+        pieces = np.split(incoming, own * np.cumsum(lengths)[:-1])
+        return np.concatenate(
+            [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)], axis=1
+        )
 
     def merge_sampled(
         self, sampled: SampledTokens, rows_of_part: Sequence[IntArray], point: Point
@@ -100,7 +111,7 @@ class TensorGroup:
         """Count the counts[i] rows that are sent to rank i of the group, except to this rank itself."""
         for part, count in enumerate(counts):
             if part != self.part:
-                self._transfers.count_sent(IN_TENSOR_GROUP, self._first_rank + part, count * row_bytes)
+                self._transfers.count_sent(IN_TENSOR_GROUP, self._ranks[part], count * row_bytes)
 
     def _sum_of_parts(self, own: int) -> tuple[Array, Array]:
         """The rows (own, size) that `combine` adds up, and weights of 1; kept, as all layers of a step need them."""
@@ -108,19 +119,6 @@ class TensorGroup:
             rows = np.arange(own)[:, None] + np.arange(self.size) * own
             self._addends = self._backend.upload(rows), self._backend.upload(np.ones(rows.shape, np.float32))
         return self._addends
-
-    def _all_gather_counts(self, own: int) -> Steps[list[int]]:
-        outgoing, counts = np.array([own], np.int64), np.empty(self.size, np.int64)
-        yield self._comm.Iallgather(outgoing, counts)
-        return counts.tolist()
-
-    def _all_gather(self, x: Array, counts: Sequence[int]) -> Steps[Array]:
-        outgoing, incoming = self._outgoing.take(counts[self.part]), self._incoming.take(sum(counts))
-        self._backend.pack(x, None, outgoing)
-        sent, received = [outgoing, len(outgoing), self._row], [incoming, list(counts), self._row]
-        self._count([len(outgoing)] * self.size, self._row.size)
-        yield from after_verbs(self._backend, partial(self._comm.Iallgatherv, sent, received))
-        return incoming
 
     def _all_to_all(self, addends: Array, split: RowSplit, own: int) -> Steps[Array]:
         """The value is each rank's results for this rank's `own` rows, in rank order (own * size, D)."""
@@ -130,18 +128,6 @@ class TensorGroup:
         self._count(split.counts, self._row.size)
         yield from after_verbs(self._backend, partial(self._comm.Ialltoallv, sent, received))
         return incoming
-
-    def _exchange_logits(self, logits: Array, counts: Sequence[int], *, lengths: Sequence[int]) -> Steps[Float32Array]:
-        own = counts[self.part]
-        (on_host,) = yield from downloaded(self._backend, logits)
-        outgoing, incoming = np.ascontiguousarray(on_host, np.float32), np.empty(own * sum(lengths), np.float32)
-        sent = [outgoing, [count * lengths[self.part] for count in counts], MPI.FLOAT]
-        self._count(counts, lengths[self.part] * outgoing.itemsize)
-        yield self._comm.Ialltoallv(sent, [incoming, [own * length for length in lengths], MPI.FLOAT])
-        pieces = np.split(incoming, own * np.cumsum(lengths)[:-1])
-        return np.concatenate(
-            [piece.reshape(own, length) for piece, length in zip(pieces, lengths, strict=True)], axis=1
-        )
 
     def _gather_sampled(self, sampled: SampledTokens, counts: Sequence[int]) -> Steps[SampledTokens]:
         logprobs, top_logprobs = (_bits(values) for values in (sampled.logprobs[:, None], sampled.top_logprobs))

@@ -149,15 +149,14 @@ class Lane:
 
     def _sample(self, batch: Batch, split: RowSplit, x: Array) -> Waits[SampledTokens]:
         """Sample a token for each logit row of the batch; each rank of a tensor group samples for its part."""
-        tensor, head, model = self.comm.tensor, self.comm.head, self.context.model
+        tensor, group, model = self.comm.tensor, self.comm.head, self.context.model
         if model.head is None:
             raise RuntimeError("the last stage has no head")
         rows_of_part = split.divide(batch.logit_rows)
         own = rows_of_part[tensor.part]
         rows = model.backend.take_rows(x, np.searchsorted(split.indices[tensor.part], batch.logit_rows[own]))
-        requests, counts = batch.logit_requests[own], list(map(len, rows_of_part))
-        if head is not tensor:
-            counts = yield from head.all_gather_counts(len(own), HEAD_COUNTS)
+        requests = batch.logit_requests[own]
+        counts = yield from group.all_gather_counts(list(map(len, rows_of_part)), HEAD_COUNTS)
 
         def record(rows: slice, tables: Tables) -> None:
             if tables:
@@ -166,8 +165,8 @@ class Lane:
                 self.context.recorder.record_rows(of_rows, batch.positions[numbers] + 1, tables)
 
         task = self.context.task
-        sampled = yield from task.sample(model.head, head, rows, requests, counts=counts, record=record)
-        if head.size > tensor.size == 1:
+        sampled = yield from task.sample(model.head, group, rows, requests, counts=counts, record=record)
+        if group.size > tensor.size == 1:
             yield Wait(SAMPLED, self.comm.transfers.finished)
         return (yield from tensor.merge_sampled(sampled, rows_of_part, SAMPLED))
 

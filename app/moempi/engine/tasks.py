@@ -1,6 +1,6 @@
 """The two tasks, generate and score: the rows of a step that need logits, and what is done with the logits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ from moempi.arrays import IntArray
 from moempi.backend.scores import Scored
 from moempi.backend.values import Array, SampledTokens
 from moempi.comm.batch import LogitRequests
-from moempi.comm.tensor_group import TensorGroup
+from moempi.comm.head_group import HeadGroup
 from moempi.comm.transfers import Waits
 from moempi.engine.sequences import OutputBlocks, Sequences, Work
 from moempi.engine.tokenizer import TextTokenizer
@@ -31,17 +31,18 @@ class Task(Protocol):
     def sample(
         self,
         head: LMHead,
-        group: TensorGroup,
+        group: HeadGroup,
         rows: Array,
         requests: LogitRequests,
         *,
-        counts: Sequence[int],
+        counts: IntArray,
         record: OnRows,
     ) -> Waits[SampledTokens]:
         """The sampled tokens, or the scores, of rows (N, D) of the last layer.
 
-        Collective over the group that divides the head, whose rank i brings counts[i] rows; yields while they travel in
-        it. What is recorded at each row, and does not travel to the first stage, goes to `record`.
+        Collective over the group that divides the head, where the rank of index t in tensor group g brings counts[g, t]
+        rows; yields while they travel in it. What is recorded at each row, and does not travel to the first stage, goes
+        to `record`.
         """
 
     def accept(self, sequences: Sequences, work: Work, sampled: SampledTokens) -> None:
@@ -68,11 +69,11 @@ class Generate:
     def sample(
         self,
         head: LMHead,
-        group: TensorGroup,
+        group: HeadGroup,
         rows: Array,
         requests: LogitRequests,
         *,
-        counts: Sequence[int],
+        counts: IntArray,
         record: OnRows,
     ) -> Waits[SampledTokens]:
         return head.sample(rows, requests, group=group, counts=counts, top=self._top)
@@ -117,11 +118,11 @@ class Score:
     def sample(
         self,
         head: LMHead,
-        group: TensorGroup,
+        group: HeadGroup,
         rows: Array,
         requests: LogitRequests,
         *,
-        counts: Sequence[int],
+        counts: IntArray,
         record: OnRows,
     ) -> Waits[SampledTokens]:
         def on_scored(rows: slice, scored: Scored) -> None:

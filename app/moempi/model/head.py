@@ -1,6 +1,6 @@
 """The LM head: final norm and output matrix, and tokens sampled or scored with their logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend
 from moempi.backend.scores import SUM_TOKENS, RowScores, Scored
 from moempi.backend.values import Array, SampledTokens, SamplingRequests
-from moempi.comm.tensor_group import TensorGroup
+from moempi.comm.head_group import HeadGroup
 from moempi.comm.transfers import Waits
 from moempi.config.traces import most_above
 from moempi.layout.row_buffers import SCORED_ROWS
@@ -42,8 +42,9 @@ NOTHING_ELSE = ScoredTokens()
 class LMHead:
     """This rank's part of the head: rows of the matrix (V, D) and of the bias (V,), divided in a group.
 
-    Its methods are collective over the `group`, where rank i has counts[i] rows, and yield while rows and logits travel
-    in it. `sample` and `score` block the host for the backend's verbs. The results do not depend on the division.
+    Its methods are collective over the `group`, where the rank of index t in tensor group g has counts[g, t] rows, and
+    yield while rows and logits travel in it. `sample` and `score` block the host for the backend's verbs. No result
+    depends on the division.
     """
 
     backend: Backend
@@ -53,7 +54,7 @@ class LMHead:
     vocab_size: int
 
     def sample(
-        self, x: Array, requests: SamplingRequests, *, group: TensorGroup, counts: Sequence[int], top: int
+        self, x: Array, requests: SamplingRequests, *, group: HeadGroup, counts: IntArray, top: int
     ) -> Waits[SampledTokens]:
         """Sample the next token after each of this rank's rows x (N, D), with the `top` likeliest tokens."""
         return self.backend.sample((yield from self._logits(x, group, counts)), requests, top=top)
@@ -63,8 +64,8 @@ class LMHead:
         x: Array,
         targets: IntArray,
         *,
-        group: TensorGroup,
-        counts: Sequence[int],
+        group: HeadGroup,
+        counts: IntArray,
         recorded: ScoredTokens = NOTHING_ELSE,
         on_scored: OnScored = lambda rows, scored: None,
     ) -> Waits[SampledTokens]:
@@ -77,9 +78,9 @@ class LMHead:
         at_once = max(1, min(SCORED_ROWS, SCORED_TOKENS // max(recorded.most(self.vocab_size), 1)))
         if group.size > 1:
             at_once = max(1, min(at_once, SCORED_LOGITS // self.vocab_size))
-        for first in range(0, max(*counts, 1), at_once):
+        for first in range(0, max(int(counts.max()), 1), at_once):
             chunk = slice(first, first + at_once)
-            in_chunk = [min(max(count - first, 0), at_once) for count in counts]
+            in_chunk = np.clip(counts - first, 0, at_once)
             scored = yield from self._scores(x[chunk], targets[chunk], group, in_chunk, recorded)
             logprobs[chunk] = scored.logprobs
             on_scored(chunk, scored)
@@ -87,7 +88,7 @@ class LMHead:
         return SampledTokens(targets.astype(np.int32), logprobs, *nothing)
 
     def _scores(
-        self, x: Array, targets: IntArray, group: TensorGroup, counts: Sequence[int], recorded: ScoredTokens
+        self, x: Array, targets: IntArray, group: HeadGroup, counts: IntArray, recorded: ScoredTokens
     ) -> Waits[Scored]:
         """The scores of a few rows: a rank alone has the logits of a piece of the vocabulary at a time."""
         scores = RowScores(targets, top=recorded.top, threshold=recorded.threshold)
@@ -116,7 +117,7 @@ class LMHead:
             bias = None if self.bias is None else self.bias[piece.start : piece.stop]
             add(self.backend.logits(rows, self.backend.take_outputs(self.matrix, piece), bias), first)
 
-    def _logits(self, x: Array, group: TensorGroup, counts: Sequence[int]) -> Waits[Array]:
+    def _logits(self, x: Array, group: HeadGroup, counts: IntArray) -> Waits[Array]:
         """Logits (N, V) of this rank's rows, in float32."""
         rows = yield from group.all_gather_rows(self.norm(self.backend, x), counts, HEAD_ROWS)
         logits = self.backend.logits(rows, self.matrix, self.bias)

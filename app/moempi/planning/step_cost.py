@@ -282,19 +282,21 @@ class StepCosts:
     def _head(self, layers: range, load: StepLoad) -> list[Phase]:
         """The ranks that divide the head gather their rows and exchange slices of logits, and tensor groups tokens.
 
-        Ranks of several tensor groups send each other their numbers of rows first.
+        Several tensor groups first exchange their numbers of rows; rows and logits then travel in two levels.
         """
-        own = load.sequences / self.tensor
+        own, all_rows = load.sequences / self.tensor, load.sequences * self.head_ranks / self.tensor
         logits_bytes = LOGIT_BYTES * self.architecture.vocab_size / self.head_ranks
+        counts: list[Transmission] = []
+        rows, logits = ([self._all_to_all(all_rows, size)] for size in (self.row_bytes, logits_bytes))
         if self.head_ranks > self.tensor:
-            rows = self._all_gather(own * self.row_bytes)
-            logits = self._transfer(self._count(self._levels[1:]), 1.0, own * logits_bytes)
-        else:
-            rows, logits = (self._all_to_all(load.sequences, size) for size in (self.row_bytes, logits_bytes))
+            counts.append(self._all_gather_across(COUNT_BYTES * self.tensor))
+            rows.insert(0, self._all_gather_across(own * self.row_bytes))
+            others = self._count(self._levels[:: self.tensor][1:])
+            logits.append(self._transfer(others, 1.0, own * logits_bytes * self.tensor))
         phases = (
-            Phase(HEAD_COUNTS, 0.0, [self._collective(COUNT_BYTES)]),
-            Phase(HEAD_ROWS, 0.0, [rows]),
-            Phase(LOGITS, self._head_s(layers, load), [logits]),
+            Phase(HEAD_COUNTS, 0.0, counts),
+            Phase(HEAD_ROWS, 0.0, rows),
+            Phase(LOGITS, self._head_s(layers, load), logits),
             Phase(SAMPLED, 0.0, [self._all_to_all(load.sequences, COUNT_BYTES)]),
         )
         points = head_points(tensor=self.tensor, head=self.head_ranks)
@@ -399,11 +401,14 @@ class StepCosts:
         bytes_s = num_bytes * self._num_ranks / (farthest.bandwidth_gb_s * 1e9)
         return Transmission(0.0, messages * farthest.latency_us * 1e-6 + bytes_s)
 
-    def _all_gather(self, num_bytes: float) -> Transmission:
-        """`num_bytes` of each rank to all ranks over links of the farthest level, in log2(ranks) messages."""
+    def _all_gather_across(self, num_bytes: float) -> Transmission:
+        """`num_bytes` of a rank of each tensor group to all these ranks, over links of the farthest level.
+
+        In log2(groups) messages (Bruck et al. 1997).
+        """
         farthest = self.machine.levels[int(self._levels.max())]
-        bytes_s = num_bytes * (self._num_ranks - 1) / (farthest.bandwidth_gb_s * 1e9)
-        return Transmission(bytes_s, ceil(log2(self._num_ranks)) * farthest.latency_us * 1e-6)
+        bytes_s = num_bytes * (self._num_groups - 1) / (farthest.bandwidth_gb_s * 1e9)
+        return Transmission(bytes_s, ceil(log2(self._num_groups)) * farthest.latency_us * 1e-6)
 
     def _count(self, levels: IntArray | Sequence[int]) -> IntArray:
         """The number of ranks at each level."""
