@@ -87,7 +87,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[A
     """Allocate an uninitialised C-ordered array aligned to 64 bytes; copies between aligned arrays are fastest."""
     num_bytes = prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(num_bytes + ALIGNMENT_BYTES, np.uint8)
-    skip = -memory.ctypes.data % ALIGNMENT_BYTES
+    skip = -address_of(memory) % ALIGNMENT_BYTES
     aligned: npt.NDArray[Any] = memory[skip : skip + num_bytes].view(dtype).reshape(shape)
     return aligned
 

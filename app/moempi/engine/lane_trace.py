@@ -93,7 +93,8 @@ class LaneTrace:
         self._requests, self._positions, self._kept = np.zeros(0, np.int64), np.zeros(0, np.int32), NONE
         self._in_step = False
         self._routes: list[Route] = []
-        self._states: list[Array] = []
+        self._states: Array | None = None
+        self._state_layers: list[int] = []
         self._norms: list[Float32Array] = []
         self._late_norms: Transfer[Float32Array] | None = None
         self._unwritten: deque[tuple[TraceRecord, list[Float32Array], Transfer[Float32Array]]] = deque()
@@ -164,12 +165,14 @@ class LaneTrace:
         plan, backend = self._plan, self._backend
         if not self._in_step or sublayer != plan.section.hidden_sublayer or layer not in plan.hidden:
             return
+        first, num_rows = len(self._state_layers) * len(self._kept), len(self._kept)
+        if self._states is None:
+            self._states = backend.row_buffer(len(plan.hidden) * num_rows, x.shape[1])
         rows: IntArray | None = self._kept
-        state = backend.row_buffer(len(self._kept), x.shape[1])
         if plan.norm is not None and layer == plan.last_layer and sublayer == FEED_FORWARD:
             x, rows = plan.norm(backend, backend.take_rows(x, self._kept)), None
-        backend.pack(x, rows, state)
-        self._states.append(state)
+        backend.pack(x, rows, self._states[first : first + num_rows])
+        self._state_layers.append(layer)
 
     def end_step(self) -> None:
         """Write the hidden states of the step, and its routing if that has to wait for the experts' outputs.
@@ -179,9 +182,12 @@ class LaneTrace:
         self._in_step = False
         if self._routes:
             self._write_routing()
-        states, self._states = self._states, []
-        if states and len(self._kept):
-            self._write(self._record("hidden", self._plan.hidden, {"values": self._stored(states)}, self._kept))
+        states, self._states = self._states, None
+        layers, self._state_layers = tuple(self._state_layers), []
+        if states is not None and len(self._kept):
+            values = self._stored(self._backend.download(states[: len(layers) * len(self._kept)]))
+            values = values.reshape(len(layers), len(self._kept), -1)
+            self._write(self._record("hidden", layers, {"values": values}, self._kept))
 
     def _kept_rows(self, batch: Batch, rows: IntArray) -> IntArray:
         """The rows of this rank whose hidden states are recorded."""
@@ -192,19 +198,11 @@ class LaneTrace:
         kept = self._positions == first if which == "last" else self._positions >= first
         return np.flatnonzero(kept)
 
-    def _stored(self, states: Sequence[Array]) -> npt.NDArray[Any]:
-        """The rows (T, D) of all layers as they are recorded (L, T, D); bfloat16 as its bits."""
-        is_narrow = self._plan.section.hidden_dtype == "bfloat16"
-        stored: npt.NDArray[Any] = np.empty((len(states), *states[0].shape), np.uint16 if is_narrow else np.float32)
-        for layer, state in zip(stored, states, strict=True):
-            values = self._backend.download(state)
-            if values.dtype == layer.dtype:
-                layer[:] = values
-            elif is_narrow:
-                narrow(values, out=layer)
-            else:
-                widen(values, out=layer)
-        return stored
+    def _stored(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Rows as they are recorded; bfloat16 as its bits."""
+        if self._plan.section.hidden_dtype == "bfloat16":
+            return values if values.dtype == np.uint16 else narrow(values)
+        return widen(values) if values.dtype == np.uint16 else values
 
     def _routing(self, routes: Sequence[Route]) -> dict[str, npt.NDArray[Any]]:
         columns = {"experts": self._joined([route.experts for route in routes], self._plan.experts)}
