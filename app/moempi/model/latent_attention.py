@@ -47,7 +47,21 @@ class LatentAttention:
 
         `sparse` are the rows that attend to chosen positions, if there are any.
         """
-        shape, num_rows, interleaved = self.shape, len(x), self.shape.rope.interleaved
+        attended = backend.linear_heads(self._attend(backend, x, angles, cache, segments, sparse), self.expand_values)
+        attended = attended.reshape(len(x), self.shape.num_heads * self.shape.value_dim)
+        return backend.linear(attended, self.output, self.output_bias)
+
+    def _attend(
+        self,
+        backend: Backend,
+        x: Array,
+        angles: Array,
+        cache: Cache,
+        segments: Sequence[Segment],
+        sparse: SparseRows | None,
+    ) -> Array:
+        """The sums of latent vectors (T, H, rank) that the heads attend to; the memory of queries is free behind it."""
+        shape, interleaved = self.shape, self.shape.rope.interleaved
         latent, queries = self._project(backend, x, angles, cache, segments)
         scale = shape.head_dim**-0.5 * shape.score_factor
         if self.indexer is not None:
@@ -57,13 +71,9 @@ class LatentAttention:
             if sparse is not None:
                 sparse.choose(self.indexer, x, latent, cache.index)
         if sparse is None:
-            mixed = backend.attend_latent(queries, angles, cache, segments, scale=scale, interleaved=interleaved)
-        else:
-            rotated = backend.rotate(queries[1], angles, interleaved=interleaved)
-            mixed = sparse.attend(backend.join_columns(queries[0], rotated), cache, scale=scale)
-        attended = backend.linear_heads(mixed, self.expand_values)
-        attended = attended.reshape(num_rows, shape.num_heads * shape.value_dim)
-        return backend.linear(attended, self.output, self.output_bias)
+            return backend.attend_latent(queries, angles, cache, segments, scale=scale, interleaved=interleaved)
+        queries = backend.join_columns(queries[0], backend.rotate(queries[1], angles, interleaved=interleaved))
+        return sparse.attend(queries, cache, scale=scale)
 
     def _project(
         self, backend: Backend, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Experts, Router, StateSpace
+from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Experts, Latent, Router, StateSpace
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
 from moempi.storage.initialize import initialize
@@ -182,15 +182,21 @@ STATE_SPACE = {
 }  # fmt: skip
 EXPERTS = Experts(num=4, width=32, router=Router(top_k=2))
 LATENT = {"experts": Experts(num=4, width=32, router=Router(top_k=2), latent_width=48)}
-STATES = {"delta_rule": DELTA_RULE, "state_space": STATE_SPACE, "latent_experts": STATE_SPACE | LATENT}
+OF_QUERIES = Latent(key_value_rank=64, rope_dim=8, value_dim=16, query_rank=48)
+STATES = {
+    "delta_rule": DELTA_RULE,
+    "state_space": STATE_SPACE,
+    "latent_experts": STATE_SPACE | LATENT,
+    "latent_attention": {"attention": AttentionShape(8, 8, 24, latent=OF_QUERIES)},
+}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("states", STATES.values(), ids=STATES)
 def test_device_memory_of_states_equals_the_forecast(tmp_path, states, precision):
-    """The rows with states, or else of wide latent experts, take the most; the fullest rank counts."""
-    sizes = {"vocab_size": 64, "width": 64, "num_layers": 4, "max_positions": 256, "experts": EXPERTS} | states
-    model = Architecture(family="random", attention=AttentionShape(4, 2, 16), **sizes)
+    """The rows with states, of wide latent experts or of latent attention take the most; the fullest rank counts."""
+    sizes = {"vocab_size": 64, "width": 64, "num_layers": 4, "max_positions": 256, "experts": EXPERTS}
+    model = Architecture(family="random", **{"attention": AttentionShape(4, 2, 16), **sizes, **states})
     initialize(model, tmp_path / "weights.h5", seed=1)
     lines = [
         {"tokens": [(7 * row + length) % 64 for row in range(length)], "max_tokens": 4, "ignore_eos": True}
