@@ -201,8 +201,9 @@ class _Hosts:
         if latest(computing.left_s) > 0:
             self._preemptible.append(computing)
             return False
-        begin_s = self.free_s
-        self._compute_rest(computing, True)
+        begin_s, phase = self.free_s, computing.phase
+        computing.ended_s = begin_s + phase.compute_s
+        self.free_s = computing.ended_s + phase.beside_s
         computing.add_span(begin_s, self.free_s)
         return True
 
@@ -222,12 +223,15 @@ class _Hosts:
         """Compute what gives way, one phase after another, and behind each its rest, which does not."""
         is_free: bool = True
         for one in self._preemptible:
-            begin_s, end_s = self.free_s, self.free_s + one.left_s
             computes = is_free & (one.ended_s == inf)
+            if not latest(computes):
+                continue
+            begin_s, end_s = self.free_s, self.free_s + one.left_s
             ends = computes & (end_s <= until_s)
             self.free_s = where(computes, where(ends, end_s, larger(begin_s, until_s)), begin_s)
             one.left_s = where(ends, 0.0, one.left_s - (self.free_s - begin_s))
-            self._compute_rest(one, ends)
+            if latest(ends):
+                self._compute_rest(one, ends)
             if latest(ends) or latest(self.free_s) > latest(begin_s):
                 one.add_span(begin_s, self.free_s)
             is_free = is_free & (one.ended_s < inf)
