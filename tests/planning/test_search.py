@@ -115,6 +115,19 @@ def test_every_division_of_the_ranks_is_a_candidate():
     assert found == expected
 
 
+def test_the_fastest_layout_of_each_shape_is_tried_with_a_head_that_its_last_stage_divides():
+    searched = request(decode(64), ranks=8, on_node=4, memory_gb=1.0)
+    found = {}
+    for one in candidates(searched, all_shapes(searched)):
+        grid, parallel = one.planned.layout.grid, one.planned.job.parallel
+        if not (parallel.stage_layers or parallel.stage_ranks):
+            found.setdefault(one.shape, []).append((parallel.head, grid.num_groups(len(grid.stages) - 1)))
+    for tried_heads in found.values():
+        heads, groups = zip(*tried_heads, strict=True)
+        assert heads.count("stage") == (groups[0] > 1)
+    assert {head for tried_heads in found.values() for head, _ in tried_heads} == {"tensor", "stage"}
+
+
 def test_limits_are_kept_and_the_front_falls():
     searched = request(mixed(128, 32))
     search, everything = search_of(searched), list(tried(searched))
