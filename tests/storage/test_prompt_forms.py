@@ -57,8 +57,8 @@ def batch_file(tmp_path, *lines):
         ("p.txt", b'\xef\xbb\xbf{"prompt": "a"}\n', PromptForm("jsonl")),
         ("p.csv", b"prompt\na", PromptForm("csv")),
         ("p.parquet", b"PAR1", PromptForm("parquet")),
-        ("p.txt.gz", gzip.compress(b"a question"), PromptForm("text", "gzip")),
-        ("p.jsonl", gzip.compress(b'{"custom_id": 1, "body": {}}'), PromptForm("openai", "gzip")),
+        ("p.txt.gz", gzip.compress(b"a question", mtime=0), PromptForm("text", "gzip")),
+        ("p.jsonl", gzip.compress(b'{"custom_id": 1, "body": {}}', mtime=0), PromptForm("openai", "gzip")),
     ],
 )
 def test_the_form_is_found_by_content_and_name(tmp_path, name, content, form):
@@ -182,7 +182,7 @@ def test_a_line_that_decompresses_to_much_is_an_error_and_memory_stays_bounded(t
 
 def test_a_binary_file_inside_a_compression_is_refused(tmp_path):
     with pytest.raises(DataError, match="is Parquet inside gzip; decompress it first"):
-        read(write(tmp_path / "p.parquet", gzip.compress(b"PAR1")))
+        read(write(tmp_path / "p.parquet", gzip.compress(b"PAR1", mtime=0)))
 
 
 def test_a_compressed_file_that_cannot_be_read(tmp_path):
