@@ -97,6 +97,8 @@ def test_transport_and_buffers_change_no_bit(run, two_ranks, buffers, settings):
         (3, {"exchange.transport": "shared"}, 0.0),
         (4, {"parallel.stages": 2, "exchange.immediate": "true"}, 0.0),
         (4, {"parallel.stages": 2, "parallel.tensor": 2}, 1e-4),
+        (3, {"parallel.head": "stage"}, 0.0),
+        (4, {"parallel.head": "stage", "parallel.tensor": 2}, 1e-4),
         (4, {"exchange.hops": 2, "topology.ranks_per_node": 2}, 1e-4),
         (4, {"exchange.hops": 2, "topology.ranks_per_node": 2, "exchange.transport": "cuda_ipc"}, 1e-4),
         (2, {"balance.mode": "capacity", "balance.capacity": 100, "balance.sample": 0}, 0.0),
