@@ -2,7 +2,7 @@
 
 A layout is a number of replicas, which are independent jobs, with stages, tensor groups and hops. Stages have equal
 ranks and layers that are balanced by weights, or ranks or layers that even out the seconds of their steps. Tensor
-groups divide the LM head, or in the fastest layout of a shape all ranks of the last stage.
+groups divide the LM head, or in the fastest layout of a shape with equal ranks all ranks of the last stage.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,14 +137,13 @@ def candidates(request: SearchRequest, shapes: Iterable[Shape]) -> Iterator[Cand
     """The layouts of these shapes that fit into the memory of a rank, each with its kinds of steps."""
     for shape in shapes:
         equal = _with_steps(request, shape)
-        if equal:
-            equal += _with_stage_head(request, shape, _fastest(equal)[0])
-        yield from equal
-        if equal and shape.stages > 1:
-            fastest, step = _fastest(equal)
-            head = fastest.planned.job.parallel.head
+        if not equal:
+            continue
+        fastest, step = _fastest(equal)
+        yield from (*equal, *_with_stage_head(request, shape, fastest))
+        if shape.stages > 1:
             for layers, ranks in dict.fromkeys(_uneven(fastest, step)):
-                yield from _with_steps(request, shape, layers=layers, ranks=ranks, head=head)
+                yield from _with_steps(request, shape, layers=layers, ranks=ranks)
 
 
 def least_memory(request: SearchRequest, shapes: Iterable[Shape]) -> float:
