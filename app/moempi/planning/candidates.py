@@ -31,7 +31,7 @@ LANES = (1, 2, 3, 4)
 Route = tuple[Literal[1, 2], bool]
 """Hops, and whether routing is immediate."""
 ROUTES: tuple[Route, ...] = ((1, False), (1, True), (2, False))
-MICRO_BATCHES_OF_STAGE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 4.0)
+MICRO_BATCHES_OF_STAGE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0, 3.0, 4.0)
 """Micro-batches in flight, as multiples of the number of stages; at most one for each lane of each stage."""
 SHARES_OF_SEQUENCES = tuple(0.5 ** (power / 2) for power in range(17))
 """Sequences, as shares of those for which there is memory: with fewer, each has its next token sooner."""
