@@ -94,7 +94,7 @@ def test_generation_in_any_layout(tmp_path, comm, num_ranks, architecture, paral
 @pytest.mark.parametrize("rows", [1, 64])
 def test_scoring_in_any_layout(tmp_path, comm, num_ranks, monkeypatch, architecture, parallel, steps, rows):
     """Also if groups score very different numbers of rows, a few at a time."""
-    monkeypatch.setattr("moempi.model.head.SCORED_ROWS", rows)
+    monkeypatch.setattr("moempi.layout.row_buffers.SCORED_ROWS", rows)
     options = {"task": "score", "limit": 0, "score": {"top_n": 7, "threshold": -3.7}}
     assert_equal_with_either_head(tmp_path, comm, parallel, architecture=architecture, run=steps, **options)
 

@@ -14,9 +14,11 @@ from moempi.backend.cpu.kernels import load_kernels
 from moempi.backend.scores import SUM_TOKENS, Above
 from moempi.backend.values import SampledTokens
 from moempi.bench.random_layer import run_to_end
+from moempi.layout import row_buffers
+from moempi.layout.row_buffers import SCORED_ROWS
 from moempi.layout.row_split import part_range
 from moempi.model import head as module
-from moempi.model.head import SCORED_ROWS, LMHead, ScoredTokens
+from moempi.model.head import LMHead, ScoredTokens
 from moempi.model.norm import Norm
 
 WIDTH, VOCAB, TOP, EPS = 24, 37, 4, 1e-5
@@ -137,7 +139,7 @@ def test_pieces_of_scored_rows_have_the_bits_of_one_piece(monkeypatch):
     x, targets = rows_of(2, count), targets_of(2, count)
     in_pieces = score(head, group, x, targets, np.array([[count]]))[0]
     assert backend.logit_rows == [SCORED_ROWS, SCORED_ROWS, 7]
-    monkeypatch.setattr(module, "SCORED_ROWS", 10 * SCORED_ROWS)
+    monkeypatch.setattr(row_buffers, "SCORED_ROWS", 10 * SCORED_ROWS)
     whole = score(head, group, x, targets, np.array([[count]]))[0]
     assert backend.logit_rows[3:] == [count]
     for name in ("tokens", "logprobs", "top_tokens", "top_logprobs"):
@@ -228,7 +230,8 @@ def test_ranks_score_a_large_vocabulary_with_the_bits_of_one_rank(comm, num_rank
         own = part_range(len(matrix), ranks.size, ranks.rank)
         head = LMHead(backend, norm, backend.matrix(matrix[own]), bias[own], len(matrix))
         group = head_group(ranks, backend, width=WIDTH, groups=len(of_ranks))
-        monkeypatch.setattr(module, "SCORED_LOGITS", 9 * SUM_TOKENS)
+        for place in (module, row_buffers):
+            monkeypatch.setattr(place, "SCORED_LOGITS", 9 * SUM_TOKENS)
         sampled, above = score(head, group, x[rows], targets[rows], of_ranks, top=300, threshold=-9.0)
         found.append((sampled, above, rows))
     (divided, above, rows), (whole, whole_above, _) = found

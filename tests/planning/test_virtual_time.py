@@ -204,8 +204,20 @@ def test_times_are_those_of_a_simulation_of_every_rank(preempts):
         )
 
 
+# A layer a stage for prompts, each rank computing attention alone.
+PIPELINE = (
+    "task=generate",
+    "parallel.stages=61",
+    "parallel.tensor=1",
+    "run.micro_batches=130",
+    "run.max_sequences=130",
+    "run.kv_memory=40GB",
+)
+
+
 def mission(job="mission-score.toml", *overrides, context=2048, prompt=4096):
     """A job of the mission on 3,904 ranks, and its forecasts by workload."""
+    overrides = (*PIPELINE, *overrides) if job == "mission-score.toml" else overrides
     planned = planned_job(read_job_file(JOBS / job, overrides=overrides), MACHINE, virtual(3904, 8))
     return planned, {one.workload.name: one for one in forecasts_of(planned, context=context, prompt=prompt)}
 

@@ -21,7 +21,7 @@ from moempi.layout.topology import Topology, virtual
 from moempi.observe.console import console, figures_table, numbered_runs
 from moempi.planning.candidates import SearchRequest
 from moempi.planning.forecast import Forecast, PlannedJob, forecast
-from moempi.planning.workload import decode, prefill
+from moempi.planning.workload import decode, prefill, score
 from moempi.printing import print_line
 from moempi.storage.files import check_output
 
@@ -82,7 +82,7 @@ def forecasts_of(planned: PlannedJob, *, context: int, prompt: int) -> Sequence[
 
     Decode is left out if the job generates nothing. Raises ConfigError if the caches do not fit.
     """
-    workloads = [prefill(prompt), *([decode(context)] if planned.job.task == "generate" else [])]
+    workloads = [prefill(prompt), decode(context)] if planned.job.task == "generate" else [score(prompt)]
     return [forecast(planned, workload) for workload in workloads]
 
 

@@ -30,7 +30,7 @@ from moempi.planning.candidates import (
 )
 from moempi.planning.forecast import rank_memory
 from moempi.planning.search import Cost, Found, Limits, Search, first_token_s, next_token_s
-from moempi.planning.workload import Workload, decode, mixed, prefill
+from moempi.planning.workload import Workload, decode, mixed, prefill, score
 from moempi.printing import print_line
 from moempi.storage.files import atomic, check_output
 
@@ -86,7 +86,9 @@ def workload_of(chosen: Namespace, job: Job) -> Workload:
         raise UsageError(f"--for {goal}: the job scores and generates nothing; use prefill")
     if goal == "mixed":
         return mixed(chosen.prompt, chosen.output_tokens or OUTPUT_TOKENS)
-    return decode(chosen.context) if goal == "decode" else prefill(chosen.prompt)
+    if goal == "decode":
+        return decode(chosen.context)
+    return prefill(chosen.prompt) if job.task == "generate" else score(chosen.prompt)
 
 
 def run_search(chosen: Namespace, request: SearchRequest) -> int:

@@ -10,7 +10,7 @@ from moempi.config.size import format_size, parse_size
 from moempi.config.tensors import PAGE_ROWS, TENSOR_PARALLEL, Share, stage_tensors
 from moempi.config.traces import hidden_layers
 from moempi.errors import ConfigError
-from moempi.layout.row_buffers import GROWTH, SCORED_ROWS, exchange_rows, nodes_of_row, received_factor
+from moempi.layout.row_buffers import GROWTH, exchange_rows, nodes_of_row, received_factor, scored_rows
 
 CACHE_SHARE = 0.8
 """Share of the memory left beside weights and rows; the rest is for MPI, the interpreter and temporary arrays."""
@@ -113,7 +113,7 @@ def _head_rows_per_row(job: Job, architecture: Architecture, rank: StageRank) ->
     if job.parallel.head == "tensor" or groups <= 1 or rank.layers.stop < architecture.num_layers:
         return 0.0
     if job.task == "score":
-        of_group = SCORED_ROWS * job.parallel.tensor
+        of_group = scored_rows(architecture.vocab_size, len(rank.nodes)) * job.parallel.tensor
     else:
         of_group = ceil(max(job.run.max_sequences, job.num_micro_batches) / job.num_micro_batches)
     return groups * min(1.0, of_group / job.run.batch_tokens)

@@ -10,8 +10,13 @@ SKEW_FACTOR = 2
 """Rows of a slot, as a multiple of the rows that uniform routing sends; a larger send uses messages or a new slot."""
 RECEIVED_FACTOR = 1.5
 """Rows for which a rank has memory when others send them, as a multiple of the rows of even routing."""
-SCORED_ROWS = 64
-"""Most rows of a rank that are scored at a time."""
+SCORED_ROWS, SCORED_LOGITS = 256, 1 << 22
+"""Most rows of a rank, and logits, that are scored at a time."""
+
+
+def scored_rows(vocab_size: int, ranks: int) -> int:
+    """Most rows of a rank that are scored at a time if `ranks` divide the head, which then gather a row's logits."""
+    return SCORED_ROWS if ranks == 1 else max(1, min(SCORED_ROWS, SCORED_LOGITS // vocab_size))
 
 
 def grown(rows: int) -> int:

@@ -12,11 +12,11 @@ from moempi.backend.values import Array, SampledTokens, SamplingRequests
 from moempi.comm.head_group import HeadGroup
 from moempi.comm.transfers import Waits
 from moempi.config.traces import most_above
-from moempi.layout.row_buffers import SCORED_ROWS
+from moempi.layout.row_buffers import SCORED_LOGITS, scored_rows
 from moempi.layout.schedule import HEAD_ROWS, LOGITS
 from moempi.model.norm import Norm
 
-SCORED_LOGITS, SCORED_TOKENS = 1 << 22, 1 << 20
+SCORED_TOKENS = 1 << 20
 """Most logits, and tokens that are written, which a rank computes at a time when scoring: its memory."""
 
 OnScored = Callable[[slice, Scored], None]
@@ -75,9 +75,8 @@ class LMHead:
         logits and SCORED_TOKENS recorded tokens, or those of one row, whatever the vocabulary and the prompts are.
         """
         logprobs = np.empty(len(targets), np.float32)
-        at_once = max(1, min(SCORED_ROWS, SCORED_TOKENS // max(recorded.most(self.vocab_size), 1)))
-        if group.size > 1:
-            at_once = max(1, min(at_once, SCORED_LOGITS // self.vocab_size))
+        most = scored_rows(self.vocab_size, group.size)
+        at_once = max(1, min(most, SCORED_TOKENS // max(recorded.most(self.vocab_size), 1)))
         for first in range(0, max(int(counts.max()), 1), at_once):
             chunk = slice(first, first + at_once)
             in_chunk = np.clip(counts - first, 0, at_once)

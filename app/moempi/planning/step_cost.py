@@ -20,7 +20,7 @@ from moempi.config.architecture import Architecture, DeltaRule, Indexer, StateSp
 from moempi.config.machine_file import MachineFile
 from moempi.config.tensors import TENSOR_PARALLEL, layer_path, layer_tensors, stage_tensors
 from moempi.config.topology_file import Level
-from moempi.layout.row_buffers import CHOICE_BYTES, share_of_rows
+from moempi.layout.row_buffers import CHOICE_BYTES, scored_rows, share_of_rows
 from moempi.layout.schedule import (
     AGREE,
     EXCHANGE_PHASES,
@@ -80,14 +80,21 @@ class StepLoad:
 
     `cached` positions are read from the cache of each sequence; 0 stands for `context`. For the sums over phases of
     many loads at once, `rows` and `sequences` may be arrays (n,), and so are then the numbers of the phases. `routed`
-    layers have uneven routing, all others even routing; numbers of their phases are arrays (n, R).
+    layers have uneven routing, all others even routing; numbers of their phases are arrays (n, R). One row of each
+    sequence needs logits, all rows if they are `scored`.
     """
 
     rows: float
     sequences: float
     context: float
     cached: float = 0.0
+    scored: bool = False
     routed: Mapping[int, RoutedRows] = field(default_factory=dict, compare=False)
+
+    @property
+    def logit_rows(self) -> float:
+        """Rows that need logits."""
+        return self.rows if self.scored else self.sequences
 
 
 @dataclass(frozen=True)
@@ -284,7 +291,8 @@ class StepCosts:
 
         Several tensor groups first exchange their numbers of rows; rows and logits then travel in two levels.
         """
-        own, all_rows = load.sequences / self.tensor, load.sequences * self.head_ranks / self.tensor
+        rounds = self._head_rounds(load)
+        own, all_rows = load.logit_rows / self.tensor, load.logit_rows * self.head_ranks / self.tensor
         logits_bytes = LOGIT_BYTES * self.architecture.vocab_size / self.head_ranks
         counts: list[Transmission] = []
         rows, logits = ([self._all_to_all(all_rows, size)] for size in (self.row_bytes, logits_bytes))
@@ -295,18 +303,28 @@ class StepCosts:
             logits.append(self._transfer(others, 1.0, own * logits_bytes * self.tensor))
         phases = (
             Phase(HEAD_COUNTS, 0.0, counts),
-            Phase(HEAD_ROWS, 0.0, rows),
-            Phase(LOGITS, self._head_s(layers, load), logits),
-            Phase(SAMPLED, 0.0, [self._all_to_all(load.sequences, COUNT_BYTES)]),
+            Phase(HEAD_ROWS, 0.0, [Transmission(one.link_s, rounds * one.latency_s) for one in rows]),
+            Phase(
+                LOGITS, self._head_s(layers, load), [Transmission(one.link_s, rounds * one.latency_s) for one in logits]
+            ),
+            Phase(SAMPLED, 0.0, [self._all_to_all(load.logit_rows, COUNT_BYTES)]),
         )
         points = head_points(tensor=self.tensor, head=self.head_ranks)
         return [phase for phase in phases if phase.point in points]
 
     def _head_s(self, layers: range, load: StepLoad) -> float:
-        """The logits of one row of each sequence of all groups that divide the head."""
+        """The logits of all groups that divide the head, which is read once for the rows that are scored at a time."""
         matrices = [tensor for tensor in stage_tensors(self.architecture, layers) if tensor.name == "head"]
-        rows = load.sequences * self.head_ranks / self.tensor
-        return self._matrices(sum(prod(one.shape) for one in matrices) / self.head_ranks, rows)
+        values = sum(prod(one.shape) for one in matrices) / self.head_ranks
+        rows = load.logit_rows * self.head_ranks / self.tensor
+        return self._roofline(2 * rows * values, self._head_rounds(load) * values * self.value_bytes * (rows > 0))
+
+    def _head_rounds(self, load: StepLoad) -> float:
+        """How many times a rank takes rows through the head in a step."""
+        if not load.scored:
+            return 1.0
+        at_once = scored_rows(self.architecture.vocab_size, self.head_ranks)
+        return larger(1.0, np.ceil(load.logit_rows / self.tensor / at_once))
 
     def _products(self, layer: int, part: str, rows: float) -> float:
         """The products of rows with the matrices of a part of a layer."""

@@ -10,6 +10,8 @@ from moempi.planning.step_cost import StepLoad
 class Workload(NamedTuple):
     """What a job computes: sequences of a prompt of `prompt` tokens, then `output` tokens; `cached` are in its cache.
 
+    If they are `scored`, every prompt token needs logits, else the last.
+
     A step of it is full of prompt tokens if there is no output, of generated tokens if there is no prompt, and of both
     in their proportion otherwise.
     """
@@ -18,13 +20,15 @@ class Workload(NamedTuple):
     prompt: float
     output: float
     cached: int
+    scored: bool = False
 
     def load(self, slots: float, batch_tokens: int) -> StepLoad:
         """A step of a micro-batch that has `slots` sequences in a group; arrays (n,) of both give n loads."""
         rows_of_slot = 1 + self.prompt / self.output if self.output else self.prompt
         rows = smaller(batch_tokens, slots * rows_of_slot)
         if not self.output:
-            return StepLoad(rows, larger(1.0, rows / self.prompt), self.prompt / 2)
+            sequences = larger(1.0, rows / self.prompt)
+            return StepLoad(rows, sequences, self.prompt / 2, scored=self.scored)
         generated = self.output / (self.output + self.prompt)
         context = self.prompt + self.output / 2 if self.prompt else self.cached
         sequences = rows * (generated + ((1 - generated) / self.prompt if self.prompt else 0.0))
@@ -39,6 +43,11 @@ class Workload(NamedTuple):
 def prefill(prompt: int) -> Workload:
     """Prompts of `prompt` tokens, and no outputs."""
     return Workload("prefill", prompt, 0, prompt)
+
+
+def score(prompt: int) -> Workload:
+    """Texts of `prompt` tokens, each of which is scored."""
+    return Workload("score", prompt, 0, prompt, scored=True)
 
 
 def decode(context: int) -> Workload:
