@@ -209,8 +209,9 @@ class AttentionVerbs(Protocol):
     ) -> Array | None:
         """Normalize the first part of keys (T, 1, kept), rotate the second (T, 1, dim), and cache both.
 
-        Returns the latent vectors (T, N) of `queries`, normalized by their own norm, if any. Bits equal the results of
-        `rms_norm`, `rotate`, `join_columns` and `extend_cache`.
+        Returns the latent vectors (T, N) of `queries`, normalized by their own norm, if any. Norms round before they
+        multiply by the weights, which have one type. Bits equal the results of `rms_norm`, `rotate`, `join_columns` and
+        `extend_cache`.
         """
 
     def attend(

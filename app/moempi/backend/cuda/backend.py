@@ -332,7 +332,8 @@ class CudaBackend:
         if latent is not None:
             grid, threads = (len(keys[0]), 2, 1), norm_threads(query_dim)
         eps = (query_norm.eps if query_norm else 0.0, norm.eps)
-        self._launches.launch("rope", "extend_latent_cache", grid, threads, *given, *sizes, *eps)
+        constants = self._launches.weight_type(norm.weight)
+        self._launches.launch("rope", "extend_latent_cache", grid, threads, *given, *sizes, *eps, **constants)
         return out
 
     def attend_latent(
