@@ -35,6 +35,8 @@ WRITING = "moempi: writing the results (Ctrl-C again ends at once)"
         (b"a\n" + WARNING + b"MOD\n" + WARNING + b"MOD\nb" + WARNING + b"c\n", b"a\nb" + WARNING + b"c\n"),
         (WARNING + b"MOD(4) on fd 20 failed.\n[warn] another\n[warn] E", b"[warn] another\n[warn] E"),
         (b"moempi: why\n" + WARNING + b"MOD\n" + BANNER + WARNING + b"MOD\n", b"moempi: why\n"),
+        (b"a" + BANNER + b"b" * 20_000, b"a"),
+        (WARNING + b"without an end" * 1000, WARNING + b"without an end" * 1000),
     ],
 )
 def test_what_the_ranks_write_passes_and_the_notices_of_mpirun_do_not(tmp_path, monkeypatch, size, written, passed):

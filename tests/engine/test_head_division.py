@@ -1,5 +1,7 @@
 """An LM head that all ranks of the last stage divide gives the bits of one that each tensor group divides."""
 
+import re
+
 import h5py
 import numpy as np
 import pytest
@@ -59,7 +61,7 @@ def columns(results):
     """All columns of a results file."""
     found = {}
     with h5py.File(results) as file:
-        for group in ("requests", "score"):
+        for group in ("requests", "output", "score"):
             if group in file:
                 file[group].visititems(
                     lambda name, item, group=group: (
@@ -130,7 +132,13 @@ def run(weights, tmp_path):
 
 TASKS = {
     "greedy": {},
-    "sampled": {"sampling.temperature": 0.9, "sampling.top_p": 0.95, "sampling.top_logprobs": 3},
+    "sampled": {
+        "sampling.temperature": 0.9,
+        "sampling.top_p": 0.95,
+        "sampling.top_logprobs": 3,
+        "sampling.repetition_penalty": 1.2,
+        "sampling.presence_penalty": 0.3,
+    },
     "score": {"task": "score", "score.top_n": 5, "score.threshold": -4.0},
 }
 
@@ -148,40 +156,31 @@ def test_whole_runs(run, tmp_path, task, ranks, stages, tensor):
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
     one, other = (columns(tmp_path / f"{head}.h5") for head in ("tensor", "stage"))
     for name in one:
-        if name.startswith("score"):
+        if name.startswith(("output", "score")):
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 @pytest.mark.mpi
-def test_a_run_that_was_stopped_goes_on_with_the_other_division(run, tmp_path):
+def test_a_run_that_was_stopped_goes_on_with_another_division(weights, run, tmp_path):
+    """A signal to a rank of the last stage ends all ranks at a step border; requests that are finished stay so."""
     assert run(2, "whole").code == 0
-    for ranks, settings in (
-        (4, {"parallel.head": "stage"}),
-        (4, {"parallel.stages": 2, "parallel.head": "stage"}),
-        (3, {"parallel.head": "tensor"}),
-    ):
-        assert run(ranks, "stopped", "--max-minutes", "0.001", **settings).code == 75
-    assert run(4, "stopped", **{"parallel.head": "stage"}).code == 0
+    (tmp_path / "notes").mkdir()
+    settings = {"model.weights": weights, "output.results": tmp_path / "stopped.h5", "run.precision": "float32"}
+    finished = [0]
+    for rank, dispatch, stages in ((3, 30, 2), (2, 60, 1)):
+        layout = settings | {"parallel.head": "stage", "parallel.stages": stages}
+        words = [word for key, value in layout.items() for word in ("--set", f"{key}={value}")]
+        fault = ROOT / "tests/faults/inject_fault.py"
+        command = [fault, tmp_path / "notes", "SIGUSR1", str(rank), "dispatch", str(dispatch)]
+        outcome = mpirun(4, *python(*command, "run", JOB, *words), limit_s=150)
+        assert outcome.code == 75, outcome.err
+        finished.append(int(re.search(r"(\d+) of 256 requests are finished", outcome.err)[1]))
+    assert finished[0] < finished[1] < finished[2] < 256
+    assert run(4, "stopped", **{"parallel.head": "tensor"}).code == 0
     found = compare(tmp_path / "whole.h5", tmp_path / "stopped.h5")
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
     with ResultFile(tmp_path / "stopped.h5") as results:
         assert all(record.finish in ("stop", "length") for record in results.requests())
-
-
-@pytest.mark.mpi
-def test_a_rank_of_the_head_may_be_requested_to_stop(weights, run, tmp_path):
-    """A signal to a rank of the last stage ends all ranks at a step border."""
-    assert run(2, "whole").code == 0
-    (tmp_path / "notes").mkdir()
-    settings = {"model.weights": weights, "output.results": tmp_path / "stopped.h5", "run.precision": "float32"}
-    settings |= {"parallel.head": "stage", "parallel.stages": 2}
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    command = [ROOT / "tests/faults/inject_fault.py", tmp_path / "notes", "SIGUSR1", "3", "dispatch", "5"]
-    outcome = mpirun(4, *python(*command, "run", JOB, *words))
-    assert outcome.code == 75, outcome.err
-    assert run(4, "stopped", **{"parallel.head": "tensor"}).code == 0
-    found = compare(tmp_path / "whole.h5", tmp_path / "stopped.h5")
-    assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
 
 
 @pytest.mark.mpi

@@ -200,7 +200,7 @@ def test_the_memory_of_the_last_stage_counts_its_part_of_the_head_and_the_rows_o
     head_bytes = SMALL.vocab_size * SMALL.width * 2
     assert last.weights - last_divided.weights == head_bytes // tensor - head_bytes // 4
     logit_rows = 4 // tensor * 16 // 2  # of a lane; each of 2 lanes has one of 2 micro-batches
-    buffers = 2 * 2 * GROWTH * logit_rows * (1 + 1 / 4 + (tensor > 1) / tensor) * SMALL.width * 2
+    buffers = 2 * 2 * GROWTH * logit_rows * (1 + 1 / 4 + 2 * (tensor > 1) / tensor) * SMALL.width * 2
     assert last_divided.rows - last.rows == pytest.approx(buffers, abs=2 * 32)
 
 

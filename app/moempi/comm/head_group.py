@@ -54,6 +54,7 @@ class HeadGroup:
         if self.size == 1:
             return logits
         steps = self._exchange(logits, counts, vocab_size)
+        del logits  # freed once it is on the host
         return self._backend.upload((yield from self._transfers.start(steps).received(point)))
 
     def _all_gather(self, x: Array, counts: IntArray) -> Steps[Array]:
@@ -68,6 +69,7 @@ class HeadGroup:
         lengths = np.array([len(part_range(vocab_size, self.size, part)) for part in range(self.size)])
         lengths = lengths.reshape(counts.shape)
         (slices,) = yield from downloaded(self._backend, logits)
+        del logits
         if self._tensor.size > 1:
             of_group = lengths[self._across.part].tolist()
             slices = yield from self._tensor.slices_steps(slices, counts.sum(axis=0).tolist(), lengths=of_group)

@@ -34,6 +34,7 @@ WARNING = b"[warn] Epoll "
 _WARNINGS = re.compile(b"(?<=\n)(?:" + re.escape(WARNING) + b"[^\n]*\n)+")
 _UNFINISHED = re.compile(b"(?<=\n)" + re.escape(WARNING) + b"[^\n]*\\Z")
 _CHUNK_BYTES = 1 << 16
+_HELD_BYTES = 1 << 13
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -139,7 +140,9 @@ def copy_without_notices(source: int, target: int) -> None:
     text = b"\n"  # the last byte that is written, or the begin of a line, and what is not written
     while chunk := os.read(source, _CHUNK_BYTES):
         text = _WARNINGS.sub(b"", text + chunk)
-        if BANNER not in text:
+        if len(text) > _HELD_BYTES and BANNER in text:
+            text = text[: text.index(BANNER) + len(BANNER)]
+        elif BANNER not in text:
             passed = len(text) - _begun_bytes(text)
             write_bytes(target, text[1:passed])
             text = text[passed - 1 :]
@@ -149,7 +152,7 @@ def copy_without_notices(source: int, target: int) -> None:
 def _begun_bytes(text: bytes) -> int:
     """The bytes at the end of a text, behind its first, that may begin a BANNER or a line of WARNING."""
     if unfinished := _UNFINISHED.search(text):
-        return len(unfinished[0])
+        return len(unfinished[0]) if len(unfinished[0]) < _HELD_BYTES else 0
     banner = next(length for length in range(len(BANNER), -1, -1) if text[1:].endswith(BANNER[:length]))
     line = text.rpartition(b"\n")[2]
     return max(banner, len(line) * (b"\n" in text and WARNING.startswith(line)))

@@ -169,7 +169,7 @@ def _buffered_values_per_row(job: Job, architecture: Architecture, rank: StageRa
         outputs = received_factor(len(rank.nodes)) * experts.router.top_k + 1 + (experts.shared_width > 0)
         links += GROWTH * outputs * ((not is_last) + (rank.layers.start > 0))
     of_tensor_group = 4 * GROWTH * (tensor > 1)
-    levels = 1 + 1 / len(rank.nodes) + (tensor > 1) / tensor
+    levels = 1 + 1 / len(rank.nodes) + 2 * (tensor > 1) / tensor
     of_head = 2 * GROWTH * _head_rows_per_row(job, architecture, rank) * levels
     return of_exchange + (of_tensor_group + of_head + links / tensor) * architecture.width
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -43,8 +44,8 @@ class LMHead:
     """This rank's part of the head: rows of the matrix (V, D) and of the bias (V,), divided in a group.
 
     Its methods are collective over the `group`, where the rank of index t in tensor group g has counts[g, t] rows, and
-    yield while rows and logits travel in it. `sample` and `score` block the host for the backend's verbs. No result
-    depends on the division.
+    yield while rows and logits travel in it. `sample` and `score` block the host for the backend's verbs. No
+    result depends on the division, except where products on a GPU do (`run.reproducible`).
     """
 
     backend: Backend
@@ -119,5 +120,5 @@ class LMHead:
     def _logits(self, x: Array, group: HeadGroup, counts: IntArray) -> Waits[Array]:
         """Logits (N, V) of this rank's rows, in float32."""
         rows = yield from group.all_gather_rows(self.norm(self.backend, x), counts, HEAD_ROWS)
-        logits = self.backend.logits(rows, self.matrix, self.bias)
-        return (yield from group.exchange_logits(logits, counts, vocab_size=self.vocab_size, point=LOGITS))
+        exchange = partial(group.exchange_logits, counts=counts, vocab_size=self.vocab_size, point=LOGITS)
+        return (yield from exchange(self.backend.logits(rows, self.matrix, self.bias)))

@@ -389,13 +389,13 @@ class JournalWriter(Closeable):
 
     def _start_sync(self) -> None:
         """Start an fdatasync beside the run, unless the one before has not ended."""
+        self._synced_at = time.monotonic()
         self._require_in_place(self._file)
         if self._syncing is not None and self._syncing.is_alive():
             return
         self._raise_sync_error()
         self._syncing = Thread(target=self._sync, args=(self._file,), name="journal sync", daemon=True)
         self._syncing.start()
-        self._synced_at = time.monotonic()
 
     def _sync(self, file: int) -> None:
         try:

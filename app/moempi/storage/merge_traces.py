@@ -4,9 +4,7 @@ The next attempt at a job computes an interrupted request again, and its rows re
 Rows are therefore written in the order of the attempts.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import h5py
@@ -27,7 +25,7 @@ Rows = dict[str, NDArray[Any]]
 def write_traces(file: Any, journals: Journals, index: JournalIndex, require_success: Callable[[], None]) -> int:
     """Write the tables of all trace records. Raises StorageError.
 
-    Memory holds a few blocks of BLOCK_BYTES, and a bit for each row and stage. Returns the number of requests whose
+    Memory holds a few blocks of BLOCK_BYTES, and a bit for each row. Returns the number of requests whose
     latest attempt lacks rows of a table in any of its layers.
     """
     is_whole = np.ones(len(index.entries), np.bool_)
@@ -39,14 +37,14 @@ def write_traces(file: Any, journals: Journals, index: JournalIndex, require_suc
             continue
         columns = _create_columns(file, table, traces, table_rows)
         num_written = np.zeros(len(index.entries), np.int64)
-        row_sets = defaultdict[tuple[int, ...], _RowSet](partial(_RowSet, int(table_rows.num_rows.sum())))
-        for group in traces.groups():
+        for group in traces.groups():  # each of one attempt and of one set of layers
+            row_set = _RowSet(int(table_rows.num_rows.sum()))
             for records in trace_blocks(journals.trace_at(journal, offset) for journal, offset in group):
                 require_success()
                 rows = _sorted_rows(_joined(records), table_rows)
                 _write(columns, rows, [traces.layers.index(layer) for layer in records[0].layers] or [0])
                 is_latest = index.entries["since"][rows["request"]] == records[0].since
-                is_new = row_sets[records[0].layers].add(rows["file_row"][is_latest])
+                is_new = row_set.add(rows["file_row"][is_latest])
                 np.add.at(num_written, rows["request"][is_latest][is_new], max(len(records[0].layers), 1))
         is_whole &= num_written >= num_rows * max(len(traces.layers), 1)
     return int((~is_whole).sum())

@@ -35,7 +35,7 @@ class ReplayFile(Closeable):
     def __init__(self, path: str | Path, architecture: Architecture) -> None:
         self.path = path
         self._architecture = architecture
-        self._numbers: dict[str, int] | None
+        self._numbers: dict[str, int] | None = None
         self._file = open_file(path)
         try:
             with raising_data_errors(path, "routing"):
