@@ -244,6 +244,28 @@ def test_appends_do_not_wait_for_the_disk_and_report_its_failure(tmp_path, monke
     assert [record.index for record in read_journal(tmp_path / "p")[0]] == [*range(40)]
 
 
+def test_an_append_reports_that_the_disk_failed_before(tmp_path, monkeypatch):
+    now = [100.0]
+
+    def fail(_file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(journal.os, "fdatasync", fail)
+    writer = JournalWriter(tmp_path / "p", fingerprint="run")
+    now[0] += 2
+    writer.append(make_request(0))
+    for thread in threading.enumerate():
+        if thread.name == "journal sync":
+            thread.join()
+    writer.append(make_request(1))  # within a second
+    now[0] += 2
+    with pytest.raises(StorageError, match="Input/output error"):
+        writer.append(make_request(2))
+    with pytest.raises(StorageError, match="Input/output error"):
+        writer.close()
+
+
 def test_a_file_that_is_not_a_journal_is_refused(tmp_path):
     (tmp_path / "p").write_bytes(b"something else entirely")
     with pytest.raises(StorageError, match="not a part"):
