@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -80,18 +81,19 @@ def test_a_run_whose_time_is_over_goes_on_with_other_ranks(run, tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("rank", "place"), [(0, "agree"), (3, "dispatch")])
-def test_any_rank_may_be_asked_to_stop(weights, run, tmp_path, rank, place):
+@pytest.mark.parametrize(("rank", "place", "time"), [(0, "agree", 10), (3, "dispatch", 30)])
+def test_any_rank_may_be_asked_to_stop(weights, run, tmp_path, rank, place, time):
     """SIGUSR1 to one rank of either stage ends all at a step border; the next run goes on."""
     assert run(2, "whole").code == 0
     (tmp_path / "notes").mkdir()
     settings = {"model.weights": weights, "output.results": tmp_path / "asked.h5", "run.precision": "float32"}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    # at the fifth time that it comes there it asks itself
-    command = [ROOT / "tests/faults/inject_fault.py", tmp_path / "notes", "SIGUSR1", str(rank), place, "5"]
+    # when it comes there for that time it asks itself
+    command = [ROOT / "tests/faults/inject_fault.py", tmp_path / "notes", "SIGUSR1", str(rank), place, str(time)]
     outcome = mpirun(4, *python(*command, "run", JOB, *words, "--set", "parallel.stages=2"))
     assert outcome.code == 75, outcome.err
     assert "stopped early (SIGUSR1)" in outcome.lines[-1]
+    assert 0 < int(re.search(r"(\d+) of 256 requests are finished", outcome.err)[1]) < 256
     assert run(3, "asked").code == 0
     found = compare(tmp_path / "whole.h5", tmp_path / "asked.h5")
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
