@@ -26,5 +26,5 @@ ruff format --check --quiet
 python tests/house_rules.py
 mypy
 lint-imports
-pytest -m "not mpi" --ignore=tests/peers -n auto --maxprocesses 4 --dist loadfile "$@"
+pytest -m "not mpi" --ignore=tests/peers "$@"
 pytest -m mpi --ignore=tests/peers "$@" # the real program, and rank-wise tests, under mpirun
