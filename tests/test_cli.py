@@ -159,7 +159,7 @@ def test_plan_forecasts_the_mission_and_refuses_impossible_layouts():
 
 def test_a_dry_run_says_what_fits_and_forecasts_in_80_columns():
     dry = ("run", "jobs/mission.toml", "--dry-run", "--world", "3904", "--ranks-per-node", "8", "--context", "4096")
-    dry += ("--set", "run.max_sequences=70", "--set", "run.kv_memory=auto")  # a sequence of each micro-batch
+    dry += ("--set", "run.max_sequences=84", "--set", "run.kv_memory=auto")  # a sequence of each micro-batch
     roomy = moempi(*dry, "--machine", "jobs/machines/mission-h100.toml")
     assert roomy.code == 0, roomy.err
     lines = roomy.out.splitlines()
@@ -169,7 +169,7 @@ def test_a_dry_run_says_what_fits_and_forecasts_in_80_columns():
     assert all("tokens/s, a forecast for H100" in line for line in lines[-2:])
     rows = [line.split() for line in lines if "8.00 KiB" in line]
     assert len(rows) == 4
-    assert {row[-3] for row in rows} == {"70"}
+    assert {row[-3] for row in rows} == {"84"}
     tight = moempi(*dry, "--set", "topology.rank_memory=3.5GB")
     assert tight.code == 0, tight.err
     first, *others = [int(line.split()[-3]) for line in tight.out.splitlines() if "8.00 KiB" in line]
