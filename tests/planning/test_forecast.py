@@ -13,20 +13,12 @@ from moempi.errors import ConfigError
 from moempi.layout.topology import virtual
 from moempi.planning.step_cost import StepLoad
 from moempi.planning.workload import decode, mixed, prefill
+from planning.missions import PIPELINE
 
 JOBS = Path(__file__).resolve().parent.parent.parent / "jobs"
 MACHINE = read_machine(JOBS / "machines/mission-h100.toml")
 MISSION = virtual(3904, 8)
 FLOPS, MEMORY = 240e12, 1440e9
-# A layer a stage for prompts, each rank computing attention alone.
-PIPELINE = (
-    "task=generate",
-    "parallel.stages=61",
-    "parallel.tensor=1",
-    "run.micro_batches=130",
-    "run.max_sequences=130",
-    "run.kv_memory=40GB",
-)
 
 
 def forecasts(job, *overrides, context=2048, prompt=4096, machine=MACHINE, ranks=MISSION):

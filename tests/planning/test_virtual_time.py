@@ -23,6 +23,7 @@ from moempi.planning.pipeline import step_ends_s
 from moempi.planning.routing import DrawnRouting, RecordedRouting, inclusion_shares, routed_rows
 from moempi.planning.simulate import Phase, Transmission
 from moempi.planning.virtual_time import Conditions, run_in_virtual_time
+from planning.missions import PIPELINE
 
 JOBS = Path(__file__).resolve().parent.parent.parent / "jobs"
 MACHINE = read_machine(JOBS / "machines/mission-h100.toml")
@@ -202,17 +203,6 @@ def test_times_are_those_of_a_simulation_of_every_rank(preempts):
         np.testing.assert_allclose(
             step_ends_s(stages, **given, drains=True), slow_ends(stages, **given, ranks=ranks), rtol=1e-12
         )
-
-
-# A layer a stage for prompts, each rank computing attention alone.
-PIPELINE = (
-    "task=generate",
-    "parallel.stages=61",
-    "parallel.tensor=1",
-    "run.micro_batches=130",
-    "run.max_sequences=130",
-    "run.kv_memory=40GB",
-)
 
 
 def mission(job="mission-score.toml", *overrides, context=2048, prompt=4096):

@@ -1,6 +1,7 @@
 """Reading ahead of a reader: in order, at most LEAD_BYTES ahead, and never an error."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -54,5 +55,16 @@ def test_it_ends_with_its_reader(tmp_path, monkeypatch, advised):
 
 def test_a_file_that_is_missing_is_the_readers_to_report(tmp_path, advised):
     with ReadAhead(tmp_path / "missing", [range(5)], lambda: 0):
+        pass
+    assert not advised
+
+
+def test_nothing_is_read_ahead_where_no_thread_can_start(tmp_path, monkeypatch, advised):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    (tmp_path / "f").touch()
+    with ReadAhead(tmp_path / "f", [range(5)], lambda: 0):
         pass
     assert not advised

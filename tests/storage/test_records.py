@@ -244,6 +244,23 @@ def test_appends_do_not_wait_for_the_disk_and_report_its_failure(tmp_path, monke
     assert [record.index for record in read_journal(tmp_path / "p")[0]] == [*range(40)]
 
 
+def test_a_journal_without_another_thread_syncs_itself(tmp_path, monkeypatch):
+    synced, now = [], [100.0]
+
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(journal.os, "fdatasync", synced.append)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    writer = JournalWriter(tmp_path / "p", fingerprint="run")
+    now[0] += 2
+    writer.append(make_request(0))
+    assert len(synced) == 1
+    writer.close()
+    assert len(synced) == 2
+
+
 def test_an_append_reports_that_the_disk_failed_before(tmp_path, monkeypatch):
     now = [100.0]
 

@@ -33,7 +33,7 @@ class HeadGroup:
         self._transfers = transfers
 
     def all_gather_counts(self, counts: Sequence[int], point: Point) -> Waits[IntArray]:
-        """The numbers of rows of all ranks (G, T); `counts` (T,) are those of this rank's tensor group."""
+        """The numbers of rows of all ranks (G, T), from the `counts` (T,) of each tensor group."""
         if self._across.size == 1:
             return np.array([counts], np.int64)
         return (yield from self._transfers.start(self._across.counts_steps(counts)).received(point))

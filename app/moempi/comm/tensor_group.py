@@ -66,7 +66,7 @@ class TensorGroup:
         return self._backend.combine(parts, *self._sum_of_parts(own))
 
     def counts_steps(self, counts: Sequence[int]) -> Steps[IntArray]:
-        """The steps of an all-gather of n numbers of each rank; the value is those of all ranks (size, n)."""
+        """The steps of an all-gather of the n `counts` of each rank; the value is (size, n)."""
         outgoing, incoming = np.array(counts, np.int64), np.empty((self.size, len(counts)), np.int64)
         yield self._comm.Iallgather(outgoing, incoming)
         return incoming

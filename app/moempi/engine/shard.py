@@ -80,7 +80,7 @@ class Shard:
         return matrix
 
     def _byte_ranges(self, layers: range, hosted: Mapping[int, tuple[int, ...]]) -> Iterator[range]:
-        """Where the file has the share of a stage, in the order of reading: its experts one by one."""
+        """Where the file has the share of a stage, about in the order of reading: its experts one by one."""
         architecture = self._file.architecture
         for stack, tensors in groupby(stage_tensors(architecture, layers), key=_stack):
             if not stack:

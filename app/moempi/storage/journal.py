@@ -394,8 +394,12 @@ class JournalWriter(Closeable):
         if self._syncing is not None and self._syncing.is_alive():
             return
         self._raise_sync_error()
-        self._syncing = Thread(target=self._sync, args=(self._file,), name="journal sync", daemon=True)
-        self._syncing.start()
+        thread = Thread(target=self._sync, args=(self._file,), name="journal sync", daemon=True)
+        try:
+            thread.start()
+            self._syncing = thread
+        except RuntimeError:  # no more threads here
+            self._sync(self._file)
 
     def _sync(self, file: int) -> None:
         try:

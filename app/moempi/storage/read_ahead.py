@@ -18,7 +18,7 @@ class ReadAhead(Closeable):
     """Lets the operating system read `ranges` of a file into its page cache, in order and beside their reader.
 
     `consumed` gives the bytes of the ranges that the reader has read so far. A disk's failures are the reader's to
-    report. Not collective; a thread of its own waits for the disk.
+    report. Not collective; a thread of its own waits for the disk, and where none can start, nothing is read ahead.
     """
 
     def __init__(self, path: Path, ranges: Iterable[range], consumed: Callable[[], int]) -> None:
@@ -27,16 +27,18 @@ class ReadAhead(Closeable):
         self._consumed = consumed
         self._closed = Event()
         self._thread = Thread(target=self._run, name="read ahead", daemon=True)
-        self._thread.start()
+        with suppress(RuntimeError):  # no more threads here
+            self._thread.start()
 
     def close(self) -> None:
         """End the reading; blocks for the piece that is being read."""
         self._closed.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
         ahead = 0
-        with suppress(OSError), self._path.open("rb") as file:
+        with suppress(OSError, AttributeError), self._path.open("rb") as file:  # or not Linux
             for piece in _pieces(self._ranges):
                 while ahead - self._consumed() > LEAD_BYTES and not self._closed.wait(POLL_S):
                     pass

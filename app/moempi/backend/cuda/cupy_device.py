@@ -28,7 +28,7 @@ BY_ADDRESS = 4
 NOT_READY = 600
 """cudaErrorNotReady: work before the event is not done."""
 QUEUE_PRIORITY = -1
-"""Priority of a queue's work, above that of preemptible kernels; with 0 as the least, lower numbers are higher."""
+"""Priority of a queue's work; preemptible kernels have 0, the least, as lower numbers are higher priorities."""
 STAGED_BYTES = 16 << 20
 """Largest array that is uploaded through pinned memory, which CuPy rounds up to a power of two and keeps."""
 

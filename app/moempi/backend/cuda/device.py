@@ -26,7 +26,7 @@ ADDRESS = "Q"
 PREEMPTIBLE = frozenset(
     ("attend_rows", "attend_tiles", "index_scores", "choose_positions", "take_positions", "delta_rule", "state_space")
 )
-"""Kernels that may take long: those of attention and of states, whose work rises with the length of sequences."""
+"""Kernels of attention and of recurrent states, which may take long: their work rises with the length of sequences."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
