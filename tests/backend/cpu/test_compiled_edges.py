@@ -150,7 +150,7 @@ def test_the_sanitizer_reports_an_array_that_is_too_short():
     program = (
         "import numpy as np; from moempi.backend.cpu.kernels import load_kernels;"
         "w, packed = np.zeros(7 * 1000 - 1, np.uint16), np.zeros(8 * 1024, np.uint16);"
-        "load_kernels()._library.pack(w.ctypes.data, packed.ctypes.data, 7, 1000, 0, 0, 1)"
+        "load_kernels().library.pack(w.ctypes.data, packed.ctypes.data, 7, 1000, 0, 0, 1)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode != 0
