@@ -24,9 +24,9 @@ _FIRST_BYTE: Callable[[Any], ctypes.c_char] = ctypes.c_char.from_buffer
 
 def larger(one: float, other: float) -> float:
     """The larger of two numbers; of arrays (n,), n of them."""
-    if isinstance(one, float | int) and isinstance(other, float | int):
-        return max(one, other)
-    return np.maximum(one, other)
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.maximum(one, other)
+    return one if one >= other else other
 
 
 def smaller(one: float, other: float) -> float:

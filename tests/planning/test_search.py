@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import pairwise, product
-from math import inf
 from operator import le
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def tried(searched):
 def test_the_fastest_of_all_candidates_is_found_and_few_are_simulated(workload):
     searched = request(workload)
     search = search_of(searched, gain=0.0)
-    fastest = search.fastest({}, patience=inf)
+    fastest = search.fastest({}, exact=True)
     assert fastest.tokens_per_s == pytest.approx(max(speed for speed, _, _ in tried(searched)), rel=1e-9)
     assert 1 < search.num_simulated < search.num_candidates / 5
 
@@ -78,7 +77,7 @@ def test_the_fastest_of_all_candidates_is_found_and_few_are_simulated(workload):
 def test_a_search_that_is_stopped_gives_what_it_has_found():
     searched = request(decode(64))
     least = search_of(searched, stops=lambda: True)
-    found = least.fastest({}, patience=inf)
+    found = least.fastest({}, exact=True)
     assert least.num_simulated <= 2
     assert 0 < found.tokens_per_s <= search_of(searched).fastest({}).tokens_per_s
 
@@ -150,7 +149,7 @@ def test_limits_are_kept_and_the_front_falls():
 
 def test_the_runner_up_has_another_shape():
     search = search_of(request(decode(64)))
-    best = search.fastest({}, patience=inf)
+    best = search.fastest({}, exact=True)
     runner_up = search.fastest({}, without=best.shape)
     assert runner_up.shape != best.shape
     assert runner_up.tokens_per_s <= best.tokens_per_s * 1.005
@@ -194,7 +193,7 @@ def test_the_missions_layouts_are_reached():
     search = mission_search([Shape(1, 61, 8)], decode(2048))
     shipped = read_job_file(JOBS / "mission.toml")
     (_, of_shipped) = forecast_job(shipped, MACHINE, virtual(3904, 8), context=2048, prompt=4096)
-    assert search.fastest({}, patience=inf).tokens_per_s >= 0.99 * of_shipped.tokens_per_s(overlap=True)
+    assert search.fastest({}, exact=True).tokens_per_s >= 0.99 * of_shipped.tokens_per_s(overlap=True)
     assert search.num_simulated < 100 < search.num_candidates / 10
-    scoring = mission_search([Shape(61, 1, 8)], score(4096), "mission-score.toml").fastest({}, patience=inf)
+    scoring = mission_search([Shape(61, 1, 8)], score(4096), "mission-score.toml").fastest({}, exact=True)
     assert scoring.tokens_per_s >= 8.4e6

@@ -1,7 +1,6 @@
 """The simulated schedule against interleaved lanes on a virtual clock, and against a host that goes tick by tick."""
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -120,7 +119,7 @@ def test_a_step_takes_at_least_its_compute_and_link_time_and_at_most_their_sum(p
     for _ in range(300):
         phases, lanes = random_phases(dice), dice.randrange(1, 5)
         if preempts:
-            phases = [replace(phase, preemptible_s=dice.random() * phase.compute_s) for phase in phases]
+            phases = [phase._replace(preemptible_s=dice.random() * phase.compute_s) for phase in phases]
         overlapped, waiting = overlapped_s(phases, lanes=lanes), waiting_s(phases, lanes=lanes)
         compute = lanes * sum(phase.compute_s + phase.beside_s for phase in phases)
         link = lanes * sum(phase.link_s for phase in phases)

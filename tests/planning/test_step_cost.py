@@ -59,7 +59,7 @@ def test_what_gives_way_is_the_reading_of_the_cache_in_the_phase_of_attention(te
         assert phase.preemptible_s <= phase.compute_s
     queued = replace(costs(tensor=tensor), machine=structs.replace(MACHINE, preempts_attention=False))
     others = queued.step(range(30, 32), load, is_first=False, is_last=True)
-    assert others == [replace(phase, preemptible_s=0.0) for phase in phases]
+    assert others == [phase._replace(preemptible_s=0.0) for phase in phases]
 
 
 def test_attention_of_layers_without_phases_gives_way_in_the_phase_behind_it():

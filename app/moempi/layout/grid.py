@@ -14,6 +14,8 @@ from itertools import accumulate, pairwise
 from math import inf
 from typing import Literal
 
+import numpy as np
+
 from moempi.config.job import ParallelSection
 from moempi.errors import ConfigError
 
@@ -88,6 +90,13 @@ class Grid:
         """The groups of stage `other` that compute any slot of this group, ascending."""
         slots = self.slots(stage, data)
         return tuple(range(self.owner(other, slots[0]), self.owner(other, slots[-1]) + 1))
+
+    def most_peers(self, stage: int, *, other: int) -> int:
+        """The most `peers` of a group of a stage."""
+        groups, slots = self.num_groups(stage), self.num_slots
+        bounds = -(-np.arange(groups + 1) * slots // groups)
+        first, last = (owned * self.num_groups(other) // slots for owned in (bounds[:-1], bounds[1:] - 1))
+        return int((last - first).max()) + 1
 
 
 def make_grid(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def make_layout(
     _require_traceable(job, architecture)
     grid = make_grid(
         job.parallel,
-        layer_costs=[layer_cost(architecture, layer) for layer in range(architecture.num_layers)],
+        layer_costs=layer_costs(architecture),
         nodes=nodes,
         slots_per_group=max(job.run.max_sequences, job.num_micro_batches),
         joined=architecture.joined_layers,
@@ -65,21 +66,15 @@ def make_layout(
     stage_nodes = [tuple(nodes[rank] for rank in stage.ranks) for stage in grid.stages]
     may_read_peers = on_gpu and job.exchange.transport in ("auto", "cuda_ipc")
     reads_peers = may_read_peers and not ipc_obstacle(job.exchange, stage_nodes)
+    most_groups = {grid.num_groups(index): grid.most_peers(index, other=0) for index in range(len(grid.stages))}
     memory = []
     for index, stage in enumerate(grid.stages):
-        hosted, groups = _most_hosted(placements[index]), _most_groups(grid, index)
+        hosted, groups = _most_hosted(placements[index]), most_groups[grid.num_groups(index)]
         rank = StageRank(stage.layers, hosted, groups, stage_nodes[index], reads_peers)
         of_rank = rank_memory(job, architecture, rank, on_gpu=on_gpu, widened=widened)
         memory.append(replace(of_rank, slots=-(-grid.num_slots // grid.num_groups(index))))
     _require_home_sums(job, architecture)
     return Layout(grid, placements, tuple(memory), immediate_stages(job, architecture, grid))
-
-
-def _most_groups(grid: Grid, stage: int) -> int:
-    """The most groups of the first stage whose slots a group of this stage computes."""
-    if grid.num_groups(stage) == grid.num_groups(0):
-        return 1
-    return max(len(grid.peers(stage, data, other=0)) for data in range(grid.num_groups(stage)))
 
 
 def _linear_placements(architecture: Architecture, stage: Stage) -> Mapping[int, Placement]:
@@ -107,12 +102,16 @@ def _most_hosted(placements: Mapping[int, Placement]) -> float:
     return float(per_rank.max())
 
 
-def layer_cost(architecture: Architecture, layer: int) -> float:
-    """Bytes of weights that one token uses in a layer, a measure of its time."""
+@lru_cache(maxsize=16)
+def layer_costs(architecture: Architecture) -> tuple[float, ...]:
+    """Bytes of weights that one token uses in each layer, a measure of its time."""
     used = architecture.experts.router.top_k / architecture.experts.num
-    return sum(
-        tensor.num_bytes * (used if tensor.share is Share.EXPERTS else 1)
-        for tensor in layer_tensors(architecture, layer)
+    return tuple(
+        sum(
+            tensor.num_bytes * (used if tensor.share is Share.EXPERTS else 1)
+            for tensor in layer_tensors(architecture, layer)
+        )
+        for layer in range(architecture.num_layers)
     )
 
 

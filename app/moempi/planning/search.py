@@ -7,7 +7,7 @@ less `gain`.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import inf, log1p
+from math import inf
 
 import numpy as np
 
@@ -19,12 +19,14 @@ from moempi.planning.workload import Workload
 
 GAIN = 0.005
 """A candidate is simulated if its bound is better than the best by more than this share."""
-PATIENCE = 30
-"""Candidates that are tried in a row without a better one, if not all are."""
+PATIENCE = 15
+"""Candidates that are tried in a row without a better one, before the search gives up or goes on in another order."""
 FRONT_STEP = 0.2
 """The least share by which the latency decreases from a row of the Pareto front to the next."""
-LEVEL = log1p(0.002)
-"""The logarithm of the ratio of estimates that count as equal in the order of candidates."""
+UNKNOWN = 0.0
+"""The ratio of actual seconds to estimated ones of a kind of which nothing was simulated."""
+UNLIKELY = 1e9
+"""The factor of the estimates of candidates that are likely to exceed a limit."""
 
 Cost = Callable[[int, Forecast, float], float]
 """cost(replicas, forecast, seconds of a micro-batch), which rises with the seconds; takes arrays."""
@@ -95,6 +97,11 @@ class Search:
         self._simulated: dict[int, Forecast] = {}
         self._soonest: dict[Cost, tuple[Found | None, float]] = {}
         self._numbers: dict[object, Float64Array] = {}
+        stages = np.array([one.shape.stages for one in self.layouts], int)[self._layout_of]
+        lanes = self._joined("lanes", lambda one: one.steps.lanes)
+        is_full = self._joined("full", lambda one: one.forecast.is_full)
+        _, self._kinds = np.unique(np.stack([stages, lanes, is_full]), axis=1, return_inverse=True)
+        self._ratios = np.full(self.num_candidates, UNKNOWN)
 
     @property
     def num_candidates(self) -> int:
@@ -106,21 +113,21 @@ class Search:
         """Candidates of which stages were simulated so far."""
         return len(self._simulated)
 
-    def fastest(self, limits: Limits, *, without: Shape | None = None, patience: float = PATIENCE) -> Found | None:
+    def fastest(self, limits: Limits, *, without: Shape | None = None, exact: bool = False) -> Found | None:
         """The fastest candidate that keeps the limits and has another shape than `without`, if there is one.
 
-        With infinite `patience` it is the fastest of all, less `gain`; else the search gives up after that many
-        candidates in a row that were no faster.
+        If `exact`, it is the fastest of all, less `gain`; else the search gives up after PATIENCE candidates in a row
+        that were no faster.
         """
         allowed = np.array([one.shape != without for one in self.layouts], bool)
         if any(self.soonest(latency)[1] > limit for latency, limit in limits.items()):
             return None
-        return self._least(token_s, limits, allowed, patience)
+        return self._least(token_s, limits, allowed, exact=exact)
 
     def soonest(self, latency: Cost) -> tuple[Found | None, float]:
         """The candidate with the least latency, and that; infinite if there are no candidates."""
         if latency not in self._soonest:
-            found = self._least(latency, {}, np.ones(len(self.layouts), bool), PATIENCE)
+            found = self._least(latency, {}, np.ones(len(self.layouts), bool))
             seconds = latency(1, found.forecast, found.forecast.micro_batch_s(overlap=True)) if found else inf
             self._soonest[latency] = found, seconds
         return self._soonest[latency]
@@ -128,30 +135,53 @@ class Search:
     def front(self, limits: Limits) -> Iterator[Found]:
         """The fastest candidate that keeps the limits, then the fastest whose latency is shorter by FRONT_STEP, ..."""
         latency = next_token_s if self._workload.output else first_token_s
-        found = self.fastest(limits, patience=PATIENCE if limits else inf)
+        found = self.fastest(limits, exact=not limits)
         while found is not None:
             yield found
             found = self.fastest({**limits, latency: (1 - FRONT_STEP) * found.latency_s})
 
-    def _least(self, cost: Cost, limits: Limits, allowed: BoolArray, patience: float) -> Found | None:
+    def _least(self, cost: Cost, limits: Limits, allowed: BoolArray, *, exact: bool = False) -> Found | None:
         """The candidate of the allowed layouts that costs least within the limits.
 
-        The likely ones are tried first, until PATIENCE in a row are no better, then those of a low bound, until
-        `patience` are. Five times as many are tried to find the first that keeps the limits.
+        The likeliest is tried next, until PATIENCE in a row are no better, or five times as many without any that keeps
+        the limits; the first of a kind does not count. All others that may be better follow in the order of their
+        bounds if it shall be `exact`, and some of them if none keeps the limits.
         """
-        possible = self._possible(limits, allowed)
-        if not len(possible):
-            return None
-        best, least, bounds = None, inf, self._bounds(cost)
-        for order, most in ((self._likely_order, PATIENCE), (self._bound_order, patience)):
-            worse = 0
-            for index in possible[order(possible, cost, limits)].tolist():
-                if bounds[index] * (1 + self._gain) < least:
-                    found = self._cost_of(index, cost, limits, least)
-                    best, least, worse = (index, found, 0) if found < least else (best, least, worse + 1)
-                if self._stops() or worse >= (most if best is not None else 5 * most):
-                    break
+        left, bounds = self._possible(limits, allowed), self._bounds(cost)
+        best, least, worse = None, inf, 0
+        while len(left):
+            patience = 5 * PATIENCE if best is None else PATIENCE
+            if worse < patience:
+                at = self._likeliest(left, cost, limits)
+            elif exact or (best is None and worse < 2 * patience):
+                at = int(np.argmin(bounds[left]))
+            else:
+                break
+            index = int(left[at])
+            is_first = self._ratios[self._kinds[index]] == UNKNOWN
+            found = self._cost_of(index, cost, limits, least)
+            best, least, worse = (index, found, 0) if found < least else (best, least, worse + (not is_first))
+            if self._stops():
+                break
+            left = np.delete(left, at)
+            left = left[bounds[left] * (1 + self._gain) < least]
         return None if best is None else self._found(best)
+
+    def _likeliest(self, indices: IntArray, cost: Cost, limits: Limits) -> int:
+        """The position of the candidate with the least estimate, before those that are likely to exceed a limit.
+
+        Estimates are corrected by the last simulation of a candidate of the same kind, which has as many stages and
+        lanes. Where there was none yet, they are the bounds.
+        """
+        ratios = self._ratios[self._kinds[indices]]
+
+        def estimates(of: Cost) -> Float64Array:
+            return np.where(ratios == UNKNOWN, self._bounds(of)[indices], ratios * self._estimates(of)[indices])
+
+        found = estimates(cost)
+        for other, limit in limits.items():
+            found[estimates(other) > limit] *= UNLIKELY
+        return int(np.argmin(found))
 
     def _cost_of(self, index: int, cost: Cost, limits: Limits, least: float) -> float:
         """The cost of a candidate; infinite beyond the limits, or if its stages alone cost as good as `least`."""
@@ -161,23 +191,10 @@ class Search:
             keeps = all(of(replicas, found, micro_batch_s) <= limit for of, limit in limits.items())
             return cost(replicas, found, micro_batch_s) if keeps else inf
 
-        return at(found.micro_batch_s(overlap=True)) if at(found.slowest_s) * (1 + self._gain) < least else inf
-
-    def _likely_order(self, indices: IntArray, cost: Cost, limits: Limits) -> IntArray:
-        """The order of candidates by their estimates, those that are likely to keep the limits before the others.
-
-        Of equal estimates, full pipelines are first, whose stages need not be simulated together.
-        """
-        unlikely = np.zeros(len(indices), bool)
-        for other, limit in limits.items():
-            unlikely |= self._estimates(other)[indices] > limit
-        levels = np.floor(np.log(self._estimates(cost)[indices]) / LEVEL)
-        full = self._joined("full", lambda one: one.forecast.is_full)[indices].astype(bool)
-        return np.lexsort((~full, levels, unlikely))
-
-    def _bound_order(self, indices: IntArray, cost: Cost, _limits: Limits) -> IntArray:
-        """The order of candidates by their bounds."""
-        return np.argsort(self._bounds(cost)[indices], kind="stable")
+        is_better = at(found.slowest_s) * (1 + self._gain) < least
+        micro_batch_s = found.micro_batch_s(overlap=True) if is_better else found.slowest_s
+        self._ratios[self._kinds[index]] = micro_batch_s / found.likely_s
+        return at(micro_batch_s) if is_better else inf
 
     def _possible(self, limits: Limits, allowed: BoolArray) -> IntArray:
         """The candidates of the allowed layouts whose bounds keep the limits."""

@@ -8,8 +8,8 @@ all ranks. Where all ranks of a stage take equal times, one stands for all.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -34,8 +34,7 @@ class Transmission(NamedTuple):
     latency_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
+class Phase(NamedTuple):
     """One phase of a lane: `compute_s` of computing, then one transfer, and `beside_s` more of computing up to `point`.
 
     Each of the transfer's `transmissions` starts as soon as the previous one has arrived, whichever lane computes. The
@@ -100,7 +99,7 @@ class VirtualStage:
         self._phases_of = phases_of
         first = phases_of(0)
         if fed:  # there is no step before, whose end would take time
-            first = [replace(first[0], compute_s=0.0, beside_s=0.0, sent=None, preemptible_s=0.0), *first[1:]]
+            first = [first[0]._replace(compute_s=0.0, beside_s=0.0, sent=None, preemptible_s=0.0), *first[1:]]
         self._phases = [first] * lanes
         self._steps = [lane - lanes for lane in range(lanes)]
         self._fed = fed
@@ -141,7 +140,8 @@ class VirtualStage:
     def _resume(self, at_s: float) -> "_Computing | None":
         """Resume the first lane whose transfer has arrived; its phase if that is computed without giving way."""
         self._link.advance(at_s)
-        lane = next(lane for lane in self._candidates if self._link.arrivals[lane] <= at_s)
+        arrivals = self._link.arrivals
+        lane = next(lane for lane in self._candidates if arrivals[lane] <= at_s)
         self._order.resume(lane)
         index = self._at[lane] = (self._at[lane] + 1) % len(self._phases[lane])
         phase, begins = self._phases[lane][index], index == 0
@@ -149,8 +149,8 @@ class VirtualStage:
             self._phases[lane] = self._phases_of(self._steps[lane] + len(self._at))
         self._order.wait(lane, phase.point)
         self._candidates = self._order.candidates()
-        computing = _Computing(lane, phase, begins, self._link.arrivals[lane], phase.preemptible_s)
-        self._link.arrivals[lane] = inf
+        computing = _Computing(lane, phase, begins, arrivals[lane], phase.preemptible_s)
+        arrivals[lane] = inf
         return computing if self._hosts.compute(computing) else None
 
     def _wait(self, computed: "_Computing") -> Resumed:
@@ -196,7 +196,8 @@ class _Hosts:
 
     def compute(self, computing: _Computing) -> bool:
         """Begin a phase whose lane was resumed, before all that gives way; whether it is computed, or gives way too."""
-        self._compute_preemptible(computing.arrived_s)
+        if self._preemptible:
+            self._compute_preemptible(computing.arrived_s)
         self.free_s = larger(self.free_s, computing.arrived_s)
         if latest(computing.left_s) > 0:
             self._preemptible.append(computing)
@@ -250,12 +251,13 @@ class _Link:
         self.arrivals = [0.0] * num_lanes
         self._free_at = 0.0
         self._order = count()
-        self._events: list[tuple[float, int, int, float, Iterator[Transmission]]] = []
+        self._events: list[tuple[float, int, int, float, Sequence[Transmission]]] = []
 
     def start(self, lane: int, at: float, transmissions: Sequence[Transmission]) -> None:
         """Start a transfer of a lane; its arrival is infinite until `advance` has found it."""
-        self.arrivals[lane] = inf
-        heappush(self._events, (latest(at), next(self._order), lane, at, iter(transmissions)))
+        self.arrivals[lane] = inf if transmissions else latest(at)
+        if transmissions:
+            heappush(self._events, (latest(at), next(self._order), lane, at, transmissions))
 
     def send(self, at: float, transmission: Transmission) -> float:
         """Send what no lane waits for; its arrival."""
@@ -272,20 +274,20 @@ class _Link:
 
         Any time that is not `before` stands for those that are not.
         """
-        first = min([self.arrivals[lane] for lane in lanes])
-        while self._events and self._events[0][0] < min(first, before):
+        arrivals, events = self.arrivals, self._events
+        first = min([arrivals[lane] for lane in lanes])
+        while events and events[0][0] < first and events[0][0] < before:
             self._advance_one()
-            first = min([self.arrivals[lane] for lane in lanes])
+            first = min([arrivals[lane] for lane in lanes])
         return first
 
     def _advance_one(self) -> None:
-        last_s, _, lane, at, transmissions = heappop(self._events)
-        transmission = next(transmissions, None)
-        if transmission is None:
-            self.arrivals[lane] = last_s
+        _, _, lane, at, (transmission, *others) = heappop(self._events)
+        at = self._carry(at, transmission)
+        if others:
+            heappush(self._events, (at, next(self._order), lane, at, others))
         else:
-            at = self._carry(at, transmission)
-            heappush(self._events, (at, next(self._order), lane, at, transmissions))
+            self.arrivals[lane] = at
 
     def _carry(self, at: float, transmission: Transmission) -> float:
         """Occupy the links with a transmission that starts at this time on each rank; its arrival from all of them."""

@@ -8,7 +8,7 @@ products do not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import ceil, inf, log2, prod
 from typing import Literal, NamedTuple
@@ -70,8 +70,13 @@ class Computing(NamedTuple):
 
     def before(self, phase: Phase) -> Phase:
         """A phase that begins with this."""
+        if self is NOTHING:
+            return phase
         seconds, preemptible_s = Computing(phase.compute_s, phase.preemptible_s).after(self)
-        return replace(phase, compute_s=seconds, preemptible_s=preemptible_s)
+        return phase._replace(compute_s=seconds, preemptible_s=preemptible_s)
+
+
+NOTHING = Computing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ class StepCosts:
         The first phase ends the step before: it sends that step's rows or tokens to another stage.
         """
         phases: list[Phase] = []
-        pending = Computing()
+        pending = NOTHING
         equal_layers: dict[object, tuple[list[Phase], Computing]] = {}
         for layer in layers:
             kind: object = self.architecture.kind(layer)
@@ -135,20 +140,20 @@ class StepCosts:
                 equal_layers[kind] = list(self._layer(layer, load)), self._last(layer, load)
             of_layer, last = equal_layers[kind]
             for phase in of_layer:
-                phases.append(pending.before(replace(phase, point=Point(layer, phase.point.phase))))
-                pending = Computing()
+                phases.append(pending.before(phase._replace(point=Point(layer, phase.point.phase))))
+                pending = NOTHING
             pending = last.after(pending)
         if self.immediate:
             pending = Computing(phases.pop().compute_s).after(pending)  # of the experts, whose outputs do not return
         for phase in self._end(layers, load, is_last=is_last):
             phases.append(pending.before(phase))
-            pending = Computing()
+            pending = NOTHING
         if is_last and self.head_ranks == 1:
             pending = Computing(self._head_s(layers, load)).after(pending)
         sent = None if is_first and is_last else self._stage_link(layers, load, is_last=is_last)
         begin, *others = self._begin(sent, is_first=is_first)
         phases = [pending.before(begin), *others, *phases]
-        return [replace(phase, compute_s=phase.compute_s + self.host_overhead_s(phase.point)) for phase in phases]
+        return [phase._replace(compute_s=phase.compute_s + self.host_overhead_s(phase.point)) for phase in phases]
 
     def host_overhead_s(self, point: Point) -> float:
         """Seconds of the host's overhead when a lane is resumed at `point`; rows of a rank alone stay with it."""
@@ -173,7 +178,7 @@ class StepCosts:
         attention = self._attention(layer, load)
         if self.tensor > 1 and self.architecture.has_attention(layer):
             yield from self._divided(layer, attention, load)
-            attention = Computing()
+            attention = NOTHING
         if self.architecture.is_moe(layer):
             dispatch, combine = self._mixture_of_experts(layer, load)
             yield from (attention.before(dispatch), combine)
@@ -182,7 +187,7 @@ class StepCosts:
 
     def _divided(self, layer: int, computing: Computing, load: StepLoad) -> Iterator[Phase]:
         """Computation that a tensor group divides, between its all-gather and reduce-scatter of all rows."""
-        for name, one in zip(TENSOR_PHASES, (Computing(), computing), strict=True):
+        for name, one in zip(TENSOR_PHASES, (NOTHING, computing), strict=True):
             yield one.before(Phase(Point(layer, name), 0.0, [self._tensor_group(load)]))
 
     def _mixture_of_experts(self, layer: int, load: StepLoad) -> Iterator[Phase]:
@@ -215,7 +220,7 @@ class StepCosts:
         if self.architecture.is_moe(layer):
             return Computing(self._products(layer, "latent/up", load.rows / self.tensor))
         if self.tensor > 1:
-            return Computing()
+            return NOTHING
         return Computing(self._dense(layer, load)).after(self._attention(layer, load))
 
     @property
@@ -229,7 +234,7 @@ class StepCosts:
 
     def _attention(self, layer: int, load: StepLoad) -> Computing:
         if not self.architecture.has_attention(layer):
-            return Computing()
+            return NOTHING
         if self.architecture.recurrence and self.architecture.has_state(layer):
             kernels_s = self._recurrence(self.architecture.recurrence, load)
             products_s = self._products(layer, "delta", load.rows) + self._products(layer, "state_space", load.rows)
@@ -385,9 +390,9 @@ class StepCosts:
     def _inside_node(self, rows: float, busiest: float) -> Transmission:
         """Rows from the forwarders of a node to the ranks of their experts there."""
         ranks = self._count(self._levels[self._levels <= NODE])
-        choices = rows * self._top_k
-        probability = 1 - (1 - 1 / ranks.sum()) ** choices
-        return self._transfer(ranks, probability, busiest * choices / ranks.sum() * self._routed_bytes)
+        choices, hosting = rows * self._top_k, int(ranks.sum())
+        probability = 1 - (1 - 1 / hosting) ** choices
+        return self._transfer(ranks, probability, busiest * choices / hosting * self._routed_bytes)
 
     def _tensor_group(self, load: StepLoad) -> Transmission:
         """All rows of a tensor group: each rank sends its part to every other."""
