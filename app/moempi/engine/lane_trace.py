@@ -212,8 +212,10 @@ class LaneTrace:
 
     def _joined(self, layers: Sequence[Array], dtype: type[np.generic]) -> npt.NDArray[Any]:
         """The rows (T, K) of all layers (L, T, K)."""
-        on_host = list(map(self._backend.download, layers))
-        return np.concatenate(on_host, dtype=dtype, casting="unsafe").reshape(len(on_host), *on_host[0].shape)
+        joined = np.empty((len(layers), *layers[0].shape), dtype)
+        for layer, rows in enumerate(layers):
+            joined[layer] = self._backend.download(rows)
+        return joined
 
     def _record(
         self,
