@@ -76,7 +76,7 @@ def exchange_rows(exchange, placement, rank, rows, experts, weights, *, layer=0)
         assert len(received) == expert_counts.sum()
         expert_of_row = np.repeat(np.array(placement.hosted[rank], int), expert_counts)
         outputs = expert_output(received, expert_of_row[:, None]).astype(np.float32)
-        return (yield from exchange.combine(outputs, plan))
+        return (yield from exchange.combine(outputs, plan)).rows
 
     phases, steps = [], forward()
     while True:

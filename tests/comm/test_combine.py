@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moempi.arrays import round_to_bfloat16
 from moempi.backend.cpu.backend import NumpyBackend
-from moempi.comm.combine import Addends, HomeCombine
+from moempi.comm.addends import Addends, Sums
+from moempi.comm.combine import HomeCombine
 from moempi.layout.schedule import Point
 
 PLAN, OUTPUTS = object(), object()
@@ -27,7 +28,7 @@ class FakeExchange:
     def combine(self, outputs, plan, addends):
         self.calls.append((outputs, plan))
         yield from POINTS
-        return reduce(self.backend.add, addends, self.rows)
+        return Sums(reduce(self.backend.add, addends.in_order(), self.rows))
 
 
 def combine(rows, *, shared=None, residual=None, precision="float32"):
@@ -43,7 +44,7 @@ def combine(rows, *, shared=None, residual=None, precision="float32"):
             points.append(next(finishing))
         except StopIteration as end:
             assert exchange.calls == [(OUTPUTS, PLAN)]
-            return end.value, points
+            return end.value.rows, points
 
 
 def row(*values):

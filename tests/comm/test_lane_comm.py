@@ -76,7 +76,7 @@ def dispatch_and_combine(lane_comm, layer, rows):
 
     def forward():
         arrived, plan = yield from lane_comm.exchange.dispatch(rows, route)
-        return (yield from lane_comm.exchange.combine(arrived, plan))
+        return (yield from lane_comm.exchange.combine(arrived, plan)).rows
 
     return route, finish(forward())
 

@@ -109,17 +109,17 @@ SHORT_LATENT = structs.replace(LATENT, latent=structs.replace(LATENT.latent, que
 SHORT_LATENT_ATTENTION = [name for number, name in enumerate(LATENT_ATTENTION) if number != 2]
 EXPERTS = [
     *("product", "choose_experts", "group", "download"),
-    *("take_rows", "gate_up_few", "multiply_few", "take_rows", "combine"),
+    *("take_rows", "gate_up_few", "multiply_few", "take_rows", "combine_rms_norm"),
 ]
 
 
 @pytest.mark.parametrize(
     ("attention", "attention_names", "number"),
     [
-        (SMALL.attention, ATTENTION, 14),
-        (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 14),
-        (LATENT, LATENT_ATTENTION, 17),
-        (SHORT_LATENT, SHORT_LATENT_ATTENTION, 16),
+        (SMALL.attention, ATTENTION, 13),
+        (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 13),
+        (LATENT, LATENT_ATTENTION, 16),
+        (SHORT_LATENT, SHORT_LATENT_ATTENTION, 15),
     ],
     ids=["plain", "normalized heads", "latent", "latent keys alone"],
 )
@@ -127,17 +127,19 @@ def test_a_layer_of_a_decode_step_submits_this_and_no_more(tmp_path, attention, 
     """Kernels and products, and the download of the counts by which rows are sent."""
     _, names = last_step(tmp_path, structs.replace(ARCHITECTURE, attention=attention))
     names.remove("upload")  # where the step's rows are in the cache, once for all layers
-    layer = ["rms_norm", *attention_names, "add_rms_norm", *EXPERTS]
+    layer = [*attention_names, "add_rms_norm", *EXPERTS]  # and the norm of the next layer
     assert len(layer) - layer.count("download") == number
-    assert names[: 3 * len(layer)] == 3 * layer
-    assert names[3 * len(layer) :][:3] == ["upload", "take_rows", "rms_norm"]  # the head
+    head = ["upload", "take_rows", "rms_norm"]
+    expected = ["rms_norm", *3 * layer]
+    expected[-1] = "combine"
+    assert names[: len(expected) + len(head)] == [*expected, *head]
 
 
 def test_a_layer_of_a_decode_step_waits_for_nothing_and_takes_no_memory_of_the_driver(tmp_path):
     """The host polls one event, of the counts, and uploads nothing; the pool's memory is that of the layer before."""
     device, names = last_step(tmp_path, ARCHITECTURE)
     first = len(device.names) - len(names)
-    _, second, third, _ = (first + number for number, name in enumerate(names) if name == "rms_norm")
+    second, third = (first + number for number, name in enumerate(names) if name == "combine_rms_norm")
     assert "upload" not in device.names[second:third]
     calls = Counter(name for behind, name in device.calls if second < behind <= third)
     assert calls == {"from the pool": 18, "event": 1}

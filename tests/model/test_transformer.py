@@ -50,6 +50,8 @@ def test_a_moe_layer_launches_no_kernel_for_a_sum_alone(tmp_path, shared_width):
     run.lanes.run()
     run.journal.close()
     layers = architecture.num_layers
-    assert device.launches["add_rms_norm"] == device.launches["combine"] == layers
-    assert device.launches["rms_norm"] == layers + 1  # before attention, and before the head
+    assert device.launches["add_rms_norm"] == layers
+    assert device.launches["combine_rms_norm"] == layers - 1
+    assert device.launches["combine"] == 1  # of the last layer
+    assert device.launches["rms_norm"] == 2  # of the first layer, and before the head
     assert device.launches["add"] == 0

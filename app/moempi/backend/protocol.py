@@ -372,6 +372,11 @@ class ExpertVerbs(Protocol):
         Then add at most two `addends` (T, D) one after the other; each sum is rounded, as by `add`.
         """
 
+    def combine_rms_norm(
+        self, buffer: Array, output_rows: Array, weights: Array, addends: Sequence[Array], norm: RmsNorm
+    ) -> tuple[Array, Array]:
+        """Compute the sums of `combine`, and normalize them; bits equal the results of `combine` and `rms_norm`."""
+
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
         """Apply experts[e] to the next counts[e] rows, for e = 0, 1, ...; (sum(counts), D) -> (sum(counts), D)."""
 

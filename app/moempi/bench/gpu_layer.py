@@ -260,7 +260,7 @@ def _block(
         f"{num_rows:,} rows, {sizes.experts} experts, top-{sizes.top_k}",
         6 * num_rows * sizes.top_k * sizes.width * sizes.expert_width,
         "TFLOP/s",
-        {OURS: lambda: run_to_end(layer.forward(backend, x, exchange, combine)), **peers},
+        {OURS: lambda: run_to_end(layer.forward(backend, x, exchange, combine)).rows, **peers},
         wall_repeats=5,
         blocks=True,
         same=tuple(peers),

@@ -113,7 +113,7 @@ def _make_step(
 
     def send() -> Float32Array:
         combine = comm.last_combine(batch, RowSplit((tokens,), 1))
-        outputs = run_to_end(layer.forward(backend, rows, comm.exchange, combine, residual=rows))
+        outputs, _ = run_to_end(layer.forward(backend, rows, comm.exchange, combine, residual=rows))
         if comm.immediate is None:
             comm.link.send(batch, outputs)
         return rows

@@ -90,7 +90,7 @@ def layer_on(
     layer = make_layer(sizes, backend, hosted=placement.hosted[comm.rank])
 
     def compute(rows: Float32Array) -> Float32Array:
-        result: Float32Array = run_to_end(layer.forward(backend, rows, exchange, combine))
+        result: Float32Array = run_to_end(layer.forward(backend, rows, exchange, combine)).rows
         return result
 
     return compute

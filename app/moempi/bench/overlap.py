@@ -165,7 +165,7 @@ class Rig:
                 projected = np.ascontiguousarray(projected)
             x = backend.linear(projected, out)
             exchange = self.exchanges[lane]
-            outputs[lane] = yield from self.stack.experts.forward(backend, x, exchange, HomeCombine(exchange))
+            outputs[lane], _ = yield from self.stack.experts.forward(backend, x, exchange, HomeCombine(exchange))
 
 
 def run(world: World, chosen: Namespace) -> None:

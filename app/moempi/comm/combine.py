@@ -1,27 +1,11 @@
 """The end of a MoE layer: its experts' outputs return to the rank that holds the token and are added up there."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moempi.backend.values import Array
+from moempi.comm.addends import Addends, Sums
 from moempi.comm.exchange import Exchange
 from moempi.comm.transfers import Waits
-
-
-@dataclass(frozen=True, slots=True)
-class Addends:
-    """Rows (T, D) that are added to the combined outputs: first the shared experts' rows, then the residual."""
-
-    shared: Array | None
-    residual: Array | None
-
-    def in_order(self) -> Sequence[Array]:
-        """The addends that there are."""
-        return [rows for rows in (self.shared, self.residual) if rows is not None]
-
-
-NO_ADDENDS = Addends(None, None)
 
 
 class Combine(Protocol):
@@ -30,7 +14,7 @@ class Combine(Protocol):
     def begin(self, plan: Any, addends: Addends) -> None:
         """Send what does not depend on the outputs, before the experts compute; does not block on other ranks' rows."""
 
-    def finish(self, outputs: Array, plan: Any, addends: Addends) -> Waits[Array]:
+    def finish(self, outputs: Array, plan: Any, addends: Addends) -> Waits[Sums]:
         """Send the experts' outputs, in expert order, to the ranks that add them up; the sums that this rank holds."""
 
 
@@ -43,6 +27,6 @@ class HomeCombine:
     def begin(self, plan: Any, addends: Addends) -> None:
         """Send nothing: the home rank has the addends."""
 
-    def finish(self, outputs: Array, plan: Any, addends: Addends) -> Waits[Array]:
-        """Combine the outputs, then add the shared experts' rows, then the residual."""
-        return (yield from self._exchange.combine(outputs, plan, addends.in_order()))
+    def finish(self, outputs: Array, plan: Any, addends: Addends) -> Waits[Sums]:
+        """Combine the outputs, then add the shared experts' rows, then the residual, then normalize the sums."""
+        return (yield from self._exchange.combine(outputs, plan, addends))

@@ -15,6 +15,7 @@ from mpi4py import MPI
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array
+from moempi.comm.addends import NO_ADDENDS, Addends, Sums
 from moempi.comm.hop import Hop
 from moempi.comm.output_norms import OnNorms, norms_of
 from moempi.comm.route_plan import GroupedChoices, RoutePlan, make_plan, rows_by_rank
@@ -87,11 +88,11 @@ class Exchange(ABC):
         transfer = self._hop.transfers.start(self.dispatch_steps(x, route))
         return transfer.received(Point(route.layer, DISPATCH))
 
-    def combine(self, outputs: Array, plan: Any, addends: Sequence[Array] = ()) -> Waits[Array]:
+    def combine(self, outputs: Array, plan: Any, addends: Addends = NO_ADDENDS) -> Waits[Sums]:
         """Return the experts' outputs, in expert order, to their tokens' ranks; each token's weighted sum (T, D).
 
-        `plan` is the plan of the dispatch. The sums are in slot order; then the addends (T, D) are added in order, at
-        most two. All sums are rounded as by `Backend.combine`.
+        `plan` is the plan of the dispatch. The sums are in slot order; then the addends are added in order. All sums
+        are rounded as by `Backend.combine`.
         """
         transfer = self._hop.transfers.start(self.combine_steps(outputs, plan, addends))
         return transfer.received(Point(plan.layer, COMBINE))
@@ -118,7 +119,7 @@ class Exchange(ABC):
         """The steps of `dispatch`."""
 
     @abstractmethod
-    def combine_steps(self, outputs: Array, plan: Any, addends: Sequence[Array] = ()) -> Steps[Array]:
+    def combine_steps(self, outputs: Array, plan: Any, addends: Addends = NO_ADDENDS) -> Steps[Sums]:
         """The steps of `combine`."""
 
 
@@ -154,7 +155,7 @@ class OneHop(Exchange):
         receipt = yield from self._hop.receive_steps(sending, plan.recv_counts)
         return Dispatched(self._hop.unpack(receipt, plan.by_expert), plan)
 
-    def combine_steps(self, outputs: Array, plan: RoutePlan, addends: Sequence[Array] = ()) -> Steps[Array]:
+    def combine_steps(self, outputs: Array, plan: RoutePlan, addends: Addends = NO_ADDENDS) -> Steps[Sums]:
         """Send outputs back to the ranks that dispatched their rows, and add them up there."""
         receipt = yield from self._hop.exchange_steps(outputs, plan.by_source, plan.recv_counts, plan.send_counts)
         on_norms, backend = self._on_norms, self._hop.backend

@@ -1,6 +1,6 @@
 """One hop of rows between the ranks of one communicator, by one transport."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from mpi4py import MPI
@@ -8,6 +8,7 @@ from mpi4py import MPI
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array
+from moempi.comm.addends import NO_ADDENDS, Addends, Sums
 from moempi.comm.transfers import Condition, Steps, Transfer, Transfers
 from moempi.comm.transports.base import Receipt, Transport
 
@@ -77,18 +78,18 @@ class Hop:
         receipt: Receipt,
         output_rows: Array,
         weights: Array,
-        addends: Sequence[Array] = (),
+        addends: Addends = NO_ADDENDS,
         *,
         on_outputs: Callable[[Array, Array], None] = lambda rows, output_rows: None,
-    ) -> Array:
-        """Weighted sums (T, D) of the received rows output_rows (T, K), in slot order, plus the addends (T, D).
+    ) -> Sums:
+        """Weighted sums (T, D) of the received rows output_rows (T, K), in slot order, plus the addends.
 
         `on_outputs` is called before with the received rows and their index (T, K).
         """
         buffer, rows = receipt.rows()
         received, index = buffer.view(self.backend.row_dtype), _compose(rows, output_rows)
         on_outputs(received, index)
-        combined = self.backend.combine(received, index, weights, addends)
+        combined = addends.combine(self.backend, received, index, weights)
         receipt.release()
         return combined
 

@@ -15,8 +15,8 @@ from mpi4py import MPI
 from moempi.arrays import Float32Array, Int32Array, IntArray
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array
+from moempi.comm.addends import Addends, Sums
 from moempi.comm.batch import NO_STEP, NONE, Batch
-from moempi.comm.combine import Addends
 from moempi.comm.output_norms import OnLateNorms, row_norms
 from moempi.comm.rank_groups import LinkComm
 from moempi.comm.route_plan import RoutePlan
@@ -168,7 +168,7 @@ class ImmediateLink(StageLink):
         index = backend.upload(order)
         addends = Addends(backend.unpack(shared, index) if headers[0].shared else None, backend.unpack(residual, index))
         choices = backend.upload(output_rows[order]), backend.upload(weights[order])
-        return backend.combine(outputs, *choices, addends.in_order())
+        return addends.combine(backend, outputs, *choices).rows
 
     def _receive_from(
         self, sources: Sequence[int], counts: Sequence[int], tag: int
@@ -237,7 +237,7 @@ class ImmediateCombine:
         if addends.shared is not None:
             self._link.send_to_owners(addends.shared, all_rows, self._owner_of_row, SHARED)
 
-    def finish(self, outputs: Array, plan: RoutePlan, addends: Addends) -> Waits[Array]:
+    def finish(self, outputs: Array, plan: RoutePlan, addends: Addends) -> Waits[Sums]:
         """Returns no rows (0, D). Blocks until the owners of the outputs' rows are received."""
         yield from ()  # a generator like every `finish`, although no rows return to this rank
         if self._output_owners is None:
@@ -248,7 +248,7 @@ class ImmediateCombine:
         if self._on_norms is not None:
             norms = row_norms(self._backend, outputs)[index]
             self._on_norms(self._link.start_norms(norms, plan))
-        return outputs[:0]
+        return Sums(outputs[:0])
 
 
 def output_rows_of(headers: Sequence[ImmediateHeader]) -> tuple[IntArray, IntArray]:

@@ -6,7 +6,7 @@ and weights of its choices on that node. The forwarder sends the row to the expe
 order, and returns one row. The home rank adds the nodes' rows in the order of their first slots.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from mpi4py import MPI
 
 from moempi.arrays import Float32Array, IntArray
 from moempi.backend.values import Array
+from moempi.comm.addends import NO_ADDENDS, Addends, Sums
 from moempi.comm.exchange import Dispatched, Exchange, OneHop, OnRoute, Route, pick_replicas
 from moempi.comm.hop import Hop
 from moempi.comm.output_norms import OnNorms
@@ -89,9 +90,9 @@ class TwoHops(Exchange):
         rows = self._hop.unpack(receiving.finish(), None)
         return Dispatched((yield from self._inside.send_steps(rows, plan.inside)), plan)
 
-    def combine_steps(self, outputs: Array, plan: TwoHopPlan, addends: Sequence[Array] = ()) -> Steps[Array]:
+    def combine_steps(self, outputs: Array, plan: TwoHopPlan, addends: Addends = NO_ADDENDS) -> Steps[Sums]:
         """Combine inside the node, then across the nodes."""
-        rows = yield from self._inside.combine_steps(outputs, plan.inside)
+        rows, _ = yield from self._inside.combine_steps(outputs, plan.inside)
         if self._on_norms is not None:
             self._on_norms((yield from self._norm_steps(plan, len(plan.output_rows))))
         receipt = yield from self._hop.exchange_steps(rows, None, plan.recv_counts, plan.send_counts)

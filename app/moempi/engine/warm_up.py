@@ -8,7 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from moempi.backend.values import Array, Cache, Segment
+from moempi.backend.values import Array, Cache, RmsNorm, Segment
+from moempi.comm.addends import Addends
 from moempi.comm.exchange import Route, pick_replicas
 from moempi.config.tensors import PAGE_ROWS
 from moempi.layout.memory import pages_for
@@ -17,7 +18,7 @@ from moempi.model.feed_forward import MixtureOfExperts
 from moempi.model.rope import rope_angles
 from moempi.model.router_balance import MODEL_ROUTING
 from moempi.model.sparse_attention import sparse_rows
-from moempi.model.transformer import Transformer
+from moempi.model.transformer import Transformer, add_to_residual
 from moempi.runtime.world import World
 
 NUM_ROWS = (1, PAGE_ROWS)
@@ -64,20 +65,17 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
     segments = (Segment(0, num_rows, start, np.zeros(pages_for(start + num_rows), np.int64)),)
     angles = rope_angles(backend, architecture.attention, positions, capacities)
     sparse = sparse_rows(backend, architecture.attention, segments, capacities)
-    for layer, cache in zip(model.layers, model.layer_caches, strict=True):
-        rows = None
-        if layer.attention_norm is not None:
-            rows = layer.attention_norm(backend, x)
+    for layer, cache, following in zip(model.layers, model.layer_caches, [*model.layers[1:], None], strict=True):
+        rows, next_norm = layer.first_norm(backend, x), None if following is None else following.first_norm
+        if layer.attention is not None:
             if not isinstance(cache, Cache) or len(cache.keys):
                 rows = layer.attend(backend, rows, angles, cache, segments, sparse)
-        if layer.feed_forward is None or layer.feed_forward_norm is None:
-            backend.add(x, rows)
-            continue
-        _, rows = layer.feed_forward_norm.of_sum(backend, x, rows)
+            _, rows = add_to_residual(backend, x, rows, layer.feed_forward_norm or next_norm)
         if isinstance(layer.feed_forward, MixtureOfExperts):
-            _run_experts(model, layer.feed_forward, placements.get(layer.index), rows)
-        else:
-            backend.add(x, layer.feed_forward(backend, rows))
+            norm = None if next_norm is None else next_norm.rms
+            _run_experts(model, layer.feed_forward, placements.get(layer.index), rows, norm)
+        elif layer.feed_forward is not None:
+            add_to_residual(backend, x, layer.feed_forward(backend, rows), next_norm)
     if model.embedding is not None:
         model.embed(np.zeros(num_rows, np.int64))
     if model.head is not None:
@@ -87,8 +85,10 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
         backend.tokens_above(logits[:1], np.full(1, -np.inf, np.float32))
 
 
-def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Placement | None, x: Array) -> None:
-    """The router, the exchange's packing and sums, and each expert and shared expert of this rank."""
+def _run_experts(
+    model: Transformer, experts: MixtureOfExperts, placement: Placement | None, x: Array, norm: RmsNorm | None
+) -> None:
+    """The router, the exchange's packing and sums with the next norm, and each expert and shared one of this rank."""
     backend, hosted = model.backend, len(experts.experts)
     logits = backend.logits(x, experts.router, experts.router_bias)
     chosen, weights = MODEL_ROUTING.choose(backend, experts.layer, logits, experts.rule, experts.router_correction)
@@ -111,7 +111,7 @@ def _run_experts(model: Transformer, experts: MixtureOfExperts, placement: Place
     if together:
         backend.expert_mlp(rows[:together], experts.experts, (np.arange(hosted) < together).astype(np.int64))
     if experts.latent is None:
-        backend.combine(buffer, output_rows, weights, (x, x))
+        Addends(x, x, norm).combine(backend, buffer, output_rows, weights)
     else:
         backend.add(x, backend.linear(backend.combine(buffer, output_rows, weights), experts.latent.up))
     if experts.shared is not None:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Backend, FusedExperts
-from moempi.backend.values import Array, Expert, ExpertsBlock
-from moempi.comm.combine import NO_ADDENDS, Addends, Combine, HomeCombine
+from moempi.backend.values import Array, Expert, ExpertsBlock, RmsNorm
+from moempi.comm.addends import NO_ADDENDS, Addends, Sums
+from moempi.comm.combine import Combine, HomeCombine
 from moempi.comm.exchange import Exchange, Route
 from moempi.comm.transfers import Waits
 from moempi.config.architecture import Router
@@ -75,27 +76,29 @@ class MixtureOfExperts:
         policy: RoutingPolicy = MODEL_ROUTING,
         *,
         residual: Array | None = None,
-    ) -> Waits[Array]:
+        norm: RmsNorm | None = None,
+    ) -> Waits[Sums]:
         """Dispatch rows x (T, D) to their K experts, compute the experts, and combine the outputs.
 
         `combine` adds the shared expert's output and the residual, and decides where the sums go; its rows on this rank
-        (T, D) are returned. Collective over the ranks of the stage. Yields while rows are on the network.
+        (T, D) are returned, and may be normalized by `norm`. Collective over the ranks of the stage. Yields while rows
+        are on the network.
         """
         fused, is_alone = self.fused, isinstance(combine, HomeCombine) and exchange.keeps_rows(self.layer)
         if fused is not None and len(x) <= fused.most_rows and is_alone and policy is MODEL_ROUTING:
             addends = Addends(self._shared(backend, x), residual)
             sums, *chosen = fused(x, addends.in_order(), exchange.expert_load[self.layer])
             yield from exchange.pass_over(x, Route(self.layer, *chosen))
-            return sums
+            return Sums(sums)
         route = self._route(backend, x, policy)
         dispatch = exchange.dispatch(x if self.latent is None else backend.linear(x, self.latent.down), route)
-        addends = Addends(self._shared(backend, x), residual)
+        addends = Addends(self._shared(backend, x), residual, norm)
         rows, plan = yield from dispatch
         sent = addends if self.latent is None else NO_ADDENDS
         combine.begin(plan, sent)
         outputs = backend.expert_mlp(rows, self.experts, plan.expert_counts)
         sums = yield from combine.finish(outputs, plan, sent)
-        return sums if self.latent is None else self.latent.expand(backend, sums, addends)
+        return sums if self.latent is None else Sums(self.latent.expand(backend, sums.rows, addends))
 
     def _route(self, backend: Backend, x: Array, policy: RoutingPolicy) -> Route:
         logits = backend.logits(x, self.router, self.router_bias)

@@ -27,10 +27,8 @@ class Norm:
             return backend.layer_norm(x, self.weight, self.bias, eps=self.eps)
         return backend.rms_norm(x, self.weight, eps=self.eps, rounded=self.kind == "rms")
 
-    def of_sum(self, backend: Backend, x: Array, y: Array | None) -> tuple[Array, Array]:
-        """Add rows y to x (T, D), unless y is None; the sum, and the sum normalized."""
-        if y is None:
-            return x, self(backend, x)
+    def of_sum(self, backend: Backend, x: Array, y: Array) -> tuple[Array, Array]:
+        """Add rows x and y (T, D); the sum, and the sum normalized."""
         if self.kind == "layer":
             total = backend.add(x, y)
             return total, self(backend, total)

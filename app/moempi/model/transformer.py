@@ -7,6 +7,7 @@ from typing import Any
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend, FusedAttention
 from moempi.backend.values import Array, LayerState, Segment
+from moempi.comm.addends import Sums
 from moempi.comm.batch import Batch
 from moempi.comm.combine import Combine
 from moempi.comm.lane_comm import LaneComm
@@ -73,11 +74,18 @@ class Layer:
             raise ValueError(f"layer {self.index} has no attention")
         return self.attention(backend, x, angles, cache, segments)
 
-    def add_to_residual(self, backend: Backend, x: Array, rows: Array | None) -> tuple[Array, Array | None]:
-        """Add what the attention returned to x (T, D); the sum, and its norm if a feed-forward follows."""
-        if self.feed_forward_norm is None:
-            return backend.add(x, rows), None
-        return self.feed_forward_norm.of_sum(backend, x, rows)
+    def fused(self, num_rows: int, group_size: int) -> FusedAttention | None:
+        """The attention as one verb, if a rank that computes it alone has that for so many rows."""
+        fused = self.fused_attention
+        return fused if fused is not None and group_size == 1 and num_rows <= fused.most_rows else None
+
+    @property
+    def first_norm(self) -> Norm:
+        """The norm of the residual stream with which the layer begins."""
+        norm = self.attention_norm or self.feed_forward_norm
+        if norm is None:
+            raise ValueError(f"layer {self.index} has neither an attention nor a feed-forward")
+        return norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,31 +137,40 @@ class Transformer:
         for rows.
         """
         backend, tensor = self.backend, comm.tensor
-        segments = self.cache.segments(batch)
+        segments, num_rows, rows = self.cache.segments(batch), len(x), None
         angles = rope_angles(backend, self.architecture.attention, batch.positions, batch.row_capacities)
         sparse = sparse_rows(backend, self.architecture.attention, segments, batch.row_capacities)
-        for layer, cache in zip(self.layers, self.layer_caches, strict=True):
+        for layer, cache, following in zip(self.layers, self.layer_caches, [*self.layers[1:], None], strict=True):
             on_hidden(layer.index - 1, FEED_FORWARD, x)
-            fused, rows = layer.fused_attention, None
-            if fused is not None and tensor.size == 1 and len(x) <= fused.most_rows:
+            fused, next_norm = layer.fused(num_rows, tensor.size), None
+            if following is not None and following.fused(num_rows, tensor.size) is None:
+                next_norm = following.first_norm
+            if fused is not None:
                 x, rows = fused(x, angles, cache, segments)
-            else:
-                if layer.attention_norm is not None:
-                    rows = layer.attention_norm(backend, x)
-                    rows = yield from tensor.all_gather(rows, split, Point(layer.index, GATHER))
-                    rows = layer.attend(backend, rows, angles, cache, segments, sparse)
-                    rows = yield from tensor.reduce_scatter(rows, split, Point(layer.index, SCATTER))
-                x, rows = layer.add_to_residual(backend, x, rows)
+            elif rows is None:
+                rows = layer.first_norm(backend, x)
+            if fused is None and layer.attention is not None:
+                rows = yield from tensor.all_gather(rows, split, Point(layer.index, GATHER))
+                rows = layer.attend(backend, rows, angles, cache, segments, sparse)
+                rows = yield from tensor.reduce_scatter(rows, split, Point(layer.index, SCATTER))
+                x, rows = add_to_residual(backend, x, rows, layer.feed_forward_norm or next_norm)
             on_hidden(layer.index, ATTENTION, x)
-            if layer.feed_forward is None:
-                continue
             if isinstance(layer.feed_forward, MixtureOfExperts):
-                combine = last_combine if layer is self.layers[-1] else comm.home_combine
-                x = yield from layer.feed_forward.forward(backend, rows, comm.exchange, combine, policy, residual=x)
-            else:
+                combine = last_combine if following is None else comm.home_combine
+                norm_of_sums = None if next_norm is None else next_norm.rms
+                x, rows = yield from layer.feed_forward.forward(
+                    backend, rows, comm.exchange, combine, policy, residual=x, norm=norm_of_sums
+                )
+            elif layer.feed_forward is not None:
                 rows = yield from tensor.all_gather(rows, split, Point(layer.index, GATHER))
                 rows = layer.feed_forward(backend, rows)
-                x = backend.add(x, (yield from tensor.reduce_scatter(rows, split, Point(layer.index, SCATTER))))
+                rows = yield from tensor.reduce_scatter(rows, split, Point(layer.index, SCATTER))
+                x, rows = add_to_residual(backend, x, rows, next_norm)
         if self.head is not None:
             on_hidden(self.layers[-1].index, FEED_FORWARD, x)
         return x
+
+
+def add_to_residual(backend: Backend, x: Array, rows: Array, norm: Norm | None) -> Sums:
+    """Add rows to the residual stream x (T, D), and normalize the sum if there is a norm."""
+    return Sums(backend.add(x, rows)) if norm is None else Sums(*norm.of_sum(backend, x, rows))

@@ -679,6 +679,26 @@ def test_combine_adds_with_the_bits_of_separate_sums(pair, width, num_addends):
     pair.close(actual, expected, units=2)
 
 
+@pytest.mark.parametrize("num_addends", [0, 1, 2])
+@pytest.mark.parametrize(("width", "slots"), [(1, 3), (7, 9), (301, 3), (2048, 8), (20_000, 2)])
+def test_combine_rms_norm_has_the_bits_of_sums_and_their_norm(pair, width, slots, num_addends):
+    (buffer, gpu_buffer), output_rows = pair.values(20, width), np.random.default_rng(1).integers(0, 20, (7, slots))
+    weights = np.random.default_rng(2).random((7, slots), np.float32)
+    (weight, gpu_weight), rounded = pair.values(width, seed=9), num_addends != 1
+    both = [pair.values(7, width, seed=3 + n) for n in range(num_addends)]
+    addends, gpu_addends = [one for one, _ in both], [other for _, other in both]
+    choices = pair.gpu.upload(output_rows), pair.gpu.upload(weights)
+    norm, gpu_norm = RmsNorm(weight, 1e-5, rounded), RmsNorm(gpu_weight, 1e-5, rounded)
+    total, normalized = pair.gpu.combine_rms_norm(gpu_buffer, *choices, gpu_addends, gpu_norm)
+    separate = pair.gpu.combine(gpu_buffer, *choices, gpu_addends)
+    assert_same_bits(pair, total, separate)
+    assert_same_bits(pair, normalized, pair.gpu.rms_norm(separate, gpu_weight, eps=1e-5, rounded=rounded))
+    sent = narrow(buffer) if pair.is_bfloat16 else buffer
+    expected_total, expected = pair.cpu.combine_rms_norm(sent, output_rows, weights, addends, norm)
+    pair.close(total, expected_total, units=2)
+    pair.close(normalized, expected, units=3)
+
+
 def test_the_nan_of_a_gpu_stays_nan(device):
     """Arithmetic on a GPU makes the NaN 0x7fffffff; rounding by adding to its bits would make it -0."""
     pair = Pair(device, "bfloat16")
@@ -974,3 +994,7 @@ def test_weights_of_norms_may_be_float32(pair, width):
         pair.close(one, other, units=2)
     found = pair.gpu.rms_norm(gpu_x, gpu_weight, eps=1e-5, rounded=False)
     pair.close(found, pair.cpu.rms_norm(x, weight, eps=1e-5, rounded=False), units=2)
+    weights, rows = (np.full((5, 1), 0.5, np.float32), np.arange(5)[:, None])
+    choices, norm = (pair.gpu.upload(rows), pair.gpu.upload(weights)), RmsNorm(gpu_weight, 1e-5, rounded=False)
+    combined, normalized = pair.gpu.combine_rms_norm(gpu_x, *choices, [gpu_y], norm)
+    assert_same_bits(pair, normalized, pair.gpu.rms_norm(combined, gpu_weight, eps=1e-5, rounded=False))

@@ -20,7 +20,7 @@ MOST_THREADS = {
     **dict.fromkeys(("causal_conv", "delta_rule", "state_space", "take_positions"), 128),
     **dict.fromkeys(("attend_tiles", "group", "multiply_few", "gate_up_few", "choose_positions"), 256),
     **dict.fromkeys(("index_scores",), 64),
-    **dict.fromkeys(("rms_norm", "add_rms_norm", "extend_latent_cache"), 512),
+    **dict.fromkeys(("rms_norm", "add_rms_norm", "combine_rms_norm", "extend_latent_cache"), 512),
 }
 """Threads of the largest block of a kernel; 1,024 of the others."""
 

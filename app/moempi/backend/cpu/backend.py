@@ -435,6 +435,17 @@ class NumpyBackend:
                 total[block] += rows
         return reduce(self.add, addends, self._stored(total))
 
+    def combine_rms_norm(
+        self,
+        buffer: npt.NDArray[Any],
+        output_rows: IntArray,
+        weights: Float32Array,
+        addends: Sequence[Float32Array],
+        norm: RmsNorm,
+    ) -> tuple[Float32Array, Float32Array]:
+        total = self.combine(buffer, output_rows, weights, addends)
+        return total, self.rms_norm(total, norm.weight, eps=norm.eps, rounded=norm.rounded)
+
     def expert_mlp(self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray) -> Float32Array:
         outputs = np.empty_like(rows)
         first = 0

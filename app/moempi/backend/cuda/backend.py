@@ -509,11 +509,21 @@ class CudaBackend:
 
     def combine(self, buffer: Array, output_rows: Array, weights: Array, addends: Sequence[Array] = ()) -> Array:
         out = self._launches.rows((len(output_rows), buffer.shape[1]))
-        given = (buffer, output_rows, weights, *addends, *[None] * (2 - len(addends)))
+        given = (buffer, output_rows, weights, *_both(addends))
         sizes = (output_rows.shape[1], buffer.shape[1])
         grid = (len(out), -(-buffer.shape[1] // COMBINED_NUMBERS), 1)
         self._launches.launch("packing", "combine", grid, 128, *given, out, *sizes)
         return out
+
+    def combine_rms_norm(
+        self, buffer: Array, output_rows: Array, weights: Array, addends: Sequence[Array], norm: RmsNorm
+    ) -> tuple[Array, Array]:
+        shape = (len(output_rows), buffer.shape[1])
+        total, out = self._launches.rows(shape), self._launches.rows(shape)
+        given = (buffer, output_rows, weights, *_both(addends), norm.weight, total, out)
+        sizes = (output_rows.shape[1], buffer.shape[1], norm.eps, norm.rounded)
+        self._launches.by_norm("combine_rms_norm", out, *given, *sizes, weight=norm.weight)
+        return total, out
 
     def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
         outputs, few = self._launches.rows(rows.shape), []
@@ -594,6 +604,11 @@ class CudaBackend:
             self._launches.launch("tokens", "take_above", grid, 1024, *given)
         columns, values = self._download(*found)
         return np.repeat(np.arange(rows), in_row), columns, values
+
+
+def _both(addends: Sequence[Array]) -> tuple[Array | None, ...]:
+    """At most two addends as two arguments of a kernel."""
+    return (*addends, *[None] * (2 - len(addends)))
 
 
 def _weighing(router: Router) -> tuple[bool, float, float]:

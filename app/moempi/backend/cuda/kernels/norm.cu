@@ -2,11 +2,13 @@
 //
 //   rms_norm     x / sqrt(mean(x^2) + eps), rounded or not, times weight                 NumPy: rms_norm
 //   add_rms_norm total = x + y (T, D), rounded, and rms_norm of total                    NumPy: add_rms_norm
+//   combine_rms_norm  total = combine of packing.cu (T, D), and rms_norm of total           NumPy: combine_rms_norm
 //   layer_norm   (x - mean(x)) / sqrt(variance(x) + eps) times weight plus bias          NumPy: layer_norm
 //
 // A block norms one vector and writes it contiguously; strides are in numbers.
 // Launch: T * H blocks; layer_norm threads as in elementwise.cu; the others ceil(width / 32) threads, rounded up to
 // whole warps, at most 512.
+#include "combination.cuh"
 #include "norm.cuh"
 
 extern "C" __global__ void rms_norm(const row* x, const norm_weight* weight, row* out, int heads, int width,
@@ -36,6 +38,25 @@ extern "C" __global__ void add_rms_norm(const row* x, const row* y, const norm_w
     }
   }
   normalize(total, squares, weight, out, width, eps, rounded);
+}
+
+extern "C" __global__ void combine_rms_norm(const row* buffer, const int* output_rows, const float* weights,
+                                            const row* first, const row* second, const norm_weight* weight, row* total,
+                                            row* out, int slots, int width, float eps, int rounded) {
+  const long long start = static_cast<long long>(blockIdx.x) * width;
+  const int step = static_cast<int>(blockDim.x) * 8;
+  float squares = 0.0f;
+  for (int beyond = 0; beyond < width; beyond += step) {  // every thread, for the shuffles of its warp
+    const int column = beyond + threadIdx.x * 8;
+    float numbers[8];
+    combine_eight(numbers, {buffer, output_rows, weights, first, second, slots, width}, blockIdx.x, column);
+    if (column >= width) continue;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) numbers[n] = n < width - column ? stored(numbers[n]) : 0.0f;
+    add_squares(&squares, numbers);
+    store8(total + start + column, width - column, numbers);
+  }
+  normalize(total + start, squares, weight, out + start, width, eps, rounded);
 }
 
 extern "C" __global__ void layer_norm(const row* x, const row* weight, const row* bias, row* out, int heads, int width,
