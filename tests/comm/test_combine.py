@@ -13,7 +13,7 @@ from moempi.comm.addends import Addends, Sums
 from moempi.comm.combine import HomeCombine
 from moempi.layout.schedule import Point
 
-PLAN, OUTPUTS = object(), object()
+PLAN, OUTPUTS, BUFFER = object(), object(), object()
 POINTS = [Point(3, "combine")]
 
 
@@ -24,6 +24,10 @@ class FakeExchange:
         self.rows = rows
         self.backend = backend
         self.calls = []
+
+    def outputs_buffer(self, plan):
+        assert plan is PLAN
+        return BUFFER
 
     def combine(self, outputs, plan, addends):
         self.calls.append((outputs, plan))
@@ -36,7 +40,7 @@ def combine(rows, *, shared=None, residual=None, precision="float32"):
     exchange = FakeExchange(rows, NumpyBackend(precision=precision))
     home = HomeCombine(exchange)
     addends = Addends(shared, residual)
-    assert home.begin(PLAN, addends) is None
+    assert home.begin(PLAN, addends) is BUFFER
     assert exchange.calls == []
     finishing, points = home.finish(OUTPUTS, PLAN, addends), []
     while True:

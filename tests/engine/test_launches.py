@@ -109,17 +109,17 @@ SHORT_LATENT = structs.replace(LATENT, latent=structs.replace(LATENT.latent, que
 SHORT_LATENT_ATTENTION = [name for number, name in enumerate(LATENT_ATTENTION) if number != 2]
 EXPERTS = [
     *("product", "choose_experts", "group", "download"),
-    *("take_rows", "gate_up_few", "multiply_few", "take_rows", "combine_rms_norm"),
+    *("take_rows", "gate_up_few", "multiply_few", "combine_rms_norm"),
 ]
 
 
 @pytest.mark.parametrize(
     ("attention", "attention_names", "number"),
     [
-        (SMALL.attention, ATTENTION, 13),
-        (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 13),
-        (LATENT, LATENT_ATTENTION, 16),
-        (SHORT_LATENT, SHORT_LATENT_ATTENTION, 15),
+        (SMALL.attention, ATTENTION, 12),
+        (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 12),
+        (LATENT, LATENT_ATTENTION, 15),
+        (SHORT_LATENT, SHORT_LATENT_ATTENTION, 14),
     ],
     ids=["plain", "normalized heads", "latent", "latent keys alone"],
 )
@@ -142,4 +142,4 @@ def test_a_layer_of_a_decode_step_waits_for_nothing_and_takes_no_memory_of_the_d
     second, third = (first + number for number, name in enumerate(names) if name == "combine_rms_norm")
     assert "upload" not in device.names[second:third]
     calls = Counter(name for behind, name in device.calls if second < behind <= third)
-    assert calls == {"from the pool": 18, "event": 1}
+    assert calls == {"from the pool": 17, "event": 1}

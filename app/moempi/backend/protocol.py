@@ -107,6 +107,9 @@ class MemoryVerbs(Protocol):
         MPI may read what a verb wrote to it once an event recorded behind the verb is done.
         """
 
+    def rows_in(self, buffer: Array) -> Array | None:
+        """A comm buffer as rows that verbs write where they are sent; None if they are written by `pack` alone."""
+
     def row_buffer(self, rows: int, width: int) -> Array:
         """Allocate a contiguous, 64-byte aligned buffer (rows, width) of `row_dtype` for verbs alone."""
 
@@ -377,8 +380,13 @@ class ExpertVerbs(Protocol):
     ) -> tuple[Array, Array]:
         """Compute the sums of `combine`, and normalize them; bits equal the results of `combine` and `rms_norm`."""
 
-    def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
-        """Apply experts[e] to the next counts[e] rows, for e = 0, 1, ...; (sum(counts), D) -> (sum(counts), D)."""
+    def expert_mlp(
+        self, rows: Array, experts: Sequence[Expert], counts: IntArray, *, out: Array | None = None
+    ) -> Array:
+        """Apply experts[e] to the next counts[e] rows, for e = 0, 1, ...; (sum(counts), D) -> (sum(counts), D).
+
+        The results are in `out`, rows of `rows_in`, if it is given.
+        """
 
 
 class TokenVerbs(Protocol):

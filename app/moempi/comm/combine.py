@@ -11,8 +11,11 @@ from moempi.comm.transfers import Waits
 class Combine(Protocol):
     """The end of a MoE layer. Both calls are collective over the ranks of the stage; `plan` is the dispatch's."""
 
-    def begin(self, plan: Any, addends: Addends) -> None:
-        """Send what does not depend on the outputs, before the experts compute; does not block on other ranks' rows."""
+    def begin(self, plan: Any, addends: Addends) -> Array | None:
+        """Send what does not depend on the outputs, before the experts compute; does not block on other ranks' rows.
+
+        Returns the buffer for the outputs that `finish` sends; None if they may be anywhere.
+        """
 
     def finish(self, outputs: Array, plan: Any, addends: Addends) -> Waits[Sums]:
         """Send the experts' outputs, in expert order, to the ranks that add them up; the sums that this rank holds."""
@@ -24,8 +27,9 @@ class HomeCombine:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
 
-    def begin(self, plan: Any, addends: Addends) -> None:
+    def begin(self, plan: Any, addends: Addends) -> Array | None:
         """Send nothing: the home rank has the addends."""
+        return self._exchange.outputs_buffer(plan)
 
     def finish(self, outputs: Array, plan: Any, addends: Addends) -> Waits[Sums]:
         """Combine the outputs, then add the shared experts' rows, then the residual, then normalize the sums."""

@@ -97,6 +97,13 @@ class Exchange(ABC):
         transfer = self._hop.transfers.start(self.combine_steps(outputs, plan, addends))
         return transfer.received(Point(plan.layer, COMBINE))
 
+    @abstractmethod
+    def outputs_buffer(self, plan: Any) -> Array | None:
+        """The buffer from which `combine` of this plan, the next call, sends; None if it sends from another memory.
+
+        May block, as `Hop.reserve`.
+        """
+
     def keeps_rows(self, layer: int) -> bool:
         """Whether this rank alone hosts the experts of a layer, in order, and nobody observes their outputs."""
         return layer in self._alone and self._on_norms is None
@@ -165,6 +172,10 @@ class OneHop(Exchange):
                 on_norms(norms_of(backend, rows, output_rows))
 
         return self._hop.combine(receipt, plan.output_rows, plan.weights, addends, on_outputs=on_outputs)
+
+    def outputs_buffer(self, plan: RoutePlan) -> Array | None:
+        """See the base class; rows that return in another order are packed."""
+        return self._hop.reserve(int(plan.recv_counts.sum())) if plan.by_source is None else None
 
     def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
         """Start to exchange counts; the transfer's value is the plan of these choices. Collective, does not block."""

@@ -25,6 +25,19 @@ class Hop:
         self.backend = backend
         self.transfers = transfers
         self._transport = transport
+        self._reserved: tuple[Any, Array | None] | None = None
+
+    def reserve(self, num_rows: int) -> Array | None:
+        """The buffer of the next `send`, which is of so many rows, for verbs that write them; None if they are packed.
+
+        These rows are then sent in their order. Blocks until the receivers have read the rows of the transfer before
+        the last one.
+        """
+        self.transfers.start(self._free_steps()).finish()
+        outgoing = self._transport.outgoing(num_rows)
+        rows = self.backend.rows_in(outgoing.view(self.backend.row_dtype))
+        self._reserved = outgoing, rows
+        return rows
 
     def send(self, rows: Array, index: Array | None, counts: IntArray) -> Transfer[None]:
         """Start to send rows[index], or all rows if None, ordered by destination: counts (R,) rows to each rank.
@@ -53,14 +66,21 @@ class Hop:
         return (yield from self.receive_steps(self.send(rows, index, send_counts), recv_counts))
 
     def _send_steps(self, rows: Array, index: Array | None, counts: IntArray) -> Steps[None]:
-        if not self._transport.can_send():
-            yield Condition(self._transport.can_send)
-        outgoing = self._transport.outgoing(int(counts.sum()))
-        self.backend.pack(rows, index, outgoing.view(self.backend.row_dtype))
+        (outgoing, written), self._reserved = self._reserved or (None, None), None
+        if outgoing is None:
+            yield from self._free_steps()
+            outgoing = self._transport.outgoing(int(counts.sum()))
+        if rows is not written:
+            self.backend.pack(rows, index, outgoing.view(self.backend.row_dtype))
         event = None if self.comm.size == 1 else self.backend.record_event()  # alone: the rows stay in the same queue
         if event is not None:
             yield Condition(event.is_done)
         self._transport.send(outgoing, counts)
+
+    def _free_steps(self) -> Steps[None]:
+        """Wait until the next buffer to send from is free."""
+        if not self._transport.can_send():
+            yield Condition(self._transport.can_send)
 
     def free(self) -> None:
         """Free the transport, once all receipts are unpacked or combined; collective, blocks."""

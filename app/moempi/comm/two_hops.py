@@ -98,6 +98,10 @@ class TwoHops(Exchange):
         receipt = yield from self._hop.exchange_steps(rows, None, plan.recv_counts, plan.send_counts)
         return self._hop.combine(receipt, plan.output_rows, plan.present, addends)
 
+    def outputs_buffer(self, plan: TwoHopPlan) -> Array | None:
+        """See the base class."""
+        return self._inside.outputs_buffer(plan.inside)
+
     def observe_norms(self, on_norms: OnNorms) -> None:
         """See the base class; a forwarder has the norms of its node's experts, and sends them to the home ranks."""
         super().observe_norms(on_norms)

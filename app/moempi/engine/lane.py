@@ -80,8 +80,8 @@ class Lane:
             return False
         batch = self._batch(micro_batch.work)
         split = RowSplit((batch.num_rows,), self.comm.tensor.size)
-        rows = self.context.model.embed(batch.tokens[split.indices[self.comm.tensor.part]])
-        rows = yield from self._compute(batch, split, rows)
+        tokens = batch.tokens[split.indices[self.comm.tensor.part]]
+        rows = yield from self._compute(batch, split, self.context.model.embed(tokens))
         if link.is_last:
             self.accept(micro_batch, (yield from self._sample(batch, split, rows)))
         else:
@@ -136,7 +136,9 @@ class Lane:
         self.policy.begin_step(requests, positions)
         last_combine = self.comm.last_combine(batch, split)
         hooks = {"on_hidden": trace.add_hidden} if trace is not None and trace.records_hidden else {}
-        x = yield from model.forward(batch, split, rows, self.comm, self.policy, last_combine, **hooks)
+        forward = model.forward(batch, split, rows, self.comm, self.policy, last_combine, **hooks)
+        del rows  # of which the memory is free behind the first layer
+        x = yield from forward
         if trace is not None:
             trace.end_step()
         self.policy.end_step()

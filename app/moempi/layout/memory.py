@@ -122,21 +122,24 @@ def _head_rows_per_row(job: Job, architecture: Architecture, rank: StageRank) ->
 def _expert_values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
     """The peak number of values for each row of this rank in the experts of a layer, and in the shared expert.
 
-    Received rows that are in the order of the experts, and in this memory as they are computed, stay in their buffer.
+    Received rows that are in the order of the experts, and in this memory as they are computed, stay in their buffer;
+    so do their outputs, which are computed where they are sent, except in a last layer with immediate routing.
     The outputs of two hops are added up on the forwarder, once the hidden values are freed.
     """
     experts, width = architecture.experts, architecture.routed_width
     is_bfloat16 = job.run.precision == "bfloat16"
     received = received_factor(len(rank.nodes)) * experts.router.top_k
     stays = on_gpu and _has_messages(job, on_gpu=on_gpu)
-    copied = 0.0 if stays and (rank.hosted <= 1 or len(rank.nodes) == 1) else received
+    in_buffers = stays and (rank.hosted <= 1 or len(rank.nodes) == 1)
+    sends_immediate = job.exchange.immediate and rank.layers.stop < architecture.num_layers
+    copied, outputs = 0.0 if in_buffers else received, 0.0 if in_buffers and not sends_immediate else received
     added = 0.0
     if job.exchange.hops > 1:
         added = received_factor(len(rank.nodes)) * nodes_of_row(rank.nodes, experts.num, experts.router.top_k)
         copied += 0.0 if stays else added
     biased = on_gpu and is_bfloat16 and experts.biases
     hidden = received * ((6 if biased else 3) * experts.width + (2 * width if biased else 0))
-    return (copied + received) * width + max(hidden, added * width) + 3 * experts.shared_width
+    return (copied + outputs) * width + max(hidden, added * width) + 3 * experts.shared_width
 
 
 def _buffered_values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:

@@ -95,8 +95,8 @@ class MixtureOfExperts:
         addends = Addends(self._shared(backend, x), residual, norm)
         rows, plan = yield from dispatch
         sent = addends if self.latent is None else NO_ADDENDS
-        combine.begin(plan, sent)
-        outputs = backend.expert_mlp(rows, self.experts, plan.expert_counts)
+        buffer = combine.begin(plan, sent)
+        outputs = backend.expert_mlp(rows, self.experts, plan.expert_counts, out=buffer)
         sums = yield from combine.finish(outputs, plan, sent)
         return sums if self.latent is None else Sums(self.latent.expand(backend, sums.rows, addends))
 

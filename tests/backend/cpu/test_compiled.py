@@ -111,6 +111,9 @@ def test_experts_equal_their_twins(precision, threads, counts, clamp):
             for e in range(3)
         ]
         results.append(backend.expert_mlp(x, experts, np.array(counts)))
+        out = np.full_like(x, np.nan)
+        assert backend.expert_mlp(x, experts, np.array(counts), out=out) is out
+        np.testing.assert_array_equal(out, results[-1])
     largest = max(1.0, float(np.abs(results[0]).max(initial=0)))
     np.testing.assert_allclose(results[1], results[0], atol=largest * (2e-2 if precision == "bfloat16" else 5e-6))
 

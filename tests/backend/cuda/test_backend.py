@@ -819,6 +819,16 @@ def test_reproducible_experts_take_their_rows_in_launches_of_few(device, monkeyp
     np.testing.assert_array_equal(pair.host(fewer), pair.host(outputs)[50:])
 
 
+@pytest.mark.parametrize("rows", [5, 150])
+def test_experts_write_the_same_bits_where_they_are_sent(pair, rows):
+    _, experts = few_experts(pair, 128, 64, 2)
+    counts, on_gpu = np.array([2, rows - 2]), pair.values(rows, 128)[1]
+    buffer = pair.gpu.rows_in(pair.gpu.row_buffer(rows, 128))
+    assert pair.gpu.expert_mlp(on_gpu, experts, counts, out=buffer) is buffer
+    assert_same_bits(pair, buffer, pair.gpu.expert_mlp(on_gpu, experts, counts))
+    assert pair.gpu.rows_in(np.zeros((rows, 128), pair.gpu.row_dtype)) is None
+
+
 @pytest.mark.parametrize("vocabulary", [3, 5000])
 def test_sample_and_score_equal_the_cpu(pair, vocabulary):
     logits = np.random.default_rng(1).normal(size=(9, vocabulary)).astype(np.float32) * 3

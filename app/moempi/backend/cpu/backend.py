@@ -123,6 +123,9 @@ class NumpyBackend:
 
     row_buffer = comm_buffer
 
+    def rows_in(self, buffer: npt.NDArray[Any]) -> None:
+        """There are none."""
+
     def upload(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return values
 
@@ -446,8 +449,10 @@ class NumpyBackend:
         total = self.combine(buffer, output_rows, weights, addends)
         return total, self.rms_norm(total, norm.weight, eps=norm.eps, rounded=norm.rounded)
 
-    def expert_mlp(self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray) -> Float32Array:
-        outputs = np.empty_like(rows)
+    def expert_mlp(
+        self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray, *, out: Float32Array | None = None
+    ) -> Float32Array:
+        outputs = np.empty_like(rows) if out is None else out
         first = 0
         for expert, count in zip(experts, counts.tolist(), strict=True):
             if count:

@@ -326,23 +326,30 @@ class CompiledBackend(NumpyBackend):
         added = [np.ascontiguousarray(addend) for addend in addends]
         return self._kernels.combine(buffer, rows, np.ascontiguousarray(weights, np.float32), added)
 
-    def expert_mlp(self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray) -> Float32Array:
+    def expert_mlp(
+        self, rows: Float32Array, experts: Sequence[Expert], counts: IntArray, *, out: Float32Array | None = None
+    ) -> Float32Array:
         chosen = [(expert, count) for expert, count in zip(experts, counts.tolist(), strict=True) if count]
         if not chosen:
-            return super().expert_mlp(rows, experts, counts)
+            return super().expert_mlp(rows, experts, counts, out=out)
         gate_up = self._multiplied_parts(
             rows, [(expert.gate_up, count, expert.gate_up_bias) for expert, count in chosen]
         )
         hidden = self._activated(gate_up, chosen[0][0])
-        return self._multiplied_parts(hidden, [(expert.down, count, expert.down_bias) for expert, count in chosen])
+        down = [(expert.down, count, expert.down_bias) for expert, count in chosen]
+        return self._multiplied_parts(hidden, down, out=out)
 
     def _multiplied_parts(
-        self, x: Float32Array, matrices: Sequence[tuple[PanelMatrix, int, Float32Array | None]]
+        self,
+        x: Float32Array,
+        matrices: Sequence[tuple[PanelMatrix, int, Float32Array | None]],
+        *,
+        out: Float32Array | None = None,
     ) -> Float32Array:
-        """The next count rows of x by each matrix, for (matrix, count, bias)."""
+        """The next count rows of x by each matrix, for (matrix, count, bias); in `out`, if it is given."""
         inputs, outputs = matrices[0][0].shape
         x = np.ascontiguousarray(x)
-        out, parts, first = np.empty((len(x), outputs), np.float32), [], 0
+        out, parts, first = np.empty((len(x), outputs), np.float32) if out is None else out, [], 0
         for matrix, count, bias in matrices:
             parts.append(MatrixProduct(matrix, count, first * inputs, first * outputs, bias))
             first += count

@@ -145,6 +145,9 @@ class CudaBackend:
     def comm_buffer(self, rows: int, width: int) -> Array:
         return self.device.comm_buffer((rows, width), self.row_dtype)
 
+    def rows_in(self, buffer: Array) -> Array | None:
+        return buffer if self.device.holds(buffer) else None
+
     def row_buffer(self, rows: int, width: int) -> Array:
         return self.device.empty((rows, width), self.row_dtype)
 
@@ -525,8 +528,10 @@ class CudaBackend:
         self._launches.by_norm("combine_rms_norm", out, *given, *sizes, weight=norm.weight)
         return total, out
 
-    def expert_mlp(self, rows: Array, experts: Sequence[Expert], counts: IntArray) -> Array:
-        outputs, few = self._launches.rows(rows.shape), []
+    def expert_mlp(
+        self, rows: Array, experts: Sequence[Expert], counts: IntArray, *, out: Array | None = None
+    ) -> Array:
+        outputs, few = self._launches.rows(rows.shape) if out is None else out, []
         for own in expert_rows(experts, counts.tolist()):
             if self._few_rows.takes(own):
                 few.append(own)
