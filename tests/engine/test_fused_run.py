@@ -6,8 +6,9 @@ import pytest
 from msgspec import structs
 
 from engine.runs import SMALL, Run, requests_of, tokens_of
+from moempi.backend.cpu import fused
 from moempi.backend.cpu.compiled import CompiledBackend
-from moempi.backend.cpu.fused import KernelAttention, KernelExperts
+from moempi.backend.cpu.fused import KernelAttention, KernelExperts, KernelLayers
 from moempi.backend.cpu.kernels import load_kernels
 from moempi.config.architecture import Clamp
 from moempi.storage.journal import JournalReader
@@ -19,6 +20,7 @@ ARCHITECTURES = {
     "plain": SMALL,
     "shared": structs.replace(SMALL, experts=structs.replace(SMALL.experts, shared_width=10, shared_gate=True)),
     "clamped": structs.replace(SMALL, experts=structs.replace(SMALL.experts, biases=True, clamp=Clamp(1.7, 2.0))),
+    "alone": structs.replace(SMALL, dense_layers=()),
     "grouped": structs.replace(SMALL, attention=structs.replace(SMALL.attention, num_kv_heads=1, qk_norm="head")),
 }
 
@@ -33,10 +35,17 @@ class Separate(CompiledBackend):
         return None
 
 
+class InParts(CompiledBackend):
+    """Has fused parts of layers, but no fused layers."""
+
+    def fuse_layers(self, layers):
+        return None
+
+
 @pytest.fixture
 def num_calls(monkeypatch):
     """Calls of each fused part."""
-    calls = {KernelAttention: 0, KernelExperts: 0}
+    calls = {KernelAttention: 0, KernelExperts: 0, KernelLayers: 0}
 
     def counted(part):
         plain = part.__call__
@@ -93,10 +102,32 @@ def test_fused_layers_change_no_result(name, precision, options, num_calls, tmp_
     options = {"architecture": ARCHITECTURES[name]} | options
     expected = result_of(tmp_path / "separate", Separate, precision, **options)
     assert not any(num_calls.values())
-    found = result_of(tmp_path / "fused", CompiledBackend, precision, **options)
+    assert result_of(tmp_path / "parts", InParts, precision, **options) == expected
     assert num_calls[KernelAttention] > 0
     assert (num_calls[KernelExperts] > 0) is ("balance" not in options)
-    assert found == expected
+    assert not num_calls[KernelLayers]
+    assert result_of(tmp_path / "fused", CompiledBackend, precision, **options) == expected
+    can_fuse = name == "alone" and "balance" not in options and "hidden" not in options.get("trace", {})
+    assert (num_calls[KernelLayers] > 0) is can_fuse
+
+
+@pytest.mark.parametrize(("limit", "value"), [("FUSED_BYTES", 2.5e4), ("FUSED_FLOPS", 1.5e5), ("FUSED_ROWS", 2)])
+def test_layers_are_computed_in_calls_of_limited_work(limit, value, monkeypatch, tmp_path):
+    options = {"architecture": structs.replace(ARCHITECTURES["alone"], num_layers=5), "trace": {"routing": "weights"}}
+    expected = result_of(tmp_path / "separate", Separate, "bfloat16", **options)
+    plain, calls = KernelLayers.__call__, []
+
+    def call(self, layers, x, *arguments):
+        calls.append((layers, len(x)))
+        return plain(self, layers, x, *arguments)
+
+    monkeypatch.setattr(KernelLayers, "__call__", call)
+    monkeypatch.setattr(fused, limit, value)
+    assert result_of(tmp_path / "fused", CompiledBackend, "bfloat16", **options) == expected
+    if limit == "FUSED_ROWS":
+        assert {num_rows for _, num_rows in calls} <= {1, 2}
+    else:
+        assert any(layers.start for layers, _ in calls)
 
 
 def calls_of(folder, num_layers, tokens):
@@ -126,4 +157,4 @@ def calls_of(folder, num_layers, tokens):
 def test_a_decode_step_makes_few_calls_in_a_layer(tmp_path):
     few, many = ([calls_of(tmp_path / f"{layers}-{tokens}", layers, tokens) for tokens in (4, 12)] for layers in (2, 6))
     of_layers = (many[1] - many[0]) - (few[1] - few[0])
-    assert of_layers / (4 * 8) <= 110
+    assert of_layers / (4 * 8) <= 10

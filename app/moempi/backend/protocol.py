@@ -477,14 +477,39 @@ class FusedExperts(Protocol):
         """
 
 
+class FusedLayers(Protocol):
+    """Layers of a fused attention and fused experts each as one verb, with the bits of its separate verbs."""
+
+    def most_layers(self, num_rows: int, segments: Sequence[Segment]) -> int:
+        """The number of layers that one call may compute for these rows, 0 if none: the host waits for the call."""
+
+    def __call__(
+        self,
+        layers: range,
+        x: Array,
+        angles: Array,
+        caches: Sequence[Cache],
+        segments: Sequence[Segment],
+        loads: Sequence[IntArray],
+    ) -> tuple[Array, Array, Array]:
+        """The residual stream (T, D) behind `layers`, numbered from the first of all, for rows x (T, D) before them.
+
+        Extends the caches of these layers, and adds to their `loads` (E,) as `FusedExperts` does. Returns with the rows
+        the experts and weights (layers, T, K) that the routers chose.
+        """
+
+
 class FusedVerbs(Protocol):
-    """Parts of a layer that a rank computes alone, made once of their weights; None if a backend has no such part."""
+    """Layers and parts of them that a rank computes alone, made once of their weights; None if a backend has none."""
 
     def fuse_attention(self, block: AttentionBlock) -> FusedAttention | None:
         """The block as one call."""
 
     def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
         """The block as one call."""
+
+    def fuse_layers(self, layers: Sequence[tuple[FusedAttention, FusedExperts]]) -> FusedLayers | None:
+        """Adjacent layers, given by their fused parts, in few calls."""
 
 
 class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, StateVerbs, ExpertVerbs, FusedVerbs, TokenVerbs, Protocol):

@@ -108,14 +108,14 @@ class Exchange(ABC):
         """Whether this rank alone hosts the experts of a layer, in order, and nobody observes their outputs."""
         return layer in self._alone and self._on_norms is None
 
-    def pass_over(self, x: Array, route: Route) -> Waits[None]:
-        """Pass the last point of a layer whose rows x (T, D) stay on this rank; its choices are in `expert_load`."""
+    def pass_over(self, x: Array, routes: Sequence[Route]) -> Waits[None]:
+        """Pass the last point of layers whose rows x (T, D) stay on this rank; their choices are in `expert_load`."""
         if self._on_route is not None:
-            self._on_route(route)
-        num_bytes = route.experts.size * x.shape[1] * self._hop.backend.row_dtype.itemsize
-        for _ in EXCHANGE_PHASES:  # there and back
-            self._hop.transfers.count_kept(num_bytes)
-        yield Wait(Point(route.layer, COMBINE), self._hop.transfers.finished)
+            for route in routes:
+                self._on_route(route)
+        num_bytes = routes[0].experts.size * x.shape[1] * self._hop.backend.row_dtype.itemsize
+        self._hop.transfers.count_kept(num_bytes, messages=len(EXCHANGE_PHASES) * len(routes))  # there and back
+        yield Wait(Point(routes[-1].layer, COMBINE), self._hop.transfers.finished)
 
     def free(self) -> None:
         """Free communicators and memory of its own, once all transfers are finished; collective, blocks."""

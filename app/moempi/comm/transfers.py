@@ -159,11 +159,11 @@ class Transfers:
             self.counters[f"{kind}{level}_bytes"] += num_bytes
             self.counters[f"{kind}{level}_messages"] += 1
 
-    def count_kept(self, num_bytes: int) -> None:
-        """Count a message of rows of this rank to its own experts, or back; nothing if it is empty."""
+    def count_kept(self, num_bytes: int, *, messages: int) -> None:
+        """Count equal messages of rows of this rank to its own experts, or back; nothing if they are empty."""
         if num_bytes:
-            self.counters[f"{TO_EXPERTS}{LEVELS[SELF]}_bytes"] += num_bytes
-            self.counters[f"{TO_EXPERTS}{LEVELS[SELF]}_messages"] += 1
+            self.counters[f"{TO_EXPERTS}{LEVELS[SELF]}_bytes"] += messages * num_bytes
+            self.counters[f"{TO_EXPERTS}{LEVELS[SELF]}_messages"] += messages
 
     def count_rows(self, *, sent: int, received: int) -> None:
         """Add the rows of one plan to `count_mismatch`."""

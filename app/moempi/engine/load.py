@@ -74,6 +74,9 @@ def load_model(
         ),
         states=[backend.layer_state(len(slots), rule) for _ in range(num_states) if rule],
     )
+    parts = [parts for layer in model.layers if (parts := layer.fused_parts)]
+    if len(parts) == len(model.layers):
+        model = replace(model, fused_layers=backend.fuse_layers(parts))
     backend.finish_loading()  # the lanes compute on other queues, which do not wait for this one
     return model
 

@@ -88,7 +88,7 @@ class MixtureOfExperts:
         if fused is not None and len(x) <= fused.most_rows and is_alone and policy is MODEL_ROUTING:
             addends = Addends(self._shared(backend, x), residual)
             sums, *chosen = fused(x, addends.in_order(), exchange.expert_load[self.layer])
-            yield from exchange.pass_over(x, Route(self.layer, *chosen))
+            yield from exchange.pass_over(x, [Route(self.layer, *chosen)])
             return Sums(sums)
         route = self._route(backend, x, policy)
         dispatch = exchange.dispatch(x if self.latent is None else backend.linear(x, self.latent.down), route)

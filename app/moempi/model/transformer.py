@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Backend, FusedAttention
+from moempi.backend.protocol import Backend, FusedAttention, FusedExperts, FusedLayers
 from moempi.backend.values import Array, LayerState, Segment
 from moempi.comm.addends import Sums
 from moempi.comm.batch import Batch
-from moempi.comm.combine import Combine
+from moempi.comm.combine import Combine, HomeCombine
+from moempi.comm.exchange import Exchange, Route
 from moempi.comm.lane_comm import LaneComm
 from moempi.comm.transfers import Waits
 from moempi.config.architecture import Architecture
@@ -23,7 +24,7 @@ from moempi.model.kv_cache import KVCache
 from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
 from moempi.model.rope import rope_angles
-from moempi.model.router_balance import RoutingPolicy
+from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 from moempi.model.sparse_attention import SparseRows, sparse_rows
 from moempi.model.state_space import StateSpaceMixer
 
@@ -36,6 +37,10 @@ ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 
 OnHidden = Callable[[int, str, Array], object]
 """Called with a layer, its sublayer ATTENTION or FEED_FORWARD, and the residual stream behind it (T, D)."""
+
+
+def ignore_hidden(layer: int, sublayer: str, x: Array) -> None:
+    """Records nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,14 @@ class Layer:
     feed_forward_norm: Norm | None
     feed_forward: Dense | MixtureOfExperts | None
     fused_attention: FusedAttention | None = None
+
+    @property
+    def fused_parts(self) -> tuple[FusedAttention, FusedExperts] | None:
+        """The two parts of a layer that has no others, as verbs."""
+        experts = self.feed_forward
+        if not isinstance(experts, MixtureOfExperts) or experts.shared is not None:
+            return None
+        return (self.fused_attention, experts.fused) if self.fused_attention and experts.fused else None
 
     def attend(
         self,
@@ -103,6 +116,7 @@ class Transformer:
     head: LMHead | None
     cache: KVCache
     states: Sequence[LayerState] = ()
+    fused_layers: FusedLayers | None = None
 
     @property
     def layer_caches(self) -> Sequence[Any]:
@@ -126,7 +140,7 @@ class Transformer:
         policy: RoutingPolicy,
         last_combine: Combine,
         *,
-        on_hidden: OnHidden = lambda layer, sublayer, x: None,
+        on_hidden: OnHidden = ignore_hidden,
     ) -> Waits[Array]:
         """Compute the layers of the stage for x, this rank's part of the batch's rows; collective over the stage.
 
@@ -139,6 +153,11 @@ class Transformer:
         backend, tensor = self.backend, comm.tensor
         segments, num_rows, rows = self.cache.segments(batch), len(x), None
         angles = rope_angles(backend, self.architecture.attention, batch.positions, batch.row_capacities)
+        is_alone = tensor.size == 1 and isinstance(last_combine, HomeCombine) and policy is MODEL_ROUTING
+        if self.fused_layers is not None and is_alone and on_hidden is ignore_hidden:
+            at_once = self.fused_layers.most_layers(len(x), segments)
+            if at_once and all(comm.exchange.keeps_rows(layer.index) for layer in self.layers):
+                return (yield from self._compute_fused(x, angles, segments, comm.exchange, at_once=at_once))
         sparse = sparse_rows(backend, self.architecture.attention, segments, batch.row_capacities)
         for layer, cache, following in zip(self.layers, self.layer_caches, [*self.layers[1:], None], strict=True):
             on_hidden(layer.index - 1, FEED_FORWARD, x)
@@ -168,6 +187,21 @@ class Transformer:
                 x, rows = add_to_residual(backend, x, rows, next_norm)
         if self.head is not None:
             on_hidden(self.layers[-1].index, FEED_FORWARD, x)
+        return x
+
+    def _compute_fused(
+        self, x: Array, angles: Array, segments: Sequence[Segment], exchange: Exchange, *, at_once: int
+    ) -> Waits[Array]:
+        """The rows x (T, D) after all layers, `at_once` of them in a call; all rows stay on this rank."""
+        fused, caches = self.fused_layers, self.cache.layers
+        if fused is None:
+            raise RuntimeError("the layers are not fused")
+        for first in range(0, len(self.layers), at_once):
+            part = range(first, min(first + at_once, len(self.layers)))
+            layers = [self.layers[number].index for number in part]
+            loads = [exchange.expert_load[layer] for layer in layers]
+            x, *chosen = fused(part, x, angles, caches[part.start : part.stop], segments, loads)
+            yield from exchange.pass_over(x, [Route(*route) for route in zip(layers, *chosen, strict=True)])
         return x
 
 

@@ -241,6 +241,18 @@ static void print_layer(long rows, int is_bfloat16) {
     snprintf(name, sizeof name, "experts of a layer %ld %d", rows, is_bfloat16);
     print(name, sum, sizeof(float) * (size_t)(rows * WIDTH));
     print("  load", load, sizeof load);
+    layer layers[2] = {{&l, &of_experts, (char *)keys, (char *)values, NULL, 0},
+                       {&l, &of_experts, (char *)keys, (char *)values, numbers(HEADS), 9}};
+    segment segments[] = {{0, rows, 3, 0}};
+    int32_t pages[] = {0, 1}, of_layers[2 * rows * TOP_K];
+    int64_t tasks[] = {0, (rows * HEADS / KV_HEADS + chunk_queries() - 1) / chunk_queries() * KV_HEADS};
+    int64_t *loads[] = {load, load};
+    layers_rows both = {sum, a.cosine, a.sine, cached, segments, pages, tasks, out, of_layers, numbers(2 * rows * TOP_K), loads,
+                        aligned_alloc(64, (size_t)layers_scratch(layers, 2, rows)), rows, 10, 1};
+    compute_layers(layers, 2, &both);
+    snprintf(name, sizeof name, "layers %ld %d", rows, is_bfloat16);
+    print(name, out, sizeof(float) * (size_t)(rows * WIDTH));
+    print("  load", load, sizeof load);
 }
 
 int main(void) {

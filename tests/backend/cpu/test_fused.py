@@ -1,4 +1,4 @@
-"""Parts of a layer in one call: the bits of the separate verbs, and no byte beyond their arrays."""
+"""Layers and their parts in one call: the bits of the separate verbs, and no byte beyond their arrays."""
 
 import copy
 
@@ -63,7 +63,7 @@ def stored(*shape, seed):
     return narrow(values(*shape, seed=seed) / np.float32(4))
 
 
-def attention_of(backend, shape, norms_rounded):
+def attention_of(backend, shape, norms_rounded, window=None):
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     rows = (heads + 2 * kv_heads) * dim
     biases = shape.biases == "all"
@@ -77,7 +77,7 @@ def attention_of(backend, shape, norms_rounded):
         q_norm=guarded(values(dim, seed=5)) if shape.qk_norm == "head" else None,
         k_norm=guarded(values(dim, seed=6)) if shape.qk_norm == "head" else None,
         sinks=guarded(values(heads, seed=7)) if shape.sinks else None,
-        window=shape.window,
+        window=shape.window if window is None else window,
         norms_rounded=norms_rounded,
     )
 
@@ -87,6 +87,20 @@ def segments_of(starts, lengths):
     order = np.split(np.random.default_rng(1).permutation(sum(pages)), np.cumsum(pages)[:-1])
     rows = np.cumsum([0, *lengths])[:-1].tolist()
     return [Segment(*one) for one in zip(rows, lengths, starts, order, strict=True)], sum(pages)
+
+
+def filled_cache(backend, shape, pages):
+    cache = backend.cache(pages, shape.num_kv_heads, shape.head_dim)
+    for held, seed in ((cache.keys, 10), (cache.values, 11)):
+        kept = values(*held.shape, seed=seed)
+        held[:] = kept if held.dtype == np.float32 else narrow(kept)
+    return cache
+
+
+def angles_of(backend, shape, starts, lengths):
+    positions = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    frequencies = np.geomspace(1, 1e-3, (shape.rope.dim or shape.head_dim) // 2, dtype=np.float32)
+    return backend.rope_angles(np.concatenate(positions), frequencies=frequencies, amplitude=1.1)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -99,16 +113,9 @@ def test_a_fused_attention_has_the_bits_of_its_verbs(kernels, precision, kind, s
     fused = backend.fuse_attention(attention.block(*norms))
     for starts, lengths in STEPS:
         segments, pages = segments_of(starts, lengths)
-        cache = backend.cache(pages, shape.num_kv_heads, shape.head_dim)
-        for held, seed in ((cache.keys, 10), (cache.values, 11)):
-            kept = values(*held.shape, seed=seed)
-            held[:] = kept if held.dtype == np.float32 else narrow(kept)
+        cache = filled_cache(backend, shape, pages)
         other, x = copy.deepcopy(cache), guarded(values(sum(lengths), WIDTH, seed=12))
-        positions = np.concatenate(
-            [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        )
-        frequencies = np.geomspace(1, 1e-3, (shape.rope.dim or shape.head_dim) // 2, dtype=np.float32)
-        angles = backend.rope_angles(positions, frequencies=frequencies, amplitude=1.1)
+        angles = angles_of(backend, shape, starts, lengths)
         rows = attention(backend, norms[0](backend, x), angles, cache, segments)
         for expected, found in zip(norms[1].of_sum(backend, x, rows), fused(x, angles, other, segments), strict=True):
             np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
@@ -129,6 +136,16 @@ def experts_of(backend, *, clamp):
     ]
 
 
+def experts_block(backend, rule, *, clamp):
+    return ExpertsBlock(
+        backend.matrix(stored(EXPERTS, WIDTH, seed=50)),
+        guarded(values(EXPERTS, seed=51)) if rule.bias else None,
+        rule,
+        guarded(values(EXPERTS, seed=52)) if rule.correction else None,
+        experts_of(backend, clamp=clamp),
+    )
+
+
 def sums_by_verbs(backend, block, x, addends):
     """The sums, experts, weights and numbers of choices, as an exchange between ranks computes them."""
     logits = backend.logits(x, block.router, block.router_bias)
@@ -146,13 +163,7 @@ def sums_by_verbs(backend, block, x, addends):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_fused_experts_have_the_bits_of_their_verbs(kernels, precision, clamp, rule):
     backend = backend_of(kernels, precision)
-    block = ExpertsBlock(
-        backend.matrix(stored(EXPERTS, WIDTH, seed=50)),
-        guarded(values(EXPERTS, seed=51)) if rule.bias else None,
-        rule,
-        guarded(values(EXPERTS, seed=52)) if rule.correction else None,
-        experts_of(backend, clamp=clamp),
-    )
+    block = experts_block(backend, rule, clamp=clamp)
     fused = backend.fuse_experts(block)
     for number, rows in enumerate((1, 2, 0, 7, 40)):
         x = guarded(values(rows, WIDTH, seed=53))
@@ -162,6 +173,59 @@ def test_fused_experts_have_the_bits_of_their_verbs(kernels, precision, clamp, r
         for one, expected in zip(found, sums_by_verbs(backend, block, x, addends), strict=True):
             np.testing.assert_array_equal(one, expected)
         np.testing.assert_array_equal(found[0].view(np.uint32), fused(x, addends, load)[0].view(np.uint32))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "rule"), list(zip(SHAPES.values(), RULES.values(), strict=True)), ids=SHAPES)
+def test_fused_layers_have_the_bits_of_their_parts(kernels, precision, shape, rule):
+    backend, norm = backend_of(kernels, precision), Norm("rms", 1e-6, guarded(values(WIDTH, seed=8)))
+    attentions = [attention_of(backend, shape, True, window=window) for window in (0, 70, shape.window)]
+    parts = [
+        (
+            backend.fuse_attention(attention.block(norm, norm)),
+            backend.fuse_experts(experts_block(backend, rule, clamp=Clamp(alpha=1.7, limit=0.5) if number else None)),
+        )
+        for number, attention in enumerate(attentions)
+    ]
+    fused = backend.fuse_layers(parts)
+    for starts, lengths in STEPS:
+        segments, pages = segments_of(starts, lengths)
+        caches = [filled_cache(backend, shape, pages) for _ in parts]
+        others, angles = copy.deepcopy(caches), angles_of(backend, shape, starts, lengths)
+        x = first = guarded(values(sum(lengths), WIDTH, seed=12))
+        expected = []
+        for (attention, experts), cache in zip(parts, caches, strict=True):
+            total, rows = attention(x, angles, cache, segments)
+            x, *chosen = experts(rows, [total], load := np.arange(EXPERTS))
+            expected.append((x, *chosen, load))
+        found = first
+        for layers in (range(1), range(1, 3)):
+            loads = [np.arange(EXPERTS) for _ in layers]
+            found, *chosen = fused(layers, found, angles, others[layers.start : layers.stop], segments, loads)
+            np.testing.assert_array_equal(found.view(np.uint32), expected[layers.stop - 1][0].view(np.uint32))
+            for number, *of_layer in zip(layers, *chosen, loads, strict=True):
+                for one, other in zip(of_layer, expected[number][1:], strict=True):
+                    np.testing.assert_array_equal(one, other)
+        for cache, other in zip(caches, others, strict=True):
+            np.testing.assert_array_equal(other.keys, cache.keys)
+            np.testing.assert_array_equal(other.values, cache.values)
+
+
+def test_layers_of_other_shapes_are_not_fused():
+    backend, norm = CompiledBackend(load_kernels(), precision="float32"), Norm("rms", 1e-6, values(WIDTH))
+    parts = [
+        (
+            backend.fuse_attention(attention_of(backend, shape, True).block(norm, norm)),
+            backend.fuse_experts(experts_block(backend, rule, clamp=None)),
+        )
+        for shape, rule in (
+            (AttentionShape(2, 2, 16), Router(top_k=2)),
+            (AttentionShape(2, 1, 16), Router(top_k=2)),
+            (AttentionShape(2, 2, 16), Router(top_k=3)),
+        )
+    ]
+    assert backend.fuse_layers([parts[0]] * 2) is not None
+    assert all(backend.fuse_layers([parts[0], other]) is None for other in parts[1:])
 
 
 def test_what_layer_c_does_not_compute_is_not_fused():

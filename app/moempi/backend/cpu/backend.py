@@ -21,7 +21,7 @@ from moempi.backend.cpu.delta_rule import apply_delta_rule, convolve, silu
 from moempi.backend.cpu.router import choose, weights_of
 from moempi.backend.cpu.selection import select_of_segments
 from moempi.backend.cpu.state_space import alpha_and_steps, apply_state_space
-from moempi.backend.protocol import Download, FusedAttention, FusedExperts
+from moempi.backend.protocol import Download, FusedAttention, FusedExperts, FusedLayers
 from moempi.backend.sampling import MOST_SCORES, likeliest, sample_tokens
 from moempi.backend.scores import SUM_TOKENS, RowScores, without_nan
 from moempi.backend.values import (
@@ -471,6 +471,9 @@ class NumpyBackend:
         """There is none."""
 
     def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
+        """There is none."""
+
+    def fuse_layers(self, layers: Sequence[tuple[FusedAttention, FusedExperts]]) -> FusedLayers | None:
         """There is none."""
 
     # Tokens

@@ -14,10 +14,10 @@ from moempi.arrays import Float32Array, Int32Array, IntArray, widen
 from moempi.backend.cpu.attention_layout import CachedRows, lay_out_copies, lay_out_rows
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.delta_rule import alpha_and_beta
-from moempi.backend.cpu.fused import KernelAttention, KernelExperts, can_fuse
+from moempi.backend.cpu.fused import KernelAttention, KernelExperts, KernelLayers, are_alike, can_fuse
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, MatrixProduct, PanelMatrix, Rotation, contiguous_rows
 from moempi.backend.cpu.state_space import alpha_and_steps
-from moempi.backend.protocol import FusedAttention, FusedExperts
+from moempi.backend.protocol import FusedAttention, FusedExperts, FusedLayers
 from moempi.backend.scores import SUM_TOKENS
 from moempi.backend.values import (
     Array,
@@ -363,6 +363,10 @@ class CompiledBackend(NumpyBackend):
 
     def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
         return KernelExperts(self._kernels, block, rounded=self.is_bfloat16) if can_fuse(block) else None
+
+    def fuse_layers(self, layers: Sequence[tuple[FusedAttention, FusedExperts]]) -> FusedLayers | None:
+        parts = [(a, e) for a, e in layers if isinstance(a, KernelAttention) and isinstance(e, KernelExperts)]
+        return KernelLayers(self._kernels, parts, self._laid_out) if are_alike(parts) else None
 
     # Tokens
 

@@ -1,7 +1,8 @@
-"""Parts of a layer in few calls of layer.c: the bits of the separate verbs, without their time in Python."""
+"""Layers and their parts in few calls of layer.c: the bits of the separate verbs, without their time in Python."""
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -33,8 +34,8 @@ class KernelAttention:
         rounded: bool,
         progress: Callable[[], None],
     ) -> None:
-        self._kernels, self._block, self._lay_out, self._progress = kernels, block, lay_out, progress
-        self._heads = block.num_heads, block.num_kv_heads, block.head_dim
+        self._kernels, self.block, self._lay_out, self._progress = kernels, block, lay_out, progress
+        self.heads = block.num_heads, block.num_kv_heads, block.head_dim
         of_queries, of_keys = block.head_norms or (None, None)
         self._layer = calls.AttentionLayer(
             _matrix(block.qkv, block.qkv_bias), _matrix(block.output, block.output_bias),
@@ -42,8 +43,8 @@ class KernelAttention:
             _norm(block.next_norm, rounded), block.num_heads, block.num_kv_heads, block.head_dim, block.scale,
             block.interleaved, rounded,
         )  # fmt: skip
-        self._layer_at = ctypes.addressof(self._layer)
-        self._sinks_at = None if block.sinks is None else _at(block.sinks)
+        self.address = ctypes.addressof(self._layer)
+        self.sinks_at = None if block.sinks is None else _at(block.sinks)
         self._rounded = rounded
         self._cache: Cache | None = None
         self._cache_at = 0, 0
@@ -53,28 +54,28 @@ class KernelAttention:
         self, x: Float32Array, angles: tuple[Float32Array, Float32Array], cache: Cache, segments: Sequence[Segment]
     ) -> tuple[Float32Array, Float32Array]:
         kernels, layout, (rows, width), (cosine, sine) = self._kernels, self._lay_out(segments), x.shape, angles
-        num_heads, kv_heads, dim = self._heads
+        num_heads, kv_heads, dim = self.heads
         tasks = layout.attention_tasks(kv_heads, num_heads // kv_heads, kernels.chunk)
         segments_at, pages_at, cached_at = layout.addresses
-        keys_at, values_at = self._addresses_of(cache)
+        keys_at, values_at = self.addresses_of(cache)
         x, out = np.ascontiguousarray(x), np.empty((2, rows, width), np.float32)
         heads = np.empty((2, rows, num_heads, dim), np.float32)  # queries, and what they attend to
         queries_at, sum_at = _at(heads), _at(out)
         attended_at, normed_at = queries_at + heads.nbytes // 2, sum_at + out.nbytes // 2
         call = calls.AttentionRows(
             _at(x), _at(cosine), _at(sine), keys_at, values_at, cached_at, queries_at, attended_at, sum_at, normed_at,
-            kernels.workspace(kernels.library.attention_scratch(self._layer_at, rows)), rows, cosine.shape[-1],
+            kernels.workspace(kernels.library.attention_scratch(self.address, rows)), rows, cosine.shape[-1],
         )  # fmt: skip
         attention = calls.Attention(
-            queries_at, keys_at, values_at, attended_at, segments_at, pages_at, self._sinks_at, len(layout.segments),
-            num_heads, kv_heads, dim, dim, dim, self._block.window, tasks.address, self._rounded, self._rounded,
+            queries_at, keys_at, values_at, attended_at, segments_at, pages_at, self.sinks_at, len(layout.segments),
+            num_heads, kv_heads, dim, dim, dim, self.block.window, tasks.address, self._rounded, self._rounded,
         )  # fmt: skip
-        kernels.library.begin_attention(self._layer_at, call)
+        kernels.library.begin_attention(self.address, call)
         kernels.attend_tasks(attention, tasks, self._progress)
-        kernels.library.end_attention(self._layer_at, call)
+        kernels.library.end_attention(self.address, call)
         return out[0], out[1]
 
-    def _addresses_of(self, cache: Cache) -> tuple[int, int]:
+    def addresses_of(self, cache: Cache) -> tuple[int, int]:
         """The addresses of keys and values of the layer's cache, which stays."""
         if cache is not self._cache:
             self._cache, self._cache_at = cache, (_at(cache.keys), _at(cache.values))
@@ -85,7 +86,7 @@ class KernelExperts:
     """`protocol.FusedExperts` of C kernels, for a block that they `can_fuse`."""
 
     def __init__(self, kernels: Kernels, block: ExpertsBlock, *, rounded: bool) -> None:
-        self._kernels, self._block, self._top_k = kernels, block, block.rule.top_k
+        self._kernels, self.block, self.top_k = kernels, block, block.rule.top_k
         rule, first, clamp = block.rule, block.experts[0], block.experts[0].clamp
         self._correction = None if block.correction is None else np.ascontiguousarray(block.correction, np.float32)
         tensors = [(each.gate_up.packed, each.down.packed, each.gate_up_bias, each.down_bias) for each in block.experts]
@@ -99,7 +100,7 @@ class KernelExperts:
             rounded and not rule.float32_weights, rule.least_sum, rule.scaling, clamp is not None,
             0.0 if clamp is None else clamp.limit, 0.0 if clamp is None else clamp.alpha, rounded,
         )  # fmt: skip
-        self._layer_at = ctypes.addressof(self._layer)
+        self.address = ctypes.addressof(self._layer)
         of_row = _most_rows(kernels, block.router, *[first.gate_up, first.down] * rule.top_k)
         expert_bytes = first.gate_up.packed.nbytes + first.down.packed.nbytes
         readable = int(FUSED_BYTES * kernels.threads // expert_bytes)  # experts of a call, each of which is read once
@@ -110,15 +111,121 @@ class KernelExperts:
     ) -> tuple[Float32Array, Int32Array, Float32Array]:
         kernels, rows = self._kernels, len(x)
         x, out = np.ascontiguousarray(x), np.empty(x.shape, np.float32)
-        experts, weights = np.empty((rows, self._top_k), np.int32), np.empty((rows, self._top_k), np.float32)
+        experts, weights = np.empty((rows, self.top_k), np.int32), np.empty((rows, self.top_k), np.float32)
         added = [np.ascontiguousarray(addend) for addend in addends]
         call = calls.ExpertsRows(
             _at(x), (calls.POINTER * 2)(*map(_at, added)), _at(out), _at(experts),
             _at(weights), _at(load),
-            kernels.workspace(kernels.library.experts_scratch(self._layer_at, rows)), rows,
+            kernels.workspace(kernels.library.experts_scratch(self.address, rows)), rows,
         )  # fmt: skip
-        kernels.library.compute_experts(self._layer_at, call)
+        kernels.library.compute_experts(self.address, call)
         return out, experts, weights
+
+
+class KernelLayers:
+    """`protocol.FusedLayers` of the fused parts of layers, which `are_alike`."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        layers: Sequence[tuple[KernelAttention, KernelExperts]],
+        lay_out: Callable[[Sequence[Segment]], CachedRows],
+    ) -> None:
+        self._kernels, self._attentions, self._lay_out = kernels, [attention for attention, _ in layers], lay_out
+        self._experts = [experts for _, experts in layers]
+        self._layers = (calls.FusedLayer * len(layers))(
+            *(
+                calls.FusedLayer(of.address, experts.address, None, None, of.sinks_at, of.block.window)
+                for of, experts in layers
+            )
+        )
+        self._cost = _Cost.of(*layers[0])
+
+    def most_layers(self, num_rows: int, segments: Sequence[Segment]) -> int:
+        layout, (heads, kv_heads, _) = self._lay_out(segments), self._attentions[0].heads
+        scores = layout.attention_tasks(kv_heads, heads // kv_heads, self._kernels.chunk).scores
+        return self._cost.most_layers(num_rows, scores, threads=self._kernels.threads)
+
+    def __call__(
+        self,
+        layers: range,
+        x: Float32Array,
+        angles: tuple[Float32Array, Float32Array],
+        caches: Sequence[Cache],
+        segments: Sequence[Segment],
+        loads: Sequence[IntArray],
+    ) -> tuple[Float32Array, Int32Array, Float32Array]:
+        kernels, layout, rows, (cosine, sine) = self._kernels, self._lay_out(segments), len(x), angles
+        heads, kv_heads, _ = self._attentions[0].heads
+        tasks = layout.attention_tasks(kv_heads, heads // kv_heads, kernels.chunk)
+        segments_at, pages_at, cached_at = layout.addresses
+        for number, cache in zip(layers, caches, strict=True):
+            layer = self._layers[number]
+            layer.keys, layer.values = self._attentions[number].addresses_of(cache)
+        x, out = np.ascontiguousarray(x), np.empty(x.shape, np.float32)
+        chosen = len(layers), rows, self._experts[0].top_k
+        experts, weights = np.empty(chosen, np.int32), np.empty(chosen, np.float32)
+        loads_at = (calls.POINTER * len(loads))(*map(_at, loads))
+        first = ctypes.addressof(self._layers) + layers.start * ctypes.sizeof(calls.FusedLayer)
+        call = calls.LayersRows(
+            _at(x), _at(cosine), _at(sine), cached_at, segments_at, pages_at, tasks.address, _at(out), _at(experts),
+            _at(weights), ctypes.addressof(loads_at),
+            kernels.workspace(kernels.library.layers_scratch(first, len(layers), rows)), rows, cosine.shape[-1],
+            len(layout.segments),
+        )  # fmt: skip
+        kernels.library.compute_layers(first, len(layers), call)
+        return out, experts, weights
+
+
+def are_alike(layers: Sequence[tuple[KernelAttention, KernelExperts]]) -> bool:
+    """Whether layer.c computes the layers in one call: equal numbers of heads, and equal shapes of matrices."""
+    kinds = {
+        (
+            *attention.heads,
+            experts.block.rule,
+            len(experts.block.experts),
+            *(matrix.shape for matrix in _matrices(attention, experts)),
+        )
+        for attention, experts in layers
+    }
+    return len(kinds) == 1
+
+
+class _Cost(NamedTuple):
+    """What a layer costs: operations and bytes of a row, of a score of all heads, and bytes of all experts."""
+
+    row_flops: int
+    score_flops: int
+    attention_bytes: int
+    expert_bytes: int
+    num_experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, attention: KernelAttention, experts: KernelExperts) -> Self:
+        qkv, output, router, gate_up, down = _matrices(attention, experts)
+        heads, _, dim = attention.heads
+        return cls(
+            _flops(qkv, output, router, *[gate_up, down] * experts.top_k),
+            4 * heads * dim,
+            qkv.packed.nbytes + output.packed.nbytes + router.packed.nbytes,
+            gate_up.packed.nbytes + down.packed.nbytes,
+            len(experts.block.experts),
+            experts.top_k,
+        )
+
+    def most_layers(self, num_rows: int, scores: int, *, threads: int) -> int:
+        """The layers whose work is at most FUSED_FLOPS and FUSED_BYTES of each thread; 0 beyond FUSED_ROWS."""
+        flops = num_rows * self.row_flops + scores * self.score_flops
+        num_bytes = self.attention_bytes + min(num_rows * self.top_k, self.num_experts) * self.expert_bytes
+        most = min(FUSED_FLOPS * threads // max(flops, 1), FUSED_BYTES * threads // num_bytes)
+        return int(most) if num_rows <= FUSED_ROWS else 0
+
+
+def _matrices(attention: KernelAttention, experts: KernelExperts) -> tuple[PanelMatrix, ...]:
+    """The matrices of a layer; all its experts are alike."""
+    of, block = attention.block, experts.block
+    return of.qkv, of.output, block.router, block.experts[0].gate_up, block.experts[0].down
 
 
 def can_fuse(block: ExpertsBlock) -> bool:
@@ -129,8 +236,12 @@ def can_fuse(block: ExpertsBlock) -> bool:
 
 def _most_rows(kernels: Kernels, *matrices: PanelMatrix) -> int:
     """The rows whose products with these matrices take FUSED_FLOPS of each thread, at most FUSED_ROWS."""
-    of_row = sum(2 * inputs * outputs for inputs, outputs in (matrix.shape for matrix in matrices))
-    return min(FUSED_ROWS, int(FUSED_FLOPS * kernels.threads // of_row))
+    return min(FUSED_ROWS, int(FUSED_FLOPS * kernels.threads // _flops(*matrices)))
+
+
+def _flops(*matrices: PanelMatrix) -> int:
+    """Operations of a row by each of the matrices."""
+    return sum(2 * inputs * outputs for inputs, outputs in (matrix.shape for matrix in matrices))
 
 
 def _matrix(matrix: PanelMatrix, bias: Float32Array | None = None) -> ctypes.Structure:

@@ -194,3 +194,17 @@ ExpertsRows = _structure(
     long rows
     """,
 )
+FusedLayer = _structure(
+    "FusedLayer",
+    """
+    pointer attention experts keys values sinks
+    long window
+    """,
+)
+LayersRows = _structure(
+    "LayersRows",
+    """
+    pointer x cosine sine cached segments pages first_tasks out experts weights loads scratch
+    long rows pairs num_segments
+    """,
+)

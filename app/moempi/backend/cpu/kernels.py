@@ -128,6 +128,16 @@ class Kernels:
         ):
             getattr(library, call).argtypes = [calls.POINTER, ctypes.POINTER(rows)]
             getattr(library, call).restype = None
+        library.compute_layers.argtypes = [calls.POINTER, calls.LONG, ctypes.POINTER(calls.LayersRows)]
+        library.compute_layers.restype = None
+        library.layers_scratch.argtypes, library.layers_scratch.restype = (
+            [
+                calls.POINTER,
+                calls.LONG,
+                calls.LONG,
+            ],
+            calls.LONG,
+        )
         for call in ("attention_scratch", "experts_scratch"):
             getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER, calls.LONG], calls.LONG
         library.panel_outputs.restype = library.chunk_queries.restype = calls.LONG

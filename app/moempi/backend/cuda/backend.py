@@ -27,7 +27,7 @@ from moempi.backend.cuda.launches import Launches, extents, norm_threads, rows_f
 from moempi.backend.cuda.peer_memory import DevicePeerMemory
 from moempi.backend.cuda.products import Matrix, Products
 from moempi.backend.cuda.selection import Selection
-from moempi.backend.protocol import Download, Event, FusedAttention, FusedExperts
+from moempi.backend.protocol import Download, Event, FusedAttention, FusedExperts, FusedLayers
 from moempi.backend.sampling import sample_tokens
 from moempi.backend.scores import SUM_TOKENS
 from moempi.backend.values import (
@@ -553,6 +553,9 @@ class CudaBackend:
         """There is none."""
 
     def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
+        """There is none."""
+
+    def fuse_layers(self, layers: Sequence[tuple[FusedAttention, FusedExperts]]) -> FusedLayers | None:
         """There is none."""
 
     # Tokens

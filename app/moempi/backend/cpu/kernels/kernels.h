@@ -258,8 +258,33 @@ typedef struct {
     long rows;
 } experts_rows;
 
+typedef struct {
+    const attention_layer *attention;
+    const experts_layer *experts;
+    char *keys, *values; /* the cache */
+    const float *sinks;  /* (heads,), or NULL */
+    long window;
+} layer;
+
+typedef struct {
+    const float *x;             /* (rows, width) */
+    const float *cosine, *sine; /* (rows, pairs) */
+    const int64_t *cached;
+    const segment *segments;    /* they and the next fields are of the attention */
+    const int32_t *pages;
+    const int64_t *first_tasks;
+    float *out;                 /* (rows, width) */
+    int32_t *experts;           /* (layers, rows, top_k) */
+    float *weights;             /* (layers, rows, top_k) */
+    int64_t *const *loads;      /* (layers) */
+    void *scratch;
+    long rows, pairs, num_segments;
+} layers_rows;
+
 long attention_scratch(const attention_layer *l, long rows);
 void begin_attention(const attention_layer *l, const attention_rows *a);
 void end_attention(const attention_layer *l, const attention_rows *a);
 long experts_scratch(const experts_layer *l, long rows);
 void compute_experts(const experts_layer *l, const experts_rows *r);
+long layers_scratch(const layer *layers, long count, long rows);
+void compute_layers(const layer *layers, long count, const layers_rows *r);

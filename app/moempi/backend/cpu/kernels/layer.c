@@ -1,8 +1,9 @@
-/* Parts of a layer: the calls of the other files, one after another, on rows in scratch memory.
+/* Layers and their parts: the calls of the other files, one after another, on rows in scratch memory.
  *
  * begin_attention   norm, queries, keys and values, norms of heads, rotation, keys and values into the cache
  * end_attention     output, sum with the residual stream, norm
  * compute_experts   router, choice, SwiGLU networks of the chosen experts, weighted sums plus addends
+ * compute_layers    all of these for adjacent layers
  *
  * The bits are those of the separate calls. Twin: the verbs that `model.Attention` and `model.MixtureOfExperts` call.
  */
@@ -190,4 +191,56 @@ void compute_experts(const experts_layer *l, const experts_rows *r) {
     combination c = {m.outputs, m.output_rows, r->weights, {r->addends[0], r->addends[1]}, r->out, r->rows, l->top_k,
                      l->down.outputs, 0, l->is_bfloat16};
     combine_rows(&c);
+}
+
+/* The scratch memory of layers, one after another. */
+typedef struct {
+    float *queries, *attended, *sum, *normed;
+    void *part; /* of an attention, then of experts */
+} layers_memory;
+
+static layers_memory lay_out_layers(const layer *layers, long count, long rows, size_t *at) {
+    layers_memory m;
+    const attention_layer *first = layers->attention;
+    long of_heads = rows * first->heads * first->dim, of_rows = rows * first->qkv.inputs, bytes = 0;
+    m.queries = take_numbers(at, of_heads);
+    m.attended = take_numbers(at, of_heads);
+    m.sum = take_numbers(at, of_rows);
+    m.normed = take_numbers(at, of_rows);
+    for (const layer *l = layers; l < layers + count; l++)
+        bytes = largest(bytes, largest(attention_scratch(l->attention, rows), experts_scratch(l->experts, rows)));
+    m.part = take(at, bytes);
+    return m;
+}
+
+/* Bytes of scratch memory. */
+long layers_scratch(const layer *layers, long count, long rows) {
+    size_t end = 0;
+    lay_out_layers(layers, count, rows, &end);
+    return (long)end;
+}
+
+/* Layer number `i` for rows x of the residual stream; `out` may be x. */
+static void compute_layer(const layer *l, const layers_rows *r, const layers_memory *m, const float *x, long i) {
+    const attention_layer *of = l->attention;
+    attention_rows rows = {x, r->cosine, r->sine, l->keys, l->values, r->cached, m->queries, m->attended, m->sum,
+                           m->normed, m->part, r->rows, r->pairs};
+    attention a = {m->queries, l->keys, l->values, m->attended, r->segments, r->pages, l->sinks, r->num_segments,
+                   of->heads, of->kv_heads, of->dim, of->dim, of->dim, l->window, r->first_tasks, of->is_bfloat16,
+                   of->is_bfloat16};
+    begin_attention(of, &rows);
+    attend(&a, 0, r->first_tasks[r->num_segments]);
+    end_attention(of, &rows);
+    long choices = r->rows * l->experts->top_k;
+    experts_rows chosen = {m->normed, {m->sum, NULL}, r->out, r->experts + i * choices, r->weights + i * choices,
+                           r->loads[i], m->part, r->rows};
+    compute_experts(l->experts, &chosen);
+}
+
+/* Write `out`, the residual stream behind `count` layers, which have equal numbers of heads, experts and choices. */
+void compute_layers(const layer *layers, long count, const layers_rows *r) {
+    size_t at = (size_t)r->scratch;
+    layers_memory m = lay_out_layers(layers, count, r->rows, &at);
+    for (long i = 0; i < count; i++)
+        compute_layer(layers + i, r, &m, i ? r->out : r->x, i);
 }
