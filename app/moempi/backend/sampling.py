@@ -28,6 +28,8 @@ def sample_tokens(logits: Float32Array, requests: SamplingRequests) -> IntArray:
     is_finite = np.isfinite(_of_columns(logits, tokens))
     tokens[~is_finite] = 0
     others = (is_finite & ~take_likeliest(requests)).nonzero()[0]
+    if not len(others):
+        return tokens
     at_once = max(1, MOST_SCORES // max(logits.shape[1], 1))
     for top_k in set(requests["top_k"][others].tolist()):
         alike = others[requests["top_k"][others] == top_k]

@@ -87,8 +87,7 @@ class RowScores:
     def result(self) -> Scored:
         """The scores, once all pieces are added."""
         highest, shift = self._log_sums()
-        top_logprobs = (self._top_logits - highest[:, None]) - shift[:, None]
-        logprobs = (self._target_logits - highest) - shift
+        logprobs, top_logprobs = _logprobs(highest, shift, self._target_logits, self._top_logits)
         return Scored(logprobs, self._top_tokens, top_logprobs, self._tokens_above(highest, shift))
 
     def _tokens_above(self, highest: Float32Array, shift: Float32Array) -> Above:
@@ -103,9 +102,26 @@ class RowScores:
         """The largest logit m of each row, and the logarithm of its sum of exp(x - m)."""
         blocks = sorted(self._blocks, key=lambda block: block[0])
         of_blocks, sums = (np.concatenate([block[part] for block in blocks], axis=1) for part in (1, 2))
-        highest: Float32Array = of_blocks.max(axis=1)
-        total = (sums * np.exp(of_blocks - highest[:, None]).astype(np.float64)).sum(axis=1)
-        return highest, np.log(total).astype(np.float32)
+        return _log_sums(of_blocks, sums)
+
+
+@_QUIET
+def logprobs_of(scan: LogitScan) -> tuple[Float32Array, Float32Array]:
+    """The log-probabilities of the targets (N,) and of the likeliest tokens (N, k), from a scan of all tokens."""
+    return _logprobs(*_log_sums(scan.highest, scan.sums), scan.target_logits, scan.top_logits)
+
+
+def _log_sums(highest: Float32Array, sums: Float32Array) -> tuple[Float32Array, Float32Array]:
+    """The largest logit m of each row, and the logarithm of its sum of exp(x - m), from those of blocks (N, blocks)."""
+    most: Float32Array = highest.max(axis=1)
+    total = (sums * np.exp(highest - most[:, None]).astype(np.float64)).sum(axis=1)
+    return most, np.log(total).astype(np.float32)
+
+
+def _logprobs(
+    highest: Float32Array, shift: Float32Array, target_logits: Float32Array, top_logits: Float32Array
+) -> tuple[Float32Array, Float32Array]:
+    return (target_logits - highest) - shift, (top_logits - highest[:, None]) - shift[:, None]
 
 
 def without_nan(logits: Float32Array) -> Float32Array:

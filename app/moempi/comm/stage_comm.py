@@ -6,7 +6,7 @@ import numpy as np
 from mpi4py import MPI
 
 from moempi.arrays import Int32Array, IntArray
-from moempi.comm.transfers import IDLE, Transfer, Transfers, complete
+from moempi.comm.transfers import IDLE, NO_REQUEST, Transfer, Transfers, complete
 
 
 class StageComm:
@@ -20,7 +20,10 @@ class StageComm:
 
     def iallreduce_sum(self, amounts: Sequence[int]) -> Transfer[IntArray]:
         """Start to add up amounts (n,) over the ranks; the transfer's value is the sums (n,). Collective."""
-        own, sums = np.array(amounts, np.int64), np.empty(len(amounts), np.int64)
+        own = np.array(amounts, np.int64)
+        if self.size == 1:
+            return self._transfers.start(complete(NO_REQUEST, own), waiting=IDLE)
+        sums = np.empty(len(amounts), np.int64)
         request = self._comm.Iallreduce(own, sums)
         return self._transfers.start(complete(request, sums, own), waiting=IDLE)
 

@@ -88,7 +88,7 @@ class StageLink:
 
     def stop_requested(self) -> bool:
         """Whether any rank of a later stage has called `request_stop`; does not block."""
-        while self._comm.iprobe(tag=self._first_tag + STOP):
+        while not self.is_last and self._comm.iprobe(tag=self._first_tag + STOP):
             self._comm.recv(tag=self._first_tag + STOP)
             self._stop_requested = True
         return self._stop_requested

@@ -109,6 +109,8 @@ class Scheduler:
 
     def _admit(self, micro_batch: int) -> None:
         """Admit requests up to the micro-batch's even share of all that slots and pages hold at the same time."""
+        if not self.num_queued:
+            return
         num_active, num_admissible = self.num_running, self._num_admissible()
         share = -(-(num_active + num_admissible) // len(self._active))
         admitted = []

@@ -39,6 +39,7 @@ class Progress:
     def __init__(self, total: int, *, enabled: bool, console: "Console | None" = None) -> None:
         self._total = total
         self._console = (console or _error_console()) if enabled else None
+        self._is_terminal = self._console is not None and self._console.is_terminal
         self._line_due = time.monotonic() + LINE_EVERY_S
         self._counts = Counts()
         self._first: tuple[float, Counts] | None = None
@@ -81,7 +82,7 @@ class Progress:
     def _show(self, text: Callable[[], str], *, share: float) -> None:
         if self._console is None:
             return
-        if self._console.is_terminal:
+        if self._is_terminal:
             self._draw(self._console, text(), share)
         elif time.monotonic() >= self._line_due:
             self._line_due = time.monotonic() + LINE_EVERY_S

@@ -23,7 +23,7 @@ from moempi.backend.cpu.selection import select_of_segments
 from moempi.backend.cpu.state_space import alpha_and_steps, apply_state_space
 from moempi.backend.protocol import Download, FusedAttention, FusedExperts, FusedLayers
 from moempi.backend.sampling import MOST_SCORES, likeliest, sample_tokens
-from moempi.backend.scores import SUM_TOKENS, RowScores, without_nan
+from moempi.backend.scores import SUM_TOKENS, logprobs_of, without_nan
 from moempi.backend.values import (
     Array,
     AttentionBlock,
@@ -486,10 +486,9 @@ class NumpyBackend:
         return self.score(logits, sample_tokens(logits, requests), top=top)
 
     def score(self, logits: Float32Array, targets: IntArray, *, top: int) -> SampledTokens:
-        scores = RowScores(targets, top=top)
-        scores.add(self.scan(logits, targets, first=0, top=top), first=0, width=logits.shape[1])
-        logprobs, top_tokens, top_logprobs, _ = scores.result()
-        return SampledTokens(targets.astype(np.int32), logprobs, top_tokens, top_logprobs)
+        scan = self.scan(logits, targets, first=0, top=top)
+        logprobs, top_logprobs = logprobs_of(scan)
+        return SampledTokens(targets.astype(np.int32), logprobs, scan.top_tokens, top_logprobs)
 
     def take_outputs(self, matrix: Array, outputs: range) -> Array:
         return matrix[:, outputs.start : outputs.stop]
@@ -501,9 +500,9 @@ class NumpyBackend:
         for start in range(0, rows if top else 0, at_once):
             piece = slice(start, start + at_once)
             top_tokens[piece] = likeliest(without_nan(logits[piece]), top)
-        places = np.clip(targets - first, 0, width - 1)
-        target_logits = logits[np.arange(rows), places]
-        top_logits = np.take_along_axis(logits, top_tokens, axis=1)
+        places = np.minimum(np.maximum(targets - first, 0), width - 1)
+        numbers = np.arange(rows)
+        target_logits, top_logits = logits[numbers, places], logits[numbers[:, None], top_tokens]
         return LogitScan(*self._exponential_sums(logits), target_logits, top_tokens, top_logits)
 
     def tokens_above(self, logits: Float32Array, least: Float32Array) -> tuple[IntArray, IntArray, Float32Array]:
