@@ -14,7 +14,7 @@ from moempi.runtime.stop import Stop
 from moempi.runtime.world import World
 from moempi.storage.initialize import initialize
 from moempi.storage.merge import merge
-from moempi.storage.run_state import read_state, state_path
+from moempi.storage.run_state import read_state, state_path, write_state
 
 
 def test_a_run_touches_its_state_in_a_long_phase_without_steps(tmp_path, monkeypatch):
@@ -42,6 +42,31 @@ def test_a_run_touches_its_state_in_a_long_phase_without_steps(tmp_path, monkeyp
         if thread.name == "state":
             thread.join(10)
             assert not thread.is_alive()
+
+
+def test_no_step_waits_for_the_state_to_be_written(tmp_path, monkeypatch):
+    initialize(SMALL, tmp_path / "weights.h5", seed=1)
+    (tmp_path / "prompts.jsonl").write_text('{"tokens": [1, 2, 3]}')
+    job = make_job(tmp_path, exchange={"transport": "alltoallv"}, sampling={"max_tokens": 30, "ignore_eos": True})
+    written, main = [], threading.current_thread()
+
+    def write(results, state):
+        is_step = len(written) > 0 and state.state == "running"
+        time.sleep(0.05 * is_step)  # the run ends meanwhile
+        written.append((state.state, threading.current_thread() is main))
+        write_state(results, state)
+
+    monkeypatch.setattr("moempi.engine.restart.STATE_PAUSE_S", 0.0)
+    monkeypatch.setattr("moempi.engine.restart.STATE_MAX_PAUSE_S", 0.0)
+    monkeypatch.setattr("moempi.engine.restart.write_state", write)
+    usr1 = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert run_job(job, job_text="", world=World(MPI.COMM_SELF), stop=Stop(), strict=True) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, usr1)
+    assert (written[0], written[-1]) == (("running", True), ("finished", True))
+    assert set(written[1:-1]) == {("running", False)}
+    assert read_state(job.output.results).state == "finished"
 
 
 def test_after_a_finished_job_the_program_still_fails_and_is_still_interrupted(tmp_path):

@@ -98,7 +98,7 @@ class Attempt:
         self._state_pause_s = STATE_PAUSE_S
         self._state_due = time.monotonic() + STATE_PAUSE_S
         self._state_error = False
-        self._ended = threading.Event()
+        self._ended, self._state_request, self._state_lock = threading.Event(), threading.Event(), threading.Lock()
         self._problems: list[Problem] = []
         self._lock = inputs.lock
         self._fingerprint = inputs.fingerprint
@@ -121,7 +121,7 @@ class Attempt:
         self.journal: JournalWriter | NoJournal = NoJournal()
 
     def also_writing_state(self, on_progress: Callable[[Counts], None]) -> Callable[[Counts], None]:
-        """An `on_progress` that calls the given one and at times writes `run.json`."""
+        """An `on_progress` that calls the given one; at times a thread then writes `run.json`."""
 
         def on_progress_and_write(counts: Counts) -> None:
             on_progress(counts)
@@ -129,7 +129,7 @@ class Attempt:
                 print_error(self._recovery.text())
                 self._recovery = None
             self.count(counts)
-            self._update_state()
+            self._request_state()
 
         return on_progress_and_write
 
@@ -137,22 +137,42 @@ class Attempt:
         """Set the counts of the run so far, which the state says when it is written next."""
         self._counts = (counts.finished, counts.tokens, counts.errors)
 
-    def _update_state(self) -> None:
-        if self._world.rank == 0 and time.monotonic() >= self._state_due:
+    def _request_state(self) -> None:
+        if time.monotonic() >= self._state_due:
             self._state_pause_s = min(2 * self._state_pause_s, STATE_MAX_PAUSE_S)
             self._state_due = time.monotonic() + self._state_pause_s
+            self._state_request.set()
+
+    def _keep_state(self) -> None:
+        """Write the state on request, and otherwise touch it, until the attempt has ended.
+
+        A thread, because no step waits for the disk, and weights are read and results merged for longer than SILENT_S
+        without a step.
+        """
+        while not self._ended.is_set():
+            if self._state_request.wait(TOUCH_EVERY_S):
+                self._state_request.clear()
+                self._update_state()
+            else:
+                touch_state(self._results)
+
+    def _update_state(self) -> None:
+        with self._state_lock:
+            if self._ended.is_set():
+                return
             try:
-                self.write_state("running")
+                write_state(self._results, self._state("running", reason="", exit_code=0))
                 self._state_error = False
             except StorageError as error:
                 if self._state_error:  # a full disk ends the run before, at the next record
                     log.warning("%s", error)
                 self._state_error = True
+                touch_state(self._results)
 
-    def _touch_state(self) -> None:
-        # A thread, because weights are read and results merged for longer than SILENT_S without a step.
-        while not self._ended.wait(TOUCH_EVERY_S):
-            touch_state(self._results)
+    def _end_updates(self) -> None:
+        """Let no other "running" state be written; does not wait for one that is being written."""
+        self._ended.set()
+        self._state_request.set()
 
     def begin(self, *, has_records: bool) -> None:
         """Open the journal of this rank, if it has records, and on rank 0 write the state; raises StorageError.
@@ -164,12 +184,13 @@ class Attempt:
             self.journal = JournalWriter(path, fingerprint=self._fingerprint)
         if self._world.rank == 0:
             self.write_state("running")
-            threading.Thread(target=self._touch_state, name="state", daemon=True).start()
+            threading.Thread(target=self._keep_state, name="state", daemon=True).start()
 
     def write_state(self, state: State, *, reason: str = "", exit_code: int = 0) -> None:
         """Write `run.json`, on rank 0 only; raises StorageError if writing fails."""
         if self._world.rank == 0:
-            write_state(self._results, self._state(state, reason=reason, exit_code=exit_code))
+            with self._state_lock:
+                write_state(self._results, self._state(state, reason=reason, exit_code=exit_code))
 
     def warn_of_damage(self) -> None:
         """Log on rank 0 the problems of journals of earlier attempts, and how many requests lost recorded rows."""
@@ -197,7 +218,7 @@ class Attempt:
         self._counts = (totals.num_finished, self._counts[1], totals.num_errors)
         self._world.collectively(self.journal.close)
         reason = self._world.comm.allreduce((stop.requested, stop.reason), max)[1]
-        self._ended.set()
+        self._end_updates()
         self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
         if self._world.rank == 0:
             finished = f"{self._counts[0]} of {self._begin.requests} requests are finished"
@@ -228,7 +249,7 @@ class Attempt:
 
         For rank 0. A failure is a warning: the results are whole, and the next attempt merges left journals again.
         """
-        self._ended.set()
+        self._end_updates()
         try:
             self.write_state("finished", exit_code=self._exit_code)
             self._require_lock()  # otherwise they are another run's
@@ -285,9 +306,10 @@ class Attempt:
         Rank 0 may put them in place meanwhile, so they are looked for before and after. Gives up if writing blocks.
         """
         state, codes = self._state("failed", reason=cause, exit_code=exit_code), [exit_code]
+        self._end_updates()
 
         def write() -> None:
-            with suppress(StorageError):
+            with suppress(StorageError), self._state_lock:
                 if not self._results_in_place():
                     write_state(self._results, state)
                 if self._results_in_place():
