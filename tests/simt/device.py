@@ -164,11 +164,11 @@ class SimtDevice:
             return
         run = getattr(_library(kernel, finds_races=self._finds_races), f"launch_{kernel.name}")
         shape = (ctypes.c_uint * 7)(*grid, threads, 1, 1, shared_bytes)
-        formats = kernel.parameters
+        formats, offsets = _layout(kernel)
         letters = "".join(LETTERS[format] for format in formats)
         words = ctypes.create_string_buffer(struct.pack("=" + "".join(formats), *map(_word, arguments)))
         first = ctypes.addressof(words)
-        addresses = (ctypes.c_void_p * len(formats))(*(first + offset for offset in kernel.offsets))
+        addresses = (ctypes.c_void_p * len(formats))(*(first + offset for offset in offsets))
         keep = (words, arguments)
         work = partial(_run, run, shape, addresses, letters, keep)
         self._submit(kernel.name, work, *(uses_of(kernel, arguments) if self._order else ()))
@@ -287,6 +287,12 @@ def _floats(values: Any) -> npt.NDArray[np.float64]:
 def _store(out: Any, values: npt.NDArray[np.float64]) -> None:
     floats = values.astype(np.float32)
     out[...] = narrow(floats) if out.dtype == np.uint16 else floats
+
+
+@cache
+def _layout(kernel: Kernel) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The formats and offsets of the parameters, for which the kernel's source is read."""
+    return kernel.parameters, kernel.offsets
 
 
 @cache

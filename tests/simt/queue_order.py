@@ -4,6 +4,7 @@ Work is in order if it is of one queue, or if the host has seen the earlier work
 """
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,12 +60,18 @@ class QueueOrder:
 
 def uses_of(kernel: Kernel, arguments: Iterable[Any]) -> Iterable[tuple[Any, bool]]:
     """The arrays of a launch, and whether the kernel may write them: all but those behind a pointer to const."""
-    for given, argument in zip(kernel.parameter_types, arguments, strict=True):
+    for given, argument in zip(_types(kernel), arguments, strict=True):
         if isinstance(argument, ExpertTable):
             arrays = (*argument.matrices, *argument.biases)
             yield from ((values, False) for values in arrays if values is not None)
         elif isinstance(argument, np.ndarray):
             yield argument, not given.startswith("const ")
+
+
+@cache
+def _types(kernel: Kernel) -> tuple[str, ...]:
+    """The types of the parameters, for which the kernel's source is read."""
+    return kernel.parameter_types
 
 
 def _bounds(values: Any) -> tuple[int, int]:
