@@ -24,6 +24,47 @@ World = tuple[dict[str, list[tuple[int, str, str]]], str]
 WORLDS = pytest.StashKey[dict[tuple[Path, int], World]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--claims", type=Path, metavar="FOLDER", help="leave out the files of tests claimed in FOLDER")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """With `--claims FOLDER`, share the files of tests with all other processes that were given the same folder."""
+    folder = session.config.getoption("--claims")
+    if folder is None or session.config.option.collectonly or session.testsfailed:
+        return None
+    mine = claimed(session.items, folder)
+    item = next(mine, None)
+    while item is not None and not session.shouldfail and not session.shouldstop:
+        following = next(mine, None)
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+        item = following
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
+    if session.shouldstop:
+        raise session.Interrupted(session.shouldstop)
+    return True
+
+
+def claimed(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
+    """The tests of the files that no other process has begun; a file is claimed when its first test is due."""
+    mine: dict[Path, bool] = {}
+    for item in items:
+        if item.path not in mine:
+            mine[item.path] = claim(folder / str(item.path).replace(os.sep, "%"))
+        if mine[item.path]:
+            yield item
+
+
+def claim(place: Path) -> bool:
+    try:
+        place.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 @pytest.fixture
 def mpirun():
     """`mpirun(n, *command, limit_s=60, NAME=value)` runs a command on n ranks; a limit passed is a failure."""

@@ -60,6 +60,9 @@ def execute(*command: str | Path, limit_s: float = LIMIT_S, **environment: str) 
     except subprocess.TimeoutExpired:
         out, err = end(process)
         raise AssertionError(f"no end within {limit_s} s\n{out}\n{err}") from None
+    except KeyboardInterrupt:
+        end(process)
+        raise
     return Outcome(process.returncode, out, err, time.monotonic() - begin)
 
 

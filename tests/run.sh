@@ -21,10 +21,15 @@ bash jobs/setup.sh local convert sentencepiece parquet zstd kernels test
 # shellcheck source=jobs/env.sh
 source jobs/env.sh
 
+unset PYTHONDONTWRITEBYTECODE # each of thousands of processes would compile the program again
 ruff check
 ruff format --check --quiet
 python tests/house_rules.py
 mypy
 lint-imports
-pytest -m "not mpi" --ignore=tests/peers "$@"
-pytest -m mpi --ignore=tests/peers "$@" # the real program, and rank-wise tests, under mpirun
+
+# Two processes share the files of tests; some run the real program, or themselves, under mpirun.
+claims=$(mktemp -d --tmpdir moempi-tests.XXXXXX)
+trap 'rm -rf "$claims"' EXIT
+half="pytest --ignore=tests/peers --claims=$claims ${*@Q}"
+python tests/parallel.py "$half" "$half"

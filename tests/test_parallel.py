@@ -1,0 +1,52 @@
+"""tests/run.sh runs two processes of pytest at once, which share the files of tests."""
+
+import re
+import signal
+import sys
+import time
+
+import pytest
+
+from mpirun import ROOT, execute, python, start
+
+PARALLEL = ROOT / "tests/parallel.py"
+FILES = ("tests/test_printing.py", "tests/layout/test_schedule.py", "tests/layout/test_topology.py")
+
+
+def test_what_each_command_wrote_is_whole_and_in_the_order_of_their_ends():
+    outcome = execute(*python(PARALLEL, "sleep 1; echo late", "echo early; echo error >&2"))
+    early, late = ("echo early; echo error >&2", "sleep 1; echo late")
+    expected = f"==== {early}\nearly\nerror\n==== exit code 0 after T s: {early}\n"
+    expected += f"==== {late}\nlate\n==== exit code 0 after T s: {late}\n"
+    assert re.sub(r"after \d+ s", "after T s", outcome.out) == expected
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+@pytest.mark.parametrize("failing", ["exit 3", "false; true", "kill -9 $$", "no-such-command"])
+def test_one_failure_fails_all_and_the_other_command_ends(failing):
+    outcome = execute(*python(PARALLEL, failing, "sleep 0.5; echo whole"))
+    assert outcome.code == 1
+    assert "\nwhole\n" in outcome.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_all_commands_and_shows_what_they_wrote(number, tmp_path):
+    commands = [f"echo {name}; touch {tmp_path / name}; sleep 100" for name in ("one", "other")]
+    process = start(*python(PARALLEL, *commands))
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "\none\n" in out
+    assert "\nother\n" in out
+
+
+def test_each_test_runs_in_one_of_the_processes(tmp_path):
+    half = f"{sys.executable} -m pytest -v -p no:cacheprovider --claims={tmp_path} {' '.join(FILES)}"
+    outcome = execute(*python(PARALLEL, half, half))
+    assert outcome.code == 0, outcome.out
+    ran = re.findall(r"^(tests/\S+::.*) PASSED", outcome.out, re.MULTILINE)
+    listed = execute(*python("-m", "pytest", "-q", "--collect-only", *FILES)).out
+    assert sorted(ran) == sorted(re.findall(r"^tests/\S+::.*", listed, re.MULTILINE))
+    assert len(list(tmp_path.iterdir())) == len(FILES)
