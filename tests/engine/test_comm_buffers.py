@@ -16,7 +16,9 @@ class CountingBackend(CudaBackend):
 
 
 def make_backend(progress):
-    return CountingBackend(SimtDevice(pinned=False), precision="float32", reproducible=True, progress=progress)
+    return CountingBackend(
+        SimtDevice(pinned=False, finds_races=False), precision="float32", reproducible=True, progress=progress
+    )
 
 
 @pytest.mark.ranks(4)

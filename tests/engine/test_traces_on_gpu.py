@@ -18,7 +18,9 @@ TRACE = {"statistics": True, "home": True, "hidden": [0, 3], "hidden_norm": True
 
 
 def on_gpu(precision):
-    return lambda progress: CudaBackend(SimtDevice(), precision=precision, reproducible=True, progress=progress)
+    return lambda progress: CudaBackend(
+        SimtDevice(finds_races=False), precision=precision, reproducible=True, progress=progress
+    )
 
 
 def tables(folder, make_backend, *, requests, replay=None, **sections):

@@ -1,6 +1,7 @@
 """The search for a layout against trying everything, on small machines; and what it finds for the mission."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise, product
 from operator import le
 from pathlib import Path
@@ -55,8 +56,13 @@ def mission_search(shapes, workload, job="mission.toml"):
     return Search(candidates(searched, shapes), workload)
 
 
-def tried(searched):
+@cache
+def tried(workload):
     """Speed, seconds to the next token and to the first of every candidate, each laid out and forecast as a job."""
+    return tuple(_forecasts(request(workload)))
+
+
+def _forecasts(searched):
     for layout in candidates(searched, all_shapes(searched)):
         for index in range(len(layout.steps.slots)):
             job, of = layout.job(index), layout.planned
@@ -70,7 +76,7 @@ def test_the_fastest_of_all_candidates_is_found_and_few_are_simulated(workload):
     searched = request(workload)
     search = search_of(searched, gain=0.0)
     fastest = search.fastest({}, exact=True)
-    assert fastest.tokens_per_s == pytest.approx(max(speed for speed, _, _ in tried(searched)), rel=1e-9)
+    assert fastest.tokens_per_s == pytest.approx(max(speed for speed, _, _ in tried(workload)), rel=1e-9)
     assert 1 < search.num_simulated < search.num_candidates / 5
 
 
@@ -129,8 +135,8 @@ def test_the_fastest_layout_of_each_shape_is_tried_with_a_head_that_its_last_sta
 
 
 def test_limits_are_kept_and_the_front_falls():
-    searched = request(mixed(128, 32))
-    search, everything = search_of(searched), list(tried(searched))
+    workload = mixed(128, 32)
+    search, everything = search_of(request(workload)), tried(workload)
     front = list(search.front({}))
     assert len(front) > 2
     for before, after in pairwise(front):

@@ -17,7 +17,7 @@ from simt.queue_order import QueueOrder, uses_of
 
 @pytest.fixture
 def backend():
-    return CudaBackend(SimtDevice(order=QueueOrder()), precision="bfloat16", reproducible=False)
+    return CudaBackend(SimtDevice(order=QueueOrder(), finds_races=False), precision="bfloat16", reproducible=False)
 
 
 def test_work_of_another_queue_must_wait_for_what_it_reads(backend):
@@ -59,7 +59,7 @@ def test_the_uses_of_a_launch_are_those_of_its_source():
 def run_lanes(folder, architecture, lanes=2, **settings):
     """A run of several lanes, whose sequences use different pages and slots."""
     order = QueueOrder()
-    device = SimtDevice(order=order, pinned=False)
+    device = SimtDevice(order=order, pinned=False, finds_races=False)
 
     def make_backend(progress):
         return CudaBackend(device, precision="bfloat16", reproducible=False, progress=progress)
