@@ -120,3 +120,5 @@ def test_peers_are_the_owners_of_every_slot():
             for data in range(grid.num_groups(stage)):
                 owners = {grid.owner(other, slot) for slot in grid.slots(stage, data)}
                 assert grid.peers(stage, data, other=other) == tuple(sorted(owners))
+            numbers = [len(grid.peers(stage, data, other=other)) for data in range(grid.num_groups(stage))]
+            assert grid.most_peers(stage, other=other) == max(numbers)

@@ -94,7 +94,6 @@ def test_no_candidate_is_faster_than_its_bound(workload):
         for index in range(0, len(layout.steps.slots), 7):
             found = forecast_step(layout.planned, workload, layout.step(index))
             assert found.least_s == pytest.approx(layout.forecast.least_s[index])
-            assert found.least_s <= found.slowest_s * (1 + 1e-9) or not found.is_full
             assert found.least_s <= found.micro_batch_s(overlap=True) * (1 + 1e-9)
 
 

@@ -219,20 +219,15 @@ class Forecast:
         return self.in_flight >= self.lanes * len(self.stages)
 
     @cached_property
-    def slowest_s(self) -> float:
-        """Seconds from step to step of the slowest stage, which bounds `micro_batch_s`."""
-        return max(stage.overlapped_s for stage in {*self.stages})
-
-    @cached_property
     def _overlapped_s(self) -> float:
         """A full pipeline is as fast as its slowest stage; one with less work is simulated."""
         if self.is_full:
-            return self.slowest_s
+            return max(stage.overlapped_s for stage in {*self.stages})
         first, last = FILLING_ROUNDS * self.in_flight, (FILLING_ROUNDS + MEASURED_ROUNDS) * self.in_flight
         phases = {stage: equal_steps(stage.phases) for stage in {*self.stages}}
         steps = [phases[stage] for stage in self.stages]
         ends = step_ends_s(steps, lanes=self.lanes, in_flight=self.in_flight, num_steps=last + 1)
-        return max(self.slowest_s, float(ends[last] - ends[first]) / (last - first))
+        return max(self.least_s, float(ends[last] - ends[first]) / (last - first))
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,7 @@ class Search:
                 break
             index = int(left[at])
             is_first = self._ratios[self._kinds[index]] == UNKNOWN
-            found = self._cost_of(index, cost, limits, least)
+            found = self._cost_of(index, cost, limits)
             best, least, worse = (index, found, 0) if found < least else (best, least, worse + (not is_first))
             if self._stops():
                 break
@@ -183,18 +183,13 @@ class Search:
             found[estimates(other) > limit] *= UNLIKELY
         return int(np.argmin(found))
 
-    def _cost_of(self, index: int, cost: Cost, limits: Limits, least: float) -> float:
-        """The cost of a candidate; infinite beyond the limits, or if its stages alone cost as good as `least`."""
+    def _cost_of(self, index: int, cost: Cost, limits: Limits) -> float:
+        """The cost of a candidate; infinite beyond the limits."""
         replicas, found = self.layouts[self._layout_of[index]].replicas, self._forecast(index)
-
-        def at(micro_batch_s: float) -> float:
-            keeps = all(of(replicas, found, micro_batch_s) <= limit for of, limit in limits.items())
-            return cost(replicas, found, micro_batch_s) if keeps else inf
-
-        is_better = at(found.slowest_s) * (1 + self._gain) < least
-        micro_batch_s = found.micro_batch_s(overlap=True) if is_better else found.slowest_s
+        micro_batch_s = found.micro_batch_s(overlap=True)
         self._ratios[self._kinds[index]] = micro_batch_s / found.likely_s
-        return at(micro_batch_s) if is_better else inf
+        keeps = all(of(replicas, found, micro_batch_s) <= limit for of, limit in limits.items())
+        return cost(replicas, found, micro_batch_s) if keeps else inf
 
     def _possible(self, limits: Limits, allowed: BoolArray) -> IntArray:
         """The candidates of the allowed layouts whose bounds keep the limits."""
