@@ -47,12 +47,19 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     return True
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave a mark in the folder of claims, which a process that a test ended does not."""
+    if (folder := session.config.getoption("--claims")) is not None:
+        (folder / f"{os.getpid()}.ended").touch()
+
+
 def claimed(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
-    """The tests of the files that no other process has begun; a file is claimed when its first test is due."""
+    """The tests of the files that no other process has claimed; a file is claimed when the test before it is due."""
     mine: dict[Path, bool] = {}
     for item in items:
         if item.path not in mine:
-            mine[item.path] = claim(folder / str(item.path).replace(os.sep, "%"))
+            name = str(item.path.relative_to(item.config.rootpath))
+            mine[item.path] = claim(folder / name.replace(os.sep, "%"))
         if mine[item.path]:
             yield item
 

@@ -1,6 +1,6 @@
 """Runs shell commands at once, and prints what each wrote when it ends: python3 tests/parallel.py COMMAND...
 
-Ends with 1 if a command failed. Ctrl-C interrupts all of them.
+Ends with 1 if a command failed. SIGINT, SIGTERM and SIGHUP interrupt all of them, and then it ends with 130.
 """
 
 import os
@@ -10,57 +10,79 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_S = 30.0
 
 
 class Running:
-    """A command in a process group of its own that writes to a file."""
+    """A command in a process group of its own that writes to a file in `folder`."""
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, folder: Path, name: str) -> None:
         self.command = command
         self.begin = time.monotonic()
-        self.written = tempfile.TemporaryFile()  # noqa: SIM115
+        self.path = folder / name
+        print(f"==== writes to {self.path} until it ends: {command}", flush=True)
         words = ["bash", "-euo", "pipefail", "-c", command]
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=self.written, stderr=subprocess.STDOUT, process_group=0
-        )
+        with self.path.open("wb") as written:
+            self.process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.STDOUT, process_group=0
+            )
 
-    def interrupt(self) -> None:
-        """Interrupt the processes of the group, as Ctrl-C does, and kill those that do not end."""
-        for number, limit_s in ((signal.SIGINT, END_S), (signal.SIGKILL, END_S)):
-            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(self.process.pid, number)
-                self.process.wait(limit_s)
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to all processes of the group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def show(self) -> None:
         seconds = time.monotonic() - self.begin
         print(f"==== {self.command}", flush=True)
-        self.written.seek(0)
-        shutil.copyfileobj(self.written, sys.stdout.buffer)
+        with self.path.open("rb") as written:
+            shutil.copyfileobj(written, sys.stdout.buffer)
         print(f"==== exit code {self.process.returncode} after {seconds:.0f} s: {self.command}", flush=True)
 
 
-def main() -> int:
-    """1 if a command failed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    running = [Running(command) for command in sys.argv[1:]]
-    left = list(running)
+def interrupt(running: Sequence[Running]) -> None:
+    """Interrupt all commands, as Ctrl-C does, and kill those that do not end."""
+    for one in running:
+        one.send(signal.SIGINT)
+    limit = time.monotonic() + END_S
+    while any(one.process.poll() is None for one in running) and time.monotonic() < limit:
+        time.sleep(0.1)
+    for one in running:
+        if one.process.poll() is None:
+            one.send(signal.SIGKILL)
+            one.process.wait()
+
+
+def main(folder: Path) -> int:
+    """1 if a command failed, 130 if they were interrupted."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    left: list[Running] = []
+    failed = False
     try:
+        for number, command in enumerate(sys.argv[1:]):
+            left.append(Running(command, folder, f"{number}.txt"))
         while left:
             for ended in [one for one in left if one.process.poll() is not None]:
                 left.remove(ended)
                 ended.show()
+                failed |= ended.process.returncode != 0
             time.sleep(0.1)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        interrupt(left)
         for one in left:
-            one.interrupt()
             one.show()
         return 130
-    return int(any(one.process.returncode for one in running))
+    return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tempfile.TemporaryDirectory(prefix="moempi-parallel.") as own:
+        sys.exit(main(Path(own)))

@@ -16,9 +16,10 @@ FILES = ("tests/test_printing.py", "tests/layout/test_schedule.py", "tests/layou
 def test_what_each_command_wrote_is_whole_and_in_the_order_of_their_ends():
     outcome = execute(*python(PARALLEL, "sleep 1; echo late", "echo early; echo error >&2"))
     early, late = ("echo early; echo error >&2", "sleep 1; echo late")
-    expected = f"==== {early}\nearly\nerror\n==== exit code 0 after T s: {early}\n"
+    expected = "".join(f"==== writes to FILE until it ends: {command}\n" for command in (late, early))
+    expected += f"==== {early}\nearly\nerror\n==== exit code 0 after T s: {early}\n"
     expected += f"==== {late}\nlate\n==== exit code 0 after T s: {late}\n"
-    assert re.sub(r"after \d+ s", "after T s", outcome.out) == expected
+    assert re.sub(r"after \d+ s", "after T s", re.sub(r"to \S+", "to FILE", outcome.out)) == expected
     assert (outcome.code, outcome.err) == (0, "")
 
 
@@ -29,11 +30,12 @@ def test_one_failure_fails_all_and_the_other_command_ends(failing):
     assert "\nwhole\n" in outcome.out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_ends_all_commands_and_shows_what_they_wrote(number, tmp_path):
     commands = [f"echo {name}; touch {tmp_path / name}; sleep 100" for name in ("one", "other")]
     process = start(*python(PARALLEL, *commands))
-    while len(list(tmp_path.iterdir())) < 2:
+    limit = time.monotonic() + 20
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < limit:
         time.sleep(0.01)
     process.send_signal(number)
     out, _ = process.communicate(timeout=20)
@@ -49,4 +51,5 @@ def test_each_test_runs_in_one_of_the_processes(tmp_path):
     ran = re.findall(r"^(tests/\S+::.*) PASSED", outcome.out, re.MULTILINE)
     listed = execute(*python("-m", "pytest", "-q", "--collect-only", *FILES)).out
     assert sorted(ran) == sorted(re.findall(r"^tests/\S+::.*", listed, re.MULTILINE))
-    assert len(list(tmp_path.iterdir())) == len(FILES)
+    assert len(list(tmp_path.glob("*.py"))) == len(FILES)
+    assert len(list(tmp_path.glob("*.ended"))) == 2

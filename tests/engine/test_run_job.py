@@ -5,14 +5,17 @@ import signal
 import threading
 import time
 
+import pytest
 from mpi4py import MPI
 
 from engine.jobs import make_job
 from engine.runs import SMALL
 from moempi.engine.run import run_job
+from moempi.errors import StorageError
 from moempi.runtime.stop import Stop
-from moempi.runtime.world import World
+from moempi.runtime.world import AgreedExit, World
 from moempi.storage.initialize import initialize
+from moempi.storage.journal import JournalWriter
 from moempi.storage.merge import merge
 from moempi.storage.run_state import read_state, state_path, write_state
 
@@ -67,6 +70,39 @@ def test_no_step_waits_for_the_state_to_be_written(tmp_path, monkeypatch):
     assert (written[0], written[-1]) == (("running", True), ("finished", True))
     assert set(written[1:-1]) == {("running", False)}
     assert read_state(job.output.results).state == "finished"
+
+
+@pytest.mark.ranks(2)
+def test_a_failure_on_which_the_ranks_agree_stays_in_the_state(comm, tmp_path, monkeypatch):
+    folder, written, close = comm.bcast(tmp_path), [], JournalWriter.close
+    if comm.rank == 0:
+        initialize(SMALL, folder / "weights.h5", seed=1)
+        (folder / "prompts.jsonl").write_text('{"tokens": [1, 2, 3]}\n{"tokens": [1, 2, 4]}')
+    comm.Barrier()
+    job = make_job(folder, sampling={"max_tokens": 6, "ignore_eos": True})
+
+    def write_slowly(results, state):
+        time.sleep(0.3 * (state.state == "running" and state.finished > 0))  # rank 1 fails meanwhile
+        write_state(results, state)
+        written.append((state.state, state.finished))
+
+    def fail(journal):
+        close(journal)
+        if comm.rank == 1:
+            raise StorageError("1.part: cannot be written: Input/output error")
+
+    monkeypatch.setattr("moempi.engine.restart.STATE_PAUSE_S", 0.0)
+    monkeypatch.setattr("moempi.engine.restart.STATE_MAX_PAUSE_S", 0.0)
+    monkeypatch.setattr("moempi.engine.restart.write_state", write_slowly)
+    monkeypatch.setattr(JournalWriter, "close", fail)
+    with pytest.raises(AgreedExit):
+        run_job(job, job_text="", world=World(comm), stop=Stop(), strict=True)
+    time.sleep(0.5)
+    comm.Barrier()
+    state = read_state(job.output.results)
+    assert (state.state, state.exit_code, state.rank) == ("failed", StorageError.exit_code, 1)
+    assert written[-1][0] == ("running" if comm.rank == 0 else "failed")
+    assert comm.rank > 0 or written[-1][1] > 0
 
 
 def test_after_a_finished_job_the_program_still_fails_and_is_still_interrupted(tmp_path):

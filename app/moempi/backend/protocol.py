@@ -481,7 +481,7 @@ class FusedLayers(Protocol):
     """Layers of a fused attention and fused experts each as one verb, with the bits of its separate verbs."""
 
     def most_layers(self, num_rows: int, segments: Sequence[Segment]) -> int:
-        """The number of layers that one call may compute for these rows, 0 if none: the host waits for the call."""
+        """How many layers one call may compute for these rows; 0 if one takes too long: nothing else goes on."""
 
     def __call__(
         self,

@@ -115,13 +115,13 @@ class Attempt:
             replaces=results_identity(self._results),
             max_errors=max_errors,
         )
-        world.on_failure(self._write_failure)
+        world.on_failure(self._write_failure, before=self._end_updates)
         self.earlier = self._scan() if inputs.has_journals else NOTHING_EARLIER
         self._counts = (self.earlier.finishes.total(), 0, self.earlier.finishes["error"])
         self.journal: JournalWriter | NoJournal = NoJournal()
 
     def also_writing_state(self, on_progress: Callable[[Counts], None]) -> Callable[[Counts], None]:
-        """An `on_progress` that calls the given one; at times a thread then writes `run.json`."""
+        """An `on_progress` that calls the given one; at times a thread of rank 0 then writes `run.json`."""
 
         def on_progress_and_write(counts: Counts) -> None:
             on_progress(counts)
@@ -149,12 +149,15 @@ class Attempt:
         A thread, because no step waits for the disk, and weights are read and results merged for longer than SILENT_S
         without a step.
         """
-        while not self._ended.is_set():
-            if self._state_request.wait(TOUCH_EVERY_S):
-                self._state_request.clear()
-                self._update_state()
-            else:
-                touch_state(self._results)
+        try:
+            while not self._ended.is_set():
+                if self._state_request.wait(TOUCH_EVERY_S):
+                    self._state_request.clear()
+                    self._update_state()
+                else:
+                    touch_state(self._results)
+        except Exception as error:
+            self._world.abort(error)
 
     def _update_state(self) -> None:
         with self._state_lock:
@@ -170,9 +173,11 @@ class Attempt:
                 touch_state(self._results)
 
     def _end_updates(self) -> None:
-        """Let no other "running" state be written; does not wait for one that is being written."""
+        """Let no other "running" state be written; waits up to STATE_LIMIT_S for one that is being written."""
         self._ended.set()
         self._state_request.set()
+        if self._state_lock.acquire(timeout=STATE_LIMIT_S):
+            self._state_lock.release()
 
     def begin(self, *, has_records: bool) -> None:
         """Open the journal of this rank, if it has records, and on rank 0 write the state; raises StorageError.

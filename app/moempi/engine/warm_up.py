@@ -112,6 +112,7 @@ def _run_experts(
         backend.expert_mlp(rows[:together], experts.experts, (np.arange(hosted) < together).astype(np.int64))
     if experts.latent is None:
         Addends(x, x, norm).combine(backend, buffer, output_rows, weights)
+        backend.combine(buffer, output_rows, weights)  # inside a node, if there are two hops
     else:
         backend.add(x, backend.linear(backend.combine(buffer, output_rows, weights), experts.latent.up))
     if experts.shared is not None:

@@ -66,10 +66,9 @@ def make_layout(
     stage_nodes = [tuple(nodes[rank] for rank in stage.ranks) for stage in grid.stages]
     may_read_peers = on_gpu and job.exchange.transport in ("auto", "cuda_ipc")
     reads_peers = may_read_peers and not ipc_obstacle(job.exchange, stage_nodes)
-    most_groups = {grid.num_groups(index): grid.most_peers(index, other=0) for index in range(len(grid.stages))}
     memory = []
     for index, stage in enumerate(grid.stages):
-        hosted, groups = _most_hosted(placements[index]), most_groups[grid.num_groups(index)]
+        hosted, groups = _most_hosted(placements[index]), grid.most_peers(index, other=0)
         rank = StageRank(stage.layers, hosted, groups, stage_nodes[index], reads_peers)
         of_rank = rank_memory(job, architecture, rank, on_gpu=on_gpu, widened=widened)
         memory.append(replace(of_rank, slots=-(-grid.num_slots // grid.num_groups(index))))

@@ -1,8 +1,8 @@
 """Search for the fastest layout of a job on a machine. Pure.
 
-Bounds of the speeds of all candidates, which need no simulation, are computed in arrays. Candidates are then simulated
-in the order of their bounds, until no bound exceeds the highest speed: the result is as fast as if all were simulated,
-less `gain`.
+Bounds and estimates of the speeds of all candidates, which need no simulation, are computed in arrays. Candidates are
+then simulated in the order of their estimates, which each simulation corrects. An exact search ends when no bound
+exceeds the highest speed: the result is as fast as if all were simulated, less `gain`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ from moempi.planning.workload import Workload
 GAIN = 0.005
 """A candidate is simulated if its bound is better than the best by more than this share."""
 PATIENCE = 15
-"""Candidates that are tried in a row without a better one, before the search gives up or goes on in another order."""
+"""Candidates that are simulated in a row without a better one before a search that is not exact ends."""
 FRONT_STEP = 0.2
 """The least share by which the latency decreases from a row of the Pareto front to the next."""
 UNKNOWN = 0.0
@@ -100,7 +100,8 @@ class Search:
         stages = np.array([one.shape.stages for one in self.layouts], int)[self._layout_of]
         lanes = self._joined("lanes", lambda one: one.steps.lanes)
         is_full = self._joined("full", lambda one: one.forecast.is_full)
-        _, self._kinds = np.unique(np.stack([stages, lanes, is_full]), axis=1, return_inverse=True)
+        kinds = np.unique(np.stack([stages, lanes, is_full]), axis=1, return_inverse=True)[1]
+        self._kinds = kinds.reshape(-1)  # NumPy 2.0 returns (1, n)
         self._ratios = np.full(self.num_candidates, UNKNOWN)
 
     @property
@@ -116,8 +117,7 @@ class Search:
     def fastest(self, limits: Limits, *, without: Shape | None = None, exact: bool = False) -> Found | None:
         """The fastest candidate that keeps the limits and has another shape than `without`, if there is one.
 
-        If `exact`, it is the fastest of all, less `gain`; else the search gives up after PATIENCE candidates in a row
-        that were no faster.
+        If `exact`, it is the fastest of all, less `gain`.
         """
         allowed = np.array([one.shape != without for one in self.layouts], bool)
         if any(self.soonest(latency)[1] > limit for latency, limit in limits.items()):
@@ -127,7 +127,7 @@ class Search:
     def soonest(self, latency: Cost) -> tuple[Found | None, float]:
         """The candidate with the least latency, and that; infinite if there are no candidates."""
         if latency not in self._soonest:
-            found = self._least(latency, {}, np.ones(len(self.layouts), bool))
+            found = self._least(latency, {}, np.ones(len(self.layouts), bool), exact=True)
             seconds = latency(1, found.forecast, found.forecast.micro_batch_s(overlap=True)) if found else inf
             self._soonest[latency] = found, seconds
         return self._soonest[latency]
@@ -143,9 +143,9 @@ class Search:
     def _least(self, cost: Cost, limits: Limits, allowed: BoolArray, *, exact: bool = False) -> Found | None:
         """The candidate of the allowed layouts that costs least within the limits.
 
-        The likeliest is tried next, until PATIENCE in a row are no better, or five times as many without any that keeps
-        the limits; the first of a kind does not count. All others that may be better follow in the order of their
-        bounds if it shall be `exact`, and some of them if none keeps the limits.
+        The likeliest is tried next, until PATIENCE simulations in a row found none better, or five times as many none
+        that keeps the limits; the first of a kind does not count. If `exact`, all others that may be better follow in
+        the order of their bounds; if none keeps the limits, as many as before.
         """
         left, bounds = self._possible(limits, allowed), self._bounds(cost)
         best, least, worse = None, inf, 0
@@ -158,9 +158,9 @@ class Search:
             else:
                 break
             index = int(left[at])
-            is_first = self._ratios[self._kinds[index]] == UNKNOWN
+            is_tried = index in self._simulated or self._ratios[self._kinds[index]] == UNKNOWN
             found = self._cost_of(index, cost, limits)
-            best, least, worse = (index, found, 0) if found < least else (best, least, worse + (not is_first))
+            best, least, worse = (index, found, 0) if found < least else (best, least, worse + (not is_tried))
             if self._stops():
                 break
             left = np.delete(left, at)
@@ -171,7 +171,7 @@ class Search:
         """The position of the candidate with the least estimate, before those that are likely to exceed a limit.
 
         Estimates are corrected by the last simulation of a candidate of the same kind, which has as many stages and
-        lanes. Where there was none yet, they are the bounds.
+        lanes, and as full a pipeline or not. Where there was none yet, they are the bounds.
         """
         ratios = self._ratios[self._kinds[indices]]
 

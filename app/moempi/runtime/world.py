@@ -93,6 +93,7 @@ class World:
         self._ending = threading.Lock()
         self._abort_channel = AbortChannel(comm, peers, self._watchdog.position)
         self._on_failure: Callable[[str, int], int] = _same_code
+        self._before_failure: Callable[[], None] = _nothing
         self._final_code: int | None = None
         self.loss: Loss | None = None
         self._load: LoadReport | None = None
@@ -160,8 +161,10 @@ class World:
 
     def _raise_agreed(self, error: MoempiError | None, first: int) -> NoReturn:
         """End with the error of rank `first`, the lowest that has one; collective."""
-        code = self.comm.bcast(error.exit_code if error is not None else 0, root=first)
-        if error is not None and self.rank == first:
+        self._before_failure()  # on all ranks, before one of them writes
+        is_first = error is not None and self.rank == first
+        code = int(self.comm.allreduce(error.exit_code if error is not None and is_first else 0))
+        if error is not None and is_first:
             self._print_error(error, str(error))
             self._on_failure(str(error), code)
         raise AgreedExit(code)
@@ -229,14 +232,15 @@ class World:
         if self._ending.locked() or self._abort_channel.announced():
             time.sleep(ABORT_LIMIT_S)
 
-    def on_failure(self, write: Callable[[str, int], int] | None) -> None:
+    def on_failure(self, write: Callable[[str, int], int] | None, *, before: Callable[[], None] | None = None) -> None:
         """From now on, the rank that reports a failure also calls `write(cause, exit code)`, from any thread.
 
-        A rank that is cut off from rank 0 does not, because rank 0's side reports as well. `write` returns the exit
-        code to use; None stands for nothing to call. It must return within a second or so, because the other ranks are
-        aborted after it.
+        If all ranks agree on a failure, each has called `before` by then. A rank that is cut off from rank 0 does not
+        write, because rank 0's side reports as well. `write` returns the exit code to use; None stands for nothing to
+        call. Both must return within a second or so, because the other ranks are aborted after them.
         """
         self._on_failure = write or _same_code
+        self._before_failure = before or _nothing
 
     def request_stop(self) -> None:
         """Send to all ranks that the run is to stop; each knows it after at most 2 log2(ranks) watchdog periods."""
@@ -400,6 +404,10 @@ def _peers(rank: int, nodes: tuple[int, ...], processes: tuple[tuple[str, int], 
 
 def _same_code(_cause: str, code: int) -> int:
     return code
+
+
+def _nothing() -> None:
+    pass
 
 
 def _exit_after(limit_s: float, code: int) -> None:

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 NORM = "test_rms_norm_equals_the_cpu[bfloat16-{}-True-2048]"
-ROWS = "test_attention_equals_the_cpu[bfloat16-{}-4-4-16-lengths0-0-False]"
-TILES = "test_attention_equals_the_cpu[bfloat16-{}-4-2-32-lengths2-0-False]"
-PANELS = "test_attention_equals_the_cpu[bfloat16-{}-2-2-128-lengths3-0-False]"
+ROWS = "test_attention_equals_the_cpu[bfloat16-{}-4-4-16-lengths0-whole]"
+TILES = "test_attention_equals_the_cpu[bfloat16-{}-4-2-32-lengths2-whole]"
+PANELS = "test_attention_equals_the_cpu[bfloat16-{}-2-2-128-lengths3-whole]"
 FEW_ROWS = "test_experts_of_few_rows_equal_the_cpu[{}-64-320-1-32]"
 
 

@@ -28,7 +28,7 @@ def run(tmp_path_factory):
             "input.prompts": folder / "some.jsonl",
             "output.results": folder / f"{name}.h5",
             "run.batch_tokens": 48,
-            "run.max_sequences": 8,
+            "run.max_sequences": 4,
             "sampling.top_logprobs": 2,
             "run.timeout_s": 60,
             "exchange.transport": "alltoallv",

@@ -12,12 +12,13 @@ from moempi.backend.cpu import kernel_calls as calls
 from moempi.backend.cpu.attention_layout import CachedRows
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, PanelMatrix
 from moempi.backend.cpu.router import TOP_OF_GROUP
-from moempi.backend.values import AttentionBlock, Cache, ExpertsBlock, RmsNorm, Segment
+from moempi.backend.values import AttentionBlock, Cache, ExpertsBlock, RmsNorm, Segment, Segments
 
 FUSED_FLOPS = 5e8
 """Most work of a thread in one call, some milliseconds: it does not call `progress`."""
 FUSED_BYTES = 2e8
-"""Most bytes of experts that a thread reads in one call, some milliseconds, too."""
+"""Most bytes of weights and cache that a thread reads in one call, some milliseconds, too."""
+FLOAT32_BYTES = 4
 FUSED_ROWS = 512
 """Most rows of a call, which limits scratch memory."""
 
@@ -144,7 +145,9 @@ class KernelLayers:
     def most_layers(self, num_rows: int, segments: Sequence[Segment]) -> int:
         layout, (heads, kv_heads, _) = self._lay_out(segments), self._attentions[0].heads
         scores = layout.attention_tasks(kv_heads, heads // kv_heads, self._kernels.chunk).scores
-        return self._cost.most_layers(num_rows, scores, threads=self._kernels.threads)
+        of = Segments.of(segments)
+        positions = int((of.starts + of.lengths).sum())
+        return self._cost.most_layers(num_rows, scores, positions, threads=self._kernels.threads)
 
     def __call__(
         self,
@@ -192,10 +195,11 @@ def are_alike(layers: Sequence[tuple[KernelAttention, KernelExperts]]) -> bool:
 
 
 class _Cost(NamedTuple):
-    """What a layer costs: operations and bytes of a row, of a score of all heads, and bytes of all experts."""
+    """What a layer costs: operations of a row and of a score of all heads, bytes of a position and of weights."""
 
     row_flops: int
     score_flops: int
+    position_bytes: int
     attention_bytes: int
     expert_bytes: int
     num_experts: int
@@ -204,20 +208,22 @@ class _Cost(NamedTuple):
     @classmethod
     def of(cls, attention: KernelAttention, experts: KernelExperts) -> Self:
         qkv, output, router, gate_up, down = _matrices(attention, experts)
-        heads, _, dim = attention.heads
+        heads, kv_heads, dim = attention.heads
         return cls(
             _flops(qkv, output, router, *[gate_up, down] * experts.top_k),
             4 * heads * dim,
+            2 * kv_heads * dim * FLOAT32_BYTES,  # at most
             qkv.packed.nbytes + output.packed.nbytes + router.packed.nbytes,
             gate_up.packed.nbytes + down.packed.nbytes,
             len(experts.block.experts),
             experts.top_k,
         )
 
-    def most_layers(self, num_rows: int, scores: int, *, threads: int) -> int:
+    def most_layers(self, num_rows: int, scores: int, positions: int, *, threads: int) -> int:
         """The layers whose work is at most FUSED_FLOPS and FUSED_BYTES of each thread; 0 beyond FUSED_ROWS."""
         flops = num_rows * self.row_flops + scores * self.score_flops
         num_bytes = self.attention_bytes + min(num_rows * self.top_k, self.num_experts) * self.expert_bytes
+        num_bytes += positions * self.position_bytes
         most = min(FUSED_FLOPS * threads // max(flops, 1), FUSED_BYTES * threads // num_bytes)
         return int(most) if num_rows <= FUSED_ROWS else 0
 
