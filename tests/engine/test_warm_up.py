@@ -73,6 +73,24 @@ def test_a_run_launches_no_kernel_for_the_first_time(tmp_path, architecture, pre
     assert all(tokens[0])
 
 
+@pytest.mark.ranks(2)
+def test_two_hops_launch_no_kernel_for_the_first_time_before_a_dense_layer(comm, tmp_path):
+    device = WatchedDevice()
+    run = Run(
+        comm.bcast(tmp_path),
+        requests_of(20, 3),
+        comm=comm,
+        architecture=structs.replace(SMALL, num_layers=3, dense_layers=(2,)),
+        make_backend=lambda progress: CudaBackend(device, precision="bfloat16", reproducible=False, progress=progress),
+        exchange={"hops": 2, "transport": "pairwise"},
+        topology={"ranks_per_node": 1},
+    )
+    warm_up(run.model, run.world, placements=run.rank_layout.placements, lanes=1)
+    warm = set(device.kernels)
+    run.lanes.run()
+    assert device.kernels == warm
+
+
 def test_the_cpu_backend_needs_no_warm_up(tmp_path):
     run = Run(tmp_path, requests_of(4))
     run.backend.tensor = None
