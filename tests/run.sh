@@ -31,6 +31,6 @@ lint-imports
 # Two processes share the files of tests, some of which run the real program, or their own tests, under mpirun.
 claims=$(mktemp -d --tmpdir moempi-tests.XXXXXX)
 trap 'rm -rf "$claims"' EXIT
-tests="pytest --ignore=tests/peers -p no:cacheprovider --claims=${claims@Q} ${*@Q}"
+tests="python -u '$(command -v pytest)' --ignore=tests/peers -p no:cacheprovider --claims=${claims@Q} ${*@Q}"
 python tests/parallel.py "$tests" "$tests"
 [ "$(find "$claims" -name '*.ended' | wc -l)" = 2 ] || { echo "tests: a process ended before its last test" >&2; exit 1; }
