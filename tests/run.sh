@@ -28,9 +28,13 @@ python tests/house_rules.py
 mypy
 lint-imports
 
-# Two processes share the files of tests, some of which run the real program, or their own tests, under mpirun.
-claims=$(mktemp -d --tmpdir moempi-tests.XXXXXX)
-trap 'rm -rf "$claims"' EXIT
-tests="python -u '$(command -v pytest)' --ignore=tests/peers -p no:cacheprovider --claims=${claims@Q} ${*@Q}"
-python tests/parallel.py "$tests" "$tests"
-[ "$(find "$claims" -name '*.ended' | wc -l)" = 2 ] || { echo "tests: a process ended before its last test" >&2; exit 1; }
+share() { # share MARKED ARGUMENTS: the tests with these marks, whose files two processes share
+    local claims tests
+    claims=$(mktemp -d --tmpdir moempi-tests.XXXXXX)
+    tests="python -u '$(command -v pytest)' --ignore=tests/peers -p no:cacheprovider --claims=${claims@Q} -m ${*@Q}"
+    python tests/parallel.py "$tests" "$tests"
+    [ "$(find "$claims" -name '*.ended' | wc -l)" = 2 ] || { echo "tests: a process ended before its last test" >&2; exit 1; }
+    rm -r "$claims"
+}
+share "not mpi" "$@"
+share mpi "$@" # the real program, and rank-wise tests, under mpirun; apart, as processes that started MPI leave variables
