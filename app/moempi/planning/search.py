@@ -19,7 +19,7 @@ from moempi.planning.workload import Workload
 
 GAIN = 0.005
 """A candidate is simulated if its bound is better than the best by more than this share."""
-PATIENCE = 15
+PATIENCE = 12
 """Candidates that are simulated in a row without a better one before a search that is not exact ends."""
 FRONT_STEP = 0.2
 """The least share by which the latency decreases from a row of the Pareto front to the next."""
