@@ -59,6 +59,13 @@ def test_no_step_waits_for_the_state_to_be_written(tmp_path, monkeypatch):
         written.append((state.state, threading.current_thread() is main))
         write_state(results, state)
 
+    def merge_later(*arguments, **named):
+        limit = time.monotonic() + 10
+        while len(written) < 2 and time.monotonic() < limit:
+            time.sleep(0.01)
+        return merge(*arguments, **named)
+
+    monkeypatch.setattr("moempi.engine.run.merge", merge_later)
     monkeypatch.setattr("moempi.engine.restart.STATE_PAUSE_S", 0.0)
     monkeypatch.setattr("moempi.engine.restart.STATE_MAX_PAUSE_S", 0.0)
     monkeypatch.setattr("moempi.engine.restart.write_state", write)
@@ -82,13 +89,18 @@ def test_a_failure_on_which_the_ranks_agree_stays_in_the_state(comm, tmp_path, m
     job = make_job(folder, sampling={"max_tokens": 6, "ignore_eos": True})
 
     def write_slowly(results, state):
-        time.sleep(0.3 * (state.state == "running" and state.finished > 0))  # rank 1 fails meanwhile
+        if state.state == "running" and state.finished > 0:
+            (folder / "writes").touch()
+            time.sleep(0.3)  # rank 1 fails meanwhile
         write_state(results, state)
         written.append((state.state, state.finished))
 
     def fail(journal):
         close(journal)
         if comm.rank == 1:
+            limit = time.monotonic() + 20
+            while not (folder / "writes").exists() and time.monotonic() < limit:
+                time.sleep(0.01)
             raise StorageError("1.part: cannot be written: Input/output error")
 
     monkeypatch.setattr("moempi.engine.restart.STATE_PAUSE_S", 0.0)
