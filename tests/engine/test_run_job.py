@@ -20,6 +20,14 @@ from moempi.storage.merge import merge
 from moempi.storage.run_state import read_state, state_path, write_state
 
 
+def run_alone(job):
+    usr1 = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert run_job(job, job_text="", world=World(MPI.COMM_SELF), stop=Stop(), strict=True) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, usr1)
+
+
 def test_a_run_touches_its_state_in_a_long_phase_without_steps(tmp_path, monkeypatch):
     initialize(SMALL, tmp_path / "weights.h5", seed=1)
     (tmp_path / "prompts.jsonl").write_text('{"tokens": [1, 2, 3]}')
@@ -35,11 +43,7 @@ def test_a_run_touches_its_state_in_a_long_phase_without_steps(tmp_path, monkeyp
 
     monkeypatch.setattr("moempi.engine.restart.TOUCH_EVERY_S", 0.01)
     monkeypatch.setattr("moempi.engine.run.merge", merge_slowly)
-    usr1 = signal.getsignal(signal.SIGUSR1)
-    try:
-        assert run_job(job, job_text="", world=World(MPI.COMM_SELF), stop=Stop(), strict=True) == 0
-    finally:
-        signal.signal(signal.SIGUSR1, usr1)
+    run_alone(job)
     assert touched
     for thread in threading.enumerate():
         if thread.name == "state":
@@ -69,11 +73,7 @@ def test_no_step_waits_for_the_state_to_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("moempi.engine.restart.STATE_PAUSE_S", 0.0)
     monkeypatch.setattr("moempi.engine.restart.STATE_MAX_PAUSE_S", 0.0)
     monkeypatch.setattr("moempi.engine.restart.write_state", write)
-    usr1 = signal.getsignal(signal.SIGUSR1)
-    try:
-        assert run_job(job, job_text="", world=World(MPI.COMM_SELF), stop=Stop(), strict=True) == 0
-    finally:
-        signal.signal(signal.SIGUSR1, usr1)
+    run_alone(job)
     assert (written[0], written[-1]) == (("running", True), ("finished", True))
     assert set(written[1:-1]) == {("running", False)}
     assert read_state(job.output.results).state == "finished"

@@ -112,7 +112,7 @@ def logprobs_of(scan: LogitScan) -> tuple[Float32Array, Float32Array]:
 
 
 def _log_sums(highest: Float32Array, sums: Float32Array) -> tuple[Float32Array, Float32Array]:
-    """The largest logit m of each row, and the logarithm of its sum of exp(x - m), from those of blocks (N, blocks)."""
+    """The largest logit m of a row (N,), and log(sum(exp(x - m))) (N,), from the largest and the sum of each block."""
     most: Float32Array = highest.max(axis=1)
     total = (sums * np.exp(highest - most[:, None]).astype(np.float64)).sum(axis=1)
     return most, np.log(total).astype(np.float32)

@@ -28,7 +28,7 @@ class Hop:
         self._reserved: tuple[Any, Array | None] | None = None
 
     def reserve(self, num_rows: int) -> Array | None:
-        """The buffer of the next `send`, which is of so many rows, for verbs that write them; None if they are packed.
+        """The buffer (num_rows, D) that `send` takes next, for verbs that write there; None if it packs rows.
 
         These rows are then sent in their order. Blocks until the receivers have read the rows of the transfer before
         the last one.

@@ -88,7 +88,7 @@ class Layer:
         return self.attention(backend, x, angles, cache, segments)
 
     def fused(self, num_rows: int, group_size: int) -> FusedAttention | None:
-        """The attention as one verb, if a rank that computes it alone has that for so many rows."""
+        """The attention as one verb; None in a tensor group, and for more rows than the verb takes."""
         fused = self.fused_attention
         return fused if fused is not None and group_size == 1 and num_rows <= fused.most_rows else None
 
