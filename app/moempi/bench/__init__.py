@@ -15,6 +15,7 @@ BENCHMARKS = (
     "product",
     "layer",
     "generate",
+    "score",
     "exchange",
     "overlap",
     "immediate",

@@ -5,7 +5,6 @@ generate, and llama.cpp if its Python package is installed, have the threads of 
 """
 
 import tempfile
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
@@ -17,19 +16,16 @@ import numpy as np
 
 from moempi.bench import llama_cpp, peers
 from moempi.bench.jobs import WEIGHTS, make_job, step_seconds, write_prompts
-from moempi.bench.measure import machine, ratio
+from moempi.bench.measure import machine, ratio, sleep_until_all, timed
 from moempi.commands.flags import count
 from moempi.config.job import Job
-from moempi.errors import UsageError
 from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
 
 GGUF = "model.gguf"
-VOCABULARY = 512
 LLAMA_CPP = "llama.cpp"
-POLL_S = 0.002
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -45,7 +41,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective. Raises UsageError on several nodes or without transformers."""
-    world.collectively(lambda: _check_usage(world))
+    world.collectively(lambda: peers.check_peers(world, benchmark="generate"))
     table = figures_table(
         *("precision", "batch", "moempi", "peer", "its rate", "ratio", "same tokens"),
         title=f"Tokens/s, {chosen.tokens} after {chosen.prompt}: {world.size} ranks of {chosen.threads} threads",
@@ -54,11 +50,9 @@ def run(world: World, chosen: Namespace) -> None:
     with tempfile.TemporaryDirectory() as own:
         folder = Path(world.comm.bcast(own))
         if world.rank == 0:
-            peers.save_model(
-                folder / "model", vocabulary=VOCABULARY, sizes=peers.LARGE if chosen.large else peers.SMALL
-            )
+            peers.save_model(folder / "model", sizes=peers.LARGE if chosen.large else peers.SMALL)
             convert(folder / "model", folder / WEIGHTS)
-        _sleep_until_all(world)
+        sleep_until_all(world)
         for precision in ("float32", "bfloat16"):
             if world.rank == 0 and llama_cpp.has_llama_cpp():
                 llama_cpp.write_gguf(folder / "model", folder / GGUF, precision=precision)
@@ -70,20 +64,13 @@ def run(world: World, chosen: Namespace) -> None:
         console().print(table)
 
 
-def _check_usage(world: World) -> None:
-    if world.num_nodes > 1:
-        raise UsageError("bench generate compares cores of one node; start it on one")
-    if not peers.has_transformers():
-        raise UsageError("bench generate needs torch and transformers: bash jobs/setup.sh local convert peers")
-
-
 Generate = Callable[[], tuple[float, Any]]
 """Seconds, and the new tokens (batch, tokens)."""
 
 
 def _compare(world: World, folder: Path, precision: str, sequences: int, chosen: Namespace) -> list[list[str]]:
     """The cells of one batch, for each peer: both rates, their ratio, and the share of equal tokens; collective."""
-    prompts = np.random.default_rng(sequences).integers(0, VOCABULARY, (sequences, chosen.prompt))
+    prompts = np.random.default_rng(sequences).integers(0, peers.VOCABULARY, (sequences, chosen.prompt))
     job = _job(folder, precision, sequences, chosen)
     theirs: dict[str, Generate] = {}
     if world.rank == 0:
@@ -96,7 +83,7 @@ def _compare(world: World, folder: Path, precision: str, sequences: int, chosen:
         for name, generate in theirs.items():
             seconds, generated[name] = generate()
             taken[name].append(seconds)
-        _sleep_until_all(world)
+        sleep_until_all(world)
     if world.rank:
         return []
     taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first warms up
@@ -115,17 +102,11 @@ def _compare(world: World, folder: Path, precision: str, sequences: int, chosen:
 def _peers(folder: Path, prompts: Any, precision: str, *, threads: int, tokens: int) -> dict[str, Generate]:
     """The functions of the peers that are installed."""
     found = peers.generators(folder / "model", prompts, tokens=tokens, precision=precision, threads=threads)
-    theirs: dict[str, Generate] = {name: partial(_timed, generate) for name, generate in found.items()}
+    theirs: dict[str, Generate] = {name: partial(timed, generate) for name, generate in found.items()}
     if llama_cpp.has_llama_cpp():
         run = partial(llama_cpp.generate, folder / GGUF, prompts, tokens=tokens, threads=threads, folder=folder)
         theirs[LLAMA_CPP] = lambda: run()[:2]
     return theirs
-
-
-def _timed(generate: Callable[[], Any]) -> tuple[float, Any]:
-    begin = time.perf_counter()
-    generated = generate()
-    return time.perf_counter() - begin, generated
 
 
 def _job(folder: Path, precision: str, sequences: int, chosen: Namespace) -> Job:
@@ -138,10 +119,3 @@ def _job(folder: Path, precision: str, sequences: int, chosen: Namespace) -> Job
     }
     sampling = {"max_tokens": chosen.tokens, "ignore_eos": True}
     return make_job(folder, origin="bench generate", run=run, sampling=sampling)
-
-
-def _sleep_until_all(world: World) -> None:
-    """A barrier in which waiting ranks leave their cores to the others."""
-    request = world.comm.Ibarrier()
-    while not request.Test():
-        time.sleep(POLL_S)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +18,7 @@ from moempi.backend.cpu.kernels import Kernels
 from moempi.runtime.world import World
 
 PACKAGES = ("moempi", "numpy", "mpi4py", "torch", "transformers")
+POLL_S = 0.002
 Contestants = Mapping[str, Callable[[], object]]
 
 
@@ -35,6 +36,20 @@ def alternate(world: World, contestants: Contestants, *, rounds: int) -> dict[st
             taken[name].append(perf_counter() - begin)
     slowest = np.max(world.comm.allgather([seconds[1:] for seconds in taken.values()]), axis=0)
     return dict(zip(taken, slowest.tolist(), strict=True))
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """The seconds of a call, and what it returns."""
+    begin = perf_counter()
+    result = run()
+    return perf_counter() - begin, result
+
+
+def sleep_until_all(world: World) -> None:
+    """A barrier in which waiting ranks leave their cores to the others; collective, blocks."""
+    request = world.comm.Ibarrier()
+    while not request.Test():
+        sleep(POLL_S)
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:

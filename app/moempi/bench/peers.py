@@ -9,6 +9,7 @@ from typing import Any
 
 from moempi.arrays import Float32Array, widen
 from moempi.bench.random_layer import Sizes, expert_bits, router_bits
+from moempi.errors import UsageError
 from moempi.runtime.world import World
 
 # batched_mm copies the weights of every (token, expert) pair and is never the best on a CPU.
@@ -23,6 +24,14 @@ def has_torch() -> bool:
 def has_transformers() -> bool:
     """Whether transformers is installed, and torch with it."""
     return has_torch() and find_spec("transformers") is not None
+
+
+def check_peers(world: World, *, benchmark: str) -> None:
+    """Raises UsageError on several nodes or without transformers."""
+    if world.num_nodes > 1:
+        raise UsageError(f"bench {benchmark} compares cores of one node; start it on one")
+    if not has_transformers():
+        raise UsageError(f"bench {benchmark} needs torch and transformers: bash jobs/setup.sh local convert peers")
 
 
 def moe_blocks(sizes: Sizes, rows: Float32Array, *, precision: str) -> dict[str, Callable[[], Any]]:
@@ -91,7 +100,10 @@ LARGE: dict[str, int] = {
 """About 430 million parameters."""
 
 
-def save_model(folder: Path, *, vocabulary: int, sizes: dict[str, int]) -> None:
+VOCABULARY = 512
+
+
+def save_model(folder: Path, *, sizes: dict[str, int]) -> None:
     """Save a random Qwen3-MoE with these sizes."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -99,7 +111,7 @@ def save_model(folder: Path, *, vocabulary: int, sizes: dict[str, int]) -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         **sizes,
-        vocab_size=vocabulary,
+        vocab_size=VOCABULARY,
         head_dim=64,
         intermediate_size=1024,
         norm_topk_prob=True,
@@ -121,13 +133,8 @@ def generators(
     Each function returns the new tokens (batch, tokens).
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision)).eval()
-    inputs = torch.from_numpy(prompts)
+    model, inputs = _load(folder, precision=precision, threads=threads), torch.from_numpy(prompts)
 
     def generate(implementation: str) -> Any:
         model.config._experts_implementation = implementation
@@ -142,6 +149,35 @@ def generators(
         return generated[:, prompts.shape[1] :].numpy()
 
     return {f"transformers {name}": partial(generate, name) for name in EXPERTS_IMPLEMENTATIONS}
+
+
+def scorers(folder: Path, prompts: Any, *, precision: str, threads: int) -> dict[str, Callable[[], Any]]:
+    """Transformers' scoring of `prompts` (batch, length), by experts implementation.
+
+    Each function returns the log-probabilities (batch, length - 1) of all tokens but the first, in float32.
+    """
+    import torch
+
+    model, inputs = _load(folder, precision=precision, threads=threads), torch.from_numpy(prompts)
+
+    def score(implementation: str) -> Any:
+        model.config._experts_implementation = implementation
+        with torch.no_grad():
+            logits = model(inputs, use_cache=False).logits[:, :-1].float()
+            return logits.log_softmax(-1).gather(2, inputs[:, 1:, None])[:, :, 0].numpy()
+
+    return {f"transformers {name}": partial(score, name) for name in EXPERTS_IMPLEMENTATIONS}
+
+
+def _load(folder: Path, *, precision: str, threads: int) -> Any:
+    """Transformers' model of a checkpoint; torch computes with `threads` from now on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision)).eval()
 
 
 def start_gloo(world: World) -> Any:

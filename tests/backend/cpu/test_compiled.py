@@ -201,6 +201,25 @@ def test_attention_has_the_same_bits_for_any_chunks_threads_and_instructions(pre
     assert len(bits) == 1
 
 
+@PRECISIONS
+@pytest.mark.parametrize("chunk", [1, 100])
+@pytest.mark.parametrize("unusual", [np.nan, np.inf, -np.inf])
+def test_attention_is_no_number_from_an_unusual_key_on(precision, chunk, unusual):
+    length, broken = 100, 70
+    segments, caches = step(1, 32, 32, 0, precision, lengths=(length,), starts=(0,))
+    (backend, cache), queries = caches[1], numbers(length, 2, 32, seed=7)
+    row = int(segments[0].pages[broken // PAGE_ROWS]) * PAGE_ROWS + broken % PAGE_ROWS
+    cache.keys[row] = unusual if precision == "float32" else narrow(np.full((1, 32), unusual, np.float32))
+    attended = np.concatenate(
+        [
+            backend.attend(queries[at : at + chunk], cache, [Segment(0, chunk, at, segments[0].pages)], scale=0.125)
+            for at in range(0, length, chunk)
+        ]
+    )
+    assert np.isfinite(attended[:broken]).all()
+    assert np.isnan(attended[broken:]).all()
+
+
 @pytest.mark.parametrize("amplitude", [1.0, 1.25])
 @pytest.mark.parametrize("theta", [1e4, 5e6])
 def test_angles_are_the_float32_numbers_nearest_to_the_exact_ones(theta, amplitude):

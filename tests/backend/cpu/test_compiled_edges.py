@@ -96,11 +96,14 @@ def test_rotations_and_attention_of_edge_sizes(dim, cached_type, at_end):
             rotation = Rotation(*angles, interleaved=interleaved, rounded=True)
             KERNELS.rotate_into(keys, rows, guarded(values(5, 2, dim)), rotation, norm)
             assert np.isfinite(KERNELS.rotate(queries, rotation, norm)).all()
-    segments, pages = guarded(np.array([[0, 5, 59, 0]]), at_end=at_end), guarded(np.zeros(1, np.int32), at_end=at_end)
-    layout, cache = CachedRows((), segments, segments, pages, rows), Cache(keys, held)
-    for window, sinks in ((0, None), (7, guarded(values(4), at_end=at_end))):
-        found = KERNELS.attend(queries, cache, layout, window=window, sinks=sinks, rounded=True)
-        assert np.isfinite(found).all()
+    pages, cache = guarded(np.zeros(1, np.int32), at_end=at_end), Cache(keys, held)
+    many_queries = guarded(values(40, 4, dim, seed=4), at_end=at_end)  # whose keys are transposed
+    for each in (queries, many_queries):
+        segments = guarded(np.array([[0, len(each), 64 - len(each), 0]]), at_end=at_end)
+        layout = CachedRows((), segments, segments, pages, rows)
+        for window, sinks in ((0, None), (7, guarded(values(4), at_end=at_end))):
+            found = KERNELS.attend(each, cache, layout, window=window, sinks=sinks, rounded=True)
+            assert np.isfinite(found).all()
 
 
 @AT_END

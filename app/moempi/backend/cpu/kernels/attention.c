@@ -19,6 +19,9 @@
 #define TILE 4   /* queries that share the keys in registers */
 #define CHUNK 64 /* queries of a task, which share a page in the first-level cache */
 #define WIDE (LANES == 16 ? 4 : 1)
+#define FEWEST_QUERIES 32 /* of a task that transposes the keys of a page */
+#define MOST_NUMBERS 512  /* of a key and its value, where they are transposed */
+#define KEY_VECS (LANES == 16 ? 1 : 2) /* vectors of transposed keys whose scores are computed together */
 
 /* The queries of a tile: `scores` of a page, and what each has of the softmax so far. */
 typedef struct {
@@ -27,6 +30,14 @@ typedef struct {
     long begin[TILE], end[TILE]; /* keys of the page that a query sees */
     float scores[TILE][PAGE];
 } tile;
+
+/* A page of a key-value head: the cache's own numbers, or widened ones whose keys are (dim, PAGE). */
+typedef struct {
+    const char *keys, *values;
+    long key_stride, value_stride;
+    const float *transposed_keys; /* instead of `keys`, or NULL */
+    int is_bfloat16;
+} page_numbers;
 
 /* The scores of `queries` queries, a constant after inlining, with keys [begin, end) of the page. */
 INLINE void score(tile *t, const char *keys, long stride, long dim, long begin, long end, const int queries,
@@ -47,6 +58,43 @@ INLINE void score(tile *t, const char *keys, long stride, long dim, long begin, 
     }
 }
 
+/* The same scores, with the same bits, for vectors of keys (dim, PAGE): the products of numbers n, n + GROUP,
+ * n + 2 GROUP ... are added as in lane n of a group, and these sums in the order of sum_of. */
+INLINE void score_transposed(tile *t, const float *keys, long dim, long begin, long end, const int queries) {
+    static const int order[GROUP] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+    const long together = KEY_VECS * LANES;
+    for (long k = begin / together * together; k < end; k += together) {
+        vec sums[5][TILE][KEY_VECS];
+#pragma GCC unroll 16
+        for (int n = 0; n < GROUP; n++) {
+            vec lane[TILE][KEY_VECS];
+            for (int q = 0; q < queries; q++)
+                for (int a = 0; a < KEY_VECS; a++)
+                    lane[q][a] = set1(0);
+            for (long d = order[n]; d < dim; d += GROUP) {
+                vec key[KEY_VECS];
+                for (int a = 0; a < KEY_VECS; a++)
+                    key[a] = load(keys + d * PAGE + k + a * LANES);
+                for (int q = 0; q < queries; q++)
+                    for (int a = 0; a < KEY_VECS; a++)
+                        lane[q][a] = fused(set1(t->queries[q][d]), key[a], lane[q][a]);
+            }
+            int level = 0;
+#pragma GCC unroll 4
+            for (; n >> level & 1; level++)
+                for (int q = 0; q < queries; q++)
+                    for (int a = 0; a < KEY_VECS; a++)
+                        lane[q][a] = add(sums[level][q][a], lane[q][a]);
+            for (int q = 0; q < queries; q++)
+                for (int a = 0; a < KEY_VECS; a++)
+                    sums[level][q][a] = lane[q][a];
+        }
+        for (int q = 0; q < queries; q++)
+            for (int a = 0; a < KEY_VECS; a++)
+                store(t->scores[q] + k + a * LANES, sums[4][q][a]);
+    }
+}
+
 /* Call a kernel whose number of queries and type of numbers are constants. */
 #define WITH_CONSTANTS(kernel, queries, is_bfloat16, ...) \
     switch (queries) { \
@@ -56,29 +104,62 @@ INLINE void score(tile *t, const char *keys, long stride, long dim, long begin, 
     case 4: is_bfloat16 ? kernel(__VA_ARGS__, 4, 1) : kernel(__VA_ARGS__, 4, 0); break; \
     }
 
+/* The largest of `before` and the scores (PAGE,); NaN if one of them is. */
+INLINE float most_of(const float *scores, float before) {
+    group most = same(before), sum = same(0);
+    for (long k = 0; k < PAGE; k += GROUP) {
+        group some = load_group(scores + k);
+        EACH(i) most.part[i] = larger(most.part[i], some.part[i]);
+        EACH(i) sum.part[i] = add(sum.part[i], some.part[i]);
+    }
+    float found[GROUP], largest_found = before, total = sum_of(sum);
+    store_group(found, most);
+    for (int i = 0; i < GROUP; i++)
+        largest_found = found[i] > largest_found ? found[i] : largest_found;
+    return total == total && before == before ? largest_found : NAN;
+}
+
+#define WITH_QUERIES(kernel, queries, ...) \
+    switch (queries) { \
+    case 1: kernel(__VA_ARGS__, 1); break; \
+    case 2: kernel(__VA_ARGS__, 2); break; \
+    case 3: kernel(__VA_ARGS__, 3); break; \
+    case 4: kernel(__VA_ARGS__, 4); break; \
+    }
+
 /* Turn the scores of a page into weights e^(score - highest), add them to `total`, and rescale what `out` holds. */
 static void weigh(tile *t, int q, float *highest, float *total, long value_dim) {
-    float *scores = t->scores[q], before = *highest, most = before;
-    for (long k = t->begin[q]; k < t->end[q]; k++)
-        most = scores[k] > most || scores[k] != scores[k] ? scores[k] : most;
-    for (long k = 0; k < PAGE; k++)
-        scores[k] = k >= t->begin[q] && k < t->end[q] ? scores[k] - most : -INFINITY;
+    float *scores = t->scores[q], before = *highest;
+    const long begin = t->begin[q], end = t->end[q];
+    for (long k = 0; k < begin; k++)
+        scores[k] = -INFINITY;
+    for (long k = end; k < PAGE; k++)
+        scores[k] = -INFINITY;
+    float most = most_of(scores, before);
+    for (long k = 0; k < PAGE; k += GROUP) {
+        group weights = load_group(scores + k);
+        EACH(i) weights.part[i] = exponential(sub(weights.part[i], set1(most)));
+        store_group(scores + k, weights);
+    }
+    for (long k = 0; k < begin; k++)
+        scores[k] = 0;
+    for (long k = end; k < PAGE; k++)
+        scores[k] = 0;
     group sum = same(0);
     for (long k = 0; k < PAGE; k += GROUP) {
         group weights = load_group(scores + k);
-        EACH(i) weights.part[i] = exponential(weights.part[i]);
-        store_group(scores + k, weights);
-        for (long j = k; j < k + GROUP; j++)
-            if (j < t->begin[q] || j >= t->end[q])
-                scores[j] = 0;
-        weights = load_group(scores + k);
         EACH(i) sum.part[i] = add(sum.part[i], weights.part[i]);
     }
-    float factors[GROUP];
-    group difference = same(before - most);
-    EACH(i) difference.part[i] = exponential(difference.part[i]);
-    store_group(factors, difference);
-    float factor = before == -INFINITY ? 0 : factors[0];
+    float factor = 1;
+    if (before == -INFINITY)
+        factor = 0;
+    else if (before != most) {
+        float factors[GROUP];
+        group difference = same(before - most);
+        EACH(i) difference.part[i] = exponential(difference.part[i]);
+        store_group(factors, difference);
+        factor = factors[0];
+    }
     *total = *total * factor + sum_of(sum);
     *highest = most;
     for (long d = 0; factor != 1 && d < value_dim; d++)
@@ -107,25 +188,25 @@ INLINE void add_groups(tile *t, int first, const char *values, long stride, long
         }
 }
 
-INLINE void add_values(tile *t, int first, const char *values, long stride, long value_dim, long begin, long end,
+INLINE void add_values(tile *t, int first, const page_numbers *p, long value_dim, long begin, long end,
                        const int queries, const int is_bfloat16) {
     long d = 0;
     for (; d + WIDE * GROUP <= value_dim; d += WIDE * GROUP)
-        add_groups(t, first, values, stride, d, GROUP, begin, end, WIDE, queries, is_bfloat16);
+        add_groups(t, first, p->values, p->value_stride, d, GROUP, begin, end, WIDE, queries, is_bfloat16);
     for (; d < value_dim; d += GROUP)
-        add_groups(t, first, values, stride, d, smallest(GROUP, value_dim - d), begin, end, 1, queries, is_bfloat16);
+        add_groups(t, first, p->values, p->value_stride, d, smallest(GROUP, value_dim - d), begin, end, 1, queries,
+                   is_bfloat16);
 }
 
 /* The weighted values of keys [begin, end), for `queries` queries from `first` on. */
-static void add_all_values(const attention *a, tile *t, int first, int queries, const char *values, long begin, long end) {
-    long stride = a->kv_heads * a->value_stride;
+static void add_all_values(const attention *a, tile *t, int first, int queries, const page_numbers *p, long begin,
+                           long end) {
     if (begin < end)
-        WITH_CONSTANTS(add_values, queries, a->is_bfloat16, t, first, values, stride, a->value_dim, begin, end)
+        WITH_CONSTANTS(add_values, queries, p->is_bfloat16, t, first, p, a->value_dim, begin, end)
 }
 
 /* One page for a tile: each query adds its keys in ascending order, those that all see together. */
-static void attend_page(const attention *a, tile *t, int queries, const char *keys, const char *values, float *highest,
-                        float *total) {
+static void attend_page(const attention *a, tile *t, int queries, const page_numbers *p, float *highest, float *total) {
     long begin = PAGE, end = 0, shared_begin = 0, shared_end = PAGE;
     for (int q = 0; q < queries; q++) {
         begin = smallest(begin, t->begin[q]), end = largest(end, t->end[q]);
@@ -133,21 +214,43 @@ static void attend_page(const attention *a, tile *t, int queries, const char *ke
     }
     if (shared_begin >= shared_end)
         shared_begin = shared_end = PAGE;
-    WITH_CONSTANTS(score, queries, a->is_bfloat16, t, keys, a->kv_heads * a->dim, a->dim, begin, end)
+    if (p->transposed_keys)
+        WITH_QUERIES(score_transposed, queries, t, p->transposed_keys, a->dim, begin, end)
+    else
+        WITH_CONSTANTS(score, queries, p->is_bfloat16, t, p->keys, p->key_stride, a->dim, begin, end)
     for (int q = 0; q < queries; q++)
         if (t->begin[q] < t->end[q])
             weigh(t, q, highest + q, total + q, a->value_dim);
     for (int q = 0; q < queries; q++)
-        add_all_values(a, t, q, 1, values, t->begin[q], smallest(shared_begin, t->end[q]));
-    add_all_values(a, t, 0, queries, values, shared_begin, shared_end);
+        add_all_values(a, t, q, 1, p, t->begin[q], smallest(shared_begin, t->end[q]));
+    add_all_values(a, t, 0, queries, p, shared_begin, shared_end);
     for (int q = 0; q < queries; q++)
-        add_all_values(a, t, q, 1, values, largest(shared_end, t->begin[q]), t->end[q]);
+        add_all_values(a, t, q, 1, p, largest(shared_end, t->begin[q]), t->end[q]);
+}
+
+/* Widen the first `count` positions of a page to float32 in `memory`: keys as (dim, PAGE), values as (PAGE, value_dim). */
+static void transpose_page(const attention *a, page_numbers *p, long count, float *memory) {
+    float *values = memory + a->dim * PAGE;
+    for (long k = 0; k < count; k++) {
+        for (long d = 0; d < a->dim; d += GROUP) {
+            float numbers[GROUP];
+            store_group(numbers, load_cached(p->keys, k * p->key_stride + d, GROUP, p->is_bfloat16));
+            for (int i = 0; i < GROUP; i++)
+                memory[(d + i) * PAGE + k] = numbers[i];
+        }
+        for (long d = 0; d < a->value_dim; d += GROUP)
+            store_group(values + k * a->value_dim + d,
+                        load_cached(p->values, k * p->value_stride + d, GROUP, p->is_bfloat16));
+    }
+    *p = (page_numbers){.transposed_keys = memory, .values = (char *)values, .value_stride = a->value_dim};
 }
 
 /* Queries [first, first + count) of one key-value head: query i is head i % shared of the segment's row i / shared. */
 static void attend_chunk(const attention *a, const segment *s, long kv_head, long first, long count) {
     const long shared = a->heads / a->kv_heads, number = a->is_bfloat16 ? 2 : 4;
-    float highest[CHUNK], total[CHUNK];
+    const int whole_groups = a->dim % GROUP == 0 && a->value_dim % GROUP == 0;
+    const int transposes = count >= FEWEST_QUERIES && whole_groups && a->dim + a->value_dim <= MOST_NUMBERS;
+    float highest[CHUNK], total[CHUNK], memory[MOST_NUMBERS * PAGE];
     for (long i = 0; i < count; i++) {
         long head = kv_head * shared + (first + i) % shared;
         highest[i] = a->sinks ? a->sinks[head] : -INFINITY;
@@ -159,8 +262,15 @@ static void attend_chunk(const attention *a, const segment *s, long kv_head, lon
     long page = a->window ? largest(0, seen_from - a->window + 1) / PAGE : 0;
     for (; page * PAGE < seen_to; page++) {
         const long cached = a->pages[s->first_page + page] * PAGE;
-        const char *keys = a->keys + (cached * a->kv_heads + kv_head) * a->dim * number;
-        const char *values = a->values + (cached * a->kv_heads + kv_head) * a->value_stride * number;
+        page_numbers p = {
+            .keys = a->keys + (cached * a->kv_heads + kv_head) * a->dim * number,
+            .values = a->values + (cached * a->kv_heads + kv_head) * a->value_stride * number,
+            .key_stride = a->kv_heads * a->dim,
+            .value_stride = a->kv_heads * a->value_stride,
+            .is_bfloat16 = a->is_bfloat16,
+        };
+        if (transposes) /* whole vectors of keys */
+            transpose_page(a, &p, smallest(PAGE, (seen_to - page * PAGE + GROUP - 1) / GROUP * GROUP), memory);
         for (long i = 0; i < count; i += TILE) {
             tile t;
             int queries = (int)smallest(TILE, count - i);
@@ -177,7 +287,7 @@ static void attend_chunk(const attention *a, const segment *s, long kv_head, lon
             }
             if (!seen)
                 continue;
-            attend_page(a, &t, queries, keys, values, highest + i, total + i);
+            attend_page(a, &t, queries, &p, highest + i, total + i);
         }
     }
     for (long i = 0; i < count; i++) {
