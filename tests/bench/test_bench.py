@@ -98,12 +98,18 @@ def test_a_wrong_flag_is_a_usage_error(mpirun):
     assert "--tokns" in outcome.lines[0]
 
 
-def test_generate_compares_tokens_or_names_the_missing_packages(mpirun):
-    flags = ("--sequences", "2", "--prompt", "4", "--tokens", "3", "--rounds", "1")
-    outcome = mpirun(2, *python("-m", "moempi", "bench", "generate", *flags), COLUMNS="200", limit_s=120)
+@pytest.mark.parametrize(
+    ("name", "flags", "agrees"),
+    [
+        ("generate", ("--sequences", "2", "--prompt", "4", "--tokens", "3"), lambda same: same == "100.0%"),
+        ("score", ("--prompts", "2", "--tokens", "5"), lambda difference: float(difference) < 1e-4),
+    ],
+)
+def test_generate_and_score_agree_with_transformers_or_name_the_missing_packages(mpirun, name, flags, agrees):
+    outcome = mpirun(2, *python("-m", "moempi", "bench", name, *flags, "--rounds", "1"), COLUMNS="200", limit_s=120)
     if find_spec("torch") is None:
         assert (outcome.code, len(outcome.lines)) == (64, 1)
         assert "needs torch and transformers" in outcome.lines[0]
     else:
         assert outcome.code == 0, outcome.err
-        assert "100.0%" in next(line for line in outcome.out.splitlines() if "float32" in line)
+        assert agrees(next(line for line in outcome.out.splitlines() if "float32" in line).split()[-1])

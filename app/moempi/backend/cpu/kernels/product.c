@@ -26,6 +26,8 @@
 #define MOST_PANELS 4
 #define RUN_BLOCKS (LANES == 8 ? 19 : 8)
 #define RUN_WORDS 768
+#define PREFETCHED_ROWS 20 /* most rows of a run with AVX2 where reading weights takes about as long as arithmetic */
+#define PREFETCH_BYTES 2048
 #define TASK_FLOPS 4e6        /* least work of a task, where a product has so much */
 #define FEW_WORDS (1L << 14)  /* packed words that threads do not share */
 
@@ -182,8 +184,8 @@ static void pack_run(const product *p, float *scratch, long first) {
         sums[r][2 * p + 1] = operation(number, high, sums[r][2 * p + 1]); \
     }
 
-/* `rows`, `panels` and `kind` are constants after inlining; all outputs of the panels exist. */
-INLINE void compute(const tile *t, const int rows, const int panels, const int kind) {
+/* `rows`, `panels`, `kind` and `prefetches` are constants after inlining; all outputs of the panels exist. */
+INLINE void compute(const tile *t, const int rows, const int panels, const int kind, const int prefetches) {
     vec sums[BLOCK_ROWS][2 * MOST_PANELS];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < 2 * panels; v++)
@@ -193,6 +195,8 @@ INLINE void compute(const tile *t, const int rows, const int panels, const int k
     for (long s = 0; s < t->steps; s++, packed += step_bytes(kind), x += rows * words_of_step(kind))
         for (int p = 0; p < panels; p++) {
             const char *words = packed + p * t->panel_bytes;
+            for (long line = 0; prefetches && line < step_bytes(kind); line += 64)
+                __builtin_prefetch(words + PREFETCH_BYTES + line);
             const ivec low = load_bits(words), high = load_bits(words + 4 * LANES);
             if (kind == PAIRS) {
                 ADD_PRODUCTS(fused_pairs, x, as_floats(low), as_floats(high))
@@ -222,13 +226,13 @@ INLINE void compute(const tile *t, const int rows, const int panels, const int k
 #define PANELS(rows) ((rows) == 1 || 4 * (rows) <= BLOCK_ROWS ? 4 : 2 * (rows) <= BLOCK_ROWS ? 2 : 1)
 
 /* `count` whole panels of a block of `rows` rows. */
-INLINE void compute_panels(tile t, long count, const int rows, const int kind) {
+INLINE void compute_panels(tile t, long count, const int rows, const int kind, const int prefetches) {
     for (long left = count; left > 0;) {
         int panels = left >= PANELS(rows) ? PANELS(rows) : 1;
         if (panels == PANELS(rows))
-            compute(&t, rows, PANELS(rows), kind);
+            compute(&t, rows, PANELS(rows), kind, prefetches);
         else
-            compute(&t, rows, 1, kind);
+            compute(&t, rows, 1, kind, prefetches);
         t.packed += panels * t.panel_bytes;
         t.out += panels * PANEL;
         t.bias = t.bias ? t.bias + panels * PANEL : NULL;
@@ -236,27 +240,31 @@ INLINE void compute_panels(tile t, long count, const int rows, const int kind) {
     }
 }
 
-static void compute_block(tile t, long count, long rows, int kind) {
-#define CASE(n) \
-    case n: \
+/* The same for constants chosen at run time. */
+#define CASE(rows, prefetches) \
+    case rows: \
         if (kind == FLOAT32) \
-            compute_panels(t, count, n, FLOAT32); \
+            compute_panels(t, count, rows, FLOAT32, prefetches); \
         else if (HAS_PAIRS && kind == PAIRS) \
-            compute_panels(t, count, n, PAIRS); \
+            compute_panels(t, count, rows, PAIRS, prefetches); \
         else \
-            compute_panels(t, count, n, BFLOAT16); \
+            compute_panels(t, count, rows, BFLOAT16, prefetches); \
         break;
+static void compute_block(tile t, long count, long rows, int kind) {
     switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+        CASE(1, 0) CASE(2, 0) CASE(3, 0) CASE(4, 0) CASE(5, 0)
 #if BLOCK_ROWS > 5
-        CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        CASE(6, 0) CASE(7, 0) CASE(8, 0) CASE(9, 0) CASE(10, 0) CASE(11, 0) CASE(12, 0)
 #endif
     }
-#undef CASE
+}
+static void compute_prefetching(tile t, long count, long rows, int kind) {
+    switch (rows) { CASE(1, 0) CASE(2, 0) CASE(3, 1) CASE(4, 1) CASE(5, 1) }
 }
 
 /* `count` whole panels from the one at `t` on, of the run of rows whose packed blocks begin at t.x. */
 static void compute_run(tile t, long count, long rows, int kind) {
+    const int prefetching = BLOCK_ROWS == 5 && rows <= PREFETCHED_ROWS;
     long blocks = quotient_up(rows, BLOCK_ROWS), at_once = blocks == 1 ? count : 1;
     for (long panel = 0; panel < count; panel += at_once) {
         tile here = t;
@@ -265,7 +273,10 @@ static void compute_run(tile t, long count, long rows, int kind) {
         for (long i = 0, begin = 0; i < blocks; i++) {
             long end = block_end(rows, blocks, i);
             here.out = t.out + begin * t.out_stride + panel * PANEL;
-            compute_block(here, at_once, end - begin, kind);
+            if (prefetching)
+                compute_prefetching(here, at_once, end - begin, kind);
+            else
+                compute_block(here, at_once, end - begin, kind);
             here.x += (end - begin) * t.steps * words_of_step(kind);
             begin = end;
         }
