@@ -245,12 +245,13 @@ static void transpose_page(const attention *a, page_numbers *p, long count, floa
     *p = (page_numbers){.transposed_keys = memory, .values = (char *)values, .value_stride = a->value_dim};
 }
 
-/* Queries [first, first + count) of one key-value head: query i is head i % shared of the segment's row i / shared. */
-static void attend_chunk(const attention *a, const segment *s, long kv_head, long first, long count) {
+/* Queries [first, first + count) of one key-value head: query i is head i % shared of the segment's row i / shared.
+ *
+ * With `memory` (MOST_NUMBERS, PAGE), pages are transposed into it.
+ */
+static void attend_chunk(const attention *a, const segment *s, long kv_head, long first, long count, float *memory) {
     const long shared = a->heads / a->kv_heads, number = a->is_bfloat16 ? 2 : 4;
-    const int whole_groups = a->dim % GROUP == 0 && a->value_dim % GROUP == 0;
-    const int transposes = count >= FEWEST_QUERIES && whole_groups && a->dim + a->value_dim <= MOST_NUMBERS;
-    float highest[CHUNK], total[CHUNK], memory[MOST_NUMBERS * PAGE];
+    float highest[CHUNK], total[CHUNK];
     for (long i = 0; i < count; i++) {
         long head = kv_head * shared + (first + i) % shared;
         highest[i] = a->sinks ? a->sinks[head] : -INFINITY;
@@ -269,7 +270,7 @@ static void attend_chunk(const attention *a, const segment *s, long kv_head, lon
             .value_stride = a->kv_heads * a->value_stride,
             .is_bfloat16 = a->is_bfloat16,
         };
-        if (transposes) /* whole vectors of keys */
+        if (memory) /* whole vectors of keys */
             transpose_page(a, &p, smallest(PAGE, (seen_to - page * PAGE + GROUP - 1) / GROUP * GROUP), memory);
         for (long i = 0; i < count; i += TILE) {
             tile t;
@@ -303,6 +304,13 @@ static void attend_chunk(const attention *a, const segment *s, long kv_head, lon
     }
 }
 
+/* Apart, so that only these tasks have so large a stack. */
+static __attribute__((noinline)) void attend_transposed(const attention *a, const segment *s, long kv_head, long first,
+                                                        long count) {
+    float memory[MOST_NUMBERS * PAGE];
+    attend_chunk(a, s, kv_head, first, count, memory);
+}
+
 typedef struct {
     const attention *attention;
     long first;
@@ -322,7 +330,12 @@ static void attend_task(const void *argument, long index) {
     const segment *s = a->segments + low;
     index -= a->first_tasks[low];
     long first = index / a->kv_heads * CHUNK, queries = s->length * (a->heads / a->kv_heads);
-    attend_chunk(a, s, index % a->kv_heads, first, smallest(CHUNK, queries - first));
+    long kv_head = index % a->kv_heads, count = smallest(CHUNK, queries - first);
+    const int whole_groups = a->dim % GROUP == 0 && a->value_dim % GROUP == 0;
+    if (count >= FEWEST_QUERIES && whole_groups && a->dim + a->value_dim <= MOST_NUMBERS)
+        attend_transposed(a, s, kv_head, first, count);
+    else
+        attend_chunk(a, s, kv_head, first, count, NULL);
 }
 
 long chunk_queries(void) { return CHUNK; }
