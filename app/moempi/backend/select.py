@@ -1,8 +1,10 @@
 """Selects the backend of a run, and finds the GPUs of the node."""
 
+import ctypes
 import logging
 import shutil
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,6 +67,8 @@ def find_gpus() -> tuple[int, str]:
     """The number of GPUs that CuPy finds on this node, and the reason if it is 0."""
     if find_spec("cupy") is None:
         return 0, "CuPy is not installed"
+    if not _has_driver():
+        return 0, "there is no CUDA driver (libcuda.so.1)"  # before CuPy is imported, into the memory of every rank
     try:
         from moempi.backend.cuda.cupy_device import count_devices
     except ImportError as error:
@@ -81,6 +85,15 @@ def find_island(local_rank: int, *, on_gpu: bool) -> str:
     from moempi.backend.cuda.cupy_device import bus_id
 
     return gpu_island(bus_id(local_rank % gpus))
+
+
+@cache
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _seems_to_have_gpu() -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moempi.arrays import ALIGNMENT_BYTES
+from moempi.arrays import ALIGNMENT_BYTES, aligned_empty
 
 CHUNK_BYTES = 64 << 20
+FIRST_BYTES = 512 << 10
+"""Size of the first chunk, in pages of the usual size: the weights of a small rank fit there, and take no more."""
 HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -21,7 +23,7 @@ class WeightMemory:
     """
 
     def __init__(self) -> None:
-        self._left: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._left: npt.NDArray[np.uint8] = aligned_empty((FIRST_BYTES,), np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An uninitialised C-ordered array, aligned like `aligned_empty`; raises MemoryError."""
