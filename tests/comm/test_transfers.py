@@ -333,7 +333,7 @@ def test_on_a_core_of_its_own_the_process_sleeps_only_while_it_waits_for_another
     monkeypatch, waiting, late, naps
 ):
     slept = []
-    monkeypatch.setattr(module, "_num_preemptions", lambda: 0)
+    monkeypatch.setattr(module, "num_preemptions", lambda: 0)
     monkeypatch.setattr(module, "sleep", slept.append)
     monkeypatch.setattr(module, "SPIN_S", -1.0)
     transfers, _ = make_transfers(FakeBackend(late=late))

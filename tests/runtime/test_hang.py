@@ -1,6 +1,8 @@
 """Which rank a hang report names."""
 
-from moempi.runtime.hang import Position, explain, is_hang
+from collections import Counter
+
+from moempi.runtime.hang import Position, above, explain, is_hang
 
 
 def position(passed, *, group=0, since_s=9.0, where="layer 3 dispatch, lane 0"):
@@ -47,3 +49,10 @@ def test_the_late_rank_is_the_last_of_its_group():
 
 def test_nobody_is_late():
     assert explain({0: position(7), 1: position(7)}, ["n1"] * 2) == "all ranks wait, rank 0 at layer 3 dispatch, lane 0"
+
+
+def test_every_rank_is_below_rank_0_and_directly_above_two_ranks_at_most():
+    chains = {rank: above(rank) for rank in range(3904)}
+    assert all(chain[-1] == 0 and len(chain) <= 11 for rank, chain in chains.items() if rank)
+    asked = Counter(chain[0] for rank, chain in chains.items() if rank)
+    assert max(asked.values()) == 2

@@ -1,8 +1,12 @@
 """Which hosts count as slow, and when they are named."""
 
 import logging
+from types import SimpleNamespace
 
-from moempi.runtime.slow_hosts import INTERVALS, Load, SlowHosts, slow_hosts
+import pytest
+
+from moempi.runtime import slow_hosts as module
+from moempi.runtime.slow_hosts import INTERVAL_S, INTERVALS, LOADS_PER_S, Load, LoadReport, SlowHosts, slow_hosts
 
 HOSTS = ("n1", "n1", "n2", "n2", "n3", "n3")
 
@@ -45,3 +49,15 @@ def test_a_host_is_named_once_after_several_intervals_in_a_row(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "n2 is slow: its ranks compute 4.5 times as long as others'"
     ]
+
+
+@pytest.mark.parametrize(("size", "interval_s"), [(8, INTERVAL_S), (3904, 3904 / LOADS_PER_S)])
+def test_rank_0_receives_no_more_loads_in_a_second_from_more_ranks(monkeypatch, size, interval_s):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock.now)
+    report = LoadReport(lambda: clock.now / 4, 0, size=size)
+    clock.now = interval_s - 0.5
+    assert report.due() is None
+    clock.now = interval_s
+    assert report.due() == Load(0, 0.25)
+    assert report.due() is None

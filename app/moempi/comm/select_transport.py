@@ -27,7 +27,8 @@ from moempi.layout.topology import Topology
 NAMES = (Alltoallv.name, Pairwise.name, Shared.name, CudaIpc.name)
 INSIDE_NODES = (Shared.name, CudaIpc.name)
 """The transports that send no messages inside a node."""
-PROBED_BYTES = 64 << 10
+PROBED_BYTES, MOST_BYTES = 64 << 10, 1 << 20
+"""Bytes that a rank sends to each rank in the probe, and at most to all: its memory must not grow with the ranks."""
 ROUNDS = 9
 
 
@@ -129,13 +130,13 @@ def fastest(
 ) -> ChosenTransport:
     """The transport with the shortest time on the slowest rank to exchange one row, then PROBED_BYTES, per pair.
 
-    Rows are exchanged between the ranks of `group`, on `nodes` (G,). All ranks of `comm` get the same result.
-    Collective over `comm`, blocks.
+    The second exchange is smaller if a rank would send more than MOST_BYTES. Rows are exchanged between the ranks of
+    `group`, on `nodes` (G,). All ranks of `comm` get the same result. Collective over `comm`, blocks.
     """
     names = candidates(backend)
     taken = dict.fromkeys(names, 0.0)
     row_bytes = width * backend.row_dtype.itemsize
-    for rows in (1, max(1, PROBED_BYTES // row_bytes)):
+    for rows in (1, max(1, min(PROBED_BYTES, MOST_BYTES // group.size) // row_bytes)):
         for name in names:
             slot_bytes = rows * row_bytes * group.size
             transport = make_transport(name, group, backend, width=width, nodes=nodes, slot_bytes=slot_bytes)

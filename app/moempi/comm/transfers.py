@@ -7,7 +7,6 @@ received while any lane computes or waits.
 """
 
 import os
-import resource
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from time import perf_counter, sleep
@@ -23,13 +22,12 @@ from moempi.comm.transports.base import Completion
 from moempi.comm.transports.counted import TO_EXPERTS, Counters, no_counts
 from moempi.layout.schedule import Point
 from moempi.layout.topology import LEVELS, SELF
+from moempi.runtime.waiting import SPIN_S, num_preemptions
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Completion)
 Steps = Generator[Completion, None, T]
 EXCHANGE, PIPELINE, IDLE = WAITS = ("exchange", "pipeline", "idle")
-SPIN_S = 200e-6
-"""Seconds of waiting before the process sleeps."""
 NAP_S = 5e-3
 """Longest sleep between two looks at a transfer from another stage, or on a core that another process uses."""
 EVENT_NAP_S = 50e-6
@@ -80,11 +78,6 @@ def downloaded(backend: Backend, *arrays: Array) -> Steps[list[npt.NDArray[Any]]
     return download.values()
 
 
-def _num_preemptions() -> int:
-    """How often another process has run on this thread's core, though this thread was ready to run."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
-
-
 class PendingTransfers:
     """The unfinished transfers of all lanes of a rank."""
 
@@ -112,7 +105,7 @@ class PendingTransfers:
         begin = perf_counter()
         causes = {key: transfer.waiting for key, transfer in transfers.items()}
         longest_nap_s = min(transfer.longest_nap_s for transfer in transfers.values())
-        can_nap, preemptions = all(transfer.is_from_a_stage for transfer in transfers.values()), _num_preemptions()
+        can_nap, preemptions = all(transfer.is_from_a_stage for transfer in transfers.values()), num_preemptions()
         while True:
             for key, transfer in transfers.items():
                 if transfer.Test():
@@ -120,7 +113,7 @@ class PendingTransfers:
                     return key
             self.progress()
             os.sched_yield()
-            before, preemptions = preemptions, _num_preemptions()
+            before, preemptions = preemptions, num_preemptions()
             if (can_nap or preemptions > before) and (waited_s := perf_counter() - begin) > SPIN_S:
                 sleep(min(waited_s / 8, longest_nap_s))  # other ranks on this core can run
 

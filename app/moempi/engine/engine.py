@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 from moempi.config.job import Job
+from moempi.engine import phases
 from moempi.engine.admitted import AdmittedRequests
 from moempi.engine.deployment import Deployment
 from moempi.engine.lane import LaneContext
@@ -77,6 +78,7 @@ def load_engine(
     MoempiError of any rank ends all ranks.
     """
     job, world = deployment.job, deployment.world
+    world.alive(phases.LOADING)
     loaded = _load(deployment, stop, pages=pages, progress=progress)
     if loaded is None:
         progress.close()
@@ -94,6 +96,7 @@ def load_engine(
     )
     context = LaneContext(model, scheduler, Generate(deployment.tokenizer, top=0), recorder, stop)
     pending = deployment.pending
+    world.alive(phases.LANES)
     lanes = make_lanes(
         job, world, deployment.rank_layout, context, pending=pending, first_step=first_step, replay=replay
     )

@@ -16,6 +16,7 @@ import numpy as np
 from moempi.config.job import Job
 from moempi.config.recommended import KEYS
 from moempi.config.traces import recorded_bytes, records_scores
+from moempi.engine import phases
 from moempi.engine.admitted import AdmittedRequests, admit
 from moempi.engine.balance import quality_cost
 from moempi.engine.deployment import Deployment, deploy
@@ -43,6 +44,7 @@ from moempi.observe.progress import Progress
 from moempi.observe.run_figures import Report
 from moempi.printing import print_error
 from moempi.runtime.stop import Stop
+from moempi.runtime.waiting import barrier
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance, merge
 from moempi.storage.prompt_form import find_form
@@ -74,6 +76,7 @@ def run_job(
     each rank when the results are in place.
     """
     start = datetime.now(UTC)
+    world.alive(phases.INPUTS)
     # The inputs: rank 0 reads the prompts, every rank the index of the weight file.
     inputs = open_inputs(given if callable(given) else lambda: given, world, strict=strict)
     job, weights = inputs.job, inputs.weights
@@ -81,6 +84,7 @@ def run_job(
     attempt = Attempt(world, inputs, max_errors=max_errors)
     attempt.warn_of_damage()
     # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
+    world.alive(phases.LAYOUT)
     deployment = deploy(job, world, weights, num_gpus=inputs.num_gpus, has_gpus=inputs.has_gpus)
     requests, pages = _admit(inputs, deployment, attempt)
     replay = _check(inputs, deployment, attempt, requests) if _is_checked(inputs) else None
@@ -185,6 +189,7 @@ def _write_results(
 
     A failure after the results are in place is not this job's, and does not change its state.
     """
+    world.alive(phases.RESULTS)
     if report is not None:
         problems = merge(
             job.output.results,
@@ -196,7 +201,7 @@ def _write_results(
         on_finished()
         attempt.finish()
         attempt.warn_of_new_damage(problems)
-    world.comm.Barrier()
+    barrier(world.comm)
     if report is None:
         on_finished()
     world.on_failure(None)
@@ -306,6 +311,7 @@ def _close_journals(
 
     A record has the quality cost of balancing if the job measures it.
     """
+    world.alive(phases.RECORDS)
     world.watch(job.run.timeout_s)
     record, lanes = rank_record(world, rank_run, hops=job.exchange.hops), rank_run.lanes
     if lanes.balance and job.balance.sample:

@@ -1,9 +1,11 @@
 """Rank 0 has the prompts; each rank of the first stage gets its group's prompts, a piece at a time."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from moempi.engine.rank_layout import RankLayout
 from moempi.errors import MoempiError
+from moempi.runtime.waiting import wait_until
 from moempi.runtime.world import World
 from moempi.storage.prompt_spool import PromptCodec, num_bytes
 from moempi.storage.prompts import Prompt
@@ -27,8 +29,15 @@ def scatter_prompts(
     if world.rank == 0:
         yield from _scatter(prompts, codec, rank_layout)
         return
-    while rank_layout.is_first_stage and (piece := codec.decode(rank_layout.ranks.recv(tag=TAG))):
+    while rank_layout.is_first_stage and (piece := codec.decode(_receive(rank_layout.ranks))):
         yield piece
+
+
+def _receive(ranks: Any) -> bytes:
+    """The next piece of rank 0, which reads prompts meanwhile; blocks."""
+    wait_until(lambda: ranks.Iprobe(tag=TAG))
+    piece: bytes = ranks.recv(tag=TAG)
+    return piece
 
 
 def _scatter(prompts: Iterable[Prompt], codec: PromptCodec, rank_layout: RankLayout) -> Iterator[list[Prompt]]:

@@ -23,6 +23,15 @@ class Position:
     since_s: float
 
 
+def above(rank: int) -> list[int]:
+    """The ranks above a rank in a binary tree whose root is rank 0, the nearest first."""
+    ranks = []
+    while rank:
+        rank = (rank - 1) // 2
+        ranks.append(rank)
+    return ranks
+
+
 def is_hang(positions: Mapping[int, Position], size: int, *, timeout_s: float) -> bool:
     """Whether to abort: one of the `size` ranks gave no position, or no rank passed a point within the timeout."""
     if len(positions) < size:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean, median_low
 
 INTERVAL_S = 5.0
+"""Seconds between two loads of a rank, at least."""
+LOADS_PER_S = 100.0
+"""Loads that rank 0 receives in a second, at most: of many ranks, each sends one more seldom."""
 FACTOR = 1.6
 """A host is slow if its ranks compute this many times as long as those of the median host."""
 LEAST_SHARE = 0.5
@@ -31,9 +34,10 @@ class Load:
 
 
 class LoadReport:
-    """The loads of this rank, one every INTERVAL_S; `busy_s` returns its seconds of computing since any moment."""
+    """The loads of this rank, one of `size`; `busy_s` returns its seconds of computing since any moment."""
 
-    def __init__(self, busy_s: Callable[[], float], group: int) -> None:
+    def __init__(self, busy_s: Callable[[], float], group: int, *, size: int) -> None:
+        self._interval_s = max(INTERVAL_S, size / LOADS_PER_S)
         self._busy_s = busy_s
         self._group = group
         self._last = time.monotonic(), busy_s()
@@ -42,7 +46,7 @@ class LoadReport:
         """The load of the interval that is over; None within an interval."""
         now, busy_s = time.monotonic(), self._busy_s()
         seconds = now - self._last[0]
-        if seconds < INTERVAL_S:
+        if seconds < self._interval_s:
             return None
         share = (busy_s - self._last[1]) / seconds
         self._last = now, busy_s

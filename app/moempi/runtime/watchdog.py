@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -23,9 +23,13 @@ STDERR = 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # How long a rank waits for a lower surviving rank of its host to report a dead peer and abort.
 SURVIVOR_GRACE_S = 2.0
+NUM_WATCHED = 2
+"""Each rank watches the next NUM_WATCHED ranks of its host, so that its cost does not grow with them."""
 PERIOD_S = 0.5
 GRACE_POLL_S = 0.02
 LAST_RESORT_S = 60.0
+# While the main thread passes no point, the positions of other ranks are asked for once in this share of the timeout.
+SUSPICION_SHARE = 0.1
 
 
 class HangError(MoempiError):
@@ -52,10 +56,13 @@ class Watchdog:
     """Watches the main thread and the peers between `start` and `stop`, from a thread of its own.
 
     It calls `fail` with the error when a peer dies or a signal arrives that `accept` does not accept, `on_hang` with
-    the timeout when the main thread passes no point for that long, and `reply` in every period. Python runs signal
-    handlers on the main thread only, which may be blocked in MPI, so this thread reads the signal's number from the
-    wake-up descriptor. `peers` are the process numbers of the other ranks on this host, by rank. `grace_s` delays the
-    report of a signal, so that rank 0 reports first when the launcher signals every rank.
+    the timeout when the main thread passes no point for that long, and again while it passes none, and `reply` in every
+    period. Python runs signal handlers on the main thread only, which may be blocked in MPI, so this thread reads the
+    signal's number from the wake-up descriptor. `peers` are the process numbers of the other ranks on this host, by
+    rank. `grace_s` delays the report of a signal, so that rank 0 reports first when the launcher signals every rank.
+
+    Of the peers it watches the next NUM_WATCHED after `rank`, from the last to the first in a ring: whichever die, a
+    survivor watches one of them.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class Watchdog:
         self._accept: Callable[[int], bool] = lambda _number: False
         self._timeout_s: float | None = None
         self._group: int | None = None
-        self._checked = 0.0
+        self._checked = self._suspected = 0.0
         self._passed = 0
         self._last = (time.monotonic(), "the start")
         self._main = threading.get_ident()
@@ -97,9 +104,9 @@ class Watchdog:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._handlers[number] = signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for rank, process in self._peers.items():
+        for rank in watched(self._rank, self._peers):
             with suppress(OSError):  # not Linux, or dead already, which MPI reports
-                self._alive[os.pidfd_open(process)] = rank
+                self._alive[os.pidfd_open(self._peers[rank])] = rank
         self._thread.start()
 
     def ignore_signals(self) -> None:
@@ -154,7 +161,7 @@ class Watchdog:
                     return
                 self._on_signal(received)
             elif ready:
-                self._on_peer_exit(ready)
+                self._on_peer_exit({self._alive[descriptor] for descriptor in ready})
             self._reply()
             if self._timeout_s is not None:
                 self._check(self._timeout_s)
@@ -170,13 +177,14 @@ class Watchdog:
                 time.sleep(GRACE_POLL_S)
             self._fail(InterruptedByError(ending[0]))
 
-    def _on_peer_exit(self, gone: list[int]) -> None:
-        """A peer died. The lowest surviving rank of the host reports it first."""
-        dead = sorted(self._alive[descriptor] for descriptor in gone)
-        left = [rank for rank in self._alive.values() if rank not in dead]
-        if min([*left, self._rank]) != self._rank:
+    def _on_peer_exit(self, gone: set[int]) -> None:
+        """Watched peers died. The lowest surviving rank of the host that watches a dead one reports it first."""
+        dead = gone | {rank for rank, process in self._peers.items() if not _runs(process)}
+        ranks, first = {self._rank, *self._peers}, min(dead)
+        watching = (rank for rank in ranks - dead if not dead.isdisjoint(watched(rank, ranks)))
+        if min(watching) != self._rank:
             time.sleep(SURVIVOR_GRACE_S)
-        self._fail(DeadRankError(f"rank {dead[0]} is gone: its process {self._peers[dead[0]]} was killed or crashed"))
+        self._fail(DeadRankError(f"rank {first} is gone: its process {self._peers[first]} was killed or crashed"))
 
     def _period_s(self) -> float:
         return PERIOD_S if self._timeout_s is None else min(PERIOD_S, self._timeout_s / 4)
@@ -188,9 +196,9 @@ class Watchdog:
         self._checked = now
         if now - before > PERIOD_S + timeout_s / 2:
             self.alive(self._last[1])  # the batch system suspended this process, and the others with it
-        elif now - self._last[0] > timeout_s:
+        elif now - self._last[0] > timeout_s and now - self._suspected > SUSPICION_SHARE * timeout_s:
             self._on_hang(timeout_s)
-            self._checked = time.monotonic()
+            self._checked = self._suspected = time.monotonic()
 
     def _doing(self) -> str:
         """The innermost Python line of the main thread, as file:line."""
@@ -198,3 +206,21 @@ class Watchdog:
         if frame is None:
             return "an unknown line: the main thread has ended"
         return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def watched(rank: int, ranks: Collection[int]) -> list[int]:
+    """The ranks that `rank` watches: the next NUM_WATCHED of these `ranks` in ascending order, and again from 0 on."""
+    others = sorted(ranks, key=lambda other: (other <= rank, other))
+    return [other for other in others if other != rank][:NUM_WATCHED]
+
+
+def _runs(process: int) -> bool:
+    """Whether the process exists and has not ended; a zombie has."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    try:
+        return not select.select([descriptor], [], [], 0)[0]
+    finally:
+        os.close(descriptor)

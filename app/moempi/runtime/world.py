@@ -17,12 +17,13 @@ from moempi.errors import ConfigError, MoempiError, UsageError
 from moempi.layout.topology import Topology, arrange, from_file, virtual
 from moempi.printing import print_traceback, write_error
 from moempi.runtime.abort_channel import AbortChannel
-from moempi.runtime.hang import Position, explain, is_hang, rank_names
+from moempi.runtime.hang import Position, above, explain, is_hang, rank_names
 from moempi.runtime.launcher import GRACE_S, launch_problem
 from moempi.runtime.messages import restrict_messages
 from moempi.runtime.monitor import Monitor
 from moempi.runtime.shm_segments import unlink_segments
 from moempi.runtime.slow_hosts import LoadReport, SlowHosts
+from moempi.runtime.waiting import barrier, wait
 from moempi.runtime.watchdog import HangError, InterruptedByError, Watchdog
 from moempi.storage.run_state import Loss
 
@@ -73,15 +74,17 @@ class World:
         self.rank = comm.rank
         self.size = comm.size
         self.host = MPI.Get_processor_name()
-        own_names = _node_name(self.host), os.environ.get("SLURMD_NODENAME", self.host), _process_name()
-        names, self.hosts, processes = zip(*comm.allgather(own_names), strict=True)
+        own_names = _node_name(self.host), os.environ.get("SLURMD_NODENAME", self.host)
+        names, hosts = zip(*comm.allgather(own_names), strict=True)
         order = {name: index for index, name in enumerate(dict.fromkeys(names))}
         self.nodes = tuple(order[name] for name in names)
+        each_host = {host: host for host in hosts}
+        self.hosts = tuple(each_host[host] for host in hosts)  # without a text for each rank
         self.node = MPI.Intracomm(comm.Split(self.nodes[self.rank], self.rank))
         self.local_rank = self.node.rank
         self._monitor = Monitor() if monitor is None else monitor
         self._debug = debug
-        peers = _peers(self.rank, self.nodes, processes)
+        peers = _peers(self.node, self.rank)
         self._watchdog = Watchdog(
             self.abort,
             self._on_hang,
@@ -111,6 +114,7 @@ class World:
             unlink_segments()
             raise UsageError(problem)
         try:
+            barrier(MPI.COMM_WORLD)  # a rank that is early sleeps here, and does not spin in what follows
             world = cls(MPI.COMM_WORLD.Dup(), monitor, debug=debug)
             unlink_segments()
             return world
@@ -154,7 +158,7 @@ class World:
         """The least of each of the `numbers` over all ranks; as `raise_together` if any rank has an error."""
         own = np.array([self.rank if error is not None else self.size, *numbers], np.int64)
         least = np.empty_like(own)
-        self.comm.Allreduce(own, least, MPI.MIN)
+        wait(self.comm.Iallreduce(own, least, MPI.MIN))
         if least[0] < self.size:
             self._raise_agreed(error, int(least[0]))
         return [int(number) for number in least[1:]]
@@ -273,7 +277,7 @@ class World:
             self._monitor.release()  # its report right holds on one node only; the abort channel reaches all nodes
         try:
             yield
-            self.comm.Barrier()
+            barrier(self.comm)
         except AgreedExit:
             raise
         except BaseException as error:
@@ -289,7 +293,7 @@ class World:
         is called on another thread.
         """
         self._watchdog.limit(timeout_s, group=group)
-        self._load = None if busy_s is None or group is None else LoadReport(busy_s, group)
+        self._load = None if busy_s is None or group is None else LoadReport(busy_s, group, size=self.size)
 
     @property
     def slow_hosts(self) -> tuple[str, ...]:
@@ -312,7 +316,7 @@ class World:
     def _on_hang(self, timeout_s: float) -> None:
         """Abort if the ranks hang. The lowest rank that replies decides. Runs on the watchdog's thread."""
         patience_s = max(QUERY_S, QUERY_SHARE * timeout_s)
-        if self.rank and self._abort_channel.query_positions(range(min(self.rank, 2)), patience_s=patience_s):
+        if self.rank and self._is_led(patience_s):
             return
         others, queried_at = [rank for rank in range(self.size) if rank != self.rank], time.time()
         positions = self._abort_channel.query_positions(others, patience_s=patience_s) | {
@@ -322,6 +326,18 @@ class World:
             self.loss = self._loss(positions, queried_at=queried_at)
             reason = explain(positions, self.hosts)
             self.abort(HangError(f"no progress for {timeout_s:g} s: {reason}; see run.timeout_s"))
+
+    def _is_led(self, patience_s: float) -> bool:
+        """Whether a lower rank replies, for a rank above 0; blocks for up to 2 `patience_s`.
+
+        It asks the rank above it in a tree, and only if that is silent the others above and rank 1: no rank is asked by
+        more than two others while all reply.
+        """
+        first, *others = above(self.rank)
+        if self._abort_channel.query_positions([first], patience_s=patience_s):
+            return True
+        others += [1] if self.rank > 1 else []
+        return bool(self._abort_channel.query_positions(others, patience_s=patience_s))
 
     def _is_cut_off(self) -> bool:
         """Whether rank 0 is on another host and does not answer; blocks for up to QUERY_S."""
@@ -392,14 +408,11 @@ def _process_name() -> tuple[str, int]:
     return str(space.readlink()) if space.is_symlink() else "", os.getpid()
 
 
-def _peers(rank: int, nodes: tuple[int, ...], processes: tuple[tuple[str, int], ...]) -> dict[int, int]:
-    """The process numbers of the other ranks on this node and in this namespace, by rank."""
-    space = processes[rank][0]
-    return {
-        other: number
-        for other, (other_space, number) in enumerate(processes)
-        if other != rank and nodes[other] == nodes[rank] and other_space == space
-    }
+def _peers(node: MPI.Intracomm, rank: int) -> dict[int, int]:
+    """The process numbers of the other ranks on this node and in this namespace, by rank; collective over the node."""
+    own_space, own_number = _process_name()
+    processes = node.allgather((rank, own_space, own_number))
+    return {other: number for other, space, number in processes if other != rank and space == own_space}
 
 
 def _same_code(_cause: str, code: int) -> int:
