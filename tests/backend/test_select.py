@@ -1,6 +1,7 @@
 """The selection of the backend, and the warning that a GPU is not used."""
 
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -55,3 +56,15 @@ def test_a_required_gpu_that_is_not_found_is_an_error_and_the_others_count_none(
     with pytest.raises(ConfigError, match="libcublas"):
         select.count_gpus(RunSection(backend="cupy"))
     assert [select.count_gpus(RunSection(backend=name)) for name in ("auto", "numpy")] == [0, 0]
+
+
+def test_without_a_driver_cupy_is_not_imported(monkeypatch):
+    def refuse(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    select._has_driver.cache_clear()
+    monkeypatch.setattr(select.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(select, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "moempi.backend.cuda.cupy_device", None)  # an import would be another problem
+    assert select.find_gpus() == (0, "there is no CUDA driver (libcuda.so.1)")
+    select._has_driver.cache_clear()

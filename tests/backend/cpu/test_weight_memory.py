@@ -14,6 +14,7 @@ from moempi.backend.cpu.weight_memory import HUGE_PAGE_BYTES, WeightMemory
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(weight_memory, "CHUNK_BYTES", 65536)
+    monkeypatch.setattr(weight_memory, "FIRST_BYTES", 4096)
 
 
 def test_arrays_of_any_size_are_aligned_and_overlap_none(small_chunks):
@@ -26,6 +27,19 @@ def test_arrays_of_any_size_are_aligned_and_overlap_none(small_chunks):
         array[:] = number
         arrays.append(array)
     assert all((array == number).all() for number, array in enumerate(arrays))
+
+
+def test_few_weights_take_no_huge_page(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        weight_memory, "_chunk", lambda num_bytes: made.append(num_bytes) or np.empty(num_bytes, np.uint8)
+    )
+    memory = WeightMemory()
+    arrays = [memory.empty((weight_memory.FIRST_BYTES // 16,), np.uint8) for _ in range(16)]
+    assert len(arrays) == 16
+    assert not made
+    memory.empty((1,), np.uint8)
+    assert made == [weight_memory.CHUNK_BYTES]
 
 
 def test_a_large_array_begins_with_a_huge_page_and_is_freed_alone(small_chunks):
