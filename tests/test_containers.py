@@ -135,7 +135,7 @@ def test_16_ranks_run_with_docker_s_shared_memory(small_memory, tmp_path):
     settings = (f"model.weights={weights}", f"output.results={results}", "sampling.max_tokens=2")
     options = [word for setting in settings for word in ("--set", setting)]
     run = python("-m", "moempi", "run", ROOT / "jobs/abacus.toml", *options)
-    outcome = execute(*small_memory, MPIRUN, "-n", "16", *run, limit_s=180, TMPDIR=str(tmp_path))
+    outcome = execute(*small_memory, MPIRUN, "-n", "16", *run, TMPDIR=str(tmp_path))
     assert outcome.code == 0, outcome.err
     said = [line for line in outcome.lines if "/dev/shm" in line]
     assert len(said) == 1

@@ -7,15 +7,19 @@ import time
 
 import pytest
 
-from mpirun import ROOT, execute, python, start
+from mpirun import LIMIT_S, ROOT, execute, python, start
 
 PARALLEL = ROOT / "tests/parallel.py"
 FILES = ("tests/test_printing.py", "tests/layout/test_schedule.py", "tests/layout/test_topology.py")
 
 
-def test_what_each_command_wrote_is_whole_and_in_the_order_of_their_ends():
-    outcome = execute(*python(PARALLEL, "sleep 1; echo late", "echo early; echo error >&2"))
-    early, late = ("echo early; echo error >&2", "sleep 1; echo late")
+def test_what_each_command_wrote_is_whole_and_in_the_order_of_their_ends(tmp_path):
+    begun = tmp_path / "begun"
+    early, late = (
+        f"touch {begun}; echo early; echo error >&2",
+        f"until [ -e {begun} ]; do sleep 0.1; done; sleep 1; echo late",
+    )
+    outcome = execute(*python(PARALLEL, late, early))
     expected = "".join(f"==== writes to FILE until it ends: {command}\n" for command in (late, early))
     expected += f"==== {early}\nearly\nerror\n==== exit code 0 after T s: {early}\n"
     expected += f"==== {late}\nlate\n==== exit code 0 after T s: {late}\n"
@@ -34,11 +38,11 @@ def test_one_failure_fails_all_and_the_other_command_ends(failing):
 def test_an_interrupt_ends_all_commands_and_shows_what_they_wrote(number, tmp_path):
     commands = [f"echo {name}; touch {tmp_path / name}; sleep 100" for name in ("one", "other")]
     process = start(*python(PARALLEL, *commands))
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + LIMIT_S
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < limit:
         time.sleep(0.01)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert "\none\n" in out
     assert "\nother\n" in out

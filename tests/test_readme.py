@@ -15,7 +15,7 @@ from mpirun import ROOT
 
 BLOCKS = re.findall(r"^```bash run\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 NOBODY = 65534
-LIMIT_S = 120
+LIMIT_S = 600
 
 
 @dataclass(frozen=True)

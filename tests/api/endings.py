@@ -12,7 +12,7 @@ def fail(*_):
 
 
 weights, ending = sys.argv[1:]
-llm = LLM(weights, precision="float32", timeout_s=30)
+llm = LLM(weights, precision="float32", timeout_s=300)
 print(llm.rank, llm.generate(["72+71="])[0].text)
 if ending == "closed":
     llm.close()

@@ -42,7 +42,6 @@ def test_what_ends_one_rank_ends_all_with_a_line_that_names_it(weights, ending, 
     assert line in outcome.lines[0]
     assert len(outcome.lines) == 1
     assert "Traceback" in outcome.err
-    assert outcome.seconds < 20
 
 
 @pytest.mark.mpi

@@ -106,7 +106,7 @@ def test_a_wrong_flag_is_a_usage_error(mpirun):
     ],
 )
 def test_generate_and_score_agree_with_transformers_or_name_the_missing_packages(mpirun, name, flags, agrees):
-    outcome = mpirun(2, *python("-m", "moempi", "bench", name, *flags, "--rounds", "1"), COLUMNS="200", limit_s=120)
+    outcome = mpirun(2, *python("-m", "moempi", "bench", name, *flags, "--rounds", "1"), COLUMNS="200")
     if find_spec("torch") is None:
         assert (outcome.code, len(outcome.lines)) == (64, 1)
         assert "needs torch and transformers" in outcome.lines[0]

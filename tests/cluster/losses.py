@@ -11,8 +11,6 @@ from moempi.storage.convert import convert
 from mpirun import ROOT
 
 TIMEOUT_S = 5
-END_S = TIMEOUT_S + 10
-LIMIT_S = 20  # until the first new token, also on a busy machine
 LOST = "n3"
 NUM_PROMPTS = 96
 
@@ -65,7 +63,7 @@ def recover(job: Job, failure: Failure, repairs: Repairs, *, launcher: str, **en
     job.wait_for_records()
     failure(repairs)
     begin = time.monotonic()
-    wait_for(lambda: f"batch: lost {LOST}" in job.said(), limit_s=END_S, what="the end of the run")
+    wait_for(lambda: f"batch: lost {LOST}" in job.said(), what="the end of the run")
     wait_for(lambda: f"recovered from the loss of {LOST}" in job.said(), what="the first new token")
     recovered_s = time.monotonic() - begin
     hosts.run("scontrol", "update", f"NodeName={LOST}", "State=DOWN", "Reason=lost")  # as Slurm does after a while

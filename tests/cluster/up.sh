@@ -41,7 +41,7 @@ munged --key-file="$folder/munge/munge.key" --socket="$folder/run/munge.sock" --
 export SLURM_CONF=$folder/slurm.conf
 slurmctld -f "$SLURM_CONF" -c
 for host in $(seq "$hosts"); do "$folder/on" "n$host" slurmd -f "$SLURM_CONF" -N "n$host"; done
-for _ in $(seq 100); do
+for _ in $(seq 1000); do
     [ "$(sinfo --noheader --states=idle --format=%D 2>/dev/null)" = "$hosts" ] && exit 0
     sleep 0.1
 done

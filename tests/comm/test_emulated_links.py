@@ -21,14 +21,14 @@ def test_a_link_carries_one_transfer_after_another():
     link = Link(latency_s=0.5, bytes_per_s=1000.0)
     begin = time.perf_counter()
     first, second = link.arrival(2000), link.arrival(1000)
-    assert first == pytest.approx(begin + 2.5, abs=0.1)
+    assert begin <= first - 2.5 <= time.perf_counter()
     assert second == pytest.approx(first + 1.0)
     assert link.busy_s == pytest.approx(3.0)
 
 
 def test_a_transfer_is_not_complete_before_its_arrival():
+    assert not DelayedReceipt(NO_REQUEST, time.perf_counter() + 3600.0).Test()
     receipt = DelayedReceipt(NO_REQUEST, time.perf_counter() + 0.05)
-    assert not receipt.Test()
     wait(receipt)
     assert time.perf_counter() >= receipt.arrival
     assert receipt.Test()
@@ -45,9 +45,10 @@ def test_rows_arrive_intact_after_the_latency(comm):
     begin = time.perf_counter()
     request = start_transfer(transport, outgoing, counts, incoming, counts)
     if comm.size > 1:
-        assert not request.Test()
+        assert not request.Test() or time.perf_counter() - begin >= 0.05
     wait(request)
-    assert (time.perf_counter() - begin >= 0.05) == (comm.size > 1)
+    assert time.perf_counter() - begin >= 0.05 * (comm.size > 1)
+    assert (links[NODE].busy_s > 0) == (comm.size > 1)
     np.testing.assert_array_equal(incoming, np.repeat(100 * np.arange(comm.size) + comm.rank, counts))
 
 

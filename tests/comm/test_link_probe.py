@@ -32,7 +32,7 @@ def test_the_median_error_is_the_median_over_trials():
 @pytest.mark.mpi
 def test_check_measures_and_writes_virtual_nodes(mpirun, tmp_path):
     path = tmp_path / "topology.json"
-    outcome = mpirun(4, *python("-m", "moempi", "check", "--ranks-per-node", "2", "-o", path), limit_s=120)
+    outcome = mpirun(4, *python("-m", "moempi", "check", "--ranks-per-node", "2", "-o", path))
     assert outcome.code == 0, outcome.err
     assert "20 random exchanges foretold within" in outcome.out
     topology = read_topology(path)

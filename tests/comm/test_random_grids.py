@@ -50,7 +50,7 @@ def random_job(dice, folder):
             "lanes": dice.choice(["auto", "auto", 1, 2, 3]),
             "max_sequences": dice.choice([1, 2, 8]),
             "batch_tokens": dice.choice([1, 7, 64]) if sum(lengths) < 60 else 64,
-            "timeout_s": 20.0,
+            "timeout_s": 60.0,
         },
         "sampling": {"max_tokens": dice.choice([1, 3])},
         "exchange": dice.choice([{}, {"hops": 1}, {"immediate": True}, {"immediate": True}, {"hops": 2}, {"hops": 2}]),

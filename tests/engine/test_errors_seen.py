@@ -12,7 +12,7 @@ from moempi.storage.convert import convert
 from moempi.storage.initialize import initialize
 from moempi.storage.results import ResultFile
 from moempi.storage.run_state import read_state
-from mpirun import ROOT, Outcome, execute, mpirun, python, variables
+from mpirun import LIMIT_S, ROOT, Outcome, execute, mpirun, python, variables
 
 GOOD = [{"id": f"good-{number}", "tokens": [number + 1, 2]} for number in range(3)]
 BAD = [{"id": f"bad-{number}", "tokens": [99 + number]} for number in range(7)]
@@ -120,7 +120,7 @@ def test_scores_are_summed_up_by_show_export_and_the_closing_table(folder):
 def run_on_stdin(folder, text, *options):
     """Run the job with prompts on the stdin of one process."""
     command = [*python("-m", "moempi", "run", folder / "job.toml"), *options, "--set", "input.prompts=-"]
-    begin = {"input": text, "env": variables(), "capture_output": True, "text": True, "timeout": 60}
+    begin = {"input": text, "env": variables(), "capture_output": True, "text": True, "timeout": LIMIT_S}
     ended = subprocess.run(list(map(str, command)), check=False, **begin)
     return Outcome(ended.returncode, ended.stdout, ended.stderr, 0.0)
 
@@ -161,7 +161,7 @@ def test_launch_passes_the_prompts_of_stdin_to_all_ranks(folder):
         env=variables(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

@@ -19,7 +19,7 @@ from moempi.storage.journal import JournalReader, journal_paths, journals_folder
 from moempi.storage.results import ResultFile
 from moempi.storage.run_state import read_state, state_path
 from moempi.storage.weights import WeightFile, write_weights
-from mpirun import ROOT, end, execute, mpirun, python, start
+from mpirun import LIMIT_S, ROOT, end, execute, mpirun, python, start
 
 JOB = ROOT / "jobs/abacus.toml"
 NOT_A_NUMBER = 0x7FC0
@@ -29,6 +29,16 @@ NOT_A_NUMBER = 0x7FC0
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "abacus.h5"
     convert(ROOT / "weights/abacus", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(weights):
+    """The results of the 256 questions of a run that nothing disturbed."""
+    path = weights.with_name("whole.h5")
+    words = [f"model.weights={weights}", f"output.results={path}", "run.precision=float32"]
+    options = [word for setting in words for word in ("--set", setting)]
+    assert mpirun(2, *python("-m", "moempi", "run", JOB, *options)).code == 0
     return path
 
 
@@ -63,9 +73,8 @@ def start_with_fault(*given, **fault):
 
 
 @pytest.mark.mpi
-def test_a_run_whose_time_is_over_goes_on_with_other_ranks(run, tmp_path):
+def test_a_run_whose_time_is_over_goes_on_with_other_ranks(run, whole, tmp_path):
     results = tmp_path / "stopped.h5"
-    assert run(2, "whole").code == 0
     for ranks in (3, 1):
         outcome = run(ranks, "stopped", "--max-minutes", "0.001")
         assert outcome.code == 75
@@ -74,7 +83,7 @@ def test_a_run_whose_time_is_over_goes_on_with_other_ranks(run, tmp_path):
     state = read_state(results)
     assert (state.state, state.exit_code, state.requests) == ("stopped", 75, 256)
     assert run(5, "stopped").code == 0
-    found = compare(tmp_path / "whole.h5", results)
+    found = compare(whole, results)
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
     assert not journal_paths(results)
     assert read_state(results).state == "finished"
@@ -82,9 +91,8 @@ def test_a_run_whose_time_is_over_goes_on_with_other_ranks(run, tmp_path):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(("rank", "place", "time"), [(0, "agree", 10), (3, "dispatch", 30)])
-def test_any_rank_may_be_asked_to_stop(weights, run, tmp_path, rank, place, time):
+def test_any_rank_may_be_asked_to_stop(weights, run, whole, tmp_path, rank, place, time):
     """SIGUSR1 to one rank of either stage ends all at a step border; the next run goes on."""
-    assert run(2, "whole").code == 0
     (tmp_path / "notes").mkdir()
     settings = {"model.weights": weights, "output.results": tmp_path / "asked.h5", "run.precision": "float32"}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
@@ -95,7 +103,7 @@ def test_any_rank_may_be_asked_to_stop(weights, run, tmp_path, rank, place, time
     assert "stopped early (SIGUSR1)" in outcome.lines[-1]
     assert 0 < int(re.search(r"(\d+) of 256 requests are finished", outcome.err)[1]) < 256
     assert run(3, "asked").code == 0
-    found = compare(tmp_path / "whole.h5", tmp_path / "asked.h5")
+    found = compare(whole, tmp_path / "asked.h5")
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
 
 
@@ -142,10 +150,9 @@ def test_parts_of_other_settings_are_refused_and_kept(run, tmp_path, changed):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("place", ["length", "checksum", "payload"])
-def test_a_flipped_bit_loses_one_request_and_the_next_attempt_computes_it(weights, run, tmp_path, place):
+def test_a_flipped_bit_loses_one_request_and_the_next_attempt_computes_it(weights, run, whole, tmp_path, place):
     """The damage is named once, also if the attempts have other numbers of ranks, and the damaged bytes are kept."""
     results = tmp_path / "r.h5"
-    assert run(2, "whole").code == 0
     stopped = run_with_fault(weights, results, tmp_path, fault="SIGUSR1", rank=0, place="append", count=20)
     assert stopped.code == 75
     path = journal_paths(results)[0]
@@ -165,7 +172,7 @@ def test_a_flipped_bit_loses_one_request_and_the_next_attempt_computes_it(weight
     assert read_state(results).finished == before - 1
     assert path.read_bytes().startswith(damaged)
     assert run(1, "r").code == 0
-    found = compare(tmp_path / "whole.h5", results)
+    found = compare(whole, results)
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
 
 
@@ -188,7 +195,9 @@ def test_a_damaged_header_is_refused(run, tmp_path):
     ("fault", "rank", "place"),
     [("SIGKILL", 0, "finish"), ("SIGTERM", 0, "finish"), ("SIGKILL", 1, "finish"), ("SIGKILL", 0, "remove")],
 )
-def test_a_fault_after_the_results_are_in_place_leaves_a_finished_run(weights, run, tmp_path, fault, rank, place):
+def test_a_fault_after_the_results_are_in_place_leaves_a_finished_run(
+    weights, run, whole, tmp_path, fault, rank, place
+):
     """Between the results' appearance and the state, on another rank, and before the journals are removed."""
     results = tmp_path / "r.h5"
     outcome = run_with_fault(weights, results, tmp_path, fault=fault, rank=rank, place=place, count=1)
@@ -197,8 +206,7 @@ def test_a_fault_after_the_results_are_in_place_leaves_a_finished_run(weights, r
     state = read_state(results)
     assert (state.state, state.exit_code, state.finished, state.reason) == ("finished", 0, 256, "")
     assert run(3, "r").code == 0
-    assert run(2, "whole").code == 0
-    found = compare(tmp_path / "whole.h5", results)
+    found = compare(whole, results)
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
     assert not journal_paths(results)
 
@@ -218,7 +226,7 @@ def test_a_signal_while_the_results_are_put_in_place_leaves_all_of_the_end_or_no
             assert process.poll() is None
             time.sleep(0.01)
         os.kill(int((notes / f"{rank}.pid").read_text()), signal.SIGTERM)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=LIMIT_S)
     finally:
         end(process)
     assert "ended by SIGTERM" in err
@@ -243,7 +251,7 @@ def test_results_are_whole_even_if_stdout_cannot_be_written(weights, tmp_path, r
 
 
 @pytest.mark.mpi
-def test_a_run_that_is_killed_whole_has_failed_and_continues(weights, run, tmp_path, capfd):
+def test_a_run_that_is_killed_whole_has_failed_and_continues(weights, run, whole, tmp_path, capfd):
     results = tmp_path / "r.h5"
     settings = {"model.weights": weights, "output.results": results, "run.precision": "float32"}
     settings |= {"run.max_sequences": 1, "run.micro_batches": 1}  # it takes seconds
@@ -265,8 +273,7 @@ def test_a_run_that_is_killed_whole_has_failed_and_continues(weights, run, tmp_p
         f"failed {finished} 75 killed: process {process.pid} on {os.uname().nodename} was last alive"
     )
     assert run(3, "r").code == 0
-    assert run(2, "whole").code == 0
-    found = compare(tmp_path / "whole.h5", results)
+    found = compare(whole, results)
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
 
 
@@ -281,7 +288,7 @@ def test_a_run_that_lost_its_output_to_another_run_replaces_nothing(weights, run
     shutil.rmtree(journals_folder(results))
     assert run(2, "r", **{"sampling.max_tokens": 1}).code == 0
     os.kill(int((notes / "0.pid").read_text()), signal.SIGCONT)
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=LIMIT_S)
     assert first.returncode == 74, err
     assert read_state(results).state == "finished"
     with ResultFile(results) as file:

@@ -80,7 +80,13 @@ def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> Non
         raise AfterEndError
     with suppress(ProcessLookupError):
         os.kill(int(note.read_text()), signal.SIGKILL)
-    rehearsal.require_clean_end(process, results, injected_at=time.time())
+    try:
+        rehearsal.require_clean_end(process, results, injected_at=time.time())
+    except BrokenError:
+        if not results.exists():
+            raise
+        rehearsal.finish(results, num_ranks=ranks_after)
+        raise AfterEndError from None
     rehearsal.finish(results, num_ranks=ranks_after)
 
 

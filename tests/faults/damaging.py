@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import mpirun as launching
 from faults.rehearsal import Rehearsal, require
 from moempi.storage.journal import JournalReader, JournalWriter, journal_path, journal_paths, journals_folder
 from moempi.storage.records import RankRecord, Record, RequestRecord, TraceRecord
@@ -44,7 +45,7 @@ class StoppedRun:
         process = rehearsal.start(
             results, "SIGUSR1", rank=0, point="append", count=STOP_AT_APPEND, num_ranks=2, **SETTINGS
         )
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=launching.LIMIT_S)
         require(process.returncode == 75, f"is not stopped: {err}")
         self.folder = journals_folder(results)
         self.whole = [path.read_bytes() for path in journal_paths(results)]

@@ -32,7 +32,7 @@ from moempi.errors import MoempiError
 from moempi.printing import MAX_LINE_LENGTH, one_line
 from mpirun import execute, python
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 MAX_BYTES = 500 << 20
 PACKET_BYTES = 1 << 16
 ADDRESS_BYTES = 8 << 30

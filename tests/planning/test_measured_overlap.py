@@ -12,6 +12,7 @@ from moempi.planning.simulate import Phase, Transmission, overlapped_s, waiting_
 
 NUM_ROWS = 16
 STEPS = 12
+ATTEMPTS = 10
 POINTS = tuple(Point(0, phase) for phase in EXCHANGE_PHASES)
 
 
@@ -70,12 +71,20 @@ def measure(comm, durations, link_s, *, num_lanes, overlap):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(("durations", "link_s"), [((0.012, 0.006), 0.006), ((0.012, 0.006), 0.012)])
 def test_a_measured_step_takes_the_simulated_time(comm, durations, link_s):
+    """Whatever else the machine does makes an attempt longer: one of several must agree, unless all are disturbed."""
     for num_lanes, overlap in ((1, True), (2, True), (3, True), (2, False)):
-        measured, computed = measure(comm, durations, link_s, num_lanes=num_lanes, overlap=overlap)
-        phases = [
-            Phase(point, seconds, [Transmission(link_s)]) for point, seconds in zip(POINTS, computed, strict=True)
-        ]
-        simulated = (overlapped_s if overlap else waiting_s)(phases, lanes=num_lanes)
-        measured = max(comm.allgather(measured))
-        simulated = max(comm.allgather(simulated))
-        assert measured == pytest.approx(simulated, rel=0.25)
+        found, disturbed = [], True
+        for _ in range(ATTEMPTS):
+            measured, computed = measure(comm, durations, link_s, num_lanes=num_lanes, overlap=overlap)
+            phases = [
+                Phase(point, seconds, [Transmission(link_s)]) for point, seconds in zip(POINTS, computed, strict=True)
+            ]
+            simulated = (overlapped_s if overlap else waiting_s)(phases, lanes=num_lanes)
+            found.append((max(comm.allgather(measured)), max(comm.allgather(simulated))))
+            if found[-1][0] == pytest.approx(found[-1][1], rel=0.25):
+                break
+            disturbed &= max(comm.allgather(sum(computed))) > 1.1 * sum(durations)
+        else:
+            if disturbed:
+                pytest.skip("the machine is too busy to measure")
+            pytest.fail(f"measured and simulated: {found}")

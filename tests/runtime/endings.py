@@ -38,11 +38,19 @@ def end_by(ending: str) -> None:
 
 
 def finish_while_aborting(world: World) -> None:
-    world.on_failure(lambda cause, code: code)
+    aborting, finished = threading.Event(), threading.Event()
+
+    def write(cause: str, code: int) -> int:
+        aborting.set()
+        finished.wait()
+        return code
+
+    world.on_failure(write)
     threading.Thread(target=world.abort, args=[KeyboardInterrupt()], daemon=True).start()
-    time.sleep(0.1)  # its line is printed, and the abort follows
+    aborting.wait()  # its line is printed, and the abort follows
     world.finish(65)
     world.on_failure(None)
+    finished.set()
     time.sleep(60)
 
 
@@ -50,7 +58,7 @@ def work(world: World, ending: str) -> None:
     if ending == "good":
         return
     if ending == "busy":  # longer than the watchdog's patience, but never silent for so long
-        for step in range(14):
+        for step in range(25):
             world.alive(f"step {step}")
             time.sleep(0.2)
     elif world.rank == 1 and ending == "finish":
@@ -69,7 +77,7 @@ def main(ending: str, folder: str) -> None:
     place.with_suffix(".pid").write_text(str(os.getpid()))
     with world.guard():
         world.raise_together(ConfigError("no room") if ending == "disagree" and world.rank > 0 else None)
-        world.watch(30.0 if ending == "waiting" else 2.0, group=0)
+        world.watch(300.0 if ending == "waiting" else 4.0, group=0)
         world.alive("step 7")
         place.with_suffix(".ready").touch()
         work(world, ending)

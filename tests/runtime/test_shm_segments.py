@@ -17,7 +17,8 @@ def host(monkeypatch, tmp_path):
     """A host whose launcher started 4 ranks; free[folder] are the free bytes of each folder."""
     free = {FOLDER: 4 * SEGMENT_BYTES, tmp_path: 100 * SEGMENT_BYTES}
     for name in ("OMPI_MCA_btl", "OMPI_MCA_pml", *PLACES):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is as before after the test, whatever the program sets
+        monkeypatch.delenv(name)
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
     monkeypatch.setattr(shm_segments.tempfile, "gettempdir", lambda: str(tmp_path))

@@ -13,19 +13,19 @@ import mpirun as launching
 from moempi.runtime.launcher import launch_problem, launched_first
 
 ENDINGS = Path(__file__).with_name("endings.py")
-END_S = 10.0
+END_S = 60.0
 
 
 def ended(ending: str, folder: Path) -> launching.Outcome:
-    """Run an ending on three ranks and check that soon nothing of it is left."""
-    begin = time.monotonic()
-    outcome = launching.mpirun(3, *launching.python(ENDINGS, ending, folder), limit_s=END_S)
-    wait_for_end(folder, limit=begin + END_S)
+    """Run an ending on three ranks and check that nothing of it is left."""
+    outcome = launching.mpirun(3, *launching.python(ENDINGS, ending, folder))
+    wait_for_end(folder)
     return outcome
 
 
-def wait_for_end(folder: Path, *, limit: float) -> None:
+def wait_for_end(folder: Path) -> None:
     """Until no rank runs; a zombie counts as ended."""
+    limit = time.monotonic() + END_S
     pids = [int(place.read_text()) for place in folder.glob("*.pid")]
     assert len(pids) == 3
     while alive := [pid for pid in pids if state(pid) not in "ZX"]:
@@ -72,7 +72,7 @@ def test_one_rank_ends_all_with_one_line(ending, code, line, tmp_path):
 def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, reason, tmp_path):
     outcome = ended(ending, tmp_path)
     assert len(outcome.lines) == 1
-    assert f"no progress for 2 s: {reason}" in outcome.lines[0]
+    assert f"no progress for 4 s: {reason}" in outcome.lines[0]
     assert "at step 7" in outcome.lines[0]
     assert outcome.code == 75
 
@@ -109,14 +109,13 @@ def test_debug_prints_the_traceback(tmp_path):
 def test_a_signal_ends_all_ranks_with_one_line(rank, number, tmp_path):
     process = launching.start("mpirun", "-n", "3", *launching.python(ENDINGS, "waiting", tmp_path))
     wait_for(tmp_path)
-    begin = time.monotonic()
     os.kill(int((tmp_path / f"{rank}.pid").read_text()), number)
     _, err = process.communicate(timeout=END_S)
     assert [line for line in err.splitlines() if line.startswith("moempi: ")] == [
         f"moempi: rank {rank}: ended by {number.name}"
     ]
     assert process.returncode == 128 + number
-    wait_for_end(tmp_path, limit=begin + END_S)
+    wait_for_end(tmp_path)
 
 
 @pytest.mark.mpi
@@ -142,12 +141,12 @@ def test_an_interrupted_launcher_leaves_no_rank(tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=END_S)
     assert process.returncode != 0
-    wait_for_end(tmp_path, limit=time.monotonic() + END_S)
+    wait_for_end(tmp_path)
 
 
 def wait_for(folder: Path, *, num_ranks: int = 3) -> None:
     """Until all ranks are inside their guard."""
-    limit = time.monotonic() + 30
+    limit = time.monotonic() + END_S
     while len(list(folder.glob("*.ready"))) < num_ranks:
         assert time.monotonic() < limit, "the ranks do not start"
         time.sleep(0.05)

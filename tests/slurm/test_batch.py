@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 NUM_PROMPTS = 256
-END_S = 90.0
+END_S = 300.0  # only what hangs takes longer, also on a busy machine
 
 
 def output_of(*command: str | Path) -> str:
@@ -32,10 +32,10 @@ def facts(job: str) -> dict[str, str]:
     return dict(word.partition("=")[::2] for word in output_of("scontrol", "show", "--oneliner", "job", job).split())
 
 
-def wait_for(true_at_last, *, limit_s: float = END_S, what: str) -> None:
-    limit = time.monotonic() + limit_s
+def wait_for(true_at_last, *, what: str) -> None:
+    limit = time.monotonic() + END_S
     while not true_at_last():
-        assert time.monotonic() < limit, f"not within {limit_s} s: {what}"
+        assert time.monotonic() < limit, f"not within {END_S} s: {what}"
         time.sleep(0.1)
 
 
@@ -188,7 +188,7 @@ def test_staged_weights_are_removed_from_the_nodes(folder, prompts, ending):
             output_of("scancel", "--batch", "--signal=KILL", job)
     ended = wait_for_end(job)
     assert (ended["JobState"] == "COMPLETED") == (ending in ("finished", "requeued")), batch.said()
-    wait_for(lambda: not list(scratch.iterdir()), limit_s=20.0, what="the removal of the copies")
+    wait_for(lambda: not list(scratch.iterdir()), what="the removal of the copies")
 
 
 def test_a_node_that_goes_down(folder, prompts, undisturbed):

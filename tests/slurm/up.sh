@@ -37,7 +37,7 @@ munged --key-file="$folder/munge/munge.key" --socket="$folder/run/munge.sock" --
 export SLURM_CONF=$folder/slurm.conf
 slurmctld -f "$SLURM_CONF" -c
 for node in $(seq "$nodes"); do slurmd -f "$SLURM_CONF" -N "n$node"; done
-for _ in $(seq 100); do
+for _ in $(seq 1000); do
     [ "$(sinfo --noheader --states=idle --format=%D 2>/dev/null)" = "$nodes" ] && exit 0
     sleep 0.1
 done
