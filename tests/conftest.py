@@ -1,23 +1,25 @@
 """Tests that run on ranks: `@pytest.mark.ranks(1, 3)` on a test that takes `comm` runs its body on every rank of worlds
-of 1 and of 3. All such tests of a file share one mpirun for each number of ranks. `mpirun(n, *command)` runs a program.
+of 1 and of 3. All such tests of a file share one mpirun for each number of ranks. `mpirun(n, *command)` runs a program;
+`runner(n).run(*words)` runs the program in ranks that all tests of a file share.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 import mpirun as launching
+from runner import Runner
 
 settings.register_profile("loaded machine", deadline=None)
 settings.load_profile("loaded machine")
 
 # Set inside such a world: the folder where each rank writes what became of its tests.
 WORLD_VARIABLE = "MOEMPI_TEST_WORLD"
-WORLD_LIMIT_S = 300.0
+WORLD_LIMIT_S = 600.0
 
 # (rank, outcome, text) of each test by its node id; beside it, how the world ended.
 World = tuple[dict[str, list[tuple[int, str, str]]], str]
@@ -74,8 +76,29 @@ def claim(place: Path) -> bool:
 
 @pytest.fixture
 def mpirun():
-    """`mpirun(n, *command, limit_s=60, NAME=value)` runs a command on n ranks; a limit passed is a failure."""
+    """`mpirun(n, *command, limit_s=300, NAME=value)` runs a command on n ranks; a limit passed is a failure."""
     return launching.mpirun
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory) -> Iterator[Callable[..., Runner]]:
+    """`runner(n).run(*words)` runs a command line of the program on n ranks, of which the next tests run others.
+
+    `runner(n, module="simt.run", NAME=value)` runs that of a module of the tests. For tests of what a run computes, not
+    of how it starts and ends.
+    """
+    runners: dict[tuple[object, ...], Runner] = {}
+
+    def runner(num_ranks: int, *, module: str = "moempi.cli", **environment: str) -> Runner:
+        key = (num_ranks, module, *environment.items())
+        if key not in runners:
+            folder = tmp_path_factory.mktemp(f"runner-{num_ranks}")
+            runners[key] = Runner(num_ranks, folder, module=module, **environment)
+        return runners[key]
+
+    yield runner
+    for one in runners.values():
+        one.end()
 
 
 @pytest.fixture
@@ -97,7 +120,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("ranks") or "mpirun" in getattr(item, "fixturenames", ()):
+        if item.get_closest_marker("ranks") or {"mpirun", "runner"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.mpi)
 
 

@@ -13,6 +13,7 @@ LAUNCHER = Path(sys.executable).with_name("mpirun")
 LIMIT_S = 300.0  # only what hangs takes longer, also on a busy machine
 
 # The environment of jobs/env.sh for who calls pytest directly: quiet, oversubscribed, one thread a rank, also as root.
+# Ranks that wait inside MPI yield: other tests and their ranks use the same cores, of which MPI knows nothing.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -23,6 +24,7 @@ ENVIRONMENT = {
     "OMPI_MCA_pml": "ob1",
     "OMPI_MCA_btl": "self,sm",
     "OMPI_MCA_osc": "^ucx",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
     "PMIX_MCA_plog": "^stdfd",
 }
 

@@ -13,7 +13,7 @@ from moempi.backend.cpu.kernels import instructions
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
-from mpirun import ROOT, mpirun, python
+from mpirun import ROOT
 
 JOB = ROOT / "jobs/abacus.toml"
 
@@ -43,10 +43,10 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(weights, prompts, tmp_path_factory):
+def run(weights, prompts, tmp_path_factory, runner):
     """Run the mixed prompts on so many ranks with so many settings; the results file."""
 
-    def run(num_ranks, task, *, program=("-m", "moempi"), environment=None, **settings):
+    def run(num_ranks, task, *, module="moempi.cli", environment=None, **settings):
         results = tmp_path_factory.mktemp("results") / "out.h5"
         named = {
             "task": task,
@@ -59,8 +59,7 @@ def run(weights, prompts, tmp_path_factory):
             "score.top_n": 2 if task == "score" else 0,
         } | settings
         options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
-        command = python(*program, "run", JOB, *options)
-        outcome = mpirun(num_ranks, *command, limit_s=120, **(environment or {}))
+        outcome = runner(num_ranks, module=module, **(environment or {})).run("run", JOB, *options)
         assert outcome.code == 0, outcome.err
         return results
 
@@ -124,11 +123,6 @@ def test_reproducible_bfloat16_is_bit_identical(run):
         assert (found.different, found.largest) == (0, 0.0)
 
 
-WITH_AVX2 = (
-    "-c",
-    "import sys; from moempi.backend.cpu import kernels; kernels.instructions = lambda: ['AVX2'];"
-    "from moempi.cli import main; sys.exit(main(sys.argv[1:]))",
-)
 WIDER = [name for name in ("X86_V4", "AVX512_ICL", "AVX512_SPR") if __cpu_features__.get(name)]
 
 
@@ -137,7 +131,7 @@ WIDER = [name for name in ("X86_V4", "AVX512_ICL", "AVX512_SPR") if __cpu_featur
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_narrower_instructions_give_the_same_bits(run, precision):
     """As on a processor without AVX-512: the kernels are compiled for AVX2, and NumPy uses nothing wider."""
-    narrow = {"program": WITH_AVX2, "environment": {"NPY_DISABLE_CPU_FEATURES": " ".join(WIDER)}}
+    narrow = {"module": "backend.cpu.narrow_instructions", "environment": {"NPY_DISABLE_CPU_FEATURES": " ".join(WIDER)}}
     for task in ("generate", "score"):
         settings = {"run.precision": precision, "run.micro_batches": 2}
         found = compare(run(1, task, **settings), run(1, task, **settings, **narrow))

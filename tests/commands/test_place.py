@@ -11,7 +11,7 @@ from moempi.errors import DataError, UsageError
 from moempi.storage.convert import convert
 from moempi.storage.journal import journal_paths
 from moempi.storage.merge import merge
-from mpirun import ROOT, execute, mpirun, python
+from mpirun import ROOT, execute, python
 from storage.test_records import make_rank, make_request
 from storage.test_results import PROVENANCE, write_journals
 from storage.test_traces import make_routing
@@ -20,7 +20,7 @@ JOB = ROOT / "jobs/abacus.toml"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, runner):
     """`run(ranks, name, key=value)` runs 30 prompts into `<name>.h5` and records the routing."""
     folder = tmp_path_factory.mktemp("place")
     convert(ROOT / "weights/abacus", folder / "abacus.h5")
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
             "trace.routing": "true",
         }
         words = [word for key, value in (named | settings).items() for word in ("--set", f"{key}={value}")]
-        outcome = mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *words))
+        outcome = runner(num_ranks).run("run", JOB, *words)
         assert outcome.code == 0, outcome.err
         return folder / f"{name}.h5"
 

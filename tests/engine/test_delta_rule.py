@@ -10,7 +10,6 @@ from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import load_kernels
 from moempi.storage.compare import compare
 from moempi.storage.initialize import initialize
-from mpirun import mpirun, python
 
 LENGTHS = (70, 3, 130, 1, 64, 9, 65)
 
@@ -73,7 +72,7 @@ def test_a_request_is_the_same_after_any_other_in_its_slot(tmp_path, architectur
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory, architecture):
+def scored(tmp_path_factory, architecture, runner):
     """`scored(ranks, name, *options, key=value)` scores prompts of up to 600 tokens into `<name>.h5`; how it ended."""
     folder = tmp_path_factory.mktemp("scored")
     initialize(architecture, folder / "weights.h5", seed=3)
@@ -88,7 +87,7 @@ def scored(tmp_path_factory, architecture):
             f"{key} = {json.dumps(value if isinstance(value, int) else str(value))}\n" for key, value in named.items()
         )
         (folder / f"{name}.toml").write_text("".join(lines))
-        outcome = mpirun(ranks, *python("-m", "moempi", "run", folder / f"{name}.toml", *options))
+        outcome = runner(ranks).run("run", folder / f"{name}.toml", *options)
         return outcome, folder / f"{name}.h5"
 
     return scored

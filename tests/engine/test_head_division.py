@@ -119,13 +119,13 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def run(weights, tmp_path):
+def run(weights, tmp_path, runner):
     """`run(ranks, name, *options, key=value)` runs the 256 questions into `<name>.h5`."""
 
     def run(num_ranks, name, *options, **settings):
         named = {"model.weights": weights, "output.results": tmp_path / f"{name}.h5", "run.precision": "float32"}
         words = [word for key, value in (named | settings).items() for word in ("--set", f"{key}={value}")]
-        return mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *words, *options), limit_s=150)
+        return runner(num_ranks).run("run", JOB, *words, *options)
 
     return run
 
@@ -172,7 +172,7 @@ def test_a_run_that_was_stopped_goes_on_with_another_division(weights, run, tmp_
         words = [word for key, value in layout.items() for word in ("--set", f"{key}={value}")]
         fault = ROOT / "tests/faults/inject_fault.py"
         command = [fault, tmp_path / "notes", "SIGUSR1", str(rank), "dispatch", str(dispatch)]
-        outcome = mpirun(4, *python(*command, "run", JOB, *words), limit_s=150)
+        outcome = mpirun(4, *python(*command, "run", JOB, *words))
         assert outcome.code == 75, outcome.err
         finished.append(int(re.search(r"(\d+) of 256 requests are finished", outcome.err)[1]))
     assert finished[0] < finished[1] < finished[2] < 256

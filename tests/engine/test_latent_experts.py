@@ -9,13 +9,12 @@ from engine.runs import LATENT_EXPERTS, SPACES
 from moempi.layout.topology import LEVELS
 from moempi.storage.compare import compare
 from moempi.storage.initialize import initialize
-from mpirun import mpirun, python
 
 LENGTHS = (70, 5, 33, 1, 17)
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
+def scored(tmp_path_factory, runner):
     """`scored(architecture, ranks, key=value)` scores some prompts; how it ended, and the results' path."""
     folder = tmp_path_factory.mktemp("latent")
     prompts = [{"tokens": [2 + (5 * index + row) % 38 for row in range(count)]} for index, count in enumerate(LENGTHS)]
@@ -30,7 +29,7 @@ def scored(tmp_path_factory):
         named |= {"model.weights": folder / f"{width}.h5", "output.results": folder / f"{name}.results"} | settings
         values = {key: value if isinstance(value, int) else str(value) for key, value in named.items()}
         (folder / f"{name}.toml").write_text("".join(f"{key} = {json.dumps(values[key])}\n" for key in values))
-        return mpirun(ranks, *python("-m", "moempi", "run", folder / f"{name}.toml")), named["output.results"]
+        return runner(ranks).run("run", folder / f"{name}.toml"), named["output.results"]
 
     return scored
 

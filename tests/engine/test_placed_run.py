@@ -7,14 +7,14 @@ import pytest
 
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
-from mpirun import ROOT, mpirun, python
+from mpirun import ROOT
 
 JOB = ROOT / "jobs/abacus.toml"
 LAYERS, NUM_EXPERTS = (3, 4, 5), 16
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, runner):
     """`run(ranks, name, key=value)` scores and generates a few prompts into `<name>.h5`; the outcome and the path."""
     folder = tmp_path_factory.mktemp("placed")
     convert(ROOT / "weights/abacus", folder / "abacus.h5")
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
             (folder / f"{name}.json").write_text(json.dumps(placement))
             named["placement.file"] = folder / f"{name}.json"
         words = [word for key, value in (named | settings).items() for word in ("--set", f"{key}={value}")]
-        return mpirun(num_ranks, *python("-m", "moempi", "run", JOB, *words)), folder / f"{name}.h5"
+        return runner(num_ranks).run("run", JOB, *words), folder / f"{name}.h5"
 
     return run
 

@@ -6,7 +6,7 @@ import pytest
 
 from moempi.cli import main
 from moempi.storage.compare import compare
-from mpirun import ROOT, mpirun, python
+from mpirun import ROOT
 
 JOB = ROOT / "jobs/abacus.toml"
 ARCHITECTURE = """
@@ -49,7 +49,7 @@ float32_weights = true
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, runner):
     """`run(ranks, name, *options, key=value)` generates from a few prompts into `<name>.h5`."""
     folder = tmp_path_factory.mktemp("sparse")
     (folder / "sparse.toml").write_text(ARCHITECTURE)
@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     prompts = [[(7 * index + 5 * row + row * row // 7) % 60 for row in range(n)] for index, n in enumerate(lengths)]
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"tokens": tokens}) for tokens in prompts))
 
-    def run(num_ranks, name, *options, program=("-m", "moempi"), **settings):
+    def run(num_ranks, name, *options, module="moempi.cli", **settings):
         named = {
             "model.weights": folder / "sparse.h5",
             "input.prompts": folder / "prompts.jsonl",
@@ -67,8 +67,7 @@ def run(tmp_path_factory):
             "sampling.max_tokens": 9,
         }
         words = [word for key, value in (named | settings).items() for word in ("--set", f"{key}={value}")]
-        command = python(*program, "run", JOB, *words, *options)
-        return mpirun(num_ranks, *command, limit_s=120, PYTHONPATH="tests"), folder / f"{name}.h5"
+        return runner(num_ranks, module=module).run("run", JOB, *words, *options), folder / f"{name}.h5"
 
     return run
 
@@ -105,7 +104,7 @@ def test_the_cuda_kernels_give_the_tokens_of_the_cpu_and_the_same_bits_on_any_gr
     paths = []
     for num_ranks, settings in ((1, {"run.batch_tokens": 32}), (2, {"parallel.stages": 2})):
         settings = settings | {"exchange.buffers": "host", "exchange.transport": "alltoallv"}
-        outcome, path = run(num_ranks, f"cuda-{num_ranks}", program=("tests/simt/run.py",), **settings)
+        outcome, path = run(num_ranks, f"cuda-{num_ranks}", module="simt.run", **settings)
         assert outcome.code == 0, outcome.err
         paths.append(path)
     found = compare(alone, paths[0])

@@ -10,7 +10,6 @@ from engine import chats
 from engine.spelling import write_speller
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
-from mpirun import mpirun, python
 
 STYLE, WRITTEN = "qwen3", "\nA 日\U0001f600é.<|im_end|>Z"
 END, START = "<|im_end|>", "<|im_start|>"
@@ -25,20 +24,20 @@ def speller(tmp_path_factory):
     return folder / "model.h5", tokens
 
 
-def run(weights, folder, lines, *, ranks=1, **keys):
+def run(runner, weights, folder, lines, *, ranks=1, **keys):
     """The records of a job with these prompt lines, and what the run wrote on stderr."""
     prompts, results, job = (folder / name for name in ("p.jsonl", "r.h5", "job.toml"))
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     named = {"model.weights": weights, "input.prompts": prompts, "output.results": results} | keys
     job.write_text("".join(f"{key} = {json.dumps(value, default=str)}\n" for key, value in named.items()))
-    outcome = mpirun(ranks, *python("-m", "moempi", "run", job))
+    outcome = runner(ranks).run("run", job)
     assert outcome.code == 0, outcome.err
     with ResultFile(results) as file:
         return list(file.requests()), outcome.err
 
 
 @pytest.mark.mpi
-def test_stop_texts_and_tokens_end_a_generation_where_the_model_writes_them(speller, tmp_path):
+def test_stop_texts_and_tokens_end_a_generation_where_the_model_writes_them(runner, speller, tmp_path):
     weights, tokens = speller
     end = tokens.index(256)
     lines = [
@@ -55,7 +54,7 @@ def test_stop_texts_and_tokens_end_a_generation_where_the_model_writes_them(spel
         False: [shown, "A 日\U0001f600é", f"{shown}Z", "A ", shown],
         True: [shown, "A 日\U0001f600é", f"{shown}{END}Z", "A ", shown],
     }.items():
-        records, _ = run(weights, tmp_path, lines, **keys, **{"output.special_tokens": special})
+        records, _ = run(runner, weights, tmp_path, lines, **keys, **{"output.special_tokens": special})
         assert [record.text for record in records[:-1]] == texts
         assert [record.finish for record in records] == ["stop", "stop", "length", "stop", "stop", "error"]
         counts = [end, end + 1, len(tokens) - 1, 5, end]
@@ -69,7 +68,7 @@ def test_stop_texts_and_tokens_end_a_generation_where_the_model_writes_them(spel
     [(1, {}), (4, {}), (2, {"parallel.tensor": 2}), (4, {"parallel.stages": 2, "parallel.tensor": 2})],
     ids=["one", "data", "tensor", "both"],
 )
-def test_chats_are_rendered_and_a_chat_that_fails_ends_alone(speller, tmp_path, ranks, keys):
+def test_chats_are_rendered_and_a_chat_that_fails_ends_alone(runner, speller, tmp_path, ranks, keys):
     weights, _ = speller
     lines = [
         *({"id": name, **chat} for name, chat in chats.CHATS.items()),
@@ -79,7 +78,7 @@ def test_chats_are_rendered_and_a_chat_that_fails_ends_alone(speller, tmp_path, 
         {"id": "text", "prompt": f"{START}user\nHi{END}\n"},
     ]
     keys = {"sampling.max_tokens": 1, "chat.template_kwargs.enable_thinking": False} | keys
-    records, _ = run(weights, tmp_path, lines, ranks=ranks, **keys)
+    records, _ = run(runner, weights, tmp_path, lines, ranks=ranks, **keys)
     found = {record.id: record for record in records}
     assert [name for name, record in found.items() if record.finish == "error"] == ["refused", "broken"]
     assert found["refused"].error.startswith("the chat template cannot be applied: 'dict object' has no attribute 'con")
@@ -97,7 +96,7 @@ def test_chats_are_rendered_and_a_chat_that_fails_ends_alone(speller, tmp_path, 
 
 
 @pytest.mark.mpi
-def test_what_prompts_need_and_the_weight_file_lacks_is_said_once(speller, tmp_path):
+def test_what_prompts_need_and_the_weight_file_lacks_is_said_once(runner, speller, tmp_path):
     hub = tmp_path / "hub"
     write_speller(hub, STYLE, WRITTEN)
     lines = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}, {"tokens": [5]}] * 2
@@ -107,7 +106,7 @@ def test_what_prompts_need_and_the_weight_file_lacks_is_said_once(speller, tmp_p
     ):
         (hub / name).unlink()
         convert(hub, tmp_path / "model.h5")
-        records, err = run(tmp_path / "model.h5", tmp_path, lines, ranks=2)
+        records, err = run(runner, tmp_path / "model.h5", tmp_path, lines, ranks=2)
         assert [record.finish for record in records] == finishes * 2
         assert err.count(text) == 1, err
 
@@ -123,7 +122,7 @@ def draw_text(text):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("special", [False, True])
-def test_any_text_survives_from_prompt_to_results(speller, tmp_path, special):
+def test_any_text_survives_from_prompt_to_results(runner, speller, tmp_path, special):
     weights, _ = speller
     TEXTS.clear()
     draw_text()
@@ -132,7 +131,7 @@ def test_any_text_survives_from_prompt_to_results(speller, tmp_path, special):
     keys = {"task": "score", "input.special_tokens": special, "run.precision": "float32"}
     lines = [{"prompt": text, "reference": text} for text in texts]
     # The longest fit the model's 64 positions; others are errors that say so.
-    records, _ = run(weights, tmp_path, lines, ranks=2, **keys)
+    records, _ = run(runner, weights, tmp_path, lines, ranks=2, **keys)
     tokenizer = chats.tokenizer(STYLE)
     for text, record in zip(texts, records, strict=True):
         assert record.reference == text

@@ -6,11 +6,11 @@ import pytest
 
 from moempi import Results
 from moempi.storage.convert import convert
-from mpirun import ROOT, execute, mpirun, python
+from mpirun import ROOT, execute, python
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, runner):
     """`run(ranks, name, *options, key=value)` scores the first 40 questions into `<name>.h5` and records."""
     folder = tmp_path_factory.mktemp("resumed")
     convert(ROOT / "weights/abacus", folder / "abacus.h5")
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
             "trace.hidden": "[0,5]",
         } | settings
         words = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
-        outcome = mpirun(num_ranks, *python("-m", "moempi", "run", ROOT / "jobs/abacus.toml", *words, *options))
+        outcome = runner(num_ranks).run("run", ROOT / "jobs/abacus.toml", *words, *options)
         assert outcome.code == code, outcome.err
         return folder / f"{name}.h5"
 

@@ -6,7 +6,7 @@ from fuzz.campaign import fuzz, fuzz_commands
 from fuzz.seeds import seeded_folder
 from fuzz.subjects import SUBJECTS
 
-INPUTS, COMMANDS, SEED = 2000, 10, 1
+INPUTS, COMMANDS, SEED = 2000, 4, 1
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mpirun as launching
 from moempi.backend.cpu.kernels import load_kernels
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
@@ -32,15 +31,15 @@ batch_tokens = 24
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))
 
 
-@pytest.mark.parametrize("program", [("-m", "moempi"), ("tests/simt/run.py",)], ids=["numpy", "kernels"])
+@pytest.mark.parametrize("module", ["moempi.cli", "simt.run"], ids=["numpy", "kernels"])
 @pytest.mark.parametrize(("precision", "within"), [("float32", 1e-4), ("bfloat16", 1.0)])
 @pytest.mark.parametrize("name", NAMES)
-def test_log_probabilities_equal_the_recorded_ones(name, precision, within, program, tmp_path, mpirun):
+def test_log_probabilities_equal_the_recorded_ones(name, precision, within, module, tmp_path, runner):
     expected = json.loads((FIXTURES / name / "expected.json").read_text())
     convert(FIXTURES / name, tmp_path / "model.h5")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"tokens": expected["tokens"]}))
     (tmp_path / "job.toml").write_text(JOB.format(tmp_path, precision))
-    outcome = mpirun(2, *launching.python(*program, "run", tmp_path / "job.toml"), PYTHONPATH="tests")
+    outcome = runner(2, module=module).run("run", tmp_path / "job.toml")
     assert outcome.code == 0, outcome.err
     with ResultFile(tmp_path / "results.h5") as results:
         (record,) = results.requests()
@@ -56,13 +55,12 @@ def test_log_probabilities_equal_the_recorded_ones(name, precision, within, prog
     + [(name, ["trace.hidden=[0,1]", "trace.hidden_sublayer=attention"]) for name in NAMES]
     + [("qwen3_moe", ["exchange.hops=2", "topology.ranks_per_node=1"]), ("qwen3_moe", ["parallel.tensor=2"])],
 )
-def test_rows_of_products_have_bfloat16_values(name, options, tmp_path, mpirun):
+def test_rows_of_products_have_bfloat16_values(name, options, tmp_path, runner):
     """The kernels cut the low bits of these rows without notice."""
     convert(FIXTURES / name, tmp_path / "model.h5")
     tokens = json.loads((FIXTURES / name / "expected.json").read_text())["tokens"]
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"tokens": tokens}))
     (tmp_path / "job.toml").write_text(JOB.format(tmp_path, "bfloat16"))
     words = [word for option in options for word in ("--set", option)]
-    program = launching.python("tests/backend/cpu/narrow_rows.py", "run", tmp_path / "job.toml", *words)
-    outcome = mpirun(2, *program, PYTHONPATH="tests")
+    outcome = runner(2, module="backend.cpu.narrow_rows").run("run", tmp_path / "job.toml", *words)
     assert outcome.code == 0, outcome.err

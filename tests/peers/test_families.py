@@ -9,16 +9,16 @@ most BFLOAT16_SHARE times that of transformers' own bfloat16. A table is printed
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-import mpirun as launching
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
+from runner import Runner
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -86,17 +86,20 @@ def one_thread() -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("case", families.CASES)
-def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
+def test_family(case: str, tmp_path: Path, table: list[str], runner: Callable[[int], Runner]) -> None:
     tokens = families.prompts(case)
     families.write_checkpoint(tmp_path / "hub", case)
-    reference = families.expected(tmp_path / "hub", tokens)
     convert(tmp_path / "hub", tmp_path / "model.h5")
     lines = [json.dumps({"tokens": prompt}) + "\n" for prompt in tokens]
     (tmp_path / "score.jsonl").write_text("".join(lines))
     (tmp_path / "generate.jsonl").write_text("".join(lines[: len(families.LENGTHS)]))
-    run_jobs(tmp_path, 1, ("score", "greedy", "rounded"))
     groups = () if case.startswith(WHOLE_NORMS) else OF_TENSOR_GROUPS
-    run_jobs(tmp_path, 4, (*OF_4_RANKS, *groups))
+    running = [runner(1).start("run", job) for job in write_jobs(tmp_path, 1, ("score", "greedy", "rounded"))]
+    running += [runner(4).start("run", job) for job in write_jobs(tmp_path, 4, (*OF_4_RANKS, *groups))]
+    reference = families.expected(tmp_path / "hub", tokens)
+    for outcome in running:
+        ended = outcome()
+        assert ended.code == 0, ended.err
     exact, rounding = flat(reference.float32), flat(reference.rounding)
     theirs = np.abs(flat(reference.bfloat16) - exact).mean()
     alone = scores(tmp_path / "score-1.h5")
@@ -119,8 +122,8 @@ def test_family(case: str, tmp_path: Path, table: list[str]) -> None:
             assert [record.tokens.tolist() for record in results.requests()] == reference.greedy
 
 
-def run_jobs(folder: Path, ranks: int, names: tuple[str, ...]) -> None:
-    """These of JOBS, one after another in the same ranks."""
+def write_jobs(folder: Path, ranks: int, names: tuple[str, ...]) -> list[Path]:
+    """The job files of these of JOBS."""
     paths = []
     for name in names:
         task, precision, tensor, stages = JOBS[name]
@@ -130,8 +133,7 @@ def run_jobs(folder: Path, ranks: int, names: tuple[str, ...]) -> None:
         values["trace"] = str(task == "score" and precision == "float32").lower()
         paths.append(folder / f"{name}-{ranks}.toml")
         paths[-1].write_text(JOB.format(**places, **values))
-    outcome = launching.mpirun(ranks, *launching.python(Path(__file__).with_name("run_jobs.py"), *paths), limit_s=400)
-    assert outcome.code == 0, outcome.err
+    return paths
 
 
 def compare_choices(path: Path, reference: "families.Expected") -> tuple[int, int, float]:

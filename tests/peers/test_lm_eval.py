@@ -95,7 +95,7 @@ def evaluate(folder, ranks, model, **arguments):
     """What a model answers to all tasks, on so many ranks."""
     out = folder / f"{model}.json"
     words = (HARNESS, model, json.dumps(arguments), folder / "tasks", out)
-    outcome = launching.mpirun(ranks, *launching.python(*words), limit_s=300, HF_HOME=str(folder / "home"), **OFFLINE)
+    outcome = launching.mpirun(ranks, *launching.python(*words), HF_HOME=str(folder / "home"), **OFFLINE)
     assert outcome.code == 0, outcome.err
     return json.loads(out.read_text())
 

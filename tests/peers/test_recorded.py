@@ -1,14 +1,15 @@
 """Recorded hidden states, likeliest tokens and routing of four families against transformers, at 1 and at 4 ranks."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import mpirun as launching
 from moempi import Results
 from moempi.storage.convert import convert
+from runner import Runner
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -35,7 +36,7 @@ trace.hidden_dtype = "float32"
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("case", ["qwen3_moe", "mixtral", "deepseek_v3-groups-yarn", "gpt_oss-yarn"])
-def test_recorded_values_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+def test_recorded_values_are_those_of_transformers(case: str, tmp_path: Path, runner: Callable[[int], Runner]) -> None:
     tokens = families.prompts(case)
     families.write_checkpoint(tmp_path / "hub", case)
     convert(tmp_path / "hub", tmp_path / "model.h5")
@@ -44,7 +45,7 @@ def test_recorded_values_are_those_of_transformers(case: str, tmp_path: Path) ->
     for ranks, stages in ((1, 1), (4, 2)):
         job = tmp_path / f"job-{ranks}.toml"
         job.write_text(JOB.format(ranks=ranks, stages=stages, top=TOP, layers=list(range(len(states[0])))))
-        outcome = launching.mpirun(ranks, *launching.python("-m", "moempi", "run", job), limit_s=120)
+        outcome = runner(ranks).run("run", job)
         assert outcome.code == 0, outcome.err
         with Results(tmp_path / f"results-{ranks}.h5") as results:
             for result, layers, expected in zip(results, states, logprobs, strict=True):

@@ -1,11 +1,9 @@
-"""Run moempi; fails if a row that must have bfloat16 values has others: `python narrow_rows.py run JOB.toml`."""
-
-import sys
+"""The program, which fails if a row that must have bfloat16 values has others."""
 
 import numpy as np
 
 from moempi.backend.cpu.kernels import Kernels
-from moempi.cli import main
+from moempi.cli import main as moempi
 
 multiply, copy_rows, checks = Kernels.multiply, Kernels.copy_rows, []
 
@@ -28,7 +26,9 @@ def checked_copy(self, rows, index, out):
     return copy_rows(self, rows, index, out)
 
 
-if __name__ == "__main__":
-    Kernels.multiply, Kernels.copy_rows = checked, checked_copy
-    code = main()
-    sys.exit(code or not checks)
+def main(words):
+    checks.clear()
+    return moempi(words) or int(not checks)
+
+
+Kernels.multiply, Kernels.copy_rows = checked, checked_copy

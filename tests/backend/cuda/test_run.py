@@ -15,14 +15,14 @@ from mpirun import ROOT, mpirun, python
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, runner):
     """Run 12 questions on `num_ranks` ranks, by default on the SIMT device; returns the path of the results file."""
     folder = tmp_path_factory.mktemp("runs")
     convert(ROOT / "weights/abacus", folder / "abacus.h5")
     questions = (ROOT / "jobs/abacus.jsonl").read_text().splitlines()[:12]
     (folder / "some.jsonl").write_text("\n".join(questions))
 
-    def run(num_ranks, name, *, buffers="host", program=("tests/simt/run.py",), **settings):
+    def run(num_ranks, name, *, buffers="host", module="simt.run", **settings):
         named = {
             "model.weights": folder / "abacus.h5",
             "input.prompts": folder / "some.jsonl",
@@ -35,8 +35,8 @@ def run(tmp_path_factory):
             "exchange.buffers": "auto" if buffers == "device" else "host",
         } | settings
         options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
-        command = python(*program, "run", ROOT / "jobs/abacus.toml", *options)
-        outcome = mpirun(num_ranks, *command, limit_s=120, PYTHONPATH="tests", MOEMPI_SIMT_BUFFERS=buffers)
+        ranks = runner(num_ranks, module=module, MOEMPI_SIMT_BUFFERS=buffers)
+        outcome = ranks.run("run", ROOT / "jobs/abacus.toml", *options)
         assert outcome.code == 0, outcome.err
         return folder / f"{name}.h5"
 
@@ -54,7 +54,7 @@ def alone(run):
 
 
 def test_tokens_are_the_same_as_on_the_cpu(run, two_ranks):
-    on_numpy = run(1, "numpy", program=("-m", "moempi"), **{"run.backend": "numpy"})
+    on_numpy = run(1, "numpy", module="moempi.cli", **{"run.backend": "numpy"})
     difference = compare(on_numpy, two_ranks)
     assert difference.requests == 12
     assert difference.different == num_ties(on_numpy, two_ranks, within=0.05)
@@ -130,7 +130,7 @@ def test_a_kernel_s_fault_ends_all_ranks_at_once(alone, tmp_path):
     }
     options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
     command = python("tests/simt/run.py", "run", ROOT / "jobs/abacus.toml", *options)
-    outcome = mpirun(2, *command, limit_s=60, PYTHONPATH="tests", MOEMPI_SIMT_FAULT="1:300")
+    outcome = mpirun(2, *command, PYTHONPATH="tests", MOEMPI_SIMT_FAULT="1:300")
     assert outcome.code not in (0, 75)
     assert "moempi: rank 1: " in outcome.err
     assert "illegal memory access" in outcome.err
@@ -167,9 +167,7 @@ def test_device_memory_equals_the_forecast(tmp_path, precision, batch_tokens, tr
     }
     convert(ROOT / "weights/abacus", tmp_path / "abacus.h5")
     options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
-    outcome = mpirun(
-        1, *python("tests/simt/peak.py", "run", ROOT / "jobs/abacus.toml", *options), limit_s=120, PYTHONPATH="tests"
-    )
+    outcome = mpirun(1, *python("tests/simt/peak.py", "run", ROOT / "jobs/abacus.toml", *options), PYTHONPATH="tests")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out.splitlines()[-1])
     assert found["loaded"] == found["held"]
@@ -212,7 +210,7 @@ def test_device_memory_of_states_equals_the_forecast(tmp_path, states, precision
     }  # fmt: skip
     (tmp_path / "job.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
     program = python("tests/simt/peak.py", "run", tmp_path / "job.toml")
-    outcome = mpirun(2, *program, limit_s=120, PYTHONPATH="tests")
+    outcome = mpirun(2, *program, PYTHONPATH="tests")
     assert outcome.code == 0, outcome.err
     ranks = [json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"')]
     assert len(ranks) == 2
@@ -259,7 +257,7 @@ def test_rows_take_no_more_device_memory_than_the_forecast(tmp_path, num_ranks, 
     } | settings  # fmt: skip
     (tmp_path / "job.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
     program = python("tests/simt/peak.py", "run", tmp_path / "job.toml")
-    outcome = mpirun(num_ranks, *program, limit_s=240, PYTHONPATH="tests")
+    outcome = mpirun(num_ranks, *program, PYTHONPATH="tests")
     assert outcome.code == 0, outcome.err
     ranks = [json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"')]
     assert len(ranks) == num_ranks

@@ -1,0 +1,53 @@
+"""Runs command lines of the program one after another, in the ranks of one mpirun: run_jobs.py MODULE FOLDER
+
+MODULE has the program's `main`. FOLDER/0.job, FOLDER/1.job, ... are lists of words in JSON, and appear one by one; what
+the ranks write is in FOLDER/0.out and 0.err, and the exit code in 0.code, as soon as all of them have ended. An empty
+list ends the program, as IDLE_S seconds without another one do.
+"""
+
+import json
+import os
+import sys
+import time
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+
+IDLE_S = 600.0
+
+
+def next_words(place: Path) -> list[str]:
+    """The command line in a file, as soon as there is one."""
+    limit = time.monotonic() + IDLE_S
+    while not place.exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    return json.loads(place.read_text()) if place.exists() else []
+
+
+def write_into(path: Path, descriptor: int) -> None:
+    """From now on, what this process writes to a descriptor is appended to a file, as by the other ranks."""
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(opened, descriptor)
+    os.close(opened)
+
+
+def run() -> None:
+    main, folder, rank = import_module(sys.argv[1]).main, Path(sys.argv[2]), os.environ["OMPI_COMM_WORLD_RANK"]
+    for number in count():
+        job = folder / f"{number}.job"
+        if not (words := next_words(job)):
+            break
+        write_into(job.with_suffix(".out"), 1)
+        write_into(job.with_suffix(".err"), 2)
+        try:
+            code = main(words)
+        except SystemExit as ending:
+            code = ending.code
+        sys.stdout.flush()
+        ended = job.with_suffix(f".{rank}")
+        ended.with_suffix(f".{rank}-new").write_text(str(code))
+        ended.with_suffix(f".{rank}-new").rename(ended)  # whole as soon as it is there
+
+
+if __name__ == "__main__":
+    run()
