@@ -17,7 +17,7 @@ import pytest
 from mpirun import ROOT, Outcome, execute, python
 
 MIB = 1 << 20
-LIMIT_BYTES = 360 * MIB
+LIMIT_BYTES = 400 * MIB
 GROUPS = {
     "v1": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
     "v2": (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
