@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from mpi4py import MPI
 from msgspec import structs
 
 from engine.runs import SMALL, Run, requests_of
@@ -23,8 +24,8 @@ ARCHITECTURE = structs.replace(
 class CountedDevice(SimtDevice):
     """A SIMT device with the names of all work that was submitted, and the calls that submit none, each behind work."""
 
-    def __init__(self):
-        super().__init__(finds_races=False)
+    def __init__(self, *, pinned=True):
+        super().__init__(pinned=pinned, finds_races=False)
         self.names = []
         self.calls = []
 
@@ -79,15 +80,16 @@ class CountedDevice(SimtDevice):
         return super().start_download(values)
 
 
-def last_step(folder, architecture):
+def last_step(folder, architecture, comm=MPI.COMM_SELF, *, pinned=True):
     """The device, and its work in a step that decodes sequences of 300 and of 5 tokens, behind its rotary angles."""
-    device = CountedDevice()
+    device = CountedDevice(pinned=pinned)
 
     def make_backend(progress):
         return CudaBackend(device, precision="bfloat16", reproducible=False, progress=progress)
 
     settings = {"batch_tokens": 320, "micro_batches": 1, "precision": "bfloat16"}
-    run = Run(folder, requests_of(300, 5), architecture=architecture, make_backend=make_backend, run=settings)
+    requests = requests_of(300, 5)
+    run = Run(folder, requests, comm=comm, architecture=architecture, make_backend=make_backend, run=settings)
     run.lanes.run()
     run.journal.close()
     return device, device.names[-device.names[::-1].index("rope_angles") :]
@@ -108,18 +110,18 @@ LATENT_ATTENTION = [
 SHORT_LATENT = structs.replace(LATENT, latent=structs.replace(LATENT.latent, query_rank=0))
 SHORT_LATENT_ATTENTION = [name for number, name in enumerate(LATENT_ATTENTION) if number != 2]
 EXPERTS = [
-    *("product", "choose_experts", "group", "download"),
-    *("take_rows", "gate_up_few", "multiply_few", "combine_rms_norm"),
+    *("product", "choose_experts", "pack_choices", "download"),
+    *("gate_up_few", "multiply_few", "combine_rms_norm"),
 ]
 
 
 @pytest.mark.parametrize(
     ("attention", "attention_names", "number"),
     [
-        (SMALL.attention, ATTENTION, 12),
-        (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 12),
-        (LATENT, LATENT_ATTENTION, 15),
-        (SHORT_LATENT, SHORT_LATENT_ATTENTION, 14),
+        (SMALL.attention, ATTENTION, 11),
+        (structs.replace(SMALL.attention, qk_norm="head"), ATTENTION, 11),
+        (LATENT, LATENT_ATTENTION, 14),
+        (SHORT_LATENT, SHORT_LATENT_ATTENTION, 13),
     ],
     ids=["plain", "normalized heads", "latent", "latent keys alone"],
 )
@@ -143,3 +145,16 @@ def test_a_layer_of_a_decode_step_waits_for_nothing_and_takes_no_memory_of_the_d
     assert "upload" not in device.names[second:third]
     calls = Counter(name for behind, name in device.calls if second < behind <= third)
     assert calls == {"from the pool": 17, "event": 1}
+
+
+@pytest.mark.ranks(2)
+def test_rows_leave_before_the_shared_expert_computes(comm, tmp_path):
+    """They are packed behind no event but the one of their counts; the other event is of the outputs that return."""
+    experts = structs.replace(ARCHITECTURE.experts, num=2, shared_width=64)  # one a rank: all outputs return in order
+    architecture = structs.replace(ARCHITECTURE, experts=experts)
+    device, names = last_step(comm.bcast(tmp_path), architecture, comm, pinned=False)
+    first = len(device.names) - len(names)
+    packed, again, _ = (first + number for number, name in enumerate(names) if name == "pack_choices")
+    events = [device.names[behind - 1] for behind, name in device.calls if name == "event" and packed < behind <= again]
+    assert events == ["download", "multiply_few"]
+    assert device.names[packed : packed + 5] == ["pack_choices", "download", "product", "swiglu", "product"]

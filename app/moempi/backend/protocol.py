@@ -353,6 +353,14 @@ class ExpertVerbs(Protocol):
         of choices per physical id (num_ids,).
         """
 
+    def group_and_pack(
+        self, rows: Array, experts: Array, physical_ids: Array, out: Array, *, num_ids: int
+    ) -> tuple[Array, Array, Array]:
+        """`group` of at most `most_packed_choices`, and `pack` of their source rows to out (T * K, D), in one.
+
+        `out` is from `rows_in`.
+        """
+
     def take_rows(self, rows: Array, index: IntArray) -> Array:
         """Select rows[index]; the index is a host array or from `upload`."""
 
@@ -524,6 +532,8 @@ class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, StateVerbs, ExpertVerbs, Fu
     """Whether it holds weights and cache as float32, whatever their type."""
     memory_id: str
     """Identifies the memory that holds weights, caches and rows, among all memories of the node."""
+    most_packed_choices: int
+    """Choices of a layer up to which `group_and_pack` is the faster way to pack rows."""
 
     @property
     def peer_memory(self) -> PeerMemory | None:

@@ -147,16 +147,18 @@ class OneHop(Exchange):
 
     def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
         """Send rows, while counts are exchanged; receive as soon as the counts of all ranks are received."""
-        layer, placement, backend = route.layer, self.placements[route.layer], self._hop.backend
-        experts, num_ids = pick_replicas(backend, route, placement), len(placement.experts)
-        source_rows, output_rows, counts = backend.group(experts, self._uploaded_ids(layer), num_ids=num_ids)
-        (counts,) = yield from downloaded(backend, counts)
+        layer, placement = route.layer, self.placements[route.layer]
+        packed, (source_rows, output_rows, counts) = yield from self._group_steps(x, route)
+        (counts,) = yield from downloaded(self._hop.backend, counts)
         counts = counts.astype(np.int64, copy=False)
         send_counts = rows_by_rank(counts, placement.bounds)
         choices = GroupedChoices(counts, send_counts, source_rows, output_rows, route.weights)
         np.add.at(self.expert_load[layer], placement.experts, counts)
         planning = self.plan_from_counts(layer, choices)
-        sending = self._hop.send(x, source_rows, send_counts)
+        if packed is None:
+            sending = self._hop.send(x, source_rows, send_counts)
+        else:
+            sending = self._hop.send(packed, None, send_counts, written=True)  # they were written before the counts
         yield planning
         plan = planning.finish()
         receipt = yield from self._hop.receive_steps(sending, plan.recv_counts)
@@ -185,6 +187,19 @@ class OneHop(Exchange):
         """Send the rows of x by a plan; the value is the rows that this rank receives, in expert order. Collective."""
         receipt = yield from self._hop.exchange_steps(x, plan.source_rows, plan.send_counts, plan.recv_counts)
         return self._hop.unpack(receipt, plan.by_expert)
+
+    def _group_steps(self, x: Array, route: Route) -> Steps[tuple[Array | None, tuple[Array, Array, Array]]]:
+        """The steps of `Backend.group`; the value is its results, behind the rows to send if they are packed already.
+
+        Few rows are packed before the host has their counts, by the verb that computes these.
+        """
+        backend, placement, ids = self._hop.backend, self.placements[route.layer], self._uploaded_ids(route.layer)
+        experts, num_ids = pick_replicas(backend, route, placement), len(placement.experts)
+        if 0 < experts.size <= backend.most_packed_choices:
+            packed = yield from self._hop.reserve_steps(experts.size)
+            if packed is not None:
+                return packed, backend.group_and_pack(x, experts, ids, packed, num_ids=num_ids)
+        return None, backend.group(experts, ids, num_ids=num_ids)
 
     def _uploaded_ids(self, layer: int) -> Array:
         """The physical ids of a layer, which each step needs; uploaded once, on the lane's own queue."""

@@ -28,24 +28,29 @@ class Hop:
         self._reserved: tuple[Any, Array | None] | None = None
 
     def reserve(self, num_rows: int) -> Array | None:
+        """As `reserve_steps`; blocks until the buffer is free."""
+        return self.transfers.start(self.reserve_steps(num_rows)).finish()
+
+    def reserve_steps(self, num_rows: int) -> Steps[Array | None]:
         """The buffer (num_rows, D) that `send` takes next, for verbs that write there; None if it packs rows.
 
-        These rows are then sent in their order. Blocks until the receivers have read the rows of the transfer before
-        the last one.
+        These rows are then sent in their order. The buffer is free when the receivers have read the rows of the
+        transfer before the last one.
         """
-        self.transfers.start(self._free_steps()).finish()
+        yield from self._free_steps()
         outgoing = self._transport.outgoing(num_rows)
         rows = self.backend.rows_in(outgoing.view(self.backend.row_dtype))
         self._reserved = outgoing, rows
         return rows
 
-    def send(self, rows: Array, index: Array | None, counts: IntArray) -> Transfer[None]:
+    def send(self, rows: Array, index: Array | None, counts: IntArray, *, written: bool = False) -> Transfer[None]:
         """Start to send rows[index], or all rows if None, ordered by destination: counts (R,) rows to each rank.
 
         The transfer is finished when the rows are packed and sent. It waits until the rows of the transfer before the
-        last one are read, but not for the receivers of its own rows.
+        last one are read, but not for the receivers of its own rows. With `written`, the rows are those of `reserve`,
+        and the verbs that wrote them are done.
         """
-        return self.transfers.start(self._send_steps(rows, index, counts))
+        return self.transfers.start(self._send_steps(rows, index, counts, written))
 
     def receive_steps(self, sending: Transfer[None], counts: IntArray) -> Steps[Receipt]:
         """Receive counts (R,) rows from each rank, once the `send` of this rank is finished; the value is the receipt.
@@ -65,14 +70,15 @@ class Hop:
         """Send and receive rows of which both counts (R,) are known; the value is the receipt."""
         return (yield from self.receive_steps(self.send(rows, index, send_counts), recv_counts))
 
-    def _send_steps(self, rows: Array, index: Array | None, counts: IntArray) -> Steps[None]:
-        (outgoing, written), self._reserved = self._reserved or (None, None), None
+    def _send_steps(self, rows: Array, index: Array | None, counts: IntArray, written: bool) -> Steps[None]:
+        (outgoing, reserved), self._reserved = self._reserved or (None, None), None
         if outgoing is None:
             yield from self._free_steps()
             outgoing = self._transport.outgoing(int(counts.sum()))
-        if rows is not written:
+        if rows is not reserved:
             self.backend.pack(rows, index, outgoing.view(self.backend.row_dtype))
-        event = None if self.comm.size == 1 else self.backend.record_event()  # alone: the rows stay in the same queue
+        needs_event = self.comm.size > 1 and not written  # alone: the rows stay in the same queue
+        event = self.backend.record_event() if needs_event else None
         if event is not None:
             yield Condition(event.is_done)
         self._transport.send(outgoing, counts)

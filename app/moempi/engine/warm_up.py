@@ -96,10 +96,13 @@ def _run_experts(
     if placement is not None:
         chosen = pick_replicas(backend, Route(experts.layer, chosen, weights), placement)
         num_choices, num_ids = num_ids * placement.replica_period, len(placement.experts)
-    source_rows, output_rows, _ = backend.group(chosen, np.arange(num_choices) % num_ids, num_ids=num_ids)
-    buffer = backend.comm_buffer(len(source_rows), model.architecture.routed_width)
+    ids = np.arange(num_choices) % num_ids
     routed = x if experts.latent is None else backend.linear(x, experts.latent.down)
+    source_rows, output_rows, _ = backend.group(chosen, ids, num_ids=num_ids)
+    buffer = backend.comm_buffer(len(source_rows), routed.shape[1])
     backend.pack(routed, source_rows, buffer)
+    if len(source_rows) <= backend.most_packed_choices:
+        backend.group_and_pack(routed, chosen, ids, backend.row_buffer(*buffer.shape), num_ids=num_ids)
     rows = backend.unpack(buffer, None)
     num_rows = len(rows)
     while hosted and num_rows:  # a backend may compute few rows by other kernels

@@ -12,7 +12,7 @@ from backend.sampling_twin import requests_of, row_of
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
-from moempi.backend.cuda.backend import CudaBackend
+from moempi.backend.cuda.backend import MOST_CHOICES, CudaBackend
 from moempi.backend.cuda.launches import BUS_BLOCKS
 from moempi.backend.scores import SUM_TOKENS
 from moempi.backend.values import DeltaRates, Expert, RmsNorm, Segment, StateConstants
@@ -603,6 +603,27 @@ def test_group_and_pick_replicas_equal_the_cpu(pair, rows, num_ids):
         np.testing.assert_array_equal(pair.gpu.download(found), right)
     replicas = pair.gpu.pick_replicas(pair.gpu.upload(experts), 3)
     np.testing.assert_array_equal(pair.gpu.download(replicas), pair.cpu.pick_replicas(experts, 3))
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "num_ids", "width"),
+    [(1, 1, 1, 12), (1, 8, 300, 9000), (33, 3, 5, 1), (64, 8, 256, 24), (MOST_CHOICES // 4, 4, 2500, 8)],
+)
+def test_rows_are_packed_in_the_order_of_their_experts(pair, rows, slots, num_ids, width):
+    rng = np.random.default_rng(rows)
+    experts, physical_ids = rng.integers(0, 64, (rows, slots)).astype(np.int32), rng.integers(0, num_ids, 64)
+    physical_ids[0] = num_ids - 1
+    (x, on_gpu), out = pair.values(rows, width), pair.gpu.rows_in(pair.gpu.row_buffer(rows * slots, width))
+    expected = pair.cpu.group(experts, physical_ids, num_ids=num_ids)
+    chosen = pair.gpu.upload(experts)
+    found = pair.gpu.group_and_pack(on_gpu, chosen, pair.gpu.upload(physical_ids), out, num_ids=num_ids)
+    buffer = pair.cpu.comm_buffer(rows * slots, width)
+    twin = pair.cpu.group_and_pack(x, experts, physical_ids, buffer, num_ids=num_ids)
+    for on_device, on_cpu, right in zip(found, twin, expected, strict=True):
+        np.testing.assert_array_equal(pair.gpu.download(on_device), right)
+        np.testing.assert_array_equal(on_cpu, right)
+    np.testing.assert_array_equal(pair.host(out), x[expected[0]])
+    np.testing.assert_array_equal(pair.cpu.unpack(buffer, None), x[expected[0]])
 
 
 def test_group_refuses_more_experts_than_its_kernel_takes(device):

@@ -16,7 +16,7 @@ from simt.device import SimtDevice
 REGISTERS = 65_536
 """Registers of a multiprocessor: a block of more cannot be launched."""
 MOST_THREADS = {
-    **dict.fromkeys(("attend_rows", "combine", "rotate", "rotate_into_cache"), 128),
+    **dict.fromkeys(("attend_rows", "combine", "pack_choices", "rotate", "rotate_into_cache"), 128),
     **dict.fromkeys(("causal_conv", "delta_rule", "state_space", "take_positions"), 128),
     **dict.fromkeys(("attend_tiles", "group", "multiply_few", "gate_up_few", "choose_positions"), 256),
     **dict.fromkeys(("index_scores",), 64),

@@ -19,6 +19,7 @@ NORM = "test_rms_norm_equals_the_cpu[bfloat16-{}-True-2048]"
 ROWS = "test_attention_equals_the_cpu[bfloat16-{}-4-4-16-lengths0-whole]"
 TILES = "test_attention_equals_the_cpu[bfloat16-{}-4-2-32-lengths2-whole]"
 PANELS = "test_attention_equals_the_cpu[bfloat16-{}-2-2-128-lengths3-whole]"
+PACKED = "test_rows_are_packed_in_the_order_of_their_experts[bfloat16-{}-64-8-256-24]"
 FEW_ROWS = "test_experts_of_few_rows_equal_the_cpu[{}-64-320-1-32]"
 
 
@@ -55,6 +56,7 @@ def run_planted(test, old, new="", *, order="forwards"):
             r"writes .* attention.cu:\d+, which another thread reads",
         ),
         (ROWS, "__syncwarp();\n  for (int head = 0;", "forwards", r"attention.cu:\d+.*, which another thread writes"),
+        (PACKED, "__syncthreads();  // the ids", "backwards", r"packing.cu:\d+, which another thread (reads|writes)"),
         (FEW_ROWS, "__syncthreads();  // the chunk", "forwards", r"few_rows.cu:\d+, which another thread reads"),
     ],
 )

@@ -60,6 +60,7 @@ class NumpyBackend:
     comm_buffers_on_host = True
     peer_memory = None
     memory_id = "host"
+    most_packed_choices = 0
     widened = True
 
     def __init__(self, *, precision: str, progress: Callable[[], None] = lambda: None) -> None:
@@ -402,6 +403,19 @@ class NumpyBackend:
             output_rows.reshape(experts.shape),
             np.bincount(chosen, minlength=num_ids),
         )
+
+    def group_and_pack(
+        self,
+        rows: Float32Array,
+        experts: IntArray,
+        physical_ids: IntArray,
+        out: npt.NDArray[Any],
+        *,
+        num_ids: int,
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        grouped = self.group(experts, physical_ids, num_ids=num_ids)
+        self.pack(rows, grouped[0], out)
+        return grouped
 
     def take_rows(self, rows: Float32Array, index: IntArray) -> Float32Array:
         return rows[index]

@@ -63,6 +63,8 @@ GROUPED_CHOICES = 8
 """Choices per thread of kernels/grouping.cu; more than a block's are sorted by several blocks."""
 MOST_IDS = 8192
 """Physical experts of a layer that kernels/grouping.cu sorts by."""
+MOST_CHOICES = 2048
+"""Choices that are sorted and packed by one kernel; equals MOST_CHOICES of kernels/packing.cu."""
 SCORING = {"softmax": 0, "sigmoid": 1, "softmax_chosen": 2}
 
 
@@ -71,6 +73,7 @@ class CudaBackend:
 
     name = "cupy"
     widened = False
+    most_packed_choices = MOST_CHOICES
 
     def __init__(
         self, device: Device, *, precision: str, reproducible: bool, progress: Callable[[], None] = lambda: None
@@ -481,6 +484,16 @@ class CudaBackend:
         results, sizes = (source_rows, output_rows, counts), (choices, slots, num_ids)
         self._launches.launch("grouping", "group", (blocks, 1, 1), threads, *given, before, *results, *sizes, IDS=ids)
         return source_rows, output_rows, counts
+
+    def group_and_pack(
+        self, rows: Array, experts: Array, physical_ids: Array, out: Array, *, num_ids: int
+    ) -> tuple[Array, Array, Array]:
+        choices, slots = prod(experts.shape), experts.shape[1]
+        source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
+        results, width = (source_rows, output_rows, self.device.empty((num_ids,), np.int32)), out.shape[1]
+        given, sizes = (rows, experts, self.upload(physical_ids), out), (choices, slots, num_ids, width)
+        self._launches.by_segment("packing", "pack_choices", out, *given, *results, *sizes)
+        return results
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
         out = self._launches.rows((len(index), *rows.shape[1:]))
