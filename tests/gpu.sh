@@ -56,7 +56,8 @@ finish() {
 
 if [[ $parts = *" tests "* ]]; then
     python3 -m moempi check
-    start verbs python3 -m pytest -q tests/backend/cuda/test_backend.py tests/backend/cuda/test_selection.py tests/backend/cuda/test_cupy_device.py
+    start verbs python3 -m pytest -q tests/backend/cuda/test_backend.py tests/backend/cuda/test_selection.py tests/backend/cuda/test_cupy_device.py \
+        tests/backend/cuda/test_captured_attention.py
     start runs python3 -m pytest -q tests/backend/cuda/test_run.py
     start exchange python3 -m pytest -q tests/comm/test_cuda_ipc.py
     start recorded python3 -m pytest -q tests/model/test_recorded.py

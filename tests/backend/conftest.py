@@ -15,26 +15,36 @@ ON_CPU = ["forwards", "backwards", "cupy arrays"] if find_spec("cupy") else ["fo
 @pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else ON_CPU)
 def device(request, monkeypatch):
     """A GPU, or the SIMT device: threads of a block in ascending or descending order, or CuPy's arrays."""
+    return make_device(request.param, monkeypatch, captures=False)
+
+
+@pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else ON_CPU)
+def capturing_device(request, monkeypatch):
+    """As `device`; a GPU whose products can be captured."""
+    return make_device(request.param, monkeypatch, captures=True)
+
+
+def make_device(param, monkeypatch, *, captures):
     if ON_GPU:
-        return gpu(pinned=request.param == "host buffers")
-    if request.param == "cupy arrays":
+        return gpu(pinned=param == "host buffers", captures=captures)
+    if param == "cupy arrays":
         from simt.cupy_arrays import CupyArrayDevice
 
         return CupyArrayDevice(pinned=False)
-    if request.param == "backwards":
+    if param == "backwards":
         monkeypatch.setenv("SIMT_REVERSE", "1")
     return SimtDevice()
 
 
-def gpu(*, pinned):
+def gpu(*, pinned, captures):
     """The GPU, whose stream and cuBLAS handle all tests share."""
-    device = make_gpu(pinned)
+    device = make_gpu(pinned, captures)
     device.use_queue(0)  # the last device that a test used has set CuPy's current stream
     return device
 
 
 @cache
-def make_gpu(pinned):
+def make_gpu(pinned, captures):
     from moempi.backend.cuda.cupy_device import CupyDevice
 
-    return CupyDevice(0, pinned=pinned)
+    return CupyDevice(0, pinned=pinned, captures=captures)

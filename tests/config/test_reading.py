@@ -115,6 +115,7 @@ def test_odd_paths_are_read_and_not_opened(tmp_path, path):
         ('run.precision="float32"', "float32"),
         ("run.timeout_s=1", 1.0),
         ("run.reproducible=true", True),
+        ("run.capture=true", True),
         ("run.kv_memory=1.5 GiB", "1.5 GiB"),
         ("run.kv_memory='''\n1 GiB'''", "1 GiB"),
     ],

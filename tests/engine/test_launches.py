@@ -75,20 +75,25 @@ class CountedDevice(SimtDevice):
         self.names.append("upload")
         return super().upload(values)
 
+    def submit(self, name, work, *uses):
+        if name == "graph":
+            self.names.append(name)
+        super().submit(name, work, *uses)
+
     def start_download(self, values):
         self.names.append("download")
         return super().start_download(values)
 
 
-def last_step(folder, architecture, comm=MPI.COMM_SELF, *, pinned=True):
+def last_step(folder, architecture, comm=MPI.COMM_SELF, *, pinned=True, capture=False, limit=3):
     """The device, and its work in a step that decodes sequences of 300 and of 5 tokens, behind its rotary angles."""
     device = CountedDevice(pinned=pinned)
 
     def make_backend(progress):
-        return CudaBackend(device, precision="bfloat16", reproducible=False, progress=progress)
+        return CudaBackend(device, precision="bfloat16", reproducible=False, capture=capture, progress=progress)
 
     settings = {"batch_tokens": 320, "micro_batches": 1, "precision": "bfloat16"}
-    requests = requests_of(300, 5)
+    requests = requests_of(300, 5, limit=limit)
     run = Run(folder, requests, comm=comm, architecture=architecture, make_backend=make_backend, run=settings)
     run.lanes.run()
     run.journal.close()
@@ -158,3 +163,17 @@ def test_rows_leave_before_the_shared_expert_computes(comm, tmp_path):
     events = [device.names[behind - 1] for behind, name in device.calls if name == "event" and packed < behind <= again]
     assert events == ["download", "multiply_few"]
     assert device.names[packed : packed + 5] == ["pack_choices", "download", "product", "swiglu", "product"]
+
+
+def test_a_captured_layer_of_a_decode_step_submits_eight_in_the_place_of_eleven(tmp_path):
+    """A copy of the rows and a graph are submitted for six, and the norm of the next layer is in its graph."""
+    device, names = last_step(tmp_path, ARCHITECTURE, capture=True, limit=6)
+    layer = ["copy", "graph", *EXPERTS[:-1], "combine"]
+    assert len(layer) - layer.count("download") == 8
+    step = ["upload", *["copy"] * 4]  # of angles, positions and pages
+    assert names[: len(step) + 3 * len(layer)] == [*step, *3 * layer]
+    first = len(device.names) - len(names)
+    ends = [first + number for number, name in enumerate(names) if name == "combine"]
+    second, third = ends[:2]
+    calls = Counter(name for behind, name in device.calls if second < behind <= third)
+    assert calls == {"from the pool": 8, "event": 1}

@@ -36,6 +36,7 @@ JOB_VALUES: dict[str, Sequence[Any]] = {
     "run.backend": ("auto", "numpy", "cupy"),
     "run.precision": ("bfloat16", "float32"),
     "run.reproducible": (True, False),
+    "run.capture": (True, False),
     "run.micro_batches": ("auto", 1, 2, 4096),
     "run.max_sequences": (1, 7, 1_000_000),
     "run.batch_tokens": (1, 512, 1 << 24),

@@ -54,7 +54,7 @@ class CupyArrayDevice(SimtDevice):
     def upload(self, values):
         resident, copied = self.empty(values.shape, values.dtype), values.copy()
         held = on_host(resident)
-        self._submit("upload", lambda: np.copyto(held, copied), (held, True))
+        self.submit("upload", lambda: np.copyto(held, copied), (held, True))
         return resident
 
     def download(self, values):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,7 @@ class SimtDevice:
     its arrays alive. With `fault_at`, that launch ends in a fault, after which every event of the device raises. With
     an `order`, work of two queues that is not in order is an error. If it
     `finds_races`, one in shared memory ends the program (races.cpp), except under the sanitizers of tests/sanitize.sh.
+    What a GPU refuses or leaves out of the graph while work is captured is an error, as is freeing what a graph uses.
     """
 
     name = "SIMT on the CPU"
@@ -75,53 +76,64 @@ class SimtDevice:
         self._fault_at = fault_at
         self._finds_races = finds_races and not SANITIZERS
         self._order = order
+        self._captured: list[Work] | None = None
+        self._graphs: weakref.WeakSet[SimtGraph] = weakref.WeakSet()
         self.use_queue(0)
 
     def available_bytes(self) -> int:
         return 4 << 30
 
     def use_queue(self, number: int) -> None:
+        self.refuse("another queue")
         self.queue = number
         self._queue = self._queues.setdefault(number, Queue(eager=self._eager))
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
+        self.refuse("an allocation")
         return self._resident(_fresh(shape, dtype))
 
     def comm_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        self.refuse("an allocation")
         fresh = _fresh(shape, dtype)
         return fresh if self.comm_buffers_on_host else self._resident(fresh)
 
     def register_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         """All host memory is addressable."""
+        self.refuse("a registration")
 
     def unregister_host_memory(self, memory: npt.NDArray[np.uint8]) -> None:
         """All host memory is addressable."""
+        self._refuse_to_free(memory)
 
     def holds(self, values: npt.NDArray[Any]) -> bool:
         return isinstance(values, Resident)
 
     def upload(self, values: npt.NDArray[Any]) -> Resident:
+        self.refuse("an upload from pageable memory")
         resident, copied = self.empty(values.shape, values.dtype), values.copy()
-        self._submit("upload", lambda: np.copyto(resident, copied), (resident, True))
+        self.submit("upload", lambda: np.copyto(resident, copied), (resident, True))
         return resident
 
     def download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        self.refuse("a wait of the host")
         self._queue.run()
         return np.array(values)
 
     def start_download(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        self.refuse("a download to new memory")
         on_host = _fresh(values.shape, values.dtype)
-        self._submit("download", lambda: np.copyto(on_host, values), (on_host, True), (values, False))
+        self.submit("download", lambda: np.copyto(on_host, values), (on_host, True), (values, False))
         return on_host
 
     def free_unused(self) -> None:
         """Memory is freed with its arrays."""
 
     def copy(self, values: Any, out: Any) -> None:
-        self._submit("copy", lambda: np.copyto(out, values), (out, True), (values, False))
+        self.submit("copy", lambda: np.copyto(out, values), (out, True), (values, False))
 
     def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
         """The memory is a file; the handle is its path."""
+        self.refuse("an allocation")
         LIBRARIES.mkdir(mode=0o700, exist_ok=True)
         number, path = tempfile.mkstemp(dir=LIBRARIES)
         with os.fdopen(number, "wb") as file:
@@ -136,9 +148,11 @@ class SimtDevice:
 
     def map_shared(self, handle: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Resident:
         """The memory counts on the device that allocated it."""
+        self.refuse("an allocation")
         return _mapped(handle.rstrip(b"\0").decode(), shape, dtype).view(Resident)
 
     def unmap_shared(self, values: Resident) -> None:
+        self._refuse_to_free(values)
         for queue in self._queues.values():
             queue.run()
 
@@ -160,7 +174,7 @@ class SimtDevice:
         assert shared_bytes <= MOST_SHARED_BYTES
         self._launches += 1
         if self._launches == self._fault_at:
-            self._submit("fault", _fault)
+            self.submit("fault", _fault)
             return
         run = getattr(_library(kernel, finds_races=self._finds_races), f"launch_{kernel.name}")
         shape = (ctypes.c_uint * 7)(*grid, threads, 1, 1, shared_bytes)
@@ -171,7 +185,8 @@ class SimtDevice:
         addresses = (ctypes.c_void_p * len(formats))(*(first + offset for offset in offsets))
         keep = (words, arguments)
         work = partial(_run, run, shape, addresses, letters, keep)
-        self._submit(kernel.name, work, *(uses_of(kernel, arguments) if self._order else ()))
+        finds_uses = self._order is not None or self._captured is not None
+        self.submit(kernel.name, work, *(uses_of(kernel, arguments) if finds_uses else ()))
 
     def product(self, x: Any, matrix: Any, out: Any, *, transposed: bool) -> None:
         def run() -> None:
@@ -180,19 +195,45 @@ class SimtDevice:
             _store(out, product)
 
         assert x.dtype == matrix.dtype
-        self._submit("product", run, (x, False), (matrix, False), (out, True))
+        self.submit("product", run, (x, False), (matrix, False), (out, True))
 
     def products(self, x: Any, matrices: Any, out: Any) -> None:
         def run() -> None:
             _store(out, (_floats(x).transpose(1, 0, 2) @ _floats(matrices)).transpose(1, 0, 2))
 
-        self._submit("products", run, (x, False), (matrices, False), (out, True))
+        self.submit("products", run, (x, False), (matrices, False), (out, True))
+
+    def capture(self, submit: Callable[[], object]) -> "SimtGraph":
+        self.refuse("another capture")
+        self._captured = []
+        try:
+            submit()
+            graph = SimtGraph(self, self._captured)
+        finally:
+            self._captured = None
+        self._graphs.add(graph)
+        return graph
+
+    def refuse(self, what: str) -> None:
+        """Raise RuntimeError while work is captured."""
+        if self._captured is not None:
+            raise RuntimeError(f"{what} under capture")
+
+    def _refuse_to_free(self, values: npt.NDArray[Any]) -> None:
+        """Raise RuntimeError if a graph uses memory of an array, or while work is captured."""
+        self.refuse("a free")
+        if any(graph.uses(values) for graph in self._graphs):
+            raise RuntimeError("a graph uses memory that is freed")
 
     def record_event(self) -> "QueueEvent":
-        return QueueEvent(self._queue, self._queue.submitted)
+        self.refuse("an event")
+        return QueueEvent(self._queue, self._queue.submitted, self.refuse)
 
-    def _submit(self, name: str, work: Callable[[], object], *uses: tuple[Any, bool]) -> None:
-        """Submit work that uses these arrays, and writes some."""
+    def submit(self, name: str, work: Callable[[], object], *uses: tuple[Any, bool]) -> None:
+        """Submit work that uses these arrays, and writes some; while work is captured, keep it for the graph."""
+        if self._captured is not None:
+            self._captured.append(Work(work, uses))
+            return
         if self._order is not None:
             done = {number: queue.done for number, queue in self._queues.items()}
             self._order.submit(self.queue, self._queue.submitted + 1, name, done, uses)
@@ -207,6 +248,33 @@ class SimtDevice:
 
     def _release(self, num_bytes: int) -> None:
         self.live_bytes -= num_bytes
+
+
+class Work(NamedTuple):
+    """Work that was recorded, and the arrays that it uses, with whether it writes them."""
+
+    run: Callable[[], object]
+    uses: Sequence[tuple[Any, bool]]
+
+
+class SimtGraph:
+    """Recorded work, which keeps its arrays alive, as `moempi.backend.cuda.device.Graph`."""
+
+    def __init__(self, device: SimtDevice, works: Sequence[Work]) -> None:
+        self._device = device
+        self._works = works
+
+    def launch(self) -> None:
+        def run() -> None:
+            for work in self._works:
+                work.run()
+
+        self._device.refuse("another graph")
+        self._device.submit("graph", run, *(use for work in self._works for use in work.uses))
+
+    def uses(self, values: npt.NDArray[Any]) -> bool:
+        """Whether any of its work uses memory of the array."""
+        return any(np.may_share_memory(used, values) for work in self._works for used, _ in work.uses)
 
 
 class Queue:
@@ -237,15 +305,18 @@ class Queue:
 class QueueEvent:
     """An event behind the first `count` pieces of work; each poll does one piece."""
 
-    def __init__(self, queue: Queue, count: int) -> None:
+    def __init__(self, queue: Queue, count: int, refuse: Callable[[str], None]) -> None:
         self._queue = queue
         self._count = count
+        self._refuse = refuse
 
     def is_done(self) -> bool:
+        self._refuse("a query of an event")
         self._queue.run(min(self._queue.done + 1, self._count))
         return self._queue.done >= self._count
 
     def synchronize(self) -> None:
+        self._refuse("a wait of the host")
         self._queue.run(self._count)
 
 

@@ -18,7 +18,9 @@ def make_backend(run, *, local_rank, progress, **_):
     fault_at = int(launch) if int(rank) == local_rank else 0
     pinned = os.environ.get("MOEMPI_SIMT_BUFFERS") != "device"
     device = SimtDevice(pinned=pinned, fault_at=fault_at, finds_races=False)
-    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible, progress=progress)
+    return CudaBackend(
+        device, precision=run.precision, reproducible=run.reproducible, capture=run.capture, progress=progress
+    )
 
 
 if os.environ.get("MOEMPI_TEST_DEVICE") != "cuda":

@@ -468,7 +468,8 @@ class FusedAttention(Protocol):
     def __call__(self, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> tuple[Array, Array]:
         """Extend the cache by rows x (T, D) of the residual stream, and attend them.
 
-        Returns their sum with the attention's output, and its norm, both (T, D).
+        Returns their sum with the attention's output, and its norm, both (T, D). The next call of a fused attention in
+        the same queue may overwrite them: verbs that read them are submitted before.
         """
 
 

@@ -42,9 +42,15 @@ def make_backend(
     from moempi.backend.cuda.backend import CudaBackend
     from moempi.backend.cuda.cupy_device import CupyDevice
 
-    device = CupyDevice(local_rank % gpus, pinned=not device_buffers)
+    device = CupyDevice(local_rank % gpus, pinned=not device_buffers, captures=run.capture)
     log.info("backend cupy on %s", device.name)
-    return CudaBackend(device, precision=run.precision, reproducible=run.reproducible, progress=progress)
+    return CudaBackend(
+        device,
+        precision=run.precision,
+        reproducible=run.reproducible,
+        capture=run.capture,
+        progress=progress,
+    )
 
 
 def _cpu_backend(run: RunSection, *, threads: int, progress: Callable[[], None]) -> NumpyBackend:

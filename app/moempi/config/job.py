@@ -56,6 +56,7 @@ class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
     backend: Literal["auto", "numpy", "cupy"] = "auto"
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     reproducible: bool = False
+    capture: bool = False
     threads: Annotated[int, Meta(ge=1, le=1024)] | Literal["auto"] = "auto"
     overlap: bool = True
     micro_batches: Annotated[int, Meta(ge=1, le=4096)] | Literal["auto"] = 2

@@ -5,9 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from engine.runs import SMALL, STATEFUL, Run, requests_of
+from engine.runs import SMALL, STATEFUL, Run, requests_of, tokens_of
 from engine.test_warm_up import INDEXED, LATENT, PANELS, TILED
 from moempi.backend.cuda.backend import CudaBackend
+from moempi.backend.cuda.captured_attention import CapturedAttention
 from moempi.backend.cuda.device import ExpertTable, find_kernel
 from moempi.backend.cuda.launches import Launches
 from moempi.backend.values import Cache
@@ -56,16 +57,22 @@ def test_the_uses_of_a_launch_are_those_of_its_source():
     assert found[-1][0] is arrays[2]
 
 
-def run_lanes(folder, architecture, lanes=2, **settings):
+def run_lanes(folder, architecture, lanes=2, *, capture=False, limit=3, **settings):
     """A run of several lanes, whose sequences use different pages and slots."""
     order = QueueOrder()
     device = SimtDevice(order=order, pinned=False, finds_races=False)
 
     def make_backend(progress):
-        return CudaBackend(device, precision="bfloat16", reproducible=False, progress=progress)
+        return CudaBackend(device, precision="bfloat16", reproducible=False, capture=capture, progress=progress)
 
     settings = {"micro_batches": lanes, "precision": "bfloat16"} | settings
-    run = Run(folder, requests_of(20, 3, 17, 9), architecture=architecture, make_backend=make_backend, run=settings)
+    run = Run(
+        folder,
+        requests_of(20, 3, 17, 9, limit=limit),
+        architecture=architecture,
+        make_backend=make_backend,
+        run=settings,
+    )
     for kept in run.model.layer_caches:
         for values in (kept.keys, kept.values) if isinstance(kept, Cache) else (kept.tail, kept.memory):
             order.divide(values)
@@ -85,6 +92,29 @@ ARCHITECTURES = {
 def test_lanes_order_all_their_work(tmp_path, name, lanes):
     run = run_lanes(tmp_path, ARCHITECTURES[name], lanes)
     assert all(request.tokens for request in run.requests)
+
+
+@pytest.mark.parametrize(("name", "lanes"), [("small", 2), ("small", 4), ("tiled", 2)])
+def test_graphs_of_lanes_order_all_their_work(tmp_path, name, lanes):
+    """A graph uses the memory of all its work."""
+    run = run_lanes(tmp_path, ARCHITECTURES[name], lanes, capture=True, limit=8)
+    assert len(run.backend._graph_memories) == lanes
+    (tmp_path / "verbs").mkdir()
+    verbs = run_lanes(tmp_path / "verbs", ARCHITECTURES[name], lanes, limit=8)
+    assert tokens_of(run.requests) == tokens_of(verbs.requests)
+
+
+def test_inputs_of_graphs_that_two_queues_share_are_found(tmp_path, monkeypatch):
+    """The planted fault: the graphs of all lanes read their inputs from the memory of one."""
+    memory, memories = CapturedAttention._memory, []
+
+    def shared(self, inputs, cache):
+        memories.append(memory(self, inputs, cache))
+        return memories[0]
+
+    monkeypatch.setattr(CapturedAttention, "_memory", shared)
+    with pytest.raises(AssertionError, match="which is not done"):
+        run_lanes(tmp_path, SMALL, capture=True, limit=8)
 
 
 def test_counters_of_one_queue_that_another_uses_are_found(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 
+import h5py
 import numpy as np
 import pytest
 
@@ -119,6 +120,44 @@ def test_reproducible_bits_do_not_depend_on_the_number_of_lanes(run):
     for other in others:
         difference = compare(first, other)
         assert (difference.different, difference.largest) == (0, 0.0)
+
+
+CAPTURED = {"run.capture": "true"}
+
+
+@pytest.mark.parametrize("buffers", ["host", "device"])
+def test_capture_changes_no_bit_in_bfloat16(run, two_ranks, buffers):
+    difference = compare(two_ranks, run(2, f"captured {buffers}", buffers=buffers, **CAPTURED))
+    assert (difference.different, difference.largest) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "buffers", "settings"),
+    [
+        (2, "host", {"run.micro_batches": 1}),
+        (2, "device", {"run.micro_batches": 2, "exchange.transport": "cuda_ipc"}),
+        (1, "device", {"run.micro_batches": 4}),
+        (4, "host", {"run.micro_batches": 4, "parallel.stages": 2, "exchange.immediate": "true"}),
+    ],
+)
+def test_capture_changes_no_bit_on_any_grid_and_with_any_number_of_lanes(run, alone, num_ranks, buffers, settings):
+    name = "_".join(["captured", str(num_ranks), *map(str, settings.values())])
+    settings = {"run.precision": "float32"} | settings
+    difference = compare(alone, run(num_ranks, name, buffers=buffers, **settings, **CAPTURED))
+    assert (difference.different, difference.largest) == (0, 0.0)
+
+
+def test_capture_changes_no_bit_that_is_recorded(run):
+    """The states behind an attention are in memory that the graph of the next layer writes."""
+    trace = {"trace.hidden": [0, 1, 3], "trace.hidden_sublayer": "attention", "trace.routing": "true"}
+    without, captured = (run(1, name, **trace, **more) for name, more in (("traced", {}), ("captured", CAPTURED)))
+    with h5py.File(without) as one, h5py.File(captured) as other:
+        names = []
+        one.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        recorded = [name for name in names if name.startswith(("hidden/", "routing/"))]
+        assert len(recorded) > 5
+        for name in recorded:
+            np.testing.assert_array_equal(other[name][:], one[name][:], err_msg=name)
 
 
 @pytest.mark.skipif(os.environ.get("MOEMPI_TEST_DEVICE") == "cuda", reason="the fault is one of the SIMT device")

@@ -7,7 +7,7 @@ import numpy as np
 from moempi.backend.cuda.attention_layout import AttentionLayout, SingleRows, TileKernel, head_dims, is_latent
 from moempi.backend.cuda.device import find_kernel
 from moempi.backend.cuda.launches import Launches, extents, rows_from
-from moempi.backend.values import Array, Cache
+from moempi.backend.values import Array, Cache, RmsNorm
 
 SPLIT_KEYS = 256
 """Keys per block of kernels/attention.cu."""
@@ -17,6 +17,10 @@ PARTIAL_BYTES = 64 << 20
 """Memory for the partial results of kernels/attention.cu; more rows are attended in several launches."""
 SPLIT_HEADS = 4
 """Query heads that share a key-value head and a block of kernels/attention.cu."""
+ROTATED_NUMBERS = 2048
+"""Numbers of a row per block of `rotate` and of the rotations into a cache."""
+MOST_HEADS = 64
+"""Heads per block of `rotate_into_cache`; equals MOST_TOGETHER of kernels/rope.cu."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,31 @@ class PagedAttention:
                 given = (new, held, layout.spans, layout.pages)
                 self._launches.by_segment("kv_cache", "extend_cache", new, *given, *extents(new))
 
+    def rotate_into_cache(
+        self,
+        heads: tuple[Array, Array, Array],
+        angles: tuple[Array, Array],
+        cache: Cache,
+        layout: AttentionLayout,
+        *,
+        interleaved: bool = False,
+        norms: tuple[RmsNorm, RmsNorm] | None = None,
+    ) -> Array:
+        """The rotated queries; keys, rotated too, and values are written to the cache."""
+        out = self._launches.rows(heads[0].shape)
+        (num_heads, dim, *strides), (kv_heads, _, *key_strides), (_, _, *value_strides) = map(extents, heads)
+        weights = [norm.weight for norm in norms] if norms else [None, None]
+        eps, rounded = (norms[0].eps, norms[0].rounded) if norms else (0.0, True)
+        together = min(MOST_HEADS, max(1, ROTATED_NUMBERS // dim))
+        given = (*heads, *weights, *angles, layout.spans, layout.pages, out, cache.keys, cache.values)
+        sizes = (num_heads, kv_heads, dim, angles[0].shape[1], *strides, *key_strides, *value_strides, together)
+        grid = (len(out), -(-(num_heads + 2 * kv_heads) // together), 1)
+        constants = self._launches.weight_type(weights[0])
+        self._launches.launch(
+            "rope", "rotate_into_cache", grid, 128, *given, *sizes, interleaved, eps, rounded, **constants
+        )
+        return out
+
     def attend(self, queries: Array, cache: Cache, layout: AttentionLayout, rule: Rule) -> Array:
         """The outputs (T, H, value dim) of queries (T, H, dim)."""
         out = self._launches.rows((*queries.shape[:2], cache.values.shape[-1]))
@@ -107,7 +136,7 @@ class PagedAttention:
         value_stride = cache.keys.shape[-1] if is_latent(cache) else value_dim
         dims = {**head_dims(cache), "HEADS": together}
         sizes = (heads, kv_heads, value_stride, rule.scale, rule.window, *queries.sizes)
-        rows, splits = run.rows, -(-run.most_keys // SPLIT_KEYS)
+        rows, splits = run.rows, num_splits(run)
         partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
         step = max(1, min(MOST_BLOCKS, PARTIAL_BYTES // max(1, partial_bytes)))
         for first in range(rows.start, rows.stop, step):
@@ -116,9 +145,14 @@ class PagedAttention:
             spans, attended = (rows_from(x, first, num_rows) for x in (layout.spans, out))
             sums = stats = arrived = None
             if splits > 1:
-                sums = self._device.empty((num_rows, heads, splits, value_dim), np.float32)
-                stats = self._device.empty((num_rows, heads, splits, 2), np.float32)
+                sums = self._launches.empty((num_rows, heads, splits, value_dim), np.float32)
+                stats = self._launches.empty((num_rows, heads, splits, 2), np.float32)
                 arrived = self._launches.counters(num_rows * head_rounds)
             given = (*own, cache.keys, cache.values, rule.sinks, spans, layout.pages)
             results, grid = (sums, stats, arrived, attended), (head_rounds, splits, num_rows)
             self._launches.launch("attention", "attend_rows", grid, 128, *given, *results, *sizes, **dims)
+
+
+def num_splits(run: SingleRows) -> int:
+    """Blocks that divide the keys of a row of the run."""
+    return -(-run.most_keys // SPLIT_KEYS)

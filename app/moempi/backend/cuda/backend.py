@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.cuda.attention import PagedAttention, Queries, Rule
+from moempi.backend.cuda.attention import ROTATED_NUMBERS, PagedAttention, Queries, Rule
 from moempi.backend.cuda.attention_layout import AttentionLayout, is_latent, lay_out_rows, tile_kernel
+from moempi.backend.cuda.captured_attention import CapturedAttention, GraphMemory
 from moempi.backend.cuda.delta_rule import StateVerbs
 from moempi.backend.cuda.device import Argument, Device
 from moempi.backend.cuda.few_rows import ExpertRows, FewRows, expert_rows
@@ -51,10 +52,6 @@ from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
 from moempi.errors import ConfigError
 
-ROTATED_NUMBERS = 2048
-"""Numbers of a row per block of `rotate` and of the rotations into a cache."""
-MOST_HEADS = 64
-"""Heads per block of `rotate_into_cache`; equals MOST_TOGETHER of kernels/rope.cu."""
 COMBINED_NUMBERS = 1024
 """Numbers of a row per block of `combine`."""
 KEPT_LAYOUTS = 3
@@ -76,7 +73,13 @@ class CudaBackend:
     most_packed_choices = MOST_CHOICES
 
     def __init__(
-        self, device: Device, *, precision: str, reproducible: bool, progress: Callable[[], None] = lambda: None
+        self,
+        device: Device,
+        *,
+        precision: str,
+        reproducible: bool,
+        capture: bool = False,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device
         self.memory_id = device.memory_id
@@ -94,6 +97,8 @@ class CudaBackend:
         self._layouts: dict[int, deque[AttentionLayout]] = {}
         self._states = StateVerbs(self._launches, upload=self.upload)
         self._frequencies: dict[tuple[int, bytes], Array] = {}
+        self._capture = capture
+        self._graph_memories: dict[tuple[int, ...], GraphMemory] = {}
 
     # Memory
 
@@ -301,19 +306,8 @@ class CudaBackend:
         interleaved: bool = False,
         norms: tuple[RmsNorm, RmsNorm] | None = None,
     ) -> Array:
-        layout, out = self._attention_layout(cache, segments), self._launches.rows(heads[0].shape)
-        (num_heads, dim, *strides), (kv_heads, _, *key_strides), (_, _, *value_strides) = map(extents, heads)
-        weights = [norm.weight for norm in norms] if norms else [None, None]
-        eps, rounded = (norms[0].eps, norms[0].rounded) if norms else (0.0, True)
-        together = min(MOST_HEADS, max(1, ROTATED_NUMBERS // dim))
-        given = (*heads, *weights, *angles, layout.spans, layout.pages, out, cache.keys, cache.values)
-        sizes = (num_heads, kv_heads, dim, angles[0].shape[1], *strides, *key_strides, *value_strides, together)
-        grid = (len(out), -(-(num_heads + 2 * kv_heads) // together), 1)
-        constants = self._launches.weight_type(weights[0])
-        self._launches.launch(
-            "rope", "rotate_into_cache", grid, 128, *given, *sizes, interleaved, eps, rounded, **constants
-        )
-        return out
+        layout = self._attention_layout(cache, segments)
+        return self._attention.rotate_into_cache(heads, angles, cache, layout, interleaved=interleaved, norms=norms)
 
     def extend_latent_cache(
         self,
@@ -563,7 +557,12 @@ class CudaBackend:
     # Parts of a layer
 
     def fuse_attention(self, block: AttentionBlock) -> FusedAttention | None:
-        """There is none."""
+        """As CUDA graphs, if the backend captures them."""
+        if not self._capture:
+            return None
+        return CapturedAttention(
+            block, self, self._attention, self._launches, memories=self._graph_memories, lay_out=self._attention_layout
+        )
 
     def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
         """There is none."""

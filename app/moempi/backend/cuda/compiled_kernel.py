@@ -132,11 +132,31 @@ CONFIG = struct.Struct("=7I4xQQI4x")
 
 
 @cache
+def _driver() -> ctypes.CDLL:
+    """The driver, for calls that CuPy does not offer."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
 def _launch_kernel_ex() -> Any:
-    """The driver's cuLaunchKernelEx (CUDA 11.8), which CuPy does not offer."""
-    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    """The driver's cuLaunchKernelEx (CUDA 11.8)."""
+    function = _driver().cuLaunchKernelEx
     function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     return function
+
+
+USE_NODE_PRIORITY = 8
+"""CUgraphInstantiate_flags: a launch in the graph keeps the priority with which it was captured."""
+
+
+def instantiate_graph(graph: int) -> int:
+    """An executable graph of a captured one, in which kernels keep their priorities."""
+    executable = ctypes.c_void_p()
+    instantiate = _driver().cuGraphInstantiateWithFlags
+    driver.check_status(
+        instantiate(ctypes.byref(executable), ctypes.c_void_p(graph), ctypes.c_ulonglong(USE_NODE_PRIORITY))
+    )
+    return executable.value or 0
 
 
 def _launch_with(attribute: Any, function: int, shape: Sequence[int], stream: int, parameters: int) -> None:

@@ -1,7 +1,7 @@
 """An NVIDIA GPU through CuPy: memory and streams, products by cuBLAS, kernels of `compiled_kernel`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from cupy_backends.cuda.libs import cublas
 
-from moempi.backend.cuda.compiled_kernel import CompiledKernel
+from moempi.backend.cuda import cublas_calls
+from moempi.backend.cuda.compiled_kernel import CompiledKernel, instantiate_graph
 from moempi.backend.cuda.device import Argument, Grid, Kernel
 from moempi.backend.protocol import RowCopy
 from moempi.backend.values import Array
@@ -41,10 +42,11 @@ class CupyDevice:
     that it costs no event and changes no order.
 
     If `pinned`, comm buffers are pinned host memory, which the GPU reads and writes over the bus, for an MPI that takes
-    no device pointers; otherwise they are device memory. Raises ConfigError below compute capability 8.0.
+    no device pointers; otherwise they are device memory. With `captures`, products are submitted by
+    `cublas_calls`, so that they can be captured. Raises ConfigError below compute capability 8.0.
     """
 
-    def __init__(self, number: int, *, pinned: bool) -> None:
+    def __init__(self, number: int, *, pinned: bool, captures: bool = False) -> None:
         self._device = cupy.cuda.Device(number)
         self._device.use()
         properties = cupy.cuda.runtime.getDeviceProperties(number)
@@ -58,8 +60,12 @@ class CupyDevice:
         self.has_warpgroups = capability == "9.0"
         self._architecture = "sm_90a" if self.has_warpgroups else f"sm_{capability.replace('.', '')}"
         self._kernels: dict[Kernel, CompiledKernel] = {}
+        self._captures = captures
+        self._library: Any = cublas_calls.functions() if captures else cublas
+        self._used: list[object] | None = None
         self._uuid = properties.get("uuid", b"")[:16].hex()
         self._queues: dict[int, tuple[cupy.cuda.Stream, int]] = {}
+        self._workspaces: list[Array] = []
         self.use_queue(0)
 
     @property
@@ -71,9 +77,14 @@ class CupyDevice:
         return int(self._device.mem_info[0])
 
     def use_queue(self, number: int) -> None:
+        if self._used is not None:
+            raise RuntimeError("the work of another queue cannot be captured")
         if number not in self._queues:
             stream, handle = cupy.cuda.Stream(non_blocking=True, priority=QUEUE_PRIORITY), cublas.create()
             cublas.setStream(handle, stream.ptr)
+            if self._captures:
+                self._workspaces.append(self.allocate_shared((cublas_calls.WORKSPACE_BYTES,), np.uint8))
+                cublas_calls.set_workspace(handle, self._workspaces[-1])
             self._queues[number] = (stream, handle)
         self.queue = number
         self._stream, self._handle = self._queues[number]
@@ -137,6 +148,7 @@ class CupyDevice:
         cupy.get_default_memory_pool().free_all_blocks()
 
     def copy(self, values: Array, out: Array) -> None:
+        self._keep(values, out)
         out.data.copy_from_device_async(values.data, values.nbytes, self._stream)
 
     def allocate_shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
@@ -170,6 +182,7 @@ class CupyDevice:
         cupy.cuda.runtime.ipcCloseMemHandle(values.data.ptr)
 
     def copy_rows(self, copy: RowCopy, target: Array) -> None:
+        self._keep(copy.source, target)
         row_bytes = target.strides[0]
         to, source = target.data.ptr + copy.first * row_bytes, copy.source.data.ptr + copy.source_first * row_bytes
         cupy.cuda.runtime.memcpyAsync(to, source, copy.num_rows * row_bytes, BY_ADDRESS, self._stream.ptr)
@@ -189,12 +202,14 @@ class CupyDevice:
             compiled = self._kernels[kernel] = CompiledKernel(
                 kernel, architecture=self._architecture, shared_bytes=shared_bytes
             )
+        self._keep(*arguments)
         compiled(grid, threads, self._stream.ptr, arguments, early=early)
 
     def product(self, x: Array, matrix: Array, out: Array, *, transposed: bool) -> None:
         """The arrays of cuBLAS are column-major, so it computes out' = matrix x'."""
+        self._keep(x, matrix, out)
         rows, outputs = out.shape
-        cublas.gemmEx(
+        self._library.gemmEx(
             self._handle,
             PLAIN if transposed else TRANSPOSED,
             PLAIN,
@@ -217,9 +232,10 @@ class CupyDevice:
         )
 
     def products(self, x: Array, matrices: Array, out: Array) -> None:
+        self._keep(x, matrices, out)
         rows, heads, outputs = out.shape
         kind = REAL[x.dtype]
-        cublas.gemmStridedBatchedEx(
+        self._library.gemmStridedBatchedEx(
             self._handle,
             PLAIN,
             PLAIN,
@@ -245,6 +261,35 @@ class CupyDevice:
             DEFAULT_ALGORITHM,
         )
 
+    def capture(self, submit: Callable[[], object]) -> "StreamGraph":
+        """In the mode in which CUDA refuses no other call, as Python may free memory at any time."""
+        runtime, stream = cupy.cuda.runtime, self._stream.ptr
+        used: list[object] = []
+        self._used = used
+        runtime.streamBeginCapture(stream, runtime.streamCaptureModeRelaxed)
+        try:
+            submit()
+        except BaseException:
+            with suppress(cupy.cuda.runtime.CUDARuntimeError):  # of a capture that the error has ended
+                runtime.graphDestroy(runtime.streamEndCapture(stream))
+            raise
+        finally:
+            self._used = None
+        graph = runtime.streamEndCapture(stream)
+        try:
+            return StreamGraph(self, instantiate_graph(graph), used)
+        finally:
+            runtime.graphDestroy(graph)
+
+    def launch_graph(self, executable: int) -> None:
+        """Submit an executable graph to the current queue."""
+        cupy.cuda.runtime.graphLaunch(executable, self._stream.ptr)
+
+    def _keep(self, *arguments: object) -> None:
+        """Keep the arrays of work that is captured, for its graph."""
+        if self._used is not None:
+            self._used += arguments
+
     def record_event(self) -> "StreamEvent":
         return StreamEvent(self._stream.record(cupy.cuda.Event(disable_timing=True)))
 
@@ -268,6 +313,24 @@ class _PinnedMemory:
         if not sys.is_finalizing():
             with suppress(cupy.cuda.runtime.CUDARuntimeError):  # after a kernel's fault, which its event has raised
                 cupy.cuda.runtime.freeHost(self._address)
+
+
+class StreamGraph:
+    """An executable CUDA graph, and the arrays that its work uses."""
+
+    _executable = 0
+
+    def __init__(self, device: CupyDevice, executable: int, used: Sequence[object]) -> None:
+        self._device, self._executable, self._used = device, executable, used
+
+    def launch(self) -> None:
+        self._device.launch_graph(self._executable)
+
+    def __del__(self) -> None:
+        """CUDA destroys a graph that still runs when it is done."""
+        if self._executable and not sys.is_finalizing():
+            with suppress(cupy.cuda.runtime.CUDARuntimeError):
+                cupy.cuda.runtime.graphExecDestroy(self._executable)
 
 
 class StreamEvent:

@@ -120,6 +120,13 @@ Grid = tuple[int, int, int]
 Argument = Array | ExpertTable | int | float | None
 
 
+class Graph(Protocol):
+    """Work that was recorded. It keeps the arrays alive that the work uses."""
+
+    def launch(self) -> None:
+        """Submit the work to the current queue again, with the addresses, numbers and grids of its recording."""
+
+
 class Device(Protocol):
     """A machine that runs the kernels.
 
@@ -220,6 +227,13 @@ class Device(Protocol):
 
     def products(self, x: Array, matrices: Array, out: Array) -> None:
         """Submit out (T, H, N) = x (T, H, K) times matrices (H, K, N), head by head; x may be strided."""
+
+    def capture(self, submit: Callable[[], object]) -> Graph:
+        """Record the launches, products and copies that `submit` submits to the current queue, and do none of them.
+
+        `submit` must not allocate or free, upload or download, record or await an event, or use another queue, and what
+        its work makes on first use must be made before. Raises what it raises, then nothing is recorded.
+        """
 
     def record_event(self) -> Event:
         """Record an event behind all work in the current queue."""

@@ -1,5 +1,7 @@
 """Launches of the kernels: their grids and blocks for rows, vectors and flat arrays."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 
 import numpy as np
@@ -16,6 +18,31 @@ FLAT_NUMBERS = 2048
 """Numbers per block of a flat kernel."""
 ROUTER_ROWS = 4
 """Rows per block of kernels/router.cu."""
+ALIGNMENT = 256
+"""Of the addresses that `Device.empty` returns, in bytes."""
+
+Allocate = Callable[[tuple[int, ...], npt.DTypeLike], Array]
+
+
+class Arena:
+    """Allocates from the front of `memory` (bytes,) to its end; without memory by `allocate`, to learn how many bytes.
+
+    Nothing is freed before the whole memory is. Raises RuntimeError beyond its end.
+    """
+
+    def __init__(self, allocate: Allocate, memory: Array | None = None) -> None:
+        self.taken_bytes = 0
+        self._allocate, self._memory = allocate, memory
+
+    def __call__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Allocate contiguous memory."""
+        first, num_bytes = self.taken_bytes, prod(shape) * np.dtype(dtype).itemsize
+        self.taken_bytes += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        if self._memory is None:
+            return self._allocate(shape, dtype)
+        if self.taken_bytes > len(self._memory):
+            raise RuntimeError(f"an arena of {len(self._memory)} bytes has no {num_bytes} bytes from {first} on")
+        return self._memory[first : first + num_bytes].view(dtype).reshape(shape)
 
 
 class Launches:
@@ -27,10 +54,24 @@ class Launches:
         is_float32 = self._row_dtype == np.float32
         self._constants: tuple[tuple[str, int | None], ...] = (("FLOAT32_ROWS", None),) if is_float32 else ()
         self._counters: dict[int, Array] = {}
+        self._allocate: Allocate = device.empty
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Allocate memory of the device as `Device.empty`; within `allocating`, from there."""
+        return self._allocate(shape, dtype)
 
     def rows(self, shape: tuple[int, ...]) -> Array:
         """Allocate rows."""
-        return self.device.empty(shape, self._row_dtype)
+        return self._allocate(shape, self._row_dtype)
+
+    @contextmanager
+    def allocating(self, allocate: Allocate) -> Iterator[None]:
+        """Allocate by `allocate` inside a `with`."""
+        before, self._allocate = self._allocate, allocate
+        try:
+            yield
+        finally:
+            self._allocate = before
 
     def counters(self, needed: int) -> Array:
         """At least `needed` counters (int32) of the queue, which are zero between launches.
@@ -45,7 +86,7 @@ class Launches:
 
     def widened(self, rows: Array) -> Array:
         """bfloat16 bits as float32."""
-        out = self.device.empty(rows.shape, np.float32)
+        out = self.empty(rows.shape, np.float32)
         self.flat("widen_rows", prod(out.shape), rows, out)
         return out
 

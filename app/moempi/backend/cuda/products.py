@@ -53,7 +53,7 @@ class Products:
             if is_whole:
                 self._device.product(own, matrix.values, result, transposed=matrix.transposed)
             else:
-                padded = self._device.empty((PRODUCT_ROWS, *out.shape[1:]), out.dtype)
+                padded = self._launches.empty((PRODUCT_ROWS, *out.shape[1:]), out.dtype)
                 self._device.product(self._padded(own), matrix.values, padded, transposed=matrix.transposed)
                 self._launches.copy(padded[:count], result)
 
@@ -70,7 +70,7 @@ class Products:
 
     def in_float(self, x: Array, matrix: Matrix, bias: Array | None) -> Array:
         """The product in float32, plus the bias."""
-        out = self._device.empty((len(x), matrix.outputs), np.float32)
+        out = self._launches.empty((len(x), matrix.outputs), np.float32)
         self.product(x, matrix, out)
         if bias is not None:
             self._launches.by_vector("elementwise", "add_bias", out, out, bias, matrix.outputs)
@@ -95,6 +95,6 @@ class Products:
             yield first, count, count == step
 
     def _padded(self, x: Array) -> Array:
-        padded = self._device.empty((PRODUCT_ROWS, *x.shape[1:]), x.dtype)
+        padded = self._launches.empty((PRODUCT_ROWS, *x.shape[1:]), x.dtype)
         self._launches.copy(x, padded[: len(x)])
         return padded

@@ -123,7 +123,7 @@ extern "C" __global__ void rotate(const row* x, const float* cosines, const floa
   }
 }
 
-const int MOST_TOGETHER = 64;  // equals MOST_HEADS of cuda/backend.py
+const int MOST_TOGETHER = 64;  // equals MOST_HEADS of cuda/attention.py
 
 extern "C" __global__ void rotate_into_cache(
     const row* queries, const row* keys, const row* values, const norm_weight* query_norm, const norm_weight* key_norm,

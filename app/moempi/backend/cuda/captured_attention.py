@@ -1,0 +1,177 @@
+"""Attention of few rows as CUDA graphs: what a block submits is recorded once, and later submitted in one call.
+
+A recording fixes grids, sizes and addresses. So a graph is of one layer and queue, one number of rows, and one number
+of splits of their keys. What else changes is copied to fixed addresses: the rows in each layer, their positions, pages
+and angles once a step. What graphs write beside the cache is in an arena, which all graphs of a queue share.
+
+The first call of a kind computes as without graphs, which makes what is made once (kernels, counters, memory of the
+library) and measures the arena; the second call records; later ones submit the graph.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moempi.backend.cuda.attention import PagedAttention, Rule, num_splits
+from moempi.backend.cuda.attention_layout import AttentionLayout
+from moempi.backend.cuda.device import Graph
+from moempi.backend.cuda.launches import Arena, Launches
+from moempi.backend.protocol import RowVerbs
+from moempi.backend.values import Array, AttentionBlock, Cache, Segment
+from moempi.config.tensors import PAGE_ROWS
+
+MOST_ROWS = 256
+"""Rows of a step whose attention is recorded; more keep a GPU busy while the host submits."""
+MOST_GRAPHS = 16
+"""Kinds of calls that a layer knows; the one that was called longest ago makes way for another."""
+MOST_ARENA_BYTES = 256 << 20
+"""Memory that a graph may write; a call that needs more is not recorded."""
+
+Angles = tuple[Array, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a layer's attention reads beside weights and cache: rows x (T, D), angles (T, n), and the rows' layout."""
+
+    x: Array
+    angles: Angles
+    layout: AttentionLayout
+
+
+class GraphMemory:
+    """The memory of the graphs of one queue: their inputs, for a cache of `num_pages`, and the arena."""
+
+    def __init__(self, launches: Launches, inputs: Inputs, num_pages: int) -> None:
+        empty = launches.device.empty
+        self._device = launches.device
+        self._x = launches.rows((MOST_ROWS, inputs.x.shape[1]))
+        self._angles = [empty((MOST_ROWS, values.shape[1]), np.float32) for values in inputs.angles]
+        self._spans, self._pages = empty((MOST_ROWS, 2), np.int32), empty((num_pages,), np.int32)
+        self._arena: Array | None = None
+        self._step: tuple[Angles, AttentionLayout, Inputs] | None = None
+
+    def place(self, inputs: Inputs) -> Inputs:
+        """Submit copies of the inputs to their addresses; angles and layout are copied once a step."""
+        if self._step is None or self._step[0] is not inputs.angles or self._step[1] is not inputs.layout:
+            self._step = inputs.angles, inputs.layout, self._place_step(inputs)
+        placed = self._step[2]
+        self._device.copy(inputs.x, placed.x)
+        return placed
+
+    def _place_step(self, inputs: Inputs) -> Inputs:
+        layout, count = inputs.layout, len(inputs.x)
+        cosines, sines = (values[:count] for values in self._angles)
+        spans, pages = self._spans[:count], self._pages[: len(layout.pages)]
+        given, placed = (*inputs.angles, layout.spans, layout.pages), (cosines, sines, spans, pages)
+        for values, copied in zip(given, placed, strict=True):
+            self._device.copy(values, copied)
+        return Inputs(self._x[:count], (cosines, sines), replace(layout, spans=spans, pages=pages))
+
+    def arena(self, num_bytes: int) -> Arena:
+        """The arena of a recording, of at least `num_bytes`; a graph keeps the memory of its recording."""
+        if self._arena is None or len(self._arena) < num_bytes:
+            self._arena = self._device.empty((1 << (num_bytes - 1).bit_length(),), np.uint8)
+        return Arena(self._device.empty, self._arena)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A graph, and the arrays of its results, which each launch writes anew."""
+
+    graph: Graph
+    results: tuple[Array, Array]
+
+
+class CapturedAttention:
+    """`protocol.FusedAttention` as CUDA graphs; all layers share `memories`, `lay_out` lays out a step's rows."""
+
+    most_rows = MOST_ROWS
+
+    def __init__(
+        self,
+        block: AttentionBlock,
+        verbs: RowVerbs,
+        attention: PagedAttention,
+        launches: Launches,
+        *,
+        memories: dict[tuple[int, ...], GraphMemory],
+        lay_out: Callable[[Cache, Sequence[Segment]], AttentionLayout],
+    ) -> None:
+        self._block, self._verbs, self._attention, self._launches = block, verbs, attention, launches
+        self._memories, self._lay_out = memories, lay_out
+        self._known: dict[tuple[int, ...], int | Recording] = {}
+        """For each kind of call its recording, or before it the bytes of its arena; the latest call is the last."""
+
+    def __call__(self, x: Array, angles: Angles, cache: Cache, segments: Sequence[Segment]) -> tuple[Array, Array]:
+        inputs = Inputs(x, angles, self._lay_out(cache, segments))
+        if not _is_recorded(inputs.layout, cache):
+            return self._compute(inputs, cache)
+        splits = num_splits(inputs.layout.single_rows[0])
+        key = (self._launches.device.queue, len(x), splits, angles[0].shape[1], id(cache.keys))
+        known = self._known.pop(key, None)
+        if known is None:
+            results, known = self._measure(inputs, cache)
+        elif isinstance(known, int) and known > MOST_ARENA_BYTES:
+            results = self._compute(inputs, cache)
+        else:
+            memory = self._memory(inputs, cache)
+            placed = memory.place(inputs)
+            if isinstance(known, int):
+                known = self._record(placed, cache, memory.arena(known))
+            known.graph.launch()
+            results = known.results
+        self._known[key] = known
+        if len(self._known) > MOST_GRAPHS:
+            del self._known[next(iter(self._known))]
+        return results
+
+    def _memory(self, inputs: Inputs, cache: Cache) -> GraphMemory:
+        num_pages = len(cache.keys) // PAGE_ROWS
+        key = (self._launches.device.queue, num_pages, inputs.x.shape[1], inputs.angles[0].shape[1])
+        if key not in self._memories:
+            self._memories[key] = GraphMemory(self._launches, inputs, num_pages)
+        return self._memories[key]
+
+    def _measure(self, inputs: Inputs, cache: Cache) -> tuple[tuple[Array, Array], int]:
+        """The results, and the bytes of an arena for them."""
+        arena = Arena(self._launches.device.empty)
+        with self._launches.allocating(arena):
+            return self._compute(inputs, cache), arena.taken_bytes
+
+    def _record(self, inputs: Inputs, cache: Cache, arena: Arena) -> Recording:
+        results: list[tuple[Array, Array]] = []
+        with self._launches.allocating(arena):
+            graph = self._launches.device.capture(lambda: results.append(self._compute(inputs, cache)))
+        return Recording(graph, results[0])
+
+    def _compute(self, inputs: Inputs, cache: Cache) -> tuple[Array, Array]:
+        block, verbs, x = self._block, self._verbs, inputs.x
+        norm, next_norm, num_rows = block.norm, block.next_norm, len(inputs.x)
+        query_width, kv_width = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
+        rows = verbs.rms_norm(x, norm.weight, eps=norm.eps, rounded=norm.rounded)
+        qkv = verbs.linear(rows, block.qkv, block.qkv_bias)
+        keys, values = (
+            part.reshape(num_rows, block.num_kv_heads, block.head_dim)
+            for part in (qkv[:, query_width:-kv_width], qkv[:, -kv_width:])
+        )
+        queries = qkv[:, :query_width].reshape(num_rows, block.num_heads, block.head_dim)
+        rotated = self._attention.rotate_into_cache(
+            (queries, keys, values),
+            inputs.angles,
+            cache,
+            inputs.layout,
+            interleaved=block.interleaved,
+            norms=block.head_norms,
+        )
+        rule = Rule(block.scale, block.window, block.sinks)
+        attended = self._attention.attend(rotated, cache, inputs.layout, rule).reshape(num_rows, query_width)
+        output = verbs.linear(attended, block.output, block.output_bias)
+        return verbs.add_rms_norm(x, output, next_norm.weight, eps=next_norm.eps, rounded=next_norm.rounded)
+
+
+def _is_recorded(layout: AttentionLayout, cache: Cache) -> bool:
+    """Whether the grids depend on the numbers of rows and splits alone, and the inputs have room."""
+    is_one_run = len(layout.single_rows) == 1 and not len(layout.tiles)
+    return is_one_run and len(layout.spans) <= MOST_ROWS and len(layout.pages) <= len(cache.keys) // PAGE_ROWS

@@ -1,0 +1,368 @@
+"""Attention as CUDA graphs: the bits of its verbs in every step, and what must not happen while work is captured."""
+
+import gc
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from moempi.arrays import narrow, round_to_bfloat16
+from moempi.backend.cuda import captured_attention
+from moempi.backend.cuda.attention import SPLIT_KEYS
+from moempi.backend.cuda.backend import CudaBackend
+from moempi.backend.cuda.captured_attention import GraphMemory
+from moempi.backend.cuda.launches import Arena, Launches
+from moempi.backend.values import Segment
+from moempi.config.architecture import AttentionShape, Rope
+from moempi.config.tensors import PAGE_ROWS
+from moempi.model.attention import Attention
+from moempi.model.norm import Norm
+from simt.device import SimtDevice
+
+WIDTH, PAGES = 40, 16
+SHAPES = {
+    "plain": AttentionShape(2, 2, 16),
+    "grouped": AttentionShape(6, 2, 24, qk_norm="head", rope=Rope(dim=10)),
+    "biases and sinks": AttentionShape(4, 1, 32, biases="all", sinks=True, score_factor=0.7),
+    "interleaved window": AttentionShape(3, 3, 16, rope=Rope(dim=16, interleaved=True), window=40),
+}
+STEPS = [*[(250 + step, 3 + step, 61 + step) for step in range(9)], *[(12 + step, 70 + step) for step in range(4)]]
+"""Where the sequences begin that have a row in each step: some of three sequences, then of two."""
+PARTS = {"angles": "_angles", "positions": "_spans", "pages": "_pages"}
+
+
+@pytest.fixture
+def simulated():
+    return SimtDevice(finds_races=False)
+
+
+def values(*shape, seed):
+    return round_to_bfloat16(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+class Layers:
+    """Two layers of an attention, by the verbs and as graphs, each with a cache of the same values."""
+
+    def __init__(self, device, shape, *, precision="bfloat16", kind="rms"):
+        self.device = device
+        self.shape = shape
+        self.verbs, self.graphs = (
+            CudaBackend(device, precision=precision, reproducible=False, capture=capture) for capture in (False, True)
+        )
+        self.attentions = [self.attention(seed, kind) for seed in (1, 21)]
+        weights = [Norm(kind, eps, self.rows(WIDTH, seed=seed)) for eps, seed in ((1e-6, 8), (1e-5, 9))]
+        self.norms = weights
+        self.fused = [self.graphs.fuse_attention(attention.block(*weights)) for attention in self.attentions]
+        self.caches, self.others = ([self.cache() for _ in self.attentions] for _ in range(2))
+
+    def rows(self, *shape, seed):
+        return self.verbs.tensor(narrow(values(*shape, seed=seed)))
+
+    def attention(self, seed, kind):
+        shape, has_biases = self.shape, self.shape.biases == "all"
+        heads, dim = shape.num_heads, shape.head_dim
+        outputs = (heads + 2 * shape.num_kv_heads) * dim
+        return Attention(
+            shape,
+            1e-6,
+            qkv=self.verbs.matrix(narrow(values(outputs, WIDTH, seed=seed) / np.float32(4))),
+            output=self.verbs.matrix(narrow(values(WIDTH, heads * dim, seed=seed + 1) / np.float32(4))),
+            qkv_bias=self.rows(outputs, seed=3) if has_biases else None,
+            output_bias=self.rows(WIDTH, seed=4) if has_biases else None,
+            q_norm=self.rows(dim, seed=5) if shape.qk_norm == "head" else None,
+            k_norm=self.rows(dim, seed=6) if shape.qk_norm == "head" else None,
+            sinks=self.rows(heads, seed=7) if shape.sinks else None,
+            window=shape.window,
+            norms_rounded=kind == "rms",
+        )
+
+    def cache(self):
+        cache = self.verbs.cache(PAGES, self.shape.num_kv_heads, self.shape.head_dim)
+        for held, seed in ((cache.keys, 10), (cache.values, 11)):
+            self.device.copy(self.rows(*held.shape, seed=seed), held)
+        return cache
+
+    def check(self, starts, *, lengths=None, seed=0):
+        """Compute a step both ways: one row, or `lengths`, of each sequence; its results and caches are equal."""
+        lengths = lengths or [1] * len(starts)
+        segments, angles = segments_of(starts, lengths, seed=seed), self.angles(starts, lengths)
+        x = y = self.rows(sum(lengths), WIDTH, seed=30 + seed)
+        for attention, fused, cache, other in zip(self.attentions, self.fused, self.caches, self.others, strict=True):
+            rows = attention(self.verbs, self.norms[0](self.verbs, x), angles, cache, segments)
+            expected = self.norms[1].of_sum(self.verbs, x, rows)
+            found = fused(y, angles, other, segments)
+            assert_equal(self.verbs, (*found, other.keys, other.values), (*expected, cache.keys, cache.values))
+            (x, _), y = expected, self.graphs.add(found[0], found[1])
+            x = self.verbs.add(x, expected[1])
+
+    def angles(self, starts, lengths):
+        positions = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        dim = self.shape.rope.dim or self.shape.head_dim
+        frequencies = np.geomspace(1, 1e-3, dim // 2, dtype=np.float32)
+        return self.verbs.rope_angles(np.concatenate(positions), frequencies=frequencies, amplitude=1.1)
+
+
+def segments_of(starts, lengths, *, seed):
+    """Sequences in pages that are others in each step."""
+    pages = [-(-(start + length) // PAGE_ROWS) for start, length in zip(starts, lengths, strict=True)]
+    order = np.split(np.random.default_rng(seed).permutation(PAGES)[: sum(pages)], np.cumsum(pages)[:-1])
+    rows = np.cumsum([0, *lengths])[:-1].tolist()
+    return [Segment(*one) for one in zip(rows, lengths, starts, order, strict=True)]
+
+
+def assert_equal(backend, found, expected):
+    for some, others in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(backend.download(some), backend.download(others))
+
+
+def count_captures(monkeypatch, device):
+    """How often the device captures work."""
+    counts, capture = Counter(), device.capture
+
+    def counted(submit):
+        counts["captures"] += 1
+        return capture(submit)
+
+    monkeypatch.setattr(device, "capture", counted)
+    return counts
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_graphs_have_the_bits_of_the_verbs_in_every_step(monkeypatch, capturing_device, shape, precision):
+    """Rows, positions, pages and splits change; each layer records each of three kinds of steps once."""
+    layers, counts = Layers(capturing_device, shape, precision=precision), count_captures(monkeypatch, capturing_device)
+    for step, starts in enumerate(STEPS):
+        layers.check(starts, seed=step)
+    kinds = Counter((len(starts), max(starts) // SPLIT_KEYS) for starts in STEPS)
+    assert list(kinds.values()) == [6, 3, 4]
+    assert counts["captures"] == 2 * len(kinds)
+
+
+def test_graphs_have_the_bits_of_a_norm_that_is_rounded_once(capturing_device):
+    layers = Layers(capturing_device, SHAPES["plain"], kind="rms_float32")
+    for step in range(4):
+        layers.check((5 + step, 80 + step), seed=step)
+
+
+def test_a_step_with_a_prompt_is_computed_by_the_verbs(monkeypatch, capturing_device):
+    """Then the graphs of the steps around it are launched again."""
+    layers, counts = Layers(capturing_device, SHAPES["plain"]), count_captures(monkeypatch, capturing_device)
+    for step in range(6):
+        layers.check((5 + step, 80 + step), seed=step)
+        layers.check((0, 90 + step), lengths=[40, 1], seed=50 + step)
+    assert counts["captures"] == 2
+
+
+def test_rows_of_a_short_prompt_are_recorded_as_any(monkeypatch, capturing_device):
+    layers, counts = Layers(capturing_device, SHAPES["plain"]), count_captures(monkeypatch, capturing_device)
+    for step in range(4):
+        layers.check((5 * step, 80 + step), lengths=[5, 1], seed=step)
+    assert counts["captures"] == 2
+
+
+def test_each_queue_has_graphs_and_memory_of_its_own(monkeypatch, capturing_device):
+    layers, counts = Layers(capturing_device, SHAPES["plain"]), count_captures(monkeypatch, capturing_device)
+    layers.verbs.finish_loading()
+    for step in range(4):
+        for queue in (0, 1):
+            with layers.verbs.on_queue(queue):
+                layers.check((5 + step, 80 + step), seed=step + 10 * queue)
+    assert counts["captures"] == 4
+    assert len(layers.graphs._graph_memories) == 2
+
+
+def test_the_graph_that_was_launched_longest_ago_makes_way(monkeypatch, simulated):
+    monkeypatch.setattr(captured_attention, "MOST_GRAPHS", 2)
+    layers, counts = Layers(simulated, SHAPES["plain"]), count_captures(monkeypatch, simulated)
+
+    def run(*kinds):
+        before = counts["captures"]
+        for step, count in enumerate(kinds):
+            layers.check(range(3, 3 + count), seed=step)
+        return (counts["captures"] - before) // 2
+
+    assert run(1, 1, 2, 2, 1, 2) == 2
+    assert run(3, 2, 2) == 0
+    assert run(1, 1) == 1
+
+
+def test_what_takes_more_memory_than_an_arena_may_have_is_not_recorded(monkeypatch, simulated):
+    monkeypatch.setattr(captured_attention, "MOST_ARENA_BYTES", 1000)
+    layers, counts = Layers(simulated, SHAPES["plain"]), count_captures(monkeypatch, simulated)
+    for step in range(3):
+        layers.check((5 + step, 80 + step), seed=step)
+    assert not counts
+
+
+def test_more_pages_than_the_cache_has_are_not_recorded(monkeypatch, simulated):
+    """As in a warm-up, where all pages of a sequence are the first one; the inputs have room for all pages once."""
+    layers, counts = Layers(simulated, SHAPES["plain"]), count_captures(monkeypatch, simulated)
+    segments, backend = [Segment(0, 1, 80, np.zeros(PAGES + 1, np.int64))], layers.graphs
+    for _ in range(3):
+        layers.fused[0](layers.rows(1, WIDTH, seed=1), layers.angles([80], [1]), layers.others[0], segments)
+    backend.download(layers.others[0].keys)
+    assert not counts
+
+
+def test_a_launch_is_two_submissions(monkeypatch, simulated):
+    """The rows are copied to where the graph reads them; what the step's layers share is copied once."""
+    layers, names, submit = Layers(simulated, SHAPES["grouped"]), [], simulated.submit
+    for step in range(3):
+        layers.check((5 + step, 80 + step), seed=step)
+    segments, angles = segments_of((8, 83), (1, 1), seed=9), layers.angles((8, 83), (1, 1))
+    x = layers.rows(2, WIDTH, seed=1)
+    monkeypatch.setattr(simulated, "submit", lambda name, *given: (names.append(name), submit(name, *given)))
+    for fused, cache in zip(layers.fused, layers.others, strict=True):
+        fused(x, angles, cache, segments)
+    assert names == ["upload", *["copy"] * 4, "copy", "graph", "copy", "graph"]
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_an_input_that_is_not_copied_is_found(monkeypatch, simulated, part):
+    """The planted fault: the graphs of all steps read what the first of them was given."""
+    layers, place = Layers(simulated, SHAPES["plain"]), GraphMemory._place_step
+    first = []
+
+    def place_once(self, inputs):
+        held = getattr(self, part)
+        if len(first) == 1:
+            spare = [simulated.empty(x.shape, x.dtype) for x in (held if part == "_angles" else [held])]
+            monkeypatch.setattr(self, part, spare if part == "_angles" else spare[0])
+        placed = place(self, inputs)
+        monkeypatch.setattr(self, part, held)
+        first.append(placed)
+        return placed
+
+    monkeypatch.setattr(GraphMemory, "_place_step", place_once)
+    for step in range(2):
+        layers.check((5 + step, 80 + step), seed=step)
+    with pytest.raises(AssertionError):
+        layers.check((7, 82), seed=2)
+
+
+FAULTS = {
+    "an allocation of the pool": (lambda device, _: device.empty((4,), np.uint8), "an allocation"),
+    "an allocation of the driver": (lambda device, _: device.comm_buffer((4,), np.uint8), "an allocation"),
+    "an allocation for others": (lambda device, _: device.allocate_shared((4,), np.uint8), "an allocation"),
+    "an upload": (lambda device, _: device.upload(np.zeros(4, np.uint8)), "an upload from pageable memory"),
+    "a download": (lambda device, given: device.download(given.rows), "a wait of the host"),
+    "a download without wait": (lambda device, given: device.start_download(given.rows), "a download to new memory"),
+    "a wait": (lambda _, given: given.event.synchronize(), "a wait of the host"),
+    "a poll": (lambda _, given: given.event.is_done(), "a query of an event"),
+    "an event": (lambda device, _: device.record_event(), "an event"),
+    "another queue": (lambda device, _: device.use_queue(1), "another queue"),
+    "a free": (lambda device, given: device.unregister_host_memory(given.memory), "a free"),
+    "another graph": (lambda _, given: given.graph.launch(), "another graph"),
+    "another capture": (lambda device, given: device.capture(given.graph.launch), "another capture"),
+}
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS)
+def test_what_a_graph_cannot_have_is_an_error_under_capture(simulated, fault, message):
+    """And nothing is recorded: the device goes on as before."""
+    rows = simulated.upload(np.arange(4))
+    out = simulated.empty((4,), np.int64)
+    given = SimpleNamespace(
+        rows=rows,
+        event=simulated.record_event(),
+        memory=np.zeros(4, np.uint8),
+        graph=simulated.capture(lambda: simulated.copy(rows, out)),
+    )
+    with pytest.raises(RuntimeError, match=f"^{message} under capture$"):
+        simulated.capture(lambda: (simulated.copy(rows, out), fault(simulated, given)))
+    assert (simulated.download(out) == -1).all()
+    given.graph.launch()
+    np.testing.assert_array_equal(simulated.download(out), np.arange(4))
+
+
+def test_an_error_of_the_work_ends_the_capture(device):
+    rows = device.upload(np.arange(4))
+    with pytest.raises(ZeroDivisionError):
+        device.capture(lambda: 1 // 0)
+    np.testing.assert_array_equal(device.download(rows), np.arange(4))
+    device.use_queue(1)
+    device.use_queue(0)
+
+
+def test_captured_work_is_done_by_each_launch_and_not_before(device):
+    """With the values that its arrays have then."""
+    source, out = (device.upload(np.full(4, number, np.int64)) for number in (1, 2))
+    graph = device.capture(lambda: device.copy(source, out))
+    np.testing.assert_array_equal(device.download(out), [2] * 4)
+    for number in (3, 4):
+        device.copy(device.upload(np.full(4, number, np.int64)), source)
+        graph.launch()
+        np.testing.assert_array_equal(device.download(out), [number] * 4)
+
+
+def test_a_graph_keeps_the_arrays_of_its_work(simulated):
+    """Those that nobody else holds are freed with it."""
+    out, before = simulated.empty((4,), np.int64), simulated.live_bytes
+
+    def recorded():
+        source, between = simulated.upload(np.arange(4)), simulated.empty((4,), np.int64)
+        return simulated.capture(lambda: (simulated.copy(source, between), simulated.copy(between, out)))
+
+    graph = recorded()
+    gc.collect()
+    graph.launch()
+    np.testing.assert_array_equal(simulated.download(out), np.arange(4))
+    assert simulated.live_bytes == before + 2 * 32
+    del graph
+    gc.collect()
+    assert simulated.live_bytes == before
+
+
+def test_memory_that_a_graph_uses_must_not_be_unregistered_or_unmapped(simulated):
+    registered, mapped = np.zeros(32, np.uint8), simulated.allocate_shared((4,), np.int64)
+    rows = simulated.empty((4,), np.int64)
+    simulated.register_host_memory(registered)
+    read = simulated.capture(lambda: simulated.copy(registered[8:16].view(np.int64), rows[:1]))
+    written = simulated.capture(lambda: simulated.copy(rows, mapped))
+    with pytest.raises(RuntimeError, match="a graph uses memory that is freed"):
+        simulated.unregister_host_memory(registered)
+    with pytest.raises(RuntimeError, match="a graph uses memory that is freed"):
+        simulated.unmap_shared(mapped)
+    del read, written
+    gc.collect()
+    simulated.unregister_host_memory(registered)
+    simulated.unmap_shared(mapped)
+
+
+def test_a_verb_that_takes_memory_of_the_pool_under_capture_is_found(monkeypatch, simulated):
+    """The planted fault: the sums of products with a bias are allocated beside the arena."""
+    layers = Layers(simulated, SHAPES["biases and sinks"])
+    monkeypatch.setattr(Launches, "empty", lambda self, shape, dtype: simulated.empty(shape, dtype))
+    layers.check((5, 80))
+    with pytest.raises(RuntimeError, match="an allocation under capture"):
+        layers.check((6, 81))
+
+
+def test_what_is_made_on_first_use_under_capture_is_found(monkeypatch, simulated):
+    """The planted fault: a graph is recorded in the first call, in which the counters of splits are uploaded."""
+    layers = Layers(simulated, SHAPES["plain"])
+
+    def record_at_once(self, inputs, cache):
+        recording = self._record(inputs, cache, Arena(simulated.empty, simulated.empty((1 << 20,), np.uint8)))
+        return recording.results, recording
+
+    monkeypatch.setattr(captured_attention.CapturedAttention, "_measure", record_at_once)
+    with pytest.raises(RuntimeError, match="an upload from pageable memory under capture"):
+        layers.check((300, 5))
+
+
+def test_an_arena_that_is_too_small_is_an_error(simulated):
+    arena = Arena(simulated.empty, simulated.empty((1024,), np.uint8))
+    first, second = arena((3, 5), np.float32), arena((300,), np.uint16)
+    assert not np.may_share_memory(first, second)
+    assert (first.shape, first.dtype, second.shape, second.dtype) == ((3, 5), np.float32, (300,), np.uint16)
+    assert [(values.ctypes.data - first.ctypes.data) % 256 for values in (first, second)] == [0, 0]
+    with pytest.raises(RuntimeError, match="an arena of 1024 bytes has no 4 bytes from 1024 on"):
+        arena((1,), np.float32)
+
+
+def test_a_backend_without_capture_has_no_graphs(simulated):
+    layers = Layers(simulated, SHAPES["plain"])
+    assert layers.verbs.fuse_attention(layers.attentions[0].block(*layers.norms)) is None
