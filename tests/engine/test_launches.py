@@ -75,10 +75,9 @@ class CountedDevice(SimtDevice):
         self.names.append("upload")
         return super().upload(values)
 
-    def submit(self, name, work, *uses):
-        if name == "graph":
-            self.names.append(name)
-        super().submit(name, work, *uses)
+    def launch_graph(self, graph):
+        self.names.append("graph")
+        super().launch_graph(graph)
 
     def start_download(self, values):
         self.names.append("download")

@@ -208,11 +208,19 @@ class SimtDevice:
         self._captured = []
         try:
             submit()
-            graph = SimtGraph(self, self._captured)
+            graph = SimtGraph(self._captured)
         finally:
             self._captured = None
         self._graphs.add(graph)
         return graph
+
+    def launch_graph(self, graph: "SimtGraph") -> None:
+        def run() -> None:
+            for work in graph.works:
+                work.run()
+
+        self.refuse("another graph")
+        self.submit("graph", run, *(use for work in graph.works for use in work.uses))
 
     def refuse(self, what: str) -> None:
         """Raise RuntimeError while work is captured."""
@@ -258,23 +266,14 @@ class Work(NamedTuple):
 
 
 class SimtGraph:
-    """Recorded work, which keeps its arrays alive, as `moempi.backend.cuda.device.Graph`."""
+    """Recorded work, which keeps its arrays alive."""
 
-    def __init__(self, device: SimtDevice, works: Sequence[Work]) -> None:
-        self._device = device
-        self._works = works
-
-    def launch(self) -> None:
-        def run() -> None:
-            for work in self._works:
-                work.run()
-
-        self._device.refuse("another graph")
-        self._device.submit("graph", run, *(use for work in self._works for use in work.uses))
+    def __init__(self, works: Sequence[Work]) -> None:
+        self.works = works
 
     def uses(self, values: npt.NDArray[Any]) -> bool:
         """Whether any of its work uses memory of the array."""
-        return any(np.may_share_memory(used, values) for work in self._works for used, _ in work.uses)
+        return any(np.may_share_memory(used, values) for work in self.works for used, _ in work.uses)
 
 
 class Queue:

@@ -254,8 +254,8 @@ FAULTS = {
     "an event": (lambda device, _: device.record_event(), "an event"),
     "another queue": (lambda device, _: device.use_queue(1), "another queue"),
     "a free": (lambda device, given: device.unregister_host_memory(given.memory), "a free"),
-    "another graph": (lambda _, given: given.graph.launch(), "another graph"),
-    "another capture": (lambda device, given: device.capture(given.graph.launch), "another capture"),
+    "another graph": (lambda device, given: device.launch_graph(given.graph), "another graph"),
+    "another capture": (lambda device, _: device.capture(lambda: None), "another capture"),
 }
 
 
@@ -273,7 +273,7 @@ def test_what_a_graph_cannot_have_is_an_error_under_capture(simulated, fault, me
     with pytest.raises(RuntimeError, match=f"^{message} under capture$"):
         simulated.capture(lambda: (simulated.copy(rows, out), fault(simulated, given)))
     assert (simulated.download(out) == -1).all()
-    given.graph.launch()
+    simulated.launch_graph(given.graph)
     np.testing.assert_array_equal(simulated.download(out), np.arange(4))
 
 
@@ -293,7 +293,7 @@ def test_captured_work_is_done_by_each_launch_and_not_before(device):
     np.testing.assert_array_equal(device.download(out), [2] * 4)
     for number in (3, 4):
         device.copy(device.upload(np.full(4, number, np.int64)), source)
-        graph.launch()
+        device.launch_graph(graph)
         np.testing.assert_array_equal(device.download(out), [number] * 4)
 
 
@@ -307,7 +307,7 @@ def test_a_graph_keeps_the_arrays_of_its_work(simulated):
 
     graph = recorded()
     gc.collect()
-    graph.launch()
+    simulated.launch_graph(graph)
     np.testing.assert_array_equal(simulated.download(out), np.arange(4))
     assert simulated.live_bytes == before + 2 * 32
     del graph

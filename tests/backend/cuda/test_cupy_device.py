@@ -186,7 +186,7 @@ def test_work_is_captured_into_an_executable_graph_that_keeps_its_arrays(device,
     del arrays[:]
     assert all(array() is not None for array in alive)
     gpu._stream = SimpleNamespace(ptr=9)
-    graph.launch()
+    gpu.launch_graph(graph)
     del graph
     assert graph_calls[len(captured) :] == [("graphLaunch", 33, 9), ("graphExecDestroy", 33)]
     assert all(array() is None for array in alive)

@@ -120,7 +120,7 @@ class CapturedAttention:
             placed = memory.place(inputs)
             if isinstance(known, int):
                 known = self._record(placed, cache, memory.arena(known))
-            known.graph.launch()
+            self._launches.device.launch_graph(known.graph)
             results = known.results
         self._known[key] = known
         if len(self._known) > MOST_GRAPHS:

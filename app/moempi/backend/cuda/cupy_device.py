@@ -277,13 +277,12 @@ class CupyDevice:
             self._used = None
         graph = runtime.streamEndCapture(stream)
         try:
-            return StreamGraph(self, instantiate_graph(graph), used)
+            return StreamGraph(instantiate_graph(graph), used)
         finally:
             runtime.graphDestroy(graph)
 
-    def launch_graph(self, executable: int) -> None:
-        """Submit an executable graph to the current queue."""
-        cupy.cuda.runtime.graphLaunch(executable, self._stream.ptr)
+    def launch_graph(self, graph: "StreamGraph") -> None:
+        cupy.cuda.runtime.graphLaunch(graph.executable, self._stream.ptr)
 
     def _keep(self, *arguments: object) -> None:
         """Keep the arrays of work that is captured, for its graph."""
@@ -318,19 +317,14 @@ class _PinnedMemory:
 class StreamGraph:
     """An executable CUDA graph, and the arrays that its work uses."""
 
-    _executable = 0
-
-    def __init__(self, device: CupyDevice, executable: int, used: Sequence[object]) -> None:
-        self._device, self._executable, self._used = device, executable, used
-
-    def launch(self) -> None:
-        self._device.launch_graph(self._executable)
+    def __init__(self, executable: int, used: Sequence[object]) -> None:
+        self.executable, self._used = executable, used
 
     def __del__(self) -> None:
         """CUDA destroys a graph that still runs when it is done."""
-        if self._executable and not sys.is_finalizing():
+        if not sys.is_finalizing():
             with suppress(cupy.cuda.runtime.CUDARuntimeError):
-                cupy.cuda.runtime.graphExecDestroy(self._executable)
+                cupy.cuda.runtime.graphExecDestroy(self.executable)
 
 
 class StreamEvent:

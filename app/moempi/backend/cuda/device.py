@@ -118,13 +118,8 @@ class ExpertTable:
 
 Grid = tuple[int, int, int]
 Argument = Array | ExpertTable | int | float | None
-
-
-class Graph(Protocol):
-    """Work that was recorded. It keeps the arrays alive that the work uses."""
-
-    def launch(self) -> None:
-        """Submit the work to the current queue again, with the addresses, numbers and grids of its recording."""
+Graph = Any
+"""Work that a device has recorded; it keeps the arrays alive that the work uses."""
 
 
 class Device(Protocol):
@@ -234,6 +229,9 @@ class Device(Protocol):
         `submit` must not allocate or free, upload or download, record or await an event, or use another queue, and what
         its work makes on first use must be made before. Raises what it raises, then nothing is recorded.
         """
+
+    def launch_graph(self, graph: Graph) -> None:
+        """Submit recorded work to the current queue, with the addresses, numbers and grids of the recording."""
 
     def record_event(self) -> Event:
         """Record an event behind all work in the current queue."""
