@@ -76,6 +76,7 @@ finish
 if [[ $parts = *" figures "* ]]; then
     python3 -m moempi bench gpu --parts experts packing small decode prefill preemption --json "$folder/parts.json"
     python3 -m moempi bench gpu --parts layer blocks --json "$folder/layers.json"
+    python3 -m moempi bench gpu --parts layer --capture --json "$folder/layers_captured.json"
     layers=(--backend cupy --width 7168 --expert-width 2048 --experts 8 --top-k 8 --tokens 1024 --link 0.55 0.9)
     python3 -m moempi bench overlap "${layers[@]}" --lanes 2 4 --json "$folder/overlap.json"
     for transport in alltoallv cuda_ipc; do

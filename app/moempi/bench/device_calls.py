@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 from moempi.backend.cuda.backend import CudaBackend
 
-METHODS = ("launch", "product", "products", "copy")
-"""The methods of a device that submit one kernel or copy."""
+METHODS = ("launch", "product", "products", "copy", "launch_graph")
+"""The methods of a device that submit one kernel, copy or graph."""
 Call = Callable[..., None]
 
 

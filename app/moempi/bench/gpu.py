@@ -58,6 +58,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--many", type=count, nargs="+", default=[1024, 4096, 16384], metavar="M", help="of large ones")
     add("--sequences", type=count, nargs="+", default=[32], help="sequences that decode at once (32)")
     add("--layers", type=count, default=8, help="most layers that a lane goes through (8)")
+    add("--capture", action="store_true", help="attention of whole layers as CUDA graphs, as with run.capture")
     add("--layer-heads", type=count, nargs="+", default=[16, 128], metavar="H", help="heads of whole layers (16 128)")
     add("--layer-lanes", type=count, nargs="+", default=[1, 2], metavar="N", help="lanes of whole layers (1 2)")
     add("--layer-sequences", type=count, default=64, help="sequences of a lane that decode in whole layers (64)")
@@ -70,7 +71,7 @@ def add_flags(parser: ArgumentParser) -> None:
 def run(world: World, chosen: Namespace) -> None:
     """Measure on the GPU of rank 0 and print; collective. Raises ConfigError without a GPU."""
     pending = PendingTransfers()
-    backend = world.collectively(lambda: _backend(world, pending))
+    backend = world.collectively(lambda: _backend(world, pending, capture=chosen.capture))
     alone = world.comm.Split(world.rank, 0)
     if world.rank == 0:
         from moempi.bench.gpu_timer import CudaTimer
@@ -96,8 +97,8 @@ def _measure_and_print(measured: Iterator[Figure], *, title: str, caption: str, 
         console().print(whole)
 
 
-def _backend(world: World, pending: PendingTransfers) -> CudaBackend:
-    run = RunSection(backend="cupy")
+def _backend(world: World, pending: PendingTransfers, *, capture: bool) -> CudaBackend:
+    run = RunSection(backend="cupy", capture=capture)
     backend = make_backend(run, local_rank=world.local_rank, device_buffers=True, progress=pending.progress)
     if not isinstance(backend, CudaBackend):
         raise ConfigError("bench gpu needs a GPU")

@@ -48,6 +48,8 @@ from moempi.model.router_balance import MODEL_ROUTING
 from moempi.model.transformer import Layer, Transformer
 
 HOST_PASSES = 5
+CAPTURED_AT = 2
+"""Steps until a graph is launched alone: the second records it."""
 CACHE_BYTES = 24e9
 """Memory for the caches of all layers and lanes, which limits the number of layers."""
 
@@ -91,6 +93,8 @@ def _layer(bench: Bench, sizes: Namespace, comm: Any, *, step: Step, heads: int,
     )
     model = _random_model(bench, architecture, pages=pages)
     rig = _Rig(bench, model, comm, step=step, lanes=lanes)
+    for _ in range(CAPTURED_AT if model.layers[0].fused_attention is not None else 0):
+        rig.run()
     return Case(
         "layer",
         f"{step.name}, {step.sequences * step.rows:,} rows, {heads} heads, {lanes} lanes, {layers} layers",
@@ -111,13 +115,16 @@ def _random_model(bench: Bench, architecture: Architecture, *, pages: int) -> Tr
     norm = Norm("rms", NORM_EPS, bench.values.rows(width))
     qkv, output = random_matrix(bench.values, 3 * heads, width), random_matrix(bench.values, width, heads)
     experts = random_layer(bench.values, Sizes(width, architecture.experts.width, num_experts=1, top_k=1), num_hosted=1)
+    attention = Attention(shape=shape, eps=NORM_EPS, qkv=qkv, output=output)
+    block = attention.block(norm, norm)
     layers = [
         Layer(
             index=index,
             attention_norm=norm,
-            attention=Attention(shape=shape, eps=NORM_EPS, qkv=qkv, output=output),
+            attention=attention,
             feed_forward_norm=norm,
             feed_forward=replace(experts, layer=index),
+            fused_attention=backend.fuse_attention(block) if block else None,
         )
         for index in range(architecture.num_layers)
     ]
