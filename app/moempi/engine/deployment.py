@@ -9,6 +9,7 @@ from moempi.backend.select import make_backend
 from moempi.comm.device_memory import takes_device_memory
 from moempi.comm.transfers import PendingTransfers
 from moempi.config.job import Job
+from moempi.engine import phases
 from moempi.engine.admission import make_request
 from moempi.engine.chat import ChatText
 from moempi.engine.rank_layout import RankLayout, available_bytes, find_ranks, rank_layout_on, rank_threads
@@ -84,6 +85,7 @@ def deploy(
     `num_gpus` is the number of GPUs of this node that the job can use, `has_gpus` whether every node has some. Ranks
     beyond the first stage, which see no text, get the tokenizer only with `text_everywhere`.
     """
+    world.alive(phases.LAYOUT)
     pending = PendingTransfers()
     device_buffers = takes_device_memory(job.exchange, world, has_gpu=True) if has_gpus else False
     threads = rank_threads(job.run, world)

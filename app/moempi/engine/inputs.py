@@ -12,6 +12,7 @@ import msgspec
 from moempi.backend.select import count_gpus
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, result_keys
+from moempi.engine import phases
 from moempi.engine.replay import LineFiles, line_file
 from moempi.errors import DataError
 from moempi.observe.logs import log_to_files
@@ -93,6 +94,7 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
     Collective, blocks. A MoempiError of any rank ends all ranks, and so does another run that holds the output, or
     ranks that read different weights.
     """
+    world.alive(phases.INPUTS)
     is_first, num = world.rank == 0, len(_Agreed._fields)
 
     def open_all() -> tuple[_Opened, Sequence[int]]:

@@ -76,7 +76,6 @@ def run_job(
     each rank when the results are in place.
     """
     start = datetime.now(UTC)
-    world.alive(phases.INPUTS)
     # The inputs: rank 0 reads the prompts, every rank the index of the weight file.
     inputs = open_inputs(given if callable(given) else lambda: given, world, strict=strict)
     job, weights = inputs.job, inputs.weights
@@ -84,7 +83,6 @@ def run_job(
     attempt = Attempt(world, inputs, max_errors=max_errors)
     attempt.warn_of_damage()
     # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
-    world.alive(phases.LAYOUT)
     deployment = deploy(job, world, weights, num_gpus=inputs.num_gpus, has_gpus=inputs.has_gpus)
     requests, pages = _admit(inputs, deployment, attempt)
     replay = _check(inputs, deployment, attempt, requests) if _is_checked(inputs) else None
