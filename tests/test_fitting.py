@@ -1,8 +1,9 @@
 """Fits of costs to measured times."""
 
 import numpy as np
+import pytest
 
-from moempi.fitting import fit_costs
+from moempi.fitting import LAWS, Growth, fit_costs, fit_growth
 
 
 def test_exact_costs_are_recovered_and_no_cost_is_negative():
@@ -19,3 +20,19 @@ def test_a_kind_with_a_negative_fit_costs_zero():
     costs = fit_costs(amounts, np.array([1.0, 2.5, 4.0]))
     assert costs[1] == 0
     assert costs[0] > 1
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_what_a_cost_grows_with_is_found_through_noise_of_a_twentieth(law, share):
+    ranks = [4, 8, 16, 32, 64, 128, 256]
+    layers = [64 / (size // 4) for size in ranks]
+    grown = {"const": 0.0, "log": 2.0, "linear": 0.2, "square": 0.002}[law]
+    exact = Growth(law, 5.0, share, grown)
+    noise = 1 + 0.05 * np.array([1, -1, 0.5, -0.5, 1, -1, 0.5])
+    costs = [exact.at(size, held) for size, held in zip(ranks, layers, strict=True)]
+    found = fit_growth(ranks, layers, costs)
+    assert (found.law, found.at(3904, 1.0)) == (law, pytest.approx(exact.at(3904, 1.0), rel=1e-3))
+    noisy = fit_growth(ranks, layers, costs * noise)
+    assert noisy.law == law
+    assert noisy.at(3904, 1.0) == pytest.approx(exact.at(3904, 1.0), rel=0.3)

@@ -4,7 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from moempi.bench.start import exponent
+from moempi.bench.start import PARTS
+from moempi.fitting import LAWS
 from mpirun import ROOT, python
 
 TINY = ("--width", "32", "--expert-width", "16", "--experts", "4", "--top-k", "2")
@@ -78,17 +79,17 @@ def test_record_prints_what_each_recorded_table_costs_on_one_rank(mpirun, tmp_pa
     assert mpirun(2, *command).code == 64
 
 
-def test_start_prints_a_row_for_each_number_of_ranks_and_the_growth(mpirun):
-    outcome = mpirun(3, *python("-m", "moempi", "bench", "start", "--rounds", "1"))
+@pytest.mark.parametrize("flags", [(), ("--compute", "--stage-ranks", "1")])
+def test_start_prints_what_each_part_takes_on_each_number_of_ranks_and_how_it_grows(mpirun, flags):
+    outcome = mpirun(3, *python("-m", "moempi", "bench", "start", *flags))
     require_80_columns(outcome)
-    rows = [line.split()[0] for line in outcome.out.splitlines() if len(line.split()) == 5]
-    assert rows == ["1", "2", "exponent"]
-
-
-@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
-def test_the_exponent_of_growth_is_that_of_a_power(power):
-    sizes = [1, 2, 4, 8]
-    assert exponent(sizes, [3.0 * size**power for size in sizes]) == pytest.approx(power)
+    names = (*PARTS, "all")
+    rows = [row for row in map(str.split, outcome.out.splitlines()) if row[:1] and row[0] in {*names, "MB"}]
+    assert [row[0] for row in rows] == [*names, "MB", *names, *names]
+    for _, on_one, on_two, *grows in rows:
+        law, on_many = grows or ("const", "0")
+        assert law in LAWS
+        assert min(map(float, (on_one, on_two, on_many))) >= 0
 
 
 def test_a_wrong_flag_is_a_usage_error(mpirun):

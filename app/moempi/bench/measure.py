@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
@@ -67,6 +66,8 @@ class Clock:
 @contextmanager
 def product_clock() -> Iterator[Clock]:
     """Inside the block, the clock counts the time of matrix products, of NumPy and of the kernels."""
+    from unittest.mock import patch
+
     clock, matmul, kernels = Clock(), np.matmul, Kernels.multiply
 
     def timed(product: Callable[..., Any]) -> Callable[..., Any]:
