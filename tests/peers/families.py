@@ -400,6 +400,11 @@ def prompts(case: str) -> list[list[int]]:
     return [torch.randint(0, COMMON["vocab_size"], (length,), generator=random).tolist() for length in lengths]
 
 
+def num_greedy(prompt: list[int]) -> int:
+    """How many tokens continue a prompt; few of a long one, whose whole length the reference computes for each."""
+    return NUM_GREEDY if len(prompt) < max(LONG_LENGTHS) else 3
+
+
 def write_checkpoint(folder: Path, case: str) -> None:
     """Save a random model of the case as the hub has such: separate experts, weights that bfloat16 can hold."""
     model = _class_of(CASES[case][0]).from_config(_config(case), dtype=torch.float32)
@@ -560,6 +565,6 @@ def _scores(model: Any, prompt: list[int]) -> torch.Tensor:
 def _greedy(model: Any, prompt: list[int]) -> list[int]:
     """One prompt at a time and without a cache: the plainest path through the reference."""
     tokens = list(prompt)
-    for _ in range(NUM_GREEDY):
+    for _ in range(num_greedy(prompt)):
         tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
     return tokens[len(prompt) :]

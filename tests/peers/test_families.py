@@ -92,7 +92,9 @@ def test_family(case: str, tmp_path: Path, table: list[str], runner: Callable[[i
     convert(tmp_path / "hub", tmp_path / "model.h5")
     lines = [json.dumps({"tokens": prompt}) + "\n" for prompt in tokens]
     (tmp_path / "score.jsonl").write_text("".join(lines))
-    (tmp_path / "generate.jsonl").write_text("".join(lines[: len(families.LENGTHS)]))
+    continued = [(prompt, families.num_greedy(prompt)) for prompt in tokens[: len(families.LENGTHS)]]
+    lines = [json.dumps({"tokens": prompt, "max_tokens": limit}) + "\n" for prompt, limit in continued]
+    (tmp_path / "generate.jsonl").write_text("".join(lines))
     groups = () if case.startswith(WHOLE_NORMS) else OF_TENSOR_GROUPS
     running = [runner(1).start("run", job) for job in write_jobs(tmp_path, 1, ("score", "greedy", "rounded"))]
     running += [runner(4).start("run", job) for job in write_jobs(tmp_path, 4, (*OF_4_RANKS, *groups))]
