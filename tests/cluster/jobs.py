@@ -19,9 +19,13 @@ LINE = re.compile(r"^moempi: ranks? \d.*$", re.MULTILINE)
 
 
 def facts(job: str) -> dict[str, str]:
-    """What Slurm says of a job."""
-    words = hosts.run("scontrol", "show", "--oneliner", "job", job).split()
-    return dict(word.partition("=")[::2] for word in words)
+    """What Slurm says of a job, as soon as its controller answers."""
+    command = ["scontrol", "show", "--oneliner", "job", job]
+    limit = time.monotonic() + END_S
+    while (ran := subprocess.run(command, text=True, capture_output=True, check=False)).returncode:
+        assert time.monotonic() < limit, ran.stderr
+        time.sleep(0.1)
+    return dict(word.partition("=")[::2] for word in ran.stdout.split())
 
 
 def wait_for(true_at_last: Callable[[], bool], *, what: str) -> None:

@@ -28,8 +28,13 @@ def output_of(*command: str | Path) -> str:
 
 
 def facts(job: str) -> dict[str, str]:
-    """What Slurm says of a job."""
-    return dict(word.partition("=")[::2] for word in output_of("scontrol", "show", "--oneliner", "job", job).split())
+    """What Slurm says of a job, as soon as its controller answers."""
+    command = ["scontrol", "show", "--oneliner", "job", job]
+    limit = time.monotonic() + END_S
+    while (ran := subprocess.run(command, text=True, capture_output=True, check=False)).returncode:
+        assert time.monotonic() < limit, ran.stderr
+        time.sleep(0.1)
+    return dict(word.partition("=")[::2] for word in ran.stdout.split())
 
 
 def wait_for(true_at_last, *, what: str) -> None:
