@@ -142,7 +142,7 @@ def test_random_values_fill_an_array_of_any_size(backend):
 
 def test_the_command_prints_a_table_and_writes_json(backend, tmp_path, capsys, monkeypatch):
     world = SimpleNamespace(comm=MPI.COMM_SELF, size=1, rank=0, num_nodes=1, collectively=lambda action: action())
-    monkeypatch.setattr(gpu, "_backend", lambda *_: backend)
+    monkeypatch.setattr(gpu, "_backend", lambda *_, **__: backend)
     monkeypatch.setattr(gpu_timer, "CudaTimer", lambda: HostTimer(backend))
     monkeypatch.setattr(gpu, "find_torch", fail)
     monkeypatch.setenv("COLUMNS", "200")
