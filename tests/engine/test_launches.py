@@ -148,7 +148,7 @@ def test_a_layer_of_a_decode_step_waits_for_nothing_and_takes_no_memory_of_the_d
     second, third = (first + number for number, name in enumerate(names) if name == "combine_rms_norm")
     assert "upload" not in device.names[second:third]
     calls = Counter(name for behind, name in device.calls if second < behind <= third)
-    assert calls == {"from the pool": 17, "event": 1}
+    assert calls == {"from the pool": 16, "event": 1}
 
 
 @pytest.mark.ranks(2)

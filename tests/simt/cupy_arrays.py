@@ -3,8 +3,6 @@
 Only the arrays are CuPy's; the work is done as on the SIMT device. An operation that CuPy would compute on a GPU fails.
 """
 
-from dataclasses import replace
-
 import cupy
 import numpy as np
 
@@ -30,7 +28,7 @@ def on_host(values):
     """A NumPy view of any argument that is a CuPy array; a table of experts with such views."""
     if isinstance(values, ExpertTable):
         matrices, biases = (list(map(on_host, arrays)) for arrays in (values.matrices, values.biases))
-        return replace(values, matrices=matrices, biases=biases)
+        return values._replace(matrices=matrices, biases=biases)
     if not isinstance(values, cupy.ndarray):
         return values
     return np.asarray(HostView(values)) if values.size else np.empty(values.shape, values.dtype)

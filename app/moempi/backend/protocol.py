@@ -7,7 +7,6 @@ result. A verb submits its work and returns; only verbs documented as "Blocks th
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -43,8 +42,7 @@ class Event(Protocol):
         """Block the host until all work submitted before the event is done."""
 
 
-@dataclass(frozen=True, slots=True)
-class Download:
+class Download(NamedTuple):
     """Host memory that holds copies of a backend's arrays once `event` is done, or at once if there is none."""
 
     event: Event | None
@@ -355,10 +353,10 @@ class ExpertVerbs(Protocol):
 
     def group_and_pack(
         self, rows: Array, experts: Array, physical_ids: Array, out: Array, *, num_ids: int
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Array]:
         """`group` of at most `most_packed_choices`, and `pack` of their source rows to out (T * K, D), in one.
 
-        `out` is from `rows_in`.
+        `out` is from `rows_in`. Returns the sorted position of each choice and the number of choices per physical id.
         """
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:

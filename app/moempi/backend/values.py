@@ -42,8 +42,7 @@ class Cache:
     index: "Cache | None" = None
 
 
-@dataclass(frozen=True, slots=True)
-class RmsNorm:
+class RmsNorm(NamedTuple):
     """The norm of a vector, as by `rms_norm`: its weights (dim,), `eps`, and whether the quotient is rounded."""
 
     weight: Array

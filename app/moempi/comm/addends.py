@@ -1,7 +1,6 @@
 """What a MoE layer adds to the weighted sums of its experts' outputs, and the sums."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from moempi.backend.protocol import Backend
@@ -15,8 +14,7 @@ class Sums(NamedTuple):
     normalized: Array | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Addends:
+class Addends(NamedTuple):
     """Rows (T, D) that are added to the combined outputs: first the shared experts' rows, then the residual.
 
     `norm` normalizes the sums, if it is given.

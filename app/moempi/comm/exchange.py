@@ -6,7 +6,6 @@ rows while their numbers are exchanged, so that one latency covers both, except 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +26,7 @@ from moempi.layout.topology import Topology
 DISPATCH, COMBINE = EXCHANGE_PHASES
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """The router's choices for the rows of one layer: experts (T, K) and weights (T, K), both arrays of the backend."""
 
     layer: int
@@ -148,17 +146,14 @@ class OneHop(Exchange):
     def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
         """Send rows, while counts are exchanged; receive as soon as the counts of all ranks are received."""
         layer, placement = route.layer, self.placements[route.layer]
-        packed, (source_rows, output_rows, counts) = yield from self._group_steps(x, route)
+        rows, source_rows, output_rows, counts = yield from self._group_steps(x, route)
         (counts,) = yield from downloaded(self._hop.backend, counts)
         counts = counts.astype(np.int64, copy=False)
         send_counts = rows_by_rank(counts, placement.bounds)
         choices = GroupedChoices(counts, send_counts, source_rows, output_rows, route.weights)
         np.add.at(self.expert_load[layer], placement.experts, counts)
         planning = self.plan_from_counts(layer, choices)
-        if packed is None:
-            sending = self._hop.send(x, source_rows, send_counts)
-        else:
-            sending = self._hop.send(packed, None, send_counts, written=True)  # they were written before the counts
+        sending = self._hop.send(rows, source_rows, send_counts, written=source_rows is None)
         yield planning
         plan = planning.finish()
         receipt = yield from self._hop.receive_steps(sending, plan.recv_counts)
@@ -177,7 +172,7 @@ class OneHop(Exchange):
 
     def outputs_buffer(self, plan: RoutePlan) -> Array | None:
         """See the base class; rows that return in another order are packed."""
-        return self._hop.reserve(int(plan.recv_counts.sum())) if plan.by_source is None else None
+        return self._hop.reserve(sum(plan.recv_counts.tolist())) if plan.by_source is None else None
 
     def plan_from_counts(self, layer: int, choices: GroupedChoices) -> Transfer[RoutePlan]:
         """Start to exchange counts; the transfer's value is the plan of these choices. Collective, does not block."""
@@ -188,18 +183,19 @@ class OneHop(Exchange):
         receipt = yield from self._hop.exchange_steps(x, plan.source_rows, plan.send_counts, plan.recv_counts)
         return self._hop.unpack(receipt, plan.by_expert)
 
-    def _group_steps(self, x: Array, route: Route) -> Steps[tuple[Array | None, tuple[Array, Array, Array]]]:
-        """The steps of `Backend.group`; the value is its results, behind the rows to send if they are packed already.
+    def _group_steps(self, x: Array, route: Route) -> Steps[tuple[Array, Array | None, Array, Array]]:
+        """The steps of `Backend.group`; the value is the rows to send, and its results.
 
-        Few rows are packed before the host has their counts, by the verb that computes these.
+        Few rows are packed before the host has their counts, by the verb that computes these: then they are sent as
+        they are, and there are no source rows.
         """
         backend, placement, ids = self._hop.backend, self.placements[route.layer], self._uploaded_ids(route.layer)
         experts, num_ids = pick_replicas(backend, route, placement), len(placement.experts)
         if 0 < experts.size <= backend.most_packed_choices:
             packed = yield from self._hop.reserve_steps(experts.size)
             if packed is not None:
-                return packed, backend.group_and_pack(x, experts, ids, packed, num_ids=num_ids)
-        return None, backend.group(experts, ids, num_ids=num_ids)
+                return packed, None, *backend.group_and_pack(x, experts, ids, packed, num_ids=num_ids)
+        return x, *backend.group(experts, ids, num_ids=num_ids)
 
     def _uploaded_ids(self, layer: int) -> Array:
         """The physical ids of a layer, which each step needs; uploaded once, on the lane's own queue."""

@@ -29,7 +29,9 @@ class Hop:
 
     def reserve(self, num_rows: int) -> Array | None:
         """As `reserve_steps`; blocks until the buffer is free."""
-        return self.transfers.start(self.reserve_steps(num_rows)).finish()
+        if not self._transport.can_send():
+            self.transfers.start(self._free_steps()).finish()
+        return self._take_outgoing(num_rows)
 
     def reserve_steps(self, num_rows: int) -> Steps[Array | None]:
         """The buffer (num_rows, D) that `send` takes next, for verbs that write there; None if it packs rows.
@@ -38,8 +40,11 @@ class Hop:
         transfer before the last one.
         """
         yield from self._free_steps()
+        return self._take_outgoing(num_rows)
+
+    def _take_outgoing(self, num_rows: int) -> Array | None:
         outgoing = self._transport.outgoing(num_rows)
-        rows = self.backend.rows_in(outgoing.view(self.backend.row_dtype))
+        rows = self.backend.rows_in(self._rows_of(outgoing))
         self._reserved = outgoing, rows
         return rows
 
@@ -60,7 +65,7 @@ class Hop:
         if not sending.finished:
             yield sending
         sending.finish()
-        receipt = self._transport.receive(self._transport.incoming(int(counts.sum())), counts)
+        receipt = self._transport.receive(self._transport.incoming(sum(counts.tolist())), counts)
         yield receipt
         return receipt
 
@@ -76,7 +81,7 @@ class Hop:
             yield from self._free_steps()
             outgoing = self._transport.outgoing(int(counts.sum()))
         if rows is not reserved:
-            self.backend.pack(rows, index, outgoing.view(self.backend.row_dtype))
+            self.backend.pack(rows, index, self._rows_of(outgoing))
         needs_event = self.comm.size > 1 and not written  # alone: the rows stay in the same queue
         event = self.backend.record_event() if needs_event else None
         if event is not None:
@@ -95,7 +100,7 @@ class Hop:
     def unpack(self, receipt: Receipt, order: IntArray | None) -> Array:
         """The received rows in a new order: row i is received row order[i]. None keeps the order by source."""
         buffer, rows = receipt.rows()
-        unpacked = self.backend.unpack(buffer.view(self.backend.row_dtype), _compose(rows, order))
+        unpacked = self.backend.unpack(self._rows_of(buffer), _compose(rows, order))
         receipt.release()
         return unpacked
 
@@ -113,11 +118,16 @@ class Hop:
         `on_outputs` is called before with the received rows and their index (T, K).
         """
         buffer, rows = receipt.rows()
-        received, index = buffer.view(self.backend.row_dtype), _compose(rows, output_rows)
+        received, index = self._rows_of(buffer), _compose(rows, output_rows)
         on_outputs(received, index)
         combined = addends.combine(self.backend, received, index, weights)
         receipt.release()
         return combined
+
+    def _rows_of(self, buffer: Array) -> Array:
+        """A buffer of a transport as rows; a view takes the host longer than the comparison."""
+        kind = self.backend.row_dtype
+        return buffer if buffer.dtype == kind else buffer.view(kind)
 
 
 def _compose(rows: IntArray | None, order: Any) -> Any:

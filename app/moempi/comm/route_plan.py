@@ -1,20 +1,19 @@
 """Route plans: the rows of one layer and lane that each rank sends, and the way back of the experts' outputs. Pure."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from moempi.arrays import BoolArray, IntArray
 
 
-@dataclass(frozen=True, slots=True)
-class GroupedChoices:
+class GroupedChoices(NamedTuple):
     """The choices of one rank, (token, slot) pairs, sorted by physical expert.
 
     `counts` (P,) are the choices of each physical expert and `send_counts` (R,) of each rank's experts, on the host.
-    `source_rows` (N,) is the token of each choice, `output_rows` (T, K) the index of each choice in this order, and
-    `weights` (T, K) the choices' weights, on the backend.
+    `source_rows` (N,) is the token of each choice, or None if the rows are packed; `output_rows` (T, K) is the index of
+    each choice in this order, and `weights` (T, K) the choices' weights, on the backend.
     """
 
     counts: IntArray
@@ -32,14 +31,13 @@ class Plan(Protocol):
         """The rows of each hosted expert."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoutePlan:
+class RoutePlan(NamedTuple):
     """The plan of one hop: rows are dispatched by it, and the experts' outputs return in the opposite direction.
 
     `send_counts` and `recv_counts` (R,) are the rows dispatched to and from each rank, `expert_counts` the rows of each
-    hosted expert. `source_rows` (N,) is the token of each dispatched row, `output_rows` (T, K) the index of each
-    choice's output among the returned rows, `weights` (T, K) the choices' weights; these three are the backend's. Rows
-    are received in the order of the source rank, then of the expert. `by_expert` permutes them to expert order and
+    hosted expert. `source_rows` (N,) is the token of each dispatched row, or None, `output_rows` (T, K) the index of
+    each choice's output among the returned rows, `weights` (T, K) the choices' weights; these three are the backend's.
+    Rows are received in the order of the source rank, then of the expert. `by_expert` permutes them to expert order and
     `by_source` back; both are None if the orders are the same.
     """
 
@@ -82,11 +80,12 @@ class TwoHopPlan:
 def make_plan(layer: int, choices: GroupedChoices, counts_here: IntArray) -> RoutePlan:
     """The plan of grouped choices, given the counts_here (R, experts hosted here) that this rank has received."""
     by_expert, by_source = expert_order(counts_here)
+    num_ranks, num_hosted = counts_here.shape
     return RoutePlan(
         layer=layer,
         send_counts=choices.send_counts,
-        recv_counts=counts_here.sum(axis=1),
-        expert_counts=counts_here.sum(axis=0),
+        recv_counts=counts_here[:, 0] if num_hosted == 1 else counts_here.sum(axis=1),
+        expert_counts=counts_here[0] if num_ranks == 1 else counts_here.sum(axis=0),
         source_rows=choices.source_rows,
         output_rows=choices.output_rows,
         weights=choices.weights,

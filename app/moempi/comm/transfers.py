@@ -8,7 +8,6 @@ received while any lane computes or waits.
 
 import os
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
 from time import perf_counter, sleep
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -34,8 +33,7 @@ EVENT_NAP_S = 50e-6
 """Longest sleep if verbs return before they are done: events that occur meanwhile start transfers of other lanes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
+class Condition(NamedTuple):
     """A request that is complete once `Test()` is true; it does not block."""
 
     Test: Callable[[], bool]

@@ -85,6 +85,10 @@ class Attention:
         shape, num_rows = self.shape, len(x)
         query_rows, kv_rows = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         qkv = backend.linear(x, self.qkv, self.qkv_bias)
+        if shape.qk_norm != "vector" and not shape.clip:
+            heads = qkv.reshape(num_rows, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+            first, last = shape.num_heads, shape.num_heads + shape.num_kv_heads
+            return heads[:, :first], heads[:, first:last], heads[:, last:]
         queries, keys, values = qkv[:, :query_rows], qkv[:, query_rows:-kv_rows], qkv[:, -kv_rows:]
         if shape.qk_norm == "vector":
             queries = backend.rms_norm(queries, self.q_norm, eps=self.eps)

@@ -412,10 +412,10 @@ class NumpyBackend:
         out: npt.NDArray[Any],
         *,
         num_ids: int,
-    ) -> tuple[IntArray, IntArray, IntArray]:
-        grouped = self.group(experts, physical_ids, num_ids=num_ids)
-        self.pack(rows, grouped[0], out)
-        return grouped
+    ) -> tuple[IntArray, IntArray]:
+        source_rows, output_rows, counts = self.group(experts, physical_ids, num_ids=num_ids)
+        self.pack(rows, source_rows, out)
+        return output_rows, counts
 
     def take_rows(self, rows: Float32Array, index: IntArray) -> Float32Array:
         return rows[index]

@@ -1,6 +1,7 @@
 """Attention over a paged cache: tiles of many queries on tensor cores, single rows in blocks of keys."""
 
-from dataclasses import dataclass
+from functools import cache as cached
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,7 @@ MOST_HEADS = 64
 """Heads per block of `rotate_into_cache`; equals MOST_TOGETHER of kernels/rope.cu."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """The factor of the scores, the number of positions that a row sees (0: all), and the sinks (heads,) if any."""
 
     scale: float
@@ -32,8 +32,7 @@ class Rule:
     sinks: Array | None
 
 
-@dataclass(frozen=True, slots=True)
-class Queries:
+class Queries(NamedTuple):
     """Queries (T, H, dim), or their first numbers, with what comes behind them and is rotated where they are read.
 
     `rotary` is (T, H, rope dim), `angles` are the cosines and sines (T, n) of the rows.
@@ -47,6 +46,8 @@ class Queries:
     def rows_from(self, first: int, count: int) -> tuple[Array | None, ...]:
         """Numbers, rotary, cosines and sines of rows [first, first + count)."""
         parts = (self.numbers, self.rotary, *(self.angles or (None, None)))
+        if count == len(self.numbers):
+            return parts
         return tuple(part if part is None else rows_from(part, first, count) for part in parts)
 
     @property
@@ -130,11 +131,9 @@ class PagedAttention:
     ) -> None:
         """Attend single rows in blocks of keys, as many rows per launch as PARTIAL_BYTES holds."""
         _, heads, value_dim = out.shape
-        kv_heads = cache.keys.shape[1]
-        together = min(SPLIT_HEADS, heads // kv_heads)
-        head_rounds = kv_heads * -(-(heads // kv_heads) // together)
-        value_stride = cache.keys.shape[-1] if is_latent(cache) else value_dim
-        dims = {**head_dims(cache), "HEADS": together}
+        _, kv_heads, key_dim = cache.keys.shape
+        together, head_rounds = _divide(heads, kv_heads)
+        value_stride = key_dim if is_latent(cache) else value_dim
         sizes = (heads, kv_heads, value_stride, rule.scale, rule.window, *queries.sizes)
         rows, splits = run.rows, num_splits(run)
         partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
@@ -150,9 +149,27 @@ class PagedAttention:
                 arrived = self._launches.counters(num_rows * head_rounds)
             given = (*own, cache.keys, cache.values, rule.sinks, spans, layout.pages)
             results, grid = (sums, stats, arrived, attended), (head_rounds, splits, num_rows)
-            self._launches.launch("attention", "attend_rows", grid, 128, *given, *results, *sizes, **dims)
+            self._launches.launch(
+                "attention",
+                "attend_rows",
+                grid,
+                128,
+                *given,
+                *results,
+                *sizes,
+                HEAD_DIM=key_dim,
+                VALUE_DIM=value_dim,
+                HEADS=together,
+            )
 
 
 def num_splits(run: SingleRows) -> int:
     """Blocks that divide the keys of a row of the run."""
     return -(-run.most_keys // SPLIT_KEYS)
+
+
+@cached
+def _divide(heads: int, kv_heads: int) -> tuple[int, int]:
+    """Query heads of a block, and the blocks of all heads."""
+    together = min(SPLIT_HEADS, heads // kv_heads)
+    return together, kv_heads * -(-(heads // kv_heads) // together)

@@ -10,7 +10,7 @@ computes experts in parts of few rows where it can, and attention goes row by ro
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from typing import Any
 
@@ -63,6 +63,8 @@ MOST_IDS = 8192
 MOST_CHOICES = 2048
 """Choices that are sorted and packed by one kernel; equals MOST_CHOICES of kernels/packing.cu."""
 SCORING = {"softmax": 0, "sigmoid": 1, "softmax_chosen": 2}
+UNCHANGED = nullcontext()
+"""The queue stays the current one."""
 
 
 class CudaBackend:
@@ -82,6 +84,7 @@ class CudaBackend:
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device
+        self.queue = device.queue
         self.memory_id = device.memory_id
         self.comm_buffers_on_host = device.comm_buffers_on_host
         self.is_bfloat16 = precision == "bfloat16"
@@ -128,18 +131,21 @@ class CudaBackend:
         for held in (cache.keys,) if is_latent(cache) else (cache.keys, cache.values):
             self._launches.launch("kv_cache", "clear_pages", (len(pages), 1, 1), 1024, held, index, numbers)
 
-    @property
-    def queue(self) -> int:
-        return self.device.queue
+    def on_queue(self, number: int) -> AbstractContextManager[None]:
+        return UNCHANGED if number == self.queue else self._on_other_queue(number)
 
     @contextmanager
-    def on_queue(self, number: int) -> Iterator[None]:
+    def _on_other_queue(self, number: int) -> Iterator[None]:
         before = self.queue
-        self.device.use_queue(number)
+        self._use_queue(number)
         try:
             yield
         finally:
-            self.device.use_queue(before)
+            self._use_queue(before)
+
+    def _use_queue(self, number: int) -> None:
+        self.device.use_queue(number)
+        self.queue = number
 
     def record_event(self) -> Event:
         return self.device.record_event()
@@ -218,7 +224,10 @@ class CudaBackend:
 
     def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
         out = self._launches.rows((len(x), matrix.outputs))
-        self._products.biased(x, matrix, bias, out)
+        if bias is None:
+            self._products.product(x, matrix, out)
+        else:
+            self._products.biased(x, matrix, bias, out)
         return out
 
     def linear_heads(self, x: Array, matrices: Array) -> Array:
@@ -376,7 +385,9 @@ class CudaBackend:
 
     def _attention_layout(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
         """The layout of a step's rows is the same in all layers, so it is kept until the queue's next steps."""
-        kept = self._layouts.setdefault(self.queue, deque(maxlen=KEPT_LAYOUTS))
+        kept = self._layouts.get(self.queue)
+        if kept is None:
+            kept = self._layouts[self.queue] = deque(maxlen=KEPT_LAYOUTS)
         for layout in kept:
             if layout.segments is segments:
                 return layout
@@ -481,11 +492,12 @@ class CudaBackend:
 
     def group_and_pack(
         self, rows: Array, experts: Array, physical_ids: Array, out: Array, *, num_ids: int
-    ) -> tuple[Array, Array, Array]:
-        choices, slots = prod(experts.shape), experts.shape[1]
-        source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
-        results, width = (source_rows, output_rows, self.device.empty((num_ids,), np.int32)), out.shape[1]
-        given, sizes = (rows, experts, self.upload(physical_ids), out), (choices, slots, num_ids, width)
+    ) -> tuple[Array, Array]:
+        results = self.device.empty(experts.shape, np.int32), self.device.empty((num_ids,), np.int32)
+        given, sizes = (
+            (rows, experts, self.upload(physical_ids), out),
+            (len(out), experts.shape[1], num_ids, out.shape[1]),
+        )
         self._launches.by_segment("packing", "pack_choices", out, *given, *results, *sizes)
         return results
 
@@ -548,7 +560,7 @@ class CudaBackend:
         return outputs
 
     def _expert_of_many(self, rows: Array, own: ExpertRows, outputs: Array) -> None:
-        x, out = (rows_from(whole, own.first, own.count) for whole in (rows, outputs))
+        x, out = (rows_from(whole, own.first, own.num_rows) for whole in (rows, outputs))
         expert = own.expert
         hidden = self.linear(x, expert.gate_up, expert.gate_up_bias)
         hidden = self.swiglu(hidden, expert.clamp) if expert.gated else self.squared_relu(hidden)

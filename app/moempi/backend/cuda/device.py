@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -91,8 +91,7 @@ def _with_headers(file: str, seen: set[str]) -> str:
     return "".join(pieces)
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertTable:
+class ExpertTable(NamedTuple):
     """The argument `Experts` of kernels/few_rows.cu: expert e has `counts[e]` rows of x, from `x_starts[e]` on."""
 
     matrices: Sequence[Array]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,13 +25,12 @@ PARTIAL_BYTES = 64 << 20
 """About the most memory of a queue for the sums of splits; more experts are computed in several launches."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertRows:
-    """Rows [first, first + count) of a layer's, which go through `expert`."""
+class ExpertRows(NamedTuple):
+    """Rows [first, first + num_rows) of a layer's, which go through `expert`."""
 
     expert: Expert
     first: int
-    count: int
+    num_rows: int
 
 
 def expert_rows(experts: Sequence[Expert], counts: Sequence[int]) -> list[ExpertRows]:
@@ -68,20 +68,17 @@ class FewRows:
 
     def takes(self, own: ExpertRows) -> bool:
         """Whether the kernels compute these rows."""
-        is_few = own.expert.gated and (self._always or own.count <= MOST_ROWS)
+        is_few = own.expert.gated and (self._always or own.num_rows <= MOST_ROWS)
         return is_few and self._has_warpgroups and own.expert.gate_up.has_panels and own.expert.down.has_panels
 
     def expert_mlps(self, rows: Array, chosen: Sequence[ExpertRows], out: Array) -> None:
         """Compute the chosen rows of out (T, D) from the same rows of `rows` (T, D); all experts have one shape."""
         parts: list[ExpertRows] = []
         for own in chosen:
-            parts += [own] if own.count <= MOST_ROWS else _divided(own)
+            parts += [own] if own.num_rows <= MOST_ROWS else _divided(own)
         while parts:
-            width, hidden = rows.shape[1], parts[0].expert.down.values.shape[1]
-            most_rows = _constant(max(part.count for part in parts[:MOST_EXPERTS]))
-            gate_up = divide("gate_up_few", hidden, width, most_rows, BLOCKS)
-            down = divide("multiply_few", width, hidden, most_rows, BLOCKS)
-            partial = max(gate_up.partial, down.partial)
+            most_rows = max([part.num_rows for part in parts[:MOST_EXPERTS]])
+            gate_up, down, partial = _divisions(rows.shape[1], parts[0].expert.down.values.shape[1], most_rows)
             together = min(len(parts), MOST_EXPERTS, max(1, PARTIAL_BYTES // (partial * THREADS * 16)))
             self._expert_mlps(rows, parts[:together], out, gate_up, down, self._partial_sums(together * partial))
             parts = parts[together:]
@@ -89,7 +86,7 @@ class FewRows:
     def _expert_mlps(
         self, rows: Array, parts: Sequence[ExpertRows], out: Array, gate_up: Division, down: Division, sums: Array
     ) -> None:
-        firsts, counts = [part.first for part in parts], [part.count for part in parts]
+        firsts, counts = [part.first for part in parts], [part.num_rows for part in parts]
         *hidden_firsts, num_rows = accumulate(counts, initial=0)
         experts = [part.expert for part in parts]
         hidden = self._launches.rows((num_rows, experts[0].down.values.shape[1]))
@@ -143,11 +140,15 @@ def divide(name: str, outputs: int, inputs: int, most_rows: int, blocks: int) ->
     )
 
 
-def _constant(rows: int) -> int:
-    """The constant ROWS of kernels/few_rows.cu."""
-    return min(most for most in STAGES if rows <= most)
+@cache
+def _divisions(width: int, hidden: int, rows: int) -> tuple[Division, Division, int]:
+    """The divisions of both products of experts of at most `rows` rows, and the larger `partial`."""
+    most_rows = min(most for most in STAGES if rows <= most)
+    gate_up = divide("gate_up_few", hidden, width, most_rows, BLOCKS)
+    down = divide("multiply_few", width, hidden, most_rows, BLOCKS)
+    return gate_up, down, max(gate_up.partial, down.partial)
 
 
 def _divided(own: ExpertRows) -> list[ExpertRows]:
-    end = own.first + own.count
+    end = own.first + own.num_rows
     return [ExpertRows(own.expert, first, min(MOST_ROWS, end - first)) for first in range(own.first, end, MOST_ROWS)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -151,11 +152,13 @@ def rows_from(whole: Array, first: int, count: int) -> Array:
     return whole if count == len(whole) else whole[first : first + count]
 
 
+@cache
 def block_threads(width: int) -> int:
     """Threads of a block for `width` numbers, eight per thread: whole warps, at most 1,024."""
     return int(min(1024, 32 * -(-width // 256)))
 
 
+@cache
 def norm_threads(width: int) -> int:
     """Threads of a block that normalizes a vector of `width` numbers by kernels/norm.cuh."""
     return min(512, block_threads(-(-width // 4)))
@@ -163,6 +166,7 @@ def norm_threads(width: int) -> int:
 
 def extents(x: Array) -> tuple[int, int, int, int]:
     """Heads, width, row stride and head stride, in numbers, of (T, D) or (T, H, D)."""
-    heads = x.shape[1] if x.ndim == 3 else 1
-    head_stride = x.strides[1] // x.itemsize if x.ndim == 3 else 0
-    return heads, x.shape[-1], x.strides[0] // x.itemsize, head_stride
+    shape, strides, size = x.shape, x.strides, x.itemsize
+    if len(shape) == 3:
+        return shape[1], shape[2], strides[0] // size, strides[1] // size
+    return 1, shape[1], strides[0] // size, 0

@@ -48,6 +48,9 @@ class Products:
         """Compute out (T, N) = x (T, K) times the matrix."""
         if x.dtype != matrix.values.dtype:
             x = self._launches.widened(x)
+        if self._takes_whole(x):
+            self._device.product(x, matrix.values, out, transposed=matrix.transposed)
+            return
         for first, count, is_whole in self._calls(len(x)):
             own, result = rows_from(x, first, count), rows_from(out, first, count)
             if is_whole:
@@ -78,6 +81,9 @@ class Products:
 
     def by_head(self, x: Array, matrices: Array, out: Array) -> None:
         """Compute out (T, H, N) = x (T, H, K) times matrices (H, K, N), head by head."""
+        if self._takes_whole(x):
+            self._device.products(x, matrices, out)
+            return
         for first, count, is_whole in self._calls(len(x)):
             own, result = rows_from(x, first, count), rows_from(out, first, count)
             if is_whole:
@@ -87,12 +93,15 @@ class Products:
                 self._device.products(self._padded(own), matrices, padded)
                 self._launches.copy(padded[:count], result)
 
+    def _takes_whole(self, x: Array) -> bool:
+        """Whether one call takes all rows."""
+        return not self._reproducible and len(x) > 0
+
     def _calls(self, num_rows: int) -> Iterator[tuple[int, int, bool]]:
-        """The first row and the number of rows of each call, and whether it needs no padding."""
-        step = PRODUCT_ROWS if self._reproducible else max(1, num_rows)
-        for first in range(0, num_rows, step):
-            count = min(step, num_rows - first)
-            yield first, count, count == step
+        """The first row and the number of rows of each reproducible call, and whether it needs no padding."""
+        for first in range(0, num_rows, PRODUCT_ROWS):
+            count = min(PRODUCT_ROWS, num_rows - first)
+            yield first, count, count == PRODUCT_ROWS
 
     def _padded(self, x: Array) -> Array:
         padded = self._launches.empty((PRODUCT_ROWS, *x.shape[1:]), x.dtype)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mpi4py import MPI
 
@@ -83,8 +83,7 @@ def start_transfer(
     return transport.receive(incoming, recv_counts)
 
 
-@dataclass(frozen=True, slots=True)
-class BufferReceipt:
+class BufferReceipt(NamedTuple):
     """The receipt of rows that `request` receives into the buffer `incoming`."""
 
     request: Completion

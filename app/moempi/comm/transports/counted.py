@@ -29,14 +29,21 @@ class Counted(TransportWrapper):
         super().__init__(transport)
         self._counters = counters
         self._row_bytes = row_bytes
-        self._ranks_by_level = {LEVELS[level]: np.flatnonzero(levels == level) for level in np.unique(levels)}
+        found = np.unique(levels)
+        self._ranks_by_level = {LEVELS[level]: np.flatnonzero(levels == level) for level in found}
+        self._level = LEVELS[found[0]] if len(found) == 1 else None
 
     def send(self, outgoing: Any, counts: IntArray) -> None:
-        for level, ranks in self._ranks_by_level.items():
-            sent = counts[ranks]
-            self._counters[f"{TO_EXPERTS}{level}_bytes"] += int(sent.sum()) * self._row_bytes
-            self._counters[f"{TO_EXPERTS}{level}_messages"] += int(np.count_nonzero(sent))
+        if self._level is not None:
+            self._count(self._level, len(outgoing), counts)
+        else:
+            for level, ranks in self._ranks_by_level.items():
+                self._count(level, int(counts[ranks].sum()), counts[ranks])
         self._transport.send(outgoing, counts)
 
     def receive(self, incoming: Any, counts: IntArray) -> Receipt:
         return self._transport.receive(incoming, counts)
+
+    def _count(self, level: str, rows: int, counts: IntArray) -> None:
+        self._counters[f"{TO_EXPERTS}{level}_bytes"] += rows * self._row_bytes
+        self._counters[f"{TO_EXPERTS}{level}_messages"] += int(np.count_nonzero(counts))

@@ -2,8 +2,8 @@
 //
 //   take_rows   out[i] = rows[index[i]], or rows[i] without an index            NumPy: embed, take_rows, pack, unpack
 //   take_rows_over_bus   the same, where `rows` or `out` is in pinned host memory
-//   pack_choices   group of grouping.cu, and out[i] = rows[source_rows[i]], in one, for at most MOST_CHOICES choices:
-//               a block computes the sorted position of one choice, and copies the choice's row there
+//   pack_choices   output_rows and counts of grouping.cu, and out[output_rows[t, k]] = rows[t], in one, for at most
+//               MOST_CHOICES choices: a block computes the sorted position of one choice, and copies its row there
 //                                                                               NumPy: group_and_pack
 //   combine     out[t] = sum over k, in order, of weights[t, k] * buffer[output_rows[t, k]]; then `first` and
 //               `second`, if they are not null, are added; each sum is rounded    NumPy: combine
@@ -30,8 +30,8 @@ const int MOST_CHOICES = 2048;  // equals MOST_CHOICES of cuda/backend.py
 const int PACK_WARPS = SEGMENT_THREADS / WARP_THREADS;
 
 extern "C" __global__ void pack_choices(const row* rows, const int* experts, const int* physical_ids, row* out,
-                                        int* source_rows, int* output_rows, int* counts, int choices, int slots,
-                                        int num_ids, int width) {
+                                        int* output_rows, int* counts, int choices, int slots, int num_ids,
+                                        int width) {
   __shared__ int ids[MOST_CHOICES];
   for (int other = threadIdx.x; other < choices; other += SEGMENT_THREADS) ids[other] = physical_ids[experts[other]];
   __syncthreads();  // the ids are read
@@ -42,7 +42,7 @@ extern "C" __global__ void pack_choices(const row* rows, const int* experts, con
   const int to = static_cast<int>(block_sum(static_cast<float>(before)));  // exact: at most MOST_CHOICES
   copy_segment(rows + static_cast<long long>(from) * width, out + static_cast<long long>(to) * width, blockIdx.y, width);
   if (blockIdx.y > 0) return;
-  if (threadIdx.x == 0) source_rows[to] = from, output_rows[choice] = to;
+  if (threadIdx.x == 0) output_rows[choice] = to;
   // A warp counts the choices of an id.
   const int warp = threadIdx.x / WARP_THREADS, lane = threadIdx.x % WARP_THREADS;
   for (int own = blockIdx.x * PACK_WARPS + warp; own < num_ids; own += gridDim.x * PACK_WARPS) {
