@@ -63,12 +63,12 @@ def fit_growth(ranks: Sequence[int], held: Sequence[float], costs: Sequence[floa
         columns = np.stack([np.ones(len(sizes)), np.array(held, np.float64), grows(sizes)], axis=1)
         fitted = fit_costs(columns, measured)
         mean_square = float(np.square(columns @ fitted / measured - 1).mean())
-        criterion = len(sizes) * np.log(mean_square + EXACT) + _price(np.count_nonzero(fitted), len(sizes))
+        criterion = len(sizes) * np.log(mean_square + EXACT) + _price(int(np.count_nonzero(fitted)), len(sizes))
         found.setdefault(criterion, Growth(law, *fitted.tolist()))
     return found[min(found)]
 
 
 def _price(numbers: int, measurements: int) -> float:
-    """What the corrected criterion adds for so many numbers, and the mean square."""
+    """The term of the corrected criterion for the fitted numbers and the mean square of the errors."""
     left = measurements - numbers - 2
     return 2 * (numbers + 1) * (measurements / left if left > 0 else np.inf)
