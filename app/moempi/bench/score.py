@@ -17,6 +17,7 @@ from moempi.bench.jobs import WEIGHTS, make_job, step_seconds, write_prompts
 from moempi.bench.measure import machine, ratio, sleep_until_all, timed
 from moempi.commands.flags import count
 from moempi.config.job import Job
+from moempi.errors import UsageError
 from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 from moempi.storage.convert import convert
@@ -33,8 +34,17 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(world: World, chosen: Namespace) -> None:
-    """Measure and print; collective. Raises UsageError on several nodes or without transformers."""
-    world.collectively(lambda: peers.check_peers(world, benchmark="score"))
+    """Measure and print; collective.
+
+    Raises UsageError on several nodes, without transformers, or for prompts of one token.
+    """
+
+    def check() -> None:
+        peers.check_peers(world, benchmark="score")
+        if min(chosen.tokens) < 2:
+            raise UsageError("--tokens: of a prompt of one token nothing is scored; give 2 at least")
+
+    world.collectively(check)
     table = figures_table(
         *("precision", "prompts", "tokens", "moempi", "peer", "its rate", "ratio", "largest difference"),
         title=f"Prompt tokens/s of scoring: {world.size} ranks of {chosen.threads} threads",

@@ -104,21 +104,6 @@ INLINE void score_transposed(tile *t, const float *keys, long dim, long begin, l
     case 4: is_bfloat16 ? kernel(__VA_ARGS__, 4, 1) : kernel(__VA_ARGS__, 4, 0); break; \
     }
 
-/* The largest of `before` and the scores (PAGE,); NaN if one of them is. */
-INLINE float most_of(const float *scores, float before) {
-    group most = same(before), sum = same(0);
-    for (long k = 0; k < PAGE; k += GROUP) {
-        group some = load_group(scores + k);
-        EACH(i) most.part[i] = larger(most.part[i], some.part[i]);
-        EACH(i) sum.part[i] = add(sum.part[i], some.part[i]);
-    }
-    float found[GROUP], largest_found = before, total = sum_of(sum);
-    store_group(found, most);
-    for (int i = 0; i < GROUP; i++)
-        largest_found = found[i] > largest_found ? found[i] : largest_found;
-    return total == total && before == before ? largest_found : NAN;
-}
-
 #define WITH_QUERIES(kernel, queries, ...) \
     switch (queries) { \
     case 1: kernel(__VA_ARGS__, 1); break; \
@@ -126,6 +111,20 @@ INLINE float most_of(const float *scores, float before) {
     case 3: kernel(__VA_ARGS__, 3); break; \
     case 4: kernel(__VA_ARGS__, 4); break; \
     }
+
+/* The largest of `before` and the scores (PAGE,) that are numbers; a NaN among them is one of their weights too. */
+INLINE float most_of(const float *scores, float before) {
+    group most = same(before);
+    for (long k = 0; k < PAGE; k += GROUP) {
+        group some = load_group(scores + k);
+        EACH(i) most.part[i] = larger(some.part[i], most.part[i]);
+    }
+    float found[GROUP];
+    store_group(found, most);
+    for (int i = 0; i < GROUP; i++)
+        before = found[i] > before ? found[i] : before;
+    return before;
+}
 
 /* Turn the scores of a page into weights e^(score - highest), add them to `total`, and rescale what `out` holds. */
 static void weigh(tile *t, int q, float *highest, float *total, long value_dim) {

@@ -240,7 +240,6 @@ INLINE void compute_panels(tile t, long count, const int rows, const int kind, c
     }
 }
 
-/* The same for constants chosen at run time. */
 #define CASE(rows, prefetches) \
     case rows: \
         if (kind == FLOAT32) \
@@ -250,6 +249,8 @@ INLINE void compute_panels(tile t, long count, const int rows, const int kind, c
         else \
             compute_panels(t, count, rows, BFLOAT16, prefetches); \
         break;
+
+/* The same for a number of rows and a kind that are no constants. */
 static void compute_block(tile t, long count, long rows, int kind) {
     switch (rows) {
         CASE(1, 0) CASE(2, 0) CASE(3, 0) CASE(4, 0) CASE(5, 0)
@@ -258,9 +259,11 @@ static void compute_block(tile t, long count, long rows, int kind) {
 #endif
     }
 }
+
 static void compute_prefetching(tile t, long count, long rows, int kind) {
     switch (rows) { CASE(1, 0) CASE(2, 0) CASE(3, 1) CASE(4, 1) CASE(5, 1) }
 }
+#undef CASE
 
 /* `count` whole panels from the one at `t` on, of the run of rows whose packed blocks begin at t.x. */
 static void compute_run(tile t, long count, long rows, int kind) {
