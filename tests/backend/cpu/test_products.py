@@ -1,6 +1,7 @@
 """The product kernel has the bits of its chain of multiply-adds, whatever the instructions."""
 
 import logging
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,12 @@ KERNELS = load_kernels()
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C compiler, or a processor without kernels")
 FLUSHED = 2.0**-126
 """The smallest normal number."""
+
+
+@pytest.mark.skipif(not (shutil.which("cc") and instructions()), reason="no C compiler, or a processor without kernels")
+def test_the_kernels_compile_where_there_is_a_compiler():
+    """Where they do not, all other tests of them are skipped."""
+    assert KERNELS is not None
 
 
 def values(*shape, seed=0):
