@@ -1,8 +1,8 @@
-"""Runs command lines of the program one after another, in the ranks of one mpirun: run_jobs.py MODULE FOLDER
+"""Runs command lines of the program one after another, in the ranks of one mpirun: run_jobs.py MODULE FOLDER PROCESS
 
 MODULE has the program's `main`. FOLDER/0.job, FOLDER/1.job, ... are lists of words in JSON, and appear one by one; what
 the ranks write is in FOLDER/0.out and 0.err, and the exit code in 0.code, as soon as all of them have ended. An empty
-list ends the program, as IDLE_S seconds without another one do.
+list ends the program, as the end of PROCESS does, that of the tests.
 """
 
 import json
@@ -13,13 +13,11 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 
-IDLE_S = 600.0
-
 
 def next_words(place: Path) -> list[str]:
     """The command line in a file, as soon as there is one."""
-    limit = time.monotonic() + IDLE_S
-    while not place.exists() and time.monotonic() < limit:
+    tests = Path("/proc", sys.argv[3])
+    while not place.exists() and tests.exists():
         time.sleep(0.01)
     return json.loads(place.read_text()) if place.exists() else []
 

@@ -68,7 +68,7 @@ class Runner:
     def _begin(self) -> None:
         self._place, self._numbers = self._folder / str(next(self._starts)), count()
         self._place.mkdir()
-        program = launching.python(PROGRAM, self._module, self._place)
+        program = launching.python(PROGRAM, self._module, self._place, str(os.getpid()))
         command = (launching.LAUNCHER, "-n", str(self._num_ranks), *program)
         words = ("bash", "-c", 'exec "$@" &>"$0"', self._place / "mpirun.err", *command)
         self._process = launching.start(*words, **self._environment)
