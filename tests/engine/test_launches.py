@@ -165,11 +165,11 @@ def test_rows_leave_before_the_shared_expert_computes(comm, tmp_path):
 
 
 def test_a_captured_layer_of_a_decode_step_submits_eight_in_the_place_of_eleven(tmp_path):
-    """A copy of the rows and a graph are submitted for six, and the norm of the next layer is in its graph."""
+    """A copy of the rows and a graph are submitted for five, and the norm of the next layer is in its graph."""
     device, names = last_step(tmp_path, ARCHITECTURE, capture=True, limit=6)
     layer = ["copy", "graph", *EXPERTS[:-1], "combine"]
     assert len(layer) - layer.count("download") == 8
-    step = ["upload", *["copy"] * 4]  # of angles, positions and pages
+    step = ["upload", *["copy"] * 5]  # of angles, positions, pages and rows that are none
     assert names[: len(step) + 3 * len(layer)] == [*step, *3 * layer]
     first = len(device.names) - len(names)
     ends = [first + number for number, name in enumerate(names) if name == "combine"]

@@ -20,7 +20,7 @@ from moempi.model.attention import Attention
 from moempi.model.norm import Norm
 from simt.device import SimtDevice
 
-WIDTH, PAGES = 40, 16
+WIDTH, PAGES = 40, 64
 SHAPES = {
     "plain": AttentionShape(2, 2, 16),
     "grouped": AttentionShape(6, 2, 24, qk_norm="head", rope=Rope(dim=10)),
@@ -131,13 +131,13 @@ def count_captures(monkeypatch, device):
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_graphs_have_the_bits_of_the_verbs_in_every_step(monkeypatch, capturing_device, shape, precision):
-    """Rows, positions, pages and splits change; each layer records each of three kinds of steps once."""
+    """Rows, positions, pages and splits change; each layer records a graph for each number of splits once."""
     layers, counts = Layers(capturing_device, shape, precision=precision), count_captures(monkeypatch, capturing_device)
     for step, starts in enumerate(STEPS):
         layers.check(starts, seed=step)
     kinds = Counter((len(starts), max(starts) // SPLIT_KEYS) for starts in STEPS)
-    assert list(kinds.values()) == [6, 3, 4]
-    assert counts["captures"] == 2 * len(kinds)
+    assert kinds == {(3, 0): 6, (3, 1): 3, (2, 0): 4}
+    assert counts["captures"] == 2 * 2
 
 
 def test_graphs_have_the_bits_of_a_norm_that_is_rounded_once(capturing_device):
@@ -180,12 +180,33 @@ def test_the_graph_that_was_launched_longest_ago_makes_way(monkeypatch, simulate
     def run(*kinds):
         before = counts["captures"]
         for step, count in enumerate(kinds):
-            layers.check(range(3, 3 + count), seed=step)
+            layers.check(range(3, 3 + 16 * count), seed=step)
         return (counts["captures"] - before) // 2
 
     assert run(1, 1, 2, 2, 1, 2) == 2
     assert run(3, 2, 2) == 0
     assert run(1, 1) == 1
+
+
+def test_rows_that_are_none_write_to_no_page(monkeypatch, simulated):
+    """The planted fault: rows beyond the step's are rows of the step before."""
+    layers, copy = Layers(simulated, SHAPES["plain"]), simulated.copy
+    for step in range(3):
+        layers.check((5 + step, 80 + step, 20 + step), seed=step)
+        layers.check((30 + step,), seed=10 + step)
+    no_rows = next(iter(layers.graphs._graph_memories.values()))._no_rows
+    monkeypatch.setattr(simulated, "copy", lambda x, out: None if np.may_share_memory(x, no_rows) else copy(x, out))
+    layers.check((8, 83, 23), seed=3)
+    with pytest.raises(AssertionError):
+        layers.check((33,), seed=13)
+
+
+def test_a_step_of_any_number_of_rows_has_the_bits_of_the_verbs(capturing_device):
+    """Below, at and above the numbers of rows of a graph."""
+    layers = Layers(capturing_device, SHAPES["plain"])
+    for step in range(3):
+        for count in (1, 15, 16, 17, 33):
+            layers.check([3 + 2 * row + step for row in range(count)], seed=100 * step + count)
 
 
 def test_what_takes_more_memory_than_an_arena_may_have_is_not_recorded(monkeypatch, simulated):
@@ -216,7 +237,7 @@ def test_a_launch_is_two_submissions(monkeypatch, simulated):
     monkeypatch.setattr(simulated, "submit", lambda name, *given: (names.append(name), submit(name, *given)))
     for fused, cache in zip(layers.fused, layers.others, strict=True):
         fused(x, angles, cache, segments)
-    assert names == ["upload", *["copy"] * 4, "copy", "graph", "copy", "graph"]
+    assert names == ["upload", *["copy"] * 5, "copy", "graph", "copy", "graph"]
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)

@@ -10,6 +10,8 @@ from moempi.backend.values import Array, Cache, Segment, Segments
 from moempi.config.tensors import PAGE_ROWS
 
 LEAST_TILE_ROWS = 16
+NO_ROW = (-1, 0)
+"""The span of a row that `rotate_into_cache` does not write, and of which `attend_rows` reads no key."""
 
 
 @dataclass(frozen=True, slots=True)

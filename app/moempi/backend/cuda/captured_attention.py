@@ -1,8 +1,9 @@
 """Attention of few rows as CUDA graphs: what a block submits is recorded once, and later submitted in one call.
 
 A recording fixes grids, sizes and addresses. So a graph is of one layer and queue, one number of rows, and one number
-of splits of their keys. What else changes is copied to fixed addresses: the rows in each layer, their positions, pages
-and angles once a step. What graphs write beside the cache is in an arena, which all graphs of a queue share.
+of splits of their keys; both are rounded up, and rows beyond the step's are none. What else changes is copied to fixed
+addresses: the rows in each layer, their positions, pages and angles once a step. What graphs write beside the cache is
+in an arena, which all graphs of a queue share.
 
 The first call of a kind computes as without graphs, which makes what is made once (kernels, counters, memory of the
 library) and measures the arena; the second call records; later ones submit the graph.
@@ -13,17 +14,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moempi.backend.cuda.attention import PagedAttention, Rule, num_splits
-from moempi.backend.cuda.attention_layout import AttentionLayout
+from moempi.backend.cuda.attention import SPLIT_KEYS, PagedAttention, Rule, num_splits
+from moempi.backend.cuda.attention_layout import NO_ROW, AttentionLayout, SingleRows
 from moempi.backend.cuda.device import Graph
-from moempi.backend.cuda.launches import Arena, Launches
+from moempi.backend.cuda.launches import Arena, Launches, rows_from
 from moempi.backend.protocol import RowVerbs
 from moempi.backend.values import Array, AttentionBlock, Cache, Segment
 from moempi.config.tensors import PAGE_ROWS
 
 MOST_ROWS = 256
 """Rows of a step whose attention is recorded; more keep a GPU busy while the host submits."""
-MOST_GRAPHS = 16
+ROUNDED_ROWS = 16
+"""Rows of a graph are a multiple of it; the splits of a graph are a power of two."""
+MOST_GRAPHS = 32
 """Kinds of calls that a layer knows; the one that was called longest ago makes way for another."""
 MOST_ARENA_BYTES = 256 << 20
 """Memory that a graph may write; a call that needs more is not recorded."""
@@ -49,25 +52,32 @@ class GraphMemory:
         self._x = launches.rows((MOST_ROWS, inputs.x.shape[1]))
         self._angles = [empty((MOST_ROWS, values.shape[1]), np.float32) for values in inputs.angles]
         self._spans, self._pages = empty((MOST_ROWS, 2), np.int32), empty((num_pages,), np.int32)
+        self._no_rows = launches.device.upload(np.tile(np.array(NO_ROW, np.int32), (ROUNDED_ROWS, 1)))
         self._arena: Array | None = None
         self._step: tuple[Angles, AttentionLayout, Inputs] | None = None
 
     def place(self, inputs: Inputs) -> Inputs:
-        """Submit copies of the inputs to their addresses; angles and layout are copied once a step."""
+        """Submit copies of the inputs to their addresses; angles and layout are copied once a step.
+
+        The copied inputs have rounded numbers of rows and splits. Rows beyond the given ones are arbitrary, and none.
+        """
         if self._step is None or self._step[0] is not inputs.angles or self._step[1] is not inputs.layout:
             self._step = inputs.angles, inputs.layout, self._place_step(inputs)
         placed = self._step[2]
-        self._device.copy(inputs.x, placed.x)
+        self._device.copy(inputs.x, rows_from(placed.x, 0, len(inputs.x)))
         return placed
 
     def _place_step(self, inputs: Inputs) -> Inputs:
-        layout, count = inputs.layout, len(inputs.x)
-        cosines, sines = (values[:count] for values in self._angles)
-        spans, pages = self._spans[:count], self._pages[: len(layout.pages)]
-        given, placed = (*inputs.angles, layout.spans, layout.pages), (cosines, sines, spans, pages)
-        for values, copied in zip(given, placed, strict=True):
-            self._device.copy(values, copied)
-        return Inputs(self._x[:count], (cosines, sines), replace(layout, spans=spans, pages=pages))
+        layout, count, pages = inputs.layout, len(inputs.x), self._pages[: len(inputs.layout.pages)]
+        rows, splits = rounded(layout)
+        for values, copied in zip((*inputs.angles, layout.spans), (*self._angles, self._spans), strict=True):
+            self._device.copy(values, copied[:count])
+        self._device.copy(layout.pages, pages)
+        if count < rows:
+            self._device.copy(self._no_rows[: rows - count], self._spans[count:rows])
+        single_rows = [SingleRows(range(rows), splits * SPLIT_KEYS)]
+        placed = replace(layout, spans=self._spans[:rows], pages=pages, single_rows=single_rows)
+        return Inputs(self._x[:rows], (self._angles[0][:rows], self._angles[1][:rows]), placed)
 
     def arena(self, num_bytes: int) -> Arena:
         """The arena of a recording, of at least `num_bytes`; a graph keeps the memory of its recording."""
@@ -108,24 +118,28 @@ class CapturedAttention:
         inputs = Inputs(x, angles, self._lay_out(cache, segments))
         if not _is_recorded(inputs.layout, cache):
             return self._compute(inputs, cache)
-        splits = num_splits(inputs.layout.single_rows[0])
-        key = (self._launches.device.queue, len(x), splits, angles[0].shape[1], id(cache.keys))
+        key = (self._launches.device.queue, *rounded(inputs.layout), angles[0].shape[1], id(cache.keys))
         known = self._known.pop(key, None)
-        if known is None:
-            results, known = self._measure(inputs, cache)
-        elif isinstance(known, int) and known > MOST_ARENA_BYTES:
+        if isinstance(known, int) and known > MOST_ARENA_BYTES:
             results = self._compute(inputs, cache)
         else:
             memory = self._memory(inputs, cache)
-            placed = memory.place(inputs)
-            if isinstance(known, int):
-                known = self._record(placed, cache, memory.arena(known))
-            self._launches.device.launch_graph(known.graph)
-            results = known.results
+            results, known = self._compute_placed(memory, memory.place(inputs), cache, known)
         self._known[key] = known
         if len(self._known) > MOST_GRAPHS:
             del self._known[next(iter(self._known))]
-        return results
+        return rows_from(results[0], 0, len(x)), rows_from(results[1], 0, len(x))
+
+    def _compute_placed(
+        self, memory: GraphMemory, inputs: Inputs, cache: Cache, known: int | Recording | None
+    ) -> tuple[tuple[Array, Array], int | Recording]:
+        """The results, and what is known of this kind of call afterwards."""
+        if known is None:
+            return self._measure(inputs, cache)
+        if isinstance(known, int):
+            known = self._record(inputs, cache, memory.arena(known))
+        self._launches.device.launch_graph(known.graph)
+        return known.results, known
 
     def _memory(self, inputs: Inputs, cache: Cache) -> GraphMemory:
         num_pages = len(cache.keys) // PAGE_ROWS
@@ -169,6 +183,13 @@ class CapturedAttention:
         attended = self._attention.attend(rotated, cache, inputs.layout, rule).reshape(num_rows, query_width)
         output = verbs.linear(attended, block.output, block.output_bias)
         return verbs.add_rms_norm(x, output, next_norm.weight, eps=next_norm.eps, rounded=next_norm.rounded)
+
+
+def rounded(layout: AttentionLayout) -> tuple[int, int]:
+    """The numbers of rows and splits of a graph for a layout of one run of single rows."""
+    (run,) = layout.single_rows
+    rows = -(-len(run.rows) // ROUNDED_ROWS) * ROUNDED_ROWS
+    return rows, 1 << (num_splits(run) - 1).bit_length()
 
 
 def _is_recorded(layout: AttentionLayout, cache: Cache) -> bool:

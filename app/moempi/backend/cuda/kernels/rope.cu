@@ -133,6 +133,7 @@ extern "C" __global__ void rotate_into_cache(
     long long value_head_stride, int together, int interleaved, float eps, int rounded) {
   __shared__ float factors[MOST_TOGETHER];
   const long long token = blockIdx.x;
+  if (spans[2 * token] < 0) return;  // no row
   const long long cached = cache_row(pages + spans[2 * token + 1], spans[2 * token]) * kv_heads * dim;
   queries += token * query_stride, keys += token * key_stride, values += token * value_stride;
   cosines += token * pairs, sines += token * pairs;
