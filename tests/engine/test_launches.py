@@ -175,4 +175,4 @@ def test_a_captured_layer_of_a_decode_step_submits_eight_in_the_place_of_eleven(
     ends = [first + number for number, name in enumerate(names) if name == "combine"]
     second, third = ends[:2]
     calls = Counter(name for behind, name in device.calls if second < behind <= third)
-    assert calls == {"from the pool": 8, "event": 1}
+    assert calls == {"from the pool": 7, "event": 1}
