@@ -35,6 +35,7 @@ void mpi_calls(long counts[3]) {
 #define TYPE MPI_Datatype
 #define COUNTS const int counts[], const int places[]
 COLLECTIVE(Barrier, (MPI_Comm comm), (comm))
+COLLECTIVE(Ibarrier, (MPI_Comm comm, MPI_Request *r), (comm, r))
 COLLECTIVE(Bcast, (OUT, int n, TYPE t, int root, MPI_Comm comm), (out, n, t, root, comm))
 COLLECTIVE(Reduce, (IN, OUT, int n, TYPE t, MPI_Op op, int root, MPI_Comm comm), (in, out, n, t, op, root, comm))
 COLLECTIVE(Allreduce, (IN, OUT, int n, TYPE t, MPI_Op op, MPI_Comm comm), (in, out, n, t, op, comm))

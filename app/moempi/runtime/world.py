@@ -114,7 +114,6 @@ class World:
             unlink_segments()
             raise UsageError(problem)
         try:
-            barrier(MPI.COMM_WORLD)  # a rank that is early sleeps here, and does not spin in what follows
             world = cls(MPI.COMM_WORLD.Dup(), monitor, debug=debug)
             unlink_segments()
             return world
