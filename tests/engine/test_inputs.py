@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from mpi4py import MPI
 
 from engine.jobs import make_job
+from engine.requests import make_request
 from engine.runs import SMALL, requests_of
 from moempi.commands import run as run_command
 from moempi.config.job import Sampling
@@ -24,6 +26,8 @@ from moempi.storage.initialize import initialize
 from moempi.storage.journal import journal_paths
 from moempi.storage.prompt_spool import PromptCodec
 from moempi.storage.results import ResultFile
+
+TAKEN = 1
 
 
 def made_job(folder, prompts='{"tokens": [1, 2, 3]}', **sections):
@@ -144,3 +148,23 @@ def test_each_rank_of_the_first_stage_gets_the_prompts_of_its_group(comm, monkey
     assert fails or len(received) == len(expected)
     assert (len(found) > 0) == (coords.stage == 0)
     assert failure == ("the disk" if fails and comm.rank == 0 else "")
+
+
+@pytest.mark.ranks(4)
+def test_a_rank_that_does_not_take_its_piece_delays_no_other(comm):
+    """Rank 1 takes its piece when the ranks after it have theirs; MPI does not buffer a piece of this size."""
+    prompts = [make_request([5] * (1 << 20), 1, index=index).prompt for index in range(4)] if comm.rank == 0 else ()
+    rank_layout = lay_out_rank(make_job(), World(comm), SMALL, on_gpu=False)
+    pieces = shares.scatter_prompts(prompts, PromptCodec(Sampling()), World(comm), rank_layout)
+    taken, limit = True, time.monotonic() + 30.0
+    if comm.rank == 1:
+        while not (taken := all(comm.Iprobe(rank, TAKEN) for rank in (2, 3))) and time.monotonic() < limit:
+            time.sleep(0.01)
+    received = [prompt.index for prompt in next(pieces)]
+    if comm.rank > 1:
+        comm.send(None, 1, TAKEN)
+    received += [prompt.index for piece in pieces for prompt in piece]
+    if comm.rank == 1:
+        assert [comm.recv(source=rank, tag=TAKEN) for rank in (2, 3)] == [None, None]
+    assert received == [comm.rank]
+    assert taken

@@ -1,6 +1,7 @@
-"""A program with every ending, run by test_world.py: python endings.py ENDING FOLDER.
+"""A program with every ending, run by test_world.py: python endings.py ENDING FOLDER RANK.
 
-Each rank writes its process id to FOLDER, and RANK.ready when it is inside its guard. No rank has a monitor process.
+Each rank writes its process id to FOLDER, and RANK.ready when it is inside its guard. RANK is the rank that ends. No
+rank has a monitor process.
 """
 
 import os
@@ -9,6 +10,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+from mpi4py import MPI
 
 from moempi.errors import ConfigError, DataError
 from moempi.runtime.monitor import Monitor
@@ -54,16 +57,23 @@ def finish_while_aborting(world: World) -> None:
     time.sleep(60)
 
 
-def work(world: World, ending: str) -> None:
+def interrupt_at_start(rank: int) -> None:
+    """This rank gets a signal while it waits for the others, which do not come."""
+    if MPI.COMM_WORLD.rank != rank:
+        time.sleep(600)
+    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+
+
+def work(world: World, ending: str, rank: int) -> None:
     if ending == "good":
         return
     if ending == "busy":  # longer than the watchdog's patience, but never silent for so long
         for step in range(25):
             world.alive(f"step {step}")
             time.sleep(0.2)
-    elif world.rank == 1 and ending == "finish":
+    elif world.rank == rank and ending == "finish":
         finish_while_aborting(world)
-    elif world.rank == 1 and ending != "waiting":
+    elif world.rank == rank and ending != "waiting":
         end_by(ending)
     else:
         if ending == "late":
@@ -71,16 +81,18 @@ def work(world: World, ending: str) -> None:
         world.comm.recv(tag=99)  # never sent: blocked inside MPI
 
 
-def main(ending: str, folder: str) -> None:
-    world = World.start(Monitor(), debug=ending == "debug")
-    place = Path(folder, str(world.rank))
+def main(ending: str, folder: str, rank: int) -> None:
+    place = Path(folder, str(MPI.COMM_WORLD.rank))
     place.with_suffix(".pid").write_text(str(os.getpid()))
+    if ending == "interrupt":
+        interrupt_at_start(rank)
+    world = World.start(Monitor(), debug=ending == "debug")
     with world.guard():
         world.raise_together(ConfigError("no room") if ending == "disagree" and world.rank > 0 else None)
         world.watch(300.0 if ending == "waiting" else 4.0, group=0)
         world.alive("step 7")
         place.with_suffix(".ready").touch()
-        work(world, ending)
+        work(world, ending, rank)
 
 
-main(*sys.argv[1:])
+main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from moempi.runtime.hang import Position, above, explain, is_hang
+from moempi.runtime.hang import Position, above, explain, seconds_to_hang
 
 
 def position(passed, *, group=0, since_s=9.0, where="layer 3 dispatch, lane 0"):
@@ -11,7 +11,7 @@ def position(passed, *, group=0, since_s=9.0, where="layer 3 dispatch, lane 0"):
 
 def test_a_rank_that_does_not_reply_is_a_hang_at_once():
     positions = {0: position(7, since_s=3.0), 2: position(7, since_s=0.0)}
-    assert is_hang(positions, 3, timeout_s=2.0)
+    assert seconds_to_hang(positions, 3, timeout_s=2.0) <= 0
     assert explain(positions, ["n1"] * 3) == "rank 1 does not answer, rank 0 waits at layer 3 dispatch, lane 0"
 
 
@@ -30,14 +30,14 @@ def test_the_hosts_of_silent_and_late_ranks_are_named_where_there_are_several():
 
 def test_one_rank_that_makes_progress_is_no_hang():
     positions = {0: position(7, since_s=3.0), 1: position(7, since_s=1.0)}
-    assert not is_hang(positions, 2, timeout_s=2.0)
-    assert is_hang(positions, 2, timeout_s=0.5)
+    assert seconds_to_hang(positions, 2, timeout_s=2.0) == 1.0  # until the last point of rank 1 is 2 s ago
+    assert seconds_to_hang(positions, 2, timeout_s=0.5) <= 0
 
 
 def test_start_and_end_may_take_longer_than_a_step():
     positions = {0: position(7, group=None), 1: position(7, group=None)}
-    assert not is_hang(positions, 2, timeout_s=2.0)
-    assert is_hang(positions, 2, timeout_s=0.5)
+    assert seconds_to_hang(positions, 2, timeout_s=2.0) == 11.0
+    assert seconds_to_hang(positions, 2, timeout_s=0.5) <= 0
 
 
 def test_the_late_rank_is_the_last_of_its_group():

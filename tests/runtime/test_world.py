@@ -1,4 +1,4 @@
-"""The ranks and how they end together: every ending on one rank of three, under a real mpirun."""
+"""The ranks and how they end together: every ending on one rank of three or six, under a real mpirun."""
 
 import os
 import shlex
@@ -16,18 +16,18 @@ ENDINGS = Path(__file__).with_name("endings.py")
 END_S = 60.0
 
 
-def ended(ending: str, folder: Path) -> launching.Outcome:
-    """Run an ending on three ranks and check that nothing of it is left."""
-    outcome = launching.mpirun(3, *launching.python(ENDINGS, ending, folder))
-    wait_for_end(folder)
+def ended(ending: str, folder: Path, *, rank: int = 1, num_ranks: int = 3) -> launching.Outcome:
+    """Run an ending of one rank and check that nothing of it is left."""
+    outcome = launching.mpirun(num_ranks, *launching.python(ENDINGS, ending, folder, str(rank)))
+    wait_for_end(folder, num_ranks=num_ranks)
     return outcome
 
 
-def wait_for_end(folder: Path) -> None:
+def wait_for_end(folder: Path, *, num_ranks: int = 3) -> None:
     """Until no rank runs; a zombie counts as ended."""
     limit = time.monotonic() + END_S
     pids = [int(place.read_text()) for place in folder.glob("*.pid")]
-    assert len(pids) == 3
+    assert len(pids) == num_ranks
     while alive := [pid for pid in pids if state(pid) not in "ZX"]:
         assert time.monotonic() < limit, f"ranks still run: {alive}"
         time.sleep(0.05)
@@ -78,11 +78,31 @@ def test_watchdog_ends_ranks_that_wait_inside_mpi(ending, reason, tmp_path):
 
 
 @pytest.mark.mpi
-def test_a_killed_rank_ends_all(tmp_path):
-    outcome = ended("kill", tmp_path)
+@pytest.mark.parametrize(("num_ranks", "rank", "reporting"), [(3, 1, 0), (6, 3, 1), (6, 0, 4)])
+def test_a_killed_rank_ends_all(num_ranks, rank, reporting, tmp_path):
+    """The lowest rank that watches it reports it; among six, three do not watch it."""
+    outcome = ended("kill", tmp_path, rank=rank, num_ranks=num_ranks)
     assert outcome.code != 0
-    process = (tmp_path / "1.pid").read_text()
-    assert outcome.lines == [f"moempi: rank 0: rank 1 is gone: its process {process} was killed or crashed"]
+    process = (tmp_path / f"{rank}.pid").read_text()
+    line = f"moempi: rank {reporting}: rank {rank} is gone: its process {process} was killed or crashed"
+    assert outcome.lines == [line]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("rank", "deciding"), [(3, 0), (0, 1)])
+def test_a_stopped_rank_of_six_ends_all(rank, deciding, tmp_path):
+    outcome = ended("stop", tmp_path, rank=rank, num_ranks=6)
+    reason = f"rank {rank} does not answer, rank {deciding} waits at step 7"
+    assert outcome.lines == [f"moempi: rank {deciding}: no progress for 4 s: {reason}; see run.timeout_s"]
+    assert outcome.code == 75
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_while_ranks_wait_for_others_at_the_start_is_named(rank, tmp_path):
+    outcome = ended("interrupt", tmp_path, rank=rank)
+    assert outcome.lines == [f"moempi: rank {rank}: interrupted"]
+    assert outcome.code == 130
 
 
 @pytest.mark.mpi
@@ -107,7 +127,7 @@ def test_debug_prints_the_traceback(tmp_path):
 @pytest.mark.mpi
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGHUP)])
 def test_a_signal_ends_all_ranks_with_one_line(rank, number, tmp_path):
-    process = launching.start("mpirun", "-n", "3", *launching.python(ENDINGS, "waiting", tmp_path))
+    process = launching.start("mpirun", "-n", "3", *launching.python(ENDINGS, "waiting", tmp_path, "1"))
     wait_for(tmp_path)
     os.kill(int((tmp_path / f"{rank}.pid").read_text()), number)
     _, err = process.communicate(timeout=END_S)
@@ -120,7 +140,7 @@ def test_a_signal_ends_all_ranks_with_one_line(rank, number, tmp_path):
 
 @pytest.mark.mpi
 def test_a_hangup_does_not_end_a_run_that_ignores_it(tmp_path):
-    command = launching.python(ENDINGS, "waiting", tmp_path)
+    command = launching.python(ENDINGS, "waiting", tmp_path, "1")
     process = launching.start("bash", "-c", f"trap '' HUP; exec {shlex.join(map(str, command))}")
     try:
         wait_for(tmp_path, num_ranks=1)
@@ -136,7 +156,7 @@ def test_a_hangup_does_not_end_a_run_that_ignores_it(tmp_path):
 
 @pytest.mark.mpi
 def test_an_interrupted_launcher_leaves_no_rank(tmp_path):
-    process = launching.start("mpirun", "-n", "3", *launching.python(ENDINGS, "waiting", tmp_path))
+    process = launching.start("mpirun", "-n", "3", *launching.python(ENDINGS, "waiting", tmp_path, "1"))
     wait_for(tmp_path)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=END_S)
@@ -184,6 +204,27 @@ def test_node_names_of_slurm_come_first(comm, monkeypatch):
     assert world.nodes == (0, 1, 0)
     assert world.local_rank == (0, 0, 1)[comm.rank]
     assert not world.split_matches_nodes()
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_do_not_hang_are_asked_again_when_they_would(comm):
+    from moempi.runtime.world import World
+
+    world, timeout_s = World(comm), 60.0
+    if comm.rank == 0:
+        assert 0 < world._on_hang(timeout_s) <= timeout_s * 10  # before the first step
+    wait_in_reply(world)
+    if comm.rank == 1:
+        assert world._on_hang(timeout_s) == timeout_s  # rank 0 decides
+    wait_in_reply(world)
+
+
+def wait_in_reply(world):
+    """Until all ranks are here, reply as a watchdog does; collective."""
+    here = world.comm.Ibarrier()
+    while not here.Test():
+        world._reply()
+        time.sleep(0.01)
 
 
 @pytest.mark.ranks(1, 3)

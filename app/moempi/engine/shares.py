@@ -1,7 +1,9 @@
 """Rank 0 has the prompts; each rank of the first stage gets its group's prompts, a piece at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+from mpi4py import MPI
 
 from moempi.engine.rank_layout import RankLayout
 from moempi.errors import MoempiError
@@ -33,11 +35,19 @@ def scatter_prompts(
         yield piece
 
 
-def _receive(ranks: Any) -> bytes:
+def _receive(ranks: Any) -> bytearray:
     """The next piece of rank 0, which reads prompts meanwhile; blocks."""
-    wait_until(lambda: ranks.Iprobe(tag=TAG))
-    piece: bytes = ranks.recv(tag=TAG)
+    status = MPI.Status()
+    wait_until(lambda: ranks.Iprobe(tag=TAG, status=status))
+    piece = bytearray(status.Get_count(MPI.BYTE))
+    ranks.Recv([piece, MPI.BYTE], tag=TAG)
     return piece
+
+
+def _send(pieces: Sequence[bytes], others: Sequence[tuple[int, int]], ranks: Any) -> None:
+    """Send pieces[group] to every (rank, group) of the `others` at the same time, b"" to none; blocks."""
+    requests = [ranks.Isend([pieces[group], MPI.BYTE], rank, TAG) for rank, group in others if pieces[group]]
+    wait_until(lambda: MPI.Request.Testall(requests))
 
 
 def _scatter(prompts: Iterable[Prompt], codec: PromptCodec, rank_layout: RankLayout) -> Iterator[list[Prompt]]:
@@ -46,16 +56,12 @@ def _scatter(prompts: Iterable[Prompt], codec: PromptCodec, rank_layout: RankLay
     failure = None
     try:
         for shares in _shares(prompts, grid.num_groups(0)):
-            encoded = [codec.encode(share) if share and others else b"" for share in shares]
-            for rank, group in others:
-                if shares[group]:
-                    ranks.send(encoded[group], rank, TAG)
+            _send([codec.encode(share) if share and others else b"" for share in shares], others, ranks)
             if rank_layout.is_first_stage and shares[coords.data]:
                 yield shares[coords.data]
     except MoempiError as error:
         failure = error
-    for rank, _ in others:
-        ranks.send(codec.encode(()), rank, TAG)
+    _send([codec.encode(())] * grid.num_groups(0), others, ranks)
     if failure is not None:
         raise failure
 

@@ -32,12 +32,15 @@ def above(rank: int) -> list[int]:
     return ranks
 
 
-def is_hang(positions: Mapping[int, Position], size: int, *, timeout_s: float) -> bool:
-    """Whether to abort: one of the `size` ranks gave no position, or no rank passed a point within the timeout."""
+def seconds_to_hang(positions: Mapping[int, Position], size: int, *, timeout_s: float) -> float:
+    """The seconds after which the ranks hang if none passes a point meanwhile; at most 0 if they do.
+
+    They do if one of the `size` ranks gave no position, or no rank passed a point within the timeout.
+    """
     if len(positions) < size:
-        return True
+        return 0.0
     factor = OUTSIDE_FACTOR if any(position.group is None for position in positions.values()) else 1
-    return all(position.since_s > timeout_s * factor for position in positions.values())
+    return timeout_s * factor - min(position.since_s for position in positions.values())
 
 
 def explain(positions: Mapping[int, Position], hosts: Sequence[str]) -> str:

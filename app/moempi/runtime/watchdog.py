@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,8 @@ NUM_WATCHED = 2
 PERIOD_S = 0.5
 GRACE_POLL_S = 0.02
 LAST_RESORT_S = 60.0
-# While the main thread passes no point, the positions of other ranks are asked for once in this share of the timeout.
+# While the main thread passes no point, the positions of other ranks are asked for at least once in this share of the
+# timeout.
 SUSPICION_SHARE = 0.1
 
 
@@ -56,10 +57,11 @@ class Watchdog:
     """Watches the main thread and the peers between `start` and `stop`, from a thread of its own.
 
     It calls `fail` with the error when a peer dies or a signal arrives that `accept` does not accept, `on_hang` with
-    the timeout when the main thread passes no point for that long, and again while it passes none, and `reply` in every
-    period. Python runs signal handlers on the main thread only, which may be blocked in MPI, so this thread reads the
-    signal's number from the wake-up descriptor. `peers` are the process numbers of the other ranks on this host, by
-    rank. `grace_s` delays the report of a signal, so that rank 0 reports first when the launcher signals every rank.
+    the timeout when the main thread passes no point for that long, and again while it passes none, at the latest after
+    the seconds that it returns, and `reply` in every period. Python runs signal handlers on the main thread only, which
+    may be blocked in MPI, so this thread reads the signal's number from the wake-up descriptor. `peers` are the process
+    numbers of the other ranks on this host, by rank. `grace_s` delays the report of a signal, so that rank 0 reports
+    first when the launcher signals every rank.
 
     Of the peers it watches the next NUM_WATCHED after `rank`, from the last to the first in a ring: whichever die, a
     survivor watches one of them.
@@ -68,7 +70,7 @@ class Watchdog:
     def __init__(
         self,
         fail: Callable[[MoempiError], object],
-        on_hang: Callable[[float], object],
+        on_hang: Callable[[float], float],
         reply: Callable[[], object],
         *,
         rank: int,
@@ -84,7 +86,7 @@ class Watchdog:
         self._accept: Callable[[int], bool] = lambda _number: False
         self._timeout_s: float | None = None
         self._group: int | None = None
-        self._checked = self._suspected = 0.0
+        self._checked = self._ask_at = 0.0
         self._passed = 0
         self._last = (time.monotonic(), "the start")
         self._main = threading.get_ident()
@@ -152,9 +154,9 @@ class Watchdog:
         return self._last[1]
 
     def _watch(self) -> None:
+        inbox = self._inbox.fileno()
         while True:
-            inbox = self._inbox.fileno()
-            ready, _, _ = select.select([inbox, *self._alive], [], [], self._period_s())
+            ready = _ready([inbox, *self._alive], self._period_s())
             if inbox in ready:
                 received = self._inbox.recv(16)
                 if not received:
@@ -196,9 +198,10 @@ class Watchdog:
         self._checked = now
         if now - before > PERIOD_S + timeout_s / 2:
             self.alive(self._last[1])  # the batch system suspended this process, and the others with it
-        elif now - self._last[0] > timeout_s and now - self._suspected > SUSPICION_SHARE * timeout_s:
-            self._on_hang(timeout_s)
-            self._checked = self._suspected = time.monotonic()
+        elif now - self._last[0] > timeout_s and now > self._ask_at:
+            pause_s = min(self._on_hang(timeout_s), SUSPICION_SHARE * timeout_s)
+            self._checked = time.monotonic()
+            self._ask_at = self._checked + pause_s
 
     def _doing(self) -> str:
         """The innermost Python line of the main thread, as file:line."""
@@ -221,6 +224,17 @@ def _runs(process: int) -> bool:
     except OSError as error:
         return not isinstance(error, ProcessLookupError)
     try:
-        return not select.select([descriptor], [], [], 0)[0]
+        return not _ready([descriptor], 0.0)
     finally:
         os.close(descriptor)
+
+
+def _ready(descriptors: Iterable[int], limit_s: float) -> list[int]:
+    """The descriptors that can be read, or whose process has ended: blocks until there is one, or for `limit_s`.
+
+    With `poll`, because `select` refuses descriptors above 1,023.
+    """
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(1000 * limit_s)]

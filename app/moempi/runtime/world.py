@@ -17,7 +17,7 @@ from moempi.errors import ConfigError, MoempiError, UsageError
 from moempi.layout.topology import Topology, arrange, from_file, virtual
 from moempi.printing import print_traceback, write_error
 from moempi.runtime.abort_channel import AbortChannel
-from moempi.runtime.hang import Position, above, explain, is_hang, rank_names
+from moempi.runtime.hang import Position, above, explain, rank_names, seconds_to_hang
 from moempi.runtime.launcher import GRACE_S, launch_problem
 from moempi.runtime.messages import restrict_messages
 from moempi.runtime.monitor import Monitor
@@ -107,7 +107,7 @@ class World:
         """Connect the job's processes; collective, blocks. `debug` adds the traceback to an error line.
 
         Raises UsageError if the launcher started another number of processes than MPI connects. If MPI does not connect
-        the ranks, one of them prints the error line and all are aborted.
+        the ranks, or a rank is interrupted, one of them prints the error line and all are aborted.
         """
         problem = launch_problem(os.environ, MPI.COMM_WORLD.size)
         if problem is not None:
@@ -120,7 +120,8 @@ class World:
         except BaseException as error:
             time.sleep(0.0 if MPI.COMM_WORLD.rank == 0 else GRACE_S)
             if monitor.acquire_report_right():
-                write_error(f"rank {MPI.COMM_WORLD.rank}: MPI does not connect the ranks: {_cause(error)}")
+                reason = "" if isinstance(error, KeyboardInterrupt) else "MPI does not connect the ranks: "
+                write_error(f"rank {MPI.COMM_WORLD.rank}: {reason}{_cause(error)}")
             MPI.COMM_WORLD.Abort(_exit_code(error))
             raise
 
@@ -312,25 +313,31 @@ class World:
         """The argument of the last call of `alive`."""
         return self._watchdog.where
 
-    def _on_hang(self, timeout_s: float) -> None:
-        """Abort if the ranks hang. The lowest rank that replies decides. Runs on the watchdog's thread."""
+    def _on_hang(self, timeout_s: float) -> float:
+        """Abort if the ranks hang, else return the seconds after which they do if none passes a point meanwhile.
+
+        A rank decides if neither a rank above it in the tree nor rank 1 replies; the others return the timeout. Runs on
+        the watchdog's thread.
+        """
         patience_s = max(QUERY_S, QUERY_SHARE * timeout_s)
         if self.rank and self._is_led(patience_s):
-            return
+            return timeout_s
         others, queried_at = [rank for rank in range(self.size) if rank != self.rank], time.time()
         positions = self._abort_channel.query_positions(others, patience_s=patience_s) | {
             self.rank: self._watchdog.position()
         }
-        if is_hang(positions, self.size, timeout_s=timeout_s):
+        left_s = seconds_to_hang(positions, self.size, timeout_s=timeout_s)
+        if left_s <= 0:
             self.loss = self._loss(positions, queried_at=queried_at)
             reason = explain(positions, self.hosts)
             self.abort(HangError(f"no progress for {timeout_s:g} s: {reason}; see run.timeout_s"))
+        return left_s
 
     def _is_led(self, patience_s: float) -> bool:
-        """Whether a lower rank replies, for a rank above 0; blocks for up to 2 `patience_s`.
+        """Whether a rank above this one in the tree, or rank 1, replies; blocks for up to 2 `patience_s`.
 
-        It asks the rank above it in a tree, and only if that is silent the others above and rank 1: no rank is asked by
-        more than two others while all reply.
+        For a rank other than 0. It asks the rank directly above it, and only if that is silent the others above and
+        rank 1: no rank is asked by more than two others while all reply.
         """
         first, *others = above(self.rank)
         if self._abort_channel.query_positions([first], patience_s=patience_s):

@@ -60,7 +60,7 @@ class PromptCodec:
         """The bytes of prompts."""
         return _ENCODER.encode([self._stored(prompt) for prompt in prompts])
 
-    def decode(self, encoded: bytes) -> list[Prompt]:
+    def decode(self, encoded: bytes | bytearray) -> list[Prompt]:
         """The prompts of bytes from `encode`."""
         return [self._prompt(stored) for stored in _DECODER.decode(encoded)]
 
