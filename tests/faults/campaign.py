@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mpirun as launching
 from faults import damaging, ending, merging, scoring, soak
 from faults.inject_fault import FAULTS, POINTS, RELEASE
-from faults.rehearsal import BrokenError, Rehearsal, is_alive, require, wait_for
+from faults.rehearsal import BrokenError, Rehearsal, UnreportedError, is_alive, require, wait_for
 
 Case = tuple[str, Callable[[], object]]
 
@@ -82,7 +82,7 @@ def kill(rehearsal: Rehearsal, rank: int, ranks_after: int, delay: float) -> Non
         os.kill(int(note.read_text()), signal.SIGKILL)
     try:
         rehearsal.require_clean_end(process, results, injected_at=time.time())
-    except BrokenError:
+    except UnreportedError:
         if not results.exists():
             raise
         rehearsal.finish(results, num_ranks=ranks_after)

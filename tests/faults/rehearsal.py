@@ -27,6 +27,10 @@ class BrokenError(Exception):
     """A requirement on a run is not met."""
 
 
+class UnreportedError(BrokenError):
+    """A run ends soon and leaves nothing behind, but with exit code 0 or without an error line."""
+
+
 def require(holds: bool, what: str) -> None:
     if not holds:
         raise BrokenError(what)
@@ -109,12 +113,13 @@ class Rehearsal:
             require(time.time() < begin + END_S, f"ranks {alive} live on")
             time.sleep(0.05)
         require(time.time() < begin + END_S, f"took {time.time() - begin:.1f} s")
-        require(process.returncode != 0, "exit code 0")
-        require(len(lines) == 1, f"{len(lines)} lines: {lines}")
         require(not list((results.parent / "tmp").rglob("*")), "leaves temporary files")
         left = [name for note in notes.glob("*.shm") for name in note.read_text().split() if Path(name).exists()]
         require(not left, f"leaves {left}")
         shutil.rmtree(notes)
+        if process.returncode == 0 or not lines:
+            raise UnreportedError(f"exit code {process.returncode}, {len(lines)} lines: {lines}")
+        require(len(lines) == 1, f"{len(lines)} lines: {lines}")
         return lines[0]
 
     def launch(self, results: Path, *, num_ranks: int, **settings: str) -> launching.Outcome:
