@@ -6,6 +6,7 @@ of 1 and of 3. All such tests of a file share one mpirun for each number of rank
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -88,17 +89,18 @@ def runner(tmp_path_factory) -> Iterator[Callable[..., Runner]]:
     of how it starts and ends.
     """
     runners: dict[tuple[object, ...], Runner] = {}
+    ends = ExitStack()
 
     def runner(num_ranks: int, *, module: str = "moempi.cli", **environment: str) -> Runner:
         key = (num_ranks, module, *environment.items())
         if key not in runners:
             folder = tmp_path_factory.mktemp(f"runner-{num_ranks}")
             runners[key] = Runner(num_ranks, folder, module=module, **environment)
+            ends.callback(runners[key].end)
         return runners[key]
 
-    yield runner
-    for one in runners.values():
-        one.end()
+    with ends:
+        yield runner
 
 
 @pytest.fixture

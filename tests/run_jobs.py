@@ -1,14 +1,15 @@
 """Runs command lines of the program one after another, in the ranks of one mpirun: run_jobs.py MODULE FOLDER PROCESS
 
 MODULE has the program's `main`. FOLDER/0.job, FOLDER/1.job, ... are lists of words in JSON, and appear one by one; what
-the ranks write is in FOLDER/0.out and 0.err, and the exit code in 0.code, as soon as all of them have ended. An empty
-list ends the program, as the end of PROCESS does, that of the tests.
+the ranks write is in FOLDER/0.out and 0.err, and the exit code of rank R in 0.R, as soon as it has ended. An empty list
+ends the program, as the end of PROCESS does, that of the tests.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -29,6 +30,18 @@ def write_into(path: Path, descriptor: int) -> None:
     os.close(opened)
 
 
+def exit_code(main: Callable[[list[str]], object], words: list[str]) -> int:
+    """The exit code of `sys.exit(main(words))`, which writes a text to stderr."""
+    try:
+        status = main(words)
+    except SystemExit as ending:
+        status = ending.code
+    if status is None or isinstance(status, int):
+        return int(status or 0)
+    print(status, file=sys.stderr)
+    return 1
+
+
 def run() -> None:
     main, folder, rank = import_module(sys.argv[1]).main, Path(sys.argv[2]), os.environ["OMPI_COMM_WORLD_RANK"]
     for number in count():
@@ -37,10 +50,7 @@ def run() -> None:
             break
         write_into(job.with_suffix(".out"), 1)
         write_into(job.with_suffix(".err"), 2)
-        try:
-            code = main(words)
-        except SystemExit as ending:
-            code = ending.code
+        code = exit_code(main, words)
         sys.stdout.flush()
         ended = job.with_suffix(f".{rank}")
         ended.with_suffix(f".{rank}-new").write_text(str(code))

@@ -33,9 +33,12 @@ class Runner:
     def start(self, *words: str | Path) -> Callable[[], launching.Outcome]:
         """Hand a command line to the ranks; the value waits until all of them have ended it.
 
-        Its exit code is that of the first rank that has another one than 0, or mpirun's if the ranks end.
+        Its exit code is the largest of the ranks' in magnitude, or mpirun's if the ranks end. Ranks past the limit are
+        killed, which fails.
         """
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self.end()
+        if self._process is None:
             self._begin()
         begin, process, job = time.monotonic(), self._process, self._hand_over([str(word) for word in words])
 
@@ -43,12 +46,16 @@ class Runner:
             codes = [job.with_suffix(f".{rank}") for rank in range(self._num_ranks)]
             limit = time.monotonic() + launching.LIMIT_S
             while process.poll() is None and not all(map(Path.exists, codes)):
-                assert time.monotonic() < limit, f"no end within {launching.LIMIT_S} s: {words}: {written(job)}"
+                if time.monotonic() > limit:
+                    self._process = None
+                    launching.end(process)
+                    raise AssertionError(f"no end within {launching.LIMIT_S} s: {words}: {written(job)}")
                 time.sleep(0.005)
             ended = [int(code.read_text()) for code in codes if code.exists()]
             code = max(ended, key=abs) if len(ended) == self._num_ranks else process.poll() or -1
             if (code or not STAY) and process is self._process:
-                self.end()  # a run that does not finish keeps the lock of its results until its process ends
+                # A run that does not finish keeps the lock of its results until its process ends.
+                self.end(failed=code != 0)
             return launching.Outcome(code, *written(job), time.monotonic() - begin)
 
         return outcome
@@ -57,13 +64,17 @@ class Runner:
         """Run a command line of the program on the ranks and wait."""
         return self.start(*words)()
 
-    def end(self) -> None:
-        """End the ranks, if there are any."""
-        if self._process is not None:
+    def end(self, *, failed: bool = False) -> None:
+        """End the ranks, if there are any; unless a job has failed, mpirun's exit code must be 0."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
             self._hand_over([])
-            self._process.wait(launching.LIMIT_S)
-            launching.end(self._process)
-            self._process = None
+            code = process.wait(launching.LIMIT_S)
+        finally:
+            launching.end(process)
+        assert failed or code == 0, f"mpirun ended with {code}: {(self._place / 'mpirun.err').read_text()}"
 
     def _begin(self) -> None:
         self._place, self._numbers = self._folder / str(next(self._starts)), count()
