@@ -3,11 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from mpi4py import MPI
-
 from moempi.engine.rank_layout import RankLayout
 from moempi.errors import MoempiError
-from moempi.runtime.waiting import wait_until
+from moempi.runtime.waiting import receive_bytes, send_bytes
 from moempi.runtime.world import World
 from moempi.storage.prompt_spool import PromptCodec, num_bytes
 from moempi.storage.prompts import Prompt
@@ -31,23 +29,13 @@ def scatter_prompts(
     if world.rank == 0:
         yield from _scatter(prompts, codec, rank_layout)
         return
-    while rank_layout.is_first_stage and (piece := codec.decode(_receive(rank_layout.ranks))):
+    while rank_layout.is_first_stage and (piece := codec.decode(receive_bytes(rank_layout.ranks, tag=TAG))):
         yield piece
 
 
-def _receive(ranks: Any) -> bytearray:
-    """The next piece of rank 0, which reads prompts meanwhile; blocks."""
-    status = MPI.Status()
-    wait_until(lambda: ranks.Iprobe(tag=TAG, status=status))
-    piece = bytearray(status.Get_count(MPI.BYTE))
-    ranks.Recv([piece, MPI.BYTE], tag=TAG)
-    return piece
-
-
 def _send(pieces: Sequence[bytes], others: Sequence[tuple[int, int]], ranks: Any) -> None:
-    """Send pieces[group] to every (rank, group) of the `others` at the same time, b"" to none; blocks."""
-    requests = [ranks.Isend([pieces[group], MPI.BYTE], rank, TAG) for rank, group in others if pieces[group]]
-    wait_until(lambda: MPI.Request.Testall(requests))
+    """Send pieces[group] to every (rank, group) of the `others`, b"" to none; blocks."""
+    send_bytes(ranks, [(rank, pieces[group]) for rank, group in others if pieces[group]], tag=TAG)
 
 
 def _scatter(prompts: Iterable[Prompt], codec: PromptCodec, rank_layout: RankLayout) -> Iterator[list[Prompt]]:

@@ -2,7 +2,7 @@
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter, sleep
 from typing import Protocol
 
@@ -46,3 +46,18 @@ def wait(request: Testable) -> None:
 def barrier(comm: MPI.Intracomm) -> None:
     """Block until all ranks of `comm` are here; collective."""
     wait(comm.Ibarrier())
+
+
+def send_bytes(comm: MPI.Intracomm, messages: Iterable[tuple[int, bytes]], *, tag: int) -> None:
+    """Send each of the (rank, message) for `receive_bytes`, at the same time; blocks until all are sent."""
+    requests = [comm.Isend([message, MPI.BYTE], rank, tag) for rank, message in messages]
+    wait_until(lambda: MPI.Request.Testall(requests))
+
+
+def receive_bytes(comm: MPI.Intracomm, *, tag: int) -> bytearray:
+    """The next message of `send_bytes` to this rank with the tag, which one rank sends; blocks."""
+    status = MPI.Status()
+    wait_until(lambda: comm.Iprobe(tag=tag, status=status))
+    message = bytearray(status.Get_count(MPI.BYTE))
+    comm.Recv([message, MPI.BYTE], tag=tag)
+    return message
