@@ -271,6 +271,7 @@ CHANGES_RESULTS = (
     "run.backend",
     "run.precision",
     "run.reproducible",
+    "run.capture",
     "input.column",
     "sampling.defaults",
     "sampling.n",
