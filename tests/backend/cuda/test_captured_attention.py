@@ -174,18 +174,24 @@ def test_each_queue_has_graphs_and_memory_of_its_own(monkeypatch, capturing_devi
 
 
 def test_the_graph_that_was_launched_longest_ago_makes_way(monkeypatch, simulated):
+    """For one of the same queue; what was measured once is recorded in the next call."""
     monkeypatch.setattr(captured_attention, "MOST_GRAPHS", 2)
     layers, counts = Layers(simulated, SHAPES["plain"]), count_captures(monkeypatch, simulated)
 
-    def run(*kinds):
+    def run(*kinds, queue=0):
         before = counts["captures"]
-        for step, count in enumerate(kinds):
-            layers.check(range(3, 3 + 16 * count), seed=step)
+        with layers.verbs.on_queue(queue):
+            for step, count in enumerate(kinds):
+                layers.check(range(3, 3 + 16 * count), seed=step)
         return (counts["captures"] - before) // 2
 
+    layers.verbs.finish_loading()
     assert run(1, 1, 2, 2, 1, 2) == 2
-    assert run(3, 2, 2) == 0
-    assert run(1, 1) == 1
+    assert run(3, 1, 2) == 0
+    assert run(1, 1, 2, 2, queue=1) == 2
+    assert run(1, 2) == 0
+    assert run(3, 2) == 1
+    assert run(1) == 1
 
 
 def test_rows_that_are_none_write_to_no_page(monkeypatch, simulated):
@@ -209,16 +215,23 @@ def test_a_step_of_any_number_of_rows_has_the_bits_of_the_verbs(capturing_device
             layers.check([3 + 2 * row + step for row in range(count)], seed=100 * step + count)
 
 
-def test_what_takes_more_memory_than_an_arena_may_have_is_not_recorded(monkeypatch, simulated):
-    monkeypatch.setattr(captured_attention, "MOST_ARENA_BYTES", 1000)
-    layers, counts = Layers(simulated, SHAPES["plain"]), count_captures(monkeypatch, simulated)
-    for step in range(3):
-        layers.check((5 + step, 80 + step), seed=step)
-    assert not counts
+@pytest.mark.parametrize("rows_of_a_launch", [1, 2])
+def test_launches_for_some_of_the_rows_share_their_sums(monkeypatch, capturing_device, rows_of_a_launch):
+    """Long sequences take no more memory of a graph than PARTIAL_BYTES and the rows."""
+    shape, name = SHAPES["grouped"], "moempi.backend.cuda.attention.PARTIAL_BYTES"
+    row_bytes, sizes = shape.num_heads * 2 * shape.head_dim * 4, []
+    for rows in (rows_of_a_launch, 3):
+        monkeypatch.setattr(name, rows * row_bytes)
+        layers, counts = Layers(capturing_device, shape), count_captures(monkeypatch, capturing_device)
+        for step in range(3):
+            layers.check((300 + step, 3 + step, 61 + step), seed=step)
+        assert counts["captures"] == 2
+        sizes += layers.fused[0]._sizes.values()
+    assert sizes[1] - sizes[0] >= (3 - rows_of_a_launch) * row_bytes - 256
 
 
 def test_more_pages_than_the_cache_has_are_not_recorded(monkeypatch, simulated):
-    """As in a warm-up, where all pages of a sequence are the first one; the inputs have room for all pages once."""
+    """The inputs have room for each page of the cache once; a warm-up repeats the first page."""
     layers, counts = Layers(simulated, SHAPES["plain"]), count_captures(monkeypatch, simulated)
     segments, backend = [Segment(0, 1, 80, np.zeros(PAGES + 1, np.int64))], layers.graphs
     for _ in range(3):
@@ -365,9 +378,8 @@ def test_what_is_made_on_first_use_under_capture_is_found(monkeypatch, simulated
     """The planted fault: a graph is recorded in the first call, in which the counters of splits are uploaded."""
     layers = Layers(simulated, SHAPES["plain"])
 
-    def record_at_once(self, inputs, cache):
-        recording = self._record(inputs, cache, Arena(simulated.empty, simulated.empty((1 << 20,), np.uint8)))
-        return recording.results, recording
+    def record_at_once(self, inputs, cache, kind):
+        return self._record(inputs, cache, Arena(simulated.empty, simulated.empty((1 << 20,), np.uint8))).results
 
     monkeypatch.setattr(captured_attention.CapturedAttention, "_measure", record_at_once)
     with pytest.raises(RuntimeError, match="an upload from pageable memory under capture"):

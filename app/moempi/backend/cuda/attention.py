@@ -129,7 +129,7 @@ class PagedAttention:
     def attend_rows(
         self, queries: Queries, cache: Cache, layout: AttentionLayout, run: SingleRows, rule: Rule, out: Array
     ) -> None:
-        """Attend single rows in blocks of keys, as many rows per launch as PARTIAL_BYTES holds."""
+        """Attend single rows in blocks of keys: launches of as many rows as PARTIAL_BYTES holds, which share it."""
         _, heads, value_dim = out.shape
         _, kv_heads, key_dim = cache.keys.shape
         together, head_rounds = _divide(heads, kv_heads)
@@ -138,15 +138,16 @@ class PagedAttention:
         rows, splits = run.rows, num_splits(run)
         partial_bytes = heads * splits * value_dim * 4 if splits > 1 else 0
         step = max(1, min(MOST_BLOCKS, PARTIAL_BYTES // max(1, partial_bytes)))
+        most_rows = min(step, len(rows))
+        sums = stats = arrived = None
+        if splits > 1:
+            sums = self._launches.empty((most_rows, heads, splits, value_dim), np.float32)
+            stats = self._launches.empty((most_rows, heads, splits, 2), np.float32)
+            arrived = self._launches.counters(most_rows * head_rounds)
         for first in range(rows.start, rows.stop, step):
             num_rows = min(step, rows.stop - first)
             own = queries.rows_from(first, num_rows)
             spans, attended = (rows_from(x, first, num_rows) for x in (layout.spans, out))
-            sums = stats = arrived = None
-            if splits > 1:
-                sums = self._launches.empty((num_rows, heads, splits, value_dim), np.float32)
-                stats = self._launches.empty((num_rows, heads, splits, 2), np.float32)
-                arrived = self._launches.counters(num_rows * head_rounds)
             given = (*own, cache.keys, cache.values, rule.sinks, spans, layout.pages)
             results, grid = (sums, stats, arrived, attended), (head_rounds, splits, num_rows)
             self._launches.launch(

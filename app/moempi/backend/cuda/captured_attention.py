@@ -26,12 +26,12 @@ MOST_ROWS = 256
 """Rows of a step whose attention is recorded; more keep a GPU busy while the host submits."""
 ROUNDED_ROWS = 16
 """Rows of a graph are a multiple of it; the splits of a graph are a power of two."""
-MOST_GRAPHS = 32
-"""Kinds of calls that a layer knows; the one that was called longest ago makes way for another."""
-MOST_ARENA_BYTES = 256 << 20
-"""Memory that a graph may write; a call that needs more is not recorded."""
+MOST_GRAPHS = 16
+"""Graphs of a layer in a queue; the one that was launched longest ago makes way for another."""
 
 Angles = tuple[Array, Array]
+Kind = tuple[int, int, int]
+"""Queue, number of rows, and number of splits of their keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,10 @@ class Recording:
 
 
 class CapturedAttention:
-    """`protocol.FusedAttention` as CUDA graphs; all layers share `memories`, `lay_out` lays out a step's rows."""
+    """`protocol.FusedAttention` of one layer, which has one cache, as CUDA graphs.
+
+    All layers share `memories`; `lay_out` lays out a step's rows.
+    """
 
     most_rows = MOST_ROWS
 
@@ -111,35 +114,24 @@ class CapturedAttention:
     ) -> None:
         self._block, self._verbs, self._attention, self._launches = block, verbs, attention, launches
         self._memories, self._lay_out = memories, lay_out
-        self._known: dict[tuple[int, ...], int | Recording] = {}
-        """For each kind of call its recording, or before it the bytes of its arena; the latest call is the last."""
+        self._sizes: dict[Kind, int] = {}
+        """The bytes of the arena of each kind of call that was measured."""
+        self._recordings: dict[int, dict[Kind, Recording]] = {}
+        """The recordings of each queue; the one that was launched last is the last."""
 
     def __call__(self, x: Array, angles: Angles, cache: Cache, segments: Sequence[Segment]) -> tuple[Array, Array]:
         inputs = Inputs(x, angles, self._lay_out(cache, segments))
         if not _is_recorded(inputs.layout, cache):
             return self._compute(inputs, cache)
-        key = (self._launches.device.queue, *rounded(inputs.layout), angles[0].shape[1], id(cache.keys))
-        known = self._known.pop(key, None)
-        if isinstance(known, int) and known > MOST_ARENA_BYTES:
-            results = self._compute(inputs, cache)
+        kind, memory = (self._launches.device.queue, *rounded(inputs.layout)), self._memory(inputs, cache)
+        placed = memory.place(inputs)
+        if kind in self._sizes:
+            recording = self._recording(placed, cache, memory, kind)
+            self._launches.device.launch_graph(recording.graph)
+            results = recording.results
         else:
-            memory = self._memory(inputs, cache)
-            results, known = self._compute_placed(memory, memory.place(inputs), cache, known)
-        self._known[key] = known
-        if len(self._known) > MOST_GRAPHS:
-            del self._known[next(iter(self._known))]
+            results = self._measure(placed, cache, kind)
         return rows_from(results[0], 0, len(x)), rows_from(results[1], 0, len(x))
-
-    def _compute_placed(
-        self, memory: GraphMemory, inputs: Inputs, cache: Cache, known: int | Recording | None
-    ) -> tuple[tuple[Array, Array], int | Recording]:
-        """The results, and what is known of this kind of call afterwards."""
-        if known is None:
-            return self._measure(inputs, cache)
-        if isinstance(known, int):
-            known = self._record(inputs, cache, memory.arena(known))
-        self._launches.device.launch_graph(known.graph)
-        return known.results, known
 
     def _memory(self, inputs: Inputs, cache: Cache) -> GraphMemory:
         num_pages = len(cache.keys) // PAGE_ROWS
@@ -148,11 +140,22 @@ class CapturedAttention:
             self._memories[key] = GraphMemory(self._launches, inputs, num_pages)
         return self._memories[key]
 
-    def _measure(self, inputs: Inputs, cache: Cache) -> tuple[tuple[Array, Array], int]:
-        """The results, and the bytes of an arena for them."""
+    def _measure(self, inputs: Inputs, cache: Cache, kind: Kind) -> tuple[Array, Array]:
+        """The results; the bytes of an arena for them are kept."""
         arena = Arena(self._launches.device.empty)
         with self._launches.allocating(arena):
-            return self._compute(inputs, cache), arena.taken_bytes
+            results = self._compute(inputs, cache)
+        self._sizes[kind] = arena.taken_bytes
+        return results
+
+    def _recording(self, placed: Inputs, cache: Cache, memory: GraphMemory, kind: Kind) -> Recording:
+        """The recording of a kind, made if there is none."""
+        recordings = self._recordings.setdefault(kind[0], {})
+        recording = recordings.pop(kind, None) or self._record(placed, cache, memory.arena(self._sizes[kind]))
+        recordings[kind] = recording
+        if len(recordings) > MOST_GRAPHS:
+            del recordings[next(iter(recordings))]
+        return recording
 
     def _record(self, inputs: Inputs, cache: Cache, arena: Arena) -> Recording:
         results: list[tuple[Array, Array]] = []
