@@ -78,6 +78,7 @@ class SimtDevice:
         self._order = order
         self._captured: list[Work] | None = None
         self._graphs: weakref.WeakSet[SimtGraph] = weakref.WeakSet()
+        self._loaded: set[Kernel] = set()
         self.use_queue(0)
 
     def available_bytes(self) -> int:
@@ -172,6 +173,9 @@ class SimtDevice:
     ) -> None:
         """An `early` launch is an ordinary one."""
         assert shared_bytes <= MOST_SHARED_BYTES
+        if kernel not in self._loaded:
+            self.refuse("a first launch")
+            self._loaded.add(kernel)
         self._launches += 1
         if self._launches == self._fault_at:
             self.submit("fault", _fault)

@@ -375,13 +375,20 @@ def test_a_verb_that_takes_memory_of_the_pool_under_capture_is_found(monkeypatch
 
 
 def test_what_is_made_on_first_use_under_capture_is_found(monkeypatch, simulated):
-    """The planted fault: a graph is recorded in the first call, in which the counters of splits are uploaded."""
+    """The planted fault: a graph is recorded in the first call.
+
+    In it kernels are loaded, if no other has launched them, and the counters of splits are uploaded.
+    """
     layers = Layers(simulated, SHAPES["plain"])
 
     def record_at_once(self, inputs, cache, kind):
         return self._record(inputs, cache, Arena(simulated.empty, simulated.empty((1 << 20,), np.uint8))).results
 
     monkeypatch.setattr(captured_attention.CapturedAttention, "_measure", record_at_once)
+    x, angles, segments = layers.rows(1, WIDTH, seed=1), layers.angles([5], [1]), segments_of([5], [1], seed=0)
+    simulated._loaded.clear()
+    with pytest.raises(RuntimeError, match="a first launch under capture"):
+        layers.fused[0](x, angles, layers.others[0], segments)
     with pytest.raises(RuntimeError, match="an upload from pageable memory under capture"):
         layers.check((300, 5))
 

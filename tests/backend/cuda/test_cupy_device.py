@@ -209,6 +209,20 @@ def test_an_error_under_capture_ends_it(monkeypatch, device, graph_calls):
     assert gpu._used is None
 
 
+def test_a_capture_that_cuda_does_not_begin_leaves_the_device_as_it_was(monkeypatch, device, graph_calls):
+    def refuse(*_):
+        raise cupy.cuda.runtime.CUDARuntimeError(900)
+
+    monkeypatch.setattr(cupy.cuda.runtime, "streamBeginCapture", refuse)
+    gpu = unopened(device)
+    gpu._queues[1] = SimpleNamespace(ptr=9, use=lambda: None), 1
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError):
+        gpu.capture(lambda: None)
+    gpu.use_queue(1)
+    assert gpu.queue == 1
+    assert not graph_calls
+
+
 def test_kernels_of_a_graph_keep_their_priorities(monkeypatch):
     """cuda.h: CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY is 8."""
     module, seen = import_module("moempi.backend.cuda.compiled_kernel"), []
@@ -300,6 +314,8 @@ def test_a_handle_of_a_device_that_captures_gets_a_workspace_behind_its_stream(m
     assert calls == [(1, 7), (32 << 20,)]
     assert seen.value.split() == [b"1", b"%d" % (1 << 40), b"8"]
     assert gpu._workspaces == [workspace]
+    gpu.use_queue(-1)  # of copies, without products
+    assert calls[2:] == [(1, 7)]
 
 
 def test_an_error_of_cublas_is_raised(monkeypatch, device, library):

@@ -13,6 +13,7 @@ from cupy_backends.cuda.libs import cublas
 from moempi.backend.cuda import cublas_calls
 from moempi.backend.cuda.compiled_kernel import CompiledKernel, instantiate_graph
 from moempi.backend.cuda.device import Argument, Grid, Kernel
+from moempi.backend.cuda.peer_memory import COPY_QUEUE
 from moempi.backend.protocol import RowCopy
 from moempi.backend.values import Array
 from moempi.errors import ConfigError
@@ -82,7 +83,7 @@ class CupyDevice:
         if number not in self._queues:
             stream, handle = cupy.cuda.Stream(non_blocking=True, priority=QUEUE_PRIORITY), cublas.create()
             cublas.setStream(handle, stream.ptr)
-            if self._captures:
+            if self._captures and number != COPY_QUEUE:
                 self._workspaces.append(self.allocate_shared((cublas_calls.WORKSPACE_BYTES,), np.uint8))
                 cublas_calls.set_workspace(handle, self._workspaces[-1])
             self._queues[number] = (stream, handle)
@@ -262,11 +263,11 @@ class CupyDevice:
         )
 
     def capture(self, submit: Callable[[], object]) -> "StreamGraph":
-        """In the mode in which CUDA refuses no other call, as Python may free memory at any time."""
+        """In the mode in which CUDA refuses no allocation or free, as Python may free memory at any time."""
         runtime, stream = cupy.cuda.runtime, self._stream.ptr
         used: list[object] = []
-        self._used = used
         runtime.streamBeginCapture(stream, runtime.streamCaptureModeRelaxed)
+        self._used = used
         try:
             submit()
         except BaseException:
