@@ -1,5 +1,7 @@
 """After the warm-up, a run launches no kernel for the first time, and its tokens are those without a warm-up."""
 
+from collections import Counter
+
 import pytest
 from msgspec import structs
 
@@ -89,6 +91,38 @@ def test_two_hops_launch_no_kernel_for_the_first_time_before_a_dense_layer(comm,
     warm = set(device.kernels)
     run.lanes.run()
     assert device.kernels == warm
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_the_warm_up_records_the_attention_of_one_row(tmp_path, group_size):
+    """In each layer and queue, unless the rank is in a tensor group, whose attention is not fused."""
+    device, found = WatchedDevice(), Counter()
+    capture, launch_graph = device.capture, device.launch_graph
+    device.capture = lambda submit: found.update(["captures"]) or capture(submit)
+    device.launch_graph = lambda graph: found.update(["launches"]) or launch_graph(graph)
+
+    def make_backend(progress):
+        return CudaBackend(device, precision="bfloat16", reproducible=False, capture=True, progress=progress)
+
+    run = Run(tmp_path, requests_of(3), architecture=SMALL, make_backend=make_backend)
+    warm_up(run.model, run.world, placements=run.rank_layout.placements, lanes=2, group_size=group_size)
+    graphs = 2 * SMALL.num_layers if group_size == 1 else 0
+    assert (found["captures"], found["launches"]) == (graphs, 2 * graphs)
+
+
+def test_a_capture_that_the_device_refuses_ends_the_warm_up(tmp_path):
+    device = WatchedDevice()
+
+    def make_backend(progress):
+        return CudaBackend(device, precision="bfloat16", reproducible=False, capture=True, progress=progress)
+
+    def refuse(submit):
+        raise RuntimeError("operation not supported")
+
+    device.capture = refuse
+    run = Run(tmp_path, requests_of(3), architecture=SMALL, make_backend=make_backend)
+    with pytest.raises(RuntimeError, match="operation not supported"):
+        warm_up(run.model, run.world, placements=run.rank_layout.placements, lanes=1)
 
 
 def test_the_cpu_backend_needs_no_warm_up(tmp_path):

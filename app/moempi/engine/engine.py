@@ -86,7 +86,7 @@ def load_engine(
     model, loading, warms_up = loaded
     if warms_up:
         grouped = deployment.rank_layout.placements if job.exchange.hops == 1 else {}
-        warm_up(model, world, placements=grouped, lanes=job.lanes)
+        warm_up(model, world, placements=grouped, lanes=job.lanes, group_size=job.parallel.tensor)
     scheduler = Scheduler(
         (),
         micro_batches=job.num_micro_batches,

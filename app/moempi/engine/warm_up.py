@@ -3,11 +3,12 @@
 A machine that compiles kernels on first use, or sets up a queue on first use, does so here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
+from moempi.arrays import IntArray
 from moempi.backend.values import Array, Cache, RmsNorm, Segment
 from moempi.comm.addends import Addends
 from moempi.comm.exchange import Route, pick_replicas
@@ -25,27 +26,35 @@ NUM_ROWS = (1, PAGE_ROWS)
 """Rows of a sequence in decode and in prefill, which attention computes by different kernels."""
 
 
-def warm_up(model: Transformer, world: World, *, placements: Mapping[int, Placement], lanes: int) -> None:
+FUSED_CALLS = 3
+"""Calls of a fused attention after which a backend has nothing to set up: one that records measures, records, launches.
+"""
+
+
+def warm_up(
+    model: Transformer, world: World, *, placements: Mapping[int, Placement], lanes: int, group_size: int = 1
+) -> None:
     """Run each verb of the model's layers on the queues of all lanes; collective, blocks.
 
-    `placements` has the placement of each layer whose choices the backend groups by physical experts. Does nothing
-    with a backend whose verbs are complete when they return: it compiles nothing. The first rank of a node comes
-    first, so that the others find compiled kernels. The cache must have no sequence; its first page and the state of
-    its first slot are written. A MoempiError of any rank ends all ranks, such as too many physical experts for the
-    backend.
+    `group_size` is the number of ranks of a tensor group. `placements` has the placement of each layer whose choices
+    the backend groups by physical experts. Does nothing with a backend whose verbs are complete when they return: it
+    compiles nothing. The first rank of a node comes first, so that the others find compiled kernels. The cache must
+    have no sequence; its first page and the state of its first slot are written. A MoempiError of any rank ends all
+    ranks, such as too many physical experts for the backend.
     """
     is_first = world.local_rank == 0
-    run = partial(_run_all, model, placements, lanes)
+    run = partial(_run_all, model, placements, lanes, group_size)
     world.collectively(lambda: run() if is_first else None)
     world.collectively(lambda: None if is_first else run())
 
 
-def _run_all(model: Transformer, placements: Mapping[int, Placement], lanes: int) -> None:
+def _run_all(model: Transformer, placements: Mapping[int, Placement], lanes: int, group_size: int) -> None:
     backend = model.backend
     for lane in range(lanes if backend.record_event() is not None else 0):
         with backend.on_queue(lane):
             for num_rows in NUM_ROWS:
                 _run_layers(model, placements, num_rows)
+            _run_fused(model, group_size)
             indexer = model.architecture.attention.indexer
             if indexer and any(indexer.top_k < len(cache.keys) for cache in model.cache.layers):
                 _run_layers(model, placements, 1, start=indexer.top_k)
@@ -59,12 +68,9 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
 
     The results are dropped.
     """
-    backend, architecture = model.backend, model.architecture
-    x = backend.tensor(np.zeros((num_rows, architecture.width), np.uint16))
-    positions, capacities = start + np.arange(num_rows), np.full(num_rows, start + num_rows)
-    segments = (Segment(0, num_rows, start, np.zeros(pages_for(start + num_rows), np.int64)),)
-    angles = rope_angles(backend, architecture.attention, positions, capacities)
-    sparse = sparse_rows(backend, architecture.attention, segments, capacities)
+    backend = model.backend
+    x, angles, segments, capacities = _zeros(model, num_rows, start=start)
+    sparse = sparse_rows(backend, model.architecture.attention, segments, capacities)
     for layer, cache, following in zip(model.layers, model.layer_caches, [*model.layers[1:], None], strict=True):
         rows, next_norm = layer.first_norm(backend, x), None if following is None else following.first_norm
         if layer.attention is not None:
@@ -83,6 +89,27 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
         backend.score(logits, np.zeros(num_rows, np.int64), top=1)
         backend.scan(logits, np.zeros(num_rows, np.int64), first=0, top=1)
         backend.tokens_above(logits[:1], np.full(1, -np.inf, np.float32))
+
+
+def _run_fused(model: Transformer, group_size: int) -> None:
+    """Compute a row of zeros by the layers' fused attentions, so that what the device refuses is an error at once."""
+    x, angles, segments, _ = _zeros(model, 1)
+    for layer, cache in zip(model.layers, model.layer_caches, strict=True):
+        fused = layer.fused(1, group_size)
+        if fused is not None and len(cache.keys):
+            for _ in range(FUSED_CALLS):
+                fused(x, angles, cache, segments)
+
+
+def _zeros(
+    model: Transformer, num_rows: int, *, start: int = 0
+) -> tuple[Array, tuple[Array, Array], Sequence[Segment], IntArray]:
+    """Rows of zeros, with the angles, segments and capacities of their positions from `start` on."""
+    backend, architecture = model.backend, model.architecture
+    x = backend.tensor(np.zeros((num_rows, architecture.width), np.uint16))
+    positions, capacities = start + np.arange(num_rows), np.full(num_rows, start + num_rows)
+    segments = (Segment(0, num_rows, start, np.zeros(pages_for(start + num_rows), np.int64)),)
+    return x, rope_angles(backend, architecture.attention, positions, capacities), segments, capacities
 
 
 def _run_experts(
