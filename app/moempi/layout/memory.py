@@ -15,10 +15,16 @@ from moempi.layout.row_buffers import GROWTH, exchange_rows, nodes_of_row, recei
 CACHE_SHARE = 0.8
 """Share of the memory left beside weights and rows; the rest is for MPI, the interpreter and temporary arrays."""
 
+GRAPH_BYTES = 320 << 20
+"""Of a lane's CUDA graphs: 32 MiB for cuBLAS, rows, the largest arena (128 MiB in bfloat16), and the smaller before it.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes of one rank: its weights, one page of its KV cache in all its layers, and the rows of its lanes' steps.
+
+    Rows include what CUDA graphs of lanes take.
 
     The cache is divided among the `groups` data parallel groups of the first stage that the rank computes for. In
     layers that keep a state, each of the rank's `slots` takes `state` bytes in all of them.
@@ -81,7 +87,8 @@ def rank_memory(
     sent = _buffered_values_per_row(job, architecture, rank, on_gpu=on_gpu)
     rows = rank.groups * job.lanes * job.run.batch_tokens
     page_bytes = page * (2 if is_bfloat16 and not widened else 4)
-    return Memory(weights, page_bytes, rows * ceil(values * row_bytes + sent * sent_bytes), rank.groups, state)
+    graphs = job.lanes * GRAPH_BYTES if on_gpu and job.run.capture else 0
+    return Memory(weights, page_bytes, rows * ceil(values * row_bytes + sent * sent_bytes) + graphs, rank.groups, state)
 
 
 def _values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
