@@ -532,7 +532,7 @@ class Backend(MemoryVerbs, RowVerbs, AttentionVerbs, StateVerbs, ExpertVerbs, Fu
     memory_id: str
     """Identifies the memory that holds weights, caches and rows, among all memories of the node."""
     most_packed_choices: int
-    """Choices of a layer up to which `group_and_pack` is the faster way to pack rows."""
+    """The most choices of a layer that `group_and_pack` takes; 0 if rows are always packed apart."""
 
     @property
     def peer_memory(self) -> PeerMemory | None:

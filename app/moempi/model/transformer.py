@@ -36,7 +36,10 @@ WITH_STATE = GatedDelta, StateSpaceMixer
 ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 
 OnHidden = Callable[[int, str, Array], object]
-"""Called with a layer, its sublayer ATTENTION or FEED_FORWARD, and the residual stream behind it (T, D)."""
+"""Called with a layer, its sublayer ATTENTION or FEED_FORWARD, and the residual stream behind it (T, D).
+
+The next layer may overwrite the rows: verbs that read them are submitted before it returns.
+"""
 
 
 def ignore_hidden(layer: int, sublayer: str, x: Array) -> None:

@@ -118,7 +118,7 @@ class ExpertTable(NamedTuple):
 Grid = tuple[int, int, int]
 Argument = Array | ExpertTable | int | float | None
 Graph = Any
-"""Work that a device has recorded; it keeps the arrays alive that the work uses."""
+"""Work that a device has recorded, in a type of the device's own; it keeps the arrays alive that the work uses."""
 
 
 class Device(Protocol):
