@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from moempi.arrays import IntArray
 from moempi.backend.cuda.products import Matrix
 from moempi.backend.values import Array, Expert, Segment
+from moempi.bench.device_calls import record_calls, replay
 from moempi.bench.gpu_report import COPY, KERNELS, OURS, Bench, Case
 from moempi.bench.random_layer import WEIGHT_DEVIATION
 from moempi.config.architecture import Rope, Router
@@ -20,6 +22,7 @@ PRODUCTS = "products alone"
 COLD_EXPERTS = 3
 """Experts whose weights are used in turn, so that none is in a cache of less than two experts."""
 NORM_EPS = 1e-6
+APART = "group, pack"
 Make = tuple[str, Callable[[], Case]]
 
 
@@ -145,6 +148,7 @@ def small_cases(bench: Bench, sizes: Namespace) -> Iterator[Make]:
             ("rotate_into_cache", _rotate_into_cache),
             ("choose_experts", _choose_experts),
             ("group", _group),
+            ("group_and_pack", _group_and_pack),
         ):
             yield part, partial(make, bench, sizes, num_rows)
 
@@ -212,10 +216,33 @@ def _choose_experts(bench: Bench, sizes: Namespace, num_rows: int) -> Case:
     return Case("choose_experts", f"{num_rows:,} rows of {sizes.experts}", num_bytes, "GB/s", contestants)
 
 
+def _choices(sizes: Namespace, num_rows: int) -> IntArray:
+    """Experts (T, K) of rows, different ones for each row."""
+    return np.random.default_rng(0).random((num_rows, sizes.experts)).argsort(axis=1)[:, : sizes.top_k]
+
+
+def _group_and_pack(bench: Bench, sizes: Namespace, num_rows: int) -> Case:
+    """As many of the rows as the verb takes; beside it the kernels of `group` and `pack`, without their wait."""
+    backend = bench.backend
+    chosen = _choices(sizes, min(num_rows, backend.most_packed_choices // sizes.top_k))
+    experts, ids = backend.upload(chosen), backend.upload(np.arange(sizes.experts))
+    rows, out = bench.values.rows(len(chosen), sizes.width), backend.row_buffer(chosen.size, sizes.width)
+
+    def apart() -> None:
+        backend.pack(rows, backend.group(experts, ids, num_ids=sizes.experts)[0], out)
+
+    calls = record_calls(backend, apart)
+    contestants = {
+        OURS: lambda: backend.group_and_pack(rows, experts, ids, out, num_ids=sizes.experts),
+        APART: lambda: replay(calls),
+    }
+    return Case("group_and_pack", f"{chosen.size:,} choices", 2 * out.nbytes, "GB/s", contestants)
+
+
 def _group(bench: Bench, sizes: Namespace, num_rows: int) -> Case:
     """The verb waits for the counts, so its kernels are submitted without it; torch's stable sort is beside them."""
-    chosen = np.random.default_rng(0).random((num_rows, sizes.experts)).argsort(axis=1)[:, : sizes.top_k]
-    experts, ids = bench.backend.upload(chosen), np.arange(sizes.experts)
+    chosen, ids = _choices(sizes, num_rows), np.arange(sizes.experts)
+    experts = bench.backend.upload(chosen)
     contestants = {OURS: lambda: bench.backend.group(experts, ids, num_ids=len(ids)), **bench.peers.group(experts)}
     return Case(
         "group",
