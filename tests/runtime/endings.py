@@ -58,10 +58,11 @@ def finish_while_aborting(world: World) -> None:
 
 
 def interrupt_at_start(rank: int) -> None:
-    """This rank gets a signal while it waits for the others, which do not come."""
+    """This rank gets a signal while it waits in MPI for the others: Python raises it when they have come."""
     if MPI.COMM_WORLD.rank != rank:
-        time.sleep(600)
-    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+        time.sleep(6)
+    else:
+        threading.Timer(3.0, os.kill, [os.getpid(), signal.SIGINT]).start()
 
 
 def work(world: World, ending: str, rank: int) -> None:
