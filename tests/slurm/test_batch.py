@@ -65,6 +65,7 @@ class Batch:
             "input.prompts": prompts,
             "output.results": self.results,
             "run.precision": "float32",
+            "run.max_sequences": 4,  # so that it is not finished before it is disturbed
         }
 
     def submit(self, *options: str, launcher: str = "srun", **environment: str) -> str:
@@ -162,7 +163,6 @@ def test_a_finished_job_that_is_submitted_again_continues_at_its_time_limit(fold
 def test_a_run_that_is_killed_whole(folder, prompts, undisturbed):
     """Its state says "running", and no rank is left to write another."""
     batch = Batch(folder, "killed", prompts)
-    batch.settings["run.max_sequences"] = 4  # so that it is not finished before it is killed
     job = batch.submit()
     wait_for(lambda: (state := batch.state()) is not None and state.finished > 0, what="the first finished requests")
     output_of("scancel", "--signal=KILL", f"{job}.0")
