@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cluster import hosts
@@ -88,7 +89,11 @@ class Job:
 
         def num_bytes() -> int:
             self._note_state()
-            return sum(part.stat().st_size for part in Path(f"{self.results}.parts").rglob("rank-*.part"))
+            total = 0
+            with suppress(FileNotFoundError):  # of files that a run removes meanwhile
+                for part in Path(f"{self.results}.parts").rglob("rank-*.part"):
+                    total += part.stat().st_size
+            return total
 
         wait_for(lambda: num_bytes() > 4000, what=f"records: {self.said()}")
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,22 @@ def wait_for_requeue(job: str, restarts: int) -> None:
     wait_for(lambda: facts(job)["Restarts"] == str(restarts), what=f"requeue {restarts} of job {job}")
 
 
-class Batch:
-    """A job file of the tests, submitted to two virtual nodes."""
+def record_bytes(results: Path) -> int:
+    """The bytes of the records on disk, of files that a run does not remove meanwhile."""
+    total = 0
+    with suppress(FileNotFoundError):
+        for part in Path(f"{results}.parts").rglob("rank-*.part"):
+            total += part.stat().st_size
+    return total
 
-    def __init__(self, folder: Path, name: str, prompts: Path) -> None:
+
+class Batch:
+    """A job file of the tests, submitted to two virtual nodes.
+
+    With few `sequences` at a time it is not finished before it is disturbed.
+    """
+
+    def __init__(self, folder: Path, name: str, prompts: Path, *, sequences: int | None = None) -> None:
         self.results = folder / f"{name}.h5"
         self.log = folder / f"{name}.out"
         self.settings = {
@@ -65,8 +78,7 @@ class Batch:
             "input.prompts": prompts,
             "output.results": self.results,
             "run.precision": "float32",
-            "run.max_sequences": 4,  # so that it is not finished before it is disturbed
-        }
+        } | ({"run.max_sequences": sequences} if sequences else {})
 
     def submit(self, *options: str, launcher: str = "srun", **environment: str) -> str:
         where = ["--nodes=2", "--ntasks-per-node=2", "--time=5", f"--output={self.log}", *options]
@@ -86,11 +98,8 @@ class Batch:
     def wait_for_new_records(self) -> None:
         """Until a run has put some more requests to disk than there are now."""
 
-        def num_bytes() -> int:
-            return sum(part.stat().st_size for part in Path(f"{self.results}.parts").rglob("*.part"))
-
-        enough = num_bytes() + 4000
-        wait_for(lambda: num_bytes() > enough, what=f"records of {self.results}")
+        enough = record_bytes(self.results) + 4000
+        wait_for(lambda: record_bytes(self.results) > enough, what=f"records of {self.results}")
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
@@ -135,7 +144,7 @@ def undisturbed(folder, prompts) -> Batch:
 
 
 def test_two_requeues_in_a_row(folder, prompts, undisturbed):
-    batch = Batch(folder, "requeued", prompts)
+    batch = Batch(folder, "requeued", prompts, sequences=4)
     job = batch.submit()
     for restarts in (1, 2):
         batch.wait_for_new_records()
@@ -148,7 +157,7 @@ def test_two_requeues_in_a_row(folder, prompts, undisturbed):
 
 def test_a_finished_job_that_is_submitted_again_continues_at_its_time_limit(folder, prompts, undisturbed):
     """Its first requests are fewer than all of the job before, and its results are not those of that one."""
-    batch = Batch(folder, "again", prompts)
+    batch = Batch(folder, "again", prompts, sequences=4)
     assert wait_for_end(batch.submit())["ExitCode"] == "0:0", batch.said()
     job = batch.submit()
     batch.wait_for_new_records()
@@ -162,7 +171,7 @@ def test_a_finished_job_that_is_submitted_again_continues_at_its_time_limit(fold
 
 def test_a_run_that_is_killed_whole(folder, prompts, undisturbed):
     """Its state says "running", and no rank is left to write another."""
-    batch = Batch(folder, "killed", prompts)
+    batch = Batch(folder, "killed", prompts, sequences=4)
     job = batch.submit()
     wait_for(lambda: (state := batch.state()) is not None and state.finished > 0, what="the first finished requests")
     output_of("scancel", "--signal=KILL", f"{job}.0")
