@@ -83,10 +83,10 @@ def mpirun():
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory) -> Iterator[Callable[..., Runner]]:
-    """`runner(n).run(*words)` runs a command line of the program on n ranks, of which the next tests run others.
+    """`runner(n).run(*words)` runs a command line of the program on n ranks, which then run the next tests.
 
-    `runner(n, module="simt.run", NAME=value)` runs that of a module of the tests. For tests of what a run computes, not
-    of how it starts and ends.
+    `runner(n, module="simt.run", NAME=value)` runs the `main` of a module of the tests, with environment variables. It
+    is for tests of what a run computes, not of how it starts and ends.
     """
     runners: dict[tuple[object, ...], Runner] = {}
     ends = ExitStack()

@@ -2,7 +2,7 @@
 
 MODULE has the program's `main`. FOLDER/0.job, FOLDER/1.job, ... are lists of words in JSON, and appear one by one; what
 the ranks write is in FOLDER/0.out and 0.err, and the exit code of rank R in 0.R, as soon as it has ended. An empty list
-ends the program, as the end of PROCESS does, that of the tests.
+ends the program, and so does the end of PROCESS, the process of the tests.
 """
 
 import json

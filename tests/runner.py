@@ -12,7 +12,7 @@ import mpirun as launching
 
 PROGRAM = Path(__file__).with_name("run_jobs.py")
 STAY = os.environ.get("MOEMPI_TEST_DEVICE") != "cuda"
-"""Whether ranks stay at all; on a GPU their memory would be that of all runs before."""
+"""Whether ranks stay at all; on a GPU they would keep the memory of all runs before."""
 
 
 class Runner:

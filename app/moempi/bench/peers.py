@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moempi.arrays import Float32Array, widen
+from moempi.bench.jobs import WEIGHTS
+from moempi.bench.measure import sleep_until_all
 from moempi.bench.random_layer import Sizes, expert_bits, router_bits
 from moempi.errors import UsageError
 from moempi.runtime.world import World
+from moempi.storage.convert import convert
 
 # batched_mm copies the weights of every (token, expert) pair and is never the best on a CPU.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -101,6 +104,14 @@ LARGE: dict[str, int] = {
 
 
 VOCABULARY = 512
+
+
+def make_model(world: World, folder: Path, *, large: bool) -> None:
+    """Save a random model in folder / "model" and convert it for moempi; collective, blocks."""
+    if world.rank == 0:
+        save_model(folder / "model", sizes=LARGE if large else SMALL)
+        convert(folder / "model", folder / WEIGHTS)
+    sleep_until_all(world)
 
 
 def save_model(folder: Path, *, sizes: dict[str, int]) -> None:

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from moempi.bench import peers
-from moempi.bench.jobs import WEIGHTS, make_job, step_seconds, write_prompts
+from moempi.bench.jobs import make_job, step_seconds, write_prompts
 from moempi.bench.measure import machine, ratio, sleep_until_all, timed
 from moempi.commands.flags import count
 from moempi.config.job import Job
 from moempi.errors import UsageError
 from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
-from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
 
 
@@ -52,10 +51,7 @@ def run(world: World, chosen: Namespace) -> None:
     )
     with tempfile.TemporaryDirectory() as own:
         folder = Path(world.comm.bcast(own))
-        if world.rank == 0:
-            peers.save_model(folder / "model", sizes=peers.LARGE if chosen.large else peers.SMALL)
-            convert(folder / "model", folder / WEIGHTS)
-        sleep_until_all(world)
+        peers.make_model(world, folder, large=chosen.large)
         for precision in ("float32", "bfloat16"):
             for tokens in chosen.tokens:
                 cells = _compare(world, folder, precision, tokens, chosen)

@@ -37,7 +37,7 @@ PARTS = {
     "records": phases.RECORDS,
     "results": phases.RESULTS,
 }
-"""The parts of a run, with what the first point of each is called, in whole or in part."""
+"""The parts of a run, each with the name, or a part of it, that `World.alive` gets at its first point."""
 MANY = 3904
 """The ranks that the figures are extrapolated to: 61 stages of 64."""
 NUM_PROMPTS = 16
@@ -107,7 +107,7 @@ def run(world: World, chosen: Namespace) -> None:
 
 
 def model(num_layers: int) -> Architecture:
-    """A model of so many layers."""
+    """A random model of `num_layers` layers."""
     return Architecture(
         family="random",
         vocab_size=64,

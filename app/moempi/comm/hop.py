@@ -52,8 +52,8 @@ class Hop:
         """Start to send rows[index], or all rows if None, ordered by destination: counts (R,) rows to each rank.
 
         The transfer is finished when the rows are packed and sent. It waits until the rows of the transfer before the
-        last one are read, but not for the receivers of its own rows. With `written`, the rows are those of `reserve`,
-        and the verbs that wrote them are done.
+        last one are read, but not for the receivers of its own rows. With `written`, the rows are already in
+        the memory that `reserve` gave, and the verbs that wrote them are done.
         """
         return self.transfers.start(self._send_steps(rows, index, counts, written))
 
