@@ -20,5 +20,5 @@ libraries="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so
 LD_PRELOAD=$libraries python -c 'from moempi.backend.cpu.kernels import load_kernels as load; raise SystemExit(not load())'
 # Of the tests that take longest, those of attention in one precision with a window.
 LD_PRELOAD=$libraries python -m pytest -q tests/backend/cpu/test_compiled_edges.py tests/backend/cpu/test_products.py \
-    tests/backend/cpu/test_fused.py tests/comm/test_shared_flags.py tests/backend/cuda/test_backend.py tests/backend/cuda/test_selection.py tests/backend/cuda/test_kernels.py \
+    tests/backend/cpu/test_tiles.py tests/backend/cpu/test_fused.py tests/comm/test_shared_flags.py tests/backend/cuda/test_backend.py tests/backend/cuda/test_selection.py tests/backend/cuda/test_kernels.py \
     -k "not (backwards or arrays or nvrtc or registers or 20000 or attention_equals and (float32 or whole))"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy._core._multiarray_umath import __cpu_features__
 
-from moempi.backend.cpu.kernels import instructions
+from moempi.backend.cpu.kernels import WITH_TILES, instructions
 from moempi.storage.compare import compare
 from moempi.storage.convert import convert
 from moempi.storage.results import ResultFile
@@ -121,6 +121,23 @@ def test_reproducible_bfloat16_is_bit_identical(run):
     for task in ("generate", "score"):
         found = compare(run(1, task, **settings), run(5, task, **settings, **{"run.micro_batches": 3}))
         assert (found.different, found.largest) == (0, 0.0)
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(not {"AVX-512", "AVX2"} & set(instructions()), reason="tiles are defined for AVX-512 and AVX2")
+def test_fast_products_are_bit_identical_in_any_layout_and_by_their_definition(run, alone):
+    """Tiles of the processor, if it has them, and tiles that are computed as they are defined."""
+    defined = {"module": "backend.cpu.defined_tiles", "run.precision": "bfloat16", "run.products": "fast"}
+    kinds = [defined] + [defined | {"module": "moempi.cli"}] * (WITH_TILES in instructions())
+    for task, exact in alone.items():
+        first = run(1, task, **defined)
+        for kind in kinds:
+            found = compare(first, run(3, task, **kind, **{"run.micro_batches": 3, "run.threads": 2}))
+            assert (found.different, found.largest) == (0, 0.0)
+        with h5py.File(first) as fast, h5py.File(exact) as slow:
+            assert [file.attrs["products"] for file in (fast, slow)] == [b"fast", b"exact"]
+            if task == "score":
+                assert np.nanmedian(np.abs(fast["score/logprobs"][:] - slow["score/logprobs"][:])) < 0.05
 
 
 WIDER = [name for name in ("X86_V4", "AVX512_ICL", "AVX512_SPR") if __cpu_features__.get(name)]

@@ -16,13 +16,13 @@ from msgspec import structs
 
 from moempi.api.results import Generated, Scored, generated, scored, with_likeliest
 from moempi.api.sampling_params import SamplingParams
-from moempi.backend.select import count_gpus
+from moempi.backend.select import can_be_fast, count_gpus
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, ScoreSection
 from moempi.config.settings import read_settings
 from moempi.engine.admitted import admit
 from moempi.engine.chat import ChatRenderer, template_day
-from moempi.engine.deployment import deploy
+from moempi.engine.deployment import deploy, with_products
 from moempi.engine.engine import Engine, load_engine, make_task
 from moempi.engine.recorder import Recorder
 from moempi.engine.sampling_defaults import with_sampling_defaults
@@ -172,9 +172,10 @@ def _load(job: Job, weights: WeightFile) -> Engine:
         if weights.tokenizer and world.rank == 0:
             check_tokenizer(weights.tokenizer, origin=str(weights.path))  # before other ranks read it
         num_gpus = count_gpus(job.run)
-        return num_gpus, [num_gpus]
+        return num_gpus, [num_gpus, can_be_fast(job.run)]
 
-    num_gpus, (fewest_gpus,) = world.collectively_least(check, num=1)
+    num_gpus, (fewest_gpus, is_fast) = world.collectively_least(check, num=2)
+    job = with_products(job, is_fast=bool(is_fast), world=world)
     deployment = deploy(job, world, weights, num_gpus=num_gpus, has_gpus=fewest_gpus > 0, text_everywhere=True)
     useful = len(deployment.slots) * pages_for(weights.architecture.max_positions)
     _, pages = deployment.with_cache_pages(lambda: (None, useful))

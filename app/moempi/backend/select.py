@@ -30,9 +30,9 @@ def make_backend(
     """Make the backend that the job names; "auto" uses a GPU if there is one, and warns if one seems to be unused.
 
     Rank i of a node uses GPU i modulo the number of GPUs. With a GPU, comm buffers are in device memory if
-    `device_buffers`, which must be the same on all ranks, else in host memory. On a CPU, `threads` threads compute. The
-    backend calls `progress` while a verb computes or waits for long. Raises ConfigError if the job requires a GPU and
-    there is none.
+    `device_buffers`, which must be the same on all ranks, else in host memory. On a CPU, `threads` threads compute, and
+    products are fast if the run asks for it and the processor has tiles. The backend calls `progress` while a verb
+    computes or waits for long. Raises ConfigError if the job requires a GPU and there is none.
     """
     gpus = count_gpus(run)
     if not gpus:
@@ -58,7 +58,20 @@ def _cpu_backend(run: RunSection, *, threads: int, progress: Callable[[], None])
     kernels = load_kernels()
     if kernels is None:
         return NumpyBackend(precision=run.precision, progress=progress)
-    return CompiledBackend(kernels, precision=run.precision, threads=threads, progress=progress)
+    tiled = _wants_tiles(run) and kernels.may_use_tiles()
+    return CompiledBackend(kernels, precision=run.precision, threads=threads, tiled=tiled, progress=progress)
+
+
+def can_be_fast(run: RunSection) -> bool:
+    """Whether the run asks for fast products and this rank has them; ranks of one run must use the same products."""
+    if not _wants_tiles(run) or count_gpus(run):
+        return False
+    kernels = load_kernels()
+    return kernels is not None and kernels.may_use_tiles()
+
+
+def _wants_tiles(run: RunSection) -> bool:
+    return run.products == "fast" and run.precision == "bfloat16"
 
 
 def count_gpus(run: RunSection) -> int:

@@ -32,6 +32,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add_size_flags(parser)
     parser.add_argument("--tokens", type=count, nargs="+", default=[512, 16], metavar="T", help="rows in all (512 16)")
     parser.add_argument("--rounds", type=count, default=9, help="measurements of each contestant (9)")
+    add_products_flag(parser)
 
 
 def run(world: World, chosen: Namespace) -> None:
@@ -44,19 +45,20 @@ def run(world: World, chosen: Namespace) -> None:
     )
     for num_rows in chosen.tokens:
         for precision in PRECISIONS:
-            table.add_row(str(num_rows), precision, *_measure(world, sizes, num_rows, precision, chosen.rounds))
+            table.add_row(str(num_rows), precision, *_measure(world, sizes, num_rows, precision, chosen))
     if world.rank == 0:
         console().print(table)
 
 
-def _measure(world: World, sizes: Sizes, num_rows: int, precision: Precision, rounds: int) -> list[str]:
+def _measure(world: World, sizes: Sizes, num_rows: int, precision: Precision, chosen: Namespace) -> list[str]:
     """The cells of one table row; collective."""
+    rounds, run = chosen.rounds, RunSection(backend="numpy", precision=precision, products=chosen.products)
     rows = make_rows(num_rows, sizes.width)
     bounds = [rank * num_rows // world.size for rank in range(world.size + 1)]
-    ours = partial(layer_on(world, sizes, precision), rows[bounds[world.rank] : bounds[world.rank + 1]])
+    ours = partial(layer_on(world, sizes, run), rows[bounds[world.rank] : bounds[world.rank + 1]])
     contestants: dict[str, Callable[[], object]] = {OURS: ours}
     if world.size > 1:
-        alone = partial(layer_on(world, sizes, precision, alone=True), rows)
+        alone = partial(layer_on(world, sizes, run, alone=True), rows)
         contestants[ALONE] = alone if world.rank == 0 else _do_nothing
     blocks = peers.moe_blocks(sizes, rows, precision=precision)
     contestants |= {name: block if world.rank == 0 else _do_nothing for name, block in blocks.items()}
@@ -75,12 +77,11 @@ def _measure(world: World, sizes: Sizes, num_rows: int, precision: Precision, ro
 
 
 def layer_on(
-    world: World, sizes: Sizes, precision: Precision, *, alone: bool = False
+    world: World, sizes: Sizes, run: RunSection, *, alone: bool = False
 ) -> Callable[[Float32Array], Float32Array]:
     """A function that computes the layer for this rank's rows; its calls are collective unless each rank is `alone`."""
     comm = world.comm.Create_group(world.comm.group.Incl([world.rank])) if alone else world.comm.Dup()
     pending = PendingTransfers()
-    run = RunSection(backend="numpy", precision=precision)
     backend = make_backend(run, local_rank=world.local_rank, device_buffers=False, progress=pending.progress)
     placement = linear(sizes.num_experts, comm.size)
     transfers = Transfers(backend, pending)

@@ -1,5 +1,5 @@
-/* What one core can do at most: fused multiply-adds on registers, products of bfloat16 pairs, and reading memory. */
-#include "simd.h"
+/* What one core can do at most: multiply-adds on registers, products of bfloat16 pairs and tiles, and reading memory. */
+#include "tiles.h"
 
 #define SUMS (LANES == 8 ? 12 : 24) /* independent chains, which fill the pipelines of the units */
 
@@ -29,8 +29,33 @@ double multiply_and_add_pairs(long rounds, float a, float b, float *out) {
     return HAS_PAIRS * 4.0 * LANES * SUMS * (double)rounds;
 }
 
-/* Read `count` numbers, a multiple of 8 LANES. */
-void read_numbers(const float *numbers, long count, float *out) {
+/* The same with tiles of `values` (2, 2, TILE_ROWS, TILE_INPUTS), rows and weights; 0 without tiles. */
+double multiply_tiles(long rounds, const uint16_t *values, float *out) {
+#if HAS_TILES
+    _Alignas(64) tile_shapes shapes = {.palette = 1};
+    for (int t = 0; t < NUM_TILES; t++)
+        shapes.rows[t] = TILE_ROWS, shapes.row_bytes[t] = TILE_INPUTS * 2;
+    TILE_SHAPES(&shapes);
+    TILE_LOAD(4, values, TILE_INPUTS * 2);
+    TILE_LOAD(5, values + TILE_ROWS * TILE_INPUTS, TILE_INPUTS * 2);
+    TILE_LOAD(6, values + 2 * TILE_ROWS * TILE_INPUTS, TILE_INPUTS * 2);
+    TILE_LOAD(7, values + 3 * TILE_ROWS * TILE_INPUTS, TILE_INPUTS * 2);
+    for (long r = 0; r < rounds; r++) {
+        TILE_MULTIPLY(0, 4, 6);
+        TILE_MULTIPLY(1, 4, 7);
+        TILE_MULTIPLY(2, 5, 6);
+        TILE_MULTIPLY(3, 5, 7);
+    }
+    TILE_STORE(0, out, TILE_OUTPUTS * 4);
+    TILE_RELEASE();
+    return 8.0 * TILE_ROWS * TILE_OUTPUTS * TILE_INPUTS * (double)rounds;
+#else
+    return 0.0 * (double)rounds * (values[0] + out[0]);
+#endif
+}
+
+/* Read `count` numbers, a multiple of 8 LANES; returns their bytes. */
+double read_numbers(const float *numbers, long count, float *out) {
     vec sums[8];
     for (int i = 0; i < 8; i++)
         sums[i] = set1(0);
@@ -39,4 +64,5 @@ void read_numbers(const float *numbers, long count, float *out) {
             sums[i] = add(sums[i], load(numbers + n + i * LANES));
     for (int i = 0; i < 8; i++)
         store(out, add(load(out), sums[i]));
+    return 4.0 * (double)count;
 }

@@ -1,6 +1,6 @@
-"""`moempi bench product`: the product kernel of the CPU on one core, beside what the core can do at most, and NumPy.
+"""`moempi bench product`: the product kernels of the CPU on one core, beside what the core can do at most, and NumPy.
 
-The most is measured by loops of fused multiply-adds on registers and by reading memory, for the same instructions.
+The most is measured by loops of operations on registers and by reading memory, for the same instructions.
 Times are of the thread, so that other work on the machine matters less.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from moempi.arrays import Float32Array, narrow, round_to_bfloat16, widen
 from moempi.backend.c_compiler import load_kernel
 from moempi.backend.cpu.kernels import (
-    BFLOAT16,
+    FLOAT32,
     SOURCES,
     Kernels,
     MatrixProduct,
@@ -33,7 +33,9 @@ from moempi.observe.console import console, figures_table
 from moempi.runtime.world import World
 
 SOURCE = Path(__file__).with_name("peak.c")
-ROUNDS = 2_000_000
+ROUNDS, TILE_ROUNDS = 2_000_000, 40_000
+TILE_VALUES = 4096
+"""Numbers of the tiles that are multiplied: the processor is slower with numbers that are not 0."""
 READ_BYTES = 512 << 20
 """More than any cache holds."""
 MATRICES_BYTES = 256 << 20
@@ -41,11 +43,16 @@ MATRICES_BYTES = 256 << 20
 
 
 class Peak(NamedTuple):
-    """What a core can do at most: operations per second in float32 and with bfloat16 pairs, and bytes read."""
+    """What a core can do at most: operations per second in float32, with bfloat16 pairs and tiles, and bytes read."""
 
     flops: float
     pair_flops: float
+    tile_flops: float
     bytes: float
+
+    def of(self, kind: str) -> float:
+        """The operations per second with weights of a kind of `_measure`."""
+        return {"float32": self.flops, "bfloat16": max(self.flops, self.pair_flops), "tiles": self.tile_flops}[kind]
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -81,23 +88,27 @@ def find_peak(name: str, *, rounds: int) -> Peak:
     """The most that one core does with these instructions: the best of `rounds` measurements."""
     library = load_kernel(SOURCE, (*compiler_flags(name), f"-I{SOURCES}"))
     assert library is not None
-    numbers, out = np.ones(READ_BYTES // 4, np.float32), np.zeros(64, np.float32)
-    best = [0.0, 0.0, 0.0]
-    for _ in range(rounds):
-        for i, call in enumerate((library.multiply_and_add, library.multiply_and_add_pairs)):
-            call.restype, call.argtypes = (
-                ctypes.c_double,
-                [ctypes.c_long, ctypes.c_float, ctypes.c_float, ctypes.c_void_p],
-            )
-            begin = thread_time()
-            flops = call(ROUNDS, 1e-6, 1e-6, out.ctypes.data)
-            best[i] = max(best[i], flops / (thread_time() - begin))
-        begin = thread_time()
-        library.read_numbers(
-            ctypes.c_void_p(numbers.ctypes.data), ctypes.c_long(len(numbers)), ctypes.c_void_p(out.ctypes.data)
-        )
-        best[2] = max(best[2], READ_BYTES / (thread_time() - begin))
-    return Peak(*best)
+    numbers, out = np.ones(READ_BYTES // 4, np.float32), np.zeros(256, np.float32)
+    tile_values = narrow(np.random.default_rng(0).standard_normal(TILE_VALUES, np.float32))
+    for call in (library.multiply_and_add, library.multiply_and_add_pairs):
+        call.restype, call.argtypes = ctypes.c_double, [ctypes.c_long, ctypes.c_float, ctypes.c_float, ctypes.c_void_p]
+    library.multiply_tiles.restype = ctypes.c_double
+    library.multiply_tiles.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    library.read_numbers.restype = ctypes.c_double
+    library.read_numbers.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p]
+    calls: list[Callable[[], float]] = [
+        partial(library.multiply_and_add, ROUNDS, 1e-6, 1e-6, out.ctypes.data),
+        partial(library.multiply_and_add_pairs, ROUNDS, 1e-6, 1e-6, out.ctypes.data),
+        partial(library.multiply_tiles, TILE_ROUNDS, tile_values.ctypes.data, out.ctypes.data),
+        partial(library.read_numbers, numbers.ctypes.data, len(numbers), out.ctypes.data),
+    ]
+    return Peak(*(max(_rate(call) for _ in range(rounds)) for call in calls))
+
+
+def _rate(call: Callable[[], float]) -> float:
+    """What a call counts, per second."""
+    begin = thread_time()
+    return call() / (thread_time() - begin)
 
 
 def _measure(kernels: Kernels, peak: Peak, rows: int, chosen: Namespace) -> dict[str, Sequence[str]]:
@@ -106,6 +117,8 @@ def _measure(kernels: Kernels, peak: Peak, rows: int, chosen: Namespace) -> dict
     stored = narrow(values.standard_normal((chosen.outputs, chosen.inputs), np.float32))
     x = round_to_bfloat16(values.standard_normal((rows, chosen.inputs), np.float32))
     matrices = {"bfloat16": _matrices(kernels, stored), "float32": _matrices(kernels, widen(stored))}
+    if kernels.may_use_tiles():
+        matrices["tiles"] = _matrices(kernels, stored, tiled=True)
     calls = {kind: _calls(kernels, x, of, chosen.outputs) for kind, of in matrices.items()}
     plain = [widen(stored).T.copy() for _ in range(len(matrices["float32"]))]
     calls["NumPy"] = [partial(np.matmul, x, matrix) for matrix in plain]
@@ -113,11 +126,10 @@ def _measure(kernels: Kernels, peak: Peak, rows: int, chosen: Namespace) -> dict
     flops = 2 * rows * chosen.inputs * chosen.outputs
     cells: dict[str, Sequence[str]] = {}
     for kind, of in matrices.items():
-        most = peak.flops if kind == "float32" else max(peak.flops, peak.pair_flops)
         read = of[0].packed.nbytes / seconds[kind]
         cells[kind] = (
             f"{flops / seconds[kind] / 1e9:.0f}",
-            f"{flops / seconds[kind] / most:.2f}",
+            f"{flops / seconds[kind] / peak.of(kind):.2f}",
             f"{read / 1e9:.1f}",
             f"{read / peak.bytes:.2f}",
             f"{flops / seconds['NumPy'] / 1e9:.0f}",
@@ -126,8 +138,10 @@ def _measure(kernels: Kernels, peak: Peak, rows: int, chosen: Namespace) -> dict
     return cells
 
 
-def _matrices(kernels: Kernels, stored: Any) -> list[PanelMatrix]:
-    return [kernels.pack([stored], transposed=False) for _ in range(max(1, MATRICES_BYTES // stored.nbytes))]
+def _matrices(kernels: Kernels, stored: Any, *, tiled: bool = False) -> list[PanelMatrix]:
+    return [
+        kernels.pack([stored], transposed=False, tiled=tiled) for _ in range(max(1, MATRICES_BYTES // stored.nbytes))
+    ]
 
 
 def _calls(
@@ -136,7 +150,7 @@ def _calls(
     out = np.empty((len(x), outputs), np.float32)
     return [
         partial(kernels.multiply, x, [MatrixProduct(matrix, len(x))], out, narrow=is_narrow, rounded=is_narrow)
-        for matrix, is_narrow in ((matrix, matrix.weights == BFLOAT16) for matrix in matrices)
+        for matrix, is_narrow in ((matrix, matrix.weights != FLOAT32) for matrix in matrices)
     ]
 
 

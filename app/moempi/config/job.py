@@ -57,6 +57,7 @@ class RunSection(Struct, frozen=True, forbid_unknown_fields=True):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     reproducible: bool = False
     capture: bool = False
+    products: Literal["exact", "fast"] = "exact"
     threads: Annotated[int, Meta(ge=1, le=1024)] | Literal["auto"] = "auto"
     overlap: bool = True
     micro_batches: Annotated[int, Meta(ge=1, le=4096)] | Literal["auto"] = 2
@@ -272,6 +273,7 @@ CHANGES_RESULTS = (
     "run.precision",
     "run.reproducible",
     "run.capture",
+    "run.products",
     "input.column",
     "sampling.defaults",
     "sampling.n",

@@ -1,8 +1,11 @@
 """The deployment of a job on the ranks, before its model is loaded: backends, layout, tokenizer."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from moempi.backend.protocol import Backend
 from moempi.backend.select import make_backend
@@ -20,6 +23,7 @@ from moempi.runtime.world import World
 from moempi.storage.prompts import Prompt
 from moempi.storage.weights import WeightFile
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -106,6 +110,21 @@ def deploy(
         return Deployment(job, world, weights, backend, pending, rank_layout, tokenizer)
 
     return world.collectively(deploy_rank)
+
+
+def with_products(job: Job, *, is_fast: bool, world: World) -> Job:
+    """The job with exact products, unless `is_fast`, whether all ranks `can_be_fast`; rank 0 warns of a difference."""
+    if is_fast or job.run.products == "exact":
+        return job
+    if world.rank == 0:
+        log.warning('run.products = "fast": products are exact, %s', _why_exact(job))
+    return msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, products="exact"))
+
+
+def _why_exact(job: Job) -> str:
+    if job.run.precision == "float32":
+        return "as the run is in float32"
+    return "as there are ranks on GPUs, or on processors without AMX-BF16"
 
 
 def _read_tokenizer(job: Job, weights: WeightFile, text: str) -> TextTokenizer:

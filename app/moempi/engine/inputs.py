@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from moempi.backend.select import count_gpus
+from moempi.backend.select import can_be_fast, count_gpus
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, result_keys
 from moempi.engine import phases
+from moempi.engine.deployment import with_products
 from moempi.engine.replay import LineFiles, line_file
 from moempi.errors import DataError
 from moempi.observe.logs import log_to_files
@@ -77,6 +78,7 @@ class _Agreed(NamedTuple):
     minus_replay: int
     has_gpu: int
     minus_has_gpu: int
+    is_fast: int
     num_journals: int
     digest_0: int
     digest_1: int
@@ -107,7 +109,7 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
         if job.replay.routing and world.local_rank == 0:
             routing = _number(digest_file(job.replay.routing).encode())
             replay = [routing, -routing]
-        numbers = [number, -number, of_job, -of_job, *replay, num_gpus > 0, -(num_gpus > 0)]
+        numbers = [number, -number, of_job, -of_job, *replay, num_gpus > 0, -(num_gpus > 0), can_be_fast(job.run)]
         prompts, counts = PromptSpool(PromptCodec(job.sampling), ""), PromptCounts()
         lock = None
         if is_first:
@@ -127,6 +129,7 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
     (job, weights, prompts, counts, lock, num_gpus), least = world.collectively_least(open_all, num=num)
     agreed = _Agreed(*least)
     _require_equal(agreed, job, weights, world)
+    job = with_products(job, is_fast=bool(agreed.is_fast), world=world)
     backend: Backend = "cupy" if agreed.has_gpu else "auto" if agreed.minus_has_gpu else "numpy"
     counts.requests, counts.chats, counts.top_logprobs, counts.replays = agreed[-4:]
     resolved = msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, backend=backend))

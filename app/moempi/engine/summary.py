@@ -119,7 +119,7 @@ def _balance_columns(balance: Balance | None, load: NDArray[np.int64], *, first_
     }
 
 
-def make_provenance(job_text: str, hosts: Sequence[str], *, weights: str, start: datetime) -> Provenance:
+def make_provenance(job_text: str, hosts: Sequence[str], *, weights: str, products: str, start: datetime) -> Provenance:
     """The provenance of the results of ranks on these hosts (R,)."""
     from importlib.metadata import version
 
@@ -129,6 +129,7 @@ def make_provenance(job_text: str, hosts: Sequence[str], *, weights: str, start:
         world_size=len(hosts),
         hosts=tuple(hosts),
         weights=weights,
+        products=products,
         start=start,
         end=datetime.now(UTC),
     )

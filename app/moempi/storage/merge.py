@@ -37,13 +37,17 @@ from moempi.storage.results_layout import (
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Provenance of results: text of the job file, package versions, ranks and hosts, fingerprint of the weights."""
+    """Provenance of results: text of the job file, package versions, ranks and hosts, fingerprint of the weights.
+
+    `products` are the matrix products that were used, of those that `run.products` names.
+    """
 
     job: str
     versions: Mapping[str, str]
     world_size: int
     hosts: tuple[str, ...]
     weights: str
+    products: str
     start: datetime
     end: datetime
 
@@ -116,6 +120,7 @@ def _write_provenance(file: Any, provenance: Provenance) -> None:
         "world_size": provenance.world_size,
         "hosts": msgspec.json.encode(tuple(dict.fromkeys(provenance.hosts))).decode(),
         "weights": provenance.weights,
+        "products": provenance.products,
         "start": provenance.start.isoformat(),
         "end": provenance.end.isoformat(),
     }

@@ -42,7 +42,7 @@ MOST_LAYOUTS = 64
 
 
 class CompiledBackend(NumpyBackend):
-    """`NumpyBackend` on compiled kernels with `threads` threads."""
+    """`NumpyBackend` on compiled kernels with `threads` threads; products in bfloat16 use tiles if `tiled`."""
 
     widened = False
 
@@ -52,9 +52,11 @@ class CompiledBackend(NumpyBackend):
         *,
         precision: str,
         threads: int = 1,
+        tiled: bool = False,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(precision=precision, progress=progress)
+        self._tiled = tiled
         self.threads = kernels.use_threads(threads)
         self._kernels = kernels
         self._layouts: dict[int, CachedRows] = {}
@@ -62,7 +64,7 @@ class CompiledBackend(NumpyBackend):
     # Memory
 
     def matrix(self, *stored: Stored, transposed: bool = False) -> Array:
-        return self._kernels.pack(stored, transposed=transposed)
+        return self._kernels.pack(stored, transposed=transposed, tiled=self._tiled)
 
     def head_matrices(self, stored: Stored) -> Sequence[PanelMatrix]:
         return [self.matrix(one, transposed=True) for one in stored]

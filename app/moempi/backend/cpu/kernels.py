@@ -30,9 +30,11 @@ SOURCES = Path(__file__).with_name("kernels")
 EXACT_FLAGS = ("-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
 AVX512 = {"avx512f", "avx512bw", "avx512vl"}
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma")
-WITH_PAIRS = "AVX-512 with bfloat16"
+WITH_TILES, WITH_PAIRS = "AVX-512 with bfloat16 and AMX", "AVX-512 with bfloat16"
+PAIRS, TILES = {"avx512_bf16"}, {"amx_tile", "amx_bf16"}
 INSTRUCTIONS = {
-    WITH_PAIRS: (AVX512 | {"avx512_bf16"}, (*AVX512_FLAGS, "-mavx512bf16")),
+    WITH_TILES: (AVX512 | PAIRS | TILES, (*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")),
+    WITH_PAIRS: (AVX512 | PAIRS, (*AVX512_FLAGS, "-mavx512bf16", "-DWITHOUT_TILES")),
     "AVX-512": (AVX512, AVX512_FLAGS),
     "AVX2": ({"avx2", "fma"}, ("-mavx2", "-mfma")),
     "NEON": ({"asimd"}, ()),
@@ -46,12 +48,12 @@ SCORE_BYTES = 64 << 20
 """Memory for the scores of an indexer; more rows are scored in several calls."""
 
 
-FLOAT32, BFLOAT16 = range(2)
-"""How product.c packs weights."""
+FLOAT32, BFLOAT16, TILED = range(3)
+"""How product.c packs weights; TILED: as BFLOAT16, and products with bfloat16 rows use tiles."""
 
 
 class PanelMatrix:
-    """A matrix (inputs, outputs) in the panels of product.c; `weights` is FLOAT32 or BFLOAT16."""
+    """A matrix (inputs, outputs) in the panels of product.c; `weights` is FLOAT32, BFLOAT16 or TILED."""
 
     def __init__(self, packed: npt.NDArray[Any], shape: tuple[int, int], weights: int) -> None:
         self.packed = packed
@@ -88,8 +90,9 @@ def instructions() -> list[str]:
 
 
 def compiler_flags(name: str) -> tuple[str, ...]:
-    """The flags of one of the INSTRUCTIONS. Only WITH_PAIRS multiplies pairs, also if `CC` enables them everywhere."""
-    return (*EXACT_FLAGS, *INSTRUCTIONS[name][1], *(() if name == WITH_PAIRS else ("-DWITHOUT_PAIRS",)))
+    """The flags of one of the INSTRUCTIONS, which uses no others, also if `CC` enables them everywhere."""
+    others = () if name in (WITH_TILES, WITH_PAIRS) else ("-DWITHOUT_PAIRS", "-DWITHOUT_TILES")
+    return (*EXACT_FLAGS, *INSTRUCTIONS[name][1], *others)
 
 
 @cache
@@ -101,7 +104,7 @@ def load_kernels(name: str | None = None) -> "Kernels | None":
         if library is None or library.pairs_are_chains():
             return None if library is None else Kernels(library)
         log.info("the processor's bfloat16 products have other bits than multiply-adds, which are used instead")
-        names = [each for each in names if each != WITH_PAIRS]
+        names = [each for each in names if each not in (WITH_TILES, WITH_PAIRS)]
     return None
 
 
@@ -140,8 +143,8 @@ class Kernels:
         )
         for call in ("attention_scratch", "experts_scratch"):
             getattr(library, call).argtypes, getattr(library, call).restype = [calls.POINTER, calls.LONG], calls.LONG
-        library.panel_outputs.restype = library.chunk_queries.restype = calls.LONG
-        self._panel = library.panel_outputs()
+        library.panel_outputs.restype = library.row_scratch.restype = library.chunk_queries.restype = calls.LONG
+        self._panel, self._row_scratch = library.panel_outputs(), library.row_scratch()
         self.chunk = library.chunk_queries()
         self._scratch = np.empty(0, np.float32)
         self._weights = WeightMemory()
@@ -156,6 +159,10 @@ class Kernels:
         self.threads = 1 if self.library.use_threads(count) else count
         return self.threads
 
+    def may_use_tiles(self) -> bool:
+        """Whether the processor has tiles and the system lets this process use them, from now on."""
+        return bool(self.library.request_tiles())
+
     def workspace(self, num_bytes: int) -> int:
         """The address of memory that the next call of a fused part of a layer may use."""
         if num_bytes > len(self._workspace):
@@ -163,8 +170,11 @@ class Kernels:
             self._workspace_at = _at(self._workspace)
         return self._workspace_at
 
-    def pack(self, parts: Sequence[Stored], *, transposed: bool) -> PanelMatrix:
-        """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs)."""
+    def pack(self, parts: Sequence[Stored], *, transposed: bool, tiled: bool = False) -> PanelMatrix:
+        """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs).
+
+        Products of `tiled` bfloat16 weights with bfloat16 rows use tiles: see `may_use_tiles`.
+        """
         if len({part.dtype for part in parts}) > 1:
             parts = [widen(part) if part.dtype == np.uint16 else part for part in parts]
         weights = BFLOAT16 if parts[0].dtype == np.uint16 else FLOAT32
@@ -180,7 +190,7 @@ class Kernels:
             stored = np.ascontiguousarray(part)
             self.library.pack(_at(stored), _at(packed), inputs, count, first, int(transposed), weights)
             first += count
-        return PanelMatrix(packed, (inputs, sum(counts)), weights)
+        return PanelMatrix(packed, (inputs, sum(counts)), TILED if tiled and weights == BFLOAT16 else weights)
 
     def take_outputs(self, matrix: PanelMatrix, outputs: range) -> PanelMatrix:
         """The columns `outputs` of a matrix, which begin with a panel."""
@@ -218,10 +228,10 @@ class Kernels:
             described.append(
                 calls.PRODUCT.pack(*addresses, 0, rows, inputs, outputs, *strides, matrix.weights, narrow, rounded)
             )
-            numbers += rows * (inputs + 1 + self._panel)
+            numbers += rows * (inputs + self._row_scratch)
             flops += 2 * rows * inputs * outputs
         if numbers > len(self._scratch):
-            self._scratch = np.empty(numbers, np.float32)
+            self._scratch = aligned_empty((numbers,), np.float32)
         array, memory = b"".join(described), self._scratch  # held while `progress` may run other verbs
         scratch, tasks = _at(memory), self.library.product_tasks(array, len(described))
         step = max(1, int(tasks * min(1.0, self.threads * PIECE_FLOPS / max(flops, 1))))

@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 /* product.c */
-enum { FLOAT32, BFLOAT16 }; /* how weights are packed */
+enum { FLOAT32, BFLOAT16, TILED }; /* how weights are packed; TILED: as BFLOAT16, for tiles if they can be used */
 
 typedef struct {
     const float *x;     /* (rows, inputs); a row begins `x_stride` numbers after the last */
@@ -12,12 +12,14 @@ typedef struct {
     float *out;         /* (rows, outputs), `out_stride` numbers apart */
     const int64_t *index; /* row t is x[index[t]]; NULL for the same row */
     long rows, inputs, outputs, x_stride, out_stride;
-    int weights;        /* FLOAT32 or BFLOAT16 */
+    int weights;        /* FLOAT32, BFLOAT16 or TILED */
     int narrow;         /* x has bfloat16 values */
     int rounded;        /* round the results to bfloat16 values */
 } product;
 
 long panel_outputs(void);
+long row_scratch(void);
+int request_tiles(void);
 void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int weights);
 int pairs_are_chains(void);
 long product_tasks(const product *products, long count);

@@ -19,7 +19,7 @@ static void *take(size_t *at, long bytes) {
 
 static float *take_numbers(size_t *at, long count) { return take(at, (long)sizeof(float) * count); }
 
-static long product_scratch(const matrix *m, long rows) { return rows * (m->inputs + 1 + panel_outputs()); }
+static long product_scratch(const matrix *m, long rows) { return rows * (m->inputs + row_scratch()); }
 
 static void multiply_all(const product *products, long count, float *scratch) {
     multiply(products, count, scratch, 0, product_tasks(products, count));

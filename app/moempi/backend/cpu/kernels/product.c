@@ -20,6 +20,10 @@
 #include "kernels.h"
 #include "simd.h"
 #include "threads.h"
+#include "tiled_product.h"
+#include "tiles.h"
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define PANEL (2 * LANES)
 #define BLOCK_ROWS (LANES == 8 ? 5 : 12) /* AVX2 has 16 registers, the others 32 */
@@ -30,6 +34,8 @@
 #define PREFETCH_BYTES 2048
 #define TASK_FLOPS 4e6        /* least work of a task, where a product has so much */
 #define FEW_WORDS (1L << 14)  /* packed words that threads do not share */
+#define TILED_RUN 64          /* rows that a thread packs at a time */
+#define TILED_ROUNDING 32
 
 typedef struct {
     const product *products;
@@ -51,29 +57,48 @@ typedef struct {
 static inline long quotient_up(long a, long b) { return (a + b - 1) / b; }
 static inline long panels_of(const product *p) { return quotient_up(p->outputs, PANEL); }
 /* A step takes two inputs. PAIRS: they are a word of a packed row, and so are their weights. */
-enum { PAIRS = BFLOAT16 + 1 };
+enum { PAIRS = TILED + 1 };
 static inline int kind_of(const product *p) {
-    return HAS_PAIRS && p->weights == BFLOAT16 && p->narrow ? PAIRS : p->weights;
+    if (p->weights == FLOAT32 || !p->narrow)
+        return p->weights == FLOAT32 ? FLOAT32 : BFLOAT16;
+    return HAS_TILES && p->weights == TILED ? TILED : HAS_PAIRS ? PAIRS : BFLOAT16;
 }
 static inline long steps_of(const product *p) { return quotient_up(p->inputs, 2); }
 static inline long step_bytes(int kind) { return PANEL * (kind == FLOAT32 ? 8 : 4); } /* of a panel */
 static inline long words_of_step(int kind) { return kind == PAIRS ? 1 : 2; }                /* of a packed row */
-static inline long words_of(const product *p) { return steps_of(p) * words_of_step(kind_of(p)); }
+static inline long words_of(const product *p) {
+    return kind_of(p) == TILED ? tiled_inputs(p->inputs) / 2 : steps_of(p) * words_of_step(kind_of(p));
+}
 static inline long scratch_of(const product *p) { return p->rows * (words_of(p) + PANEL); }
 static inline long run_steps(const product *p) {
     return p->rows <= BLOCK_ROWS ? steps_of(p) : RUN_WORDS / words_of_step(kind_of(p));
 }
 static inline int packs_rows(const product *p) {
-    return p->rows > 1 || kind_of(p) == PAIRS || words_of(p) != p->inputs;
+    return p->rows > 1 || kind_of(p) >= TILED || words_of(p) != p->inputs;
 }
 static inline const float *row_of(const product *p, long t) {
     return p->x + (p->index ? p->index[t] : t) * p->x_stride;
 }
-static inline long packed_runs(const product *p) {
-    return packs_rows(p) ? quotient_up(p->rows, RUN_BLOCKS * BLOCK_ROWS) : 0;
-}
+static inline long rows_of_run(const product *p) { return kind_of(p) == TILED ? TILED_RUN : RUN_BLOCKS * BLOCK_ROWS; }
+static inline long packed_runs(const product *p) { return packs_rows(p) ? quotient_up(p->rows, rows_of_run(p)) : 0; }
 
 long panel_outputs(void) { return PANEL; }
+
+#if HAS_TILES && defined(__AMX_BF16__)
+enum { TILE_DATA = 18, REQUEST_PERMISSION = 0x1023 }; /* of the x86-64 system call arch_prctl */
+#endif
+
+/* Whether products of tiles are compiled, and the system lets the process use them: it must be asked. */
+int request_tiles(void) {
+#if HAS_TILES && defined(__AMX_BF16__)
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return HAS_TILES;
+#endif
+}
+
+/* Numbers of scratch memory that a row of a product takes at most, beside its inputs. */
+long row_scratch(void) { return PANEL + TILED_ROUNDING; }
 
 static int same_bits(const float *a, const float *b, long count) {
     int same = 1;
@@ -319,7 +344,11 @@ static void pack_rows_of(const void *argument, long index) {
     float *scratch = of->scratch;
     for (const product *p = of->products;; scratch += scratch_of(p++)) {
         if (index < packed_runs(p)) {
-            pack_run(p, scratch, index * RUN_BLOCKS * BLOCK_ROWS);
+            long first = index * rows_of_run(p);
+            if (kind_of(p) == TILED)
+                pack_tiled(p, (uint16_t *)scratch, first, smallest(p->rows - first, rows_of_run(p)));
+            else
+                pack_run(p, scratch, first);
             return;
         }
         index -= packed_runs(p);
@@ -334,7 +363,11 @@ static void compute_task(const void *argument, long index) {
         long tasks = quotient_up(panels_of(p), of->panels);
         if (index < tasks) {
             long first = index * of->panels, last = smallest(first + of->panels, panels_of(p)), before = flush_subnormals();
-            compute_product(p, packs_rows(p) ? scratch : row_of(p, 0), scratch + p->rows * words_of(p), first, last);
+            float *edge = scratch + p->rows * words_of(p);
+            if (kind_of(p) == TILED)
+                multiply_tiled(p, (const uint16_t *)scratch, edge, first, last);
+            else
+                compute_product(p, packs_rows(p) ? scratch : row_of(p, 0), edge, first, last);
             restore_subnormals(before);
             return;
         }
@@ -362,7 +395,7 @@ long product_tasks(const product *products, long count) {
 
 /* Compute the tasks [first, last) of several products.
  *
- * `scratch` is memory for rows * (inputs + 1 + PANEL) numbers of each product, which the call with the first task fills.
+ * `scratch` is memory for rows * (inputs + row_scratch()) numbers of each product, which the call with the first task fills.
  */
 void multiply(const product *products, long count, float *scratch, long first, long last) {
     call of = {products, first, task_panels(products, count), scratch};
