@@ -16,7 +16,7 @@ import numpy as np
 
 from moempi.bench import llama_cpp, peers
 from moempi.bench.jobs import make_job, step_seconds, write_prompts
-from moempi.bench.measure import machine, ratio, sleep_until_all, timed
+from moempi.bench.measure import add_products_flag, check_products, machine, ratio, sleep_until_all, timed
 from moempi.commands.flags import count
 from moempi.config.job import Job
 from moempi.observe.console import console, figures_table
@@ -36,11 +36,13 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=count, default=1, help="run.threads, of each rank (1)")
     parser.add_argument("--large", action="store_true", help="a model of 430 million parameters, not of 30")
     parser.add_argument("--rounds", type=count, default=3, help="measurements of each (3)")
+    add_products_flag(parser)
 
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective. Raises UsageError on several nodes or without transformers."""
     world.collectively(lambda: peers.check_peers(world, benchmark="generate"))
+    check_products(world, chosen.products)
     table = figures_table(
         *("precision", "batch", "moempi", "peer", "its rate", "ratio", "same tokens"),
         title=f"Tokens/s, {chosen.tokens} after {chosen.prompt}: {world.size} ranks of {chosen.threads} threads",
@@ -109,6 +111,7 @@ def _job(folder: Path, precision: str, sequences: int, chosen: Namespace) -> Job
     run = {
         "backend": "numpy",
         "precision": precision,
+        "products": chosen.products,
         "threads": chosen.threads,
         "max_sequences": max(sequences, chosen.lanes),
         "micro_batches": chosen.lanes,

@@ -10,7 +10,7 @@ from typing import Literal
 from moempi.arrays import Float32Array
 from moempi.backend.select import make_backend
 from moempi.bench import peers
-from moempi.bench.measure import alternate, machine, product_clock, ratio
+from moempi.bench.measure import add_products_flag, alternate, check_products, machine, product_clock, ratio
 from moempi.bench.random_layer import Sizes, add_size_flags, make_exchange, make_layer, make_rows, run_to_end
 from moempi.comm.combine import HomeCombine
 from moempi.comm.hop import Hop
@@ -37,6 +37,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(world: World, chosen: Namespace) -> None:
     """Measure and print; collective. The rows are divided evenly among the ranks; transformers runs on rank 0 alone."""
+    check_products(world, chosen.products)
     sizes = Sizes.of(chosen)
     table = figures_table(
         *("T", "precision", "moempi ms", "in GEMM", "one rank ms", "ranks gain", "peer ms", "peer", "peer / moempi"),

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from moempi.backend.cpu.kernels import Kernels
+from moempi.backend.select import can_be_fast
+from moempi.config.job import RunSection
+from moempi.errors import UsageError
 from moempi.runtime.world import World
 
 PACKAGES = ("moempi", "numpy", "mpi4py", "torch", "transformers")
@@ -35,6 +39,22 @@ def alternate(world: World, contestants: Contestants, *, rounds: int) -> dict[st
             taken[name].append(perf_counter() - begin)
     slowest = np.max(world.comm.allgather([seconds[1:] for seconds in taken.values()]), axis=0)
     return dict(zip(taken, slowest.tolist(), strict=True))
+
+
+def add_products_flag(parser: ArgumentParser) -> None:
+    """The flag of `run.products`."""
+    parser.add_argument("--products", choices=("exact", "fast"), default="exact", help="run.products (exact)")
+
+
+def check_products(world: World, products: Literal["exact", "fast"]) -> None:
+    """Raises UsageError if products shall be fast and a processor has no tiles; collective."""
+
+    def check() -> None:
+        run = RunSection(backend="numpy", products=products)
+        if products == "fast" and not can_be_fast(run):
+            raise UsageError("--products fast: this processor has no tiles (AMX-BF16), or there is no C compiler")
+
+    world.collectively(check)
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:

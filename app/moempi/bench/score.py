@@ -14,7 +14,7 @@ import numpy as np
 
 from moempi.bench import peers
 from moempi.bench.jobs import make_job, step_seconds, write_prompts
-from moempi.bench.measure import machine, ratio, sleep_until_all, timed
+from moempi.bench.measure import add_products_flag, check_products, machine, ratio, sleep_until_all, timed
 from moempi.commands.flags import count
 from moempi.config.job import Job
 from moempi.errors import UsageError
@@ -30,6 +30,7 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=count, default=1, help="run.threads, of each rank (1)")
     parser.add_argument("--large", action="store_true", help="a model of 430 million parameters, not of 30")
     parser.add_argument("--rounds", type=count, default=3, help="measurements of each (3)")
+    add_products_flag(parser)
 
 
 def run(world: World, chosen: Namespace) -> None:
@@ -44,6 +45,7 @@ def run(world: World, chosen: Namespace) -> None:
             raise UsageError("--tokens: of a prompt of one token nothing is scored; give 2 at least")
 
     world.collectively(check)
+    check_products(world, chosen.products)
     table = figures_table(
         *("precision", "prompts", "tokens", "moempi", "peer", "its rate", "ratio", "largest difference"),
         title=f"Prompt tokens/s of scoring: {world.size} ranks of {chosen.threads} threads",
@@ -90,5 +92,11 @@ def _compare(world: World, folder: Path, precision: str, tokens: int, chosen: Na
 
 
 def _job(folder: Path, precision: str, chosen: Namespace) -> Job:
-    run = {"backend": "numpy", "precision": precision, "threads": chosen.threads, "max_sequences": chosen.prompts}
+    run = {
+        "backend": "numpy",
+        "precision": precision,
+        "products": chosen.products,
+        "threads": chosen.threads,
+        "max_sequences": chosen.prompts,
+    }
     return make_job(folder, origin="bench score", task="score", run=run)
