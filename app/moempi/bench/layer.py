@@ -14,8 +14,9 @@ from moempi.bench.measure import add_products_flag, alternate, check_products, m
 from moempi.bench.random_layer import Sizes, add_size_flags, make_exchange, make_layer, make_rows, run_to_end
 from moempi.comm.combine import HomeCombine
 from moempi.comm.hop import Hop
+from moempi.comm.select_transport import fastest, make_transport
 from moempi.comm.transfers import PendingTransfers, Transfers
-from moempi.comm.transports.alltoallv import Alltoallv
+from moempi.comm.transports.loopback import Loopback
 from moempi.commands.flags import count
 from moempi.config.job import RunSection
 from moempi.layout.placement import linear
@@ -56,10 +57,11 @@ def _measure(world: World, sizes: Sizes, num_rows: int, precision: Precision, ch
     rounds, run = chosen.rounds, RunSection(backend="numpy", precision=precision, products=chosen.products)
     rows = make_rows(num_rows, sizes.width)
     bounds = [rank * num_rows // world.size for rank in range(world.size + 1)]
-    ours = partial(layer_on(world, sizes, run), rows[bounds[world.rank] : bounds[world.rank + 1]])
+    make_layer_on = partial(layer_on, world, sizes, run, num_rows=num_rows)
+    ours = partial(make_layer_on(), rows[bounds[world.rank] : bounds[world.rank + 1]])
     contestants: dict[str, Callable[[], object]] = {OURS: ours}
     if world.size > 1:
-        alone = partial(layer_on(world, sizes, run, alone=True), rows)
+        alone = partial(make_layer_on(alone=True), rows)
         contestants[ALONE] = alone if world.rank == 0 else _do_nothing
     blocks = peers.moe_blocks(sizes, rows, precision=precision)
     contestants |= {name: block if world.rank == 0 else _do_nothing for name, block in blocks.items()}
@@ -78,15 +80,23 @@ def _measure(world: World, sizes: Sizes, num_rows: int, precision: Precision, ch
 
 
 def layer_on(
-    world: World, sizes: Sizes, run: RunSection, *, alone: bool = False
+    world: World, sizes: Sizes, run: RunSection, *, num_rows: int, alone: bool = False
 ) -> Callable[[Float32Array], Float32Array]:
-    """A function that computes the layer for this rank's rows; its calls are collective unless each rank is `alone`."""
-    comm = world.comm.Create_group(world.comm.group.Incl([world.rank])) if alone else world.comm.Dup()
+    """A function that computes the layer for this rank's rows, of `num_rows` in all; collective, blocks.
+
+    Rows travel by the transport that the program chooses. Calls are collective unless each rank is `alone`.
+    """
+    comm, nodes = world.comm.Dup(), world.nodes
+    if alone:
+        comm, nodes = world.comm.Create_group(world.comm.group.Incl([world.rank])), (0,)
     pending = PendingTransfers()
     backend = make_backend(run, local_rank=world.local_rank, device_buffers=False, progress=pending.progress)
     placement = linear(sizes.num_experts, comm.size)
+    width, row_bytes = sizes.width, sizes.width * backend.row_dtype.itemsize
+    name = Loopback.name if comm.size == 1 else fastest(comm, comm, backend, width=width, nodes=nodes).name
+    slot_bytes = num_rows * sizes.top_k * row_bytes
+    transport = make_transport(name, comm, backend, width=width, nodes=nodes, slot_bytes=slot_bytes)
     transfers = Transfers(backend, pending)
-    transport = Alltoallv(comm, row_bytes=sizes.width * backend.row_dtype.itemsize)
     exchange = make_exchange(Hop(comm, backend, transfers=transfers, transport=transport), placement)
     combine = HomeCombine(exchange)
     layer = make_layer(sizes, backend, hosted=placement.hosted[comm.rank])
