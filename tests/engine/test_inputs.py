@@ -57,6 +57,20 @@ def test_ranks_that_read_different_jobs_end(comm, tmp_path):
     assert end.value.code == 65
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("with_tiles", [0, 1, 2])
+def test_ranks_have_fast_products_together_or_not_at_all(comm, tmp_path, monkeypatch, caplog, with_tiles):
+    """As if the processors of the first ranks had tiles."""
+    folder = comm.bcast(tmp_path)
+    job = comm.bcast(made_job(folder, run={"backend": "numpy", "products": "fast"}) if comm.rank == 0 else None)
+    monkeypatch.setattr(inputs, "can_be_fast", lambda run: comm.rank < with_tiles)
+    opened = open_inputs(lambda: job, World(comm), strict=True)
+    if opened.lock is not None:
+        opened.lock.release()
+    assert opened.job.run.products == ("fast" if with_tiles == comm.size else "exact")
+    assert ("products are exact" in caplog.text) == (comm.rank == 0 and with_tiles < comm.size)
+
+
 @pytest.mark.parametrize("positions", ["all", "last", "output"])
 def test_a_prompt_that_cannot_be_used_has_no_hidden_states(tmp_path, positions):
     job = made_job(
