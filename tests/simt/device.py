@@ -35,7 +35,7 @@ LETTERS = {ADDRESS: "p", FORMATS["int"]: "i", FORMATS["long long"]: "l", FORMATS
 # Unique symbols would give all libraries the shared memory of the first, whose arrays may be smaller.
 OPTIONS = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-gnu-unique", "-Wno-unknown-pragmas"]
 SANITIZERS = os.environ.get("MOEMPI_SIMT_OPTIONS", "").split()  # tests/sanitize.sh
-RACE_OPTIONS = ["-g1", "-fsanitize=thread", "-DSIMT_RACES"]
+RACE_OPTIONS = ["-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-DSIMT_RACES"]
 MOST_SHARED_BYTES = 227 << 10  # of a block of an H100
 FRESH = 0xFF  # every byte of memory before its first write: NaN in either precision, -1 as an index
 
@@ -382,7 +382,7 @@ def _library(kernel: Kernel, *, finds_races: bool) -> ctypes.CDLL:
     name, races = Path(kernel.file).stem, RACE_OPTIONS if finds_races else []
     compiled = _build(f"{name}.o", text, [*OPTIONS, *SANITIZERS, *races, *kernel.defines, "-c"])
     others = [] if not finds_races else [_build("races.o", RACES.read_text(), [*OPTIONS, "-c"])]
-    linked = [*OPTIONS, *SANITIZERS, "-shared", str(compiled), *map(str, others)]
+    linked = [*OPTIONS, *SANITIZERS, "-shared", "-Wl,-Bsymbolic", str(compiled), *map(str, others)]
     return ctypes.CDLL(str(_build(f"{name}.so", "", linked)))
 
 

@@ -95,11 +95,15 @@ void record(Accesses& accesses, const void* place) {
   accesses.place = place;
 }
 
-// The grains of `size` bytes; none if the memory is not shared.
+inline bool is_shared(const void* address) {
+  return static_cast<size_t>(static_cast<const char*>(address) - &__bss_start) < static_cast<size_t>(&_end - &__bss_start);
+}
+
+// The grains of `size` bytes; none if the memory is not shared, or no thread of the block runs.
 template <class Do>
 inline void for_grains(const void* address, size_t size, Do&& perform) {
+  if (current < 0 || !is_shared(address)) return;
   const size_t offset = static_cast<const char*>(address) - &__bss_start;
-  if (current < 0 || offset >= static_cast<size_t>(&_end - &__bss_start)) return;
   if (grains.empty()) grains.resize((&_end - &__bss_start) / GRAIN + 1);
   for (size_t grain = offset / GRAIN; grain <= (offset + size - 1) / GRAIN; ++grain) perform(grains[grain]);
 }
@@ -112,7 +116,7 @@ inline void check_rewrite() {
   rewrite.to = nullptr;
 }
 
-inline void access(const void* address, size_t size, Kind kind, const void* place) {
+__attribute__((noinline)) void access_shared(const void* address, size_t size, Kind kind, const void* place) {
   check_rewrite();
   if (product_place) place = product_place;
   for_grains(address, size, [&](Grain& grain) {
@@ -129,6 +133,11 @@ inline void access(const void* address, size_t size, Kind kind, const void* plac
     }
     record(grain.of[kind], place);
   });
+}
+
+// Most accesses are to other memory. These change no shared byte, so the check of a rewrite waits for the next one.
+inline void access(const void* address, size_t size, Kind kind, const void* place) {
+  if (__builtin_expect(is_shared(address), 0)) access_shared(address, size, kind, place);
 }
 
 }  // namespace

@@ -6,12 +6,12 @@
 // (or lanes of the warp) reach ends the program with a message. Shared memory is static: one block runs at a time. With
 // SIMT_RACES defined, races.cpp ends the program at an access to shared memory that no barrier orders.
 #pragma once
-#include <setjmp.h>
 #include <ucontext.h>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -78,23 +78,26 @@ struct Background {
   void clear() { pieces.clear(), groups.clear(); }
 };
 
+// What the compiler's setjmp keeps of a function: libc's keeps more and takes several times as long.
+using Place = void* [5];
+
 struct Fiber {
   Index index{};
   int lane = 0, warp = 0;
-  State state = State::done;
   unsigned shuffles = 0;
   bool started = false;
   Background<Copy> copies;
   Background<Product> products;
-  jmp_buf state_at_switch;
+  Place place;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
 };
 
 alignas(1024) inline unsigned char dynamic_shared[228 << 10];
 SIMT_STATE std::vector<Fiber> fibers(MOST_THREADS);
+SIMT_STATE State states[MOST_THREADS];  // of the fibers, side by side for the scheduler
 SIMT_STATE Fiber* current = nullptr;
-SIMT_STATE jmp_buf scheduler;
+SIMT_STATE Place scheduler;
 SIMT_STATE Index block_index{}, block_size{}, grid_size{};
 SIMT_STATE uint64_t slots[2][MOST_THREADS];
 SIMT_STATE void (*body)(void*) = nullptr;
@@ -124,9 +127,12 @@ inline void require_aligned(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % ALIGNMENT_BYTES) fail("an address is not aligned to 16 bytes");
 }
 
+// In a function of its own: a jump must not be in the function that kept the place.
+[[noreturn]] __attribute__((noinline)) inline void jump(Place& place) { __builtin_longjmp(place, 1); }
+
 inline void wait(State state) {
-  current->state = state;
-  if (!_setjmp(current->state_at_switch)) _longjmp(scheduler, 1);
+  states[current->warp * WARP + current->lane] = state;
+  if (!__builtin_setjmp(current->place)) jump(scheduler);
 }
 
 inline void fiber_main() {
@@ -139,11 +145,11 @@ inline void fiber_main() {
 inline void resume(Fiber& fiber) {
   current = &fiber;
   races_run_thread(fiber.warp * WARP + fiber.lane);
-  if (_setjmp(scheduler)) {
+  if (__builtin_setjmp(scheduler)) {
     races_run_thread(-1);
     return;
   }
-  if (fiber.started) _longjmp(fiber.state_at_switch, 1);
+  if (fiber.started) jump(fiber.place);
   fiber.started = true;
   fiber.stack.reset(new char[STACK_BYTES]);
   getcontext(&fiber.context);
@@ -158,17 +164,17 @@ inline void resume(Fiber& fiber) {
 inline void run_warp(int first, bool reverse) {
   for (;;) {
     for (int i = 0; i < WARP; ++i) {
-      Fiber& fiber = fibers[first + (reverse ? WARP - 1 - i : i)];
-      if (fiber.state == State::running) resume(fiber);
+      const int thread = first + (reverse ? WARP - 1 - i : i);
+      if (states[thread] == State::running) resume(fibers[thread]);
     }
     int at_warp = 0, finished = 0;
     for (int lane = 0; lane < WARP; ++lane) {
-      at_warp += fibers[first + lane].state == State::at_warp_barrier;
-      finished += fibers[first + lane].state == State::done;
+      at_warp += states[first + lane] == State::at_warp_barrier;
+      finished += states[first + lane] == State::done;
     }
     if (!at_warp) return;
     if (at_warp < WARP) fail(finished ? "a lane has left before a shuffle or vote" : "lanes of a warp are apart");
-    for (int lane = 0; lane < WARP; ++lane) fibers[first + lane].state = State::running;
+    std::fill_n(states + first, WARP, State::running);
   }
 }
 
@@ -179,19 +185,17 @@ inline void run_block(int threads, bool reverse) {
     fiber.index = {thread % block_size.x, thread % across / block_size.x, thread / across};
     fiber.lane = thread % WARP;
     fiber.warp = thread / WARP;
-    fiber.state = State::running;
     fiber.shuffles = 0;
     fiber.copies.clear(), fiber.products.clear();
   }
   for (;;) {
+    std::fill_n(states, threads, State::running);
     races_pass_block_barrier();
     const int warps = threads / WARP;
     for (int i = 0; i < warps; ++i) run_warp((reverse ? warps - 1 - i : i) * WARP, reverse);
-    int finished = 0;
-    for (int thread = 0; thread < threads; ++thread) finished += fibers[thread].state == State::done;
+    const auto finished = std::count(states, states + threads, State::done);
     if (finished == threads) return;
     if (finished) fail("a thread has left before a barrier of its block");
-    for (int thread = 0; thread < threads; ++thread) fibers[thread].state = State::running;
   }
 }
 
@@ -445,13 +449,21 @@ inline float number_at(unsigned long long b, int k, int n, bool are_rows_n) {
   return half_of(bits, 0);
 }
 
-inline void multiply_described(float (*c)[4], const unsigned* a, unsigned long long b, int width, bool are_rows_n) {
-  const int g = current->lane / 4, t = current->lane % 4;
-  float rows[2][16];
-  fragment_rows(a, g, rows);
+// Add the products of two rows with a lane's columns of the matrix that `b` describes.
+inline void multiply_columns_of(float (*c)[4], const float (*rows)[16], unsigned long long b, int width, bool are_rows_n) {
+  const int t = current->lane % 4;
   for (int j = 0; j < width / 8; ++j)
-    for (int i = 0; i < 4; ++i)
-      for (int k = 0; k < 16; ++k) c[j][i] += rows[i / 2][k] * number_at(b, k, 8 * j + 2 * t + i % 2, are_rows_n);
+    for (int column = 0; column < 2; ++column)
+      for (int k = 0; k < 16; ++k) {
+        const float number = number_at(b, k, 8 * j + 2 * t + column, are_rows_n);
+        for (int row = 0; row < 2; ++row) c[j][2 * row + column] += rows[row][k] * number;
+      }
+}
+
+inline void multiply_described(float (*c)[4], const unsigned* a, unsigned long long b, int width, bool are_rows_n) {
+  float rows[2][16];
+  fragment_rows(a, current->lane / 4, rows);
+  multiply_columns_of(c, rows, b, width, are_rows_n);
 }
 
 }  // namespace simt
@@ -474,11 +486,11 @@ SIMT_INLINE void multiply_rows(float (*c)[4], const unsigned* a, unsigned long l
 template <int N>
 SIMT_INLINE void multiply_shared(float (*c)[4], unsigned long long a, unsigned long long b, Width<N>) {
   in_background([=] {
-    const int first = simt::current->warp % 4 * 16 + simt::current->lane / 4, t = simt::current->lane % 4;
-    for (int j = 0; j < N / 8; ++j)
-      for (int i = 0; i < 4; ++i)
-        for (int k = 0; k < 16; ++k)
-          c[j][i] += simt::number_at(a, k, first + i / 2 * 8, true) * simt::number_at(b, k, 8 * j + 2 * t + i % 2, true);
+    const int first = simt::current->warp % 4 * 16 + simt::current->lane / 4;
+    float rows[2][16];
+    for (int row = 0; row < 2; ++row)
+      for (int k = 0; k < 16; ++k) rows[row][k] = simt::number_at(a, k, first + row * 8, true);
+    simt::multiply_columns_of(c, rows, b, N, true);
   });
 }
 template <int N>
