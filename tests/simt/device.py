@@ -5,6 +5,7 @@ or transfer that reads a result too early finds the pattern of fresh memory.
 """
 
 import ctypes
+import fcntl
 import math
 import mmap
 import os
@@ -387,11 +388,14 @@ def _library(kernel: Kernel, *, finds_races: bool) -> ctypes.CDLL:
 
 
 def _build(name: str, text: str, options: Sequence[str]) -> Path:
-    """The file that g++ makes of a source with these options."""
+    """The file that g++ makes of a source with these options; one process makes it, the others wait."""
     made = LIBRARIES / f"{xxhash.xxh3_64_hexdigest(''.join([text, *options]).encode())}-{name}"
-    if not made.exists():
-        LIBRARIES.mkdir(mode=0o700, exist_ok=True)
-        with TemporaryDirectory(dir=LIBRARIES) as folder:
+    if made.exists():
+        return made
+    LIBRARIES.mkdir(mode=0o700, exist_ok=True)
+    with made.with_suffix(f"{made.suffix}.lock").open("w") as lock, TemporaryDirectory(dir=LIBRARIES) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
             built = Path(folder) / name
             source = [] if not text else ["-x", "c++", "-"]
             subprocess.run(["g++", *options, "-o", str(built), *source], input=text, text=True, check=True)
