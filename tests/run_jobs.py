@@ -1,26 +1,16 @@
-"""Runs command lines of the program one after another, in the ranks of one mpirun: run_jobs.py MODULE FOLDER PROCESS
+"""Runs command lines of the program one after another, in the ranks of one mpirun: run_jobs.py MODULE FOLDER
 
-MODULE has the program's `main`. FOLDER/0.job, FOLDER/1.job, ... are lists of words in JSON, and appear one by one; what
-the ranks write is in FOLDER/0.out and 0.err, and the exit code of rank R in 0.R, as soon as it has ended. An empty list
-ends the program, and so does the end of PROCESS, the process of the tests.
+MODULE has the program's `main`. Rank R reads the FIFO FOLDER/R.jobs: each line is a command line, a list of words in
+JSON. What the ranks write is in FOLDER/0.out and 0.err, then in 1.out and so on, and the exit code of rank R in 0.R, as
+soon as it has ended. The end of the FIFO ends the program: the process of the tests has closed it, or has ended.
 """
 
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
-from itertools import count
 from pathlib import Path
-
-
-def next_words(place: Path) -> list[str]:
-    """The command line in a file, as soon as there is one."""
-    tests = Path("/proc", sys.argv[3])
-    while not place.exists() and tests.exists():
-        time.sleep(0.01)
-    return json.loads(place.read_text()) if place.exists() else []
 
 
 def write_into(path: Path, descriptor: int) -> None:
@@ -44,17 +34,15 @@ def exit_code(main: Callable[[list[str]], object], words: list[str]) -> int:
 
 def run() -> None:
     main, folder, rank = import_module(sys.argv[1]).main, Path(sys.argv[2]), os.environ["OMPI_COMM_WORLD_RANK"]
-    for number in count():
-        job = folder / f"{number}.job"
-        if not (words := next_words(job)):
-            break
-        write_into(job.with_suffix(".out"), 1)
-        write_into(job.with_suffix(".err"), 2)
-        code = exit_code(main, words)
-        sys.stdout.flush()
-        ended = job.with_suffix(f".{rank}")
-        ended.with_suffix(f".{rank}-new").write_text(str(code))
-        ended.with_suffix(f".{rank}-new").rename(ended)  # whole as soon as it is there
+    with (folder / f"{rank}.jobs").open() as jobs:
+        for number, line in enumerate(jobs):
+            write_into(folder / f"{number}.out", 1)
+            write_into(folder / f"{number}.err", 2)
+            code = exit_code(main, json.loads(line))
+            sys.stdout.flush()
+            ended = folder / f"{number}.{rank}"
+            ended.with_suffix(f".{rank}-new").write_text(str(code))
+            ended.with_suffix(f".{rank}-new").rename(ended)  # whole as soon as it is there
 
 
 if __name__ == "__main__":

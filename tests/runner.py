@@ -28,6 +28,7 @@ class Runner:
         self._environment = {"PYTHONPATH": str(launching.ROOT / "tests")} | environment
         self._starts = count()
         self._numbers = count()
+        self._jobs: list[int] = []
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, *words: str | Path) -> Callable[[], launching.Outcome]:
@@ -48,6 +49,7 @@ class Runner:
             while process.poll() is None and not all(map(Path.exists, codes)):
                 if time.monotonic() > limit:
                     self._process = None
+                    self._close_jobs()
                     launching.end(process)
                     raise AssertionError(f"no end within {launching.LIMIT_S} s: {words}: {written(job)}")
                 time.sleep(0.005)
@@ -69,8 +71,8 @@ class Runner:
         process, self._process = self._process, None
         if process is None:
             return
+        self._close_jobs()
         try:
-            self._hand_over([])
             code = process.wait(launching.LIMIT_S)
         finally:
             launching.end(process)
@@ -79,16 +81,29 @@ class Runner:
     def _begin(self) -> None:
         self._place, self._numbers = self._folder / str(next(self._starts)), count()
         self._place.mkdir()
-        program = launching.python(PROGRAM, self._module, self._place, str(os.getpid()))
+        self._jobs = [open_fifo(self._place / f"{rank}.jobs") for rank in range(self._num_ranks)]
+        program = launching.python(PROGRAM, self._module, self._place)
         command = (launching.LAUNCHER, "-n", str(self._num_ranks), *program)
         words = ("bash", "-c", 'exec "$@" &>"$0"', self._place / "mpirun.err", *command)
         self._process = launching.start(*words, **self._environment)
 
     def _hand_over(self, words: list[str]) -> Path:
-        job = self._place / f"{next(self._numbers)}.job"
-        job.with_suffix(".new").write_text(json.dumps(words))
-        job.with_suffix(".new").rename(job)
-        return job
+        line = f"{json.dumps(words)}\n".encode()
+        for job in self._jobs:
+            os.write(job, line)
+        return self._place / str(next(self._numbers))
+
+    def _close_jobs(self) -> None:
+        """The end of the FIFOs ends the ranks."""
+        for job in self._jobs:
+            os.close(job)
+        self._jobs = []
+
+
+def open_fifo(path: Path) -> int:
+    """Make a FIFO and open both its ends: to open one waits for the other, and to write fails without a reader."""
+    os.mkfifo(path)
+    return os.open(path, os.O_RDWR)
 
 
 def written(job: Path) -> tuple[str, str]:
