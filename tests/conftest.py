@@ -105,11 +105,15 @@ def runner(tmp_path_factory) -> Iterator[Callable[..., Runner]]:
 
 @pytest.fixture
 def comm():
-    """A communicator of all ranks of the test's world."""
+    """A communicator of all ranks of the test's world; those that come early sleep, as they do behind the test."""
     from mpi4py import MPI
 
+    from moempi.runtime.waiting import barrier
+
+    barrier(MPI.COMM_WORLD)
     duplicate = MPI.COMM_WORLD.Dup()
     yield duplicate
+    barrier(duplicate)
     duplicate.Free()
 
 

@@ -8,6 +8,7 @@ import pytest
 from api.models import job_records, same, write_model
 from moempi import LLM, SamplingParams
 from moempi.errors import ConfigError, DataError, NoInputError, UsageError
+from moempi.runtime.waiting import barrier
 
 LAYOUTS = {
     1: [{}, {"micro_batches": 4}],
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
     folder = comm.bcast(tmp_path_factory.mktemp("model") if comm.rank == 0 else None)
     if comm.rank == 0:
         write_model(folder)
-    comm.Barrier()
+    barrier(comm)
     return folder
 
 
@@ -49,6 +50,7 @@ def job(folder):
     comm, found = MPI.COMM_WORLD, {}
     for task in ("generate", "score") if comm.rank == 0 else ():
         found[task] = job_records(folder, LINES, task=task, run=RUN, score={"top_n": 2})
+    barrier(comm)
     return comm.bcast(found)
 
 

@@ -12,6 +12,7 @@ from moempi.engine.run import run_job
 from moempi.errors import ConfigError
 from moempi.layout.layout import make_layout
 from moempi.runtime.stop import Stop
+from moempi.runtime.waiting import barrier
 from moempi.runtime.world import World
 from moempi.storage.compare import compare
 from moempi.storage.initialize import initialize
@@ -54,7 +55,7 @@ def test_results_are_equal_with_and_without_immediate_routing(comm, tmp_path):
         initialize(SHARED, folder / "shared.h5", seed=3)
         lines = [f'{{"tokens": {list(range(1, length))}}}' for length in (2, 30, 9, 5, 2, 17, 4)]
         (folder / "prompts.jsonl").write_text("\n".join(lines))
-    comm.Barrier()
+    barrier(comm)
     for index, grid in enumerate(GRIDS):
         num_ranks = sum(grid[0])
         own = comm.Split(int(comm.rank >= num_ranks), comm.rank)
@@ -63,7 +64,7 @@ def test_results_are_equal_with_and_without_immediate_routing(comm, tmp_path):
             job = read_tree(tree_of(folder, model, grid, immediate=immediate, precision=precision), Job, origin="test")
             if comm.rank < num_ranks:
                 assert run_job(job, job_text="", world=World(own), stop=Stop(), strict=True) == 0
-        comm.Barrier()
+        barrier(comm)
         if comm.rank == 0:
             found = compare(folder / "True.h5", folder / "False.h5")
             assert (found.requests, found.different, found.largest) == (7, 0, 0.0), grid

@@ -13,6 +13,7 @@ from moempi.config.job import Job
 from moempi.config.reading import read_tree
 from moempi.engine.run import run_job
 from moempi.runtime.stop import Stop
+from moempi.runtime.waiting import barrier
 from moempi.runtime.world import World
 from moempi.storage.compare import compare
 from moempi.storage.initialize import initialize
@@ -66,7 +67,7 @@ def run(tree, comm, num_ranks):
     if comm.rank < num_ranks:
         run_job(read_tree(tree, Job, origin="random"), job_text="", world=World(own), stop=Stop(), strict=True)
     own.Free()
-    comm.Barrier()
+    barrier(comm)
 
 
 @pytest.mark.ranks(12)
@@ -80,12 +81,14 @@ def test_random_grids_give_the_results_of_one_rank(comm, tmp_path):
         tree, num_ranks = random_job(dice, folder)
         if num_ranks > comm.size:
             continue
-        comm.Barrier()
+        barrier(comm)
         run(tree, comm, num_ranks)
         alone = {"output": {"results": str(folder / "single.h5")}, "parallel": {}, "exchange": {}, "topology": {}}
         single = tree | alone
         run(single, comm, 1)
-        found = comm.bcast(compare(folder / "out.h5", folder / "single.h5") if comm.rank == 0 else None)
+        found = compare(folder / "out.h5", folder / "single.h5") if comm.rank == 0 else None
+        barrier(comm)
+        found = comm.bcast(found)
         assert found.different == 0, tree
         exact = tree["parallel"]["tensor"] == tree["exchange"].get("hops", 1) == 1
         assert found.largest <= (0.0 if exact else 1e-4), tree

@@ -15,6 +15,7 @@ from moempi.layout.layout import make_layout
 from moempi.model import router_balance as gating
 from moempi.model.capacity import capacity
 from moempi.runtime.stop import Stop
+from moempi.runtime.waiting import barrier
 from moempi.runtime.world import World
 from moempi.storage.compare import compare
 from moempi.storage.initialize import initialize
@@ -59,7 +60,7 @@ def test_every_grid_balances(comm, tmp_path, monkeypatch):
         initialize(ARCHITECTURE, folder / "weights.h5", seed=4)
         lines = [f'{{"tokens": {[1 + length % 3] * length}}}' for length in (3, 20, 9, 30, 2, 17, 4, 25, 6)]
         (folder / "prompts.jsonl").write_text("\n".join(lines))
-    comm.Barrier()
+    barrier(comm)
     steps = watch_steps(monkeypatch)
     for number, (members, changes) in enumerate(GRIDS):
         own = comm.Split(int(comm.rank >= members), comm.rank)
@@ -70,7 +71,7 @@ def test_every_grid_balances(comm, tmp_path, monkeypatch):
                 assert run_job(job, job_text="", world=World(own), stop=Stop(), strict=True) == 0
             if mode == "capacity" and members < 4:
                 check_capacity(own, steps if comm.rank < members else [])
-            comm.Barrier()
+            barrier(comm)
         own.Free()
         if comm.rank == 0:
             check_results(folder, number)

@@ -4,6 +4,7 @@ import pytest
 
 from engine.runs import Run, requests_of
 from moempi.backend.cuda.backend import CudaBackend
+from moempi.runtime.waiting import barrier
 from simt.device import SimtDevice
 
 
@@ -40,6 +41,6 @@ def test_buffers_do_not_grow_with_steps(comm, tmp_path, parallel, immediate):
         run.lanes.run()
         run.journal.close()
         (folder / f"{comm.rank}.part").unlink()
-        comm.Barrier()
+        barrier(comm)
         allocated.append(run.backend.allocated)
     assert allocated[0] == allocated[1]

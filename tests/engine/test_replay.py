@@ -16,6 +16,7 @@ from moempi.config.job import ReplaySection
 from moempi.engine import replay as module
 from moempi.engine.replay import LineFiles, Replay, ReplayPolicy, open_replay
 from moempi.errors import DataError, NoInputError
+from moempi.runtime.waiting import barrier
 from moempi.storage import replay_file
 from moempi.storage.merge import merge
 from moempi.storage.replay_file import NOT_GIVEN, ReplayFile
@@ -59,11 +60,11 @@ def run_with(folder, replay_file=None, *, comm=MPI.COMM_SELF, weights=False, **s
     run.journal.close()
     if replay is not None:
         replay.close()
-    comm.Barrier()
+    barrier(comm)
     if comm.rank == 0:
         paths = [folder / f"{rank}.part" for rank in range(comm.size)]
         merge(folder / "r.h5", paths, num_requests=len(LENGTHS), provenance=PROVENANCE)
-    comm.Barrier()
+    barrier(comm)
     return folder / "r.h5", [lane.policy for lane in run.lanes.each]
 
 
@@ -113,7 +114,7 @@ def test_any_layout_replays_the_routing_that_one_rank_replays(tmp_path, comm, se
     given = folder / "given.h5"
     if comm.rank == 0:
         shifted_file(given, run_with(folder / "recorded")[0], leave_out=[1])
-    comm.Barrier()
+    barrier(comm)
     results, policies = run_with(folder / "ranks", given, comm=comm, **sections)
     replayed = comm.allreduce(sum(getattr(policy, "replayed", 0) for policy in policies))
     if comm.rank == 0:

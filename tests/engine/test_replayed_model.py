@@ -12,6 +12,7 @@ from engine.test_replay import counts, opened
 from engine.test_traces_on_gpu import on_gpu
 from moempi.config.architecture import Experts, Router
 from moempi.config.job import ReplaySection
+from moempi.runtime.waiting import barrier
 from moempi.storage.merge import merge
 from storage.test_results import PROVENANCE
 
@@ -52,7 +53,7 @@ def run_with(folder, routing=None, comm=MPI.COMM_SELF, *, limit=LIMIT, make_back
     run.journal.close()
     if replay is not None:
         replay.close()
-    comm.Barrier()
+    barrier(comm)
     if comm.rank == 0:
         paths = [folder / f"{rank}.part" for rank in range(comm.size)]
         merge(folder / "r.h5", paths, num_requests=len(LENGTHS), provenance=PROVENANCE)
@@ -131,7 +132,7 @@ def test_permuted_routing_gives_the_reference_with_that_routing(tmp_path, comm, 
     folder, own = comm.bcast(tmp_path), comm if sections.pop("comm", 1) > 1 else MPI.COMM_SELF
     if comm.rank == 0:
         given = permute(folder / "given.h5", run_with(folder / "recorded")[0], without=without)
-    comm.Barrier()
+    barrier(comm)
     if own.size > comm.rank:
         results, (replayed, changed) = run_with(folder / "replayed", folder / "given.h5", own, **sections)
     if comm.rank == 0:
