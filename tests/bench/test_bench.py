@@ -17,27 +17,26 @@ def require_80_columns(outcome):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_layer_prints_both_precisions(mpirun, num_ranks):
-    command = python("-m", "moempi", "bench", "layer", *TINY, "--tokens", "8", "3", "--rounds", "2")
-    outcome = mpirun(num_ranks, *command)
+def test_layer_prints_both_precisions(runner, num_ranks):
+    outcome = runner(num_ranks).run("bench", "layer", *TINY, "--tokens", "8", "3", "--rounds", "2")
     require_80_columns(outcome)
     assert outcome.out.count("float32") == outcome.out.count("bfloat16") == 2
     assert "T 8, precision float32, moempi ms " in outcome.out
     assert f"{num_ranks} ranks on 1 nodes" in outcome.out.replace("\n", " ")
 
 
-def test_product_prints_shares_of_what_a_core_can_do(mpirun):
-    command = python("-m", "moempi", "bench", "product", "--inputs", "64", "--outputs", "48", "--rows", "1", "3")
-    outcome = mpirun(1, *command, "--rounds", "1")
+def test_product_prints_shares_of_what_a_core_can_do(mpirun, runner):
+    command = ("bench", "product", "--inputs", "64", "--outputs", "48", "--rows", "1", "3")
+    outcome = runner(1, module="bench.small_product").run(*command, "--rounds", "1")
     require_80_columns(outcome)
     text = outcome.out.replace("\n", " ")
     assert text.count(" of peak ") == text.count(" of reading ") >= 4
-    assert (mpirun(2, *command).code) == 64
+    assert mpirun(2, *python("-m", "moempi", *command)).code == 64
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_exchange_prints_every_transport(mpirun, num_ranks):
-    outcome = mpirun(num_ranks, *python("-m", "moempi", "bench", "exchange", "--rows", "1", "2", "--rounds", "3"))
+def test_exchange_prints_every_transport(runner, num_ranks):
+    outcome = runner(num_ranks).run("bench", "exchange", "--rows", "1", "2", "--rounds", "3")
     require_80_columns(outcome)
     for text in ("bytes per pair 14,336, transport alltoallv, us ", "28,672"):
         assert text in outcome.out
