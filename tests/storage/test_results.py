@@ -2,12 +2,12 @@ import json
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib import import_module
 from itertools import pairwise
 
 import h5py
 import numpy as np
 import pytest
-import xarray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -241,7 +241,13 @@ def test_the_reserved_space_suffices_and_is_freed(tmp_path, monkeypatch):
     assert merged(tmp_path / "s.h5", requests, num_requests=300).stat().st_size < path.stat().st_size
 
 
-def test_xarray_opens_it(tmp_path):
+@pytest.fixture
+def xarray():
+    """Imported when a test needs it: it takes longer than all else that is collected."""
+    return import_module("xarray")
+
+
+def test_xarray_opens_it(tmp_path, xarray):
     requests = [make_request(i, top=2, score_top=3, reference="y") for i in range(4)]
     path = merged(tmp_path / "r.h5", requests, [make_rank(0), make_rank(1)], num_requests=4)
     with xarray.open_datatree(path, engine="h5netcdf") as tree:
@@ -257,7 +263,7 @@ def test_xarray_opens_it(tmp_path):
                 assert not any(str(dim).startswith("phony") for dim in variable.dims)
 
 
-def test_xarray_opens_each_group_by_itself(tmp_path):
+def test_xarray_opens_each_group_by_itself(tmp_path, xarray):
     requests = [make_request(i, top=2, score_top=3, metadata="{}", endpoint="/v1/x", prompt_id="a") for i in range(4)]
     path = merged(tmp_path / "r.h5", requests, [make_rank(0, hosted={1: (0, 2)}, place={"seat": 0})], num_requests=4)
     groups = []
@@ -285,7 +291,7 @@ def test_the_loads_have_a_row_for_each_layer_in_which_any_rank_hosts_experts(tmp
         assert file["experts/load"][:].tolist() == (2 * load[[1, 3]]).tolist()
 
 
-def test_xarray_opens_an_empty_one(tmp_path):
+def test_xarray_opens_an_empty_one(tmp_path, xarray):
     path = merged(tmp_path / "r.h5", num_requests=0)
     with xarray.open_datatree(path, engine="h5netcdf") as tree:
         assert tree.sizes["request"] == 0

@@ -6,6 +6,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from random import Random
 
@@ -110,7 +111,11 @@ def test_begin_and_end_tokens_and_added_tokens_are_those_of_the_configuration(tm
     assert tokenizer.encode("fox<|im_end|><tool></s>", add_special_tokens=False).ids == [*plain, size, size + 1, 2]
 
 
-def ranks(merges=250):
+NUM_MERGES = 250
+
+
+@cache
+def ranks():
     """Byte sequences in the order in which they are merged, of the corpus divided by the pattern."""
     found = {bytes([byte]): byte for byte in range(256)}
     division = tiktoken.Encoding("words", pat_str=KIMI_PATTERN, mergeable_ranks=found, special_tokens={})
@@ -118,7 +123,7 @@ def ranks(merges=250):
     for line in corpus():
         for word in re.findall(r" ?[^ ]+", line):
             words[tuple(bytes([token]) for token in division.encode(word))] += 1
-    for _ in range(merges):
+    for _ in range(NUM_MERGES):
         pairs = Counter()
         for word, count in words.items():
             for pair in pairwise(word):
@@ -143,8 +148,7 @@ def write_ranks(folder, found):
     (folder / "tiktoken.model").write_bytes(b"".join(lines))
 
 
-RANKS = ranks()
-NUM_RANKS = len(RANKS)
+NUM_RANKS = 256 + NUM_MERGES
 SPECIAL = {"[BOS]": NUM_RANKS, "[EOS]": NUM_RANKS + 1, "<|im_end|>": NUM_RANKS + 2, "[PAD]": NUM_RANKS + 7}
 RESERVED = {f"<|reserved_token_{number}|>": number for number in range(NUM_RANKS + 3, NUM_RANKS + 7)}
 KIMI = {
@@ -157,9 +161,11 @@ KIMI = {
 @pytest.fixture(scope="module")
 def kimi(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kimi")
-    write_ranks(folder, RANKS)
+    write_ranks(folder, ranks())
     (folder / "tokenization_kimi.py").write_text("raise SystemExit('this file ran')\n")
-    encoding = tiktoken.Encoding("kimi", pat_str=KIMI_PATTERN, mergeable_ranks=RANKS, special_tokens=SPECIAL | RESERVED)
+    encoding = tiktoken.Encoding(
+        "kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks(), special_tokens=SPECIAL | RESERVED
+    )
     return encoding, Tokenizer.from_str(read_tokenizer(folder, KIMI))
 
 
@@ -189,17 +195,17 @@ CODE = {
 
 @pytest.mark.parametrize("code", CODE.values(), ids=CODE.keys())
 def test_the_pattern_in_the_python_file_of_the_checkpoint_is_read_and_the_file_is_not_run(tmp_path, code):
-    write_ranks(tmp_path, RANKS)
+    write_ranks(tmp_path, ranks())
     (tmp_path / "tokenization_own.py").write_text(code)
     tokenizer = Tokenizer.from_str(read_tokenizer(tmp_path, KIMI | {"tokenizer_class": "Own"}))
-    encoding = tiktoken.Encoding("own", pat_str="a|[^a]+", mergeable_ranks=RANKS, special_tokens={})
+    encoding = tiktoken.Encoding("own", pat_str="a|[^a]+", mergeable_ranks=ranks(), special_tokens={})
     for text in ("abcabc the fox", "aaaa 日本語 12345"):
         assert tokenizer.encode(text).ids == encoding.encode(text)
 
 
 @pytest.mark.parametrize("code", [None, "pat_str = make()", "def broken(", "x = 1", "(" * 5000, "\0"])
 def test_ranks_without_a_pattern_are_refused_with_what_to_do(tmp_path, code):
-    write_ranks(tmp_path, RANKS)
+    write_ranks(tmp_path, ranks())
     if code is not None:
         (tmp_path / "tokenization_own.py").write_text(code)
     with pytest.raises(DataError, match=r"tiktoken\.model: no file says how it divides a text .* let transformers"):
@@ -226,14 +232,14 @@ def test_a_file_that_is_no_list_of_ranks_is_refused(tmp_path, content, reason):
 
 @pytest.mark.parametrize("number", [-1, 3, 2**40])
 def test_an_added_token_that_the_ranks_do_not_fit_is_refused(tmp_path, number):
-    write_ranks(tmp_path, RANKS)
+    write_ranks(tmp_path, ranks())
     with pytest.raises(DataError, match=f"tokenizer_config.json has .*{number}"):
         read_tokenizer(tmp_path, KIMI | {"added_tokens_decoder": {str(number): added("<|x|>")}})
 
 
 @pytest.mark.parametrize("decoder", [[], {"x": added("a")}, {"1": {"content": 5}}, {"1": "a"}])
 def test_added_tokens_of_another_form_are_refused(tmp_path, decoder):
-    write_ranks(tmp_path, RANKS)
+    write_ranks(tmp_path, ranks())
     with pytest.raises(DataError, match=r"tokenizer_config\.json: "):
         read_tokenizer(tmp_path, KIMI | {"added_tokens_decoder": decoder})
 
