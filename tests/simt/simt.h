@@ -11,14 +11,11 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -52,10 +49,21 @@ struct Copy {
   const unsigned short* from;
 };
 
+// A function object; std::function would take longer to compile than a kernel.
 struct Product {
-  std::function<void()> multiply;
+  static constexpr int BYTES = 48;
+  void (*call)(const Product&);
+  alignas(8) char function[BYTES];
   const void* place;
 };
+
+template <class Function>
+Product product_of(const Function& function, const void* place) {
+  static_assert(std::is_trivially_copyable_v<Function> && sizeof function <= Product::BYTES);
+  Product product{[](const Product& kept) { reinterpret_cast<const Function&>(kept.function)(); }, {}, place};
+  std::memcpy(product.function, &function, sizeof function);
+  return product;
+}
 
 // Pieces of work in groups, which are done when their thread waits for them.
 template <class Work>
@@ -90,7 +98,7 @@ struct Fiber {
   Background<Product> products;
   Place place;
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  char* stack = nullptr;
 };
 
 alignas(1024) inline unsigned char dynamic_shared[228 << 10];
@@ -151,9 +159,9 @@ inline void resume(Fiber& fiber) {
   }
   if (fiber.started) jump(fiber.place);
   fiber.started = true;
-  fiber.stack.reset(new char[STACK_BYTES]);
+  fiber.stack = new char[STACK_BYTES];  // as long as the process runs
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_sp = fiber.stack;
   fiber.context.uc_stack.ss_size = STACK_BYTES;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, fiber_main, 0);
@@ -174,7 +182,7 @@ inline void run_warp(int first, bool reverse) {
     }
     if (!at_warp) return;
     if (at_warp < WARP) fail(finished ? "a lane has left before a shuffle or vote" : "lanes of a warp are apart");
-    std::fill_n(states + first, WARP, State::running);
+    for (int lane = 0; lane < WARP; ++lane) states[first + lane] = State::running;
   }
 }
 
@@ -189,11 +197,12 @@ inline void run_block(int threads, bool reverse) {
     fiber.copies.clear(), fiber.products.clear();
   }
   for (;;) {
-    std::fill_n(states, threads, State::running);
+    for (int thread = 0; thread < threads; ++thread) states[thread] = State::running;
     races_pass_block_barrier();
     const int warps = threads / WARP;
     for (int i = 0; i < warps; ++i) run_warp((reverse ? warps - 1 - i : i) * WARP, reverse);
-    const auto finished = std::count(states, states + threads, State::done);
+    int finished = 0;
+    for (int thread = 0; thread < threads; ++thread) finished += states[thread] == State::done;
     if (finished == threads) return;
     if (finished) fail("a thread has left before a barrier of its block");
   }
@@ -431,7 +440,7 @@ template <int N>
 void await_products_but() {
   simt::current->products.await_but(N, [](const simt::Product& product) {
     simt::races_set_place(product.place);
-    product.multiply();
+    product.call(product);
     simt::races_set_place(nullptr);
   });
 }
@@ -472,7 +481,7 @@ __attribute__((noinline)) inline const void* place_of_call() { return __builtin_
 
 template <class Multiply>
 SIMT_INLINE void in_background(Multiply multiply) {
-  simt::current->products.pieces.push_back({multiply, place_of_call()});
+  simt::current->products.pieces.push_back(simt::product_of(multiply, place_of_call()));
 }
 
 template <int N>
