@@ -161,12 +161,14 @@ def test_the_command_prints_a_table_and_writes_json(backend, tmp_path, capsys, m
     assert group["gpu_us"] > 0
 
 
+@pytest.mark.mpi
 def test_without_a_gpu_it_is_a_configuration_error():
     outcome = mpirun(1, *python("-m", "moempi", "bench", "gpu"), CUDA_VISIBLE_DEVICES="")
     assert outcome.code == 78
     assert len(outcome.lines) == 1
 
 
+@pytest.mark.mpi
 def test_check_reports_why_no_gpu_is_used():
     outcome = mpirun(1, *python("-m", "moempi", "check"), CUDA_VISIBLE_DEVICES="")
     assert outcome.code == 0, outcome.err

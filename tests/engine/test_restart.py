@@ -277,6 +277,7 @@ def test_a_run_that_is_killed_whole_has_failed_and_continues(weights, run, whole
     assert (found.requests, found.different, found.largest) == (256, 0, 0.0)
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize(("place", "count"), [("append", 20), ("merge", 1)])
 def test_a_run_that_lost_its_output_to_another_run_replaces_nothing(weights, run, tmp_path, place, count):
     """Its parts are removed while it is stopped by a signal, and another run finishes, before the first goes on."""

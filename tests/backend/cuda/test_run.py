@@ -14,6 +14,8 @@ from moempi.storage.initialize import initialize
 from moempi.storage.results import ResultFile
 from mpirun import ROOT, mpirun, python
 
+pytestmark = pytest.mark.mpi
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, runner):
