@@ -57,14 +57,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def claimed(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
-    """The tests of the files that no other process has claimed; a file is claimed when the test before it is due."""
-    mine: dict[Path, bool] = {}
-    for item in items:
-        if item.path not in mine:
-            name = str(item.path.relative_to(item.config.rootpath))
-            mine[item.path] = claim(folder / name.replace(os.sep, "%"))
-        if mine[item.path]:
+    """The tests of the files that no other process has claimed; a file is claimed when the test before it is due.
+
+    A file's tests that start mpirun and its others are claimed apart, and all that start mpirun come first: a process
+    that has started MPI itself keeps variables of it.
+    """
+    mine: dict[tuple[str, str], bool] = {}
+    for item in sorted(items, key=kind):
+        part = kind(item), str(item.path.relative_to(item.config.rootpath)).replace(os.sep, "%")
+        if part not in mine:
+            mine[part] = claim(folder / "%".join(part))
+        if mine[part]:
             yield item
+
+
+def kind(item: pytest.Item) -> str:
+    """The kinds of tests in the order in which they run."""
+    return "mpi" if item.get_closest_marker("mpi") else "other"
 
 
 def claim(place: Path) -> bool:

@@ -28,17 +28,11 @@ python tests/house_rules.py
 mypy
 lint-imports
 
-share() { # share MARKED ARGUMENTS: the tests with these marks, whose files two processes share
-    local claims tests
-    claims=$(mktemp -d --tmpdir moempi-tests.XXXXXX)
-    tests="python -u '$(command -v pytest)' --ignore=tests/peers -p no:cacheprovider --claims=${claims@Q} -m ${*@Q}"
-    tests+=" || [ \$? = 5 ]" # the arguments may choose no test with these marks
-    python tests/parallel.py "$tests" "$tests"
-    if [ "$(find "$claims" -name '*.ended' | wc -l)" != 2 ]; then
-        echo "tests: a process ended before its last test" >&2
-        exit 1
-    fi
-    rm -r "$claims"
-}
-share "not mpi" "$@"
-share mpi "$@" # the real program, and rank-wise tests, under mpirun; apart, as processes that started MPI leave variables
+claims=$(mktemp -d --tmpdir moempi-tests.XXXXXX) # the files of tests that one of the two processes has begun
+tests="python -u '$(command -v pytest)' --ignore=tests/peers -p no:cacheprovider --claims=${claims@Q} ${*@Q}"
+python tests/parallel.py "$tests" "$tests"
+if [ "$(find "$claims" -name '*.ended' | wc -l)" != 2 ]; then
+    echo "tests: a process ended before its last test" >&2
+    exit 1
+fi
+rm -r "$claims"

@@ -4,6 +4,7 @@ import re
 import signal
 import sys
 import time
+from itertools import chain
 
 import pytest
 
@@ -48,12 +49,23 @@ def test_an_interrupt_ends_all_commands_and_shows_what_they_wrote(number, tmp_pa
     assert "\nother\n" in out
 
 
-def test_each_test_runs_in_one_of_the_processes(tmp_path):
+def test_each_test_runs_in_one_of_the_processes_and_those_that_start_mpirun_run_first(tmp_path):
     half = f"{sys.executable} -m pytest -v -p no:cacheprovider --claims={tmp_path} {' '.join(FILES)}"
     outcome = execute(*python(PARALLEL, half, half))
     assert outcome.code == 0, outcome.out
-    ran = re.findall(r"^(tests/\S+::.*) PASSED", outcome.out, re.MULTILINE)
-    listed = execute(*python("-m", "pytest", "-q", "--collect-only", *FILES)).out
-    assert sorted(ran) == sorted(re.findall(r"^tests/\S+::.*", listed, re.MULTILINE))
-    assert len(list(tmp_path.glob("*.py"))) == len(FILES)
+    of_kind = {marked: collected("-m", marked) for marked in ("mpi", "not mpi")}
+    assert all(of_kind.values())
+    ran = [re.findall(r"^(tests/\S+::.*) PASSED", written, re.M) for written in outcome.out.split("==== exit code")]
+    assert sorted(chain(*ran)) == sorted(chain(*of_kind.values()))
+    for of_process in ran:
+        kinds = [test in of_kind["not mpi"] for test in of_process]
+        assert kinds == sorted(kinds)
+    parts = {(marked, test.partition("::")[0]) for marked, tests in of_kind.items() for test in tests}
+    assert len(list(tmp_path.glob("*.py"))) == len(parts) > len(FILES)
     assert len(list(tmp_path.glob("*.ended"))) == 2
+
+
+def collected(*words):
+    """The tests of FILES that pytest selects."""
+    listed = execute(*python("-m", "pytest", "-q", "--collect-only", *words, *FILES)).out
+    return re.findall(r"^tests/\S+::.*", listed, re.MULTILINE)
