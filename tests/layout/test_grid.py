@@ -1,6 +1,8 @@
 """The grid's arithmetic, exhaustively for small worlds."""
 
-from itertools import combinations, product
+from itertools import accumulate, combinations, product
+from math import inf
+from random import Random
 
 import pytest
 
@@ -96,6 +98,31 @@ def test_no_stage_begins_with_a_joined_layer():
         )
     with pytest.raises(ConfigError, match=r"parallel.stages = 5: the model forms at most 4 stages, because 3 of its 7"):
         balanced_stages(costs, 5, joined)
+
+
+def test_of_equally_good_divisions_the_one_of_the_slow_twin_is_chosen():
+    random = Random(1)
+    for _ in range(300):
+        costs = [random.choice((0.0, 0.1, 0.3, 1.0, 1.5)) for _ in range(random.randint(1, 14))]
+        joined = frozenset(layer for layer in range(1, len(costs)) if random.random() < 0.2)
+        for stages in range(1, len(costs) - len(joined) + 1):
+            assert balanced_stages(costs, stages, joined) == slowly_balanced_stages(costs, stages, joined)
+
+
+def slowly_balanced_stages(costs, stages, joined):
+    """best[end] are, for the first `end` layers, the smallest largest sum and the lengths that give it."""
+    sums = [0.0, *accumulate(costs)]
+    best = [(total, (end,)) for end, total in enumerate(sums)]
+    for count in range(2, stages + 1):
+        cuts = [cut for cut in range(count - 1, len(costs)) if cut not in joined]
+        best = [
+            min(
+                ((max(best[cut][0], sums[end] - sums[cut]), (*best[cut][1], end - cut)) for cut in cuts if cut < end),
+                default=(inf, ()),
+            )
+            for end in range(len(sums))
+        ]
+    return best[-1][1]
 
 
 def test_given_stages_that_begin_with_a_joined_layer_are_refused():

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from moempi.arrays import IntArray
 from moempi.config.job import ParallelSection
 from moempi.errors import ConfigError
 
@@ -158,24 +159,25 @@ def balanced_stages(costs: Sequence[float], stages: int, joined: Collection[int]
 
 @lru_cache(maxsize=1 << 10)
 def _balanced_stages(costs: tuple[float, ...], stages: int, joined: frozenset[int]) -> tuple[int, ...]:
-    sums = [0.0, *accumulate(costs)]
-    # best[end]: for the first `end` layers in `count` stages, the smallest largest sum, and the lengths that give it.
-    best: list[tuple[float, tuple[int, ...]]] = [(total, (end,)) for end, total in enumerate(sums)]
+    num_ends = len(costs) - stages + 1
+    sums, is_empty = np.array([0.0, *accumulate(costs)]), np.tri(num_ends, k=-1, dtype=np.bool_)
+    may_begin = np.array([layer not in joined for layer in range(len(costs))])
+    # The first `count` stages end before layer count + i, i < num_ends: every stage has a layer. greatest[i] is their
+    # smallest largest sum, order[i] the place among all i, in ascending order, of the lengths that give it.
+    greatest, order = sums[1 : num_ends + 1], np.arange(num_ends)
+    begins: list[IntArray] = []
     for count in range(2, stages + 1):
-        cuts = [cut for cut in range(count - 1, len(costs)) if cut not in joined]
-        best = [
-            min((_with_last_stage(best, sums, cut, end) for cut in cuts if cut < end), default=(inf, ()))
-            for end in range(len(sums))
-        ]
-    return best[-1][1]
-
-
-def _with_last_stage(
-    best: Sequence[tuple[float, tuple[int, ...]]], sums: Sequence[float], cut: int, end: int
-) -> tuple[float, tuple[int, ...]]:
-    """The best stages of the first `cut` layers, and one more stage up to layer `end`."""
-    greatest, lengths = best[cut]
-    return max(greatest, sums[end] - sums[cut]), (*lengths, end - cut)
+        cuts, ends = slice(count - 1, count - 1 + num_ends), slice(count, count + num_ends)
+        largest = np.maximum(greatest[:, None], sums[ends] - sums[cuts, None])
+        largest[is_empty | ~may_begin[cuts, None]] = inf
+        greatest = largest.min(axis=0)
+        chosen = np.where(largest == greatest, order[:, None], num_ends).argmin(axis=0)
+        order = (order[chosen] * num_ends + np.arange(num_ends)).argsort().argsort()
+        begins.append(chosen + count - 1)
+    bounds = [len(costs)]
+    for count in range(stages, 1, -1):
+        bounds.append(int(begins[count - 2][bounds[-1] - count]))
+    return tuple(end - begin for begin, end in pairwise([0, *reversed(bounds)]))
 
 
 def _begins_wrongly(layer: int, joined: Collection[int]) -> str:
