@@ -6,7 +6,9 @@ import time
 from argparse import Namespace
 from types import SimpleNamespace
 
+import h5py
 import msgspec
+import numpy as np
 import pytest
 from mpi4py import MPI
 
@@ -69,6 +71,21 @@ def test_ranks_have_fast_products_together_or_not_at_all(comm, tmp_path, monkeyp
         opened.lock.release()
     assert opened.job.run.products == ("fast" if with_tiles == comm.size else "exact")
     assert ("products are exact" in caplog.text) == (comm.rank == 0 and with_tiles < comm.size)
+
+
+@pytest.mark.ranks(2)
+def test_a_foreign_object_in_the_weights_that_no_rank_reads_ends_all_ranks(comm, tmp_path, capfd):
+    folder = comm.bcast(tmp_path)
+    job = comm.bcast(made_job(folder) if comm.rank == 0 else None)
+    if comm.rank == 0:
+        with h5py.File(folder / "weights.h5", "r+") as file:
+            file["tensors/other"] = np.zeros(3)
+    comm.Barrier()
+    with pytest.raises(AgreedExit) as end:
+        open_inputs(lambda: job, World(comm), strict=True)
+    assert end.value.code == 65
+    if comm.rank == 0:
+        assert "tensors/other: does not belong to this architecture" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("positions", ["all", "last", "output"])

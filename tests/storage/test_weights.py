@@ -27,12 +27,12 @@ def model(tmp_path_factory):
 def damage(model, tmp_path):
     """Change a copy of the model with plain h5py, then open it."""
 
-    def change_and_open(change):
+    def change_and_open(change, **options):
         path = tmp_path / "changed.h5"
         path.write_bytes(model.read_bytes())
         with h5py.File(path, "r+") as file:
             change(file)
-        WeightFile.open(path).close()
+        return WeightFile.open(path, **options)
 
     return change_and_open
 
@@ -180,6 +180,30 @@ def replace_dataset(name, values):
 def test_inconsistent_contents_are_refused(damage, change, message):
     with pytest.raises(DataError, match=message):
         damage(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("tensors/norm"), "tensors/norm: is missing"),
+        (replace_dataset("tensors/norm", np.ones(9, np.float32)), "tensors/norm: its type is not bfloat16"),
+        (replace_dataset("tensors/norm", h5py.SoftLink("/tensors/embedding")), "soft and external links are refused"),
+        (replace_dataset("tensors/norm", h5py.ExternalLink("x.h5", "norm")), "soft and external links are refused"),
+    ],
+)
+def test_a_file_that_is_not_opened_whole_verifies_what_is_needed_of_it(damage, change, message):
+    with damage(change, whole=False) as weights:
+        for need in (weights.read, lambda name: weights.byte_range(name, 0, 1)):
+            with pytest.raises(DataError, match=message):
+                need("norm")
+        np.testing.assert_array_equal(weights.read("embedding"), origin_values(weights.tensor("embedding")))
+    with pytest.raises(DataError, match="norm"):
+        damage(change)
+
+
+def test_the_texts_of_a_file_are_verified_by_who_does_not_open_it_whole(damage):
+    with pytest.raises(DataError, match="fingerprint differs"):
+        damage(set_text("tokenizer", b"{}"), whole=False)
 
 
 def rewrite(architecture=SMALL, catalogue_of=SMALL):

@@ -75,7 +75,7 @@ class LLM(Closeable):
             world.watch(job.run.timeout_s)
             start = datetime.fromisoformat(world.comm.bcast(datetime.now().isoformat()))
             today = world.collectively(lambda: template_day(job.chat, start))
-            with world.collectively(lambda: WeightFile.open(path)) as file:
+            with world.collectively(lambda: WeightFile.open(path, whole=world.local_rank == 0)) as file:
                 world.require_same_call(f"LLM of the weights {file.fingerprint}")
                 self._engine = _load(job, file)
         self.rank = world.rank

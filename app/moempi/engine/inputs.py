@@ -102,7 +102,7 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
     def open_all() -> tuple[_Opened, Sequence[int]]:
         job = read_job()
         world.watch(job.run.timeout_s)
-        weights = WeightFile.open(job.model.weights)
+        weights = WeightFile.open(job.model.weights, whole=world.local_rank == 0)
         number, num_gpus = int(weights.fingerprint[:15], 16), count_gpus(job.run)
         of_job = _number(msgspec.json.encode(result_keys(job)))
         replay = [MOST, MOST]

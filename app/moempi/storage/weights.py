@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import msgspec
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from moempi.arrays import aligned_empty
 from moempi.config.architecture import Architecture
@@ -56,7 +57,7 @@ class WeightFile(Closeable):
     the hex digest of the file's contents. Use it as a context manager; threads must not share one.
     """
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path, file: Any, *, whole: bool) -> None:
         self.path = path
         self._file = file
         contents = _read_contents(file)
@@ -68,19 +69,24 @@ class WeightFile(Closeable):
         tensors = _checked_catalogue(self.architecture, contents["catalogue"], path)
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._checksums = _split_checksums(tensors, contents["checksums"].view(np.uint64), path)
-        self._datasets = _open_tensors(file, tensors)
+        self._datasets: dict[str, Any] = {}
+        if whole:
+            _require_no_others(file, tensors)
+            for tensor in tensors:
+                self._dataset(tensor.name)
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, *, whole: bool = True) -> Self:
         """Open a weight file and verify everything except the rows of the tensors, which `read` verifies.
 
-        Raises NoInputError if the file cannot be read, DataError if it is not a complete, undamaged weight file of a
-        supported version.
+        If not `whole`, a tensor's dataset is verified when it is first needed, and nobody looks for objects that do not
+        belong to the file: this is for a rank on whose node another rank opens the whole file. Raises NoInputError if
+        the file cannot be read, DataError if it is not a complete, undamaged weight file of a supported version.
         """
         file = hdf5.open_file(path)
         try:
             with hdf5.raising_data_errors(path):
-                return cls(Path(path), file)
+                return cls(Path(path), file, whole=whole)
         except BaseException:
             file.close()
             raise
@@ -94,8 +100,8 @@ class WeightFile(Closeable):
         return name in self._tensors
 
     def byte_range(self, name: str, start: int, stop: int) -> range:
-        """Where the file has rows [start, stop) of the tensor `name`."""
-        tensor, offset = self._tensors[name], self._datasets[name].get_offset() or 0
+        """Where the file has rows [start, stop) of the tensor `name`; raises DataError if its dataset is damaged."""
+        tensor, offset = self._tensors[name], self._dataset(name).get_offset() or 0
         row_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
         return range(offset + start * row_bytes, offset + stop * row_bytes)
 
@@ -113,7 +119,7 @@ class WeightFile(Closeable):
         first = start // block * block
         last = min(-(-stop // block) * block, rows) if stop > start else first
         with hdf5.raising_data_errors(self.path, name):
-            read = hdf5.read_rows(self._datasets[name], first, last, dtype=tensor.dtype)
+            read = hdf5.read_rows(self._dataset(name), first, last, dtype=tensor.dtype)
         self._verify(tensor, first, read)
         if (first, last) == (start, stop):
             return read
@@ -125,10 +131,20 @@ class WeightFile(Closeable):
         """Close the file; arrays that were read stay valid."""
         self._file.close()
 
+    def _dataset(self, name: str) -> Any:
+        """The dataset of a tensor; raises DataError if it is not as the catalogue says."""
+        if name not in self._datasets:
+            tensor = self._tensors[name]
+            self._datasets[name] = hdf5.checked_dataset(
+                self._file, f"tensors/{name}", dtype=tensor.dtype, shape=tensor.shape
+            )
+        return self._datasets[name]
+
     def _verify(self, tensor: Tensor, first: int, rows: AnyArray) -> None:
-        expected = self._checksums[tensor.name][first // tensor.block_rows :]
-        for index, start in enumerate(range(0, len(rows), tensor.block_rows)):
-            if xxhash.xxh3_64_intdigest(rows[start : start + tensor.block_rows].data) != expected[index]:
+        starts, block = range(0, len(rows), tensor.block_rows), first // tensor.block_rows
+        expected = self._checksums[tensor.name][block : block + len(starts)].tolist()
+        for start, checksum in zip(starts, expected, strict=True):
+            if xxhash.xxh3_64_intdigest(rows[start : start + tensor.block_rows].data) != checksum:
                 span = f"{first + start} to {first + min(start + tensor.block_rows, len(rows))}"
                 raise DataError(f"{self.path}: {tensor.name}: rows {span} are damaged, their checksum differs")
 
@@ -311,23 +327,23 @@ def _checked_fingerprint(file: Any, contents: dict[str, AnyArray]) -> str:
     return fingerprint
 
 
-def _split_checksums(tensors: tuple[Tensor, ...], checksums: AnyArray, path: Path) -> dict[str, list[int]]:
-    if len(checksums) != sum(tensor.num_blocks for tensor in tensors):
-        raise DataError(f"{path}: checksums: there are {len(checksums)}, not one a block")
+def _split_checksums(
+    tensors: tuple[Tensor, ...], checksums: NDArray[np.uint64], path: Path
+) -> dict[str, NDArray[np.uint64]]:
+    """The checksums of the blocks of each tensor."""
     ends = np.cumsum([tensor.num_blocks for tensor in tensors])
-    return {
-        tensor.name: checksums[end - tensor.num_blocks : end].tolist()
-        for tensor, end in zip(tensors, ends, strict=True)
-    }
+    if len(checksums) != ends[-1]:
+        raise DataError(f"{path}: checksums: there are {len(checksums)}, not one a block")
+    return dict(zip((tensor.name for tensor in tensors), np.split(checksums, ends[:-1]), strict=True))
 
 
-def _open_tensors(file: Any, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+def _require_no_others(file: Any, tensors: tuple[Tensor, ...]) -> None:
+    """Raise DataError if the file has an object that is not of these tensors."""
     datasets = {f"tensors/{tensor.name}" for tensor in tensors} | {*TEXTS, *OPTIONAL_TEXTS, "checksums"}
-    groups = {str(parent) for name in datasets for parent in PurePosixPath(name).parents}
+    groups, inner = set[str](), datasets
+    while inner:
+        inner = {name.rpartition("/")[0] for name in inner} - {""}
+        groups |= inner
     for name, is_group in hdf5.walk(file):
         if name not in (groups if is_group else datasets):
             raise DataError(f"{file.filename}: {name}: does not belong to this architecture")
-    return {
-        tensor.name: hdf5.checked_dataset(file, f"tensors/{tensor.name}", dtype=tensor.dtype, shape=tensor.shape)
-        for tensor in tensors
-    }
