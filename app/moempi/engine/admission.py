@@ -14,6 +14,8 @@ from moempi.errors import DataError
 from moempi.storage.prompts import Prompt
 
 NO_CHATS: Mapping[int, ChatText] = {}
+FEW_TOKENS = 32
+"""Python finds the largest of fewer tokens sooner than NumPy."""
 
 
 def make_request(
@@ -54,8 +56,9 @@ def _encode(prompt: Prompt, tokenizer: TextTokenizer, chat: ChatText | None) -> 
 def _problem(tokens: IntArray, remaining: int, architecture: Architecture, task: str) -> str:
     if not len(tokens):
         return "the prompt has no tokens"
-    if tokens.max() >= architecture.vocab_size:
-        return f"token {tokens.max()} is beyond the model's vocabulary of {architecture.vocab_size}"
+    largest = max(tokens.tolist()) if len(tokens) < FEW_TOKENS else tokens.max()
+    if largest >= architecture.vocab_size:
+        return f"token {largest} is beyond the model's vocabulary of {architecture.vocab_size}"
     if remaining < (1 if task == "generate" else -1):  # the last token of a scored prompt needs no position
         return f"the prompt has {len(tokens)} tokens, the model has {architecture.max_positions} positions"
     return ""
