@@ -2,6 +2,7 @@ import json
 import tempfile
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -92,6 +93,48 @@ def test_messages_are_kept_as_they_are(tmp_path):
     kept = {"messages": chat["messages"], "tools": chat["tools"], "template_kwargs": chat["chat_template_kwargs"]}
     assert json.loads(first.chat) == kept
     assert json.loads(second.chat) == {"messages": [{"role": "user"}], "tools": None, "template_kwargs": {}}
+
+
+ANY_LINE = st.sampled_from(
+    [
+        b'{"tokens": [5, 7]}',
+        b'{"id": "a", "prompt": "12+34=", "reference": "46"}',
+        b'{"id": 7, "tokens": [0], "group": "g"}',
+        b'{"prompt": ""}\r',
+        b'{"prompt": "x", "temperature": 0.5, "n": 2}',
+        b'{"messages": [{"role": "user"}]}',
+        b'{"tokens": [1], "metadata": {"a": 1}}',
+        b'{"id": "a", "tokens": [2]}',
+        b'{"tokens": [-1]}',
+        b'{"id": 3}',
+        b'{"prompt": "a", "tokens": [1]}',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "a"} {"prompt": "b"}',
+        b'{"tokens":',
+        b"[5]}",
+        b"  ",
+        b"",
+    ]
+)
+
+
+@given(lines=st.lists(ANY_LINE, max_size=9), num_bytes=st.integers(1, 200), limit=st.integers(20, 60))
+def test_lines_that_are_decoded_together_become_the_same_prompts_as_one_by_one(
+    tmp_path_factory, lines, num_bytes, limit
+):
+    path = tmp_path_factory.mktemp("p") / "p"
+    path.write_bytes(b"\n".join([*lines, b'{"tokens": [3]}']))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "_LINES_BYTES", num_bytes)
+        patch.setattr(prompts, "MAX_LINE_BYTES", limit)
+        together = read(path)
+        patch.setattr(prompts, "_plain_prompts", lambda *_: None)
+        patch.setattr(prompts, "_LINES_BYTES", 1 << 20)
+        one_by_one = read(path)
+    for prompt, expected in zip(together, one_by_one, strict=True):
+        found, wanted = msgspec.structs.asdict(prompt), msgspec.structs.asdict(expected)
+        np.testing.assert_array_equal(found.pop("tokens"), wanted.pop("tokens"))
+        assert found == wanted
 
 
 BAD_LINES = [

@@ -191,8 +191,7 @@ def _compute(engine: Engine, rows: list[dict[str, Any]], job: Job) -> list[Reque
     deployment, records = engine.deployment, list[Record]()
     prompts = [_without_replay(prompt) for prompt in make_prompts(rows, sampling=job.sampling)]
     counts, codec = PromptCounts(), PromptCodec(job.sampling)
-    for prompt in prompts:
-        counts.add(prompt)
+    counts.add(prompts)
     with admit(
         [deployment.own(prompts)],
         deployment,

@@ -1,6 +1,6 @@
 """The prompts of a job in order, of which a few MiB are in memory: the others are in a file that has no name."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,7 +20,7 @@ from moempi.storage.repeated import RepeatedDigests
 
 BLOCK = 1024
 BLOCK_BYTES = 1 << 20
-"""Prompts, and bytes of their texts and tokens, that are written at a time; a larger prompt is written alone."""
+"""Prompts, and bytes of them, that are written at a time; a larger prompt is written alone."""
 MEMORY_BYTES = 32 << 20
 """Bytes of a spool that stay in memory, without a file."""
 
@@ -29,25 +29,26 @@ NUMBER_BYTES = 100
 _LENGTH_BYTES = 8
 
 
-class _Stored(msgspec.Struct, array_like=True):
-    """The fields of a `Prompt` in order; `sampling` is None if it is the default."""
-
-    index: int
-    id: str
-    text: str | None
-    tokens: bytes | None
-    reference: str | None
-    sampling: Sampling | None
-    error: str
-    chat: bytes | None
-    metadata: str | None
-    prompt_id: str | None
-    group: str | None
-    replay: str | None
-
+_Stored = tuple[
+    int,
+    str,
+    str | None,
+    bytes | None,
+    str | None,
+    Sampling | None,
+    str,
+    bytes | None,
+    str | None,
+    str | None,
+    str | None,
+    str | None,
+]
+"""The fields of a `Prompt` in order; `sampling` is None if it is the default."""
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(list[_Stored])
+_ARRAY = b"\xdd"
+"""Begins an array of MessagePack, before its length in 4 bytes and what it holds."""
 
 
 class PromptCodec:
@@ -58,14 +59,11 @@ class PromptCodec:
 
     def encode(self, prompts: Iterable[Prompt]) -> bytes:
         """The bytes of prompts."""
-        return _ENCODER.encode([self._stored(prompt) for prompt in prompts])
+        return self.join([self.encode_one(prompt) for prompt in prompts])
 
-    def decode(self, encoded: bytes | bytearray) -> list[Prompt]:
-        """The prompts of bytes from `encode`."""
-        return [self._prompt(stored) for stored in _DECODER.decode(encoded)]
-
-    def _stored(self, prompt: Prompt) -> _Stored:
-        return _Stored(
+    def encode_one(self, prompt: Prompt) -> bytes:
+        """The bytes of a prompt, for `join`."""
+        stored: _Stored = (
             prompt.index,
             prompt.id,
             prompt.text,
@@ -79,22 +77,44 @@ class PromptCodec:
             prompt.group,
             prompt.replay,
         )
+        return _ENCODER.encode(stored)
 
-    def _prompt(self, stored: _Stored) -> Prompt:
-        return Prompt(
-            stored.index,
-            stored.id,
-            stored.text,
-            None if stored.tokens is None else np.frombuffer(stored.tokens, np.int32),
-            stored.reference,
-            stored.sampling or self._sampling,
-            stored.error,
-            stored.chat,
-            stored.metadata,
-            stored.prompt_id,
-            stored.group,
-            stored.replay,
-        )
+    def join(self, encoded: Sequence[bytes]) -> bytes:
+        """The bytes of prompts from the bytes of each."""
+        return b"".join((_ARRAY, len(encoded).to_bytes(4), *encoded))
+
+    def decode(self, encoded: bytes | bytearray) -> list[Prompt]:
+        """The prompts of bytes from `encode` or `join`."""
+        return [
+            Prompt(
+                index,
+                name,
+                text,
+                None if tokens is None else np.frombuffer(tokens, np.int32),
+                reference,
+                sampling or self._sampling,
+                error,
+                chat,
+                metadata,
+                prompt_id,
+                group,
+                replay,
+            )
+            for (
+                index,
+                name,
+                text,
+                tokens,
+                reference,
+                sampling,
+                error,
+                chat,
+                metadata,
+                prompt_id,
+                group,
+                replay,
+            ) in _DECODER.decode(encoded)
+        ]
 
 
 class PromptSpool(Closeable):
@@ -108,7 +128,7 @@ class PromptSpool(Closeable):
         self._codec = codec
         self._folder = Path(folder)
         self._file: Any = SpooledTemporaryFile(max_size=MEMORY_BYTES, dir=str(folder))  # noqa: SIM115
-        self._block: list[Prompt] = []
+        self._block: list[bytes] = []
         self._block_bytes = 0
         self._end = 0
         self._num_prompts = 0
@@ -121,9 +141,10 @@ class PromptSpool(Closeable):
 
     def append(self, prompt: Prompt) -> None:
         """Add a prompt."""
-        self._block.append(prompt)
+        encoded = self._codec.encode_one(prompt)
+        self._block.append(encoded)
         self._num_prompts += 1
-        self._block_bytes += num_bytes(prompt)
+        self._block_bytes += len(encoded)
         if len(self._block) == BLOCK or self._block_bytes >= BLOCK_BYTES:
             self._write_block()
 
@@ -134,7 +155,7 @@ class PromptSpool(Closeable):
         self._block, self._end, self._num_prompts = [], 0, 0
 
     def _write_block(self) -> None:
-        encoded = self._codec.encode(self._block)
+        encoded = self._codec.join(self._block)
         try:
             self._file.seek(self._end)
             self._file.write(len(encoded).to_bytes(_LENGTH_BYTES))
@@ -157,7 +178,7 @@ class PromptSpool(Closeable):
                 raise self._failure("read", error) from error
             offset += _LENGTH_BYTES + length
             yield self._codec.decode(encoded)
-        yield self._block
+        yield self._codec.decode(self._codec.join(self._block))
 
     def _failure(self, verb: str, error: OSError) -> StorageError:
         return StorageError(f"{self._folder}: a file of prompts in it cannot be {verb}: {error.strerror or error}")
@@ -190,17 +211,23 @@ class PromptCounts:
     replays: int = 0
     replay_files: dict[str, None] = field(default_factory=dict)
 
-    def add(self, prompt: Prompt) -> None:
-        """Count a prompt."""
-        self.requests += 1
-        self.texts += prompt.text is not None
-        self.chats += prompt.chat is not None
-        self.refused += bool(prompt.error)
-        self.top_logprobs = max(self.top_logprobs, prompt.sampling.top_logprobs)
-        self.groups.add(prompt.group)
-        if prompt.replay is not None:
-            self.replays += 1
-            self.replay_files[prompt.replay] = None
+    def add(self, prompts: Collection[Prompt]) -> None:
+        """Count prompts."""
+        self.requests += len(prompts)
+        for prompt in prompts:
+            if prompt.text is not None:
+                self.texts += 1
+            if prompt.chat is not None:
+                self.chats += 1
+            if prompt.error:
+                self.refused += 1
+            if prompt.sampling.top_logprobs > self.top_logprobs:
+                self.top_logprobs = prompt.sampling.top_logprobs
+            if prompt.group not in self.groups:
+                self.groups.add(prompt.group)
+            if prompt.replay is not None:
+                self.replays += 1
+                self.replay_files[prompt.replay] = None
 
 
 def read_prompts(
@@ -219,20 +246,20 @@ def read_prompts(
     or a line with the id of an earlier one, becomes a `Prompt` with an error that names file and line, and `check` may
     give any prompt an error; if `strict`, raises DataError instead. Memory holds 8 bytes a request, more of repeated
     ids, groups and replayed files, and up to 32 MiB; `folder` takes the rest. The file is read again if ids are
-    repeated. Calls `on_block` every BLOCK requests. Raises NoInputError if the file cannot be read, DataError if it has
+    repeated. Calls `on_block` every few requests. Raises NoInputError if the file cannot be read, DataError if it has
     no prompts or does not have the format in jobs/README.md.
     """
 
-    def spool(repeated: Collection[int], on_id: Callable[[str], None]) -> tuple[PromptSpool, PromptCounts]:
+    def spool(repeated: Collection[int], on_ids: Callable[[Iterable[str]], None]) -> tuple[PromptSpool, PromptCounts]:
         found, counts = PromptSpool(PromptCodec(sampling), folder), PromptCounts()
-        for prompt in find_prompts(path, sampling=sampling, column=column, repeated=repeated, check=check):
-            on_id(prompt.id)
-            if prompt.error and strict:
-                raise DataError(prompt.error)
-            if counts.requests % BLOCK == 0:
-                on_block()
-            found.append(prompt)
-            counts.add(prompt)
+        for prompts in find_prompts(path, sampling=sampling, column=column, repeated=repeated, check=check):
+            on_block()
+            on_ids(prompt.id for prompt in prompts)
+            for prompt in prompts:
+                if prompt.error and strict:
+                    raise DataError(prompt.error)
+                found.append(prompt)
+            counts.add(prompts)
         if not counts.requests:
             raise DataError(f"{path}: has no prompts")
         return found, counts

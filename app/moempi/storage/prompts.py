@@ -1,8 +1,8 @@
 """The prompts of a job: lines of JSON, each a request; lines and rows of other forms; or token arrays in HDF5."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
@@ -35,6 +35,8 @@ MAX_SHOWN = 100
 
 _ROWS = 1024
 """Rows of arrays whose offsets and ids are read at a time."""
+_LINES_BYTES = 1 << 13
+"""Bytes of lines that are read at a time, beside the rest of the last one."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UNKNOWN_FIELD = "Object contains unknown field `"
 
@@ -43,7 +45,7 @@ NonEmpty = Annotated[str, Meta(min_length=1)]
 Given = TypeVar("Given", bytes, Row)
 
 
-class Prompt(msgspec.Struct, frozen=True, eq=False):
+class Prompt(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One request: its `index` among the file's requests, and either `text`, `tokens` (n,) int32, n > 0, or a `chat`.
 
     A non-empty `error` is the reason why the line cannot be used; such a request has none of these and finishes
@@ -76,6 +78,9 @@ class Chat(msgspec.Struct):
     template_kwargs: dict[str, Any] = {}
 
 
+_ABSENT = msgspec.Raw()
+
+
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
     id: NonEmpty | int | None = None
     prompt: str | None = None
@@ -84,13 +89,17 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reference: NonEmpty | None = None
-    metadata: msgspec.Raw = msgspec.Raw()
+    metadata: msgspec.Raw = _ABSENT
     group: Annotated[str, Meta(min_length=1, max_length=MAX_GROUP)] | None = None
     replay: Annotated[str, Meta(min_length=1, max_length=MAX_PATH, pattern="^[^\\x00]*$")] | None = None
 
 
 Check = Callable[[Prompt], Prompt]
 """Returns a prompt as it is, or with an error."""
+Place = Callable[[int], tuple[str, str]]
+"""The place of the prompt of a number, as its errors name it, and the id that it has if it is given none."""
+Numbered = Sequence[tuple[int, Prompt]]
+"""A few prompts, each with the number of its line, row or object."""
 
 
 class _OnlyId(msgspec.Struct):
@@ -108,7 +117,19 @@ _LINE: type[Any] = msgspec.defstruct(
 )
 _KEYS = tuple(field.name for field in structs.fields(_LINE))
 _OF_BATCH = frozenset(_KEYS) - {"id", "prompt", "tokens", "messages", "reference", "group", "replay"}
+_PLAIN: type[Any] = msgspec.defstruct(
+    "_Plain",
+    [
+        (field.name, field.type, None)
+        for field in structs.fields(_Request)
+        if field.name in ("id", "prompt", "tokens", "reference", "group")
+    ],
+    forbid_unknown_fields=True,
+    gc=False,
+)
+"""A line with none but the keys that most lines have; it means the same as a `_LINE`."""
 _LINE_DECODER = msgspec.json.Decoder(_LINE)
+_PLAIN_DECODER = msgspec.json.Decoder(_PLAIN)
 _ID_DECODER = msgspec.json.Decoder(_OnlyId)
 
 
@@ -119,12 +140,14 @@ def accept(prompt: Prompt) -> Prompt:
 
 def find_prompts(
     path: str | Path, *, sampling: Sampling, column: str = "", repeated: Collection[int], check: Check = accept
-) -> Iterator[Prompt]:
+) -> Iterator[list[Prompt]]:
     """The requests of a file in order, of any form that `find_form` knows, a few in memory at a time.
 
     See `read_prompts`. Only an id with one of the `repeated` digests is compared with earlier ones.
     """
-    return _numbered(_read(path, find_form(path, column=column), sampling, column), sampling, repeated, check)
+    form = find_form(path, column=column)
+    place = _of_lines(path) if form.name in _TO_LINE else _of_rows(path)
+    return _with_indices(_read(path, form, place, sampling, column), place, sampling, repeated, check)
 
 
 def make_prompts(rows: Iterable[Row], *, sampling: Sampling) -> list[Prompt]:
@@ -132,78 +155,127 @@ def make_prompts(rows: Iterable[Row], *, sampling: Sampling) -> list[Prompt]:
 
     Errors begin with the number of the object, as `prompts[3]`.
     """
-    return list(_numbered(_read_objects(rows, sampling), sampling, None, accept))
+    found = ([(number, _prompt(row, _object_line, _of_objects(number), sampling))] for number, row in enumerate(rows))
+    return list(chain.from_iterable(_with_indices(found, _of_objects, sampling, None, accept)))
 
 
-def _numbered(
-    found: Iterable[tuple[str, str, Prompt]], sampling: Sampling, repeated: Collection[int] | None, check: Check
-) -> Iterator[Prompt]:
+def _of_lines(path: str | Path) -> Place:
+    return lambda number: (f"{path}:{number}", f"line-{number}")
+
+
+def _of_rows(path: str | Path) -> Place:
+    return lambda number: (f"{path}: row {number}", f"row-{number}")
+
+
+def _of_objects(number: int) -> tuple[str, str]:
+    return f"prompts[{number}]", f"line-{number + 1}"
+
+
+def _with_indices(
+    found: Iterable[Numbered], place: Place, sampling: Sampling, repeated: Collection[int] | None, check: Check
+) -> Iterator[list[Prompt]]:
     """All samples of the prompts, with their indices; one with the id of an earlier one becomes an error.
 
-    Only ids with one of the `repeated` digests can do so, if these are known. An error of `check` gets the location.
+    Only ids with one of the `repeated` digests can do so, if these are known. An error of `check` gets the place.
     """
-    first_use: dict[str, str] = {}
+    first_use: dict[str, int] = {}
     index = 0
-    for location, fallback, prompt in found:
-        for sample in _samples(prompt):
-            if repeated is None or (repeated and digest(sample.id) in repeated):
-                first = first_use.setdefault(sample.id, location)
-                if first is not location and not sample.error:
-                    error = f"{location}: id {sample.id[:MAX_SHOWN]!r} was used before, at {first}"
-                    sample = _bad(fallback, sampling, error)
-            checked = check(sample)
-            error = checked.error if sample.error or not checked.error else f"{location}: {checked.error}"
-            yield structs.replace(checked, index=index, error=error)
-            index += 1
+    for block in found:
+        samples = []
+        for number, prompt in block:
+            for sample in _samples(prompt):
+                if repeated is None or (repeated and digest(sample.id) in repeated):
+                    sample = _require_first(sample, number, first_use, place, sampling)
+                checked = check(sample)
+                error = checked.error
+                if error and not sample.error:
+                    error = f"{place(number)[0]}: {error}"
+                samples.append(structs.replace(checked, index=index, error=error))
+                index += 1
+        yield samples
 
 
-def _samples(prompt: Prompt) -> Iterator[Prompt]:
+def _require_first(sample: Prompt, number: int, first_use: dict[str, int], place: Place, sampling: Sampling) -> Prompt:
+    """The sample, or an error if an earlier number has used its id."""
+    first = first_use.setdefault(sample.id, number)
+    if first == number or sample.error:
+        return sample
+    location, fallback = place(number)
+    error = f"{location}: id {sample.id[:MAX_SHOWN]!r} was used before, at {place(first)[0]}"
+    return _bad(fallback, sampling, error)
+
+
+def _samples(prompt: Prompt) -> Sequence[Prompt]:
     """The prompt as its first sample, then the others; each id draws its own random numbers."""
-    yield prompt
-    if not prompt.error:
-        for number in range(1, prompt.sampling.n):
-            yield structs.replace(prompt, id=f"{prompt.id}#{number}", prompt_id=prompt.id)
+    if prompt.sampling.n == 1 or prompt.error:
+        return (prompt,)
+    others = range(1, prompt.sampling.n)
+    return [prompt, *(structs.replace(prompt, id=f"{prompt.id}#{number}", prompt_id=prompt.id) for number in others)]
 
 
-def _read(path: str | Path, form: PromptForm, sampling: Sampling, column: str) -> Iterator[tuple[str, str, Prompt]]:
+def _read(path: str | Path, form: PromptForm, place: Place, sampling: Sampling, column: str) -> Iterator[Numbered]:
     if form.name == "hdf5":
-        yield from _read_arrays(path, sampling)
+        yield from _read_arrays(path, place, sampling)
     elif form.name == "parquet":
-        yield from _read_rows(parquet_rows(path, column=column), path, sampling)
+        yield from _read_rows(parquet_rows(path, column=column), place, sampling)
     else:
         with open_decompressed(path, form.compression) as file:
-            lines = _bounded_lines(file)
+            blocks = _line_blocks(file)
             if form.name == "csv":
+                lines = chain.from_iterable(blocks)
                 rows = csv_rows(lines, path=path, column=column, limit=MAX_LINE_BYTES)
-                yield from _read_rows(rows, path, sampling)
+                yield from _read_rows(rows, place, sampling)
             else:
-                yield from _read_lines(lines, path, sampling, _TO_LINE[form.name])
+                yield from _read_lines(blocks, place, sampling, form.name)
 
 
-def _read_lines(
-    lines: Iterator[bytes], path: str | Path, sampling: Sampling, to_line: Callable[[bytes], bytes]
-) -> Iterator[tuple[str, str, Prompt]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            location, fallback = f"{path}:{number}", f"line-{number}"
-            yield location, fallback, _prompt(line, to_line, location, fallback, sampling)
+def _read_lines(blocks: Iterator[list[bytes]], place: Place, sampling: Sampling, name: str) -> Iterator[Numbered]:
+    to_line, first = _TO_LINE[name], 1
+    for lines in blocks:
+        plain = _plain_prompts(lines, first, sampling) if name == "jsonl" else None
+        yield plain or [
+            (number, _prompt(line, to_line, place(number), sampling))
+            for number, line in enumerate(lines, start=first)
+            if line.strip()
+        ]
+        first += len(lines)
 
 
-def _read_objects(rows: Iterable[Row], sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
-    for index, row in enumerate(rows):
-        location, fallback = f"prompts[{index}]", f"line-{index + 1}"
-        yield location, fallback, _prompt(row, _object_line, location, fallback, sampling)
+def _plain_prompts(lines: Sequence[bytes], first: int, sampling: Sampling) -> Numbered | None:
+    """The prompts of JSON lines that all are `_PLAIN`, decoded together; None if one of them is not, or is wrong."""
+    try:
+        found = [_PLAIN_DECODER.decode(line) for line in lines]
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None
+    if max(map(len, lines)) > MAX_LINE_BYTES or any((one.prompt is None) == (one.tokens is None) for one in found):
+        return None
+    given = [one.tokens or () for one in found]
+    tokens = np.fromiter(chain.from_iterable(given), np.int32, sum(map(len, given)))
+    ends = accumulate(map(len, given))
+    return [
+        (
+            number,
+            Prompt(
+                0,
+                f"line-{number}" if one.id is None else str(one.id),
+                one.prompt,
+                None if one.tokens is None else tokens[end - len(one.tokens) : end],
+                one.reference,
+                sampling,
+                group=one.group,
+            ),
+        )
+        for number, (one, end) in enumerate(zip(found, ends, strict=True), start=first)
+    ]
 
 
-def _read_rows(rows: Iterator[Row], path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
-    for index, row in enumerate(rows):
-        location, fallback = f"{path}: row {index}", f"row-{index}"
-        yield location, fallback, _prompt(row, msgspec.json.encode, location, fallback, sampling)
+def _read_rows(rows: Iterator[Row], place: Place, sampling: Sampling) -> Iterator[Numbered]:
+    for number, row in enumerate(rows):
+        yield [(number, _prompt(row, msgspec.json.encode, place(number), sampling))]
 
 
-def _prompt(
-    given: Given, to_line: Callable[[Given], bytes], location: str, fallback: str, sampling: Sampling
-) -> Prompt:
+def _prompt(given: Given, to_line: Callable[[Given], bytes], place: tuple[str, str], sampling: Sampling) -> Prompt:
+    location, fallback = place
     try:
         if isinstance(given, bytes) and len(given) > MAX_LINE_BYTES:
             raise msgspec.DecodeError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
@@ -234,14 +306,29 @@ _TO_LINE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines without their ends and the byte order mark; of a longer one the first MAX_LINE_BYTES + 1 bytes."""
+def _line_blocks(file: BinaryIO) -> Iterator[list[bytes]]:
+    """The lines without their ends and the byte order mark, a few at a time.
+
+    Of a line of more than MAX_LINE_BYTES there are more than these, but not necessarily all.
+    """
     mark: bytes = _BYTE_ORDER_MARK
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        yield line.removesuffix(b"\n").removeprefix(mark)
+    while read := file.read(_LINES_BYTES):
+        if not read.endswith(b"\n"):
+            read += _rest_of_line(file)
+        lines = read.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        lines[0] = lines[0].removeprefix(mark)
+        yield lines
         mark = b""
-        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES + 1) or b"\n"
+
+
+def _rest_of_line(file: BinaryIO) -> bytes:
+    """The rest of a line, of a longer one the first MAX_LINE_BYTES + 1 bytes; reads to its end."""
+    rest = line = file.readline(MAX_LINE_BYTES + 1)
+    while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE_BYTES + 1)
+    return rest
 
 
 def _parse(line: bytes, fallback: str, sampling: Sampling) -> Prompt:
@@ -265,7 +352,7 @@ def _parse(line: bytes, fallback: str, sampling: Sampling) -> Prompt:
         reference=request.reference,
         sampling=structs.replace(sampling, **given) if given else sampling,
         chat=_chat(request),
-        metadata=_object(request.metadata, "metadata"),
+        metadata=None if request.metadata is _ABSENT else _object(request.metadata, "metadata"),
         group=request.group,
         replay=request.replay,
     )
@@ -293,7 +380,7 @@ def _object(raw: msgspec.Raw, key: str) -> str | None:
     return text.decode()
 
 
-def _read_arrays(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, str, Prompt]]:
+def _read_arrays(path: str | Path, place: Place, sampling: Sampling) -> Iterator[Numbered]:
     with open_file(path) as file, raising_data_errors(path):
         values, offsets = _integers(file, "values"), _integers(file, "offsets")
         _require_ascending(path, offsets, num_values=len(values))
@@ -302,9 +389,9 @@ def _read_arrays(path: str | Path, sampling: Sampling) -> Iterator[tuple[str, st
             bounds = offsets[first : first + _ROWS + 1].tolist()
             names = None if ids is None else ids[first : first + _ROWS].tolist()
             for row, (start, stop) in enumerate(pairwise(bounds)):
-                location, fallback = f"{path}: row {first + row}", f"row-{first + row}"
+                location, fallback = place(first + row)
                 name = fallback if names is None else _id_text(names[row])
-                yield location, fallback, _row_prompt(values[start:stop], name, location, fallback, sampling)
+                yield [(first + row, _row_prompt(values[start:stop], name, location, fallback, sampling))]
 
 
 def _require_ascending(path: str | Path, offsets: h5py.Dataset, *, num_values: int) -> None:

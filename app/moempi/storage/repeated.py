@@ -1,15 +1,16 @@
 """The texts that occur more than once among very many, of which 8 bytes each are in memory."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
 _BLOCK = 1 << 16
 
 
 def digest(text: str) -> int:
-    """64 bits of a text."""
-    return xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+    """64 bits of a text, the same in one process."""
+    return hash(text)
 
 
 class RepeatedDigests:
@@ -20,13 +21,13 @@ class RepeatedDigests:
 
     def __init__(self) -> None:
         self._block: list[int] = []
-        self._runs: list[NDArray[np.uint64]] = []
+        self._runs: list[NDArray[np.int64]] = []
         self._repeated: set[int] = set()
 
-    def add(self, text: str) -> None:
-        """Add the digest of a text."""
-        self._block.append(digest(text))
-        if len(self._block) == _BLOCK:
+    def add(self, texts: Iterable[str]) -> None:
+        """Add the digests of texts, of which there are few."""
+        self._block.extend(map(digest, texts))
+        if len(self._block) >= _BLOCK:
             self._add_block()
 
     def found(self) -> set[int]:
@@ -35,7 +36,7 @@ class RepeatedDigests:
         return self._repeated
 
     def _add_block(self) -> None:
-        block, counts = np.unique(np.array(self._block, np.uint64), return_counts=True)
+        block, counts = np.unique(np.array(self._block, np.int64), return_counts=True)
         self._block.clear()
         is_repeated = counts > 1
         for run in self._runs:
