@@ -21,7 +21,8 @@ Seconds = Annotated[float, Meta(ge=0)]
 SmallCount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_DTYPES = ("<i4", "<i8", "<f4", "|u1", "<u2", "<f2")
+_DTYPES = {name: np.dtype(name) for name in ("<i4", "<i8", "<f4", "|u1", "<u2", "<f2")}
+_INT32, _INT64, _FLOAT32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_LOGPROBS = np.zeros(0, np.float32)
@@ -75,14 +76,14 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
         if max(self.computed, self.hidden_first + self.hidden_rows) > n + m:
             raise ValueError(f"computed is {self.computed} and hidden_rows {self.hidden_rows}, of {n + m} tokens")
         k, score_k = self.top_tokens.shape[-1], self.score_top_tokens.shape[-1]
-        _expect("prompt", self.prompt, np.int32, (n,))
-        _expect("tokens", self.tokens, np.int32, (m,))
-        _expect("logprobs", self.logprobs, np.float32, (m,))
-        _expect("top_tokens", self.top_tokens, np.int32, (m, k), or_empty=True)
-        _expect("top_logprobs", self.top_logprobs, np.float32, self.top_tokens.shape)
-        _expect("score", self.score, np.float32, (n,), or_empty=True)
-        _expect("score_top_tokens", self.score_top_tokens, np.int32, (n, score_k), or_empty=True)
-        _expect("score_top_logprobs", self.score_top_logprobs, np.float32, self.score_top_tokens.shape)
+        _expect("prompt", self.prompt, _INT32, (n,))
+        _expect("tokens", self.tokens, _INT32, (m,))
+        _expect("logprobs", self.logprobs, _FLOAT32, (m,))
+        _expect("top_tokens", self.top_tokens, _INT32, (m, k), or_empty=True)
+        _expect("top_logprobs", self.top_logprobs, _FLOAT32, self.top_tokens.shape)
+        _expect("score", self.score, _FLOAT32, (n,), or_empty=True)
+        _expect("score_top_tokens", self.score_top_tokens, _INT32, (n, score_k), or_empty=True)
+        _expect("score_top_logprobs", self.score_top_logprobs, _FLOAT32, self.score_top_tokens.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +146,8 @@ class RankRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="rank"
     def __post_init__(self) -> None:
         if self.expert_load.dtype != np.int64 or self.expert_load.ndim != 2:
             raise ValueError(f"expert_load is {_describe(self.expert_load)}, not int64 (layers, experts)")
-        _expect("asked_load", self.asked_load, np.int64, self.expert_load.shape, or_empty=True)
-        _expect("shifts", self.shifts, np.float32, self.expert_load.shape, or_empty=True)
+        _expect("asked_load", self.asked_load, _INT64, self.expert_load.shape, or_empty=True)
+        _expect("shifts", self.shifts, _FLOAT32, self.expert_load.shape, or_empty=True)
         names = (*self.seconds, *self.counters, *self.place, *self.balance, *self.replay)
         wrong = [name for name in names if not name.isidentifier() or name in self.__struct_fields__]
         if wrong:
@@ -176,8 +177,8 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
     def require_valid(self) -> None:
         """Raise ValueError if names, types or lengths disagree or a position is negative."""
         rows, known = len(self.requests), TRACES[self.table]
-        _expect("requests", self.requests, np.int64, (rows,))
-        _expect("positions", self.positions, np.int32, (rows,))
+        _expect("requests", self.requests, _INT64, (rows,))
+        _expect("positions", self.positions, _INT32, (rows,))
         sizes: dict[str, int] = {}
         for name, values in self.columns.items():
             if name not in known or name in HOME:
@@ -189,7 +190,7 @@ class TraceRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="trac
             shape = tuple(sizes.setdefault(dim, size) for dim, size in zip(dims, behind, strict=False))
             if values.dtype not in known[name].dtypes or len(shape) < len(dims):
                 raise ValueError(f"{name} is {_describe(values)}")
-            _expect(name, values, values.dtype.type, (*before, *shape))
+            _expect(name, values, values.dtype, (*before, *shape))
         if any(below >= above for below, above in pairwise(self.layers)):
             raise ValueError(f"layers {self.layers} do not ascend")
         if rows and self.positions.min() < 0:
@@ -255,11 +256,13 @@ def _requests_of(record: Record) -> tuple[int, ...]:
 
 
 def _expect(
-    name: str, array: NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...], *, or_empty: bool = False
+    name: str, array: NDArray[Any], dtype: np.dtype[Any], shape: tuple[int, ...], *, or_empty: bool = False
 ) -> None:
+    if array.dtype == dtype and array.shape == shape:
+        return
     absent = or_empty and array.size == 0 and array.ndim == len(shape)
-    if array.dtype != dtype or (array.shape != shape and not absent):
-        raise ValueError(f"{name} is {_describe(array)}, not {np.dtype(dtype)} {shape}")
+    if array.dtype != dtype or not absent:
+        raise ValueError(f"{name} is {_describe(array)}, not {dtype} {shape}")
 
 
 def _describe(array: NDArray[Any]) -> str:
@@ -276,7 +279,7 @@ def _unpack_array(_: type, packed: Any) -> NDArray[Any]:
     dtype, shape, values = packed
     if dtype not in _DTYPES or not shape:
         raise ValueError(f"an array of type {dtype!r} and shape {shape!r}")
-    return np.frombuffer(values, dtype).reshape(shape)
+    return np.frombuffer(values, _DTYPES[dtype]).reshape(shape)
 
 
 def _without_surrogates(record: Record) -> Record:
