@@ -26,7 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from moempi.arrays import narrow, widen
-from moempi.backend.cuda.device import ADDRESS, FORMATS, Argument, ExpertTable, Grid, Kernel
+from moempi.backend.cuda.device import ADDRESS, FORMATS, Argument, ExpertTable, Graph, Grid, Kernel
 from moempi.backend.protocol import HANDLE_BYTES, RowCopy
 from simt.queue_order import QueueOrder, uses_of
 
@@ -78,7 +78,7 @@ class SimtDevice:
         self._finds_races = finds_races and not SANITIZERS
         self._order = order
         self._captured: list[Work] | None = None
-        self._graphs: weakref.WeakSet[SimtGraph] = weakref.WeakSet()
+        self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self._loaded: set[Kernel] = set()
         self.use_queue(0)
 
@@ -208,24 +208,24 @@ class SimtDevice:
 
         self.submit("products", run, (x, False), (matrices, False), (out, True))
 
-    def capture(self, submit: Callable[[], object]) -> "SimtGraph":
+    def capture(self, submit: Callable[[], object]) -> Graph:
         self.refuse("another capture")
         self._captured = []
         try:
             submit()
-            graph = SimtGraph(self._captured)
+            graph = Graph(self._captured, [used for work in self._captured for used, _ in work.uses])
         finally:
             self._captured = None
         self._graphs.add(graph)
         return graph
 
-    def launch_graph(self, graph: "SimtGraph") -> None:
+    def launch_graph(self, graph: Graph) -> None:
         def run() -> None:
-            for work in graph.works:
+            for work in graph.work:
                 work.run()
 
         self.refuse("another graph")
-        self.submit("graph", run, *(use for work in graph.works for use in work.uses))
+        self.submit("graph", run, *(use for work in graph.work for use in work.uses))
 
     def refuse(self, what: str) -> None:
         """Raise RuntimeError while work is captured."""
@@ -235,7 +235,7 @@ class SimtDevice:
     def _refuse_to_free(self, values: npt.NDArray[Any]) -> None:
         """Raise RuntimeError if a graph uses memory of an array, or while work is captured."""
         self.refuse("a free")
-        if any(graph.uses(values) for graph in self._graphs):
+        if any(np.may_share_memory(used, values) for graph in self._graphs for used in graph.used):
             raise RuntimeError("a graph uses memory that is freed")
 
     def record_event(self) -> "QueueEvent":
@@ -268,17 +268,6 @@ class Work(NamedTuple):
 
     run: Callable[[], object]
     uses: Sequence[tuple[Any, bool]]
-
-
-class SimtGraph:
-    """Recorded work, which keeps its arrays alive."""
-
-    def __init__(self, works: Sequence[Work]) -> None:
-        self.works = works
-
-    def uses(self, values: npt.NDArray[Any]) -> bool:
-        """Whether any of its work uses memory of the array."""
-        return any(np.may_share_memory(used, values) for work in self.works for used, _ in work.uses)
 
 
 class Queue:

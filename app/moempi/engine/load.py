@@ -254,7 +254,7 @@ def _experts(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]
         latent=_latent_maps(shard, backend, f"{path}/latent") if experts.latent_width else None,
     )
     block = layer_experts.block() if len(hosted) == experts.num else None
-    return replace(layer_experts, fused=backend.fuse_experts(block)) if block else layer_experts
+    return replace(layer_experts, fused_experts=backend.fuse_experts(block)) if block else layer_experts
 
 
 def _latent_maps(shard: Shard, backend: Backend, path: str) -> LatentMaps:

@@ -95,7 +95,7 @@ def _run_fused(model: Transformer, group_size: int) -> None:
     """Compute a row of zeros by the layers' fused attentions, so that what the device refuses is an error at once."""
     x, angles, segments, _ = _zeros(model, 1)
     for layer, cache in zip(model.layers, model.layer_caches, strict=True):
-        fused = layer.fused(1, group_size)
+        fused = layer.attention_verb(1, group_size=group_size)
         if fused is not None and len(cache.keys):
             for _ in range(FUSED_CALLS):
                 fused(x, angles, cache, segments)

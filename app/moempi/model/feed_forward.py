@@ -46,8 +46,8 @@ class MixtureOfExperts:
     """A router (D to E), the experts that this rank hosts, and the shared expert that computes every row.
 
     The output of the shared expert is scaled by the sigmoid of `shared_gate` (D to 1), if the model has one. With
-    `latent` maps, the rank that holds a token computes both, so that rows of L numbers are exchanged. `fused` is the
-    layer without exchange and shared expert as one verb, if the backend has it.
+    `latent` maps, the rank that holds a token computes both, so that rows of L numbers are exchanged. `fused_experts`
+    is the layer without exchange and shared expert as one verb, if the backend has it.
     """
 
     layer: int
@@ -59,7 +59,7 @@ class MixtureOfExperts:
     shared: Dense | None = None
     shared_gate: Array | None = None
     latent: LatentMaps | None = None
-    fused: FusedExperts | None = None
+    fused_experts: FusedExperts | None = None
 
     def block(self) -> ExpertsBlock | None:
         """The layer on a rank that hosts all its experts in order; None if it has parts that a block has not."""
@@ -84,7 +84,7 @@ class MixtureOfExperts:
         (T, D) are returned, and may be normalized by `norm`. Collective over the ranks of the stage. Yields while rows
         are on the network.
         """
-        fused, is_alone = self.fused, isinstance(combine, HomeCombine) and exchange.keeps_rows(self.layer)
+        fused, is_alone = self.fused_experts, isinstance(combine, HomeCombine) and exchange.keeps_rows(self.layer)
         if fused is not None and len(x) <= fused.most_rows and is_alone and policy is MODEL_ROUTING:
             addends = Addends(self._shared(backend, x), residual)
             sums, *chosen = fused(x, addends.in_order(), exchange.expert_load[self.layer])

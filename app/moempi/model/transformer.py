@@ -67,7 +67,7 @@ class Layer:
         experts = self.feed_forward
         if not isinstance(experts, MixtureOfExperts) or experts.shared is not None:
             return None
-        return (self.fused_attention, experts.fused) if self.fused_attention and experts.fused else None
+        return (self.fused_attention, experts.fused_experts) if self.fused_attention and experts.fused_experts else None
 
     def attend(
         self,
@@ -90,8 +90,8 @@ class Layer:
             raise ValueError(f"layer {self.index} has no attention")
         return self.attention(backend, x, angles, cache, segments)
 
-    def fused(self, num_rows: int, group_size: int) -> FusedAttention | None:
-        """The attention as one verb; None in a tensor group, and for more rows than the verb takes."""
+    def attention_verb(self, num_rows: int, *, group_size: int) -> FusedAttention | None:
+        """The fused attention; None in a tensor group, and for more rows than it takes."""
         fused = self.fused_attention
         return fused if fused is not None and group_size == 1 and num_rows <= fused.most_rows else None
 
@@ -164,8 +164,8 @@ class Transformer:
         sparse = sparse_rows(backend, self.architecture.attention, segments, batch.row_capacities)
         for layer, cache, following in zip(self.layers, self.layer_caches, [*self.layers[1:], None], strict=True):
             on_hidden(layer.index - 1, FEED_FORWARD, x)
-            fused, next_norm = layer.fused(num_rows, tensor.size), None
-            if following is not None and following.fused(num_rows, tensor.size) is None:
+            fused, next_norm = layer.attention_verb(num_rows, group_size=tensor.size), None
+            if following is not None and following.attention_verb(num_rows, group_size=tensor.size) is None:
                 next_norm = following.first_norm
             if fused is not None:
                 x, rows = fused(x, angles, cache, segments)

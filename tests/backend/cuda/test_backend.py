@@ -12,8 +12,10 @@ from backend.sampling_twin import requests_of, row_of
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cuda import few_rows
-from moempi.backend.cuda.backend import MOST_CHOICES, CudaBackend
+from moempi.backend.cuda.backend import CudaBackend
+from moempi.backend.cuda.experts import ExpertMlps
 from moempi.backend.cuda.launches import BUS_BLOCKS
+from moempi.backend.cuda.packing import MOST_CHOICES
 from moempi.backend.scores import SUM_TOKENS
 from moempi.backend.values import DeltaRates, Expert, RmsNorm, Segment, StateConstants
 from moempi.config.architecture import AttentionShape, Clamp, DeltaRule, LongRope, Rope, Router, StateSpace
@@ -819,7 +821,7 @@ def test_experts_of_few_rows_need_warpgroups(device, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 16, 17, 64])
 def test_an_expert_of_few_rows_clamps_as_the_cpu(device, monkeypatch, rows, clamp):
     if device.has_warpgroups:
-        monkeypatch.setattr(CudaBackend, "_expert_of_many", None)
+        monkeypatch.setattr(ExpertMlps, "_of_many", None)
     pair = Pair(device, "bfloat16")
     experts, gpu_experts = few_experts(pair, 128, 64, 1, clamp=clamp)
     x, on_gpu = pair.values(rows, 128)
@@ -829,7 +831,7 @@ def test_an_expert_of_few_rows_clamps_as_the_cpu(device, monkeypatch, rows, clam
 
 def test_reproducible_experts_take_their_rows_in_launches_of_few(device, monkeypatch):
     if device.has_warpgroups:
-        monkeypatch.setattr(CudaBackend, "_expert_of_many", None)
+        monkeypatch.setattr(ExpertMlps, "_of_many", None)
     pair = Pair(device, "bfloat16", reproducible=True)
     experts, gpu_experts = few_experts(pair, 128, 64, 2)
     x, on_gpu = pair.values(150, 128)

@@ -7,7 +7,7 @@ import numpy as np
 
 from moempi.backend.cuda.attention_layout import AttentionLayout, SingleRows, TileKernel, head_dims, is_latent
 from moempi.backend.cuda.device import find_kernel
-from moempi.backend.cuda.launches import Launches, extents, rows_from
+from moempi.backend.cuda.launches import Launches, extents, norm_threads, rows_from
 from moempi.backend.values import Array, Cache, RmsNorm
 
 SPLIT_KEYS = 256
@@ -96,6 +96,33 @@ class PagedAttention:
         self._launches.launch(
             "rope", "rotate_into_cache", grid, 128, *given, *sizes, interleaved, eps, rounded, **constants
         )
+        return out
+
+    def extend_latent_cache(
+        self,
+        keys: tuple[Array, Array],
+        angles: tuple[Array, Array],
+        cache: Cache,
+        layout: AttentionLayout,
+        *,
+        norm: RmsNorm,
+        interleaved: bool = False,
+        queries: tuple[Array, RmsNorm] | None = None,
+    ) -> Array | None:
+        """Cache the keys, and return the normalized latent vectors of queries; see `Backend.extend_latent_cache`."""
+        (_, kept, kept_stride, _), (_, dim, key_stride, _) = map(extents, keys)
+        latent, query_norm = queries or (None, None)
+        out = None if latent is None else self._launches.rows(latent.shape)
+        _, query_dim, query_stride, _ = (0, 0, 0, 0) if latent is None else extents(latent)
+        weights = (query_norm and query_norm.weight, norm.weight)
+        given = (latent, *keys, *weights, *angles, layout.spans, layout.pages, out, cache.keys)
+        sizes = (query_dim, kept, dim, angles[0].shape[1], query_stride, kept_stride, key_stride, interleaved)
+        grid, threads = (len(keys[0]), 1, 1), 128
+        if latent is not None:
+            grid, threads = (len(keys[0]), 2, 1), norm_threads(query_dim)
+        eps = (query_norm.eps if query_norm else 0.0, norm.eps)
+        constants = self._launches.weight_type(norm.weight)
+        self._launches.launch("rope", "extend_latent_cache", grid, threads, *given, *sizes, *eps, **constants)
         return out
 
     def attend(self, queries: Array, cache: Cache, layout: AttentionLayout, rule: Rule) -> Array:

@@ -1,15 +1,19 @@
 """Where the rows of a step are for the kernels of attention: their positions, cache pages, tiles and single rows."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moempi.arrays import BoolArray, IntArray
+from moempi.backend.cuda.device import Device
 from moempi.backend.values import Array, Cache, Segment, Segments
 from moempi.config.tensors import PAGE_ROWS
 
 LEAST_TILE_ROWS = 16
+KEPT_LAYOUTS = 3
+"""Layouts of rows that a queue keeps: all rows of a step, and with sparse attention the sparse ones and the others."""
 NO_ROW = (-1, 0)
 """The span of a row that `rotate_into_cache` does not write, and of which `attend_rows` reads no key."""
 
@@ -58,6 +62,27 @@ class AttentionLayout:
     tiles: Array
     tile_kernel: TileKernel | None
     single_rows: Sequence[SingleRows]
+
+
+class StepLayouts:
+    """The layouts of the steps of all queues, whose segments of many rows are tiles if they are `tiled`."""
+
+    def __init__(self, device: Device, upload: Callable[[IntArray], Array], *, tiled: bool) -> None:
+        self._device, self._upload, self._tiled = device, upload, tiled
+        self._kept: dict[int, deque[AttentionLayout]] = {}
+
+    def of(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
+        """The layout of a step's rows; it is the same in all layers, so it is kept until the queue's next steps."""
+        queue = self._device.queue
+        kept = self._kept.get(queue)
+        if kept is None:
+            kept = self._kept[queue] = deque(maxlen=KEPT_LAYOUTS)
+        for layout in kept:
+            if layout.segments is segments:
+                return layout
+        kernel = tile_kernel(cache, has_warpgroups=self._device.has_warpgroups) if self._tiled else None
+        kept.append(lay_out_rows(segments, tile_kernel=kernel, upload=self._upload))
+        return kept[-1]
 
 
 def lay_out_rows(

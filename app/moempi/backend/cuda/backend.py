@@ -7,8 +7,6 @@ advance. `finish_loading` and the upload of a large array block without it. Matr
 computes experts in parts of few rows where it can, and attention goes row by row.
 """
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
@@ -18,19 +16,23 @@ import numpy as np
 import numpy.typing as npt
 
 from moempi.arrays import Float32Array, IntArray
-from moempi.backend.cuda.attention import ROTATED_NUMBERS, PagedAttention, Queries, Rule
-from moempi.backend.cuda.attention_layout import AttentionLayout, is_latent, lay_out_rows, tile_kernel
+from moempi.backend.cuda.attention import PagedAttention, Queries, Rule
+from moempi.backend.cuda.attention_layout import StepLayouts, is_latent
 from moempi.backend.cuda.captured_attention import CapturedAttention, GraphMemory
 from moempi.backend.cuda.delta_rule import StateVerbs
-from moempi.backend.cuda.device import Argument, Device
-from moempi.backend.cuda.few_rows import ExpertRows, FewRows, expert_rows
-from moempi.backend.cuda.launches import Launches, extents, norm_threads, rows_from
+from moempi.backend.cuda.device import Device
+from moempi.backend.cuda.experts import ExpertMlps
+from moempi.backend.cuda.host_copies import HostCopies
+from moempi.backend.cuda.launches import Launches, rows_from
+from moempi.backend.cuda.packing import MOST_CHOICES, Packing
 from moempi.backend.cuda.peer_memory import DevicePeerMemory
 from moempi.backend.cuda.products import Matrix, Products
+from moempi.backend.cuda.rope import Rope
+from moempi.backend.cuda.router import choose_experts, weigh_experts
+from moempi.backend.cuda.rows import RowVerbs
 from moempi.backend.cuda.selection import Selection
+from moempi.backend.cuda.tokens import TokenVerbs
 from moempi.backend.protocol import Download, Event, FusedAttention, FusedExperts, FusedLayers
-from moempi.backend.sampling import sample_tokens
-from moempi.backend.scores import SUM_TOKENS
 from moempi.backend.values import (
     Array,
     AttentionBlock,
@@ -46,23 +48,10 @@ from moempi.backend.values import (
     Segment,
     StateConstants,
     Stored,
-    take_likeliest,
 )
 from moempi.config.architecture import Clamp, DeltaRule, Router, StateSpace
 from moempi.config.tensors import PAGE_ROWS
-from moempi.errors import ConfigError
 
-COMBINED_NUMBERS = 1024
-"""Numbers of a row per block of `combine`."""
-KEPT_LAYOUTS = 3
-"""Layouts of rows that a queue keeps: all rows of a step, and with sparse attention the sparse ones and the others."""
-GROUPED_CHOICES = 8
-"""Choices per thread of kernels/grouping.cu; more than a block's are sorted by several blocks."""
-MOST_IDS = 8192
-"""Physical experts of a layer that kernels/grouping.cu sorts by."""
-MOST_CHOICES = 2048
-"""Choices that are sorted and packed by one kernel; equals MOST_CHOICES of kernels/packing.cu."""
-SCORING = {"softmax": 0, "sigmoid": 1, "softmax_chosen": 2}
 UNCHANGED = nullcontext()
 """The queue stays the current one."""
 
@@ -91,15 +80,18 @@ class CudaBackend:
         self.reproducible = reproducible or not self.is_bfloat16
         self.row_dtype = np.dtype(np.uint16 if self.is_bfloat16 else np.float32)
         self.peer_memory = DevicePeerMemory(device, row_dtype=self.row_dtype)
-        self._launches = Launches(device, row_dtype=self.row_dtype)
-        self._attention = PagedAttention(self._launches)
-        self._selection = Selection(self._launches, self._attention)
-        self._products = Products(self._launches, reproducible=self.reproducible)
-        self._few_rows = FewRows(self._launches, always=self.reproducible)
-        self._progress = progress
-        self._layouts: dict[int, deque[AttentionLayout]] = {}
-        self._states = StateVerbs(self._launches, upload=self.upload)
-        self._frequencies: dict[tuple[int, bytes], Array] = {}
+        self._copies = HostCopies(device, progress)
+        self._launches = launches = Launches(device, row_dtype=self.row_dtype)
+        self._products = Products(launches, reproducible=self.reproducible)
+        self._rows = RowVerbs(launches, self._products)
+        self._rope = Rope(launches, self._copies)
+        self._attention = PagedAttention(launches)
+        self._layouts = StepLayouts(device, self._copies.upload, tiled=not self.reproducible)
+        self._selection = Selection(launches, self._attention)
+        self._states = StateVerbs(launches, upload=self._copies.upload)
+        self._packing = Packing(launches, self._copies)
+        self._expert_mlps = ExpertMlps(launches, self._rows, self._products, reproducible=self.reproducible)
+        self._tokens = TokenVerbs(launches, self._copies)
         self._capture = capture
         self._graph_memories: dict[tuple[int, ...], GraphMemory] = {}
 
@@ -167,26 +159,14 @@ class CudaBackend:
 
     def upload(self, values: Array) -> Array:
         """Integers become int32, floats float32. An array of the device is returned as it is."""
-        if self.device.holds(values):
-            return values
-        kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
-        return self.device.upload(values.astype(kind, copy=False))
+        return self._copies.upload(values)
 
     def download(self, values: Array) -> npt.NDArray[Any]:
-        (on_host,) = self._download(values)
+        (on_host,) = self._copies.download(values)
         return on_host
 
-    def _download(self, *arrays: Array) -> list[npt.NDArray[Any]]:
-        """Copies of all arrays, for which the host waits once."""
-        download = self.start_download(*arrays)
-        while not (download.event is None or download.event.is_done()):
-            self._progress()
-            os.sched_yield()
-        return download.values()
-
     def start_download(self, *arrays: Array) -> Download:
-        memory = [self.device.start_download(values) for values in arrays]
-        return Download(self.device.record_event(), memory)
+        return self._copies.start_download(*arrays)
 
     def head_matrices(self, stored: Stored) -> Array:
         return self.tensor(stored)
@@ -204,106 +184,50 @@ class CudaBackend:
         return self.take_rows(table, tokens)
 
     def rms_norm(self, x: Array, weight: Array, *, eps: float, rounded: bool = True) -> Array:
-        out = self._launches.rows(x.shape)
-        self._launches.by_norm("rms_norm", out, x, weight, out, *extents(x), eps, rounded, weight=weight)
-        return out
+        return self._rows.rms_norm(x, weight, eps=eps, rounded=rounded)
 
     def add_rms_norm(
         self, x: Array, y: Array, weight: Array, *, eps: float, rounded: bool = True
     ) -> tuple[Array, Array]:
-        total, out = self._launches.rows(x.shape), self._launches.rows(x.shape)
-        (*_, width, x_stride, _), (*_, y_stride, _) = extents(x), extents(y)
-        sizes = (width, x_stride, y_stride, eps, rounded)
-        self._launches.by_norm("add_rms_norm", out, x, y, weight, total, out, *sizes, weight=weight)
-        return total, out
+        return self._rows.add_rms_norm(x, y, weight, eps=eps, rounded=rounded)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
-        out = self._launches.rows(x.shape)
-        self._launches.by_vector("norm", "layer_norm", out, x, weight, bias, out, *extents(x), eps)
-        return out
+        return self._rows.layer_norm(x, weight, bias, eps=eps)
 
     def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
-        out = self._launches.rows((len(x), matrix.outputs))
-        if bias is None:
-            self._products.product(x, matrix, out)
-        else:
-            self._products.biased(x, matrix, bias, out)
-        return out
+        return self._rows.linear(x, matrix, bias)
 
     def linear_heads(self, x: Array, matrices: Array) -> Array:
-        out = self._launches.rows((*x.shape[:2], matrices.shape[-1]))
-        self._products.by_head(x, matrices, out)
-        return out
+        return self._rows.linear_heads(x, matrices)
 
     def clip(self, x: Array, limit: float) -> Array:
-        out = self._launches.rows(x.shape)
-        self._launches.by_vector("elementwise", "clip", out, x, out, *extents(x), limit)
-        return out
+        return self._rows.clip(x, limit)
 
     def join_columns(self, *parts: Array) -> Array:
-        width = sum(part.shape[-1] for part in parts)
-        out, first = self._launches.rows((*parts[0].shape[:-1], width)), 0
-        for part in parts:
-            sizes = (*extents(part), first, width)
-            self._launches.by_vector("elementwise", "copy_columns", out, part, out, *sizes)
-            first += part.shape[-1]
-        return out
+        return self._rows.join_columns(*parts)
 
     def add(self, x: Array, y: Array) -> Array:
-        out = self._launches.rows(x.shape)
-        self._launches.flat("add", prod(out.shape), x, y, out)
-        return out
+        return self._rows.add(x, y)
 
     def swiglu(self, gate_up: Array, clamp: Clamp | None = None) -> Array:
-        hidden = gate_up.shape[1] // 2
-        out = self._launches.rows((len(gate_up), hidden))
-        alpha, limit = (clamp.alpha, clamp.limit) if clamp else (0.0, 0.0)
-        rule = (hidden, alpha, limit)
-        self._launches.by_vector("elementwise", "swiglu", out, gate_up, out, *rule)
-        return out
+        return self._rows.swiglu(gate_up, clamp)
 
     def squared_relu(self, x: Array) -> Array:
-        out = self._launches.rows(x.shape)
-        self._launches.flat("squared_relu", prod(out.shape), x, out)
-        return out
+        return self._rows.squared_relu(x)
 
     def scale_by_sigmoid(self, x: Array, logits: Array) -> Array:
-        out = self._launches.rows(x.shape)
-        if logits.shape == x.shape and x.shape[1] > 1:
-            self._launches.flat("scale_by_sigmoids", prod(out.shape), x, logits, out)
-            return out
-        self._launches.by_vector("elementwise", "scale_by_sigmoid", out, x, logits, out, x.shape[1])
-        return out
+        return self._rows.scale_by_sigmoid(x, logits)
 
     # Attention
 
     def rope_angles(self, positions: IntArray, *, frequencies: Float32Array, amplitude: float) -> tuple[Array, Array]:
-        shape = (len(positions), len(frequencies))
-        cosines, sines = self.device.empty(shape, np.float32), self.device.empty(shape, np.float32)
-        sizes = (shape[0], shape[1], amplitude)
-        given = (self.upload(positions), self._uploaded_frequencies(frequencies))
-        self._launches.launch(
-            "rope", "rope_angles", (-(-prod(shape) // 256), 1, 1), 256, *given, cosines, sines, *sizes
-        )
-        return cosines, sines
-
-    def _uploaded_frequencies(self, frequencies: Float32Array) -> Array:
-        """The frequencies of a model, which each step needs; uploaded once for each queue, whose work is in order."""
-        key = (self.queue, frequencies.tobytes())
-        if key not in self._frequencies:
-            self._frequencies[key] = self.upload(frequencies)
-        return self._frequencies[key]
+        return self._rope.angles(positions, frequencies=frequencies, amplitude=amplitude)
 
     def rotate(self, x: Array, angles: tuple[Array, Array], *, interleaved: bool = False) -> Array:
-        out = self._launches.rows(x.shape)
-        heads, dim, *strides = extents(x)
-        sizes = (heads, dim, angles[0].shape[1], *strides, interleaved)
-        grid = (len(x), -(-prod(x.shape[1:]) // ROTATED_NUMBERS), 1)
-        self._launches.launch("rope", "rotate", grid, 128, x, *angles, out, *sizes)
-        return out
+        return self._rope.rotate(x, angles, interleaved=interleaved)
 
     def extend_cache(self, cache: Cache, keys: Array, values: Array | None, segments: Sequence[Segment]) -> None:
-        self._attention.extend_cache(cache, keys, values, self._attention_layout(cache, segments))
+        self._attention.extend_cache(cache, keys, values, self._layouts.of(cache, segments))
 
     def rotate_into_cache(
         self,
@@ -315,7 +239,7 @@ class CudaBackend:
         interleaved: bool = False,
         norms: tuple[RmsNorm, RmsNorm] | None = None,
     ) -> Array:
-        layout = self._attention_layout(cache, segments)
+        layout = self._layouts.of(cache, segments)
         return self._attention.rotate_into_cache(heads, angles, cache, layout, interleaved=interleaved, norms=norms)
 
     def extend_latent_cache(
@@ -329,21 +253,10 @@ class CudaBackend:
         interleaved: bool = False,
         queries: tuple[Array, RmsNorm] | None = None,
     ) -> Array | None:
-        layout = self._attention_layout(cache, segments)
-        (_, kept, kept_stride, _), (_, dim, key_stride, _) = map(extents, keys)
-        latent, query_norm = queries or (None, None)
-        out = None if latent is None else self._launches.rows(latent.shape)
-        _, query_dim, query_stride, _ = (0, 0, 0, 0) if latent is None else extents(latent)
-        weights = (query_norm and query_norm.weight, norm.weight)
-        given = (latent, *keys, *weights, *angles, layout.spans, layout.pages, out, cache.keys)
-        sizes = (query_dim, kept, dim, angles[0].shape[1], query_stride, kept_stride, key_stride, interleaved)
-        grid, threads = (len(keys[0]), 1, 1), 128
-        if latent is not None:
-            grid, threads = (len(keys[0]), 2, 1), norm_threads(query_dim)
-        eps = (query_norm.eps if query_norm else 0.0, norm.eps)
-        constants = self._launches.weight_type(norm.weight)
-        self._launches.launch("rope", "extend_latent_cache", grid, threads, *given, *sizes, *eps, **constants)
-        return out
+        layout = self._layouts.of(cache, segments)
+        return self._attention.extend_latent_cache(
+            keys, angles, cache, layout, norm=norm, interleaved=interleaved, queries=queries
+        )
 
     def attend_latent(
         self,
@@ -356,7 +269,7 @@ class CudaBackend:
         interleaved: bool = False,
     ) -> Array:
         both, rule = Queries(*queries, angles, interleaved), Rule(scale, 0, None)
-        return self._attention.attend_latent(both, cache, self._attention_layout(cache, segments), rule)
+        return self._attention.attend_latent(both, cache, self._layouts.of(cache, segments), rule)
 
     def attend(
         self,
@@ -370,30 +283,18 @@ class CudaBackend:
     ) -> Array:
         """A sequence of many new rows is attended in tiles on tensor cores, one of few row by row."""
         rule = Rule(scale, window, sinks)
-        return self._attention.attend(queries, cache, self._attention_layout(cache, segments), rule)
+        return self._attention.attend(queries, cache, self._layouts.of(cache, segments), rule)
 
     def select_positions(
         self, queries: Array, weights: Array, index: Cache, segments: Sequence[Segment], *, top_k: int
     ) -> Array:
-        return self._selection.positions(queries, weights, index, self._attention_layout(index, segments), top_k=top_k)
+        return self._selection.positions(queries, weights, index, self._layouts.of(index, segments), top_k=top_k)
 
     def attend_selected(
         self, queries: Array, cache: Cache, segments: Sequence[Segment], positions: Array, *, scale: float
     ) -> Array:
-        layout = self._attention_layout(cache, segments)
+        layout = self._layouts.of(cache, segments)
         return self._selection.attend(queries, cache, layout, positions, Rule(scale, 0, None))
-
-    def _attention_layout(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
-        """The layout of a step's rows is the same in all layers, so it is kept until the queue's next steps."""
-        kept = self._layouts.get(self.queue)
-        if kept is None:
-            kept = self._layouts[self.queue] = deque(maxlen=KEPT_LAYOUTS)
-        for layout in kept:
-            if layout.segments is segments:
-                return layout
-        kernel = None if self.reproducible else tile_kernel(cache, has_warpgroups=self.device.has_warpgroups)
-        kept.append(lay_out_rows(segments, tile_kernel=kernel, upload=self.upload))
-        return kept[-1]
 
     # States
 
@@ -440,131 +341,47 @@ class CudaBackend:
         correction: Array | None = None,
         selection_bias: Float32Array | None = None,
     ) -> tuple[Array, Array]:
-        rows, num_experts = logits.shape
-        experts = self.device.empty((rows, router.top_k), np.int32)
-        weights = self.device.empty((rows, router.top_k), np.float32)
-        if router.scoring == "sparsemixer":
-            rule: tuple[Argument, ...] = (rows, router.jitter, *_rounding(router))
-            self._launches.by_router("choose_sparsemixer", num_experts, logits, experts, weights, *rule)
-            return experts, weights
         bias = None if selection_bias is None else self.upload(selection_bias)
-        groups = (router.num_groups, router.kept_groups, 2 if router.group_score == "top2" else 1)
-        rule = (rows, router.top_k, SCORING[router.scoring], *groups)
-        given = (logits, correction, bias, experts, weights)
-        self._launches.by_router("choose_experts", num_experts, *given, *rule, *_weighing(router), *_rounding(router))
-        return experts, weights
-
-    def pick_replicas(self, experts: Array, period: int) -> Array:
-        out = self.device.empty(experts.shape, np.int32)
-        count, sizes = prod(out.shape), (prod(out.shape), out.shape[1], period)
-        self._launches.launch("grouping", "pick_replicas", (-(-count // 256), 1, 1), 256, experts, out, *sizes, IDS=64)
-        return out
+        return choose_experts(self._launches, logits, router, correction=correction, selection_bias=bias)
 
     def weigh_experts(self, logits: Array, experts: Array, router: Router) -> Array:
-        weights = self.device.empty(experts.shape, np.float32)
-        rule = (len(experts), experts.shape[1], SCORING[router.scoring], *_weighing(router), *_rounding(router))
-        self._launches.by_router("weigh_experts", logits.shape[1], logits, experts, weights, *rule)
-        return weights
+        return weigh_experts(self._launches, logits, experts, router)
+
+    def pick_replicas(self, experts: Array, period: int) -> Array:
+        return self._packing.pick_replicas(experts, period)
 
     def group(self, experts: Array, physical_ids: Array, *, num_ids: int) -> tuple[Array, Array, Array]:
-        choices, slots = prod(experts.shape), experts.shape[1]
-        if not choices:
-            return self.upload(np.zeros(0, np.int32)), experts, self.upload(np.zeros(num_ids, np.int32))
-        source_rows, output_rows = self.device.empty((choices,), np.int32), self.device.empty(experts.shape, np.int32)
-        counts, ids = self.device.empty((num_ids,), np.int32), max(64, 1 << (num_ids - 1).bit_length())
-        if ids > MOST_IDS:
-            raise ConfigError(
-                f"a layer has {num_ids} physical experts; the GPU backend takes at most {MOST_IDS}: use fewer replicas"
-            )
-        threads = 32 * min(8, MOST_IDS // ids)
-        blocks = min(1024, -(-choices // (threads * GROUPED_CHOICES)))
-        given, before = (experts, self.upload(physical_ids)), None
-        if blocks > 1:
-            before = self.device.empty((num_ids, blocks), np.int32)
-            counted = (*given, before, choices, num_ids)
-            self._launches.launch("grouping", "count_choices", (blocks, 1, 1), threads, *counted, IDS=ids)
-            scan_threads = 32 * -(-blocks // 32)
-            scanned = (before, counts, blocks)
-            self._launches.launch("grouping", "scan_blocks", (num_ids, 1, 1), scan_threads, *scanned, IDS=ids)
-        results, sizes = (source_rows, output_rows, counts), (choices, slots, num_ids)
-        self._launches.launch("grouping", "group", (blocks, 1, 1), threads, *given, before, *results, *sizes, IDS=ids)
-        return source_rows, output_rows, counts
+        return self._packing.group(experts, physical_ids, num_ids=num_ids)
 
     def group_and_pack(
         self, rows: Array, experts: Array, physical_ids: Array, out: Array, *, num_ids: int
     ) -> tuple[Array, Array]:
-        results = self.device.empty(experts.shape, np.int32), self.device.empty((num_ids,), np.int32)
-        given, sizes = (
-            (rows, experts, self.upload(physical_ids), out),
-            (len(out), experts.shape[1], num_ids, out.shape[1]),
-        )
-        self._launches.by_segment("packing", "pack_choices", out, *given, *results, *sizes)
-        return results
+        return self._packing.group_and_pack(rows, experts, physical_ids, out, num_ids=num_ids)
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
-        out = self._launches.rows((len(index), *rows.shape[1:]))
-        self.pack(rows, index, out)
-        return out
+        return self._packing.take_rows(rows, index)
 
     def pack(self, rows: Array, index: Array | None, out: Array) -> None:
-        on_device = index if index is None or self.device.holds(index) else self.upload(index)
-        given, width = (rows, on_device, out), prod(out.shape[1:])
-        if self.device.holds(rows) and self.device.holds(out):
-            self._launches.by_segment("packing", "take_rows", out, *given, width)
-        else:
-            self._launches.over_bus("packing", "take_rows_over_bus", out, *given, len(out), width)
+        self._packing.pack(rows, index, out)
 
     def unpack(self, buffer: Array, index: Array | None) -> Array:
-        """Rows in device memory that keep their order stay in the buffer."""
-        if index is None and self.device.holds(buffer):
-            return buffer
-        out = self._launches.rows((len(buffer) if index is None else len(index), *buffer.shape[1:]))
-        self.pack(buffer, index, out)
-        return out
+        return self._packing.unpack(buffer, index)
 
     def join(self, parts: Sequence[Array]) -> Array:
-        out, first = self.device.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype), 0
-        for part in parts:
-            self.device.copy(part, out[first : first + len(part)])
-            first += len(part)
-        return out
+        return self._packing.join(parts)
 
     def combine(self, buffer: Array, output_rows: Array, weights: Array, addends: Sequence[Array] = ()) -> Array:
-        out = self._launches.rows((len(output_rows), buffer.shape[1]))
-        given = (buffer, output_rows, weights, *_both(addends))
-        sizes = (output_rows.shape[1], buffer.shape[1])
-        grid = (len(out), -(-buffer.shape[1] // COMBINED_NUMBERS), 1)
-        self._launches.launch("packing", "combine", grid, 128, *given, out, *sizes)
-        return out
+        return self._packing.combine(buffer, output_rows, weights, addends)
 
     def combine_rms_norm(
         self, buffer: Array, output_rows: Array, weights: Array, addends: Sequence[Array], norm: RmsNorm
     ) -> tuple[Array, Array]:
-        shape = (len(output_rows), buffer.shape[1])
-        total, out = self._launches.rows(shape), self._launches.rows(shape)
-        given = (buffer, output_rows, weights, *_both(addends), norm.weight, total, out)
-        sizes = (output_rows.shape[1], buffer.shape[1], norm.eps, norm.rounded)
-        self._launches.by_norm("combine_rms_norm", out, *given, *sizes, weight=norm.weight)
-        return total, out
+        return self._packing.combine_rms_norm(buffer, output_rows, weights, addends, norm)
 
     def expert_mlp(
         self, rows: Array, experts: Sequence[Expert], counts: IntArray, *, out: Array | None = None
     ) -> Array:
-        outputs, few = self._launches.rows(rows.shape) if out is None else out, []
-        for own in expert_rows(experts, counts.tolist()):
-            if self._few_rows.takes(own):
-                few.append(own)
-            else:
-                self._expert_of_many(rows, own, outputs)
-        self._few_rows.expert_mlps(rows, few, outputs)
-        return outputs
-
-    def _expert_of_many(self, rows: Array, own: ExpertRows, outputs: Array) -> None:
-        x, out = (rows_from(whole, own.first, own.num_rows) for whole in (rows, outputs))
-        expert = own.expert
-        hidden = self.linear(x, expert.gate_up, expert.gate_up_bias)
-        hidden = self.swiglu(hidden, expert.clamp) if expert.gated else self.squared_relu(hidden)
-        self._products.biased(hidden, expert.down, expert.down_bias, out)
+        return self._expert_mlps.compute(rows, experts, counts, out)
 
     # Parts of a layer
 
@@ -573,7 +390,7 @@ class CudaBackend:
         if not self._capture:
             return None
         return CapturedAttention(
-            block, self, self._attention, self._launches, memories=self._graph_memories, lay_out=self._attention_layout
+            block, self, self._attention, self._launches, memories=self._graph_memories, lay_out=self._layouts.of
         )
 
     def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
@@ -588,65 +405,16 @@ class CudaBackend:
         return self._products.in_float(x, head, bias)
 
     def sample(self, logits: Array, requests: SamplingRequests, *, top: int) -> SampledTokens:
-        """The device finds the most likely token; the host applies the other sampling rules."""
-        targets = np.full(len(requests), -1)
-        for row in np.flatnonzero(~take_likeliest(requests)).tolist():
-            targets[row] = sample_tokens(self.download(logits[row])[None], requests[row : row + 1])[0]
-        return self.score(logits, targets, top=top)
+        return self._tokens.sample(logits, requests, top=top)
 
     def score(self, logits: Array, targets: IntArray, *, top: int) -> SampledTokens:
-        """A negative target means the most likely token."""
-        rows, vocabulary = logits.shape
-        tokens, logprobs = self.device.empty((rows,), np.int32), self.device.empty((rows,), np.float32)
-        top = min(top, vocabulary)
-        top_tokens = self.device.empty((rows, top), np.int32)
-        top_logprobs = self.device.empty((rows, top), np.float32)
-        found = (tokens, logprobs, top_tokens, top_logprobs)
-        given = (logits, self.upload(targets), *found)
-        self._launches.launch("tokens", "score", (rows, 1, 1), 1024, *given, vocabulary, top)
-        return SampledTokens(*self._download(*found))
+        return self._tokens.score(logits, targets, top=top)
 
     def take_outputs(self, matrix: Matrix, outputs: range) -> Matrix:
         return Matrix(rows_from(matrix.values, outputs.start, len(outputs)), matrix.transposed)
 
     def scan(self, logits: Array, targets: IntArray, *, first: int, top: int) -> LogitScan:
-        (rows, width), top = logits.shape, min(top, logits.shape[1])
-        blocks = -(-width // SUM_TOKENS)
-        highest, sums, target_logits, top_logits = (
-            self.device.empty(shape, np.float32) for shape in ((rows, blocks), (rows, blocks), (rows,), (rows, top))
-        )
-        top_tokens = self.device.empty((rows, top), np.int32)
-        given = (logits, highest, sums, width, SUM_TOKENS)
-        self._launches.launch("tokens", "sum_exponentials", (rows, blocks, 1), 256, *given)
-        places = self.upload(np.clip(targets - first, 0, width - 1))
-        found = (target_logits, top_tokens, top_logits)
-        self._launches.launch("tokens", "likeliest", (rows, 1, 1), 1024, logits, places, *found, width, top)
-        return LogitScan(*self._download(highest, sums, *found))
+        return self._tokens.scan(logits, targets, first=first, top=top)
 
     def tokens_above(self, logits: Array, least: Float32Array) -> tuple[IntArray, IntArray, Float32Array]:
-        """The first kernel counts, so that the second writes what is downloaded, and no more."""
-        (rows, width), grid = logits.shape, (len(logits), 1, 1)
-        limits, counts = self.upload(least), self.device.empty((rows,), np.int32)
-        self._launches.launch("tokens", "count_above", grid, 1024, logits, limits, counts, width)
-        in_row = self.download(counts)
-        ends = np.cumsum(in_row)
-        found = [self.device.empty((int(in_row.sum()),), kind) for kind in (np.int32, np.float32)]
-        if len(found[0]):
-            given = (logits, limits, self.upload(ends - in_row), *found, width)
-            self._launches.launch("tokens", "take_above", grid, 1024, *given)
-        columns, values = self._download(*found)
-        return np.repeat(np.arange(rows), in_row), columns, values
-
-
-def _both(addends: Sequence[Array]) -> tuple[Array | None, ...]:
-    """At most two addends as two arguments of a kernel."""
-    return (*addends, *[None] * (2 - len(addends)))
-
-
-def _weighing(router: Router) -> tuple[bool, float, float]:
-    return router.renormalize, router.least_sum, router.scaling
-
-
-def _rounding(router: Router) -> tuple[bool, bool]:
-    """Whether logits and weights are rounded to the precision of rows, which changes no float32."""
-    return not router.float32_logits, not router.float32_weights
+        return self._tokens.tokens_above(logits, least)

@@ -12,7 +12,7 @@ from cupy_backends.cuda.libs import cublas
 
 from moempi.backend.cuda import cublas_calls
 from moempi.backend.cuda.compiled_kernel import CompiledKernel, instantiate_graph
-from moempi.backend.cuda.device import Argument, Grid, Kernel
+from moempi.backend.cuda.device import Argument, Graph, Grid, Kernel
 from moempi.backend.cuda.peer_memory import COPY_QUEUE
 from moempi.backend.protocol import RowCopy
 from moempi.backend.values import Array
@@ -262,7 +262,7 @@ class CupyDevice:
             DEFAULT_ALGORITHM,
         )
 
-    def capture(self, submit: Callable[[], object]) -> "StreamGraph":
+    def capture(self, submit: Callable[[], object]) -> Graph:
         """In the mode in which CUDA refuses no allocation or free, as Python may free memory at any time."""
         runtime, stream = cupy.cuda.runtime, self._stream.ptr
         used: list[object] = []
@@ -278,12 +278,12 @@ class CupyDevice:
             self._used = None
         graph = runtime.streamEndCapture(stream)
         try:
-            return StreamGraph(instantiate_graph(graph), used)
+            return Graph(Executable(instantiate_graph(graph)), used)
         finally:
             runtime.graphDestroy(graph)
 
-    def launch_graph(self, graph: "StreamGraph") -> None:
-        cupy.cuda.runtime.graphLaunch(graph.executable, self._stream.ptr)
+    def launch_graph(self, graph: Graph) -> None:
+        cupy.cuda.runtime.graphLaunch(graph.work.address, self._stream.ptr)
 
     def _keep(self, *arguments: object) -> None:
         """Keep the arrays of work that is captured, for its graph."""
@@ -315,17 +315,17 @@ class _PinnedMemory:
                 cupy.cuda.runtime.freeHost(self._address)
 
 
-class StreamGraph:
-    """An executable CUDA graph, and the arrays that its work uses."""
+class Executable:
+    """An executable CUDA graph."""
 
-    def __init__(self, executable: int, used: Sequence[object]) -> None:
-        self.executable, self._used = executable, used
+    def __init__(self, address: int) -> None:
+        self.address = address
 
     def __del__(self) -> None:
         """CUDA destroys a graph that still runs when it is done."""
         if not sys.is_finalizing():
             with suppress(cupy.cuda.runtime.CUDARuntimeError):
-                cupy.cuda.runtime.graphExecDestroy(self.executable)
+                cupy.cuda.runtime.graphExecDestroy(self.address)
 
 
 class StreamEvent:

@@ -117,8 +117,14 @@ class ExpertTable(NamedTuple):
 
 Grid = tuple[int, int, int]
 Argument = Array | ExpertTable | int | float | None
-Graph = Any
-"""Work that a device has recorded, in a type of the device's own; it keeps the arrays alive that the work uses."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Graph:
+    """Work that a device has recorded, in the device's own form, and what it uses, which stays alive with it."""
+
+    work: Any
+    used: Sequence[object]
 
 
 class Device(Protocol):

@@ -26,7 +26,7 @@ extern "C" __global__ void take_rows_over_bus(const row* rows, const int* index,
   }
 }
 
-const int MOST_CHOICES = 2048;  // equals MOST_CHOICES of cuda/backend.py
+const int MOST_CHOICES = 2048;  // equals MOST_CHOICES of cuda/packing.py
 const int PACK_WARPS = SEGMENT_THREADS / WARP_THREADS;
 
 extern "C" __global__ void pack_choices(const row* rows, const int* experts, const int* physical_ids, row* out,
