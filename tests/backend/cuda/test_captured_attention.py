@@ -173,9 +173,10 @@ def test_each_queue_has_graphs_and_memory_of_its_own(monkeypatch, capturing_devi
     assert len(layers.graphs._graph_memories) == 2
 
 
-def test_the_graph_that_was_launched_longest_ago_makes_way(monkeypatch, simulated):
+def test_the_graph_that_was_launched_longest_ago_makes_way_when_it_is_idle(monkeypatch, simulated):
     """For one of the same queue; what was measured once is recorded in the next call."""
     monkeypatch.setattr(captured_attention, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(captured_attention, "IDLE", 3)
     layers, counts = Layers(simulated, SHAPES["plain"]), count_captures(monkeypatch, simulated)
 
     def run(*kinds, queue=0):
@@ -187,11 +188,21 @@ def test_the_graph_that_was_launched_longest_ago_makes_way(monkeypatch, simulate
 
     layers.verbs.finish_loading()
     assert run(1, 1, 2, 2, 1, 2) == 2
-    assert run(3, 1, 2) == 0
+    assert run(3, 3, 1, 2) == 0  # no graph is idle: computed by the verbs
     assert run(1, 1, 2, 2, queue=1) == 2
-    assert run(1, 2) == 0
-    assert run(3, 2) == 1
-    assert run(1) == 1
+    assert run(2, 2, 2, 3) == 1  # in the place of the first
+    assert run(1, 2, 3, 1, 2, 3) == 0
+    assert run(3, 3, 3, 1) == 1  # in the place of the second
+
+
+def test_more_kinds_in_turn_than_graphs_are_recorded_once(monkeypatch, simulated):
+    """The kinds beyond the graphs' number are computed by the verbs; no recording makes way for the next."""
+    monkeypatch.setattr(captured_attention, "MOST_GRAPHS", 2)
+    layers, counts = Layers(simulated, SHAPES["plain"]), count_captures(monkeypatch, simulated)
+    for turn in range(4):
+        for number, count in enumerate((1, 17, 33)):
+            layers.check([3 + 2 * row + turn for row in range(count)], seed=10 * turn + number)
+    assert counts["captures"] == 2 * 2
 
 
 def test_rows_that_are_none_write_to_no_page(monkeypatch, simulated):

@@ -6,9 +6,11 @@ addresses: the rows in each layer, their positions, pages and angles once a step
 in an arena, which all graphs of a queue share.
 
 The first call of a kind computes as without graphs, which makes what is made once (kernels, counters, memory of the
-library) and measures the arena; the second call records; later ones submit the graph.
+library) and measures the arena; the second call records; later ones submit the graph. A recording costs many calls, so
+that a kind beyond MOST_GRAPHS is recorded only in the place of a graph that is IDLE; until then it computes as without.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,7 +29,9 @@ MOST_ROWS = 256
 ROUNDED_ROWS = 16
 """Rows of a graph are a multiple of it; the splits of a graph are a power of two."""
 MOST_GRAPHS = 16
-"""Graphs of a layer in a queue; the one that was launched longest ago makes way for another."""
+"""Graphs of a layer in a queue."""
+IDLE = 256
+"""A graph that was not launched in so many calls of its layer and queue may make way for another."""
 
 Angles = tuple[Array, Array]
 Kind = tuple[int, int, int]
@@ -94,6 +98,37 @@ class Recording:
     results: tuple[Array, Array]
 
 
+class Recordings:
+    """The recordings of a layer in one queue, at most MOST_GRAPHS."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._of_kinds: dict[Kind, tuple[Recording, int]] = {}
+        """The recordings with the call of their last launch; the one that was launched last is the last."""
+
+    def find(self, kind: Kind) -> Recording | None:
+        """The recording of a kind that is called."""
+        self._calls += 1
+        recording, _ = self._of_kinds.pop(kind, (None, 0))
+        if recording is not None:
+            self._of_kinds[kind] = recording, self._calls
+        return recording
+
+    def take_place(self) -> bool:
+        """Whether another has a place, for which a recording that is IDLE may be dropped."""
+        if len(self._of_kinds) < MOST_GRAPHS:
+            return True
+        kind, (_, last_call) = next(iter(self._of_kinds.items()))
+        is_idle = self._calls - last_call > IDLE
+        if is_idle:
+            del self._of_kinds[kind]
+        return is_idle
+
+    def add(self, kind: Kind, recording: Recording) -> None:
+        """Add the recording of the kind that was called last."""
+        self._of_kinds[kind] = recording, self._calls
+
+
 class CapturedAttention:
     """`protocol.FusedAttention` of one layer, which has one cache, as CUDA graphs.
 
@@ -116,21 +151,28 @@ class CapturedAttention:
         self._memories, self._lay_out = memories, lay_out
         self._sizes: dict[Kind, int] = {}
         """The bytes of the arena of each kind of call that was measured."""
-        self._recordings: dict[int, dict[Kind, Recording]] = {}
-        """The recordings of each queue; the one that was launched last is the last."""
+        self._recordings: defaultdict[int, Recordings] = defaultdict(Recordings)
+        """The recordings of each queue."""
 
     def __call__(self, x: Array, angles: Angles, cache: Cache, segments: Sequence[Segment]) -> tuple[Array, Array]:
         inputs = Inputs(x, angles, self._lay_out(cache, segments))
         if not _is_recorded(inputs.layout, cache):
             return self._compute(inputs, cache)
-        kind, memory = (self._launches.device.queue, *rounded(inputs.layout)), self._memory(inputs, cache)
+        kind: Kind = (self._launches.device.queue, *rounded(inputs.layout))
+        recordings, is_measured = self._recordings[kind[0]], kind in self._sizes
+        recording = recordings.find(kind)
+        if recording is None and is_measured and not recordings.take_place():
+            return self._compute(inputs, cache)
+        memory = self._memory(inputs, cache)
         placed = memory.place(inputs)
-        if kind in self._sizes:
-            recording = self._recording(placed, cache, memory, kind)
+        if not is_measured:
+            results = self._measure(placed, cache, kind)
+        else:
+            if recording is None:
+                recording = self._record(placed, cache, memory.arena(self._sizes[kind]))
+                recordings.add(kind, recording)
             self._launches.device.launch_graph(recording.graph)
             results = recording.results
-        else:
-            results = self._measure(placed, cache, kind)
         return rows_from(results[0], 0, len(x)), rows_from(results[1], 0, len(x))
 
     def _memory(self, inputs: Inputs, cache: Cache) -> GraphMemory:
@@ -147,15 +189,6 @@ class CapturedAttention:
             results = self._compute(inputs, cache)
         self._sizes[kind] = arena.taken_bytes
         return results
-
-    def _recording(self, placed: Inputs, cache: Cache, memory: GraphMemory, kind: Kind) -> Recording:
-        """The recording of a kind, made if there is none."""
-        recordings = self._recordings.setdefault(kind[0], {})
-        recording = recordings.pop(kind, None) or self._record(placed, cache, memory.arena(self._sizes[kind]))
-        recordings[kind] = recording
-        if len(recordings) > MOST_GRAPHS:
-            del recordings[next(iter(recordings))]
-        return recording
 
     def _record(self, inputs: Inputs, cache: Cache, arena: Arena) -> Recording:
         results: list[tuple[Array, Array]] = []
