@@ -164,15 +164,18 @@ def test_rows_leave_before_the_shared_expert_computes(comm, tmp_path):
     assert device.names[packed : packed + 5] == ["pack_choices", "download", "product", "swiglu", "product"]
 
 
-def test_a_captured_layer_of_a_decode_step_submits_eight_in_the_place_of_eleven(tmp_path):
-    """A copy of the rows and a graph are submitted for five, and the norm of the next layer is in its graph."""
-    device, names = last_step(tmp_path, ARCHITECTURE, capture=True, limit=6)
-    layer = ["copy", "graph", *EXPERTS[:-1], "combine"]
-    assert len(layer) - layer.count("download") == 8
+@pytest.mark.parametrize("pinned", [True, False], ids=["host buffers", "device buffers"])
+@pytest.mark.parametrize("attention", [SMALL.attention, LATENT], ids=["plain", "latent"])
+def test_a_captured_layer_of_a_decode_step_submits_six(tmp_path, attention, pinned):
+    """The graph has all from the norm of the layer to the rows that are sorted by expert."""
+    architecture = structs.replace(ARCHITECTURE, attention=attention)
+    device, names = last_step(tmp_path, architecture, pinned=pinned, capture=True, limit=6)
+    layer = ["copy", "graph", "take_rows", "download", "gate_up_few", "multiply_few", "combine"]
+    assert len(layer) - layer.count("download") == 6
     step = ["upload", *["copy"] * 5]  # of angles, positions, pages and rows that are none
     assert names[: len(step) + 3 * len(layer)] == [*step, *3 * layer]
     first = len(device.names) - len(names)
     ends = [first + number for number, name in enumerate(names) if name == "combine"]
     second, third = ends[:2]
     calls = Counter(name for behind, name in device.calls if second < behind <= third)
-    assert calls == {"from the pool": 7, "event": 1}
+    assert calls == {"from the pool": 2, "event": 1}

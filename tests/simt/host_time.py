@@ -1,8 +1,8 @@
 """The host's CPU time for a decode layer, by the engine's own path on a device that computes nothing.
 
-`PYTHONPATH=tests:app python tests/simt/host_time.py [latent]` prints microseconds a layer of a rank alone in its stage,
-which hosts the layer's one expert, and what the layer asks of the device. Its arrays are CuPy's; the calls of CUDA are
-missing. The time of a layer is the difference between models of 18 and of 2 layers.
+`PYTHONPATH=tests:app python tests/simt/host_time.py [latent] [capture]` prints microseconds a layer of a rank alone in
+its stage, which hosts the layer's one expert, and what the layer asks of the device. Its arrays are CuPy's; the calls
+of CUDA are missing. The time of a layer is the difference between models of 18 and of 2 layers.
 """
 
 import gc
@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from msgspec import structs
 from engine import runs
 from engine.test_launches import ARCHITECTURE, LATENT
 from moempi.backend.cuda.backend import CudaBackend
+from moempi.backend.cuda.device import Graph
 from simt.device import SimtDevice
 
 SEQUENCES, PROMPT, NEW_TOKENS, FEW_LAYERS, LAYERS, ROUNDS = 32, 4, 60, 2, 18, 9
@@ -45,7 +47,7 @@ class IdleDevice(SimtDevice):
     def __init__(self):
         super().__init__()
         self.calls = Counter()
-        self.counts, self.num_choices = None, 0
+        self.counts, self.num_choices = {}, 0
 
     def empty(self, shape, dtype):
         self.calls["allocations"] += 1
@@ -60,7 +62,7 @@ class IdleDevice(SimtDevice):
 
     def start_download(self, values):
         self.calls["downloads"] += 1
-        return np.full(values.shape, self.num_choices if values is self.counts else 0, values.dtype)
+        return np.full(values.shape, self.num_choices if id(values) in self.counts else 0, values.dtype)
 
     def download(self, values):
         self.calls["waits"] += 1
@@ -74,7 +76,8 @@ class IdleDevice(SimtDevice):
         self.calls["submissions"] += 1
         self.calls["steps"] += kernel.name == "rope_angles"
         if kernel.name == "pack_choices":
-            self.counts, self.num_choices = arguments[5:7]
+            counts, self.num_choices = arguments[6:8]
+            self.counts[id(counts)] = counts
 
     def product(self, x, matrix, out, **options):
         self.calls["submissions"] += 1
@@ -85,13 +88,22 @@ class IdleDevice(SimtDevice):
     def copy(self, values, out):
         self.calls["submissions"] += 1
 
+    def capture(self, submit):
+        calls = self.calls.copy()
+        submit()
+        self.calls = calls
+        return Graph(None, ())
 
-def measure(attention, layers, new_tokens=NEW_TOKENS):
+    def launch_graph(self, graph):
+        self.calls["submissions"] += 1
+
+
+def measure(attention, layers, *, capture, new_tokens=NEW_TOKENS):
     """Seconds of CPU of a run without its start, and what it asked of the device."""
     device = IdleDevice()
 
     def make_backend(progress):
-        return CudaBackend(device, precision="bfloat16", reproducible=False, progress=progress)
+        return CudaBackend(device, precision="bfloat16", reproducible=False, capture=capture, progress=progress)
 
     experts = structs.replace(ARCHITECTURE.experts, num=1, router=structs.replace(ARCHITECTURE.experts.router, top_k=1))
     architecture = structs.replace(ARCHITECTURE, attention=attention, experts=experts, num_layers=layers)
@@ -114,10 +126,11 @@ def main():
     """Measure, and print one line of JSON."""
     attention = LATENT if "latent" in sys.argv[1:] else ARCHITECTURE.attention
     runs.PAGES = 4 * SEQUENCES
-    measure(attention, LAYERS, new_tokens=2)  # what happens once a process
+    measure_run = partial(measure, attention, capture="capture" in sys.argv[1:])
+    measure_run(LAYERS, new_tokens=2)  # what happens once a process
     times = []
     for _ in range(ROUNDS):
-        (few_s, few), (many_s, many) = measure(attention, FEW_LAYERS), measure(attention, LAYERS)
+        (few_s, few), (many_s, many) = measure_run(FEW_LAYERS), measure_run(LAYERS)
         num_layers = few["steps"] * (LAYERS - FEW_LAYERS)
         times.append((many_s - few_s) / num_layers * 1e6)
     calls = {name: round((many[name] - few[name]) / num_layers, 1) for name in many if name != "steps"}

@@ -5,7 +5,7 @@ rows in the run's precision. With bfloat16 a verb accumulates sums in float32 an
 result. A verb submits its work and returns; only verbs documented as "Blocks the host" wait for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,8 @@ from moempi.backend.values import (
     ExpertsBlock,
     LayerState,
     LogitScan,
+    PackedChoices,
+    PhysicalIds,
     RmsNorm,
     SampledTokens,
     SamplingRequests,
@@ -458,16 +460,24 @@ class PeerMemory(Protocol):
         """Submit copies to rows of `target`, behind each other and beside all queues; the event is behind them."""
 
 
+Attended = tuple[Array, Array, PackedChoices | None]
+"""The sum of rows of the residual stream and their attention's output (T, D), its norm (T, D), and its choices."""
+Attend = Callable[[Array, Array, Cache, Sequence[Segment], PhysicalIds | None], Attended]
+"""The verbs of an attention between two norms; with physical ids, also those that choose experts and pack rows."""
+
+
 class FusedAttention(Protocol):
     """An attention block as one verb, for at most `most_rows` rows, with the bits of its separate verbs."""
 
     most_rows: int
 
-    def __call__(self, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment]) -> tuple[Array, Array]:
+    def __call__(
+        self, x: Array, angles: Array, cache: Cache, segments: Sequence[Segment], ids: PhysicalIds | None = None
+    ) -> Attended:
         """Extend the cache by rows x (T, D) of the residual stream, and attend them.
 
-        Returns their sum with the attention's output, and its norm, both (T, D). The next call of a fused attention in
-        the same queue may overwrite them: verbs that read them are submitted before.
+        There may be no choices although `ids` are given. The next call of a fused attention in the same queue may
+        overwrite the results: verbs that read them are submitted before.
         """
 
 
@@ -511,6 +521,9 @@ class FusedVerbs(Protocol):
 
     def fuse_attention(self, block: AttentionBlock) -> FusedAttention | None:
         """The block as one call."""
+
+    def capture_attention(self, attend: Attend) -> FusedAttention | None:
+        """The same calls, each as one submission that is recorded once."""
 
     def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
         """The block as one call."""

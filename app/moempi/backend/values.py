@@ -114,6 +114,32 @@ class ExpertsBlock:
     experts: Sequence[Expert]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PhysicalIds:
+    """By which a layer's choices are sorted: the id of each expert, or of each of its `period` replicas, in order.
+
+    `ids` (E * period,) are on the backend, and less than `num_ids`.
+    """
+
+    ids: Array
+    num_ids: int
+    period: int = 1
+
+
+class PackedChoices(NamedTuple):
+    """The router's choices for rows, and the rows sorted by physical id.
+
+    `experts` and `weights` (T, K) are as of `choose_experts`, `rows` (T * K, D), `output_rows` (T, K) and `counts`
+    (num_ids,) as of `group_and_pack`.
+    """
+
+    experts: Array
+    weights: Array
+    rows: Array
+    output_rows: Array
+    counts: Array
+
+
 class Segment(NamedTuple):
     """The new rows of one sequence in a step: rows [row, row + length) are at positions [start, start + length).
 

@@ -58,7 +58,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--many", type=count, nargs="+", default=[1024, 4096, 16384], metavar="M", help="of large ones")
     add("--sequences", type=count, nargs="+", default=[32], help="sequences that decode at once (32)")
     add("--layers", type=count, default=8, help="most layers that a lane goes through (8)")
-    add("--capture", action="store_true", help="attention of whole layers as CUDA graphs, as with run.capture")
+    add("--capture", action="store_true", help="whole layers up to packed rows as CUDA graphs (run.capture)")
     add("--layer-heads", type=count, nargs="+", default=[16, 128], metavar="H", help="heads of whole layers (16 128)")
     add("--layer-lanes", type=count, nargs="+", default=[1, 2], metavar="N", help="lanes of whole layers (1 2)")
     add("--layer-sequences", type=count, default=64, help="sequences of a lane that decode in whole layers (64)")

@@ -45,7 +45,7 @@ from moempi.model.feed_forward import MixtureOfExperts
 from moempi.model.kv_cache import KVCache
 from moempi.model.norm import Norm
 from moempi.model.router_balance import MODEL_ROUTING
-from moempi.model.transformer import Layer, Transformer
+from moempi.model.transformer import Layer, Transformer, with_graphs
 
 HOST_PASSES = 5
 CAPTURED_AT = 2
@@ -116,16 +116,8 @@ def _random_model(bench: Bench, architecture: Architecture, *, pages: int) -> Tr
     qkv, output = random_matrix(bench.values, 3 * heads, width), random_matrix(bench.values, width, heads)
     experts = random_layer(bench.values, Sizes(width, architecture.experts.width, num_experts=1, top_k=1), num_hosted=1)
     attention = Attention(shape=shape, eps=NORM_EPS, qkv=qkv, output=output)
-    block = attention.block(norm, norm)
     layers = [
-        Layer(
-            index=index,
-            attention_norm=norm,
-            attention=attention,
-            feed_forward_norm=norm,
-            feed_forward=replace(experts, layer=index),
-            fused_attention=backend.fuse_attention(block) if block else None,
-        )
+        with_graphs(Layer(index, norm, attention, norm, replace(experts, layer=index)), backend)
         for index in range(architecture.num_layers)
     ]
     cache = KVCache(backend, shape, layers=len(layers), pages=pages)

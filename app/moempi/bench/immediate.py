@@ -10,6 +10,7 @@ from moempi.arrays import Float32Array
 from moempi.backend.select import make_backend
 from moempi.bench.measure import alternate, machine, ratio
 from moempi.bench.random_layer import Sizes, add_size_flags, make_layer, make_rows, run_to_end
+from moempi.comm.addends import Addends
 from moempi.comm.batch import NONE, Batch
 from moempi.comm.lane_comm import make_lane_comm, slot_rows
 from moempi.comm.rank_groups import RankGroups
@@ -113,7 +114,7 @@ def _make_step(
 
     def send() -> Float32Array:
         combine = comm.last_combine(batch, RowSplit((tokens,), 1))
-        outputs, _ = run_to_end(layer.forward(backend, rows, comm.exchange, combine, residual=rows))
+        outputs, _ = run_to_end(layer.forward(backend, rows, comm.exchange, combine, addends=Addends(None, rows)))
         if comm.immediate is None:
             comm.link.send(batch, outputs)
         return rows

@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend
-from moempi.backend.values import Array
+from moempi.backend.values import Array, PackedChoices, PhysicalIds
 from moempi.comm.addends import NO_ADDENDS, Addends, Sums
 from moempi.comm.hop import Hop
 from moempi.comm.output_norms import OnNorms, norms_of
@@ -27,11 +27,15 @@ DISPATCH, COMBINE = EXCHANGE_PHASES
 
 
 class Route(NamedTuple):
-    """The router's choices for the rows of one layer: experts (T, K) and weights (T, K), both arrays of the backend."""
+    """The router's choices for the rows of one layer: experts (T, K) and weights (T, K), both arrays of the backend.
+
+    `packed` are the same choices with the rows packed for this rank's exchange, if they are.
+    """
 
     layer: int
     experts: Array
     weights: Array
+    packed: PackedChoices | None = None
 
 
 OnRoute = Callable[[Route], None]
@@ -102,6 +106,13 @@ class Exchange(ABC):
         May block, as `Hop.reserve`.
         """
 
+    def physical_ids(self, layer: int) -> PhysicalIds | None:
+        """By what `dispatch` takes choices that are packed before; None if it takes none.
+
+        It takes none for routes that are observed, because packed choices are overwritten in the next layer.
+        """
+        return None
+
     def keeps_rows(self, layer: int) -> bool:
         """Whether this rank alone hosts the experts of a layer, in order, and nobody observes their outputs."""
         return layer in self._alone and self._on_norms is None
@@ -140,7 +151,7 @@ class OneHop(Exchange):
         on_route: OnRoute | None = None,
     ) -> None:
         super().__init__(hop, placements, topology, on_route=on_route)
-        self._ids_on_backend: dict[int, Array] = {}
+        self._ids: dict[int, PhysicalIds] = {}
         self._num_counts = {layer: _num_counts(placed, hop.comm) for layer, placed in placements.items()}
 
     def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
@@ -189,19 +200,27 @@ class OneHop(Exchange):
         Few rows are packed before the host has their counts, by the verb that computes these: then they are sent as
         they are, and there are no source rows.
         """
-        backend, placement, ids = self._hop.backend, self.placements[route.layer], self._uploaded_ids(route.layer)
-        experts, num_ids = pick_replicas(backend, route, placement), len(placement.experts)
+        backend, packed, uploaded = self._hop.backend, route.packed, self._uploaded_ids(route.layer)
+        if packed is not None:
+            return (yield from self._hop.pack_steps(packed.rows)), None, packed.output_rows, packed.counts
+        experts = pick_replicas(backend, route.experts, uploaded.period)
+        ids, num_ids = uploaded.ids, uploaded.num_ids
         if 0 < experts.size <= backend.most_packed_choices:
-            packed = yield from self._hop.reserve_steps(experts.size)
-            if packed is not None:
-                return packed, None, *backend.group_and_pack(x, experts, ids, packed, num_ids=num_ids)
+            sent = yield from self._hop.reserve_steps(experts.size)
+            if sent is not None:
+                return sent, None, *backend.group_and_pack(x, experts, ids, sent, num_ids=num_ids)
         return x, *backend.group(experts, ids, num_ids=num_ids)
 
-    def _uploaded_ids(self, layer: int) -> Array:
+    def physical_ids(self, layer: int) -> PhysicalIds | None:
+        """See the base class."""
+        return self._uploaded_ids(layer) if self._on_route is None else None
+
+    def _uploaded_ids(self, layer: int) -> PhysicalIds:
         """The physical ids of a layer, which each step needs; uploaded once, on the lane's own queue."""
-        if layer not in self._ids_on_backend:
-            self._ids_on_backend[layer] = self._hop.backend.upload(self._physical_ids[layer])
-        return self._ids_on_backend[layer]
+        if layer not in self._ids:
+            placement, ids = self.placements[layer], self._hop.backend.upload(self._physical_ids[layer])
+            self._ids[layer] = PhysicalIds(ids, len(placement.experts), placement.replica_period)
+        return self._ids[layer]
 
     def _plan_steps(self, layer: int, choices: GroupedChoices) -> Steps[RoutePlan]:
         comm = self._hop.comm
@@ -220,7 +239,6 @@ def _num_counts(placement: Placement, comm: MPI.Intracomm) -> tuple[Sequence[int
     return hosted, [hosted[comm.rank]] * comm.size
 
 
-def pick_replicas(backend: Backend, route: Route, placement: Placement) -> Array:
+def pick_replicas(backend: Backend, experts: Array, period: int) -> Array:
     """Indices of the choices (T, K) into `Placement.physical_ids`, on the backend."""
-    period = placement.replica_period
-    return route.experts if period == 1 else backend.pick_replicas(route.experts, period)
+    return experts if period == 1 else backend.pick_replicas(experts, period)

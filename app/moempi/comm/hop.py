@@ -42,6 +42,15 @@ class Hop:
         yield from self._free_steps()
         return self._take_outgoing(num_rows)
 
+    def pack_steps(self, rows: Array) -> Steps[Array]:
+        """Pack all rows, in their order, into the buffer that `send` takes next; the value is the buffer."""
+        yield from self._free_steps()
+        outgoing = self._transport.outgoing(len(rows))
+        buffer = self._rows_of(outgoing)
+        self.backend.pack(rows, None, buffer)
+        self._reserved = outgoing, buffer
+        return buffer
+
     def _take_outgoing(self, num_rows: int) -> Array | None:
         outgoing = self._transport.outgoing(num_rows)
         rows = self.backend.rows_in(self._rows_of(outgoing))
@@ -53,7 +62,7 @@ class Hop:
 
         The transfer is finished when the rows are packed and sent. It waits until the rows of the transfer before the
         last one are read, but not for the receivers of its own rows. With `written`, the rows are already in
-        the memory that `reserve` gave, and the verbs that wrote them are done.
+        the memory that `reserve` or `pack_steps` gave, and the verbs that wrote them are done.
         """
         return self.transfers.start(self._send_steps(rows, index, counts, written))
 

@@ -218,9 +218,10 @@ class ImmediateCombine:
         Blocks until earlier sends are complete, and to download the plan.
         """
         self._link.wait_for_sends()
-        owners = self._owner_of_row[self._backend.download(plan.source_rows)]
-        self._output_owners = self._stage.ialltoallv(owners, plan.send_counts, plan.recv_counts)
         output_rows, weights = self._backend.download(plan.output_rows), self._backend.download(plan.weights)
+        owners = np.empty(output_rows.size, np.int32)
+        owners[output_rows] = self._owner_of_row[:, None]
+        self._output_owners = self._stage.ialltoallv(owners, plan.send_counts, plan.recv_counts)
         for owner in self._owners:
             owned = self._owner_of_row == owner.rank
             header = ImmediateHeader(

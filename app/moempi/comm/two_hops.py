@@ -60,7 +60,8 @@ class TwoHops(Exchange):
     def dispatch_steps(self, x: Array, route: Route) -> Steps[Dispatched]:
         """Send rows and choices across, while counts are exchanged; plan inside the node while rows travel."""
         layer, backend, placement = route.layer, self._hop.backend, self.placements[route.layer]
-        chosen, weights = yield from downloaded(backend, pick_replicas(backend, route, placement), route.weights)
+        replicas = pick_replicas(backend, route.experts, placement.replica_period)
+        chosen, weights = yield from downloaded(backend, replicas, route.weights)
         physical = self._physical_ids[layer][chosen]
         np.add.at(self.expert_load[layer], placement.experts[physical], 1)
         pairs = node_transfers(self._node_of_physical[layer][physical], len(self._forwarders.ranks))

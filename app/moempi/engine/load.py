@@ -21,7 +21,7 @@ from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
 from moempi.model.sparse_attention import LightningIndexer
 from moempi.model.state_space import StateSpaceMixer
-from moempi.model.transformer import Layer, Mixer, Transformer
+from moempi.model.transformer import Layer, Mixer, Transformer, with_graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _layer(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) 
     attention = _mixer(shard, backend, layer) if attends else None
     next_norm = _norm(shard, backend, f"{path}/feed_forward_norm") if feeds else None
     block = attention.block(norm, next_norm) if isinstance(attention, Attention) and norm and next_norm else None
-    return Layer(
+    made = Layer(
         index=layer,
         attention_norm=norm,
         attention=attention,
@@ -107,6 +107,7 @@ def _layer(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) 
         feed_forward=_feed_forward(shard, backend, layer, hosted) if feeds else None,
         fused_attention=backend.fuse_attention(block) if block else None,
     )
+    return with_graphs(made, backend)
 
 
 def _feed_forward(shard: Shard, backend: Backend, layer: int, hosted: tuple[int, ...]) -> Dense | MixtureOfExperts:

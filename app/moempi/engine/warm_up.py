@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 
 from moempi.arrays import IntArray
-from moempi.backend.values import Array, Cache, RmsNorm, Segment
+from moempi.backend.values import Array, Cache, PhysicalIds, RmsNorm, Segment
 from moempi.comm.addends import Addends
-from moempi.comm.exchange import Route, pick_replicas
+from moempi.comm.exchange import pick_replicas
 from moempi.config.tensors import PAGE_ROWS
 from moempi.layout.memory import pages_for
 from moempi.layout.placement import Placement
@@ -54,7 +54,7 @@ def _run_all(model: Transformer, placements: Mapping[int, Placement], lanes: int
         with backend.on_queue(lane):
             for num_rows in NUM_ROWS:
                 _run_layers(model, placements, num_rows)
-            _run_fused(model, group_size)
+            _run_fused(model, placements, group_size)
             indexer = model.architecture.attention.indexer
             if indexer and any(indexer.top_k < len(cache.keys) for cache in model.cache.layers):
                 _run_layers(model, placements, 1, start=indexer.top_k)
@@ -91,14 +91,16 @@ def _run_layers(model: Transformer, placements: Mapping[int, Placement], num_row
         backend.tokens_above(logits[:1], np.full(1, -np.inf, np.float32))
 
 
-def _run_fused(model: Transformer, group_size: int) -> None:
+def _run_fused(model: Transformer, placements: Mapping[int, Placement], group_size: int) -> None:
     """Compute a row of zeros by the layers' fused attentions, so that what the device refuses is an error at once."""
     x, angles, segments, _ = _zeros(model, 1)
     for layer, cache in zip(model.layers, model.layer_caches, strict=True):
         fused = layer.attention_verb(1, group_size=group_size)
         if fused is not None and len(cache.keys):
+            is_moe = isinstance(layer.feed_forward, MixtureOfExperts)
+            ids = _physical_ids(model, placements.get(layer.index)) if is_moe else None
             for _ in range(FUSED_CALLS):
-                fused(x, angles, cache, segments)
+                fused(x, angles, cache, segments, ids)
 
 
 def _zeros(
@@ -112,6 +114,13 @@ def _zeros(
     return x, rope_angles(backend, architecture.attention, positions, capacities), segments, capacities
 
 
+def _physical_ids(model: Transformer, placement: Placement | None) -> PhysicalIds:
+    """Ids of the same shape as those of a layer's exchange."""
+    num_experts = model.architecture.experts.num
+    num_ids, period = (num_experts, 1) if placement is None else (len(placement.experts), placement.replica_period)
+    return PhysicalIds(model.backend.upload(np.arange(num_experts * period) % num_ids), num_ids, period)
+
+
 def _run_experts(
     model: Transformer, experts: MixtureOfExperts, placement: Placement | None, x: Array, norm: RmsNorm | None
 ) -> None:
@@ -119,11 +128,8 @@ def _run_experts(
     backend, hosted = model.backend, len(experts.experts)
     logits = backend.logits(x, experts.router, experts.router_bias)
     chosen, weights = MODEL_ROUTING.choose(backend, experts.layer, logits, experts.rule, experts.router_correction)
-    num_choices = num_ids = model.architecture.experts.num
-    if placement is not None:
-        chosen = pick_replicas(backend, Route(experts.layer, chosen, weights), placement)
-        num_choices, num_ids = num_ids * placement.replica_period, len(placement.experts)
-    ids = np.arange(num_choices) % num_ids
+    physical = _physical_ids(model, placement)
+    ids, num_ids, chosen = physical.ids, physical.num_ids, pick_replicas(backend, chosen, physical.period)
     routed = x if experts.latent is None else backend.linear(x, experts.latent.down)
     source_rows, output_rows, _ = backend.group(chosen, ids, num_ids=num_ids)
     buffer = backend.comm_buffer(len(source_rows), routed.shape[1])

@@ -15,8 +15,8 @@ from moempi.layout.row_buffers import GROWTH, exchange_rows, nodes_of_row, recei
 CACHE_SHARE = 0.8
 """Share of the memory left beside weights and rows; the rest is for MPI, the interpreter and temporary arrays."""
 
-GRAPH_BYTES = 320 << 20
-"""Of a lane's CUDA graphs: 32 MiB for cuBLAS, rows, the largest arena (128 MiB in bfloat16), and the smaller before it.
+GRAPH_BYTES = 512 << 20
+"""Of a lane's CUDA graphs: 32 MiB for cuBLAS, rows, the largest arena (256 MiB in bfloat16), and the smaller before it.
 """
 
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moempi.backend.protocol import Backend, FusedExperts
-from moempi.backend.values import Array, Expert, ExpertsBlock, RmsNorm
+from moempi.backend.values import Array, Expert, ExpertsBlock, PackedChoices, PhysicalIds
 from moempi.comm.addends import NO_ADDENDS, Addends, Sums
 from moempi.comm.combine import Combine, HomeCombine
-from moempi.comm.exchange import Exchange, Route
+from moempi.comm.exchange import Exchange, Route, pick_replicas
 from moempi.comm.transfers import Waits
 from moempi.config.architecture import Router
 from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
@@ -75,30 +75,47 @@ class MixtureOfExperts:
         combine: Combine,
         policy: RoutingPolicy = MODEL_ROUTING,
         *,
-        residual: Array | None = None,
-        norm: RmsNorm | None = None,
+        addends: Addends = NO_ADDENDS,
+        packed: PackedChoices | None = None,
     ) -> Waits[Sums]:
         """Dispatch rows x (T, D) to their K experts, compute the experts, and combine the outputs.
 
-        `combine` adds the shared expert's output and the residual, and decides where the sums go; its rows on this rank
-        (T, D) are returned, and may be normalized by `norm`. Collective over the ranks of the stage. Yields while rows
-        are on the network.
+        `combine` adds the shared expert's output and the addends, and decides where the sums go; its rows on this rank
+        (T, D) are returned. `packed` are the choices of `pack`, if they were computed before. Collective over the ranks
+        of the stage. Yields while rows are on the network.
         """
         fused, is_alone = self.fused_experts, isinstance(combine, HomeCombine) and exchange.keeps_rows(self.layer)
         if fused is not None and len(x) <= fused.most_rows and is_alone and policy is MODEL_ROUTING:
-            addends = Addends(self._shared(backend, x), residual)
+            addends = Addends(self._shared(backend, x), addends.residual)
             sums, *chosen = fused(x, addends.in_order(), exchange.expert_load[self.layer])
             yield from exchange.pass_over(x, [Route(self.layer, *chosen)])
             return Sums(sums)
-        route = self._route(backend, x, policy)
-        dispatch = exchange.dispatch(x if self.latent is None else backend.linear(x, self.latent.down), route)
-        addends = Addends(self._shared(backend, x), residual, norm)
+        if packed is None:
+            dispatch = exchange.dispatch(self._routed(backend, x), self._route(backend, x, policy))
+        else:
+            dispatch = exchange.dispatch(x, Route(self.layer, packed.experts, packed.weights, packed))
+        addends = addends._replace(shared=self._shared(backend, x))
         rows, plan = yield from dispatch
         sent = addends if self.latent is None else NO_ADDENDS
         buffer = combine.begin(plan, sent)
         outputs = backend.expert_mlp(rows, self.experts, plan.expert_counts, out=buffer)
         sums = yield from combine.finish(outputs, plan, sent)
         return sums if self.latent is None else Sums(self.latent.expand(backend, sums.rows, addends))
+
+    def pack(self, backend: Backend, x: Array, ids: PhysicalIds) -> PackedChoices | None:
+        """Choose experts for rows x (T, D), and pack the rows as `dispatch` does; None if they are too many."""
+        num_choices = len(x) * self.rule.top_k
+        if not 0 < num_choices <= backend.most_packed_choices:
+            return None
+        _, experts, weights, _ = self._route(backend, x, MODEL_ROUTING)
+        routed, chosen = self._routed(backend, x), pick_replicas(backend, experts, ids.period)
+        rows = backend.row_buffer(num_choices, routed.shape[1])
+        sorted_choices = backend.group_and_pack(routed, chosen, ids.ids, rows, num_ids=ids.num_ids)
+        return PackedChoices(experts, weights, rows, *sorted_choices)
+
+    def _routed(self, backend: Backend, x: Array) -> Array:
+        """The rows that are sent to experts."""
+        return x if self.latent is None else backend.linear(x, self.latent.down)
 
     def _route(self, backend: Backend, x: Array, policy: RoutingPolicy) -> Route:
         logits = backend.logits(x, self.router, self.router_bias)

@@ -1,13 +1,14 @@
 """The transformer: its forward pass is a generator that yields wherever it waits for rows of other ranks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from moempi.arrays import IntArray
-from moempi.backend.protocol import Backend, FusedAttention, FusedExperts, FusedLayers
-from moempi.backend.values import Array, LayerState, Segment
-from moempi.comm.addends import Sums
+from moempi.backend.protocol import Attended, Backend, FusedAttention, FusedExperts, FusedLayers
+from moempi.backend.values import Array, LayerState, PhysicalIds, Segment
+from moempi.comm.addends import Addends, Sums
 from moempi.comm.batch import Batch
 from moempi.comm.combine import Combine, HomeCombine
 from moempi.comm.exchange import Exchange, Route
@@ -95,6 +96,34 @@ class Layer:
         fused = self.fused_attention
         return fused if fused is not None and group_size == 1 and num_rows <= fused.most_rows else None
 
+    def attend_and_pack(
+        self,
+        backend: Backend,
+        x: Array,
+        angles: Array,
+        cache: Any,
+        segments: Sequence[Segment],
+        ids: PhysicalIds | None,
+    ) -> Attended:
+        """The attention of rows x (T, D) of the residual stream, between its two norms; see `protocol.Attend`."""
+        rows = self.attend(backend, self.first_norm(backend, x), angles, cache, segments, None)
+        total, normalized = add_to_residual(backend, x, rows, self.feed_forward_norm)
+        if ids is None or not isinstance(self.feed_forward, MixtureOfExperts):
+            return total, normalized, None
+        return total, normalized, self.feed_forward.pack(backend, normalized, ids)
+
+    def physical_ids(self, exchange: Exchange, policy: RoutingPolicy) -> PhysicalIds | None:
+        """By what the rows are packed behind a fused attention; None where other verbs choose their experts."""
+        is_packed = isinstance(self.feed_forward, MixtureOfExperts) and policy is MODEL_ROUTING
+        return exchange.physical_ids(self.index) if is_packed else None
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a step's attention is the same verbs whatever its rows, and has a norm behind it."""
+        attention, has_both = self.attention, self.attention_norm is not None and self.feed_forward_norm is not None
+        is_sparse = isinstance(attention, LatentAttention) and attention.shape.indexer is not None
+        return has_both and isinstance(attention, Attention | LatentAttention) and not is_sparse
+
     @property
     def first_norm(self) -> Norm:
         """The norm of the residual stream with which the layer begins."""
@@ -102,6 +131,12 @@ class Layer:
         if norm is None:
             raise ValueError(f"layer {self.index} has neither an attention nor a feed-forward")
         return norm
+
+
+def with_graphs(layer: Layer, backend: Backend) -> Layer:
+    """The layer with its attention captured, if the backend does, and the layer can be."""
+    captured = backend.capture_attention(partial(layer.attend_and_pack, backend)) if layer.can_be_captured else None
+    return layer if captured is None else replace(layer, fused_attention=captured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +202,10 @@ class Transformer:
             fused, next_norm = layer.attention_verb(num_rows, group_size=tensor.size), None
             if following is not None and following.attention_verb(num_rows, group_size=tensor.size) is None:
                 next_norm = following.first_norm
+            packed = None
             if fused is not None:
-                x, rows = fused(x, angles, cache, segments)
+                ids = layer.physical_ids(comm.exchange, policy)
+                x, rows, packed = fused(x, angles, cache, segments, ids)
             elif rows is None:
                 rows = layer.first_norm(backend, x)
             if fused is None and layer.attention is not None:
@@ -179,9 +216,9 @@ class Transformer:
             on_hidden(layer.index, ATTENTION, x)
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 combine = last_combine if following is None else comm.home_combine
-                norm_of_sums = None if next_norm is None else next_norm.rms
+                addends = Addends(None, x, None if next_norm is None else next_norm.rms)
                 x, rows = yield from layer.feed_forward.forward(
-                    backend, rows, comm.exchange, combine, policy, residual=x, norm=norm_of_sums
+                    backend, rows, comm.exchange, combine, policy, addends=addends, packed=packed
                 )
             elif layer.feed_forward is not None:
                 rows = yield from tensor.all_gather(rows, split, Point(layer.index, GATHER))

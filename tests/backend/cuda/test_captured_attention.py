@@ -10,14 +10,18 @@ import pytest
 from moempi.arrays import narrow, round_to_bfloat16
 from moempi.backend.cuda import captured_attention
 from moempi.backend.cuda.attention import SPLIT_KEYS
+from moempi.backend.cuda.attention_layout import StepLayouts
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.cuda.captured_attention import GraphMemory
 from moempi.backend.cuda.launches import Arena, Launches
-from moempi.backend.values import Segment
-from moempi.config.architecture import AttentionShape, Rope
+from moempi.backend.values import PhysicalIds, Segment
+from moempi.config.architecture import AttentionShape, Latent, Rope, Router
 from moempi.config.tensors import PAGE_ROWS
 from moempi.model.attention import Attention
+from moempi.model.feed_forward import MixtureOfExperts
+from moempi.model.latent_attention import LatentAttention
 from moempi.model.norm import Norm
+from moempi.model.transformer import Layer, with_graphs
 from simt.device import SimtDevice
 
 WIDTH, PAGES = 40, 64
@@ -26,7 +30,15 @@ SHAPES = {
     "grouped": AttentionShape(6, 2, 24, qk_norm="head", rope=Rope(dim=10)),
     "biases and sinks": AttentionShape(4, 1, 32, biases="all", sinks=True, score_factor=0.7),
     "interleaved window": AttentionShape(3, 3, 16, rope=Rope(dim=16, interleaved=True), window=40),
+    "gated": AttentionShape(2, 2, 16, output_gate=True),
+    "normalized vectors, clipped": AttentionShape(2, 2, 16, qk_norm="vector", clip=1.5),
+    "latent": AttentionShape(2, 2, 24, rope=Rope(dim=8), latent=Latent(32, rope_dim=8, value_dim=16, query_rank=8)),
+    "latent keys alone": AttentionShape(
+        3, 3, 24, rope=Rope(dim=8), latent=Latent(16, rope_dim=8, value_dim=16, query_rank=0)
+    ),
 }
+NUM_IDS, PERIOD = 5, 2
+RULE = Router(top_k=3, renormalize=True)
 STEPS = [*[(250 + step, 3 + step, 61 + step) for step in range(9)], *[(12 + step, 70 + step) for step in range(4)]]
 """Where the sequences begin that have a row in each step: some of three sequences, then of two."""
 PARTS = {"angles": "_angles", "positions": "_spans", "pages": "_pages"}
@@ -42,18 +54,28 @@ def values(*shape, seed):
 
 
 class Layers:
-    """Two layers of an attention, by the verbs and as graphs, each with a cache of the same values."""
+    """Two layers of an attention, by the verbs and as graphs, each with a cache of the same values.
 
-    def __init__(self, device, shape, *, precision="bfloat16", kind="rms"):
+    If they are `routed`, a router is behind each, and the rows are packed.
+    """
+
+    def __init__(self, device, shape, *, precision="bfloat16", kind="rms", routed=False):
         self.device = device
         self.shape = shape
+        self.packed = 0
         self.verbs, self.graphs = (
             CudaBackend(device, precision=precision, reproducible=False, capture=capture) for capture in (False, True)
         )
-        self.attentions = [self.attention(seed, kind) for seed in (1, 21)]
+        make = self.latent_attention if shape.latent else self.attention
+        self.attentions = [make(seed, kind) for seed in (1, 21)]
         weights = [Norm(kind, eps, self.rows(WIDTH, seed=seed)) for eps, seed in ((1e-6, 8), (1e-5, 9))]
         self.norms = weights
-        self.fused = [self.graphs.fuse_attention(attention.block(*weights)) for attention in self.attentions]
+        router = self.verbs.matrix(narrow(values(6, WIDTH, seed=12)))
+        experts = MixtureOfExperts(0, RULE, router, experts=()) if routed else None
+        self.layers = [Layer(0, weights[0], attention, weights[1], experts) for attention in self.attentions]
+        self.fused = [with_graphs(layer, self.graphs).fused_attention for layer in self.layers]
+        ids = np.random.default_rng(0).integers(0, NUM_IDS, 6 * PERIOD)
+        self.ids = PhysicalIds(self.verbs.upload(ids), NUM_IDS, PERIOD) if routed else None
         self.caches, self.others = ([self.cache() for _ in self.attentions] for _ in range(2))
 
     def rows(self, *shape, seed):
@@ -63,6 +85,7 @@ class Layers:
         shape, has_biases = self.shape, self.shape.biases == "all"
         heads, dim = shape.num_heads, shape.head_dim
         outputs = (heads + 2 * shape.num_kv_heads) * dim
+        normalized = {"none": 0, "head": dim, "vector": dim}[shape.qk_norm]
         return Attention(
             shape,
             1e-6,
@@ -70,16 +93,46 @@ class Layers:
             output=self.verbs.matrix(narrow(values(WIDTH, heads * dim, seed=seed + 1) / np.float32(4))),
             qkv_bias=self.rows(outputs, seed=3) if has_biases else None,
             output_bias=self.rows(WIDTH, seed=4) if has_biases else None,
-            q_norm=self.rows(dim, seed=5) if shape.qk_norm == "head" else None,
-            k_norm=self.rows(dim, seed=6) if shape.qk_norm == "head" else None,
+            q_norm=self.rows(normalized * (heads if shape.qk_norm == "vector" else 1), seed=5) if normalized else None,
+            k_norm=self.rows(normalized * (shape.num_kv_heads if shape.qk_norm == "vector" else 1), seed=6)
+            if normalized
+            else None,
+            gate=self.verbs.matrix(narrow(values(heads * dim, WIDTH, seed=13))) if shape.output_gate else None,
             sinks=self.rows(heads, seed=7) if shape.sinks else None,
             window=shape.window,
             norms_rounded=kind == "rms",
         )
 
+    def latent_attention(self, seed, kind):
+        shape, latent = self.shape, self.shape.latent
+        heads, plain = shape.num_heads, shape.head_dim - latent.rope_dim
+
+        def matrix(outputs, inputs, number):
+            return self.verbs.matrix(narrow(values(outputs, inputs, seed=seed + number) / np.float32(4)))
+
+        def of_heads(inputs, outputs, number):
+            return self.verbs.head_matrices(narrow(values(heads, inputs, outputs, seed=seed + number) / np.float32(4)))
+
+        first, rank = latent.query_rank or heads * shape.head_dim, latent.key_value_rank
+        return LatentAttention(
+            shape,
+            latent,
+            down=matrix(first + rank + latent.rope_dim, WIDTH, 0),
+            key_value_norm=self.rows(rank, seed=5),
+            absorb_keys=of_heads(plain, rank, 1),
+            expand_values=of_heads(rank, latent.value_dim, 2),
+            output=matrix(WIDTH, heads * latent.value_dim, 3),
+            queries=matrix(heads * shape.head_dim, first, 4) if latent.query_rank else None,
+            query_norm=self.rows(first, seed=6) if latent.query_rank else None,
+        )
+
     def cache(self):
-        cache = self.verbs.cache(PAGES, self.shape.num_kv_heads, self.shape.head_dim)
-        for held, seed in ((cache.keys, 10), (cache.values, 11)):
+        latent = self.shape.latent
+        if latent:
+            cache = self.verbs.cache(PAGES, 1, latent.key_value_rank + latent.rope_dim, latent=latent.key_value_rank)
+        else:
+            cache = self.verbs.cache(PAGES, self.shape.num_kv_heads, self.shape.head_dim)
+        for held, seed in ((cache.keys, 10), (cache.values, 11))[: 1 if latent else 2]:
             self.device.copy(self.rows(*held.shape, seed=seed), held)
         return cache
 
@@ -88,17 +141,24 @@ class Layers:
         lengths = lengths or [1] * len(starts)
         segments, angles = segments_of(starts, lengths, seed=seed), self.angles(starts, lengths)
         x = y = self.rows(sum(lengths), WIDTH, seed=30 + seed)
-        for attention, fused, cache, other in zip(self.attentions, self.fused, self.caches, self.others, strict=True):
-            rows = attention(self.verbs, self.norms[0](self.verbs, x), angles, cache, segments)
+        for layer, fused, cache, other in zip(self.layers, self.fused, self.caches, self.others, strict=True):
+            rows = layer.attention(self.verbs, self.norms[0](self.verbs, x), angles, cache, segments)
             expected = self.norms[1].of_sum(self.verbs, x, rows)
-            found = fused(y, angles, other, segments)
-            assert_equal(self.verbs, (*found, other.keys, other.values), (*expected, cache.keys, cache.values))
+            *found, packed = fused(y, angles, other, segments, self.ids)
+            assert_equal(self.verbs, found, expected)
+            for held, others in ((cache.keys, other.keys), (cache.values, other.values))[
+                : 1 if self.shape.latent else 2
+            ]:
+                assert_equal(self.verbs, [others], [held])
+            if packed is not None:
+                self.packed += 1
+                assert_equal(self.verbs, packed, layer.feed_forward.pack(self.verbs, expected[1], self.ids))
             (x, _), y = expected, self.graphs.add(found[0], found[1])
             x = self.verbs.add(x, expected[1])
 
     def angles(self, starts, lengths):
         positions = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        dim = self.shape.rope.dim or self.shape.head_dim
+        dim = self.shape.rope.dim or self.shape.head_dim  # of latent attention the width of rotated keys
         frequencies = np.geomspace(1, 1e-3, dim // 2, dtype=np.float32)
         return self.verbs.rope_angles(np.concatenate(positions), frequencies=frequencies, amplitude=1.1)
 
@@ -138,6 +198,38 @@ def test_graphs_have_the_bits_of_the_verbs_in_every_step(monkeypatch, capturing_
     kinds = Counter((len(starts), max(starts) // SPLIT_KEYS) for starts in STEPS)
     assert kinds == {(3, 0): 6, (3, 1): 3, (2, 0): 4}
     assert counts["captures"] == 2 * 2
+
+
+@pytest.mark.parametrize("shape", ["plain", "latent"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_graphs_choose_experts_and_pack_rows_as_the_verbs(monkeypatch, capturing_device, shape, precision):
+    """Rows that are none are neither packed nor counted: below, at and above the rows of a graph."""
+    layers = Layers(capturing_device, SHAPES[shape], precision=precision, routed=True)
+    counts = count_captures(monkeypatch, capturing_device)
+    for step in range(3):
+        for count in (1, 15, 16, 17):
+            layers.check([3 + 2 * row + step for row in range(count)], seed=100 * step + count)
+    assert counts["captures"] == 2 * 2
+    assert layers.packed == 2 * 3 * 4
+
+
+def test_choices_of_rows_that_are_none_are_found_if_they_are_packed(monkeypatch, simulated):
+    """The planted fault: all rows of a graph are packed and counted."""
+    monkeypatch.setattr(StepLayouts, "placed_spans", None)
+    with pytest.raises(AssertionError):
+        Layers(simulated, SHAPES["plain"], routed=True).check((5, 80))
+
+
+def test_more_choices_than_one_kernel_packs_are_not_recorded(monkeypatch, simulated):
+    """The number of a graph's rows counts, with those that are none."""
+    layers = Layers(simulated, SHAPES["plain"], routed=True)
+    monkeypatch.setattr(CudaBackend, "most_packed_choices", 16 * RULE.top_k)
+    for step in range(3):
+        layers.check(range(3 + step, 19 + step), seed=step)
+    assert layers.packed == 6
+    for step in range(3):
+        layers.check(range(3 + step, 20 + step), seed=10 + step)
+    assert layers.packed == 6
 
 
 def test_graphs_have_the_bits_of_a_norm_that_is_rounded_once(capturing_device):
@@ -393,7 +485,7 @@ def test_what_is_made_on_first_use_under_capture_is_found(monkeypatch, simulated
     layers = Layers(simulated, SHAPES["plain"])
 
     def record_at_once(self, inputs, cache, kind):
-        return self._record(inputs, cache, Arena(simulated.empty, simulated.empty((1 << 20,), np.uint8))).results
+        return self._record(inputs, cache, Arena(simulated.empty, simulated.empty((1 << 20,), np.uint8)), None).results
 
     monkeypatch.setattr(captured_attention.CapturedAttention, "_measure", record_at_once)
     x, angles, segments = layers.rows(1, WIDTH, seed=1), layers.angles([5], [1]), segments_of([5], [1], seed=0)
@@ -416,4 +508,4 @@ def test_an_arena_that_is_too_small_is_an_error(simulated):
 
 def test_a_backend_without_capture_has_no_graphs(simulated):
     layers = Layers(simulated, SHAPES["plain"])
-    assert layers.verbs.fuse_attention(layers.attentions[0].block(*layers.norms)) is None
+    assert with_graphs(layers.layers[0], layers.verbs).fused_attention is None

@@ -140,6 +140,7 @@ def test_capture_changes_no_bit_in_bfloat16(run, two_ranks, buffers):
         (2, "device", {"run.micro_batches": 2, "exchange.transport": "cuda_ipc"}),
         (1, "device", {"run.micro_batches": 4}),
         (4, "host", {"run.micro_batches": 4, "parallel.stages": 2, "exchange.immediate": "true"}),
+        (2, "device", {"run.micro_batches": 3, "parallel.stages": 2, "exchange.immediate": "true"}),
     ],
 )
 def test_capture_changes_no_bit_on_any_grid_and_with_any_number_of_lanes(run, alone, num_ranks, buffers, settings):

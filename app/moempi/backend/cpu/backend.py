@@ -21,7 +21,7 @@ from moempi.backend.cpu.delta_rule import apply_delta_rule, convolve, silu
 from moempi.backend.cpu.router import choose, weights_of
 from moempi.backend.cpu.selection import select_of_segments
 from moempi.backend.cpu.state_space import alpha_and_steps, apply_state_space
-from moempi.backend.protocol import Download, FusedAttention, FusedExperts, FusedLayers
+from moempi.backend.protocol import Attend, Download, FusedAttention, FusedExperts, FusedLayers
 from moempi.backend.sampling import MOST_SCORES, likeliest, sample_tokens
 from moempi.backend.scores import SUM_TOKENS, logprobs_of, without_nan
 from moempi.backend.values import (
@@ -482,6 +482,9 @@ class NumpyBackend:
     # Parts of a layer
 
     def fuse_attention(self, block: AttentionBlock) -> FusedAttention | None:
+        """There is none."""
+
+    def capture_attention(self, attend: Attend) -> FusedAttention | None:
         """There is none."""
 
     def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:

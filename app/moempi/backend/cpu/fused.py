@@ -12,7 +12,7 @@ from moempi.backend.cpu import kernel_calls as calls
 from moempi.backend.cpu.attention_layout import CachedRows
 from moempi.backend.cpu.kernels import SCORINGS, Kernels, PanelMatrix
 from moempi.backend.cpu.router import TOP_OF_GROUP
-from moempi.backend.values import AttentionBlock, Cache, ExpertsBlock, RmsNorm, Segment, Segments
+from moempi.backend.values import AttentionBlock, Cache, ExpertsBlock, PhysicalIds, RmsNorm, Segment, Segments
 
 FUSED_FLOPS = 5e8
 """Most work of a thread in one call, some milliseconds: it does not call `progress`."""
@@ -52,8 +52,13 @@ class KernelAttention:
         self.most_rows = _most_rows(kernels, block.qkv, block.output)
 
     def __call__(
-        self, x: Float32Array, angles: tuple[Float32Array, Float32Array], cache: Cache, segments: Sequence[Segment]
-    ) -> tuple[Float32Array, Float32Array]:
+        self,
+        x: Float32Array,
+        angles: tuple[Float32Array, Float32Array],
+        cache: Cache,
+        segments: Sequence[Segment],
+        ids: PhysicalIds | None = None,
+    ) -> tuple[Float32Array, Float32Array, None]:
         kernels, layout, (rows, width), (cosine, sine) = self._kernels, self._lay_out(segments), x.shape, angles
         num_heads, kv_heads, dim = self.heads
         tasks = layout.attention_tasks(kv_heads, num_heads // kv_heads, kernels.chunk)
@@ -74,7 +79,7 @@ class KernelAttention:
         kernels.library.begin_attention(self.address, call)
         kernels.attend_tasks(attention, tasks, self._progress)
         kernels.library.end_attention(self.address, call)
-        return out[0], out[1]
+        return out[0], out[1], None
 
     def addresses_of(self, cache: Cache) -> tuple[int, int]:
         """The addresses of keys and values of the layer's cache, which stays."""

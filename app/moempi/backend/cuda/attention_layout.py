@@ -1,7 +1,8 @@
 """Where the rows of a step are for the kernels of attention: their positions, cache pages, tiles and single rows."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ LEAST_TILE_ROWS = 16
 KEPT_LAYOUTS = 3
 """Layouts of rows that a queue keeps: all rows of a step, and with sparse attention the sparse ones and the others."""
 NO_ROW = (-1, 0)
-"""The span of a row that `rotate_into_cache` does not write, and of which `attend_rows` reads no key."""
+"""The span of a row that is not cached, of which `attend_rows` reads no key, and whose choices are not packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,26 @@ class StepLayouts:
     def __init__(self, device: Device, upload: Callable[[IntArray], Array], *, tiled: bool) -> None:
         self._device, self._upload, self._tiled = device, upload, tiled
         self._kept: dict[int, deque[AttentionLayout]] = {}
+        self._placed: AttentionLayout | None = None
+
+    @contextmanager
+    def placing(self, layout: AttentionLayout) -> Iterator[None]:
+        """Inside a `with`, `layout` is that of all segments."""
+        self._placed = layout
+        try:
+            yield
+        finally:
+            self._placed = None
+
+    @property
+    def placed_spans(self) -> Array | None:
+        """The spans of the rows inside `placing`, of which some may be NO_ROW."""
+        return None if self._placed is None else self._placed.spans
 
     def of(self, cache: Cache, segments: Sequence[Segment]) -> AttentionLayout:
         """The layout of a step's rows; it is the same in all layers, so it is kept until the queue's next steps."""
+        if self._placed is not None:
+            return self._placed
         queue = self._device.queue
         kept = self._kept.get(queue)
         if kept is None:

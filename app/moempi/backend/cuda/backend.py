@@ -32,7 +32,7 @@ from moempi.backend.cuda.router import choose_experts, weigh_experts
 from moempi.backend.cuda.rows import RowVerbs
 from moempi.backend.cuda.selection import Selection
 from moempi.backend.cuda.tokens import TokenVerbs
-from moempi.backend.protocol import Download, Event, FusedAttention, FusedExperts, FusedLayers
+from moempi.backend.protocol import Attend, Download, Event, FusedAttention, FusedExperts, FusedLayers
 from moempi.backend.values import (
     Array,
     AttentionBlock,
@@ -155,7 +155,7 @@ class CudaBackend:
         return buffer if self.device.holds(buffer) else None
 
     def row_buffer(self, rows: int, width: int) -> Array:
-        return self.device.empty((rows, width), self.row_dtype)
+        return self._launches.rows((rows, width))
 
     def upload(self, values: Array) -> Array:
         """Integers become int32, floats float32. An array of the device is returned as it is."""
@@ -356,7 +356,8 @@ class CudaBackend:
     def group_and_pack(
         self, rows: Array, experts: Array, physical_ids: Array, out: Array, *, num_ids: int
     ) -> tuple[Array, Array]:
-        return self._packing.group_and_pack(rows, experts, physical_ids, out, num_ids=num_ids)
+        spans = self._layouts.placed_spans
+        return self._packing.group_and_pack(rows, experts, physical_ids, out, num_ids=num_ids, spans=spans)
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
         return self._packing.take_rows(rows, index)
@@ -386,12 +387,13 @@ class CudaBackend:
     # Parts of a layer
 
     def fuse_attention(self, block: AttentionBlock) -> FusedAttention | None:
+        """There is none."""
+
+    def capture_attention(self, attend: Attend) -> FusedAttention | None:
         """As CUDA graphs, if the backend captures them."""
         if not self._capture:
             return None
-        return CapturedAttention(
-            block, self, self._attention, self._launches, memories=self._graph_memories, lay_out=self._layouts.of
-        )
+        return CapturedAttention(attend, self._launches, self._layouts, memories=self._graph_memories)
 
     def fuse_experts(self, block: ExpertsBlock) -> FusedExperts | None:
         """There is none."""

@@ -1,7 +1,8 @@
-"""Attention of few rows as CUDA graphs: what a block submits is recorded once, and later submitted in one call.
+"""Attention of few rows as CUDA graphs: what its verbs submit is recorded once, and later submitted in one call.
 
-A recording fixes grids, sizes and addresses. So a graph is of one layer and queue, one number of rows, and one number
-of splits of their keys; both are rounded up, and rows beyond the step's are none. What else changes is copied to fixed
+A graph may have the router behind the attention, up to the rows packed by physical expert. A recording fixes grids,
+sizes and addresses. So a graph is of one layer and queue, one number of rows, and one number of splits of their keys;
+both are rounded up, and rows beyond the step's are none. What else changes is copied to fixed
 addresses: the rows in each layer, their positions, pages and angles once a step. What graphs write beside the cache is
 in an arena, which all graphs of a queue share.
 
@@ -11,17 +12,17 @@ that a kind beyond MOST_GRAPHS is recorded only in the place of a graph that is 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moempi.backend.cuda.attention import SPLIT_KEYS, PagedAttention, Rule, num_splits
-from moempi.backend.cuda.attention_layout import NO_ROW, AttentionLayout, SingleRows
+from moempi.backend.cuda.attention import SPLIT_KEYS, num_splits
+from moempi.backend.cuda.attention_layout import NO_ROW, AttentionLayout, SingleRows, StepLayouts
 from moempi.backend.cuda.device import Graph
 from moempi.backend.cuda.launches import Arena, Launches, rows_from
-from moempi.backend.protocol import RowVerbs
-from moempi.backend.values import Array, AttentionBlock, Cache, Segment
+from moempi.backend.protocol import Attend, Attended
+from moempi.backend.values import Array, Cache, PackedChoices, PhysicalIds, Segment
 from moempi.config.tensors import PAGE_ROWS
 
 MOST_ROWS = 256
@@ -34,8 +35,8 @@ IDLE = 256
 """A graph that was not launched in so many calls of its layer and queue may make way for another."""
 
 Angles = tuple[Array, Array]
-Kind = tuple[int, int, int]
-"""Queue, number of rows, and number of splits of their keys."""
+Kind = tuple[int, int, int, PhysicalIds | None]
+"""Queue, number of rows, number of splits of their keys, and by what the rows' choices are packed, if they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Recording:
     """A graph, and the arrays of its results, which each launch writes anew."""
 
     graph: Graph
-    results: tuple[Array, Array]
+    results: Attended
 
 
 class Recordings:
@@ -130,50 +131,49 @@ class Recordings:
 
 
 class CapturedAttention:
-    """`protocol.FusedAttention` of one layer, which has one cache, as CUDA graphs.
+    """`protocol.FusedAttention` of the verbs of one layer, which has one cache, as CUDA graphs.
 
-    All layers share `memories`; `lay_out` lays out a step's rows.
+    All layers share `memories`.
     """
 
     most_rows = MOST_ROWS
 
     def __init__(
         self,
-        block: AttentionBlock,
-        verbs: RowVerbs,
-        attention: PagedAttention,
+        attend: Attend,
         launches: Launches,
+        layouts: StepLayouts,
         *,
         memories: dict[tuple[int, ...], GraphMemory],
-        lay_out: Callable[[Cache, Sequence[Segment]], AttentionLayout],
     ) -> None:
-        self._block, self._verbs, self._attention, self._launches = block, verbs, attention, launches
-        self._memories, self._lay_out = memories, lay_out
+        self._attend, self._launches, self._layouts, self._memories = attend, launches, layouts, memories
         self._sizes: dict[Kind, int] = {}
         """The bytes of the arena of each kind of call that was measured."""
         self._recordings: defaultdict[int, Recordings] = defaultdict(Recordings)
         """The recordings of each queue."""
 
-    def __call__(self, x: Array, angles: Angles, cache: Cache, segments: Sequence[Segment]) -> tuple[Array, Array]:
-        inputs = Inputs(x, angles, self._lay_out(cache, segments))
+    def __call__(
+        self, x: Array, angles: Angles, cache: Cache, segments: Sequence[Segment], ids: PhysicalIds | None = None
+    ) -> Attended:
+        inputs = Inputs(x, angles, self._layouts.of(cache, segments))
         if not _is_recorded(inputs.layout, cache):
-            return self._compute(inputs, cache)
-        kind: Kind = (self._launches.device.queue, *rounded(inputs.layout))
+            return self._attend(x, angles, cache, segments, None)
+        kind: Kind = (self._launches.device.queue, *rounded(inputs.layout), ids)
         recordings, is_measured = self._recordings[kind[0]], kind in self._sizes
         recording = recordings.find(kind)
         if recording is None and is_measured and not recordings.take_place():
-            return self._compute(inputs, cache)
+            return self._attend(x, angles, cache, segments, None)
         memory = self._memory(inputs, cache)
         placed = memory.place(inputs)
         if not is_measured:
             results = self._measure(placed, cache, kind)
         else:
             if recording is None:
-                recording = self._record(placed, cache, memory.arena(self._sizes[kind]))
+                recording = self._record(placed, cache, memory.arena(self._sizes[kind]), ids)
                 recordings.add(kind, recording)
             self._launches.device.launch_graph(recording.graph)
             results = recording.results
-        return rows_from(results[0], 0, len(x)), rows_from(results[1], 0, len(x))
+        return first_rows(results, len(x))
 
     def _memory(self, inputs: Inputs, cache: Cache) -> GraphMemory:
         num_pages = len(cache.keys) // PAGE_ROWS
@@ -182,43 +182,34 @@ class CapturedAttention:
             self._memories[key] = GraphMemory(self._launches, inputs, num_pages)
         return self._memories[key]
 
-    def _measure(self, inputs: Inputs, cache: Cache, kind: Kind) -> tuple[Array, Array]:
+    def _measure(self, inputs: Inputs, cache: Cache, kind: Kind) -> Attended:
         """The results; the bytes of an arena for them are kept."""
         arena = Arena(self._launches.device.empty)
         with self._launches.allocating(arena):
-            results = self._compute(inputs, cache)
+            results = self._compute(inputs, cache, kind[-1])
         self._sizes[kind] = arena.taken_bytes
         return results
 
-    def _record(self, inputs: Inputs, cache: Cache, arena: Arena) -> Recording:
-        results: list[tuple[Array, Array]] = []
+    def _record(self, inputs: Inputs, cache: Cache, arena: Arena, ids: PhysicalIds | None) -> Recording:
+        results: list[Attended] = []
         with self._launches.allocating(arena):
-            graph = self._launches.device.capture(lambda: results.append(self._compute(inputs, cache)))
+            graph = self._launches.device.capture(lambda: results.append(self._compute(inputs, cache, ids)))
         return Recording(graph, results[0])
 
-    def _compute(self, inputs: Inputs, cache: Cache) -> tuple[Array, Array]:
-        block, verbs, x = self._block, self._verbs, inputs.x
-        norm, next_norm, num_rows = block.norm, block.next_norm, len(inputs.x)
-        query_width, kv_width = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
-        rows = verbs.rms_norm(x, norm.weight, eps=norm.eps, rounded=norm.rounded)
-        qkv = verbs.linear(rows, block.qkv, block.qkv_bias)
-        keys, values = (
-            part.reshape(num_rows, block.num_kv_heads, block.head_dim)
-            for part in (qkv[:, query_width:-kv_width], qkv[:, -kv_width:])
-        )
-        queries = qkv[:, :query_width].reshape(num_rows, block.num_heads, block.head_dim)
-        rotated = self._attention.rotate_into_cache(
-            (queries, keys, values),
-            inputs.angles,
-            cache,
-            inputs.layout,
-            interleaved=block.interleaved,
-            norms=block.head_norms,
-        )
-        rule = Rule(block.scale, block.window, block.sinks)
-        attended = self._attention.attend(rotated, cache, inputs.layout, rule).reshape(num_rows, query_width)
-        output = verbs.linear(attended, block.output, block.output_bias)
-        return verbs.add_rms_norm(x, output, next_norm.weight, eps=next_norm.eps, rounded=next_norm.rounded)
+    def _compute(self, inputs: Inputs, cache: Cache, ids: PhysicalIds | None) -> Attended:
+        with self._layouts.placing(inputs.layout):
+            return self._attend(inputs.x, inputs.angles, cache, inputs.layout.segments, ids)
+
+
+def first_rows(results: Attended, count: int) -> Attended:
+    """The results of the first `count` rows."""
+    total, normalized, packed = results
+    if count == len(total):
+        return results
+    if packed is not None:
+        experts, weights, output_rows = (x[:count] for x in (packed.experts, packed.weights, packed.output_rows))
+        packed = PackedChoices(experts, weights, packed.rows[: count * experts.shape[1]], output_rows, packed.counts)
+    return total[:count], normalized[:count], packed
 
 
 def rounded(layout: AttentionLayout) -> tuple[int, int]:

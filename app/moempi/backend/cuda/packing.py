@@ -61,10 +61,11 @@ class Packing:
         return source_rows, output_rows, counts
 
     def group_and_pack(
-        self, rows: Array, experts: Array, physical_ids: Array, out: Array, *, num_ids: int
+        self, rows: Array, experts: Array, physical_ids: Array, out: Array, *, num_ids: int, spans: Array | None
     ) -> tuple[Array, Array]:
+        """The choices of rows whose span is NO_ROW are sorted behind all others, and neither packed nor counted."""
         results = self._launches.empty(experts.shape, np.int32), self._launches.empty((num_ids,), np.int32)
-        given = (rows, experts, self._copies.upload(physical_ids), out, *results)
+        given = (rows, experts, self._copies.upload(physical_ids), spans, out, *results)
         sizes = (len(out), experts.shape[1], num_ids, out.shape[1])
         self._launches.by_segment("packing", "pack_choices", out, *given, *sizes)
         return results

@@ -176,6 +176,7 @@ extern "C" __global__ void extend_latent_cache(
     row* cached_keys, int query_dim, int kept, int dim, int pairs, long long query_stride, long long kept_stride,
     long long key_stride, int interleaved, float query_eps, float key_eps) {
   const long long token = blockIdx.x;
+  if (spans[2 * token] < 0) return;  // no row
   if (blockIdx.y == 1) {
     normalize_vector(queries + token * query_stride, query_norm, out + token * query_dim, query_dim, query_eps, 1);
     return;
