@@ -14,7 +14,7 @@ from engine.runs import SPACES
 from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Indexer, Latent
 from moempi.config.machine_file import read_machine
 from moempi.config.reading import read_toml
-from moempi.layout.memory import GRAPH_BYTES, StageRank, rank_memory
+from moempi.layout.memory import StageRank, graph_bytes, rank_memory
 from moempi.layout.schedule import HEAD_POINTS, step_points
 from moempi.layout.topology import Topology, virtual
 from moempi.planning.step_cost import StepCosts, StepLoad
@@ -308,10 +308,10 @@ def test_the_keys_of_indexers_are_counted_in_the_cache():
 
 def test_the_memory_of_graphs_is_counted_for_each_lane_on_a_gpu():
     def rows(capture, *, on_gpu=True):
-        job = make_job(run={"capture": capture, "micro_batches": 3, "lanes": 3})
+        job = make_job(run={"capture": capture, "micro_batches": 3, "lanes": 3, "precision": "bfloat16"})
         return rank_memory(job, MISSION, StageRank(range(4), hosted=1, groups=1), on_gpu=on_gpu).rows
 
-    assert rows(capture=True) - rows(capture=False) == 3 * GRAPH_BYTES
+    assert rows(capture=True) - rows(capture=False) == 3 * graph_bytes(MISSION, row_bytes=2)
     assert rows(capture=True, on_gpu=False) == rows(capture=False, on_gpu=False)
 
 

@@ -15,9 +15,10 @@ from moempi.layout.row_buffers import GROWTH, exchange_rows, nodes_of_row, recei
 CACHE_SHARE = 0.8
 """Share of the memory left beside weights and rows; the rest is for MPI, the interpreter and temporary arrays."""
 
-GRAPH_BYTES = 512 << 20
-"""Of a lane's CUDA graphs: 32 MiB for cuBLAS, rows, the largest arena (256 MiB in bfloat16), and the smaller before it.
-"""
+GRAPH_ROWS = 256
+"""Most rows of a CUDA graph, whose values its arena holds beside PARTIAL_BYTES of splits of their keys."""
+WORKSPACE_BYTES, PARTIAL_BYTES = 32 << 20, 64 << 20
+"""A lane's memory for cuBLAS, and for the partial results of attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,20 @@ def rank_memory(
     sent = _buffered_values_per_row(job, architecture, rank, on_gpu=on_gpu)
     rows = rank.groups * job.lanes * job.run.batch_tokens
     page_bytes = page * (2 if is_bfloat16 and not widened else 4)
-    graphs = job.lanes * GRAPH_BYTES if on_gpu and job.run.capture else 0
+    graphs = job.lanes * graph_bytes(architecture, row_bytes) if on_gpu and job.run.capture else 0
     return Memory(weights, page_bytes, rows * ceil(values * row_bytes + sent * sent_bytes) + graphs, rank.groups, state)
+
+
+def graph_bytes(architecture: Architecture, row_bytes: int) -> int:
+    """Of a lane's CUDA graphs: memory for cuBLAS, the largest arena, a power of two, and the smaller before it.
+
+    An arena has a row's values of the residual stream and its norms, the packed rows, and what the heads compute.
+    """
+    heads, top_k = architecture.attention, architecture.experts.router.top_k
+    dim = heads.cached_dim if heads.latent else heads.head_dim
+    values = (4 + top_k) * architecture.width + 3 * (heads.num_heads + 2 * heads.cached_heads) * dim
+    arena = GRAPH_ROWS * values * row_bytes + PARTIAL_BYTES
+    return WORKSPACE_BYTES + 2 * (1 << (arena - 1).bit_length())
 
 
 def _values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:
