@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moempi.backend.cpu.backend import NumpyBackend
 from moempi.backend.cpu.compiled import CompiledBackend
+from moempi.backend.cpu.heap import keep_freed_memory
 from moempi.backend.cpu.kernels import load_kernels
 from moempi.backend.locality import cpu_island, gpu_island
 from moempi.backend.protocol import Backend
@@ -55,6 +56,7 @@ def make_backend(
 
 def _cpu_backend(run: RunSection, *, threads: int, progress: Callable[[], None]) -> NumpyBackend:
     """The compiled kernels if they work here, else NumPy; both need no other rank."""
+    keep_freed_memory()
     kernels = load_kernels()
     if kernels is None:
         return NumpyBackend(precision=run.precision, progress=progress)
