@@ -65,12 +65,12 @@ def test_ranks_have_fast_products_together_or_not_at_all(comm, tmp_path, monkeyp
     """As if the processors of the first ranks had tiles."""
     folder = comm.bcast(tmp_path)
     job = comm.bcast(made_job(folder, run={"backend": "numpy", "products": "fast"}) if comm.rank == 0 else None)
-    monkeypatch.setattr(inputs, "can_be_fast", lambda run: comm.rank < with_tiles)
+    monkeypatch.setattr(inputs, "has_fast_products", lambda run: comm.rank < with_tiles)
     opened = open_inputs(lambda: job, World(comm), strict=True)
     if opened.lock is not None:
         opened.lock.release()
     assert opened.job.run.products == ("fast" if with_tiles == comm.size else "exact")
-    assert ("products are exact" in caplog.text) == (comm.rank == 0 and with_tiles < comm.size)
+    assert ("products are not fast" in caplog.text) == (comm.rank == 0 and with_tiles < comm.size)
 
 
 @pytest.mark.ranks(2)

@@ -315,9 +315,10 @@ def test_what_arrives_at_a_rank_of_the_mission_for_the_report(rank, limit_bytes)
 
 def test_the_provenance_has_the_job_s_text_the_versions_and_the_hosts():
     start = datetime.now(UTC)
-    provenance = make_provenance("[model]\n", ["node-7"], weights="abc", products="fast", start=start)
+    job = SimpleNamespace(run=SimpleNamespace(products="fast"))
+    provenance = make_provenance("[model]\n", job, ["node-7"], weights="abc", start=start)
     assert (provenance.job, provenance.weights, provenance.world_size) == ("[model]\n", "abc", 1)
-    assert provenance.products == "fast"
+    assert provenance.fast_products
     assert provenance.versions == {"moempi": __version__, **{package: version(package) for package in PACKAGES}}
     assert provenance.hosts == ("node-7",)
     assert start == provenance.start <= provenance.end <= datetime.now(UTC)

@@ -26,7 +26,7 @@ from moempi.storage.results import ResultFile
 WATCHED = ("merge.py", "files.py", "journal.py", "records.py", "journal_index.py", "hdf5.py", "closeable.py")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PROVENANCE = Provenance(
-    job="", versions={}, world_size=2, hosts=("a",), weights="w", products="exact", start=NOW, end=NOW
+    job="", versions={}, world_size=2, hosts=("a",), weights="w", fast_products=False, start=NOW, end=NOW
 )
 NUM_REQUESTS = 6
 

@@ -25,7 +25,7 @@ PROVENANCE = Provenance(
     world_size=3,
     hosts=("node0", "node0", "node1"),
     weights="abcd",
-    products="fast",
+    fast_products=True,
     start=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     end=datetime(2026, 1, 2, 3, 5, 6, tzinfo=UTC),
 )
@@ -99,12 +99,12 @@ def test_arrays_are_stored_as_the_layout_documents(tmp_path):
         assert file["experts/load"][:].tolist() == [[10, 12, 14], [16, 18, 20]]
         assert file["timing/compute"][:].tolist() == [1.0, 2.0]
         assert file["timing/host"].asstr()[:].tolist() == ["node0", "node1"]
-        assert {name: file.attrs[name] for name in ("format", "version", "world_size", "weights", "products")} == {
+        assert {name: file.attrs[name] for name in ("format", "version", "world_size", "weights", "fast_products")} == {
             "format": b"moempi results",
             "version": 1,
             "world_size": 3,
             "weights": b"abcd",
-            "products": b"fast",
+            "fast_products": 1,
         }
         assert file.attrs["job"].decode() == PROVENANCE.job
         assert json.loads(file.attrs["hosts"]) == ["node0", "node1"]

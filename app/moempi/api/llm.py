@@ -16,7 +16,7 @@ from msgspec import structs
 
 from moempi.api.results import Generated, Scored, generated, scored, with_likeliest
 from moempi.api.sampling_params import SamplingParams
-from moempi.backend.select import can_be_fast, count_gpus
+from moempi.backend.select import count_gpus, has_fast_products
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, ScoreSection
 from moempi.config.settings import read_settings
@@ -172,7 +172,7 @@ def _load(job: Job, weights: WeightFile) -> Engine:
         if weights.tokenizer and world.rank == 0:
             check_tokenizer(weights.tokenizer, origin=str(weights.path))  # before other ranks read it
         num_gpus = count_gpus(job.run)
-        return num_gpus, [num_gpus, can_be_fast(job.run)]
+        return num_gpus, [num_gpus, has_fast_products(job.run)]
 
     num_gpus, (fewest_gpus, is_fast) = world.collectively_least(check, num=2)
     job = with_products(job, is_fast=bool(is_fast), world=world)

@@ -60,20 +60,19 @@ def _cpu_backend(run: RunSection, *, threads: int, progress: Callable[[], None])
     kernels = load_kernels()
     if kernels is None:
         return NumpyBackend(precision=run.precision, progress=progress)
-    tiled = _wants_tiles(run) and kernels.may_use_tiles()
+    tiled = _request_tiles(run)
     return CompiledBackend(kernels, precision=run.precision, threads=threads, tiled=tiled, progress=progress)
 
 
-def can_be_fast(run: RunSection) -> bool:
-    """Whether the run asks for fast products and this rank has them; ranks of one run must use the same products."""
-    if not _wants_tiles(run) or count_gpus(run):
-        return False
-    kernels = load_kernels()
-    return kernels is not None and kernels.may_use_tiles()
+def has_fast_products(run: RunSection) -> bool:
+    """Whether this rank computes fast products for a run that wants them; all ranks of a run must use the same."""
+    return not count_gpus(run) and _request_tiles(run)
 
 
-def _wants_tiles(run: RunSection) -> bool:
-    return run.products == "fast" and run.precision == "bfloat16"
+def _request_tiles(run: RunSection) -> bool:
+    """Ask for the tiles of this CPU, if the run wants fast products; whether it has some."""
+    kernels = load_kernels() if run.products == "fast" and run.precision == "bfloat16" else None
+    return kernels is not None and kernels.request_tiles()
 
 
 def count_gpus(run: RunSection) -> int:

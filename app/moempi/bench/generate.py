@@ -45,7 +45,8 @@ def run(world: World, chosen: Namespace) -> None:
     check_products(world, chosen.products)
     table = figures_table(
         *("precision", "batch", "moempi", "peer", "its rate", "ratio", "same tokens"),
-        title=f"Tokens/s, {chosen.tokens} after {chosen.prompt}: {world.size} ranks of {chosen.threads} threads",
+        title=f"Tokens/s, {chosen.tokens} after {chosen.prompt}: {world.size} ranks of {chosen.threads} threads, "
+        f"{chosen.products} products",
         caption=machine(world),
     )
     with tempfile.TemporaryDirectory() as own:

@@ -42,7 +42,8 @@ def run(world: World, chosen: Namespace) -> None:
     sizes = Sizes.of(chosen)
     table = figures_table(
         *("T", "precision", "moempi ms", "in GEMM", "one rank ms", "ranks gain", "peer ms", "peer", "peer / moempi"),
-        title=f"MoE layer, D={sizes.width} F={sizes.expert_width} E={sizes.num_experts} K={sizes.top_k}",
+        title=f"MoE layer, D={sizes.width} F={sizes.expert_width} E={sizes.num_experts} K={sizes.top_k}, "
+        f"{chosen.products} products",
         caption=machine(world),
     )
     for num_rows in chosen.tokens:

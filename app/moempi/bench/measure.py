@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moempi.backend.cpu.kernels import Kernels
-from moempi.backend.select import can_be_fast
+from moempi.backend.select import has_fast_products
 from moempi.config.job import RunSection
 from moempi.errors import UsageError
 from moempi.runtime.world import World
@@ -51,7 +51,7 @@ def check_products(world: World, products: Literal["exact", "fast"]) -> None:
 
     def check() -> None:
         run = RunSection(backend="numpy", products=products)
-        if products == "fast" and not can_be_fast(run):
+        if products == "fast" and not has_fast_products(run):
             raise UsageError("--products fast: this processor has no tiles (AMX-BF16), or there is no C compiler")
 
     world.collectively(check)

@@ -32,6 +32,8 @@ double multiply_and_add_pairs(long rounds, float a, float b, float *out) {
 /* The same with tiles of `values` (2, 2, TILE_ROWS, TILE_INPUTS), rows and weights; 0 without tiles. */
 double multiply_tiles(long rounds, const uint16_t *values, float *out) {
 #if HAS_TILES
+    if (!rounds) /* the system may refuse tiles */
+        return 0;
     _Alignas(64) tile_shapes shapes = {.palette = 1};
     for (int t = 0; t < NUM_TILES; t++)
         shapes.rows[t] = TILE_ROWS, shapes.row_bytes[t] = TILE_INPUTS * 2;
@@ -50,7 +52,8 @@ double multiply_tiles(long rounds, const uint16_t *values, float *out) {
     TILE_RELEASE();
     return 8.0 * TILE_ROWS * TILE_OUTPUTS * TILE_INPUTS * (double)rounds;
 #else
-    return 0.0 * (double)rounds * (values[0] + out[0]);
+    (void)rounds, (void)values, (void)out;
+    return 0;
 #endif
 }
 

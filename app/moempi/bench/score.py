@@ -48,7 +48,7 @@ def run(world: World, chosen: Namespace) -> None:
     check_products(world, chosen.products)
     table = figures_table(
         *("precision", "prompts", "tokens", "moempi", "peer", "its rate", "ratio", "largest difference"),
-        title=f"Prompt tokens/s of scoring: {world.size} ranks of {chosen.threads} threads",
+        title=f"Prompt tokens/s of scoring: {world.size} ranks of {chosen.threads} threads, {chosen.products} products",
         caption=machine(world),
     )
     with tempfile.TemporaryDirectory() as own:

@@ -113,18 +113,15 @@ def deploy(
 
 
 def with_products(job: Job, *, is_fast: bool, world: World) -> Job:
-    """The job with exact products, unless `is_fast`, whether all ranks `can_be_fast`; rank 0 warns of a difference."""
+    """The job with exact products, unless `is_fast`, whether all ranks have fast ones; rank 0 warns of a difference."""
     if is_fast or job.run.products == "exact":
         return job
     if world.rank == 0:
-        log.warning('run.products = "fast": products are exact, %s', _why_exact(job))
+        log.warning(
+            'run.products = "fast": products are not fast, which takes bfloat16, and on all ranks a CPU with AMX-BF16 '
+            "that the system lets them use, no GPU, and a C compiler that knows AMX"
+        )
     return msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, products="exact"))
-
-
-def _why_exact(job: Job) -> str:
-    if job.run.precision == "float32":
-        return "as the run is in float32"
-    return "as there are ranks on GPUs, or on processors without AMX-BF16"
 
 
 def _read_tokenizer(job: Job, weights: WeightFile, text: str) -> TextTokenizer:

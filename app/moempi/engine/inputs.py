@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from moempi.backend.select import can_be_fast, count_gpus
+from moempi.backend.select import count_gpus, has_fast_products
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, result_keys
 from moempi.engine import phases
@@ -109,7 +109,7 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
         if job.replay.routing and world.local_rank == 0:
             routing = _number(digest_file(job.replay.routing).encode())
             replay = [routing, -routing]
-        numbers = [number, -number, of_job, -of_job, *replay, num_gpus > 0, -(num_gpus > 0), can_be_fast(job.run)]
+        numbers = [number, -number, of_job, -of_job, *replay, num_gpus > 0, -(num_gpus > 0), has_fast_products(job.run)]
         prompts, counts = PromptSpool(PromptCodec(job.sampling), ""), PromptCounts()
         lock = None
         if is_first:

@@ -114,7 +114,7 @@ def run_job(
         return attempt.stop(stop, totals)
     exit_code = attempt.conclude(totals.num_errors)
     # The results: rank 0 merges all journals.
-    origin = partial(make_provenance, job_text, weights=weights.fingerprint, products=job.run.products, start=start)
+    origin = partial(make_provenance, job_text, job, weights=weights.fingerprint, start=start)
     _write_results(job, world, attempt, report, make_origin=origin, on_finished=partial(on_finished, exit_code))
     return exit_code
 

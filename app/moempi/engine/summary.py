@@ -15,6 +15,7 @@ from moempi import __version__
 from moempi.comm.transfers import WAITS
 from moempi.comm.transports.counted import no_counts
 from moempi.config.architecture import Architecture
+from moempi.config.job import Job
 from moempi.engine.balance import Balance
 from moempi.engine.earlier import FINISHES, Earlier
 from moempi.engine.lane import Lane
@@ -119,8 +120,8 @@ def _balance_columns(balance: Balance | None, load: NDArray[np.int64], *, first_
     }
 
 
-def make_provenance(job_text: str, hosts: Sequence[str], *, weights: str, products: str, start: datetime) -> Provenance:
-    """The provenance of the results of ranks on these hosts (R,)."""
+def make_provenance(job_text: str, job: Job, hosts: Sequence[str], *, weights: str, start: datetime) -> Provenance:
+    """The provenance of the results of ranks on these hosts (R,), which computed `job`, whose file has this text."""
     from importlib.metadata import version
 
     return Provenance(
@@ -129,7 +130,7 @@ def make_provenance(job_text: str, hosts: Sequence[str], *, weights: str, produc
         world_size=len(hosts),
         hosts=tuple(hosts),
         weights=weights,
-        products=products,
+        fast_products=job.run.products == "fast",
         start=start,
         end=datetime.now(UTC),
     )

@@ -39,7 +39,7 @@ from moempi.storage.results_layout import (
 class Provenance:
     """Provenance of results: text of the job file, package versions, ranks and hosts, fingerprint of the weights.
 
-    `products` are the matrix products that were used, of those that `run.products` names.
+    `fast_products` says whether `run.products = "fast"` was in effect.
     """
 
     job: str
@@ -47,7 +47,7 @@ class Provenance:
     world_size: int
     hosts: tuple[str, ...]
     weights: str
-    products: str
+    fast_products: bool
     start: datetime
     end: datetime
 
@@ -120,7 +120,7 @@ def _write_provenance(file: Any, provenance: Provenance) -> None:
         "world_size": provenance.world_size,
         "hosts": msgspec.json.encode(tuple(dict.fromkeys(provenance.hosts))).decode(),
         "weights": provenance.weights,
-        "products": provenance.products,
+        "fast_products": int(provenance.fast_products),
         "start": provenance.start.isoformat(),
         "end": provenance.end.isoformat(),
     }

@@ -19,7 +19,7 @@ from moempi.backend.cpu.kernels import (
     instructions,
     load_kernels,
 )
-from moempi.backend.select import can_be_fast, make_backend
+from moempi.backend.select import has_fast_products, make_backend
 from moempi.config.job import RunSection
 
 FLUSHED = 2.0**-126
@@ -29,12 +29,14 @@ FLUSHED = 2.0**-126
 def defined(name):
     """Kernels whose tiles compute what the processor's are defined to compute, with other instructions."""
     library = load_kernel(SOURCES, (*compiler_flags(name), "-DTILES_AS_DEFINED"))
-    return None if library is None else Kernels(library)
+    kernels = None if library is None else Kernels(library)
+    assert kernels is None or kernels.request_tiles()
+    return kernels
 
 
 WITH_AVX = [name for name in instructions() if name in ("AVX-512", "AVX2")]
 CONTESTANTS = {f"{name}, as defined": defined(name) for name in WITH_AVX} if load_kernels() else {}
-if WITH_TILES in instructions() and load_kernels(WITH_TILES) and load_kernels(WITH_TILES).may_use_tiles():
+if WITH_TILES in instructions() and load_kernels(WITH_TILES) and load_kernels(WITH_TILES).request_tiles():
     CONTESTANTS["AMX"] = load_kernels(WITH_TILES)
 needs_tiles = pytest.mark.skipif(not CONTESTANTS, reason="no C compiler, or a processor without AVX2")
 each_kind = pytest.mark.parametrize("of", CONTESTANTS.values(), ids=CONTESTANTS)
@@ -131,6 +133,6 @@ def test_a_backend_uses_tiles_if_the_run_asks_for_them_and_the_processor_has_the
     assert all(isinstance(backend, CompiledBackend) for backend in backends)
     kinds = [backend.matrix(narrow(values(4, 8))).weights == TILED for backend in backends]
     assert kinds == ["AMX" in CONTESTANTS, False]
-    assert can_be_fast(fast) == ("AMX" in CONTESTANTS)
-    assert not can_be_fast(exact)
-    assert not can_be_fast(RunSection(backend="numpy", products="fast", precision="float32"))
+    assert has_fast_products(fast) == ("AMX" in CONTESTANTS)
+    assert not has_fast_products(exact)
+    assert not has_fast_products(RunSection(backend="numpy", products="fast", precision="float32"))

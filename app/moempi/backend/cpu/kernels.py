@@ -1,6 +1,7 @@
 """The C kernels of `kernels/`: which the processor can run, and their calls on NumPy arrays.
 
-They are compiled on first use for the instructions of the processor: AVX-512, AVX2 or NEON, with the same bits on all.
+They are compiled on first use for the instructions of the processor: AVX-512, AVX2 or NEON. All have the same bits, but
+products of tiles have others.
 """
 
 import ctypes
@@ -149,6 +150,7 @@ class Kernels:
         self._scratch = np.empty(0, np.float32)
         self._weights = WeightMemory()
         self._workspace, self._workspace_at = np.empty(0, np.uint8), 0
+        self._has_tiles = False
         self.threads = 1
 
     def use_threads(self, count: int) -> int:
@@ -159,9 +161,10 @@ class Kernels:
         self.threads = 1 if self.library.use_threads(count) else count
         return self.threads
 
-    def may_use_tiles(self) -> bool:
-        """Whether the processor has tiles and the system lets this process use them, from now on."""
-        return bool(self.library.request_tiles())
+    def request_tiles(self) -> bool:
+        """Ask for the processor's tiles, from now on, for this process; whether it has some, and may use them."""
+        self._has_tiles = bool(self.library.request_tiles())
+        return self._has_tiles
 
     def workspace(self, num_bytes: int) -> int:
         """The address of memory that the next call of a fused part of a layer may use."""
@@ -173,7 +176,7 @@ class Kernels:
     def pack(self, parts: Sequence[Stored], *, transposed: bool, tiled: bool = False) -> PanelMatrix:
         """Pack stored (outputs, inputs) matrices, joined along the outputs; transposed ones are (inputs, outputs).
 
-        Products of `tiled` bfloat16 weights with bfloat16 rows use tiles: see `may_use_tiles`.
+        Products of `tiled` bfloat16 weights with bfloat16 rows use tiles, if `request_tiles` has found some.
         """
         if len({part.dtype for part in parts}) > 1:
             parts = [widen(part) if part.dtype == np.uint16 else part for part in parts]
@@ -190,7 +193,9 @@ class Kernels:
             stored = np.ascontiguousarray(part)
             self.library.pack(_at(stored), _at(packed), inputs, count, first, int(transposed), weights)
             first += count
-        return PanelMatrix(packed, (inputs, sum(counts)), TILED if tiled and weights == BFLOAT16 else weights)
+        return PanelMatrix(
+            packed, (inputs, sum(counts)), TILED if tiled and self._has_tiles and weights == BFLOAT16 else weights
+        )
 
     def take_outputs(self, matrix: PanelMatrix, outputs: range) -> PanelMatrix:
         """The columns `outputs` of a matrix, which begin with a panel."""

@@ -209,7 +209,7 @@ typedef struct {
     const char *packed;
     const float *bias; /* (outputs,), or NULL */
     long inputs, outputs;
-    int weights;       /* FLOAT32 or BFLOAT16 */
+    int weights;       /* FLOAT32, BFLOAT16 or TILED */
 } matrix;
 
 typedef struct {

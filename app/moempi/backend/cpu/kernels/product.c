@@ -4,7 +4,8 @@
  *
  * The sum of an output is one chain of fused multiply-adds, with inputs 1, 0, 3, 2, 5, 4 and so on. Subnormal numbers
  * count as zero. The bits of an output depend on the row and the weights alone: not on other rows, on threads, on the
- * type in which the weights are stored or on the processor.
+ * type in which the weights are stored or on the processor. Products of TILED weights are computed by tiled_product.c,
+ * with other bits.
  *
  * This is the chain of the processors' own products of pairs of bfloat16 numbers (AVX512-BF16), which are used for rows
  * of bfloat16 values if `pairs_are_chains` finds on this processor that they have the same bits.
@@ -21,9 +22,7 @@
 #include "simd.h"
 #include "threads.h"
 #include "tiled_product.h"
-#include "tiles.h"
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "trials.h"
 
 #define PANEL (2 * LANES)
 #define BLOCK_ROWS (LANES == 8 ? 5 : 12) /* AVX2 has 16 registers, the others 32 */
@@ -35,7 +34,6 @@
 #define TASK_FLOPS 4e6        /* least work of a task, where a product has so much */
 #define FEW_WORDS (1L << 14)  /* packed words that threads do not share */
 #define TILED_RUN 64          /* rows that a thread packs at a time */
-#define TILED_ROUNDING 32
 
 typedef struct {
     const product *products;
@@ -74,7 +72,7 @@ static inline long run_steps(const product *p) {
     return p->rows <= BLOCK_ROWS ? steps_of(p) : RUN_WORDS / words_of_step(kind_of(p));
 }
 static inline int packs_rows(const product *p) {
-    return p->rows > 1 || kind_of(p) >= TILED || words_of(p) != p->inputs;
+    return p->rows > 1 || kind_of(p) == PAIRS || kind_of(p) == TILED || words_of(p) != p->inputs;
 }
 static inline const float *row_of(const product *p, long t) {
     return p->x + (p->index ? p->index[t] : t) * p->x_stride;
@@ -84,55 +82,21 @@ static inline long packed_runs(const product *p) { return packs_rows(p) ? quotie
 
 long panel_outputs(void) { return PANEL; }
 
-#if HAS_TILES && defined(__AMX_BF16__)
-enum { TILE_DATA = 18, REQUEST_PERMISSION = 0x1023 }; /* of the x86-64 system call arch_prctl */
-#endif
+/* Numbers of scratch memory that a row of a product takes at most, beside its inputs: sums of a panel that is not whole,
+ * and inputs up to the next pair, or half of those up to the next tile. */
+long row_scratch(void) { return PANEL + TILE_WORDS; }
 
-/* Whether products of tiles are compiled, and the system lets the process use them: it must be asked. */
-int request_tiles(void) {
-#if HAS_TILES && defined(__AMX_BF16__)
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-    return HAS_TILES;
-#endif
-}
-
-/* Numbers of scratch memory that a row of a product takes at most, beside its inputs. */
-long row_scratch(void) { return PANEL + TILED_ROUNDING; }
-
-static int same_bits(const float *a, const float *b, long count) {
-    int same = 1;
-    for (long i = 0; i < count; i++)
-        same &= memcmp(a + i, b + i, sizeof(float)) == 0 || (a[i] != a[i] && b[i] != b[i]);
-    return same;
-}
-
-/* A number with random sign and bits, whose exponent is one of `count` from `first` on; of bfloat16 without low bits. */
-static uint32_t random_bits(uint64_t *state, long first, long count, int is_bfloat16) {
-    *state = *state * 6364136223846793005u + 1442695040888963407u;
-    uint32_t bits = (uint32_t)(*state >> 32), low = (uint32_t)*state >> 8 & 0xFFFF;
-    return (bits & (is_bfloat16 ? 0x807F0000u : 0x807FFFFFu)) | (uint32_t)(first + low % count) << 23;
-}
-
-/* Whether products of pairs, if they are compiled, have the bits of the chain; two numbers that are none count as equal.
- *
- * Tried are numbers near and far from each other, the largest, and the smallest with subnormal ones.
- */
+/* Whether products of pairs, if they are compiled, have the bits of the chain: these are tried. */
 int pairs_are_chains(void) {
     enum { TRIES = 2048 };
-    static const long exponents[][4] = {
-        {127, 6, 127, 12}, {100, 60, 100, 100}, {187, 8, 247, 8}, {0, 130, 0, 130}, {60, 8, 0, 16}};
     uint64_t state = 1;
     long before = flush_subnormals();
     int same = 1;
-    for (int i = 0; i < TRIES * HAS_PAIRS * 5; i++) {
-        const long *range = exponents[i % 5]; /* lowest and how many, of factors and of sums */
+    for (int i = 0; i < TRIES * HAS_PAIRS * RANGES; i++) {
         uint32_t x[LANES], w[LANES], sums[LANES];
-        for (int n = 0; n < LANES; n++) {
-            x[n] = random_bits(&state, range[0], range[1], 1) | random_bits(&state, range[0], range[1], 1) >> 16;
-            w[n] = random_bits(&state, range[0], range[1], 1) | random_bits(&state, range[0], range[1], 1) >> 16;
-            sums[n] = random_bits(&state, range[2], range[3], 0);
-        }
+        try_pairs(&state, i, x, LANES);
+        try_pairs(&state, i, w, LANES);
+        try_sums(&state, i, sums, LANES);
         ivec some = load_bits(x), other = load_bits(w);
         vec sum = as_floats(load_bits(sums));
         float pairs[LANES], chain[LANES];

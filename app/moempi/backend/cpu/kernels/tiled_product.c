@@ -9,11 +9,13 @@
  * tiles, as [t / TILE_ROWS][k / TILE_INPUTS][t % TILE_ROWS][k % TILE_INPUTS]. A block of two tiles of rows and a panel,
  * or of one tile of rows and two panels, keeps its sums in four tiles.
  *
- * NumPy twin: `tiled_product` of tests/backend/cpu/products.py.
+ * NumPy twin: `tiled_product` of tests/backend/cpu/test_tiles.py.
  */
 #include "tiled_product.h"
-#include "simd.h"
 #include "tiles.h"
+#include "trials.h"
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #if HAS_TILES
 
@@ -168,6 +170,44 @@ static void shape_tiles(const long *rows) {
     TILE_SHAPES(&shapes);
 }
 
+/* Ask the system to let this process use the tiles; whether it does, or it need not be asked. */
+static int request_permission(void) {
+#if defined(__AMX_BF16__)
+    enum { TILE_DATA = 18, REQUEST = 0x1023 }; /* of the x86-64 system call arch_prctl */
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return 1;
+#endif
+}
+
+/* Whether the processor has tiles as they are defined, which is tried, and the system lets this process use them. */
+int request_tiles(void) {
+    enum { TRIES = 40 * RANGES, WORDS = TILE_ROWS * TILE_WORDS };
+    static const long rows[2] = {TILE_ROWS, 0};
+    if (!request_permission())
+        return 0;
+    uint64_t state = 1;
+    long before = flush_subnormals();
+    int as_defined = 1;
+    shape_tiles(rows);
+    for (long i = 0; i < TRIES; i++) {
+        uint32_t x[WORDS], w[WORDS], sums[WORDS], found[WORDS];
+        try_pairs(&state, i, x, WORDS);
+        try_pairs(&state, i, w, WORDS);
+        try_sums(&state, i, sums, WORDS);
+        TILE_LOAD(SUMS_00, sums, TILE_OUTPUTS * 4);
+        TILE_LOAD(ROWS_0, x, TILE_INPUTS * 2);
+        TILE_LOAD(WEIGHTS_0, w, TILE_INPUTS * 2);
+        TILE_MULTIPLY(SUMS_00, ROWS_0, WEIGHTS_0);
+        TILE_STORE(SUMS_00, found, TILE_OUTPUTS * 4);
+        multiply_as_defined((float *)sums, x, w, TILE_ROWS);
+        as_defined &= same_bits((const float *)found, (const float *)sums, WORDS);
+    }
+    TILE_RELEASE();
+    restore_subnormals(before);
+    return as_defined;
+}
+
 /* Rows [first, last) in blocks, each as `b` but for its rows. Tiles have the shapes of a block of `shaped` rows. */
 static void compute_rows(const product *p, block b, const uint16_t *x, long first, long last, long *shaped) {
     for (long t = first; t < last; t += BLOCK_ROWS) {
@@ -221,4 +261,6 @@ void multiply_tiled(const product *p, const uint16_t *x, float *edge, long first
         memcpy(p->out + t * p->out_stride + whole * PANEL, edge + t * PANEL, sizeof(float) * (size_t)width);
 }
 
+#else
+int request_tiles(void) { return 0; }
 #endif

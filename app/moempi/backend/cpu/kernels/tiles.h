@@ -21,6 +21,23 @@ typedef struct {
     uint8_t rows[16];
 } tile_shapes;
 
+/* Add to `rows` rows of c, as defined; a and b are tiles one row after another. */
+static inline void multiply_as_defined(float *c, const uint32_t *a, const uint32_t *b, long rows) {
+    for (long r = 0; r < rows; r++) {
+        group even = same(0), odd = same(0);
+        for (int k = 0; k < TILE_WORDS; k++) {
+            const ivec x = bits1(a[r * TILE_WORDS + k]);
+            EACH(i) {
+                const ivec w = load_bits(b + k * TILE_OUTPUTS + i * LANES);
+                even.part[i] = fused(low_half(x), low_half(w), even.part[i]);
+                odd.part[i] = fused(high_half(x), high_half(w), odd.part[i]);
+            }
+        }
+        float *sums = c + r * TILE_OUTPUTS;
+        EACH(i) store(sums + i * LANES, add(load(sums + i * LANES), add(even.part[i], odd.part[i])));
+    }
+}
+
 #if defined(__AMX_BF16__) && !defined(WITHOUT_TILES) && !defined(TILES_AS_DEFINED)
 #define HAS_TILES 1
 /* The compiler's functions do not tell it which memory they read and write. */
@@ -46,7 +63,8 @@ static _Thread_local struct {
 #define TILE_ZERO(t) memset(tiles.words[t], 0, sizeof tiles.words[t])
 #define TILE_LOAD(t, from, stride) tile_load(t, (const char *)(from), stride)
 #define TILE_STORE(t, to, stride) tile_store(t, (char *)(to), stride)
-#define TILE_MULTIPLY(c, a, b) tile_multiply(c, a, b)
+#define TILE_MULTIPLY(c, a, b) \
+    multiply_as_defined((float *)tiles.words[c], tiles.words[a][0], tiles.words[b][0], tiles.rows[c])
 #define TILE_RELEASE() TILE_ZERO(0)
 
 static inline void tile_load(int t, const char *from, long stride) {
@@ -56,21 +74,6 @@ static inline void tile_load(int t, const char *from, long stride) {
 static inline void tile_store(int t, char *to, long stride) {
     for (int r = 0; r < tiles.rows[t]; r++)
         memcpy(to + r * stride, tiles.words[t][r], sizeof tiles.words[t][r]);
-}
-static inline void tile_multiply(int c, int a, int b) {
-    for (int r = 0; r < tiles.rows[c]; r++) {
-        group even = same(0), odd = same(0);
-        for (int k = 0; k < TILE_WORDS; k++) {
-            const ivec x = bits1(tiles.words[a][r][k]);
-            EACH(i) {
-                const ivec w = load_bits(tiles.words[b][k] + i * LANES);
-                even.part[i] = fused(low_half(x), low_half(w), even.part[i]);
-                odd.part[i] = fused(high_half(x), high_half(w), odd.part[i]);
-            }
-        }
-        float *sums = (float *)tiles.words[c][r];
-        EACH(i) store(sums + i * LANES, add(load(sums + i * LANES), add(even.part[i], odd.part[i])));
-    }
 }
 #else
 #define HAS_TILES 0
