@@ -9,7 +9,14 @@ import pytest
 
 from moempi.arrays import narrow, round_to_bfloat16, widen
 from moempi.backend.cpu import kernels
-from moempi.backend.cpu.kernels import BFLOAT16, MatrixProduct, instructions, load_kernels
+from moempi.backend.cpu.kernels import (
+    BFLOAT16,
+    WITH_PAIRS,
+    WITH_TILES,
+    MatrixProduct,
+    instructions,
+    load_kernels,
+)
 
 KERNELS = load_kernels()
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C compiler, or a processor without kernels")
@@ -86,20 +93,35 @@ def test_subnormal_numbers_count_as_zero(name, is_narrow):
 
 
 @needs_kernels
-def test_pairs_with_other_bits_are_not_used(monkeypatch, caplog):
-    asked = []
-
-    def load_kernel(_, *flags):
-        asked.append(len(flags))
-        return SimpleNamespace(pairs_are_chains=lambda: len(asked) > 1)
-
-    monkeypatch.setattr(kernels, "load_kernel", load_kernel)
-    monkeypatch.setattr(kernels, "instructions", lambda: list(kernels.INSTRUCTIONS))
+@pytest.mark.parametrize(("are_chains", "are_faster", "used"), [(1, 1, 1), (1, 0, 0), (0, 1, 0)])
+def test_pairs_are_used_if_they_have_the_same_bits_and_take_less_time(
+    monkeypatch, caplog, are_chains, are_faster, used
+):
+    chosen = []
+    library = SimpleNamespace(
+        pairs_are_chains=lambda: are_chains, pairs_are_faster=lambda: are_faster, use_pairs=chosen.append
+    )
+    monkeypatch.setattr(kernels, "load_kernel", lambda *_: library)
     monkeypatch.setattr(kernels, "Kernels", lambda library: library)
     with caplog.at_level(logging.INFO):
-        assert load_kernels.__wrapped__() is not None
-    assert asked == [len(kernels.INSTRUCTIONS), len(kernels.INSTRUCTIONS) - 2]  # nor those with tiles
-    assert "other bits" in caplog.text
+        assert load_kernels.__wrapped__() is library
+    assert chosen == [used]
+    assert ("other bits" in caplog.text) == (not are_chains)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", [name for name in instructions() if name in (WITH_TILES, WITH_PAIRS)])
+def test_pairs_have_the_bits_of_multiply_adds(name):
+    """Whether or not they take less time on this processor."""
+    of = load_kernels(name)
+    x, stored, bias = values(40, 301), narrow(values(70, 301, seed=1)), values(70, seed=2)
+    before, found = of.library.use_pairs(0), []
+    for choice in (0, 1):
+        of.library.use_pairs(choice)
+        found.append(product(of, x, [stored], bias, is_narrow=True))
+    of.library.use_pairs(before)
+    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(found[0], chain(x, widen(stored), bias))
 
 
 @needs_kernels

@@ -100,13 +100,14 @@ def compiler_flags(name: str) -> tuple[str, ...]:
 def load_kernels(name: str | None = None) -> "Kernels | None":
     """The kernels for a set of instructions, by default the widest; None if they cannot be compiled or run here."""
     names = [name] if name else instructions()
-    while names:
-        library = load_kernel(SOURCES, *map(compiler_flags, names))
-        if library is None or library.pairs_are_chains():
-            return None if library is None else Kernels(library)
+    library = load_kernel(SOURCES, *map(compiler_flags, names)) if names else None
+    if library is None:
+        return None
+    are_chains = library.pairs_are_chains()
+    if not are_chains:
         log.info("the processor's bfloat16 products have other bits than multiply-adds, which are used instead")
-        names = [each for each in names if each not in (WITH_TILES, WITH_PAIRS)]
-    return None
+    library.use_pairs(are_chains and library.pairs_are_faster())
+    return Kernels(library)
 
 
 class Kernels:

@@ -22,6 +22,8 @@ long row_scratch(void);
 int request_tiles(void);
 void pack(const void *w, void *packed, long inputs, long outputs, long first, int transposed, int weights);
 int pairs_are_chains(void);
+int pairs_are_faster(void);
+int use_pairs(int choice);
 long product_tasks(const product *products, long count);
 void multiply(const product *products, long count, float *scratch, long first, long last);
 

@@ -8,7 +8,7 @@
  * with other bits.
  *
  * This is the chain of the processors' own products of pairs of bfloat16 numbers (AVX512-BF16), which are used for rows
- * of bfloat16 values if `pairs_are_chains` finds on this processor that they have the same bits.
+ * of bfloat16 values where `pairs_are_chains` and `pairs_are_faster` find that they have the same bits and take less time.
  *
  * A matrix is packed into panels of PANEL outputs, with zeros beyond N and an odd K:
  *   FLOAT32   packed[n / PANEL][k][n % PANEL]
@@ -23,6 +23,7 @@
 #include "threads.h"
 #include "tiled_product.h"
 #include "trials.h"
+#include <time.h>
 
 #define PANEL (2 * LANES)
 #define BLOCK_ROWS (LANES == 8 ? 5 : 12) /* AVX2 has 16 registers, the others 32 */
@@ -56,10 +57,11 @@ static inline long quotient_up(long a, long b) { return (a + b - 1) / b; }
 static inline long panels_of(const product *p) { return quotient_up(p->outputs, PANEL); }
 /* A step takes two inputs. PAIRS: they are a word of a packed row, and so are their weights. */
 enum { PAIRS = TILED + 1 };
+static int uses_pairs = 1;
 static inline int kind_of(const product *p) {
     if (p->weights == FLOAT32 || !p->narrow)
         return p->weights == FLOAT32 ? FLOAT32 : BFLOAT16;
-    return HAS_TILES && p->weights == TILED ? TILED : HAS_PAIRS ? PAIRS : BFLOAT16;
+    return HAS_TILES && p->weights == TILED ? TILED : HAS_PAIRS && uses_pairs ? PAIRS : BFLOAT16;
 }
 static inline long steps_of(const product *p) { return quotient_up(p->inputs, 2); }
 static inline long step_bytes(int kind) { return PANEL * (kind == FLOAT32 ? 8 : 4); } /* of a panel */
@@ -106,6 +108,44 @@ int pairs_are_chains(void) {
     }
     restore_subnormals(before);
     return same;
+}
+
+/* Seconds of this thread in which a block of sums gets the products of `rounds` pairs. */
+static double seconds_of(long rounds, int by_pairs) {
+    enum { SUMS = LANES == 8 ? 12 : 24 };
+    vec sums[SUMS], x = set1(1e-6f), w = set1(1e-6f);
+    struct timespec begin, end;
+    for (int i = 0; i < SUMS; i++)
+        sums[i] = set1((float)i);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &begin);
+    for (long r = 0; r < rounds; r++)
+        for (int i = 0; i < SUMS; i++)
+            sums[i] = by_pairs ? fused_pairs(x, w, sums[i]) : fused(x, w, fused(w, x, sums[i]));
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
+    for (int i = 1; i < SUMS; i++)
+        sums[0] = add(sums[0], sums[i]);
+    volatile float used = sum_of((group){{sums[0]}}); /* so that the compiler keeps the sums */
+    (void)used;
+    return (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);
+}
+
+/* Whether a pair takes less time than two multiply-adds, by the least of some measurements; 1 without products of pairs. */
+int pairs_are_faster(void) {
+    enum { TRIES = 20, ROUNDS = 500 };
+    double pairs = 1, chain = 1;
+    for (int i = 0; i < TRIES; i++) {
+        double of_pairs = seconds_of(ROUNDS, 1), of_chain = seconds_of(ROUNDS, 0);
+        pairs = of_pairs < pairs ? of_pairs : pairs;
+        chain = of_chain < chain ? of_chain : chain;
+    }
+    return !HAS_PAIRS || pairs < chain;
+}
+
+/* Use the processor's products of pairs from now on, or not; returns the choice until now. */
+int use_pairs(int choice) {
+    int before = uses_pairs;
+    uses_pairs = choice;
+    return before;
 }
 
 /* Pack w, (N, K) or (K, N) if `transposed`, into the outputs from `first` on of a matrix of zeros. */
