@@ -37,7 +37,10 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(world: World, chosen: Namespace) -> None:
-    """Measure and print; collective. The rows are divided evenly among the ranks; transformers runs on rank 0 alone."""
+    """Measure and print; collective.
+
+    The rows are divided evenly among the ranks; transformers runs on rank 0, with a thread for each rank.
+    """
     check_products(world, chosen.products)
     sizes = Sizes.of(chosen)
     table = figures_table(
@@ -64,7 +67,7 @@ def _measure(world: World, sizes: Sizes, num_rows: int, precision: Precision, ch
     if world.size > 1:
         alone = partial(make_layer_on(alone=True), rows)
         contestants[ALONE] = alone if world.rank == 0 else _do_nothing
-    blocks = peers.moe_blocks(sizes, rows, precision=precision)
+    blocks = peers.moe_blocks(sizes, rows, precision=precision, threads=world.size)
     contestants |= {name: block if world.rank == 0 else _do_nothing for name, block in blocks.items()}
     taken = alternate(world, contestants, rounds=rounds)
     share = _gemm_share(world, ours, rounds=rounds)

@@ -28,11 +28,13 @@ Contestants = Mapping[str, Callable[[], object]]
 def alternate(world: World, contestants: Contestants, *, rounds: int) -> dict[str, list[float]]:
     """Run all contestants one after another, in one round to warm up and `rounds` that count; collective, blocks.
 
-    The names are the same on all ranks. Returns the seconds of each counted run on its slowest rank.
+    The names are the same on all ranks; ranks that wait for others sleep. Returns the seconds of each counted run on
+    its slowest rank.
     """
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, run in contestants.items():
+            sleep_until_all(world)
             world.comm.Barrier()
             begin = perf_counter()
             run()

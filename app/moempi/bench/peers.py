@@ -37,8 +37,8 @@ def check_peers(world: World, *, benchmark: str) -> None:
         raise UsageError(f"bench {benchmark} needs torch and transformers: bash jobs/setup.sh local convert peers")
 
 
-def moe_blocks(sizes: Sizes, rows: Float32Array, *, precision: str) -> dict[str, Callable[[], Any]]:
-    """Transformers' Qwen3-MoE block with our weights on rows (T, D), in one thread; by experts implementation.
+def moe_blocks(sizes: Sizes, rows: Float32Array, *, precision: str, threads: int) -> dict[str, Callable[[], Any]]:
+    """Transformers' Qwen3-MoE block with our weights on rows (T, D), by experts implementation.
 
     Empty if torch or transformers is not installed.
     """
@@ -46,7 +46,7 @@ def moe_blocks(sizes: Sizes, rows: Float32Array, *, precision: str) -> dict[str,
         return {}
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     config, block = make_moe_block(sizes)
     networks = [expert_bits(sizes, expert) for expert in range(sizes.num_experts)]
     with torch.no_grad():
