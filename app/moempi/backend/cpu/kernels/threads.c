@@ -63,9 +63,11 @@ static void *help(void *started_in) {
 }
 
 int use_threads(int count) {
-    if (owner != getpid()) { /* a fork has none of its parent's threads */
+    if (owner != getpid()) { /* a fork has none of its parent's threads, which may have held the mutex when it began */
         owner = getpid();
         num_helpers = 0;
+        mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+        called = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
     }
     sigset_t all, before; /* signals are the calling thread's */
     sigfillset(&all);
