@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from backend.cpu.guarded import guarded
+from backend.cpu.tiled_kernels import tiled_kernels
 from moempi.arrays import address_of, narrow, round_to_bfloat16
 from moempi.backend.cpu.compiled import CompiledBackend
 from moempi.backend.cpu.kernels import instructions, load_kernels
@@ -31,32 +32,35 @@ RULES = {
     "all": Router(top_k=12, scaling=2.5, float32_weights=True),
 }
 WIDTH, HIDDEN, EXPERTS = 34, 21, 12
+PRECISIONS = ("float32", "bfloat16")
 
 
 def values(*shape, seed=0):
     return round_to_bfloat16(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-@pytest.fixture(params=[(None, 1), *((name, 3) for name in instructions())], ids=str)
-def kernels(request, monkeypatch):
-    """Kernels whose scratch memory ends at a page that cannot be accessed."""
-    name, threads = request.param
-    found, held = load_kernels(name), []
-    if found is None:
+EXACT = {"plain": (load_kernels(), 1), **{name: (load_kernels(name), 3) for name in instructions()}}
+KINDS = {
+    **{f"{name}, {precision}": (*of, precision, False) for name, of in EXACT.items() for precision in PRECISIONS},
+    **{f"{name}, tiles": (of, 3, "bfloat16", True) for name, of in tiled_kernels().items()},
+}
+"""Kernels, their threads, the precision, and whether products use tiles."""
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def backend(request, monkeypatch):
+    """A backend on kernels whose scratch memory is full of NaNs and ends at a page that cannot be accessed."""
+    (kernels, threads, precision, tiled), held = request.param, []
+    if kernels is None:
         pytest.skip("not to be compiled here")
 
     def workspace(num_bytes):
         held[:] = [guarded(np.full(num_bytes, 255, np.uint8))]
         return address_of(held[0])
 
-    monkeypatch.setattr(found, "workspace", workspace)
-    found.use_threads(threads)
-    yield found
-    found.use_threads(1)
-
-
-def backend_of(kernels, precision):
-    return CompiledBackend(kernels, precision=precision, threads=kernels.threads)
+    monkeypatch.setattr(kernels, "workspace", workspace)
+    yield CompiledBackend(kernels, precision=precision, threads=threads, tiled=tiled)
+    kernels.use_threads(1)
 
 
 def stored(*shape, seed):
@@ -103,11 +107,9 @@ def angles_of(backend, shape, starts, lengths):
     return backend.rope_angles(np.concatenate(positions), frequencies=frequencies, amplitude=1.1)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["rms", "rms_float32"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_fused_attention_has_the_bits_of_its_verbs(kernels, precision, kind, shape):
-    backend = backend_of(kernels, precision)
+def test_a_fused_attention_has_the_bits_of_its_verbs(backend, kind, shape):
     attention = attention_of(backend, shape, norms_rounded=kind == "rms")
     norms = [Norm(kind, eps, guarded(values(WIDTH, seed=seed))) for eps, seed in ((1e-6, 8), (1e-5, 9))]
     fused = backend.fuse_attention(attention.block(*norms))
@@ -160,11 +162,9 @@ def sums_by_verbs(backend, block, x, addends):
     return backend.combine(returned, output_rows, weights, addends), chosen, weights, counts
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("clamp", [None, Clamp(alpha=1.7, limit=0.5)])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_fused_experts_have_the_bits_of_their_verbs(kernels, precision, clamp, rule):
-    backend = backend_of(kernels, precision)
+def test_fused_experts_have_the_bits_of_their_verbs(backend, clamp, rule):
     block = experts_block(backend, rule, clamp=clamp)
     fused = backend.fuse_experts(block)
     for number, rows in enumerate((1, 2, 0, 7, 40)):
@@ -177,10 +177,9 @@ def test_fused_experts_have_the_bits_of_their_verbs(kernels, precision, clamp, r
         np.testing.assert_array_equal(found[0].view(np.uint32), fused(x, addends, load)[0].view(np.uint32))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("shape", "rule"), list(zip(SHAPES.values(), RULES.values(), strict=True)), ids=SHAPES)
-def test_fused_layers_have_the_bits_of_their_parts(kernels, precision, shape, rule):
-    backend, norm = backend_of(kernels, precision), Norm("rms", 1e-6, guarded(values(WIDTH, seed=8)))
+def test_fused_layers_have_the_bits_of_their_parts(backend, shape, rule):
+    norm = Norm("rms", 1e-6, guarded(values(WIDTH, seed=8)))
     attentions = [attention_of(backend, shape, True, window=window) for window in (0, 70, shape.window)]
     parts = [
         (

@@ -6,19 +6,12 @@ The definition is compiled in the place of the processor's tiles where it has no
 import numpy as np
 import pytest
 
+from backend.cpu.guarded import guarded
+from backend.cpu.tiled_kernels import tiled_kernels
 from moempi.arrays import narrow, round_to_bfloat16, widen
-from moempi.backend.c_compiler import load_kernel
+from moempi.backend.cpu import kernels
 from moempi.backend.cpu.compiled import CompiledBackend
-from moempi.backend.cpu.kernels import (
-    SOURCES,
-    TILED,
-    WITH_TILES,
-    Kernels,
-    MatrixProduct,
-    compiler_flags,
-    instructions,
-    load_kernels,
-)
+from moempi.backend.cpu.kernels import TILED, MatrixProduct, load_kernels
 from moempi.backend.select import has_fast_products, make_backend
 from moempi.config.job import RunSection
 
@@ -26,20 +19,18 @@ FLUSHED = 2.0**-126
 """The smallest normal number."""
 
 
-def defined(name):
-    """Kernels whose tiles compute what the processor's are defined to compute, with other instructions."""
-    library = load_kernel(SOURCES, (*compiler_flags(name), "-DTILES_AS_DEFINED"))
-    kernels = None if library is None else Kernels(library)
-    assert kernels is None or kernels.request_tiles()
-    return kernels
-
-
-WITH_AVX = [name for name in instructions() if name in ("AVX-512", "AVX2")]
-CONTESTANTS = {f"{name}, as defined": defined(name) for name in WITH_AVX} if load_kernels() else {}
-if WITH_TILES in instructions() and load_kernels(WITH_TILES) and load_kernels(WITH_TILES).request_tiles():
-    CONTESTANTS["AMX"] = load_kernels(WITH_TILES)
+CONTESTANTS = tiled_kernels()
 needs_tiles = pytest.mark.skipif(not CONTESTANTS, reason="no C compiler, or a processor without AVX2")
 each_kind = pytest.mark.parametrize("of", CONTESTANTS.values(), ids=CONTESTANTS)
+
+
+@pytest.fixture(autouse=True)
+def scratch_of_nans(monkeypatch):
+    """The scratch memory of each product is new, all its numbers are none, and it ends at a page without access."""
+    monkeypatch.setattr(kernels, "aligned_empty", lambda shape, dtype: guarded(np.full(shape, np.nan, dtype)))
+    for of in (load_kernels(), *CONTESTANTS.values()):
+        if of is not None:
+            monkeypatch.setattr(of, "_scratch", np.empty(0, np.float32))
 
 
 def values(*shape, seed=0):
@@ -69,7 +60,7 @@ def tiled_product(x, weights, bias):
 def product(of, x, parts, bias, *, is_narrow=True, threads=1, rounded=False):
     of.use_threads(threads)
     matrix = of.pack(parts, transposed=False, tiled=True)
-    out = np.empty((len(x), matrix.shape[1]), np.float32)
+    out, of._scratch = np.empty((len(x), matrix.shape[1]), np.float32), np.empty(0, np.float32)
     of.multiply(x, [MatrixProduct(matrix, len(x), bias=bias)], out, narrow=is_narrow, rounded=rounded)
     return out
 
@@ -77,7 +68,7 @@ def product(of, x, parts, bias, *, is_narrow=True, threads=1, rounded=False):
 @needs_tiles
 @each_kind
 @pytest.mark.parametrize("shape", [(1, 1), (2, 64), (31, 70), (33, 32), (300, 129), (1800, 33)])
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 48, 530])
+@pytest.mark.parametrize("rows", [1, 16, 17, 21, 31, 32, 33, 530])
 def test_products_have_the_bits_of_their_definition_for_any_rows_and_threads(of, shape, rows):
     inputs, outputs = shape
     x, stored, bias = values(rows, inputs), narrow(values(outputs, inputs, seed=1)), values(outputs, seed=2)
@@ -87,6 +78,33 @@ def test_products_have_the_bits_of_their_definition_for_any_rows_and_threads(of,
     np.testing.assert_array_equal(product(of, x, [stored], bias, threads=3), twin)
     np.testing.assert_array_equal(product(of, x, [stored], bias, rounded=True), round_to_bfloat16(twin))
     np.testing.assert_array_equal(product(of, x[-1:], [stored], bias), twin[-1:])
+
+
+@needs_tiles
+@each_kind
+@pytest.mark.parametrize("rows", [1, 21, 40])
+def test_several_products_of_a_call_have_their_definition_each(of, rows):
+    """Each head has a matrix of its own; the rows of a head are apart."""
+    backend, stored = CompiledBackend(of, precision="bfloat16", tiled=True), narrow(values(3, 70, 37, seed=1))
+    matrices, x = backend.head_matrices(stored), values(rows, 5, 3, 70)
+    assert {matrix.weights for matrix in matrices} == {TILED}
+    twin = np.stack([tiled_product(x[:, 2, head], widen(stored[head].T), np.float32(0)) for head in range(3)], axis=1)
+    for each in (x[:, 2], np.ascontiguousarray(x[:, 2]), x[:, 2].transpose(1, 2, 0).copy().transpose(2, 0, 1)):
+        np.testing.assert_array_equal(backend.linear_heads(each, matrices), round_to_bfloat16(twin))
+
+
+@needs_tiles
+@each_kind
+@pytest.mark.parametrize("rows", [2, 31])
+def test_rows_that_are_apart_and_heads_that_are_cut_have_the_bits_of_the_definition(of, rows):
+    backend, stored, bias = CompiledBackend(of, precision="bfloat16", tiled=True), values(130, 70, seed=1), values(130)
+    head, x = backend.matrix(narrow(stored)), values(rows, 200)[:, 60:130]
+    twin = tiled_product(x, stored, bias)
+    for each in (x, np.ascontiguousarray(x), np.asfortranarray(x), np.repeat(x, 2, axis=0)[::2]):
+        np.testing.assert_array_equal(backend.logits(each, head, bias), twin)
+    for outputs in (range(32), range(32, 64), range(32, 130), range(64, 101), range(128, 130)):
+        part, some = backend.take_outputs(head, outputs), slice(outputs.start, outputs.stop)
+        np.testing.assert_array_equal(backend.logits(x, part, bias[some]), twin[:, some])
 
 
 @needs_tiles
