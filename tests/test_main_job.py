@@ -43,8 +43,8 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(weights, prompts, tmp_path_factory, runner):
-    """Run the mixed prompts on so many ranks with so many settings; the results file."""
+def run_with_stderr(weights, prompts, tmp_path_factory, runner):
+    """Run the mixed prompts on so many ranks with so many settings; the results file, and the program's own lines."""
 
     def run(num_ranks, task, *, module="moempi.cli", environment=None, **settings):
         results = tmp_path_factory.mktemp("results") / "out.h5"
@@ -61,9 +61,15 @@ def run(weights, prompts, tmp_path_factory, runner):
         options = [word for key, value in named.items() for word in ("--set", f"{key}={value}")]
         outcome = runner(num_ranks, module=module, **(environment or {})).run("run", JOB, *options)
         assert outcome.code == 0, outcome.err
-        return results
+        return results, outcome.lines
 
     return run
+
+
+@pytest.fixture(scope="module")
+def run(run_with_stderr):
+    """The same, but the results file alone."""
+    return lambda *words, **settings: run_with_stderr(*words, **settings)[0]
 
 
 @pytest.fixture(scope="module")
@@ -123,21 +129,50 @@ def test_reproducible_bfloat16_is_bit_identical(run):
         assert (found.different, found.largest) == (0, 0.0)
 
 
+needs_tiles = pytest.mark.skipif(
+    not {"AVX-512", "AVX2"} & set(instructions()), reason="tiles are defined for AVX-512 and AVX2"
+)
+
+
+@pytest.fixture(scope="module")
+def exact_scores(run):
+    """Scores on one rank in bfloat16 with exact products."""
+    return run(1, "score", **{"run.precision": "bfloat16"})
+
+
 @pytest.mark.mpi
-@pytest.mark.skipif(not {"AVX-512", "AVX2"} & set(instructions()), reason="tiles are defined for AVX-512 and AVX2")
-def test_fast_products_are_bit_identical_in_any_layout_and_by_their_definition(run, alone):
-    """Tiles of the processor, if it has them, and tiles that are computed as they are defined."""
+@needs_tiles
+def test_fast_products_are_bit_identical_in_any_layout_and_by_their_definition(run, alone, exact_scores):
+    """Tiles of the processor, if it has them, and tiles that are computed as they are defined: both are used."""
     defined = {"module": "backend.cpu.defined_tiles", "run.precision": "bfloat16", "run.products": "fast"}
     kinds = [defined] + [defined | {"module": "moempi.cli"}] * (WITH_TILES in instructions())
-    for task, exact in alone.items():
-        first = run(1, task, **defined)
+    fast = {task: run(1, task, **defined) for task in alone}
+    for task, first in fast.items():
         for kind in kinds:
             found = compare(first, run(3, task, **kind, **{"run.micro_batches": 3, "run.threads": 2}))
             assert (found.different, found.largest) == (0, 0.0)
-        with h5py.File(first) as fast, h5py.File(exact) as slow:
-            assert [file.attrs["fast_products"] for file in (fast, slow)] == [1, 0]
-            if task == "score":
-                assert np.nanmedian(np.abs(fast["score/logprobs"][:] - slow["score/logprobs"][:])) < 0.05
+        assert has_fast_products(first)
+    assert compare(exact_scores, fast["score"]).largest > 0
+    with h5py.File(fast["score"]) as file, h5py.File(alone["score"]) as slow:
+        assert np.nanmedian(np.abs(file["score/logprobs"][:] - slow["score/logprobs"][:])) < 0.05
+
+
+@pytest.mark.mpi
+@needs_tiles
+def test_products_are_exact_on_all_ranks_if_one_has_no_tiles(run_with_stderr, exact_scores):
+    settings = {"module": "backend.cpu.tiles_but_on_rank_1", "run.precision": "bfloat16", "run.products": "fast"}
+    results, lines = run_with_stderr(2, "score", **settings)
+    found = compare(exact_scores, results)
+    assert (found.different, found.largest) == (0, 0.0)
+    assert not has_fast_products(results)
+    assert not has_fast_products(exact_scores)
+    assert sum("products" in line for line in lines) == 1, lines
+    assert has_fast_products(run_with_stderr(1, "score", **settings)[0])  # rank 0 has tiles
+
+
+def has_fast_products(results):
+    with h5py.File(results) as file:
+        return file.attrs["fast_products"] == 1
 
 
 WIDER = [name for name in ("X86_V4", "AVX512_ICL", "AVX512_SPR") if __cpu_features__.get(name)]

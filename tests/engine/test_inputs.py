@@ -62,15 +62,23 @@ def test_ranks_that_read_different_jobs_end(comm, tmp_path):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("with_tiles", [0, 1, 2])
 def test_ranks_have_fast_products_together_or_not_at_all(comm, tmp_path, monkeypatch, caplog, with_tiles):
-    """As if the processors of the first ranks had tiles."""
+    """As if the processors of the first ranks had tiles. A run is not continued with products of the other kind."""
     folder = comm.bcast(tmp_path)
-    job = comm.bcast(made_job(folder, run={"backend": "numpy", "products": "fast"}) if comm.rank == 0 else None)
-    monkeypatch.setattr(inputs, "has_fast_products", lambda run: comm.rank < with_tiles)
+    fast = comm.bcast(made_job(folder, run={"backend": "numpy", "products": "fast"}) if comm.rank == 0 else None)
+    exact = msgspec.structs.replace(fast, run=msgspec.structs.replace(fast.run, products="exact"))
+    monkeypatch.setattr(inputs, "has_fast_products", lambda run: comm.rank < with_tiles and run.products == "fast")
+    opened, others = (open_and_release(job, comm) for job in (fast, exact))
+    all_have_tiles = with_tiles == comm.size
+    assert opened.job.run.products == ("fast" if all_have_tiles else "exact")
+    assert (opened.fingerprint == others.fingerprint) == (not all_have_tiles)
+    assert caplog.text.count("products are not fast") == (comm.rank == 0 and not all_have_tiles)
+
+
+def open_and_release(job, comm):
     opened = open_inputs(lambda: job, World(comm), strict=True)
     if opened.lock is not None:
         opened.lock.release()
-    assert opened.job.run.products == ("fast" if with_tiles == comm.size else "exact")
-    assert ("products are not fast" in caplog.text) == (comm.rank == 0 and with_tiles < comm.size)
+    return opened
 
 
 @pytest.mark.ranks(2)

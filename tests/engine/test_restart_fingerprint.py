@@ -32,6 +32,7 @@ OTHER_VALUES = {
     "task": "score",
     "run.backend": "numpy",
     "run.precision": "float32",
+    "run.products": "fast",
     "sampling.stop": ("x",),
     "sampling.defaults": "model",
     "sampling.logit_bias": {5: 1.0},
