@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TextIO
 
 
 def write_into(path: Path, descriptor: int) -> None:
@@ -32,9 +33,16 @@ def exit_code(main: Callable[[list[str]], object], words: list[str]) -> int:
     return 1
 
 
+def open_fifo(path: Path) -> TextIO:
+    """The FIFO, which is at its end if the process of the tests, which has opened it before, has ended meanwhile."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # otherwise to open it waits for another writer
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor)
+
+
 def run() -> None:
     main, folder, rank = import_module(sys.argv[1]).main, Path(sys.argv[2]), os.environ["OMPI_COMM_WORLD_RANK"]
-    with (folder / f"{rank}.jobs").open() as jobs:
+    with open_fifo(folder / f"{rank}.jobs") as jobs:
         for number, line in enumerate(jobs):
             write_into(folder / f"{number}.out", 1)
             write_into(folder / f"{number}.err", 2)

@@ -77,6 +77,15 @@ def test_a_crash_between_two_jobs_fails_the_second(ranks):
     assert ranks.run("nothing").code == 0
 
 
+def test_ranks_that_start_when_the_tests_are_over_end(tmp_path):
+    """They have not opened their FIFOs yet when these are closed."""
+    runner = Runner(2, tmp_path, module="test_runner")
+    runner.start("nothing")
+    process = runner._process
+    runner.end()
+    assert process.poll() is not None
+
+
 def test_ranks_that_hang_after_the_last_job_are_ended(ranks, monkeypatch):
     assert ranks.run("hang later").code == 0
     process = ranks._process

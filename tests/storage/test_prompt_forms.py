@@ -109,7 +109,14 @@ def test_bad_rows_of_a_csv_file_are_errors_of_their_own(tmp_path):
     assert found[2].error.endswith("row 2: not UTF-8")
 
 
-@pytest.mark.parametrize("content", [b'prompt\n"' + b"x" * 300, b"prompt\na\rb\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'prompt\n"' + b"x" * 300,
+        b"prompt\na\rb\n",
+        b"prompt,reference\n" + b"x" * 60 + b"," + b"y" * 60 + b"\n",  # each field is short
+    ],
+)
 def test_a_file_that_is_not_csv_is_refused(tmp_path, content, monkeypatch):
     monkeypatch.setattr(prompts_module, "MAX_LINE_BYTES", 100)
     with pytest.raises(DataError, match=r"p\.csv:\d+: is not CSV"):

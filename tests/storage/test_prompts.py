@@ -252,6 +252,15 @@ def test_a_huge_line_is_an_error_and_memory_stays_bounded(tmp_path, monkeypatch)
     assert (found[4].id, found[5].id) == ("last", "line-6")
 
 
+@pytest.mark.parametrize(("id_length", "most"), [(5, 1024), (100_000, 11)])
+def test_samples_are_made_a_few_at_a_time(tmp_path, id_length, most):
+    path = write_lines(tmp_path / "p", *({"id": f"{i}".zfill(id_length), "prompt": "", "n": 1024} for i in range(3)))
+    blocks = list(prompts.find_prompts(path, sampling=SAMPLING, repeated=()))
+    assert max(map(len, blocks)) <= most
+    found = [prompt.index for block in blocks for prompt in block]
+    assert found == list(range(3 * 1024))
+
+
 def test_byte_order_mark_and_windows_line_ends(tmp_path):
     path = tmp_path / "p"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n  \r\n{"prompt": "b"}\r\n')

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from moempi.errors import DataError
 from moempi.storage import read_ahead
 from moempi.storage.read_ahead import ReadAhead
 
@@ -52,6 +53,19 @@ def test_it_ends_with_its_reader(tmp_path, monkeypatch, advised):
         wait_until(lambda: advised)
     assert time.monotonic() - begin < LIMIT_S
     assert len(advised) == 1
+
+
+def test_a_file_that_is_damaged_is_the_readers_to_report(tmp_path, monkeypatch, advised):
+    def ranges():
+        yield range(5)
+        raise DataError("damaged")
+
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    (tmp_path / "f").touch()
+    with ReadAhead(tmp_path / "f", ranges(), lambda: 0) as reading:
+        wait_until(lambda: not reading._thread.is_alive())
+    assert (advised, seen) == ([(0, 5)], [])
 
 
 def test_a_file_that_is_missing_is_the_readers_to_report(tmp_path, advised):

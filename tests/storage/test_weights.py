@@ -1,5 +1,7 @@
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import msgspec
@@ -199,6 +201,17 @@ def test_a_file_that_is_not_opened_whole_verifies_what_is_needed_of_it(damage, c
         np.testing.assert_array_equal(weights.read("embedding"), origin_values(weights.tensor("embedding")))
     with pytest.raises(DataError, match="norm"):
         damage(change)
+
+
+@pytest.mark.parametrize("after", ["removed", "replaced by a smaller file"])
+def test_a_file_that_is_not_opened_whole_is_the_one_that_was_opened(model, tmp_path, after):
+    """As for a rank that loads its tensors long after the opening."""
+    path = Path(shutil.copy(model, tmp_path / "weights.h5"))
+    with WeightFile.open(path, whole=False) as weights:
+        path.unlink()
+        if after != "removed":
+            path.write_bytes(b"other")
+        np.testing.assert_array_equal(weights.read("norm"), origin_values(weights.tensor("norm")))
 
 
 def test_the_texts_of_a_file_are_verified_by_who_does_not_open_it_whole(damage):

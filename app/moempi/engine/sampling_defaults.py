@@ -17,7 +17,7 @@ def with_sampling_defaults(job: Job, *, given: Collection[str]) -> Job:
     """
     if job.sampling.defaults != "model":
         return job
-    with WeightFile.open(job.model.weights) as weights:
+    with WeightFile.open(job.model.weights, whole=False) as weights:
         recommended = weights.sampling
     if not recommended:
         raise ConfigError(

@@ -7,6 +7,7 @@ shape.
 """
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -136,7 +137,7 @@ def open_dataset(file: Any, name: str) -> Any:
             group = h5g.open(group, parent)
         _require_hard(group, last, label)
         dataset = h5d.open(group, last)
-        problem = _storage_problem(dataset, Path(file.filename).stat().st_size)
+        problem = _storage_problem(dataset, os.fstat(file.id.get_vfd_handle()).st_size)
     if problem:
         raise DataError(f"{label}: {problem}")
     return dataset

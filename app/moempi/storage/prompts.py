@@ -37,6 +37,8 @@ _ROWS = 1024
 """Rows of arrays whose offsets and ids are read at a time."""
 _LINES_BYTES = 1 << 13
 """Bytes of lines that are read at a time, beside the rest of the last one."""
+_SAMPLES, _ID_BYTES = 1024, 1 << 20
+"""Samples, and characters of their ids, that are made at a time; one of a longer id is made alone."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UNKNOWN_FIELD = "Object contains unknown field `"
 
@@ -181,9 +183,12 @@ def _with_indices(
     first_use: dict[str, int] = {}
     index = 0
     for block in found:
-        samples = []
+        samples, id_bytes = list[Prompt](), 0
         for number, prompt in block:
             for sample in _samples(prompt):
+                if len(samples) == _SAMPLES or id_bytes > _ID_BYTES:
+                    yield samples
+                    samples, id_bytes = [], 0
                 if repeated is None or (repeated and digest(sample.id) in repeated):
                     sample = _require_first(sample, number, first_use, place, sampling)
                 checked = check(sample)
@@ -192,6 +197,7 @@ def _with_indices(
                     error = f"{place(number)[0]}: {error}"
                 samples.append(structs.replace(checked, index=index, error=error))
                 index += 1
+                id_bytes += len(sample.id)
         yield samples
 
 
@@ -205,12 +211,14 @@ def _require_first(sample: Prompt, number: int, first_use: dict[str, int], place
     return _bad(fallback, sampling, error)
 
 
-def _samples(prompt: Prompt) -> Sequence[Prompt]:
+def _samples(prompt: Prompt) -> Iterable[Prompt]:
     """The prompt as its first sample, then the others; each id draws its own random numbers."""
     if prompt.sampling.n == 1 or prompt.error:
         return (prompt,)
     others = range(1, prompt.sampling.n)
-    return [prompt, *(structs.replace(prompt, id=f"{prompt.id}#{number}", prompt_id=prompt.id) for number in others)]
+    return chain(
+        (prompt,), (structs.replace(prompt, id=f"{prompt.id}#{number}", prompt_id=prompt.id) for number in others)
+    )
 
 
 def _read(path: str | Path, form: PromptForm, place: Place, sampling: Sampling, column: str) -> Iterator[Numbered]:
@@ -222,8 +230,7 @@ def _read(path: str | Path, form: PromptForm, place: Place, sampling: Sampling, 
         with open_decompressed(path, form.compression) as file:
             blocks = _line_blocks(file)
             if form.name == "csv":
-                lines = chain.from_iterable(blocks)
-                rows = csv_rows(lines, path=path, column=column, limit=MAX_LINE_BYTES)
+                rows = csv_rows(_whole_lines(blocks, path), path=path, column=column, limit=MAX_LINE_BYTES)
                 yield from _read_rows(rows, place, sampling)
             else:
                 yield from _read_lines(blocks, place, sampling, form.name)
@@ -321,6 +328,14 @@ def _line_blocks(file: BinaryIO) -> Iterator[list[bytes]]:
         lines[0] = lines[0].removeprefix(mark)
         yield lines
         mark = b""
+
+
+def _whole_lines(blocks: Iterable[list[bytes]], path: str | Path) -> Iterator[bytes]:
+    """The lines, none of which is cut; raises DataError for one of more than MAX_LINE_BYTES."""
+    for number, line in enumerate(chain.from_iterable(blocks), start=1):
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(f"{path}:{number}: is not CSV: the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+        yield line
 
 
 def _rest_of_line(file: BinaryIO) -> bytes:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
+from moempi.errors import DataError
 from moempi.storage.closeable import Closeable
 
 LEAD_BYTES = 256 << 20
@@ -17,8 +18,9 @@ POLL_S = 0.005
 class ReadAhead(Closeable):
     """Lets the operating system read `ranges` of a file into its page cache, in order and beside their reader.
 
-    `consumed` gives the bytes of the ranges that the reader has read so far. A disk's failures are the reader's to
-    report. Not collective; a thread of its own waits for the disk, and where none can start, nothing is read ahead.
+    `consumed` gives the bytes of the ranges that the reader has read so far. Failures of the disk and damage of the
+    file are the reader's to report. Not collective; a thread of its own waits for the disk, and where none can start,
+    nothing is read ahead.
     """
 
     def __init__(self, path: Path, ranges: Iterable[range], consumed: Callable[[], int]) -> None:
@@ -38,7 +40,8 @@ class ReadAhead(Closeable):
 
     def _run(self) -> None:
         ahead = 0
-        with suppress(OSError, AttributeError), self._path.open("rb") as file:  # or not Linux
+        # A DataError is the file's; there is no posix_fadvise but on Linux.
+        with suppress(OSError, AttributeError, DataError), self._path.open("rb") as file:
             for piece in _pieces(self._ranges):
                 while ahead - self._consumed() > LEAD_BYTES and not self._closed.wait(POLL_S):
                     pass
