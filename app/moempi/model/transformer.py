@@ -216,9 +216,10 @@ class Transformer:
             on_hidden(layer.index, ATTENTION, x)
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 combine = last_combine if following is None else comm.home_combine
-                addends = Addends(None, x, None if next_norm is None else next_norm.rms)
+                rms = None if next_norm is None else next_norm.rms
+                # The addends have no name here: it would keep x in memory through the next layer.
                 x, rows = yield from layer.feed_forward.forward(
-                    backend, rows, comm.exchange, combine, policy, addends=addends, packed=packed
+                    *(backend, rows, comm.exchange, combine, policy), addends=Addends(None, x, rms), packed=packed
                 )
             elif layer.feed_forward is not None:
                 rows = yield from tensor.all_gather(rows, split, Point(layer.index, GATHER))
