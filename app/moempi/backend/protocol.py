@@ -358,7 +358,8 @@ class ExpertVerbs(Protocol):
     ) -> tuple[Array, Array]:
         """`group` of at most `most_packed_choices`, and `pack` of their source rows to out (T * K, D), in one.
 
-        `out` is from `rows_in`. Returns the sorted position of each choice and the number of choices per physical id.
+        `out` is from `rows_in` or `row_buffer`. Returns the sorted position of each choice and the number of choices
+        per physical id.
         """
 
     def take_rows(self, rows: Array, index: IntArray) -> Array:
