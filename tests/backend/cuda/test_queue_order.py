@@ -94,7 +94,7 @@ def test_lanes_order_all_their_work(tmp_path, name, lanes):
     assert all(request.tokens for request in run.requests)
 
 
-@pytest.mark.parametrize(("name", "lanes"), [("small", 2), ("small", 4), ("tiled", 2)])
+@pytest.mark.parametrize(("name", "lanes"), [("small", 2), ("small", 4), ("tiled", 2), ("latent", 2)])
 def test_graphs_of_lanes_order_all_their_work(tmp_path, name, lanes):
     """A graph uses the memory of all its work."""
     run = run_lanes(tmp_path, ARCHITECTURES[name], lanes, capture=True, limit=8)
