@@ -14,7 +14,7 @@ from engine.runs import SPACES
 from moempi.config.architecture import Architecture, AttentionShape, DeltaRule, Indexer, Latent
 from moempi.config.machine_file import read_machine
 from moempi.config.reading import read_toml
-from moempi.layout.memory import StageRank, graph_bytes, rank_memory
+from moempi.layout.memory import WORKSPACE_BYTES, StageRank, graph_bytes, rank_memory
 from moempi.layout.schedule import HEAD_POINTS, step_points
 from moempi.layout.topology import Topology, virtual
 from moempi.planning.step_cost import StepCosts, StepLoad
@@ -307,12 +307,21 @@ def test_the_keys_of_indexers_are_counted_in_the_cache():
 
 
 def test_the_memory_of_graphs_is_counted_for_each_lane_on_a_gpu():
-    def rows(capture, *, on_gpu=True):
-        job = make_job(run={"capture": capture, "micro_batches": 3, "lanes": 3, "precision": "bfloat16"})
+    def rows(job, *, on_gpu=True):
         return rank_memory(job, MISSION, StageRank(range(4), hosted=1, groups=1), on_gpu=on_gpu).rows
 
-    assert rows(capture=True) - rows(capture=False) == 3 * graph_bytes(MISSION, row_bytes=2)
-    assert rows(capture=True, on_gpu=False) == rows(capture=False, on_gpu=False)
+    run = {"micro_batches": 3, "lanes": 3, "precision": "bfloat16"}
+    plain, captured = (make_job(run=run | {"capture": capture}) for capture in (False, True))
+    assert rows(captured) - rows(plain) == 3 * graph_bytes(captured, MISSION, row_bytes=2)
+    assert rows(captured, on_gpu=False) == rows(plain, on_gpu=False)
+
+
+def test_where_nothing_is_captured_a_lane_has_the_memory_of_cublas_alone():
+    latent = Latent(key_value_rank=32, rope_dim=8, value_dim=16, indexer=Indexer(num_heads=2, head_dim=16, top_k=8))
+    indexed = structs.replace(MISSION, attention=AttentionShape(4, 4, 16, latent=latent))
+    alone, group = (make_job(parallel={"tensor": tensor}) for tensor in (1, 2))
+    assert graph_bytes(group, MISSION, row_bytes=2) == graph_bytes(alone, indexed, row_bytes=2) == WORKSPACE_BYTES
+    assert graph_bytes(alone, MISSION, row_bytes=2) > 2 * WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize("tensor", [1, 8])

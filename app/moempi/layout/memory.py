@@ -15,10 +15,10 @@ from moempi.layout.row_buffers import GROWTH, exchange_rows, nodes_of_row, recei
 CACHE_SHARE = 0.8
 """Share of the memory left beside weights and rows; the rest is for MPI, the interpreter and temporary arrays."""
 
-GRAPH_ROWS = 256
-"""Most rows of a CUDA graph, whose values its arena holds beside PARTIAL_BYTES of splits of their keys."""
-WORKSPACE_BYTES, PARTIAL_BYTES = 32 << 20, 64 << 20
-"""A lane's memory for cuBLAS, and for the partial results of attention."""
+GRAPH_ROWS, PADDED_ROWS = 256, 64
+"""Most rows of a CUDA graph, and the rows of a padded part of a reproducible product."""
+WORKSPACE_BYTES, PARTIAL_BYTES, SPLIT_KEYS = 32 << 20, 64 << 20, 256
+"""A lane's memory for cuBLAS, and for partial results of attention: at least of one row, for each split of its keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +88,39 @@ def rank_memory(
     sent = _buffered_values_per_row(job, architecture, rank, on_gpu=on_gpu)
     rows = rank.groups * job.lanes * job.run.batch_tokens
     page_bytes = page * (2 if is_bfloat16 and not widened else 4)
-    graphs = job.lanes * graph_bytes(architecture, row_bytes) if on_gpu and job.run.capture else 0
+    graphs = job.lanes * graph_bytes(job, architecture, row_bytes) if on_gpu and job.run.capture else 0
     return Memory(weights, page_bytes, rows * ceil(values * row_bytes + sent * sent_bytes) + graphs, rank.groups, state)
 
 
-def graph_bytes(architecture: Architecture, row_bytes: int) -> int:
+def graph_bytes(job: Job, architecture: Architecture, row_bytes: int) -> int:
     """Of a lane's CUDA graphs: memory for cuBLAS, the largest arena, a power of two, and the smaller before it.
 
-    An arena has a row's values of the residual stream and its norms, the packed rows, and what the heads compute.
+    Tensor groups and models with an indexer have no graphs.
     """
-    heads, top_k = architecture.attention, architecture.experts.router.top_k
+    if job.parallel.tensor > 1 or architecture.attention.indexer:
+        return WORKSPACE_BYTES
+    return WORKSPACE_BYTES + 2 * (1 << (arena_bytes(job, architecture, row_bytes) - 1).bit_length())
+
+
+def arena_bytes(job: Job, architecture: Architecture, row_bytes: int) -> int:
+    """At least the bytes of the largest arena of a CUDA graph.
+
+    An arena has a row's values of the residual stream and its norms, the packed rows, what the heads compute, and in
+    float32 the router's logits and a product before its bias. A reproducible product pads its last rows and results:
+    those of all products are no more than the values of as many rows.
+    """
+    heads, experts, width = architecture.attention, architecture.experts, architecture.width
     dim = heads.cached_dim if heads.latent else heads.head_dim
-    values = (4 + top_k) * architecture.width + 3 * (heads.num_heads + 2 * heads.cached_heads) * dim
-    arena = GRAPH_ROWS * values * row_bytes + PARTIAL_BYTES
-    return WORKSPACE_BYTES + 2 * (1 << (arena - 1).bit_length())
+    projected = (heads.num_heads + 2 * heads.cached_heads) * dim
+    parts = 3 + 2 * heads.output_gate + (heads.qk_norm == "vector") + (heads.clip is not None)
+    values = (4 + experts.router.top_k) * width + parts * projected
+    floats = experts.num + width * experts.router.float32_logits + (width + projected) * (heads.biases != "none")
+    is_padded = job.run.reproducible or job.run.precision == "float32"
+    rows = GRAPH_ROWS + PADDED_ROWS * is_padded
+    splits = 1 << (ceil(architecture.max_positions / SPLIT_KEYS) - 1).bit_length()
+    value_dim = heads.latent.key_value_rank if heads.latent else heads.head_dim
+    partial = max(PARTIAL_BYTES, heads.num_heads * splits * value_dim * 4)
+    return rows * (values * row_bytes + floats * 4) + ceil(partial * (1 + 2 / value_dim))
 
 
 def _values_per_row(job: Job, architecture: Architecture, rank: StageRank, *, on_gpu: bool) -> float:

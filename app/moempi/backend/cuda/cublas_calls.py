@@ -14,8 +14,6 @@ from cupy_backends.cuda.libs import cublas
 
 from moempi.backend.values import Array
 
-WORKSPACE_BYTES = 32 << 20
-"""What cuBLAS recommends on compute capability 9.0."""
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p
 MATRIX, BATCHED_MATRIX = (POINTER, INT, INT), (POINTER, INT, INT, LONG)
 """Address, type and leading dimension, and the distance of the next matrix of a batch."""

@@ -12,7 +12,7 @@ from cupy_backends.cuda.libs import cublas
 
 from moempi.backend.cuda import cublas_calls
 from moempi.backend.cuda.compiled_kernel import CompiledKernel, instantiate_graph
-from moempi.backend.cuda.device import Argument, Graph, Grid, Kernel
+from moempi.backend.cuda.device import WORKSPACE_BYTES, Argument, Graph, Grid, Kernel
 from moempi.backend.cuda.peer_memory import COPY_QUEUE
 from moempi.backend.protocol import RowCopy
 from moempi.backend.values import Array
@@ -84,7 +84,7 @@ class CupyDevice:
             stream, handle = cupy.cuda.Stream(non_blocking=True, priority=QUEUE_PRIORITY), cublas.create()
             cublas.setStream(handle, stream.ptr)
             if self._captures and number != COPY_QUEUE:
-                self._workspaces.append(self.allocate_shared((cublas_calls.WORKSPACE_BYTES,), np.uint8))
+                self._workspaces.append(self.allocate_shared((WORKSPACE_BYTES,), np.uint8))
                 cublas_calls.set_workspace(handle, self._workspaces[-1])
             self._queues[number] = (stream, handle)
         self.queue = number

@@ -23,6 +23,8 @@ MOST_EXPERTS = 32
 FORMATS = {"int": "i4x", "long long": "q", "float": "f4x", "Experts": f"{MOST_EXPERTS * (2 * 8 + 3 * 4)}s"}
 """Format of a kernel's parameter in the module `struct`, padded to a multiple of 8 bytes; a pointer is an ADDRESS."""
 ADDRESS = "Q"
+WORKSPACE_BYTES = 32 << 20
+"""Memory of a queue for products under capture: what cuBLAS recommends on compute capability 9.0."""
 PREEMPTIBLE = frozenset(
     ("attend_rows", "attend_tiles", "index_scores", "choose_positions", "take_positions", "delta_rule", "state_space")
 )
