@@ -14,6 +14,7 @@ that a kind beyond MOST_GRAPHS is recorded only in the place of a graph that is 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,8 +36,18 @@ IDLE = 256
 """A graph that was not launched in so many calls of its layer and queue may make way for another."""
 
 Angles = tuple[Array, Array]
-Kind = tuple[int, int, int, PhysicalIds | None]
-"""Queue, number of rows, number of splits of their keys, and by what the rows' choices are packed, if they are."""
+
+
+class Kind(NamedTuple):
+    """What calls of a layer have in common that launch the same graph.
+
+    `rows` and `splits` of their keys are rounded numbers; by `ids` the rows' choices are packed, if they are.
+    """
+
+    queue: int
+    rows: int
+    splits: int
+    ids: PhysicalIds | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +169,8 @@ class CapturedAttention:
         inputs = Inputs(x, angles, self._layouts.of(cache, segments))
         if not _is_recorded(inputs.layout, cache):
             return self._attend(x, angles, cache, segments, None)
-        kind: Kind = (self._launches.device.queue, *rounded(inputs.layout), ids)
-        recordings, is_measured = self._recordings[kind[0]], kind in self._sizes
+        kind = Kind(self._launches.device.queue, *rounded(inputs.layout), ids)
+        recordings, is_measured = self._recordings[kind.queue], kind in self._sizes
         recording = recordings.find(kind)
         if recording is None and is_measured and not recordings.take_place():
             return self._attend(x, angles, cache, segments, None)
@@ -186,7 +197,7 @@ class CapturedAttention:
         """The results; the bytes of an arena for them are kept."""
         arena = Arena(self._launches.device.empty)
         with self._launches.allocating(arena):
-            results = self._compute(inputs, cache, kind[-1])
+            results = self._compute(inputs, cache, kind.ids)
         self._sizes[kind] = arena.taken_bytes
         return results
 
