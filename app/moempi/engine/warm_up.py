@@ -115,7 +115,7 @@ def _zeros(
 
 
 def _physical_ids(model: Transformer, placement: Placement | None) -> PhysicalIds:
-    """Ids of the same shape as those of a layer's exchange."""
+    """Physical ids of the shape that a layer's exchange uses."""
     num_experts = model.architecture.experts.num
     num_ids, period = (num_experts, 1) if placement is None else (len(placement.experts), placement.replica_period)
     return PhysicalIds(model.backend.upload(np.arange(num_experts * period) % num_ids), num_ids, period)

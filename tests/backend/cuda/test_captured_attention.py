@@ -203,7 +203,7 @@ def test_graphs_have_the_bits_of_the_verbs_in_every_step(monkeypatch, capturing_
 @pytest.mark.parametrize("shape", ["plain", "latent"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_graphs_choose_experts_and_pack_rows_as_the_verbs(monkeypatch, capturing_device, shape, precision):
-    """Rows that are none are neither packed nor counted: below, at and above the rows of a graph."""
+    """Padding rows are neither packed nor counted: below, at and above the rows of a graph."""
     layers = Layers(capturing_device, SHAPES[shape], precision=precision, routed=True)
     counts = count_captures(monkeypatch, capturing_device)
     for step in range(3):

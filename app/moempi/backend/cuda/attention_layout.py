@@ -75,7 +75,7 @@ class StepLayouts:
 
     @contextmanager
     def placing(self, layout: AttentionLayout) -> Iterator[None]:
-        """Inside a `with`, `layout` is that of all segments."""
+        """Inside a `with`, `layout` returns the layout of all segments."""
         self._placed = layout
         try:
             yield

@@ -33,7 +33,7 @@ ROUNDED_ROWS = 16
 MOST_GRAPHS = 16
 """Graphs of a layer in a queue."""
 IDLE = 256
-"""A graph that was not launched in so many calls of its layer and queue may make way for another."""
+"""Calls of a layer and queue without a launch of a graph, after which another graph may take its place."""
 
 Angles = tuple[Array, Array]
 

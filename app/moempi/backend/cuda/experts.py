@@ -1,4 +1,4 @@
-"""The experts of a layer: those of few rows together in two launches, those of many by products of their own."""
+"""The experts of a layer: all experts with few rows in two launches, each expert with many rows by its own products."""
 
 from collections.abc import Sequence
 
