@@ -15,7 +15,8 @@ def keep_freed_memory() -> None:
     """Let arrays of this process take memory that others have freed.
 
     Every verb of a step makes arrays of some MiB. As the C library begins, it returns their memory to the system, which
-    clears each page again for the next array: 15 % of the processor time of scoring. Does nothing with another library.
+    clears each page again for the next array: 15 % of the processor time of scoring with fast products. Does nothing
+    with another library.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
