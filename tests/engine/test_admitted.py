@@ -67,14 +67,14 @@ def fields(request):
 
 def test_a_refused_request_fails_once_and_is_not_computed():
     found, names = admitted(), ["b", "three pages"]
-    refused, pages = [request.prompt.id for request in found.refused()], found.pages.total()
+    refused, pages = [request.prompt.id for request in admitted().take_refused()], found.pages.total()
     others = [request.prompt.id for request in found if request.prompt.id not in names]
     found.refuse(lambda request: "does not fit" if request.prompt.id in names else "")
     for _ in range(2):
         assert [request.prompt.id for request in found] == others
-        failed = list(found.refused())
-        assert [request.prompt.id for request in failed] == [*refused, *names]
-        assert [request.error for request in failed[-2:]] == ["does not fit"] * 2
+    failed = list(found.take_refused())
+    assert [request.prompt.id for request in failed] == [*refused, *names]
+    assert [request.error for request in failed[-2:]] == ["does not fit"] * 2
     assert found.pages.total() == pages - 2
     assert found.num_fitting(9) == len(others)
     assert list(found.too_long(1)) == []
@@ -87,8 +87,10 @@ def test_requests_are_made_again_as_they_were(sampling):
     twins = [MAKE(prompt, chat=CHATS.get(prompt.index)) for prompt in PROMPTS]
     for _ in range(2):
         assert [fields(one) for one in found] == [fields(twin) for twin in twins if not twin.finish]
-        assert [fields(one) for one in found.refused()] == [fields(twin) for twin in twins if twin.finish]
-    assert [one.prompt.index for one in found.refused()] == [2, 3, 4, 5, 6, 8]
+    refused = [fields(one) for one in found.take_refused()]
+    assert refused == [fields(twin) for twin in twins if twin.finish]
+    assert [one["index"] for one in refused] == [2, 3, 4, 5, 6, 8]
+    assert not list(found.take_refused())
 
 
 def test_the_pages_of_requests_that_can_be_computed_are_counted():
@@ -98,12 +100,13 @@ def test_the_pages_of_requests_that_can_be_computed_are_counted():
 @pytest.mark.parametrize(("pages", "fitting"), [(1, [0, 1, 7]), (2, [0, 1, 7]), (3, [0, 1, 7, 9])])
 def test_a_request_that_needs_more_pages_than_the_rank_has_does_not_fit(pages, fitting):
     found = admitted()
-    assert [one.prompt.index for one in found.fitting(pages)] == fitting
     assert found.num_fitting(pages) == len(fitting)
     too_long = list(found.too_long(pages))
     assert [one.prompt.index for one in too_long] == [index for index in (0, 1, 7, 9) if index not in fitting]
     for one in too_long:
         assert one.error == f"needs 3 cache pages, the rank has {pages}; raise run.kv_memory or lower max_tokens"
+    assert [one.prompt.index for one in found.take_fitting(pages)] == fitting
+    assert not list(found)
 
 
 def test_all_pieces_are_taken_whatever_fails():
@@ -127,7 +130,7 @@ def test_an_error_of_the_pieces_is_kept():
     make = lambda prompt, *, task, chat=None: MAKE(prompt, chat=chat)  # noqa: E731
     deployment.make_request = make
     found = admit(
-        pieces(), deployment, task="generate", has_chats=False, spool=lambda: PromptSpool(PromptCodec(Sampling()), "")
+        pieces(), deployment, task="generate", chats=None, spool=lambda: PromptSpool(PromptCodec(Sampling()), "")
     )
     assert [one.prompt.index for one in found] == [0, 1]
     with pytest.raises(StorageError, match="the disk"):

@@ -10,7 +10,7 @@ from moempi.config.job import Sampling
 from moempi.engine.request import Request
 from moempi.storage.export import export
 from moempi.storage.export_openai import openai_lines
-from moempi.storage.prompt_spool import read_prompts
+from moempi.storage.prompt_file import read_prompts
 from storage.test_results import merged
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

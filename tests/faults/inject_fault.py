@@ -18,7 +18,7 @@ POINTS = ("dispatch", "combine", "agree")
 RELEASE = "release"
 """The file in NOTES that ends the fault "hold"."""
 CALLS = {
-    "prompts": ("moempi.storage.prompt_spool", "read_prompts"),
+    "prompts": ("moempi.engine.inputs", "PromptFile"),
     "weights": ("moempi.engine.load", "load_model"),
     "record": ("moempi.engine.summary", "rank_record"),  # after the last token
     "merge": ("moempi.storage.merge", "merge"),

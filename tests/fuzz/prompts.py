@@ -17,7 +17,7 @@ from moempi.config.job import Sampling
 from moempi.engine.admission import make_request
 from moempi.engine.tokenizer import TextTokenizer
 from moempi.printing import MAX_LINE_LENGTH
-from moempi.storage.prompt_spool import read_prompts
+from moempi.storage.prompt_file import read_prompts
 from moempi.storage.records import decode, encode
 
 RUN = JOB.replace("none.h5", "weights.h5").replace("../seeds/prompts", "prompts").replace("../seeds/results", "results")

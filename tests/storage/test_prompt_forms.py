@@ -18,8 +18,8 @@ from moempi.config.job import Sampling
 from moempi.errors import ConfigError, DataError, NoInputError
 from moempi.storage import prompts as prompts_module
 from moempi.storage.openai_batch import CHAT, COMPLETIONS
+from moempi.storage.prompt_file import read_prompts
 from moempi.storage.prompt_form import PromptForm, find_form, open_decompressed
-from moempi.storage.prompt_spool import read_prompts
 
 SAMPLING = Sampling(max_tokens=7)
 NEEDS_ZSTD = pytest.mark.skipif(

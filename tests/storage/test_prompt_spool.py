@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from moempi.config.job import Sampling
 from moempi.errors import DataError, StorageError
 from moempi.storage import prompt_spool, repeated
-from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool, num_bytes, read_prompts
+from moempi.storage.prompt_file import PromptCounts, read_prompts
+from moempi.storage.prompt_spool import PromptCodec, PromptSpool, num_bytes
 from moempi.storage.prompts import Prompt
 from moempi.storage.repeated import RepeatedDigests, digest
 

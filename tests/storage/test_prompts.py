@@ -12,7 +12,7 @@ from moempi.config.job import Sampling
 from moempi.errors import DataError, NoInputError
 from moempi.printing import MAX_LINE_LENGTH
 from moempi.storage import prompts
-from moempi.storage.prompt_spool import read_prompts
+from moempi.storage.prompt_file import read_prompts
 from moempi.storage.prompts import make_prompts
 
 SAMPLING = Sampling(max_tokens=7, stop=("x",))

@@ -24,6 +24,7 @@ from moempi.engine.admitted import admit
 from moempi.engine.chat import ChatRenderer, template_day
 from moempi.engine.deployment import deploy, with_products
 from moempi.engine.engine import Engine, load_engine, make_task
+from moempi.engine.group_chats import GroupChats
 from moempi.engine.recorder import Recorder
 from moempi.engine.sampling_defaults import with_sampling_defaults
 from moempi.engine.tokenizer import TextTokenizer
@@ -34,7 +35,8 @@ from moempi.runtime.script_world import script_world
 from moempi.runtime.stop import Stop
 from moempi.storage.chat_templates import ChatTemplates
 from moempi.storage.closeable import Closeable
-from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool
+from moempi.storage.prompt_file import PromptCounts
+from moempi.storage.prompt_spool import PromptCodec, PromptSpool
 from moempi.storage.prompts import Chat, make_prompts
 from moempi.storage.prompts import Prompt as PromptLine
 from moempi.storage.records import Record, RequestRecord
@@ -192,20 +194,23 @@ def _compute(engine: Engine, rows: list[dict[str, Any]], job: Job) -> list[Reque
     prompts = [_without_replay(prompt) for prompt in make_prompts(rows, sampling=job.sampling)]
     counts, codec = PromptCounts(), PromptCodec(job.sampling)
     counts.add(prompts)
+    chats = GroupChats(deployment) if counts.chats else None
     with admit(
         [deployment.own(prompts)],
         deployment,
         task=job.task,
-        has_chats=counts.chats > 0,
+        chats=chats,
         spool=lambda: PromptSpool(codec, gettempdir()),
     ) as admitted:
+        if chats is not None:
+            chats.free()
         deployment.world.collectively(admitted.require_whole)
         writes_records = deployment.rank_layout.writes_records
         recorder = Recorder(records, task=job.task, writes_records=writes_records, on_progress=lambda counts: None)
-        recorder.record(admitted.refused())
+        recorder.record(admitted.take_refused())
+        recorder.record(admitted.too_long(engine.pages))
         engine.submit(admitted)
         engine.run(make_task(job, deployment.tokenizer, top=counts.top_logprobs), recorder)
-        recorder.record(admitted.too_long(engine.pages))
     of_ranks: list[list[Record]] = deployment.world.comm.allgather(records)
     return with_likeliest(chain.from_iterable(of_ranks))
 

@@ -157,4 +157,4 @@ def _job(folder: Path, name: str, *, precision: str) -> Job:
 def _admit(deployment: Deployment, prompts: Sequence[Prompt]) -> AdmittedRequests:
     """The requests of prompts that the engine can compute."""
     spool = partial(PromptSpool, PromptCodec(deployment.job.sampling), tempfile.gettempdir())
-    return admit([prompts], deployment, task=deployment.job.task, has_chats=False, spool=spool)
+    return admit([prompts], deployment, task=deployment.job.task, chats=None, spool=spool)

@@ -11,7 +11,7 @@ from moempi.config.reading import STDIN
 from moempi.errors import DataError
 from moempi.observe.run_report import OutputRow, ScoreRow, print_outputs, print_scores
 from moempi.printing import print_line
-from moempi.storage.prompt_spool import read_prompts
+from moempi.storage.prompt_file import read_prompts
 from moempi.storage.prompts import Prompt
 from moempi.storage.records import Scores
 from moempi.storage.results import ResultFile

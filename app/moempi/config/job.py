@@ -35,12 +35,14 @@ class InputSection(Struct, frozen=True, forbid_unknown_fields=True):
     """`[input]`: the prompts, a file or "-" for stdin, and how they are read.
 
     `column` is the column of a CSV or Parquet file to use. With `special_tokens` the text of a special token in a
-    prompt is that token.
+    prompt is that token. At least `ahead` requests are read before the first step, and again when they run short; 0:
+    all requests are.
     """
 
     prompts: str
     column: str = ""
     special_tokens: bool = True
+    ahead: Annotated[int, Meta(ge=0)] = 65_536
 
 
 class OutputSection(Struct, frozen=True, forbid_unknown_fields=True):

@@ -67,9 +67,10 @@ class AdmittedRequests(Closeable):
                 self._problems[request.prompt.index] = problem
                 self.pages[pages_for(request.capacity)] -= 1
 
-    def refused(self) -> Iterator[Request]:
-        """The requests that have failed."""
+    def take_refused(self) -> Iterator[Request]:
+        """The requests that have failed; this removes them."""
         yield from map(self._make, self._refused)
+        self._refused.close()
         for request in map(self._make, self._to_compute if self._problems else ()):
             if problem := self._problems.get(request.prompt.index, ""):
                 request.fail(problem)
@@ -79,9 +80,12 @@ class AdmittedRequests(Closeable):
         """The number of requests that can be computed with `pages` pages of cache."""
         return sum(count for needed, count in self.pages.items() if needed <= pages)
 
-    def fitting(self, pages: int) -> Iterator[Request]:
-        """The requests that can be computed with `pages` pages of cache."""
-        return filter(lambda request: pages_for(request.capacity) <= pages, self)  # holds no request
+    def take_fitting(self, pages: int) -> Iterator[Request]:
+        """The requests that can be computed with `pages` pages of cache; this removes all that can be computed."""
+        try:
+            yield from filter(lambda request: pages_for(request.capacity) <= pages, self)  # holds no request
+        finally:
+            self._to_compute.close()
 
     def too_long(self, pages: int) -> Iterator[Request]:
         """The requests that can be computed, but not with `pages` pages of cache; each has failed."""
@@ -112,23 +116,21 @@ def admit(
     deployment: Deployment,
     *,
     task: str,
-    has_chats: bool,
+    chats: GroupChats | None,
     spool: Callable[[], PromptSpool],
 ) -> AdmittedRequests:
     """The requests of the prompts in `pieces`, which are the same on all ranks of a data parallel group.
 
-    All pieces are taken, whatever fails; see `AdmittedRequests.require_whole`. Collective, blocks.
+    There are `chats` if a prompt of any group is a chat. All pieces are taken, whatever fails; see
+    `AdmittedRequests.require_whole`. Collective, blocks.
     """
     admitted = AdmittedRequests(partial(deployment.make_request, task=task), spool)
-    chats = GroupChats(deployment) if has_chats else None
     try:
         for piece in pieces:
             deployment.world.alive(deployment.world.where)
             admitted.add_piece(piece, chats)
     except MoempiError as error:
         admitted.fail(error)
-    if chats is not None:
-        chats.free()
     return admitted
 
 

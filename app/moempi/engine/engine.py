@@ -39,14 +39,19 @@ class Engine:
         """The scheduler of this rank's group, which keeps the slots of the cache from run to run."""
         return self.lanes.each[0].context.scheduler
 
-    def submit(self, admitted: AdmittedRequests) -> None:
-        """Queue the requests that can be computed and need no more pages than there are."""
-        self.scheduler.submit(admitted.fitting(self.pages), count=admitted.num_fitting(self.pages))
+    def submit(self, admitted: AdmittedRequests, *, expects_more: bool = False) -> None:
+        """Queue the requests that can be computed and need no more pages than there are.
+
+        If `expects_more`, `run` returns when the queue of a group runs short, for more to be submitted.
+        """
+        self.scheduler.submit(admitted.take_fitting(self.pages), count=admitted.num_fitting(self.pages))
+        self.scheduler.expects_more = expects_more
 
     def run(self, task: Task, recorder: Recorder) -> float:
         """Compute all queued requests, and record each when it is finished; the seconds. Collective, blocks.
 
-        If any rank is requested to stop, all ranks return after the current step.
+        If any rank is requested to stop, or runs short of requests, all ranks return after the current step; another
+        call goes on with the requests that are not finished.
         """
         job, world = self.deployment.job, self.deployment.world
         world.watch(job.run.timeout_s, group=self.deployment.rank_layout.coords.stage, busy_s=self.lanes.busy_s)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
+from msgspec import structs
 
 from moempi.backend.select import count_gpus, has_fast_products
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, result_keys
+from moempi.config.traces import recorded_bytes
 from moempi.engine import phases
 from moempi.engine.deployment import with_products
 from moempi.engine.replay import LineFiles, line_file
@@ -21,7 +23,10 @@ from moempi.runtime.world import MOST, World
 from moempi.storage.files import digest_file, file_state, remove_hidden
 from moempi.storage.journal import journal_paths
 from moempi.storage.lock import OutputLock
-from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool, read_prompts
+from moempi.storage.prompt_file import PromptCounts, PromptFile
+from moempi.storage.prompt_form import find_form
+from moempi.storage.prompt_spool import PromptCodec, PromptSpool
+from moempi.storage.prompts import Prompt
 from moempi.storage.run_state import state_path
 from moempi.storage.tokenizer_check import check_tokenizer
 from moempi.storage.weights import WeightFile
@@ -36,21 +41,32 @@ Backend = Literal["numpy", "cupy", "auto"]
 class Inputs:
     """What the ranks read, and what they know of each other before they lay the job out.
 
-    `prompts` are all prompts on rank 0, none on the others; of their `counts`, ranks above 0 have only the numbers of
-    requests, chats and replays and `top_logprobs`. `fingerprint` identifies the run, `lock` is rank 0's on the output,
-    None on the others. `num_gpus` is the number of GPUs of this node that the job can use, `has_gpus` whether every
-    node has some, `has_journals` whether there are journals of earlier attempts.
+    Rank 0 has the `prompts` that have been read of the `file`, the others have none and no file; `has_more` is whether
+    it has others. Of the `counts`, ranks above 0 have only the numbers of requests, chats and replays and
+    `top_logprobs`. `fingerprint` identifies the run, `lock` is rank 0's on the output, None on the others. `num_gpus`
+    is the number of GPUs of this node that the job can use, `has_gpus` whether every node has some, `has_journals`
+    whether there are journals of earlier attempts.
     """
 
     job: Job
     weights: WeightFile
+    file: PromptFile | None
     prompts: PromptSpool
     counts: PromptCounts
+    has_more: bool
     fingerprint: str
     lock: OutputLock | None
     num_gpus: int
     has_gpus: bool
     has_journals: bool
+
+    def found(self) -> str:
+        """What has been found in the prompt file, on rank 0, in one line."""
+        path, counts = self.job.input.prompts, self.counts
+        form = find_form(path, column=self.job.input.column)
+        so_far = " so far" if self.file is not None and not self.file.is_read else ""
+        refused = f", {counts.refused} of them refused" if counts.refused else ""
+        return f"{path}: {counts.requests} requests{so_far}{refused}, {form}"
 
 
 class _Opened(NamedTuple):
@@ -58,8 +74,8 @@ class _Opened(NamedTuple):
 
     job: Job
     weights: WeightFile
+    file: PromptFile | None
     prompts: PromptSpool
-    counts: PromptCounts
     lock: OutputLock | None
     num_gpus: int
 
@@ -67,7 +83,7 @@ class _Opened(NamedTuple):
 class _Agreed(NamedTuple):
     """Numbers of which all ranks get the least: a number and its opposite are so if all ranks have the same.
 
-    `replay` is of the first rank of each node, the last nine are rank 0's; they are MOST on the others.
+    `replay` is of the first rank of each node, the last ten are rank 0's; they are MOST on the others.
     """
 
     weights: int
@@ -88,6 +104,7 @@ class _Agreed(NamedTuple):
     num_chats: int
     top_logprobs: int
     num_replays: int
+    has_more: int
 
 
 def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> Inputs:
@@ -110,11 +127,11 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
             routing = _number(digest_file(job.replay.routing).encode())
             replay = [routing, -routing]
         numbers = [number, -number, of_job, -of_job, *replay, num_gpus > 0, -(num_gpus > 0), has_fast_products(job.run)]
-        prompts, counts = PromptSpool(PromptCodec(job.sampling), ""), PromptCounts()
-        lock = None
+        file, prompts, lock = None, PromptSpool(PromptCodec(job.sampling), ""), None
         if is_first:
             state = file_state(job.input.prompts)
-            prompts, counts = _read_prompts(job, weights.architecture, world, strict=strict)
+            file, prompts = _read_prompts(job, weights.architecture, world, strict=strict)
+            counts = file.counts
             digest = struct.unpack("<4I", bytes.fromhex(_digest_inputs(job, counts.replay_files)))
             if file_state(job.input.prompts) != state:
                 raise DataError(f"{job.input.prompts}: changed while it was read; start the run again")
@@ -123,22 +140,26 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
             lock = _take_output(job.output.results)
             num_journals = len(journal_paths(job.output.results))
             numbers += [num_journals, *digest, counts.requests, counts.chats, counts.top_logprobs, counts.replays]
+            numbers.append(not file.is_read)
         log_to_files(job.output.results, world.rank)
-        return _Opened(job, weights, prompts, counts, lock, num_gpus), [*numbers, *[MOST] * (num - len(numbers))]
+        return _Opened(job, weights, file, prompts, lock, num_gpus), [*numbers, *[MOST] * (num - len(numbers))]
 
-    (job, weights, prompts, counts, lock, num_gpus), least = world.collectively_least(open_all, num=num)
+    (job, weights, file, prompts, lock, num_gpus), least = world.collectively_least(open_all, num=num)
     agreed = _Agreed(*least)
     _require_equal(agreed, job, weights, world)
     job = with_products(job, is_fast=bool(agreed.is_fast), world=world)
     backend: Backend = "cupy" if agreed.has_gpu else "auto" if agreed.minus_has_gpu else "numpy"
-    counts.requests, counts.chats, counts.top_logprobs, counts.replays = agreed[-4:]
+    counts = PromptCounts() if file is None else file.counts
+    counts.requests, counts.chats, counts.top_logprobs, counts.replays = agreed[-5:-1]
     resolved = msgspec.structs.replace(job, run=msgspec.structs.replace(job.run, backend=backend))
     digest = struct.pack("<4I", agreed.digest_0, agreed.digest_1, agreed.digest_2, agreed.digest_3).hex()
     return Inputs(
         job=job,
         weights=weights,
+        file=file,
         prompts=prompts,
         counts=counts,
+        has_more=bool(agreed.has_more),
         fingerprint=run_fingerprint(resolved, weights=weights.fingerprint, inputs=digest),
         lock=lock,
         num_gpus=num_gpus,
@@ -149,12 +170,14 @@ def open_inputs(read_job: Callable[[], Job], world: World, *, strict: bool) -> I
 
 def _read_prompts(
     job: Job, architecture: Architecture, world: World, *, strict: bool
-) -> tuple[PromptSpool, PromptCounts]:
+) -> tuple[PromptFile, PromptSpool]:
+    """The prompt file, and its first prompts: all if the job can be refused for one of them."""
+
     def on_block() -> None:
         world.alive(world.where)
 
     with LineFiles(job, architecture, on_block=on_block) as files:
-        prompts, counts = read_prompts(
+        file = PromptFile(
             job.input.prompts,
             sampling=job.sampling,
             strict=strict,
@@ -163,9 +186,20 @@ def _read_prompts(
             check=files.check,
             on_block=on_block,
         )
-    if job.trace.statistics and (num_groups := len(counts.groups)) > MAX_GROUPS:
+        whole = strict or job.trace.statistics or job.replay.routing or recorded_bytes(job, architecture)
+        prompts = file.read(None if whole else job.input.ahead or None)
+    if job.trace.statistics and (num_groups := len(file.counts.groups)) > MAX_GROUPS:
         raise DataError(f"{job.input.prompts}: has {num_groups} groups; trace.statistics sums up at most {MAX_GROUPS}")
-    return prompts, counts
+    file.check = _without_replay
+    return file, prompts
+
+
+def _without_replay(prompt: Prompt) -> Prompt:
+    """The prompt; with an error if it names a file of routing, which is opened before the first step."""
+    if prompt.replay is None:
+        return prompt
+    error = "replay: no line of the first portion has one; input.ahead = 0 reads all first"
+    return structs.replace(prompt, text=None, tokens=None, chat=None, replay=None, error=error)
 
 
 def _digest_inputs(job: Job, names: Iterable[str]) -> str:

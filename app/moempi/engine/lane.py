@@ -44,10 +44,10 @@ class Lane:
     trace: LaneTrace | None = None
 
     def steps(self, micro_batches: MicroBatches) -> Waits[None]:
-        """Take steps until no rank has work for this lane or a rank is requested to stop; collective over all ranks.
+        """Take steps until no rank has work for this lane, one is requested to stop, or the queue of one runs short.
 
-        A step of the first stage is of the next of its `micro_batches`, which all its lanes share. Yields at each point
-        of a step, where this lane waits for other ranks.
+        Collective over all ranks. A step of the first stage is of the next of its `micro_batches`, which all its lanes
+        share. Yields at each point of a step, where this lane waits for other ranks.
         """
         return self._first_stage_steps(micro_batches) if self.comm.link.is_first else self._later_stage_steps()
 
@@ -111,21 +111,22 @@ class Lane:
     def _agree_to_continue(self, micro_batch: MicroBatch, *, alone: bool) -> Waits[bool]:
         """Whether the ranks of the first stage take another step; collective over them.
 
-        They do if any micro-batch has work, or, if this lane has this one `alone`, if this one has. Raises RuntimeError
-        if the ranks planned to receive another number of rows than was sent.
+        They do if any micro-batch has work, or, if this lane has this one `alone`, if this one has; but not if the
+        queue of a group runs short. Raises RuntimeError if the ranks planned to receive another number of rows than was
+        sent.
         """
         link, recorder, scheduler = self.comm.link, self.context.recorder, self.context.scheduler
         unfinished = scheduler.unfinished(micro_batch.index)
-        stop = self.context.stop.requested or link.stop_requested()
+        pause = self.context.stop.requested or link.stop_requested() or scheduler.is_short
         counts = recorder.counts(running=scheduler.num_running)
-        amounts = (unfinished, scheduler.num_unfinished, stop, self.comm.transfers.count_mismatch, *counts)
+        amounts = (unfinished, scheduler.num_unfinished, pause, self.comm.transfers.count_mismatch, *counts)
         sums = yield from self.comm.stage.iallreduce_sum(amounts).received(AGREE)
-        unfinished, all_unfinished, num_stops, count_mismatch, *all_counts = sums.tolist()
+        unfinished, all_unfinished, num_pauses, count_mismatch, *all_counts = sums.tolist()
         if count_mismatch:
             raise RuntimeError(f"the ranks expect {-count_mismatch} rows more than are sent to them")
         recorder.on_progress(Counts(*all_counts))
         micro_batch.has_work = bool(unfinished)
-        return bool(unfinished if alone else all_unfinished) and not num_stops
+        return bool(unfinished if alone else all_unfinished) and not num_pauses
 
     def _compute(self, batch: Batch, split: RowSplit, rows: Array) -> Waits[Array]:
         """Compute the stage's layers; this rank's rows."""

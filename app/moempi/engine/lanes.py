@@ -59,7 +59,6 @@ class Lanes:
             on_queue=context.model.backend.on_queue,
             on_point=self._report,
         )
-        lanes[0].context.stop.end_of_steps()
         if lanes[0].comm.link.is_first:
             micro_batches.drain(lanes[0].accept)
         for lane in lanes:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +33,7 @@ from moempi.storage.journal import (
     Problem,
     journal_path,
     journal_paths,
+    journals_folder,
     remove_journals,
 )
 from moempi.storage.records import Record
@@ -78,7 +80,8 @@ class NoJournal:
 class Attempt:
     """One attempt at a job, with exclusive access to the job's output until `finish` or the end of its processes.
 
-    The job has `num_requests`; `earlier` holds those that need not be computed again, their indices on rank 0 alone.
+    The job has `num_requests`, as far as its prompts are read: `has_more` is whether they are not read to their end.
+    `earlier` holds the requests that need not be computed again, their indices on rank 0 alone.
     `journal` takes this rank's records from `begin` on. A finished request that lost recorded rows is not
     among the earlier ones. Making an attempt is collective and blocks, if there are journals. It ends all ranks if they
     belong to another job or cannot be read.
@@ -86,7 +89,7 @@ class Attempt:
 
     def __init__(self, world: World, inputs: Inputs, *, max_errors: int | None = None) -> None:
         job, num_requests = inputs.job, inputs.counts.requests
-        self.num_requests = num_requests
+        self.num_requests, self.has_more = num_requests, inputs.has_more
         self._rows_of = traced_rows(job, inputs.weights.architecture)
         self._num_untraced = 0
         self._may_replace = False
@@ -132,6 +135,22 @@ class Attempt:
             self._request_state()
 
         return on_progress_and_write
+
+    def expect(self, num_requests: int, *, has_more: bool) -> None:
+        """From now on the job has `num_requests`, as far as its prompts are read.
+
+        Raises StorageError on rank 0 if an earlier attempt has finished a request beyond the last one.
+        """
+        self.num_requests, self.has_more = num_requests, has_more
+        self._begin = msgspec.structs.replace(self._begin, requests=num_requests)
+        if self._world.rank > 0 or has_more:
+            return
+        self._update_state()  # a run that is killed later is finished if its results have so many
+        if len(self.earlier.indices) and (last := self.earlier.indices[-1]) >= num_requests:
+            raise StorageError(
+                f"{journals_folder(self._results)}: has a request {last}, the job has {num_requests} requests; "
+                "remove it to give up the unfinished run"
+            )
 
     def count(self, counts: Counts) -> None:
         """Set the counts of the run so far, which the state says when it is written next."""
@@ -226,7 +245,8 @@ class Attempt:
         self._end_updates()
         self._world.collectively(lambda: self.write_state("stopped", reason=reason, exit_code=STOPPED))
         if self._world.rank == 0:
-            finished = f"{self._counts[0]} of {self._begin.requests} requests are finished"
+            read = " that were read" if self.has_more else ""
+            finished = f"{self._counts[0]} of {self.num_requests} requests{read} are finished"
             print_error(f"stopped early ({reason}), {finished}; run the same job again to continue")
         return STOPPED
 
@@ -274,7 +294,10 @@ class Attempt:
         traced = TracedRows(self.num_requests, list(self._rows_of)) if self._rows_of else None
         share = self._world.collectively(
             lambda: finished_requests(
-                paths[comm.rank :: comm.size], self._fingerprint, self.num_requests, traced=traced
+                paths[comm.rank :: comm.size],
+                self._fingerprint,
+                sys.maxsize if self.has_more else self.num_requests,
+                traced=traced,
             )
         )
         finished, next_step, problems = share

@@ -4,32 +4,30 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from moempi.config.job import Job
 from moempi.config.recommended import KEYS
 from moempi.config.traces import recorded_bytes, records_scores
 from moempi.engine import phases
-from moempi.engine.admitted import AdmittedRequests, admit
+from moempi.engine.admitted import AdmittedRequests
 from moempi.engine.balance import quality_cost
 from moempi.engine.deployment import Deployment, deploy
 from moempi.engine.disk import require_disk
 from moempi.engine.engine import Engine, load_engine, make_task
 from moempi.engine.inputs import Inputs, open_inputs
-from moempi.engine.kv_budget import useful_pages
+from moempi.engine.portions import Portions
 from moempi.engine.rank_layout import RankLayout
 from moempi.engine.recorder import Recorder
 from moempi.engine.replay import Replay, open_replay
 from moempi.engine.request import Request
 from moempi.engine.restart import Attempt
-from moempi.engine.shares import scatter_prompts
 from moempi.engine.summary import (
     RankRun,
     Totals,
@@ -47,9 +45,7 @@ from moempi.runtime.stop import Stop
 from moempi.runtime.waiting import barrier
 from moempi.runtime.world import World
 from moempi.storage.merge import Provenance, merge
-from moempi.storage.prompt_form import find_form
-from moempi.storage.prompt_spool import PromptCodec, PromptCounts, PromptSpool
-from moempi.storage.prompts import Prompt
+from moempi.storage.prompt_file import PromptCounts
 from moempi.storage.results import ResultFile
 from moempi.storage.weights import WeightFile
 
@@ -84,12 +80,13 @@ def run_job(
     attempt.warn_of_damage()
     # This rank's position in the layout, the requests of its group, which the first stage schedules, and their cache.
     deployment = deploy(job, world, weights, num_gpus=inputs.num_gpus, has_gpus=inputs.has_gpus)
-    requests, pages = _admit(inputs, deployment, attempt)
+    portions = Portions(inputs, deployment, attempt)
+    requests, pages = _admit_first(inputs, deployment, attempt, portions)
     replay = _check(inputs, deployment, attempt, requests) if _is_checked(inputs) else None
-    _announce(job, world, weights, inputs.counts)
+    _announce(inputs, world)
     inputs.prompts.close()
     # The model and the lanes.
-    progress = Progress(attempt.num_requests, enabled=world.rank == 0)
+    progress = Progress(attempt.num_requests, has_more=portions.has_more, enabled=world.rank == 0)
     recorder = _make_recorder(job, world, deployment.rank_layout, attempt, progress, requests)
     first_step = attempt.earlier.next_step
     engine = load_engine(
@@ -97,20 +94,19 @@ def run_job(
     )
     if engine is None:
         return attempt.stop(stop, sum_totals(recorder, world))
-    # The lanes run interleaved until no rank has work left.
-    engine.submit(requests)
-    task, sample = make_task(job, deployment.tokenizer, top=inputs.counts.top_logprobs), _quality_sample(job, engine)
-    seconds = engine.run(task, recorder)
+    # The lanes run interleaved until no rank has work left, and pause for each further portion of the prompts.
+    portions.hold_too_long(requests, pages)
+    engine.submit(requests, expects_more=portions.has_more)
+    sample = _quality_sample(job, engine)
+    seconds = _compute(portions, engine, recorder, progress, stop)
     if replay is not None:
         replay.close()
-    if not engine.scheduler.num_unfinished:
-        recorder.record(requests.too_long(pages))  # not if this attempt stopped early: the next may have more memory
-    requests.close()
+    portions.close()
     progress.close()
     # All journals are closed. If the run was stopped, they stay for the next attempt.
     rank_run = RankRun(deployment.rank_layout, engine.lanes, recorder, engine.loading, seconds)
     totals, report = _close_journals(job, world, attempt, rank_run, sample=sample)
-    if totals.num_finished < attempt.num_requests:
+    if portions.has_more or totals.num_finished < attempt.num_requests:
         return attempt.stop(stop, totals)
     exit_code = attempt.conclude(totals.num_errors)
     # The results: rank 0 merges all journals.
@@ -119,27 +115,41 @@ def run_job(
     return exit_code
 
 
-def _admit(inputs: Inputs, deployment: Deployment, attempt: Attempt) -> tuple[AdmittedRequests, int]:
-    """The requests of this rank's group, from the unfinished prompts of rank 0, and the cache pages of each group.
+def _admit_first(
+    inputs: Inputs, deployment: Deployment, attempt: Attempt, portions: Portions
+) -> tuple[AdmittedRequests, int]:
+    """The requests of this rank's group from the first prompts, and the cache pages of each group.
 
     Begins the output of the attempt, if the job is not checked. Collective, blocks.
     """
-    job, codec = deployment.job, PromptCodec(deployment.job.sampling)
-    admitted = admit(
-        scatter_prompts(_unfinished(inputs.prompts, attempt), codec, deployment.world, deployment.rank_layout),
-        deployment,
-        task=job.task,
-        has_chats=inputs.counts.chats > 0,
-        spool=lambda: PromptSpool(codec, Path(job.output.results).parent),
-    )
+    admitted, useful = portions.admit_first()
 
     def begin() -> tuple[AdmittedRequests, int]:
         admitted.require_whole()
         if not _is_checked(inputs):
             attempt.begin(has_records=_has_records(deployment))
-        return admitted, useful_pages(admitted.pages, slots=len(deployment.slots))
+        return admitted, useful
 
     return deployment.with_cache_pages(begin)
+
+
+def _compute(portions: Portions, engine: Engine, recorder: Recorder, progress: Progress, stop: Stop) -> float:
+    """Compute the queued requests, then each further portion of the prompts; the seconds. Collective, blocks."""
+    deployment = engine.deployment
+    task = make_task(deployment.job, deployment.tokenizer, top=portions.top_logprobs)
+    seconds = engine.run(task, recorder)
+    while portions.has_more and not deployment.world.comm.allreduce(stop.requested, max):
+        requests = portions.admit_next()
+        recorder.record(requests.take_refused())
+        progress.expect(portions.num_requests, has_more=portions.has_more)
+        task.expect_top(portions.top_logprobs)
+        portions.hold_too_long(requests, engine.pages)
+        engine.submit(requests, expects_more=portions.has_more)
+        seconds += engine.run(task, recorder)
+    stop.end_of_steps()
+    if not portions.has_more and not engine.scheduler.num_unfinished:
+        recorder.record(portions.too_long(engine.pages))  # if stopped, the next attempt may have more memory
+    return seconds
 
 
 def _is_checked(inputs: Inputs) -> bool:
@@ -207,16 +217,15 @@ def _write_results(
         _print(_with_results(report))
 
 
-def _announce(job: Job, world: World, weights: WeightFile, counts: PromptCounts) -> None:
-    """Print on rank 0 what was found in the prompt file, and what the weight file lacks for it."""
+def _announce(inputs: Inputs, world: World) -> None:
+    """Print on rank 0 what has been found in the prompt file, and what the weight file lacks for it."""
+    job, weights = inputs.job, inputs.weights
     if world.rank == 0:
-        form = find_form(job.input.prompts, column=job.input.column)
-        refused = f", {counts.refused} of them refused" if counts.refused else ""
-        print_error(f"{job.input.prompts}: {counts.requests} requests{refused}, {form}")
+        print_error(inputs.found())
         if job.sampling.defaults == "model":
             rules = ", ".join(f"{key} {getattr(job.sampling, key):g}" for key in KEYS)
             print_error(f"sampling defaults of {weights.path}, and of the job: {rules}")
-        _warn_of_texts(counts, weights)
+        _warn_of_texts(inputs.counts, weights)
 
 
 def _with_results(report: Report) -> Report:
@@ -248,14 +257,6 @@ def _print(report: Report) -> None:
         log.warning("the results are whole, but the report cannot be printed: %s", error)
         with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-
-
-def _unfinished(prompts: Iterable[Prompt], attempt: Attempt) -> Iterable[Prompt]:
-    """The prompts that earlier attempts did not finish."""
-    is_finished = np.zeros(attempt.num_requests, np.bool_)
-    is_finished[attempt.earlier.indices] = True
-    finished = is_finished.tobytes()
-    return (prompt for prompt in prompts if not finished[prompt.index])
 
 
 def _warn_of_texts(counts: PromptCounts, weights: WeightFile) -> None:
@@ -291,7 +292,7 @@ def _make_recorder(
     )
     if world.rank == 0:
         recorder.add_earlier(attempt.earlier)
-    recorder.record(requests.refused())
+    recorder.record(requests.take_refused())
     if world.rank == 0:
         attempt.count(recorder.counts())
     return recorder

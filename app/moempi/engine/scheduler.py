@@ -21,6 +21,9 @@ class Scheduler:
     the next step. `sequences` are the requests that have a slot.
     """
 
+    expects_more = False
+    """Whether more requests will be submitted when these run short."""
+
     def __init__(
         self, requests: Collection[Request], *, micro_batches: int, slots: range, batch_tokens: int, pages: int
     ) -> None:
@@ -55,6 +58,11 @@ class Scheduler:
     def num_queued(self) -> int:
         """Number of requests in the queue."""
         return len(self._queue) + self._num_in_source
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the queue could not fill all slots again, although more requests are expected."""
+        return self.expects_more and self.num_queued < len(self.sequences.slots)
 
     @property
     def num_micro_batches(self) -> int:

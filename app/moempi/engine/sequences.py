@@ -140,6 +140,14 @@ class OutputBlocks:
             np.zeros((*shape, top), np.float32),
         )
 
+    def widen(self, top: int) -> None:
+        """Make room for `top` likeliest tokens, if there is less; the tokens in the blocks have as many as before."""
+        missing = top - self._columns.top_tokens.shape[2]
+        if missing > 0:
+            tokens, logprobs, *of_top = self._columns.columns
+            top_tokens, top_logprobs = (np.pad(column, ((0, 0), (0, 0), (0, missing))) for column in of_top)
+            self._columns = SampledTokens(tokens, logprobs, top_tokens, top_logprobs)
+
     def append(self, index: IntArray, sampled: SampledTokens) -> BoolArray:
         """Append a token to the block of each sequence; whether the block is full."""
         places = index, self._lengths[index]

@@ -23,7 +23,10 @@ OnRows = Callable[[slice, Tables], None]
 
 
 class Task(Protocol):
-    """What a run does with its prompts. `sample` is called on the last stage, the other methods on the first."""
+    """What a run does with its prompts. `sample` is called on the last stage, the methods below it on the first."""
+
+    def expect_top(self, top: int) -> None:
+        """From now on requests may ask for `top` likeliest tokens; on all ranks, between two steps."""
 
     def logit_requests(self, sequences: Sequences, work: Work) -> tuple[IntArray, LogitRequests]:
         """The rows of a step that need logits, ascending, and for each a sampling request or a target token."""
@@ -52,7 +55,7 @@ class Task(Protocol):
 class Generate:
     """Samples one new token for every request whose tokens are all computed, with the `top` likeliest tokens.
 
-    `top` is the largest `sampling.top_logprobs` of the job's requests.
+    `top` is the largest `sampling.top_logprobs` of the requests.
     """
 
     def __init__(self, tokenizer: TextTokenizer, *, top: int) -> None:
@@ -60,6 +63,9 @@ class Generate:
         self._top = top
         self._end_tokens = np.array(sorted(tokenizer.eos_tokens), np.int64)
         self._blocks: OutputBlocks | None = None
+
+    def expect_top(self, top: int) -> None:
+        self._top = max(self._top, top)
 
     def logit_requests(self, sequences: Sequences, work: Work) -> tuple[IntArray, LogitRequests]:
         """The last row of each request that has no uncomputed tokens after this step."""
@@ -88,8 +94,10 @@ class Generate:
             sequences.finished[number] = request.finish is not None
 
     def _blocks_of(self, sequences: Sequences, sampled: SampledTokens) -> OutputBlocks:
+        top = sampled.top_tokens.shape[1]
         if self._blocks is None:
-            self._blocks = OutputBlocks(len(sequences.requests), top=sampled.top_tokens.shape[1])
+            self._blocks = OutputBlocks(len(sequences.requests), top=top)
+        self._blocks.widen(top)
         return self._blocks
 
 
@@ -104,6 +112,9 @@ class Score:
     ) -> None:
         self._recorded = recorded
         self._dtype = np.dtype(dtype)
+
+    def expect_top(self, top: int) -> None:
+        """Do nothing: all requests record the same tokens."""
 
     def logit_requests(self, sequences: Sequences, work: Work) -> tuple[IntArray, LogitRequests]:
         """The rows whose next token is in the prompt: all but the row of a prompt of one token."""

@@ -34,10 +34,14 @@ class Counts(NamedTuple):
 
 
 class Progress:
-    """A bar on a terminal, elsewhere one line every LINE_EVERY_S seconds; prints nothing unless `enabled` (rank 0)."""
+    """A bar on a terminal, elsewhere one line every LINE_EVERY_S seconds; prints nothing unless `enabled` (rank 0).
 
-    def __init__(self, total: int, *, enabled: bool, console: "Console | None" = None) -> None:
+    There are `total` requests, and others if it `has_more`.
+    """
+
+    def __init__(self, total: int, *, has_more: bool = False, enabled: bool, console: "Console | None" = None) -> None:
         self._total = total
+        self._has_more = has_more
         self._console = (console or _error_console()) if enabled else None
         self._is_terminal = self._console is not None and self._console.is_terminal
         self._line_due = time.monotonic() + LINE_EVERY_S
@@ -52,6 +56,10 @@ class Progress:
         """Show that `layer` layers of the rank's `num_layers` are loaded, and `num_bytes` are read."""
         text = f"loading weights, {layer}/{num_layers} layers of rank 0, {format_size(num_bytes)}"
         self._show(lambda: text, share=0.0)
+
+    def expect(self, total: int, *, has_more: bool) -> None:
+        """From now on there are `total` requests, and others if it `has_more`."""
+        self._total, self._has_more = total, has_more
 
     def update(self, counts: Counts) -> None:
         """Show the counts after a step; cheap enough for every step."""
@@ -101,8 +109,9 @@ class Progress:
         finished, running = self._counts.finished, self._counts.running
         prompt, generated = self._rates
         waiting = max(self._total - finished - running, 0)
+        more = "+" if self._has_more else ""
         return (
-            f"{finished}/{self._total} requests, {running} running, {waiting} waiting, "
+            f"{finished}/{self._total}{more} requests, {running} running, {waiting} waiting, "
             f"{prompt:,.0f} prompt + {generated:,.0f} output tokens/s, {self._time()}"
         )
 
@@ -112,7 +121,7 @@ class Progress:
             return "0:00"
         elapsed_s = time.monotonic() - self._first[0]
         done, left = self._counts.finished - self._first[1].finished, self._total - self._counts.finished
-        if not done or not left:
+        if not done or not left or self._has_more:
             return _clock(elapsed_s)
         return f"{_clock(elapsed_s)}, {_clock(elapsed_s * left / done)} left"
 

@@ -1,8 +1,7 @@
 """The prompts of a job in order, of which a few MiB are in memory: the others are in a file that has no name."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
@@ -12,11 +11,10 @@ import msgspec
 import numpy as np
 
 from moempi.config.job import Sampling
-from moempi.errors import DataError, StorageError
+from moempi.errors import StorageError
 from moempi.storage.closeable import Closeable
-from moempi.storage.prompts import Check, Prompt, accept, find_prompts
+from moempi.storage.prompts import Prompt
 from moempi.storage.records import replace_surrogates
-from moempi.storage.repeated import RepeatedDigests
 
 BLOCK = 1024
 BLOCK_BYTES = 1 << 20
@@ -192,85 +190,3 @@ def num_bytes(prompt: Prompt) -> int:
     sampling = prompt.sampling
     numbers = len(sampling.logit_bias) + len(sampling.stop_token_ids)
     return tokens + given + names + len(prompt.error) + sum(map(len, sampling.stop)) + NUMBER_BYTES * numbers
-
-
-@dataclass(slots=True)
-class PromptCounts:
-    """Numbers of requests, and of the texts, chats, errors and replays of an own file among them.
-
-    `top_logprobs` is the largest number of likeliest tokens that a request asks for, `groups` the names of groups of
-    prompts, None for prompts without one, `replay_files` the files that replays name, each once.
-    """
-
-    requests: int = 0
-    texts: int = 0
-    chats: int = 0
-    refused: int = 0
-    top_logprobs: int = 0
-    groups: set[str | None] = field(default_factory=set)
-    replays: int = 0
-    replay_files: dict[str, None] = field(default_factory=dict)
-
-    def add(self, prompts: Collection[Prompt]) -> None:
-        """Count prompts."""
-        self.requests += len(prompts)
-        for prompt in prompts:
-            if prompt.text is not None:
-                self.texts += 1
-            if prompt.chat is not None:
-                self.chats += 1
-            if prompt.error:
-                self.refused += 1
-            if prompt.sampling.top_logprobs > self.top_logprobs:
-                self.top_logprobs = prompt.sampling.top_logprobs
-            if prompt.group not in self.groups:
-                self.groups.add(prompt.group)
-            if prompt.replay is not None:
-                self.replays += 1
-                self.replay_files[prompt.replay] = None
-
-
-def read_prompts(
-    path: str | Path,
-    *,
-    sampling: Sampling,
-    strict: bool,
-    folder: str | Path,
-    column: str = "",
-    check: Check = accept,
-    on_block: Callable[[], None] = lambda: None,
-) -> tuple[PromptSpool, PromptCounts]:
-    """Read and count all requests of a file in order, of any form of `find_form`; a line may override `sampling`.
-
-    A prompt with `n` samples becomes n requests; the id of sample i > 0 is that of the prompt, "#" and i. A bad line,
-    or a line with the id of an earlier one, becomes a `Prompt` with an error that names file and line, and `check` may
-    give any prompt an error; if `strict`, raises DataError instead. Memory holds 8 bytes a request, more of repeated
-    ids, groups and replayed files, and up to 32 MiB; `folder` takes the rest. The file is read again if ids are
-    repeated. Calls `on_block` every few requests. Raises NoInputError if the file cannot be read, DataError if it has
-    no prompts or does not have the format in jobs/README.md.
-    """
-
-    def spool(repeated: Collection[int], on_ids: Callable[[Iterable[str]], None]) -> tuple[PromptSpool, PromptCounts]:
-        found, counts = PromptSpool(PromptCodec(sampling), folder), PromptCounts()
-        for prompts in find_prompts(path, sampling=sampling, column=column, repeated=repeated, check=check):
-            on_block()
-            on_ids(prompt.id for prompt in prompts)
-            for prompt in prompts:
-                if prompt.error and strict:
-                    raise DataError(prompt.error)
-                found.append(prompt)
-            counts.add(prompts)
-        if not counts.requests:
-            raise DataError(f"{path}: has no prompts")
-        return found, counts
-
-    digests = RepeatedDigests()
-    try:
-        found, counts = spool((), digests.add)
-        if not digests.found():
-            return found, counts
-        found.close()
-    except DataError:
-        if not digests.found():  # otherwise a repeated id may be an earlier error
-            raise
-    return spool(digests.found(), lambda _: None)
