@@ -4,7 +4,8 @@
 #     bash jobs/setup.sh convert cuda12
 # Installs the versions of jobs/lock/, wheels with the recorded sha256 only. --unlocked takes whatever satisfies
 # pyproject.toml instead, for a system that the lock does not serve; that .venv stays unlocked until it is removed.
-# Does nothing when pyproject.toml and the lock are unchanged and the extras are there. PYTHON names the interpreter.
+# Installs nothing when pyproject.toml and the lock are unchanged and the extras are there. PYTHON names the interpreter.
+# In each case compiles the bytecode of app/: else every rank of every job would where it cannot be written.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,12 +21,14 @@ for extra in "$@"; do
     grep -q "^$extra = \[" pyproject.toml || { echo "setup: pyproject.toml has no extra $extra" >&2; exit 64; }
 done
 
+compile_bytecode() { .venv/bin/python -m compileall -qq app || true; } # a checkout may be read-only: its ranks then compile
+
 installed=""
 if [ -f "$stamp" ]; then
     installed=$(tail -n +2 "$stamp")
     if [ "$(head -n 1 "$stamp")" = "$sum" ]; then
         missing=$(printf '%s\n' "$@" | grep -Fxv -f <(printf '%s\n' "$installed") || true)
-        [ -n "$missing" ] || exit 0
+        [ -n "$missing" ] || { compile_bytecode && exit 0; }
     fi
 fi
 
@@ -42,4 +45,5 @@ else
 fi
 # Compiled now for this machine's processor, not by the first job; without a compiler jobs warn.
 .venv/bin/python -c 'from moempi.backend.cpu.kernels import load_kernels; load_kernels()' 2>/dev/null || true
+compile_bytecode
 printf '%s\n' "$sum" "$extras" >"$stamp"

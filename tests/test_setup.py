@@ -1,6 +1,7 @@
 """jobs/setup.sh installs what jobs/lock/ records, and the lock has all that pyproject.toml requires."""
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -121,6 +123,19 @@ def test_setup_installs_the_locked_version_until_the_lock_changes(project):
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     (project / "jobs" / "lock" / "example.txt").write_text(newer)
     assert (set_up(project, "example").returncode, installed_version(project)) == (0, "2.0")
+
+
+def test_setup_compiles_bytecode_that_is_missing_or_outdated(project):
+    module = project / "app" / "moempi" / "__init__.py"
+    bytecode = Path(importlib.util.cache_from_source(module))
+    set_up(project, "example")
+    before = bytecode.read_bytes()
+    module.write_text("value = 1\n")
+    set_up(project, "example")
+    assert bytecode.read_bytes() != before
+    bytecode.unlink()
+    set_up(project, "example")
+    assert bytecode.exists()
 
 
 def test_setup_refuses_a_wheel_with_another_hash(project):
