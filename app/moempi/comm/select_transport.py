@@ -29,7 +29,7 @@ INSIDE_NODES = (Shared.name, CudaIpc.name)
 """The transports that send no messages inside a node."""
 PROBED_BYTES, MOST_BYTES = 64 << 10, 1 << 20
 """Bytes that a rank sends to each rank in the probe, and at most to all: its memory must not grow with the ranks."""
-ROUNDS = 9
+ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)

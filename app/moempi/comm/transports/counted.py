@@ -29,7 +29,7 @@ class Counted(TransportWrapper):
         super().__init__(transport)
         self._counters = counters
         self._row_bytes = row_bytes
-        found = np.unique(levels)
+        found = np.flatnonzero(np.bincount(levels)).tolist()  # np.unique would import numpy.ma, 45 ms
         self._ranks_by_level = {LEVELS[level]: np.flatnonzero(levels == level) for level in found}
         self._level = LEVELS[found[0]] if len(found) == 1 else None
 
