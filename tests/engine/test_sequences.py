@@ -1,11 +1,11 @@
 """The sequences of a group in arrays, beside requests that take their tokens one at a time."""
 
 import sys
-from dataclasses import replace
 
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from engine.requests import EOS, abacus_tokenizer, make_request, make_sampled
 from engine.runs import Run, requests_of

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from moempi.arrays import Float32Array, IntArray
 from moempi.config.architecture import Clamp, Router
@@ -15,8 +16,7 @@ Array = Any
 Stored = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Expert:
+class Expert(Struct, frozen=True):
     """A SwiGLU network: `gate_up` maps D to 2F (gate first), `down` maps F to D; biases (2F,) and (D,) are optional.
 
     A network that is not `gated` is down(max(0, up x)^2), without biases: its `gate_up` is the matrix up, from D to F.
@@ -30,8 +30,7 @@ class Expert:
     gated: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Cache:
+class Cache(Struct, frozen=True):
     """Keys and values of one layer: each (pages * PAGE_ROWS, key-value heads, head width).
 
     In a layer with an indexer, `index` holds its keys, of one head.
@@ -50,8 +49,7 @@ class RmsNorm(NamedTuple):
     rounded: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class LayerState:
+class LayerState(Struct, frozen=True):
     """The state of each slot in a layer of the gated delta rule or of state spaces, in float32.
 
     `tail` (slots, taps - 1, C) holds the last rows before the convolution, `memory` (slots, *memory_shape) the sums of
@@ -63,16 +61,14 @@ class LayerState:
     memory: Array
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaRates:
+class DeltaRates(Struct, frozen=True):
     """The float32 constants (value heads,) of the rates of a delta rule: logarithm and bias of the decay."""
 
     decay_log: Array
     decay_bias: Array
 
 
-@dataclass(frozen=True, slots=True)
-class StateConstants:
+class StateConstants(Struct, frozen=True):
     """The float32 constants (heads,) of state spaces: logarithm of the decay, bias of the step, factor of the input."""
 
     decay_log: Array
@@ -80,8 +76,7 @@ class StateConstants:
     skip: Array
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionBlock:
+class AttentionBlock(Struct, frozen=True):
     """The weights of an attention between two norms, the second one of the sum with the residual stream.
 
     `head_norms` are of queries and keys. `window` and `sinks` as in `Backend.attend`, `interleaved` as in `rotate`.
@@ -103,8 +98,7 @@ class AttentionBlock:
     sinks: Array | None
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertsBlock:
+class ExpertsBlock(Struct, frozen=True):
     """The weights of a router, its rule, and all experts of its layer in order."""
 
     router: Array
@@ -114,8 +108,7 @@ class ExpertsBlock:
     experts: Sequence[Expert]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PhysicalIds:
+class PhysicalIds(Struct, frozen=True, eq=False):
     """By which a layer's choices are sorted: the id of each expert, or of each of its `period` replicas, in order.
 
     `ids` (E * period,) are on the backend, and less than `num_ids`.
@@ -255,8 +248,7 @@ def take_likeliest(requests: SamplingRequests) -> npt.NDArray[np.bool_]:
     return likeliest
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
+class SampledTokens(Struct, frozen=True):
     """Per row: a token and its log-probability (rows,), and the n most likely tokens with theirs (rows, n)."""
 
     tokens: IntArray
@@ -282,8 +274,7 @@ class SampledTokens:
         return SampledTokens(*map(np.concatenate, columns))
 
 
-@dataclass(frozen=True, slots=True)
-class LogitScan:
+class LogitScan(Struct, frozen=True):
     """Of logits (N, W) of consecutive tokens: what the log-probabilities of a whole vocabulary are made of.
 
     Of each block of tokens the largest logit m, `highest`, and the sum of exp(logit - m), `sums` (N, blocks); the

@@ -6,13 +6,14 @@ host's work, but no network.
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from msgspec.structs import replace
 
 from moempi.backend.cuda.backend import CudaBackend
 from moempi.backend.cuda.products import Matrix

@@ -6,11 +6,11 @@ and not back to the home rank. The owner adds in the order and with the rounding
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from mpi4py import MPI
+from msgspec import Struct
 
 from moempi.arrays import Float32Array, Int32Array, IntArray
 from moempi.backend.protocol import Backend
@@ -31,8 +31,7 @@ from moempi.layout.row_split import RowSplit, part_range
 SHARED, OUTPUTS = 4, 5
 
 
-@dataclass(frozen=True, slots=True)
-class ImmediateHeader:
+class ImmediateHeader(Struct, frozen=True):
     """The header that a home rank sends to the owner of n of its rows.
 
     `batch` is the sub-batch that the owner's group computes; `rows` (n,) are the rows' indices in it. `output_rows`
@@ -53,8 +52,7 @@ NO_CHOICES = np.zeros((0, 0), np.int64)
 STOP_HEADER = ImmediateHeader(NO_STEP, NONE, NO_CHOICES, NO_CHOICES.astype(np.float32), NONE, shared=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(Struct, frozen=True):
     """A rank of the next stage: its group's sub-batch, and its rows as indices in it and in the sender's batch."""
 
     rank: int

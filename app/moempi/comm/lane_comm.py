@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mpi4py import MPI
+from msgspec import Struct
 
 from moempi.comm.batch import Batch
 from moempi.comm.combine import Combine, HomeCombine
@@ -31,8 +32,7 @@ from moempi.layout.row_split import RowSplit
 from moempi.layout.topology import Topology
 
 
-@dataclass(frozen=True, slots=True)
-class LaneComm:
+class LaneComm(Struct, frozen=True):
     """One lane's `exchange` and `stage` between the ranks of a stage, `tensor` group, and `link` to other stages.
 
     The ranks of `head` divide the LM head: the tensor group, or on the last stage all its tensor groups.
@@ -137,8 +137,7 @@ def make_lane_comm(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class ExchangeFactory:
+class ExchangeFactory(Struct, frozen=True):
     """Makes the exchanges of one lane."""
 
     transports: TransportFactory

@@ -1,9 +1,9 @@
 """The groups of ranks that the lanes of a rank communicate in: all ranks, its stage, its tensor group."""
 
-from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from mpi4py import MPI
+from msgspec import Struct
 
 from moempi.layout.grid import Grid
 
@@ -18,8 +18,7 @@ class LinkComm(NamedTuple):
     first_tag: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RankGroups:
+class RankGroups(Struct, frozen=True):
     """Communicators of all `ranks`, of this rank's `stage`, and of its `tensor` group.
 
     Collectives of a lane are on duplicates of its own; all lanes send their messages between stages over `ranks`.

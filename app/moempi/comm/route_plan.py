@@ -1,9 +1,9 @@
 """Route plans: the rows of one layer and lane that each rank sends, and the way back of the experts' outputs. Pure."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from msgspec import Struct
 
 from moempi.arrays import BoolArray, IntArray
 
@@ -52,8 +52,7 @@ class RoutePlan(NamedTuple):
     by_source: IntArray | None
 
 
-@dataclass(frozen=True, slots=True)
-class TwoHopPlan:
+class TwoHopPlan(Struct, frozen=True):
     """The plan of two hops: the rows that are sent to nodes, and the plan `inside` this node of the received rows.
 
     `send_counts` and `recv_counts` (R,) are the rows that are sent to and from each rank across nodes. `output_rows`

@@ -1,12 +1,11 @@
 """The sizes of the rows that a run exchanges. Pure."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from moempi.layout.grid import Grid
 
 
-@dataclass(frozen=True, slots=True)
-class RowShape:
+class RowShape(Struct, frozen=True):
     """Rows of `width` elements for `top_k` experts each, to which they are sent as rows of `routed_width` elements.
 
     A data parallel group of the first stage has at most `group_rows` rows in a step.

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import numpy as np
 from mpi4py import MPI
+from msgspec import Struct
 
 from moempi.backend.protocol import Backend
 from moempi.comm.peer_trial import mapping_problem
@@ -32,8 +32,7 @@ PROBED_BYTES, MOST_BYTES = 64 << 10, 1 << 20
 ROUNDS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenTransport:
+class ChosenTransport(Struct, frozen=True):
     """The name of a transport, and the reason for the choice, for the user."""
 
     name: str

@@ -1,10 +1,11 @@
 """Balanced routing in a run: the routing policies of the lanes, the choices they moved, and the cost in quality."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from moempi.arrays import Float32Array, Float64Array
 from moempi.comm.lane_comm import LaneComm
@@ -24,8 +25,7 @@ from moempi.model.router_balance import (
 from moempi.runtime.world import World
 
 
-@dataclass(frozen=True, slots=True)
-class Balance:
+class Balance(Struct, frozen=True):
     """The balancing of one rank: a routing policy for each lane; all of them share `moves` and `expert_bias`."""
 
     policies: Sequence[RoutingPolicy]

@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from moempi.backend.protocol import Backend
 from moempi.backend.select import make_backend
@@ -27,8 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Deployment:
+class Deployment(Struct, frozen=True):
     """A job on the ranks of `world`, on one of them: its `backend`, and its `rank_layout` among all ranks.
 
     `pending` are the transfers that the backend progresses.

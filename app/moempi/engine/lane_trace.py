@@ -2,12 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from moempi.arrays import Float32Array, IntArray, narrow, widen
 from moempi.backend.protocol import Backend
@@ -22,8 +22,7 @@ from moempi.model.transformer import FEED_FORWARD, Transformer
 from moempi.storage.records import TraceRecord
 
 
-@dataclass(frozen=True, slots=True)
-class TracePlan:
+class TracePlan(Struct, frozen=True):
     """What a rank records: the choices of the routers of the layers `routed`, and the states behind layers `hidden`.
 
     Choices are `experts` numbers, with `weights` and `home`. The states are recorded as `section` says; of the model's
@@ -54,8 +53,7 @@ def make_trace_plan(section: TraceSection, model: Transformer, layers: range) ->
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StepNumbers:
+class StepNumbers(Struct, frozen=True):
     """The numbers of a lane's steps: `first`, `first + stride`, ...
 
     No two lanes share a number, and all are above those of earlier attempts at the job, which ended before step

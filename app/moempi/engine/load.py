@@ -1,11 +1,12 @@
 """Loading: a rank reads its share of a weight file and builds its part of the model."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
 
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array, DeltaRates, Expert, RmsNorm, StateConstants
@@ -24,8 +25,7 @@ from moempi.model.state_space import StateSpaceMixer
 from moempi.model.transformer import Layer, Mixer, Transformer, with_graphs
 
 
-@dataclass(frozen=True, slots=True)
-class Loading:
+class Loading(Struct, frozen=True):
     """Bytes of weights that a rank read, and seconds to read, verify and copy them to the backend's memory."""
 
     num_bytes: int

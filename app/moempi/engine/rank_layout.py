@@ -1,8 +1,9 @@
 """The rank layout: a rank's coordinates in the grid, and its layers and experts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from moempi.backend.cpu.control_groups import processors
 from moempi.backend.locality import usable_cores
@@ -20,8 +21,7 @@ from moempi.layout.topology import Topology
 from moempi.runtime.world import World
 
 
-@dataclass(frozen=True, slots=True)
-class RankLayout:
+class RankLayout(Struct, frozen=True):
     """A rank's position among all ranks of a run.
 
     `ranks` is a communicator of all ranks, numbered node by node, `topology` their topology and `layout` the job's

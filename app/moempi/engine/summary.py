@@ -3,12 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from moempi import __version__
@@ -37,8 +37,7 @@ LOADS = ("expert_load", "asked_load", "shifts")
 PACKAGES = ("numpy", "h5py", "mpi4py", "tokenizers", "msgspec", "xxhash")
 
 
-@dataclass(frozen=True, slots=True)
-class RankRun:
+class RankRun(Struct, frozen=True):
     """The objects of a rank's run that its record is made from; all steps took `seconds`."""
 
     rank_layout: RankLayout
@@ -136,8 +135,7 @@ def make_provenance(job_text: str, job: Job, hosts: Sequence[str], *, weights: s
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
+class Totals(Struct, frozen=True):
     """The finished requests of the whole run, including earlier attempts; `exact` of `referenced` equal a reference."""
 
     finishes: Counter[str]

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from moempi.arrays import IntArray
 
@@ -39,8 +40,7 @@ class Forwarders:
         return self.members[self.nodes[self.rank]]
 
 
-@dataclass(frozen=True, slots=True)
-class NodeTransfers:
+class NodeTransfers(Struct, frozen=True):
     """The (token, node) pairs of one plan, ordered by node: `tokens` (P,) and `nodes` (P,).
 
     `pairs` (T, N) are the indices of each token's pairs, in the order of their first slots. A token with fewer than N

@@ -15,22 +15,21 @@ from math import inf
 from typing import Literal
 
 import numpy as np
+from msgspec import Struct
 
 from moempi.arrays import IntArray
 from moempi.config.job import ParallelSection
 from moempi.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(Struct, frozen=True):
     """A range of ranks that computes a range of layers."""
 
     layers: range
     ranks: range
 
 
-@dataclass(frozen=True, slots=True)
-class Coordinates:
+class Coordinates(Struct, frozen=True):
     """Coordinates of a rank: stage, index of its tensor group in the stage, and index in the tensor group."""
 
     stage: int

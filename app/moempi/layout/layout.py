@@ -1,10 +1,11 @@
 """The layout of a job on given ranks: grid, placement of experts, memory. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job
@@ -17,8 +18,7 @@ from moempi.layout.placement import Placement, linear
 from moempi.layout.row_buffers import ipc_obstacle
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """The grid, and per stage the placement of each MoE layer and the memory of the rank that needs most.
 
     Rows leave the `immediate_stages` by immediate routing.

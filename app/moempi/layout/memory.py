@@ -1,8 +1,9 @@
 """The memory that a rank needs. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil, prod
+
+from msgspec import Struct
 
 from moempi.config.architecture import Architecture
 from moempi.config.job import Job, RunSection
@@ -21,8 +22,7 @@ WORKSPACE_BYTES, PARTIAL_BYTES, SPLIT_KEYS = 32 << 20, 64 << 20, 256
 """A lane's memory for cuBLAS, and for partial results of attention: at least of one row, for each split of its keys."""
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(Struct, frozen=True):
     """Bytes of one rank: its weights, one page of its KV cache in all its layers, and the rows of its lanes' steps.
 
     Rows include what CUDA graphs of lanes take.
@@ -44,8 +44,7 @@ class Memory:
         return self.weights + self.rows + self.state * self.slots
 
 
-@dataclass(frozen=True, slots=True)
-class StageRank:
+class StageRank(Struct, frozen=True):
     """A rank that computes `layers` for `groups` groups and hosts `hosted` experts per MoE layer.
 
     `nodes` (R,) are the nodes of the stage's ranks. With `reads_peers` they read each other's GPU memory inside a node.

@@ -6,9 +6,9 @@ several of them; otherwise their links count as the next level.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from moempi.arrays import IntArray
 from moempi.config.topology_file import LEVEL_NAMES, TopologyFile
@@ -17,8 +17,7 @@ LEVELS = LEVEL_NAMES
 SELF, ISLAND, NODE, SWITCH, NETWORK = range(len(LEVELS))
 
 
-@dataclass(frozen=True, slots=True)
-class Topology:
+class Topology(Struct, frozen=True):
     """The node of each rank (R,), ascending from 0 without gaps; its island and its switch, or () if unknown.
 
     Islands and switches are numbered over all nodes: an island is inside one node, a node on one switch.

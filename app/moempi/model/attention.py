@@ -1,7 +1,8 @@
 """Multi-head attention over a paged key-value cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array, AttentionBlock, Cache, RmsNorm, Segment
@@ -9,8 +10,7 @@ from moempi.config.architecture import AttentionShape
 from moempi.model.norm import Norm
 
 
-@dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(Struct, frozen=True):
     """Weights of one layer's attention: `qkv` maps D to the heads' queries, keys and values, `output` back to D.
 
     `window` is the number of last positions that a query sees, 0 for all. `gate` maps D to logits, whose sigmoids

@@ -1,7 +1,8 @@
 """The two kinds of feed-forward: dense, and a Mixture of Experts whose experts are on many ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from moempi.backend.protocol import Backend, FusedExperts
 from moempi.backend.values import Array, Expert, ExpertsBlock, PackedChoices, PhysicalIds
@@ -13,8 +14,7 @@ from moempi.config.architecture import Router
 from moempi.model.router_balance import MODEL_ROUTING, RoutingPolicy
 
 
-@dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(Struct, frozen=True):
     """One network for every row."""
 
     mlp: Expert
@@ -26,8 +26,7 @@ class Dense:
         return backend.linear(hidden, self.mlp.down)
 
 
-@dataclass(frozen=True, slots=True)
-class LatentMaps:
+class LatentMaps(Struct, frozen=True):
     """The matrices that map a row to the width of its experts (D to L), and the weighted sum of their outputs back."""
 
     down: Array
@@ -41,8 +40,7 @@ class LatentMaps:
         return total
 
 
-@dataclass(frozen=True, slots=True)
-class MixtureOfExperts:
+class MixtureOfExperts(Struct, frozen=True):
     """A router (D to E), the experts that this rank hosts, and the shared expert that computes every row.
 
     The output of the shared expert is scaled by the sigmoid of `shared_gate` (D to 1), if the model has one. With

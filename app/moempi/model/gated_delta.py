@@ -1,15 +1,15 @@
 """Linear attention by the gated delta rule (Yang et al. 2025), as in Qwen3-Next."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array, DeltaRates, LayerState, RmsNorm, Segment
 from moempi.config.architecture import DeltaRule
 
 
-@dataclass(frozen=True, slots=True)
-class GatedDelta:
+class GatedDelta(Struct, frozen=True):
     """Weights of one layer: `mixed` maps D to the heads' queries, keys and values, `output` the values back to D.
 
     `taps` (n, C) are the weights of the convolution of what `mixed` computes, `gate` maps D to the logits of the output

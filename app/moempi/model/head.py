@@ -1,10 +1,10 @@
 """The LM head: final norm and output matrix, and tokens sampled or scored with their logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from msgspec import Struct
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend
@@ -24,8 +24,7 @@ OnScored = Callable[[slice, Scored], None]
 """Takes the scores of a range of a rank's rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredTokens:
+class ScoredTokens(Struct, frozen=True):
     """What is written of each scored position: the `top` likeliest tokens, and all above a log-probability."""
 
     top: int = 0
@@ -39,8 +38,7 @@ class ScoredTokens:
 NOTHING_ELSE = ScoredTokens()
 
 
-@dataclass(frozen=True, slots=True)
-class LMHead:
+class LMHead(Struct, frozen=True):
     """This rank's part of the head: rows of the matrix (V, D) and of the bias (V,), divided in a group.
 
     Its methods are collective over the `group`, where the rank of index t in tensor group g has counts[g, t] rows, and

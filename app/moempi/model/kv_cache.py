@@ -1,9 +1,9 @@
 """The key-value cache of a rank: pages of rows in every layer, and the pages that each slot holds."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend

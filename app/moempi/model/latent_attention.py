@@ -1,7 +1,8 @@
 """Multi-head latent attention over a cache of latent vectors (DeepSeek-V2, 2024, section 2.1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array, Cache, RmsNorm, Segment
@@ -9,8 +10,7 @@ from moempi.config.architecture import AttentionShape, Latent
 from moempi.model.sparse_attention import LightningIndexer, SparseRows
 
 
-@dataclass(frozen=True, slots=True)
-class LatentAttention:
+class LatentAttention(Struct, frozen=True):
     """Weights of one layer's latent attention, in the absorbed form: keys and values are never expanded.
 
     The cache holds, for each position, the normalized latent vector c and one rotated key r shared by all heads. A

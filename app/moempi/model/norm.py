@@ -1,14 +1,14 @@
 """The norm before attention, feed-forward and head."""
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array, RmsNorm
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
+class Norm(Struct, frozen=True):
     """A norm over the width: `kind` as in `config.architecture.Architecture.norm`, with a bias for "layer" only."""
 
     kind: Literal["rms", "rms_float32", "layer"]

@@ -4,9 +4,9 @@ Rows that see no more positions than an indexer chooses attend to all of them, w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Backend
@@ -60,8 +60,7 @@ class SparseRows:
         return self._backend.take_rows(x, self._sparse_rows) if self._dense else x
 
 
-@dataclass(frozen=True, slots=True)
-class LightningIndexer:
+class LightningIndexer(Struct, frozen=True):
     """Weights of one layer's indexer.
 
     `queries` maps the latent vector of queries to all heads, `keys` maps D to one key, which is normalized, and

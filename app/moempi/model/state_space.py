@@ -1,15 +1,15 @@
 """Selective state spaces (Mamba-2, Dao & Gu 2024), as in Nemotron-H."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from moempi.backend.protocol import Backend
 from moempi.backend.values import Array, LayerState, Segment, StateConstants
 from moempi.config.architecture import StateSpace
 
 
-@dataclass(frozen=True, slots=True)
-class StateSpaceMixer:
+class StateSpaceMixer(Struct, frozen=True):
     """Weights of one layer: `mixed` maps D to the heads and to the inputs and outputs of the groups' states.
 
     `taps` (n, C) and `taps_bias` (C,) are of the convolution of what `mixed` computes, `gate` maps D to the logits of

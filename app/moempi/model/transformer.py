@@ -1,9 +1,11 @@
 """The transformer: its forward pass is a generator that yields wherever it waits for rows of other ranks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import Attended, Backend, FusedAttention, FusedExperts, FusedLayers
@@ -47,8 +49,7 @@ def ignore_hidden(layer: int, sublayer: str, x: Array) -> None:
     """Records nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(Struct, frozen=True):
     """One pre-norm block; `index` is its number in the whole model.
 
     A layer may have an attention alone or a feed-forward alone; then the other and its norm are None.
@@ -139,8 +140,7 @@ def with_graphs(layer: Layer, backend: Backend) -> Layer:
     return layer if captured is None else replace(layer, fused_attention=captured)
 
 
-@dataclass(frozen=True, slots=True)
-class Transformer:
+class Transformer(Struct, frozen=True):
     """A rank's share of the model: its part of the layers of its stage, and their cache.
 
     `architecture` describes the share: its attention has the number of heads of this rank. `embedding` is None except

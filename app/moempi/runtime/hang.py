@@ -1,15 +1,15 @@
 """Whether the ranks hang, and which rank is at fault, from the positions of all ranks. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 MAX_NAMED_RANKS = 4
 # Reading weights and merging results may take this many times longer than any step.
 OUTSIDE_FACTOR = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(Struct, frozen=True):
     """How far a rank has come: the number of points it has passed, and the last of them, `where`.
 
     `doing` is the line that its main thread executes now, `since_s` the seconds since the last point. Ranks of one

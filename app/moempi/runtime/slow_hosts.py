@@ -8,8 +8,9 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, median_low
+
+from msgspec import Struct
 
 INTERVAL_S = 5.0
 """Seconds between two loads of a rank, at least."""
@@ -25,8 +26,7 @@ INTERVALS = 2
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(Struct, frozen=True):
     """The share of an interval that a rank of `group` computed."""
 
     group: int

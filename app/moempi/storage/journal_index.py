@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
@@ -94,8 +95,7 @@ def trace_blocks(records: Iterable[TraceRecord]) -> Iterator[list[TraceRecord]]:
         yield block
 
 
-@dataclass(frozen=True, slots=True)
-class TableRows:
+class TableRows(Struct, frozen=True):
     """The rows of each request in a table: positions `first` (N,) to `first` + `num_rows` (N,) - 1.
 
     Only positions below `end` (N,) are recorded.

@@ -1,7 +1,6 @@
 """Atomic merge of the journals of all ranks into one results file (HDF5)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import h5py
 import msgspec
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from moempi.errors import StorageError
@@ -35,8 +35,7 @@ from moempi.storage.results_layout import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
+class Provenance(Struct, frozen=True):
     """Provenance of results: text of the job file, package versions, ranks and hosts, fingerprint of the weights.
 
     `fast_products` says whether `run.products = "fast"` was in effect.

@@ -3,13 +3,13 @@
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from gzip import BadGzipFile, GzipFile
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import msgspec
+from msgspec import Struct
 
 from moempi.config.input_file import open_input
 from moempi.config.reading import HDF5_BEGIN
@@ -35,8 +35,7 @@ _OPENAI_KEYS = {"custom_id", "body"}
 _HEAD_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class PromptForm:
+class PromptForm(Struct, frozen=True):
     """How a file holds prompts, and its compression, "" for none."""
 
     name: Name

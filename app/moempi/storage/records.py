@@ -3,13 +3,12 @@
 import math
 import re
 import sys
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Meta
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from moempi.arrays import Float32Array, Int32Array
@@ -86,8 +85,7 @@ class RequestRecord(msgspec.Struct, frozen=True, eq=False, kw_only=True, tag="re
         _expect("score_top_logprobs", self.score_top_logprobs, _FLOAT32, self.score_top_tokens.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(Struct, frozen=True):
     """The sum of the log-probabilities of scored tokens, and their number."""
 
     num_tokens: int = 0

@@ -5,11 +5,11 @@ for people, in which U+2400 replaces NUL because HDF5 strings cannot hold it. jo
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from moempi.config.traces import EXPERT_TYPES
@@ -23,8 +23,7 @@ RECORD_BYTES = 256
 """Memory of a request beside its arrays and texts."""
 
 
-@dataclass(frozen=True, slots=True)
-class ArrayColumn:
+class ArrayColumn(Struct, frozen=True):
     """The dataset of an array of `RequestRecord`; the rows of all requests are concatenated on the first dimension."""
 
     path: str
@@ -33,8 +32,7 @@ class ArrayColumn:
     long_name: str
 
 
-@dataclass(frozen=True, slots=True)
-class TraceColumn:
+class TraceColumn(Struct, frozen=True):
     """A column of a table of values at positions; its dataset has one of the `dtypes`.
 
     The first of its `dims` counts the rows of all requests, the second, in a table of TABLE_LAYERS, the layers. Of home
@@ -47,8 +45,7 @@ class TraceColumn:
     long_name: str
 
 
-@dataclass(frozen=True, slots=True)
-class TextColumn:
+class TextColumn(Struct, frozen=True):
     """The datasets of a text of `RequestRecord`: a string dataset, and a group of UTF-8 `values` and `offsets`."""
 
     readable: str
@@ -56,8 +53,7 @@ class TextColumn:
     long_name: str
 
 
-@dataclass(frozen=True, slots=True)
-class SecondsColumn:
+class SecondsColumn(Struct, frozen=True):
     """The dataset of a duration of `RequestRecord`, NaN where it has none."""
 
     path: str

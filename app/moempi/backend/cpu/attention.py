@@ -1,9 +1,9 @@
 """Attention over the cache in NumPy, in calls whose shapes depend on a row's position alone; softmax in float32."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from moempi.arrays import Float32Array, Int32Array
 from moempi.backend.cpu.attention_layout import Mask, cache_rows, causal_mask, query_blocks, rows_of
@@ -11,8 +11,7 @@ from moempi.backend.values import Cache, Segment
 from moempi.config.tensors import PAGE_ROWS
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionRule:
+class AttentionRule(Struct, frozen=True):
     """The factor of the scores, the number of positions that a row sees (0: all), and the sinks (heads,) if any."""
 
     scale: float

@@ -7,13 +7,13 @@ products of tiles have others.
 import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from moempi.arrays import Float32Array, Int32Array, IntArray, aligned_empty, widen
 from moempi.arrays import address_of as _at
@@ -73,8 +73,7 @@ class MatrixProduct(NamedTuple):
     bias: Float32Array | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
+class Rotation(Struct, frozen=True):
     """Cosines and sines (T, 1, n) by which heads are rotated, as by `Backend.rotate`; `rounded` to bfloat16 values."""
 
     cosine: Float32Array

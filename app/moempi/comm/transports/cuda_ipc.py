@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
+from msgspec import Struct
 
 from moempi.arrays import IntArray
 from moempi.backend.protocol import HANDLE_BYTES, Event, PeerMemory, RowCopy
@@ -62,8 +63,7 @@ class IpcReceipt:
         """Do nothing: the slots are free when the rows are copied."""
 
 
-@dataclass(frozen=True, slots=True)
-class MappedSlot:
+class MappedSlot(Struct, frozen=True):
     """Another rank's slot, mapped by this process, and its version."""
 
     version: int

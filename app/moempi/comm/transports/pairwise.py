@@ -1,10 +1,10 @@
 """`pairwise`: one message for each pair of ranks that has rows to exchange, none for the others."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
+from msgspec import Struct
 
 from moempi.arrays import IntArray
 from moempi.comm.transports.base import BufferedTransport, BufferReceipt
@@ -12,8 +12,7 @@ from moempi.comm.transports.base import BufferedTransport, BufferReceipt
 TAGS = 1 << 14
 
 
-@dataclass(frozen=True, slots=True)
-class RequestGroup:
+class RequestGroup(Struct, frozen=True):
     """The sends and receives of one transfer, as one request."""
 
     requests: list[MPI.Request]
