@@ -1,5 +1,6 @@
 """`moempi run`: a job on all ranks, or with --dry-run the layout and memory that it would have."""
 
+import gc
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def run(chosen: Namespace) -> int:
     from moempi.engine.run import run_job
     from moempi.runtime.world import World
 
+    gc.freeze()  # what is imported stays until the end: neither collections nor the interpreter's end traverse it
     world = World.start(monitor, debug=chosen.debug)
     with world.guard(accept=stop.accept):
         if chosen.dry_run:
