@@ -1,24 +1,20 @@
 import os
 from functools import cache
-from importlib.util import find_spec
 
 import pytest
 
-from simt.device import SimtDevice
+from simt.simulated import NAMES, simulated
 
 ON_GPU = os.environ.get("MOEMPI_TEST_DEVICE") == "cuda"
 
 
-ON_CPU = ["forwards", "backwards", "cupy arrays"] if find_spec("cupy") else ["forwards", "backwards"]
-
-
-@pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else ON_CPU)
+@pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else NAMES)
 def device(request, monkeypatch):
     """A GPU, or the SIMT device: threads of a block in ascending or descending order, or CuPy's arrays."""
     return make_device(request.param, monkeypatch, captures=False)
 
 
-@pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else ON_CPU)
+@pytest.fixture(params=["host buffers", "device buffers"] if ON_GPU else NAMES)
 def capturing_device(request, monkeypatch):
     """As `device`; a GPU whose products can be captured."""
     return make_device(request.param, monkeypatch, captures=True)
@@ -27,13 +23,7 @@ def capturing_device(request, monkeypatch):
 def make_device(param, monkeypatch, *, captures):
     if ON_GPU:
         return gpu(pinned=param == "host buffers", captures=captures)
-    if param == "cupy arrays":
-        from simt.cupy_arrays import CupyArrayDevice
-
-        return CupyArrayDevice(pinned=False)
-    if param == "backwards":
-        monkeypatch.setenv("SIMT_REVERSE", "1")
-    return SimtDevice()
+    return simulated(param, monkeypatch, pinned=param != "cupy arrays")
 
 
 def gpu(*, pinned, captures):

@@ -10,18 +10,34 @@ from moempi.backend.cuda.device import ExpertTable
 from simt.device import SimtDevice, _fresh
 
 
+def interface(array):
+    """The array interface of the memory of a CuPy array, NumPy's and CUDA's."""
+    return {
+        "version": 3,
+        "shape": array.shape,
+        "typestr": array.dtype.str,
+        "data": (array.data.ptr, False),
+        "strides": array.strides,
+    }
+
+
+class CupyArray(cupy.ndarray):
+    """A CuPy array that MPI sends and receives without a driver, which CuPy asks for the kind of its memory."""
+
+    def __dlpack_device__(self):
+        raise NotImplementedError  # so that mpi4py takes the interface
+
+    @property
+    def __cuda_array_interface__(self):
+        return interface(self)
+
+
 class HostView:
     """NumPy's view of the host memory of a CuPy array, which stays alive with it."""
 
     def __init__(self, array):
         self.array = array
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": array.shape,
-            "typestr": array.dtype.str,
-            "data": (array.data.ptr, False),
-            "strides": array.strides,
-        }
+        self.__array_interface__ = interface(array)
 
 
 def on_host(values):
@@ -35,13 +51,13 @@ def on_host(values):
 
 
 class CupyArrayDevice(SimtDevice):
-    """A SIMT device whose arrays are `cupy.ndarray`; if `pinned`, comm buffers are NumPy arrays."""
+    """A SIMT device whose arrays are CuPy's; if `pinned`, comm buffers are NumPy arrays."""
 
     name = "CuPy arrays on the CPU"
 
     def _resident(self, values):
         owner = cupy.cuda.UnownedMemory(values.ctypes.data if values.size else 0, values.nbytes, values, 0)
-        return cupy.ndarray(values.shape, values.dtype, cupy.cuda.MemoryPointer(owner, 0))
+        return CupyArray(values.shape, values.dtype, cupy.cuda.MemoryPointer(owner, 0))
 
     def empty(self, shape, dtype):
         return self._resident(_fresh(shape, dtype))
