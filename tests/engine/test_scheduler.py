@@ -108,3 +108,16 @@ def test_requests_are_taken_from_their_source_when_they_are_needed():
     scheduler.submit(source(requests), count=40)
     assert scheduler.first(50) == requests
     assert scheduler.num_queued == 40
+
+
+def test_a_queue_that_could_not_fill_all_slots_is_short_if_more_requests_are_expected():
+    requests = [sequence(number, 3, 0) for number in range(12)]
+    scheduler = Scheduler(requests[:6], micro_batches=1, slots=range(4), batch_tokens=64, pages=99)
+    assert not scheduler.is_short
+    scheduler.expects_more = True
+    assert not scheduler.is_short
+    running = scheduler.next_work(0).numbers.tolist()
+    assert (len(running), scheduler.num_queued, scheduler.is_short) == (4, 2, True)
+    scheduler.submit(requests[6:], count=6)
+    assert not scheduler.is_short
+    assert scheduler.next_work(0).numbers.tolist() == running

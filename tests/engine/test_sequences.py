@@ -169,3 +169,17 @@ def advance(steps, count):
 def test_the_host_calls_no_function_for_a_sequence_of_a_step(tmp_path):
     few, many = (calls_of_ten_steps(tmp_path / str(count), count) for count in (2, 8))
     assert 0 < many == few
+
+
+def test_blocks_get_room_for_more_likeliest_tokens_and_keep_their_tokens():
+    blocks = OutputBlocks(2, top=0)
+    blocks.append(np.array([0, 1]), make_sampled([5, 6]))
+    blocks.widen(2)
+    blocks.widen(1)
+    blocks.append(np.array([1]), make_sampled([7], top=2))
+    first, second = blocks.take(0, top=0), blocks.take(1, top=2)
+    assert (first.tokens.tolist(), first.top_tokens.shape) == ([5], (1, 0))
+    assert (second.tokens.tolist(), second.top_tokens[1].tolist()) == (
+        [6, 7],
+        make_sampled([7], top=2).top_tokens[0].tolist(),
+    )

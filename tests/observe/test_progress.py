@@ -64,6 +64,19 @@ def test_rates_are_of_the_last_seconds_and_time_left_of_this_attempt(screen, clo
     )
 
 
+def test_no_time_left_is_shown_until_all_requests_are_read(screen, clock):
+    shown = Progress(20, has_more=True, enabled=True, console=Console(file=screen, force_terminal=False))
+    for second in range(11):
+        clock[0] = 100.0 + second
+        if second == 8:
+            shown.expect(40, has_more=False)
+        shown.update(Counts(2 * second, 0, 4, generated=0))
+    assert screen.getvalue().splitlines() == [
+        "moempi: 10/20+ requests, 4 running, 6 waiting, 0 prompt + 0 output tokens/s, 0:05",
+        "moempi: 20/40 requests, 4 running, 16 waiting, 0 prompt + 0 output tokens/s, 0:10, 0:10 left",
+    ]
+
+
 def test_a_terminal_gets_a_bar(screen):
     shown = Progress(4, enabled=True, console=Console(file=screen, force_terminal=True, width=100))
     shown.loading(1, 2, 1 << 20)

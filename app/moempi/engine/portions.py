@@ -80,7 +80,9 @@ class Portions(Closeable):
         return self._too_long.too_long(pages)
 
     def close(self) -> None:
-        """Remove the requests that were kept; collective, blocks."""
+        """Close the prompt file, and remove the requests that were kept; collective, blocks."""
+        if self._inputs.file is not None:
+            self._inputs.file.close()
         self._too_long.close()
         if self._chats is not None:
             self._chats.free()
