@@ -76,6 +76,13 @@ def test_memory_for_less_than_a_page_is_an_error_that_names_the_numbers(kv_memor
     )
 
 
+@pytest.mark.parametrize(("capture", "lowered"), [(False, "run.batch_tokens"), (True, "run.batch_tokens or run.lanes")])
+def test_lanes_with_graphs_that_leave_no_memory_can_be_fewer(capture, lowered):
+    memory = Memory(weights=0, page=1000, rows=GIB, groups=1)
+    with pytest.raises(ConfigError, match=f", or lower {lowered}$"):
+        affordable_pages(make_job(run={"capture": capture}).run, memory, available=GIB)
+
+
 def test_one_page_is_enough():
     memory = Memory(weights=0, page=1000, rows=0, groups=1)
     assert affordable_pages(make_job(run={"kv_memory": "1KB"}).run, memory, available=0) == 1

@@ -235,11 +235,14 @@ def affordable_pages(run: RunSection, memory: Memory, *, available: int) -> int:
     allowed = int((available - memory.held) * CACHE_SHARE) if is_auto else parse_size(run.kv_memory)
     pages = allowed // max(memory.page * memory.groups, 1)
     if pages < 1:
+        lowered = ["run.batch_tokens"]
+        lowered += ["run.lanes"] if run.capture else []  # each lane has graphs, which count as rows
+        lowered += ["run.max_sequences"] if memory.state else []
         states = f"states of {memory.slots:,} sequences {format_size(memory.state * memory.slots)}, "
         raise ConfigError(
             f"no room for the cache: weights {format_size(memory.weights)}, rows {format_size(memory.rows)}, "
             f"{states if memory.state else ''}a page {format_size(memory.page * memory.groups)}, "
             f"memory {format_size(available)}, run.kv_memory {run.kv_memory}; "
-            f"use more ranks or stages, or lower run.batch_tokens{' or run.max_sequences' if memory.state else ''}"
+            f"use more ranks or stages, or lower {' or '.join(lowered)}"
         )
     return pages
