@@ -117,9 +117,14 @@ def test_repeated_ids_have_the_file_read_two_times_more_and_not_once_a_portion(t
         return find_prompts(*arguments, **options)
 
     monkeypatch.setattr("moempi.storage.prompt_file.find_prompts", find)
-    path = write(tmp_path / "p.jsonl", *({"id": f"{number // 2}", "prompt": "1"} for number in range(40)))
-    found = portions(path, 3)
+    path, blocks = tmp_path / "p.jsonl", []
+    portions(write(path, *({"id": f"{number}", "prompt": "1"} for number in range(20))), 3)
+    assert read == [0]
+    write(path, *({"id": f"{number // 2}", "prompt": "1"} for number in range(40)))
+    read.clear()
+    found = portions(path, 3, on_block=lambda: blocks.append(1))
     assert read == [0, 20]
+    assert len(blocks) == 80  # each line is seen twice, as those that were returned are read again
     assert [bool(prompt.error) for prompt in chain.from_iterable(found)] == [False, True] * 20
 
 

@@ -69,8 +69,10 @@ class AdmittedRequests(Closeable):
 
     def take_refused(self) -> Iterator[Request]:
         """The requests that have failed; this removes them."""
-        yield from map(self._make, self._refused)
-        self._refused.close()
+        try:
+            yield from map(self._make, self._refused)
+        finally:
+            self._refused.close()
         for request in map(self._make, self._to_compute if self._problems else ()):
             if problem := self._problems.get(request.prompt.index, ""):
                 request.fail(problem)

@@ -131,7 +131,7 @@ class PromptFile(Closeable):
             if prompts is None:
                 self.is_read = True
                 break
-            self._take(prompts)
+            self._add_ids(prompts)
             for prompt in prompts:
                 if prompt.error and self._strict:
                     raise DataError(prompt.error)
@@ -140,15 +140,14 @@ class PromptFile(Closeable):
         self._require_unchanged()
         return spool, counts
 
-    def _take(self, prompts: Sequence[Prompt]) -> None:
-        self._on_block()
+    def _add_ids(self, prompts: Sequence[Prompt]) -> None:
         if not self._knows_repeated:
             self._digests.add(prompt.id for prompt in prompts)
 
     def _find_repeated(self) -> None:
         """Find the repeated ids of the whole file, and go back to the first request that has not been returned."""
         for prompts in self._blocks:
-            self._take(prompts)
+            self._add_ids(prompts)
         if file_state(self._path) != self._state:  # of a file in its place, the requests may be others
             self._raise_changed()
         self._knows_repeated, self.is_read = True, False
@@ -165,6 +164,7 @@ class PromptFile(Closeable):
         )
         first = self.counts.requests
         for prompts in found:
+            self._on_block()  # also while the returned ones are read again
             if own := [prompt for prompt in prompts if prompt.index >= first]:
                 yield own
 
