@@ -320,6 +320,7 @@ KEEPS_RESULTS = (
     "model.weights",
     "model.architecture",
     "input.prompts",
+    "input.ahead",
     "output.results",
     "run.threads",
     "run.overlap",
