@@ -162,6 +162,17 @@ def test_another_file_in_its_place_is_not_read(tmp_path):
         assert file.is_read
 
 
+def test_a_file_that_is_removed_is_read_to_its_end(tmp_path):
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"{number}"} for number in range(6)), "{")
+    with open_prompts(path) as file:
+        file.read(2).close()
+        assert file.found() == f"{path}: 2 requests so far, JSON lines"
+        path.unlink()
+        with file.read() as spool:
+            assert len(spool) == 5
+        assert file.found() == f"{path}: 7 requests, 1 of them refused, JSON lines"
+
+
 def test_another_file_in_its_place_cannot_be_read_again_for_repeated_ids(tmp_path):
     path = write(tmp_path / "p.jsonl", *({"id": name, "prompt": "1"} for name in "abca"))
     with open_prompts(path) as file:

@@ -24,7 +24,6 @@ from moempi.storage.files import digest_file, file_state, remove_hidden
 from moempi.storage.journal import journal_paths
 from moempi.storage.lock import OutputLock
 from moempi.storage.prompt_file import PromptCounts, PromptFile
-from moempi.storage.prompt_form import find_form
 from moempi.storage.prompt_spool import PromptCodec, PromptSpool
 from moempi.storage.prompts import Prompt
 from moempi.storage.run_state import state_path
@@ -59,14 +58,6 @@ class Inputs:
     num_gpus: int
     has_gpus: bool
     has_journals: bool
-
-    def found(self) -> str:
-        """What has been found in the prompt file, on rank 0, in one line."""
-        path, counts = self.job.input.prompts, self.counts
-        form = find_form(path, column=self.job.input.column)
-        so_far = " so far" if self.file is not None and not self.file.is_read else ""
-        refused = f", {counts.refused} of them refused" if counts.refused else ""
-        return f"{path}: {counts.requests} requests{so_far}{refused}, {form}"
 
 
 class _Opened(NamedTuple):

@@ -105,7 +105,7 @@ class Portions(Closeable):
         chats = file.counts.chats
         prompts, counts = file.read(max(job.input.ahead, PER_SLOT * slots)), file.counts
         if file.is_read:
-            print_error(self._inputs.found())
+            print_error(file.found())
         return prompts, [counts.requests, not file.is_read, counts.chats - chats, counts.top_logprobs]
 
     def _unfinished(self, prompts: PromptSpool) -> Iterator[Prompt]:

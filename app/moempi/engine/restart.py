@@ -145,7 +145,7 @@ class Attempt:
         self._begin = msgspec.structs.replace(self._begin, requests=num_requests)
         if self._world.rank > 0 or has_more:
             return
-        self._update_state()  # a run that is killed later is finished if its results have so many
+        self._update_state()  # if the run is killed behind its results, a reader of the state takes the number from it
         if len(self.earlier.indices) and (last := self.earlier.indices[-1]) >= num_requests:
             raise StorageError(
                 f"{journals_folder(self._results)}: has a request {last}, the job has {num_requests} requests; "

@@ -83,7 +83,7 @@ def run_job(
     portions = Portions(inputs, deployment, attempt)
     requests, pages = _admit_first(inputs, deployment, attempt, portions)
     replay = _check(inputs, deployment, attempt, requests) if _is_checked(inputs) else None
-    _announce(inputs, world)
+    _announce(inputs)
     inputs.prompts.close()
     # The model and the lanes.
     progress = Progress(attempt.num_requests, has_more=portions.has_more, enabled=world.rank == 0)
@@ -217,11 +217,11 @@ def _write_results(
         _print(_with_results(report))
 
 
-def _announce(inputs: Inputs, world: World) -> None:
+def _announce(inputs: Inputs) -> None:
     """Print on rank 0 what has been found in the prompt file, and what the weight file lacks for it."""
     job, weights = inputs.job, inputs.weights
-    if world.rank == 0:
-        print_error(inputs.found())
+    if inputs.file is not None:
+        print_error(inputs.file.found())
         if job.sampling.defaults == "model":
             rules = ", ".join(f"{key} {getattr(job.sampling, key):g}" for key in KEYS)
             print_error(f"sampling defaults of {weights.path}, and of the job: {rules}")

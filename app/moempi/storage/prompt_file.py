@@ -3,11 +3,13 @@
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moempi.config.job import Sampling
 from moempi.errors import DataError
 from moempi.storage.closeable import Closeable
 from moempi.storage.files import file_state
+from moempi.storage.prompt_form import find_form
 from moempi.storage.prompt_spool import PromptCodec, PromptSpool
 from moempi.storage.prompts import Check, Prompt, accept, find_prompts
 from moempi.storage.repeated import RepeatedDigests
@@ -68,7 +70,7 @@ class PromptFile(Closeable):
     give any prompt an error; if `strict`, DataError is raised instead. `counts` are of the requests that `read` has
     returned, `is_read` is whether these are all. Memory holds 8 bytes of each, more of repeated ids, groups and
     replayed files, and up to 32 MiB of a portion, of which `folder` takes the rest. Calls `on_block` every few
-    requests.
+    requests. Raises NoInputError or DataError as `find_form` does.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class PromptFile(Closeable):
         self._column = column
         self._on_block = on_block
         self._state = file_state(path)
+        self._form = find_form(path, column=column)
         self._digests = RepeatedDigests()
         self._knows_repeated = False
         """Whether the digests are of the ids of the whole file."""
@@ -119,6 +122,12 @@ class PromptFile(Closeable):
         if not self.counts.requests:
             raise DataError(f"{self._path}: has no prompts")
         return spool
+
+    def found(self) -> str:
+        """What has been found in the file, in one line; the file may have been removed meanwhile."""
+        so_far = "" if self.is_read else " so far"
+        refused = f", {self.counts.refused} of them refused" if self.counts.refused else ""
+        return f"{self._path}: {self.counts.requests} requests{so_far}{refused}, {self._form}"
 
     def close(self) -> None:
         """Close the file."""
@@ -182,18 +191,7 @@ class PromptFile(Closeable):
         raise DataError(f"{self._path}: changed while it is read; restore it and start the run again")
 
 
-def read_prompts(
-    path: str | Path,
-    *,
-    sampling: Sampling,
-    strict: bool,
-    folder: str | Path,
-    column: str = "",
-    check: Check = accept,
-    on_block: Callable[[], None] = lambda: None,
-) -> tuple[PromptSpool, PromptCounts]:
-    """All requests of a file, and their counts: see `PromptFile`."""
-    with PromptFile(
-        path, sampling=sampling, strict=strict, folder=folder, column=column, check=check, on_block=on_block
-    ) as file:
+def read_prompts(path: str | Path, **options: Any) -> tuple[PromptSpool, PromptCounts]:
+    """All requests of a file, and their counts, with the options of `PromptFile`."""
+    with PromptFile(path, **options) as file:
         return file.read(), file.counts
